@@ -1,0 +1,40 @@
+"""One local Ray cluster for all tests that need one; tests that need none start none."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
+os.environ.pop("RAY_ADDRESS", None)
+
+DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """torchvision's files of MNIST and CIFAR-10."""
+    if not DATA_ROOT.is_dir():
+        pytest.skip(f"no data sets at {DATA_ROOT}; set RAYSUBSET_DATA to torchvision's root to run this test")
+    return DATA_ROOT
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Four logical CPUs, whatever the machine has; run() finds the connection and leaves it open."""
+    from raysubset.authentication import use_own_token
+    from raysubset.cluster import ray
+
+    use_own_token()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=300 * 2**20,
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,43 @@
+"""The rules that keep the rooms apart: layers, and what may be imported where."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_layers_hold() -> None:
+    command = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("raysubset", {"torch", "ray", "numpy"}),
+        ("raysubset.config", {"torch", "ray", "numpy"}),
+        ("raysubset.data", {"ray", "torchvision", "sklearn"}),
+        ("raysubset.training", {"ray", "pandas"}),
+        ("raysubset.aggregation", {"ray", "pandas"}),
+        ("raysubset.run_directory", {"ray"}),
+        ("raysubset.ledger", {"ray"}),
+        ("raysubset.subset_actors", {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "tyro", "rich"}),
+    ],
+)
+def test_importing_a_room_does_not_pay_for_what_it_must_not_know(module: str, banned: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted({banned!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_top_level_holds_what_the_readme_tree_names() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    allowed = {"pyproject.toml", "README.md", "LICENSE", "raysubset", "clusters", "jobs", "tests", ".ci", ".gitignore"}
+    assert {path.split("/")[0] for path in tracked} <= allowed
+    readme = (ROOT / "README.md").read_text()
+    rooms = {path.split("/")[1] for path in tracked if path.startswith("raysubset/")} - {"__init__.py", "__main__.py"}
+    assert [room for room in sorted(rooms) if room not in readme] == []

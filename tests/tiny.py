@@ -1,0 +1,74 @@
+"""Tiny examples and networks that the tests of training and aggregation share."""
+
+import io
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import ModelConfig
+from raysubset.data import Examples
+from raysubset.models import build_model
+
+
+def examples(
+    num: int = 30, side: int = 8, *, augmentation: Literal["none", "crop_flip"] = "none", seed: int = 0
+) -> Examples:
+    """Random grey pixels, labels of three classes that depend on them."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num, side, side, 1), dtype=torch.uint8, generator=generator)
+    labels = images[:, : side // 2].float().mean((1, 2, 3)).argsort().argsort() * 3 // num
+    constant = torch.full((1,), 0.5)
+    return Examples(images, labels, constant, constant, augmentation)
+
+
+def cnn(norm: Literal["batch", "group", "none"] = "batch", *, seed: int = 0) -> nn.Module:
+    """Two convolutions of 4 and 8 channels, channels-last."""
+    model = build_model(ModelConfig(width=4, depth=2, norm=norm), num_classes=3, image_shape=(8, 8, 1), seed=seed)
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def noisy_network(seed: int = 0) -> nn.Module:
+    """A convolution, batch-norm, dropout and a linear layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = OrderedDict(
+            conv=nn.Conv2d(1, 4, 3, bias=False),
+            norm=nn.BatchNorm2d(4),
+            relu=nn.ReLU(),
+            flatten=nn.Flatten(),
+            dropout=nn.Dropout(0.4),
+            head=nn.Linear(4 * 36, 3),
+        )
+        return nn.Sequential(layers)
+
+
+def linear(num_inputs: int, num_outputs: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """One linear layer over the pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(num_inputs, num_outputs)).to(dtype)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether nested dicts, lists and tensors are equal to the last bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint gives back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
