@@ -1,0 +1,5 @@
+"""python -m raysubset"""
+
+from raysubset.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""Every knob of a run, with its default and its help: frozen dataclasses, checked when made. No torch, no ray.
+
+    config = Config(seed=3).with_overrides({"data.name": "mnist", "subsets.size": 5000})
+    Config.from_dict(json.loads(text)) == config
+
+A string after a field is its documentation and its `--help`.
+"""
+
+from raysubset.config.inputs import DATA_NAMES, NUM_SUBSETS, DataConfig, ModelConfig, SubsetsConfig
+from raysubset.config.minimizing import (
+    WHOLE_SUBSET,
+    AveragingConfig,
+    ExtrapolationConfig,
+    MinimizeConfig,
+    SkippingConfig,
+    TrainingStage,
+)
+from raysubset.config.places import ActorsConfig, ClusterConfig
+from raysubset.config.run import Config
+from raysubset.config.seeds import derive_seed
+from raysubset.config.stages import (
+    AggregationConfig,
+    ConventionalConfig,
+    FineTuningConfig,
+    RoundsConfig,
+    TrunkConfig,
+)
+from raysubset.config.tracking import TrackingConfig
+from raysubset.config.trees import differences, flatten, nearest, shapes_result
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "SubsetsConfig",
+    "MinimizeConfig",
+    "ExtrapolationConfig",
+    "AveragingConfig",
+    "SkippingConfig",
+    "TrunkConfig",
+    "RoundsConfig",
+    "AggregationConfig",
+    "FineTuningConfig",
+    "ConventionalConfig",
+    "ActorsConfig",
+    "ClusterConfig",
+    "TrackingConfig",
+    "TrainingStage",
+    "WHOLE_SUBSET",
+    "NUM_SUBSETS",
+    "DATA_NAMES",
+    "derive_seed",
+    "nearest",
+    "flatten",
+    "differences",
+    "shapes_result",
+]

@@ -1,0 +1,143 @@
+"""What is trained on what: data, model and subsets."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from raysubset.config.trees import need
+
+DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+
+# (width, depth) where the user names none. The CNN's keep Q of four quarter subsets of digits above one (Q = 2.2).
+_MODEL_SIZES = {"cnn": (8, 2), "mlp": (64, 1), "cifar_resnet": (16, 20)}
+
+NUM_SUBSETS = 4  # that share the training set, where neither number nor size is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    name: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10 or cifar100; the path or URI of Parquet/Arrow files or of a folder with
+    one folder of images per class; or package.module:function returning Arrow tables or (images, labels)."""
+    root: str = "~/.cache/raysubset/data"
+    """Where torchvision's files of a named set lie, or are downloaded to."""
+    download: bool = False
+    """Fetch a named set that is missing under root. Needs a network."""
+    image_size: int | None = None
+    """Side in pixels that every image is resized (shorter side) and centre-cropped to. Needed where shapes differ."""
+    image_column: str = "image"
+    """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape."""
+    label_column: str = "label"
+    """The Parquet/Arrow column with the integer labels, 0 to num_classes - 1."""
+    validation_fraction: float = 0.1
+    """Share of the training split held out for every choice; stratified. Ignored where the set has its own split."""
+    test_fraction: float = 0.2
+    """Share carved off for testing where the set has no test split."""
+    split_seed: int = 0
+    """Seed of the carving: apart from `seed`, so that runs of several seeds are measured on the same examples."""
+    streamed: bool = False
+    """For a training split larger than memory, in Parquet that every node sees: only labels are held; a subset's images
+    are read by row group, full-set stages stream them. Validation and test splits are still held in memory."""
+    augmentation: Literal["auto", "none", "crop_flip"] = "auto"
+    """Random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR only."""
+
+    def __post_init__(self) -> None:
+        need(bool(self.name), "data.name is empty")
+        for name in ("validation_fraction", "test_fraction"):
+            value = getattr(self, name)
+            need(0 < value < 1, f"data.{name} = {value} must lie between 0 and 1")
+        need(self.image_size is None or self.image_size > 0, f"data.image_size = {self.image_size} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "cnn"
+    """cnn, lenet5, mlp, cifar_resnet, any classification network of torchvision, or package.module:function called
+    with (num_classes, (C, H, W)) and returning an nn.Module that maps float [N, C, H, W] to [N, num_classes]."""
+    width: int | None = None
+    """Channels of the first block (cnn: 8, cifar_resnet: 16) or units of a hidden layer (mlp: 64)."""
+    depth: int | None = None
+    """Convolution blocks (cnn: 2), hidden layers (mlp: 1), or layers, 6n + 2 (cifar_resnet: 20)."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """Normalisation inside cnn and cifar_resnet."""
+
+    def __post_init__(self) -> None:
+        need(bool(self.name), "model.name is empty")
+        sizes = _MODEL_SIZES.get(self.name)
+        for name in ("width", "depth"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"model.{name} = {value} must be at least 1")
+            need(value is None or sizes is not None, f"model.{name} does not apply to {self.name}: leave it out")
+        own = self.name in ("cnn", "cifar_resnet")
+        need(self.norm == "batch" or own, f"model.norm does not apply to {self.name}: leave it out")
+        if self.name == "cifar_resnet":
+            depth = self.size()[1]
+            need(
+                depth >= 8 and depth % 6 == 2, f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, …)"
+            )
+
+    def size(self) -> tuple[int, int]:
+        """(width, depth) with the architecture's defaults filled in."""
+        width, depth = _MODEL_SIZES[self.name]
+        return self.width or width, self.depth or depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetsConfig:
+    num: int | None = None
+    """Number of disjoint subsets. At most two of num, size and fraction; by default 4 that share the training set."""
+    size: int | None = None
+    """Examples per subset. Q = size * num_classes / num_parameters should exceed 1."""
+    fraction: float | None = None
+    """Size of a subset as a share of the training set."""
+    scheme: Literal["stratified", "iid", "dirichlet", "column", "function"] = "stratified"
+    """How examples are dealt: every class alike, at random, with label skew, by a column's values, by a function."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet label skew: the smaller, the fewer classes a subset sees."""
+    column: str | None = None
+    """For the column scheme: the column of the training table whose values name the subsets."""
+    function: str | None = None
+    """For the function scheme: package.module:function(labels, num, seed) -> subset id of each example, -1 for none."""
+    start: Literal["shared", "independent"] = "shared"
+    """Weights the actors start from: all the same, or each its own. Means are only good after a shared start."""
+    shares: str = "equal"
+    """Sizes against one another, so that nodes of unequal speed finish together: equal; measured (each kind of node is
+    timed once, and recorded); or speeds per accelerator type, as "A100=3.5,T4=1"."""
+    per_actor: int = 1
+    """Subsets that one actor minimizes on at once, with stacked weights: for networks too small to fill a GPU. Taken
+    where a trial on the first actor's device shows it to be faster, which is recorded."""
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
+        need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
+        need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")
+        need(self.num is None or self.num >= 1, f"subsets.num = {self.num} must be at least 1")
+        need(self.size is None or self.size >= 1, f"subsets.size = {self.size} must be at least 1")
+        need(self.fraction is None or 0 < self.fraction <= 1, f"subsets.fraction = {self.fraction} must be in (0, 1]")
+        need(self.alpha > 0, f"subsets.alpha = {self.alpha} must be positive")
+        for scheme in ("column", "function"):
+            chosen, value = self.scheme == scheme, getattr(self, scheme)
+            need(chosen == (value is not None), f"subsets.scheme={scheme} and subsets.{scheme} go together")
+        need(self.scheme != "column" or self.num is None, "subsets.num follows from the column's values: leave it out")
+        need(self.per_actor >= 1, f"subsets.per_actor = {self.per_actor} must be at least 1")
+        need(
+            self.shares == "equal" or self.scheme in ("stratified", "iid"),
+            f"subsets.shares={self.shares} sets sizes, which subsets.scheme={self.scheme} does too: "
+            "use stratified or iid",
+        )
+        self.speeds()
+
+    def speeds(self) -> dict[str, float] | None:
+        """Speed by accelerator type, where shares gives them."""
+        if self.shares in ("equal", "measured"):
+            return None
+        speeds: dict[str, float] = {}
+        for part in self.shares.split(","):
+            name, _, value = part.partition("=")
+            try:
+                speeds[name.strip()] = float(value)
+            except ValueError:
+                speeds[name.strip()] = 0.0
+        good = all(name and 0 < value < math.inf for name, value in speeds.items())
+        need(good, f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")
+        return speeds

@@ -1,0 +1,239 @@
+"""How a loss is minimized: the recipe, and the sister methods that vary it."""
+
+import math
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from raysubset.config.trees import need
+
+TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
+
+TRAINING_STAGES = typing.get_args(TrainingStage)
+
+WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton")  # optimizers whose every step uses all examples
+
+_DECAYS = {"pswm": 0.9, "ema": 0.999}
+
+_LEARNING_RATES = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3, "lbfgs": 1.0, "cg": 1.0, "gauss_newton": 1.0}
+
+
+def _check_stages(stages: str, name: str) -> None:
+    unknown = set(_stages(stages)) - set(TRAINING_STAGES)
+    need(not unknown, f"{name}.stages = {stages!r} should be all, or some of {', '.join(TRAINING_STAGES)}, by commas")
+
+
+def _stages(stages: str) -> tuple[str, ...]:
+    return TRAINING_STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolationConfig:
+    """Extrap-SGD (arXiv:2006.05720), from its abstract: the gradient is taken at extrapolated weights, for a step with
+    heavy-ball momentum."""
+
+    kind: Literal["none", "past_local", "past_global", "isotropic", "filter_scaled"] = "none"
+    """Along this worker's last gradient, the last gradient of all workers, random directions, or such directions scaled
+    to the norm of each filter."""
+    rate: float = 0.5
+    """Extrapolation rate as a share of the learning rate, in [0, 1]; our choice. Of noise it is the standard deviation,
+    of filter_scaled the length, with each filter's own for unit."""
+    accelerated: bool = False
+    """Extrapolate along the momentum as well."""
+    stages: str = "all"
+    """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
+
+    def __post_init__(self) -> None:
+        need(0 <= self.rate <= 1, f"minimize.extrapolation.rate = {self.rate} must be in [0, 1]")
+        _check_stages(self.stages, "minimize.extrapolation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingConfig:
+    """Averages of weights along the way: periodic sampling (arXiv:1905.05774), EMA, SWA (arXiv:1803.05407)."""
+
+    kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
+    """Mean of an epoch's samples, of the last num_samples, or their moving mean; EMA of each step; mean of epochs."""
+    period: float = 0.1
+    """Epochs between two samples of pswa, pwalks and pswm; our choice."""
+    num_samples: int = 10
+    """Samples that pwalks averages, across epochs; as many copies of the weights are held."""
+    decay: float | None = None
+    """Of the moving mean. Defaults: pswm 0.9 by sample, ema 0.999 by step (for runs of thousands of steps)."""
+    swa_start: float = 0.75
+    """Share of the epochs after which swa begins to average."""
+    feedback: Literal["auto", "restart", "evaluate"] = "auto"
+    """restart: go on from the average at each epoch's end (pswa, pwalks, pswm); evaluate: only the result is it."""
+    stages: str = "all"
+    """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
+
+    def __post_init__(self) -> None:
+        need(self.period > 0, f"minimize.averaging.period = {self.period} must be positive")
+        need(self.num_samples >= 1, f"minimize.averaging.num_samples = {self.num_samples} must be at least 1")
+        need(self.decay is None or 0 <= self.decay < 1, f"minimize.averaging.decay = {self.decay} must be in [0, 1)")
+        need(0 <= self.swa_start < 1, f"minimize.averaging.swa_start = {self.swa_start} must be in [0, 1)")
+        need(
+            not (self.kind in ("ema", "swa") and self.feedback == "restart"),
+            f"minimize.averaging.kind={self.kind} averages beside the run and never restarts it: leave feedback out",
+        )
+        _check_stages(self.stages, "minimize.averaging")
+
+    def restarts(self) -> bool:
+        """Whether the run goes on from the average at each epoch's end."""
+        return self.feedback == "restart" or (self.feedback == "auto" and self.kind in ("pswa", "pwalks", "pswm"))
+
+    def decay_or_default(self) -> float:
+        """The decay with the kind's default filled in."""
+        return self.decay if self.decay is not None else _DECAYS.get(self.kind, 0.0)
+
+    def num_epochs_averaged(self, epochs: float) -> int:
+        """Ends of epochs, the last part of one included, that swa takes of a run of so many."""
+        return sum(min(end, epochs) > self.swa_start * epochs for end in range(1, math.ceil(epochs) + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippingConfig:
+    """Weight Update Skipping (arXiv:2012.02792), from its abstract; the rule and its constants are our own."""
+
+    kind: Literal["none", "wus", "wus_lr"] = "none"
+    """While training accuracy hardly improves, only biases and normalisation parameters move; wus_lr also decays the
+    learning rate each time."""
+    window: float = 1.0
+    """Epochs over which the improvement is watched."""
+    threshold: float = 0.005
+    """Least rise of training accuracy in a window, in [0, 1], that keeps weights moving."""
+    epochs: float = 1.0
+    """Epochs that weights stay frozen."""
+    drop: float = 0.01
+    """Fall of training accuracy, in [0, 1], that ends a freeze early."""
+    decay: float = 0.5
+    """wus_lr: what the learning rate is multiplied by at each freeze."""
+    stages: str = "all"
+    """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
+
+    def __post_init__(self) -> None:
+        need(self.window > 0, f"minimize.skipping.window = {self.window} must be positive")
+        need(self.epochs > 0, f"minimize.skipping.epochs = {self.epochs} must be positive")
+        need(0 <= self.threshold < 1, f"minimize.skipping.threshold = {self.threshold} must be in [0, 1)")
+        need(0 < self.drop <= 1, f"minimize.skipping.drop = {self.drop} must be in (0, 1]")
+        need(0 < self.decay <= 1, f"minimize.skipping.decay = {self.decay} must be in (0, 1]")
+        _check_stages(self.stages, "minimize.skipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimizeConfig:
+    optimizer: Literal["sgd", "adam", "adamw", "lbfgs", "cg", "gauss_newton"] = "sgd"
+    """sgd has Nesterov momentum. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe line search) and gauss_newton
+    (conjugate gradients on damped Gauss-Newton products) use the whole subset for every step."""
+    learning_rate: float | None = None
+    """Peak learning rate. Defaults: sgd 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of what a line
+    search tries first (cg: of the very first), or the share of a full step."""
+    momentum: float = 0.9
+    """Nesterov momentum of sgd; heavy-ball momentum with extrapolation."""
+    weight_decay: float = 5e-4
+    """L2 penalty (sgd, adam), decoupled (adamw); whole-subset optimizers have none. Biases and normalisation parameters
+    are spared."""
+    batch_size: int = 64
+    """Examples per step over all workers. Whole-subset optimizers take this many times 16 per chunk."""
+    epochs: float = 8.0
+    """Epochs of the subset, per round; for whole-subset optimizers the budget in passes over the subset, a function
+    with its gradient being one, a Gauss-Newton product 4/3. Fractions stop within an epoch."""
+    epoch_fraction: float = 1.0
+    """Share of an epoch's batches that a turn takes, of examples drawn anew each time (RS2, arXiv:2305.18424). `epochs`
+    still counts steps as for whole epochs; what is done at epochs' ends is done at turns' ends."""
+    schedule: Literal["constant", "cosine", "one_cycle", "warmup_linear"] = "cosine"
+    """Learning rate over the stage (over all rounds): cosine to 0; one-cycle; warm-up, then linearly to 0."""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which one_cycle and warmup_linear rise."""
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    """squared_error is the mean over examples and outputs of (output - one-hot)²."""
+    label_smoothing: float = 0.0
+    """Of cross-entropy, in [0, 1)."""
+    tolerance: float | None = None
+    """Stop when an epoch (an iteration of cg or gauss_newton, ten of lbfgs) lowers the subset's own loss by less than
+    this share of it."""
+    gradient_tolerance: float | None = None
+    """Whole-subset optimizers: stop when the gradient's largest element is at most this."""
+    target_loss: float | None = None
+    """Stop when the subset's own mean loss over an epoch is at most this."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 is mixed precision; auto: on CUDA cards that have it, float32 elsewhere."""
+    channels_last: bool = True
+    """Memory layout of images and convolutions: 1.7 times as fast as the default layout on one CPU thread."""
+    compile: bool = False
+    """torch.compile the network: pays on GPUs and long runs; 0.6 times the speed on one CPU thread."""
+    extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    skipping: SkippingConfig = field(default_factory=SkippingConfig)
+
+    def __post_init__(self) -> None:
+        need(
+            self.epochs > 0 and math.isfinite(self.epochs),
+            f"epochs = {self.epochs:g}: there is nothing to minimize with; give more than 0",
+        )
+        need(self.batch_size >= 1, f"minimize.batch_size = {self.batch_size} must be at least 1")
+        need(
+            self.learning_rate is None or 0 < self.learning_rate < math.inf,
+            f"learning_rate = {self.learning_rate} must be positive",
+        )
+        need(0 <= self.momentum < 1, f"minimize.momentum = {self.momentum} must be in [0, 1)")
+        need(self.weight_decay >= 0, f"minimize.weight_decay = {self.weight_decay} must not be negative")
+        need(0 <= self.label_smoothing < 1, f"minimize.label_smoothing = {self.label_smoothing} must be in [0, 1)")
+        need(0 < self.warmup_fraction < 1, f"minimize.warmup_fraction = {self.warmup_fraction} must be in (0, 1)")
+        need(self.tolerance is None or self.tolerance > 0, f"minimize.tolerance = {self.tolerance} must be positive")
+        need(0 < self.epoch_fraction <= 1, f"minimize.epoch_fraction = {self.epoch_fraction} must be in (0, 1]")
+        whole = self.optimizer in WHOLE_SUBSET
+        need(
+            self.gradient_tolerance is None or (whole and self.gradient_tolerance > 0),
+            f"minimize.gradient_tolerance = {self.gradient_tolerance} must be positive, and is for "
+            f"{', '.join(WHOLE_SUBSET)}",
+        )
+        need(
+            not whole or self.epoch_fraction == 1,
+            f"minimize.optimizer={self.optimizer} uses all examples for every step: leave minimize.epoch_fraction at 1",
+        )
+        need(
+            self.optimizer != "gauss_newton" or self.peak_learning_rate() <= 1,
+            f"learning_rate = {self.learning_rate}: gauss_newton takes that share of its full step, at most 1",
+        )
+        need(
+            not whole or self.precision != "bfloat16",
+            f"{self.optimizer} needs more digits of the loss than bfloat16 has: set --minimize.precision=float32",
+        )
+        for name in ("extrapolation", "averaging", "skipping"):
+            kind = getattr(self, name).kind
+            need(
+                not whole or kind == "none",
+                f"minimize.{name}.kind={kind} varies the steps of sgd, adam and adamw; {self.optimizer} searches lines",
+            )
+        need(
+            self.extrapolation.kind == "none" or self.optimizer == "sgd",
+            f"minimize.extrapolation is defined for sgd's update, not for {self.optimizer}'s",
+        )
+        need(
+            self.momentum > 0 or not self.extrapolation.accelerated,
+            "minimize.extrapolation.accelerated looks ahead along the momentum: give minimize.momentum more than 0",
+        )
+        if (kind := self.averaging.kind) in ("pswa", "pwalks", "pswm"):
+            most = self.epoch_fraction / (2 if kind == "pswa" else 1)
+            need(
+                self.averaging.period <= most,
+                f"minimize.averaging.period = {self.averaging.period:g} epochs leaves {kind} "
+                f"{'fewer than two samples' if kind == 'pswa' else 'no sample'} to average at the end of some epochs: "
+                f"give at most {most:g}",
+            )
+        smooth_ok = self.loss == "cross_entropy" or not self.label_smoothing
+        need(smooth_ok, "minimize.label_smoothing belongs to cross_entropy: leave it at 0 with squared_error")
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate with the optimizer's default filled in."""
+        return self.learning_rate if self.learning_rate is not None else _LEARNING_RATES[self.optimizer]
+
+    def for_stage(self, stage: TrainingStage) -> "MinimizeConfig":
+        """The recipe without the variations that another stage is to have."""
+        changes = {
+            name: type(method)()
+            for name in ("extrapolation", "averaging", "skipping")
+            if stage not in _stages((method := getattr(self, name)).stages)
+        }
+        return replace(self, **changes)

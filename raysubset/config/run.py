@@ -1,0 +1,194 @@
+"""Config: the whole of a run."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
+from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
+from raysubset.config.places import ActorsConfig, ClusterConfig
+from raysubset.config.stages import (
+    AggregationConfig,
+    ConventionalConfig,
+    FineTuningConfig,
+    RoundsConfig,
+    TrunkConfig,
+)
+from raysubset.config.tracking import TrackingConfig
+from raysubset.config.trees import flatten, from_tree, nearest, need, shapes_result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str | None = None
+    """Name of the run: running again under it resumes. By default made of data, model and the config's digest."""
+    storage_path: str = "~/ray_results"
+    """Path or URI (pyarrow.fs: s3://…, gs://…) that holds the run directories; shared by all nodes of a cluster."""
+    seed: int = 0
+    """Of everything drawn at random but the splits."""
+    method: Literal["subset_pretraining", "conventional"] = "subset_pretraining"
+    """conventional: one plain run on the full set, of equal total cost, to compare with."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    subsets: SubsetsConfig = field(default_factory=SubsetsConfig)
+    minimize: MinimizeConfig = field(default_factory=MinimizeConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
+    conventional: ConventionalConfig = field(default_factory=ConventionalConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        bad = self.name is not None and (not self.name or "/" in self.name or self.name in (".", ".."))
+        need(not bad, f"name = {self.name!r} must be a plain folder name")
+        independent = self.subsets.start == "independent"
+        need(
+            not (independent and self.trunk.epochs),
+            "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0",
+        )
+        several = self.rounds.num > 1
+        need(
+            not (several and independent),
+            "rounds.num > 1 starts every round from the last mean: subsets.start must be shared",
+        )
+        refused = independent and self.aggregation.needs_shared_start() and not self.aggregation.allow_independent
+        need(
+            not refused,
+            f"aggregation.method={self.aggregation.method} averages minima that share no start, which gives a useless "
+            "mean: use subsets.start=shared, aggregation.method=aligned_soup or select_best, or "
+            "aggregation.allow_independent to do it all the same",
+        )
+        whole = self.minimize.optimizer in WHOLE_SUBSET
+        need(
+            not (several and whole and self.rounds.optimizer_state != "reset"),
+            f"rounds.num > 1 keeps optimizer states over changing subsets, which {self.minimize.optimizer}'s curvature "
+            "does not survive: set rounds.optimizer_state=reset, or use sgd, adam or adamw",
+        )
+        on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
+        need(
+            not (whole and self.data.streamed and on_full_set),
+            f"minimize.optimizer={self.minimize.optimizer} passes over all examples at every step, and data.streamed "
+            "holds none: use sgd, adam or adamw, or set trunk.epochs and fine_tuning.epochs to 0",
+        )
+        need(
+            self.rounds.num == 1 or self.minimize.tolerance is None,
+            "minimize.tolerance cuts a schedule that spans all rounds: use it with rounds.num=1",
+        )
+        cropped = self.data.augmentation == "crop_flip" or (
+            self.data.augmentation == "auto" and self.data.name in ("cifar10", "cifar100")
+        )
+        need(
+            not (whole and cropped),
+            f"minimize.optimizer={self.minimize.optimizer} needs a loss without noise: set --data.augmentation=none",
+        )
+        num = self.subsets.num
+        need(
+            num is None or self.actors.quorum is None or self.actors.quorum <= num,
+            f"actors.quorum = {self.actors.quorum} exceeds subsets.num = {num}",
+        )
+
+        self._check_variations()
+
+    def _check_variations(self) -> None:
+        """Refuse techniques that would do nothing, or what is not meant, in a stage."""
+        stages: list[tuple[TrainingStage, float | None]] = [("conventional", self.conventional.epochs)]
+        if self.method == "subset_pretraining":
+            stages = [
+                ("trunk", self.trunk.epochs),
+                ("subsets", self.minimize.epochs),
+                ("fine_tuning", self.fine_tuning.epochs),
+            ]
+        for stage, epochs in stages:
+            averaging = self.minimize.for_stage(stage).averaging
+            num = averaging.num_epochs_averaged(epochs) if epochs and averaging.kind == "swa" else None
+            need(
+                num is None or num > 1,
+                f"minimize.averaging.kind=swa would average {num} epoch(s) in the stage {stage}, of {epochs or 0:g} "
+                "epochs: name other stages in minimize.averaging.stages, or lower minimize.averaging.swa_start",
+            )
+        averaging, tuning = self.minimize.for_stage("fine_tuning").averaging, self.fine_tuning
+        need(
+            tuning.keep == "last" or not tuning.epochs or averaging.kind == "none" or averaging.restarts(),
+            f"fine_tuning.keep=best chooses among epochs, minimize.averaging.kind={averaging.kind} averages over them: "
+            "set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages",
+        )
+        need(
+            not tuning.distillation or self.method == "subset_pretraining",
+            f"fine_tuning.distillation = {tuning.distillation:g} learns from the minima of subsets, which "
+            "method=conventional does not have: set it to 0",
+        )
+        need(
+            not (tuning.distillation and self.minimize.optimizer in WHOLE_SUBSET),
+            f"fine_tuning.distillation needs sgd, adam or adamw: {self.minimize.optimizer} minimizes the labels' loss",
+        )
+
+    def run_name(self) -> str:
+        """The run directory's name: `name`, or data, model and a digest of all that shapes the result."""
+        if self.name:
+            return self.name
+        shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
+        digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
+        data = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.data.name.rstrip("/").rsplit("/", 1)[-1])
+        model = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.model.name)
+        return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
+
+    def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
+        """The recipe of one stage: `minimize` with its own epochs (or those given), learning rate and schedule."""
+        base = self.minimize.for_stage(stage)
+        if stage == "trunk":
+            rate = self.trunk.learning_rate or base.learning_rate
+            changes: dict[str, Any] = {
+                "epochs": self.trunk.epochs,
+                "learning_rate": rate,
+                "schedule": self.trunk.schedule,
+            }
+        elif stage == "fine_tuning":
+            changes = {
+                "epochs": self.fine_tuning.epochs,
+                "learning_rate": self.fine_tuning.learning_rate or base.learning_rate,
+            }
+        elif stage == "subsets" and self.rounds.learning_rate_scale != 1:
+            changes = {"learning_rate": base.peak_learning_rate() * self.rounds.learning_rate_scale}
+        else:
+            changes = {}
+        if epochs is not None:
+            changes["epochs"] = epochs
+        if stage != "subsets":
+            changes |= {"tolerance": None, "target_loss": None}
+        return dataclasses.replace(base, **changes)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
+        """A copy with single fields set by dotted name.
+
+        Raises:
+            ValueError: for an unknown name (with the nearest known one) or a value that a check refuses.
+        """
+        tree = self.to_dict()
+        for key, value in overrides.items():
+            known = flatten(tree)
+            need(key in known, f"there is no config field {key}{nearest(key, known)}")
+            node = tree
+            *parents, leaf = key.split(".")
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return Config.from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Config":
+        """The inverse of to_dict(); fields left out keep their defaults.
+
+        Raises:
+            ValueError: for unknown fields or values of the wrong type.
+        """
+        return from_tree(cls, tree, "")

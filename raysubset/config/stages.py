@@ -1,0 +1,178 @@
+"""The stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raysubset.config.trees import need
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrunkConfig:
+    epochs: float = 1.0
+    """Epochs on the full set before the subsets, for a trained common start; 0: none (the paper's form)."""
+    learning_rate: float | None = None
+    """Peak learning rate of the trunk; by default that of minimize."""
+    schedule: Literal["constant", "cosine", "one_cycle", "warmup_linear"] = "constant"
+    """The trunk's own schedule: it ends where the subsets go on, so its learning rate need not fall."""
+    num_workers: int = 1
+    """1: one actor; from 2 up: a Ray Train job."""
+
+    def __post_init__(self) -> None:
+        need(self.epochs >= 0, f"trunk.epochs = {self.epochs} must not be negative")
+        need(self.num_workers >= 1, f"trunk.num_workers = {self.num_workers} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig:
+    num: int = 1
+    """Rounds of subset minima and aggregation; from 2 up the subsets are redrawn each round (local SGD)."""
+    optimizer_state: Literal["keep", "reset", "average"] = "keep"
+    """What members begin a later round with: their own momenta, none, or the mean of all members'."""
+    learning_rate_scale: float = 1.0
+    """Times minimize.learning_rate, for the members alone: far from convergence a mean gains by longer steps."""
+    outer_learning_rate: float = 1.0
+    """Of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 alone is the mean."""
+    outer_momentum: float = 0.0
+    """Momentum of the outer step over the rounds."""
+
+    def __post_init__(self) -> None:
+        need(self.num >= 1, f"rounds.num = {self.num} must be at least 1")
+        need(self.learning_rate_scale > 0, f"rounds.learning_rate_scale = {self.learning_rate_scale} must be positive")
+        need(self.outer_learning_rate > 0, f"rounds.outer_learning_rate = {self.outer_learning_rate} must be positive")
+        need(0 <= self.outer_momentum < 1, f"rounds.outer_momentum = {self.outer_momentum} must be in [0, 1)")
+
+    def has_outer_step(self) -> bool:
+        return (self.outer_learning_rate, self.outer_momentum) != (1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    method: Literal[
+        "uniform_soup",
+        "weighted_soup",
+        "greedy_soup",
+        "select_best",
+        "fisher",
+        "regmean",
+        "ties",
+        "dare",
+        "savgm",
+        "aligned_soup",
+        "auto",
+    ] = "uniform_soup"
+    """What becomes of the minima: their mean, a weighted mean, a mean of those that help, the best one; means weighted
+    by curvature (fisher, regmean); of task vectors (ties, dare); without the subset bias (savgm); after permuting
+    units (aligned_soup, the one for independent starts); or whichever of these validates best (auto)."""
+    weight_by: Literal["examples", "validation_loss"] = "examples"
+    """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss."""
+    allow_independent: bool = False
+    """Average minima that share no start all the same; the result is labelled."""
+    statistics_examples: int | None = 2048
+    """Examples of its subset on which an actor takes what fisher and regmean need; null: all of them."""
+    fisher_labels: Literal["model", "true"] = "model"
+    """Labels of the Fisher's gradients under cross-entropy: expected under the model, or the true ones (empirical
+    Fisher). Under squared error it is the loss's own curvature."""
+    regmean_factor: float = 0.9
+    """What regmean multiplies the off-diagonals of its Gram matrices by, in [0, 1]."""
+    ties_density: float = 0.2
+    """Share of each task vector's elements, the largest, that ties keeps, in (0, 1]."""
+    dare_drop: float = 0.5
+    """Share of each task vector's elements that dare drops at random, in [0, 1)."""
+    task_scale: float = 1.0
+    """λ: what ties and dare multiply the merged task vector by; positive."""
+    savgm_fraction: float = 0.25
+    """r: share of each subset that savgm minimizes on once more, to estimate the bias, in (0, 1)."""
+    matching: Literal["weights", "activations"] = "weights"
+    """How aligned_soup finds which units of two minima correspond; weights did at least as well on MNIST (n = 2)."""
+    repair: bool = True
+    """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
+    num_gpus: float | None = None
+    """GPUs of the task that scores candidates; 0: the driver scores them. By default as actors.num_gpus (recorded)."""
+
+    def __post_init__(self) -> None:
+        need(
+            self.num_gpus is None or self.num_gpus >= 0, f"aggregation.num_gpus = {self.num_gpus} must not be negative"
+        )
+        need(
+            self.statistics_examples is None or self.statistics_examples >= 1,
+            f"aggregation.statistics_examples = {self.statistics_examples} must be at least 1",
+        )
+        need(0 <= self.regmean_factor <= 1, f"aggregation.regmean_factor = {self.regmean_factor} must be in [0, 1]")
+        need(0 < self.ties_density <= 1, f"aggregation.ties_density = {self.ties_density} must be in (0, 1]")
+        need(0 <= self.dare_drop < 1, f"aggregation.dare_drop = {self.dare_drop} must be in [0, 1)")
+        need(self.task_scale > 0, f"aggregation.task_scale = {self.task_scale} must be positive")
+        need(0 < self.savgm_fraction < 1, f"aggregation.savgm_fraction = {self.savgm_fraction} must be in (0, 1)")
+
+    def statistics(self, *, shared_start: bool) -> tuple[str, ...]:
+        """Kinds of statistics that actors leave beside a minimum for it; auto looks at none that cost a second run."""
+        match self.method:
+            case "fisher":
+                return ("fisher",)
+            case "regmean":
+                return ("gram",)
+            case "auto" if shared_start:
+                return ("fisher", "gram")
+        return ()
+
+    def needs_shared_start(self) -> bool:
+        return self.method not in ("select_best", "aligned_soup", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningConfig:
+    epochs: float = 2.0
+    """Epochs on the full set by Ray Train; 0: the aggregate is the model."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default that of minimize."""
+    start: Literal["warm", "shrink_perturb", "reinit"] = "warm"
+    """From the aggregate; from shrink * aggregate + perturb * fresh weights (arXiv:1910.08475); from fresh weights."""
+    shrink: float = 0.4
+    """λ of shrink_perturb, in [0, 1]."""
+    perturb: float = 0.1
+    """γ of shrink_perturb, in [0, 1]."""
+    num_workers: int | None = None
+    """Ray Train workers; by default as many as the cluster can hold or start, at most one a subset (recorded)."""
+    min_workers: int | None = None
+    """Makes the job elastic: go on with as few as this when workers are lost, grow back to num_workers."""
+    keep: Literal["best", "last"] = "last"
+    """Which epoch's weights are the result: the least validation loss, or the end of the schedule."""
+    distillation: float = 0.0
+    """Share of the loss, in [0, 1], that is the distance from the ensemble of the last round's minima."""
+    temperature: float = 2.0
+    """Of the ensemble's soft targets under cross-entropy."""
+    sync_batch_norm: bool = False
+    """Batch-norm statistics over all workers' parts of a batch (CUDA only)."""
+
+    def __post_init__(self) -> None:
+        need(self.epochs >= 0, f"fine_tuning.epochs = {self.epochs} must not be negative")
+        need(0 <= self.distillation <= 1, f"fine_tuning.distillation = {self.distillation} must be in [0, 1]")
+        need(self.temperature > 0, f"fine_tuning.temperature = {self.temperature} must be positive")
+        need(
+            not (self.distillation and not self.epochs),
+            "fine_tuning.distillation needs fine-tuning: give fine_tuning.epochs more than 0",
+        )
+        for name in ("shrink", "perturb"):
+            need(0 <= getattr(self, name) <= 1, f"fine_tuning.{name} = {getattr(self, name)} must be in [0, 1]")
+        need(
+            self.num_workers is None or self.num_workers >= 1,
+            f"fine_tuning.num_workers = {self.num_workers} must be at least 1",
+        )
+        if self.min_workers is not None:
+            most = self.num_workers
+            need(
+                most is not None and 1 <= self.min_workers <= most,
+                f"fine_tuning.min_workers = {self.min_workers} must be between 1 and fine_tuning.num_workers = {most}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConventionalConfig:
+    epochs: float | None = None
+    """Epochs of `--method conventional`; by default of the same total cost as the config's subset pretraining,
+    evaluation counted in both."""
+    num_workers: int = 1
+    """1: one actor; from 2 up: a Ray Train job."""
+
+    def __post_init__(self) -> None:
+        need(self.epochs is None or self.epochs > 0, f"conventional.epochs = {self.epochs} must be positive")
+        need(self.num_workers >= 1, f"conventional.num_workers = {self.num_workers} must be at least 1")

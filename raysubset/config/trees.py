@@ -1,0 +1,85 @@
+"""Records to plain trees and back, with mistakes told in the user's words."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean mnist?' where a known word is near, else ''."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+T = TypeVar("T")
+
+
+def from_tree(cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
+    need(isinstance(tree, Mapping), f"{prefix or 'config'} should be an object, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        need(key in hints, f"there is no config field {prefix}{key}{nearest(key, hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = from_tree(typing.cast(type, hint), value, f"{prefix}{key}.")
+        else:
+            values[key] = _checked(hint, value, prefix + key)
+    return cls(**values)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    """The value, an int widened where a float is due; refused where its type or its word is not the field's."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+    words = [str(word) for option in options for word in typing.get_args(option)]
+    if words:
+        raise ValueError(f"{name} = {value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
+    raise ValueError(f"{name} = {value!r} should be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values, of to_dict()'s nested dicts."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def shapes_result(key: str) -> bool:
+    """Whether a dotted field may change a number of the result; the others may differ when a run resumes."""
+    free = (
+        "name",
+        "storage_path",
+        "cluster.",
+        "tracking.",
+        "actors.max_num",
+        "actors.max_attempts",
+        "actors.checkpoint_",
+        "data.root",
+        "data.download",
+    )
+    return not key.startswith(free)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every field that shapes the result and differs."""
+    a, b = flatten(old), flatten(new)
+    for key in sorted(a.keys() | b.keys()):
+        if shapes_result(key) and a.get(key) != b.get(key):
+            yield key, a.get(key), b.get(key)

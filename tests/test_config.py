@@ -1,0 +1,338 @@
+"""Config: round trips, overrides, every relation, names that change exactly when the result may, stable seeds."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from raysubset.config import (
+    ActorsConfig,
+    AggregationConfig,
+    ClusterConfig,
+    Config,
+    ConventionalConfig,
+    DataConfig,
+    FineTuningConfig,
+    MinimizeConfig,
+    ModelConfig,
+    RoundsConfig,
+    SubsetsConfig,
+    TrackingConfig,
+    TrunkConfig,
+    derive_seed,
+    differences,
+    flatten,
+    nearest,
+    shapes_result,
+)
+
+FULL = Config(
+    name="mine",
+    seed=7,
+    data=DataConfig(name="mnist", image_size=32),
+    model=ModelConfig(name="cnn", width=16, norm="group"),
+    subsets=SubsetsConfig(num=3, size=100, scheme="dirichlet", alpha=0.1),
+    minimize=MinimizeConfig(optimizer="adamw", learning_rate=1e-3, target_loss=0.1),
+    fine_tuning=FineTuningConfig(num_workers=4, min_workers=2),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), FULL])
+def test_a_config_survives_json(config):
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_fields_left_out_keep_their_defaults():
+    assert Config.from_dict({"data": {"name": "mnist"}}) == Config(data=DataConfig(name="mnist"))
+
+
+def test_overrides_set_single_fields_by_dotted_name():
+    changed = Config(seed=3).with_overrides({"data.name": "mnist", "subsets.size": 5000, "minimize.epochs": 2})
+    assert changed == Config(
+        seed=3, data=DataConfig(name="mnist"), subsets=SubsetsConfig(size=5000), minimize=MinimizeConfig(epochs=2.0)
+    )
+    assert type(changed.minimize.epochs) is float
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "minimize.lerning_rate",
+            0.1,
+            "there is no config field minimize.lerning_rate; did you mean minimize.learning",
+        ),
+        ("zzz", 1, "there is no config field zzz$"),
+        ("data", {}, "there is no config field data"),
+        (
+            "minimize.optimizer",
+            "adamm",
+            "'adamm' is not one of sgd, adam, adamw, lbfgs, cg, gauss_newton; did you mean adam",
+        ),
+        ("minimize.epochs", "8", "minimize.epochs = '8' should be float"),
+        ("minimize.batch_size", 1.5, "minimize.batch_size = 1.5 should be int"),
+        ("minimize.batch_size", True, "minimize.batch_size = True should be int"),
+        ("minimize.epochs", True, "minimize.epochs = True should be float"),
+        ("subsets.num", "4", "subsets.num = '4' should be int or NoneType"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_refused_with_the_nearest_word(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        Config().with_overrides({key: value})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sed": 1}, "there is no config field sed; did you mean seed"),
+        ({"data": {"nam": "x"}}, "there is no config field data.nam; did you mean name"),
+        ({"data": 3}, "data. should be an object, not 3"),
+    ],
+)
+def test_a_tree_that_makes_no_sense_is_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(tree)
+
+
+def test_nearest_is_silent_where_nothing_is_near():
+    assert nearest("mnits", ["mnist", "cifar10"]) == "; did you mean mnist?"
+    assert nearest("qqq", ["mnist", "cifar10"]) == ""
+
+
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (DataConfig, {"name": ""}, "data.name is empty"),
+    (DataConfig, {"validation_fraction": 0.0}, "must lie between 0 and 1"),
+    (DataConfig, {"test_fraction": 1.0}, "must lie between 0 and 1"),
+    (DataConfig, {"image_size": 0}, "data.image_size = 0"),
+    (ModelConfig, {"name": ""}, "model.name is empty"),
+    (ModelConfig, {"width": 0}, "model.width = 0"),
+    (ModelConfig, {"depth": -1}, "model.depth = -1"),
+    (ModelConfig, {"name": "resnet18", "width": 8}, "model.width does not apply to resnet18"),
+    (ModelConfig, {"name": "lenet5", "depth": 8}, "model.depth does not apply to lenet5"),
+    (ModelConfig, {"name": "mlp", "norm": "none"}, "model.norm does not apply to mlp"),
+    (ModelConfig, {"name": "cifar_resnet", "depth": 18}, r"depth = 18: a CIFAR ResNet has 6n \+ 2"),
+    (ModelConfig, {"name": "cifar_resnet", "depth": 2}, "depth = 2"),
+    (SubsetsConfig, {"num": 2, "size": 3, "fraction": 0.5}, "at most two"),
+    (SubsetsConfig, {"size": 3, "fraction": 0.5}, "say the same"),
+    (SubsetsConfig, {"num": 0}, "subsets.num = 0"),
+    (SubsetsConfig, {"size": 0}, "subsets.size = 0"),
+    (SubsetsConfig, {"fraction": 1.5}, "subsets.fraction = 1.5"),
+    (SubsetsConfig, {"alpha": 0.0}, "subsets.alpha = 0.0"),
+    (SubsetsConfig, {"scheme": "column"}, "subsets.scheme=column and subsets.column go together"),
+    (SubsetsConfig, {"column": "site"}, "subsets.scheme=column and subsets.column go together"),
+    (SubsetsConfig, {"scheme": "function"}, "subsets.scheme=function and subsets.function go together"),
+    (SubsetsConfig, {"scheme": "column", "column": "site", "num": 2}, "follows from the column's values"),
+    (MinimizeConfig, {"epochs": 0.0}, "epochs = 0: there is nothing to minimize with"),
+    (MinimizeConfig, {"epochs": float("inf")}, "epochs = inf"),
+    (MinimizeConfig, {"batch_size": 0}, "minimize.batch_size = 0"),
+    (MinimizeConfig, {"learning_rate": 0.0}, "learning_rate = 0.0"),
+    (MinimizeConfig, {"learning_rate": float("nan")}, "learning_rate = nan"),
+    (MinimizeConfig, {"momentum": 1.0}, "minimize.momentum = 1.0"),
+    (MinimizeConfig, {"weight_decay": -1.0}, "minimize.weight_decay = -1.0"),
+    (MinimizeConfig, {"label_smoothing": 1.0}, "minimize.label_smoothing = 1.0"),
+    (MinimizeConfig, {"warmup_fraction": 1.0}, "minimize.warmup_fraction = 1.0"),
+    (MinimizeConfig, {"tolerance": 0.0}, "minimize.tolerance = 0.0"),
+    (
+        MinimizeConfig,
+        {"optimizer": "gauss_newton", "learning_rate": 2.0},
+        "takes that share of its full step, at most 1",
+    ),
+    (MinimizeConfig, {"optimizer": "cg", "precision": "bfloat16"}, "cg needs more digits .*minimize.precision=float32"),
+    (MinimizeConfig, {"loss": "squared_error", "label_smoothing": 0.1}, "label_smoothing belongs to cross_entropy"),
+    (TrunkConfig, {"epochs": -1.0}, "trunk.epochs = -1.0"),
+    (TrunkConfig, {"num_workers": 0}, "trunk.num_workers = 0"),
+    (RoundsConfig, {"num": 0}, "rounds.num = 0"),
+    (RoundsConfig, {"outer_learning_rate": 0.0}, "rounds.outer_learning_rate = 0.0"),
+    (RoundsConfig, {"outer_momentum": 1.0}, "rounds.outer_momentum = 1.0"),
+    (AggregationConfig, {"num_gpus": -1.0}, "aggregation.num_gpus = -1.0"),
+    (FineTuningConfig, {"epochs": -1.0}, "fine_tuning.epochs = -1.0"),
+    (FineTuningConfig, {"shrink": 1.5}, "fine_tuning.shrink = 1.5"),
+    (FineTuningConfig, {"perturb": -0.5}, "fine_tuning.perturb = -0.5"),
+    (FineTuningConfig, {"num_workers": 0}, "fine_tuning.num_workers = 0"),
+    (FineTuningConfig, {"min_workers": 1}, "must be between 1 and fine_tuning.num_workers = None"),
+    (FineTuningConfig, {"min_workers": 3, "num_workers": 2}, "must be between 1 and fine_tuning.num_workers = 2"),
+    (ConventionalConfig, {"epochs": 0.0}, "conventional.epochs = 0.0"),
+    (ConventionalConfig, {"num_workers": 0}, "conventional.num_workers = 0"),
+    (ActorsConfig, {"num_cpus": 0}, "actors.num_cpus = 0"),
+    (ActorsConfig, {"num_gpus": 1.5}, "actors.num_gpus = 1.5"),
+    (ActorsConfig, {"max_num": 0}, "actors.max_num = 0"),
+    (ActorsConfig, {"quorum": 0}, "actors.quorum = 0"),
+    (ActorsConfig, {"max_attempts": 0}, "actors.max_attempts = 0"),
+    (ActorsConfig, {"checkpoint_s": 0.0}, "must be positive"),
+    (ActorsConfig, {"checkpoint_epochs": 0.0}, "must be positive"),
+    (ClusterConfig, {"address": "auto", "num_cpus": 2}, "leave them out with cluster.address"),
+    (ClusterConfig, {"num_cpus": 0}, "cluster.num_cpus = 0"),
+    (TrackingConfig, {"project": ""}, "tracking.project is empty"),
+    (TrackingConfig, {"uri": "http://host:5000"}, "set tracking.to=mlflow or both"),
+    (TrackingConfig, {"to": "mlflow", "uri": "https://me:secret@host/x"}, "^(?!.*secret).*MLFLOW_TRACKING_PASSWORD"),
+    (Config, {"name": ""}, "must be a plain folder name"),
+    (Config, {"name": "a/b"}, "must be a plain folder name"),
+    (Config, {"name": ".."}, "must be a plain folder name"),
+]
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_each_part_refuses_what_cannot_be(part, fields, message):
+    with pytest.raises(ValueError, match=message):
+        part(**fields)
+
+
+INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation.method": "select_best"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (INDEPENDENT | {"trunk.epochs": 1.0}, "a trunk contradict each other: set trunk.epochs to 0"),
+        (INDEPENDENT | {"rounds.num": 2}, "subsets.start must be shared"),
+        (INDEPENDENT | {"aggregation.method": "uniform_soup"}, "gives a useless mean: use subsets.start=shared"),
+        ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
+        ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
+        ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused_with_a_way_out(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        Config().with_overrides(overrides)
+
+
+def test_independent_starts_are_averaged_where_the_user_insists():
+    Config().with_overrides(INDEPENDENT)
+    Config().with_overrides(INDEPENDENT | {"aggregation.method": "greedy_soup", "aggregation.allow_independent": True})
+
+
+def test_seeds_are_hashes_of_their_path():
+    text = b'[3, "order", 0]'
+    assert derive_seed(3, "order", 0) == int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") // 2
+    paths = [(s, *p) for s in range(20) for p in [(), ("a",), ("b",), ("a", 0), ("a", 1), ("a", "0"), (0, "a")]]
+    seeds = {derive_seed(*path) for path in paths}
+    assert len(seeds) == len(paths)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeds_and_names_are_the_same_in_every_process():
+    code = "from raysubset.config import *; print(derive_seed(5, 'minimize', 2), Config(seed=5).run_name())"
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        told = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        assert told.split() == [str(derive_seed(5, "minimize", 2)), Config(seed=5).run_name()]
+
+
+FREE = {  # where a run is kept and how it is placed
+    "name",
+    "storage_path",
+    "data.root",
+    "data.download",
+    "actors.max_num",
+    "actors.max_attempts",
+    "actors.checkpoint_epochs",
+    "actors.checkpoint_s",
+    "cluster.address",
+    "cluster.num_cpus",
+    "cluster.num_gpus",
+    "cluster.wait_timeout_s",
+    "tracking.to",
+    "tracking.uri",
+    "tracking.project",
+    "tracking.group",
+}
+TOGETHER = {  # where one field cannot change alone
+    "subsets.scheme": {"subsets.scheme": "iid"},
+    "subsets.column": {"subsets.scheme": "column", "subsets.column": "site"},
+    "subsets.function": {"subsets.scheme": "function", "subsets.function": "m:f"},
+    "subsets.fraction": {"subsets.fraction": 0.5},
+    "subsets.start": INDEPENDENT,
+    "model.name": {"model.name": "mlp"},
+    "minimize.gradient_tolerance": {"minimize.optimizer": "cg", "minimize.gradient_tolerance": 1e-3},
+    "tracking.uri": {"tracking.to": "mlflow", "tracking.uri": "sqlite:///runs.db"},
+    "fine_tuning.min_workers": {"fine_tuning.num_workers": 2, "fine_tuning.min_workers": 1},
+}
+
+
+WORDS = (
+    "measured",
+    "average",
+    "true",
+    "activations",
+    "evaluate",
+    "pswa",
+    "isotropic",
+    "wus",
+    "conventional",
+    "group",
+    "adam",
+    "constant",
+    "cosine",
+    "squared_error",
+    "wandb",
+    "float32",
+    "select_best",
+)
+VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
+
+
+def other_values(key: str) -> dict[str, Any]:
+    """Overrides that change this field of the default config, and others only where they must."""
+    if key in TOGETHER:
+        return TOGETHER[key]
+    value = flatten(Config().to_dict())[key]
+    for candidate in VALUES:
+        if value is None or (type(candidate) is type(value) and candidate != value):
+            with contextlib.suppress(ValueError):
+                Config().with_overrides({key: candidate})
+                return {key: candidate}
+    raise AssertionError(f"no other value for {key}")
+
+
+@pytest.mark.parametrize("key", sorted(flatten(Config().to_dict())))
+def test_the_runs_name_changes_exactly_with_what_shapes_the_result(key):
+    changed = Config().with_overrides(other_values(key))
+    found = {name for name, _, _ in differences(Config().to_dict(), changed.to_dict())}
+    if key == "name":
+        assert changed.run_name() == changed.name
+    else:
+        assert (changed.run_name() != Config().run_name()) == (key not in FREE)
+    assert (key in found) == (key not in FREE)
+    assert shapes_result(key) == (key not in FREE)
+
+
+def test_a_runs_name_tells_data_model_and_method():
+    config = Config(data=DataConfig(name="s3://bucket/photos v2.parquet"), method="conventional")
+    name = config.run_name()
+    assert name.startswith("photos-v2.parquet-cnn-conventional-")
+    assert Config(name=name).name == name  # a plain folder name
+
+
+def test_differences_tell_old_and_new():
+    old, new = Config(), Config(seed=4, storage_path="/elsewhere").with_overrides({"minimize.epochs": 2.0})
+    assert list(differences(old.to_dict(), new.to_dict())) == [("minimize.epochs", 8.0, 2.0), ("seed", 0, 4)]
+    assert list(differences({"gone": 1}, {})) == [("gone", 1, None)]
+
+
+def test_stages_take_their_own_epochs_learning_rate_and_schedule():
+    config = Config(minimize=MinimizeConfig(learning_rate=0.3, target_loss=0.1)).with_overrides(
+        {"trunk.epochs": 2.0, "fine_tuning.epochs": 3.0, "fine_tuning.learning_rate": 0.02}
+    )
+    assert config.stage("subsets") == config.minimize
+    trunk, fine_tuning = config.stage("trunk"), config.stage("fine_tuning")
+    assert (trunk.epochs, trunk.learning_rate, trunk.schedule, trunk.target_loss) == (2.0, 0.3, "constant", None)
+    assert (fine_tuning.epochs, fine_tuning.learning_rate, fine_tuning.target_loss) == (3.0, 0.02, None)
+    assert config.stage("fine_tuning", epochs=0.5).epochs == config.stage("trunk", epochs=0.5).epochs == 0.5
+    assert config.stage("conventional", epochs=5.0) == dataclasses.replace(
+        config.minimize, epochs=5.0, target_loss=None
+    )
+
+
+def test_each_optimizer_and_model_has_defaults_of_its_own():
+    assert [MinimizeConfig(optimizer=name).peak_learning_rate() for name in ("sgd", "adam", "lbfgs")] == [0.1, 2e-3, 1]
+    assert MinimizeConfig(learning_rate=0.5).peak_learning_rate() == 0.5
+    assert ModelConfig(name="cifar_resnet").size() == (16, 20)
+    assert ModelConfig(name="cnn", width=32).size() == (32, 2)
