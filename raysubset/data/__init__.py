@@ -1,0 +1,33 @@
+"""The full set: read once from wherever it lies into Arrow tables, handed out as tensors on a device.
+
+full_set = load_full_set(config.data)
+examples = full_set.examples("train", subset.indices, device="cuda", augment=True)
+draws = examples.draw(seed=epoch)
+images, labels = examples.batch(indices, draws=draws)
+"""
+
+from raysubset.data.examples import Batches, Examples, crop_and_flip, even_sizes, joined
+from raysubset.data.full_set import FullSet
+from raysubset.data.images import decode_images
+from raysubset.data.loading import load_full_set
+from raysubset.data.split import Split, SplitName
+from raysubset.data.streamed import StreamedSplit
+from raysubset.data.streamed_examples import Reader, StreamedExamples, cut_ranges, read_here
+
+__all__ = [
+    "load_full_set",
+    "FullSet",
+    "Split",
+    "StreamedSplit",
+    "SplitName",
+    "Batches",
+    "Examples",
+    "StreamedExamples",
+    "Reader",
+    "read_here",
+    "cut_ranges",
+    "crop_and_flip",
+    "even_sizes",
+    "joined",
+    "decode_images",
+]

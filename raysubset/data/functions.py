@@ -1,0 +1,65 @@
+"""Data sets out of the user's own `package.module:function`."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.config import DataConfig, nearest
+from raysubset.data.images import as_images
+from raysubset.data.labels import as_labels
+from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import SplitName
+from raysubset.data.tables import from_table
+from raysubset.user_functions import load_function
+
+
+def read_function(config: DataConfig) -> Source:
+    """Call the function that data.name names, without arguments, and read what it returns.
+
+    That is an Arrow table, a pair (images, labels) of arrays, or a dict with "train" and perhaps "validation" and
+    "test" of either. What the function raises passes through.
+
+    Raises:
+        ValueError: for a name that does not lead to a function, or anything else returned.
+    """
+    returned = load_function("data.name", config.name)()
+    if not isinstance(returned, Mapping):
+        return {"train": _split(returned, config, config.name)}
+    known = get_args(SplitName)
+    for name in returned:
+        if name not in known:
+            raise ValueError(
+                f"{config.name} returned a split {name!r}, not one of {', '.join(known)}{nearest(str(name), known)}"
+            )
+    if "train" not in returned:
+        raise ValueError(f"{config.name} returned no train split, only {', '.join(returned)}")
+    return {name: _split(value, config, f"{config.name}'s {name} split") for name, value in returned.items()}
+
+
+def _split(value: Any, config: DataConfig, where: str) -> SourceSplit:
+    if isinstance(value, pa.Table):
+        return from_table(value, config, where)
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"{where} is a {type(value).__name__}: return an Arrow table or a pair (images, labels)")
+    pixels, numbers = (_array(part, where) for part in value)
+    images, notes = as_images(pixels, where, config.image_size)
+    if numbers.ndim != 1 or len(numbers) != len(images):
+        raise ValueError(
+            f"{where} has {len(images)} images but labels of shape {numbers.shape}: one an image is needed"
+        )
+    try:
+        found = pa.chunked_array([pa.array(numbers)])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
+        raise ValueError(f"labels of {where} must be integers or class names: {error}") from error
+    labels, class_names = as_labels(found, where)
+    return SourceSplit(images, labels, class_names, notes=notes)
+
+
+def _array(values: Any, where: str) -> np.ndarray:
+    """A numpy array of numpy arrays, tensors or lists, without copying where that can be."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # numpy's, for nested sequences of differing lengths
+        raise ValueError(f"{where} does not make one array, as where images differ in shape: {error}") from error

@@ -1,0 +1,187 @@
+"""One door to every data set: find its reader, number its classes, carve the splits it lacks, make the FullSet."""
+
+import dataclasses
+import logging
+import os
+import time
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.config import DATA_NAMES, DataConfig, derive_seed, nearest
+from raysubset.data.files import TABLE_SUFFIXES, not_streamed, read_path
+from raysubset.data.full_set import FullSet, channel_statistics, statistics_of_levels
+from raysubset.data.functions import read_function
+from raysubset.data.labels import number_classes
+from raysubset.data.named import read_named
+from raysubset.data.row_groups import RowGroups
+from raysubset.data.scanning import scan
+from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import Split, SplitName
+from raysubset.data.splitting import carve
+from raysubset.data.streamed import StreamedSplit
+
+# Where a shifted or mirrored image shows the same thing: not digits.
+_AUGMENTED_NAMES = ("cifar10", "cifar100")
+
+_logger = logging.getLogger(__name__)
+
+
+def load_full_set(config: DataConfig) -> FullSet:
+    """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `notes`.
+
+    Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
+
+    Raises:
+        ValueError: for whatever cannot be read or trained on, in one line with the way out.
+    """
+    start_s = time.perf_counter()
+    source = _read(config)
+    labels, class_names = number_classes(source)
+    rows, carving = _rows(source, labels, config)
+    scanned = None
+    if isinstance(groups := source["train"].images, RowGroups):
+        scanned = scan(groups, counted=rows["train"], kept={k: v for k, v in rows.items() if k not in source})
+        told = (*source["train"].notes, *scanned.notes)
+        source["train"] = dataclasses.replace(source["train"], images=scanned.groups, notes=told)
+    source = _of_one_shape(source)
+
+    def build(name: SplitName) -> Split:
+        origin: SplitName = name if name in source else "train"
+        kept = scanned.kept.get(name) if scanned else None
+        return _build(source[origin], labels[origin], rows[name], kept)
+
+    validation, test = build("validation"), build("test")
+    notes = [*(note for split in source.values() for note in split.notes), *carving]
+    if scanned is None:
+        train = build("train")
+        mean, std = channel_statistics(train.images)
+    else:
+        train = _build_streamed(source["train"], labels["train"], rows["train"])
+        mean, std = statistics_of_levels(_repeated(scanned.levels, train.image_shape[2], axis=0))
+        notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
+    auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
+    full_set = FullSet(
+        name=config.name,
+        train=train,
+        validation=validation,
+        test=test,
+        num_classes=len(class_names),
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        augmentation=auto if config.augmentation == "auto" else config.augmentation,
+        notes=tuple(notes),
+    )
+    sizes = " + ".join(str(len(rows[name])) for name in ("train", "validation", "test"))
+    _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
+    return full_set
+
+
+def _read(config: DataConfig) -> Source:
+    name = config.name
+    is_function = "://" not in name and "/" not in name and ":" in name
+    if config.streamed and (name in DATA_NAMES or is_function):
+        raise not_streamed(f"{name} is {'a function' if is_function else 'a named set'}")
+    if name in DATA_NAMES:
+        return read_named(config)
+    if is_function:
+        return read_function(config)
+    if "/" in name or name.lower().endswith(TABLE_SUFFIXES) or os.path.exists(os.path.expanduser(name)):
+        return read_path(config)
+    raise ValueError(
+        f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
+        f"{nearest(name, DATA_NAMES)}"
+    )
+
+
+def _rows(
+    source: Source, labels: dict[SplitName, np.ndarray], config: DataConfig
+) -> tuple[dict[SplitName, np.ndarray], list[str]]:
+    """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off."""
+    notes: list[str] = []
+    rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in labels.items()}
+    if "test" not in source:
+        rows["train"], rows["test"] = _carve("test", config.test_fraction, labels["train"], rows["train"], config)
+        num, share = len(rows["test"]), config.test_fraction
+        notes.append(f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing")
+    if "validation" not in source:
+        fraction = config.validation_fraction
+        rows["train"], rows["validation"] = _carve("validation", fraction, labels["train"], rows["train"], config)
+    else:
+        num = len(rows["validation"])
+        notes.append(f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply")
+    return rows, notes
+
+
+def _carve(
+    name: SplitName, fraction: float, labels: np.ndarray, rows: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that remain for training, and those carved off for another split."""
+    kept, carved = carve(labels[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
+    return rows[kept], rows[carved]
+
+
+def _of_one_shape(source: Source) -> Source:
+    """The source with grey splits repeated to three channels where another split has colours.
+
+    Raises:
+        ValueError: if the splits' images differ in height or width.
+    """
+    shapes = {name: split.images.shape[1:] for name, split in source.items()}
+    if len({shape[:2] for shape in shapes.values()}) > 1:
+        listed = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
+        raise ValueError(f"the splits' images differ in shape ({listed}): give --data.image-size to resize them")
+    channels = max(shape[2] for shape in shapes.values())
+    return {name: split if shapes[name][2] == channels else _coloured(name, split) for name, split in source.items()}
+
+
+def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
+    note = f"the {name} split is grey, others have colours: repeated to three channels"
+    if isinstance(images := split.images, RowGroups):
+        images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
+    else:
+        images = np.repeat(images, 3, axis=3)
+    return dataclasses.replace(split, images=images, notes=(*split.notes, note))
+
+
+def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
+    """The values of one channel for each of so many, unless there are as many already."""
+    return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
+
+
+def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.ndarray | None) -> Split:
+    """A split of some of the source's rows, in memory of its own unless it is all of them.
+
+    Args:
+        kept: the images of these rows, uint8 [n, H, W, 1 or C], where the source's are streamed.
+    """
+    if kept is not None:
+        images, labels = _repeated(kept, source.images.shape[3], axis=3), labels[rows]
+    else:
+        assert isinstance(source.images, np.ndarray)
+        is_whole = len(rows) == len(labels)
+        images = source.images if is_whole else source.images[rows]
+        labels = np.ascontiguousarray(labels) if is_whole else labels[rows]
+    return Split.from_arrays(images, labels, rows, _columns(source, rows))
+
+
+def _build_streamed(source: SourceSplit, labels: np.ndarray, rows: np.ndarray) -> StreamedSplit:
+    assert isinstance(source.images, RowGroups)
+    own = {"label": pa.array(labels[rows]), "row": pa.array(rows)}
+    return StreamedSplit(pa.table(own | _columns(source, rows)), source.images)
+
+
+def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
+    # take() copies: a slice's buffers would bring the whole column along when the table is pickled.
+    return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}
+
+
+def _streaming_note(train: StreamedSplit, num_held: int) -> str:
+    groups = train.groups
+    size = len(train) * train.num_bytes_per_example / 1e6
+    return (
+        f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
+        f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their labels and "
+        f"{num_held / 1e6:,.0f} MB of validation and test examples"
+    )

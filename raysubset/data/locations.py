@@ -1,0 +1,26 @@
+"""Paths and URIs as pyarrow's file systems see them."""
+
+import os
+
+import pyarrow as pa
+from pyarrow import fs
+
+
+def locate(name: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it.
+
+    Raises:
+        ValueError: for a URI that pyarrow cannot open.
+    """
+    if "://" not in name:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(name))
+    try:
+        system, path = fs.FileSystem.from_uri(name)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"data.name = {name} is no URI that pyarrow can open: {error}") from error
+    return system, path.rstrip("/")
+
+
+def one_line(error: Exception) -> str:
+    """What an error of pyarrow's says first."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,77 @@
+"""Data sets by name: scikit-learn's embedded digits and torchvision's readers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.config import DataConfig
+from raysubset.data.images import as_images
+from raysubset.data.sources import Source, SourceSplit
+
+
+def read_named(config: DataConfig) -> Source:
+    """Read one of config.DATA_NAMES.
+
+    Raises:
+        ValueError: if its files are missing, damaged, or cannot be downloaded.
+    """
+    if config.name == "digits":
+        return {"train": _digits(config)}
+    return {"train": _torchvision(config, train=True), "test": _torchvision(config, train=False)}
+
+
+def _digits(config: DataConfig) -> SourceSplit:
+    from sklearn.datasets import load_digits
+
+    loaded: Any = load_digits()
+    pixels = np.rint(loaded.images * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
+    images, _ = as_images(pixels, config.name, config.image_size)
+    return SourceSplit(images, pa.chunked_array([loaded.target.astype(np.int64)]))
+
+
+def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
+    from torchvision import datasets
+
+    kinds: dict[str, Callable[..., Any]] = {
+        "mnist": datasets.MNIST,
+        "fashion_mnist": datasets.FashionMNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }
+    kind: Any = kinds[config.name]
+    root = Path(config.root).expanduser()
+    missing = [path for path in _files(kind, root) if not path.exists()]
+    if missing and not config.download:
+        raise ValueError(
+            f"{config.name} is not under {root}: expected {', '.join(str(path.relative_to(root)) for path in missing)} "
+            "there: set --data.root to the folder that has them, or fetch them with --data.download"
+        )
+    try:
+        dataset = kind(root, train=train, download=bool(missing))
+    # URLError is an OSError; a truncated MNIST file is an AssertionError or a ValueError of torchvision's parser.
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if missing:
+            raise ValueError(
+                f"{config.name} could not be downloaded ({last}): put {', '.join(path.name for path in missing)} "
+                f"into {missing[0].parent} by hand"
+            ) from error
+        raise ValueError(
+            f"{config.name} under {root} is damaged ({last}): remove {_files(kind, root)[0].parent} "
+            "and fetch it again with --data.download"
+        ) from error
+    images, _ = as_images(np.asarray(dataset.data), config.name, config.image_size)
+    # MNIST's own names are "0 - zero" and so on; the figures say as much.
+    class_names = None if config.name == "mnist" else tuple(dataset.classes)
+    return SourceSplit(images, pa.chunked_array([np.asarray(dataset.targets, dtype=np.int64)]), class_names)
+
+
+def _files(kind: Any, root: Path) -> list[Path]:
+    """The files torchvision's reader opens."""
+    if hasattr(kind, "resources"):
+        return [root / kind.__name__ / "raw" / Path(name).stem for name, _ in kind.resources]
+    names = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+    return [root / kind.base_folder / name for name in names]

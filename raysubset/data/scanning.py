@@ -1,0 +1,104 @@
+"""One pass over images that are not held: their shape, their grey levels, and the few that are kept."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from raysubset.data.full_set import count_levels
+from raysubset.data.image_columns import images_of
+from raysubset.data.images import rounding_note
+from raysubset.data.row_groups import RowGroups
+from raysubset.data.split import SplitName
+
+_SLICE_ROWS = 1024  # decoded at a time
+
+# Of a row group decoded: whoever reads one example of it may hold all of it.
+LARGE_ROW_GROUP_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass found."""
+
+    groups: RowGroups  # with their image_shape
+    levels: np.ndarray  # int64 [C, 256], pixels of each grey level
+    kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
+    notes: tuple[str, ...]
+
+
+def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
+    """Decode every image once, a slice of a row group at a time, and hold on to the kept ones.
+
+    Args:
+        counted: rows whose grey levels are counted: the training split's.
+        kept: ascending rows of splits that are held in memory.
+
+    Raises:
+        ValueError: for what cannot be decoded, or images of differing height or width.
+    """
+    is_counted = np.zeros(groups.starts[-1], dtype=bool)
+    is_counted[counted] = True
+    levels: dict[int, np.ndarray] = {channels: np.zeros((channels, 256), dtype=np.int64) for channels in (1, 3)}
+    parts: defaultdict[SplitName, list[np.ndarray]] = defaultdict(list)
+    shape, has_colours, is_rounded = None, False, False
+    for first, images, notes in _slices(groups):
+        if shape is not None and images.shape[1:3] != shape:
+            sizes = " and ".join(f"{height}x{width}" for height, width in (shape, images.shape[1:3]))
+            raise ValueError(
+                f"images of {groups.where} differ in shape ({sizes}): give --data.image-size to resize them"
+            )
+        shape = images.shape[1:3]
+        channels = images.shape[3]
+        has_colours, is_rounded = has_colours or channels == 3, is_rounded or bool(notes)
+        levels[channels] += count_levels(images[is_counted[first : first + len(images)]])
+        for name, rows in kept.items():
+            low, high = np.searchsorted(rows, (first, first + len(images)))
+            parts[name].append(images[rows[low:high] - first])
+    assert shape is not None
+    image_shape = (*shape, 3 if has_colours else 1)
+    scanned = dataclasses.replace(groups, image_shape=image_shape)
+    rounding = (rounding_note(groups.where),) if is_rounded else ()
+    return Scan(
+        groups=scanned,
+        levels=levels[3] + np.repeat(levels[1], 3, axis=0) if has_colours else levels[1],
+        kept={name: _joined(parts[name], (len(rows), *image_shape)) for name, rows in kept.items()},
+        notes=(*rounding, *size_notes(scanned.num_bytes_of_largest(), groups.where)),
+    )
+
+
+def size_notes(num_bytes_of_largest: int, where: str) -> tuple[str, ...]:
+    """A warning of row groups too large to be read at a time."""
+    if num_bytes_of_largest <= LARGE_ROW_GROUP_BYTES:
+        return ()
+    size, limit = num_bytes_of_largest / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
+    return (
+        f"warning: a row group of {where} takes {size:.1f} GB decoded, and is held whole while it is read: write the "
+        f"files with fewer rows a group (row_group_size of pyarrow's write_table), {limit:.1f} GB at most",
+    )
+
+
+def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, tuple[str, ...]]]:
+    """(first row, uint8 [n, H, W, 1 or 3], notes) of all rows in order."""
+    filled = np.flatnonzero(np.diff(groups.starts))
+    for group, column in zip(filled, groups.columns(filled), strict=True):
+        path = groups.paths[groups.files[group]]
+        before = groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]]  # rows of earlier files
+        for start in range(0, len(column), _SLICE_ROWS):
+            first = int(groups.starts[group]) + start
+            where = f"those from row {first - before} on of {path}"
+            images, notes = images_of(column.slice(start, _SLICE_ROWS), groups.config, where)
+            yield first, images, notes
+
+
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """One array of the parts, grey ones repeated where it has colours; they are let go one by one."""
+    joined, filled = np.empty(shape, dtype=np.uint8), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[filled : filled + len(part)] = part
+        filled += len(part)
+    return joined

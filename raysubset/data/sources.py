@@ -1,0 +1,23 @@
+"""What every reader returns: a source's splits as it has them, before classes are numbered and splits carved."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.data.row_groups import RowGroups
+from raysubset.data.split import SplitName
+
+
+@dataclass(frozen=True)
+class SourceSplit:
+    """A split of the source: images decoded, or where they lie; labels as found."""
+
+    images: np.ndarray | RowGroups  # uint8 [N, H, W, C], contiguous; or of a streamed split
+    labels: pa.ChunkedArray  # [N], integers or class names, without nulls
+    class_names: tuple[str, ...] | None = None  # in the order of the labels, where the source gives them
+    columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
+    notes: tuple[str, ...] = ()  # what was decided for the user
+
+
+Source = dict[SplitName, SourceSplit]

@@ -1,0 +1,305 @@
+"""Networks by name: small ones whose Q can exceed one, torchvision's, and the user's own. No training, no files."""
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raysubset.config import ModelConfig, nearest
+from raysubset.user_functions import load_function
+
+_OWN = ("cnn", "lenet5", "mlp", "cifar_resnet")
+_SMALLEST_POOLED_SIDE = 4  # cnn: a map of 3×3 or less is averaged as it is
+_NUM_SIDES_TRIED = 512
+
+
+def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
+    """A freshly initialised network that maps float [N, C, H, W] to logits [N, num_classes].
+
+    The weights are drawn from torch's CPU generator under `seed` alone, so every node gets the same bits; the global
+    generators are left as they were. A user's "package.module:function" is called as function(num_classes,
+    image_shape) with image_shape = (C, H, W); its module may lie in the working directory.
+
+    Args:
+        config: architecture, size and normalisation.
+        num_classes: number of logits.
+        image_shape: (H, W, C) of one image.
+        seed: of the initial weights.
+
+    Returns:
+        A float32 module on the CPU in train mode. Its outputs have been checked on images of zeros.
+
+    Raises:
+        ValueError: for an unknown name, images that the network cannot take, or a user's function that is missing
+            or whose network gives anything but [N, num_classes].
+    """
+    height, width, channels = image_shape
+    shape = (channels, height, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
+        if config.name in _OWN:
+            model = _own_network(config, num_classes, shape)
+        elif ":" in config.name:
+            model = _users_network(config.name, num_classes, shape)
+        else:
+            return _torchvision_network(config.name, num_classes, shape).train()
+        model.to("cpu", torch.float32).eval()
+        _check_logits(config.name, model, num_classes, shape)
+    if not num_parameters(model):
+        raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
+    return model.train()
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable parameters: the P of the overdetermination ratio."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the network keeps running statistics that must be recomputed for averaged weights."""
+    return any(isinstance(getattr(module, "running_mean", None), Tensor) for module in model.modules())
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether modules of the network draw random numbers in train mode: dropout or stochastic depth with p > 0.
+
+    Dropout that a user's forward() calls as a function is not seen.
+    """
+    return any(_dropout_rate(module) > 0 for module in model.modules())
+
+
+def _dropout_rate(module: nn.Module) -> float:
+    named = isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
+    # Attention (torch's and Swin's) and recurrent layers hold their rate as a number of this name.
+    rate = module.p if named else getattr(module, "dropout", 0.0)
+    return rate if isinstance(rate, int | float) else 0.0
+
+
+def _own_network(config: ModelConfig, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    if config.name == "lenet5":
+        return _lenet5(num_classes, shape)
+    width, depth = config.size()
+    if config.name == "mlp":
+        return _mlp(num_classes, shape, width, depth)
+    if config.name == "cnn":
+        return _cnn(num_classes, shape, width, depth, config.norm)
+    return _CifarResNet(num_classes, shape[0], width, depth, config.norm)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(8, channels), channels) if kind == "group" else nn.Identity()
+
+
+def _conv3x3(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=norm == "none")
+
+
+def _cnn(num_classes: int, shape: tuple[int, int, int], width: int, depth: int, norm: str) -> nn.Module:
+    """Blocks conv3x3 - norm - pool - ReLU of width·2^i channels, then the mean over the map and one linear layer.
+
+    A block halves its map while the shorter side is at least 4, so 8×8 images take any depth. The maximum and ReLU
+    may be exchanged; on the smaller map ReLU is cheaper, which makes the whole loop 1.1 times as fast on a CPU thread.
+    """
+    channels, side = shape[0], min(shape[1:])
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(depth):
+        out_channels = width * 2**i
+        block: OrderedDict[str, nn.Module] = OrderedDict()
+        block["conv"] = _conv3x3(channels, out_channels, norm)
+        block["norm"] = _norm(norm, out_channels)
+        if side >= _SMALLEST_POOLED_SIDE:
+            block["pool"] = nn.MaxPool2d(2)
+            side //= 2
+        block["relu"] = nn.ReLU(inplace=True)
+        layers[f"block{i}"] = nn.Sequential(block)
+        channels = out_channels
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(channels, num_classes)}
+    return nn.Sequential(layers)
+
+
+def _lenet5(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """LeNet-5 (LeCun et al. 1998) for 28×28 (padded by 2) or 32×32 images: 61,706 parameters for ten grey digits.
+
+    ReLU and max-pooling stand for the original's tanh, trained sub-sampling and sparse connections.
+    """
+    channels, height, width = shape
+    if height != width or height not in (28, 32):
+        raise ValueError(f"lenet5 takes images of 28×28 or 32×32, not {height}×{width}: set data.image_size=28 or 32")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv0=nn.Conv2d(channels, 6, 5, padding=2 if height == 28 else 0),
+        relu0=nn.ReLU(inplace=True),
+        pool0=nn.MaxPool2d(2),
+        conv1=nn.Conv2d(6, 16, 5),
+        relu1=nn.ReLU(inplace=True),
+        pool1=nn.MaxPool2d(2),
+        flatten=nn.Flatten(),
+        hidden0=nn.Linear(16 * 5 * 5, 120),
+        relu2=nn.ReLU(inplace=True),
+        hidden1=nn.Linear(120, 84),
+        relu3=nn.ReLU(inplace=True),
+        head=nn.Linear(84, num_classes),
+    )
+    return nn.Sequential(layers)
+
+
+def _mlp(num_classes: int, shape: tuple[int, int, int], width: int, depth: int) -> nn.Module:
+    """Depth hidden layers of `width` rectified units over the pixels."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    units = math.prod(shape)
+    for i in range(depth):
+        layers |= {f"hidden{i}": nn.Linear(units, width), f"relu{i}": nn.ReLU(inplace=True)}
+        units = width
+    layers["head"] = nn.Linear(units, num_classes)
+    return nn.Sequential(layers)
+
+
+class _CifarResNet(nn.Module):
+    """ResNet of 6n + 2 layers for small images (He et al. 2016, arXiv:1512.03385, section 4.2): n blocks a stage.
+
+    Shortcuts are the paper's option A, without parameters: every second pixel, new channels zero. So ResNet-20 of
+    width 16 has 269,722 parameters for ten classes. Initial convolutions as in He et al. 2015 (arXiv:1502.01852).
+    """
+
+    def __init__(self, num_classes: int, channels: int, width: int, depth: int, norm: str) -> None:
+        super().__init__()
+        self.conv = _conv3x3(channels, width, norm)
+        self.norm = _norm(norm, width)
+        self.stage0 = self._stage(width, width, depth // 6, norm)
+        self.stage1 = self._stage(width, 2 * width, depth // 6, norm)
+        self.stage2 = self._stage(2 * width, 4 * width, depth // 6, norm)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    @staticmethod
+    def _stage(in_channels: int, out_channels: int, num_blocks: int, norm: str) -> nn.Sequential:
+        rest = (_ResidualBlock(out_channels, out_channels, norm) for _ in range(num_blocks - 1))
+        return nn.Sequential(_ResidualBlock(in_channels, out_channels, norm), *rest)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu(self.norm(self.conv(images)))
+        features = self.stage2(self.stage1(self.stage0(features)))
+        return self.head(self.flatten(self.pool(features)))
+
+
+class _ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut; more channels come with half the side."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__()
+        self.num_new_channels = out_channels - in_channels
+        self.conv0 = _conv3x3(in_channels, out_channels, norm, stride=2 if self.num_new_channels else 1)
+        self.norm0 = _norm(norm, out_channels)
+        self.conv1 = _conv3x3(out_channels, out_channels, norm)
+        self.norm1 = _norm(norm, out_channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        shortcut = features
+        if self.num_new_channels:
+            shortcut = F.pad(features[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.num_new_channels))
+        features = F.relu(self.norm0(self.conv0(features)))
+        return F.relu(shortcut + self.norm1(self.conv1(features)))
+
+
+class _GreyToRGB(nn.Module):
+    """Repeats one channel three times, without a copy."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+
+def _torchvision_network(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """A torchvision classification network without pretrained weights or auxiliary heads; grey images are repeated.
+
+    Raises:
+        ValueError: for an unknown name, or images it cannot take, with the smallest size from theirs up that it can.
+    """
+    from torchvision import models  # 1 s to import: only for those who ask for it
+
+    names = models.list_models(module=models)
+    if name not in names:
+        known = [*_OWN, *names]
+        raise ValueError(
+            f"there is no model {name}{nearest(name, known)}; known are {', '.join(_OWN)}, the {len(names)} "
+            f"classification networks of torchvision, and package.module:function"
+        )
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"{name} takes images of 1 or 3 channels, not {channels}")
+
+    def network(height: int, width: int) -> nn.Module:
+        options: dict[str, Any] = {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": True}
+        elif name.startswith("vit_"):
+            options = {"image_size": height}
+        elif name == "maxvit_t":
+            options = {"input_size": (height, width)}
+        return models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+    any_size = None if name.startswith("vit_") or name == "maxvit_t" else network(height, width)
+
+    def fits(height: int, width: int) -> bool:
+        try:
+            with torch.device("meta"):
+                tried = any_size or network(height, width)
+            return _meta_output_shape(tried, (2, 3, height, width)) == (2, num_classes)
+        except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
+            return False
+
+    if not fits(height, width):
+        largest = max(height, width)
+        side = next((side for side in range(largest, largest + _NUM_SIDES_TRIED) if fits(side, side)), None)
+        assert side is not None, f"{name} does not run on the meta device"
+        raise ValueError(
+            f"{name} cannot take images of {height}×{width}; the smallest it takes from there up are {side}×{side}: "
+            f"set data.image_size={side}"
+        )
+    model = any_size or network(height, width)
+    return nn.Sequential(OrderedDict(grey_to_rgb=_GreyToRGB(), network=model)) if channels == 1 else model
+
+
+def _meta_output_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the outputs in eval mode, found with stand-ins for the weights: no arithmetic, nothing changes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    stand_ins = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    with torch.no_grad():
+        images = torch.empty(shape, device="meta")
+        return tuple(torch.func.functional_call(model.eval(), stand_ins, (images,)).shape)
+
+
+def _users_network(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    model = load_function("model.name", name)(num_classes, shape)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
+    return model
+
+
+def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> None:
+    """Try two images of zeros on a network in eval mode.
+
+    Raises:
+        ValueError: if it cannot take them, or gives anything but float [2, num_classes].
+    """
+    images = torch.zeros(2, *shape)
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} cannot take images of shape {list(images.shape)} [N, C, H, W]: {reason}") from error
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{name} gave a {type(logits).__name__}; it should give logits [N, {num_classes}]")
+    if logits.shape != (2, num_classes) or not logits.is_floating_point():
+        gave = f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
+        raise ValueError(
+            f"{name} gave {gave} for two images; {num_classes} classes need float logits [2, {num_classes}]"
+        )

@@ -1,0 +1,436 @@
+"""Which examples form a subset, and whether they determine the network: labels and seeds in, integers out."""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysubset.config import NUM_SUBSETS, SubsetsConfig, derive_seed, nearest
+from raysubset.user_functions import load_function
+
+_MOST_LISTED = 10  # classes or subsets named in one line
+_MOST_WARNED = 4  # subsets that get a line of their own
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The examples one actor minimizes on."""
+
+    id: int
+    indices: np.ndarray  # int64 [size], ascending positions in the training split
+    num_classes_seen: int
+    name: str | None = None  # for the column scheme: the column's value
+
+
+def resolve_cut(config: SubsetsConfig, num_examples: int) -> tuple[int, int]:
+    """(num, size) of the subsets: as many as fit where only a size is given, else as large as fit.
+
+    Raises:
+        ValueError: if the training set has too few examples.
+    """
+    size = _size_limit(config, num_examples)
+    num = config.num or (num_examples // size if size else NUM_SUBSETS)
+    if num > num_examples:
+        raise ValueError(f"{num} subsets need at least {num} examples; the training set has {num_examples}")
+    size = size or num_examples // num
+    if num * size > num_examples:
+        raise ValueError(
+            f"{num} subsets of {size} need {num * size} examples; the training set has {num_examples}: "
+            f"lower subsets.num to {num_examples // size} or the size to {num_examples // num}"
+        )
+    return num, size
+
+
+def split_into_subsets(
+    labels: np.ndarray,
+    config: SubsetsConfig,
+    seed: int,
+    *,
+    num_classes: int,
+    attributes: pa.Table | None = None,
+    shares: Sequence[float] | None = None,
+) -> list[Subset]:
+    """Deal the training set into disjoint subsets, the same on every machine for one seed.
+
+    - stratified: every class count of every subset within one example of its share.
+    - iid: at random.
+    - dirichlet: class shares drawn for each subset from Dir(alpha · shares of the full set) (Hsu et al. 2019,
+      arXiv:1909.06335), without replacement: shares of classes that have run out go to the others.
+    - column: the distinct values of a column of `attributes`, in ascending order; nulls are in no subset.
+    - function: subset ids by the user's function(labels, num, seed), with a 32-bit seed; -1 is no subset.
+
+    The last two keep all examples of a subset unless a size is given, which cuts larger subsets down, stratified.
+    For equal seed and number, subsets of a smaller size lie within those of a larger one (dirichlet and shares apart).
+    With shares, stratified and iid subsets are of unequal sizes, and the size asked for is their mean.
+
+    Args:
+        labels: integers [N] from 0 to num_classes - 1.
+        config: number, size and scheme.
+        seed: of every draw.
+        num_classes: of the full set.
+        attributes: the training table's other columns, N rows; read by the column scheme alone.
+        shares: sizes against one another, by subset id; stratified and iid alone. By default all are equal.
+
+    Returns:
+        Subsets with ids 0, 1, …
+
+    Raises:
+        ValueError: for more examples than there are, labels that are not classes, a column or function that is
+            missing, a function's ids that are none, or a share of less than one example.
+    """
+    labels = _checked_labels(labels, num_classes)
+    generator = _generator(seed, config.scheme)
+    limit = _size_limit(config, len(labels))
+    names: list[str] | None = None
+    if config.scheme == "column":
+        groups, names = _by_column(config, attributes, len(labels))
+        chosen = [_cut(group, labels, limit, generator) for group in groups]
+    else:
+        num, size = resolve_cut(config, len(labels))
+        if config.scheme == "function":
+            groups = _by_function(config, labels, num, seed)
+            chosen = [_cut(group, labels, limit, generator) for group in groups]
+        elif shares is not None:
+            assert len(shares) == num, f"{len(shares)} shares for {num} subsets"
+            sizes = sizes_by_share(shares, num * size)
+            if config.scheme == "iid":
+                chosen = np.split(generator.permutation(len(labels)), np.cumsum(sizes))[:-1]
+            else:
+                chosen = _stratified_by_size(labels, sizes, generator)
+        elif config.scheme == "iid":
+            shuffled = generator.permutation(len(labels))
+            chosen = list(shuffled[: len(labels) // num * num].reshape(num, -1)[:, :size])
+        elif config.scheme == "dirichlet":
+            chosen = _dirichlet(labels, num, size, config.alpha, generator)
+        else:
+            chosen = _stratified(labels, num, size, generator)
+    return [_subset(i, indices, labels, names[i] if names else None) for i, indices in enumerate(chosen)]
+
+
+def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to the total, in proportion to the shares: rounded by the largest remainders.
+
+    Raises:
+        ValueError: if the smallest share comes to less than one example.
+    """
+    exact = np.asarray(shares, dtype=np.float64) * (total / math.fsum(shares))
+    sizes = np.floor(exact + 1e-9).astype(np.int64)  # 3 * (100 / 4) may be 74.99999999999999
+    largest_first = np.argsort(sizes - exact, kind="stable")
+    sizes[largest_first[: total - sizes.sum()]] += 1
+    smallest = int(sizes.argmin())
+    if not sizes[smallest]:
+        raise ValueError(
+            f"subset {smallest} of share {shares[smallest]:g} in {math.fsum(shares):g} would have none of {total} "
+            "examples: make subsets.shares less unequal, or the subsets larger"
+        )
+    return sizes.tolist()
+
+
+def nested_subsets(labels: np.ndarray, sizes: Sequence[int], seed: int, *, num_classes: int) -> list[Subset]:
+    """One stratified subset of each size, in the order given, each contained in every larger one.
+
+    Those of one size equal split_into_subsets()'s for num=1.
+
+    Raises:
+        ValueError: for a size below one or beyond the training set.
+    """
+    labels = _checked_labels(labels, num_classes)
+    for size in sizes:
+        if not 1 <= size <= len(labels):
+            raise ValueError(
+                f"a nested subset of {size} is not between 1 and the training set's {len(labels)} examples"
+            )
+    (order,) = _stratified(labels, 1, max(sizes), _generator(seed, "stratified"))
+    return [_subset(i, order[:size], labels, None) for i, size in enumerate(sizes)]
+
+
+def overdetermination_ratio(num_examples: int, num_outputs: int, num_parameters: int) -> float:
+    """Q = K·M/P: how many outputs are given per parameter to be found (arXiv:2410.16523)."""
+    return num_examples * num_outputs / num_parameters
+
+
+def smallest_determined_size(num_outputs: int, num_parameters: int) -> int:
+    """The smallest number of examples with Q ≥ 1."""
+    return -(-num_parameters // num_outputs)
+
+
+def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """Classes of which the subset has no example, ascending."""
+    counts = np.bincount(labels[subset.indices], minlength=num_classes)
+    return tuple(np.flatnonzero(counts == 0).tolist())
+
+
+def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[str]:
+    """What a user should know of Q before the run, a line each; those on Q < 1 begin with "warning:".
+
+    Args:
+        num_examples: in the full set.
+        sizes: examples of each subset.
+        num_outputs: classes.
+        num_parameters: trainable ones of the network.
+    """
+    full = overdetermination_ratio(num_examples, num_outputs, num_parameters)
+    ratios = [overdetermination_ratio(size, num_outputs, num_parameters) for size in sizes]
+    needed = smallest_determined_size(num_outputs, num_parameters)
+    lines = [
+        f"Q of the full set: {full:.3g} = {num_examples} examples × {num_outputs} outputs / {num_parameters} weights",
+        f"Q of {_count(len(sizes), 'subset')} of {_span(sizes, 'd')} examples: {_span(ratios, '.3g')}",
+        f"Q reaches 1 from {needed} examples up",
+    ]
+    if unused := num_examples - sum(sizes):
+        lines.append(f"{unused} of the full set's {num_examples} examples are in no subset")
+    num_below = sum(ratio < 1 for ratio in ratios)
+    if full < 1:
+        lines.append(
+            f"warning: even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
+            f"subsets do so less, and their minima need not be near the full set's; a smaller model would help"
+        )
+    elif num_below:
+        lines.append(
+            f"warning: {num_below} of {_count(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
+            f"need not be near the full set's; give subsets at least {needed} examples, or take a smaller model"
+        )
+    return lines
+
+
+def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[str]:
+    """Lines that begin with "warning:" on subsets that lack classes which the full set has, with which."""
+    counts = np.bincount(labels, minlength=num_classes)
+    num_present = np.count_nonzero(counts)
+    lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
+    lines = []
+    for subset in lacking[:_MOST_WARNED]:
+        missing = [c for c in missing_classes(subset, labels, num_classes) if counts[c]]
+        size = _count(len(subset.indices), "example")
+        lines.append(f"warning: {_title(subset)} of {size} lacks {_listed(missing, 'class', 'classes')}")
+    if len(lacking) > _MOST_WARNED:
+        fewest = min(lacking, key=lambda subset: subset.num_classes_seen)
+        lines.append(
+            f"warning: {len(lacking)} of {len(subsets)} subsets lack classes; "
+            f"{_title(fewest)} sees fewest, {fewest.num_classes_seen} of {num_present}"
+        )
+    return lines
+
+
+def _title(subset: Subset) -> str:
+    return f"subset {subset.id}" if subset.name is None else f"subset {subset.id} ({subset.name})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _listed(items: Sequence[int], one: str, several: str) -> str:
+    """'class 3', 'classes 3, 7', '57 classes: 0, 1, …'."""
+    text = ", ".join(map(str, items[:_MOST_LISTED]))
+    if len(items) > _MOST_LISTED:
+        return f"{len(items)} {several}: {text}, …"
+    return f"{one if len(items) == 1 else several} {text}"
+
+
+def _subset(id: int, indices: np.ndarray, labels: np.ndarray, name: str | None) -> Subset:
+    indices = np.sort(indices).astype(np.int64)
+    return Subset(id=id, indices=indices, num_classes_seen=len(np.unique(labels[indices])), name=name)
+
+
+def _generator(seed: int, scheme: str) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(seed, "subsets", scheme))
+
+
+def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels should be one integer an example, not {labels.dtype} {list(labels.shape)}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}; {num_classes} classes are 0 to {num_classes - 1}"
+        )
+    return labels.astype(np.int64, copy=False)
+
+
+def _size_limit(config: SubsetsConfig, num_examples: int) -> int | None:
+    """Examples per subset as far as the user gave them."""
+    if config.fraction is not None:
+        size = math.floor(config.fraction * num_examples + 1e-6)  # 0.29 * 100 is 28.999999999999996
+        if not size:
+            raise ValueError(
+                f"subsets.fraction = {config.fraction} of {num_examples} examples is less than one example"
+            )
+        return size
+    if config.size is not None and config.size > num_examples:
+        raise ValueError(f"subsets.size = {config.size} exceeds the training set's {num_examples} examples")
+    return config.size
+
+
+def _stratified(labels: np.ndarray, num: int, size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Deal `num` orders of which every prefix holds each class within one example of its share.
+
+    In a subset, the i-th example of a class with share p is due as a job of one slot: not before slot (i - 1)/p, or
+    the class would be ahead by more than one, and by slot i/p, or it would fall behind by more. Of the jobs released,
+    the one with the earliest deadline is done: that meets all deadlines that can be met (as in Tijdeman's chairman
+    assignment, Discrete Mathematics 32, 1980). All can be met: a class gives each subset the same whole number of
+    examples, which suffices for never falling behind, and its few spare ones are dealt in order of release, so that
+    no subset ever waits for one. Classes expected less than once in a prefix come late in it.
+    """
+    num_examples = len(labels)
+    shuffled = generator.permutation(num_examples)
+    ties = generator.permutation(num_examples)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    class_of = labels[by_class]
+    count = np.bincount(labels)[class_of]
+    turn = (np.arange(num_examples) - np.searchsorted(class_of, class_of)) // num  # i - 1 within a subset
+    release = -(-turn * num_examples // count)
+    deadline = -(-(turn + 1) * num_examples // count)
+    spare = turn == count // num
+    dealt = np.argsort(np.where(spare, release, -1), kind="stable")[: num_examples // num * num].reshape(-1, num)
+    orders = []
+    for jobs in dealt.T:
+        jobs = jobs[np.lexsort((ties[jobs], deadline[jobs]))]
+        orders.append(by_class[jobs[_earliest_deadline_first(release[jobs], size)]])
+    return orders
+
+
+def _stratified_by_size(labels: np.ndarray, sizes: Sequence[int], generator: np.random.Generator) -> list[np.ndarray]:
+    """Deal one subset of each size, each class of each within one example of its share.
+
+    Every subset gets the whole part of its share of every class. What it then lacks it gets by at most one example of
+    a class, the largest subsets' lacks first, from the classes that have most left of their own share of the whole
+    rounded up: if any such choice meets all lacks this does (Gale 1957, Ryser 1957), and the shares' fractional parts
+    show that one does.
+    """
+    num_examples, total = len(labels), sum(sizes)
+    shuffled = generator.permutation(num_examples)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    count = np.bincount(labels)
+    taken = np.outer(sizes, count) // num_examples  # [subset, class]
+    left = -(-total * count // num_examples) - taken.sum(0)
+    lacking = np.asarray(sizes) - taken.sum(1)
+    for subset in np.argsort(-lacking, kind="stable"):
+        ties = generator.permutation(len(count))
+        most_left = ties[np.argsort(-left[ties], kind="stable")][: lacking[subset]]
+        taken[subset, most_left] += 1
+        left[most_left] -= 1
+    assert (left >= 0).all()
+    first = np.cumsum(count) - count  # of each class
+    ends = first + np.cumsum(taken, axis=0)
+    return [
+        np.concatenate([by_class[end - num : end] for end, num in zip(ends[i], taken[i], strict=True)])
+        for i in range(len(sizes))
+    ]
+
+
+def _earliest_deadline_first(release: np.ndarray, num_slots: int) -> list[int]:
+    """The jobs done in slots 1, 2, …: of those released, always the lowest number. Jobs are numbered by deadline."""
+    arrivals = np.argsort(release, kind="stable")
+    times = release[arrivals].tolist()
+    arriving = arrivals.tolist()
+    num_arrived = 0
+    ready: list[int] = []
+    done: list[int] = []
+    for slot in range(1, num_slots + 1):
+        while num_arrived < len(times) and times[num_arrived] <= slot:
+            heapq.heappush(ready, arriving[num_arrived])
+            num_arrived += 1
+        done.append(heapq.heappop(ready))
+    return done
+
+
+def _dirichlet(
+    labels: np.ndarray, num: int, size: int, alpha: float, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Deal `num` subsets one after the other, each from class shares of its own; the last ones take what is left."""
+    shuffled = generator.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    ends = np.cumsum(counts)
+    left = counts.copy()
+    chosen = []
+    for _ in range(num):
+        shares = generator.dirichlet(alpha * counts / len(labels))
+        taken = np.zeros_like(left)
+        # Draws of a class that has run out are drawn anew among the others: the same as one at a time.
+        while lacking := size - taken.sum():
+            remaining = left - taken
+            open_shares = np.where(remaining > 0, shares, 0)
+            if open_shares.sum() > 0:
+                drawn = generator.multinomial(lacking, open_shares / open_shares.sum())
+            else:
+                drawn = generator.multivariate_hypergeometric(remaining, lacking)
+            taken += np.minimum(drawn, remaining)
+        first = ends - left
+        chosen.append(by_class[np.arange(size) + np.repeat(first - np.cumsum(taken) + taken, taken)])
+        left -= taken
+    return chosen
+
+
+def _cut(group: np.ndarray, labels: np.ndarray, limit: int | None, generator: np.random.Generator) -> np.ndarray:
+    if limit is None:
+        return group
+    (order,) = _stratified(labels[group], 1, min(limit, len(group)), generator)
+    return group[order]
+
+
+def _by_column(
+    config: SubsetsConfig, attributes: pa.Table | None, num_examples: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """The examples of each distinct value of the column, and the values as text."""
+    name = config.column
+    assert name is not None
+    if attributes is None or name not in attributes.column_names:
+        known = attributes.column_names if attributes is not None else []
+        has = f"it has {', '.join(known)}" if known else "it has only images and labels"
+        raise ValueError(f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}")
+    if attributes.num_rows != num_examples:
+        raise ValueError(f"the training table has {attributes.num_rows} rows for {num_examples} labels")
+    column = attributes[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    present = ~column.is_null(nan_is_null=True).to_numpy()
+    positions = np.flatnonzero(present)
+    if not len(positions):
+        raise ValueError(f"subsets.column = {name!r} holds nulls only: there is no value to form a subset of")
+    try:
+        values = column.filter(pa.array(present)).combine_chunks().dictionary_encode()
+        order = pc.call_function("array_sort_indices", [values.dictionary]).to_numpy()
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(f"subsets.column = {name!r} of type {column.type} has no values to sort by") from error
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    ids = rank[values.indices.to_numpy()]
+    names = [str(value) for value in values.dictionary.take(order).to_pylist()]
+    return [positions[group] for group in _grouped(ids, len(names))], names
+
+
+def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int) -> list[np.ndarray]:
+    """The examples of each id that the user's function gives."""
+    name = config.function
+    assert name is not None
+    function = load_function("subsets.function", name)
+    ids = np.asarray(function(labels.copy(), num, derive_seed(seed, "subsets", "function") % 2**32))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} gave {ids.dtype} {list(ids.shape)}; it should give one integer subset id an example")
+    if len(ids) != len(labels):
+        raise ValueError(f"{name} gave {len(ids)} subset ids for {len(labels)} examples")
+    if not -1 <= ids.min() <= ids.max() < num:
+        raise ValueError(
+            f"{name} gave ids from {ids.min()} to {ids.max()}; {num} subsets are 0 to {num - 1}, -1 for none"
+        )
+    groups = _grouped(ids, num)
+    if empty := [i for i, group in enumerate(groups) if not len(group)]:
+        raise ValueError(f"{name} gave no examples to {_listed(empty, 'subset', 'subsets')} (subsets.num = {num})")
+    return groups
+
+
+def _grouped(ids: np.ndarray, num: int) -> list[np.ndarray]:
+    """Positions of the ids 0 … num - 1."""
+    order = np.argsort(ids, kind="stable")
+    return np.split(order, np.searchsorted(ids[order], np.arange(num + 1)))[1:-1]

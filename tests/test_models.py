@@ -1,0 +1,265 @@
+"""Networks: sizes counted by hand, seeds, torchvision's demands on images, and the user's own functions."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from raysubset.config import ModelConfig
+from raysubset.models import build_model, has_batch_norm, has_dropout, num_parameters
+
+DIGITS, MNIST, CIFAR = (8, 8, 1), (28, 28, 1), (32, 32, 3)
+
+
+def build(name: str = "cnn", *, num_classes: int = 10, image_shape=CIFAR, seed: int = 0, **knobs) -> nn.Module:
+    config = ModelConfig(name=name, **knobs)
+    return build_model(config, num_classes=num_classes, image_shape=image_shape, seed=seed)
+
+
+def logits(model: nn.Module, image_shape=CIFAR, num: int = 3) -> torch.Tensor:
+    height, width, channels = image_shape
+    return model(torch.rand(num, channels, height, width))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "knobs", "expected"),
+    [
+        # convolutions without bias, 2 per channel of batch-norm, then the head
+        ("cnn", CIFAR, {"width": 16, "depth": 3}, 9 * (3 * 16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64) + 65 * 10),
+        ("cnn", CIFAR, {"width": 16, "depth": 3, "norm": "batch"}, 24_346),
+        ("cnn", CIFAR, {"width": 16, "depth": 3, "norm": "group"}, 24_346),
+        ("cnn", CIFAR, {"width": 16, "depth": 3, "norm": "none"}, 24_346 - (16 + 32 + 64)),  # a bias, not two of a norm
+        ("cnn", DIGITS, {}, 9 * (8 + 8 * 16) + 2 * (8 + 16) + 17 * 10),
+        ("lenet5", MNIST, {}, 61_706),  # the textbook's count
+        ("lenet5", (32, 32, 1), {}, 61_706),
+        ("mlp", DIGITS, {}, 65 * 64 + 65 * 10),
+        ("mlp", DIGITS, {"width": 5, "depth": 3}, 65 * 5 + 6 * 5 + 6 * 5 + 6 * 10),
+        ("cifar_resnet", CIFAR, {}, 269_722),  # He et al.: 0.27M
+        ("cifar_resnet", CIFAR, {"depth": 32}, 464_154),  # 0.46M
+        ("cifar_resnet", CIFAR, {"depth": 110}, 1_727_962),  # 1.7M
+        ("resnet18", CIFAR, {}, 11_689_512 - 513 * 1000 + 513 * 10),  # torchvision's count, its head replaced
+    ],
+)
+def test_parameters_are_as_many_as_counted_by_hand(name, image_shape, knobs, expected):
+    assert num_parameters(build(name, image_shape=image_shape, **knobs)) == expected
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("image_shape", [(1, 1, 1), DIGITS, MNIST, (20, 31, 3), CIFAR])
+@pytest.mark.parametrize("name", ["cnn", "cifar_resnet"])
+def test_our_convolutional_networks_take_any_image(name, image_shape, norm):
+    model = build(name, image_shape=image_shape, norm=norm, width=6, depth={"cnn": 4, "cifar_resnet": 8}[name])
+    assert model.training
+    assert logits(model, image_shape).shape == (3, 10)
+    assert has_batch_norm(model) == (norm == "batch")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_cnn_halves_its_map_while_the_side_is_at_least_four():
+    model = build(image_shape=DIGITS, depth=3)
+    assert model.get_submodule("block2")(torch.rand(1, 16, 2, 2)).shape == (1, 32, 2, 2)
+    assert [name for name, _ in model.named_modules() if name.endswith("pool")] == [
+        "block0.pool",
+        "block1.pool",
+        "pool",
+    ]
+
+
+def test_group_norm_takes_as_many_groups_as_divide_the_channels_up_to_eight():
+    model = build(width=12, depth=2, norm="group")
+    assert [module.num_groups for module in model.modules() if isinstance(module, nn.GroupNorm)] == [4, 8]
+
+
+def test_a_cifar_resnet_with_zero_residuals_passes_its_subsampled_input_on():
+    model = build("cifar_resnet", width=4, depth=8).eval()
+    block = model.get_submodule("stage1.0")
+    nn.init.zeros_(block.get_submodule("norm1").weight)
+    features = torch.rand(2, 4, 6, 6)
+    given = block(features)
+    assert torch.equal(given[:, :4], features[:, :, ::2, ::2])
+    assert not given[:, 4:].any()
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet5", "mlp", "cifar_resnet", "resnet18"])
+def test_a_seed_alone_decides_the_weights(name):
+    first = build(name, seed=1).state_dict()
+    torch.rand(5)
+    again, other = build(name, seed=1).state_dict(), build(name, seed=2).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "googlenet"])
+def test_building_leaves_the_global_generator_alone(name):
+    before = torch.random.get_rng_state()
+    build(name)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_the_check_of_the_outputs_leaves_batch_norm_untouched(name):
+    for key, buffer in build(name).named_buffers():
+        assert torch.equal(buffer, torch.ones_like(buffer) if key.endswith("running_var") else torch.zeros_like(buffer))
+
+
+def test_channels_last_gives_the_same_logits():
+    for name in ("cnn", "cifar_resnet"):
+        model = build(name).eval()
+        images = torch.rand(4, 3, 32, 32)
+        expected = model(images)
+        given = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape"),
+    [("squeezenet1_1", CIFAR), ("regnet_y_400mf", CIFAR), ("vit_b_32", (64, 64, 1)), ("inception_v3", (75, 75, 3))],
+)
+def test_a_torchvision_network_gives_only_its_logits_in_train_mode(name, image_shape):
+    model = build(name, num_classes=7, image_shape=image_shape)
+    assert model.training
+    assert logits(model, image_shape, num=2).shape == (2, 7)
+
+
+def test_grey_images_go_into_torchvision_as_three_equal_channels():
+    grey, colour = build("resnet18", image_shape=MNIST).eval(), build("resnet18", image_shape=(28, 28, 3)).eval()
+    images = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(grey(images), colour(images.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "smallest"),
+    [("alexnet", CIFAR, 63), ("vgg11", MNIST, 32), ("vit_b_16", MNIST, 32), ("vit_b_16", (32, 48, 3), 48)],
+)
+def test_images_a_torchvision_network_cannot_take_are_refused_with_the_smallest_it_can(name, image_shape, smallest):
+    with pytest.raises(ValueError, match=rf"{name} cannot take images of .*set data\.image_size={smallest}$"):
+        build(name, image_shape=image_shape)
+
+
+def test_a_real_pass_agrees_with_the_smallest_size_found_without_arithmetic():
+    from torchvision.models import alexnet
+
+    network = alexnet(num_classes=10).eval()
+    assert network(torch.zeros(1, 3, 63, 63)).shape == (1, 10)
+    with pytest.raises(RuntimeError, match="too small"):
+        network(torch.zeros(1, 3, 62, 62))
+
+
+def test_bad_names_and_images_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="there is no model resnet81; did you mean resnet18"):
+        build("resnet81")
+    with pytest.raises(ValueError, match="did you mean lenet5"):
+        build("lenet")
+    with pytest.raises(ValueError, match="resnet18 takes images of 1 or 3 channels, not 4"):
+        build("resnet18", image_shape=(32, 32, 4))
+    with pytest.raises(ValueError, match=r"lenet5 takes images of 28×28 or 32×32, not 8×8"):
+        build("lenet5", image_shape=DIGITS)
+
+
+USERS_MODULE = """
+import torch
+from torch import nn
+
+def linear(num_classes, image_shape):
+    channels, height, width = image_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes)).double()
+
+def lazy(num_classes, image_shape):
+    return nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d(), nn.LazyLinear(num_classes))
+
+def one_class_short(num_classes, image_shape):
+    return linear(num_classes - 1, image_shape)
+
+def other_images(num_classes, image_shape):
+    return linear(num_classes, (3, 5, 5))
+
+def frozen(num_classes, image_shape):
+    return linear(num_classes, image_shape).requires_grad_(False)
+
+class Pair(nn.Module):
+    def forward(self, images):
+        return images, images
+
+def pair(num_classes, image_shape):
+    return Pair()
+
+def predicted_class(num_classes, image_shape):
+    return nn.Sequential(linear(num_classes, image_shape), nn.Softmax(1), ArgMax())
+
+class ArgMax(nn.Module):
+    def forward(self, logits):
+        return logits.argmax(1)
+
+def text(num_classes, image_shape):
+    return "a network"
+"""
+
+
+@pytest.fixture
+def users_module(tmp_path, monkeypatch):
+    (tmp_path / "users_networks.py").write_text(USERS_MODULE)
+    (tmp_path / "users_broken.py").write_text("import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "users_networks"
+    sys.modules.pop("users_networks", None)
+
+
+def test_a_users_function_gets_channels_first_and_is_seeded(users_module):
+    model = build(f"{users_module}:linear", num_classes=4, image_shape=(2, 3, 5), seed=7)
+    assert num_parameters(model) == 31 * 4
+    assert logits(model, (2, 3, 5)).shape == (3, 4)
+    assert next(model.parameters()).dtype == torch.float32
+    again = build(f"{users_module}:linear", num_classes=4, image_shape=(2, 3, 5), seed=7)
+    assert torch.equal(model.get_parameter("1.weight"), again.get_parameter("1.weight"))
+
+
+def test_lazy_modules_are_materialised_under_the_seed(users_module):
+    first, again = (build(f"{users_module}:lazy", image_shape=DIGITS) for _ in range(2))
+    assert num_parameters(first) == 2 * 64 + 65 * 10
+    assert torch.equal(first.get_parameter("2.weight"), again.get_parameter("2.weight"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("one_class_short", r"gave float32 \[2, 9\] for two images; 10 classes need float logits \[2, 10\]"),
+        ("predicted_class", r"gave int64 \[2\] for two images"),
+        ("other_images", r"cannot take images of shape \[2, 3, 32, 32\] \[N, C, H, W\]: .*mat1 and mat2"),
+        ("frozen", "has no trainable parameters"),
+        ("pair", "gave a tuple; it should give logits"),
+        ("text", "returned a str; it should return an nn.Module"),
+        ("liner", "has no function liner; did you mean linear"),
+    ],
+)
+def test_a_users_function_of_no_use_is_refused_with_what_it_gave(users_module, function, message):
+    with pytest.raises(ValueError, match=message):
+        build(f"{users_module}:{function}")
+
+
+def test_a_missing_module_is_the_users_mistake_but_a_missing_import_inside_it_passes(users_module):
+    with pytest.raises(ValueError, match=r"model\.name = 'nowhere\.networks:linear': no module nowhere in"):
+        build("nowhere.networks:linear")
+    with pytest.raises(ValueError, match=r"should be package\.module:function"):
+        build("./networks:linear")
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        build("users_broken:linear")
+
+
+def test_dropout_is_seen_where_it_is_active():
+    assert not has_dropout(build())
+    assert not has_dropout(nn.Sequential(nn.Dropout(0.0)))
+    assert not has_dropout(nn.TransformerEncoderLayer(8, 2, dropout=0.0))
+    assert has_dropout(nn.Sequential(nn.Sequential(nn.Dropout2d(0.1))))
+    assert has_dropout(nn.MultiheadAttention(8, 2, dropout=0.1))
+    assert has_dropout(build("squeezenet1_1"))
+    from torchvision.ops import StochasticDepth
+
+    assert has_dropout(nn.Sequential(StochasticDepth(0.1, "row")))
+    assert not has_dropout(nn.Sequential(StochasticDepth(0.0, "row")))
+
+
+def test_batch_norm_without_running_statistics_needs_no_recomputing():
+    assert has_batch_norm(nn.Sequential(nn.BatchNorm1d(3)))
+    assert not has_batch_norm(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3)))

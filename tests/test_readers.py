@@ -1,0 +1,557 @@
+"""Readers: by name, by function, by path; every layout read back equal, every damage named in one line."""
+
+import importlib
+import io
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raysubset.config import DataConfig
+from raysubset.data import FullSet, load_full_set
+from raysubset.data.files import split_of
+from raysubset.data.images import as_images, decode_images
+
+
+def random_images(num: int, height: int = 6, width: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
+    images = np.random.default_rng(seed).integers(0, 256, (num, height, width, channels), dtype=np.uint8)
+    return images.squeeze(3) if channels == 1 else images
+
+
+def encode(image: np.ndarray, kind: str = "PNG", **more: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, **more)
+    return stream.getvalue()
+
+
+def encoded_table(images: np.ndarray, labels: Any, **columns: Any) -> pa.Table:
+    return pa.table({"image": [encode(image) for image in images], "label": labels, **columns})
+
+
+def by_row(full_set: FullSet) -> np.ndarray:
+    """All images of a source without a test split, in its own order."""
+    splits = (full_set.train, full_set.validation, full_set.test)
+    rows = np.concatenate([split.table.column("row").to_numpy() for split in splits])
+    return np.concatenate([split.images for split in splits])[np.argsort(rows)]
+
+
+def load(path: Path | str, **settings: Any) -> FullSet:
+    return load_full_set(DataConfig(name=str(path), **settings))
+
+
+OWN_DATA = """
+import numpy as np
+import pyarrow as pa
+import torch
+
+images = np.arange(40 * 36, dtype=np.uint8).reshape(40, 6, 6)
+labels = np.arange(40) % 4
+column = pa.FixedSizeListArray.from_arrays(images.ravel(), 36)
+
+def load():
+"""
+OWN_IMAGES = np.arange(40 * 36, dtype=np.uint8).reshape(40, 6, 6)
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a module with a function of this body into the working folder; returns the function's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(body: str) -> str:
+        (tmp_path / "own_data.py").write_text(OWN_DATA + textwrap.indent(body, "    "))
+        monkeypatch.delitem(sys.modules, "own_data", raising=False)
+        importlib.invalidate_caches()
+        return "own_data:load"
+
+    return write
+
+
+# By name
+
+
+def test_missing_files_are_listed_with_the_way_out(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"mnist is not under .*MNIST/raw/train-images-idx3-ubyte.*--data\.download"):
+        load("mnist", root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"cifar100 is not under .*cifar-100-python/train.*--data\.download"):
+        load("cifar100", root=str(tmp_path))
+
+
+def test_a_damaged_file_is_told_from_a_missing_one(tmp_path: Path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00\x00\x05")
+    with pytest.raises(ValueError, match=r"fashion_mnist under .* is damaged"):
+        load("fashion_mnist", root=str(tmp_path))
+
+
+def test_a_failing_download_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(ValueError, match=r"mnist could not be downloaded \(.*\): put .* by hand") as caught:
+        load("mnist", root=str(tmp_path), download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_named_sets_are_resized_too():
+    assert load("digits", image_size=12).train.image_shape == (12, 12, 1)
+
+
+# By function
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        "images",
+        "images[..., None]",
+        "torch.from_numpy(images)",
+        "list(images)",
+        "images / 255",
+        "(images / 255).astype(np.float32)",
+    ],
+)
+def test_a_function_may_return_arrays(own_data: Callable[[str], str], images: str):
+    full_set = load(own_data(f"return {images}, labels"))
+    assert np.array_equal(by_row(full_set)[..., 0], OWN_IMAGES)
+    assert full_set.num_classes == 4
+    assert any("rounded to 8 bits" in note for note in full_set.notes) == ("255" in images)
+
+
+def test_a_function_may_return_torch_labels_or_class_names(own_data: Callable[[str], str]):
+    assert load(own_data("return images, torch.arange(40) % 4")).class_names == ("0", "1", "2", "3")
+    assert load(own_data("return images, np.array(['cat', 'ant'] * 20)")).class_names == ("ant", "cat")
+    assert load(own_data("return images, ['cat', 'ant'] * 20")).class_names == ("ant", "cat")
+
+
+def test_a_function_may_return_splits(own_data: Callable[[str], str]):
+    pairs = "train=(images, labels), validation=(images[:8], labels[:8]), test=(images, labels)"
+    name = own_data(f"return dict({pairs})")
+    full_set = load(name)
+    assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (40, 8, 40)
+    assert full_set.notes == (f"{name} has 8 validation examples of its own: data.validation_fraction does not apply",)
+
+
+def test_a_function_may_return_a_table(own_data: Callable[[str], str]):
+    full_set = load(own_data("return pa.table(dict(image=column, label=labels))"))
+    assert np.array_equal(by_row(full_set)[..., 0], OWN_IMAGES)
+
+
+def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[str], str]):
+    table = "table = pa.table(dict(image=column, label=labels, word=['w' * 1000] * 40))"
+    full_set = load(own_data(f"{table}\nreturn dict(train=table, test=table.slice(4, 8))"))
+    assert full_set.test.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert np.array_equal(full_set.test.images[..., 0], OWN_IMAGES[4:12])
+    assert full_set.test.table.get_total_buffer_size() < 10_000
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 3", "is a int: return an Arrow table or a pair"),
+        ("return images", "is a ndarray: return an Arrow table or a pair"),
+        ("return dict(trian=(images, labels))", "returned a split 'trian'.*did you mean train"),
+        ("return dict(test=(images, labels))", "returned no train split, only test"),
+        ("return images, labels[:5]", r"has 40 images but labels of shape \(5,\)"),
+        ("return images, np.eye(4)[labels]", r"has 40 images but labels of shape \(40, 4\)"),
+        ("return images, labels * 1.5", "are double, such as 0.0: they must be integers"),
+        ("return images, np.array([1, 'a'] * 20, dtype=object)", "must be integers or class names"),
+        ("return images, np.zeros(40, int)", "all 40 training examples are of class 0"),
+        ("return images.astype(int), labels", "are int64: they must be uint8, or floats"),
+        ("return images / 128, labels", "run from 0 to 1.9.*floats must lie in"),
+        ("return images / 255 - 1, labels", "run from -1 to 0: floats must lie in"),
+        (
+            "x = images / 255\nx[7, 2, 3] = np.nan\nreturn x, labels",
+            "image 7 of own_data:load has pixels that are NaN",
+        ),
+        ("return images.reshape(40, -1), labels", r"have shape \(40, 36\): they must be \[N, H, W\]"),
+        ("return np.zeros((40, 3, 6, 6), np.uint8), np.arange(40) % 4", r"have shape \(40, 3, 6, 6\)"),
+        ("return np.zeros((0, 6, 6), np.uint8), np.arange(0)", "holds no images"),
+        ("return [np.zeros((6, 6)), np.zeros((6, 7))], [0, 1]", "does not make one array, as where images differ"),
+        ("return images[:2], np.arange(2)", "2 examples of 2 classes are too few"),
+        (
+            "return dict(train=(images, labels), test=(images[:, :5], labels))",
+            r"differ in shape \(train 6x6, test 5x6\): give --data.image-size",
+        ),
+        (
+            "return dict(train=(images, labels), test=(images, labels + 1))",
+            "label 4 in row 3 of the test split",
+        ),
+        (
+            "return pa.table(dict(img=[b''], label=[0]))",
+            "no column image: set --data.image_column to one of img, label",
+        ),
+    ],
+)
+def test_what_a_function_should_not_return(own_data: Callable[[str], str], body: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(own_data(body))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_without_a_function_behind_it_is_refused(own_data: Callable[[str], str]):
+    own_data("return 1")
+    with pytest.raises(ValueError, match="own_data has no function laod; did you mean load"):
+        load("own_data:laod")
+    with pytest.raises(ValueError, match="no module no_such_module"):
+        load("no_such_module:load")
+    with pytest.raises(ValueError, match=r"no module own_data\.deeper"):
+        load("own_data.deeper:load")
+    with pytest.raises(ValueError, match=r"should be package\.module:function"):
+        load(":load")
+
+
+def test_the_functions_own_errors_pass_through(own_data: Callable[[str], str]):
+    with pytest.raises(ZeroDivisionError):
+        load(own_data("return 1 / 0"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load(own_data("import no_such_dependency"))
+
+
+# Tables
+
+
+def tensor_columns(images: np.ndarray) -> dict[str, pa.Array]:
+    """One column of images in each layout that keeps pixels as numbers."""
+    _, height, width, channels = images.shape
+    flat = pa.array(images.ravel())
+    row = pa.FixedSizeListArray.from_arrays(flat, channels)
+    column = pa.FixedSizeListArray.from_arrays(row, width)
+    return {
+        "fixed_shape_tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+        "flat": pa.FixedSizeListArray.from_arrays(flat, height * width * channels),
+        "nested": pa.FixedSizeListArray.from_arrays(column, height),
+    }
+
+
+@pytest.mark.parametrize("layout", ["fixed_shape_tensor", "flat", "nested"])
+@pytest.mark.parametrize("kind", [".parquet", ".feather", ".arrow"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tensors_are_read_back_from_every_format(tmp_path: Path, layout: str, kind: str, channels: int):
+    images = random_images(40, channels=channels).reshape(40, 6, 6, channels)
+    table = pa.table({"image": tensor_columns(images)[layout], "label": np.arange(40) % 4, "sensor": ["a", "b"] * 20})
+    path = tmp_path / f"set{kind}"
+    if kind == ".parquet":
+        pq.write_table(table, path, row_group_size=7)
+    elif kind == ".feather":
+        feather.write_feather(table, path)
+    else:  # a stream, as the `datasets` library caches it
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    full_set = load(path)
+    assert np.array_equal(by_row(full_set), images)
+    assert full_set.train.table.column_names == ["image", "label", "row", "sensor"]
+    assert all(column.num_chunks == 1 for column in full_set.train.table.columns)
+    rows = full_set.train.table.column("row").to_numpy()
+    assert full_set.train.table.column("sensor").to_pylist() == ["ab"[row % 2] for row in rows]
+
+
+def test_hugging_faces_layout_gives_splits_classes_and_images(tmp_path: Path):
+    images = random_images(30)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog", "emu"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    (tmp_path / "data").mkdir()
+    for name, part in (("train-00000-of-00002", 0), ("train-00001-of-00002", 1), ("test-00000-of-00001", 2)):
+        structs = [{"bytes": encode(image), "path": None} for image in images[part * 10 : part * 10 + 10]]
+        table = pa.table({"image": structs, "label": np.arange(10) % 2}).replace_schema_metadata(metadata)
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "README.md").write_text("a card")
+    full_set = load(tmp_path)
+    assert full_set.class_names == ("cat", "dog", "emu")
+    assert full_set.num_classes == 3
+    assert np.array_equal(full_set.test.images, images[20:])
+    assert len(full_set.train) + len(full_set.validation) == 20
+    rows = full_set.train.table.column("row").to_numpy()
+    assert np.array_equal(full_set.train.images, images[:20][rows])
+
+
+def test_a_uri_reads_like_a_path(tmp_path: Path):
+    pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / "set.parquet")
+    assert load(f"file://{tmp_path}/set.parquet").train == load(tmp_path / "set.parquet").train
+    assert load(f"file://{tmp_path}/").train == load(tmp_path).train
+
+
+def test_a_bare_file_name_and_a_home_folder_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / "set.parquet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load("~/set.parquet").test) == 8
+    monkeypatch.chdir(tmp_path)
+    assert len(load("set.parquet").test) == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("data/test-00000-of-00001.parquet", "test"),
+        ("validation/part-0.parquet", "validation"),
+        ("val.parquet", "validation"),
+        ("my_dev_set.parquet", "validation"),
+        ("test/0.parquet", "test"),
+        ("test/train-0.parquet", "train"),
+        ("testimony.parquet", None),
+        ("extra-00000.parquet", None),
+    ],
+)
+def test_splits_are_found_by_hugging_faces_names(file: str, split: str | None):
+    assert split_of(file) == split
+
+
+def test_files_that_name_no_split_are_training_data_and_noted_beside_those_that_do(tmp_path: Path):
+    for name in ("train", "extra", "test"):
+        pq.write_table(encoded_table(random_images(10), np.arange(10) % 2), tmp_path / f"{name}.parquet")
+    full_set = load(tmp_path)
+    assert len(full_set.train) + len(full_set.validation) == 20
+    assert "read as training data, since they name no split: extra.parquet" in full_set.notes
+
+
+def test_strings_and_dictionaries_name_the_classes(tmp_path: Path):
+    words = ["dog", "cat"] * 20
+    pq.write_table(encoded_table(random_images(40), words), tmp_path / "strings.parquet")
+    assert load(tmp_path / "strings.parquet").class_names == ("cat", "dog")
+    feather.write_feather(encoded_table(random_images(40), pa.array(words).dictionary_encode()), tmp_path / "d.feather")
+    assert load(tmp_path / "d.feather").class_names == ("dog", "cat")
+
+
+def test_columns_can_be_named_otherwise(tmp_path: Path):
+    table = encoded_table(random_images(40), np.arange(40) % 2, row=["x"] * 40).rename_columns(["img", "fine", "row"])
+    pq.write_table(table, tmp_path / "set.parquet")
+    full_set = load(tmp_path / "set.parquet", image_column="img", label_column="fine")
+    assert full_set.train.table.column_names == ["image", "label", "row"]
+    assert any("column row left out" in note for note in full_set.notes)
+    with pytest.raises(ValueError, match=r"has no column image: set --data.image_column to one of .*did you mean img"):
+        load(tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match=r"set.parquet has no column fin: set --data.label_column .*did you mean fine"):
+        load(tmp_path / "set.parquet", image_column="img", label_column="fin")
+
+
+def write_bad_table(path: Path, image: Any, label: Any) -> None:
+    pq.write_table(pa.table({"image": image, "label": label}), path)
+
+
+PNG = encode(random_images(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        ([PNG, b"no image", PNG], [0, 1, 0], "the image in row 1 of .* cannot be decoded"),
+        ([PNG, PNG[:60], PNG], [0, 1, 0], "the image in row 1 of .* cannot be decoded"),
+        ([PNG, None, PNG], [0, 1, 0], "the image in row 1 of .* is null"),
+        ([{"bytes": PNG, "path": "a"}, {"bytes": None, "path": "b"}], [0, 1], "the image in row 1 .* without bytes"),
+        (
+            [PNG, encode(random_images(1, height=9)[0])],
+            [0, 1],
+            "row 0 .* 6x6, the image in row 1 .* 9x6: give --data",
+        ),
+        (["a.png", "b.png"], [0, 1], "are string: need encoded bytes"),
+        ([[1, 2], [3, 4]], [0, 1], "are list<.*>: need encoded bytes"),
+        (pa.array([[1, 2], [3, 4]], pa.list_(pa.uint8(), 2)), [0, 1], "flat lists of 2 pixels, no square"),
+        (pa.array([[1], [None]], pa.list_(pa.uint8(), 1)), [0, 1], "hold null pixels"),
+        (pa.array([[0.5], [float("nan")]], pa.list_(pa.float32(), 1)), [0, 1], "image 1 of .* NaN"),
+        ([PNG, PNG], [0, None], "the label in row 1 of .* is null"),
+        ([PNG, PNG], [0.0, 1.0], "labels of .* are double"),
+        ([PNG, PNG], [0, 1], "2 examples of 2 classes are too few"),
+        (pa.array([], pa.binary()), pa.array([], pa.int64()), "has no rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, image: Any, label: Any, message: str):
+    write_bad_table(tmp_path / "set.parquet", image, label)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "set.parquet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".feather"])
+def test_damaged_files_are_named_wherever_they_are_cut(tmp_path: Path, kind: str):
+    path = tmp_path / f"set{kind}"
+    table = encoded_table(random_images(40), np.arange(40) % 2)
+    (pq.write_table if kind == ".parquet" else feather.write_feather)(table, path)
+    whole = path.read_bytes()
+    for size in (0, 1, 4, 8, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"set\{kind} (is empty|cannot be read)") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_damage_inside_a_file_never_ends_the_process(tmp_path: Path):
+    path = tmp_path / "set.feather"
+    feather.write_feather(encoded_table(random_images(12), np.arange(12) % 2, word=["ab"] * 12), path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        bad = bytearray(whole)
+        bad[random.integers(len(whole))] ^= 0xFF
+        path.write_bytes(bad)
+        try:
+            load(path)
+        except (ValueError, pa.ArrowMemoryError):
+            continue
+
+
+def test_files_that_do_not_go_together_are_refused(tmp_path: Path):
+    pq.write_table(encoded_table(random_images(10), np.arange(10) % 2), tmp_path / "a.parquet")
+    pq.write_table(encoded_table(random_images(10), ["x", "y"] * 5), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"the 2 files of the train split of .* do not go together"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/set.parquet", "there is no file or folder .*/nowhere/set.parquet"),
+        ("set.parquet", "there is no file or folder .*/set.parquet"),
+        ("nosuchscheme://bucket/set.parquet", "is no URI that pyarrow can open"),
+        ("./notes.txt", "notes.txt should end in .parquet"),
+        ("./empty", "the folder holds neither .parquet"),
+        ("./only_test", "no training files, only test.parquet"),
+    ],
+)
+def test_a_path_to_nothing_readable_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "only_test").mkdir()
+    (tmp_path / "only_test" / "test.parquet").write_text("")
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+# Folders of images
+
+
+def write_images(root: Path, images: np.ndarray, kind: str = "png") -> None:
+    root.mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(root / f"{number:03}.{kind}")
+
+
+def test_a_folder_per_class(tmp_path: Path):
+    write_images(tmp_path / "dog", random_images(10, seed=1))
+    write_images(tmp_path / "cat", random_images(10, seed=2))
+    (tmp_path / "cat" / ".hidden.png").write_text("not an image")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    full_set = load(tmp_path)
+    assert full_set.class_names == ("cat", "dog")
+    assert np.array_equal(by_row(full_set), np.concatenate([random_images(10, seed=2), random_images(10, seed=1)]))
+    rows = full_set.train.table.column("row").to_numpy()
+    assert full_set.train.table.column("file").to_pylist() == [
+        f"{['cat', 'dog'][r // 10]}/{r % 10:03}.png" for r in rows
+    ]
+
+
+def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
+    for number, part in enumerate(("train/cat", "train/dog", "test/cat", "test/dog", "val/cat")):
+        write_images(tmp_path / part, random_images(4, seed=number))
+    full_set = load(tmp_path)
+    assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (8, 4, 8)
+    assert np.array_equal(full_set.validation.images, random_images(4, seed=4))
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    for name in ("train", "plane"):
+        write_images(tmp_path / name, random_images(5))
+    assert load(tmp_path).class_names == ("plane", "train")
+
+
+def test_images_beside_the_class_folders_are_refused(tmp_path: Path):
+    write_images(tmp_path / "cat", random_images(2))
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "lost.png")
+    with pytest.raises(ValueError, match=r"lost.png lies in no class's folder"):
+        load(tmp_path)
+
+
+def test_a_test_folder_alone_is_refused(tmp_path: Path):
+    write_images(tmp_path / "test" / "cat", random_images(2))
+    with pytest.raises(ValueError, match="no train folder, only test"):
+        load(tmp_path)
+
+
+def test_an_undecodable_file_is_named(tmp_path: Path):
+    write_images(tmp_path / "cat", random_images(2))
+    (tmp_path / "cat" / "broken.jpg").write_bytes(encode(random_images(1)[0], "JPEG")[:100])
+    with pytest.raises(ValueError, match=r"cat/broken.jpg cannot be decoded"):
+        load(tmp_path)
+
+
+def test_two_images_of_differing_shapes_are_named_and_image_size_cures_it(tmp_path: Path):
+    write_images(tmp_path / "cat", random_images(5))
+    write_images(tmp_path / "dog", random_images(5, height=12, width=8))
+    with pytest.raises(ValueError, match=r"cat/000.png is 6x6, dog/000.png 12x8: give --data.image-size"):
+        load(tmp_path)
+    assert load(tmp_path, image_size=4).train.image_shape == (4, 4, 3)
+
+
+def test_a_grey_split_is_repeated_where_another_has_colours(tmp_path: Path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "train" / name, random_images(5))
+        write_images(tmp_path / "test" / name, random_images(5, channels=1))
+    full_set = load(tmp_path)
+    assert np.array_equal(full_set.test.images[:5], np.stack([random_images(5, channels=1)] * 3, axis=3))
+    assert any("the test split is grey" in note for note in full_set.notes)
+
+
+# Decoding
+
+
+def decode(*data: bytes, image_size: int | None = None) -> np.ndarray:
+    return decode_images(len(data), data.__getitem__, str, image_size)
+
+
+def test_grey_sets_have_one_channel_and_mixed_sets_three():
+    grey, colour = random_images(1, channels=1)[0], random_images(1)[0]
+    assert np.array_equal(decode(encode(grey), encode(grey))[1, ..., 0], grey)
+    mixed = decode(encode(grey), encode(colour))
+    assert np.array_equal(mixed, [np.stack([grey] * 3, axis=2), colour])
+
+
+def test_exif_orientation_is_honoured():
+    image = random_images(1, height=4, width=6)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90° clockwise
+    assert np.array_equal(decode(encode(image, exif=exif))[0], np.rot90(image, k=-1))
+
+
+def test_sixteen_bit_grey_is_scaled_and_palettes_are_coloured():
+    levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    assert decode(encode(levels))[0, ..., 0].tolist() == [[0, 1, 128, 255]]
+    palette = Image.fromarray(random_images(1)[0]).quantize(4)
+    stream = io.BytesIO()
+    palette.save(stream, "PNG")
+    assert np.array_equal(decode(stream.getvalue())[0], np.asarray(palette.convert("RGB")))
+
+
+def test_float_images_in_files_are_refused():
+    with pytest.raises(ValueError, match="0 cannot be decoded: 32-bit pixels"):
+        decode(encode(np.zeros((2, 2), np.float32), "TIFF"))
+
+
+def test_resizing_is_torchvisions_resize_and_centre_crop():
+    from torchvision.transforms import functional
+
+    image = random_images(1, height=40, width=80)[0]
+    resized = functional.center_crop(functional.resize(Image.fromarray(image), [10]), [10, 10])  # pyright: ignore[reportArgumentType]
+    found = decode(encode(image), image_size=10)[0]
+    assert np.abs(found.astype(int) - np.asarray(resized).astype(int)).max() <= 1
+    arrays, _ = as_images(image[np.newaxis], "it", image_size=10)
+    assert np.array_equal(arrays[0], found)
+
+
+def test_images_of_the_wanted_size_are_left_alone():
+    images = random_images(3)
+    assert np.shares_memory(as_images(images, "it", image_size=6)[0], images)
