@@ -1,0 +1,49 @@
+"""One loop over examples on one device, and what is measured around it. Plain torch: no Ray, no files.
+
+result = minimize(model, examples, config.stage("subsets"), seed=7)
+metrics = evaluate(model, validation, config.stage("subsets"))
+"""
+
+from raysubset.training.devices import card_bytes, place, use_device
+from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training.loop import Progress, minimize, num_steps_per_epoch
+from raysubset.training.memory import minimizing_bytes
+from raysubset.training.packed import minimize_packed, why_not_packed
+from raysubset.training.packing import PAYS, PackingTrial, try_packing
+from raysubset.training.records import Cost, DivergedError, EpochRecord, Metrics, MinimizeResult, Weights
+from raysubset.training.shards import Shard
+from raysubset.training.statistics import EXACT_OUTPUTS, SAMPLED_TERMS, diagonal_fisher, fisher_cost, gram_matrices
+from raysubset.training.techniques import Distillation
+
+__all__ = [
+    "minimize",
+    "minimize_packed",
+    "why_not_packed",
+    "try_packing",
+    "PackingTrial",
+    "PAYS",
+    "evaluate",
+    "predict",
+    "mean_prediction",
+    "metrics_of_outputs",
+    "recompute_batch_norm",
+    "diagonal_fisher",
+    "fisher_cost",
+    "EXACT_OUTPUTS",
+    "SAMPLED_TERMS",
+    "gram_matrices",
+    "use_device",
+    "card_bytes",
+    "place",
+    "num_steps_per_epoch",
+    "minimizing_bytes",
+    "Progress",
+    "Shard",
+    "Distillation",
+    "Weights",
+    "Metrics",
+    "Cost",
+    "EpochRecord",
+    "MinimizeResult",
+    "DivergedError",
+]

@@ -1,0 +1,62 @@
+"""The device and the threads a process computes with, set explicitly."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
+    """Choose the device for what this process was given, and make its results repeatable.
+
+    A process that was given no GPU computes on the CPU even where one is visible: Ray leaves CUDA_VISIBLE_DEVICES alone
+    for actors without GPUs. The thread count is a part of the result (sums are split by threads); OpenMP keeps it per
+    calling thread, so this is to be called in the thread that computes.
+
+    Raises:
+        RuntimeError: if GPUs were given but torch sees none.
+    """
+    torch.set_num_threads(num_threads)
+    if not num_gpus:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    raise RuntimeError(f"{num_gpus:g} GPUs were given to this process, but torch {torch.__version__} sees none")
+
+
+def card_bytes(*, num_gpus: float) -> int | None:
+    """Memory of the CUDA card that this process was given, others' share of it included; None where it has none."""
+    if not num_gpus or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) -> AbstractContextManager[object]:
+    """The context of a forward pass, to be entered as often as needed; auto: bfloat16 on CUDA cards that have it.
+
+    Args:
+        device: computed on.
+        dtype: of the parameters.
+        precision: the recipe's.
+
+    Raises:
+        ValueError: if bfloat16 is asked for with parameters that autocast leaves as they are.
+    """
+    if precision == "bfloat16" and dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"minimize.precision=bfloat16 needs float32 parameters; these are {name}: set it to auto")
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = precision == "bfloat16" or (precision == "auto" and supported and dtype == torch.float32)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+
+
+def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    """The model on the device, its convolutions in the memory layout that is fast with images of that layout."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device).to(memory_format=layout)

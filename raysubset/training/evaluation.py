@@ -1,0 +1,134 @@
+"""Losses, metrics and batch-norm statistics of a model on examples: forward work only."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.data import Batches, even_sizes
+from raysubset.training.records import Metrics
+
+EVALUATION_BATCH = 500  # examples a forward pass; more does not help a CPU and less does not fill a GPU
+
+
+def widened(outputs: Tensor) -> Tensor:
+    """A network's outputs in float32, from mixed precision too; float64 stays."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
+def summed_loss(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Tensor:
+    """The recipe's loss summed over examples: outputs float [N, M], labels int64 [N]."""
+    if config.loss == "cross_entropy":
+        return F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=config.label_smoothing)
+    targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)
+    return F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
+
+
+def plain_loss(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Tensor:
+    """The loss that is reported, summed: as summed_loss(), without label smoothing."""
+    if config.loss == "cross_entropy":
+        return F.cross_entropy(outputs, labels, reduction="sum")
+    return summed_loss(outputs, labels, config)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Metrics:
+    """Loss and accuracy in evaluation mode and the model's own precision; its mode is left as it was."""
+    loss = torch.zeros((), dtype=torch.float64)
+    num_correct = 0
+    for outputs, labels in _outputs(model, examples, config):
+        loss += plain_loss(outputs, labels, config).cpu()
+        num_correct += int((outputs.argmax(1) == labels).sum())
+    return Metrics(float(loss), num_correct, len(examples))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Tensor:
+    """The network's outputs on the CPU, in evaluation mode: [N, M], logits for cross-entropy."""
+    return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, config)])
+
+
+def metrics_of_outputs(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Metrics:
+    """Loss and accuracy of what predict() gave, or of an ensemble's outputs."""
+    num_correct = int((outputs.argmax(1) == labels).sum())
+    return Metrics(float(plain_loss(outputs.double(), labels, config)), num_correct, len(labels))
+
+
+def _outputs(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    dtype = next(model.parameters()).dtype
+    with evaluation_mode(model):
+        sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
+        sizes += [rest] if (rest := len(examples) % EVALUATION_BATCH) else []
+        for images, labels in examples.in_order(sizes, channels_last=config.channels_last, dtype=dtype):
+            yield widened(model(images)), labels
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards each in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def mean_prediction(outputs: Iterable[Tensor], loss: str) -> Tensor:
+    """The prediction of an ensemble from its members' outputs [n, M], one at a time.
+
+    For cross-entropy the logarithm of the mean of the members' probabilities; for squared error the mean of outputs.
+    """
+    total, num = torch.empty(0), 0
+    for num, output in enumerate(outputs, start=1):
+        if loss == "cross_entropy":
+            output = output.log_softmax(1)
+            total = output if num == 1 else torch.logaddexp(total, output)
+        else:
+            total = output if num == 1 else total + output
+    return total - math.log(num) if loss == "cross_entropy" else total / num
+
+
+def recompute_batch_norm(model: nn.Module, examples: Batches, config: MinimizeConfig) -> int:
+    """Set running statistics to the mean over batches of these examples; a mean of weights needs it (SWA, §3.2).
+
+    Args:
+        model: changed in place; its mode is left as it was.
+        examples: un-augmented; about a batch of EVALUATION_BATCH at a time, all of nearly one size.
+
+    Returns:
+        Examples passed forward: 0 where the model keeps no running statistics.
+    """
+    sizes = even_sizes(len(examples), math.ceil(len(examples) / EVALUATION_BATCH))
+    dtype = next(model.parameters()).dtype
+    batches = examples.in_order(sizes, channels_last=config.channels_last, dtype=dtype)
+    return set_running_statistics(model, (images for images, _ in batches))
+
+
+def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """As recompute_batch_norm(), from batches of images; they are not asked for where there are no statistics."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    num_forward = 0
+    momenta = [layer.momentum for layer in layers]
+    counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    counts = [counter.clone() for counter in counters]
+    with evaluation_mode(model), torch.no_grad():  # torch's update_bn turns dropout on: its statistics are random
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative mean
+            layer.train()
+        for images in batches:
+            model(images)
+            num_forward += len(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    for counter, count in zip(counters, counts, strict=True):
+        counter.copy_(count)
+    return num_forward

@@ -1,0 +1,81 @@
+"""How much of a device's memory a minimization takes: an estimate from one forward pass on the CPU."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import WHOLE_SUBSET, MinimizeConfig
+from raysubset.training.devices import mixed_precision
+from raysubset.training.evaluation import EVALUATION_BATCH
+from raysubset.training.whole_subset.objective import CHUNK_BATCHES
+
+_PROBED = (2, 4)  # examples of two forward passes: what grows is an example's; batch normalisation needs two
+
+# What an optimizer holds beside weights, gradient and the best epoch's weights, in copies of the parameters
+_OPTIMIZER_COPIES = {
+    "sgd": 1,  # momentum
+    "adam": 2,  # two moments
+    "adamw": 2,
+    "lbfgs": 2 * 20 + 3,  # 20 pairs of vectors; direction, last gradient and line search
+    "cg": 3,  # direction, last gradient and line search
+    "gauss_newton": 5,  # gradient, solution, residual, direction and product
+}
+
+
+def minimizing_bytes(
+    model: nn.Module, config: MinimizeConfig, *, image_shape: tuple[int, int, int], num_examples: int
+) -> int:
+    """Memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without what torch itself holds.
+
+    Examples as uint8 and their labels, weights with gradient, best epoch and optimizer state, and the greater of what a
+    batch saves for its backward pass and what evaluation passes from layer to layer. Gradients of activations, the
+    allocator's gaps and further copies that variations of the recipe hold (averages) come on top.
+
+    Args:
+        model: on the CPU; left as it is.
+        config: batch size, optimizer and precision. With precision=auto float32 is counted: bfloat16 takes about half.
+        image_shape: (H, W, C).
+        num_examples: that are on the device at a time, to train and to validate on.
+    """
+    height, width, channels = image_shape
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    copies = 2 * weights + (1 + _OPTIMIZER_COPIES[config.optimizer]) * parameters
+    batch = config.batch_size * (CHUNK_BATCHES if config.optimizer in WHOLE_SUBSET else 1)
+    (few, _), (more, largest) = (_saved_bytes(model, config, num, (channels, height, width)) for num in _PROBED)
+    saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
+    activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)
+    return num_examples * (height * width * channels + 8) + copies + activations
+
+
+def _saved_bytes(model: nn.Module, config: MinimizeConfig, num: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(all, the largest by example) of what a forward pass of `num` examples saves for the backward pass, in bytes.
+
+    Autograd's own hooks tell it, so that functions called within forward() count like modules do.
+    """
+    probe = copy.deepcopy(model).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers())}
+    saved: dict[int, int] = {}  # bytes by storage
+    largest = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            if tensor.ndim and len(tensor) == num:
+                largest = max(largest, storage.nbytes())
+        return tensor
+
+    dtype = next(probe.parameters()).dtype
+    images = torch.zeros(num, *shape, dtype=dtype)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        mixed_precision(images.device, dtype, config.precision),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        outputs = probe(images)  # held until all is counted, so that no storage is used twice
+    del outputs
+    return sum(saved.values()), largest // num

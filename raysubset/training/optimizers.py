@@ -1,0 +1,77 @@
+"""The optimizer of a recipe, and its learning rate at any point of the schedule."""
+
+import math
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+
+ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR starts there and ends at 4e-6)
+
+
+def make_optimizer(model: nn.Module, config: MinimizeConfig) -> torch.optim.Optimizer:
+    """The optimizer by name; weight decay spares biases and normalisation parameters (tensors of one dimension).
+
+    cg and gauss_newton are no optimizers of torch's kind: training.whole_subset makes their steps.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rate = config.peak_learning_rate()
+    if config.optimizer == "lbfgs":
+        least = 1e-7 if config.gradient_tolerance is None else config.gradient_tolerance  # 1e-7 is torch's own
+        return torch.optim.LBFGS(
+            parameters, lr=rate, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=least
+        )
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    match config.optimizer:
+        case "sgd":
+            nesterov = config.momentum > 0 and config.extrapolation.kind == "none"  # which looks ahead by itself
+            return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
+        case "adam":
+            return torch.optim.Adam(groups, lr=rate, fused=fused)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=rate, fused=fused)
+        case "cg" | "gauss_newton":
+            raise AssertionError(f"training.whole_subset makes the steps of {config.optimizer}")
+        case _ as unknown:
+            assert_never(unknown)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, its moments in the memory layout of their parameters.
+
+    The CPU's fused kernels walk through memory whatever the strides, and would mix up a state saved in another layout.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def learning_rate_at(config: MinimizeConfig, progress: float) -> float:
+    """The learning rate when a share `progress`, in [0, 1], of the schedule is done."""
+    peak, warm = config.peak_learning_rate(), config.warmup_fraction
+    rest = (progress - warm) / (1 - warm)
+    match config.schedule:
+        case "constant":
+            return peak
+        case "cosine":
+            return peak * _half_cosine(progress)
+        case "one_cycle":
+            start, end = peak * ONE_CYCLE_START, peak * ONE_CYCLE_END
+            if progress < warm:
+                return peak + (start - peak) * _half_cosine(progress / warm)
+            return end + (peak - end) * _half_cosine(rest)
+        case "warmup_linear":
+            return peak * (progress / warm if progress < warm else 1 - rest)
+
+
+def _half_cosine(share: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return (1 + math.cos(math.pi * share)) / 2

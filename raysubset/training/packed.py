@@ -1,0 +1,293 @@
+"""minimize_packed(): several minimizations at once on one device, each as minimize() would have done it alone."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
+from raysubset.data import Examples, even_sizes, joined
+from raysubset.models import has_dropout
+from raysubset.training.devices import mixed_precision
+from raysubset.training.evaluation import summed_loss, widened
+from raysubset.training.loop import Progress, diverged_at_once, num_steps_per_epoch, reached
+from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.stack import Stack
+
+OnPackedStep = Callable[[Mapping[int, Progress]], bool | None]
+
+
+def why_not_packed(model: nn.Module, config: MinimizeConfig) -> str | None:
+    """Why this recipe cannot step several members at once, in a few words; None where it can."""
+    if config.optimizer in WHOLE_SUBSET:
+        return f"{config.optimizer} searches a line for each subset"
+    for name in ("extrapolation", "averaging", "skipping"):
+        if (kind := getattr(config, name).kind) != "none":
+            return f"minimize.{name}.kind={kind} is done one by one"
+    if config.epoch_fraction < 1:
+        return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
+    if config.compile:
+        return "minimize.compile is for one network"
+    if has_dropout(model):
+        return "the network has dropout, whose noise is each subset's own"
+    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
+        return "the network's parameters are of several types"
+    return None
+
+
+def minimize_packed(
+    models: Sequence[nn.Module],
+    examples: Sequence[Examples],
+    config: MinimizeConfig,
+    *,
+    seeds: Sequence[int],
+    states: Sequence[dict[str, Any] | None] | None = None,
+    optimizer_states: Sequence[dict[str, Any] | None] | None = None,
+    schedule_span: tuple[float, float] = (0.0, 1.0),
+    on_step: OnPackedStep | None = None,
+) -> list[MinimizeResult | DivergedError]:
+    """Minimize the recipe's loss for each member over its own examples, changing the models in place.
+
+    Each member has the order, augmentation, learning rate, running statistics and end that minimize() would have given
+    it, and agrees with it to rounding; states are interchangeable with minimize()'s in both directions. In one step the
+    members whose batches are of one size share a forward pass; a member that has ended leaves the stack.
+
+    Args:
+        models: of one architecture, on the examples' device.
+        examples: of each member; a joint copy of them is held meanwhile.
+        config: a recipe that why_not_packed() has nothing against.
+        seeds: of each member, as minimize() takes them.
+        states: what Progress.capture() gave, here or in minimize(), to go on from there.
+        optimizer_states: momenta to start with where there is no state.
+        schedule_span: the part of the schedule that this call covers, as shares of it.
+        on_step: called after every step with the members that took it, by number; returning True ends those that are
+            not done with the outcome "stopped".
+
+    Returns:
+        The outcomes, a DivergedError for a member that minimize() would have raised it for: the others go on. A
+        member's device_s is its share of the time that steps took.
+
+    Raises:
+        RuntimeError: torch's, if vmap cannot do the network.
+    """
+    pack = _Pack(models, examples, config, seeds, states, optimizer_states)
+    while pack.running:
+        pack.step(schedule_span)
+        stop = bool(on_step and on_step(pack.progress()))
+        pack.end_finished(stop=stop)
+    if examples[0].device.type == "cuda":
+        torch.cuda.synchronize(examples[0].device)
+    return [member.result for member in pack.members if member.result is not None]
+
+
+class _Member:
+    """Where one member stands; its weights are a row of the stack."""
+
+    def __init__(self, examples: Examples, config: MinimizeConfig, *, seed: int, state: dict[str, Any] | None) -> None:
+        self.num_per_epoch = num_steps_per_epoch(len(examples), config)
+        self.examples, self.seed = examples, seed
+        self.batch_sizes = even_sizes(len(examples), self.num_per_epoch)
+        self.progress = Progress(max(1, round(config.epochs * self.num_per_epoch)), self.num_per_epoch)
+        self.batches: Sequence[Tensor] = ()  # of the epoch: positions in the joint examples
+        self.num_summed = 0  # examples in the loss sum
+        self.best_loss: float | None = None
+        self.outcome: str | None = None
+        self.result: MinimizeResult | DivergedError | None = None
+        if state is not None:
+            self.progress.step = state["position"][1]
+            self.progress.history = [EpochRecord(**record) for record in state["history"]]
+            self.num_summed = state["num_summed"]
+            self.best_loss = state["best"].get("loss")
+            if self.progress.step and not self.num_summed:
+                self.outcome = reached(config, self.progress)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch_sizes[self.progress.step % self.num_per_epoch]
+
+    @property
+    def has_ended(self) -> bool:
+        return self.outcome is not None or self.progress.step >= self.progress.num_steps
+
+
+class _Pack:
+    """The members of one call, and the stack of those that still run."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        examples: Sequence[Examples],
+        config: MinimizeConfig,
+        seeds: Sequence[int],
+        states: Sequence[dict[str, Any] | None] | None,
+        optimizer_states: Sequence[dict[str, Any] | None] | None,
+    ) -> None:
+        num, self._config, self._models = len(models), config, models
+        self._last_at = time.perf_counter()
+        states, begun = list(states or [None] * num), list(optimizer_states or [None] * num)
+        for model, state in zip(models, states, strict=True):
+            model.train()
+            if state is not None:
+                model.load_state_dict(state["model"])
+        optimizers = [begun[i] if state is None else state["optimizer"] for i, state in enumerate(states)]
+        self.members = [
+            _Member(own, config, seed=seed, state=state)
+            for own, seed, state in zip(examples, seeds, states, strict=True)
+        ]
+        self._joint = joined(examples)
+        self._first_positions = [sum(len(e) for e in examples[:i]) for i in range(num)]
+        draws = [own.draw(0) for own in examples]
+        self._draws = None if draws[0] is None else torch.cat([d for d in draws if d is not None])
+        self._stack = Stack(models, config, optimizers)
+        device, dtype = examples[0].device, next(models[0].parameters()).dtype
+        self._dtype = dtype
+        self._precision: AbstractContextManager[object] = mixed_precision(device, dtype, config.precision)
+        sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = [0.0 if state is None else state["loss_sum"] for state in states]
+        self._loss_sums = torch.tensor(sums, dtype=sum_dtype).to(device)
+        self.running = list(range(num))  # numbers of members, in order of the stack's rows
+        for number, (member, state) in enumerate(zip(self.members, states, strict=True)):
+            member.progress.capture = partial(self._capture, number)
+            if state is not None and state["best"]:
+                self._stack.set_best(number, state["best"]["model"])
+        self.end_finished(stop=False)
+
+    def progress(self) -> dict[int, Progress]:
+        """Of the members in the stack, but for those that diverged at once."""
+        return {number: self.members[number].progress for number in self.running if not self.members[number].result}
+
+    def step(self, schedule_span: tuple[float, float]) -> None:
+        """One step of every running member."""
+        members = [self.members[number] for number in self.running]
+        low, high = schedule_span
+        shares = [member.progress.step / member.progress.num_steps for member in members]
+        rates = [learning_rate_at(self._config, low + (high - low) * share) for share in shares]
+        rows_of: dict[int, list[int]] = {}
+        for row, member in enumerate(members):
+            rows_of.setdefault(member.batch_size, []).append(row)
+        for size, rows in rows_of.items():
+            self._forward_and_backward(rows, size)
+        self._stack.update(rates)
+        for member in members:
+            size = member.batch_size
+            member.num_summed += size
+            member.progress.step += 1
+            cost = member.progress.cost
+            member.progress.cost = replace(
+                cost,
+                num_forward=cost.num_forward + size,
+                num_backward=cost.num_backward + size,
+                num_steps=cost.num_steps + 1,
+            )
+        self._share_time()
+        self._end_epochs(rates)
+
+    def _forward_and_backward(self, rows: list[int], size: int) -> None:
+        """Add the gradients of members whose batches are of one size, and their losses."""
+        batches = [self._next_batch(self.running[row]) for row in rows]
+        images, labels = self._joint.batch(
+            torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
+        )
+        images = images.unflatten(0, (size, len(rows)))  # [N, k, C, H, W] in the memory of [N, k, H, W, C]
+        if self._config.channels_last:
+            images = images.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        else:
+            images = images.clone(memory_format=torch.contiguous_format)
+        with self._precision:
+            outputs = self._stack.outputs(images, rows)
+        of_one = partial(summed_loss, config=self._config)
+        losses = vmap(of_one, in_dims=1)(widened(outputs), labels.unflatten(0, (size, len(rows))))
+        losses.backward(torch.full_like(losses, 1 / size))
+        numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
+        self._loss_sums.index_add_(0, numbers, losses.detach().to(self._loss_sums.dtype))
+
+    def _next_batch(self, number: int) -> Tensor:
+        """Positions in the joint examples: int64 [n]. At an epoch's beginning, or after a resume, it is drawn."""
+        member, first = self.members[number], self._first_positions[number]
+        epoch, batch = divmod(member.progress.step, member.num_per_epoch)
+        if not member.batches or batch == 0:
+            order = member.examples.order(derive_seed(member.seed, "order", epoch))
+            member.batches = (order + first).split(member.batch_sizes)
+            draws = member.examples.draw(derive_seed(member.seed, "augmentation", epoch))
+            if draws is not None and self._draws is not None:
+                self._draws[first : first + len(draws)] = draws
+        return member.batches[batch]
+
+    def _share_time(self) -> None:
+        """Give the running members equal shares of the time since the last call."""
+        now = time.perf_counter()
+        share, self._last_at = (now - self._last_at) / len(self.running), now
+        for number in self.running:
+            progress = self.members[number].progress
+            progress.cost = replace(progress.cost, device_s=progress.cost.device_s + share)
+
+    def _end_epochs(self, rates: Sequence[float]) -> None:
+        """Close the epoch of members that are at its end: history, the best weights, and whether it was the last."""
+        for number in self.running:
+            progress, per_epoch = self.members[number].progress, self.members[number].num_per_epoch
+            progress.epoch_ended = progress.step % per_epoch == 0 or progress.step == progress.num_steps
+        ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
+        sums = self._loss_sums.tolist() if ended else []
+        improved = []
+        for row in ended:
+            number = self.running[row]
+            member, progress = self.members[number], self.members[number].progress
+            mean = sums[number] / member.num_summed
+            progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
+            self._loss_sums[number] = 0
+            member.num_summed = 0
+            member.outcome = reached(self._config, progress)
+            if member.outcome == "diverged":
+                if member.best_loss is None:
+                    member.result = diverged_at_once(mean, self._config)
+                else:
+                    self._stack.go_back(row)
+            elif member.best_loss is None or mean < member.best_loss:
+                member.best_loss = mean
+                improved.append(row)
+        if improved:
+            self._stack.remember(improved)
+
+    def end_finished(self, *, stop: bool) -> None:
+        """Give every member that has ended its result, and with `stop` all of them; the others stay in the stack."""
+        ended = [stop or self.members[number].has_ended for number in self.running]
+        if not any(ended):
+            return
+        for row, number in enumerate(self.running):
+            member = self.members[number]
+            if not ended[row] or member.result is not None:
+                continue
+            self._models[number].load_state_dict(self._stack.weights(row))
+            member.result = MinimizeResult(
+                member.outcome or ("epochs" if member.has_ended else "stopped"),
+                tuple(member.progress.history),
+                member.progress.cost,
+                self._stack.optimizer_state(row),
+            )
+        rows = [row for row, has_ended in enumerate(ended) if not has_ended]
+        self.running = [self.running[row] for row in rows]
+        self._stack.keep(rows)
+
+    def _capture(self, number: int) -> dict[str, Any]:
+        """The state of a running member, as minimize() would give it."""
+        member, row = self.members[number], self.running.index(number)
+        best = {} if member.best_loss is None else {"loss": member.best_loss}
+        return {
+            "position": [member.progress.step // member.num_per_epoch, member.progress.step],
+            "model": self._stack.weights(row),
+            "optimizer": self._stack.optimizer_state(row),
+            "loss_sum": self._loss_sums[number].item(),
+            "num_summed": member.num_summed,
+            "history": [record.to_dict() for record in member.progress.history],
+            "best": best | ({"model": self._stack.weights(row, best=True)} if best else {}),
+            "techniques": {},  # none is packed
+            "own": {},
+            "num_shards": 1,
+        }

@@ -1,0 +1,207 @@
+"""Stack: the weights, buffers and optimizer states of several members of one architecture, a row each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.training.grouped import forward_of_all
+from raysubset.training.optimizers import load_optimizer_state, make_optimizer
+
+_WEIGHTS = "weights"  # the key, among the buffers' names, of all trained parameters
+
+
+class Stack:
+    """Members that step together. All trained parameters are one matrix [K, P], so that an update is a few kernels.
+
+    What goes in and comes out is of one member: the module, state dicts, and torch.optim's own state dict, so members
+    may enter and leave between any two steps. Updates are those of torch.optim's SGD with Nesterov momentum, Adam and
+    AdamW, with a learning rate and a step count for each member.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], config: MinimizeConfig, optimizer_states: Sequence[dict[str, Any] | None]
+    ) -> None:
+        """Copy the members' tensors; the modules are left alone.
+
+        Args:
+            models: of one architecture, on one device.
+            config: the recipe, of sgd, adam or adamw.
+            optimizer_states: state dicts to go on with; None: fresh ones.
+        """
+        self._config, first = config, models[0]
+        trained = [(name, p) for name, p in first.named_parameters() if p.requires_grad]
+        trained.sort(key=lambda item: item[1].ndim <= 1)  # as make_optimizer() has them: decayed first
+        self._names = [name for name, _ in trained]
+        self._shapes = [p.shape for _, p in trained]
+        self._sizes = [p.numel() for _, p in trained]
+        self._num_decayed = sum(p.numel() for _, p in trained if p.ndim > 1)
+        self._keys = _state_dict_places(first, self._names, self._sizes)
+        self._forward = forward_of_all(first)
+        self._moment_names = ("exp_avg", "exp_avg_sq")
+        if config.optimizer == "sgd":
+            self._moment_names = ("momentum_buffer",) if config.momentum else ()
+        self._models = list(models)
+        self._rates = [config.peak_learning_rate()] * len(models)
+        self._steps = [0] * len(models)  # of each member's optimizer
+        with torch.no_grad():
+            tensors = [self._tensors(model) for model in models]
+            self._now = {name: torch.stack([row[name] for row in tensors]) for name in tensors[0]}
+            self._best = {name: value.clone() for name, value in self._now.items()}
+            moments = [self._read_optimizer(row, state) for row, state in enumerate(optimizer_states)]
+            self._moments = [torch.stack(rows) for rows in zip(*moments, strict=True)]
+        self._now[_WEIGHTS].requires_grad_()
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """A row of the stack: trained parameters as one vector, everything else by name."""
+        named = dict(model.named_parameters())
+        rest = {name: p.detach() for name, p in named.items() if not p.requires_grad} | dict(model.named_buffers())
+        return {_WEIGHTS: torch.cat([named[name].detach().flatten() for name in self._names]), **rest}
+
+    def _read_optimizer(self, row: int, state: dict[str, Any] | None) -> list[Tensor]:
+        """A member's moments, each as one vector; its step count is noted."""
+        optimizer = make_optimizer(self._models[row], self._config)
+        if state is not None:
+            load_optimizer_state(optimizer, state)
+        own = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+        values = own[0][1]
+        self._steps[row] = int(values.get("step", bool(values)))  # sgd counts none: that it has stepped is enough
+        zero = torch.zeros((), device=own[0][0].device, dtype=own[0][0].dtype)
+        return [
+            torch.cat([values.get(name, zero.expand(p.shape)).flatten() for p, values in own])
+            for name in self._moment_names
+        ]
+
+    # Steps
+
+    def outputs(self, images: Tensor, rows: Sequence[int]) -> Tensor:
+        """The networks' outputs [N, k, M] in train mode on images [N, k, C, H, W], of members given by row."""
+        every = len(rows) == len(self)
+        index = self._index(rows)
+        chosen = self._now if every else {name: value[index] for name, value in self._now.items()}
+        parts = chosen[_WEIGHTS].split(self._sizes, dim=1)
+        tensors = {name: p.view(-1, *s) for name, p, s in zip(self._names, parts, self._shapes, strict=True)}
+        buffers = {name: value for name, value in chosen.items() if name != _WEIGHTS}
+        outputs = self._forward(tensors | buffers, images)
+        if not every:
+            for name, value in buffers.items():
+                self._now[name][index] = value
+        return outputs
+
+    @torch.no_grad()
+    def update(self, rates: Sequence[float]) -> None:
+        """An optimizer step of all members with the gradients that backward() left, which are cleared."""
+        config, weights = self._config, self._now[_WEIGHTS]
+        gradient = weights.grad
+        assert gradient is not None
+        self._rates, self._steps = list(rates), [step + 1 for step in self._steps]
+        if config.optimizer == "adamw":
+            decays = self._column([1 - rate * config.weight_decay for rate in rates])
+            weights[:, : self._num_decayed].mul_(decays)
+        elif config.weight_decay:
+            gradient[:, : self._num_decayed].add_(weights[:, : self._num_decayed], alpha=config.weight_decay)
+        if config.optimizer == "sgd":
+            if config.momentum:
+                (momentum,) = self._moments
+                momentum.mul_(config.momentum).add_(gradient)
+                gradient.add_(momentum, alpha=config.momentum)
+            weights.addcmul_(gradient, self._column(rates), value=-1)
+        else:
+            mean, square = self._moments
+            beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch's defaults, which make_optimizer() leaves
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            scales = self._column([1 / math.sqrt(1 - beta2**step) for step in self._steps])
+            lengths = self._column([rate / (1 - beta1**step) for rate, step in zip(rates, self._steps, strict=True)])
+            weights.addcdiv_(mean * lengths, (square.sqrt() * scales).add_(epsilon), value=-1)
+        weights.grad = None
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        """[K, 1], of the weights' type."""
+        weights = self._now[_WEIGHTS]
+        return torch.tensor(values, dtype=weights.dtype)[:, None].to(weights.device, non_blocking=True)
+
+    # Members
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._now[_WEIGHTS].device)
+
+    @torch.no_grad()
+    def remember(self, rows: Sequence[int]) -> None:
+        """Note the weights and buffers of some members as the best they had."""
+        index = self._index(rows)
+        for name, value in self._now.items():
+            self._best[name][index] = value[index]
+
+    @torch.no_grad()
+    def go_back(self, row: int) -> None:
+        """Give a member what remember() noted, and a new optimizer: the old moments may be NaN."""
+        for name, value in self._now.items():
+            value[row] = self._best[name][row]
+        for moment in self._moments:
+            moment[row] = 0
+        self._steps[row], self._rates[row] = 0, self._config.peak_learning_rate()
+
+    @torch.no_grad()
+    def weights(self, row: int, *, best: bool = False) -> dict[str, Tensor]:
+        """A member's state dict, or what remember() noted of it; in memory of its own."""
+        tensors = self._best if best else self._now
+        weights = {}
+        for key, name, columns, shape in self._keys:
+            value = tensors[name][row] if columns is None else tensors[name][row, columns].view(shape)
+            weights[key] = value.detach().clone()
+        return weights
+
+    @torch.no_grad()
+    def set_best(self, row: int, weights: dict[str, Tensor]) -> None:
+        """As remember(), of weights that a checkpoint holds."""
+        for key, name, columns, _ in self._keys:
+            place = self._best[name][row] if columns is None else self._best[name][row, columns]
+            place.copy_(weights[key] if columns is None else weights[key].flatten())
+
+    def optimizer_state(self, row: int) -> dict[str, Any]:
+        """A member's optimizer as torch.optim's own state dict; in memory of its own."""
+        optimizer, step = make_optimizer(self._models[row], self._config), self._steps[row]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for group in optimizer.param_groups:
+            group["lr"] = self._rates[row]
+        if step and self._moments:
+            for name, moment in zip(self._moment_names, self._moments, strict=True):
+                for p, part in zip(parameters, moment[row].split(self._sizes), strict=True):
+                    optimizer.state[p][name] = torch.empty_like(p, requires_grad=False).copy_(part.view(p.shape))
+            if self._config.optimizer != "sgd":
+                for p in parameters:
+                    optimizer.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
+        return optimizer.state_dict()
+
+    @torch.no_grad()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these members alone."""
+        index = self._index(rows)
+        self._now = {name: value.detach()[index] for name, value in self._now.items()}
+        self._now[_WEIGHTS].requires_grad_()
+        self._best = {name: value[index] for name, value in self._best.items()}
+        self._moments = [moment[index] for moment in self._moments]
+        self._models = [self._models[row] for row in rows]
+        self._rates, self._steps = [self._rates[row] for row in rows], [self._steps[row] for row in rows]
+
+
+def _state_dict_places(
+    model: nn.Module, names: Sequence[str], sizes: Sequence[int]
+) -> list[tuple[str, str, slice | None, torch.Size]]:
+    """Of each entry of the state dict, ties included: key, name in the stack, columns of the weights or None, shape."""
+    places: dict[int, tuple[str, slice | None]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        places[id(tensor)] = name, None
+    parameters, end = dict(model.named_parameters()), 0
+    for name, size in zip(names, sizes, strict=True):
+        places[id(parameters[name])] = _WEIGHTS, slice(end, end + size)
+        end += size
+    entries = model.state_dict(keep_vars=True).items()
+    return [(key, *places[id(tensor)], tensor.shape) for key, tensor in entries]

@@ -1,0 +1,91 @@
+"""Averages of weights along the way: PSWA, PWALKS and PSWM (arXiv:1905.05774), EMA, and SWA (arXiv:1803.05407).
+
+PSWA     at each epoch's end  w ← mean of the epoch's samples           a sample every `period` epochs
+PWALKS                        w ← mean of the last num_samples samples, of whichever epoch
+PSWM     W ← β·W + (1 − β)·sample, and at each epoch's end  w ← W
+EMA      W ← β·W + (1 − β)·w after every step; the result is W
+SWA      the result is the mean of the weights at the ends of the epochs after swa_start
+
+Restarting, PSWA, PWALKS and PSWM go on from w with the optimizer's momentum as it was, which is our choice; where they
+only evaluate, the last w is the result.
+"""
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from raysubset.config import AveragingConfig
+
+
+class Averaging:
+    """Takes samples of a model's parameters, and puts their average into the model when told to.
+
+    Memory: one copy of the parameters; PWALKS keeps num_samples of them. Buffers are left to the caller. Workers that
+    hold the same weights all do the same arithmetic, so they still hold the same afterwards.
+    """
+
+    def __init__(self, config: AveragingConfig, model: nn.Module, *, num_steps: int, num_steps_per_epoch: int) -> None:
+        self._config, self._parameters = config, list(model.parameters())
+        self._period = 1 if config.kind == "ema" else max(1, round(config.period * num_steps_per_epoch))
+        self._first_end = config.swa_start * num_steps  # SWA takes the epochs that end later
+        self._update = (
+            get_ema_multi_avg_fn(config.decay_or_default())
+            if config.kind in ("pswm", "ema")
+            else get_swa_multi_avg_fn()
+        )
+        self._samples: deque[list[Tensor]] = deque(maxlen=config.num_samples)  # PWALKS
+        self._average: list[Tensor] = []  # the others
+        self._num_averaged = 0
+
+    def after_step(self, step: int) -> None:
+        """Take a sample if one is due after so many steps."""
+        if self._config.kind != "swa" and step % self._period == 0:
+            self._sample()
+
+    def end_epoch(self, step: int, *, last: bool) -> bool:
+        """Put the average into the model if it is time; whether it was.
+
+        Args:
+            step: steps done.
+            last: whether the minimization ends here.
+        """
+        if self._config.kind == "swa" and step > self._first_end:
+            self._sample()
+        due = self._num_averaged > 0 and (last or self._config.restarts())
+        if due:
+            self._apply()
+        if self._config.kind == "pswa":
+            self._num_averaged = 0
+        return due
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        current = [p.detach() for p in self._parameters]
+        if self._config.kind == "pwalks":
+            self._samples.append([p.clone() for p in current])  # .cpu() would alias the weights that go on moving
+        elif self._num_averaged == 0:
+            self._average = [p.clone() for p in current]
+        else:
+            self._update(self._average, current, self._num_averaged)
+        self._num_averaged += 1
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        average = self._average
+        if self._config.kind == "pwalks":
+            average = [p.clone() for p in self._samples[0]]
+            for num, sample in enumerate(list(self._samples)[1:], start=1):
+                self._update(average, sample, num)
+        for parameter, mean in zip(self._parameters, average, strict=True):
+            parameter.copy_(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same for all workers."""
+        return {"samples": list(self._samples), "average": self._average, "num_averaged": self._num_averaged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._samples = deque(state["samples"], maxlen=self._config.num_samples)
+        self._average, self._num_averaged = state["average"], state["num_averaged"]

@@ -1,0 +1,145 @@
+"""The techniques that a recipe chooses, at the points where the loop meets them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig, derive_seed
+from raysubset.data import Batches, even_sizes
+from raysubset.models import has_batch_norm
+from raysubset.training.evaluation import EVALUATION_BATCH, set_running_statistics
+from raysubset.training.shards import Shard
+from raysubset.training.techniques.averaging import Averaging
+from raysubset.training.techniques.extrapolation import Extrapolation
+from raysubset.training.techniques.skipping import Skipping
+
+BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of the result
+PASSING_EXAMPLES = 500  # likewise, of an average that the run goes on from: they last for an epoch
+
+
+class Techniques:
+    """Extrapolation, averaging and skipping as far as they are chosen; without any, every hook does nothing.
+
+    Attributes:
+        num_forward: examples passed forward besides the steps, by all workers in this call.
+        num_skipped: examples whose backward pass left out the weights, in this call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Batches,
+        config: MinimizeConfig,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_steps: int,
+        num_steps_per_epoch: int,
+        seed: int,
+        shard: Shard,
+    ) -> None:
+        self._model, self._examples, self._config, self._seed, self._shard = model, examples, config, seed, shard
+        self.num_forward = self.num_skipped = 0
+        self._extrapolation = self._averaging = self._skipping = None
+        if config.extrapolation.kind != "none":
+            self._extrapolation = Extrapolation(config.extrapolation, optimizer, seed=seed, rank=shard.rank)
+        if config.averaging.kind != "none":
+            self._averaging = Averaging(
+                config.averaging, model, num_steps=num_steps, num_steps_per_epoch=num_steps_per_epoch
+            )
+        if config.skipping.kind != "none":
+            self._skipping = Skipping(config.skipping, model, shard, num_steps_per_epoch=num_steps_per_epoch)
+        self._averages_gradients = shard.num > 1 and (
+            self._skipping is not None or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
+        )
+
+    def data_parallel(self, device: torch.device) -> nn.Module:
+        """The model to pass forward through.
+
+        DistributedDataParallel hides a worker's own gradient, and hangs on a parameter that stops having one; where
+        either matters the gradients are averaged by after_backward().
+        """
+        return self._model if self._averages_gradients else self._shard.data_parallel(self._model, device)
+
+    @property
+    def rate_scale(self) -> float:
+        """What the schedule's learning rate is multiplied by."""
+        return self._skipping.rate_scale if self._skipping else 1.0
+
+    def before_forward(self, rate: float, step: int) -> None:
+        if self._extrapolation:
+            self._extrapolation.look_ahead(rate, step)
+
+    def after_backward(self) -> None:
+        """Leave the weights where the optimizer is to step from, and the whole batch's gradients."""
+        if self._extrapolation:
+            self._extrapolation.come_back(self._average_gradients)
+        else:
+            self._average_gradients()
+
+    def _average_gradients(self) -> None:
+        if self._averages_gradients:
+            self._shard.average_gradients(self._model.parameters())
+
+    def after_step(self, step: int, outputs: Tensor, labels: Tensor, num_examples: int) -> None:
+        """Args as Skipping.after_step()."""
+        if self._averaging:
+            self._averaging.after_step(step)
+        if self._skipping:
+            self.num_skipped += num_examples * self._skipping.is_frozen
+            self._skipping.after_step(step, outputs, labels, num_examples)
+
+    def end_epoch(self, step: int, *, last: bool) -> None:
+        """Average if it is time, and set the running statistics of the averaged weights.
+
+        All workers pass the same examples forward. They are augmented as in training.
+        """
+        if self._averaging and self._averaging.end_epoch(step, last=last) and has_batch_norm(self._model):
+            num = min(BATCH_NORM_EXAMPLES if last else PASSING_EXAMPLES, len(self._examples))
+            seed = derive_seed(self._seed, "batch_norm")
+            batches = self._examples.epoch(
+                order_seed=seed,
+                augmentation_seed=seed,
+                batch_sizes=even_sizes(num, math.ceil(num / EVALUATION_BATCH)),
+                channels_last=self._config.channels_last,
+                dtype=next(self._model.parameters()).dtype,
+            )
+            self.num_forward += self._shard.num * set_running_statistics(self._model, (images for images, _ in batches))
+
+    def close(self) -> None:
+        """Leave a model whose parameters all learn."""
+        if self._skipping:
+            self._skipping.thaw()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same for all workers: plain values and tensors, not copied."""
+        state = {}
+        if self._extrapolation and not self._extrapolation.differs_by_worker:
+            state["extrapolation"] = self._extrapolation.state_dict()
+        if self._averaging:
+            state["averaging"] = self._averaging.state_dict()
+        if self._skipping:
+            state["skipping"] = self._skipping.state_dict()
+        return state
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What is this worker's own; empty where nothing is."""
+        state = {}
+        if self._extrapolation and self._extrapolation.differs_by_worker:
+            state["extrapolation"] = self._extrapolation.state_dict()
+        if self._skipping:
+            state["skipping"] = self._skipping.own_state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], own: dict[str, Any], step: int) -> None:
+        """Go on from both; `own` is empty where the number of workers has changed.
+
+        Extrapolation then begins without a last gradient, and skipping with a new window.
+        """
+        if self._extrapolation and (last := (state | own).get("extrapolation")):
+            self._extrapolation.load_state_dict(last)
+        if self._averaging:
+            self._averaging.load_state_dict(state["averaging"])
+        if self._skipping:
+            self._skipping.load_state_dict(state["skipping"], own.get("skipping"), step)

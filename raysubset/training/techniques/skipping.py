@@ -1,0 +1,138 @@
+"""Weight Update Skipping, WUS and WUS+LR (arXiv:2012.02792): while accuracy hardly improves, only biases move.
+
+From the abstract, which has the principle; the rule is our own. Training accuracy is that of the batches as they come,
+over windows that follow one another and begin anew at every change:
+
+    moving   a window that is less than `threshold` better than the one before freezes the weights
+    frozen   for `epochs`; or until a window is worse than the one that froze them by more than `drop`
+
+Weights are the tensors of two dimensions and more: biases and normalisation parameters go on. WUS+LR multiplies the
+learning rate by `decay` at each freeze, for good.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import SkippingConfig
+from raysubset.training.shards import Shard
+
+
+class Skipping:
+    """Watches training accuracy, and freezes and thaws a model's weights.
+
+    A frozen weight needs no gradient, has none, and so is out of the optimizer's step; its momentum is kept as it was
+    for the thaw. All workers decide alike: the counts are summed over them.
+
+    Raises:
+        ValueError: if the model has nothing that could go on moving.
+    """
+
+    def __init__(self, config: SkippingConfig, model: nn.Module, shard: Shard, *, num_steps_per_epoch: int) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self._weights = [p for p in trainable if p.ndim > 1]
+        if len(self._weights) == len(trainable):
+            raise ValueError(
+                f"minimize.skipping.kind={config.kind} moves biases and normalisation parameters alone, and the "
+                "network has none"
+            )
+        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+        self._config, self._shard = config, shard
+        self._window = max(1, round(config.window * num_steps_per_epoch))
+        self._num_frozen_steps = max(1, round(config.epochs * num_steps_per_epoch))
+        self._num_correct = torch.zeros((), dtype=torch.int64, device=trainable[0].device)  # of this worker's examples
+        self._num_examples = 0  # of all workers
+        self._window_start = 0  # in steps
+        self._previous: float | None = None  # accuracy of the window before
+        self._frozen_at: int | None = None  # in steps
+        self._reference = 0.0  # accuracy of the window that froze the weights
+        self._num_freezes = 0
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._frozen_at is not None
+
+    @property
+    def rate_scale(self) -> float:
+        """What the learning rate is to be multiplied by."""
+        return self._config.decay**self._num_freezes if self._config.kind == "wus_lr" else 1.0
+
+    def after_step(self, step: int, outputs: Tensor, labels: Tensor, num_examples: int) -> None:
+        """Count, and decide at a window's end.
+
+        Args:
+            step: steps done.
+            outputs: of this worker's part of the batch, [n, M].
+            labels: int64 [n].
+            num_examples: in the whole batch.
+        """
+        self._num_correct += (outputs.argmax(1) == labels).sum()
+        self._num_examples += num_examples
+        if step - self._window_start == self._window:
+            self._end_window(step, int(self._shard.sum(self._num_correct)) / self._num_examples)
+        if self._frozen_at is not None and step - self._frozen_at >= self._num_frozen_steps:
+            self._frozen_at = None
+            self._begin_window(step)
+            self.thaw()
+
+    def _end_window(self, step: int, accuracy: float) -> None:
+        if self._frozen_at is not None:
+            if accuracy < self._reference - self._config.drop:
+                self._frozen_at = None
+                self.thaw()
+        elif self._previous is not None and accuracy - self._previous < self._config.threshold:
+            self._frozen_at, self._reference = step, accuracy
+            self._num_freezes += 1
+            self.freeze()
+        self._previous = accuracy
+        self._begin_window(step)
+
+    def _begin_window(self, step: int) -> None:
+        self._num_correct.zero_()
+        self._num_examples, self._window_start = 0, step
+
+    def freeze(self) -> None:
+        for weight in self._weights:
+            weight.requires_grad_(False).grad = None
+        for convolution in self._convolutions:
+            convolution._conv_forward = MethodType(_with_bias_outside, convolution)
+
+    def thaw(self) -> None:
+        """Let all weights move again, whatever was decided."""
+        for weight in self._weights:
+            weight.requires_grad_(True)
+        for convolution in self._convolutions:
+            convolution.__dict__.pop("_conv_forward", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same for all workers."""
+        return {
+            "num_examples": self._num_examples,
+            "window_start": self._window_start,
+            "previous": self._previous,
+            "frozen_at": self._frozen_at,
+            "reference": self._reference,
+            "num_freezes": self._num_freezes,
+        }
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """This worker's own."""
+        return {"num_correct": int(self._num_correct)}
+
+    def load_state_dict(self, state: dict[str, Any], own: dict[str, Any] | None, step: int) -> None:
+        """Go on; with no state of this worker's own, because there were others, the window in hand begins anew."""
+        self._previous, self._reference = state["previous"], state["reference"]
+        self._frozen_at, self._num_freezes = state["frozen_at"], state["num_freezes"]
+        self._begin_window(step)
+        if own is not None:
+            self._num_examples, self._window_start = state["num_examples"], state["window_start"]
+            self._num_correct.fill_(own["num_correct"])
+        if self.is_frozen:
+            self.freeze()
+
+
+def _with_bias_outside(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution whose bias is added afterwards: the CPU's fused gradients would compute that of the weight too."""
+    return type(self)._conv_forward(self, input, weight, None) + bias.view(-1, 1, 1)

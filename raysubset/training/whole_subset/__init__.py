@@ -1,0 +1,8 @@
+"""Minimization with the whole subset's gradient, which is deterministic: L-BFGS, conjugate gradients, Gauss-Newton.
+
+minimize(model, examples, MinimizeConfig(optimizer="cg", epochs=100, gradient_tolerance=1e-5), seed=0) comes here.
+"""
+
+from raysubset.training.whole_subset.driver import minimize_whole
+
+__all__ = ["minimize_whole"]

@@ -1,0 +1,162 @@
+"""minimize_whole(): the loop around whole-subset steppers: budget, history, best weights, stopping and resuming."""
+
+import time
+from typing import Any, Protocol, assert_never
+
+import torch
+from torch import nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.data import Examples
+from raysubset.models import has_dropout
+from raysubset.training.evaluation import evaluation_mode, recompute_batch_norm
+from raysubset.training.loop import OnStep, Progress
+from raysubset.training.records import Cost, DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
+from raysubset.training.whole_subset.gauss_newton import GaussNewton
+from raysubset.training.whole_subset.lbfgs import LBFGS
+from raysubset.training.whole_subset.objective import Evaluation, Objective
+
+LEAST_DECREASE = 1e-9  # relative, of a step: below that it stands still, where no tolerance is given
+
+
+class Stepper(Protocol):
+    """A method that goes from one point to a lower one."""
+
+    def step(self, at: Evaluation, budget: int) -> Evaluation:
+        """Move the objective's weights, for about `budget` thirds of a pass at most; what the function is there.
+
+        The loss may be no lower, or not finite: then the weights may be anywhere, and this is the last step.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def minimize_whole(
+    model: nn.Module,
+    examples: Examples,
+    config: MinimizeConfig,
+    *,
+    state: dict[str, Any] | None = None,
+    on_step: OnStep | None = None,
+) -> MinimizeResult:
+    """As minimize(), with every step using all examples; Progress counts thirds of passes over them.
+
+    A loss is a third of a pass, a gradient one, a Gauss-Newton product 4/3. The budget `epochs` bounds them all, those
+    of line searches and linear solvers included; the last of them may exceed it a little. History has an entry for each
+    iteration of cg and gauss_newton and for every ten of lbfgs; `tolerance` is about these. As for sgd, num_steps
+    counts gradients. The learning rate scales what cg tries first of all, what lbfgs tries in each line search, and
+    the full step of gauss_newton.
+
+    Batch-norm statistics are taken from the subset once and then held fixed: with statistics of their own the chunks
+    would make another function than the one that is reported. The weights are left in the default memory layout:
+    flat vectors are made of them. Some 50 vectors of their size are held by lbfgs, some 10 by cg and gauss_newton.
+
+    Returns:
+        The outcome, among others "gradient" where its largest element is within gradient_tolerance. The weights are
+        those of the least loss.
+
+    Raises:
+        ValueError: if dropout or augmentation is active: every method here needs the loss as a function of the
+            weights; or if gauss_newton meets an operation without forward-mode derivative.
+        DivergedError: if the loss at the start or its gradient is not finite.
+    """
+    if has_dropout(model):
+        raise ValueError(
+            f"{config.optimizer} needs a loss without noise, but the network has dropout: use sgd, adam or adamw"
+        )
+    if examples.augmentation != "none":
+        raise ValueError(f"{config.optimizer} needs a loss without noise: set --data.augmentation=none")
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    with evaluation_mode(model):
+        return _minimize(model, examples, config, state, on_step)
+
+
+def _minimize(
+    model: nn.Module, examples: Examples, config: MinimizeConfig, state: dict[str, Any] | None, on_step: OnStep | None
+) -> MinimizeResult:
+    started = time.perf_counter()
+    objective = Objective(model, examples, config)
+    stepper = _stepper(objective, model, config)
+    progress = Progress(max(1, round(3 * config.epochs)), 3, epoch_ended=True)
+    first_third = first_gradient = 0  # done before this call
+    outcome = None
+    if state is None:
+        objective.num_forward += recompute_batch_norm(model, examples, config)
+        at = objective.evaluate()
+        if not at.is_finite:
+            raise DivergedError(
+                f"the loss at the start is {at.loss:g}, its gradient's largest element {at.largest_slope:g}: the start "
+                "weights are not finite, or too large"
+            )
+        best = {"loss": at.loss, "weights": objective.weights()}
+    else:
+        model.load_state_dict(state["model"])
+        stepper.load_state_dict(state["optimizer"])
+        first_third = state["position"][1]
+        progress.history = [EpochRecord(**record) for record in state["history"]]
+        first_gradient = progress.history[-1].num_steps
+        at, best, outcome = Evaluation(state["loss"], state["gradient"]), state["best"], state["outcome"]
+        objective.recall(at)
+    progress.step = first_third + objective.thirds
+
+    def cost() -> Cost:
+        held_s = time.perf_counter() - started
+        return Cost(objective.num_forward, objective.num_backward, objective.num_gradients, held_s)
+
+    def capture() -> dict[str, Any]:
+        return {
+            "position": [progress.step // 3, progress.step],
+            "model": model.state_dict(),
+            "optimizer": stepper.state_dict(),
+            "loss": at.loss,
+            "gradient": at.gradient,
+            "history": [record.to_dict() for record in progress.history],
+            "best": best,
+            "outcome": outcome,
+        }
+
+    progress.capture = capture
+    smallest = config.gradient_tolerance or 0.0
+    least = config.tolerance or (LEAST_DECREASE if config.gradient_tolerance is None else 0.0)
+    while outcome is None and (progress.step < progress.num_steps or not progress.history):
+        if at.largest_slope > smallest:
+            at = stepper.step(at, progress.num_steps - progress.step)
+        progress.step = first_third + objective.thirds
+        num_gradients = first_gradient + objective.num_gradients
+        progress.history.append(EpochRecord(progress.epoch, at.loss, config.peak_learning_rate(), num_gradients))
+        decrease = (best["loss"] - at.loss) / max(best["loss"], 1e-30)
+        if decrease >= 0 and at.is_finite:
+            best = {"loss": at.loss, "weights": objective.weights()}
+        else:
+            objective.move_to(best["weights"])
+        if not at.is_finite:
+            outcome = "diverged"
+        elif config.target_loss is not None and at.loss <= config.target_loss:
+            outcome = "target"
+        elif decrease >= 0 and at.largest_slope <= smallest:
+            outcome = "gradient"
+        elif (decrease < least or decrease <= 0) and progress.step < progress.num_steps:
+            outcome = "tolerance"
+        progress.cost = cost()
+        if on_step is not None and on_step(progress) and outcome is None:
+            outcome = "stopped"
+    model.zero_grad()
+    return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), stepper.state_dict())
+
+
+def _stepper(objective: Objective, model: nn.Module, config: MinimizeConfig) -> Stepper:
+    match config.optimizer:
+        case "lbfgs":
+            return LBFGS(objective, model, config)
+        case "cg":
+            return ConjugateGradient(objective, first_scale=config.peak_learning_rate())
+        case "gauss_newton":
+            return GaussNewton(objective, scale=config.peak_learning_rate())
+        case "sgd" | "adam" | "adamw":
+            raise AssertionError(f"{config.optimizer} uses batches: minimize() itself is its loop")
+        case _ as unknown:
+            assert_never(unknown)

@@ -1,0 +1,47 @@
+"""torch's L-BFGS with its strong-Wolfe line search, as steps of the driver."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.training.optimizers import load_optimizer_state, make_optimizer
+from raysubset.training.whole_subset.objective import Evaluation, Objective
+
+ITERATIONS_PER_STEP = 10  # between two looks at the budget, on_step and a checkpoint
+
+
+class _NotFinite(Exception):
+    """A loss was not a finite number; caught here."""
+
+
+class LBFGS:
+    """Limited-memory BFGS (Liu & Nocedal 1989): torch.optim.LBFGS with twenty pairs of changes."""
+
+    def __init__(self, objective: Objective, model: nn.Module, config: MinimizeConfig) -> None:
+        self._objective, self._optimizer = objective, make_optimizer(model, config)
+
+    def step(self, at: Evaluation, budget: int) -> Evaluation:
+        """Ten iterations, fewer where the budget ends; a loss of NaN where one was met on the way."""
+        group = self._optimizer.param_groups[0]
+        # The first evaluation is `at`, which costs nothing again; torch counts it all the same
+        group["max_iter"], group["max_eval"] = ITERATIONS_PER_STEP, max(2, budget // 3 + 1)
+
+        def closure() -> float:
+            loss = self._objective.evaluate().loss
+            if not math.isfinite(loss):
+                raise _NotFinite  # the line search would only go further
+            return loss
+
+        try:
+            self._optimizer.step(closure)
+        except _NotFinite:
+            return Evaluation(math.nan, at.gradient)
+        return self._objective.evaluate()  # torch does not tell the loss at the point it accepted
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_optimizer_state(self._optimizer, state)

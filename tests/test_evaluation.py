@@ -1,0 +1,160 @@
+"""Losses, predictions and batch-norm statistics, against hand computation and torch's own."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.data import Examples
+from raysubset.training import Cost, Metrics, evaluate, metrics_of_outputs, predict, recompute_batch_norm
+from tests.tiny import cnn, examples, linear, noisy_network, same_bits, weights
+
+CROSS_ENTROPY = MinimizeConfig()
+SQUARED_ERROR = MinimizeConfig(loss="squared_error")
+
+
+def two_pixels() -> tuple[nn.Module, Examples]:
+    """Pixels 0 and 255 become inputs 0 and 1; logits are (x, 0) and so for label 0 p = 1/2 and e/(e+1)."""
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    data = Examples(images, torch.tensor([1, 0]), torch.tensor([0.0]), torch.tensor([1.0]))
+    model = linear(1, 2)
+    model[1].weight.data = torch.tensor([[1.0], [0.0]])  # type: ignore[index]
+    model[1].bias.data.zero_()  # type: ignore[index]
+    return model, data
+
+
+def test_cross_entropy_and_accuracy_by_hand():
+    metrics = evaluate(*two_pixels(), CROSS_ENTROPY)
+    assert metrics.loss_sum == pytest.approx(math.log(2) + math.log(1 + math.exp(-1)))
+    assert (metrics.num_correct, metrics.num_examples) == (1, 2)  # a tie goes to the first class
+    assert metrics.accuracy == 0.5
+    assert metrics.loss == metrics.loss_sum / 2
+
+
+def test_squared_error_by_hand():
+    metrics = evaluate(*two_pixels(), SQUARED_ERROR)
+    assert metrics.loss_sum == pytest.approx((0 + 1) / 2 + 0)  # outputs (0, 0) for (0, 1), and (1, 0) for (1, 0)
+
+
+def test_the_reported_loss_is_without_label_smoothing():
+    smooth = MinimizeConfig(label_smoothing=0.3)
+    assert evaluate(*two_pixels(), smooth) == evaluate(*two_pixels(), CROSS_ENTROPY)
+
+
+def test_metrics_of_chunks_are_those_of_the_whole_in_evaluation_mode():
+    model, data = noisy_network(), examples(1203)
+    recompute_batch_norm(model, data, CROSS_ENTROPY)
+    metrics = evaluate(model, data, CROSS_ENTROPY)
+    with torch.no_grad():
+        outputs = model.eval()(data.batch(torch.arange(1203))[0])
+    assert metrics.loss_sum == pytest.approx(F.cross_entropy(outputs, data.labels, reduction="sum").item(), rel=1e-5)
+    assert metrics.num_correct == (outputs.argmax(1) == data.labels).sum()
+
+
+@pytest.mark.parametrize("recipe", [CROSS_ENTROPY, SQUARED_ERROR])
+def test_metrics_of_outputs_are_those_of_the_model(recipe):
+    model, data = cnn(), examples(600)
+    outputs = predict(model, data, recipe)
+    assert outputs.dtype == torch.float32
+    from_outputs = metrics_of_outputs(outputs, data.labels, recipe)
+    from_model = evaluate(model, data, recipe)
+    assert from_outputs.loss == pytest.approx(from_model.loss, rel=1e-5)
+    assert from_outputs.num_correct == from_model.num_correct
+
+
+def test_a_confident_mistake_is_not_made_to_look_better_than_it_is():
+    metrics = metrics_of_outputs(torch.tensor([[0.0, 1e6]]), torch.tensor([0]), CROSS_ENTROPY)
+    assert metrics.loss == pytest.approx(1e6)
+
+
+def test_a_float64_model_is_measured_in_float64():
+    data = examples(40)
+    model = cnn().to(torch.float64)
+    assert recompute_batch_norm(model, data, CROSS_ENTROPY) == 40
+    with torch.no_grad():
+        outputs = model.eval()(data.batch(torch.arange(40), dtype=torch.float64)[0])
+    expected = F.cross_entropy(outputs, data.labels, reduction="sum").item()
+    assert evaluate(model, data, CROSS_ENTROPY).loss_sum == pytest.approx(expected, rel=1e-14)
+
+
+def test_no_examples_have_no_loss_to_add():
+    assert evaluate(cnn(), examples(0), CROSS_ENTROPY) == Metrics(0.0, 0, 0)
+
+
+@pytest.mark.parametrize("measure", [evaluate, predict, recompute_batch_norm])
+def test_every_modules_mode_is_left_as_it_was(measure):
+    model = noisy_network().train()
+    model.dropout.eval()  # type: ignore[union-attr]
+    measure(model, examples(), CROSS_ENTROPY)
+    assert {name for name, module in model.named_modules() if not module.training} == {"dropout"}
+
+
+def test_the_mode_is_left_as_it_was_when_a_network_fails():
+    model = nn.Sequential(linear(64), nn.Linear(4, 4)).train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, examples(), CROSS_ENTROPY)
+    assert all(module.training for module in model.modules())
+
+
+def test_batch_norm_statistics_are_those_of_torchs_update_bn_on_equal_batches():
+    data = examples(1000)
+    ours, torchs = cnn(), cnn()
+    assert recompute_batch_norm(ours, data, CROSS_ENTROPY) == 1000
+    batches = [data.batch(indices)[0] for indices in torch.arange(1000).split(500)]
+    torch.optim.swa_utils.update_bn(batches, torchs)
+    for name, value in weights(torchs).items():
+        if "running" in name:
+            torch.testing.assert_close(weights(ours)[name], value)
+    assert not torch.equal(ours.block0.norm.running_mean, torch.zeros(4))  # type: ignore[union-attr]
+
+
+def test_a_single_left_over_example_is_no_batch_of_its_own():
+    data, model = examples(501), cnn()
+    recompute_batch_norm(model, data, CROSS_ENTROPY)
+    with torch.no_grad():
+        maps = model.block0.conv(data.batch(torch.arange(501))[0])  # type: ignore[union-attr, operator]
+    expected = torch.stack([part.var((0, 2, 3)) for part in (maps[:251], maps[251:])]).mean(0)
+    torch.testing.assert_close(model.block0.norm.running_var, expected)  # type: ignore[union-attr]
+
+
+def test_recomputing_batch_norm_leaves_all_but_the_statistics_alone():
+    model = noisy_network()
+    model.norm.momentum = 0.3  # type: ignore[union-attr]
+    model.norm.num_batches_tracked.fill_(17)  # type: ignore[union-attr, operator]
+    before = weights(model)
+    recompute_batch_norm(model, examples(), CROSS_ENTROPY)
+    assert model.norm.momentum == 0.3  # type: ignore[union-attr]
+    changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert changed == {"norm.running_mean", "norm.running_var"}
+
+
+def test_recomputing_batch_norm_does_not_turn_dropout_on():
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)]
+    with_dropout = nn.Sequential(nn.Dropout(0.9), *layers).train()
+    recompute_batch_norm(with_dropout, examples(), CROSS_ENTROPY)
+    once = weights(with_dropout)
+    recompute_batch_norm(nn.Sequential(nn.Identity(), *layers), examples(), CROSS_ENTROPY)
+    assert same_bits(weights(with_dropout), once)
+
+
+def test_a_network_without_running_statistics_costs_nothing_to_recompute():
+    assert recompute_batch_norm(cnn("group"), examples(), CROSS_ENTROPY) == 0
+
+
+def test_metrics_add_up_and_survive_json():
+    whole = Metrics(3.0, 2, 4) + Metrics(1.0, 1, 1)
+    assert whole == Metrics(4.0, 3, 5)
+    assert (whole.loss, whole.accuracy) == (0.8, 0.6)
+    assert Metrics.from_dict(whole.to_dict()) == whole
+    assert math.isnan(Metrics.from_dict({"loss_sum": None, "num_correct": 0, "num_examples": 1}).loss)
+
+
+def test_costs_add_up_and_weigh_forward_work_a_third():
+    cost = Cost(num_forward=10, num_backward=4, num_steps=1, device_s=0.5) + Cost(num_forward=2, device_s=0.25)
+    assert cost == Cost(12, 4, 1, 0.75)
+    assert cost.passes(4) == pytest.approx((12 / 3 + 4 * 2 / 3) / 4)
+    assert Cost(num_forward=50, num_backward=50).passes(50) == pytest.approx(1)
+    assert Cost.from_dict(cost.to_dict()) == cost

@@ -1,0 +1,100 @@
+"""Memory of a minimization against counts by hand, and the warning it leads to by fake numbers."""
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.subset_actors.cards import PROCESS_BYTES, memory_warning
+from raysubset.training import minimizing_bytes
+from tests.tiny import linear, same_bits, weights
+
+SGD_COPIES = 4  # weights, gradient, momentum, best
+
+
+def test_an_mlp_saves_its_inputs_and_hidden_units():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10))
+    num_weights = 64 * 1000 + 1000 + 1000 * 10 + 10
+    needed = minimizing_bytes(model, MinimizeConfig(batch_size=2000), image_shape=(8, 8, 1), num_examples=300)
+    # an image of 64 bytes and an int64 label; the input of each linear layer, which is the output of ReLU too
+    assert needed == 300 * (64 + 8) + SGD_COPIES * 4 * num_weights + 2000 * 4 * (64 + 1000)
+
+
+def test_a_cnn_saves_what_each_layer_needs_for_its_gradient():
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5 * 16, 10)
+    )
+    num_weights = 3 * 5 * 9 + 5 + 5 * 16 * 10 + 10
+    config = MinimizeConfig(batch_size=2000, optimizer="adam")
+    needed = minimizing_bytes(model, config, image_shape=(8, 8, 3), num_examples=0)
+    # images, ReLU's output, where each maximum was (int64), and the pooled maps that the linear layer reads
+    saved = 4 * 3 * 64 + 4 * 5 * 64 + 8 * 5 * 16 + 4 * 5 * 16
+    assert needed == 5 * 4 * num_weights + 2000 * saved
+
+
+def test_functions_called_in_forward_count_like_modules():
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 1000)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.softplus(self.head(images.flatten(1)))
+
+    config = MinimizeConfig(batch_size=3000)
+    called = minimizing_bytes(Called(), config, image_shape=(8, 8, 1), num_examples=0)
+    assert called == SGD_COPIES * 4 * (65 * 1000) + 3000 * 4 * (64 + 1000)
+
+
+def test_batches_of_evaluation_count_where_they_are_larger_than_those_of_training():
+    model, shape = linear(64), (8, 8, 1)
+    small = minimizing_bytes(model, MinimizeConfig(batch_size=1), image_shape=shape, num_examples=0)
+    assert small == SGD_COPIES * 4 * (65 * 3) + 2 * 500 * 4 * 64  # a layer's input and as much output
+    assert small == minimizing_bytes(model, MinimizeConfig(batch_size=999), image_shape=shape, num_examples=0)
+    assert small < minimizing_bytes(model, MinimizeConfig(batch_size=1001), image_shape=shape, num_examples=0)
+
+
+def test_mixed_precision_halves_what_is_saved_and_its_cast_weights_are_no_examples():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.ReLU(), nn.Linear(1000, 10))
+    sizes = [
+        minimizing_bytes(
+            model,
+            MinimizeConfig(batch_size=batch_size, precision=precision),
+            image_shape=(8, 8, 1),
+            num_examples=0,
+        )
+        for precision in ("float32", "bfloat16")
+        for batch_size in (3000, 5000)
+    ]
+    assert sizes[1] - sizes[0] == 2000 * 4 * (64 + 1000)
+    assert sizes[3] - sizes[2] == 2000 * 2 * (64 + 1000)
+
+
+def test_the_estimate_leaves_the_model_and_the_generator_alone():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(2 * 36, 3))
+    model.eval()
+    before, state = weights(model), torch.get_rng_state()
+    minimizing_bytes(model, MinimizeConfig(), image_shape=(8, 8, 1), num_examples=0)
+    assert same_bits(weights(model), before)
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_actors_that_fit_on_their_card_are_not_warned_of():
+    needed = 2_000_000_000 - PROCESS_BYTES
+    assert memory_warning(needed, 8_000_000_000, num_gpus=0.25, most_actors=9) is None
+    assert memory_warning(needed, 7_999_999_999, num_gpus=0.25, most_actors=9) is not None
+    assert memory_warning(needed, 7_999_999_999, num_gpus=0.25, most_actors=3) is None  # only so many come
+    assert memory_warning(needed, 7_999_999_999, num_gpus=0.3, most_actors=9) is None  # three to a card
+    assert memory_warning(needed, 2_000_000_000, num_gpus=0.51, most_actors=9) is None
+    assert memory_warning(needed, 2_000_000_000, num_gpus=2.0, most_actors=9) is None
+
+
+def test_the_warning_has_the_figures_and_the_way_out():
+    warning = memory_warning(5_500_000_000, 16_000_000_000, num_gpus=0.25, most_actors=8)
+    assert warning is not None
+    assert "4 actors of 0.25 GPU each take an estimated 24.00 GB of a card's 16.00 GB" in warning
+    assert "larger actors.num_gpus, a smaller minimize.batch_size or smaller subsets" in warning
+    alone = memory_warning(5_500_000_000, 2_000_000_000, num_gpus=1.0, most_actors=8)
+    assert alone is not None
+    assert alone.startswith("1 actor takes an estimated 6.00 GB of a card's 2.00 GB")
+    assert "actors.num_gpus" not in alone

@@ -1,0 +1,116 @@
+"""Optimizers by name, and learning rates against torch's own schedulers."""
+
+import numpy as np
+import pytest
+import torch
+
+from raysubset.config import MinimizeConfig
+from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from tests.tiny import cnn, weights
+
+NUM_STEPS = 50
+
+
+def rates(**recipe) -> list[float]:
+    config = MinimizeConfig(learning_rate=0.3, **recipe)
+    return [learning_rate_at(config, step / NUM_STEPS) for step in range(NUM_STEPS + 1)]
+
+
+def torchs_rates(make_scheduler) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = make_scheduler(optimizer)
+    seen = [optimizer.param_groups[0]["lr"]]
+    for _ in range(NUM_STEPS):
+        optimizer.step()
+        scheduler.step()
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+def test_constant_is_constant():
+    assert set(rates(schedule="constant")) == {0.3}
+
+
+def test_cosine_is_torchs():
+    by_torch = torchs_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, NUM_STEPS))
+    assert rates(schedule="cosine") == pytest.approx(by_torch, abs=1e-12)
+
+
+@pytest.mark.parametrize("warm", [0.1, 0.3])
+def test_one_cycle_is_torchs(warm):
+    def scheduler(optimizer):
+        total = NUM_STEPS + 1  # torch's phases end at pct_start * total_steps - 1 and at total_steps - 1
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            0.3,
+            total_steps=total,
+            pct_start=(warm * NUM_STEPS + 1) / total,
+            div_factor=25,
+            final_div_factor=(1 / 25) / 1e-4,
+            cycle_momentum=False,
+        )
+
+    assert rates(schedule="one_cycle", warmup_fraction=warm) == pytest.approx(torchs_rates(scheduler), abs=1e-12)
+
+
+@pytest.mark.parametrize("warm", [0.1, 0.5])
+def test_warmup_linear_rises_and_falls_in_straight_lines(warm):
+    shares = np.arange(NUM_STEPS + 1) / NUM_STEPS
+    expected = np.interp(shares, [0, warm, 1], [0, 0.3, 0])
+    assert rates(schedule="warmup_linear", warmup_fraction=warm) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("sgd", 0.1), ("adam", 2e-3), ("adamw", 2e-3), ("lbfgs", 1.0)])
+def test_every_optimizer_has_a_learning_rate_of_its_own(name, rate):
+    optimizer = make_optimizer(cnn(), MinimizeConfig(optimizer=name))
+    assert {group["lr"] for group in optimizer.param_groups} == {rate}
+    assert type(optimizer).__name__.lower() == name
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_each_trainable_parameter_is_in_one_group_and_only_matrices_and_kernels_decay(name):
+    model = cnn()
+    frozen = next(model.parameters()).requires_grad_(False)
+    groups = make_optimizer(model, MinimizeConfig(optimizer=name, weight_decay=0.1)).param_groups
+    grouped = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} - {id(frozen)}
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert all(group["weight_decay"] == (0.1 if p.ndim > 1 else 0) for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_fused_steps_are_those_of_torchs_plain_loops(name):
+    config = MinimizeConfig(optimizer=name, weight_decay=0.1)
+    fused, plain = cnn(), cnn()
+    ours = make_optimizer(fused, config)
+    by_torch = make_optimizer(plain, config)
+    for group in by_torch.param_groups:
+        assert group["fused"]
+        group["fused"] = group["foreach"] = False
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            q.grad = p.grad.clone()
+        ours.step()
+        by_torch.step()
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(fused)[key], value)
+
+
+def test_moments_saved_in_another_memory_layout_are_read_by_element():
+    def steps(layout: torch.memory_format, *, relaid: bool) -> torch.Tensor:
+        kernel = torch.nn.Parameter(torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=layout))
+        optimizer = torch.optim.SGD([kernel], lr=0.1, momentum=0.9, fused=True)
+        for _ in range(2):
+            kernel.grad = torch.empty_like(kernel).copy_(kernel.detach().square())
+            optimizer.step()
+            state = optimizer.state_dict()
+            if relaid:
+                state["state"][0]["momentum_buffer"] = state["state"][0]["momentum_buffer"].contiguous()
+            load_optimizer_state(optimizer, state)
+        return kernel.detach()
+
+    torch.testing.assert_close(
+        steps(torch.channels_last, relaid=True), steps(torch.contiguous_format, relaid=False), rtol=1e-6, atol=0
+    )

@@ -1,0 +1,189 @@
+"""Two workers that share every batch end where one worker does: real processes, gloo, DistributedDataParallel."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from raysubset.config import AveragingConfig, ExtrapolationConfig, MinimizeConfig, SkippingConfig, derive_seed
+from raysubset.data import even_sizes
+from raysubset.training import Progress, Shard, minimize
+from tests.tiny import cnn, examples, same_bits, through_a_file, weights
+
+RECIPE = MinimizeConfig(epochs=2, batch_size=8, learning_rate=0.05, channels_last=False)
+NUM = 37  # batches of 8, 8, 7, 7 and 7: the workers' shares differ in size
+STOP = 7  # in the middle of the second epoch
+TIMEOUT_S = 60.0
+
+
+def network() -> nn.Module:
+    """Without batch-norm, which would normalise each worker's part by itself."""
+    return cnn("none").to(torch.float64)
+
+
+LOCAL = replace(
+    RECIPE,
+    schedule="constant",
+    weight_decay=0.1,
+    extrapolation=ExtrapolationConfig(kind="past_local", accelerated=True),
+)
+SKIPPING = replace(RECIPE, epochs=4, skipping=SkippingConfig(kind="wus", threshold=0.9, window=0.4, epochs=0.6))
+VARIATIONS = {
+    "local": LOCAL,
+    "global": replace(LOCAL, extrapolation=ExtrapolationConfig(kind="past_global")),
+    "noise": replace(LOCAL, extrapolation=ExtrapolationConfig(kind="isotropic")),
+    "skipping": SKIPPING,
+    "together": replace(
+        LOCAL, skipping=SKIPPING.skipping, averaging=AveragingConfig(kind="pswa", period=0.4), epoch_fraction=0.8
+    ),
+}
+
+
+def ends_at(model: nn.Module, shard: Shard, recipe: MinimizeConfig = RECIPE, **options) -> dict:
+    result = minimize(model, examples(NUM, augmentation="crop_flip"), recipe, seed=4, shard=shard, **options)
+    return {
+        "weights": weights(model),
+        "losses": [record.loss for record in result.history],
+        "num_forward": result.cost.num_forward,
+        "num_backward": result.cost.num_backward,
+        "num_steps": result.cost.num_steps,
+    }
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    shard, states = Shard(rank, 2), []
+
+    def stop(progress: Progress) -> bool:
+        if progress.step == STOP:
+            states.append(through_a_file(progress.capture()))
+        return progress.step == STOP
+
+    whole = ends_at(network(), shard)
+    ends_at(network(), shard, on_step=stop)
+    everyones = [states[0]]
+    torch.distributed.broadcast_object_list(everyones, src=0)  # a job's checkpoint is the first worker's
+    resumed = ends_at(network(), shard, state=everyones[0])
+    found: dict[str, dict] = {"whole": whole, "resumed": resumed}
+    for name, recipe in VARIATIONS.items():
+        found[name] = ends_at(network(), shard, recipe)
+        states.clear()
+        ends_at(network(), shard, recipe, on_step=stop)
+        everyones = [states[0]]
+        torch.distributed.broadcast_object_list(everyones, src=0)
+        state = everyones[0] | {"own": states[0]["own"]}  # each worker's own besides
+        found[f"{name} resumed"] = ends_at(network(), shard, recipe, state=state)
+        found[f"{name} state"] = everyones[0]
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = torch.multiprocessing.spawn(work, (folder,), nprocs=2, join=False)
+    assert processes is not None
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not processes.join(timeout=1.0):
+            assert time.monotonic() < deadline, "the workers hang"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_shards_of_every_batch_equal_one(ranks):
+    one = ends_at(network(), Shard())
+    for rank in ranks:
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["whole"]["weights"][name], value, rtol=0, atol=1e-12)
+        assert rank["whole"]["losses"] == pytest.approx(one["losses"], rel=1e-12)
+        assert (rank["whole"]["num_forward"], rank["whole"]["num_steps"]) == (2 * NUM, 10)
+    assert (one["num_forward"], one["num_steps"]) == (2 * NUM, 10)
+
+
+def test_the_shards_hold_the_same_bits(ranks):
+    for name in ("whole", "resumed", *VARIATIONS, *(f"{name} resumed" for name in VARIATIONS)):
+        assert same_bits(ranks[0][name], ranks[1][name]), name
+
+
+def test_two_shards_resumed_within_an_epoch_end_at_the_same_weights(ranks):
+    assert same_bits(ranks[0]["resumed"]["weights"], ranks[0]["whole"]["weights"])
+    assert ranks[0]["resumed"]["num_steps"] == 10 - STOP
+    assert ranks[0]["resumed"]["losses"][0] == ranks[0]["whole"]["losses"][0]
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_a_variation_resumed_from_each_workers_own_state_ends_at_the_same_bits(ranks, name):
+    for rank in ranks:
+        assert same_bits(rank[f"{name} resumed"]["weights"], rank[name]["weights"])
+        assert rank[f"{name} resumed"]["losses"][2:] == rank[name]["losses"][2:]  # the second was interrupted
+
+
+def two_workers_by_hand(recipe: MinimizeConfig) -> dict[str, torch.Tensor]:
+    """Extrapolation along each worker's own last gradient, accelerated, written out with both workers in turn."""
+    model = network()
+    weights = [p.detach().clone() for p in model.parameters()]
+    velocity = [torch.zeros_like(w) for w in weights]
+    last = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+    data, sizes = examples(NUM, augmentation="crop_flip"), even_sizes(NUM, 5)
+    rate, share, momentum = recipe.peak_learning_rate(), recipe.extrapolation.rate, recipe.momentum
+    for epoch in range(2):
+        options = {
+            "order_seed": derive_seed(4, "order", epoch),
+            "augmentation_seed": derive_seed(4, "augmentation", epoch),
+            "batch_sizes": sizes,
+            "num_workers": 2,
+            "channels_last": False,
+            "dtype": torch.float64,
+        }
+        parts = [data.epoch(rank=rank, **options) for rank in range(2)]
+        for size, *batches in zip(sizes, *parts, strict=True):
+            for rank, (images, labels) in enumerate(batches):
+                halves = [
+                    w - rate * momentum * v - share * rate * g
+                    for w, v, g in zip(weights, velocity, last[rank], strict=True)
+                ]
+                for p, half in zip(model.parameters(), halves, strict=True):
+                    p.data = half
+                loss = torch.nn.functional.cross_entropy(model(images), labels, reduction="sum") * 2 / size
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
+                decays = [recipe.weight_decay if p.ndim > 1 else 0.0 for p in weights]
+                last[rank] = [g + d * h for g, d, h in zip(gradients, decays, halves, strict=True)]
+            means = [(a + b) / 2 for a, b in zip(*last, strict=True)]
+            velocity = [momentum * v + g for v, g in zip(velocity, means, strict=True)]
+            weights = [w - rate * v for w, v in zip(weights, velocity, strict=True)]
+    return dict(zip((name for name, _ in model.named_parameters()), weights, strict=True))
+
+
+def test_local_extrapolation_remembers_each_workers_gradient_from_before_the_exchange(ranks):
+    for name, value in two_workers_by_hand(LOCAL).items():
+        torch.testing.assert_close(ranks[0]["local"]["weights"][name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["global", "skipping"])
+def test_what_all_workers_decide_alike_equals_one_worker(ranks, name):
+    one = ends_at(network(), Shard(), VARIATIONS[name])
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0][name]["weights"][key], value, rtol=0, atol=1e-12)
+    costs = ("num_forward", "num_backward", "num_steps")
+    assert [ranks[0][name][cost] for cost in costs] == [one[cost] for cost in costs]
+    assert (one["num_backward"] < one["num_forward"]) == (name == "skipping")
+
+
+def test_another_number_of_workers_begins_without_last_gradients(ranks):
+    state = ranks[0]["local state"]
+    zeros = {i: torch.zeros_like(g) for i, g in state["own"]["extrapolation"]["gradients"].items()}
+    without = state | {"own": {"extrapolation": {"gradients": zeros}}, "num_shards": 1}
+    ours, expected = (ends_at(network(), Shard(), LOCAL, state=through_a_file(s))["weights"] for s in (state, without))
+    assert same_bits(ours, expected)
+
+
+def test_lbfgs_is_refused_in_several_workers():
+    with pytest.raises(ValueError, match="lbfgs works in one process, not in 2 workers: set num_workers=1"):
+        minimize(network(), examples(), replace(RECIPE, optimizer="lbfgs"), seed=0, shard=Shard(0, 2))
