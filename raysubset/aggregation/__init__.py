@@ -1,0 +1,51 @@
+"""From many minima to one set of weights: pure functions of weights and a score. No Ray, no files.
+
+soup = uniform_soup(minima)
+aggregation = aggregate(minima, config.aggregation, scorer)    # with what is always reported beside it
+"""
+
+from raysubset.aggregation.aggregator import Aggregation, Candidate, aggregate, aggregate_round
+from raysubset.aggregation.curvature import fisher_merge, regmean
+from raysubset.aggregation.methods import candidates_of_auto, make
+from raysubset.aggregation.records import Aggregate, Minimum, Score
+from raysubset.aggregation.scorer import Scorer
+from raysubset.aggregation.soups import (
+    barrier,
+    ensemble_outputs,
+    greedy_soup,
+    select_best,
+    uniform_soup,
+    weighted_soup,
+)
+from raysubset.aggregation.steps import mean_optimizer_state, outer_step, shrink_perturb
+from raysubset.aggregation.streaming import RunningMean, shares_start
+from raysubset.aggregation.task_vectors import dare, savgm, ties
+
+__all__ = [
+    "aggregate",
+    "aggregate_round",
+    "Aggregation",
+    "Candidate",
+    "candidates_of_auto",
+    "make",
+    "Scorer",
+    "Minimum",
+    "Aggregate",
+    "Score",
+    "uniform_soup",
+    "weighted_soup",
+    "greedy_soup",
+    "select_best",
+    "fisher_merge",
+    "regmean",
+    "ties",
+    "dare",
+    "savgm",
+    "ensemble_outputs",
+    "barrier",
+    "shares_start",
+    "RunningMean",
+    "outer_step",
+    "shrink_perturb",
+    "mean_optimizer_state",
+]

@@ -1,0 +1,186 @@
+"""aggregate(): the configured method with what is always reported beside it, on one device."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raysubset.aggregation.methods import Made, candidates_of_auto, make
+from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.scorer import Scorer
+from raysubset.aggregation.soups import barrier, by_validation_loss, uniform_soup
+from raysubset.aggregation.steps import outer_step
+from raysubset.aggregation.streaming import shares_start
+from raysubset.config import AggregationConfig, Config
+from raysubset.training import Cost, Metrics, Weights
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that auto tried."""
+
+    method: str
+    validation: Metrics | None  # None: it was refused
+    cost: Cost  # of making and scoring it; what its actors did for it is in the minima's cost
+    error: str | None = None  # why it was refused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "method": self.method,
+            "validation": self.validation.to_dict() if self.validation else None,
+            "cost": self.cost.to_dict(),
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """An aggregate with its statistics refreshed, and how it compares with its members."""
+
+    aggregate: Aggregate
+    training: Metrics | None  # of the aggregate on the calibration sample of the training set, where it is measured
+    validation: Metrics  # of the aggregate, as all below
+    uniform_mean: Metrics  # of the plain mean of all members, whatever the method
+    ensemble: Metrics
+    best_member: Metrics
+    mean_member_loss: float
+    mean_member_accuracy: float
+    barrier: float
+    cost: Cost
+    candidates: tuple[Candidate, ...] = ()  # of auto, in the order tried
+    alignment: dict[str, Any] | None = None  # aligned_soup's report
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        made = self.aggregate
+        return {
+            "method": made.method,
+            "subset_ids": list(made.subset_ids),
+            "coefficients": list(made.coefficients),
+            "shared_start": made.shared_start,
+            "tried": [{"subset_ids": list(ids), "validation_loss": loss} for ids, loss in made.tried],
+            "training": self.training and self.training.to_dict(),
+            "validation": self.validation.to_dict(),
+            "uniform_mean": self.uniform_mean.to_dict(),
+            "ensemble": self.ensemble.to_dict(),
+            "best_member": self.best_member.to_dict(),
+            "mean_member_loss": self.mean_member_loss,
+            "mean_member_accuracy": self.mean_member_accuracy,
+            "barrier": self.barrier,
+            "cost": self.cost.to_dict(),
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "alignment": self.alignment,
+        }
+
+
+def aggregate(
+    minima: Sequence[Minimum],
+    config: AggregationConfig,
+    scorer: Scorer,
+    *,
+    start: Weights | None = None,
+    seed: int = 0,
+) -> Aggregation:
+    """Make one set of weights of the minima by the configured method, and measure it beside its members.
+
+    A single minimum is its own aggregate, by any method. With auto every method that is applicable is tried, and the
+    one of least validation loss taken; those that are refused are recorded with the reason.
+
+    Args:
+        start: the weights the minima started from, for methods that work on differences from them.
+        seed: of what a method draws at random.
+
+    Raises:
+        ValueError: as the method does; see uniform_soup().
+    """
+    if config.method == "auto":
+        made, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
+    else:
+        made, candidates = make(config.method, minima, config, scorer, start=start, seed=seed), ()
+    measured = {candidate.method: candidate.validation for candidate in candidates}
+    measured[made.aggregate.method] = made.validation
+    mean = made.validation if len(minima) == 1 else measured.get("uniform_soup")
+    if mean is None:
+        mean = scorer.score(uniform_soup(minima, allow_independent=True).weights)
+    return Aggregation(
+        aggregate=made.aggregate,
+        training=scorer.training(made.aggregate.weights),
+        validation=made.validation,
+        uniform_mean=mean,
+        ensemble=scorer.ensemble(minima),
+        best_member=by_validation_loss(minima)[0].validation,
+        mean_member_loss=sum(m.validation.loss for m in minima) / len(minima),
+        mean_member_accuracy=sum(m.validation.accuracy for m in minima) / len(minima),
+        barrier=barrier(mean, minima),
+        cost=scorer.cost(),
+        candidates=candidates,
+        alignment=made.alignment,
+    )
+
+
+def _best_candidate(
+    minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
+) -> tuple[Made, tuple[Candidate, ...]]:
+    """The applicable method of least validation loss, and all that were tried. Two sets of weights are held."""
+    best, tried = None, []
+    methods = candidates_of_auto(shared_start=shares_start(minima)) if len(minima) > 1 else ("select_best",)
+    for method in methods:
+        before = scorer.cost()
+        try:
+            made, error = make(method, minima, config, scorer, start=start, seed=seed), None
+        except ValueError as refusal:
+            made, error = None, str(refusal)
+        after = scorer.cost()
+        cost = Cost(after.num_forward - before.num_forward, device_s=after.device_s - before.device_s)
+        tried.append(Candidate(method, made.validation if made else None, cost, error))
+        if made and math.isfinite(made.validation.loss) and (not best or made.validation.loss < best.validation.loss):
+            best = made
+    if best is None:
+        reasons = "; ".join(f"{one.method}: {one.error or 'its loss is not finite'}" for one in tried)
+        raise ValueError(f"none of auto's candidates can be used: {reasons}")
+    return best, tuple(tried)
+
+
+def aggregate_round(
+    minima: Sequence[Minimum],
+    config: Config,
+    scorer: Scorer,
+    *,
+    start: Weights,
+    momentum: Weights,
+    parameter_names: Collection[str],
+    seed: int = 0,
+) -> tuple[Aggregation, Weights]:
+    """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
+
+    Args:
+        start: the weights this round's minima started from.
+        momentum: the outer step's, as the last round returned it; empty in the first.
+        seed: of what a method draws at random.
+
+    Returns:
+        The aggregation, and the momentum for the next round: empty without an outer step.
+    """
+    made = aggregate(minima, config.aggregation, scorer, start=start, seed=seed)
+    if not config.rounds.has_outer_step():
+        return made, {}
+    stepped, momentum = outer_step(
+        start,
+        made.aggregate.weights,
+        momentum,
+        learning_rate=config.rounds.outer_learning_rate,
+        momentum_factor=config.rounds.outer_momentum,
+        parameter_names=parameter_names,
+    )
+    weights = scorer.refreshed(stepped)
+    return (
+        replace(
+            made,
+            aggregate=replace(made.aggregate, weights=weights),
+            training=scorer.training(weights),
+            validation=scorer.score_as_is(weights),
+            cost=scorer.cost(),
+        ),
+        momentum,
+    )

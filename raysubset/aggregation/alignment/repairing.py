@@ -1,0 +1,139 @@
+"""REPAIR (arXiv:2211.08403): averaging shrinks the variance of activations, and this restores it layer by layer."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from raysubset.aggregation.alignment.operations import read_by_batch_norm_alone
+from raysubset.aggregation.alignment.sites import Layer
+from raysubset.aggregation.alignment.tracing import UnitStructure
+from raysubset.aggregation.alignment.walking import walk
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Mean and standard deviation, float64 [C] each, of a layer's output channels, by the layer's node."""
+
+_LEAST_STD = 1e-6  # of the target's: a channel that varies less is constant, and no factor makes it vary
+
+
+def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Iterable[Tensor]) -> Statistics:
+    """Statistics over examples and pixels of the layers that repair() changes, in evaluation mode.
+
+    Args:
+        batches: images [n, C, H, W] on the model's device; they are passed forward once.
+    """
+    network = structure.network(model)
+    dims = {layer.node: layer.dim for layer in _repaired(network, structure)}
+    moments = {node: _Moments() for node in dims}
+    with torch.no_grad():
+        for images in batches:
+            for node, value in walk(network, images):
+                if node.name in dims:
+                    moments[node.name].add(value, dims[node.name])
+    return {node: own.result() for node, own in moments.items()}
+
+
+def mean_statistics(members: Sequence[Statistics]) -> Statistics:
+    """The mean of the members' means, and of their standard deviations: what REPAIR aims at."""
+    return {
+        node: (
+            torch.stack([member[node][0] for member in members]).mean(0),
+            torch.stack([member[node][1] for member in members]).mean(0),
+        )
+        for node in members[0]
+    }
+
+
+def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batches: Sequence[Tensor]) -> None:
+    """Give each layer's outputs the target means and standard deviations, in place, in forward order.
+
+    A convolution or linear layer is changed through its weights and bias; without a bias only its standard deviation
+    can be. Where batch norm alone reads a layer, the norm is changed instead: its running statistics are set to those
+    of the examples (the paper's RESET), then its own weight and bias. Group and layer norms are changed likewise. The
+    logits' layer, and modules called more than once, are left as they are.
+
+    All batches go through the network side by side, once, so each layer sees inputs that are repaired. In memory are
+    the activations of all batches around one layer.
+
+    Args:
+        model: in evaluation mode.
+        targets: of the same structure, as mean_statistics() gives.
+        batches: images [n, C, H, W] on the model's device.
+    """
+    network = structure.network(model)
+    sites = {own.node: (network.get_submodule(own.module), own.dim) for own in _repaired(network, structure)}
+    with torch.no_grad():
+        walkers = [walk(network, images) for images in batches]
+        inputs: dict[str, list[Tensor]] = {}  # of batch norms to come
+        for node in network.graph.nodes:
+            layer, dim = sites.get(node.name, (None, 0))
+            if isinstance(layer, _BatchNorm):
+                _reset(layer, inputs.pop(node.name))
+            values = [next(walker)[1] for walker in walkers]
+            if layer is not None:
+                _correct(layer, dim, values, *targets[node.name])
+            inputs |= {
+                user.name: values for user in node.users if isinstance(sites.get(user.name, (None,))[0], _BatchNorm)
+            }
+
+
+def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
+    """The layers to change."""
+    nodes = {node.name: node for node in network.graph.nodes}
+    modules = [node.target for node in nodes.values() if node.op == "call_module"]
+
+    return [
+        layer
+        for layer in structure.layers
+        if modules.count(layer.module) == 1 and not read_by_batch_norm_alone(nodes[layer.node], network)
+    ]
+
+
+def _reset(norm: _BatchNorm, inputs: Sequence[Tensor]) -> None:
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    moments = _Moments()
+    for x in inputs:
+        moments.add(x, 1)
+    mean, std = moments.result()
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(std.square() * (moments.count / max(1, moments.count - 1)))  # unbiased, as torch keeps it
+
+
+def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: Tensor, target_std: Tensor) -> None:
+    """Scale and shift the layer's outputs, and the layer itself so that it gives them."""
+    weight, bias = layer.weight, layer.bias
+    if not isinstance(weight, Tensor):
+        return
+    moments = _Moments()
+    for value in values:
+        moments.add(value, dim)
+    mean, std = moments.result()
+    scale = torch.where(std > _LEAST_STD * target_std, target_std / std, 1.0)
+    weight.mul_(scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)))
+    shift = torch.zeros_like(mean)
+    if isinstance(bias, Tensor):
+        shift = target_mean - scale * mean
+        bias.mul_(scale).add_(shift)
+    for value in values:
+        shape = [-1 if d == dim else 1 for d in range(value.ndim)]
+        value.mul_(scale.to(value.dtype).view(shape)).add_(shift.to(value.dtype).view(shape))
+
+
+class _Moments:
+    """Mean and standard deviation of each channel, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum, self._sum_of_squares = torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Tensor, dim: int) -> None:
+        rows = values.movedim(dim, 0).flatten(1).double()
+        self._sum = self._sum.to(rows) + rows.sum(1)
+        self._sum_of_squares = self._sum_of_squares.to(rows) + rows.square().sum(1)
+        self.count += rows.shape[1]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        mean = self._sum / self.count
+        return mean, (self._sum_of_squares / self.count - mean.square()).clamp_min(0).sqrt()

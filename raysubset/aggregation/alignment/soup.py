@@ -1,0 +1,195 @@
+"""aligned_soup(): the mean of minima whose units have been permuted to correspond."""
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.aggregation.alignment import repairing
+from raysubset.aggregation.alignment.matching import match_activations, match_weights, merge_many
+from raysubset.aggregation.alignment.tracing import Permutations, UnitStructure, permuted, trace_units
+from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.soups import uniform_soup
+from raysubset.aggregation.streaming import RunningMean, shares_start
+from raysubset.config import MinimizeConfig
+from raysubset.data import Examples, even_sizes
+from raysubset.training import Weights, evaluate, recompute_batch_norm
+from raysubset.training.evaluation import evaluation_mode
+
+_MOST_EXAMPLES = 1024  # of the calibration sample are used,
+_MOST_PIXELS = 2**25  # and no more than hold so many numbers: 222 of 3×224×224
+_BATCH = 128  # examples whose activations are compared at once
+_MOST_ROUNDS = {"weights": 20, "activations": 1}  # of MergeMany; on MNIST more gave nothing with activations
+_SEED = 0  # of the order of groups and members; any will do
+
+
+@dataclass(frozen=True)
+class AlignmentReport:
+    """What alignment did; losses are on the calibration examples, batch-norm statistics recomputed on them."""
+
+    barrier_before: float  # loss of the plain mean, minus the members' mean loss
+    barrier_after: float  # the same for what aligned_soup() gives
+    moved: dict[str, float]  # share of units that left their place, mean over members, by group
+    num_groups: int
+    num_fixed_groups: int  # sets of units kept in place by operations that are not understood
+    num_rounds: int  # of MergeMany
+    num_forward: int  # examples passed forward
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def aligned_soup(
+    minima: Sequence[Minimum],
+    model: nn.Module,
+    examples: Examples,
+    minimize: MinimizeConfig,
+    *,
+    matching: str,
+    repair: bool,
+) -> tuple[Aggregate, AlignmentReport]:
+    """Permute the minima's units so that they correspond, and average (Git Re-Basin, arXiv:2209.04836).
+
+    The permutations are found on the traced network by weight or activation matching, for more than two members by
+    MergeMany; REPAIR (arXiv:2211.08403) then restores the activations' statistics. Members are loaded one at a time,
+    three times and once more a round of MergeMany; half-precision members accumulate in wider types. A process that
+    dies loses this work, which starts anew.
+
+    Args:
+        minima: they need share no start.
+        model: on the device of `examples`; its weights are overwritten.
+        examples: a calibration sample of training data, of which at most _MOST_EXAMPLES are used.
+        minimize: the recipe, for its loss.
+        matching: "weights" or "activations".
+        repair: False only recomputes batch-norm statistics.
+
+    Returns:
+        The aggregate, with batch-norm statistics of the calibration examples, and what was done.
+
+    Raises:
+        ValueError: if there are fewer than two minima, they differ in keys or shapes, one holds NaN, or the network is
+            refused by trace_units().
+    """
+    started = time.perf_counter()
+    if len(minima) < 2:
+        raise ValueError(
+            f"aligned_soup aligns at least two minima; there are {len(minima)}: use aggregation.method=select_best"
+        )
+    plain = uniform_soup(minima, allow_independent=True)
+    height, width, channels = examples.images.shape[1:]
+    structure = trace_units(model, (channels, height, width))
+    sample = _sample(examples)
+    work = _Work(model, structure, sample, minimize)
+
+    member_losses = [work.loss(minimum.load_weights(), refresh=False) for minimum in minima]
+    mean_loss = sum(member_losses) / len(minima)
+    barrier_before = work.loss(plain.weights) - mean_loss
+
+    match = work.match_weights if matching == "weights" else work.match_activations
+    loaders = [minimum.load_weights for minimum in minima]
+    merged = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
+    mean, statistics = RunningMean(), []
+    for minimum, orders in zip(minima, merged.orders, strict=True):
+        aligned = permuted(minimum.load_weights(), structure.groups, orders)
+        mean.add(aligned)
+        if repair:
+            statistics.append(work.statistics(aligned))
+    weights = work.refreshed(mean.weights())
+    if repair:
+        weights = work.repaired(weights, repairing.mean_statistics(statistics))
+    barrier_after = work.loss(weights, refresh=False) - mean_loss
+
+    aggregate = Aggregate("aligned_soup", weights, plain.subset_ids, plain.coefficients, shares_start(minima))
+    report = AlignmentReport(
+        barrier_before=barrier_before,
+        barrier_after=barrier_after,
+        moved=_moved(structure, merged.orders),
+        num_groups=len(structure.groups),
+        num_fixed_groups=structure.num_fixed_groups,
+        num_rounds=merged.num_rounds,
+        num_forward=work.num_forward,
+        seconds=time.perf_counter() - started,
+    )
+    return aggregate, report
+
+
+class _Work:
+    """All that is done with the model on the sample, and the count of it."""
+
+    def __init__(self, model: nn.Module, structure: UnitStructure, sample: Examples, minimize: MinimizeConfig) -> None:
+        self.num_forward = 0
+        self._model, self._structure, self._sample, self._minimize = model, structure, sample, minimize
+        self._target_model: nn.Module | None = None  # beside it, where activations are compared
+
+    def loss(self, weights: Weights, *, refresh: bool = True) -> float:
+        """The recipe's plain loss on the sample; of a mean's weights after its batch-norm statistics are recomputed."""
+        self._model.load_state_dict(weights)
+        if refresh:
+            self.num_forward += recompute_batch_norm(self._model, self._sample, self._minimize)
+        self.num_forward += len(self._sample)
+        return evaluate(self._model, self._sample, self._minimize).loss
+
+    def refreshed(self, weights: Weights) -> Weights:
+        self._model.load_state_dict(weights)
+        self.num_forward += recompute_batch_norm(self._model, self._sample, self._minimize)
+        return _state(self._model)
+
+    def statistics(self, weights: Weights) -> repairing.Statistics:
+        self._model.load_state_dict(weights)
+        self.num_forward += len(self._sample)
+        with evaluation_mode(self._model):
+            return repairing.layer_statistics(self._model, self._structure, self._batches())
+
+    def repaired(self, weights: Weights, targets: repairing.Statistics) -> Weights:
+        self._model.load_state_dict(weights)
+        self.num_forward += len(self._sample)
+        with evaluation_mode(self._model):
+            repairing.repair(self._model, self._structure, targets, self._batches())
+        return _state(self._model)
+
+    def match_weights(self, target: Weights, weights: Weights) -> Permutations:
+        names = [name for name, _ in self._model.named_parameters()]
+        device = self._sample.device
+        return match_weights(target, weights, self._structure, parameter_names=names, seed=_SEED, device=device)
+
+    def match_activations(self, target: Weights, weights: Weights) -> Permutations:
+        """The target may be a mean, whose batch-norm statistics are recomputed first."""
+        if self._target_model is None:
+            self._target_model = copy.deepcopy(self._model)
+        self._target_model.load_state_dict(target)
+        self._model.load_state_dict(weights)
+        self.num_forward += recompute_batch_norm(self._target_model, self._sample, self._minimize)
+        self.num_forward += 2 * len(self._sample)
+        with evaluation_mode(self._target_model), evaluation_mode(self._model):
+            target_network, network = map(self._structure.network, (self._target_model, self._model))
+            return match_activations(target_network, network, self._structure.groups, self._batches())
+
+    def _batches(self) -> list[Tensor]:
+        sizes = even_sizes(len(self._sample), math.ceil(len(self._sample) / _BATCH))
+        dtype = next(self._model.parameters()).dtype
+        batches = self._sample.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
+        return [images for images, _ in batches]
+
+
+def _sample(examples: Examples) -> Examples:
+    num = max(1, min(_MOST_EXAMPLES, _MOST_PIXELS // examples.images[0].numel()))
+    return dataclasses.replace(examples, images=examples.images[:num], labels=examples.labels[:num])
+
+
+def _state(model: nn.Module) -> Weights:
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+def _moved(structure: UnitStructure, orders: Sequence[Permutations]) -> dict[str, float]:
+    shares = {}
+    for k, group in enumerate(structure.groups):
+        places = torch.arange(group.size)
+        shares[group.name] = sum(float((own[k] != places).double().mean()) for own in orders) / len(orders)
+    return shares

@@ -1,0 +1,367 @@
+"""Follows units through a network: which must be permuted together, and where each is found."""
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node, map_arg
+
+from raysubset.aggregation.alignment import operations
+from raysubset.aggregation.alignment.labels import (
+    FIXED,
+    Labels,
+    Value,
+    find_tensors,
+    find_values,
+    fixed_labels,
+    holds_tensors,
+    joined,
+    labels_along,
+    moved,
+    with_labels,
+)
+from raysubset.aggregation.alignment.sites import Layer, Site, Use
+
+
+class UnitTracer(fx.Interpreter):
+    """Runs a network on a batch, and beside it the labels of every tensor.
+
+    After run(): `sites`; `pairs`, int64 [n] each, of units that are one; `held`, units that an operation which is not
+    understood keeps in place, and where; `layers`, convolutions, linear layers and norms, with their output's units.
+    """
+
+    def __init__(self, network: fx.GraphModule, names: dict[int, tuple[str, ...]]) -> None:
+        """names: in the state dict, by id of the parameter or buffer."""
+        super().__init__(network)
+        self.extra_traceback = False  # it would be added to a message for the user
+        self.num_units = FIXED + 1
+        self.sites: list[Site] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.held: list[tuple[Tensor, str]] = []
+        self.layers: list[tuple[Layer, Tensor]] = []
+        self._names = names
+        self._values: dict[Node, Any] = {}
+        self._axes: dict[Use, list[Site]] = {}  # sites of the same axis: more than one where a tensor is used again
+        self._num_users: Counter[tuple[str, ...]] = Counter()  # nodes, by the tensor's names
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().run(*args, **kwargs)
+        for use, sites in self._axes.items():
+            if len(sites) < self._num_users[use.names]:  # elsewhere it is not these units' axis
+                self.pairs.append((sites[0].units, torch.full_like(sites[0].units, FIXED)))
+        return outputs
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        args: Any = map_arg(n.args, lambda node: self._values[node])
+        kwargs: Any = map_arg(n.kwargs, lambda node: self._values[node])
+        if n.op == "output":
+            for value in find_values(args):
+                units = value.labels.units.flatten()
+                self.pairs.append((units, torch.full_like(units, FIXED)))
+        elif (n.op == "get_attr" and id(result) in self._names) or not holds_tensors(result):
+            self._values[n] = result
+        elif n.target is operator.getitem and isinstance(args[0], tuple):
+            self._values[n] = dataclasses.replace(args[0][args[1]], node=n.name)
+        else:
+            labels = None
+            if n.op not in ("placeholder", "get_attr"):
+                self._num_users.update(self._names[id(tensor)] for tensor in self._tensors(n, args, kwargs))
+                labels = self._labels(n, args, kwargs, result)
+                if labels is None:
+                    self._hold(n, args, kwargs)
+            self._values[n] = with_labels(n.name, result, labels)
+        return result
+
+    def _labels(self, n: Node, args: Any, kwargs: Any, result: Any) -> Labels | list[Labels] | None:
+        """Labels of the tensor or tensors that a node gives; None where the operation is not understood."""
+        values, parameters = find_values((args, kwargs)), find_tensors((args, kwargs))
+        if not values or (n.op == "call_function" and not operations.is_known_function(n.target)):
+            return None
+        name = operations.operation_name(n)
+        if n.op != "call_module" and name in operations.POINTWISE:
+            return self._pointwise(values, parameters, result)
+        if not args or (values[0] is not args[0] and not isinstance(args[0], tuple | list)):
+            return None
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            return self._module(n, module, values[0], result) if len(values) == 1 else None
+        if name in _LAYERS and len(values) == 1:
+            return _LAYERS[name](self, *args, **kwargs, out=result)
+        if parameters:
+            return None
+        if name in operations.MOVING:
+            return moved(operations.operation(n), args, kwargs)
+        if name == "pad":
+            return self._pad(*args, **kwargs)
+        if name in operations.POOLING:
+            return _pooled(values[0], name, result)
+        if name in operations.REDUCING:
+            return self._reduced(values[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
+        return self._mixed(values[0]) if name in operations.MIXING else None
+
+    def _module(self, n: Node, module: Any, x: Value, out: Tensor) -> Labels | list[Labels] | None:
+        kind = type(module)  # not isinstance(): a subclass may compute anything
+        weight: Any = getattr(module, "weight", None)
+        bias: Any = getattr(module, "bias", None)
+        if kind in operations.POINTWISE_MODULES:
+            return x.labels
+        if kind in operations.MOVING_MODULES:
+            return moved(module, (x,), {})
+        if kind in operations.POOLING_MODULES:
+            return _pooled(x, kind.__name__, out)
+        if kind in operations.MIXING_MODULES:
+            return self._mixed(x)
+        if kind is nn.PReLU:
+            return x.labels if weight.numel() == 1 else self._channels(x, (weight,))
+        if kind in operations.TRANSPOSED:
+            return self._transposed(x, weight, bias, module.groups)
+        labels = None
+        if kind in operations.CONVOLUTIONS:
+            labels = self._convolution(x, weight, bias, groups=module.groups, out=out)
+        elif kind is nn.Linear:
+            labels = self._linear(x, weight, bias, out=out)
+        elif kind in operations.NORMS:
+            buffers = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+            labels = self._channels(x, (weight, bias, *buffers))
+        elif kind is nn.GroupNorm:
+            labels = self._group_norm(x, module.num_groups, weight, bias, out=out)
+        elif kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+            labels = self._layer_norm(x, module.normalized_shape, weight, bias, out=out)
+        dim = out.ndim - 1 if kind in (nn.Linear, nn.LayerNorm) else 1
+        if labels is not None and labels.dims() == [dim]:
+            self.layers.append((Layer(n.name, str(n.target), dim), labels.units.flatten()))
+            if not operations.read_by_batch_norm_alone(n, self.module):
+                seen = Site(labels.units.flatten(), labels.roles.flatten(), seen_in=(n.name, dim), once=False)
+                self.sites.append(seen)
+        return labels
+
+    def _convolution(
+        self,
+        x: Value,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        out: Tensor,
+    ) -> Labels | None:
+        """Depthwise outputs are of their inputs' units; a grouped convolution's units stay within their group."""
+        if not set(x.labels.dims()) <= {1}:
+            return None
+        units, roles = x.along(1)
+        num_out = len(weight) // groups
+        if groups > 1 and weight.shape[1] == 1:
+            roles = (roles[:, None] * num_out + torch.arange(num_out)).flatten()
+            return self._placed(1, out, units.repeat_interleave(num_out), roles, (weight, bias))
+        for k in range(groups):
+            rows = (k * num_out, (k + 1) * num_out) if groups > 1 else None
+            self._read(x, 1, k * weight.shape[1], weight.shape[1], Use(self._names[id(weight)], 1, rows))
+        return self._produced(1, out, torch.arange(len(weight)) // num_out, [(weight, 0), (bias, 0)])
+
+    def _transposed(self, x: Value, weight: Tensor, bias: Tensor | None, groups: int) -> Labels | None:
+        num_out = weight.shape[1]
+        if not set(x.labels.dims()) <= {1} or groups > 1:
+            return None
+        self._read(x, 1, 0, len(weight), Use(self._names[id(weight)], 0))
+        out = torch.empty([1] * len(x.shape))
+        return self._produced(1, out, torch.zeros(num_out, dtype=torch.int64), [(weight, 1), (bias, 0)])
+
+    def _linear(self, x: Value, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Labels | None:
+        last, dims = len(x.shape) - 1, x.labels.dims()
+        if dims and last not in dims:
+            return x.labels  # its units lie beside what is mixed
+        if dims not in ([], [last]):
+            return None
+        self._read(x, last, 0, x.shape[last], Use(self._names[id(weight)], 1))
+        return self._produced(last, out, torch.zeros(len(weight), dtype=torch.int64), [(weight, 0), (bias, 0)])
+
+    def _group_norm(
+        self,
+        x: Value,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 0.0,
+        *,
+        out: Tensor,
+    ) -> Labels | None:
+        """Units stay within their group; that whole groups may change places is not made use of."""
+        if not set(x.labels.dims()) <= {1}:
+            return None
+        units, _ = x.along(1)
+        if not x.labels.fixed:
+            self.sites.append(Site(units, torch.arange(len(units)) * num_groups // len(units), once=False))
+        return self._channels(x, (weight, bias))
+
+    def _layer_norm(
+        self,
+        x: Value,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 0.0,
+        *,
+        out: Tensor,
+    ) -> Labels | None:
+        dims, first = x.labels.dims(), len(x.shape) - len(normalized_shape)
+        if all(dim < first for dim in dims):
+            return x.labels
+        if len(dims) > 1:
+            return None
+        self._site(*x.along(dims[0]), [(weight, dims[0] - first), (bias, dims[0] - first)])
+        return x.labels
+
+    def _channels(self, x: Value, tensors: Sequence[Tensor | None]) -> Labels | None:
+        """An operation on each channel [N, C, …] by itself, with tensors [C]."""
+        if not set(x.labels.dims()) <= {1}:
+            return None
+        if not x.labels.fixed:
+            self._site(*x.along(1), [(tensor, 0) for tensor in tensors])
+        return x.labels
+
+    def _placed(self, dim: int, out: Tensor, units: Tensor, roles: Tensor, tensors: Sequence[Tensor | None]) -> Labels:
+        """Labels of outputs made of these units, with tensors whose first axis is theirs."""
+        if bool((units == FIXED).all()):
+            return fixed_labels(out.ndim)
+        self._site(units, roles, [(tensor, 0) for tensor in tensors])
+        return labels_along(dim, out.ndim, units, roles)
+
+    def _produced(
+        self, dim: int, out: Tensor, group_of: Tensor, tensors: Sequence[tuple[Tensor | None, int]]
+    ) -> Labels:
+        """Labels of new units, of which those of one group, int64 group_of [C], may change places."""
+        if len(group_of) == 1:
+            return fixed_labels(out.ndim)
+        units = self._new_units(len(group_of))
+        self._site(units, group_of, tensors)
+        return labels_along(dim, out.ndim, units, torch.zeros_like(units))
+
+    def _pointwise(self, values: Sequence[Value], parameters: Sequence[Tensor], out: Tensor) -> Labels | None:
+        moving = [value for value in values if not value.labels.fixed]
+        if not moving:
+            return fixed_labels(out.ndim)
+        labels, pairs = joined(moving, out.ndim)
+        dims = labels.dims()
+        for value in values:
+            own = [dim - (out.ndim - len(value.shape)) for dim in dims]
+            if any(d >= 0 and value.shape[d] > 1 and value.labels.units.shape[d] == 1 for d in own):
+                return None  # differs along a dimension in which it has no units
+        for parameter in parameters:
+            own = [dim - (out.ndim - parameter.ndim) for dim in dims]
+            axes = [axis for axis in own if axis >= 0 and parameter.shape[axis] > 1]
+            if axes and len(dims) > 1:
+                return None
+            if axes:
+                self._site(labels.units.flatten(), labels.roles.flatten(), [(parameter, axes[0])])
+        if pairs:
+            self.pairs += pairs
+            self._mixed(Value("", out.shape, labels))
+        return labels
+
+    def _reduced(self, x: Value, dims: Any, out: Tensor) -> Labels | None:
+        """A mean or the like, over all units, which leaves nothing to permute, or along other dimensions."""
+        if isinstance(dims, bool):
+            return None  # std(unbiased)
+        listed = range(len(x.shape)) if dims is None else dims if isinstance(dims, tuple | list) else [dims]
+        over, unit_dims = {dim % len(x.shape) for dim in listed}, set(x.labels.dims())
+        if unit_dims <= over:
+            self._mixed(x)
+            return fixed_labels(out.ndim)
+        if unit_dims & over:
+            return None
+        kept = [dim for dim in range(len(x.shape)) if dim not in over or out.ndim == len(x.shape)]
+        shape = [x.labels.units.shape[dim] for dim in kept]
+        return Labels(x.labels.units.reshape(shape), x.labels.roles.reshape(shape))
+
+    def _mixed(self, x: Value) -> Labels:
+        """An operation that treats all its units alike but only as a whole."""
+        if not x.labels.fixed:
+            self.sites.append(Site(x.labels.units.flatten(), x.labels.roles.flatten(), once=False))
+        return x.labels
+
+    def _pad(self, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Labels | None:
+        """New channels of a constant are units that may change places with one another, as a shortcut's zeros do."""
+        labels, dims = x.labels, x.labels.dims()
+        for i in range(len(pad) // 2):
+            dim, (before, after) = len(x.shape) - 1 - i, pad[2 * i : 2 * i + 2]
+            if dim not in dims or not (before or after):
+                continue
+            if dims != [dim] or mode != "constant" or min(before, after) < 0:
+                return None
+            units, roles = x.along(dim)
+            new = self._new_units(before + after)
+            self._site(new, torch.zeros_like(new), [])
+            units = torch.cat([new[:before], units, new[before:]])
+            roles = torch.cat([roles.new_zeros(before), roles, roles.new_zeros(after)])
+            labels = labels_along(dim, len(x.shape), units, roles)
+        return labels
+
+    def _new_units(self, num: int) -> Tensor:
+        self.num_units += num
+        return torch.arange(self.num_units - num, self.num_units)
+
+    def _site(self, units: Tensor, roles: Tensor, tensors: Sequence[tuple[Tensor | None, int]]) -> None:
+        uses = tuple(Use(self._names[id(tensor)], axis) for tensor, axis in tensors if tensor is not None)
+        self._add(Site(units, roles, uses))
+
+    def _read(self, x: Value, dim: int, first: int, num: int, use: Use) -> None:
+        """A layer mixes `num` entries of a tensor, with an axis of its weights."""
+        if not x.labels.fixed:
+            units, roles = (part[first : first + num] for part in x.along(dim))
+            self._add(Site(units, roles, (use,)))
+
+    def _add(self, site: Site) -> None:
+        """A site with parameters. Units on an axis that was met before are the units met then."""
+        new = []
+        for use in site.uses:
+            known = self._axes.setdefault(use, [])
+            known.append(site)
+            if len(known) == 1:
+                new.append(use)
+                continue
+            self.pairs.append((known[0].units, site.units))
+            if not torch.equal(known[0].roles, site.roles):
+                self.held.append((site.units, f"{use.names[0]}, which is used in two ways"))
+        self.sites.append(dataclasses.replace(site, uses=tuple(new)))
+
+    def _hold(self, n: Node, args: Any, kwargs: Any) -> None:
+        """Keep the units of an operation that is not understood in place.
+
+        Raises:
+            ValueError: if it has parameters: of such a layer nothing is known.
+        """
+        if self._tensors(n, args, kwargs):
+            raise operations.refusal(f"nothing is known of {operations.where(n)}")
+        for value in find_values((args, kwargs)):
+            if not value.labels.fixed:
+                self.held.append((value.labels.units.flatten(), operations.where(n)))
+
+    def _tensors(self, n: Node, args: Any, kwargs: Any) -> list[Tensor]:
+        """The parameters and buffers that a node uses."""
+        if n.op == "call_module":
+            return list(self.fetch_attr(str(n.target)).state_dict(keep_vars=True).values())
+        return find_tensors((args, kwargs))
+
+
+_LAYERS: dict[str, Callable[..., Labels | None]] = {
+    "conv1d": UnitTracer._convolution,
+    "conv2d": UnitTracer._convolution,
+    "conv3d": UnitTracer._convolution,
+    "linear": UnitTracer._linear,
+    "layer_norm": UnitTracer._layer_norm,
+    "group_norm": UnitTracer._group_norm,
+}
+
+
+def _pooled(x: Value, name: str, out: Tensor) -> Labels | None:
+    """An operation along the dimensions behind [N, C]; a name like max_pool2d says how many there are."""
+    num = next((int(letter) for letter in name if letter.isdigit()), len(x.shape) - 2)
+    known = len(x.shape) == out.ndim == num + 2 and all(dim < 2 for dim in x.labels.dims())
+    return x.labels if known else None

@@ -1,0 +1,129 @@
+"""Means weighted by what each minimum's loss says of its curvature: diagonal Fisher, and Gram matrices of layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.streaming import RunningMean, check_start, load_members, load_statistics, widened
+from raysubset.training import Weights
+
+FISHER_FLOOR = 1e-6  # Matena and Raffel's number; here of a member's mean, our choice
+RIDGE = 1e-6  # of a Gram matrix's trace, added where it is singular: above float32's rounding; our choice
+
+
+def fisher_merge(
+    minima: Sequence[Minimum], *, floor: float, normalised: bool = True, allow_independent: bool = False
+) -> Aggregate:
+    """Σ F_i θ_i / Σ F_i elementwise, F_i a member's diagonal Fisher (Matena & Raffel 2022, arXiv:2111.09832).
+
+    Of quadratic losses with diagonal curvatures F_i it is the minimum of their sum, where `normalised` is False. Our
+    choices: members count by their subsets' sizes, as in a sum over all examples; normalising divides a member's
+    Fisher by its mean over all parameters, so that one that has fitted its subset is not outvoted. What has no Fisher
+    is averaged, integer buffers are the first member's. Members are streamed: three copies of the weights, and one
+    member with its Fisher, are held.
+
+    Args:
+        floor: the least F_i, positive. It decides where no member's loss depends on a parameter.
+
+    Raises:
+        ValueError: if a member has no fisher statistics, the floor is not positive, and as uniform_soup().
+    """
+    if not floor > 0:
+        raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
+    shared = check_start("fisher", minima, allow_independent=allow_independent)
+    mean, merged, totals = RunningMean(), Weights(), Weights()
+    for minimum, weights in load_members(minima):
+        fisher = load_statistics(minimum, "fisher")
+        _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
+        mean.add(weights, minimum.num_examples)
+        scale = _mean_element(fisher) if normalised else 1.0
+        for key, diagonal in fisher.items():
+            value = widened(weights[key])
+            weight = diagonal.to(value.dtype).div(scale or 1.0).clamp_min_(floor).mul_(minimum.num_examples)
+            if key in merged:
+                totals[key] += weight
+                merged[key].lerp_(value, weight.div_(totals[key]))
+            else:
+                merged[key], totals[key] = value, weight
+    return _aggregate("fisher", minima, mean.weights(), merged, shared)
+
+
+def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool = False) -> Aggregate:
+    """W = (Σ G_i)⁻¹ Σ G_i W_i for every linear and convolution layer (RegMean, Jin et al. 2023, arXiv:2212.09849).
+
+    G_i is XᵀX of the layer's inputs on the member's subset, its off-diagonals times `factor`: the weights whose
+    outputs are, by least squares, nearest to each member's on that member's own inputs. Biases are solved for along
+    with the weights (the paper averages them), convolutions by the patches their filters see. All else is averaged,
+    members by their subsets' sizes, integer buffers are the first member's.
+
+    Solved in float64 for the difference from the plain mean. Where the sum of the G_i is singular, as with inputs that
+    no member ever saw, RIDGE times its trace is added: those weights stay the mean's. Members are streamed: two copies
+    of the weights, one sum of matrices, and one member with its matrices, are held.
+
+    Raises:
+        ValueError: if a member has no gram statistics, and as uniform_soup().
+    """
+    shared = check_start("regmean", minima, allow_independent=allow_independent)
+    mean, grams, products = RunningMean(), Weights(), Weights()
+    for minimum, weights in load_members(minima):
+        mean.add(weights, minimum.num_examples)
+        own = load_statistics(minimum, "gram")
+        _refuse_other_keys(minimum, "gram", own, grams or own)
+        for layer, matrices in own.items():
+            gram = matrices.double() * minimum.num_examples
+            gram = factor * gram + (1 - factor) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+            product = gram @ _matrix(weights, layer, matrices)
+            grams[layer] = grams[layer] + gram if layer in grams else gram
+            products[layer] = products[layer] + product if layer in products else product
+    averaged, merged = mean.weights(), Weights()
+    for layer, gram in grams.items():
+        middle = _matrix(averaged, layer, gram)
+        solved = middle + _solve(gram, products[layer] - gram @ middle)
+        merged |= _parts(solved, averaged, layer)
+    return _aggregate("regmean", minima, averaged, merged, shared)
+
+
+def _aggregate(method: str, minima: Sequence[Minimum], mean: Weights, merged: Weights, shared: bool) -> Aggregate:
+    """The mean with what was merged in its place; members' coefficients are those of the mean."""
+    weights = mean | {key: value.to(mean[key].dtype) for key, value in merged.items()}
+    num_examples = sum(minimum.num_examples for minimum in minima)
+    shares = tuple(minimum.num_examples / num_examples for minimum in minima)
+    return Aggregate(method, weights, tuple(minimum.subset_id for minimum in minima), shares, shared)
+
+
+def _refuse_other_keys(minimum: Minimum, kind: str, own: Weights, first: Weights) -> None:
+    for key in sorted(own.keys() ^ first.keys()):
+        raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} differ from the first member's in {key}")
+
+
+def _mean_element(tensors: Weights) -> float:
+    return sum(value.sum().item() for value in tensors.values()) / sum(value.numel() for value in tensors.values())
+
+
+def _matrix(weights: Weights, layer: str, grams: Tensor) -> Tensor:
+    """A layer's weights with its bias as the last row, float64 [groups, K, outputs of a group], for Grams of that K."""
+    matrix = weights[f"{layer}.weight"].double().flatten(1)
+    if matrix.shape[1] < grams.shape[1]:
+        matrix = torch.cat([matrix, weights[f"{layer}.bias"].double().unsqueeze(1)], dim=1)
+    return matrix.unflatten(0, (grams.shape[0], -1)).mT
+
+
+def _parts(matrix: Tensor, like: Weights, layer: str) -> Weights:
+    """The inverse of _matrix(), in the shapes of `like`."""
+    weight = like[f"{layer}.weight"]
+    rows, num_inputs = matrix.mT.flatten(0, 1), weight[0].numel()
+    parts = {f"{layer}.weight": rows[:, :num_inputs].reshape(weight.shape)}
+    return parts if rows.shape[1] == num_inputs else parts | {f"{layer}.bias": rows[:, num_inputs]}
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """gram⁻¹ right of each group, by Cholesky; with the ridge where a pivot is less than it."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.sum(1, keepdim=True)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=1, dim2=2).square()
+    singular = (failed > 0).unsqueeze(1) | (pivots < ridge).any(1, keepdim=True)
+    added = torch.where(ridge > 0, ridge, 1.0) * singular  # a layer that only ever saw zeros keeps its mean
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + torch.diag_embed(added.expand_as(diagonal))))

@@ -1,0 +1,80 @@
+"""What goes into an aggregation and what comes out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from raysubset.training import Cost, Metrics, Weights
+
+Score = Callable[[Weights], Metrics]
+"""Validation metrics of weights that are no member's own: batch-norm statistics are recomputed first."""
+
+
+def _no_statistics(kind: str) -> Weights:
+    raise ValueError(f"the minima have no {kind} statistics: they were made for another aggregation.method")
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where one subset's minimization ended. The weights stay where they are until they are asked for."""
+
+    subset_id: int
+    num_examples: int  # of the subset
+    start_id: str  # names the start weights: minima with equal ids share a start
+    outcome: str  # MinimizeResult's
+    training: Metrics | None  # on the subset itself, un-augmented, in evaluation mode, where it is measured
+    validation: Metrics
+    cost: Cost  # of the attempt that finished
+    load_weights: Callable[[], Weights] = field(repr=False)
+    load_outputs: Callable[[], Tensor] = field(repr=False)  # [num_validation, num_classes], predict()'s
+    load_statistics: Callable[[str], Weights] = field(default=_no_statistics, repr=False)
+    """What its actor left of a kind; ValueError where there is nothing. By parameter, "fisher": diagonal_fisher(); by
+    layer, "gram": gram_matrices(); "subsample": the weights of the minimum on a part of the subset."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {
+            "subset_id": self.subset_id,
+            "num_examples": self.num_examples,
+            "start_id": self.start_id,
+            "outcome": self.outcome,
+            "training": self.training and self.training.to_dict(),
+            "validation": self.validation.to_dict(),
+            "cost": self.cost.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(
+        cls,
+        record: dict[str, Any],
+        load_weights: Callable[[], Weights],
+        load_outputs: Callable[[], Tensor],
+        load_statistics: Callable[[str], Weights] = _no_statistics,
+    ) -> "Minimum":
+        """The inverse of to_dict()."""
+        return cls(
+            subset_id=record["subset_id"],
+            num_examples=record["num_examples"],
+            start_id=record["start_id"],
+            outcome=record["outcome"],
+            training=record["training"] and Metrics.from_dict(record["training"]),
+            validation=Metrics.from_dict(record["validation"]),
+            cost=Cost.from_dict(record["cost"]),
+            load_weights=load_weights,
+            load_outputs=load_outputs,
+            load_statistics=load_statistics,
+        )
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """One set of weights made of several minima."""
+
+    method: str
+    weights: Weights = field(repr=False)
+    subset_ids: tuple[int, ...]  # members that went in, in the order they did
+    coefficients: tuple[float, ...]  # of the members, summing to one
+    shared_start: bool  # False labels a mean of minima that share no start
+    tried: tuple[tuple[tuple[int, ...], float], ...] = ()  # (members, validation loss) of each candidate scored

@@ -1,0 +1,119 @@
+"""Means of minima, and the choice of one: weights are streamed, so memory does not grow with their number."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from raysubset.aggregation.records import Aggregate, Minimum, Score
+from raysubset.aggregation.streaming import CURE, RunningMean, check_start, first_not_finite, load_member, shares_start
+from raysubset.training import Metrics, mean_prediction
+
+
+def select_best(minima: Sequence[Minimum]) -> Aggregate:
+    """The minimum with the least validation loss; no shared start is needed.
+
+    Raises:
+        ValueError: if there is no minimum, none has a finite loss, or the best one holds NaN.
+    """
+    best = by_validation_loss(minima)[0]
+    return Aggregate("select_best", load_member(best), (best.subset_id,), (1.0,), shares_start(minima))
+
+
+def uniform_soup(minima: Sequence[Minimum], *, allow_independent: bool = False) -> Aggregate:
+    """The weights' elementwise mean (Wortsman et al. 2022, arXiv:2203.05482).
+
+    Raises:
+        ValueError: if there is nothing to average, the minima differ in keys or shapes, one holds NaN, or they share
+            no start and allow_independent is not set.
+    """
+    return _mean("uniform_soup", minima, [1.0] * len(minima), allow_independent=allow_independent)
+
+
+def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independent: bool = False) -> Aggregate:
+    """The mean weighted by the subsets' sizes (federated averaging, arXiv:1602.05629) or by inverse validation loss.
+
+    The inverse of the loss is this project's own choice of weighting.
+
+    Raises:
+        ValueError: as uniform_soup(), and if a loss to weight by is not finite.
+    """
+    if weight_by == "examples":
+        coefficients = [float(m.num_examples) for m in minima]
+    else:
+        bad = [m for m in minima if not math.isfinite(m.validation.loss)]
+        if bad:
+            raise ValueError(
+                f"the minimum of subset {bad[0].subset_id} has a validation loss of {bad[0].validation.loss:g} to be "
+                f"weighted by: {CURE}"
+            )
+        coefficients = [1 / max(m.validation.loss, 1e-12) for m in minima]
+    return _mean("weighted_soup", minima, coefficients, allow_independent=allow_independent)
+
+
+def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: bool = False) -> Aggregate:
+    """Add minima in order of validation loss while the mean's own does not get worse (arXiv:2203.05482, recipe 1).
+
+    The paper goes by accuracy; here it is the loss, as every choice. Raises as uniform_soup().
+    """
+    shared = check_start("greedy_soup", minima, allow_independent=allow_independent)
+    first, *others = by_validation_loss(minima)
+    soup, members, best_loss = RunningMean(), [first.subset_id], first.validation.loss
+    soup.add(load_member(first))
+    tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validation.loss)]
+    for minimum in others:
+        candidate = soup.copy()
+        candidate.add(load_member(minimum))
+        loss = score(candidate.weights()).loss
+        tried.append(((*members, minimum.subset_id), loss))
+        if loss <= best_loss:
+            soup, best_loss = candidate, loss
+            members.append(minimum.subset_id)
+    share = 1 / len(members)
+    return Aggregate("greedy_soup", soup.weights(), tuple(members), (share,) * len(members), shared, tuple(tried))
+
+
+def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
+    """The minima, best first; those with losses that are not finite come last. Ties go by subset id.
+
+    Raises:
+        ValueError: if there is no minimum, or none has a finite loss.
+    """
+    if not minima:
+        raise ValueError("there is no minimum to choose from")
+    if not any(math.isfinite(m.validation.loss) for m in minima):
+        raise ValueError(f"none of the {len(minima)} minima has a finite validation loss: lower minimize.learning_rate")
+    return sorted(minima, key=_rank)
+
+
+def _rank(minimum: Minimum) -> tuple[float, int]:
+    loss = minimum.validation.loss
+    return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
+
+
+def ensemble_outputs(minima: Sequence[Minimum], loss: str) -> torch.Tensor:
+    """The mean of the members' predictions, float64 [num_validation, num_classes]: a reference, not a single model.
+
+    For cross-entropy the logarithm of the mean of the members' probabilities; for squared error the mean of outputs.
+    """
+    return mean_prediction((minimum.load_outputs().double() for minimum in minima), loss)
+
+
+def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:
+    """Validation loss of the minima's mean, minus their mean loss (Frankle et al. 2020, arXiv:1912.05671)."""
+    return mean.loss - sum(m.validation.loss for m in minima) / len(minima)
+
+
+def _mean(
+    method: str, minima: Sequence[Minimum], coefficients: Sequence[float], *, allow_independent: bool
+) -> Aggregate:
+    shared = check_start(method, minima, allow_independent=allow_independent)
+    soup = RunningMean()
+    for minimum, coefficient in zip(minima, coefficients, strict=True):
+        soup.add(minimum.load_weights(), coefficient)
+    weights = soup.weights()
+    if first_not_finite(weights):  # looked for once, as NaN and infinity stay in a mean; reading again tells whose
+        for minimum in minima:
+            load_member(minimum)
+    shares = tuple(c / sum(coefficients) for c in coefficients)
+    return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared)

@@ -1,0 +1,77 @@
+"""Steps between stages: the outer optimizer, shrink-and-perturb, and the mean of members' optimizer states."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from raysubset.aggregation.streaming import RunningMean
+from raysubset.training import Weights
+
+
+def outer_step(
+    start: Weights,
+    mean: Weights,
+    momentum: Weights,
+    *,
+    learning_rate: float,
+    momentum_factor: float,
+    parameter_names: Collection[str],
+) -> tuple[Weights, Weights]:
+    """One step of Nesterov SGD on the round's displacement start - mean (DiLoCo, Douillard et al., arXiv:2311.08105).
+
+    With learning rate 1 and no momentum the result is the mean. Buffers are the mean's: their statistics have to be
+    recomputed in any case.
+
+    Args:
+        momentum: what the last round returned; empty in the first.
+
+    Returns:
+        The next start, and the momentum to pass in with it (parameters only).
+    """
+    weights, next_momentum = dict(mean), {}
+    for name in parameter_names:
+        gradient = start[name] - mean[name]
+        velocity = gradient if name not in momentum else momentum_factor * momentum[name] + gradient
+        next_momentum[name] = velocity
+        weights[name] = start[name] - learning_rate * (gradient + momentum_factor * velocity)
+    return weights, next_momentum
+
+
+def shrink_perturb(
+    weights: Weights, fresh: Weights, *, shrink: float, perturb: float, parameter_names: Collection[str]
+) -> Weights:
+    """shrink * weights + perturb * fresh for every parameter; buffers stay (Ash & Adams 2020, arXiv:1910.08475)."""
+    mixed = {name: shrink * weights[name] + perturb * fresh[name] for name in parameter_names}
+    return {**weights, **mixed}
+
+
+def mean_optimizer_state(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The elementwise mean of optimizers' state dicts, read one after the other; step counters are the first's.
+
+    States that hold nothing, of members that diverged and began anew, are left out; of nothing but such the first is
+    returned.
+
+    Raises:
+        ValueError: if there is no state, or two differ in what they hold.
+    """
+    first, mean = None, RunningMean()
+    for state in states:
+        moments = {
+            f"{parameter}.{name}": value
+            for parameter, held in state["state"].items()
+            for name, value in held.items()
+            if isinstance(value, Tensor) and name != "step"
+        }
+        if first is None or not first["state"]:
+            first = state
+        if moments:
+            mean.add(moments)
+    if first is None:
+        raise ValueError("there is no optimizer state to average")
+    means = mean.weights()
+    averaged = {
+        parameter: {name: means.get(f"{parameter}.{name}", value) for name, value in held.items()}
+        for parameter, held in first["state"].items()
+    }
+    return {**first, "state": averaged}

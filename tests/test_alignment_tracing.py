@@ -1,0 +1,239 @@
+"""Traced units: permuting them leaves every network's function as it is, and nothing else is permuted."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysubset.aggregation.alignment import UnitStructure, permuted, random_permutations, trace_units
+from raysubset.config import ModelConfig
+from raysubset.models import build_model
+
+OWN = {
+    "cnn": ModelConfig(name="cnn", width=8, depth=2),
+    "cnn with group norm": ModelConfig(name="cnn", width=16, depth=2, norm="group"),
+    "cnn without norm": ModelConfig(name="cnn", width=8, depth=2, norm="none"),
+    "lenet5": ModelConfig(name="lenet5"),
+    "mlp": ModelConfig(name="mlp", width=16, depth=2),
+    "cifar_resnet": ModelConfig(name="cifar_resnet", width=8, depth=8),
+    "cifar_resnet with group norm": ModelConfig(name="cifar_resnet", width=16, depth=8, norm="group"),
+    "cifar_resnet without norm": ModelConfig(name="cifar_resnet", width=8, depth=8, norm="none"),
+}
+# The smallest side each takes, and how many groups of units it has.
+TORCHVISION = {
+    "resnet18": (8, 12),
+    "mobilenet_v2": (8, 25),
+    "densenet121": (32, 120),
+    "squeezenet1_0": (21, 25),
+    "googlenet": (15, 57),
+    "resnext50_32x4d": (8, 33 + 16 * 2 * 32 - 28),
+    "efficientnet_b0": (8, 40),
+    "regnet_y_400mf": (8, 1083),
+    "shufflenet_v2_x0_5": (8, 80),
+    "convnext_tiny": (32, 22),
+}
+
+
+def scattered(model: nn.Module) -> nn.Module:
+    """In float64 and evaluation mode, with parameters and statistics of which no two are alike."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double().eval()
+    for value in model.state_dict().values():
+        if value.is_floating_point() and value.ndim and value.numel() == len(value):
+            value.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def permuted_outputs(model: nn.Module, structure: UnitStructure, images: Tensor) -> tuple[Tensor, Tensor]:
+    orders = random_permutations(structure.groups, torch.Generator().manual_seed(2))
+    weights = permuted(model.state_dict(), structure.groups, orders)
+    assert any(not torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        return model(images), torch.func.functional_call(model, weights, (images,))
+
+
+def assert_unchanged(model: nn.Module, shape: tuple[int, int, int]) -> UnitStructure:
+    model = scattered(model)
+    structure = trace_units(model, shape)
+    images = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before, after = permuted_outputs(model, structure, images)
+    assert float((before - after).abs().max()) <= 1e-6 * float((before - before.mean(1, keepdim=True)).abs().max())
+    return structure
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_permuting_units_leaves_the_outputs_of_our_own_networks_unchanged(name):
+    side = 28 if name == "lenet5" else 8
+    model = build_model(OWN[name], num_classes=5, image_shape=(side, side, 1), seed=0)
+    structure = assert_unchanged(model, (1, side, side))
+    assert (structure.num_fixed_groups, structure.held_by) == (0, ())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_permuting_units_leaves_the_outputs_of_torchvisions_networks_unchanged(name):
+    from torchvision import models
+
+    side, num_groups = TORCHVISION[name]
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    structure = assert_unchanged(models.get_model(name, weights=None, num_classes=5, **options), (3, side, side))
+    assert len(structure.groups) == num_groups
+
+
+def test_vgg_is_traced_through_its_flatten():
+    from torchvision import models
+
+    model = models.vgg11_bn(weights=None, num_classes=5, init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 20), nn.ReLU(), nn.Linear(20, 5))  # 4096² take minutes
+    structure = assert_unchanged(model, (3, 32, 32))
+    (columns,) = [axis for axis in structure.groups[-2].axes if axis.names == ("classifier.0.weight",)]
+    torch.testing.assert_close(columns.positions, torch.arange(512 * 49).reshape(512, 49))
+    assert (columns.axis, columns.rows) == (1, None)
+
+
+class Network(nn.Module):
+    """A convolution of 6 channels, what is given, then the mean over the map and a linear layer."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor], num_features: int = 6, **modules: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(num_features, 5)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(self, self.conv(images)).mean((2, 3)))
+
+
+def sizes(structure: UnitStructure) -> list[int]:
+    return [group.size for group in structure.groups]
+
+
+@pytest.mark.parametrize(
+    ("body", "num_features", "modules", "expected"),
+    [
+        (lambda net, x: x, 6, {}, [6]),
+        (lambda net, x: torch.cat([x, -x], 1), 12, {}, [6]),
+        (lambda net, x: F.relu(net.a(x)) + x, 6, {"a": nn.Conv2d(6, 6, 1)}, [6]),
+        (lambda net, x: torch.cat([net.a(x), x], dim=1), 10, {"a": nn.Conv2d(6, 4, 1)}, [6, 4]),
+        (lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 3)) + net.a(x), 10, {"a": nn.Conv2d(6, 10, 1)}, [6, 4]),
+        (lambda net, x: net.a(x), 12, {"a": nn.Conv2d(6, 12, 3, groups=6)}, [6]),  # depthwise, two of each channel
+        (lambda net, x: net.a(x), 8, {"a": nn.Conv2d(6, 8, 3, groups=2)}, [3, 3, 4, 4]),
+        (lambda net, x: net.a(x), 6, {"a": nn.GroupNorm(2, 6)}, [3, 3]),
+        (lambda net, x: net.a(x), 6, {"a": nn.PReLU(6)}, [6]),
+        (lambda net, x: net.a(x), 4, {"a": nn.ConvTranspose2d(6, 4, 3)}, [6, 4]),
+        (lambda net, x: net.b(net.a(x)), 4, {"a": nn.Conv2d(6, 1, 1), "b": nn.Conv2d(1, 4, 1)}, [6, 4]),
+        (lambda net, x: x * torch.sigmoid(net.a(x.mean((2, 3), keepdim=True))), 6, {"a": nn.Conv2d(6, 6, 1)}, [6]),
+        (lambda net, x: x * net.a(x), 6, {"a": nn.Conv2d(6, 1, 1)}, [6]),  # one map of attention for all channels
+        (lambda net, x: net.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 6, {"a": nn.LayerNorm(6)}, [6]),
+        (lambda net, x: net.a(x[:, ::2]), 4, {"a": nn.Conv2d(3, 4, 1)}, [3, 3, 4]),  # three reach nothing
+        (lambda net, x: net.a(net.a(x)), 6, {"a": nn.Conv2d(6, 6, 1)}, [6]),  # one module twice
+        (lambda net, x: net.a(x) - x.softmax(1), 6, {"a": nn.BatchNorm2d(6, affine=False)}, [6]),
+    ],
+)
+def test_units_that_meet_are_one_group_and_others_are_not(body, num_features, modules, expected):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Network(body, num_features, **modules)
+    assert sizes(assert_unchanged(model, (3, 8, 8))) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "num_features", "modules", "held_by"),
+    [
+        (lambda net, x: x.cumsum(1), 6, {}, "cumsum"),
+        (lambda net, x: x.sort(1).values, 6, {}, "sort"),
+        (lambda net, x: x + torch.linspace(0, 1, 6).view(1, 6, 1, 1), 6, {}, "add"),
+        (lambda net, x: net.a(x), 6, {"a": nn.LocalResponseNorm(2)}, "a (LocalResponseNorm)"),
+    ],
+)
+def test_units_that_an_unknown_operation_sees_stay_in_place(body, num_features, modules, held_by):
+    model = Network(lambda net, x: net.last(body(net, x)), 4, last=nn.Conv2d(num_features, 4, 1), **modules)
+    structure = assert_unchanged(model, (3, 8, 8))
+    assert sizes(structure) == [4]
+    assert structure.num_fixed_groups == 1
+    assert structure.held_by[0].startswith(held_by)
+
+
+def test_units_that_meet_each_other_crosswise_stay_in_place():
+    """x₀ + x₁ and x₁ + x₀ are one value in two places, which is a contradiction for a permutation of the filters."""
+    model = Network(lambda net, x: net.last(x + x.flip(1)), 4, last=nn.Conv2d(6, 4, 1))
+    assert sizes(assert_unchanged(model, (3, 8, 8))) == [4]
+
+
+def test_a_residual_stream_that_widens_by_zeros_is_permuted_by_parts():
+    model = build_model(OWN["cifar_resnet"], num_classes=5, image_shape=(8, 8, 3), seed=0)
+    groups = {group.name: group for group in trace_units(model, (3, 8, 8)).groups}
+    stream = {axis.names[0]: axis.positions.flatten().tolist() for axis in groups["conv"].axes if axis.axis == 1}
+    assert stream["stage2.0.conv0.weight"] == list(range(8))
+    assert groups["conv"].size == 8
+    new = {name: group.size for name, group in groups.items() if name.endswith("conv1[8]") or name.endswith("[16]")}
+    assert new == {"stage1.0.conv1[8]": 8, "stage2.0.conv1[16]": 16}
+    assert stream["head.weight"] == list(range(8))
+
+
+def test_shared_parameters_are_permuted_once_and_stay_shared():
+    first, second = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+    second.weight, second.bias = first.weight, first.bias
+    model = Network(lambda net, x: net.a(x) + net.b(x) + x, 6, a=first, b=second)
+    assert_unchanged(model, (3, 8, 8))
+
+
+def test_a_layer_of_which_nothing_is_known_is_refused_by_name():
+    attention = nn.MultiheadAttention(6, 2)
+
+    def attend(net: nn.Module, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).permute(2, 0, 1)
+        return net.attention(tokens, tokens, tokens)[0].permute(1, 2, 0).unsqueeze(-1)
+
+    with pytest.raises(ValueError, match=r"nothing is known of attention \(MultiheadAttention\); use subsets.start"):
+        trace_units(Network(attend, 6, attention=attention), (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("vit_b_32", "expand in"), ("swin_t", r"features\.1\.0\.attn \(ShiftedWindowAttention\)")]
+)
+def test_torchvisions_transformers_are_refused(name, refused):
+    from torchvision import models
+
+    options = {"image_size": 32} if name == "vit_b_32" else {}
+    with pytest.raises(ValueError, match=f"units cannot be aligned: nothing is known of .*{refused}"):
+        trace_units(models.get_model(name, weights=None, num_classes=5, **options), (3, 32, 32))
+
+
+def test_a_forward_pass_that_depends_on_its_data_is_refused_with_the_module_named():
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace branch \(Branching\): symbolically traced variables"):
+        trace_units(Network(lambda net, x: net.branch(x), 6, branch=Branching()), (3, 8, 8))
+
+
+def test_a_network_without_hidden_units_is_refused():
+    with pytest.raises(ValueError, match=r"units cannot be aligned: none are hidden; use subsets\.start=shared"):
+        trace_units(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2))
+
+
+def test_a_network_whose_units_are_all_held_is_refused_with_the_operation_named():
+    with pytest.raises(ValueError, match="all are kept in place by cumsum in"):
+        trace_units(Network(lambda net, x: x.cumsum(1)), (3, 8, 8))
+
+
+def test_a_wrong_structure_does_not_pass_the_check(monkeypatch):
+    """As if softmax over channels and a sum over every second one were the same thing."""
+    from raysubset.aggregation.alignment import operations
+
+    monkeypatch.setattr(operations, "MIXING", frozenset({"cumsum"}))
+    with pytest.raises(AssertionError, match="permuted units change the outputs"):
+        trace_units(Network(lambda net, x: torch.cumsum(x, 1)), (3, 8, 8))
+
+
+def test_tracing_leaves_the_model_as_it_is():
+    model = build_model(OWN["cnn"], num_classes=5, image_shape=(8, 8, 1), seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trace_units(model, (1, 8, 8))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert next(model.parameters()).dtype == torch.float32
