@@ -1,0 +1,200 @@
+"""The record of work: who did what, where, for how long and how it ended; all costs are sums over it.
+
+    ledger = Ledger(run)
+    attempt = ledger.next_attempt("subsets", 0, 7)
+    ledger.write(Work("subsets", 0, 7, attempt, node=…, device=…, started_at=time.time(), cost=so_far))   # and again
+    ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=cost))
+    total_cost(ledger.read()).passes(num_train)
+
+Each piece of work is one small file that its own process writes, so that nobody waits for anybody; written again as a
+heartbeat while it runs, so that what a dead process had done is counted.
+"""
+
+import logging
+import platform
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+
+from raysubset.training import Cost
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["measuring", "trunk", "subsets", "subsamples", "aggregation", "fine_tuning", "conventional", "test"]
+Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted"]
+
+_FOLDER = "ledger"
+_TABLE_PATH = "ledger.parquet"
+_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
+
+
+class Storage(Protocol):
+    """What a ledger needs of a run directory."""
+
+    def exists(self, path: str) -> bool: ...
+    def list(self, path: str) -> Sequence[str]: ...
+    def delete(self, path: str) -> None: ...
+    def write_json(self, path: str, record: Any) -> None: ...
+    def read_json_or_none(self, path: str) -> Any: ...
+    def write_table(self, path: str, table: pa.Table) -> None: ...
+    def read_table(self, path: str) -> pa.Table: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One attempt at one piece of work."""
+
+    stage: Stage
+    round: int
+    subset: int | None  # None: not of one subset
+    attempt: int  # from 0
+    node: str
+    device: str
+    started_at: float  # unix s
+    ended_at: float | None = None  # unix s; None while running, and for ever if lost
+    outcome: Outcome = "running"
+    cost: Cost = field(default_factory=Cost)  # of all workers together
+    waited_s: float = 0.0  # queued before the start
+    error: str | None = None
+    num_workers: int = 1
+    num_network_bytes: int = 0  # sent over the network or to the object store
+
+    @property
+    def path(self) -> str:
+        """Where its entry lies in the run directory."""
+        return f"{_prefix(self.stage, self.round, self.subset)}-{self.attempt:02d}.json"
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the start to the end, or as far as the last heartbeat counted."""
+        return self.cost.device_s / self.num_workers if self.ended_at is None else self.ended_at - self.started_at
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"cost": self.cost.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Work":
+        """The inverse of to_dict()."""
+        values: dict[str, Any] = {**record, "cost": Cost.from_dict(record["cost"])}
+        return cls(**values)
+
+
+def _prefix(stage: Stage, round: int, subset: int | None) -> str:
+    return f"{_FOLDER}/{stage}-{round:04d}-{'all' if subset is None else format(subset, '04d')}"
+
+
+class Ledger:
+    """The entries in one run directory. Pickles if its storage does, so that actors write their own."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def write(self, work: Work) -> None:
+        """Add an entry, or replace that of the same attempt, in one step."""
+        self._storage.write_json(work.path, work.to_dict())
+
+    def begin(self, stage: Stage, round: int, *, device: str) -> Work:
+        """Open the entry of work that the driver does, or has a task do for it."""
+        attempt = self.next_attempt(stage, round, None)
+        work = Work(stage, round, None, attempt, platform.node(), device, started_at=time.time())
+        self.write(work)
+        return work
+
+    def end(self, work: Work, cost: Cost) -> None:
+        """Close what begin() opened."""
+        self.write(replace(work, cost=cost, outcome="done", ended_at=time.time()))
+
+    def latest(self, work: Work) -> Work:
+        """What the file of the same attempt says now; the work itself where there is none."""
+        record = self._storage.read_json_or_none(work.path)
+        return work if record is None else Work.from_dict(record)
+
+    def read(self) -> list[Work]:
+        """All entries by their start; files that cannot be read are left out with a warning."""
+        entries = {work.path: work for work in self._read_table()} | dict(self._read_files())
+        return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
+
+    def next_attempt(self, stage: Stage, round: int, subset: int | None = None) -> int:
+        """One more than the greatest attempt there was, be its entry readable or not."""
+        paths = {*self._storage.list(_FOLDER), *(work.path for work in self._read_table())}
+        pattern = re.compile(re.escape(_prefix(stage, round, subset)) + r"-(\d+)\.json")
+        return 1 + max((int(match[1]) for path in paths if (match := pattern.fullmatch(path))), default=-1)
+
+    def close_lost(self) -> list[Work]:
+        """Mark as lost what still claims to run, and return it. For a driver that resumes: nobody else is at work."""
+        lost = [replace(work, outcome="lost") for work in self.read() if work.outcome == "running"]
+        for work in lost:
+            self.write(work)
+        return lost
+
+    def compact(self) -> None:
+        """Gather all entries in ledger.parquet, then delete their files.
+
+        A driver that dies in between leaves entries in both, which are the same. Unreadable files are kept.
+        """
+        files = dict(self._read_files())
+        if files:
+            self._storage.write_table(_TABLE_PATH, pa.Table.from_pylist([work.to_dict() for work in self.read()]))
+        for path in files:
+            self._storage.delete(path)
+
+    def _read_files(self) -> Iterable[tuple[str, Work]]:
+        paths = self._storage.list(_FOLDER)
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            records = pool.map(self._storage.read_json_or_none, paths)
+            return [(path, Work.from_dict(record)) for path, record in zip(paths, records, strict=True) if record]
+
+    def _read_table(self) -> list[Work]:
+        if not self._storage.exists(_TABLE_PATH):
+            return []
+        return [Work.from_dict(record) for record in self._storage.read_table(_TABLE_PATH).to_pylist()]
+
+
+def total_cost(works: Iterable[Work]) -> Cost:
+    """Of every attempt, whatever became of it."""
+    return sum((work.cost for work in works), Cost())
+
+
+def lost_cost(works: Iterable[Work]) -> Cost:
+    """The part of total_cost() in attempts that did not end well, though their checkpoints may have served others."""
+    return total_cost(work for work in works if work.outcome in ("lost", "preempted", "failed"))
+
+
+def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
+    """The entries of each stage, in the order in which stages began."""
+    stages: dict[Stage, list[Work]] = defaultdict(list)
+    for work in sorted(works, key=lambda work: work.started_at):
+        stages[work.stage].append(work)
+    return dict(stages)
+
+
+def critical_path_passes(works: Iterable[Work], num_train: int) -> float:
+    """Passes one after the other if every subset had a device of its own; each of n workers makes 1/n of a stage's."""
+    return _critical_path(works, lambda work: work.cost.passes(num_train) / work.num_workers)
+
+
+def critical_path_s(works: Iterable[Work]) -> float:
+    """Seconds of work one after the other if every subset had a device of its own; waiting is left out."""
+    return _critical_path(works, lambda work: work.wall_s)
+
+
+def _critical_path(works: Iterable[Work], length: Callable[[Work], float]) -> float:
+    """Sum over stages and rounds, of the subsets in a round only the longest; attempts follow one another.
+
+    So do a subset's minimum and that on its subsample.
+    """
+    sequential = 0.0
+    parallel: dict[int, dict[int | None, float]] = defaultdict(lambda: defaultdict(float))
+    for work in works:
+        if work.stage in ("subsets", "subsamples"):
+            parallel[work.round][work.subset] += length(work)
+        else:
+            sequential += length(work)
+    return sequential + sum(max(subsets.values()) for subsets in parallel.values())

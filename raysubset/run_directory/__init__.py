@@ -1,0 +1,73 @@
+"""Everything a run leaves behind, written atomically on a local path or any pyarrow.fs URI; what resuming reads.
+
+    run = RunDirectory("s3://bucket/results?endpoint_override=host:9000&scheme=http", "cifar10-cnn")
+    run.check_writable()
+    with run.lease() as lease:                       # refuses a second driver
+        resumed = run.open(config.to_dict(), environment)
+        folder = minimum_folder(0, 7)
+        run.write_weights(weights_path(folder), weights)
+        run.write_json(minimum_path(folder), record)     # last: a record stands for weights that are there
+
+Paths are relative to the run, with "/". A reader sees the old content of a file or the new, never a part of it: a
+process that dies while writing leaves the old one.
+"""
+
+from raysubset.run_directory.directory import FORMAT, CorruptFile, RunDirectory
+from raysubset.run_directory.lease import Lease
+from raysubset.run_directory.paths import (
+    COMPARISON_PATH,
+    CONFIG_PATH,
+    DECISIONS_PATH,
+    ENVIRONMENT_PATH,
+    MISTAKES_PATH,
+    PREDICTIONS_PATH,
+    REPORT_PATH,
+    RESULT_PATH,
+    SWEEP_PATH,
+    TRACKING_FOLDER,
+    aggregate_path,
+    aggregate_weights_path,
+    checkpoint_path,
+    history_path,
+    mean_optimizer_path,
+    minimum_folder,
+    minimum_path,
+    momentum_path,
+    optimizer_path,
+    outputs_path,
+    statistics_path,
+    subsample_folder,
+    subsets_path,
+    weights_path,
+)
+
+__all__ = [
+    "RunDirectory",
+    "Lease",
+    "CorruptFile",
+    "FORMAT",
+    "CONFIG_PATH",
+    "ENVIRONMENT_PATH",
+    "DECISIONS_PATH",
+    "RESULT_PATH",
+    "REPORT_PATH",
+    "SWEEP_PATH",
+    "COMPARISON_PATH",
+    "TRACKING_FOLDER",
+    "PREDICTIONS_PATH",
+    "MISTAKES_PATH",
+    "subsets_path",
+    "minimum_folder",
+    "minimum_path",
+    "weights_path",
+    "outputs_path",
+    "statistics_path",
+    "subsample_folder",
+    "history_path",
+    "optimizer_path",
+    "mean_optimizer_path",
+    "checkpoint_path",
+    "aggregate_path",
+    "aggregate_weights_path",
+    "momentum_path",
+]

@@ -1,0 +1,338 @@
+"""The files of a run, on a local path or any pyarrow.fs URI, and how a run begins or goes on."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from raysubset.config import differences
+from raysubset.run_directory.lease import RENEW_S, Lease
+from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, LEASE_PATH
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of run directories; one of a greater format is refused
+
+_PARTIAL = ".partial"  # ends the name of a local file while it is written
+
+
+class CorruptFile(ValueError):
+    """A file that is there and cannot be read, by name: older ones may do."""
+
+
+class RunDirectory:
+    """The folder {storage_path}/{name}. Pickles as these two words, so that actors on other nodes get it by value."""
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        """Touches nothing yet. A storage path without "scheme://" is local: ~ is expanded, and it is made absolute."""
+        scheme, mark, _ = storage_path.partition("://")
+        if mark and scheme == "file":
+            storage_path, mark = urllib.parse.unquote(urllib.parse.urlsplit(storage_path).path), ""
+        self.storage_path = storage_path if mark else os.path.abspath(os.path.expanduser(storage_path))
+        self.name = name
+        self.local_path = None if mark else Path(self.storage_path, name)
+
+    @classmethod
+    def at(cls, uri: str) -> "RunDirectory":
+        """The inverse of `uri`: the run directory at a path or URI that ends with its name."""
+        path, mark, query = uri.partition("?") if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "", "")
+        storage_path, _, name = path.rstrip("/").rpartition("/")
+        return cls((storage_path or "/") + mark + query, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunDirectory, (self.storage_path, self.name)
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({self.uri})"
+
+    @property
+    def uri(self) -> str:
+        """Where it is, to show and to give back to at(); without the credentials that a storage URI may hold."""
+        if self.local_path:
+            return str(self.local_path)
+        path, mark, query = self.storage_path.partition("?")
+        scheme, _, rest = path.partition("://")
+        host, slash, folder = rest.partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{folder}".rstrip("/") + f"/{self.name}{mark}{query}"
+
+    @cached_property
+    def _place(self) -> tuple[pafs.FileSystem, str]:
+        """The file system and the run's root in it."""
+        if self.local_path:
+            return pafs.LocalFileSystem(), str(self.local_path)
+        filesystem, folder = pafs.FileSystem.from_uri(self.storage_path)
+        return filesystem, f"{folder.rstrip('/')}/{self.name}"
+
+    def _at(self, path: str) -> tuple[pafs.FileSystem, str]:
+        filesystem, root = self._place
+        return filesystem, f"{root}/{path}" if path else root
+
+    # Files
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file or folder."""
+        filesystem, full = self._at(path)
+        return filesystem.get_file_info(full).type != pafs.FileType.NotFound
+
+    def list(self, path: str = "", *, recursive: bool = False) -> list[str]:
+        """The files of a folder, sorted, relative to the run; none where it is missing. Hidden files are left out."""
+        filesystem, full = self._at(path)
+        try:
+            infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True, recursive=recursive))
+        except FileNotFoundError:  # despite allow_not_found, where another process makes the folder meanwhile
+            return []
+        files = (i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith("."))
+        return sorted(info.path.removeprefix(self._at("")[1] + "/") for info in files)
+
+    def delete(self, path: str) -> None:
+        """Remove a file, or a folder and all in it; none to remove is fine."""
+        filesystem, full = self._at(path)
+        kind = filesystem.get_file_info(full).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(full)
+        elif kind != pafs.FileType.NotFound:
+            filesystem.delete_file(full)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Replace a file in one step; its folders are made.
+
+        Raises:
+            OSError: a full disk and other failures of the storage, with the file named.
+        """
+        if self.local_path:
+            _write_local(self.local_path / path, data)
+            return
+        filesystem, full = self._at(path)
+        # One write, then the close that makes the object visible: no exception can come between parts of it.
+        with filesystem.open_output_stream(full, compression=None) as stream:
+            stream.write(data)
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content; FileNotFoundError where there is none."""
+        filesystem, full = self._at(path)
+        with filesystem.open_input_stream(full, compression=None) as stream:
+            return stream.read()
+
+    def write_json(self, path: str, record: Any) -> None:
+        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null."""
+        self.write_bytes(path, _to_json(record).encode())
+
+    def read_json(self, path: str) -> Any:
+        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read."""
+        data = self.read_bytes(path)
+        with self._corrupt(path, ValueError):  # bad JSON and bad UTF-8 both are
+            return json.loads(data)
+
+    def read_json_or_none(self, path: str) -> Any:
+        """None where there is none, or it cannot be read (with a warning): its work is to be done again."""
+        try:
+            return self.read_json(path)
+        except FileNotFoundError:
+            return None
+        except CorruptFile as error:
+            logger.warning("%s; going on as if it were not there", error)
+            return None
+
+    def write_weights(self, path: str, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """safetensors. Tied tensors are written apart, layouts in the default order of memory."""
+        own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in weights.items()}
+        self.write_bytes(path, safetensors.torch.save(own, metadata))
+
+    def read_weights(self, path: str) -> dict[str, Tensor]:
+        """On the CPU; FileNotFoundError where there are none, CorruptFile where they cannot be read."""
+        data = self.read_bytes(path)
+        with self._corrupt(path, safetensors.SafetensorError):
+            return safetensors.torch.load(data)
+
+    def write_checkpoint(self, path: str, state: Mapping[str, Any]) -> None:
+        """torch.save() of tensors and plain values; `position`, a list such as [epoch, step], orders checkpoints."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        self.write_bytes(path, buffer.getvalue())
+
+    def read_checkpoint(self, path: str) -> dict[str, Any]:
+        """On the CPU; FileNotFoundError where there is none, CorruptFile where it cannot be read. Runs no code."""
+        data = self.read_bytes(path)
+        with self._corrupt(path, RuntimeError, EOFError, pickle.UnpicklingError):  # torch.load() of half a file
+            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        """Parquet."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(path, sink.getvalue().to_pybytes())
+
+    def read_table(self, path: str) -> pa.Table:
+        """The table; FileNotFoundError where there is none, CorruptFile where it cannot be read."""
+        data = self.read_bytes(path)
+        with self._corrupt(path, pa.ArrowInvalid, OSError):  # truncated, and damaged pages
+            return pq.read_table(pa.BufferReader(data))
+
+    @contextlib.contextmanager
+    def _corrupt(self, path: str, *errors: type[Exception]) -> Iterator[None]:
+        try:
+            yield
+        except errors as error:
+            raise CorruptFile(f"{path} in {self.uri} cannot be read: {_one_line(error)}") from error
+
+    def newest_checkpoint(self, folder: str) -> tuple[int, dict[str, Any]] | None:
+        """(attempt, state) of the readable checkpoint that got furthest, over all attempts at a minimum."""
+        found = []
+        for path in self.list(folder):
+            if match := re.search(r"/checkpoint-(\d+)\.pt$", path):
+                try:
+                    found.append((int(match[1]), self.read_checkpoint(path)))
+                except CorruptFile as error:
+                    logger.warning("%s; falling back to an earlier checkpoint", error)
+        return max(found, key=lambda one: (one[1]["position"], one[0]), default=None)
+
+    def train_storage(self, folder: str) -> tuple[str, pafs.FileSystem | None]:
+        """A folder of the run as Ray Train wants it: RunConfig(storage_path=…, storage_filesystem=…)."""
+        filesystem, full = self._at(folder)
+        return full, None if self.local_path else filesystem
+
+    # The run as a whole
+
+    def below(self, folder: str) -> str:
+        """A folder of this directory, as the storage path of others."""
+        if self.local_path:
+            return str(self.local_path / folder)
+        path, mark, query = self.storage_path.partition("?")
+        return f"{path.rstrip('/')}/{self.name}/{folder}{mark}{query}"
+
+    def check_writable(self) -> None:
+        """Write a small file and remove it again.
+
+        Raises:
+            ValueError: if the storage cannot be written, with the cause.
+        """
+        probe = f".writable-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"?")
+            self.delete(probe)
+        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            cause = (isinstance(error, OSError) and error.strerror) or _one_line(error)
+            raise ValueError(f"cannot write to {self.uri}: {cause}; choose another --storage-path") from error
+        if self.local_path:
+            with contextlib.suppress(OSError):  # only an empty folder goes, which the probe may have made
+                self.local_path.rmdir()
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of the run that is there; ValueError if none is, or one of a newer version."""
+        config = self._recorded_config()
+        if config is None:
+            raise ValueError(f"there is no run at {self.uri}")
+        return config
+
+    def _recorded_config(self) -> dict[str, Any] | None:
+        """None where there is none, or a driver died while it deleted the run."""
+        if not self.exists(CONFIG_PATH):
+            return None
+        try:
+            record = self.read_json(CONFIG_PATH)
+        except CorruptFile as error:
+            raise CorruptFile(f"{error}; start over with --fresh") from error
+        if record["format"] > FORMAT:
+            made = f"format {record['format']}; this version reads up to {FORMAT}"
+            raise ValueError(f"{self.uri} was made by a newer raysubset ({made}): update it, or choose another --name")
+        return record["config"]
+
+    def differs(self, config: Mapping[str, Any]) -> bool:
+        """Whether there is no run of this config to resume; ValueError if one of a newer version is there."""
+        old = self._recorded_config()
+        return old is None or any(differences(old, json.loads(_to_json(config))))
+
+    def open(self, config: Mapping[str, Any], environment: Mapping[str, Any], *, fresh: bool = False) -> bool:
+        """Create the run, or join the one that is there; True when it resumes. Hold the lease.
+
+        config.json is written again when resuming, as fields that shape no result may differ; environment.json stays
+        as it was at the start. `fresh` deletes everything but the lease; the next driver completes that where this one
+        dies meanwhile.
+
+        Raises:
+            ValueError: if another config or a newer version made the run, or the folder is not a run's.
+        """
+        is_there = self.exists(CONFIG_PATH)
+        if not is_there and (foreign := self._entries()):
+            held = ", ".join(foreign[:3])
+            raise ValueError(f"{self.uri} holds {held} but no {CONFIG_PATH}, so it is no run: choose another --name")
+        old = None if fresh else self._recorded_config()
+        if old is not None:
+            changes = differences(old, json.loads(_to_json(config)))
+            if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in changes):
+                out = "choose another --name, or start over with --fresh"
+                raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
+        elif is_there:
+            self.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})
+            for path in self._entries():
+                self.delete(path)
+        if self.local_path:  # what writers that died left
+            for partial in self.local_path.rglob(f".*{_PARTIAL}"):
+                partial.unlink(missing_ok=True)
+        self.write_json(CONFIG_PATH, {"format": FORMAT, "config": config})
+        if not self.exists(ENVIRONMENT_PATH):
+            self.write_json(ENVIRONMENT_PATH, environment)
+        return old is not None
+
+    def _entries(self) -> Sequence[str]:
+        """Names of the files and folders in the run, but for the lease, config.json and what is hidden."""
+        filesystem, full = self._at("")
+        infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True))
+        names = {info.base_name for info in infos} - {LEASE_PATH, CONFIG_PATH}
+        return sorted(name for name in names if not name.startswith("."))
+
+    def lease(self, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> Lease:
+        """The right to write this run, to be entered with `with`."""
+        return Lease(self, renew_s=renew_s, clock=clock)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    """Into a new file beside it, to the disk, then over the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _to_json(record: Any) -> str:
+    return json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

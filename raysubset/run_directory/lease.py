@@ -1,0 +1,156 @@
+"""One driver a run: the lease that refuses a second one."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from raysubset.run_directory.paths import LEASE_PATH
+
+if TYPE_CHECKING:
+    from raysubset.run_directory.directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+RENEW_S = 10.0  # a lease is renewed this often …
+DEAD_AFTER_S = 60.0  # … and dead when it was not for this long. Clocks of nodes must agree better than this
+_SETTLE_S = 1.0  # where there are no locks: by then a rival that wrote its lease at the same time is seen
+
+
+class Lease:
+    """Keeps a second driver out of a run: a file that names the holder, renewed by a thread while it is held.
+
+    A holder on this machine is dead when its process is; any other, when it has not renewed for a minute. On local
+    storage a lock makes taking it exact. Elsewhere a rival may slip in within a second; whoever wrote last has it, and
+    the other finds `lost` set at its next renewal and should stop.
+    """
+
+    def __init__(self, run: "RunDirectory", *, renew_s: float, clock: Callable[[], float]) -> None:
+        self.lost = False  # another driver has it, or the run was deleted
+        self._run, self._renew_s, self._clock = run, renew_s, clock
+        self._stop = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name=f"lease of {run.name}", daemon=True)
+        self._record = {
+            "driver": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": _process_started(os.getpid()),
+            "process_space": _process_space(),
+            "since": clock(),
+        }
+
+    def __enter__(self) -> "Lease":
+        """Take it.
+
+        Raises:
+            ValueError: if another driver holds it.
+        """
+        with _alone(self._run.local_path) as alone:
+            holder = self._run.read_json_or_none(LEASE_PATH)
+            if holder is not None and self._lives(holder):
+                self._refuse(holder)
+            self._write()
+            if not alone:
+                time.sleep(_SETTLE_S)
+            holder = self._run.read_json(LEASE_PATH)
+            if holder["driver"] != self._record["driver"]:
+                self._refuse(holder)
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._keeper.join()
+        try:
+            with _alone(self._run.local_path):
+                if self._is_ours():
+                    self._run.delete(LEASE_PATH)
+        except OSError as error:  # must not hide why the block was left
+            logger.warning("the lease of %s could not be given back and ends by itself: %s", self._run.uri, error)
+
+    def renew(self) -> None:
+        """Say that the holder lives; sets `lost` instead where the lease is another's."""
+        with _alone(self._run.local_path):
+            if self._is_ours():
+                self._write()
+                return
+        self.lost = True
+        logger.error("the lease of %s is no longer this driver's", self._run.uri)
+
+    def _keep(self) -> None:
+        while not self.lost and not self._stop.wait(self._renew_s):
+            try:
+                self.renew()
+            except OSError as error:
+                logger.warning("the lease of %s could not be renewed, trying again: %s", self._run.uri, error)
+
+    def _is_ours(self) -> bool:
+        holder = self._run.read_json_or_none(LEASE_PATH)
+        return holder is not None and holder["driver"] == self._record["driver"]
+
+    def _write(self) -> None:
+        self._run.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
+
+    def _lives(self, holder: Mapping[str, Any]) -> bool:
+        if holder["process_space"] == self._record["process_space"]:
+            started = _process_started(holder["pid"])
+            if started != "":
+                return started == holder["process_started"]
+        return self._clock() - holder["renewed_at"] <= DEAD_AFTER_S
+
+    def _refuse(self, holder: Mapping[str, Any]) -> NoReturn:
+        since = datetime.fromtimestamp(holder["since"]).astimezone().isoformat(" ", "seconds")
+        by = f"process {holder['pid']} on {holder['host']} since {since}"
+        raise ValueError(f"{self._run.uri} is being written by {by}; wait for it, or choose another --name")
+
+
+def _process_space() -> str:
+    """Where a process id means the same process: one boot of one machine, one container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _process_started(pid: int) -> str | None:
+    """When a living process started, in ticks since boot; "" where the system does not tell; None if it is dead."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's
+        pass
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    state, *fields = stat.rpartition(")")[2].split()  # man 5 proc: field 3, and from field 4
+    return None if state in "ZX" else fields[18]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path | None) -> Iterator[bool]:
+    """Keep other processes out of the same block; False on storage without locks, where nothing keeps them out."""
+    if folder is None:
+        yield False
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lease.lock").open("ab") as file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            locked = False
+        yield locked

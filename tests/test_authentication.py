@@ -1,0 +1,105 @@
+"""Which token a process sends, against a control store that answers one question: in processes of their own, as Ray
+reads its environment once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import raysubset.authentication  # noqa: F401  before anything imports Ray
+
+# isort: split
+import grpc
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+TOKEN = "0123456789abcdef"
+CALL = """
+import os, sys
+from raysubset.authentication import use_token_of
+try:
+    use_token_of(sys.argv[1])
+    print("ok", os.environ["RAY_AUTH_MODE"])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+class ControlStore(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+
+    def CheckAlive(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if self._token and ("authorization", f"Bearer {self._token}") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+        return gcs_service_pb2.CheckAliveReply()
+
+
+@pytest.fixture
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a control store with the token that is the parameter, or with none."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(
+        ControlStore(getattr(request, "param", TOKEN)), server
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """With a token where Ray looks for it."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    return tmp_path
+
+
+def use_token_of(address: str, home: Path, **env: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-c", CALL, address]
+    env = clean | {"HOME": str(home)} | env
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("address", [TOKEN], indirect=True)
+def test_the_users_token_is_sent_where_one_is_asked_for(address: str, home: Path, tmp_path_factory: Any) -> None:
+    assert use_token_of(address, home) == "ok token\n"
+    elsewhere = tmp_path_factory.mktemp("empty")
+    assert use_token_of(address, elsewhere, RAY_AUTH_TOKEN=TOKEN) == "ok token\n"
+    path = str(home / ".ray" / "auth_token")
+    assert use_token_of(address, elsewhere, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=path) == "ok token\n"
+
+
+@pytest.mark.parametrize("address", [None], indirect=True)
+def test_none_is_used_where_none_is_asked_for(address: str, home: Path) -> None:
+    assert use_token_of(address, home) == "ok disabled\n"
+    assert use_token_of(address, home, RAY_AUTH_MODE="token") == "ok token\n"  # as the user says
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({}, "~/.ray/auth_token has none; put the cluster's token into"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "/nowhere/token has none; put"),
+        ({"RAY_AUTH_MODE": "token"}, "~/.ray/auth_token has none; put"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "fedcba"}, "has another token than RAY_AUTH_TOKEN; put"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, but RAY_AUTH_MODE=disabled; put"),
+    ],
+)
+def test_no_token_or_another_is_a_mistake_told_at_once(
+    address: str, tmp_path: Path, env: dict[str, str], told: str
+) -> None:
+    said = use_token_of(address, tmp_path, **env)
+    assert said.startswith("ValueError ")
+    assert address in said
+    assert told in said
+
+
+def test_what_is_no_control_store_does_not_answer(tmp_path: Path) -> None:
+    assert use_token_of("127.0.0.1:1", tmp_path).startswith("ConnectionError ")

@@ -1,0 +1,541 @@
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from raysubset.config import Config
+from raysubset.run_directory import (
+    CorruptFile,
+    Lease,
+    RunDirectory,
+    checkpoint_path,
+    minimum_folder,
+    minimum_path,
+    optimizer_path,
+    weights_path,
+)
+
+FOLDER = minimum_folder(0, 7)
+CONFIG = Config().to_dict()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(str(tmp_path), "run")
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="bucket")
+        yield f"{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture
+def s3_run(s3_endpoint: str, request: pytest.FixtureRequest) -> RunDirectory:
+    return RunDirectory(f"s3://bucket/{request.node.name}?endpoint_override={s3_endpoint}&scheme=http", "run")
+
+
+def damage(run: RunDirectory, path: str) -> None:
+    """Keep the first half of a file."""
+    data = run.read_bytes(path)
+    run.write_bytes(path, data[: len(data) // 2])
+
+
+def in_another_process(code: str, run: RunDirectory) -> "subprocess.Popen[str]":
+    """Run code on the same run directory; `run` is defined there."""
+    start = f"import os, time\nfrom raysubset.run_directory import RunDirectory\nrun = RunDirectory.at({run.uri!r})\n"
+    return subprocess.Popen([sys.executable, "-c", start + code], stdout=subprocess.PIPE, text=True)
+
+
+class TestPlaces:
+    def test_home_is_expanded_and_a_relative_path_made_absolute(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert RunDirectory("~/results", "run").uri == str(tmp_path / "results" / "run")
+        assert RunDirectory("results", "run").uri == str(tmp_path / "results" / "run")
+
+    def test_a_file_uri_is_a_local_path(self, tmp_path):
+        RunDirectory(f"file://{tmp_path}/with%20space", "run").write_bytes("a", b"1")
+        assert (tmp_path / "with space" / "run" / "a").read_bytes() == b"1"
+
+    def test_pickling_carries_the_place_to_another_home(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        pickled = pickle.dumps(RunDirectory("~", "run"))
+        monkeypatch.setenv("HOME", "/elsewhere")
+        assert pickle.loads(pickled).uri == str(tmp_path / "run")
+
+    @pytest.mark.parametrize("storage", ["/results", "/", "s3://bucket/a", "s3://bucket?region=x&scheme=http"])
+    def test_a_run_is_found_again_by_its_uri(self, storage):
+        found = RunDirectory.at(RunDirectory(storage, "run").uri)
+        assert (found.storage_path, found.name) == (storage, "run")
+
+    def test_the_uri_shown_keeps_credentials_to_itself(self):
+        assert RunDirectory("s3://key:secret@bucket/a", "run").uri == "s3://bucket/a/run"
+
+    def test_ray_train_gets_a_folder_of_the_run(self, run):
+        assert run.train_storage("fine_tuning") == (f"{run.uri}/fine_tuning", None)
+
+
+class TestFiles:
+    def test_list_gives_files_relative_to_the_run(self, run):
+        for path in ("b.json", "a.json", "rounds/0000/c.json", "rounds/0000/.hidden"):
+            run.write_bytes(path, b"")
+        assert run.list() == ["a.json", "b.json"]
+        assert run.list("rounds") == []
+        assert run.list("rounds", recursive=True) == ["rounds/0000/c.json"]
+        assert run.list("missing") == []
+
+    def test_delete_removes_files_and_folders_and_minds_no_missing_one(self, run):
+        run.write_bytes("a", b"")
+        run.write_bytes("folder/b", b"")
+        for path in ("a", "folder", "missing"):
+            run.delete(path)
+        assert not run.exists("a")
+        assert not run.exists("folder")
+
+    def test_json_comes_back_with_null_for_what_it_cannot_say(self, run):
+        run.write_json("a.json", {"b": [1.5, float("nan")], "a": (float("inf"), -float("inf"), None, "ü")})
+        assert run.read_json("a.json") == {"b": [1.5, None], "a": [None, None, None, "ü"]}
+        assert list(run.read_json("a.json")) == ["b", "a"]
+
+    def test_a_truncated_record_counts_as_absent_and_is_named(self, run, caplog):
+        run.write_json(minimum_path(FOLDER), {"loss": 0.5, "accuracy": 0.9})
+        damage(run, minimum_path(FOLDER))
+        assert run.read_json_or_none(minimum_path(FOLDER)) is None
+        assert "rounds/0000/minima/0007/minimum.json" in caplog.text
+
+    def test_an_absent_record_is_none_without_a_word(self, run, caplog):
+        assert run.read_json_or_none(minimum_path(FOLDER)) is None
+        assert not caplog.text
+
+    def test_weights_come_back_the_same_whatever_their_layout(self, run):
+        shared = torch.arange(6.0).reshape(2, 3)
+        weights = {
+            "tied": shared,
+            "tied_too": shared,
+            "transposed": shared.T,
+            "channels_last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+            "num_batches_tracked": torch.tensor(7),
+            "half": torch.ones(3, dtype=torch.bfloat16),
+            "parameter": torch.nn.Parameter(torch.ones(2)),
+        }
+        run.write_weights("w.safetensors", weights, {"classes": "[]"})
+        read = run.read_weights("w.safetensors")
+        assert sorted(read) == sorted(weights)
+        for name, tensor in weights.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
+
+    def test_an_optimizer_s_state_comes_back_from_a_checkpoint(self, run):
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.Adam([parameter])
+        parameter.square().sum().backward()
+        optimizer.step()
+        run.write_checkpoint(optimizer_path(FOLDER), optimizer.state_dict())
+        restored = torch.optim.Adam([parameter])
+        restored.load_state_dict(run.read_checkpoint(optimizer_path(FOLDER)))
+        assert torch.equal(restored.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+    def test_a_checkpoint_runs_no_code(self, run, tmp_path):
+        class Touch:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "harm"),)
+
+        run.write_checkpoint("c.pt", {"position": Touch()})
+        with pytest.raises(CorruptFile):
+            run.read_checkpoint("c.pt")
+        assert not (tmp_path / "harm").exists()
+
+    def test_tables_come_back(self, run):
+        table = pa.table({"subset": [0, 0, 1], "indices": [[1], [], [2, 3]]})
+        run.write_table("subsets.parquet", table)
+        assert run.read_table("subsets.parquet").equals(table)
+
+    @pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.99])
+    @pytest.mark.parametrize("kind", ["json", "weights", "checkpoint", "table"])
+    def test_half_a_file_is_refused_by_name(self, run, kind, kept):
+        value = {
+            "json": {"a": 1},
+            "weights": {"a": torch.ones(100)},
+            "checkpoint": {"a": torch.ones(100), "position": [0, 1]},
+            "table": pa.table({"a": list(range(100))}),
+        }[kind]
+        getattr(run, f"write_{kind}")("folder/file", value)
+        data = run.read_bytes("folder/file")
+        run.write_bytes("folder/file", data[: int(kept * (len(data) - 2))])
+        with pytest.raises(CorruptFile, match=r"folder/file in .*/run cannot be read"):
+            getattr(run, f"read_{kind}")("folder/file")
+
+    def test_a_missing_file_is_not_a_corrupt_one(self, run):
+        for read in (run.read_bytes, run.read_json, run.read_weights, run.read_checkpoint, run.read_table):
+            with pytest.raises(FileNotFoundError):
+                read("missing")
+
+
+class TestAtomicity:
+    def test_a_writer_that_is_killed_leaves_the_old_content(self, run):
+        run.open(CONFIG, {})
+        run.write_bytes("a.json", b"old")
+        killed = in_another_process(
+            "os.fsync = lambda _: os.kill(os.getpid(), 9)  # half-way: written, not yet in place\n"
+            "run.write_bytes('a.json', b'new')",
+            run,
+        )
+        assert killed.wait() == -signal.SIGKILL
+        assert run.read_bytes("a.json") == b"old"
+        assert [file.name for file in run.local_path.glob(".a.json.*")], "the kill came too early to show anything"
+        assert run.list() == ["a.json", "config.json", "environment.json"]
+        run.open(CONFIG, {})
+        assert not list(run.local_path.glob(".a.json.*"))
+
+    def test_a_full_disk_names_the_file_and_leaves_the_old_one(self, run, monkeypatch):
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        run.write_bytes("folder/a", b"old")
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device.*run/folder/a") as raised:
+            run.write_bytes("folder/a", b"new")
+        assert raised.value.errno == errno.ENOSPC
+        assert run.read_bytes("folder/a") == b"old"
+        assert os.listdir(run.local_path / "folder") == ["a"]
+
+    def test_readers_beside_a_writer_see_whole_files(self, run):
+        contents = [bytes([digit]) * 100_000 for digit in b"01"]
+        run.write_bytes("a", contents[0])
+        writer = threading.Thread(target=lambda: [run.write_bytes("a", contents[i % 2]) for i in range(100)])
+        writer.start()
+        while writer.is_alive():
+            assert run.read_bytes("a") in contents
+        writer.join()
+
+
+class TestCheckpoints:
+    def test_the_one_that_got_furthest_is_taken_whoever_wrote_it(self, run):
+        for attempt, position in enumerate([[1, 10], [2, 0], [1, 30]]):
+            run.write_checkpoint(checkpoint_path(FOLDER, attempt), {"position": position})
+        run.write_checkpoint(checkpoint_path(minimum_folder(0, 8), 3), {"position": [9, 9]})
+        run.write_checkpoint(optimizer_path(FOLDER), {})
+        assert run.newest_checkpoint(FOLDER) == (1, {"position": [2, 0]})
+
+    def test_a_truncated_one_is_passed_over_with_a_warning(self, run, caplog):
+        for attempt in range(2):
+            run.write_checkpoint(checkpoint_path(FOLDER, attempt), {"position": [attempt, 0]})
+        damage(run, checkpoint_path(FOLDER, 1))
+        assert run.newest_checkpoint(FOLDER) == (0, {"position": [0, 0]})
+        assert "rounds/0000/minima/0007/checkpoint-01.pt" in caplog.text
+
+    def test_there_may_be_none(self, run):
+        assert run.newest_checkpoint(FOLDER) is None
+
+
+class TestOpening:
+    def test_the_second_time_resumes(self, run):
+        assert run.open(CONFIG, {"torch": "2"}) is False
+        run.write_json(minimum_path(FOLDER), {})
+        assert run.open(CONFIG, {"torch": "3"}) is True
+        assert run.exists(minimum_path(FOLDER))
+        assert run.read_json("environment.json") == {"torch": "2"}
+        assert Config.from_dict(run.read_config()) == Config()
+
+    def test_config_json_keeps_the_format_beside_the_config(self, run):
+        run.open(CONFIG, {})
+        assert json.loads(run.read_bytes("config.json")) == {"format": 1, "config": CONFIG}
+
+    def test_a_changed_config_is_refused_with_the_difference_and_the_way_out(self, run):
+        run.open(CONFIG, {})
+        changed = Config().with_overrides({"seed": 3, "subsets.size": 100}).to_dict()
+        told = r"seed: 0 → 3, subsets.size: None → 100\): choose another --name, or start over with --fresh"
+        with pytest.raises(ValueError, match=told):
+            run.open(changed, {})
+        assert run.read_config() == CONFIG
+
+    def test_a_run_of_this_config_is_told_from_others_without_opening_it(self, run):
+        assert run.differs(CONFIG)
+        run.open(CONFIG, {})
+        assert not run.differs(CONFIG)
+        assert not run.differs(Config().with_overrides({"actors.max_num": 2}).to_dict())
+        assert run.differs(CONFIG | {"seed": 3})
+
+    def test_what_shapes_no_result_may_change(self, run):
+        run.open(CONFIG, {})
+        assert run.open(Config().with_overrides({"actors.max_num": 2}).to_dict(), {}) is True
+        assert run.read_config()["actors"]["max_num"] == 2
+
+    def test_fresh_deletes_all_but_the_lease(self, run):
+        with run.lease():
+            run.open(CONFIG, {"torch": "2"})
+            run.write_json(minimum_path(FOLDER), {})
+            run.write_bytes("model.json", b"")
+            assert run.open(CONFIG | {"seed": 5}, {}, fresh=True) is False
+            assert run.list(recursive=True) == ["config.json", "environment.json", "lease.json"]
+        assert run.read_config()["seed"] == 5
+
+    def test_a_deletion_that_was_cut_short_is_completed(self, run, monkeypatch):
+        run.open(CONFIG, {})
+        run.write_json(minimum_path(FOLDER), {})
+        run.write_json("aggregate.json", {})
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "delete", lambda self, path: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run.open(CONFIG, {}, fresh=True)
+        with pytest.raises(ValueError, match="there is no run at"):
+            run.read_config()
+        assert run.open(CONFIG, {}) is False
+        assert run.list(recursive=True) == ["config.json", "environment.json"]
+
+    @pytest.mark.parametrize("fresh", [False, True])
+    def test_a_folder_that_is_no_run_is_left_alone(self, run, fresh):
+        run.write_bytes("thesis.tex", b"years")
+        with pytest.raises(ValueError, match=r"holds thesis.tex but no config.json, so it is no run"):
+            run.open(CONFIG, {}, fresh=fresh)
+        assert run.list() == ["thesis.tex"]
+
+    def test_a_newer_format_is_refused_until_asked_to_start_over(self, run):
+        run.write_json("config.json", {"format": 2, "config": CONFIG})
+        with pytest.raises(ValueError, match=r"newer raysubset \(format 2; this version reads up to 1\): update it"):
+            run.open(CONFIG, {})
+        assert run.open(CONFIG, {}, fresh=True) is False
+        assert run.open(CONFIG, {}) is True
+
+    def test_a_damaged_config_says_how_to_go_on(self, run):
+        run.open(CONFIG, {})
+        damage(run, "config.json")
+        with pytest.raises(ValueError, match=r"config.json in .* cannot be read: .*; start over with --fresh"):
+            run.open(CONFIG, {})
+        assert run.open(CONFIG, {}, fresh=True) is False
+
+    def test_where_there_is_no_run_no_config_is_read(self, run):
+        with pytest.raises(ValueError, match="there is no run at"):
+            run.read_config()
+
+
+class TestWritable:
+    def test_a_writable_place_is_left_as_it_was(self, run):
+        run.check_writable()
+        assert not run.local_path.exists()
+        run.write_bytes("a", b"")
+        run.check_writable()
+        assert os.listdir(run.local_path) == ["a"]
+
+    def test_a_path_below_a_file_is_refused_with_the_cause(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        run = RunDirectory(str(tmp_path / "file"), "run")
+        with pytest.raises(ValueError, match=r"cannot write to .*/file/run: Not a directory; choose another --stor"):
+            run.check_writable()
+
+    def test_an_unknown_scheme_is_refused(self):
+        with pytest.raises(ValueError, match=r"cannot write to ftp://host/run: Unrecognized filesystem"):
+            RunDirectory("ftp://host", "run").check_writable()
+
+
+HOLD = "with run.lease():\n    print('held', flush=True)\n    time.sleep(60)"
+
+
+class TestLease:
+    def test_a_second_process_is_refused_and_told_who_holds_it(self, run):
+        with run.lease():
+            second = in_another_process(
+                "try:\n    run.lease().__enter__()\nexcept ValueError as error:\n    print(error)", run
+            )
+            told, _ = second.communicate()
+        assert f"is being written by process {os.getpid()} on " in told
+        assert "wait for it, or choose another --name" in told
+
+    def test_it_is_free_again_afterwards(self, run):
+        for _ in range(2):
+            with run.lease() as lease:
+                assert run.exists("lease.json")
+            assert not run.exists("lease.json")
+            assert not lease.lost
+
+    def test_it_is_given_back_when_the_driver_fails(self, run):
+        with pytest.raises(ZeroDivisionError), run.lease():
+            _ = 1 / 0
+        assert not run.exists("lease.json")
+
+    def test_a_killed_holder_on_this_machine_is_succeeded_at_once(self, run):
+        holder = in_another_process(HOLD, run)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {holder.pid} "):
+            run.lease().__enter__()
+        holder.kill()
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie
+        with run.lease():
+            assert run.read_json("lease.json")["pid"] == os.getpid()
+        holder.communicate()
+
+    def test_a_process_that_got_a_dead_holder_s_id_does_not_hold_it(self, run):
+        with run.lease():
+            record = run.read_json("lease.json")
+        run.write_json("lease.json", record | {"driver": "dead", "process_started": "1"})
+        with run.lease():
+            assert run.read_json("lease.json")["driver"] != "dead"
+
+    @pytest.mark.parametrize(("silent_s", "dead"), [(59, False), (61, True)])
+    def test_a_holder_elsewhere_is_dead_after_a_minute_of_silence(self, run, silent_s, dead):
+        with run.lease():
+            record = run.read_json("lease.json")
+        run.write_json("lease.json", record | {"process_space": "elsewhere", "host": "far", "renewed_at": 1000.0})
+        lease = run.lease(clock=lambda: 1000.0 + silent_s)
+        if dead:
+            with lease:
+                assert run.read_json("lease.json")["renewed_at"] == 1000.0 + silent_s
+        else:
+            with pytest.raises(ValueError, match="on far since"):
+                lease.__enter__()
+
+    def test_it_is_renewed_while_held(self, run):
+        ticks = iter(range(1_000_000))
+        renewed = threading.Event()
+
+        def clock() -> float:
+            if (now := next(ticks)) > 5:
+                renewed.set()
+            return now
+
+        with run.lease(renew_s=0.01, clock=clock):
+            assert renewed.wait(10)
+
+    def test_a_stolen_lease_is_noticed_and_left_to_the_thief(self, run):
+        with run.lease() as lease:
+            run.write_json("lease.json", run.read_json("lease.json") | {"driver": "thief"})
+            lease.renew()
+            assert lease.lost
+        assert run.read_json("lease.json")["driver"] == "thief"
+
+    def test_storage_that_fails_for_a_while_is_survived(self, run, caplog):
+        failing = FailingOnce(run.storage_path, run.name)
+        with Lease(failing, renew_s=0.01, clock=lambda: 0.0) as lease:
+            assert failing.recovered.wait(10)
+            assert not lease.lost
+        assert "could not be renewed, trying again: the network is down" in caplog.text
+
+    def test_of_drivers_that_start_together_one_gets_it(self, run):
+        assert sorted(start_together([run.lease() for _ in range(8)])) == [False] * 7 + [True]
+
+
+class FailingOnce(RunDirectory):
+    """Whose third write, the second renewal, fails."""
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        super().__init__(storage_path, name)
+        self.num_writes = 0
+        self.recovered = threading.Event()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        self.num_writes += 1
+        if self.num_writes == 3:
+            raise OSError("the network is down")
+        super().write_bytes(path, data)
+        if self.num_writes > 3:
+            self.recovered.set()
+
+
+def start_together(leases: list[Lease]) -> list[bool]:
+    """Which of them was got, taken in threads at the same time and held until all have tried."""
+    barrier = threading.Barrier(len(leases), timeout=30)
+    got = [False] * len(leases)
+
+    def take(i: int) -> None:
+        barrier.wait()
+        try:
+            with leases[i]:
+                got[i] = True
+                barrier.wait()
+        except ValueError:
+            barrier.wait()
+
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(len(leases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
+class TestS3:
+    def test_files_are_listed_and_deleted_as_on_a_disk(self, s3_run):
+        s3_run.write_bytes("b", b"")
+        s3_run.write_bytes("folder/deep/a", b"1")
+        assert s3_run.list() == ["b"]
+        assert s3_run.list(recursive=True) == ["b", "folder/deep/a"]
+        assert s3_run.list("missing") == []
+        s3_run.delete("folder")
+        s3_run.delete("missing")
+        assert s3_run.list(recursive=True) == ["b"]
+        with pytest.raises(FileNotFoundError):
+            s3_run.read_bytes("folder/deep/a")
+
+    def test_all_kinds_of_files_come_back(self, s3_run):
+        weights = {"a": torch.arange(3_000_000.0)}  # 12 MB: more than one part of an upload
+        s3_run.write_weights(weights_path(FOLDER), weights)
+        s3_run.write_json(minimum_path(FOLDER), {"loss": 1.0})
+        s3_run.write_checkpoint(checkpoint_path(FOLDER, 2), {"position": [1, 2]})
+        s3_run.write_table("t.parquet", pa.table({"a": [1]}))
+        assert torch.equal(s3_run.read_weights(weights_path(FOLDER))["a"], weights["a"])
+        assert s3_run.read_json(minimum_path(FOLDER)) == {"loss": 1.0}
+        assert s3_run.newest_checkpoint(FOLDER) == (2, {"position": [1, 2]})
+        assert s3_run.read_table("t.parquet").to_pydict() == {"a": [1]}
+
+    def test_a_run_is_opened_resumed_refused_and_started_over(self, s3_run):
+        s3_run.check_writable()
+        with s3_run.lease():
+            assert s3_run.open(CONFIG, {}) is False
+            s3_run.write_json(minimum_path(FOLDER), {})
+            assert RunDirectory.at(s3_run.uri).open(CONFIG, {}) is True
+            with pytest.raises(ValueError, match="seed: 0 → 4"):
+                s3_run.open(CONFIG | {"seed": 4}, {})
+            assert s3_run.open(CONFIG | {"seed": 4}, {}, fresh=True) is False
+            assert s3_run.list(recursive=True) == ["config.json", "environment.json", "lease.json"]
+        assert not s3_run.exists("lease.json")
+
+    def test_of_drivers_that_start_together_one_gets_it(self, s3_run):
+        assert sorted(start_together([s3_run.lease() for _ in range(3)])) == [False, False, True]
+
+    def test_a_pickled_run_writes_to_the_same_place(self, s3_run):
+        pickle.loads(pickle.dumps(s3_run)).write_bytes("a", b"1")
+        assert s3_run.read_bytes("a") == b"1"
+
+    def test_ray_train_gets_path_and_file_system(self, s3_run):
+        path, filesystem = s3_run.train_storage("fine_tuning")
+        assert path.startswith("bucket/")
+        assert path.endswith("/run/fine_tuning")
+        assert isinstance(filesystem, pafs.S3FileSystem)
+
+    def test_a_missing_bucket_is_refused_with_the_cause(self, s3_endpoint):
+        run = RunDirectory(f"s3://no-such-bucket?endpoint_override={s3_endpoint}&scheme=http", "run")
+        with pytest.raises(ValueError, match=r"cannot write to s3://no-such-bucket/run.*NO_SUCH_BUCKET"):
+            run.check_writable()
+
+
+def test_a_folder_that_appears_while_it_is_listed_counts_as_missing(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
+    class Racing:
+        def get_file_info(self, selector: object) -> None:
+            raise FileNotFoundError("Cannot list directory")
+
+    monkeypatch.setattr(run, "_at", lambda path: (Racing(), f"/somewhere/{path}"))
+    assert run.list("ledger") == []
