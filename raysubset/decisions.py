@@ -1,0 +1,108 @@
+"""What depends on the cluster or is measured: decided once, written down, and kept when the run goes on elsewhere."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from raysubset.cluster import Event, OnEvent, has_gpus, num_slots
+from raysubset.config import Config
+from raysubset.data import FullSet
+from raysubset.ledger import Ledger
+from raysubset.node_speeds import Slot, decide_slots, shares
+from raysubset.planning import Plan
+from raysubset.run_directory import DECISIONS_PATH, RunDirectory
+from raysubset.streaming import most_workers, refuse_without_readers
+from raysubset.subset_actors import ActorPool, Piece, packing_decision, packing_note
+
+
+class Decisions:
+    """decisions.json of a run directory."""
+
+    def __init__(self, config: Config, directory: RunDirectory, plan: Plan) -> None:
+        """Read back what was decided, or decide on GPUs and workers by what the cluster has or can start.
+
+        Raises:
+            ValueError: if streamed examples could not be read beside so many Ray Train workers.
+        """
+        self._config, self._directory = config, directory
+        self._record = directory.read_json_or_none(DECISIONS_PATH)
+        if self._record is None:
+            self._record = self._first(len(plan.subsets))
+            self._write()
+
+    @property
+    def num_gpus(self) -> float:
+        """Of an actor, and of a Ray Train worker."""
+        return self._record["num_gpus"]
+
+    @property
+    def num_workers(self) -> int:
+        """Of fine-tuning."""
+        return self._record["num_workers"]
+
+    @property
+    def aggregation_num_gpus(self) -> float:
+        """Of the task that scores aggregates; 0: the driver does."""
+        return self._record["aggregation_num_gpus"]
+
+    @property
+    def shares(self) -> list[float] | None:
+        """Sizes of the subsets against one another, by subset id; None where all are equal."""
+        return self._record.get("shares")
+
+    @property
+    def slots(self) -> list[Slot]:
+        """What the subsets are sized for; none where all are equal."""
+        return [Slot.from_dict(record) for record in self._record.get("slots", [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """decisions.json."""
+        return dict(self._record)
+
+    def decide_sizes(self, full_set_ref: Sequence[Any], plan: Plan, ledger: Ledger) -> None:
+        """Weigh or measure the nodes' speeds, unless that is done."""
+        if "slots" in self._record:
+            return
+        num_subsets = len(plan.subsets)
+        slots = decide_slots(
+            self._config,
+            full_set_ref,
+            plan.subsets[0].indices,
+            num_gpus=self.num_gpus,
+            num_subsets=num_subsets,
+            ledger=ledger,
+        )
+        self._record |= {"slots": [slot.to_dict() for slot in slots], "shares": shares(slots, num_subsets)}
+        self._write()
+
+    def per_actor(self, full_set: FullSet, pool: ActorPool, pieces: Sequence[Piece], *, tell: OnEvent) -> int:
+        """Subsets that an actor takes at once: as many as asked for if that is faster, which is measured once."""
+        asked = self._config.subsets.per_actor
+        if asked == 1:
+            return 1
+        if (decision := self._record.get("packing")) is None:
+            decision = self._record["packing"] = packing_decision(self._config, full_set, pool, pieces)
+            self._write()
+        tell(Event("note", packing_note(decision), {"packing": decision}))
+        return asked if decision["taken"] else 1
+
+    def _first(self, num_subsets: int) -> dict[str, Any]:
+        config = self._config
+        num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+        num_workers = config.fine_tuning.num_workers
+        if num_workers is None:
+            request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+            num_workers = min(num_slots(request, startable=True), num_subsets)
+            if config.data.streamed:
+                num_workers = min(num_workers, most_workers(config.actors.num_cpus))
+            num_workers = max(1, num_workers)
+        if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
+            refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, not after the subsets
+        scoring = config.aggregation.num_gpus
+        return {
+            "num_gpus": num_gpus,
+            "num_workers": num_workers,
+            "aggregation_num_gpus": num_gpus if scoring is None else scoring,
+        }
+
+    def _write(self) -> None:
+        self._directory.write_json(DECISIONS_PATH, self._record)

@@ -1,0 +1,375 @@
+"""Training on the full set across the cluster by Ray Train: the last stage, and a trunk of several workers."""
+
+import contextlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+# Ray Train reads these where the driver runs. Polling every 2 s would make each job of a few seconds twice as long.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raysubset.cluster import Event, OnEvent, put_once, refuse_unplaceable
+from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
+from raysubset.data import Examples, FullSet, StreamedExamples
+from raysubset.ledger import Ledger, Work
+from raysubset.models import build_model, num_parameters
+from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
+from raysubset.streaming import read_by_ray_data, refuse_without_readers
+from raysubset.training import (
+    Cost,
+    Distillation,
+    Metrics,
+    Progress,
+    Shard,
+    Weights,
+    evaluate,
+    minimize,
+    num_steps_per_epoch,
+    place,
+    recompute_batch_norm,
+    use_device,
+)
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "state.pt"
+OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
+CONTROLLER_FAILURES = 3  # Ray Train retries a group that cannot start for ever unless told otherwise
+
+
+class FineTuningFailed(RuntimeError):
+    """Ray Train gave up; the message names the stage and the cause."""
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a Ray Train stage ended at."""
+
+    weights: Weights
+    training: Metrics  # on the calibration sample of the training set
+    validation: Metrics
+    history: tuple[dict[str, Any], ...]  # an EpochRecord and its validation an epoch
+    outcome: str
+    num_workers: int
+    recomputed_batch_norm: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker is given. The full set and the start travel by reference."""
+
+    config: Config
+    recipe: MinimizeConfig
+    run: RunDirectory
+    stage: TrainingStage
+    full_set_ref: Sequence[ray.ObjectRef]
+    start_ref: Sequence[ray.ObjectRef]
+    calibration: np.ndarray  # int64 positions in the training split
+    num_gpus: float  # of each worker
+    teachers: tuple[str, ...]  # folders of the minima to distil from
+
+
+def fine_tune(
+    config: Config,
+    full_set_ref: Sequence[ray.ObjectRef],
+    weights: Weights,
+    run: RunDirectory,
+    *,
+    calibration: np.ndarray,
+    num_workers: int,
+    num_gpus: float,
+    on_event: OnEvent,
+    stage: TrainingStage = "fine_tuning",
+    epochs: float | None = None,
+    teachers: Sequence[str] = (),
+) -> FineTuned:
+    """Minimize on the full set from the weights, by a Ray Train job of several workers in data parallel.
+
+    The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies restarts the group
+    from the last checkpoint, up to actors.max_attempts times; with fine_tuning.min_workers set, on fewer workers. If
+    the driver dies, the same call goes on from the last checkpoint; a stage that was finished is read back.
+
+    Args:
+        calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
+        teachers: folders of the run's minima to distil from (fine_tuning.distillation); every worker reads them all.
+
+    Raises:
+        ValueError: if the workers can never be placed, or the loss diverges.
+        FineTuningFailed: if the job failed more often than allowed.
+    """
+    if (record := run.read_json_or_none(minimum_path(stage))) is None:
+        request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+        least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
+        refuse_unplaceable(request, f"{stage} workers", num=least)
+        if config.data.streamed:
+            refuse_without_readers(config, stage, num_workers=num_workers)
+        recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
+        job = _Job(config, recipe, run, stage, full_set_ref, start_ref, calibration, num_gpus, tuple(teachers))
+        _fit(job, num_workers=num_workers, on_event=on_event)
+        record = run.read_json(minimum_path(stage))
+    return FineTuned(
+        weights=run.read_weights(weights_path(stage)),
+        training=Metrics.from_dict(record["training"]),
+        validation=Metrics.from_dict(record["validation"]),
+        history=tuple(record["history"]),
+        outcome=record["outcome"],
+        num_workers=record["num_workers"],
+        recomputed_batch_norm=record["recomputed_batch_norm"],
+    )
+
+
+def _fit(job: _Job, *, num_workers: int, on_event: OnEvent) -> None:
+    """Run the job to its end, telling of its epochs meanwhile."""
+    config, run, stage, num_gpus = job.config, job.run, job.stage, job.num_gpus
+    storage_path, filesystem = run.train_storage(stage)
+    resources: dict[str, float] = {"CPU": config.actors.num_cpus}
+    if num_gpus:
+        resources["GPU"] = num_gpus
+    least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"job": job},
+        # NCCL refuses two workers on one card
+        torch_config=TorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers if least is None else (least, num_workers),
+            use_gpu=bool(num_gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.actors.max_attempts - 1, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with _telling_of_epochs(run, stage, on_event):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+            own = [cause for cause in causes if isinstance(cause, ValueError)]
+            cause = (own or causes)[0]
+            text = f"{stage}: {type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+            raise (ValueError(text) if own else FineTuningFailed(text)) from error
+
+
+@contextlib.contextmanager
+def _telling_of_epochs(run: RunDirectory, stage: TrainingStage, on_event: OnEvent) -> Iterator[None]:
+    """While fit() blocks, a thread reads the history that the first worker leaves in storage."""
+    done = threading.Event()
+    history = run.read_json_or_none(history_path(stage)) or []
+    seen = [len(history)]
+
+    def tell() -> None:
+        for entry in (run.read_json_or_none(history_path(stage)) or [])[seen[0] :]:
+            seen[0] += 1
+            validation = Metrics.from_dict(entry["validation"])
+            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
+            on_event(Event("epoch", f"{text} and {validation.accuracy:.2%}", {"stage": stage, **entry}))
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            tell()
+
+    thread = threading.Thread(target=watch, daemon=True, name="raysubset-epochs")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    tell()
+
+
+def _train_loop(settings: dict[str, Any]) -> None:
+    """One worker. Rank 0 keeps the ledger and history, reports checkpoints, and leaves the result in the run."""
+    context, job = ray.train.get_context(), settings["job"]
+    _Worker(job, Shard(context.get_world_rank(), context.get_world_size())).train()
+
+
+class _Worker:
+    """The state of one Ray Train worker over its epochs."""
+
+    def __init__(self, job: _Job, shard: Shard) -> None:
+        config, full_set = job.config, ray.get(job.full_set_ref[0])
+        self._config, self._run, self._recipe, self._shard = config, job.run, job.recipe, shard
+        self._stage: TrainingStage = job.stage
+        self._full_set: FullSet = full_set
+        self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
+        model = self._network(ray.get(job.start_ref[0]))
+        self._syncs_batch_norm = config.fine_tuning.sync_batch_norm and device.type == "cuda" and shard.num > 1
+        if self._syncs_batch_norm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self._model = model
+        self._distillation = None
+        if job.teachers:
+            teachers = [self._network(job.run.read_weights(weights_path(folder))) for folder in job.teachers]
+            share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
+            self._distillation = Distillation(teachers, share=share, temperature=temperature)
+        examples = full_set.examples("train", device=device, augment=True)
+        if isinstance(examples, StreamedExamples):
+            examples = read_by_ray_data(examples, job.full_set_ref, shard=shard, config=config)
+        self._examples = examples
+        self._calibration = full_set.examples("train", job.calibration, device=device)
+        self._validation = full_set.examples("validation", _part(len(full_set.validation), shard), device=device)
+        self._keep_best = job.stage == "fine_tuning" and config.fine_tuning.keep == "best"
+        self._history: list[dict[str, Any]] = []
+        self._best: dict[str, Any] = {}
+        self._measured = Cost()
+        self._started = time.perf_counter()
+        self._work: Work | None = None
+        if shard.rank == 0:
+            self._open_ledger()
+
+    def train(self) -> None:
+        """Minimize from the last checkpoint if there is one; rank 0 leaves the result."""
+        state = self._restore()
+        per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
+        every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
+
+        def on_step(progress: Progress) -> None:
+            if progress.epoch_ended:
+                self._end_epoch(progress)
+            if progress.epoch_ended or progress.step % every_steps == 0:
+                self._checkpoint(progress)
+
+        seed = derive_seed(self._config.seed, "minimize", self._stage)
+        result = minimize(
+            self._model,
+            self._examples,
+            self._recipe,
+            seed=seed,
+            state=state,
+            shard=self._shard,
+            distillation=self._distillation,
+            on_step=on_step,
+        )
+        if self._shard.rank == 0:
+            self._leave_result(result.outcome, result.cost)
+
+    def _network(self, weights: Weights) -> torch.nn.Module:
+        """The run's network with these weights, on this worker's device."""
+        shape, num_classes = self._full_set.image_shape, self._full_set.num_classes
+        model = build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=0)
+        model.load_state_dict(weights)
+        return place(model, self._device, channels_last=self._recipe.channels_last)
+
+    def _restore(self) -> dict[str, Any] | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location=self._device)
+            own_path = os.path.join(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
+            if os.path.exists(own_path):
+                state["own"] = torch.load(own_path, weights_only=True, map_location=self._device)
+        self._history, self._best = state["validated"], state["best_validated"]
+        return state
+
+    def _end_epoch(self, progress: Progress) -> None:
+        validation = self._validate()
+        if not self._best or validation.loss < self._best["loss"]:
+            self._best = {"loss": validation.loss}
+            if self._keep_best:
+                self._best["model"] = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
+        self._history.append({**progress.history[-1].to_dict(), "validation": validation.to_dict()})
+        if self._shard.rank == 0:
+            self._run.write_json(history_path(self._stage), self._history)
+
+    def _validate(self) -> Metrics:
+        """Validation metrics, each worker scoring a part with rank 0's running statistics."""
+        if self._shard.num > 1:
+            for buffer in self._model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        part = evaluate(self._model, self._validation, self._recipe)
+        on = self._device if self._device.type == "cuda" else "cpu"
+        sums = torch.tensor([part.loss_sum, part.num_correct, part.num_examples], dtype=torch.float64, device=on)
+        loss_sum, num_correct, num_examples = self._shard.sum(sums).tolist()
+        self._measured += Cost(num_forward=int(num_examples))
+        return Metrics(loss_sum, int(num_correct), int(num_examples))
+
+    def _checkpoint(self, progress: Progress) -> None:
+        """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own."""
+        metrics = {"epoch": progress.epoch, "loss": progress.loss}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self._shard.rank == 0:
+                assert self._work is not None
+                state = progress.capture() | {"validated": self._history, "best_validated": self._best}
+                torch.save(state, os.path.join(folder, STATE_FILE))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                Ledger(self._run).write(replace(self._work, cost=self._cost(progress.cost)))
+            elif own := progress.capture()["own"]:
+                torch.save(own, os.path.join(folder, OWN_STATE_FILE.format(rank=self._shard.rank)))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
+
+    def _cost(self, minimized: Cost) -> Cost:
+        return replace(minimized + self._measured, device_s=(time.perf_counter() - self._started) * self._shard.num)
+
+    def _leave_result(self, outcome: str, minimized: Cost) -> None:
+        assert self._work is not None
+        if self._keep_best:
+            self._model.load_state_dict(self._best["model"])
+        num_refreshed = 0
+        if self._shard.num > 1 and not self._syncs_batch_norm:  # the statistics are of rank 0's parts of the batches
+            num_refreshed = recompute_batch_norm(self._model, self._calibration, self._recipe)
+        validation: Examples = self._full_set.examples("validation", device=self._device)
+        record = {
+            "training": evaluate(self._model, self._calibration, self._recipe).to_dict(),
+            "validation": evaluate(self._model, validation, self._recipe).to_dict(),
+            "history": self._history,
+            "outcome": outcome,
+            "num_workers": self._shard.num,
+            "recomputed_batch_norm": num_refreshed > 0,
+        }
+        self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
+        self._run.write_weights(weights_path(self._stage), {k: v.cpu() for k, v in self._model.state_dict().items()})
+        self._run.write_json(minimum_path(self._stage), record)
+        # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
+        sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
+        cost = self._cost(minimized)
+        work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
+        Ledger(self._run).write(work)
+
+    def _open_ledger(self) -> None:
+        ledger = Ledger(self._run)
+        ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
+        cuda = self._device.type == "cuda"
+        self._work = Work(
+            stage=self._stage,
+            round=0,
+            subset=None,
+            attempt=ledger.next_attempt(self._stage, 0, None),
+            node=ray.util.get_node_ip_address(),
+            device=torch.cuda.get_device_name(self._device) if cuda else self._device.type,
+            started_at=time.time(),
+            ended_at=None,
+            outcome="running",
+            cost=Cost(),
+            num_workers=self._shard.num,
+        )
+        ledger.write(self._work)
+
+
+def _part(num_examples: int, shard: Shard) -> np.ndarray:
+    """Positions that a worker scores: every num-th from its rank on."""
+    return np.arange(shard.rank, num_examples, shard.num)

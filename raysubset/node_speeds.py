@@ -1,0 +1,256 @@
+"""How fast each place on the cluster is for an actor, as weighted or measured, and the sizes of subsets that follow.
+
+slots = weighted_slots(request, speeds={"A100": 3.5, "T4": 1.0}, most=4)
+sizes in proportion to shares(slots, num_subsets=4); subset 2 is meant for slot_of(slots, 2)
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysubset.cluster import NodeType, call_on_cluster, describe, node_types, refuse_unplaceable
+from raysubset.config import Config, SubsetsConfig, derive_seed
+from raysubset.data import FullSet
+from raysubset.ledger import Ledger, Work
+from raysubset.models import build_model
+from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
+
+MEASURE_S = 3.0  # of training to tell the speed by
+_ENDLESS_EPOCHS = 1e6
+OTHER_SPEED = 1.0  # of nodes whose type is given no weight
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one actor on a node."""
+
+    kind: str  # of node
+    speed: float  # against other slots: a weight, or examples/s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Slot":
+        """The inverse of to_dict()."""
+        return cls(**record)
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """What a short training told."""
+
+    examples_per_s: float
+    cost: Cost
+    card_bytes: int | None  # memory of the GPU it was done on
+
+
+def shares(slots: Sequence[Slot], num_subsets: int) -> list[float]:
+    """Sizes of the subsets against one another with which all slots finish together.
+
+    A slot's speed is shared by the subsets that are meant for it, so that its turns one after the other take as long
+    as the one turn of a slot that has fewer.
+    """
+    turns = Counter(subset % len(slots) for subset in range(num_subsets))
+    return [slot_of(slots, subset).speed / turns[subset % len(slots)] for subset in range(num_subsets)]
+
+
+def slot_of(slots: Sequence[Slot], subset_id: int) -> Slot:
+    """The slot that a subset is meant for; slots go from the fastest to the slowest."""
+    return slots[subset_id % len(slots)]
+
+
+def in_words(slots: Sequence[Slot], sizes: Sequence[int]) -> str:
+    """'sizes are by speed: for FAST (speed 3) 2 subsets of 485 examples, for SLOW (speed 1) 2 subsets of 161'."""
+    parts: dict[Slot, list[int]] = {}
+    for subset, size in enumerate(sizes):
+        parts.setdefault(slot_of(slots, subset), []).append(size)
+    told = []
+    for slot, of_kind in parts.items():
+        span = f"{min(of_kind)}" if min(of_kind) == max(of_kind) else f"{min(of_kind)} to {max(of_kind)}"
+        told.append(f"for {slot.kind} (speed {slot.speed:.4g}) {len(of_kind)} × {span} examples")
+    return f"sizes are by speed: {', '.join(told)}"
+
+
+def decide_slots(
+    config: Config,
+    full_set_ref: Sequence[Any],
+    indices: np.ndarray,
+    *,
+    num_gpus: float,
+    num_subsets: int,
+    ledger: Ledger,
+) -> list[Slot]:
+    """The slots that the subsets are meant for, the fastest first, as subsets.shares says: weighted or measured.
+
+    Args:
+        config: of the run, whose model and recipe are what is timed.
+        full_set_ref: of put_once().
+        indices: int64, a subset to time the training on.
+        num_gpus: of an actor.
+        num_subsets: more slots are not wanted.
+        ledger: what measuring costs is written there.
+
+    Raises:
+        ValueError: if an actor can never be placed, or there is no node to weigh or measure.
+    """
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    refuse_unplaceable(request, "subset actors")
+    most = min(num_subsets, config.actors.max_num or num_subsets)
+    speeds = config.subsets.speeds()
+    if speeds is not None:
+        return weighted_slots(node_types(), request, speeds, most=most)
+
+    def measure(kind: NodeType) -> float:
+        return _measure_kind(config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger)
+
+    return measured_slots(node_types(), request, measure, most=most)
+
+
+def weighted_slots(
+    types: Sequence[NodeType], request: Mapping[str, float], speeds: Mapping[str, float], *, most: int
+) -> list[Slot]:
+    """The fastest slots by weights given to accelerator types or to an autoscaler's node types.
+
+    Nodes that an autoscaler may still start count like those that are alive; types without a weight count 1.
+
+    Raises:
+        ValueError: if no node is known that holds the request, or no node known has a type that is given a weight.
+    """
+    slots = []
+    for type in types:
+        num = type.num_fitting(request) * (type.num_alive + type.num_startable)
+        slots += [_weighted(type, speeds)] * min(num, most)
+    if not slots:
+        raise ValueError(
+            "subsets.shares gives weights to types of nodes, but no node is up, nor is known to be startable, that "
+            f"holds {describe(request)}: publish the node types (clusters/publish_node_types.py) or use "
+            "subsets.shares=equal"
+        )
+    if not speeds.keys() & {slot.kind for slot in slots}:
+        known = ", ".join(sorted({name for type in types for name in (type.accelerator, type.group) if name}))
+        raise ValueError(
+            f"subsets.shares gives weights to {', '.join(speeds)}, but the nodes that hold {describe(request)} are of "
+            f"none of these types; the cluster has {known}"
+        )
+    return _fastest(slots, most)
+
+
+def _weighted(type: NodeType, speeds: Mapping[str, float]) -> Slot:
+    name = next((name for name in (type.accelerator, type.group) if name in speeds), type.accelerator)
+    return Slot(name, speeds.get(name, OTHER_SPEED))
+
+
+def measured_slots(
+    types: Sequence[NodeType], request: Mapping[str, float], measure: Callable[[NodeType], float], *, most: int
+) -> list[Slot]:
+    """The fastest slots of the nodes that are alive, each kind of node timed once by `measure`.
+
+    Raises:
+        ValueError: if no node that is alive holds the request.
+    """
+    alive = [type for type in types if type.num_alive and type.num_fitting(request)]
+    if not alive:
+        raise ValueError(
+            f"subsets.shares=measured times each kind of node, but none is up that holds {describe(request)}: give "
+            "weights by type instead (--subsets.shares A100=3.5,T4=1), or start the nodes first"
+        )
+    slots = []
+    for type in alive:
+        slot = Slot(kind_of(type), measure(type))
+        slots += [slot] * min(type.num_fitting(request) * type.num_alive, most)
+    return _fastest(slots, most)
+
+
+def _fastest(slots: Sequence[Slot], most: int) -> list[Slot]:
+    return sorted(slots, key=lambda slot: -slot.speed)[:most]
+
+
+def kind_of(type: NodeType) -> str:
+    """What nodes have in common that are taken to be equally fast: accelerator, autoscaler's type and resources."""
+    name = f"{type.accelerator} of {type.group}" if type.group else type.accelerator
+    return f"{name} ({describe(type.resources)})"
+
+
+def speed_of_node(config: SubsetsConfig, slots: Sequence[Slot], node_id: str) -> float | None:
+    """The speed of a node that an actor came up on; None where its kind was not there to be measured."""
+    type = next((type for type in node_types() if node_id in type.node_ids), None)
+    return _speed_of(config, slots, type) if type else None  # it may have gone meanwhile
+
+
+def fastest_nodes(config: Config, slots: Sequence[Slot], *, num_gpus: float) -> list[str]:
+    """Ids of the nodes that are alive, the fastest first, each as often as it holds an actor; at most one a slot."""
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    found = []
+    for type in node_types():
+        if type.node_ids and (speed := _speed_of(config.subsets, slots, type)) is not None:
+            found += [(speed, id) for id in type.node_ids for _ in range(min(type.num_fitting(request), len(slots)))]
+    return [id for _, id in sorted(found, key=lambda entry: -entry[0])[: len(slots)]]
+
+
+def _speed_of(config: SubsetsConfig, slots: Sequence[Slot], type: NodeType) -> float | None:
+    speeds = config.speeds()
+    if speeds is not None:
+        return _weighted(type, speeds).speed
+    return next((slot.speed for slot in slots if slot.kind == kind_of(type)), None)
+
+
+def _measure_kind(
+    config: Config,
+    full_set_ref: Sequence[Any],
+    indices: np.ndarray,
+    num_gpus: float,
+    kind: NodeType,
+    *,
+    request: Mapping[str, float],
+    ledger: Ledger,
+) -> float:
+    """Examples per second of one actor on a node of the kind, with its entry in the ledger."""
+    node_id = kind.node_ids[0]
+    attempt = ledger.next_attempt("measuring", 0)
+    work = Work("measuring", 0, None, attempt, node_id, kind.accelerator, started_at=time.time())
+    ledger.write(work)
+    speed: MeasuredSpeed = call_on_cluster(
+        measure_speed,
+        full_set_ref,
+        config,
+        indices,
+        num_gpus,
+        request=request,
+        timeout_s=config.cluster.wait_timeout_s,
+        node_id=node_id,
+    )
+    ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=speed.cost))
+    return speed.examples_per_s
+
+
+def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gpus: float) -> MeasuredSpeed:
+    """Train on a subset for a few seconds, on the device of this process, as an actor would."""
+    device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
+    seed, shape = derive_seed(config.seed, "start"), full_set.image_shape
+    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=seed)
+    model = place(model, device, channels_last=config.minimize.channels_last)
+    examples = full_set.examples("train", indices, device=device, augment=True)
+    since, num_before = time.perf_counter(), 0
+
+    def on_step(progress: Progress) -> bool:
+        nonlocal since, num_before
+        if not num_before:  # the first step also sets things up
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            since, num_before = time.perf_counter(), progress.cost.num_backward
+        return time.perf_counter() - since >= MEASURE_S
+
+    recipe = replace(config.stage("subsets"), epochs=_ENDLESS_EPOCHS, tolerance=None, target_loss=None)
+    cost = minimize(model, examples, recipe, seed=0, on_step=on_step).cost  # a GPU has done all steps when it returns
+    if cost.num_backward == num_before:  # L-BFGS may be done after the first
+        per_s = num_before / cost.device_s
+    else:
+        per_s = (cost.num_backward - num_before) / (time.perf_counter() - since)
+    return MeasuredSpeed(per_s, cost, card_bytes(num_gpus=num_gpus))

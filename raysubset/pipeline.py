@@ -1,0 +1,341 @@
+"""run(): the stages in order. Read this file first.
+
+[trunk] → rounds × (subset minima in parallel → aggregate) → [shrink-perturb] → fine-tune on the full set → report
+
+report = run(Config(), on_event=lambda event: print(event.text))
+report.test.accuracy, report.passes, report.critical_path_passes
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from raysubset.aggregation import shrink_perturb
+from raysubset.cluster import Event, OnEvent, connected, get_shared, put_once, stage_event
+from raysubset.config import Config, TrainingStage, derive_seed
+from raysubset.data import FullSet, load_full_set
+from raysubset.decisions import Decisions
+from raysubset.fine_tuning import fine_tune
+from raysubset.ledger import Ledger
+from raysubset.models import build_model
+from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
+from raysubset.planning import (
+    Plan,
+    actor_bytes,
+    calibration_positions,
+    make_plan,
+)
+from raysubset.rounds import Rounds
+from raysubset.run_directory import (
+    ENVIRONMENT_PATH,
+    MISTAKES_PATH,
+    PREDICTIONS_PATH,
+    REPORT_PATH,
+    RESULT_PATH,
+    RunDirectory,
+    minimum_folder,
+    minimum_path,
+    weights_path,
+)
+from raysubset.run_report import RunReport, cost_record, data_record, environment
+from raysubset.scoring import ScoringPlace
+from raysubset.subset_actors import ActorPool, Piece, find_minima
+from raysubset.tracking import refuse_missing, track_finished, tracked
+from raysubset.trained_model import model_record, save_model
+from raysubset.training import Weights
+
+
+def run(
+    config: Config,
+    *,
+    on_event: OnEvent | None = None,
+    fresh: bool = False,
+    full_set_ref: Sequence[Any] | None = None,
+    trunk: RunDirectory | None = None,
+) -> RunReport:
+    """Run all stages, or those that the run directory does not hold yet, and leave a report there.
+
+    A run of the same name is gone on with: finished work is read back, unfinished work goes on from its checkpoints.
+    If this process dies, calling it again is all there is to do.
+
+    Args:
+        config: what to run.
+        on_event: told of stages, progress, waiting and retries as they happen.
+        fresh: delete what a run of this name left behind, and start over.
+        full_set_ref: config.data's full set where it was put already (put_once()); by default it is loaded and put.
+        trunk: what run_trunk() left for an equal trunk: taken over, its cost counted here in full.
+
+    Raises:
+        ValueError: the user's mistake, with the way out.
+        SubsetFailed, FineTuningFailed: work that failed more often than actors.max_attempts allows.
+    """
+    started = time.perf_counter()
+    refuse_missing(config.tracking)
+    tell: OnEvent = on_event or (lambda event: None)
+    directory = RunDirectory(config.storage_path, config.run_name())
+    if not fresh and (record := _finished(directory, config)) is not None:
+        tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+        track_finished(config, directory, tell)
+        return RunReport.from_dict(record)
+    with _begun(config, directory, full_set_ref, tell=tell, fresh=fresh) as (stages, resumed):
+        startup_s = time.perf_counter() - started
+        if trunk is not None:
+            stages.take_over_trunk(trunk)
+        record = stages.run()
+        record["seconds"] = {"startup": startup_s, "wall": time.perf_counter() - started, "resumed": resumed}
+        directory.write_json(RESULT_PATH, {key: record[key] for key in ("name", "test", "validation", "cost")})
+        directory.write_json(REPORT_PATH, record)
+        Ledger(directory).compact()
+    tell(Event("result", f"report: {directory.uri}"))
+    return RunReport.from_dict(record)
+
+
+def run_trunk(
+    config: Config, *, on_event: OnEvent | None = None, full_set_ref: Sequence[Any] | None = None
+) -> RunDirectory:
+    """Run the trunk alone, or go on with it, for runs that share it; resumes and raises as run() does."""
+    directory = RunDirectory(config.storage_path, config.run_name())
+    if directory.exists(minimum_path("trunk")) and not directory.differs(config.to_dict()):
+        return directory
+    tell: OnEvent = on_event or (lambda event: None)
+    with _begun(config, directory, full_set_ref, tell=tell) as (stages, _):
+        stages.run_trunk()
+    return directory
+
+
+@contextmanager
+def _begun(
+    config: Config, directory: RunDirectory, full_set_ref: Sequence[Any] | None, *, tell: OnEvent, fresh: bool = False
+) -> "Iterator[tuple[_Stages, bool]]":
+    """The stages of a run whose directory is opened and whose lease is held; and whether the run is resumed."""
+    # mistakes in the data are told before Ray is started
+    full_set = load_full_set(config.data) if full_set_ref is None else get_shared(full_set_ref)
+    plan = make_plan(config, full_set)
+    for line in (*full_set.notes, *plan.advice):
+        tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
+    directory.check_writable()
+    with directory.lease() as lease, ExitStack() as stack:
+        shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+        resumed = directory.open(shown.to_dict(), environment(), fresh=fresh)
+        tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
+        if resumed:
+            Ledger(directory).close_lost()
+        tell = stack.enter_context(tracked(config, directory, tell))
+        stack.enter_context(connected(config.cluster))
+
+        def checked_tell(event: Event) -> None:
+            if lease.lost:
+                raise RuntimeError(f"another driver has taken over {directory.uri}; this one stops")
+            tell(event)
+
+        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, checked_tell), resumed
+
+
+def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
+    """The report of a finished run of this config; None if there is none, or if opening it will have to refuse."""
+    if not directory.exists(REPORT_PATH) or directory.differs(config.to_dict()):
+        return None
+    return directory.read_json_or_none(REPORT_PATH)
+
+
+class _Stages:
+    """The stages of one run, each reading back what is done and doing the rest."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        full_set: FullSet,
+        full_set_ref: Sequence[Any],
+        plan: Plan,
+        tell: OnEvent,
+    ) -> None:
+        self._config, self._directory, self._full_set, self._plan, self._tell = config, directory, full_set, plan, tell
+        self._ledger = Ledger(directory)
+        self._full_set_ref = full_set_ref
+        self._decisions = Decisions(config, directory, plan)
+        num_gpus = self._decisions.aggregation_num_gpus
+        self._scoring = ScoringPlace(config, full_set, full_set_ref, num_gpus=num_gpus)
+        self._calibration = calibration_positions(config, full_set)
+
+    def run(self) -> dict[str, Any]:
+        """All stages; the report's record."""
+        return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
+
+    def run_trunk(self) -> None:
+        """The trunk and nothing else."""
+        with self._pool() as pool:
+            self._trunk(pool)
+
+    def take_over_trunk(self, made: RunDirectory) -> None:
+        """Have the trunk of another directory, and the record of the work it was, unless this run has one."""
+        directory = self._directory
+        if directory.exists(minimum_path("trunk")):
+            return
+        for work in Ledger(made).read():
+            if work.stage == "trunk":
+                self._ledger.write(work)
+        directory.write_weights(weights_path("trunk"), made.read_weights(weights_path("trunk")))
+        directory.write_json(minimum_path("trunk"), made.read_json(minimum_path("trunk")))
+
+    def _subset_pretraining(self) -> dict[str, Any]:
+        config, rounds = self._config, []
+        if config.subsets.shares != "equal":
+            self._plan = self._plan_by_speed()
+        weights, start_id, trunk, fine_tuning = self._fresh_weights(), "initial", None, None
+        with self._pool() as pool:
+            if config.trunk.epochs:
+                weights, trunk = self._trunk(pool)
+                start_id = "trunk"
+            rounds_of_run = Rounds(
+                config, self._directory, self._full_set, self._plan, self._decisions, self._scoring, self._tell
+            )
+            for round in range(config.rounds.num):
+                weights, record = rounds_of_run.run(pool, round, weights, start_id)
+                start_id = f"round-{round:04d}"
+                rounds.append(record)
+        if config.fine_tuning.epochs:
+            weights, fine_tuning = self._fine_tune(weights, rounds[-1]["minima"])
+        last = fine_tuning or rounds[-1]["aggregation"]
+        return self._report(weights, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
+
+    def _conventional(self) -> dict[str, Any]:
+        """The baseline: one run on the full set, by one actor or by Ray Train; of equal cost unless told otherwise."""
+        epochs, num_workers = self._plan.passes, self._config.conventional.num_workers
+        self._tell(
+            stage_event(
+                "conventional", f"{epochs:g} epochs on {len(self._full_set.train)} examples, {num_workers} worker(s)"
+            )
+        )
+        if num_workers > 1:
+            weights, record = self._train("conventional", self._fresh_weights(), num_workers)
+        else:
+            with self._pool() as pool:
+                weights, record = self._minimize_full_set(pool, Piece("conventional", epochs=epochs))
+        return self._report(weights, record["validation"], conventional=record)
+
+    def _trunk(self, pool: ActorPool) -> tuple[Weights, dict[str, Any]]:
+        """The short run on the full set that all actors start from."""
+        num_workers, epochs = self._config.trunk.num_workers, self._config.trunk.epochs
+        self._tell(
+            stage_event("trunk", f"{epochs:g} epochs on {len(self._full_set.train)} examples, {num_workers} worker(s)")
+        )
+        if num_workers > 1:
+            return self._train("trunk", self._fresh_weights(), num_workers)
+        return self._minimize_full_set(pool, Piece("trunk"))
+
+    def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
+        """One actor, all examples; it is kept for the subsets."""
+        (minimum,) = find_minima(pool, [piece], None, self._directory, on_event=self._tell, release=False)
+        return minimum.load_weights(), self._directory.read_json(minimum_path(piece.folder))
+
+    def _fine_tune(self, aggregate: Weights, minima: Sequence[dict[str, Any]]) -> tuple[Weights, dict[str, Any]]:
+        """Ray Train on the full set, from the aggregate, a shrunk and perturbed aggregate, or fresh weights.
+
+        With distillation it learns from the last round's minima as well.
+        """
+        tuning, num_workers = self._config.fine_tuning, self._decisions.num_workers
+        text = f"{tuning.epochs:g} epochs on the full set by Ray Train, {num_workers} worker(s), {tuning.start} start"
+        self._tell(stage_event("fine_tuning", text))
+        weights = aggregate
+        if tuning.start != "warm":
+            weights = self._fresh_weights("fine_tuning")
+        if tuning.start == "shrink_perturb":
+            names, (shrink, perturb) = self._plan.parameter_names, (tuning.shrink, tuning.perturb)
+            weights = shrink_perturb(aggregate, weights, shrink=shrink, perturb=perturb, parameter_names=names)
+        folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
+        return self._train("fine_tuning", weights, num_workers, teachers=folders if tuning.distillation else ())
+
+    def _train(
+        self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
+    ) -> tuple[Weights, dict[str, Any]]:
+        tuned = fine_tune(
+            self._config,
+            self._full_set_ref,
+            weights,
+            self._directory,
+            calibration=self._calibration,
+            num_workers=num_workers,
+            num_gpus=self._decisions.num_gpus,
+            on_event=self._tell,
+            stage=stage,
+            epochs=self._plan.passes if stage == "conventional" else None,
+            teachers=teachers,
+        )
+        return tuned.weights, self._directory.read_json(minimum_path(stage))
+
+    def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
+        """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
+        config, full_set, plan = self._config, self._full_set, self._plan
+        device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
+        work = self._ledger.begin("test", 0, device=device)
+        tested = self._scoring.test(weights)
+        self._ledger.end(work, tested.cost)
+        self._directory.write_table(PREDICTIONS_PATH, tested.predictions)
+        self._directory.write_table(MISTAKES_PATH, tested.mistakes)
+        save_model(
+            self._directory,
+            weights,
+            model_record(
+                config.model,
+                num_classes=full_set.num_classes,
+                class_names=full_set.class_names,
+                image_shape=full_set.image_shape,
+                mean=full_set.mean,
+                std=full_set.std,
+            ),
+        )
+        return {
+            "name": config.run_name(),
+            "uri": self._directory.uri,
+            "method": config.method,
+            "config": self._directory.read_config(),
+            "environment": self._directory.read_json_or_none(ENVIRONMENT_PATH),
+            "decisions": self._decisions.to_dict(),
+            "data": data_record(full_set),
+            "model": {"name": config.model.name, "num_parameters": plan.num_parameters, "num_bytes": plan.num_bytes},
+            "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
+            "advice": list(plan.advice),
+            "planned_passes": plan.passes,
+            "stages": stages,
+            "test": tested.metrics.to_dict(),
+            "validation": validation,
+            "cost": cost_record(self._ledger.read(), len(full_set.train)),
+        }
+
+    def _plan_by_speed(self) -> Plan:
+        """The plan with subsets sized by the speed of the nodes, which is decided once."""
+        config, num_subsets = self._config, len(self._plan.subsets)
+        if not self._decisions.slots:
+            text = f"sizes of {num_subsets} subsets by the speed of the nodes, {config.subsets.shares}"
+            self._tell(stage_event("measuring", text))
+            self._decisions.decide_sizes(self._full_set_ref, self._plan, self._ledger)
+        plan = make_plan(config, self._full_set, shares=self._decisions.shares)
+        sizes = [len(subset.indices) for subset in plan.subsets]
+        plan = dataclasses.replace(plan, advice=(*plan.advice, in_words(self._decisions.slots, sizes)))
+        for line in plan.advice:
+            if line not in self._plan.advice:
+                self._tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
+        return plan
+
+    def _pool(self) -> ActorPool:
+        num_gpus, slots = self._decisions.num_gpus, self._decisions.slots
+        return ActorPool(
+            self._config,
+            self._full_set_ref,
+            self._directory,
+            num_gpus=num_gpus,
+            on_event=self._tell,
+            speed_of_node=partial(speed_of_node, self._config.subsets, slots) if slots else None,
+            preferred_nodes=fastest_nodes(self._config, slots, num_gpus=num_gpus) if slots else (),
+            actor_bytes=actor_bytes(self._config, self._full_set, self._plan) if num_gpus else None,
+        )
+
+    def _fresh_weights(self, *path: str) -> Weights:
+        """Seeded initial weights: those a shared start means, or others by a path of their own."""
+        full_set, seed = self._full_set, derive_seed(self._config.seed, "start", *path)
+        shape, num_classes = full_set.image_shape, full_set.num_classes
+        return build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=seed).state_dict()

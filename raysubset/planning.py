@@ -1,0 +1,217 @@
+"""What follows from config and data before anything is run: subsets, Q, advice, planned passes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from raysubset.aggregation import candidates_of_auto
+from raysubset.config import Config, derive_seed
+from raysubset.data import Examples, FullSet
+from raysubset.models import build_model, has_batch_norm, num_parameters
+from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
+from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fisher, fisher_cost, minimizing_bytes
+
+CALIBRATION_EXAMPLES = 10_000  # of the training set, for batch-norm statistics and the training loss of means
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as far as it can be told beforehand."""
+
+    subsets: tuple[Subset, ...]  # of the first round
+    num_parameters: int
+    parameter_names: frozenset[str]
+    num_bytes: int  # of one set of weights
+    full_set_ratio: float  # Q of the full set
+    subset_ratios: tuple[float, ...]  # Q of each subset
+    advice: tuple[str, ...]  # lines for the user; those that begin with "warning: " are
+    statistics: tuple[str, ...]  # kinds that actors are to leave beside their minima
+    passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs
+    critical_path_passes: float  # likewise, if every subset had a device of its own
+
+
+def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | None = None) -> Plan:
+    """Cut the first round's subsets, equal or in proportion to the shares, and say what to expect of them.
+
+    Raises:
+        ValueError: if the subsets cannot be cut, or the model does not fit images, classes and aggregation.
+    """
+    num_train, num_classes = len(full_set.train), full_set.num_classes
+    seed = derive_seed(config.seed, "start")
+    model = build_model(config.model, num_classes=num_classes, image_shape=full_set.image_shape, seed=seed)
+    num = num_parameters(model)
+    subsets = cut_subsets(config, full_set, 0, shares=shares)
+    sizes = [len(subset.indices) for subset in subsets]
+    quorum = config.actors.quorum
+    if quorum is not None and quorum > len(sizes):
+        raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}")
+    statistics, lines = _statistics(config, full_set, model)
+    if config.method == "subset_pretraining":
+        labels = full_set.train.labels
+        missing = missing_class_warnings(subsets, labels, num_classes)
+        lines = [*advice(num_train, sizes, num_classes, num), *missing, *lines]
+    worked = sizes
+    if config.aggregation.method == "savgm":
+        worked = [size + subsample_size(config, size) for size in sizes]  # one after the other, on one device
+    epochs = config.rounds.num * config.minimize.epochs / num_train
+    around = config.trunk.epochs + config.fine_tuning.epochs
+    if config.fine_tuning.distillation:  # every minimum of the last round passes all batches forward
+        around += Cost(num_forward=len(sizes)).passes(1) * config.fine_tuning.epochs
+    passes, critical_path_passes = around + sum(worked) * epochs, around + max(worked) * epochs
+    if config.method == "conventional":
+        own = len(full_set.train) + len(full_set.validation) + len(full_set.test)  # the conventional run's evaluation
+        evaluation = _evaluation(config, full_set, worked, statistics, model) + Cost(num_forward=-own)
+        equal = passes + evaluation.passes(num_train)
+        passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
+    return Plan(
+        subsets=subsets,
+        num_parameters=num,
+        parameter_names=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        full_set_ratio=overdetermination_ratio(num_train, num_classes, num),
+        subset_ratios=tuple(overdetermination_ratio(size, num_classes, num) for size in sizes),
+        advice=tuple(lines),
+        statistics=statistics,
+        passes=passes,
+        critical_path_passes=critical_path_passes,
+    )
+
+
+def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[str]]:
+    """What actors are to leave for the aggregation, and what the user should know of it.
+
+    Raises:
+        ValueError: if the Fisher that was asked for cannot be taken of this network; auto goes without.
+    """
+    aggregation = config.aggregation
+    kinds = aggregation.statistics(shared_start=config.subsets.start == "shared")
+    if "fisher" not in kinds:
+        return kinds, []
+    height, width, channels = full_set.image_shape
+    one = torch.ones(channels)
+    example = Examples(torch.zeros(1, height, width, channels, dtype=torch.uint8), torch.zeros(1).long(), one, one)
+    try:
+        diagonal_fisher(model, example, config.minimize, labels="true")
+    except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
+        cause = str(error).splitlines()[0]
+        if aggregation.method != "auto":
+            raise ValueError(f"aggregation.method=fisher cannot be used with {config.model.name}: {cause}") from error
+        return tuple(kind for kind in kinds if kind != "fisher"), [f"auto goes without fisher: {cause}"]
+    by_true_labels = config.minimize.loss == "cross_entropy" and aggregation.fisher_labels == "true"
+    if full_set.num_classes <= EXACT_OUTPUTS or by_true_labels:
+        return kinds, []
+    num = full_set.num_classes
+    return kinds, [f"the Fisher's sum over {num} outputs is estimated from {SAMPLED_TERMS} draws an example"]
+
+
+def _evaluation(
+    config: Config, full_set: FullSet, sizes: list[int], statistics: tuple[str, ...], model: nn.Module
+) -> Cost:
+    """What subset pretraining of this config works beside training, if no work is lost.
+
+    A greedy soup is counted as if every member were tried; fine-tuning as if by one worker; alignment as if each member
+    passed the calibration examples twice.
+
+    Args:
+        sizes: of the subsets, each with its subsample.
+    """
+    num_train, num_validation, num = len(full_set.train), len(full_set.validation), len(sizes)
+    sample = min(CALIBRATION_EXAMPLES, num_train)
+    refreshed = sample * has_batch_norm(model)
+    mean = refreshed + num_validation
+    by_method = {"select_best": num_validation, "greedy_soup": num * mean, "aligned_soup": 2 * num * sample + mean}
+    method = config.aggregation.method
+    shared = config.subsets.start == "shared"
+    tried = candidates_of_auto(shared_start=shared) if method == "auto" else (method,)
+    aggregation = sample + num_validation
+    if num > 1:
+        aggregation = sample + sum(by_method.get(one, mean) for one in tried)
+        aggregation += mean * ("uniform_soup" not in tried)  # which is always reported
+    if config.rounds.has_outer_step():
+        aggregation += refreshed + sample + num_validation
+    members = sum(sizes) + num * num_validation * (2 if method == "savgm" else 1)
+    forward = config.rounds.num * (members + aggregation) + len(full_set.test)
+    if config.trunk.epochs:
+        forward += num_train + num_validation
+    if config.fine_tuning.epochs:
+        num_turns = math.ceil(config.fine_tuning.epochs / config.minimize.epoch_fraction)
+        forward += num_turns * num_validation + sample + num_validation
+    total = Cost(num_forward=forward)
+    for size in sizes * config.rounds.num:
+        taken = min(size, config.aggregation.statistics_examples or size)
+        if "gram" in statistics:
+            total += Cost(num_forward=taken)
+        if "fisher" in statistics:
+            labels, classes = config.aggregation.fisher_labels, full_set.num_classes
+            total += fisher_cost(taken, classes, num_parameters(model), config.minimize, labels=labels)
+    return total
+
+
+def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
+    """What the tensors of an actor that holds the most examples take on its card (see minimizing_bytes())."""
+    seed, shape = derive_seed(config.seed, "start"), full_set.image_shape
+    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=seed)
+    alone = config.trunk.epochs and config.trunk.num_workers == 1
+    if config.method == "conventional" or alone:
+        held = full_set.examples_num_bytes("train")
+    else:
+        held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
+    num_validation = len(full_set.validation)
+    return held + minimizing_bytes(model, config.minimize, image_shape=shape, num_examples=num_validation)
+
+
+def cut_subsets(
+    config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
+) -> tuple[Subset, ...]:
+    """The subsets of a round: a pure function of config, data, round and the shares of the subsets, if not equal."""
+    train, seed = full_set.train, derive_seed(config.seed, "subsets", round)
+    return tuple(
+        split_into_subsets(
+            train.labels,
+            config.subsets,
+            seed,
+            num_classes=full_set.num_classes,
+            attributes=train.table,
+            shares=shares,
+        )
+    )
+
+
+def calibration_positions(config: Config, full_set: FullSet) -> np.ndarray:
+    """The sample of the training split for batch-norm statistics and training losses of means: int64, sorted."""
+    num_train = len(full_set.train)
+    generator = np.random.default_rng(derive_seed(config.seed, "calibration"))
+    return np.sort(generator.choice(num_train, min(CALIBRATION_EXAMPLES, num_train), replace=False))
+
+
+def subsample_size(config: Config, num_examples: int) -> int:
+    """Examples of a subset that savgm minimizes on once more."""
+    return max(1, round(config.aggregation.savgm_fraction * num_examples))
+
+
+def cut_subsample(config: Config, subset: Subset, round: int) -> np.ndarray:
+    """The part of a subset that savgm minimizes on once more, drawn without replacement: sorted int64 positions."""
+    generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset.id))
+    return np.sort(generator.choice(subset.indices, subsample_size(config, len(subset.indices)), replace=False))
+
+
+def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
+    """Which examples each subset has, a row an example: by position in the training split, and by row in the source."""
+    train = full_set.train
+    parts = [
+        pa.table(
+            {
+                "subset": pa.array([subset.id] * len(subset.indices), pa.int32()),
+                "position": subset.indices,
+                "row": train.table["row"].to_numpy()[subset.indices],
+                "label": train.labels[subset.indices],
+            }
+        )
+        for subset in subsets
+    ]
+    return pa.concat_tables(parts).combine_chunks()

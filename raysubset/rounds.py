@@ -1,0 +1,201 @@
+"""Rounds: subset minima in parallel, then their aggregate; written down, and read back where that is done."""
+
+import dataclasses
+from typing import Any
+
+from raysubset.aggregation import Minimum, mean_optimizer_state
+from raysubset.cluster import Event, OnEvent, stage_event
+from raysubset.config import Config, derive_seed
+from raysubset.data import FullSet
+from raysubset.decisions import Decisions
+from raysubset.ledger import Ledger
+from raysubset.node_speeds import slot_of
+from raysubset.planning import Plan, calibration_positions, cut_subsample, cut_subsets, manifest
+from raysubset.run_directory import (
+    RunDirectory,
+    aggregate_path,
+    aggregate_weights_path,
+    mean_optimizer_path,
+    minimum_folder,
+    minimum_path,
+    momentum_path,
+    optimizer_path,
+    subsample_folder,
+    subsets_path,
+)
+from raysubset.scoring import ScoringPlace
+from raysubset.subset_actors import ActorPool, Piece, find_minima
+from raysubset.subsets import Subset, overdetermination_ratio
+from raysubset.training import Weights
+
+
+class Rounds:
+    """The rounds of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        full_set: FullSet,
+        plan: Plan,
+        decisions: Decisions,
+        scoring: ScoringPlace,
+        tell: OnEvent,
+    ) -> None:
+        self._config, self._directory, self._full_set, self._plan = config, directory, full_set, plan
+        self._decisions, self._scoring, self._tell = decisions, scoring, tell
+        self._ledger = Ledger(directory)
+        self._calibration = calibration_positions(config, full_set)
+
+    def run(self, pool: ActorPool, round: int, start: Weights, start_id: str) -> tuple[Weights, dict[str, Any]]:
+        """Subset minima in parallel, then their aggregate: weights and record, read back where they are there.
+
+        Args:
+            start: the weights the members start from.
+            start_id: names them: minima with equal ids share a start.
+        """
+        config, directory = self._config, self._directory
+        if (done := directory.read_json_or_none(aggregate_path(round))) is not None:
+            return directory.read_weights(aggregate_weights_path(round)), done
+        subsets = self._plan.subsets
+        if round:
+            subsets = cut_subsets(config, self._full_set, round, shares=self._decisions.shares)
+        self._write_manifest(round, subsets)
+        sizes = sorted({len(subset.indices) for subset in subsets})
+        which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
+        size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        self._tell(
+            stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {config.minimize.epochs:g} epochs each")
+        )
+        pieces = [self._piece(round, subset, start_id) for subset in subsets]
+        twice = config.aggregation.method == "savgm"
+        minima = self._find_minima(pool, pieces, start, more_to_come=twice)
+        if twice:
+            minima = self._with_subsamples(pool, minima, subsets, pieces, start)
+        return self._aggregate(round, minima, start)
+
+    def _find_minima(
+        self, pool: ActorPool, pieces: list[Piece], start: Weights, *, more_to_come: bool = False
+    ) -> list[Minimum]:
+        config, is_last = self._config, pieces[0].round + 1 == self._config.rounds.num
+        return find_minima(
+            pool,
+            pieces,
+            None if config.subsets.start == "independent" else start,
+            self._directory,
+            on_event=self._tell,
+            release=not more_to_come and (is_last or self._decisions.aggregation_num_gpus > 0),
+            quorum=config.actors.quorum,
+            per_actor=self._decisions.per_actor(self._full_set, pool, pieces, tell=self._tell),
+        )
+
+    def _with_subsamples(
+        self,
+        pool: ActorPool,
+        minima: list[Minimum],
+        subsets: tuple[Subset, ...],
+        pieces: list[Piece],
+        start: Weights,
+    ) -> list[Minimum]:
+        """Minimize on a part of each subset too, from the same start; those of the minima whose part was done."""
+        fraction, ids = self._config.aggregation.savgm_fraction, {minimum.subset_id for minimum in minima}
+        self._tell(stage_event("subsamples", f"{fraction:g} of each of {len(minima)} subsets once more"))
+        parts = []
+        for piece, subset in zip(pieces, subsets, strict=True):
+            if subset.id in ids:
+                indices = cut_subsample(self._config, subset, piece.round)
+                parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True))
+        ids = {minimum.subset_id for minimum in self._find_minima(pool, parts, start)}
+        return [minimum for minimum in minima if minimum.subset_id in ids]
+
+    def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
+        """The work on one subset."""
+        num_rounds = self._config.rounds.num
+        independent = self._config.subsets.start == "independent"
+        slots = self._decisions.slots
+        return Piece(
+            "subsets",
+            subset_id=subset.id,
+            round=round,
+            indices=subset.indices,
+            schedule_span=(round / num_rounds, (round + 1) / num_rounds),
+            start_id=f"independent-{subset.id}" if independent else start_id,
+            node_speed=slot_of(slots, subset.id).speed if slots else None,
+            optimizer_path=self._optimizer_path(round, subset.id) if round else None,
+            statistics=self._plan.statistics,
+        )
+
+    def _optimizer_path(self, round: int, subset_id: int) -> str | None:
+        """The optimizer state that a member of a later round begins with: its predecessor's, the mean, or none."""
+        directory, which = self._directory, self._config.rounds.optimizer_state
+        if which == "reset":
+            return None
+        if which == "keep":
+            path = optimizer_path(minimum_folder(round - 1, subset_id))
+            return path if directory.exists(path) else None
+        path = mean_optimizer_path(round - 1)
+        if not directory.exists(path):
+            minima = directory.read_json(aggregate_path(round - 1))["minima"]  # in order of subset id
+            members = [optimizer_path(minimum_folder(round - 1, minimum["subset_id"])) for minimum in minima]
+            states = (directory.read_checkpoint(member)["optimizer"] for member in members)
+            directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)})
+        return path
+
+    def _aggregate(self, round: int, minima: list[Minimum], start: Weights) -> tuple[Weights, dict[str, Any]]:
+        """One set of weights of a round's minima; written down before it is used."""
+        config, directory = self._config, self._directory
+        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(minima)} minima"))
+        work = self._ledger.begin(
+            "aggregation", round, device="cuda" if self._decisions.aggregation_num_gpus else "cpu"
+        )
+        carried = bool(round) and config.rounds.has_outer_step()
+        made, momentum = self._scoring.aggregate(
+            minima,
+            calibration=self._calibration,
+            start=start,
+            momentum=directory.read_weights(momentum_path(round - 1)) if carried else {},
+            parameter_names=self._plan.parameter_names,
+            seed=derive_seed(config.seed, "aggregation", round),
+        )
+        directory.write_weights(aggregate_weights_path(round), made.aggregate.weights)
+        if momentum:
+            directory.write_weights(momentum_path(round), momentum)
+        num_classes, num_parameters = self._full_set.num_classes, self._plan.num_parameters
+        records = [
+            directory.read_json(minimum_path(minimum_folder(round, minimum.subset_id)))
+            | {"overdetermination_ratio": overdetermination_ratio(minimum.num_examples, num_classes, num_parameters)}
+            for minimum in minima
+        ]
+        record = {"round": round, "minima": records, "aggregation": made.to_dict()}
+        if config.aggregation.method == "savgm":
+            folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
+            record["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
+        directory.write_json(aggregate_path(round), record)
+        self._ledger.end(work, made.cost)
+        members = ", ".join(map(str, made.aggregate.subset_ids))
+        text = (
+            f"{made.aggregate.method} of subsets {members}: validation {made.validation.loss:.4f} and "
+            f"{made.validation.accuracy:.2%}; best member {made.best_member.accuracy:.2%}, ensemble "
+            f"{made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
+        )
+        self._tell(Event("aggregate", text, {"round": round, "record": record["aggregation"]}))
+        if not made.aggregate.shared_start and config.aggregation.needs_shared_start():
+            self._tell(
+                Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
+            )
+        return made.aggregate.weights, record
+
+    def _write_manifest(self, round: int, subsets: tuple[Subset, ...]) -> None:
+        """Write which examples each subset has, or compare with what was written.
+
+        Raises:
+            ValueError: if the run was begun with other data under the same name.
+        """
+        table, path = manifest(subsets, self._full_set), subsets_path(round)
+        if not self._directory.exists(path):
+            self._directory.write_table(path, table)
+        elif not self._directory.read_table(path).equals(table):
+            raise ValueError(
+                f"{path} in {self._directory.uri} names other examples than the data now give: what is behind "
+                f"{self._config.data.name} has changed; choose another --name, or start over with --fresh"
+            )

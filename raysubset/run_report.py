@@ -1,0 +1,128 @@
+"""The numbers of a finished run, and how they are gathered from its ledger and records."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from raysubset.data import FullSet
+from raysubset.ledger import Work, by_stage, critical_path_passes, lost_cost, total_cost
+from raysubset.training import Metrics
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """All numbers of a finished run; to_dict() is report.json."""
+
+    name: str
+    uri: str  # of the run directory
+    test: Metrics  # of the final model; the test split was read for this and nothing else
+    validation: Metrics  # of the final model
+    passes: float  # of the whole run: every attempt, evaluation and candidate counted
+    critical_path_passes: float  # one after the other, if every subset had a device of its own
+    device_s: float
+    record: dict[str, Any]  # everything, JSON-able
+
+    def to_dict(self) -> dict[str, Any]:
+        """report.json."""
+        return self.record
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "RunReport":
+        """The inverse of to_dict()."""
+        return cls(
+            name=record["name"],
+            uri=record["uri"],
+            test=Metrics.from_dict(record["test"]),
+            validation=Metrics.from_dict(record["validation"]),
+            passes=record["cost"]["passes"],
+            critical_path_passes=record["cost"]["critical_path_passes"],
+            device_s=record["cost"]["device_s"],
+            record=record,
+        )
+
+
+def data_record(full_set: FullSet) -> dict[str, Any]:
+    """What the data were."""
+    return {
+        "name": full_set.name,
+        "num_train": len(full_set.train),
+        "num_validation": len(full_set.validation),
+        "num_test": len(full_set.test),
+        "num_classes": full_set.num_classes,
+        "image_shape": list(full_set.image_shape),
+        "augmentation": full_set.augmentation,
+        "notes": list(full_set.notes),
+    }
+
+
+def cost_record(works: Sequence[Work], num_train: int) -> dict[str, Any]:
+    """What everything cost, in passes over `num_train` examples, seconds and bytes; then a row a stage."""
+    total = total_cost(works)
+    return {
+        "passes": total.passes(num_train),
+        "critical_path_passes": critical_path_passes(works, num_train),
+        "lost_passes": lost_cost(works).passes(num_train),
+        "num_steps": total.num_steps,
+        "device_s": total.device_s,
+        "num_network_bytes": sum(work.num_network_bytes for work in works),
+        "stages": _stage_costs(works, num_train),
+    }
+
+
+def _stage_costs(works: Sequence[Work], num_train: int) -> list[dict[str, Any]]:
+    """One row a stage: what it cost, on both clocks."""
+    rows = []
+    for stage, entries in by_stage(works).items():
+        cost = total_cost(entries)
+        ended = [work.started_at + work.wall_s for work in entries]
+        rows.append(
+            {
+                "stage": stage,
+                "passes": cost.passes(num_train),
+                "critical_path_passes": critical_path_passes(entries, num_train),
+                "num_steps": cost.num_steps,
+                "device_s": cost.device_s,
+                "wall_s": max(ended) - min(work.started_at for work in entries),
+                "waited_s": sum(work.waited_s for work in entries),
+                "num_attempts": len(entries),
+                "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in entries),
+            }
+        )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine of the driver."""
+    packages = {}
+    for package in ("raysubset", "ray", "torch", "torchvision", "pyarrow", "numpy"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None  # run from a source tree
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "started_at": time.time(),
+    }
+
+
+def _commit() -> str | None:
+    """Of the source tree this package lies in, "-dirty" where it was changed; None where it was installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,118 @@
+"""Streaming the full set to Ray Train's workers by Ray Data: tasks on free CPUs decode what will be trained on next.
+
+examples = full_set.examples("train", device=device, augment=True)
+examples = read_by_ray_data(examples, full_set_ref, shard=shard, config=config)
+
+Each worker runs a pipeline of its own over its stretch of an epoch. Ray Train's own shards (get_dataset_shard) hand out
+blocks as they are asked for and do not know which epoch it is, so that an epoch could neither have an order of its own
+seed nor be gone on with in the middle; here it has the same bits whatever reads it, the worker itself or many tasks.
+And read_parquet tells no row numbers, without which validation rows carved from the same files would be trained on.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from raysubset.cluster import OUTSIDE_GROUPS, num_slots, object_store_bytes
+from raysubset.config import Config
+from raysubset.data import StreamedExamples, StreamedSplit, cut_ranges, read_here
+from raysubset.training import Shard
+
+READER_CPUS = 1  # of a reading task
+PIECE_BYTES = 2**24  # of images that a task reads, unless a row group is larger
+STORE_BYTES = 2**28  # of the object store that a worker's pipeline may fill
+
+
+def most_workers(num_cpus: int) -> int:
+    """How many workers of so many CPUs leave a reading task its CPU, on this cluster with all it may start."""
+    return max(0, (num_slots({"CPU": READER_CPUS}, startable=True) - 1) * READER_CPUS // num_cpus)
+
+
+def refuse_without_readers(config: Config, stage: str, *, num_workers: int) -> None:
+    """Stop before workers take the CPUs without which nothing could be read for them.
+
+    Raises:
+        ValueError: with what there is, and the way out.
+    """
+    num_cpus = config.actors.num_cpus
+    if num_workers <= most_workers(num_cpus):
+        return
+    total = num_slots({"CPU": READER_CPUS}, startable=True) * READER_CPUS
+    needed = num_workers * num_cpus + READER_CPUS
+    raise ValueError(
+        f"{num_workers} {stage} worker(s) of {num_cpus} CPU, and a task that reads the streamed set for them, need "
+        f"{needed} CPUs; this cluster can have {total}: use fewer workers (--fine-tuning.num-workers, "
+        f"--trunk.num-workers), or on a machine of your own --cluster.num-cpus={needed}, which share its cores"
+    )
+
+
+def read_by_ray_data(
+    examples: StreamedExamples, full_set_ref: Sequence[ray.ObjectRef], *, shard: Shard, config: Config
+) -> StreamedExamples:
+    """The same examples, read by tasks on the cluster. Tasks that die are run again by Ray.
+
+    The CPUs that the workers leave free are shared out among their pipelines, a task at a time at least.
+
+    Raises:
+        TimeoutError: if no task comes to run within cluster.wait_timeout_s: something else holds all CPUs.
+    """
+    answer_ref = _answer.remote(full_set_ref)
+    if not ray.wait([answer_ref], timeout=config.cluster.wait_timeout_s)[0]:
+        ray.cancel(answer_ref)
+        raise TimeoutError(
+            f"no CPU came free in {config.cluster.wait_timeout_s:g} s for the tasks that read the streamed set"
+        )
+    ray.get(answer_ref)
+    free = num_slots({"CPU": READER_CPUS}, startable=False) - shard.num * config.actors.num_cpus
+    num_bytes = min(STORE_BYTES, int(object_store_bytes() / 2 / shard.num))
+    return replace(examples, read=_RayDataReader(full_set_ref, max(1, free // shard.num), num_bytes))
+
+
+@ray.remote(num_cpus=READER_CPUS, scheduling_strategy=OUTSIDE_GROUPS)
+def _answer(full_set_ref: Sequence[ray.ObjectRef]) -> None:
+    """Come to run, and have the process ready for the reading tasks."""
+    ray.get(full_set_ref[0])
+
+
+@dataclass(frozen=True)
+class _RayDataReader:
+    """A data.Reader: an epoch's pieces by tasks, so many at a time, delivered in their order."""
+
+    full_set_ref: Sequence[ray.ObjectRef]
+    num_tasks: int  # at a time
+    num_bytes: int  # of the object store
+
+    def __call__(self, split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        import ray.data  # takes a second, and pandas: only workers that stream pay for it
+
+        num_examples = PIECE_BYTES // split.num_bytes_per_example
+        pieces = [piece for ranges in windows for piece in cut_ranges(ranges, max(1, num_examples))]
+        references = {"full_set_ref": self.full_set_ref, "pieces_ref": [ray.put(pieces)]}
+        read_piece: Any = _read_piece  # Ray's stubs want a function of one argument
+        dataset = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map_batches(
+            read_piece, batch_size=1, fn_kwargs=references, num_cpus=READER_CPUS
+        )
+        options = dataset.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = ray.data.ExecutionResources.for_limits(
+            cpu=self.num_tasks * READER_CPUS, object_store_memory=self.num_bytes
+        )
+        dataset.context.enable_progress_bars = False
+        dataset.context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of each execution's begin and end
+        blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+        for block in blocks:
+            yield block["image"]
+
+
+def _read_piece(
+    batch: dict[str, np.ndarray], full_set_ref: Sequence[ray.ObjectRef], pieces_ref: Sequence[ray.ObjectRef]
+) -> Iterator[dict[str, Any]]:
+    """Images of the piece whose number is the batch."""
+    (number,) = batch["id"]
+    for images in read_here(ray.get(full_set_ref[0]).train, [ray.get(pieces_ref[0])[number]]):
+        yield {"image": images}

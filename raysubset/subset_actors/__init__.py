@@ -1,0 +1,30 @@
+"""Stage 1 on the cluster: actors that each minimize on a subset, and the pool that keeps them in work.
+
+    with ActorPool(config, full_set_ref, run, num_gpus=1, on_event=print) as pool:
+        minima = find_minima(pool, pieces, start, run, on_event=print)
+
+An actor takes one piece of work after another; the driver owns order, retries and their limit. What an actor leaves
+behind is a pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
+"""
+
+from raysubset.subset_actors.actor import Piece, Report, SubsetActor, one_line
+from raysubset.subset_actors.cards import memory_warning
+from raysubset.subset_actors.minima import find_minima, read_minimum
+from raysubset.subset_actors.packing import packing_decision, packing_note
+from raysubset.subset_actors.packs import Pack
+from raysubset.subset_actors.pool import ActorPool, SubsetFailed
+
+__all__ = [
+    "find_minima",
+    "read_minimum",
+    "memory_warning",
+    "one_line",
+    "ActorPool",
+    "Pack",
+    "Piece",
+    "Report",
+    "SubsetActor",
+    "SubsetFailed",
+    "packing_decision",
+    "packing_note",
+]

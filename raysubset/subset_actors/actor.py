@@ -1,0 +1,433 @@
+"""SubsetActor: one process on one device that does one piece of work after another."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from raysubset.config import Config, TrainingStage, derive_seed
+from raysubset.data import Examples, FullSet, StreamedExamples
+from raysubset.ledger import Ledger, Outcome, Stage, Work
+from raysubset.models import build_model
+from raysubset.run_directory import (
+    RunDirectory,
+    checkpoint_path,
+    minimum_folder,
+    minimum_path,
+    optimizer_path,
+    outputs_path,
+    statistics_path,
+    subsample_folder,
+    weights_path,
+)
+from raysubset.training import (
+    Cost,
+    DivergedError,
+    MinimizeResult,
+    Progress,
+    Weights,
+    card_bytes,
+    diagonal_fisher,
+    evaluate,
+    gram_matrices,
+    metrics_of_outputs,
+    minimize,
+    minimize_packed,
+    num_steps_per_epoch,
+    place,
+    predict,
+    try_packing,
+    use_device,
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One minimization: on a subset, or on the full set by a single actor (a trunk, a conventional run)."""
+
+    stage: TrainingStage
+    subset_id: int | None = None
+    round: int = 0
+    indices: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # int64, of the training split; None: all
+    epochs: float | None = None  # instead of the recipe's
+    schedule_span: tuple[float, float] = (0.0, 1.0)
+    start_id: str = "initial"
+    optimizer_path: str | None = None  # the optimizer state to go on with
+    node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
+    statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
+    measures_training: bool = True  # whether its loss on its own examples, for the report, is worth a forward pass
+    is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
+
+    @property
+    def ledger_stage(self) -> Stage:
+        return "subsamples" if self.is_subsample else self.stage
+
+    @property
+    def folder(self) -> str:
+        """Where it leaves its minimum."""
+        if self.is_subsample:
+            assert self.subset_id is not None
+            return subsample_folder(self.round, self.subset_id)
+        return self.stage if self.subset_id is None else minimum_folder(self.round, self.subset_id)
+
+    @property
+    def label(self) -> str:
+        part = "a part of " if self.is_subsample else ""
+        return self.stage if self.subset_id is None else f"{part}subset {self.subset_id}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an actor says of its work while it does it."""
+
+    epoch: float
+    num_epochs: float
+    loss: float  # of the last whole epoch
+    examples_per_s: float
+    cost: Cost
+
+
+@dataclass
+class _Job:
+    """A piece in hand, with what it needs on the device."""
+
+    piece: Piece
+    work: Work
+    model: torch.nn.Module
+    examples: Examples | StreamedExamples
+    state: dict[str, Any] | None  # of its newest checkpoint
+    optimizer_state: dict[str, Any] | None
+    every_steps: int  # between checkpoints
+    last_step: int  # of the last checkpoint
+    last_at: float
+    is_closed: bool = False  # whether its ledger entry says how it ended
+
+
+class SubsetActor:
+    """Minimizes on a subset at a time, or on a pack of them, on the device Ray gave it; writes to the run directory.
+
+    If its process or node dies, the pool notices at its pending call and gives the work to another actor, which goes
+    on from the last checkpoints. A second thread answers report() and request_stop() meanwhile.
+    """
+
+    def __init__(
+        self, config: Config, full_set_ref: Sequence[ray.ObjectRef], run: RunDirectory, num_gpus: float
+    ) -> None:
+        self._config, self._run, self._num_gpus = config, run, num_gpus
+        self._full_set_ref = full_set_ref
+        self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
+        self._is_busy = False
+        self._started = time.perf_counter()
+        self._stop = threading.Event()
+        self._preempted = False
+        signal.signal(signal.SIGTERM, self._heed_signal)
+
+    def where(self) -> dict[str, Any]:
+        """The node and process, once the actor is up, and the memory in bytes of the card it was given, if any."""
+        context = ray.get_runtime_context()
+        return {
+            "node": context.get_node_id(),
+            "ip": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            "card_bytes": card_bytes(num_gpus=self._num_gpus),
+        }
+
+    def report(self) -> dict[int, Report]:
+        """How far the pieces in hand are, by their place in the pack; those before their first step are left out."""
+        return {number: _report(progress) for number, progress in self._progress.items() if progress.step}
+
+    def request_stop(self, *, preempted: bool = False) -> None:
+        """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""
+        self._preempted |= preempted
+        self._stop.set()
+
+    def _heed_signal(self, number: int, frame: object) -> None:
+        """SIGTERM: the machine will go. At work, stop as asked; else end, as a process without a handler does."""
+        if self._is_busy:
+            self.request_stop(preempted=True)
+        else:
+            sys.exit(128 + number)
+
+    def minimize(
+        self,
+        pieces: Sequence[Piece],
+        start_ref: Sequence[ray.ObjectRef] | None,
+        *,
+        attempts: Sequence[int],
+        waited_s: float,
+    ) -> list[dict[str, Any] | DivergedError | None]:
+        """Do pieces of work at once, each from its newest checkpoint, and leave their minima in the run directory.
+
+        Args:
+            pieces: what to do; several are packed (training.minimize_packed), and of one stage and round.
+            start_ref: the start weights; None: the model's seeded initialisation.
+            attempts: name these attempts' files.
+            waited_s: how long the pieces waited for an actor, for the ledger.
+
+        Returns:
+            Of each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; of one
+            among several whose loss was never finite, the error.
+        """
+        device = self._begin()
+        works = [
+            self._work(p.ledger_stage, p.round, p.subset_id, n, device) for p, n in zip(pieces, attempts, strict=True)
+        ]
+        works = [replace(work, waited_s=waited_s) for work in works]
+        for work in works:
+            Ledger(self._run).write(work)
+        jobs: list[_Job] = []
+        try:
+            jobs += [self._prepare(p, start_ref, work, device) for p, work in zip(pieces, works, strict=True)]
+            results = self._minimize(jobs)
+            costs = [
+                self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
+                for number, result in enumerate(results)
+            ]
+            apart_s = time.perf_counter() - self._started - sum(cost.device_s for cost in costs)
+            shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
+            return [
+                self._leave(job, result, start_ref, cost, shared)
+                for job, result, cost in zip(jobs, results, costs, strict=True)
+            ]
+        except Exception as error:
+            closed = {job.work.path for job in jobs if job.is_closed}
+            for number, work in enumerate(works):
+                if work.path not in closed:
+                    self._close(work, "failed", self._cost_so_far(number), error=one_line(error))
+            raise
+        finally:
+            self._end(device)
+
+    def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
+        """Time some steps of these pieces, packed and one by one; nothing is left but the ledger's entry.
+
+        Returns:
+            One record: of the trial, or {"refused": why the network cannot be packed}, with the device's name.
+        """
+        device = self._begin()
+        work = self._work("measuring", 0, None, attempt, device)
+        Ledger(self._run).write(work)
+        cost = Cost()
+        try:
+            jobs = [self._prepare(piece, None, work, device) for piece in pieces]
+            recipe = self._config.stage(pieces[0].stage)
+            try:
+                trial = try_packing([job.model for job in jobs], [_held(job.examples) for job in jobs], recipe)
+                cost, record = trial.cost, trial.to_dict()
+            except ValueError as error:
+                record = {"refused": str(error)}
+        except Exception as error:
+            self._close(work, "failed", cost, error=one_line(error))
+            raise
+        finally:
+            self._end(device)
+        self._close(work, "done", replace(cost, device_s=time.perf_counter() - self._started))
+        return [record | {"device": work.device}]
+
+    def _begin(self) -> torch.device:
+        self._progress, self._started, self._is_busy = {}, time.perf_counter(), True
+        return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
+
+    def _end(self, device: torch.device) -> None:
+        self._progress, self._is_busy = {}, False
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cost_so_far(self, number: int) -> Cost:
+        return self._progress[number].cost if number in self._progress else Cost()
+
+    def _work(self, stage: Stage, round: int, subset_id: int | None, attempt: int, device: torch.device) -> Work:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        node = ray.util.get_node_ip_address()
+        return Work(stage, round, subset_id, attempt, node, name, started_at=time.time())
+
+    def _close(self, work: Work, outcome: Outcome, cost: Cost, *, num_bytes: int = 0, error: str | None = None) -> None:
+        ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=num_bytes)
+        Ledger(self._run).write(replace(ended, error=error))
+
+    def _prepare(
+        self, piece: Piece, start_ref: Sequence[ray.ObjectRef] | None, work: Work, device: torch.device
+    ) -> _Job:
+        """The piece's model and examples on the device, and what its newest checkpoint holds."""
+        config, run, folder = self._config, self._run, piece.folder
+        full_set: FullSet = ray.get(self._full_set_ref[0])
+        shape, num_classes = full_set.train.image_shape, full_set.num_classes
+        seed_path = ("start",) if piece.start_id == "initial" else ("start", piece.start_id)
+        model = build_model(
+            config.model, num_classes=num_classes, image_shape=shape, seed=derive_seed(config.seed, *seed_path)
+        )
+        if start_ref is not None:
+            start: Weights = ray.get(start_ref[0])
+            model.load_state_dict(start)
+        model = place(model, device, channels_last=config.minimize.channels_last)
+        examples = full_set.examples("train", piece.indices, device=device, augment=True)
+        newest = run.newest_checkpoint(folder)
+        optimizer_state = run.read_checkpoint(piece.optimizer_path)["optimizer"] if piece.optimizer_path else None
+        recipe = config.stage(piece.stage, epochs=piece.epochs)
+        every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
+        last_step = newest[1]["position"][1] if newest else 0
+        state = newest[1] if newest else None
+        return _Job(piece, work, model, examples, state, optimizer_state, every_steps, last_step, time.perf_counter())
+
+    def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
+        """All jobs to their ends, or until they are stopped."""
+        config, first = self._config, jobs[0].piece
+        recipe = config.stage(first.stage, epochs=first.epochs)
+        seeds = [
+            derive_seed(config.seed, "minimize", job.piece.ledger_stage, job.piece.round, job.piece.subset_id or 0)
+            for job in jobs
+        ]
+
+        def on_step(progress: Mapping[int, Progress]) -> bool:
+            self._progress = {**self._progress, **progress}
+            stop = self._stop.is_set()
+            for number, own in progress.items():
+                self._save_if_due(jobs[number], own, now=stop)
+            return stop
+
+        if len(jobs) > 1:
+            return minimize_packed(
+                [job.model for job in jobs],
+                [_held(job.examples) for job in jobs],
+                recipe,
+                seeds=seeds,
+                states=[job.state for job in jobs],
+                optimizer_states=[job.optimizer_state for job in jobs],
+                schedule_span=first.schedule_span,
+                on_step=on_step,
+            )
+        (job,) = jobs
+        result = minimize(
+            job.model,
+            job.examples,
+            recipe,
+            seed=seeds[0],
+            state=job.state,
+            optimizer_state=job.optimizer_state,
+            schedule_span=first.schedule_span,
+            on_step=lambda progress: on_step({0: progress}),
+        )
+        return [result]
+
+    def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
+        """Write a checkpoint, and with it a heartbeat: what is lost if we die is counted."""
+        waited_s = time.perf_counter() - job.last_at
+        due = progress.step - job.last_step >= job.every_steps or waited_s >= self._config.actors.checkpoint_s
+        if now or (due and progress.step < progress.num_steps):
+            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), progress.capture())
+            Ledger(self._run).write(replace(job.work, cost=progress.cost))
+            job.last_step, job.last_at = progress.step, time.perf_counter()
+
+    def _leave(
+        self,
+        job: _Job,
+        result: MinimizeResult | DivergedError,
+        start_ref: Sequence[ray.ObjectRef] | None,
+        cost: Cost,
+        shared: Cost,
+    ) -> dict[str, Any] | DivergedError | None:
+        """Leave a job's minimum, if it has come to one, and close its ledger entry: `shared` is of finished work."""
+        piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
+        if isinstance(result, DivergedError):
+            self._close(job.work, "failed", cost, error=one_line(result))
+            job.is_closed = True
+            return result
+        if result.outcome == "stopped":
+            self._close(job.work, "preempted" if self._preempted else "interrupted", cost)
+            job.is_closed = True
+            return None
+        full_set = ray.get(self._full_set_ref[0])
+        record, measured = self._leave_minimum(job.model, full_set, piece, job.examples, result.outcome)
+        cost += shared + measured + Cost(device_s=time.perf_counter() - began)
+        rounds = self._config.rounds
+        has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
+        if has_next and rounds.optimizer_state != "reset":
+            run.write_checkpoint(optimizer_path(folder), {"optimizer": result.optimizer})
+        start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
+        record |= {
+            "cost": cost.to_dict(),
+            "history": [epoch.to_dict() for epoch in result.history],
+            "num_bytes_sent": start_bytes * (2 if start_ref is not None else 1),  # the start in, the minimum out
+            "round": piece.round,
+            "attempt": job.work.attempt,
+        }
+        run.write_json(minimum_path(folder), record)
+        for path in run.list(folder):
+            if "/checkpoint-" in path:
+                run.delete(path)
+        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])
+        job.is_closed = True
+        return record
+
+    def _leave_minimum(
+        self,
+        model: torch.nn.Module,
+        full_set: FullSet,
+        piece: Piece,
+        examples: Examples | StreamedExamples,
+        outcome: str,
+    ) -> tuple[dict[str, Any], Cost]:
+        """Measure the minimum and write its weights and outputs; the record that names them is the caller's."""
+        recipe, run, folder = self._config.minimize, self._run, piece.folder
+        own = replace(examples, augmentation="none")  # the same tensors, or files: no second copy of the subset
+        validation = full_set.examples("validation", device=examples.device)
+        outputs = predict(model, validation, recipe)
+        run.write_weights(weights_path(folder), {k: v.cpu() for k, v in model.state_dict().items()})
+        run.write_weights(outputs_path(folder), {"outputs": outputs})
+        record = {
+            "subset_id": piece.subset_id,
+            "num_examples": len(own),
+            "start_id": piece.start_id,
+            "outcome": outcome,
+            "training": evaluate(model, own, recipe).to_dict() if piece.measures_training else None,
+            "validation": metrics_of_outputs(outputs, validation.labels.cpu(), recipe).to_dict(),
+            "statistics": list(piece.statistics),
+        }
+        measured = Cost(num_forward=len(own) * piece.measures_training + len(validation))
+        return record, measured + self._leave_statistics(model, piece, own)
+
+    def _leave_statistics(self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples) -> Cost:
+        """Write what the aggregation will want to know of the minimum, taken on its own subset."""
+        config, aggregation, cost = self._config, self._config.aggregation, Cost()
+        for kind in piece.statistics:
+            options: dict[str, Any] = {
+                "num_examples": aggregation.statistics_examples,
+                "seed": derive_seed(config.seed, kind, piece.round, piece.subset_id or 0),
+            }
+            if kind == "fisher":
+                taken, worked = diagonal_fisher(
+                    model, _held(own), config.minimize, labels=aggregation.fisher_labels, **options
+                )
+            else:
+                taken, worked = gram_matrices(model, _held(own), config.minimize, **options)
+            self._run.write_weights(statistics_path(piece.folder, kind), taken)
+            cost += worked
+        return cost
+
+
+def _held(examples: Examples | StreamedExamples) -> Examples:
+    """A subset's examples, which are in memory: only full-set stages stream."""
+    assert isinstance(examples, Examples)
+    return examples
+
+
+def _report(progress: Progress) -> Report:
+    per_s = progress.cost.num_forward / max(progress.cost.device_s, 1e-9)
+    num_epochs = progress.num_steps / progress.num_steps_per_epoch
+    return Report(progress.epoch, num_epochs, progress.loss, per_s, progress.cost)
+
+
+def one_line(error: BaseException) -> str:
+    """One line: the kind of error and what it says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

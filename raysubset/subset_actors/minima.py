@@ -1,0 +1,78 @@
+"""find_minima(): the minima of many pieces of work, those that are there and those still to be made."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from raysubset.aggregation import Minimum
+from raysubset.cluster import Event, OnEvent
+from raysubset.run_directory import (
+    RunDirectory,
+    minimum_path,
+    outputs_path,
+    statistics_path,
+    subsample_folder,
+    weights_path,
+)
+from raysubset.subset_actors.actor import Piece
+from raysubset.subset_actors.packs import Pack, in_packs
+from raysubset.subset_actors.pool import ActorPool
+from raysubset.training import Weights
+
+
+def find_minima(
+    pool: ActorPool,
+    pieces: Sequence[Piece],
+    start: Weights | None,
+    run: RunDirectory,
+    *,
+    on_event: OnEvent,
+    release: bool = True,
+    quorum: int | None = None,
+    per_actor: int = 1,
+) -> list[Minimum]:
+    """The minima of all pieces, in order of subset id: those the run directory holds, and the others as they are done.
+
+    Args, raises and what happens when processes die: as ActorPool.run(). With a quorum, fewer than asked may come back.
+    Up to `per_actor` pieces are done at once by an actor.
+    """
+    found: dict[str, Minimum] = {}
+    for piece in pieces:
+        if (record := run.read_json_or_none(minimum_path(piece.folder))) is not None:
+            found[piece.folder] = read_minimum(run, piece, record)
+    missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
+    todo = [Pack(rest) for rest in missing if rest]
+    if found and todo:
+        on_event(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
+    min_done = None if quorum is None else max(0, quorum - len(found))
+    for piece, record in pool.run(todo, start, release=release, min_done=min_done):
+        minimum = found[piece.folder] = read_minimum(run, piece, record)
+        loss = f"loss {minimum.training.loss:.4f}, " if minimum.training else ""
+        text = (
+            f"{piece.label}: {loss}validation {minimum.validation.loss:.4f} and "
+            f"{minimum.validation.accuracy:.2%}, {minimum.outcome}, {minimum.cost.device_s:.1f} s"
+        )
+        on_event(
+            Event("minimum", f"{text} ({len(found)} of {len(pieces)})", {"stage": piece.ledger_stage, "record": record})
+        )
+    return [found[piece.folder] for piece in pieces if piece.folder in found]
+
+
+def read_minimum(run: RunDirectory, piece: Piece, record: dict[str, Any]) -> Minimum:
+    """The minimum of a piece that is done, as its record says; weights and all else large are read when asked for."""
+    return Minimum.from_dict(
+        record,
+        load_weights=partial(run.read_weights, weights_path(piece.folder)),
+        load_outputs=lambda: run.read_weights(outputs_path(piece.folder))["outputs"],
+        load_statistics=partial(_statistics, run, piece, record["statistics"]),
+    )
+
+
+def _statistics(run: RunDirectory, piece: Piece, kinds: Sequence[str], kind: str) -> Weights:
+    if kind == "subsample" and piece.subset_id is not None:
+        folder = subsample_folder(piece.round, piece.subset_id)
+        if run.exists(minimum_path(folder)):
+            return run.read_weights(weights_path(folder))
+    elif kind in kinds:
+        return run.read_weights(statistics_path(piece.folder, kind))
+    raise ValueError(f"the minimum of {piece.label} has no {kind} statistics: it was made for another method")

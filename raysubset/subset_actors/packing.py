@@ -1,0 +1,52 @@
+"""Whether subsets.per_actor is taken: decided once, by a trial on the first actor's device, and told."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from raysubset.config import Config
+from raysubset.data import FullSet
+from raysubset.models import build_model
+from raysubset.subset_actors.actor import Piece
+from raysubset.subset_actors.packs import in_packs
+from raysubset.subset_actors.pool import ActorPool
+from raysubset.training import PAYS, why_not_packed
+
+
+def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The record of a decision, for the run directory: a run that goes on elsewhere keeps to it.
+
+    Written there by hand before a run's first round, {"packing": {"per_actor": K, "taken": true}} in decisions.json
+    forces packing, and false forbids it.
+
+    Returns:
+        per_actor, taken, reason (of a refusal), ratio (a packed step's time as a share of as many single steps'),
+        single_s and packed_s (seconds a step), num_members and device (of the trial).
+
+    Raises:
+        SubsetFailed, TimeoutError: as ActorPool.try_packing().
+    """
+    asked, recipe = config.subsets.per_actor, config.stage("subsets")
+    shape, num_classes = full_set.image_shape, full_set.num_classes
+    model = build_model(config.model, num_classes=num_classes, image_shape=shape, seed=0)
+    first = in_packs(pieces, asked)[0].pieces
+    reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
+    if reason is not None:
+        return {"per_actor": asked, "taken": False, "reason": reason}
+    trial = pool.try_packing(first)
+    if (refused := trial.pop("refused", None)) is not None:
+        return {"per_actor": asked, "taken": False, "reason": refused, **trial}
+    kept = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}
+    return {"per_actor": asked, "taken": trial["ratio"] < PAYS, **kept}
+
+
+def packing_note(decision: dict[str, Any]) -> str:
+    """What was decided and why, in a line."""
+    done = f"{decision['per_actor']} subsets at once on an actor" if decision["taken"] else "subsets one by one"
+    if "reason" in decision:
+        return f"packing: {done}, since {decision['reason']}"
+    if "ratio" not in decision:
+        return f"packing: {done}, as decisions.json says"
+    return (
+        f"packing: {done}; a step of {decision['num_members']} takes {decision['ratio']:.2f} of the time of as many "
+        f"single steps on {decision['device']}, and below {PAYS:g} it is taken"
+    )

@@ -1,0 +1,407 @@
+"""ActorPool: keeps actors in work, however the cluster grows or shrinks, and gives lost work to others."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayTaskError
+
+from raysubset.cluster import (
+    OUTSIDE_GROUPS,
+    SYSTEM_ERRORS,
+    WAIT_NOTICE_S,
+    Event,
+    OnEvent,
+    autoscaler_activity,
+    describe,
+    draining_nodes,
+    free_resources,
+    preferably_on,
+    put_once,
+    refuse_unplaceable,
+)
+from raysubset.config import Config
+from raysubset.ledger import Ledger, Work
+from raysubset.run_directory import RunDirectory
+from raysubset.subset_actors.actor import Piece, Report, SubsetActor, one_line
+from raysubset.subset_actors.cards import memory_warning
+from raysubset.subset_actors.packs import Backlog, Pack
+from raysubset.training import Cost, Weights
+
+WAIT_S = 0.25  # at most, between two looks at everything
+POLL_S = 1.0  # between two questions to each actor about its progress
+FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before a lost piece is tried again: doubled with each attempt
+STOP_GRACE_S = 5.0  # for actors to write a checkpoint when the run is stopped
+
+
+Result = dict[str, Any] | Exception | None  # a record; why it failed for good; None: it is to be done again
+
+
+class SubsetFailed(RuntimeError):
+    """A piece of work has failed for good; the message names it, its node and the cause."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One actor, as the pool sees it."""
+
+    actor: Any
+    where_ref: ray.ObjectRef
+    place: int | None  # which of the preferred nodes it was asked for on
+    where: Mapping[str, Any] | None = None  # None: not placed yet
+    speed: float | None = None  # of its node, where it is known and matters
+    pack: Pack | None = None
+    attempts: Sequence[int] = ()  # of its pieces
+    result_ref: ray.ObjectRef | None = None
+    report_ref: ray.ObjectRef | None = None
+    asked_at: float = 0.0  # for the last report
+    reports: Mapping[int, Report] = field(default_factory=dict)  # the last, by place in the pack
+    is_leaving: bool = False  # it was asked to write a checkpoint and stop
+    submitted_at: float = 0.0
+
+    @property
+    def ip(self) -> str:
+        return self.where["ip"] if self.where else "?"
+
+
+class ActorPool:
+    """Actors that take pieces of work as they come free.
+
+    One actor is asked for a piece, up to actors.max_num; Ray places as many as fit now and the rest as room appears, so
+    pieces start on the first free slot however the cluster grows or shrinks. When a process or node dies the piece is
+    given to another actor, up to actors.max_attempts times. From nodes that are being drained, pieces move with a
+    checkpoint, which counts as no attempt. Pieces may come in packs, which an actor does at once: they are lost and
+    tried again together, while each ends on its own. Left with an exception, the pool lets its actors write a
+    checkpoint first. If the driver dies its actors end with it, and the next driver goes on from their checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        full_set_ref: Sequence[ray.ObjectRef],
+        run: RunDirectory,
+        *,
+        num_gpus: float,
+        on_event: OnEvent,
+        speed_of_node: Callable[[str], float | None] | None = None,
+        preferred_nodes: Sequence[str] = (),
+        actor_bytes: int | None = None,
+    ) -> None:
+        """An actor takes first what was sized for a node as fast as its own, but never waits for it.
+
+        Args:
+            speed_of_node: by node id; None: pieces are given out in their order.
+            preferred_nodes: ids of nodes, each as often as it is to have an actor while there is room.
+            actor_bytes: what an actor's tensors are estimated to take on its card; None: it is not looked at.
+
+        Raises:
+            ValueError: if no node has, or could be started with, room for one actor.
+        """
+        self._config, self._full_set_ref, self._run = config, full_set_ref, run
+        self._num_gpus, self._on_event = num_gpus, on_event
+        self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
+        self._nodes_told_of: set[str] = set()
+        self.request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+        refuse_unplaceable(self.request, "subset actors")
+        # retries are the pool's: Ray's own would be spent in the seconds before it notices that a node has died
+        self._actor_class: Any = ray.remote(SubsetActor)
+        self._options = {
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": 2,
+            "num_cpus": config.actors.num_cpus,
+            "num_gpus": num_gpus,
+        }
+        self._ledger = Ledger(run)
+        self._slots: list[_Slot] = []
+        self._num_failed_starts = 0  # since an actor last came up
+        self._idle_since = self._noticed_at = time.monotonic()
+        self._looked_for_drains_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        busy = [slot for slot in self._slots if slot.result_ref is not None]
+        if kind is not None and busy:
+            for slot in busy:
+                slot.actor.request_stop.remote()
+            ray.wait([slot.result_ref for slot in busy], num_returns=len(busy), timeout=STOP_GRACE_S)
+        for slot in list(self._slots):
+            self._release(slot)
+
+    def run(
+        self,
+        packs: Sequence[Pack],
+        start: Weights | None,
+        *,
+        release: bool = True,
+        min_done: int | None = None,
+    ) -> Iterator[tuple[Piece, dict[str, Any]]]:
+        """Do the pieces, in any order, and yield each with its record as it is done.
+
+        Args:
+            packs: what to do.
+            start: the weights all of them start from; None: their seeded initialisations.
+            release: hand actors back as soon as there is no pack left for them; else they stay for the next call.
+            min_done: go on without pieces that failed for good as long as this many can still be done; default: all.
+
+        Raises:
+            SubsetFailed: if too many pieces failed for good.
+            ValueError: if a piece's own work refused its input; the message names the piece.
+            TimeoutError: if no actor could be placed in cluster.wait_timeout_s.
+        """
+        start_ref = None if start is None else put_once(start)
+        num_left = sum(len(pack.pieces) for pack in packs)
+        for pack, results in self._results(packs, start_ref, release=release):
+            done = [(piece, result) for piece, result in zip(pack.pieces, results, strict=True) if result is not None]
+            for piece, result in sorted(done, key=lambda item: isinstance(item[1], Exception)):  # failures last
+                if not isinstance(result, Exception):
+                    yield piece, result
+                    continue
+                num_left -= 1
+                if min_done is None or num_left < min_done:
+                    raise result
+                self._tell("warning", f"going on without {piece.label}: {result}")
+
+    def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Have the first actor that comes up time these pieces' steps, packed and one by one; it stays for run().
+
+        Returns:
+            The trial's record and its device, or {"refused": why packing cannot be, "device": …}.
+
+        Raises:
+            SubsetFailed, ValueError, TimeoutError: as run(). A trial whose actor dies is tried again likewise.
+        """
+        ((_, (result,)),) = self._results([Pack(tuple(pieces), is_trial=True)], None, release=False)
+        if isinstance(result, Exception):
+            raise result
+        assert result is not None
+        return result
+
+    def _results(
+        self, packs: Sequence[Pack], start_ref: Sequence[ray.ObjectRef] | None, *, release: bool
+    ) -> Iterator[tuple[Pack, list[Result]]]:
+        """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
+        backlog = Backlog(packs)
+        self._idle_since = self._noticed_at = time.monotonic()
+        while backlog or any(slot.pack for slot in self._slots):
+            self._ask_for_actors(len(backlog), release=release)
+            self._assign(backlog, start_ref)
+            self._wait()
+            for slot in list(self._slots):
+                pack = slot.pack
+                if slot.where is None:
+                    self._welcome(slot)
+                elif pack is not None and ray.wait([slot.result_ref], timeout=0)[0]:
+                    yield pack, self._collect(slot, backlog)
+            self._hear_reports()
+            self._leave_draining_nodes()
+            self._tell_of_waiting(len(backlog))
+        self._ask_for_actors(0, release=release)  # what comes next may want the last one's GPU
+
+    def _tell(self, kind: str, text: str, **data: Any) -> None:
+        self._on_event(Event(kind, text, data))
+
+    def _ask_for_actors(self, num_queued: int, *, release: bool) -> None:
+        """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first."""
+        wanted = sum(1 for slot in self._slots if slot.pack) + num_queued
+        wanted = min(wanted, self._config.actors.max_num or wanted)
+        while len(self._slots) < wanted:
+            taken = {slot.place for slot in self._slots}
+            place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
+            strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
+            actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
+            actor = actor_class.remote(self._config, self._full_set_ref, self._run, self._num_gpus)
+            self._slots.append(_Slot(actor, actor.where.remote(), place))
+        if release and len(self._slots) > wanted:
+            idle = sorted((s for s in self._slots if not s.pack), key=lambda slot: slot.where is not None)
+            for slot in idle[: len(self._slots) - wanted]:
+                self._release(slot)
+
+    def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
+        for slot in self._slots:
+            if slot.where is None or slot.pack is not None or (due := backlog.take(slot.speed)) is None:
+                continue
+            pack, waited_s = due
+            slot.pack, slot.reports = pack, {}
+            slot.submitted_at, slot.asked_at = time.time(), time.monotonic()
+            slot.attempts = [self._ledger.next_attempt(*key) for key in pack.keys]
+            if pack.is_trial:
+                slot.result_ref = slot.actor.try_packing.remote(pack.pieces, attempt=slot.attempts[0])
+                continue
+            call = slot.actor.minimize.remote
+            slot.result_ref = call(pack.pieces, start_ref, attempts=slot.attempts, waited_s=waited_s)
+            for place, piece in enumerate(pack.pieces):
+                self._tell("start", f"{piece.label} starts on {slot.ip}", **self._data(slot, place))
+
+    def _wait(self) -> None:
+        """Until an actor is up or a piece is done, or for a moment."""
+        refs = [slot.result_ref or slot.where_ref for slot in self._slots if slot.result_ref or not slot.where]
+        if refs:
+            ray.wait(refs, num_returns=1, timeout=WAIT_S)
+        else:
+            time.sleep(WAIT_S / 5)  # all that is left waits for its next attempt
+
+    def _welcome(self, slot: _Slot) -> None:
+        """Note where a new actor came up; one that could not is replaced by the next _ask_for_actors()."""
+        if not ray.wait([slot.where_ref], timeout=0)[0]:
+            return
+        try:
+            slot.where = where = ray.get(slot.where_ref)
+            self._num_failed_starts = 0
+            slot.speed = self._speed_of_node(where["node"]) if self._speed_of_node else None
+            self._warn_of_memory(where)
+        except SYSTEM_ERRORS as error:
+            self._release(slot)
+            self._num_failed_starts += 1
+            if self._num_failed_starts >= self._config.actors.max_attempts:
+                raise SubsetFailed(f"actors do not come up: {one_line(error)}") from error
+
+    def _warn_of_memory(self, where: Mapping[str, Any]) -> None:
+        """Say once a node if the actors that may share one of its cards are not likely to fit."""
+        if self._actor_bytes is None or where["card_bytes"] is None or where["node"] in self._nodes_told_of:
+            return
+        warning = memory_warning(
+            self._actor_bytes, where["card_bytes"], num_gpus=self._num_gpus, most_actors=len(self._slots)
+        )
+        if warning:
+            self._nodes_told_of.add(where["node"])
+            self._tell("warning", f"node {where['ip']}: {warning}")
+
+    def _collect(self, slot: _Slot, backlog: Backlog) -> list[Result]:
+        """What a finished call gave each piece; pieces to be done again are put back."""
+        pack, result_ref = slot.pack, slot.result_ref
+        assert pack is not None
+        assert result_ref is not None
+        try:
+            results: list[Result] = ray.get(result_ref)
+        except SYSTEM_ERRORS as error:
+            self._write_lost(slot, error)
+            self._release(slot)
+            num_lost, most = backlog.count_lost(pack), self._config.actors.max_attempts
+            if num_lost >= most:
+                text = f"{pack.label} was lost {num_lost} times, last on node {slot.ip}: {one_line(error)}"
+                return [_caused(SubsetFailed(text), error)] * len(pack.keys)
+            wait_s = min(FIRST_BACKOFF_S * 2 ** (num_lost - 1), MOST_BACKOFF_S)
+            backlog.put_back(pack, in_s=wait_s)
+            text = f"{pack.label} was lost on node {slot.ip} ({one_line(error)}); attempt {num_lost + 1} of {most}"
+            self._tell("retry", f"{text} starts from its last checkpoint in {wait_s:g} s", **self._data(slot))
+            return [None] * len(pack.keys)
+        except RayTaskError as error:  # its own work failed: another attempt would too
+            self._release(slot)
+            kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
+            text = f"{pack.label} on node {slot.ip}: {one_line(error.cause)}"
+            return [_caused(kind(text), error)] * len(pack.keys)
+        results = [
+            ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")
+            if isinstance(result, Exception)
+            else result
+            for piece, result in zip(pack.pieces, results, strict=False)  # a trial has one result
+        ]
+        again = tuple(piece for piece, result in zip(pack.pieces, results, strict=False) if result is None)
+        if again:  # it was asked to stop, by us or by a signal: no failure, but not to be asked again
+            stopped = Pack(again)
+            self._tell("retry", f"{stopped.label} left node {slot.ip} with a checkpoint written", **self._data(slot))
+            self._release(slot)
+            backlog.put_back(stopped)
+        slot.pack = slot.result_ref = slot.report_ref = None
+        return results
+
+    def _leave_draining_nodes(self) -> None:
+        """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""
+        now = time.monotonic()
+        if now - self._looked_for_drains_at < POLL_S or not self._slots:
+            return
+        self._looked_for_drains_at = now
+        draining = draining_nodes()
+        for slot in [slot for slot in self._slots if slot.where and slot.where["node"] in draining]:
+            if slot.pack is None:
+                self._release(slot)
+            elif not slot.is_leaving:
+                slot.is_leaving = True
+                slot.actor.request_stop.remote(preempted=True)
+                self._tell("retry", f"node {slot.ip} will go: {slot.pack.label} is to leave it", **self._data(slot))
+
+    def _write_lost(self, slot: _Slot, error: Exception) -> None:
+        """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do."""
+        assert slot.pack is not None
+        for place, (key, attempt) in enumerate(zip(slot.pack.keys, slot.attempts, strict=True)):
+            begun = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
+            entry = self._ledger.latest(begun)  # as it began, if it died before it could say so
+            if entry.outcome == "done":
+                continue
+            told = slot.reports[place].cost if place in slot.reports else Cost()
+            cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
+            self._ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
+
+    def _release(self, slot: _Slot) -> None:
+        ray.kill(slot.actor)
+        self._slots.remove(slot)
+
+    def _hear_reports(self) -> None:
+        """Ask each busy actor how far it is every POLL_S, and tell what has been answered meanwhile."""
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.pack is None:
+                continue
+            if slot.report_ref is None:
+                if now - slot.asked_at >= POLL_S:
+                    slot.report_ref, slot.asked_at = slot.actor.report.remote(), now
+            elif ray.wait([slot.report_ref], timeout=0)[0]:
+                report_ref, slot.report_ref = slot.report_ref, None
+                try:
+                    slot.reports = ray.get(report_ref)
+                except SYSTEM_ERRORS:
+                    continue  # the call for its work will tell
+                for place, report in slot.reports.items():
+                    epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
+                    text = f"{slot.pack.pieces[place].label}: {epochs}, loss {report.loss:.4f}"
+                    self._tell(
+                        "progress", f"{text}, {report.examples_per_s:,.0f} examples/s", **self._data(slot, place)
+                    )
+
+    def _data(self, slot: _Slot, place: int = 0) -> dict[str, Any]:
+        """What a listener may want to know of a slot, and of one of its pieces."""
+        report = slot.reports.get(place)
+        assert slot.pack is not None
+        stage, round, subset_id = slot.pack.keys[place]
+        return {
+            "stage": stage,
+            "round": round,
+            "subset": subset_id,
+            "attempt": slot.attempts[place],
+            "epoch": report.epoch if report else 0.0,
+            "num_epochs": report.num_epochs if report else None,
+            "loss": report.loss if report else None,
+            "examples_per_s": report.examples_per_s if report else None,
+            **(slot.where or {}),
+        }
+
+    def _tell_of_waiting(self, num_queued: int) -> None:
+        """Say every few seconds what is waited for, while actors that were asked for have no place.
+
+        Raises:
+            TimeoutError: if none has had a place for cluster.wait_timeout_s.
+        """
+        now, num_up = time.monotonic(), sum(1 for slot in self._slots if slot.where)
+        if num_up:
+            self._idle_since = now
+        if not num_queued or num_up == len(self._slots):
+            self._noticed_at = now
+        if now - self._noticed_at < WAIT_NOTICE_S:
+            return
+        self._noticed_at = now
+        waiting = f"{len(self._slots) - num_up} actors of {describe(self.request)} each wait for a place"
+        free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
+        if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
+            raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
+        text = f"{waiting}, with {num_queued} pieces of work not begun; {num_up} actors are up, {free}"
+        self._tell("waiting", text, num_queued=num_queued, num_up=num_up)
+
+
+def _caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error

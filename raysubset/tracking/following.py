@@ -1,0 +1,257 @@
+"""Who follows a run, and how: each tracker in a thread of its own, so that a slow or failing one holds up nobody."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from raysubset.cluster import Event, OnEvent
+from raysubset.config import Config, TrackingConfig, flatten
+from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
+from raysubset.subset_actors import one_line
+from raysubset.tracking.mlflow_runs import MLflowRun
+from raysubset.tracking.records import (
+    Curves,
+    Header,
+    Point,
+    Record,
+    Result,
+    comparison_points,
+    comparison_summary,
+    run_summary,
+)
+from raysubset.tracking.wandb_runs import WandbRun
+from raysubset.trained_model import RECORD_PATH, WEIGHTS_PATH
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, RECORD_PATH, WEIGHTS_PATH)  # those that are there
+PAGE_PATH = "report/report.html"  # which raysubset.report writes when the run has ended
+END_S = 60.0  # for a tracker to take what is left at the end
+STOP_S = 2.0  # the same, when the run was stopped: `ray job stop` leaves three seconds
+
+
+class Tracker(Protocol):
+    """A run of a tracker. Its methods are called in this order, by one thread, and may raise anything."""
+
+    def begin(self, header: Header, run_id: str | None) -> str: ...
+    def log(self, points: Sequence[Point]) -> None: ...
+    def end(self, result: Result) -> None: ...
+
+
+def refuse_missing(config: TrackingConfig) -> None:
+    """Stop before anything is run.
+
+    Raises:
+        ValueError: if a tracker is asked for that is not installed.
+    """
+    for name in config.names():
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # wandb leaves a folder "wandb", which is a package of its own kind
+            raise ValueError(
+                f"tracking.to={config.to} needs {name}, which is not installed: pip install {PACKAGES[name]}, or set "
+                "tracking.to=none"
+            )
+
+
+OpenTracker = Callable[[str, TrackingConfig], Tracker]
+
+
+def open_tracker(name: str, config: TrackingConfig) -> Tracker:
+    """The tracker of that name, of which nothing was asked yet."""
+    return MLflowRun(config.uri) if name == "mlflow" else WandbRun()
+
+
+class _Follower:
+    """Tells one tracker, in the order of calls and in a thread that dies with the process."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
+        self.name = name
+        self.failure: str | None = None  # it is told nothing more
+        self._make = make
+        self._jobs: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"raysubset-{name}")
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            tracker = self._make()
+            while (job := self._jobs.get()) is not None:
+                job(tracker)
+        except Exception as error:  # of whatever type: others' code and servers, which must not end a run
+            logger.debug("%s failed", self.name, exc_info=True)
+            self.failure = one_line(error)
+
+    def tell(self, job: Callable[[Tracker], None]) -> None:
+        if self.failure is None:
+            self._jobs.put(job)
+
+    def close(self, timeout_s: float) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self.failure = f"no answer within {timeout_s:g} s"
+
+
+class _Following:
+    """All trackers of one run; failures become one warning each, told by whoever tells an event next."""
+
+    def __init__(
+        self, directory: RunDirectory, header: Header, tell: OnEvent, makers: Mapping[str, Callable[[], Tracker]]
+    ) -> None:
+        self._tell, self._directory = tell, directory
+        self._warned: set[str] = set()
+        self._followers = [_Follower(name, make) for name, make in makers.items()]
+        for follower in self._followers:
+            follower.tell(partial(self._begin, follower.name, header))
+
+    def _begin(self, name: str, header: Header, tracker: Tracker) -> None:
+        path = _record_path(name)
+        run_id = (self._directory.read_json_or_none(path) or {}).get("run_id")
+        self._directory.write_json(path, {"run_id": tracker.begin(header, run_id)})
+
+    def log(self, points: Sequence[Point]) -> None:
+        if points:
+            for follower in self._followers:
+                follower.tell(lambda tracker: tracker.log(points))
+        self._warn()
+
+    def end(self, result: Result, files: Sequence[str] = FILES) -> None:
+        """Wait until all is told, but not for ever."""
+        for follower in self._followers:
+            follower.tell(partial(self._end, follower.name, result, files))
+        for follower in self._followers:
+            follower.close(STOP_S if result.outcome == "stopped" else END_S)
+        self._warn()
+
+    def _end(self, name: str, result: Result, files: Sequence[str], tracker: Tracker) -> None:
+        if result.outcome != "finished":
+            tracker.end(result)
+            return
+        with _local_files(self._directory, files) as local:
+            tracker.end(dataclasses.replace(result, files=local))
+        path = _record_path(name)
+        self._directory.write_json(path, {**self._directory.read_json(path), "finished": True})
+
+    def _warn(self) -> None:
+        for follower in self._followers:
+            if follower.failure is not None and follower.name not in self._warned:
+                self._warned.add(follower.name)
+                text = f"{follower.name} is told nothing more of {self._directory.uri}, which goes on: "
+                self._tell(Event("warning", text + follower.failure))
+
+
+def _record_path(name: str) -> str:
+    return f"{TRACKING_FOLDER}/{name}.json"
+
+
+def _is_finished(directory: RunDirectory, name: str) -> bool:
+    return (directory.read_json_or_none(_record_path(name)) or {}).get("finished", False)
+
+
+@contextlib.contextmanager
+def tracked(
+    config: Config, directory: RunDirectory, tell: OnEvent, *, make: OpenTracker = open_tracker
+) -> Iterator[OnEvent]:
+    """A listener that tells the trackers asked for, then `tell`; when the block is left, they get the report.
+
+    A run that is gone on with goes on in the same runs of its trackers, whose ids are kept in the run directory; in
+    one that is finished for a tracker, nothing changes. No tracker's failure reaches the run: it is warned of once. If
+    this process dies, trackers take the run for one that still runs, until it is gone on with.
+    """
+    names = [name for name in config.tracking.names() if not _is_finished(directory, name)]
+    if not names:
+        yield tell
+        return
+    header = _header(config, directory, {"raysubset.method": config.method})
+    following = _Following(directory, header, tell, _makers(config, names, make))
+    curves = Curves(config)
+
+    def listener(event: Event) -> None:
+        following.log(list(curves.points(event)))
+        tell(event)
+
+    try:
+        yield listener
+    except Exception:
+        following.end(Result("failed"))
+        raise
+    except BaseException:  # Ctrl-C, a signal, or whoever runs a trial ends it
+        following.end(Result("stopped"))
+        raise
+    record = directory.read_json_or_none(REPORT_PATH)  # a trunk alone has none
+    following.end(Result("finished", summary={} if record is None else run_summary(record)))
+
+
+def track_finished(config: Config, directory: RunDirectory, tell: OnEvent) -> None:
+    """Tell trackers that were not asked for before of a finished run: its numbers and files, but no curves."""
+    with tracked(config, directory, tell):
+        pass
+
+
+def track_comparison(config: Config, directory: RunDirectory, record: Record, tell: OnEvent) -> None:
+    """Tell the trackers asked for of a finished comparison: points, speed-ups, verdicts. Failures as in tracked()."""
+    names = config.tracking.names()
+    if not names:
+        return
+    header = _header(config, directory, {"raysubset.method": "comparison"})
+    following = _Following(directory, header, tell, _makers(config, names))
+    following.log(list(comparison_points(record)))
+    summary, tags = comparison_summary(record)
+    following.end(Result("finished", summary=summary, tags=tags))
+
+
+def track_page(config: Config, uri: str, tell: OnEvent) -> None:
+    """Add a run's or comparison's page to what its trackers have of it; without a page, or trackers, do nothing."""
+    directory = RunDirectory.at(uri)
+    names = [name for name in config.tracking.names() if _is_finished(directory, name)]
+    if names and directory.exists(PAGE_PATH):
+        following = _Following(directory, _header(config, directory, {}), tell, _makers(config, names))
+        following.end(Result("finished"), files=(PAGE_PATH,))
+
+
+def _makers(config: Config, names: Sequence[str], make: OpenTracker = open_tracker) -> dict[str, Callable[[], Tracker]]:
+    return {name: partial(make, name, config.tracking) for name in names}
+
+
+def _header(config: Config, directory: RunDirectory, tags: Mapping[str, str]) -> Header:
+    parameters: dict[str, Any] = flatten(directory.read_config())  # without a storage path's credentials
+    return Header(
+        name=directory.name,
+        project=config.tracking.project,
+        group=config.tracking.group,
+        parameters=parameters,
+        tags={"raysubset.uri": directory.uri, **tags},
+        folder=_local_folder(directory),
+    )
+
+
+def _local_folder(directory: RunDirectory) -> str | None:
+    """Where wandb may keep files of its own; it needs the folder to be there."""
+    if directory.local_path is None:
+        return None
+    folder = directory.local_path / TRACKING_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def _local_files(directory: RunDirectory, paths: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Those of a run's files that are there; copies, where the storage is remote."""
+    paths = [path for path in paths if directory.exists(path)]
+    if directory.local_path is not None:
+        yield tuple(str(directory.local_path / path) for path in paths)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder, Path(path).name) for path in paths]
+        for path, copy in zip(paths, copies, strict=True):
+            copy.write_bytes(directory.read_bytes(path))
+        yield tuple(map(str, copies))

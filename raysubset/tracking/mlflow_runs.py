@@ -1,0 +1,89 @@
+"""A run as MLflow has it: an experiment's run, by MLflow's client and without its global state."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from raysubset.tracking.records import Header, Point, Result
+
+MOST_PARAMETERS, LONGEST_PARAMETER = 100, 6000  # of a request, and in characters: MLflow's limits
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+class MLflowRun:
+    """One run in a store or on a server. A process that dies leaves it RUNNING, and the next one goes on with it."""
+
+    def __init__(self, uri: str | None) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        self._id = ""
+
+    def begin(self, header: Header, run_id: str | None) -> str:
+        """Go on with the run of that id if the store still has it, else make one; its id."""
+        if run_id is not None and self._reopened(run_id):
+            self._id = run_id
+            return run_id
+        tags = {"mlflow.runName": header.name, **header.tags}
+        if header.group is not None:
+            tags["raysubset.group"] = header.group
+        run = self._client.create_run(self._experiment(header.project), tags=tags)
+        self._id = run.info.run_id
+        self._write_parameters(header.parameters)
+        return self._id
+
+    def _reopened(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another store than before
+                raise
+            return False
+        if run.info.lifecycle_stage == "deleted":
+            return False
+        self._client.update_run(run_id, status="RUNNING")
+        return True
+
+    def _experiment(self, name: str) -> str:
+        """Its id; it is made where there is none, maybe by several trials at a time."""
+        from mlflow.exceptions import MlflowException
+
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except MlflowException as error:
+            found = self._client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
+            return found.experiment_id
+
+    def _write_parameters(self, parameters: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        rest: Iterator[Param] = (Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items())
+        while some := list(islice(rest, MOST_PARAMETERS)):
+            self._client.log_batch(self._id, params=some)
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Metrics series/key at their steps, in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(f"{p.series}/{key}", value, now, p.step) for p in points for key, value in p.values.items()]
+        for start in range(0, len(metrics), 1000):  # MLflow's limit
+            self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
+
+    def end(self, result: Result) -> None:
+        """The summary as metrics at step 0, tags, files as artefacts, and how it ended."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, 0) for key, value in result.summary.items()]
+        self._client.log_batch(self._id, metrics=metrics, tags=[RunTag(k, v) for k, v in result.tags.items()])
+        for path in result.files:
+            self._client.log_artifact(self._id, path)
+        self._client.set_terminated(self._id, STATUS[result.outcome])

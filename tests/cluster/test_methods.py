@@ -1,0 +1,149 @@
+"""Aggregations through run(): what actors leave for them, what it costs, and that resuming changes no bit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raysubset import Config, run
+from raysubset.aggregation import mean_optimizer_state
+from raysubset.cluster import Event
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
+from raysubset.planning import make_plan
+from raysubset.report.page import sections
+from raysubset.run_directory import (
+    RunDirectory,
+    aggregate_weights_path,
+    mean_optimizer_path,
+    minimum_folder,
+    optimizer_path,
+    statistics_path,
+    subsample_folder,
+    weights_path,
+)
+from raysubset.training import Weights
+from tests.tiny import same_bits
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+
+SMALL = {
+    "trunk.epochs": 0.0,
+    "fine_tuning.epochs": 0.0,
+    "minimize.epochs": 1.0,
+    "minimize.batch_size": 32,
+    "actors.max_num": 2,
+    "subsets.num": 2,
+    "subsets.size": 200,
+    "aggregation.statistics_examples": 40,
+}
+
+
+def config(folder: Path, name: str, **overrides: Any) -> Config:
+    fields = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Config(name=name, storage_path=str(folder)).with_overrides(SMALL | fields)
+
+
+def aggregate(directory: RunDirectory, round: int = 0) -> Weights:
+    return directory.read_weights(aggregate_weights_path(round))
+
+
+class Enough(Exception):
+    """Stands for a driver that dies."""
+
+
+def stop_at(kind: str, text: str):
+    def listen(event: Event) -> None:
+        if event.kind == kind and text in event.text:
+            raise Enough
+
+    return listen
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"), [("fisher", {"fisher"}), ("regmean", {"gram"}), ("ties", set()), ("dare", set())]
+)
+def test_actors_leave_what_the_method_needs_and_the_plan_knows_what_it_costs(
+    tmp_path: Path, method: str, kinds: set[str]
+) -> None:
+    wanted = config(tmp_path, method, aggregation__method=method)
+    report = run(wanted)
+    directory = RunDirectory.at(report.uri)
+    made = report.record["stages"]["rounds"][0]["aggregation"]
+    assert (made["method"], made["subset_ids"]) == (method, [0, 1])
+    for kind in ("fisher", "gram"):
+        assert directory.exists(statistics_path(minimum_folder(0, 1), kind)) == (kind in kinds)
+    full_set = load_full_set(wanted.data)
+    conventional = make_plan(dataclasses.replace(wanted, method="conventional"), full_set)
+    own = len(full_set.train) + len(full_set.validation) + len(full_set.test)
+    assert report.passes == pytest.approx(conventional.passes + own / 3 / len(full_set.train))
+
+
+def test_auto_scores_every_candidate_and_shows_them(tmp_path: Path) -> None:
+    report = run(config(tmp_path, "auto", aggregation__method="auto"))
+    made = report.record["stages"]["rounds"][0]["aggregation"]
+    losses = {one["method"]: one["validation"]["loss"] for one in made["candidates"]}
+    assert set(losses) == {
+        "uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare"
+    }  # fmt: skip
+    assert made["validation"]["loss"] == min(losses.values()) == losses[made["method"]]
+    (table,) = [section for section in sections(report.record) if section.title == "Candidates"]
+    assert [row[0].removesuffix(", taken") for row in table.rows] == list(losses)
+    (work,) = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.stage == "aggregation"]
+    assert work.cost.num_forward > sum(one["cost"]["num_forward"] for one in made["candidates"]) > 0
+
+
+def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Path) -> None:
+    savgm = {"aggregation__method": "savgm", "minimize__epochs": 2.0}
+    whole = run(config(tmp_path, "unbroken", **savgm))
+    directory = RunDirectory.at(whole.uri)
+    works = Ledger(directory).read()
+    assert [(w.stage, w.subset) for w in works if w.subset is not None and w.stage == "subsamples"] == [
+        ("subsamples", 0),
+        ("subsamples", 1),
+    ]
+    record = whole.record["stages"]["rounds"][0]
+    assert [part["num_examples"] for part in record["subsamples"]] == [50, 50]
+    assert whole.record["planned_passes"] == pytest.approx(2 * 2 * 250 / whole.record["data"]["num_train"])
+    by_hand = torch.zeros(())
+    for subset in range(2):
+        own = directory.read_weights(weights_path(minimum_folder(0, subset)))["head.weight"]
+        part = directory.read_weights(weights_path(subsample_folder(0, subset)))["head.weight"]
+        by_hand = by_hand + (own - 0.25 * part) / 0.75 / 2
+    torch.testing.assert_close(aggregate(directory)["head.weight"], by_hand)
+    with pytest.raises(Enough):
+        run(config(tmp_path, "broken", **savgm), on_event=stop_at("minimum", "a part of subset"))
+    broken = run(config(tmp_path, "broken", **savgm))
+    assert same_bits(aggregate(RunDirectory.at(broken.uri)), aggregate(directory))
+
+
+def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resuming_changes_no_bit(
+    tmp_path: Path,
+) -> None:
+    rounds = {"rounds__num": 2, "rounds__optimizer_state": "average"}
+    whole = RunDirectory.at(run(config(tmp_path, "unbroken", **rounds)).uri)
+    states = [whole.read_checkpoint(optimizer_path(minimum_folder(0, i)))["optimizer"] for i in range(2)]
+    mean = whole.read_checkpoint(mean_optimizer_path(0))["optimizer"]
+    assert same_bits(mean, mean_optimizer_state(states))
+    assert not same_bits(mean, states[0])
+    with pytest.raises(Enough):
+        run(config(tmp_path, "broken", **rounds), on_event=stop_at("stage", "round 2 of 2"))
+    broken = RunDirectory.at(run(config(tmp_path, "broken", **rounds)).uri)
+    assert same_bits(aggregate(broken, 1), aggregate(whole, 1))
+    others = []
+    for which in ("keep", "reset"):
+        report = run(config(tmp_path, which, **{**rounds, "rounds__optimizer_state": which}))
+        others.append(RunDirectory.at(report.uri))
+    assert same_bits(*(aggregate(directory, 0) for directory in others))
+    results = [aggregate(directory, 1)["head.weight"] for directory in (whole, *others)]
+    assert not any(torch.equal(results[i], results[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert not others[1].exists(optimizer_path(minimum_folder(0, 0)))
+
+
+def test_whole_subset_optimizers_go_through_rounds_with_their_state_reset(tmp_path: Path) -> None:
+    rounds = {"rounds__num": 2, "rounds__optimizer_state": "reset", "minimize__optimizer": "lbfgs"}
+    report = run(config(tmp_path, "lbfgs", **rounds, minimize__epochs=4.0))
+    losses = [round["aggregation"]["training"]["loss"] for round in report.record["stages"]["rounds"]]
+    assert losses[1] < losses[0]

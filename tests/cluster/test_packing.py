@@ -1,0 +1,106 @@
+"""subsets.per_actor on a local cluster: what is decided, what packed minima are, and that a death costs no subset."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raysubset import Config, RunReport, run
+from raysubset.cluster import Event
+from raysubset.ledger import Ledger
+from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
+
+SMALL = {"trunk.epochs": 0.0, "fine_tuning.epochs": 0.0, "subsets.num": 3, "actors.max_num": 1}
+
+
+def config(folder: Path, name: str, **overrides: Any) -> Config:
+    fields = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Config(name=name, storage_path=str(folder)).with_overrides(SMALL | fields)
+
+
+def decide(config: Config, *, taken: bool) -> None:
+    """Begin a run with the decision on packing already there, which a run keeps to: so it is forced."""
+    directory = RunDirectory(config.storage_path, config.run_name())
+    directory.open(config.to_dict(), {})
+    packing = {"per_actor": config.subsets.per_actor, "taken": taken}
+    directory.write_json(
+        DECISIONS_PATH, {"num_gpus": 0.0, "num_workers": 1, "aggregation_num_gpus": 0.0, "packing": packing}
+    )
+
+
+def minima(report: RunReport) -> list[dict[str, torch.Tensor]]:
+    run = RunDirectory.at(report.uri)
+    return [run.read_weights(weights_path(minimum_folder(0, subset))) for subset in range(3)]
+
+
+def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_one(tmp_path: Path) -> None:
+    long = {"minimize__epochs": 20.0, "minimize__learning_rate": 0.01}
+    alone = run(config(tmp_path, "alone", **long))
+    packed = config(tmp_path, "packed", subsets__per_actor=3, **long)
+    decide(packed, taken=True)
+    events: list[Event] = []
+    killed: list[int] = []
+
+    def kill_once(event: Event) -> None:
+        events.append(event)
+        if event.kind == "progress" and not killed and event.data["epoch"] >= 2:
+            killed.append(event.data["pid"])
+            os.kill(event.data["pid"], signal.SIGKILL)
+
+    together = run(packed, on_event=kill_once)
+    assert killed
+    assert any("packing: 3 subsets at once" in event.text for event in events if event.kind == "note")
+    works = [work for work in Ledger(RunDirectory.at(together.uri)).read() if work.stage == "subsets"]
+    assert sorted((work.subset, work.attempt, work.outcome) for work in works) == [
+        (subset, attempt, outcome) for subset in range(3) for attempt, outcome in ((0, "lost"), (1, "done"))
+    ]
+    for work in works:
+        assert work.cost.num_forward > 0
+        assert work.ended_at is not None
+    done = [work for work in works if work.outcome == "done"]
+    assert all(work.cost.num_forward < 20 * 431 for work in done)  # from a checkpoint
+    held_s = max(work.ended_at or 0 for work in done) - min(work.started_at for work in done)
+    assert sum(work.cost.device_s for work in done) == pytest.approx(held_s, rel=0.1, abs=0.3)
+    for one, other in zip(minima(alone), minima(together), strict=True):
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_packing_that_is_slower_is_not_taken_and_the_run_says_so(tmp_path: Path) -> None:
+    events: list[Event] = []
+    wide = {"model__name": "mlp", "model__width": 512, "minimize__epochs": 1.0, "subsets__per_actor": 3}
+    report = run(config(tmp_path, "decided", **wide), on_event=events.append)
+    (note,) = [event for event in events if "packing" in event.data]
+    decision = RunDirectory.at(report.uri).read_json(DECISIONS_PATH)["packing"]
+    assert decision == note.data["packing"]
+    assert decision["ratio"] > 0.9
+    assert not decision["taken"]
+    assert "packing: subsets one by one; a step of 3 takes" in note.text
+    assert decision["device"] == "cpu"
+    (trial,) = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.stage == "measuring"]
+    assert trial.outcome == "done"
+    assert trial.cost.num_steps >= 5 * 4 * 4  # five repeats, of one and of three members, of four steps or more
+
+
+def test_a_recipe_that_cannot_be_packed_is_done_one_by_one_and_says_so(tmp_path: Path) -> None:
+    notes: list[str] = []
+    asked = config(tmp_path, "lbfgs", subsets__per_actor=3, minimize__optimizer="lbfgs", minimize__epochs=2.0)
+    run(asked, on_event=lambda event: notes.append(event.text) if event.kind == "note" else None)
+    assert "packing: subsets one by one, since lbfgs searches a line for each subset" in notes
+
+
+def test_a_pack_whose_members_all_diverge_names_one_and_closes_the_ledger_entry_of_each(tmp_path: Path) -> None:
+    wild = config(
+        tmp_path, "wild", subsets__per_actor=3, minimize__epochs=2.0, minimize__learning_rate=1e30, actors__quorum=1
+    )
+    decide(wild, taken=True)
+    with pytest.raises(ValueError, match=r"subset \d on node .*DivergedError: the loss became nan in epoch 1"):
+        run(wild)
+    works = [w for w in Ledger(RunDirectory(wild.storage_path, "wild")).read() if w.stage == "subsets"]
+    assert [work.outcome for work in works] == ["failed"] * 3
+    assert all(work.cost.num_forward > 0 for work in works)

@@ -1,0 +1,298 @@
+"""run() on a local cluster: what is done, that it is counted, and that dying processes change no bit of it."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from raysubset import Config, RunReport, load_model, run
+from raysubset.cluster import Event, call_on_cluster, put_once
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
+from raysubset.run_directory import RunDirectory, aggregate_weights_path, weights_path
+from raysubset.training import Weights
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+
+SMALL = {"trunk.epochs": 0.0, "fine_tuning.epochs": 0.0, "minimize.epochs": 3.0, "actors.max_num": 2}
+
+
+def config(folder: Path, name: str, **overrides: Any) -> Config:
+    fields = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Config(name=name, storage_path=str(folder)).with_overrides(SMALL | fields)
+
+
+def aggregate(report: RunReport) -> Weights:
+    return RunDirectory.at(report.uri).read_weights(aggregate_weights_path(0))
+
+
+def same_bits(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_path: Path) -> None:
+    events: list[Event] = []
+    made = config(
+        tmp_path, "whole", subsets__num=5, trunk__epochs=1.0, fine_tuning__epochs=2.0, fine_tuning__num_workers=2
+    )
+    report = run(made, on_event=events.append)
+
+    assert [e.data["stage"] for e in events if e.kind == "stage" and "stage" in e.data] == [
+        "trunk",
+        "subsets",
+        "aggregation",
+        "fine_tuning",
+    ]
+    full_set = load_full_set(made.data)
+    num_train, num_validation, size = len(full_set.train), len(full_set.validation), len(full_set.train) // 5
+    forward = num_train + num_train + num_validation  # the trunk, then its training and validation losses
+    forward += 5 * (3 * size + size + num_validation)  # each subset's epochs and losses
+    forward += num_train + num_train + num_validation  # the aggregate's batch-norm statistics and losses
+    forward += 2 * (num_train + num_validation)  # fine-tuning, with validation after each epoch
+    forward += num_train + num_train + num_validation  # its batch-norm statistics and losses
+    forward += len(full_set.test)
+    backward = num_train + 5 * 3 * size + 2 * num_train
+    assert report.passes == pytest.approx((forward / 3 + backward * 2 / 3) / num_train)
+    assert report.critical_path_passes < report.passes
+
+    works = Ledger(RunDirectory.at(report.uri)).read()
+    assert sorted((w.stage, w.subset) for w in works if w.subset is not None) == [("subsets", i) for i in range(5)]
+    assert {w.outcome for w in works} == {"done"}
+    assert [w.num_workers for w in works if w.stage == "fine_tuning"] == [2]
+
+    model = load_model(report.uri)
+    images, labels = full_set.test.take()
+    predicted = model(images.permute(0, 3, 1, 2)).argmax(1)
+    assert int((predicted == labels).sum()) == report.test.num_correct
+    assert report.test.accuracy > 0.8
+
+
+def test_the_manifest_names_disjoint_subsets_by_row(tmp_path: Path) -> None:
+    report = run(config(tmp_path, "manifest", subsets__num=3, subsets__size=100))
+    table = RunDirectory.at(report.uri).read_table("rounds/0000/subsets.parquet")
+    full_set = load_full_set(Config().data)
+    assert table.group_by("subset").aggregate([([], "count_all")])["count_all"].to_pylist() == [100] * 3
+    assert len(set(table["row"].to_pylist())) == 300
+    rows = full_set.train.table["row"].take(table["position"])
+    assert rows.to_pylist() == table["row"].to_pylist()
+
+
+def test_the_number_of_actors_changes_no_bit(tmp_path: Path) -> None:
+    one = run(config(tmp_path, "one", actors__max_num=1))
+    three = run(config(tmp_path, "three", actors__max_num=3))
+    assert same_bits(aggregate(one), aggregate(three))
+
+
+def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path) -> None:
+    long = {"minimize__epochs": 150.0, "subsets__num": 2}
+    whole = run(config(tmp_path, "unbroken", **long))
+    killed: list[int] = []
+
+    def kill_once(event: Event) -> None:
+        if event.kind == "progress" and not killed and event.data["epoch"] >= 2:
+            killed.append(event.data["subset"])
+            os.kill(event.data["pid"], signal.SIGKILL)
+
+    broken = run(config(tmp_path, "broken", **long), on_event=kill_once)
+    assert killed
+    assert same_bits(aggregate(whole), aggregate(broken))
+    works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.subset == killed[0]]
+    assert [(w.attempt, w.outcome) for w in works] == [(0, "lost"), (1, "done")]
+    assert works[0].cost.num_forward > 0
+    assert works[1].cost.num_forward < 150 * 647  # it went on from a checkpoint
+    assert broken.record["cost"]["lost_passes"] > 0
+    assert broken.passes >= whole.passes
+
+
+def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(tmp_path: Path) -> None:
+    long = {
+        "minimize__epochs": 150.0,
+        "subsets__num": 2,
+        "actors__max_attempts": 1,
+        "actors__checkpoint_epochs": 1000.0,
+    }
+    whole = run(config(tmp_path, "unbroken", **long))
+    warned: list[int] = []
+
+    def terminate_once(event: Event) -> None:
+        if event.kind == "progress" and not warned and event.data["epoch"] >= 2:
+            warned.append(event.data["subset"])
+            os.kill(event.data["pid"], signal.SIGTERM)
+
+    moved = run(config(tmp_path, "moved", **long), on_event=terminate_once)
+    assert warned
+    assert same_bits(aggregate(whole), aggregate(moved))
+    works = [w for w in Ledger(RunDirectory.at(moved.uri)).read() if w.subset == warned[0]]
+    assert [w.outcome for w in works] == ["preempted", "done"]
+    steps = [sum(w.cost.num_steps for w in works), 150 * 11]
+    assert steps[0] == steps[1]  # nothing was done twice
+
+
+def test_a_killed_train_worker_costs_time_and_no_bit(tmp_path: Path) -> None:
+    tuned = {"fine_tuning__epochs": 40.0, "fine_tuning__num_workers": 2, "minimize__epochs": 1.0}
+    whole = run(config(tmp_path, "unbroken", **tuned))
+    killed: list[float] = []
+
+    def kill_once(event: Event) -> None:
+        if event.kind == "epoch" and not killed:
+            killed.append(event.data["epoch"])
+            _kill_a_train_worker()
+
+    broken = run(config(tmp_path, "broken", **tuned), on_event=kill_once)
+    assert killed
+    works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.stage == "fine_tuning"]
+    assert [w.outcome for w in works] == ["lost", "done"]
+    directories = (RunDirectory.at(whole.uri), RunDirectory.at(broken.uri))
+    assert same_bits(*(d.read_weights(weights_path("fine_tuning")) for d in directories))
+    assert [e["epoch"] for e in broken.record["stages"]["fine_tuning"]["history"]] == list(range(1, 41))
+
+
+def _kill_a_train_worker() -> None:
+    import psutil
+
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    assert workers
+    workers[0].kill()
+
+
+def test_two_train_workers_end_where_one_does(tmp_path: Path) -> None:
+    plain = {
+        "model__norm": "none",
+        "fine_tuning__epochs": 1.0,
+        "minimize__epochs": 1.0,
+        "minimize__learning_rate": 0.02,
+    }
+    ends = []
+    for num_workers in (1, 2):
+        report = run(config(tmp_path, f"workers-{num_workers}", fine_tuning__num_workers=num_workers, **plain))
+        ends.append(RunDirectory.at(report.uri).read_weights(weights_path("fine_tuning")))
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trunk_of_two_workers_is_a_ray_train_job(tmp_path: Path) -> None:
+    report = run(config(tmp_path, "trunk", trunk__epochs=1.0, trunk__num_workers=2, minimize__epochs=1.0))
+    assert report.record["stages"]["trunk"]["num_workers"] == 2
+    assert {w.num_workers for w in Ledger(RunDirectory.at(report.uri)).read() if w.stage == "trunk"} == {2}
+
+
+def test_an_elastic_job_takes_the_workers_there_are(tmp_path: Path) -> None:
+    elastic = {"fine_tuning__epochs": 1.0, "fine_tuning__num_workers": 2, "fine_tuning__min_workers": 1}
+    report = run(config(tmp_path, "elastic", minimize__epochs=1.0, **elastic))
+    assert report.record["stages"]["fine_tuning"]["num_workers"] == 2
+
+
+def test_scoring_can_be_done_in_a_task_of_its_own() -> None:
+    def work(value: list[int], more: int) -> tuple[int, int]:
+        return sum(value) + more, os.getpid()
+
+    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1})
+    assert total == 10
+    assert pid != os.getpid()
+
+
+def test_rounds_redraw_the_subsets_and_keep_the_optimizer(tmp_path: Path) -> None:
+    rounds = {"rounds__num": 3, "minimize__epochs": 0.5, "rounds__outer_momentum": 0.5, "trunk__epochs": 1.0}
+    report = run(config(tmp_path, "rounds", **rounds))
+    directory = RunDirectory.at(report.uri)
+    tables = [directory.read_table(f"rounds/{r:04d}/subsets.parquet") for r in range(3)]
+    assert not tables[0].equals(tables[1])
+    assert directory.exists("rounds/0001/minima/0000/optimizer.pt")
+    assert not directory.exists("rounds/0002/minima/0000/optimizer.pt")  # nobody would read it
+    records = report.record["stages"]["rounds"]
+    assert [r["minima"][0]["start_id"] for r in records] == ["trunk", "round-0000", "round-0001"]
+    rates = [r["minima"][0]["history"][-1]["learning_rate"] for r in records]
+    assert rates[0] > rates[1] > rates[2]  # one schedule over all rounds
+    assert records[-1]["aggregation"]["validation"]["loss"] < records[0]["aggregation"]["validation"]["loss"]
+
+
+def test_a_finished_run_is_read_back_and_a_changed_config_refused(tmp_path: Path) -> None:
+    made = config(tmp_path, "again", subsets__num=2)
+    first = run(made)
+    notes: list[str] = []
+    second = run(made, on_event=lambda event: notes.append(event.text))
+    assert second.record == first.record
+    assert "is finished" in notes[0]
+    with pytest.raises(ValueError, match=r"minimize\.epochs: 3\.0 → 4\.0.*--fresh"):
+        run(made.with_overrides({"minimize.epochs": 4.0}))
+    fresh = run(made.with_overrides({"minimize.epochs": 4.0}), fresh=True)
+    assert fresh.record["stages"]["rounds"][0]["minima"][0]["history"][-1]["epoch"] == 4
+
+
+def test_more_gpus_than_there_will_ever_be_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"subset actors ask for 1 CPU \+ 2 GPU; .* 4 CPU.*--actors\.num-gpus"):
+        run(config(tmp_path, "gpus", actors__num_gpus=2.0, aggregation__num_gpus=0.0))
+
+
+def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"subset \d on node .*lower the learning rate"):
+        run(config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none"))
+
+
+@pytest.mark.parametrize("method", ["uniform_soup", "select_best"])
+def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path: Path, method: str) -> None:
+    shared = {"subsets__num": 2, "aggregation__method": method, "trunk__epochs": 1.0}
+    pretrained = run(config(tmp_path, "subsets", **shared))
+    conventional = run(config(tmp_path, "conventional", method="conventional", **shared))
+    assert conventional.passes == pytest.approx(pretrained.passes, abs=0.03)  # of 5: steps are whole
+
+
+@pytest.mark.parametrize("deadly", [True, False])
+def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, deadly: bool) -> None:
+    poisoned = {
+        "data__name": f"{__name__}:sites",
+        "model__name": f"{__name__}:{'Deadly' if deadly else 'Raising'}",
+        "subsets__scheme": "column",
+        "subsets__column": "site",
+        "minimize__epochs": 1.0,
+        "actors__max_attempts": 2,
+    }
+    with pytest.raises(RuntimeError, match=r"subset 1.*node"):
+        run(config(tmp_path, "all", **poisoned))
+    warnings: list[str] = []
+    listen: Callable[[Event], None] = lambda e: warnings.append(e.text) if e.kind == "warning" else None  # noqa: E731
+    report = run(config(tmp_path, "quorum", actors__quorum=2, **poisoned), on_event=listen)
+    assert report.record["stages"]["rounds"][0]["aggregation"]["subset_ids"] == [0, 2]
+    assert any("going on without subset 1" in text for text in warnings)
+
+
+def sites() -> dict[str, pa.Table]:
+    """A data set of three sites; the images of site b are brighter than any other."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 100, (300, 8, 8), generator=generator, dtype=torch.uint8)
+    images[100:200] += 150
+    site = ["a"] * 100 + ["b"] * 100 + ["c"] * 100
+
+    def table(part: slice) -> pa.Table:
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(images[part].reshape(-1).numpy()), 64)
+        labels = [i % 2 for i in range(300)][part]
+        return pa.table({"image": flat, "label": labels, "site": site[part]})
+
+    return {"train": table(slice(None)), "validation": table(slice(0, 50)), "test": table(slice(50, 100))}
+
+
+class Raising(torch.nn.Sequential):
+    """Fails on a batch of bright images only."""
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.mean() > 0.5:
+            self.fail()
+        return super().forward(images)
+
+    def fail(self) -> None:
+        raise RuntimeError("too bright")
+
+
+class Deadly(Raising):
+    """Takes its process with it."""
+
+    def fail(self) -> None:
+        os._exit(1)

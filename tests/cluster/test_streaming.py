@@ -1,0 +1,167 @@
+"""A set that is larger than the object store: a whole run on it, and the same epoch whoever reads it."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from raysubset import Config, run
+from raysubset.cluster import put_once
+from raysubset.config import DataConfig
+from raysubset.data import StreamedExamples, load_full_set
+from raysubset.ledger import Ledger
+from raysubset.run_directory import RunDirectory
+from raysubset.streaming import most_workers, read_by_ray_data, refuse_without_readers
+from raysubset.sweeping.plan import widest_stage
+from raysubset.training import Shard
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+MIB = 2**20
+STORE_BYTES = 80 * MIB
+NUM, SIDE = 20_000, 64  # 234 MiB decoded
+
+
+def write_learnable(path: Path, num: int, side: int, *, rows_per_group: int) -> None:
+    """Noise as BMP, which takes no time to decode; its two classes differ in brightness."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, num)
+    noise = generator.integers(0, 128, (2, 64, side, side, 3), dtype=np.uint8) + np.uint8([[[[[0]]]], [[[[127]]]]])
+    schema = pa.schema({"image": pa.binary(), "label": pa.int64()})
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for start in range(0, num, rows_per_group):
+            part = labels[start : start + rows_per_group]
+            images = [encoded(noise[label, generator.integers(64)]) for label in part]
+            writer.write_table(pa.table({"image": images, "label": part}, schema=schema))
+
+
+def encoded(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "BMP")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("streamed") / "small.parquet"
+    write_learnable(path, 2000, 8, rows_per_group=70)
+    return path
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_gives_the_bits_that_the_process_itself_would_read(small_set: Path) -> None:
+    config = Config(data=DataConfig(name=str(small_set), streamed=True))
+    full_set = load_full_set(config.data)
+    here = full_set.examples("train", augment=True)
+    assert isinstance(here, StreamedExamples)
+    here = dataclasses.replace(here, window_bytes=300 * 200)
+    there = read_by_ray_data(here, put_once(full_set), shard=Shard(), config=config)
+    sizes = [100] * (len(here) // 100)
+    for rank, num_workers, first in ((0, 1, 0), (1, 3, 2)):
+        epochs = [
+            each.epoch(
+                order_seed=3, augmentation_seed=4, batch_sizes=sizes, first=first, rank=rank, num_workers=num_workers
+            )
+            for each in (here, there)
+        ]
+        num = 0
+        for (images, labels), (expected_images, expected_labels) in zip(*epochs, strict=True):
+            assert torch.equal(images, expected_images)
+            assert torch.equal(labels, expected_labels)
+            num += len(labels)
+        assert num >= (len(sizes) - first) * 100 // num_workers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_way_out() -> None:
+    config = Config()
+    assert most_workers(1) == 3  # of the session's four CPUs
+    assert most_workers(2) == 1
+    refuse_without_readers(config, "fine_tuning", num_workers=3)
+    with pytest.raises(ValueError, match=r"4 fine_tuning worker\(s\) of 1 CPU.*need 5 CPUs.*can have 4.*num-workers"):
+        refuse_without_readers(config, "fine_tuning", num_workers=4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_whose_workers_would_leave_no_cpu_is_refused_before_its_subsets(small_set: Path, tmp_path: Path) -> None:
+    config = Config(storage_path=str(tmp_path), data=DataConfig(name=str(small_set), streamed=True))
+    with pytest.raises(ValueError, match="4 fine_tuning worker"):
+        run(config.with_overrides({"fine_tuning.num_workers": 4, "subsets.size": 100}))
+    assert not list(tmp_path.rglob("minimum.json"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_stream_their_parts_of_an_epoch_to_its_end(small_set: Path, tmp_path: Path) -> None:
+    config = Config(storage_path=str(tmp_path), data=DataConfig(name=str(small_set), streamed=True)).with_overrides(
+        {
+            "subsets.num": 2,
+            "subsets.size": 101,
+            "trunk.epochs": 0.0,
+            "minimize.epochs": 1.0,
+            "minimize.batch_size": 47,  # leaves the workers unequal parts
+            "fine_tuning.epochs": 2.0,
+            "fine_tuning.num_workers": 2,
+            "model.width": 4,
+        }
+    )
+    report = run(config)
+    (work,) = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.stage == "fine_tuning"]
+    assert work.outcome == "done"
+    assert work.cost.num_backward == 2 * len(load_full_set(config.data).train)
+    assert report.test.accuracy > 0.9
+
+
+def test_a_sweep_keeps_a_place_for_the_reading_tasks() -> None:
+    config = Config(data=DataConfig(name="x.parquet", streamed=True))
+    assert widest_stage(config) == 2
+    assert widest_stage(config.with_overrides({"data.streamed": False})) == 1
+    assert widest_stage(config.with_overrides({"fine_tuning.epochs": 0.0})) == 1
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from raysubset.cluster import ray
+from raysubset import Config, run
+from raysubset.config import DataConfig
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+         object_store_memory=int(sys.argv[3]))
+config = Config(name="streamed", storage_path=sys.argv[2], data=DataConfig(name=sys.argv[1], streamed=True))
+report = run(config.with_overrides({
+    "data.validation_fraction": 0.02, "data.test_fraction": 0.02, "subsets.num": 2, "subsets.size": 400,
+    "minimize.epochs": 1.0, "trunk.epochs": 0.05, "fine_tuning.epochs": 0.5, "model.width": 4,
+}), on_event=lambda event: print(event.text, file=sys.stderr))
+tuned = report.record["stages"]["fine_tuning"]
+print(json.dumps({"accuracy": report.test.accuracy, "num_workers": tuned["num_workers"],
+                  "seconds": report.record["seconds"]["wall"]}))
+ray.shutdown()
+"""
+
+
+def test_a_run_on_a_set_three_times_as_large_as_the_object_store_finishes(tmp_path: Path) -> None:
+    path = tmp_path / "large.parquet"
+    write_learnable(path, NUM, SIDE, rows_per_group=500)
+    assert NUM * SIDE * SIDE * 3 > 2.9 * STORE_BYTES
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path), str(tmp_path / "results"), str(STORE_BYTES)],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_workers"] == 1  # one CPU is left to the reading tasks
+    assert result["accuracy"] > 0.9

@@ -1,0 +1,65 @@
+"""Techniques in a Ray Train job: every worker's own state survives a killed worker, and all passes are counted."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raysubset import Config, RunReport, run
+from raysubset.cluster import Event
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
+from raysubset.run_directory import RunDirectory, weights_path
+from tests.tiny import same_bits
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
+
+NUM_EPOCHS = 11
+VARIATIONS = {
+    "trunk.epochs": 0.0,
+    "subsets.num": 2,
+    "minimize.epochs": 1.0,
+    "minimize.extrapolation.kind": "past_local",
+    "minimize.skipping.kind": "wus",
+    "minimize.skipping.threshold": 0.999,  # so that every second epoch is frozen, from the third on
+    "minimize.skipping.drop": 1.0,
+    "fine_tuning.epochs": float(NUM_EPOCHS),
+    "fine_tuning.num_workers": 2,
+    "fine_tuning.distillation": 0.5,
+    "actors.checkpoint_epochs": 0.4,
+}
+
+
+def kill_a_train_worker() -> None:
+    """Of this process's own cluster."""
+    own = psutil.Process().children(recursive=True)
+    workers = [p for p in own if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+    assert workers
+    workers[-1].kill()
+
+
+def test_extrapolation_skipping_and_distillation_survive_a_killed_train_worker_and_are_counted(tmp_path: Path) -> None:
+    def finish(name: str, on_event=None) -> RunReport:
+        return run(Config(name=name, storage_path=str(tmp_path)).with_overrides(VARIATIONS), on_event=on_event)
+
+    killed: list[float] = []
+
+    def kill_once(event: Event) -> None:
+        if event.kind == "epoch" and not killed:
+            killed.append(event.data["epoch"])
+            kill_a_train_worker()
+
+    whole, broken = finish("whole"), finish("broken", kill_once)
+    assert killed
+    directories = [RunDirectory.at(report.uri) for report in (whole, broken)]
+    works = [[w for w in Ledger(d).read() if w.stage == "fine_tuning"] for d in directories]
+    assert [w.outcome for w in works[1]] == ["lost", "done"]
+    assert same_bits(*(d.read_weights(weights_path("fine_tuning")) for d in directories))
+
+    full_set = load_full_set(Config().data)
+    num_train, num_validation = len(full_set.train), len(full_set.validation)
+    num_frozen = (NUM_EPOCHS - 1) // 2
+    forward = NUM_EPOCHS * (num_train + 2 * num_train + num_validation)  # two teachers
+    forward += num_train + num_train + num_validation  # batch-norm statistics, training and validation losses
+    (cost,) = [w.cost for w in works[0]]
+    assert (cost.num_forward, cost.num_backward) == (forward, NUM_EPOCHS * num_train - num_frozen * num_train // 2)

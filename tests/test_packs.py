@@ -1,0 +1,43 @@
+"""Packs: how pieces are put together, what they are called, and how often they were lost."""
+
+import numpy as np
+
+from raysubset.subset_actors import Pack, Piece
+from raysubset.subset_actors.packs import Backlog, in_packs
+
+
+def pieces(num: int) -> list[Piece]:
+    return [Piece("subsets", subset_id=i, indices=np.arange(3)) for i in range(num)]
+
+
+def test_packs_are_even_in_order_and_no_larger_than_asked() -> None:
+    for num, most, sizes in (
+        (10, 8, [5, 5]),
+        (8, 8, [8]),
+        (7, 3, [3, 2, 2]),
+        (2, 8, [2]),
+        (3, 1, [1, 1, 1]),
+        (0, 4, []),
+    ):
+        packs = in_packs(pieces(num), most)
+        assert [len(pack.pieces) for pack in packs] == sizes
+        assert [piece for pack in packs for piece in pack.pieces] == pieces(num)
+
+
+def test_a_pack_names_its_subsets_and_the_entries_of_its_ledger() -> None:
+    assert Pack((Piece("trunk"),)).label == "trunk"
+    assert Pack(tuple(pieces(2))).label == "subsets 0, 1"
+    assert Pack(tuple(pieces(2))).keys == [("subsets", 0, 0), ("subsets", 0, 1)]
+    assert Pack(tuple(pieces(2)), is_trial=True).keys == [("measuring", 0, None)]
+
+
+def test_losses_are_counted_by_piece_also_when_a_pack_has_shrunk() -> None:
+    whole = Pack(tuple(pieces(3)))
+    backlog = Backlog([whole])
+    assert backlog.take() is not None
+    assert backlog.count_lost(whole) == 1
+    rest = Pack(whole.pieces[1:])
+    backlog.put_back(rest, in_s=60.0)
+    assert backlog.take() is None  # not due yet
+    assert len(backlog) == 1
+    assert backlog.count_lost(rest) == 2
