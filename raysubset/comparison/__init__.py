@@ -1,0 +1,26 @@
+"""compare(): does subset pretraining pay, for this data and model, against conventional training and its controls?
+
+report = compare(Config(), seeds=5, budgets=[1, 2, 4, 8, 16])
+report.verdicts["total"]["text"], report.verdicts["critical_path"]["text"]
+
+arms → legs (shared where equal) → Ray tasks → costs on two clocks → speed-ups over seeds → verdict
+"""
+
+from raysubset.comparison.advice import Advice, advice_lines, advise, measured_lines
+from raysubset.comparison.arms import ALL_ARMS, QUICK_ARMS, TITLES
+from raysubset.comparison.driver import BUDGETS, LEARNING_RATES, compare
+from raysubset.comparison.records import ComparisonReport
+
+__all__ = [
+    "compare",
+    "ComparisonReport",
+    "advise",
+    "Advice",
+    "advice_lines",
+    "measured_lines",
+    "ALL_ARMS",
+    "QUICK_ARMS",
+    "TITLES",
+    "BUDGETS",
+    "LEARNING_RATES",
+]

@@ -1,0 +1,154 @@
+"""What to expect before a run: time by subset pretraining, by data-parallel training and by one device, as formulas."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, exchange_bytes
+from raysubset.config import Config
+from raysubset.planning import Plan
+
+Q_BELOW = 1.0  # subsets under it do not determine the network
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One way to train, as far as arithmetic goes: equal numbers of passes in total, not equal quality."""
+
+    name: str
+    communication: Communication
+    wall_s: dict[str, float]  # by bandwidth in Gbit/s
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Forecasts at equal training passes in total, and what follows from them."""
+
+    passes: float  # of training, in total
+    s_per_pass: float  # of one device, measured
+    num_workers: int
+    forecasts: tuple[Forecast, ...]  # one device, data-parallel, subset pretraining
+    break_even_gbit_per_s: float | None  # below it subset pretraining is faster than data-parallel; None: nowhere
+    overdetermination_ratio: float  # Q of the smallest subset
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with what follows in words."""
+        forecasts = [{"name": f.name, **asdict(f.communication), "wall_s": f.wall_s} for f in self.forecasts]
+        return asdict(self) | {"forecasts": forecasts, "lines": list(advice_lines(self))}
+
+
+def advise(
+    config: Config,
+    plan: Plan,
+    *,
+    num_train: int,
+    s_per_pass: float,
+    num_workers: int,
+    bandwidths: Sequence[float] = BANDWIDTHS,
+) -> Advice:
+    """The three forecasts for a config of subset pretraining.
+
+    one device:         b · t
+    data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth
+    subset pretraining: (trunk + rounds · epochs · largest subset / n · ⌈subsets / N⌉ + fine-tuning) · t
+                        + rounds · 2 · subsets · bytes of the weights · 8 / bandwidth
+
+    b is what subset pretraining trains in total. Fine-tuning and trunk are taken to run on one device. Evaluation,
+    start-up and overlap of computing and sending are left out, for all three.
+
+    Args:
+        plan: make_plan()'s, of method subset_pretraining.
+        num_train: n, examples of the training set.
+        s_per_pass: t, measured on one device.
+        num_workers: N, devices.
+    """
+    passes = plan.passes
+    turns = math.ceil(len(plan.subsets) / num_workers)
+    stage = plan.critical_path_passes - config.trunk.epochs - config.fine_tuning.epochs
+    num_steps = math.ceil(passes * num_train / config.minimize.batch_size)
+    rounds = config.rounds.num
+    ways = {
+        "one device": Communication(passes, 0, 0),
+        f"data-parallel on {num_workers}": Communication(
+            passes / num_workers, num_steps * all_reduce_bytes(plan.num_parameters, num_workers), num_steps
+        ),
+        f"subset pretraining on {num_workers}": Communication(
+            config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
+            rounds * exchange_bytes(plan.num_bytes, len(plan.subsets)),
+            rounds,
+        ),
+    }
+    forecasts = tuple(
+        Forecast(name, one, {f"{speed:g}": one.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths})
+        for name, one in ways.items()
+    )
+    _, parallel, subsets = (forecast.communication for forecast in forecasts)
+    return Advice(
+        passes=passes,
+        s_per_pass=s_per_pass,
+        num_workers=num_workers,
+        forecasts=forecasts,
+        break_even_gbit_per_s=_break_even(parallel, subsets, s_per_pass),
+        overdetermination_ratio=min(plan.subset_ratios),
+    )
+
+
+def _break_even(parallel: Communication, subsets: Communication, s_per_pass: float) -> float | None:
+    """Bandwidth at which both take as long: inf where subset pretraining computes less, None where it sends more."""
+    more_s = (subsets.passes - parallel.passes) * s_per_pass
+    fewer_bits = (parallel.num_bytes - subsets.num_bytes) * 8
+    if fewer_bits <= 0:
+        return None
+    return math.inf if more_s <= 0 else fewer_bits / 1e9 / more_s
+
+
+def advice_lines(advice: Advice) -> Iterator[str]:
+    """What follows, in words."""
+    ratio = advice.overdetermination_ratio
+    if ratio < Q_BELOW:
+        yield (
+            f"Q of a subset is {ratio:.2g}, under 1: its loss does not determine the network, and minima of subsets "
+            "tell little of the full set's. Take larger subsets or a smaller network."
+        )
+    else:
+        yield f"Q of a subset is {ratio:.3g}: under squared error its fresh loss is about {_gap(ratio)} times its own."
+    even = advice.break_even_gbit_per_s
+    if even is None:
+        yield "Subset pretraining would send more than data-parallel training: use data-parallel training."
+    elif math.isinf(even):
+        yield "Subset pretraining takes less time than data-parallel training at any bandwidth, for as many passes."
+    else:
+        yield (
+            f"For as many passes in total, subset pretraining takes less time than data-parallel training where each "
+            f"worker gets less than {even:.3g} Gbit/s."
+        )
+    yield (
+        "As many passes are not the same quality: of a mean of minima far from convergence expect less than of "
+        "data-parallel training with as many steps. `raysubset compare` measures it for this data and model."
+    )
+
+
+def _gap(ratio: float) -> str:
+    return f"{(ratio + 1) / (ratio - 1):.2f}" if ratio > 1 else "any number of"
+
+
+def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
+    """The formula held against a comparison: computed and measured seconds of each arm's critical path.
+
+    Args:
+        record: comparison.json of a comparison of the same data and model.
+    """
+    per_pass = record["network"]["s_per_pass"]
+    yield f"A pass took {per_pass:.3g} s there, {advice.s_per_pass:.3g} s here and now."
+    for arm in record["arms"]:
+        point = max(arm["points"], key=lambda point: point["budget"])
+        if (mean := point["mean"]) is None:
+            continue
+        computed, measured = mean["critical_path_passes"] * per_pass, mean["critical_path_s"]
+        found = record["speed_ups"]["critical_path"].get(arm["key"])
+        speed_up = "" if found is None else f"; speed-up at equal quality {found['interval']['estimate']:.2f}"
+        yield (
+            f"{arm['key']} at {point['budget']:g} passes: critical path computed {computed:.3g} s, measured "
+            f"{measured:.3g} s; {mean['test_accuracy']:.2%} on test{speed_up}."
+        )

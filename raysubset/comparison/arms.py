@@ -1,0 +1,180 @@
+"""The arms of a comparison: what conventional training, its controls and subset pretraining do with a budget."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raysubset.comparison.legs import Leg, Start
+from raysubset.config import Config
+
+Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
+Role = Literal["baseline", "control", "candidate"]
+
+TITLES: dict[str, str] = {
+    "A": "conventional, long",
+    "B": "conventional",
+    "C": "RS2: a fresh random share of the set each epoch",
+    "D": "one subset, then fine-tuning",
+    "E": "one subset, shrink-perturb, then fine-tuning",
+    "F": "one subset, thrown away, then training from fresh weights",
+    "G": "aggregate of disjoint minima, then fine-tuning",
+    "H": "trunk, then aggregate of disjoint minima, then fine-tuning",
+    "I": "data-parallel training",
+}
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(TITLES, "control"),
+    "A": "baseline",
+    "B": "baseline",
+    "D": "candidate",
+    "E": "candidate",
+    "G": "candidate",
+    "H": "candidate",
+}
+ALL_ARMS = (*TITLES, "H:rounds.num=4")
+QUICK_ARMS = ("B", "D", "G", "H")
+
+LONG = 2.0  # A's budget, times the largest of the others
+RS2_FRACTION = 0.1  # of the full set that an epoch of C takes: a tenth, as the paper's (arXiv:2305.18424) usual setting
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to train, at any budget."""
+
+    key: str  # "G", or "G:aggregation.method=fisher"
+    letter: Letter
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        more = ", ".join(f"{name} = {value}" for name, value in self.overrides.items())
+        return TITLES[self.letter] + (f" ({more})" if more else "")
+
+    @property
+    def role(self) -> Role:
+        """A baseline with overrides is a control: a sister method, say."""
+        return "control" if self.letter in "AB" and self.overrides else ROLES[self.letter]
+
+
+def parse_arm(key: str) -> Arm:
+    """'G', or a letter with overrides: 'B:minimize.averaging.kind=pswa,minimize.momentum=0.8'.
+
+    Raises:
+        ValueError: for an unknown letter or an override without a value.
+    """
+    letter, colon, rest = key.partition(":")
+    if letter not in TITLES:
+        raise ValueError(
+            f"there is no arm {key!r}: arms are {', '.join(TITLES)}, with overrides as in G:aggregation.method=fisher"
+        )
+    overrides: dict[str, Any] = {}
+    for part in rest.split(",") if colon else ():
+        name, mark, value = part.partition("=")
+        if not (name and mark and value):
+            raise ValueError(f"arm {key!r}: write overrides as field=value, divided by commas")
+        overrides[name.strip().replace("-", "_")] = _value(value.strip())
+    return Arm(key, letter, overrides)  # pyright: ignore[reportArgumentType]
+
+
+def _value(word: str) -> Any:
+    """A number, truth value or word."""
+    words = {"True": True, "true": True, "False": False, "false": False, "None": None}
+    if word in words:
+        return words[word]
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an arm is run with beside its budget: chosen once (batch size) or tuned for the arm (learning rate)."""
+
+    learning_rate: float
+    batch_size: int
+
+
+def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_workers: int) -> Config:
+    """The base config as this arm has it.
+
+    I takes num_workers times the batch size and the learning rate (the linear rule of arXiv:1706.02677).
+    """
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "minimize.learning_rate": settings.learning_rate,
+        "minimize.batch_size": settings.batch_size,
+        "trunk.learning_rate": None,
+        "fine_tuning.learning_rate": None,
+        "fine_tuning.start": {"E": "shrink_perturb", "F": "reinit"}.get(arm.letter, "warm"),
+    }
+    if arm.letter == "C":
+        changes["minimize.epoch_fraction"] = RS2_FRACTION
+    if arm.letter == "G":
+        changes["trunk.epochs"] = 0.0
+    if arm.letter == "I":
+        changes |= {
+            "minimize.learning_rate": settings.learning_rate * num_workers,
+            "minimize.batch_size": settings.batch_size * num_workers,
+        }
+    return config.with_overrides(changes | dict(arm.overrides))
+
+
+def final_leg(
+    arm: Arm, config: Config, budget: float, *, sizes: Sequence[int], num_train: int, num_workers: int
+) -> Leg:
+    """The last leg of an arm, which leads back to all others.
+
+    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total.
+
+    Args:
+        config: arm_config()'s.
+        sizes: of the subsets.
+        num_train: examples of the full set.
+        num_workers: of I.
+    """
+    fresh = Start("fresh")
+    if arm.letter in ("A", "B", "C"):
+        return Leg("minimize", config, "conventional", budget, fresh)
+    if arm.letter == "I":
+        return Leg("train", config, "conventional", budget, fresh, num_workers=num_workers)
+    trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
+    used = range(len(sizes)) if arm.letter in "GH" else range(1)
+    rounds = config.rounds.num if arm.letter in "GH" else 1
+    total = trunk + tuning + rounds * config.minimize.epochs * sum(sizes[i] for i in used) / num_train
+    scale = budget / total
+    start = fresh
+    if trunk:
+        start = Start("warm", Leg("minimize", config, "trunk", trunk * scale, fresh))
+    members: tuple[Leg, ...] = ()
+    for round in range(rounds):
+        keeps = round > 0 and config.rounds.optimizer_state == "keep"
+        members = tuple(
+            Leg(
+                "minimize",
+                config,
+                "subsets",
+                config.minimize.epochs * scale,
+                start,
+                round=round,
+                subset=subset,
+                span=(round / rounds, (round + 1) / rounds),
+                predecessor=members[subset] if keeps else None,
+                statistics=config.aggregation.statistics(shared_start=True) if arm.letter in "GH" else (),
+            )
+            for subset in used
+        )
+        last = (
+            members[0]
+            if arm.letter in "DEF"
+            else Leg("aggregate", config, "subsets", 0.0, start, round=round, members=members)
+        )
+        start = Start("warm", last)
+    if not tuning:
+        assert start.leg is not None
+        return start.leg
+    kind = config.fine_tuning.start
+    return Leg("minimize", config, "fine_tuning", tuning * scale, dataclasses.replace(start, kind=kind))

@@ -1,0 +1,262 @@
+"""compare(): arms tuned, run over budgets and seeds, tested once, judged."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from raysubset.cluster import Event, OnEvent, connected, has_gpus, num_slots, put_once
+from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.gathering import gather
+from raysubset.comparison.legs import Leg
+from raysubset.comparison.records import ComparisonReport, Record
+from raysubset.comparison.running import LegRunner
+from raysubset.config import Config, derive_seed
+from raysubset.data import FullSet, load_full_set
+from raysubset.planning import make_plan
+from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
+from raysubset.run_report import environment
+from raysubset.tracking import refuse_missing, track_comparison
+
+LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
+BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
+MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
+MARGIN = 0.005  # of non-inferiority, in accuracy, for other data
+
+
+def compare(
+    config: Config,
+    *,
+    seeds: int | Sequence[int] = 5,
+    budgets: Sequence[float] = BUDGETS,
+    arms: Sequence[str] = ALL_ARMS,
+    learning_rates: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
+    margin: float | None = None,
+    num_workers: int | None = None,
+    on_event: OnEvent | None = None,
+    fresh: bool = False,
+) -> ComparisonReport:
+    """Find out whether subset pretraining pays for this data and model, against conventional training and controls.
+
+    Every arm trains for each budget of passes in total, evaluation on top, with each seed; learning rates are tuned for
+    each arm on validation data at the middle budget with a seed of its own, and the batch size once, for B. The test
+    split is read when all that is chosen. Equal pieces of work are done once and counted in full for each arm. A
+    comparison of the same name is gone on with, and further arms, budgets and seeds may be added; if this process dies,
+    calling it again is all there is to do.
+
+    Args:
+        config: data, model, subsets and recipe; its stages' epochs give the proportions in which arms D to H divide a
+            budget.
+        seeds: how many, from config.seed on; or which. At least two.
+        budgets: passes of training in total; at least one pass each. A trains for twice the largest.
+        arms: letters A to I, or letters with overrides as in "G:aggregation.method=fisher".
+        learning_rates: the grid tried for each arm (for I times num_workers); by default LEARNING_RATES times the
+            recipe's own.
+        batch_sizes: the grid tried for B; by default the config's alone.
+        margin: of non-inferiority, in accuracy; by default that of MARGINS for the data, else MARGIN.
+        num_workers: of arm I; by default the number of subsets, as far as the cluster has room (recorded).
+        on_event: told of legs as they are done, lost and retried.
+        fresh: delete what a comparison of this name left behind, and start over.
+
+    Raises:
+        ValueError: the user's mistake, with the way out.
+    """
+    started = time.perf_counter()
+    tell: OnEvent = on_event or (lambda event: None)
+    seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+    own_rate = config.minimize.peak_learning_rate()
+    learning_rates = list(learning_rates) or [factor * own_rate for factor in LEARNING_RATES]
+    chosen = _checked(config, seeds, budgets, arms, learning_rates)
+    refuse_missing(config.tracking)
+    directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
+    full_set = load_full_set(config.data)
+    plan = make_plan(config, full_set)
+    for line in (*full_set.notes, *plan.advice):
+        tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
+    directory.check_writable()
+    shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+    with directory.lease():
+        resumed = directory.open(shown.to_dict() | {"kind": "comparison"}, environment(), fresh=fresh)
+        tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
+        with connected(config.cluster):
+            decided = _decide(directory, config, len(plan.subsets), num_workers)
+            work = _Comparison(config, full_set, directory, decided, [len(s.indices) for s in plan.subsets], tell)
+            settings, tuning = work.tune(chosen, budgets, seeds, learning_rates, batch_sizes)
+            finals = work.run(chosen, budgets, seeds, settings)
+        record = {
+            "kind": "comparison",
+            "name": directory.name,
+            "uri": directory.uri,
+            "config": shown.to_dict(),
+            "environment": environment(),
+            **gather(
+                finals,
+                settings,
+                tuning,
+                plan,
+                full_set,
+                work.legs_path,
+                work.runner.failed,
+                tuning_legs=work.tuning_legs,
+                seeds=seeds,
+                margin=margin if margin is not None else MARGINS.get(config.data.name, MARGIN),
+                num_workers=decided["num_workers"],
+            ),
+            "seconds": {"wall": time.perf_counter() - started, "resumed": resumed},
+        }
+        directory.write_json(COMPARISON_PATH, record)
+        track_comparison(config, directory, directory.read_json(COMPARISON_PATH), tell)
+    tell(Event("result", f"report: {directory.uri}"))
+    return ComparisonReport.from_dict(directory.read_json(COMPARISON_PATH))
+
+
+def _checked(
+    config: Config,
+    seeds: Sequence[int],
+    budgets: Sequence[float],
+    arms: Sequence[str],
+    learning_rates: Sequence[float],
+) -> list[Arm]:
+    """The arms.
+
+    Raises:
+        ValueError: for what cannot be compared.
+    """
+    if len(set(seeds)) < 2:
+        raise ValueError(f"--seeds: {len(set(seeds))} cannot tell a difference from noise: give at least 2, better 5")
+    if not arms:
+        raise ValueError("a comparison needs arms: B and at least one of D, E, G and H")
+    chosen = [parse_arm(key) for key in dict.fromkeys(arms)]
+    if "B" not in {arm.key for arm in chosen}:
+        raise ValueError("everything is measured against conventional training: add B to --arms")
+    if not any(arm.role == "candidate" for arm in chosen):
+        raise ValueError("there is no arm of subset pretraining to judge: add D, E, G or H to --arms")
+    if not budgets or min(budgets) < 1:
+        least = f"{min(budgets):g} passes" if budgets else "no budget"
+        raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
+    if min(learning_rates) <= 0:
+        raise ValueError(f"--learning-rates: {min(learning_rates):g} is not positive")
+    if config.subsets.start != "shared":
+        raise ValueError("a comparison averages minima of a shared start: set subsets.start=shared")
+    if config.rounds.optimizer_state == "average":
+        raise ValueError("rounds.optimizer_state=average is not for comparisons: set keep or reset")
+    for arm in chosen:
+        own = config.with_overrides(dict(arm.overrides))  # unknown fields are refused before anything is run
+        if own.aggregation.method == "savgm" and arm.letter in "GH":
+            raise ValueError(f"arm {arm.key}: savgm also minimizes on parts of subsets, which comparisons do not")
+    return chosen
+
+
+def _decide(directory: RunDirectory, config: Config, num_subsets: int, num_workers: int | None) -> Record:
+    """What depends on the cluster: decided once and written down."""
+    if (kept := directory.read_json_or_none(DECISIONS_PATH)) is not None:
+        return kept
+    num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    most = num_slots(request, startable=True)
+    decided = {"num_gpus": num_gpus, "num_workers": num_workers or max(2, min(num_subsets, most))}
+    directory.write_json(DECISIONS_PATH, decided)
+    return decided
+
+
+class _Comparison:
+    """Legs of all arms, made and run."""
+
+    def __init__(
+        self,
+        config: Config,
+        full_set: FullSet,
+        directory: RunDirectory,
+        decided: Record,
+        sizes: Sequence[int],
+        tell: OnEvent,
+    ) -> None:
+        self._config, self._num_train, self._sizes, self._tell = config, len(full_set.train), sizes, tell
+        self._num_workers = decided["num_workers"]
+        self.legs_path = directory.below("legs")
+        full_set_ref = put_once(full_set)
+        self.tuning_legs: list[Leg] = []
+        self.runner = LegRunner(config, full_set_ref, self.legs_path, num_gpus=decided["num_gpus"], on_event=tell)
+
+    def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
+        """An arm's last leg."""
+        config = arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers)
+        return final_leg(
+            arm, config, budget, sizes=self._sizes, num_train=self._num_train, num_workers=self._num_workers
+        )
+
+    def tune(
+        self,
+        arms: Sequence[Arm],
+        budgets: Sequence[float],
+        seeds: Sequence[int],
+        learning_rates: Sequence[float],
+        batch_sizes: Sequence[int],
+    ) -> tuple[dict[str, Settings], list[Record]]:
+        """The settings of each arm with the least validation loss at the middle budget; and all that was tried.
+
+        A is B for longer, and takes B's.
+        """
+        budget, seed = sorted(budgets)[(len(budgets) - 1) // 2], _tuning_seed(seeds)
+        rates = sorted(set(learning_rates))
+        sizes = sorted(set(batch_sizes)) or [self._config.minimize.batch_size]
+        baseline = next(arm for arm in arms if arm.key == "B")
+        tried: list[Record] = []
+        self._tell(Event("stage", f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
+        grid = [Settings(rate, size) for size in sizes for rate in rates]
+        settings = {"B": self._best({baseline: grid}, budget, seed, tried)["B"]}
+        others = {
+            arm: [Settings(rate, settings["B"].batch_size) for rate in rates]
+            for arm in arms
+            if arm.key not in ("A", "B")
+        }
+        settings |= self._best(others, budget, seed, tried)
+        settings["A"] = settings["B"]
+        return settings, tried
+
+    def _best(
+        self, grids: Mapping[Arm, Sequence[Settings]], budget: float, seed: int, tried: list[Record]
+    ) -> dict[str, Settings]:
+        legs = {(arm.key, one): self.leg(arm, one, budget, seed) for arm, grid in grids.items() for one in grid}
+        if any(len(grid) > 1 for grid in grids.values()):
+            self.runner.run(list(legs.values()))
+            self.tuning_legs.extend(legs.values())
+        best: dict[str, Settings] = {}
+        for arm, grid in grids.items():
+            losses: dict[Settings, float] = {}
+            for one in grid:
+                leg = legs[arm.key, one]
+                known = len(grid) > 1 and leg not in self.runner.failed
+                loss = self.runner.folder(leg).record()["validation"]["loss"] if known else None
+                losses[one] = math.inf if loss is None else loss
+                if len(grid) > 1:
+                    own = dataclasses.asdict(one)
+                    tried.append({"arm": arm.key, **own, "budget": budget, "validation_loss": loss, "leg": leg.key})
+            best[arm.key] = min(losses, key=lambda one: losses[one])
+            if len(grid) > 1:
+                rate = best[arm.key].learning_rate
+                edge = rate in (grid[0].learning_rate, grid[-1].learning_rate)
+                note = ", at the edge of the grid" if edge else ""
+                self._tell(Event("note", f"{arm.key}: learning rate {rate:g}{note}, batch {best[arm.key].batch_size}"))
+        return best
+
+    def run(
+        self, arms: Sequence[Arm], budgets: Sequence[float], seeds: Sequence[int], settings: Mapping[str, Settings]
+    ) -> dict[Arm, dict[float, dict[int, Leg]]]:
+        """All arms at all budgets with all seeds, and then their test results: last legs by arm, budget and seed."""
+        finals: dict[Arm, dict[float, dict[int, Leg]]] = {}
+        for arm in arms:
+            own = [LONG * max(budgets)] if arm.letter == "A" else sorted(set(budgets))
+            finals[arm] = {b: {seed: self.leg(arm, settings[arm.key], b, seed) for seed in seeds} for b in own}
+        flat = [leg for of_arm in finals.values() for of_budget in of_arm.values() for leg in of_budget.values()]
+        self._tell(Event("stage", f"{len(arms)} arms × {len(budgets)} budgets × {len(seeds)} seeds"))
+        self.runner.run(flat)
+        self._tell(Event("stage", "test: every choice is made, the test split is read"))
+        self.runner.test(flat)
+        return finals
+
+
+def _tuning_seed(seeds: Sequence[int]) -> int:
+    """None of the seeds that are compared."""
+    return derive_seed(min(seeds), "tuning") % 2**31

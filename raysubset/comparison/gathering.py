@@ -1,0 +1,267 @@
+"""What the folders of the legs say, summed up by arm: costs on two clocks, speed-ups, verdicts, wall times."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from raysubset.comparison.arms import Arm, Settings
+from raysubset.comparison.legs import Leg, closure, critical_path
+from raysubset.comparison.network import (
+    BANDWIDTHS,
+    Communication,
+    all_reduce_bytes,
+    exchange_bytes,
+    wall_times,
+)
+from raysubset.comparison.records import Record
+from raysubset.comparison.running import TEST_PATH, LegFolder
+from raysubset.comparison.statistics import (
+    Interval,
+    SpeedUp,
+    cheapest_within_error,
+    paired_difference,
+    speed_up,
+    t_interval,
+)
+from raysubset.comparison.verdict import TENTH, CheapPoint, judge
+from raysubset.data import FullSet
+from raysubset.ledger import Work, total_cost
+from raysubset.planning import Plan
+from raysubset.run_report import data_record
+
+CLOCKS = ("total", "critical_path")
+_FIELD = {"total": "passes", "critical_path": "critical_path_passes"}
+
+Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]
+"""Last legs by arm, budget and seed."""
+
+
+def gather(
+    finals: Finals,
+    settings: Mapping[str, Settings],
+    tuning: Sequence[Record],
+    plan: Plan,
+    full_set: FullSet,
+    legs_path: str,
+    failed: Mapping[Leg, str],
+    *,
+    tuning_legs: Sequence[Leg],
+    seeds: Sequence[int],
+    margin: float,
+    num_workers: int,
+) -> Record:
+    """All numbers of a comparison whose legs are done.
+
+    Args:
+        finals: of every arm.
+        tuning: what was tried before; tuning_legs are its last legs.
+        failed: legs that could not be done, with the reason.
+        margin: of non-inferiority, in accuracy.
+        num_workers: of arm I.
+    """
+    legs = _Legs(legs_path, len(full_set.train), plan, failed)
+    arms = [_arm(arm, by_budget, settings, legs) for arm, by_budget in finals.items()]
+    baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
+    losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
+    budget = cheapest_within_error({b: [math.nan if x is None else x for x in v] for b, v in losses.items()})
+    conventional = next(point for point in baseline if point["budget"] == budget)
+    reference = {run["seed"]: run["test"]["accuracy"] for run in conventional["runs"]}
+    target = statistics.fmean(reference.values()) - margin
+    for arm in arms:
+        for point in arm["points"]:
+            own = {run["seed"]: run["test"]["accuracy"] for run in point["runs"] if run["error"] is None}
+            found = paired_difference(own, reference)
+            point["difference"] = None if found is None else found.to_dict()
+            point["is_non_inferior"] = None if found is None else found.low > -margin
+    found_ups = {clock: _speed_ups(arms, baseline, target, clock) for clock in CLOCKS}
+    candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
+    verdicts = {}
+    for clock in CLOCKS:
+        passes = conventional["mean"][_FIELD[clock]]
+        verdicts[clock] = judge(
+            _cheap_points(arms, candidates, clock, TENTH * passes),
+            {key: one for key, one in found_ups[clock].items() if key in candidates},
+            conventional_passes=passes,
+            margin=margin,
+            num_seeds=len(seeds),
+        ).to_dict()
+    return {
+        "data": data_record(full_set),
+        "model": {"num_parameters": plan.num_parameters, "num_bytes": plan.num_bytes},
+        "regime": {
+            "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
+            "num_subsets": len(plan.subsets),
+            "num_parameters": plan.num_parameters,
+            "num_workers": num_workers,
+        },
+        "seeds": list(seeds),
+        "margin": margin,
+        "arms": arms,
+        "conventional": {
+            "budget": budget,
+            "passes": conventional["mean"]["passes"],
+            "test_accuracy": conventional["mean"]["test_accuracy"],
+            "target_accuracy": target,
+        },
+        "speed_ups": {c: {key: one.to_dict() for key, one in found_ups[c].items()} for c in CLOCKS},
+        "verdicts": verdicts,
+        "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
+        "network": _network(arms, finals, legs, plan, num_workers),
+        "failed": {leg.key: reason for leg, reason in failed.items()},
+    }
+
+
+class _Legs:
+    """What legs cost and came to, each ledger read once."""
+
+    def __init__(self, legs_path: str, num_train: int, plan: Plan, failed: Mapping[Leg, str]) -> None:
+        self._legs_path, self._num_train, self._plan, self.failed = legs_path, num_train, plan, failed
+        self._works: dict[str, list[Work]] = {}
+
+    def folder(self, leg: Leg) -> LegFolder:
+        return LegFolder(self._legs_path, leg)
+
+    def works(self, leg: Leg) -> list[Work]:
+        if leg.key not in self._works:
+            self._works[leg.key] = self.folder(leg).works()
+        return self._works[leg.key]
+
+    def passes(self, leg: Leg) -> float:
+        """Of one leg: every attempt and evaluation counted."""
+        return total_cost(self.works(leg)).passes(self._num_train)
+
+    def passes_of_all(self, finals: Sequence[Leg]) -> float:
+        """Of all that these legs need; what they share is counted once."""
+        return sum(self.passes(leg) for leg in dict.fromkeys(one for final in finals for one in closure(final)))
+
+    def run(self, leg: Leg, seed: int) -> Record:
+        """An arm's run: results of its last leg, costs of all its legs."""
+        if (reason := self.failed.get(leg)) is not None:
+            return {"seed": seed, "leg": leg.key, "error": reason}
+        legs = list(closure(leg))
+        works = [work for one in legs for work in self.works(one)]
+        cost = total_cost(works)
+        return {
+            "seed": seed,
+            "leg": leg.key,
+            "error": None,
+            "passes": cost.passes(self._num_train),
+            "critical_path_passes": critical_path(leg, lambda one: self.passes(one) / one.num_workers),
+            "critical_path_steps": critical_path(leg, lambda one: total_cost(self.works(one)).num_steps),
+            "num_steps": cost.num_steps,
+            "device_s": cost.device_s,
+            "critical_path_s": critical_path(leg, lambda one: sum(work.wall_s for work in self.works(one))),
+            "num_network_bytes": sum(work.num_network_bytes for work in works),
+            "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
+            "validation": self.folder(leg).record()["validation"],
+            "test": self.folder(leg).run.read_json(TEST_PATH),
+        }
+
+
+def _arm(
+    arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Mapping[str, Settings], legs: _Legs
+) -> Record:
+    points = []
+    for budget, by_seed in by_budget.items():
+        runs = [legs.run(leg, seed) for seed, leg in by_seed.items()]
+        points.append({"budget": budget, "runs": runs, "mean": _means([run for run in runs if run["error"] is None])})
+    return {
+        "key": arm.key,
+        "title": arm.title,
+        "role": arm.role,
+        "overrides": dict(arm.overrides),
+        "settings": dataclasses.asdict(settings[arm.key]),
+        "points": points,
+    }
+
+
+def _means(runs: Sequence[Record]) -> Record | None:
+    """Means over the seeds that finished, with Student's t intervals of the two qualities; None where none did."""
+    if not runs:
+        return None
+    names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
+    means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
+    losses = [math.nan if run["validation"]["loss"] is None else run["validation"]["loss"] for run in runs]
+    accuracy = t_interval([run["test"]["accuracy"] for run in runs])
+    return means | {
+        "num_seeds": len(runs),
+        "test_accuracy": accuracy.estimate,
+        "test_accuracy_interval": accuracy.to_dict(),
+        "validation_loss": statistics.fmean(losses),
+    }
+
+
+def _complete(point: Record, seeds: Sequence[int]) -> bool:
+    return len([run for run in point["runs"] if run["error"] is None]) == len(seeds)
+
+
+def _curves(points: Sequence[Record], clock: str) -> dict[int, list[tuple[float, float]]]:
+    """Cost curves by seed, of the runs that finished."""
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for point in points:
+        for run in point["runs"]:
+            if run["error"] is None:
+                curves.setdefault(run["seed"], []).append((run[_FIELD[clock]], run["test"]["accuracy"]))
+    return curves
+
+
+def _speed_ups(arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str) -> dict[str, SpeedUp]:
+    """S of each arm that finished with any seed, but the baseline itself."""
+    base = _curves(baseline, clock)
+    found = {}
+    for arm in arms:
+        own = _curves(arm["points"], clock)
+        if arm["role"] != "baseline" and own:
+            found[arm["key"]] = speed_up(base, own, target)
+    return found
+
+
+def _cheap_points(arms: Sequence[Record], candidates: set[str], clock: str, most: float) -> list[CheapPoint]:
+    return [
+        CheapPoint(arm["key"], point["mean"][_FIELD[clock]], Interval(**point["difference"]))
+        for arm in arms
+        for point in arm["points"]
+        if arm["key"] in candidates and point["difference"] is not None and point["mean"][_FIELD[clock]] <= most
+    ]
+
+
+def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, num_workers: int) -> Record:
+    """Bytes on the critical path of each arm, beside those of data-parallel training, and wall times made of them.
+
+    The time of a pass is the baseline's, as measured here; wall times at a bandwidth are computed, not measured.
+    """
+    baseline = [
+        run for arm in arms if arm["key"] == "B" for p in arm["points"] for run in p["runs"] if not run["error"]
+    ]
+    s_per_pass = sum(run["device_s"] for run in baseline) / sum(run["passes"] for run in baseline)
+    rows = []
+    for arm, by_budget in finals.items():
+        points = {point["budget"]: point for one in arms if one["key"] == arm.key for point in one["points"]}
+        for budget, by_seed in by_budget.items():
+            mean = points[budget]["mean"]
+            if mean is None:
+                continue
+            leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
+            num_members = [len(one.members) for one in closure(leg) if one.kind == "aggregate"]
+            sent, num_exchanges = sum(exchange_bytes(plan.num_bytes, num) for num in num_members), len(num_members)
+            if leg.kind == "train":
+                num_exchanges = round(mean["num_steps"])
+                sent = num_exchanges * all_reduce_bytes(plan.num_parameters, leg.num_workers)
+            one = Communication(mean["critical_path_passes"], sent, num_exchanges)
+            rows.append(
+                {
+                    "arm": arm.key,
+                    "budget": budget,
+                    "num_bytes": sent,
+                    "num_exchanges": num_exchanges,
+                    "test_accuracy": mean["test_accuracy"],
+                    "wall_s": wall_times(one, s_per_pass=s_per_pass),
+                }
+            )
+    return {
+        "s_per_pass": s_per_pass,
+        "bandwidths": list(BANDWIDTHS),
+        "data_parallel_bytes_a_step": all_reduce_bytes(plan.num_parameters, num_workers),
+        "rows": rows,
+    }

@@ -1,0 +1,115 @@
+"""Legs: the steps arms are made of, each named by all that its result depends on, so that arms share equal ones."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from raysubset.config import Config, TrainingStage, flatten, shapes_result
+
+StartKind = Literal["fresh", "warm", "shrink_perturb", "reinit"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights a leg starts from."""
+
+    kind: StartKind
+    leg: "Leg | None" = None  # whose result it is made of; None for fresh weights
+
+    @property
+    def legs(self) -> "tuple[Leg, ...]":
+        """Legs whose work it needs. `reinit` needs its leg too: the stage that is thrown away is paid for."""
+        return () if self.leg is None else (self.leg,)
+
+
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """A minimization in one process, an aggregation, or a Ray Train job."""
+
+    kind: Literal["minimize", "aggregate", "train"]
+    config: Config
+    stage: TrainingStage
+    epochs: float  # of what it minimizes on
+    start: Start
+    round: int = 0
+    subset: int | None = None  # None: the full set
+    span: tuple[float, float] = (0.0, 1.0)  # of the schedule
+    members: "tuple[Leg, ...]" = ()  # what an aggregation is of
+    predecessor: "Leg | None" = None  # whose optimizer state it goes on with
+    num_workers: int = 1
+    statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all that shapes the result; legs with equal keys are one piece of work."""
+        tree = flatten(self.config.to_dict())
+        shaping = {name: value for name, value in tree.items() if shapes_result(name) and self._depends_on(name)}
+        own: dict[str, Any] = {
+            "kind": self.kind,
+            "stage": self.stage,
+            "epochs": self.epochs,
+            "start": [self.start.kind, *(leg.key for leg in self.start.legs)],
+            "round": self.round,
+            "subset": self.subset,
+            "span": self.span,
+            "members": [leg.key for leg in self.members],
+            "predecessor": self.predecessor and self.predecessor.key,
+            "num_workers": self.num_workers,
+            "statistics": self.statistics,
+        }
+        text = json.dumps(own | {"config": shaping}, sort_keys=True)
+        return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+    def _depends_on(self, name: str) -> bool:
+        """Whether a field can matter to this leg, beyond what its start and members stand for already."""
+        rooms = {"seed", "data", "model", "minimize", "actors"}
+        if self.subset is not None or self.kind == "aggregate":
+            rooms |= {"subsets", "rounds", "aggregation"}
+        if self.stage in ("trunk", "fine_tuning"):
+            rooms |= {self.stage}
+        if name in ("minimize.epochs", "trunk.epochs", "fine_tuning.epochs", "rounds.num", "actors.num_gpus"):
+            return False  # `epochs`, `round` and `span` stand for them
+        if name in ("aggregation.num_gpus", "actors.quorum"):
+            return False
+        if name.startswith("aggregation.") and self.kind != "aggregate":
+            return bool(self.statistics)
+        if name.startswith("rounds.outer") and self.kind != "aggregate":
+            return False
+        return name.partition(".")[0] in rooms
+
+    @property
+    def inputs(self) -> "tuple[Leg, ...]":
+        """Legs that must be done before."""
+        before = () if self.predecessor is None else (self.predecessor,)
+        return (*self.start.legs, *self.members, *before)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Leg) and other.key == self.key
+
+
+def closure(leg: Leg) -> Iterator[Leg]:
+    """The leg and all it needs, inputs first, each once."""
+    seen: set[str] = set()
+
+    def visit(one: Leg) -> Iterator[Leg]:
+        if one.key not in seen:
+            seen.add(one.key)
+            for before in one.inputs:
+                yield from visit(before)
+            yield one
+
+    yield from visit(leg)
+
+
+def critical_path(leg: Leg, measure: Callable[[Leg], float]) -> float:
+    """The largest sum of a measure along any chain of legs that ends with this one: as if each had its own device."""
+    longest: dict[str, float] = {}
+    for one in closure(leg):
+        longest[one.key] = measure(one) + max((longest[before.key] for before in one.inputs), default=0.0)
+    return longest[leg.key]

@@ -1,0 +1,44 @@
+"""Bytes between machines, and what they make of the wall time at a stated bandwidth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BANDWIDTHS = (0.1, 1.0, 10.0, 100.0)  # Gbit/s
+
+_BYTES_A_GRADIENT = 4  # float32
+
+
+def all_reduce_bytes(num_parameters: int, num_workers: int) -> int:
+    """What each worker sends in one ring all-reduce of a gradient: 2 (N-1)/N · P · 4 (Patarasu & Yuan 2009)."""
+    return round(2 * (num_workers - 1) / num_workers * num_parameters * _BYTES_A_GRADIENT)
+
+
+def exchange_bytes(num_bytes: int, num_members: int) -> int:
+    """What one round of members sends through the aggregator's link: start weights out and minima back, one by one.
+
+    Args:
+        num_bytes: of one set of weights.
+    """
+    return 2 * num_members * num_bytes
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What one way of training does on the critical path."""
+
+    passes: float  # of computation, one device's after the other
+    num_bytes: float  # through the slowest link
+    num_exchanges: int  # rounds of members, or all-reduces
+
+    def wall_s(self, gbit_per_s: float, *, s_per_pass: float, latency_s: float = 0.0) -> float:
+        """Computation, then transfer: passes · s_per_pass + bytes · 8 / bandwidth + exchanges · latency.
+
+        Nothing is taken to overlap, for any arm.
+        """
+        transfer_s = self.num_bytes * 8 / (gbit_per_s * 1e9)
+        return self.passes * s_per_pass + transfer_s + self.num_exchanges * latency_s
+
+
+def wall_times(one: Communication, *, s_per_pass: float, bandwidths: Sequence[float] = BANDWIDTHS) -> dict[str, float]:
+    """Wall seconds by bandwidth in Gbit/s."""
+    return {f"{speed:g}": one.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths}

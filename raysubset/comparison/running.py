@@ -1,0 +1,329 @@
+"""Legs as Ray tasks: each when its inputs are done, again when its process or node dies, resumed in its folder."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
+
+from raysubset.aggregation import Minimum, shrink_perturb
+from raysubset.cluster import (
+    OUTSIDE_GROUPS,
+    SYSTEM_ERRORS,
+    WAIT_NOTICE_S,
+    Event,
+    OnEvent,
+    autoscaler_activity,
+    describe,
+    free_resources,
+    get_shared,
+    put_once,
+    refuse_unplaceable,
+)
+from raysubset.comparison.legs import Leg, closure
+from raysubset.config import Config, derive_seed
+from raysubset.data import FullSet
+from raysubset.fine_tuning import fine_tune
+from raysubset.ledger import Ledger, Work
+from raysubset.models import build_model
+from raysubset.planning import calibration_positions, cut_subsets
+from raysubset.run_directory import (
+    RunDirectory,
+    aggregate_path,
+    aggregate_weights_path,
+    minimum_path,
+    momentum_path,
+    optimizer_path,
+    weights_path,
+)
+from raysubset.scoring import aggregate_minima, test_weights
+from raysubset.subset_actors import Piece, SubsetActor, one_line, read_minimum
+from raysubset.training import Weights
+
+TEST_PATH = "test.json"  # in a leg's folder
+TASKS_A_PROCESS = 1000  # Ray ends a process after each task with a GPU: it would import torch anew for each leg
+
+
+def piece_of(leg: Leg, full_set: FullSet) -> Piece:
+    """The leg as a subset actor knows its work."""
+    indices = None
+    if leg.subset is not None:
+        indices = cut_subsets(leg.config, full_set, leg.round)[leg.subset].indices
+    fresh = {"fresh": "initial", "reinit": "fine_tuning"}
+    return Piece(
+        leg.stage,
+        subset_id=leg.subset,
+        round=leg.round,
+        indices=indices,
+        epochs=leg.epochs,
+        schedule_span=leg.span,
+        start_id=fresh.get(leg.start.kind) or leg.start.legs[0].key,
+        optimizer_path=None if leg.predecessor is None else "predecessor.pt",
+        statistics=leg.statistics,
+        measures_training=False,
+    )
+
+
+class LegFolder:
+    """Where a leg leaves what it makes: a run directory of its own."""
+
+    def __init__(self, legs_path: str, leg: Leg) -> None:
+        self.leg, self.run = leg, RunDirectory(legs_path, leg.key)
+
+    @property
+    def _piece(self) -> Piece:
+        return Piece(self.leg.stage, subset_id=self.leg.subset, round=self.leg.round)
+
+    @property
+    def folder(self) -> str:
+        return self._piece.folder
+
+    def is_done(self) -> bool:
+        """Whether its result is there; the record is written last."""
+        return self.run.exists(self._record_path)
+
+    @property
+    def _record_path(self) -> str:
+        return aggregate_path(self.leg.round) if self.leg.kind == "aggregate" else minimum_path(self.folder)
+
+    def record(self) -> dict[str, Any]:
+        """Validation metrics and what else its kind records."""
+        record = self.run.read_json(self._record_path)
+        return record["aggregation"] if self.leg.kind == "aggregate" else record
+
+    def weights(self) -> Weights:
+        aggregate = self.leg.kind == "aggregate"
+        return self.run.read_weights(aggregate_weights_path(self.leg.round) if aggregate else weights_path(self.folder))
+
+    def minimum(self) -> Minimum:
+        return read_minimum(self.run, self._piece, self.record())
+
+    def works(self) -> list[Work]:
+        """Its ledger: every attempt."""
+        return Ledger(self.run).read()
+
+
+def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None:
+    """What the leg starts from; None: the actor's own seeded initialisation."""
+    if leg.start.kind in ("fresh", "reinit"):
+        return None
+    (before,) = leg.start.legs
+    weights = LegFolder(legs_path, before).weights()
+    if leg.start.kind == "shrink_perturb":
+        config, tuning = leg.config, leg.config.fine_tuning
+        seed = derive_seed(config.seed, "start", "fine_tuning")
+        model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
+        names = {name for name, _ in model.named_parameters()}
+        weights = shrink_perturb(
+            weights, model.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names
+        )
+    return weights
+
+
+def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, waited_s: float) -> None:
+    run, full_set = RunDirectory(legs_path, leg.key), get_shared(full_set_ref)
+    piece = piece_of(leg, full_set)
+    if leg.predecessor is not None:
+        before = LegFolder(legs_path, leg.predecessor)
+        state = before.run.read_checkpoint(optimizer_path(before.folder))
+        assert piece.optimizer_path is not None
+        run.write_checkpoint(piece.optimizer_path, state)
+    start = start_weights(leg, legs_path, full_set)
+    actor = SubsetActor(leg.config, full_set_ref, run, num_gpus)
+    attempt = Ledger(run).next_attempt(piece.ledger_stage, leg.round, leg.subset)
+    start_ref = None if start is None else put_once(start)
+    (record,) = actor.minimize([piece], start_ref, attempts=[attempt], waited_s=waited_s)
+    if record is None:
+        raise WorkerCrashedError  # a signal stopped it with a checkpoint written: as if it had died
+
+
+def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, waited_s: float) -> None:
+    run, full_set = RunDirectory(legs_path, leg.key), get_shared(full_set_ref)
+    ledger = Ledger(run)
+    attempt = ledger.next_attempt("aggregation", leg.round, None)
+    device = "cuda" if num_gpus else "cpu"
+    work = Work("aggregation", leg.round, None, attempt, ray.util.get_node_ip_address(), device, time.time())
+    ledger.write(dataclasses.replace(work, waited_s=waited_s))
+    start = start_weights(leg, legs_path, full_set)
+    config = leg.config
+    model = build_model(
+        config.model,
+        num_classes=full_set.num_classes,
+        image_shape=full_set.image_shape,
+        seed=derive_seed(config.seed, "start"),
+    )
+    momentum: Weights = {}
+    if leg.round and config.rounds.has_outer_step():
+        momentum = RunDirectory(legs_path, leg.start.legs[0].key).read_weights(momentum_path(leg.round - 1))
+    made, momentum = aggregate_minima(
+        full_set,
+        num_gpus,
+        config,
+        [LegFolder(legs_path, member).minimum() for member in leg.members],
+        calibration_positions(config, full_set),
+        model.state_dict() if start is None else start,
+        momentum,
+        frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        derive_seed(config.seed, "aggregation", leg.round),
+        measure_training=False,
+    )
+    run.write_weights(aggregate_weights_path(leg.round), made.aggregate.weights)
+    if momentum:
+        run.write_weights(momentum_path(leg.round), momentum)
+    run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict()})
+    ledger.write(dataclasses.replace(work, cost=made.cost, outcome="done", ended_at=time.time(), waited_s=waited_s))
+
+
+def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_gpus: float) -> None:
+    full_set = get_shared(full_set_ref)
+    for leg in legs:
+        folder = LegFolder(legs_path, leg)
+        metrics = test_weights(full_set, num_gpus, leg.config, folder.weights()).metrics
+        folder.run.write_json(TEST_PATH, metrics.to_dict())
+
+
+class LegRunner:
+    """Runs legs where the cluster has room. A task that dies is tried again actors.max_attempts times in all; what
+    fails for good, and what needs it, is left out and named. If the driver dies, the next one finds what is done."""
+
+    def __init__(
+        self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, on_event: OnEvent
+    ) -> None:
+        """Raises: ValueError: if a task can never be placed."""
+        self._config, self._full_set_ref, self._legs_path = config, full_set_ref, legs_path
+        self._num_gpus, self._tell = num_gpus, on_event
+        self._request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+        refuse_unplaceable(self._request, "legs of a comparison")
+        self.failed: dict[Leg, str] = {}
+
+    def run(self, finals: Sequence[Leg]) -> None:
+        """Do all that the legs need and is not done yet; afterwards `failed` names what could not be."""
+        legs = list(dict.fromkeys(leg for final in finals for leg in closure(final)))
+        done = {leg for leg in legs if self.folder(leg).is_done()}
+        if done:
+            self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
+        self._run_tasks([leg for leg in legs if leg.kind != "train" and leg not in done], done, len(legs))
+        for leg in legs:  # Ray Train takes the whole cluster: one job after the other, when the tasks are through
+            if leg.kind == "train" and leg not in done:
+                self._train(leg)
+
+    def test(self, finals: Sequence[Leg]) -> None:
+        """Read the test split, once for each leg: to be called when every choice is made."""
+        todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed]
+        todo = [leg for leg in todo if not self.folder(leg).run.exists(TEST_PATH)]
+        task = self._task(_test, max_retries=3)
+        size = max(1, len(todo) // 16)
+        parts = [todo[i : i + size] for i in range(0, len(todo), size)]
+        ray.get([task.remote(part, self._legs_path, self._full_set_ref, self._num_gpus) for part in parts])
+
+    def folder(self, leg: Leg) -> LegFolder:
+        return LegFolder(self._legs_path, leg)
+
+    def _task(self, function: Callable[..., None], *, max_retries: int) -> Any:
+        """The function as a remote one, with the resources of an actor."""
+        decorate: Any = ray.remote(
+            num_cpus=self._request["CPU"],
+            num_gpus=self._num_gpus,
+            max_calls=TASKS_A_PROCESS,
+            max_retries=max_retries,
+            scheduling_strategy=OUTSIDE_GROUPS,
+        )
+        return decorate(function)
+
+    def _run_tasks(self, todo: list[Leg], done: set[Leg], num_all: int) -> None:
+        tasks = {"minimize": self._task(_minimize, max_retries=0), "aggregate": self._task(_aggregate, max_retries=0)}
+        running: dict[ray.ObjectRef, Leg] = {}
+        num_lost: dict[Leg, int] = {}
+        told_at = time.monotonic()
+
+        def submit(leg: Leg) -> None:
+            running[tasks[leg.kind].remote(leg, self._legs_path, self._full_set_ref, self._num_gpus, 0.0)] = leg
+
+        try:
+            while todo or running:
+                for leg in list(todo):
+                    if any(before in self.failed for before in leg.inputs):
+                        todo.remove(leg)
+                        self.failed[leg] = next(self.failed[b] for b in leg.inputs if b in self.failed)
+                    elif all(before in done for before in leg.inputs):
+                        todo.remove(leg)
+                        submit(leg)
+                if not running:
+                    assert not todo, "a leg waits for one that nobody runs"
+                    break
+                ended, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_NOTICE_S)
+                for result_ref in ended:
+                    leg = running.pop(result_ref)
+                    if self._collect(leg, result_ref, num_lost):
+                        done.add(leg)
+                        text = f"{leg.key}: validation {self._validation(leg)} ({len(done)} of {num_all} legs)"
+                        self._tell(Event("leg", text, {"leg": leg.key}))
+                    elif leg not in self.failed:
+                        submit(leg)
+                if not ended and time.monotonic() - told_at > WAIT_NOTICE_S:
+                    told_at = time.monotonic()
+                    free = f"free are {free_resources(self._request)}{autoscaler_activity()}"
+                    text = f"{len(running)} legs of {describe(self._request)} each are running or queued; {free}"
+                    self._tell(Event("waiting", text))
+        except BaseException:
+            for result_ref in running:
+                ray.cancel(result_ref, force=True)
+            raise
+
+    def _validation(self, leg: Leg) -> str:
+        metrics = self.folder(leg).record()["validation"]
+        return f"{metrics['loss']:.4f} and {metrics['accuracy']:.2%}"
+
+    def _collect(self, leg: Leg, result_ref: ray.ObjectRef, num_lost: dict[Leg, int]) -> bool:
+        """Whether the leg is done; it is in `failed` if it has failed for good."""
+        try:
+            ray.get(result_ref)
+        except SYSTEM_ERRORS as error:
+            Ledger(self.folder(leg).run).close_lost()
+            num_lost[leg] = num_lost.get(leg, 0) + 1
+            text, most = one_line(error), self._config.actors.max_attempts
+            if num_lost[leg] >= most:
+                self._fail(leg, f"lost {num_lost[leg]} times, last: {text}")
+            else:
+                self._tell(Event("retry", f"{leg.key} was lost ({text}); attempt {num_lost[leg] + 1} of {most}"))
+            return False
+        except RayTaskError as error:
+            self._fail(leg, one_line(error.cause))
+            return False
+        return True
+
+    def _fail(self, leg: Leg, reason: str) -> None:
+        self.failed[leg] = reason
+        self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
+
+    def _train(self, leg: Leg) -> None:
+        """Data-parallel training from fresh weights by Ray Train."""
+        full_set: FullSet = get_shared(self._full_set_ref)
+        config = leg.config
+        seed = derive_seed(config.seed, "start")
+        model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
+        try:
+            fine_tune(
+                config,
+                self._full_set_ref,
+                model.state_dict(),
+                self.folder(leg).run,
+                calibration=calibration_positions(config, full_set),
+                num_workers=leg.num_workers,
+                num_gpus=self._num_gpus,
+                on_event=partial(_ignore_all_but_warnings, self._tell),
+                stage="conventional",
+                epochs=leg.epochs,
+            )
+        except (ValueError, RuntimeError) as error:
+            self._fail(leg, one_line(error))
+            return
+        self._tell(Event("leg", f"{leg.key}: validation {self._validation(leg)}", {"leg": leg.key}))
+
+
+def _ignore_all_but_warnings(tell: OnEvent, event: Event) -> None:
+    if event.kind in ("warning", "retry", "waiting"):
+        tell(event)

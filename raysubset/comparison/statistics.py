@@ -1,0 +1,156 @@
+"""What runs over seeds tell: paired intervals, the passes a quality takes, and speed-ups with censoring.
+
+Definitions: METHODS.md §4 of this project. A cost curve is accuracy against passes over the budgets of one arm and one
+seed; it is made monotone (isotonic regression) before it is read, for every arm alike, so that a lucky budget does not
+count as a crossing.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+COVERAGE = 0.95
+
+Bound = Literal["exact", "at_least", "at_most"]
+Curve = Sequence[tuple[float, float]]  # (passes, accuracy), one a budget
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean or median over seeds and where it may lie."""
+
+    estimate: float
+    low: float
+    high: float
+    coverage: float  # of [low, high]
+    num: int  # seeds
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interval:
+    """The mean with Student's t interval; of a single value nothing is known: (-inf, inf).
+
+    Raises:
+        ValueError: if there is no value.
+    """
+    from scipy import stats
+
+    if not values:
+        raise ValueError("an interval needs at least one value")
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, -math.inf, math.inf, coverage, 1)
+    half = stats.t.ppf((1 + coverage) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - float(half), mean + float(half), coverage, len(values))
+
+
+def range_interval(values: Sequence[float]) -> Interval:
+    """The median with [min, max], which covers the true median with probability 1 - 2^(1-n)."""
+    coverage = 1 - 2.0 ** (1 - len(values))
+    return Interval(statistics.median(values), min(values), max(values), coverage, len(values))
+
+
+def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
+    """The passes at which a cost curve reaches the target, linear in log passes between budgets.
+
+    Returns:
+        (passes, "exact"); (the least budget's, "at_most") where that reaches it already; (the largest budget's,
+        "at_least") where none does.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    costs, accuracy = zip(*sorted(curve), strict=True)
+    fitted = [float(value) for value in isotonic_regression(accuracy)]
+    if fitted[0] >= target:
+        return costs[0], "at_most"
+    if fitted[-1] < target:
+        return costs[-1], "at_least"
+    above = next(i for i, value in enumerate(fitted) if value >= target)
+    share = (target - fitted[above - 1]) / (fitted[above] - fitted[above - 1])
+    low, high = math.log(costs[above - 1]), math.log(costs[above])
+    return math.exp(low + share * (high - low)), "exact"
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """Passes that conventional training needs for a quality, over those an arm needs, paired by seed."""
+
+    per_seed: Mapping[int, float]  # 0 where the arm misses the quality at every budget, or failed
+    bounds: Mapping[int, Bound]  # whether that is S itself, or S is at least or at most that
+    interval: Interval  # of the geometric mean by Student's t on log S; or the median with [min, max]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "per_seed": {str(seed): value for seed, value in self.per_seed.items()},
+            "bounds": {str(seed): bound for seed, bound in self.bounds.items()},
+            "interval": self.interval.to_dict(),
+        }
+
+
+def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: float) -> SpeedUp:
+    """S of an arm at a quality, for each seed of the baseline.
+
+    An arm that misses the quality, or has no curve for a seed, has S = 0 there. Where the baseline misses it, S is at
+    least what its largest budget gives; where the arm has it at its smallest budget, likewise; where the baseline has
+    it at its smallest, S is at most that. With any such seed the interval is [min, max] with its own coverage, opened
+    to the side that is not known.
+    """
+    per_seed: dict[int, float] = {}
+    bounds: dict[int, Bound] = {}
+    for seed, curve in baseline.items():
+        own = arm.get(seed, ())
+        needed, bound = passes_needed(own, target) if own else (math.inf, "at_least")
+        if bound == "at_least":
+            per_seed[seed], bounds[seed] = 0.0, "exact"
+            continue
+        base, base_bound = passes_needed(curve, target)
+        per_seed[seed] = base / needed
+        open_up, open_down = base_bound == "at_least" or bound == "at_most", base_bound == "at_most"
+        if open_up and open_down:  # both have it at once: equal or unequal, nobody knows
+            bounds[seed] = "at_most" if base <= needed else "at_least"
+        else:
+            bounds[seed] = "at_least" if open_up else "at_most" if open_down else "exact"
+    values = list(per_seed.values())
+    if all(bound == "exact" for bound in bounds.values()) and min(values) > 0:
+        logs = t_interval([math.log(value) for value in values])
+        interval = Interval(_exp(logs.estimate), _exp(logs.low), _exp(logs.high), logs.coverage, logs.num)
+    else:
+        found = range_interval(values)
+        low = 0.0 if "at_most" in bounds.values() else found.low
+        high = math.inf if "at_least" in bounds.values() else found.high
+        interval = Interval(found.estimate, low, high, found.coverage, found.num)
+    return SpeedUp(per_seed, bounds, interval)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Interval | None:
+    """Arm minus reference over the seeds both have; None if there is none."""
+    seeds = [seed for seed in reference if seed in arm]
+    return t_interval([arm[seed] - reference[seed] for seed in seeds]) if seeds else None
+
+
+def cheapest_within_error(losses: Mapping[float, Sequence[float]]) -> float:
+    """The least budget whose mean validation loss is within one standard error of the best budget's.
+
+    The error is the best one's over its seeds (Breiman et al. 1984); of a single seed it is 0.
+
+    Args:
+        losses: validation losses by budget, one a seed; budgets with a loss that is not finite are passed over.
+
+    Raises:
+        ValueError: if no budget has finite losses only.
+    """
+    means = {b: statistics.fmean(v) for b, v in losses.items() if v and all(math.isfinite(x) for x in v)}
+    if not means:
+        raise ValueError("no budget of the conventional run ended with a finite validation loss")
+    best = min(means, key=lambda budget: means[budget])
+    values = losses[best]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return min(budget for budget, mean in means.items() if mean <= means[best] + error)

@@ -1,0 +1,314 @@
+"""sweep(): what is planned, run by Ray Tune, and gathered."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+# Ctrl-C is ours: Tune would end quietly, as if all had been done. Reports between validations have no validation_loss.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault(
+    "RAY_AIR_NEW_OUTPUT", "0"
+)  # the newer one prints tables to stdout however quiet it is asked to be
+
+import ray
+from ray import tune
+from ray.exceptions import RayTaskError
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from raysubset.cluster import SYSTEM_ERRORS, Event, OnEvent, connected, has_gpus, num_slots, put_once
+from raysubset.config import Config
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger, total_cost
+from raysubset.pipeline import run_trunk
+from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.run_report import environment
+from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
+from raysubset.sweeping.records import (
+    Record,
+    SweepReport,
+    recommend,
+    recommendation,
+    settings_of,
+    trial_measures,
+)
+from raysubset.sweeping.trials import Task, one_line, run_trial
+from raysubset.tracking import refuse_missing
+
+# A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the
+# head, which is the last node to go
+PLACE_OF_TRIAL = {"node:__internal_head__": 0.001}
+
+FIRST_JUDGED_PASSES = 1  # ASHA's grace period: at least the usual trunk
+MOST_PASSES = 1_000_000  # beyond any run: ASHA stops what gets there
+FEWER = 2  # times as few trials go on beyond each of ASHA's rungs
+
+
+def sweep(
+    config: Config,
+    space: Mapping[str, Any],
+    *,
+    seeds: int | Sequence[int],
+    num_samples: int = 1,
+    scheduler: TrialScheduler | Literal["asha"] | None = None,
+    on_event: OnEvent | None = None,
+    fresh: bool = False,
+) -> SweepReport:
+    """Run the whole pipeline for each point of a space and each seed, side by side where the cluster has room.
+
+    Each trial is a run of its own name below the sweep's directory. A sweep of the same name is gone on with: finished
+    trials are read back, others go on where they stopped, and further values and seeds may be added. A trial that fails
+    ends no other and is named in the report. If this process dies, calling it again is all there is to do.
+
+    Args:
+        config: what all trials have in common; its name and storage path are the sweep's.
+        space: dotted names of fields to lists of values, all combinations of which are run, or to Tune's distributions.
+        seeds: how many, from config.seed on; or which.
+        num_samples: of the distributions.
+        scheduler: "asha" stops trials that fall behind others at as many passes (time_attr="passes"), or one of Tune's
+            without metric and mode, which may stop a trial but not pause it. None is stopped within a Ray Train job.
+        on_event: told of trials as they begin, report and end.
+        fresh: delete what a sweep of this name left behind, and start over.
+
+    Raises:
+        ValueError: the user's mistake, with the way out.
+    """
+    tell: OnEvent = on_event or (lambda event: None)
+    name = config.name or f"{config.run_name()}-sweep"
+    directory = RunDirectory(config.storage_path, name)
+    refuse_missing(config.tracking)
+    config = config.with_overrides({"tracking.group": config.tracking.group or name})
+    seeds = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else list(seeds)
+    trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path=directory.below("trials"))
+    opened = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+    header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
+    if not fresh and (record := _finished(directory, header, trials)) is not None:
+        tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+        return SweepReport.from_dict(record)
+    full_sets = {data: load_full_set(data) for data in dict.fromkeys(trial.config.data for trial in trials)}
+    directory.check_writable()
+    with directory.lease(), contextlib.ExitStack() as stack:
+        resumed = directory.open(header, environment(), fresh=fresh)
+        tell(Event("stage", f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
+        stack.enter_context(connected(config.cluster))
+        started = time.perf_counter()
+        full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
+        at_once, slots_each = _divide_cluster(trials)
+        tell(Event("note", f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
+        trunks = _make_trunks(trials, full_set_refs, directory, most_at_once=at_once, tell=tell)
+        tasks = {
+            trial.name: Task(
+                _with_room(trial.config, slots_each), full_set_refs[trial.config.data], trunks.get(trial.name)
+            )
+            for trial in trials
+        }
+        if scheduler == "asha":
+            scheduler = ASHAScheduler(
+                time_attr="passes", max_t=MOST_PASSES, grace_period=FIRST_JUDGED_PASSES, reduction_factor=FEWER
+            )
+        errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, tell=tell)
+        num_train = {trial.name: len(full_sets[trial.config.data].train) for trial in trials}
+        record = _gather(directory, config, space, seeds, trials, errors, num_train)
+        record["at_once"] = {"trials": at_once, "slots_each": slots_each}
+        record["seconds"] = {"wall": time.perf_counter() - started, "resumed": resumed}
+        directory.write_json(SWEEP_PATH, record)
+    tell(Event("result", f"report: {directory.uri}"))
+    return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
+
+
+def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
+    """The report of a finished sweep of these trials; None if there is none, or some failed and may be tried again."""
+    if not directory.exists(SWEEP_PATH) or directory.differs(header):
+        return None
+    record = directory.read_json_or_none(SWEEP_PATH)
+    if record is None or {trial["name"] for trial in record["trials"]} != {trial.name for trial in trials}:
+        return None
+    return None if any(trial["state"] == "failed" for trial in record["trials"]) else record
+
+
+def _divide_cluster(trials: Sequence[Trial]) -> tuple[int, int]:
+    """divide() by what the cluster has or its autoscaler may start, for the most that any trial asks for."""
+    actors = [trial.config.actors for trial in trials]
+    num_gpus = [one.num_gpus if one.num_gpus is not None else float(has_gpus()) for one in actors]
+    request = {"CPU": max(one.num_cpus for one in actors), "GPU": max(num_gpus)}
+    widest = max(widest_stage(trial.config) for trial in trials)
+    return divide(num_slots(request, startable=True), widest=widest, num_trials=len(trials))
+
+
+def _with_room(config: Config, num_slots: int) -> Config:
+    """The config with no more actors at a time than a trial's places; the field shapes no result."""
+    return config.with_overrides({"actors.max_num": min(num_slots, config.actors.max_num or num_slots)})
+
+
+def _make_trunks(
+    trials: Sequence[Trial],
+    full_set_refs: Mapping[Any, Sequence[ray.ObjectRef]],
+    directory: RunDirectory,
+    *,
+    most_at_once: int,
+    tell: OnEvent,
+) -> dict[str, RunDirectory]:
+    """Run each trunk that trials share, once; trial names to where it lies.
+
+    A trunk that fails is left out: its trials run it themselves, and fail by name if it fails again.
+    """
+    shared = shared_trunks(trials, storage_path=directory.below("trunks"))
+    configs = {trunk.run_name(): trunk for trunk in shared.values()}
+    remote: Any = ray.remote(run_trunk)
+    run_remotely = remote.options(num_cpus=0, resources=PLACE_OF_TRIAL, max_retries=0)
+    made: dict[str, RunDirectory] = {}
+    queued, running = list(configs), {}
+    while queued or running:
+        while queued and len(running) < most_at_once:
+            name = queued.pop(0)
+            trunk = _with_room(configs[name], 1)
+            running[run_remotely.remote(trunk, full_set_ref=full_set_refs[trunk.data])] = name
+            tell(Event("stage", f"trunk {name}: {len(made) + len(running)} of {len(configs)} that trials share"))
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        name = running.pop(done)
+        try:
+            made[name] = ray.get(done)
+        except (RayTaskError, *SYSTEM_ERRORS) as error:
+            tell(Event("warning", f"trunk {name} failed, so that each of its trials runs its own: {one_line(error)}"))
+    return {trial: made[trunk.run_name()] for trial, trunk in shared.items() if trunk.run_name() in made}
+
+
+def _tune(
+    trials: Sequence[Trial],
+    tasks: Mapping[str, Task],
+    directory: RunDirectory,
+    *,
+    scheduler: TrialScheduler | None,
+    most_at_once: int,
+    tell: OnEvent,
+) -> dict[str, str]:
+    """Run the trials to their ends; the names of those that failed, with the cause in a line."""
+    storage_path, filesystem = directory.train_storage("tune")
+    points = [{"name": trial.name, "seed": trial.seed, **trial.overrides} for trial in trials]
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, tasks=dict(tasks)), PLACE_OF_TRIAL),
+        param_space={"trial": tune.grid_search(points)},
+        tune_config=tune.TuneConfig(
+            metric="validation_loss",
+            mode="min",
+            scheduler=scheduler,
+            max_concurrent_trials=most_at_once,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),  # Tune's files of each session apart: it resumes nothing
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[_Telling(tell)],
+        ),
+    )
+    with _quiet_tune():
+        results = tuner.fit()
+    errors = {}
+    for result in results:
+        if result.error:
+            assert result.config is not None
+            errors[result.config["trial"]["name"]] = one_line(result.error)
+    return errors
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Without Tune's log, which draws the whole traceback of each failed trial; it is in Tune's error.txt."""
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _trial_name(trial: Any) -> str:
+    return trial.config["trial"]["name"]
+
+
+class _Telling(tune.Callback):
+    """Tells the sweep's listener what Tune tells of its trials."""
+
+    def __init__(self, tell: OnEvent) -> None:
+        self._tell = tell
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(Event("stage", f"{_trial_name(trial)} starts", {"trial": _trial_name(trial)}))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "validation_loss" in result:
+            text = f"{_trial_name(trial)}: {result['stage']}, {result['passes']:.2f} passes, validation loss"
+            data = {"trial": _trial_name(trial), **result}
+            self._tell(Event("epoch", f"{text} {result['validation_loss']:.4f}", data))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        text = f"{_trial_name(trial)} ends after {trial.last_result.get('passes', 0.0):.2f} passes"
+        self._tell(Event("note", text, {"trial": _trial_name(trial)}))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        data = {"trial": _trial_name(trial)}
+        cause = trial.get_pickled_error()
+        why = f" ({one_line(cause)})" if cause else ""
+        self._tell(Event("warning", f"{_trial_name(trial)} failed{why}; the others go on", data))
+
+
+def _gather(
+    directory: RunDirectory,
+    config: Config,
+    space: Mapping[str, Any],
+    seeds: Sequence[int],
+    trials: Sequence[Trial],
+    errors: Mapping[str, str],
+    num_train: Mapping[str, int],
+) -> Record:
+    """sweep.json: what the trials' run directories and ledgers say."""
+    gathered = []
+    for trial in trials:
+        run = RunDirectory(trial.config.storage_path, trial.name)
+        own: Record = {"name": trial.name, "uri": run.uri, "overrides": dict(trial.overrides), "seed": trial.seed}
+        report = run.read_json_or_none(REPORT_PATH) if run.exists(REPORT_PATH) else None
+        if report is not None:
+            own |= {"state": "done", **trial_measures(report)}
+        elif trial.name in errors:
+            own |= {"state": "failed", "error": errors[trial.name]}
+        else:
+            own |= {"state": "pruned"}
+        gathered.append(own)
+    settings = settings_of(gathered)
+    return {
+        "kind": "sweep",
+        "name": directory.name,
+        "uri": directory.uri,
+        "config": config.to_dict() | {"storage_path": RunDirectory.at(directory.uri).storage_path},
+        "space": {key: list(dict.fromkeys(trial.overrides[key] for trial in trials)) for key in space},
+        "seeds": list(seeds),
+        "trials": gathered,
+        "settings": settings,
+        "recommended": recommend(settings),
+        "recommendation": recommendation(settings),
+        "cost": _total_cost(trials, directory, num_train),
+    }
+
+
+def _total_cost(trials: Sequence[Trial], directory: RunDirectory, num_train: Mapping[str, int]) -> Record:
+    """Of all trials, pruned and failed ones too; a trunk's work stands in the ledger of each that has it."""
+    passes, device_s = 0.0, 0.0
+    trunks = set()
+    for trial in trials:
+        works = Ledger(RunDirectory(trial.config.storage_path, trial.name)).read()
+        counted = [work for work in works if work not in trunks]
+        trunks |= {work for work in works if work.stage == "trunk"}
+        cost = total_cost(counted)
+        passes, device_s = passes + cost.passes(num_train[trial.name]), device_s + cost.device_s
+    return {"passes": passes, "device_s": device_s}

@@ -1,0 +1,156 @@
+"""What a sweep runs, before anything is run: its trials and their names, the trunks they share, how many at once."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
+
+_OWN = ("name", "storage_path", "seed", "method", "cluster.")  # of the sweep as a whole
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str  # of its run directory, below the sweep's trials/
+    overrides: Mapping[str, Any]  # by dotted name; the seed apart
+    seed: int
+    config: Config
+
+
+def plan_trials(
+    config: Config, space: Mapping[str, Any], *, seeds: Sequence[int], num_samples: int, storage_path: str
+) -> list[Trial]:
+    """Every combination of the space's lists, with each sample of its distributions, for each seed.
+
+    The names say what is special of a trial, so that a sweep of more values or seeds finds what is done. Samples are
+    drawn from config.seed. A trial's Ray Train job has one worker unless fine_tuning.num_workers says otherwise: as
+    many as the cluster happens to hold would make trials of one sweep differ in what is not swept.
+
+    Args:
+        config: what all trials have in common.
+        space: dotted names to lists (or Tune's grid_search), and Tune's distributions.
+        num_samples: of the distributions, for each combination of the lists.
+        storage_path: where the trials' run directories lie.
+
+    Raises:
+        ValueError: for an empty space or list, an unknown field, values that a check refuses, or two equal trials.
+    """
+    if config.method != "subset_pretraining":
+        raise ValueError(f"a sweep is of subset pretraining: leave out --method {config.method}")
+    if not seeds:
+        raise ValueError("a sweep needs at least one seed")
+    shared: dict[str, Any] = {"storage_path": storage_path}
+    if config.fine_tuning.num_workers is None:
+        shared["fine_tuning.num_workers"] = 1
+    trials = []
+    for overrides in _settings(space, config.seed, num_samples):
+        for seed in seeds:
+            name = _name({**overrides, "seed": seed})
+            own = {**shared, **overrides, "seed": seed, "name": name}
+            trials.append(Trial(name, overrides, seed, config.with_overrides(own)))
+    twice = [name for name, num in Counter(trial.name for trial in trials).items() if num > 1]
+    if twice:
+        raise ValueError(f"the sweep has trial {twice[0]} more than once: give each value and seed once")
+    return trials
+
+
+def _settings(space: Mapping[str, Any], seed: int, num_samples: int) -> Iterator[dict[str, Any]]:
+    """The overrides of each setting, in the order of the lists."""
+    if not space:
+        raise ValueError("there is nothing to sweep: give --sizes or --space field=value,value")
+    if num_samples < 1:
+        raise ValueError(f"num_samples = {num_samples} must be at least 1")
+    lists: dict[str, list[Any]] = {}
+    samples: dict[str, list[Any]] = {}
+    for key, given in space.items():
+        if key.startswith(_OWN):
+            raise ValueError(f"{key} cannot be swept" + ("; give --seeds" if key == "seed" else ""))
+        # tune.grid_search() is a mapping with this one key
+        values: Any = given["grid_search"] if isinstance(given, Mapping) and "grid_search" in given else given
+        if hasattr(values, "sample"):  # a distribution of ray.tune
+            drawn = values.sample(size=num_samples, random_state=derive_seed(seed, "space", key) % 2**32)
+            samples[key] = [_plain(value) for value in (drawn if num_samples > 1 else [drawn])]
+        elif isinstance(values, list | tuple | range) and len(values):
+            lists[key] = list(values)
+        else:
+            raise ValueError(f"{key}: {values!r} is neither a list of values nor a distribution of ray.tune")
+    if num_samples > 1 and not samples:
+        raise ValueError(f"num_samples = {num_samples} is for distributions, and the space has none")
+    for values in itertools.product(*lists.values()):
+        for number in range(num_samples):
+            chosen = dict(zip(lists, values, strict=True)) | {key: drawn[number] for key, drawn in samples.items()}
+            yield {key: chosen[key] for key in space}
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's own."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    """'subsets.size-100_seed-0': a plain folder name."""
+
+    def word(value: Any) -> str:
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)
+
+    return "_".join(f"{key}-{word(value)}" for key, value in values.items())
+
+
+def trunk_config(config: Config, *, storage_path: str) -> Config:
+    """A config of the trunk alone: equal, and so of one run_name(), where all that a trunk depends on is equal."""
+    default = MinimizeConfig()
+    recipe = dataclasses.replace(
+        config.minimize,
+        epochs=default.epochs,
+        schedule=default.schedule,
+        tolerance=None,
+        target_loss=None,
+        learning_rate=config.stage("trunk").learning_rate,
+    )
+    return Config(
+        storage_path=storage_path,
+        seed=config.seed,
+        data=config.data,
+        model=config.model,
+        minimize=recipe,
+        trunk=dataclasses.replace(config.trunk, learning_rate=None),
+        fine_tuning=FineTuningConfig(num_workers=1, sync_batch_norm=config.fine_tuning.sync_batch_norm),
+        actors=dataclasses.replace(config.actors, quorum=None, max_num=None),
+        cluster=config.cluster,
+    )
+
+
+def shared_trunks(trials: Sequence[Trial], *, storage_path: str) -> dict[str, Config]:
+    """Trial names to the config of their trunk, where a trial shares it with another."""
+    trunks = {t.name: trunk_config(t.config, storage_path=storage_path) for t in trials if t.config.trunk.epochs}
+    num = Counter(trunk.run_name() for trunk in trunks.values())
+    return {name: trunk for name, trunk in trunks.items() if num[trunk.run_name()] > 1}
+
+
+def widest_stage(config: Config) -> int:
+    """Places that a run must have at once: those of its Ray Train jobs; a subset actor can do with one.
+
+    The workers of a streamed set need one more, for the tasks that read for them.
+    """
+    widths = [1]
+    if config.trunk.epochs:
+        widths.append(config.trunk.num_workers + (config.data.streamed and config.trunk.num_workers > 1))
+    if config.fine_tuning.epochs:
+        widths.append((config.fine_tuning.num_workers or 1) + config.data.streamed)
+    return max(widths)
+
+
+def divide(num_slots: int, *, widest: int, num_trials: int) -> tuple[int, int]:
+    """How many trials run at once, and how many places each may take at most.
+
+    Together they never ask for more than there is, so that none waits for what another holds: a Ray Train job, which
+    needs all its workers at once and gives up after some minutes, would else starve beside patient actors.
+    """
+    at_once = max(1, min(num_trials, num_slots // widest))
+    return at_once, max(1, num_slots // at_once)

@@ -1,0 +1,115 @@
+"""One trial inside Ray Tune: a whole run, with its epochs and stages reported to the scheduler."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from raysubset.cluster import Event, get_shared
+from raysubset.config import Config
+from raysubset.ledger import Ledger, total_cost
+from raysubset.pipeline import run
+from raysubset.run_directory import RunDirectory
+from raysubset.training import Cost, Metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trial's process is given; the full set travels by reference."""
+
+    config: Config
+    full_set_ref: Sequence[ray.ObjectRef]
+    trunk: RunDirectory | None  # that it takes over
+
+
+def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
+    """The function that Tune calls. If its process dies, the trial has failed; sweeping again goes on with its run."""
+    task = tasks[parameters["trial"]["name"]]
+    directory = RunDirectory(task.config.storage_path, task.config.run_name())
+    reports = Reports(directory, num_train=len(get_shared(task.full_set_ref).train))
+    report = run(task.config, on_event=reports, full_set_ref=task.full_set_ref, trunk=task.trunk)
+    reports.flush()
+    tune.report(
+        {
+            "stage": "done",
+            "passes": report.passes,
+            "critical_path_passes": report.critical_path_passes,
+            "validation_loss": report.validation.loss,
+            "validation_accuracy": report.validation.accuracy,
+        }
+    )
+
+
+class Reports:
+    """A listener of run() that tells Tune of each epoch and stage.
+
+    passes are the run's in total so far, by its ledger: what ASHA should count by, as epochs of unequal subsets do not
+    compare. validation_loss is there whenever something was validated: of the trunk, of the mean minimum so far, of the
+    aggregate, and of each epoch of fine-tuning.
+
+    What Ray Train's epochs give is told when the job has ended. A scheduler may answer a report by ending the trial's
+    process, and a job whose driver ends leaves its placement group behind, and with it the devices: what Ray 2.60 has
+    for cleaning up asks the dashboard, which a local cluster need not have. So a trial is stopped between epochs of its
+    subsets and before fine-tuning, never within a Ray Train job.
+    """
+
+    def __init__(self, directory: RunDirectory, *, num_train: int) -> None:
+        self._directory, self._num_train = directory, num_train
+        self._epochs: dict[Any, int] = {}  # whole epochs told of each piece of work
+        self._minima: dict[Any, list[Metrics]] = {}  # of each stage and round
+        self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
+
+    def __call__(self, event: Event) -> None:
+        data = event.data
+        if event.kind == "warning":  # which may come while a Ray Train job runs
+            return
+        if event.kind == "epoch":
+            self._kept.append(self._epoch_of_train(data))
+            return
+        self.flush()
+        if event.kind == "progress":
+            key, epoch = (data["stage"], data["round"], data["subset"]), int(data["epoch"])
+            if epoch > self._epochs.get(key, 0):
+                self._epochs[key] = epoch
+                self._tell(data["stage"], epoch=epoch, subset=data["subset"], training_loss=data["loss"])
+        elif event.kind == "minimum":
+            record = data["record"]
+            minima = self._minima.setdefault((data["stage"], record["round"]), [])
+            minima.append(Metrics.from_dict(record["validation"]))
+            self._tell(data["stage"], sum(minima, Metrics(0.0, 0, 0)), subset=record["subset_id"])
+        elif event.kind == "aggregate":
+            self._tell("aggregation", Metrics.from_dict(data["record"]["validation"]))
+
+    def _epoch_of_train(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The report of an epoch, which is heard of a moment later: its passes are counted, the ledger may be ahead."""
+        stage, epoch, validation = data["stage"], data["epoch"], Metrics.from_dict(data["validation"])
+        before = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
+        num_trained = round(epoch * self._num_train)
+        num_forward = num_trained + math.ceil(epoch) * validation.num_examples
+        passes = (before + Cost(num_forward=num_forward, num_backward=num_trained)).passes(self._num_train)
+        return self._report(stage, validation, epoch=epoch, training_loss=data["loss"]) | {"passes": passes}
+
+    def flush(self) -> None:
+        """Tell what was kept back."""
+        while self._kept:
+            tune.report(self._kept.pop(0))
+
+    def _tell(self, stage: str, validation: Metrics | None = None, **values: Any) -> None:
+        tune.report(self._report(stage, validation, **values))
+
+    def _report(self, stage: str, validation: Metrics | None, **values: Any) -> dict[str, Any]:
+        cost = total_cost(Ledger(self._directory).read())
+        told: dict[str, Any] = {"stage": stage, "passes": cost.passes(self._num_train), **values}
+        if validation is not None:
+            told |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
+        return told
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and what it says first; of one that a task raised, those of its cause."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,105 @@
+"""sweep() by real Tune trials on a local cluster: sharing, failing, pruning, and going on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raysubset import Config, run
+from raysubset.cluster import Event
+from raysubset.ledger import Ledger
+from raysubset.report import sweep_sections, write_files
+from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.sweeping import SweepReport, sweep
+
+# isort: split
+from ray.tune.schedulers import TrialScheduler  # after raysubset.cluster, which sets what Ray reads when it is imported
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+
+SMALL = {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 0.0}
+
+
+def a_sweep(folder: Path, sizes: list[int], **options: Any) -> tuple[SweepReport, list[Event]]:
+    events: list[Event] = []
+    overrides = SMALL | options.pop("overrides", {})
+    config = Config(name="sweep", storage_path=str(folder)).with_overrides(overrides)
+    report = sweep(config, {"subsets.size": sizes}, seeds=1, on_event=events.append, **options)
+    return report, events
+
+
+def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
+    report, events = a_sweep(tmp_path, [100, 200, 5000])
+    states = {trial["overrides"]["subsets.size"]: trial["state"] for trial in report.trials}
+    assert states == {100: "done", 200: "done", 5000: "failed"}
+    assert report.trials[2]["error"].startswith("ValueError: subsets.size = 5000 exceeds")
+    assert report.recommended is not None
+    told = {event.data["stage"] for event in events if event.kind == "epoch"}
+    assert told >= {"subsets", "aggregation", "done"}
+
+    # the trunk was run once, by itself; each trial's own cost has it in full, the sweep's once
+    trunk = {work for work in Ledger(RunDirectory.at(report.trials[0]["uri"])).read() if work.stage == "trunk"}
+    assert trunk == {work for work in Ledger(RunDirectory.at(report.trials[1]["uri"])).read() if work.stage == "trunk"}
+    assert len(trunk) == 1
+    shared = next(iter(trunk)).cost.passes(1294)
+    assert report.passes == pytest.approx(sum(trial["passes"] for trial in report.trials[:2]) - shared)
+
+    # a trial is the run that the same config would be by itself
+    config = Config(name="alone", storage_path=str(tmp_path)).with_overrides(
+        SMALL | {"subsets.size": 100, "fine_tuning.num_workers": 1}
+    )
+    alone, swept = run(config), RunDirectory.at(report.trials[0]["uri"])
+    own = RunDirectory.at(alone.uri)
+    for path in (weights_path("trunk"), "rounds/0000/aggregate.safetensors"):
+        a, b = own.read_weights(path), swept.read_weights(path)
+        assert all(torch.equal(a[key], b[key]) for key in a), path
+    assert alone.passes == pytest.approx(report.trials[0]["passes"])
+
+    assert len(sweep_sections(report.to_dict())) == 3
+    assert write_files(report.uri)
+
+    # without its own report, as if the driver had been killed: what is done is read back, what failed is tried again
+    (tmp_path / "sweep" / "sweep.json").unlink()
+    before = (tmp_path / "sweep/trials/subsets.size-100_seed-0/report.json").stat().st_mtime_ns
+    again, events = a_sweep(tmp_path, [100, 200])
+    assert any("going on with" in event.text for event in events)
+    assert [trial["passes"] for trial in again.trials] == [trial["passes"] for trial in report.trials[:2]]
+    assert (tmp_path / "sweep/trials/subsets.size-100_seed-0/report.json").stat().st_mtime_ns == before
+    # and what is finished is not begun again
+    last, events = a_sweep(tmp_path, [100, 200])
+    assert "is finished" in events[0].text
+    assert last.to_dict() == again.to_dict()
+
+
+class StopOne(TrialScheduler):
+    """Stops the trial of 200 examples before its fine-tuning."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        pending = [t for t in tune_controller.get_trials() if t.status in ("PENDING", "PAUSED")]
+        return pending[0] if pending else None
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None: ...
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None: ...
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None: ...
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None: ...
+
+    def debug_string(self) -> str:
+        return "stops one"
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        behind = result["stage"] == "aggregation" and trial.config["trial"]["subsets.size"] == 200
+        return self.STOP if behind else self.CONTINUE
+
+
+def test_a_pruned_trial_leaves_the_cluster_to_one_that_trains_on_all_of_it(tmp_path: Path) -> None:
+    whole = {"fine_tuning.epochs": 2.0, "fine_tuning.num_workers": 4, "trunk.epochs": 0.0}
+    report, events = a_sweep(tmp_path, [200, 100], overrides=whole, scheduler=StopOne())
+    assert report.record["at_once"] == {"trials": 1, "slots_each": 4}
+    assert [trial["state"] for trial in report.trials] == ["pruned", "done"]
+    epochs = [e.data for e in events if e.kind == "epoch" and e.data["stage"] == "fine_tuning"]
+    assert [data["epoch"] for data in epochs] == [1.0, 2.0]
+    assert epochs[0]["passes"] < epochs[1]["passes"] < report.trials[1]["passes"] < report.passes

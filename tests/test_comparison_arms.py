@@ -1,0 +1,133 @@
+"""Arms as legs: what they train, what they share, and what a budget means; advice as arithmetic."""
+
+import math
+from typing import Any
+
+import pytest
+
+from raysubset.cli import call
+from raysubset.comparison import advise
+from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.legs import Leg, closure, critical_path
+from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
+from raysubset.config import Config
+from raysubset.data import load_full_set
+from raysubset.planning import make_plan
+
+SIZES, NUM_TRAIN = (250, 250, 250, 250), 1000
+
+
+def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, **overrides: Any) -> Leg:
+    arm = parse_arm(key)
+    config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
+    return final_leg(arm, config, budget, sizes=SIZES, num_train=NUM_TRAIN, num_workers=4)
+
+
+def trained(one: Leg) -> float:
+    """Passes of training of one leg."""
+    if one.kind == "aggregate":
+        return 0.0
+    return one.epochs * (1 if one.subset is None else SIZES[one.subset] / NUM_TRAIN)
+
+
+@pytest.mark.parametrize("key", ["B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I"])
+def test_every_arm_trains_for_its_budget_in_total(key: str):
+    assert sum(trained(one) for one in closure(leg(key, 6.0))) == pytest.approx(6.0)
+
+
+def test_the_critical_path_of_disjoint_minima_is_one_subset_long():
+    # default proportions: trunk 1, subsets 8 epochs of a quarter each, fine-tuning 2: 11 passes, 5 of them in a row
+    assert critical_path(leg("H", 11.0), trained) == pytest.approx(5.0)
+    assert critical_path(leg("D", 4.0), trained) == pytest.approx(4.0)
+
+
+def test_rounds_are_a_chain_whose_schedule_is_one():
+    last = leg("H:rounds.num=2", 19.0)
+    members = [one for one in closure(last) if one.subset == 0]
+    assert [one.span for one in members] == [(0.0, 0.5), (0.5, 1.0)]
+    assert members[1].predecessor == members[0]
+    assert critical_path(last, trained) == pytest.approx(1 + 2 * 8 / 4 + 2)
+
+
+def test_arms_share_what_is_equal_and_nothing_else():
+    d, e, f = (leg(key, 4.0) for key in "DEF")
+    assert d.inputs == e.inputs == f.inputs  # the same minimum of one subset
+    assert len({d, e, f}) == 3
+    assert leg("D", seed=1) != d
+    assert leg("D", rate=0.3) != d
+    assert leg("G", **{"actors.max_num": 1}) == leg("G")
+
+
+def test_what_does_not_matter_to_a_leg_is_no_part_of_its_name():
+    assert leg("B", **{"subsets.num": 7, "fine_tuning.shrink": 0.1}) == leg("B")
+    assert leg("G", **{"subsets.scheme": "iid"}) != leg("G")
+
+
+def test_a_stage_that_is_thrown_away_is_paid_for():
+    assert leg("F").start.kind == "reinit"
+    assert any(one.subset == 0 for one in closure(leg("F")))
+
+
+def test_data_parallel_training_takes_n_times_the_batch_and_the_learning_rate():
+    config = leg("I", rate=0.05).config.minimize
+    assert (config.batch_size, config.learning_rate) == (256, pytest.approx(0.2))
+
+
+def test_an_arm_takes_overrides():
+    arm = parse_arm("G:aggregation.method=fisher,minimize.momentum=0.8")
+    assert (arm.letter, arm.role) == ("G", "candidate")
+    assert arm.overrides == {"aggregation.method": "fisher", "minimize.momentum": 0.8}
+    assert parse_arm("B:minimize.averaging.kind=pswa").role == "control"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--seeds", "1"], "--seeds: 1 cannot tell a difference from noise"),
+        (["--arms", "B", "C"], "no arm of subset pretraining"),
+        (["--arms", "G"], "add B to --arms"),
+        (["--arms", "B", "Z"], "there is no arm 'Z'"),
+        (["--arms", "B", "G:subsets.sise=3"], "there is no config field subsets.sise"),
+        (["--arms", "B", "G:rounds.num"], "write overrides as field=value"),
+        (["--budgets", "0.5", "2"], "0.5 passes is too small for one epoch"),
+        (["--learning-rates", "0"], "--learning-rates: 0 is not positive"),
+        (["--rounds.optimizer-state", "average"], "set keep or reset"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: list[str], told: str, tmp_path, capsys):
+    assert call(["compare", "--storage-path", str(tmp_path), *flags]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
+    assert all_reduce_bytes(1000, 4) == 2 * 3 / 4 * 1000 * 4
+    assert exchange_bytes(4000, 4) == 2 * 4 * 4000
+
+
+def test_wall_time_is_computing_then_sending():
+    assert Communication(3.0, 1e9, 10).wall_s(8.0, s_per_pass=2.0, latency_s=0.1) == pytest.approx(6 + 1 + 1)
+
+
+def test_advice_is_its_formula():
+    config = Config()
+    plan = make_plan(config, load_full_set(config.data))
+    num_train, parameters = 1294, plan.num_parameters
+    found = advise(config, plan, num_train=num_train, s_per_pass=2.0, num_workers=2, bandwidths=[1.0])
+    one, parallel, subsets = found.forecasts
+    total = 1 + 8 * 4 * 323 / num_train + 2
+    steps = math.ceil(total * num_train / 64)
+    assert one.wall_s["1"] == pytest.approx(2 * total)
+    assert parallel.wall_s["1"] == pytest.approx(total + steps * 2 / 2 * parameters * 4 * 8 / 1e9)
+    assert subsets.communication.passes == pytest.approx(1 + 2 * 8 * 323 / num_train + 2)  # four subsets, two devices
+    even = found.break_even_gbit_per_s
+    assert even is not None
+    assert parallel.communication.wall_s(even, s_per_pass=2.0) == pytest.approx(
+        subsets.communication.wall_s(even, s_per_pass=2.0)
+    )
+
+
+def test_arms_are_told_apart_by_key():
+    assert isinstance(parse_arm("H:rounds.num=4"), Arm)
+    assert "rounds.num = 4" in parse_arm("H:rounds.num=4").title

@@ -1,0 +1,316 @@
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysubset.cli import call
+from raysubset.config import Config
+from raysubset.report import read_report, sweep_sections, write_files
+from raysubset.run_directory import CONFIG_PATH, SWEEP_PATH, RunDirectory
+from raysubset.sweeping.plan import (
+    Trial,
+    divide,
+    plan_trials,
+    shared_trunks,
+    trunk_config,
+    widest_stage,
+)
+from raysubset.sweeping.records import recommend, recommendation, settings_of
+
+# isort: split
+from ray import tune  # after raysubset.cluster, which sets what Ray reads when it is imported
+
+
+def planned(space: dict[str, Any], *, seeds: Any = (0,), num_samples: int = 1, **overrides: Any) -> list[Trial]:
+    config = Config().with_overrides({key.replace("__", "."): value for key, value in overrides.items()})
+    return plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path="/runs/sweep/trials")
+
+
+# Trials and their names
+
+
+def test_every_combination_of_lists_and_seeds_is_a_trial_named_by_what_is_special_of_it() -> None:
+    trials = planned({"subsets.size": [100, 200], "minimize.learning_rate": [0.05, 0.1]}, seeds=[3, 4])
+    assert [trial.name for trial in trials][:3] == [
+        "subsets.size-100_minimize.learning_rate-0.05_seed-3",
+        "subsets.size-100_minimize.learning_rate-0.05_seed-4",
+        "subsets.size-100_minimize.learning_rate-0.1_seed-3",
+    ]
+    assert len(trials) == 8
+    config = trials[2].config
+    assert (config.subsets.size, config.minimize.learning_rate, config.seed) == (100, 0.1, 3)
+    assert (config.storage_path, config.run_name()) == ("/runs/sweep/trials", trials[2].name)
+
+
+def test_a_trials_train_job_has_one_worker_unless_told_otherwise() -> None:
+    assert [t.config.fine_tuning.num_workers for t in planned({"subsets.size": [100]})] == [1]
+    (trial,) = planned({"subsets.size": [100]}, fine_tuning__num_workers=2)
+    assert trial.config.fine_tuning.num_workers == 2
+
+
+def test_distributions_are_drawn_from_the_seed_for_each_combination() -> None:
+    space = {"subsets.size": tune.grid_search([100, 200]), "minimize.learning_rate": tune.loguniform(0.01, 1)}
+    trials, again = (planned(space, num_samples=2) for _ in range(2))
+    assert [trial.name for trial in trials] == [trial.name for trial in again]
+    rates = [trial.config.minimize.learning_rate for trial in trials]
+    assert rates[:2] == rates[2:]
+    assert len(set(rates)) == 2
+    assert all(rate and 0.01 <= rate <= 1 for rate in rates)
+    other = planned(space, num_samples=2, seed=1)
+    assert [trial.name for trial in other] != [trial.name for trial in trials]
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        ({}, "nothing to sweep"),
+        ({"subsets.size": []}, "neither a list of values nor a distribution"),
+        ({"subsets.size": 100}, "neither a list of values nor a distribution"),
+        ({"subsets.sise": [100]}, "did you mean subsets.size?"),
+        ({"subsets.size": [100, 0]}, "must be at least 1"),
+        ({"subsets.size": [100, 100]}, "more than once"),
+        ({"seed": [1, 2]}, "give --seeds"),
+        ({"cluster.num_cpus": [1, 2]}, "cannot be swept"),
+    ],
+)
+def test_mistakes_in_a_space_are_told_before_anything_runs(space: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        planned(space)
+
+
+# Trunks
+
+
+def test_trials_of_one_seed_share_a_trunk_whatever_their_subsets() -> None:
+    trials = planned({"subsets.size": [100, 200], "minimize.epochs": [1.0, 2.0]}, seeds=[0, 1])
+    shared = shared_trunks(trials, storage_path="/runs/sweep/trunks")
+    assert shared.keys() == {trial.name for trial in trials}
+    assert len({trunk.run_name() for trunk in shared.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "matters"),
+    [
+        ("minimize.momentum", 0.5, True),
+        ("minimize.learning_rate", 0.3, True),
+        ("trunk.epochs", 2.0, True),
+        ("model.width", 4, True),
+        ("actors.num_cpus", 2, True),
+        ("data.split_seed", 1, True),
+        ("minimize.schedule", "constant", False),
+        ("minimize.target_loss", 0.1, False),
+        ("subsets.num", 2, False),
+        ("fine_tuning.learning_rate", 0.3, False),
+        ("rounds.num", 2, False),
+        ("actors.max_num", 2, False),
+    ],
+)
+def test_a_trunk_is_shared_exactly_where_all_it_depends_on_is_equal(key: str, value: Any, matters: bool) -> None:
+    a, b = Config(), Config().with_overrides({key: value})
+    names = [trunk_config(config, storage_path="/runs").run_name() for config in (a, b)]
+    assert (names[0] != names[1]) == matters
+
+
+def test_the_trunk_run_does_what_each_trials_trunk_would() -> None:
+    config = Config(seed=3).with_overrides({"trunk.learning_rate": 0.02, "minimize.epochs": 3.0, "trunk.epochs": 2.0})
+    assert trunk_config(config, storage_path="/runs").stage("trunk") == config.stage("trunk")
+
+
+def test_a_trunk_of_a_single_trial_is_left_to_it() -> None:
+    assert shared_trunks(planned({"subsets.size": [100]}), storage_path="/runs") == {}
+    assert shared_trunks(planned({"subsets.size": [100, 200]}, trunk__epochs=0.0), storage_path="/runs") == {}
+
+
+# Room
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "widest", "num_trials", "expected"),
+    [(2, 1, 9, (2, 1)), (2, 2, 9, (1, 2)), (8, 3, 9, (2, 4)), (8, 1, 3, (3, 2)), (0, 1, 9, (1, 1)), (1, 4, 9, (1, 1))],
+)
+def test_trials_together_never_ask_for_more_places_than_there_are(
+    num_slots: int, widest: int, num_trials: int, expected: tuple[int, int]
+) -> None:
+    at_once, slots_each = divide(num_slots, widest=widest, num_trials=num_trials)
+    assert (at_once, slots_each) == expected
+    if num_slots >= widest:
+        assert at_once * slots_each <= num_slots
+        assert slots_each >= widest
+
+
+def test_the_widest_stage_is_the_largest_train_job_that_is_run() -> None:
+    config = Config().with_overrides({"fine_tuning.num_workers": 4, "trunk.num_workers": 3})
+    assert widest_stage(config) == 4
+    assert widest_stage(config.with_overrides({"fine_tuning.epochs": 0.0})) == 3
+    assert widest_stage(config.with_overrides({"fine_tuning.epochs": 0.0, "trunk.epochs": 0.0})) == 1
+
+
+# Settings and the recommendation
+
+
+def trial(size: int, seed: int, loss: float | None, *, state: str = "done", **overrides: Any) -> dict[str, Any]:
+    """Q is a hundredth of the size, passes are its tenth, half of them on the critical path."""
+    record = {"name": f"{size}-{seed}", "seed": seed, "overrides": {"subsets.size": size, **overrides}, "state": state}
+    if state != "done":
+        return record | ({"error": "ValueError: planted"} if state == "failed" else {})
+    return record | {
+        "num_subsets": 4,
+        "subset_size": size,
+        "overdetermination_ratio": size / 100,
+        "validation_loss": loss,
+        "validation_accuracy": 0.9,
+        "passes": size / 10,
+        "critical_path_passes": size / 20,
+    }
+
+
+def of_losses(losses: dict[int, list[float]]) -> list[dict[str, Any]]:
+    return [trial(size, seed, loss) for size, values in losses.items() for seed, loss in enumerate(values)]
+
+
+def test_a_setting_is_the_mean_over_its_seeds_with_its_standard_error() -> None:
+    small, large = settings_of(of_losses({100: [0.1, 0.2, 0.3], 200: [0.5]}))
+    assert small["validation_loss"]["mean"] == pytest.approx(0.2)
+    assert small["validation_loss"]["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
+    assert large["validation_loss"] == {"mean": 0.5, "standard_error": None}
+    assert (small["num_seeds"], small["overdetermination_ratio"]) == (3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "size"),
+    [
+        ({100: [0.9, 0.9], 200: [0.31, 0.31], 400: [0.2, 0.4]}, 200),  # best 0.3 ± 0.1 reaches up to 0.4
+        ({100: [0.39, 0.39], 200: [0.31, 0.31], 400: [0.2, 0.4]}, 100),
+        ({100: [0.41, 0.41], 400: [0.2, 0.4]}, 400),
+        ({400: [0.2, 0.4], 100: [0.39, 0.39]}, 100),  # whatever their order
+        ({100: [0.31], 400: [0.3]}, 400),  # one seed: no error, the best
+    ],
+)
+def test_the_smallest_subset_within_one_standard_error_of_the_best(losses: dict[int, list[float]], size: int) -> None:
+    settings = settings_of(of_losses(losses))
+    position = recommend(settings)
+    assert position is not None
+    assert settings[position]["subset_size"] == size
+    assert f"{size} examples" in recommendation(settings)
+
+
+def test_among_settings_of_one_size_the_least_loss_is_recommended() -> None:
+    rate = "minimize.learning_rate"
+    trials = [
+        trial(100, seed, loss + seed / 10, **{rate: r}) for seed in (0, 1) for r, loss in ((0.1, 0.3), (0.2, 0.29))
+    ]
+    settings = settings_of(trials)
+    assert settings[recommend(settings) or 0]["overrides"][rate] == 0.2
+    assert f"{rate} = 0.2" in recommendation(settings)
+
+
+def test_failed_seeds_leave_a_setting_its_others_and_pruned_ones_rule_it_out() -> None:
+    failed = [*of_losses({100: [0.1, 0.2]}), trial(100, 2, None, state="failed")]
+    assert recommend(settings_of(failed)) == 0
+    pruned = [*of_losses({100: [0.1, 0.2], 200: [0.5, 0.6]}), trial(100, 2, None, state="pruned")]
+    assert recommend(settings_of(pruned)) == 1
+
+
+def test_nothing_is_recommended_where_nothing_has_a_finite_loss() -> None:
+    settings = settings_of([trial(100, 0, None), trial(200, 0, None, state="failed")])
+    assert recommend(settings) is None
+    assert "No recommendation" in recommendation(settings)
+
+
+# The report
+
+
+def a_sweep(folder: Path) -> str:
+    """A finished sweep's directory: two sizes of two seeds, a third that failed."""
+    trials = [*of_losses({100: [0.39, 0.39], 400: [0.2, 0.4]}), trial(5000, 0, None, state="failed")]
+    settings = settings_of(trials)
+    record = {
+        "kind": "sweep",
+        "name": "a-sweep",
+        "uri": str(folder / "a-sweep"),
+        "space": {"subsets.size": [100, 400, 5000]},
+        "seeds": [0, 1],
+        "trials": trials,
+        "settings": settings,
+        "recommended": recommend(settings),
+        "recommendation": recommendation(settings),
+        "cost": {"passes": 90.0, "device_s": 12.0},
+    }
+    directory = RunDirectory(str(folder), "a-sweep")
+    directory.open(Config(name="a-sweep").to_dict() | {"kind": "sweep"}, {})
+    directory.write_json(SWEEP_PATH, record)
+    return directory.uri
+
+
+def test_the_report_has_a_row_a_setting_the_failed_trial_and_the_recommendation(tmp_path: Path) -> None:
+    table, lost, told = sweep_sections(read_report(a_sweep(tmp_path)))
+    assert [row[0] for row in table.rows] == ["100", "400", "5000"]
+    assert table.rows[1] == (
+        "400",
+        "4",
+        "4.00",
+        "2",
+        "0.3000 ± 0.1000",
+        "90.00 ± 0.00",
+        "40.00 ± 0.00",
+        "20.00 ± 0.00",
+        "",
+    )
+    assert table.rows[0][-1] == "←"
+    assert table.rows[2][1:4] == ("–", "–", "0, 1 failed")
+    assert len(table.columns) == len(table.rows[0])
+    assert lost.rows == (("5000-0", "failed", "ValueError: planted"),)
+    assert "within one standard error of the best: 100 examples" in told.lines[0]
+
+
+def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> None:
+    page = Path(write_files(a_sweep(tmp_path)))
+    assert page == tmp_path / "a-sweep/report/report.html"
+    assert "within one standard error of the best: 100 examples" in page.read_text()
+    assert page.with_name("sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:
+    directory = RunDirectory.at(a_sweep(tmp_path))
+    directory.delete(SWEEP_PATH)
+    with pytest.raises(ValueError, match="0 trials are done"):
+        read_report(directory.uri)
+    with pytest.raises(ValueError, match="kind: sweep → None"):
+        directory.open(Config(name="a-sweep").to_dict(), {})
+    assert json.loads((tmp_path / "a-sweep" / CONFIG_PATH).read_text())["config"]["kind"] == "sweep"
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("", "there is nothing to sweep: give --sizes or --space"),
+        ("--space minimize.momentum", "write field=value,value"),
+        ("--space minimize.momentum=", "write field=value,value"),
+        ("--sizes 100 --space subsets.size=100,200", "subsets.size is given twice"),
+        ("--space minimize.momentun=0.5,0.9", "did you mean minimize.momentum?"),
+        ("--space minimize.momentum=0.5,high", "minimize.momentum = 'high' should be float"),
+        ("--sizes many", "sizes"),
+        ("--sizes 100 --seeds 0", "at least one seed"),
+        ("--sizes 100 --sedes 3", "did you mean --seeds?"),
+        ("--sizes 100 --method conventional", "a sweep is of subset pretraining"),
+    ],
+)
+def test_mistakes_in_flags_are_one_line_and_exit_code_2(
+    flags: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["sweep", "--storage-path", str(tmp_path), *flags.split()]) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweeps_directory_is_reported_as_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["report", a_sweep(tmp_path)]) == 0
+    assert "within one standard error of the best: 100 examples" in " ".join(capsys.readouterr().out.split())
