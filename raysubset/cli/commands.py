@@ -1,0 +1,343 @@
+"""Commands: flags in config.py's words, and exit codes.
+
+Nothing here imports torch or Ray before flags are understood: --help and mistakes answer at once.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from raysubset.cli.flags import (
+    Advise,
+    Command,
+    Compare,
+    Doctor,
+    Export,
+    Predict,
+    Report,
+    Run,
+    Sweep,
+    parse,
+    parse_command,
+)
+from raysubset.cli.screen import listener, print_sections
+from raysubset.config import Config
+
+QUICK: dict[str, Any] = {  # what `compare --quick` is short for
+    "seeds": 2,
+    "budgets": (1.0, 2.0, 4.0),
+    "arms": ("B", "D", "G", "H"),
+}
+
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130  # the last is the shells' code for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `raysubset` command; ends the process."""
+    sys.exit(call(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code."""
+    again = shlex.join(["raysubset", *(a for a in arguments if a != "--fresh")])
+    return _guarded(lambda: _dispatch(parse_command(arguments)), again=f"to go on: {again}")
+
+
+def run_job(arguments: Sequence[str], *, default: Config, description: str | None = None) -> int:
+    """What a job file does: parse, run, print the report; the exit code.
+
+    Args:
+        arguments: flags as those of `raysubset run`, which change single fields of the default.
+        default: the job's config.
+        description: heads the job's --help.
+    """
+
+    def job() -> int:
+        command = parse(Run, arguments, default, prog=Path(sys.argv[0]).name, description=description)
+        return _run(command.config, fresh=command.fresh)
+
+    return _guarded(job, again="the same command goes on")
+
+
+def run_sweep_job(
+    arguments: Sequence[str],
+    *,
+    default: Config,
+    sizes: Sequence[int],
+    seeds: int,
+    description: str | None = None,
+) -> int:
+    """What a job file of a sweep does: parse, sweep, print the report; the exit code. Flags as `raysubset sweep`'s.
+
+    Args:
+        arguments: change single fields of the default, the sizes and the seeds.
+        default: what all trials have in common.
+        sizes: examples per subset.
+        seeds: runs of each size.
+        description: heads the job's --help.
+    """
+
+    def job() -> int:
+        prog, swept = Path(sys.argv[0]).name, {"sizes": tuple(sizes), "seeds": seeds}
+        return _sweep(parse(Sweep, arguments, default, prog=prog, description=description, **swept))
+
+    return _guarded(job, again="the same command goes on")
+
+
+def run_comparison_job(
+    arguments: Sequence[str], *, default: Config, description: str | None = None, **options: Any
+) -> int:
+    """What a job file of a comparison does: parse, compare, print the report; the exit code.
+
+    Args:
+        arguments: flags as those of `raysubset compare`.
+        default: data, model, subsets and recipe.
+        description: heads the job's --help.
+        options: defaults of compare()'s: seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers.
+    """
+
+    def job() -> int:
+        prog = Path(sys.argv[0]).name
+        return _compare(parse(Compare, arguments, default, prog=prog, description=description, **options))
+
+    return _guarded(job, again="the same command goes on")
+
+
+def _guarded(work: Callable[[], int], *, again: str) -> int:
+    """Do it; mistakes, failures and being stopped become a line and an exit code."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
+    try:
+        return work()
+    except ValueError as error:
+        _error(str(error))
+        return MISTAKE
+    except KeyboardInterrupt:
+        _error(f"stopped; what was done is kept, {again}")
+        return STOPPED
+    except BrokenPipeError:  # whoever read our output has closed it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (OSError, RuntimeError) as error:
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        _error(f"{type(error).__name__}: {error}")
+        return FAILED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _dispatch(command: Command) -> int:
+    match command:
+        case Run():
+            return _run(command.config, fresh=command.fresh)
+        case Sweep():
+            return _sweep(command)
+        case Compare():
+            return _compare(command)
+        case Report():
+            return _report(command)
+        case Doctor():
+            return _doctor(command.config)
+        case Advise():
+            return _advise(command)
+        case Export():
+            return _export(command)
+        case Predict():
+            return _predict(command)
+
+
+def _run(config: Config, *, fresh: bool) -> int:
+    from raysubset.pipeline import run
+    from raysubset.report import sections, write_files
+    from raysubset.tracking import track_page
+
+    with listener() as listen:
+        report = run(config, on_event=listen, fresh=fresh)
+        page = write_files(report.uri)
+        track_page(config, report.uri, listen)
+    print(f"Page: {page}")
+    print_sections(sections(report.to_dict()))
+    return DONE
+
+
+def _sweep(command: Sweep) -> int:
+    space = _space(command.sizes, command.space)
+    from raysubset.report import sweep_sections, write_files
+    from raysubset.sweeping import sweep
+
+    scheduler = "asha" if command.prune else None
+    with listener() as listen:
+        report = sweep(
+            command.config, space, seeds=command.seeds, scheduler=scheduler, on_event=listen, fresh=command.fresh
+        )
+    page = write_files(report.uri)
+    print(f"Page: {page}")
+    print_sections(sweep_sections(report.to_dict()))
+    return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
+
+
+def _compare(command: Compare) -> int:
+    from raysubset.comparison import compare
+    from raysubset.report import comparison_sections, write_files
+    from raysubset.tracking import track_page
+
+    options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
+    for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers"):
+        if given := getattr(command, name):
+            options[name] = given
+    with listener() as listen:
+        report = compare(command.config, **options, on_event=listen, fresh=command.fresh)
+        page = write_files(report.uri)
+        track_page(command.config, report.uri, listen)
+    print(f"Page: {page}")
+    print_sections(comparison_sections(report.to_dict()))
+    return FAILED if report.record["failed"] else DONE
+
+
+def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
+    """Dotted names to lists of values, of --sizes 100 200 and --space minimize.learning_rate=0.05,0.1.
+
+    Raises:
+        ValueError: for a field given twice or without values.
+    """
+    space: dict[str, list[Any]] = {"subsets.size": list(sizes)} if sizes else {}
+    for text in fields:
+        key, mark, values = text.partition("=")
+        key = key.replace("-", "_")
+        if not (key and mark and values):
+            raise ValueError(f"--space {text}: write field=value,value")
+        if key in space:
+            raise ValueError(f"--space {text}: {key} is given twice")
+        space[key] = [_value(word) for word in values.split(",")]
+    return space
+
+
+def _value(word: str) -> Any:
+    """A number or word as a flag has it: 100, 0.05, cosine, True, None."""
+    words = {"True": True, "False": False, "None": None}
+    if word in words:
+        return words[word]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word)
+    return word
+
+
+def _report(command: Report) -> int:
+    if not command.directories:
+        raise ValueError("report needs a directory: that of a run, a sweep or a comparison, or those of several runs")
+    if command.to and (command.format != "html" or len(command.directories) == 1):
+        raise ValueError(f"--to {command.to} is for --format html of several runs; that of one lies in its directory")
+    return _report_one(command) if len(command.directories) == 1 else _report_several(command)
+
+
+def _report_one(command: Report) -> int:
+    from raysubset.report import comparison_sections, read_report, sections, sweep_sections, write_files
+
+    (directory,) = command.directories
+    if command.format == "html":
+        print(write_files(directory))
+        return DONE
+    record = read_report(directory)
+    if command.format == "json":
+        print(json.dumps(record, indent=1))
+    else:
+        read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(record.get("kind", ""), sections)
+        print_sections(read(record))
+    return DONE
+
+
+def _report_several(command: Report) -> int:
+    from raysubset.report import read_several, several_sections, write_several
+
+    match command.format:
+        case "html":
+            print(write_several(command.directories, command.to or "report.html"))
+        case "json":
+            print(json.dumps(read_several(command.directories), indent=1))
+        case "text":
+            print_sections(several_sections(read_several(command.directories)))
+    return DONE
+
+
+def _doctor(config: Config) -> int:
+    from raysubset.doctor import examine
+
+    console = Console(highlight=False, soft_wrap=True)
+    healthy = True
+    for check in examine(config):
+        mark = {True: "[green]ok  [/]", False: "[red]FAIL[/]", None: "[yellow]note[/]"}[check.ok]
+        console.print(f"{mark} {check.name}: ", end="")
+        console.print(check.text, markup=False)
+        healthy = healthy and check.ok is not False
+    return DONE if healthy else FAILED
+
+
+def _advise(command: Advise) -> int:
+    import torch
+
+    from raysubset.comparison import advise, measured_lines
+    from raysubset.data import load_full_set
+    from raysubset.node_speeds import measure_speed
+    from raysubset.planning import make_plan
+    from raysubset.report import Section, advice_sections, read_report
+
+    config = command.config
+    if config.method != "subset_pretraining":
+        raise ValueError("advice is on subset pretraining: leave out --method conventional")
+    if command.num_workers < 2:
+        raise ValueError(f"--num-workers {command.num_workers}: on one device there is nothing to choose")
+    full_set = load_full_set(config.data)
+    plan, num_train = make_plan(config, full_set), len(full_set.train)
+    measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))
+    per_s = measured.examples_per_s
+    found = advise(config, plan, num_train=num_train, s_per_pass=num_train / per_s, num_workers=command.num_workers)
+    parts = advice_sections(found.to_dict())
+    if command.against:
+        record = read_report(command.against)
+        if record.get("kind") != "comparison":
+            raise ValueError(f"--against {command.against}: that is no comparison")
+        parts.append(Section("What the comparison measured", lines=tuple(measured_lines(record, found))))
+    print_sections(parts)
+    return DONE
+
+
+def _export(command: Export) -> int:
+    from raysubset.exporting import export_model
+
+    print(export_model(command.directory, command.to, format=command.format))
+    return DONE
+
+
+def _predict(command: Predict) -> int:
+    from raysubset.exporting import predict_files
+
+    for prediction in predict_files(command.directory, command.images):
+        if command.format == "json":
+            print(json.dumps(dataclasses.asdict(prediction)))
+        else:
+            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+            print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in pairs)}")
+    return DONE
+
+
+def _error(text: str) -> None:
+    print(f"raysubset: {text}", file=sys.stderr, flush=True)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Flags in config's words: what each command takes, and how it is read. Mistakes are told in one line."""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from itertools import dropwhile, takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from raysubset.config import Config, flatten, nearest
+
+_HELP = "Subset pretraining on Ray: minimize on distinct subsets in parallel, aggregate, fine-tune; count every cost."
+
+ConfigFile = Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run subset pretraining, or a conventional run, and print its report; goes on with an unfinished run of that name.
+
+    Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM, with
+    what was done kept: the same command goes on.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: ConfigFile = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete what a run of this name left behind, and start over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Print the report of a finished run, sweep or comparison again; of an unfinished one, how far it is (exit code 2).
+
+    Several runs are laid side by side.
+    """
+
+    directories: tyro.conf.Positional[tuple[str, ...]]
+    """The run directory, or several: paths or URIs."""
+    format: Literal["text", "json", "html"] = "text"
+    """Tables, everything as JSON, or a page for the browser, whose path is printed."""
+    to: str | None = None
+    """Where the page of several runs goes; by default report.html in the working directory. That of one goes to
+    report/report.html in its directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Check data, model, storage and cluster before a run: what there is, what this config asks for, memory and time.
+
+    Exit code 0 when a run can start, 1 when something is wrong. Takes the flags of `run`.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: ConfigFile = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Run every combination of the values given, over seeds, as trials of Ray Tune; print a table and a recommendation.
+
+    Goes on with an unfinished sweep of that name. Takes the flags of `run`. Exit codes as there; 1 if a trial failed.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: ConfigFile = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    sizes: tuple[int, ...] = ()
+    """Examples per subset: short for --space subsets.size=…"""
+    space: tuple[str, ...] = ()
+    """What else to vary: field=value,value …, by the fields' dotted names."""
+    seeds: int = 3
+    """Runs of each combination, with seeds from --seed on."""
+    prune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete what a sweep of this name left behind, and start over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
+
+    Goes on with an unfinished comparison of that name. Takes the flags of `run`. Exit codes as there; 1 if work failed.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: ConfigFile = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    seeds: int | None = None
+    """Runs of each arm and budget, with seeds from --seed on; by default 5. A verdict needs 5."""
+    budgets: tuple[float, ...] = ()
+    """Passes of training in total, each of which every arm gets; at least 1. By default 1 2 4 8 16."""
+    arms: tuple[str, ...] = ()
+    """A long conventional, B conventional, C RS2, D one subset, E D with shrink-perturb, F D from fresh weights,
+    G aggregate, H trunk and aggregate, I data-parallel; or with overrides: G:aggregation.method=fisher."""
+    learning_rates: tuple[float, ...] = ()
+    """The grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate."""
+    batch_sizes: tuple[int, ...] = ()
+    """The grid tried for B, whose best all arms take; by default --minimize.batch-size alone."""
+    margin: float | None = None
+    """Of non-inferiority, in accuracy; by default 0.001 on MNIST, 0.005 on CIFAR-10, 0.01 on CIFAR-100, 0.005 else."""
+    num_workers: int | None = None
+    """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete what a comparison of this name left behind, and start over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advise:
+    """Say what to expect of subset pretraining, data-parallel training and one device, with the formulas; no training.
+
+    The speed of this machine is measured for a few seconds. Takes the flags of `run`.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: ConfigFile = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    num_workers: int = 4
+    """Devices to train with."""
+    against: str | None = None
+    """A finished comparison of the same data and model, to hold the formula against what it measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the model of a finished run as one file that takes floats in [0, 1], and check what it computes."""
+
+    directory: tyro.conf.Positional[str]
+    """The run directory: a path or URI."""
+    format: Literal["torch-export", "onnx"] = "torch-export"
+    """model.pt2 for torch.export.load(), or model.onnx."""
+    to: str | None = None
+    """The file; by default model.pt2 or model.onnx in the working directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify image files by the model of a finished run: a line each, the most probable classes first."""
+
+    directory: tyro.conf.Positional[str]
+    """The run directory: a path or URI."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files."""
+    format: Literal["text", "json"] = "text"
+
+
+Command = Run | Sweep | Compare | Advise | Report | Doctor | Export | Predict
+
+_PLAIN = (Report, Export, Predict)  # commands that take no config
+
+_COMMANDS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in get_args(Command)}
+
+
+def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
+    """The config that flags of `raysubset run` give.
+
+    Raises:
+        ValueError: for a mistake in them, in one line.
+    """
+    return parse(Run, arguments, default or Config(), prog="raysubset run").config
+
+
+def parse_command(arguments: Sequence[str]) -> Command:
+    verb = arguments[0] if arguments else "--help"
+    if verb in _COMMANDS:
+        return parse(_COMMANDS[verb], arguments[1:], Config(), prog=f"raysubset {verb}")
+    if verb not in ("-h", "--help"):
+        raise ValueError(f"there is no command {verb}{nearest(verb, _COMMANDS)}; see raysubset --help")
+    overview: Any = None
+    for name, kind in _COMMANDS.items():
+        default = {} if kind in _PLAIN else {"default": kind(Config())}
+        one = Annotated[kind, tyro.conf.subcommand(name, **default)]
+        overview = one if overview is None else overview | one
+    _tyro(overview, ["--help"], prog="raysubset", description=_HELP)
+    raise AssertionError("tyro leaves after printing help")
+
+
+def parse(
+    kind: Any, arguments: Sequence[str], default: Config, *, prog: str, description: str | None = None, **defaults: Any
+) -> Any:
+    """A command of its flags; defaults are of its fields beside the config.
+
+    Raises:
+        ValueError: for a mistake in them, in one line.
+    """
+    if kind in _PLAIN:
+        return _tyro(kind, arguments, prog=prog)
+    rest, base = _config_file(arguments, default)
+    return _tyro(kind, rest, prog=prog, default=kind(base, **defaults), description=description)
+
+
+def _tyro(kind: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
+    """tyro.cli(), with ValueErrors of one line where it draws boxes."""
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            command, unknown = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **options)
+    except SystemExit as exit:
+        if exit.code in (None, 0):  # help
+            raise
+        raise ValueError(f"{_first_sentence(said.getvalue())}; see {prog} --help") from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        own = {field.name for kind in _COMMANDS.values() for field in dataclasses.fields(kind)}
+        known = [f"--{key.replace('_', '-')}" for key in (*flatten(Config().to_dict()), *sorted(own))]
+        what = (
+            f"there is no flag {flag}{nearest(flag, known)}"
+            if flag.startswith("-")
+            else f"unexpected argument {flag!r}"
+        )
+        raise ValueError(f"{what}; see {prog} --help")
+    return command
+
+
+def _first_sentence(boxed: str) -> str:
+    """The message of a box that tyro drew, in ASCII or not: below the title, up to the next rule or empty line."""
+
+    def is_rule(line: str) -> bool:
+        return not line.strip("─-")
+
+    lines = [line.strip(" │╰╯") for line in boxed.splitlines()]
+    body = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
+    # Which of its objects a check of ours was in is tyro's own affair
+    return re.sub(r"^Error parsing (?!-)\S+: ", "", " ".join(body)).rstrip(".")
+
+
+def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], Config]:
+    """Take --config FILE out of the arguments and read it: a run's config.json, or any part of one.
+
+    Raises:
+        ValueError: if there is no such file, or it is not a config.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        found, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError:
+        raise ValueError("--config needs the path of a JSON file") from None
+    if found.config is None:
+        return rest, default
+    try:
+        tree = json.loads(Path(found.config).expanduser().read_text())
+    except OSError as error:
+        raise ValueError(f"--config {found.config}: {error.strerror}") from error
+    except ValueError as error:  # bad JSON and bad UTF-8 both are
+        raise ValueError(f"--config {found.config} is no JSON: {error}") from error
+    if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
+        tree = tree["config"]  # a run's config.json or report.json
+    try:
+        return rest, Config.from_dict(_merged(default.to_dict(), tree))
+    except ValueError as error:
+        raise ValueError(f"--config {found.config}: {error}") from error
+
+
+def _merged(tree: dict[str, Any], changes: Any) -> Any:
+    """The tree with nested fields replaced; whatever is no object is left for from_dict() to refuse."""
+    if not isinstance(changes, dict):
+        return changes
+    return tree | {
+        key: _merged(tree[key], value) if isinstance(tree.get(key), dict) else value for key, value in changes.items()
+    }

@@ -1,0 +1,277 @@
+"""Checks before a run: what there is, what the config asks for, whether it can ever be placed, memory and time.
+
+for check in examine(config):
+    print(check.ok, check.name, check.text)
+"""
+
+import heapq
+import platform
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from raysubset.cluster import (
+    call_on_cluster,
+    connected,
+    describe,
+    has_gpus,
+    node_types,
+    num_slots,
+    object_store_bytes,
+    put_once,
+    refuse_unplaceable,
+)
+from raysubset.config import Config, differences
+from raysubset.data import FullSet, load_full_set
+from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
+from raysubset.planning import Plan, actor_bytes, make_plan
+from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
+from raysubset.run_report import environment
+from raysubset.streaming import most_workers, refuse_without_readers
+from raysubset.subset_actors import memory_warning
+
+MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool | None  # None: a note, or what could not be looked at
+    text: str
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """Look at everything a run of this config needs, in the order in which it would be needed.
+
+    Nothing of the run is begun. Ray is started or connected to, and left again at the end.
+    """
+    versions = environment()
+    packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
+    yield Check(
+        "config", True, f"{config.method} of {config.model.name} on {config.data.name}, run {config.run_name()}"
+    )
+    yield Check("versions", True, f"Python {platform.python_version()}, {packages}, commit {versions['commit'] or '?'}")
+    directory = RunDirectory(config.storage_path, config.run_name())
+    full_set = yield from _data(config)
+    plan = None
+    if full_set is None:
+        yield Check("model", None, "not looked at: without data its inputs and outputs are not known")
+    else:
+        plan = yield from _model(config, full_set)
+    yield from _storage(config, directory)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(connected(config.cluster))
+        except (ValueError, RuntimeError, OSError) as error:
+            yield Check("Ray", False, _one_line(error))
+            yield Check("placement, memory and time", None, "not looked at: there is no cluster")
+            return
+        num_gpus = yield from _nodes(config, directory)
+        slots = yield from _placement(config, plan, num_gpus)
+        if full_set is None or plan is None:
+            yield Check("memory and time", None, "not looked at: they depend on data and model")
+            return
+        if config.method == "subset_pretraining" and config.subsets.shares != "equal":
+            yield from _sizes(config, full_set, plan, num_gpus)
+        try:
+            needed = actor_bytes(config, full_set, plan)
+        except Exception as error:  # the user's model, in training mode for the first time
+            yield Check("memory", False, f"a forward pass in training mode failed: {_one_line(error)}")
+            return
+        yield from _memory(full_set, needed)
+        yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, needed=needed)
+
+
+def _data(config: Config) -> Generator[Check, None, FullSet | None]:
+    try:
+        full_set = load_full_set(config.data)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        yield Check("data", False, _one_line(error))
+        return None
+    sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
+    shape = " × ".join(map(str, full_set.image_shape))
+    yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.num_classes} classes, images of {shape}")
+    for note in full_set.notes:
+        yield Check("data", None, note)
+    return full_set
+
+
+def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | None]:
+    try:
+        plan = make_plan(config, full_set)
+    except (ValueError, RuntimeError, ImportError) as error:
+        yield Check("model and subsets", False, _one_line(error))
+        return None
+    yield Check("model", True, f"{config.model.name} builds, {plan.num_parameters:,} parameters")
+    for line in plan.advice:
+        yield Check("subsets", None, line)
+    return plan
+
+
+def _storage(config: Config, directory: RunDirectory) -> Iterator[Check]:
+    try:
+        directory.check_writable()
+    except ValueError as error:
+        yield Check("storage", False, str(error))
+        return
+    yield Check("storage", True, f"{directory.uri} can be written")
+    try:
+        yield _earlier_run(config, directory)
+    except ValueError as error:  # of a newer version, or being written
+        yield Check("earlier run", False, str(error))
+
+
+def _earlier_run(config: Config, directory: RunDirectory) -> Check:
+    """What is there under the run's name, and what a run would do about it."""
+    if not directory.exists(CONFIG_PATH):
+        if found := directory.list(recursive=True):
+            text = f"{directory.uri} holds {found[0]} but no {CONFIG_PATH}, so it is no run: choose another --name"
+            return Check("earlier run", False, text)
+        return Check("earlier run", True, "none of this name: a new one would start")
+    with directory.lease():
+        old = directory.read_config()
+    if old is None:
+        return Check("earlier run", True, "one whose deletion was begun: a new one would start")
+    if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in differences(old, config.to_dict())):
+        out = "choose another --name, or start over with --fresh"
+        return Check("earlier run", False, f"{directory.uri} holds a run of another config ({told}): {out}")
+    if directory.exists(REPORT_PATH):
+        return Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
+    return Check("earlier run", True, "unfinished: `raysubset run` would go on with it")
+
+
+def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, float]:
+    """GPUs of an actor, as pipeline decides them, are returned."""
+    types = node_types()
+    words = [f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types]
+    where = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
+    yield Check("Ray", True, f"connected ({where}): {'; '.join(words) or 'no nodes'}")
+    num_nodes = sum(t.num_alive + t.num_startable for t in types)
+    if directory.local_path and num_nodes > 1:
+        text = f"{directory.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"
+        yield Check("storage", None, f"{text} of them, or give a URI (s3://…, gs://…)")
+    return config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+
+
+def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[Check, None, int]:
+    """Actors that can run at a time now are returned."""
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    slots = num_slots(request, startable=False)
+    wanted = len(plan.subsets) if plan and config.method == "subset_pretraining" else 1
+    at_a_time = min(slots, config.actors.max_num or wanted, wanted)
+    if config.method == "conventional":
+        num_workers = {"conventional": config.conventional.num_workers}
+    else:
+        tuning = config.fine_tuning
+        fitting = min(slots, wanted, most_workers(config.actors.num_cpus) if config.data.streamed else wanted)
+        least = tuning.min_workers or tuning.num_workers or max(1, fitting)  # as pipeline decides
+        num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
+        num_workers["fine_tuning"] = least if tuning.epochs else 0
+    try:
+        refuse_unplaceable(request, "subset actors")
+        for stage, num in num_workers.items():
+            refuse_unplaceable(request, f"{stage} workers", num=num)
+            if config.data.streamed and (num > 1 or (num and stage == "fine_tuning")):  # else an actor reads for itself
+                refuse_without_readers(config, stage, num_workers=num)
+    except ValueError as error:
+        yield Check("placement", False, str(error))
+        return at_a_time
+    workers = "".join(f"; {stage} asks for {num} at once" for stage, num in num_workers.items() if num)
+    text = f"an actor or Ray Train worker asks for {describe(request)}; {slots} fit on the empty nodes there are now"
+    yield Check("placement", True, f"{text}; {wanted} actors are wanted, {at_a_time} run at a time{workers}")
+    if not slots:
+        text = "nothing fits yet: a run waits for the autoscaler to start a node"
+        yield Check("placement", None, f"{text}, {config.cluster.wait_timeout_s:g} s at most (cluster.wait_timeout_s)")
+    elif slots < max(num_workers.values()):
+        yield Check("placement", None, "more Ray Train workers are asked for than fit now: their stage will wait")
+    return at_a_time
+
+
+def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> Iterator[Check]:
+    """The subsets' sizes where they are not equal, as far as they can be told without measuring."""
+    speeds = config.subsets.speeds()
+    if speeds is None:
+        yield Check("subsets", None, "their sizes will be by speed: a run times each kind of node that is up, once")
+        return
+    request, num = {"CPU": config.actors.num_cpus, "GPU": num_gpus}, len(plan.subsets)
+    try:
+        slots = weighted_slots(node_types(), request, speeds, most=min(num, config.actors.max_num or num))
+        plan = make_plan(config, full_set, shares=shares(slots, num))
+    except ValueError as error:
+        yield Check("subsets", False, str(error))
+        return
+    yield Check("subsets", None, in_words(slots, [len(subset.indices) for subset in plan.subsets]))
+
+
+def _memory(full_set: FullSet, needed: int) -> Iterator[Check]:
+    table = sum(split.num_bytes for split in (full_set.train, full_set.validation, full_set.test))
+    store = object_store_bytes()
+    text = f"the data set takes {_bytes(table)} of each node's object store; the smallest has {_bytes(store)}"
+    yield Check("memory", None if table > 0.8 * store else True, text)
+    text = f"an actor's examples, weights, optimizer state and activations take some {_bytes(needed)}"
+    yield Check("memory", True, f"{text}; torch itself (some 0.5 GB) comes on top")
+
+
+def _time(
+    config: Config, full_set: FullSet, plan: Plan, *, num_gpus: float, slots: int, needed: int
+) -> Iterator[Check]:
+    if not slots:
+        yield Check("time", None, "not measured: nothing fits on the nodes that are alive")
+        return
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    indices, reference = plan.subsets[0].indices, put_once(full_set)
+    try:
+        speed: MeasuredSpeed = call_on_cluster(
+            measure_speed, reference, config, indices, num_gpus, request=request, timeout_s=MEASURE_TIMEOUT_S
+        )
+    except TimeoutError as error:
+        yield Check("time", None, f"not measured: {error}")
+        return
+    except Exception as error:  # whatever the user's model or data do when trained on, a run would meet it too
+        yield Check("time", False, f"training on a subset failed: {_one_line(error)}")
+        return
+    if speed.card_bytes is not None:
+        warning = memory_warning(needed, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
+        fits = f"the actors of a card fit in its {_bytes(speed.card_bytes)}"
+        yield Check("memory", warning is None, warning or fits)
+    per_s = speed.examples_per_s
+    seconds = training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots)
+    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {_duration(seconds)} with "
+    yield Check("time", True, f"{text}{slots} at a time; start-up, evaluation and sharing a machine come on top")
+
+
+def training_s(config: Config, plan: Plan, num_train: int, *, per_s: float, num_slots: int) -> float:
+    """Seconds of training with so many actors at a time, each subset given to the first that is free."""
+    if config.method == "conventional":
+        return plan.passes * num_train / per_s / config.conventional.num_workers
+    longest = _makespan([len(subset.indices) for subset in plan.subsets], num_slots)
+    subsets = config.rounds.num * config.minimize.epochs * longest
+    num_workers = config.fine_tuning.num_workers or num_slots
+    around = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
+    return (subsets + around * num_train) / per_s
+
+
+def _makespan(sizes: Sequence[int], num_slots: int) -> int:
+    """When the last of the pieces is done, each started in order on the first free slot."""
+    free_at = [0] * num_slots
+    for size in sizes:
+        heapq.heapreplace(free_at, free_at[0] + size)
+    return max(free_at)
+
+
+def _one_line(error: BaseException) -> str:
+    """The cause of what failed on the cluster stands in the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}"[:500] if not isinstance(error, ValueError) else lines[-1]
+
+
+def _bytes(num: float) -> str:
+    return f"{num / 1e9:.2f} GB" if num >= 1e9 else f"{num / 1e6:.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,29 @@
+"""What a finished run tells: the page a user reads, and the files that other tools do. From the run directory alone.
+
+record = read_report("~/ray_results/digits-cnn-1a2b3c4d")     # report.json
+for section in sections(record): ...
+write_files("~/ray_results/digits-cnn-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
+
+write_files() does so for a sweep or a comparison too, whose sections are sweep_sections(record) and
+comparison_sections(record). Of several runs side by side: several_sections(records), write_several(directories, path).
+"""
+
+from raysubset.report.comparisons import advice_sections, comparison_sections
+from raysubset.report.files import write_files
+from raysubset.report.page import Section, sections
+from raysubset.report.reading import read_report
+from raysubset.report.several import read_several, several_sections, write_several
+from raysubset.report.sweeps import sweep_sections
+
+__all__ = [
+    "Section",
+    "sections",
+    "read_report",
+    "write_files",
+    "sweep_sections",
+    "comparison_sections",
+    "advice_sections",
+    "read_several",
+    "several_sections",
+    "write_several",
+]

@@ -1,0 +1,66 @@
+"""The command lines a report ends with: flags are what differs from the defaults."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from raysubset.config import Config, flatten
+from raysubset.report.figures import Record
+from raysubset.training import Cost
+
+# What a conventional run of a given length does not depend on
+_OF_SUBSET_PRETRAINING = (
+    "subsets.",
+    "trunk.",
+    "rounds.",
+    "aggregation.",
+    "fine_tuning.",
+    "minimize.epochs",
+    "minimize.tolerance",
+    "minimize.target_loss",
+    "actors.quorum",
+)
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """`raysubset run` with the flags that give this config, Config.to_dict()'s; fields left out have their defaults."""
+    defaults = flatten(Config().to_dict())
+    words = ["raysubset", "run"]
+    for key, value in flatten(config).items():
+        if value != defaults.get(key):
+            words += _flag(key, value)
+    return shlex.join(words)
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    group, dot, leaf = key.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return [f"--{group}{dot}{'' if value else 'no-'}{leaf}"]
+    short = isinstance(value, float) and float(f"{value:g}") == value
+    return [f"--{group}{dot}{leaf}", f"{value:g}" if short else str(value)]
+
+
+def conventional_beside(record: Record, passes: float, suffix: str) -> str:
+    """The conventional run by one worker that costs so many passes, its own evaluation counted too."""
+    data, config = record["data"], record["config"]
+    evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
+    epochs = max(0.01, passes - evaluation.passes(data["num_train"]))
+    shared = {key: value for key, value in flatten(config).items() if not key.startswith(_OF_SUBSET_PRETRAINING)}
+    changes = {
+        "name": _renamed(config["name"], suffix),
+        "method": "conventional",
+        "conventional.epochs": float(f"{epochs:.4g}"),
+        "conventional.num_workers": 1,
+    }
+    return command(shared | changes)
+
+
+def subset_pretraining_beside(record: Record) -> str:
+    """Subset pretraining by the config of a conventional run."""
+    config = record["config"]
+    shared = {key: value for key, value in flatten(config).items() if not key.startswith("conventional.")}
+    return command(shared | {"name": _renamed(config["name"], "subsets"), "method": "subset_pretraining"})
+
+
+def _renamed(name: str | None, suffix: str) -> str | None:
+    return name and f"{name}-{suffix}"

@@ -1,0 +1,191 @@
+"""What a finished comparison tells: the verdicts first, then what each arm reached and paid, and what it rests on."""
+
+import math
+from collections.abc import Iterator
+
+from raysubset.report.figures import Record
+from raysubset.report.page import Section
+
+CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
+
+
+def comparison_sections(record: Record) -> list[Section]:
+    """What a user reads of a comparison."""
+    parts = [
+        Section(f"Comparison {record['name']}", lines=tuple(_verdicts(record))),
+        _points(record),
+        _speed_ups(record),
+        _network(record),
+    ]
+    if record["tuning"]["tried"]:
+        parts.append(_tuning(record))
+    if record["failed"]:
+        rows = tuple((leg, reason) for leg, reason in record["failed"].items())
+        parts.append(Section("Failed, and left out", ("leg", ""), rows))
+    return parts
+
+
+def _verdicts(record: Record) -> Iterator[str]:
+    for clock, words in CLOCKS.items():
+        verdict = record["verdicts"][clock]
+        yield f"A tenth of the cost, counting {words}: {verdict['word']}. {verdict['text']}"
+    regime, data, conventional = record["regime"], record["data"], record["conventional"]
+    ratio = regime["overdetermination_ratio"]
+    yield (
+        f"Found for {data['name']}, {data['num_train']} training examples, {regime['num_parameters']} parameters, Q = "
+        f"{ratio['full_set']:.3g} (subsets {min(ratio['subsets']):.3g}), {regime['num_subsets']} subsets, budgets "
+        f"{', '.join(f'{budget:g}' for budget in _budgets(record))} passes, n = {len(record['seeds'])} seeds."
+    )
+    yield (
+        f"The conventional run it is held against trains for {conventional['budget']:g} passes, the cheapest within "
+        f"one standard error of the best validation loss: {conventional['test_accuracy']:.2%} on test. As good means "
+        f"no worse than that by {record['margin']:.2%}: {conventional['target_accuracy']:.2%}."
+    )
+
+
+def _budgets(record: Record) -> list[float]:
+    return sorted({point["budget"] for arm in record["arms"] for point in arm["points"]})
+
+
+def _points(record: Record) -> Section:
+    rows = []
+    for arm in record["arms"]:
+        for point in arm["points"]:
+            mean, difference = point["mean"], point["difference"]
+            if mean is None:
+                rows.append((arm["key"], f"{point['budget']:g}", *["–"] * 6, "failed"))
+                continue
+            half = _half_width(mean["test_accuracy_interval"])
+            rows.append(
+                (
+                    arm["key"],
+                    f"{point['budget']:g}",
+                    f"{mean['num_seeds']}",
+                    f"{mean['passes']:.2f}",
+                    f"{mean['critical_path_passes']:.2f}",
+                    f"{mean['device_s']:.1f}",
+                    f"{100 * mean['test_accuracy']:.2f}" + (f" ± {100 * half:.2f}" if math.isfinite(half) else ""),
+                    f"{mean['validation_loss']:.4f}",
+                    _compared(difference, point["is_non_inferior"]),
+                )
+            )
+    lines = tuple(f"{arm['key']}: {arm['title']}; learning rate {_settings(arm)}" for arm in record["arms"])
+    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s", "test accuracy, %", "validation loss")
+    explained = (
+        "Budgets are passes of training; passes count evaluation too, each arm's own work in full also where it was "
+        "shared. ± and the brackets: 95 % intervals by Student's t, differences paired by seed.",
+    )
+    return Section("Arms", (*columns, "against conventional, points"), tuple(rows), explained + lines, "arms")
+
+
+def _half_width(interval: Record) -> float:
+    high = interval["high"]
+    return math.inf if high is None else high - interval["estimate"]
+
+
+def _compared(difference: Record | None, is_non_inferior: bool | None) -> str:
+    if difference is None:
+        return "–"
+    low, high = difference["low"], difference["high"]
+    span = "" if low is None or high is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]"
+    return f"{100 * difference['estimate']:+.2f}{span}{' as good' if is_non_inferior else ''}"
+
+
+def _settings(arm: Record) -> str:
+    return f"{arm['settings']['learning_rate']:g}, batch {arm['settings']['batch_size']}"
+
+
+def _speed_ups(record: Record) -> Section:
+    rows = []
+    for arm in record["arms"]:
+        if arm["key"] not in record["speed_ups"]["total"]:
+            continue
+        found = [_speed_up(record["speed_ups"][clock][arm["key"]]) for clock in CLOCKS]
+        rows.append((arm["key"], *found, arm["role"]))
+    lines = (
+        "S: passes that conventional training needs for the quality above, over those the arm needs; 0 where it never "
+        "gets there. Geometric mean with Student's t interval on log S; where a seed is missing or beyond the budgets, "
+        "the median with the least and largest, and what that covers.",
+    )
+    return Section(
+        "Speed-up at equal quality", ("arm", "total", "critical path", "role"), tuple(rows), lines, "speed_ups"
+    )
+
+
+def _speed_up(one: Record) -> str:
+    interval = one["interval"]
+    low, high = interval["low"] or 0.0, interval["high"]
+    end = "…" if high is None or math.isinf(high) else f"{high:.2f}"
+    return f"{interval['estimate']:.2f} [{low:.2f}, {end}] {interval['coverage']:.0%}"
+
+
+def _network(record: Record) -> Section:
+    network = record["network"]
+    names = [f"{speed:g} Gbit/s" for speed in network["bandwidths"]]
+    largest = {arm["key"]: max(point["budget"] for point in arm["points"]) for arm in record["arms"]}
+    rows = tuple(
+        (
+            row["arm"],
+            f"{row['budget']:g}",
+            f"{100 * row['test_accuracy']:.2f}",
+            f"{row['num_exchanges']:,}",
+            _bytes(row["num_bytes"]),
+            *(f"{row['wall_s'][f'{speed:g}']:.4g}" for speed in network["bandwidths"]),
+        )
+        for row in network["rows"]
+        if row["budget"] == largest[row["arm"]]
+    )
+    workers, each = record["regime"]["num_workers"], _bytes(network["data_parallel_bytes_a_step"])
+    lines = (
+        "Seconds if every subset had a device as fast as this one: critical-path passes × "
+        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Computed from what was measured here, not measured "
+        "on a network. Bytes: weights out and in of all members through one link; data-parallel training of "
+        f"{workers} workers sends {each} a step and worker (ring all-reduce), nothing overlapped.",
+    )
+    columns = ("arm", "budget", "test accuracy, %", "exchanges", "sent", *names)
+    return Section("Wall time by network, largest budget", columns, rows, lines, "network")
+
+
+def _tuning(record: Record) -> Section:
+    rows = tuple(
+        (
+            one["arm"],
+            f"{one['learning_rate']:g}",
+            f"{one['batch_size']}",
+            "diverged" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
+        )
+        for one in record["tuning"]["tried"]
+    )
+    cost = f"{record['tuning']['passes']:.2f} passes, in none of the figures above; with a seed of its own."
+    return Section("Tuning", ("arm", "learning rate", "batch", "validation loss"), rows, (cost,))
+
+
+def _bytes(num: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.3g} {unit}"
+        num /= 1000
+    return f"{num:.3g} TB"
+
+
+def advice_sections(record: Record) -> list[Section]:
+    """What a user reads of advice before a run: Advice.to_dict()."""
+    forecasts = record["forecasts"]
+    speeds = list(forecasts[0]["wall_s"])
+    rows = tuple(
+        (
+            one["name"],
+            f"{one['passes']:.2f}",
+            f"{one['num_exchanges']:,}",
+            _bytes(one["num_bytes"]),
+            *(f"{one['wall_s'][speed]:.4g}" for speed in speeds),
+        )
+        for one in forecasts
+    )
+    lines = (
+        f"Seconds for {record['passes']:.2f} passes of training in total: passes one after the other × "
+        f"{record['s_per_pass']:.3g} s (measured on this machine, one device) + bytes each device or link sends × 8 / "
+        "bandwidth. Evaluation, start-up, and sending while computing are left out for all.",
+    )
+    columns = ("", "passes, one after the other", "exchanges", "sent", *(f"{speed} Gbit/s" for speed in speeds))
+    return [Section("Forecast", columns, rows, lines), Section("What follows", lines=tuple(record["lines"]))]

@@ -1,0 +1,115 @@
+"""The files a report leaves in the directory: progress.csv and TensorBoard events for existing tools, and the page."""
+
+import csv
+import io
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raysubset.report.figures import Record, trainings
+from raysubset.report.pages import write_page
+from raysubset.report.reading import read_report
+from raysubset.run_directory import RunDirectory
+
+PROGRESS_PATH = "progress.csv"
+COLUMNS: tuple[str, ...] = (
+    "stage",
+    "round",
+    "subset",
+    "epoch",  # of the examples trained on
+    "training_iteration",  # rows of this stage, round and subset so far
+    "num_steps",  # optimizer steps of this stage, round and subset so far
+    "loss",  # mean over the epoch while training
+    "learning_rate",
+    "validation_loss",  # of an actor's work: at its end only
+    "validation_accuracy",
+    "passes",  # of training so far in this stage, round and subset, over the full set
+)
+
+
+def write_files(directory: str) -> str:
+    """Write the page and its plots into a finished directory, in place of older ones; of a run, other tools' files too.
+
+    If this process dies, files are old or new, none is half, and `raysubset report DIR --format html` makes them again.
+
+    Returns:
+        The page's path or URI.
+
+    Raises:
+        ValueError: as read_report() does.
+    """
+    record = read_report(directory)
+    if "kind" not in record:
+        _write_for_tools(directory, record)
+    return write_page(directory)
+
+
+def _write_for_tools(directory: str, record: Record) -> None:
+    run = RunDirectory.at(directory)
+    rows = list(_rows(record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(COLUMNS))
+    writer.writeheader()
+    writer.writerows(rows)
+    run.write_bytes(PROGRESS_PATH, text.getvalue().encode())
+    started_at = (record["environment"] or {}).get("started_at", 0.0)
+    # One name for a run however often this is called; TensorBoard takes any that begins like this
+    run.write_bytes(f"events.out.tfevents.{int(started_at)}.raysubset", _events(record, rows, started_at))
+
+
+def _rows(record: Record) -> Iterator[dict[str, Any]]:
+    """A row an epoch of each training."""
+    num_train = record["data"]["num_train"]
+    for stage, round, subset, work in trainings(record):
+        share = work.get("num_examples", num_train) / num_train
+        for number, epoch in enumerate(work["history"], 1):
+            # The minimum was measured where the last epoch ended, unless an earlier one was restored
+            at_end = number == len(work["history"]) and work["outcome"] != "diverged"
+            validation = epoch.get("validation") or (work["validation"] if at_end else {})
+            yield {
+                "stage": stage,
+                "round": round,
+                "subset": subset,
+                "epoch": epoch["epoch"],
+                "training_iteration": number,
+                "num_steps": epoch["num_steps"],
+                "loss": epoch["loss"],
+                "learning_rate": epoch["learning_rate"],
+                "validation_loss": validation.get("loss"),
+                "validation_accuracy": validation.get("accuracy"),
+                "passes": epoch["epoch"] * share,
+            }
+
+
+def _events(record: Record, rows: list[dict[str, Any]], started_at: float) -> bytes:
+    """A TensorBoard event file: a run's curves over optimizer steps, aggregates over rounds, the result at step 0."""
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+
+            def add(tag: str, value: float | None, step: int) -> None:
+                if value is not None:
+                    writer.add_scalar(tag, value, step, walltime=started_at)
+
+            before: dict[str, int] = defaultdict(int)  # steps of earlier rounds
+            for row, following in zip(rows, [*rows[1:], None], strict=True):
+                kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
+                name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
+                step = before[name] + row["num_steps"]
+                for key in ("loss", "learning_rate", "validation_loss", "validation_accuracy"):
+                    add(f"{name}/{key}", row[key], step)
+                if following is None or following["training_iteration"] == 1:
+                    before[name] = step
+            for round in record["stages"].get("rounds", ()):
+                made = round["aggregation"]
+                for key in ("loss", "accuracy"):
+                    add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
+                add("aggregate/barrier", made["barrier"], round["round"] + 1)
+            for split in ("validation", "test"):
+                for key in ("loss", "accuracy"):
+                    add(f"result/{split}_{key}", record[split][key], 0)
+        (path,) = Path(folder).glob("events.out.tfevents.*")
+        return path.read_bytes()

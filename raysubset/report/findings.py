@@ -1,0 +1,119 @@
+"""What the numbers of a run tell in words, each difference with its error, and what to try next."""
+
+import math
+from collections.abc import Iterator
+
+from raysubset.report.commands import conventional_beside, subset_pretraining_beside
+from raysubset.report.figures import (
+    NOISE_ERRORS,
+    Record,
+    difference,
+    mean_metrics,
+    trained_passes,
+)
+from raysubset.training import Metrics
+
+
+def findings(record: Record) -> Iterator[str]:
+    """One sentence or two a line; nothing is claimed that lies within the noise."""
+    stages, rounds = record["stages"], record["stages"].get("rounds") or []
+    yield from (line for line in record["advice"] if line.startswith("warning"))
+    if rounds:
+        yield from _of_minima(record, rounds[-1]["minima"])
+        yield from _of_aggregation(rounds[-1])
+        if tuned := stages.get("fine_tuning"):
+            before = Metrics.from_dict(rounds[-1]["aggregation"]["validation"])
+            yield _compared("Fine-tuning", Metrics.from_dict(tuned["validation"]), before, "the aggregate")
+            if record["config"]["fine_tuning"]["start"] == "reinit":
+                yield "Fine-tuning started from fresh weights: the subset stage did not go into the final model."
+        yield from _of_passes(record)
+    yield from _of_batch_norm(record)
+    num = record["validation"]["num_examples"]
+    yield (
+        f"Errors are those of sampling {num:,} validation examples, taken as independent and so rather too large; less "
+        f"than {NOISE_ERRORS:g} errors is called noise. They do not tell what another seed would give: this is one run."
+    )
+
+
+def _of_minima(record: Record, minima: list[Record]) -> Iterator[str]:
+    ratios = [minimum["overdetermination_ratio"] for minimum in minima]
+    parts = [(Metrics.from_dict(m["training"]), Metrics.from_dict(m["validation"])) for m in minima]
+    gap = sum(held_out.loss - own.loss for own, held_out in parts) / len(parts)
+    q = f"{min(ratios):.3g}" if max(ratios) - min(ratios) < 0.01 else f"{min(ratios):.3g} to {max(ratios):.3g}"
+    side = "above" if gap >= 0 else "below"
+    text = f"Subsets of Q = {q}: a minimum's validation loss is {abs(gap):.4f} {side} that on its own subset"
+    yield f"{text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
+    cut = len(record["overdetermination_ratio"]["subsets"])
+    if cut > len(minima):
+        yield f"warning: {cut - len(minima)} of {cut} subsets failed for good; the result was made without them."
+    if diverged := sum(minimum["outcome"] == "diverged" for minimum in minima):
+        yield (
+            f"warning: {diverged} of {len(minima)} minima diverged and stand at their best earlier epoch: lower "
+            "--minimize.learning-rate."
+        )
+
+
+def _of_aggregation(last: Record) -> Iterator[str]:
+    made, minima = last["aggregation"], last["minima"]
+    if len(minima) == 1:
+        return
+    made_of = Metrics.from_dict(made["validation"])
+    member = mean_metrics([Metrics.from_dict(minimum["validation"]) for minimum in minima])
+    yield _compared("Aggregation", made_of, member, "the mean member")
+    best = Metrics.from_dict(made["best_member"])
+    text = _compared("Aggregation", made_of, best, "the best member")
+    yield f"{text} The best was picked on the same examples, which flatters it."
+    if made["candidates"]:
+        yield (
+            f"auto took {made['method']}, of {len(made['candidates'])} candidates scored on these examples: the more "
+            "candidates, the more its validation loss is flattered; the test split was not read for it."
+        )
+    barrier = made["barrier"]
+    if barrier is None or not math.isfinite(barrier):
+        yield "warning: the plain mean has no finite loss: the minima lie too far apart to be averaged."
+    elif barrier > 0:
+        yield (
+            f"The plain mean's loss is {barrier:.4f} above the mean member's: the minima lie too far apart. Try more "
+            "--trunk.epochs, fewer --minimize.epochs a round, or --aggregation.method select_best."
+        )
+
+
+def _compared(what: str, new: Metrics, old: Metrics, than: str) -> str:
+    """One sentence on accuracy and loss of the new against the old, on the same validation examples."""
+    gain, loss = difference(new, old), new.loss - old.loss
+    verdict = "within the noise" if gain.is_noise else "it helped" if gain.value > 0 else "it did harm"
+    return (
+        f"{what}, against {than}: accuracy {100 * gain.value:+.2f} points ± {100 * gain.error:.2f} ({verdict}), "
+        f"loss {loss:+.4f}."
+    )
+
+
+def _of_passes(record: Record) -> Iterator[str]:
+    cost = record["cost"]
+    total = cost["passes"]
+    shares = ", ".join(f"{row['stage']} {row['passes'] / total:.0%}" for row in cost["stages"])
+    rest = total - trained_passes(record)
+    yield f"Where the passes went: {shares}; {rest / total:.0%} of all was not training that led to the result."
+
+
+def _of_batch_norm(record: Record) -> Iterator[str]:
+    for stage in ("trunk", "fine_tuning", "conventional"):
+        work = record["stages"].get(stage)
+        if work and work.get("recomputed_batch_norm") and work["num_workers"] > 1:
+            yield (
+                f"{stage} had {work['num_workers']} workers, each normalising its own part of a batch, so its result "
+                "depends on their number; batch-norm statistics were recomputed on training examples at the end."
+            )
+
+
+def next_commands(record: Record) -> Iterator[str]:
+    """What would show whether this paid."""
+    if record["method"] == "conventional":
+        yield "Compare with subset pretraining on the same data, over several seeds:"
+        yield f"  {subset_pretraining_beside(record)}"
+        return
+    yield "Whether this paid, only a comparison over seeds tells. Conventional runs of the same cost, all counted:"
+    for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
+        passes = record["cost"][what]
+        words = "in total" if what == "passes" else "on the critical path"
+        yield f"  {passes:.2f} passes {words}: {conventional_beside(record, passes, suffix)}"

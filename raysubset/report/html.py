@@ -1,0 +1,64 @@
+"""A report as one HTML file that needs no network: what a Page holds, and how it is written down."""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raysubset.report.mistakes import Picture
+from raysubset.report.page import Section
+from raysubset.report.plots import Plot
+
+PAGE_PATH = "report/report.html"
+
+_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
+_TEXT = re.compile(r"[A-Za-z]{4,}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section with the plots and pictures that belong to it."""
+
+    section: Section
+    plots: tuple[Plot, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def numeric(self) -> frozenset[int]:
+        """The columns that hold numbers alone, and so are set flush right."""
+        columns = enumerate(zip(*self.section.rows, strict=True))
+        return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell.strip()) is not None and not _TEXT.search(cell)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    verdict: tuple[str, ...]  # the result in a sentence, on top
+    facts: tuple[tuple[str, str], ...]  # what was run, on what, when, by which version
+    parts: tuple[Part, ...]
+
+    @property
+    def plots(self) -> Sequence[Plot]:
+        return [plot for part in self.parts for plot in part.plots]
+
+
+def to_html(page: Page) -> str:
+    """One file: style, plots and pictures inside; every text escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template("page.html").render(page=page)

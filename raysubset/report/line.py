@@ -1,0 +1,73 @@
+"""The straight line between two minima of a finished run, measured when its report is made."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from raysubset.config import DATA_NAMES, Config
+from raysubset.data import load_full_set
+from raysubset.models import build_model
+from raysubset.report.figures import Record
+from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
+from raysubset.training import evaluate, recompute_batch_norm
+
+LINE_PATH = "report/line.json"
+
+_NUM_POINTS = 11
+_MOST_EXAMPLES = 1000  # of validation, and of training for batch-norm statistics
+_MOST_PARAMETERS = 1_000_000  # a second or two on a CPU
+
+
+def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
+    """Validation loss at points between the first two minima of the last round, weights mixed linearly.
+
+    Measured once, on up to 1000 validation examples, and kept in the run directory. Batch-norm statistics are
+    recomputed at each point on up to 1000 training examples (Jordan et al. 2023, arXiv:2211.08403).
+
+    Returns:
+        A row a point: share (of the second minimum, 0 to 1), loss, accuracy, num_examples.
+
+    Raises:
+        ValueError: why it was not measured: the network is too large, or weights or data are not at hand.
+    """
+    run = RunDirectory.at(directory)
+    if (kept := run.read_json_or_none(LINE_PATH)) is not None:
+        return kept
+    config, minima = Config.from_dict(record["config"]), record["stages"]["rounds"][-1]["minima"][:2]
+    folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
+    if len(folders) < 2:
+        raise ValueError("there is only one minimum")
+    if record["model"]["num_parameters"] > _MOST_PARAMETERS:
+        raise ValueError(f"it is for networks of up to {_MOST_PARAMETERS:,} parameters, as it costs forward passes")
+    if config.data.name not in DATA_NAMES:
+        raise ValueError(f"it is measured on data that load at once: {', '.join(DATA_NAMES)}")
+    if not all(run.exists(weights_path(folder)) for folder in folders):
+        raise ValueError("the minima's weights are not in the run directory")
+    full_set = load_full_set(config.with_overrides({"data.download": False}).data)
+    shape = full_set.image_shape
+    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=0)
+    first, second = (run.read_weights(weights_path(folder)) for folder in folders)
+    held_out = full_set.examples("validation", _spread(len(full_set.validation)))
+    training = full_set.examples("train", _spread(len(full_set.train)))
+    points = []
+    for number in range(_NUM_POINTS):
+        share = number / (_NUM_POINTS - 1)
+        model.load_state_dict(
+            {
+                name: tensor.lerp(second[name], share) if tensor.is_floating_point() else tensor
+                for name, tensor in first.items()
+            }
+        )
+        recompute_batch_norm(model, training, config.minimize)
+        metrics = evaluate(model, held_out, config.minimize)
+        loss = metrics.loss if math.isfinite(metrics.loss) else None
+        num = metrics.num_examples
+        points.append({"share": share, "loss": loss, "accuracy": metrics.accuracy, "num_examples": num})
+    run.write_json(LINE_PATH, points)
+    return points
+
+
+def _spread(num: int) -> np.ndarray:
+    """Positions of up to 1000 of so many examples, evenly apart, as a split may be sorted."""
+    return np.linspace(0, num - 1, min(num, _MOST_EXAMPLES)).astype(np.int64)

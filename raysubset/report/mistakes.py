@@ -1,0 +1,95 @@
+"""What the final model gets wrong on the test split: the confusion matrix and some examples, from the run directory."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.report.page import Section
+from raysubset.report.plots import BAD, GOOD, Plot, draw_plot
+
+MOST_CLASSES = 20  # of a matrix that can be read
+_MOST_PAIRS = 12
+_LEAST_SIDE = 56  # pixels of an example on the page, by whole multiples of its own
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with a line below it."""
+
+    png: bytes
+    width: int  # pixels on the page
+    text: str
+
+
+def confusion(predictions: pa.Table, num_classes: int) -> np.ndarray:
+    """int64 [num_classes, num_classes]: test examples by label (rows) and predicted class (columns)."""
+    labels, predicted = (predictions.column(name).to_numpy() for name in ("label", "predicted"))
+    counts = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
+    """The matrix with its numbers; the right ones green, the wrong ones red, darker where there are more."""
+    num, is_wide = len(counts), len(counts) > 10
+
+    def draw(figure: Any) -> None:
+        from matplotlib.colors import to_rgba
+
+        axes = figure.subplots()
+        right = counts.diagonal().max(initial=1)
+        wrong = max(1, int((counts - np.diag(counts.diagonal())).max(initial=1)))
+        for row in range(num):
+            for column in range(num):
+                if n := int(counts[row, column]):
+                    base, most = (GOOD, right) if row == column else (BAD, wrong)
+                    face = to_rgba(base, 0.15 + 0.6 * (n / most) ** 0.5)
+                    axes.fill_between([column - 0.5, column + 0.5], row - 0.5, row + 0.5, color=face, linewidth=0)
+                    axes.text(column, row, str(n), ha="center", va="center", fontsize=9)
+        names = [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
+        is_long = max(map(len, names)) > 2
+        axes.set_xticks(range(num), names, rotation=90 if is_long else 0)
+        axes.set_yticks(range(num), names)
+        axes.set_xlim(-0.5, num - 0.5)
+        axes.set_ylim(num - 0.5, -0.5)
+        axes.set_aspect("equal")
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("label")
+
+    caption = f"Confusion matrix of the final model on {int(counts.sum()):,} test examples."
+    size = (10.0, 9.0) if is_wide else (5.2, 5.0)
+    return draw_plot("confusion", caption, draw, size=size, wide=is_wide)
+
+
+def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
+    """The classes most often taken for one another, where there are too many for a matrix."""
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
+    cells = [(int(cell) // len(counts), int(cell) % len(counts)) for cell in order]
+    rows = tuple(
+        (class_names[label], class_names[predicted], f"{wrong[label, predicted]}", f"{counts[label].sum()}")
+        for label, predicted in cells
+        if wrong[label, predicted]
+    )
+    lines = (f"The most frequent mistakes among {len(counts)} classes on the test split.",)
+    return Section("Confused classes", ("label", "predicted", "times", "of"), rows, lines)
+
+
+def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
+    """The examples of test_mistakes.parquet; of images that are neither grey nor RGB, the first channel."""
+    from PIL import Image
+
+    height, width, channels = image_shape
+    found = []
+    for row in mistakes.to_pylist():
+        pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(height, width, channels)
+        image = Image.fromarray(pixels if channels == 3 else np.ascontiguousarray(pixels[:, :, 0]))
+        file = io.BytesIO()
+        image.save(file, format="png")
+        shown = width * max(1, round(_LEAST_SIDE / width))
+        text = f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"
+        found.append(Picture(file.getvalue(), shown, text))
+    return found

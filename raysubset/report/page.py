@@ -1,0 +1,290 @@
+"""The page at the end of a run: tables of what was measured and paid, and what they tell."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raysubset.report.figures import Record, standard_error, trained_passes
+from raysubset.report.findings import findings, next_commands
+from raysubset.training import Metrics
+
+MOST_ROWS = 12  # minima or rounds that get a row each
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, lines of text, or a table with lines below it."""
+
+    title: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[str, ...] = ()
+    subject: str = ""  # what it is about, by which a page puts plots beside it; a title may carry numbers
+
+
+def sections(record: Record) -> list[Section]:
+    """What a user reads of a finished run: the result, what each stage reached and cost, and what this tells."""
+    parts = [_result(record), _final_model(record), _stages(record)]
+    rounds = record["stages"].get("rounds") or []
+    if rounds:
+        if len(rounds) > 1:
+            parts.append(_rounds(rounds))
+        parts += [_minima(record, rounds), _aggregation(record, rounds[-1])]
+        if rounds[-1]["aggregation"]["candidates"]:
+            parts.append(_candidates(rounds[-1]["aggregation"]))
+    parts.append(_costs(record))
+    parts.append(Section("What this tells", lines=tuple(findings(record))))
+    parts.append(Section("Next", lines=tuple(next_commands(record))))
+    return parts
+
+
+def _result(record: Record) -> Section:
+    test, cost, model = Metrics.from_dict(record["test"]), record["cost"], record["model"]
+    sentence = (
+        f"Test accuracy {_accuracy(test)}, loss {test.loss:.4f}, with {model['name']} of "
+        f"{model['num_parameters']:,} parameters, for {cost['passes']:.2f} passes over the training set in total, "
+        f"{cost['critical_path_passes']:.2f} of them on the critical path."
+    )
+    return Section(record["name"], lines=(sentence,))
+
+
+def _final_model(record: Record) -> Section:
+    rows = tuple(
+        (name, f"{metrics.num_examples:,}", f"{metrics.loss:.4f}", _accuracy(metrics))
+        for name, metrics in (
+            ("test, read once at the end", Metrics.from_dict(record["test"])),
+            ("validation, read for every choice", Metrics.from_dict(record["validation"])),
+        )
+    )
+    columns = ("on", "examples", "loss", "accuracy ± standard error")
+    return Section("Final model", columns, rows, tuple(record["data"]["notes"]), "final_model")
+
+
+def _stages(record: Record) -> Section:
+    stages, rounds = record["stages"], record["stages"].get("rounds") or []
+    cost = {row["stage"]: row for row in record["cost"]["stages"]}
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, training: Any, validation: Any, costs: str | None = None) -> None:
+        paid = ("",) * 4
+        if costs in cost:
+            row = cost[costs]
+            paid = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
+            paid += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
+        rows.append((name, *_pair(training), *_pair(validation), *paid))
+
+    for stage in ("conventional", "trunk"):
+        if work := stages.get(stage):
+            add(stage, work["training"], work["validation"], stage)
+    if rounds:
+        minima, made = rounds[-1]["minima"], rounds[-1]["aggregation"]
+        count = "" if len(minima) == 1 else f", mean of {len(minima)}"
+        add(f"subsets{count}", _mean(minima, "training"), _mean(minima, "validation"), "subsets")
+        if len(minima) > 1:
+            for name, pick in (("least", min), ("greatest", max)):
+                add(f"  {name}", _extreme(minima, "training", pick), _extreme(minima, "validation", pick))
+        add(f"aggregate, {made['method']}", made["training"], made["validation"], "aggregation")
+        if len(minima) > 1:
+            add("  ensemble, for reference", None, made["ensemble"])
+    if work := stages.get("fine_tuning"):
+        add("fine_tuning", work["training"], work["validation"], "fine_tuning")
+    add("test", None, None, "test")
+    if "measuring" in cost:
+        add("measuring of speeds", None, None, "measuring")
+    lines = [
+        "A pass is forward and backward over as many examples as the training set has, forward alone a third. "
+        "Critical path: if every subset had a device of its own; of n workers each makes 1/n."
+    ]
+    if rounds:
+        lines.append(
+            "Training columns: subsets on their own examples, the others on the training set or a sample of it; all "
+            "without augmentation."
+        )
+    if len(rounds) > 1:
+        lines.insert(0, f"Costs are of all rounds, losses and accuracies of round {len(rounds)}.")
+    columns = ("stage", "training loss", "accuracy", "validation loss", "accuracy", "passes", "critical path")
+    return Section("Stages", (*columns, "device s", "wall s"), tuple(rows), tuple(lines), "stages")
+
+
+def _rounds(rounds: Sequence[Record]) -> Section:
+    rows = []
+    for round in rounds[-MOST_ROWS:]:
+        made = round["aggregation"]
+        rows.append(
+            (
+                f"{round['round'] + 1}",
+                _number(made["mean_member_loss"]),
+                f"{made['mean_member_accuracy']:.2%}",
+                *_pair(made["ensemble"]),
+                *_pair(made["validation"]),
+                _number(made["barrier"], "+.4f"),
+            )
+        )
+    left_out = len(rounds) - len(rows)
+    lines = (f"The first {left_out} rounds are in report.json.",) if left_out else ()
+    columns = ("round", "mean member", "accuracy", "ensemble", "accuracy", "aggregate", "accuracy", "barrier")
+    return Section("Rounds, validation loss and accuracy", columns, tuple(rows), lines, "rounds")
+
+
+def _minima(record: Record, rounds: Sequence[Record]) -> Section:
+    minima = rounds[-1]["minima"]
+    squared = record["config"]["minimize"]["loss"] == "squared_error"
+    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", "accuracy", "outcome")
+    if squared:
+        columns += ("validation / own loss", "(Q+1)/(Q-1)")
+    if len(minima) <= MOST_ROWS:
+        rows = [_minimum_row(f"{minimum['subset_id']}", _figures(minimum), squared) for minimum in minima]
+        for index, minimum in enumerate(minima):
+            rows[index] = (*rows[index][:7], minimum["outcome"], *rows[index][7:])
+    else:
+        figures = [_figures(minimum) for minimum in minima]
+        outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
+        rows = []
+        for name, pick in (("mean", _average), ("least", min), ("greatest", max)):
+            row = _minimum_row(
+                f"{name} of {len(minima)}", [pick(values) for values in zip(*figures, strict=True)], squared
+            )
+            rows.append((*row[:7], outcomes if name == "mean" else "", *row[7:]))
+    title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
+    lines = [
+        "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
+    ]
+    if slots := record["decisions"].get("slots"):
+        speeds = ", ".join(
+            f"{kind} {speed:.4g}" for kind, speed in {slot["kind"]: slot["speed"] for slot in slots}.items()
+        )
+        lines.append(
+            f"Sizes are by the speed of the nodes ({speeds}), so that all finish together; the critical path counts "
+            "passes, as if all were equally fast."
+        )
+    if squared:
+        lines.append(
+            "(Q+1)/(Q-1) is what least squares at its exact minimum and fixed inputs would give for the ratio; "
+            "a network stopped before its minimum need not."
+        )
+    return Section(title, columns, tuple(rows), tuple(lines), "minima")
+
+
+def _figures(minimum: Record) -> list[float]:
+    """Q, examples, own loss, validation loss, gap, accuracy, ratio of the losses, what least squares would give."""
+    own, held_out = Metrics.from_dict(minimum["training"]), Metrics.from_dict(minimum["validation"])
+    q = minimum["overdetermination_ratio"]
+    ratio = held_out.loss / own.loss if own.loss else float("inf")
+    law = (q + 1) / (q - 1) if q > 1 else float("inf")
+    gap = held_out.loss - own.loss
+    return [q, minimum["num_examples"], own.loss, held_out.loss, gap, held_out.accuracy, ratio, law]
+
+
+def _minimum_row(name: str, figures: Sequence[float], squared: bool) -> tuple[str, ...]:
+    q, num, own, held_out, gap, accuracy, ratio, law = figures
+    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}", f"{accuracy:.2%}")
+    return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if squared else row
+
+
+def _aggregation(record: Record, last: Record) -> Section:
+    made, minima = last["aggregation"], last["minima"]
+    outer = record["config"]["rounds"]
+    has_outer_step = (outer["outer_learning_rate"], outer["outer_momentum"]) != (1.0, 0.0)
+    rows = [
+        ("best member", *_pair(made["best_member"])),
+        ("mean member", _number(made["mean_member_loss"]), f"{made['mean_member_accuracy']:.2%}"),
+        ("ensemble of predictions", *_pair(made["ensemble"])),
+    ]
+    if made["method"] != "uniform_soup" or has_outer_step:
+        rows.append(("plain mean of all", *_pair(made["uniform_mean"])))
+    step = ", then the outer step" if has_outer_step else ""
+    rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"])))
+    members = ", ".join(map(str, made["subset_ids"]))
+    used = f"Members: {members} ({len(made['subset_ids'])} of {len(minima)})"
+    if len(set(made["coefficients"])) > 1:
+        used += ", weighted " + ", ".join(f"{share:.3f}" for share in made["coefficients"])
+    if made["tried"]:
+        used += f"; {len(made['tried'])} candidates were scored on validation data"
+    lines = [f"{used}. Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."]
+    if aligned := made["alignment"]:
+        before, after = (_number(aligned[key], "+.4f") for key in ("barrier_before", "barrier_after"))
+        lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
+    if not made["shared_start"]:
+        lines.append("warning: the members share no start, so that a plain mean of them need not make sense.")
+    title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
+    return Section(title, ("on validation data", "loss", "accuracy"), tuple(rows), tuple(lines), "aggregation")
+
+
+def _candidates(made: Record) -> Section:
+    """What auto tried."""
+    rows = []
+    for one in made["candidates"]:
+        cost = (f"{one['cost']['num_forward']:,}", f"{one['cost']['device_s']:.1f}")
+        measured = ("refused", "") if one["validation"] is None else _pair(one["validation"])
+        rows.append((f"{one['method']}, taken" if one["method"] == made["method"] else one["method"], *measured, *cost))
+    lines = (
+        *(f"{one['method']} was refused: {one['error']}" for one in made["candidates"] if one["error"]),
+        "Forward examples and seconds are of making and scoring a candidate; the statistics that fisher and regmean "
+        "need were taken by the subsets' actors and are counted there.",
+    )
+    columns = ("tried by auto", "validation loss", "accuracy", "forward examples", "seconds")
+    return Section("Candidates", columns, tuple(rows), lines)
+
+
+def _costs(record: Record) -> Section:
+    cost, seconds = record["cost"], record["seconds"]
+    trained, total = trained_passes(record), cost["passes"]
+    rows = [
+        ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
+        ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
+        ("  training that led to the result", f"{trained:.2f}", f"planned: {record['planned_passes']:.2f}"),
+        ("  the rest", f"{total - trained:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
+    ]
+    attempts = sum(row["num_attempts"] for row in cost["stages"])
+    lost = sum(row["num_lost"] for row in cost["stages"])
+    if lost:
+        text = f"{lost} of {attempts} attempts were lost or failed; their checkpoints may have served the next"
+        rows.append(("  in lost attempts", f"{cost['lost_passes']:.2f}", text))
+    rows += [
+        ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
+        ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
+        ("bytes sent", _bytes(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
+        ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
+    ]
+    lines = ()
+    if seconds["resumed"]:
+        lines = ("This run was resumed: wall seconds are of its last session alone, those of stages count the pause.",)
+    return Section("Costs", ("", "amount", ""), tuple(rows), lines, "costs")
+
+
+def _accuracy(metrics: Metrics) -> str:
+    count = f"{metrics.num_correct} of {metrics.num_examples}"
+    return f"{metrics.accuracy:.2%} ± {100 * standard_error(metrics):.2f} ({count})"
+
+
+def _pair(metrics: Record | None) -> tuple[str, str]:
+    """Loss and accuracy."""
+    return ("", "") if metrics is None else (_number(metrics["loss"]), f"{metrics['accuracy']:.2%}")
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)  # JSON has no NaN
+
+
+def _mean(minima: Sequence[Record], split: str) -> dict[str, float]:
+    parts = [Metrics.from_dict(minimum[split]) for minimum in minima]
+    return {key: _average([getattr(part, key) for part in parts]) for key in ("loss", "accuracy")}
+
+
+def _extreme(minima: Sequence[Record], split: str, pick: Any) -> dict[str, float]:
+    parts = [Metrics.from_dict(minimum[split]) for minimum in minima]
+    return {key: pick(getattr(part, key) for part in parts) for key in ("loss", "accuracy")}
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _bytes(num: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.0f} {unit}" if unit == "B" else f"{num:.1f} {unit}"
+        num /= 1000
+    return f"{num:.1f} TB"

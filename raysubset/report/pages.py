@@ -1,0 +1,180 @@
+"""The HTML report of a run, a comparison or a sweep: which sections and plots it has, from its directory alone."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from raysubset.ledger import Ledger
+from raysubset.report.commands import command
+from raysubset.report.comparison_plots import quality_against_cost, speed_ups, wall_by_network
+from raysubset.report.comparisons import comparison_sections
+from raysubset.report.figures import Record
+from raysubset.report.html import PAGE_PATH, Page, Part, to_html
+from raysubset.report.line import line_between_minima
+from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, pictures
+from raysubset.report.page import Section, sections
+from raysubset.report.plots import Plot
+from raysubset.report.reading import read_report
+from raysubset.report.run_plots import (
+    aggregation_losses,
+    costs_by_stage,
+    gap_over_q,
+    line_plot,
+    minima_losses,
+    rounds_losses,
+    training_curves,
+)
+from raysubset.report.sweeps import sweep_plot, sweep_sections
+from raysubset.report.timeline import time_line, troubles
+from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory
+from raysubset.trained_model import RECORD_PATH
+
+
+def write_page(directory: str) -> str:
+    """Write report/report.html and its plots as PNGs into a finished run's, sweep's or comparison's directory.
+
+    Returns:
+        The page's path or URI.
+
+    Raises:
+        ValueError: as read_report() does.
+    """
+    page, run = make_page(directory), RunDirectory.at(directory)
+    for plot in page.plots:
+        run.write_bytes(plot.path, plot.png)
+    run.write_bytes(PAGE_PATH, to_html(page).encode())
+    return _below(run, PAGE_PATH)
+
+
+def _below(run: RunDirectory, path: str) -> str:
+    address, mark, query = run.uri.partition("?") if run.local_path is None else (run.uri, "", "")
+    return f"{address}/{path}{mark}{query}"
+
+
+def make_page(directory: str) -> Page:
+    """The report of what lies in a directory.
+
+    Raises:
+        ValueError: as read_report() does.
+    """
+    record = read_report(directory)
+    make = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
+    return make(directory, record)
+
+
+def _run_page(directory: str, record: Record) -> Page:
+    run = RunDirectory.at(directory)
+    result, *rest = sections(record)
+    works = Ledger(run).read()
+    rounds = record["stages"].get("rounds")
+    plots: dict[str, list[Plot]] = {
+        "stages": [training_curves(record)],
+        "costs": [costs_by_stage(record)] + ([time_line(works)] if works else []),
+    }
+    notes: dict[str, tuple[str, ...]] = {}
+    if rounds:
+        plots["minima"] = [minima_losses(record), gap_over_q(record)]
+        plots["rounds"] = [rounds_losses(record)]
+        plots["aggregation"] = [aggregation_losses(record)]
+        if len(rounds[-1]["minima"]) > 1:
+            try:
+                line = line_between_minima(directory, record)
+            except ValueError as error:
+                notes["aggregation"] = (f"The straight line between two minima was not measured: {error}.",)
+            else:
+                ids = [minimum["subset_id"] for minimum in rounds[-1]["minima"][:2]]
+                plots["aggregation"].append(line_plot(record, line, ids))
+    parts = []
+    for section in rest:
+        lines = (*section.lines, *notes.get(section.subject, ()))
+        found = Section(section.title, section.columns, section.rows, lines, section.subject)
+        parts.append(Part(found, tuple(plots.get(section.subject, ()))))
+        if section.subject == "final_model":
+            parts += _mistakes(run)
+        if section.subject == "costs" and (bad := troubles(works)):
+            parts.append(Part(bad))
+    return Page(f"Run {record['name']}", result.lines, (*_run_facts(record), *_facts(run, record)), tuple(parts))
+
+
+def _mistakes(run: RunDirectory) -> Iterator[Part]:
+    """What the final model gets wrong; nothing where the run kept no predictions."""
+    if not (run.exists(PREDICTIONS_PATH) and run.exists(RECORD_PATH)):
+        return
+    model, predictions = run.read_json(RECORD_PATH), run.read_table(PREDICTIONS_PATH)
+    names = model["class_names"]
+    counts = confusion(predictions, len(names))
+    wrong = int(counts.sum() - counts.trace())
+    section = Section("What it gets wrong", lines=(f"{wrong:,} of {int(counts.sum()):,} test examples are wrong.",))
+    plots: tuple[Plot, ...] = ()
+    if len(names) <= MOST_CLASSES:
+        plots = (confusion_plot(counts, names),)
+    elif wrong:
+        section = confused_pairs(counts, names)
+    yield Part(section, plots)
+    shown = pictures(run.read_table(MISTAKES_PATH), model["image_shape"], names) if run.exists(MISTAKES_PATH) else []
+    if shown:
+        lines = (
+            f"{len(shown)} of {wrong:,}: those where the predicted class's output exceeds the label's by most. Some "
+            "labels may be wrong.",
+        )
+        yield Part(Section("Examples it gets wrong", lines=lines), pictures=tuple(shown))
+
+
+def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
+    data, model = record["data"], record["model"]
+    yield "method", record["method"].replace("_", " ")
+    yield "model", f"{model['name']}, {model['num_parameters']:,} parameters"
+    if record["stages"].get("rounds"):
+        ratios = record["overdetermination_ratio"]["subsets"]
+        rounds = len(record["stages"]["rounds"])
+        yield "subsets", f"{len(ratios)}, Q {min(ratios):.3g}, {rounds} round{'s' if rounds > 1 else ''}"
+    splits = [f"{data[f'num_{split}']:,} {split}" for split in ("train", "validation", "test")]
+    yield "data", f"{data['name']}: {', '.join(splits)}"
+
+
+def _facts(run: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
+    """Where it lies, when it ran, by which versions and command."""
+    yield "directory", record["uri"]
+    environment: dict[str, Any] = record.get("environment") or run.read_json_or_none(ENVIRONMENT_PATH) or {}
+    if "started_at" in environment:
+        yield "begun", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(environment["started_at"]))
+    if wall := (record.get("seconds") or {}).get("wall"):
+        yield "took", f"{wall:.1f} s{' in its last session' if record['seconds'].get('resumed') else ''}"
+    if packages := environment.get("packages"):
+        versions = [f"{name} {version}" for name, version in packages.items() if version]
+        commit = f"; commit {environment['commit']}" if environment.get("commit") else ""
+        yield "versions", ", ".join([*versions, f"Python {environment['python']}"]) + commit
+        yield "driver", f"{environment['platform']}, {environment['num_cpus']} CPUs"
+    if "method" in record:
+        yield "command", command(record["config"])
+
+
+def _comparison_page(directory: str, record: Record) -> Page:
+    result, *rest = comparison_sections(record)
+    plots: dict[str, list[Plot]] = {"arms": quality_against_cost(record), "network": [wall_by_network(record)]}
+    if found := speed_ups(record):
+        plots["speed_ups"] = [found]
+    data = record["data"]
+    facts = (
+        ("data", f"{data['name']}: {data['num_train']:,} train, {data['num_test']:,} test"),
+        ("model", f"{record['config']['model']['name']}, {record['model']['num_parameters']:,} parameters"),
+        ("seeds", ", ".join(map(str, record["seeds"]))),
+        *_facts(RunDirectory.at(directory), record),
+    )
+    num_verdicts = len(record["verdicts"])
+    parts = [Part(section, tuple(plots.get(section.subject, ()))) for section in rest]
+    basis = Part(Section("What it rests on", lines=result.lines[num_verdicts:]))
+    return Page(result.title, result.lines[:num_verdicts], facts, (basis, *parts))
+
+
+def _sweep_page(directory: str, record: Record) -> Page:
+    table, *rest = sweep_sections(record)
+    *others, verdict = rest
+    drawn = sweep_plot(record)
+    parts = (Part(table, (drawn,) if drawn else ()), *map(Part, others))
+    facts = (("varied", "; ".join(f"{key}: {_values(values)}" for key, values in record["space"].items())),)
+    return Page(table.title, verdict.lines, (*facts, *_facts(RunDirectory.at(directory), record)), parts)
+
+
+def _values(values: Any) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,184 @@
+"""Several finished runs side by side: what they reached and paid, and in which settings they differ."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysubset.config import flatten
+from raysubset.report.figures import Record, standard_error, trainings
+from raysubset.report.html import Page, Part, to_html
+from raysubset.report.page import Section
+from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.report.reading import read_report
+from raysubset.training import Metrics
+
+_OF_THE_PLACE = ("name", "storage_path")  # told by the runs' names
+
+_ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("method", lambda r: r["method"].replace("_", " ")),
+    ("data", lambda r: r["data"]["name"]),
+    ("model", lambda r: r["model"]["name"]),
+    ("parameters", lambda r: f"{r['model']['num_parameters']:,}"),
+    ("subsets", lambda r: f"{len(r['overdetermination_ratio']['subsets'])}" if r["stages"].get("rounds") else "–"),
+    ("Q, least", lambda r: f"{min(r['overdetermination_ratio']['subsets'], default=0):.3g}" if _rounds(r) else "–"),
+    ("rounds", lambda r: f"{_rounds(r)}" if _rounds(r) else "–"),
+    ("aggregate", lambda r: r["stages"]["rounds"][-1]["aggregation"]["method"] if _rounds(r) else "–"),
+    ("test accuracy, %", lambda r: _accuracy(Metrics.from_dict(r["test"]))),
+    ("test loss", lambda r: f"{Metrics.from_dict(r['test']).loss:.4f}"),
+    ("validation loss", lambda r: f"{Metrics.from_dict(r['validation']).loss:.4f}"),
+    ("passes in total", lambda r: f"{r['cost']['passes']:.2f}"),
+    ("passes on the critical path", lambda r: f"{r['cost']['critical_path_passes']:.2f}"),
+    ("device-seconds", lambda r: f"{r['cost']['device_s']:.1f}"),
+    ("wall seconds", lambda r: f"{r['seconds']['wall']:.1f}"),
+)
+
+
+def _rounds(record: Record) -> int:
+    return len(record["stages"].get("rounds") or ())
+
+
+def _accuracy(metrics: Metrics) -> str:
+    return f"{100 * metrics.accuracy:.2f} ± {100 * standard_error(metrics):.2f}"
+
+
+def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of several finished runs.
+
+    Raises:
+        ValueError: as read_report() does, and for a sweep's or comparison's directory.
+    """
+    records = [read_report(directory) for directory in directories]
+    for directory, record in zip(directories, records, strict=True):
+        if kind := record.get("kind"):
+            raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
+    return records
+
+
+def several_sections(records: Sequence[Record]) -> list[Section]:
+    """What a user reads of several runs: a column a run."""
+    names = _names(records)
+    rows = tuple((title, *(cell(record) for record in records)) for title, cell in _ROWS)
+    lines = [
+        "± standard error of sampling the test examples. Each is one run: what another seed would give is not in it; "
+        "raysubset compare tells whether a difference holds."
+    ]
+    if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
+        lines.insert(0, "warning: the runs are on different data, so that neither accuracies nor passes compare.")
+    if len({r["config"]["minimize"]["loss"] for r in records}) > 1:
+        lines.insert(0, "warning: the runs minimize different losses, so that these do not compare; accuracies do.")
+    configs = [flatten(record["config"]) for record in records]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_THE_PLACE)
+    different = tuple(
+        (key, *cells) for key in keys if len(set(cells := [_value(config, key) for config in configs])) > 1
+    )
+    found = [Section("Runs side by side", ("", *names), rows, tuple(lines))]
+    if different:
+        return [*found, Section("Settings that differ", ("", *names), different)]
+    return [*found, Section("Settings that differ", lines=("None but name and place.",))]
+
+
+def _value(config: Record, key: str) -> str:
+    value = config.get(key)
+    return "–" if value is None else str(value)
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """Of the runs; with their place where two are called the same."""
+    count = Counter(record["name"] for record in records)
+    return [record["uri"] if count[record["name"]] > 1 else record["name"] for record in records]
+
+
+def write_several(directories: Sequence[str], path: str) -> str:
+    """Write one HTML page of several runs to a local file.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: as read_several() does.
+    """
+    records = read_several(directories)
+    table, settings = several_sections(records)
+    plots = (_quality(records), _curves(records))
+    page = Page(
+        "Comparison of runs",
+        (_verdict(records),),
+        tuple(zip(_names(records), (record["uri"] for record in records), strict=True)),
+        (Part(table, plots), Part(settings)),
+    )
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(to_html(page))
+    return str(target)
+
+
+def _verdict(records: Sequence[Record]) -> str:
+    named = list(zip(_names(records), records, strict=True))
+    best, most = max(named, key=lambda one: one[1]["test"]["accuracy"])
+    cheapest, least = min(named, key=lambda one: one[1]["cost"]["passes"])
+    return (
+        f"{best} has the highest test accuracy, {_accuracy(Metrics.from_dict(most['test']))} %, for "
+        f"{most['cost']['passes']:.2f} passes; {cheapest} paid least, {least['cost']['passes']:.2f} passes, "
+        f"for {_accuracy(Metrics.from_dict(least['test']))} %."
+    )
+
+
+def _quality(records: Sequence[Record]) -> Plot:
+    names = _names(records)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        colours = colour_of(names)
+        costs: list[float] = []
+        for name, record in zip(names, records, strict=True):
+            metrics = Metrics.from_dict(record["test"])
+            x = [record["cost"]["critical_path_passes"], record["cost"]["passes"]]
+            costs += x
+            y, error = 100 * metrics.accuracy, 100 * standard_error(metrics)
+            axes.plot(x, [y, y], "-", color=colours[name], linewidth=0.8)
+            axes.plot(x[:1], [y], "o", color=colours[name], fillstyle="none")
+            axes.errorbar(x[1:], [y], [error], marker="o", color=colours[name], capsize=2, label=name)
+        log_where_wide(axes, "x", costs)
+        axes.set_xlabel("passes")
+        axes.set_ylabel("test accuracy, %")
+        axes.grid(True)
+        legend_outside(figure, axes, columns=2)
+
+    caption = "Test accuracy (bars: standard error) over passes: filled in total, hollow on the critical path."
+    return draw_plot("runs_quality", caption, draw, size=(5.2, 3.6 + 0.1 * len(records)))
+
+
+def _curves(records: Sequence[Record]) -> Plot:
+    """Validation loss at the end of each stage."""
+    names = _names(records)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        colours, shown = colour_of(names), []
+        for name, record in zip(names, records, strict=True):
+            points = list(_validation(record))
+            shown += [loss for _, loss in points]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colours[name], label=name)
+        log_where_wide(axes, "y", shown)
+        axes.set_xlabel("passes of training so far, in total")
+        axes.set_ylabel("validation loss")
+        axes.grid(True)
+        legend_outside(figure, axes, columns=2)
+
+    caption = "Validation loss of the trunk, of each round's aggregate and of the final model, over passes of training."
+    return draw_plot("runs_validation", caption, draw, size=(5.2, 3.6 + 0.1 * len(records)))
+
+
+def _validation(record: Record) -> list[tuple[float, float]]:
+    """(passes of training so far, validation loss) at the end of each stage that leaves one model."""
+    num_train, passes = record["data"]["num_train"], 0.0
+    rounds = record["stages"].get("rounds") or ()
+    points = {}
+    for stage, round, _, work in trainings(record):
+        share = work.get("num_examples", num_train) / num_train
+        passes += work["history"][-1]["epoch"] * share if work["history"] else 0.0
+        is_of_round = stage in ("subsets", "subsamples")
+        validation = rounds[round]["aggregation"]["validation"] if is_of_round else work["validation"]
+        points["round" if is_of_round else stage, round] = (passes, finite(validation["loss"]))
+    return list(points.values())

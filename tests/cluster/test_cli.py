@@ -1,0 +1,133 @@
+"""The commands as a user types them, each in a process of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from raysubset import load_model
+from raysubset.run_directory import RunDirectory
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+
+FLAGS = [
+    "--name",
+    "run",
+    "--subsets.num",
+    "2",
+    "--minimize.epochs",
+    "1",
+    "--fine-tuning.epochs",
+    "1",
+    "--fine-tuning.num-workers",
+    "1",
+    "--cluster.num-cpus",
+    "2",
+]
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`raysubset …` in a session of its own, as a terminal would start it; ended with all it started."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    command = [sys.executable, "-m", "raysubset", *arguments]
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children: set[psutil.Process] = set()
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children |= set(psutil.Process(process.pid).children(recursive=True))
+        process.kill()
+        process.wait()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def raysubset(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    with started(*arguments) as process:
+        out, err = process.communicate(timeout=150)
+        return process.returncode, out, err
+
+
+def test_commands_of_a_whole_run(tmp_path: Path) -> None:
+    flags = ["--storage-path", str(tmp_path), *FLAGS]
+    code, out, err = raysubset("doctor", *flags)
+    assert code == 0, out + err
+    assert "fit on the empty nodes" in out
+    assert "examples/s" in out
+
+    code, out, err = raysubset("run", *flags)
+    assert code == 0, err
+    for told in ("Test accuracy", "subsets, mean of 2", "fine_tuning", "raysubset run --method conventional"):
+        assert told in out.replace("--name run-conventional ", "").replace(f"--storage-path {tmp_path} ", "")
+    assert "trunk: 1 epochs on 1294 examples" in err
+    run = RunDirectory(str(tmp_path), "run")
+    assert run.exists("progress.csv")
+
+    before = {path: run.read_bytes(path) for path in ("report.json", "model.safetensors")}
+    code, again, err = raysubset("run", *flags)
+    assert code == 0
+    assert "is finished" in err
+    assert again == out
+    assert before == {path: run.read_bytes(path) for path in before}
+
+    code, out, _ = raysubset("report", run.uri, "--format", "json")
+    assert code == 0
+    assert json.loads(out) == run.read_json("report.json")
+
+    model = load_model(run.uri)
+    assert model(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape == (3, 10)
+
+    code, _, err = raysubset("run", *flags, "--minimize.epochs", "2")
+    assert code == 2
+    assert "minimize.epochs: 1.0 → 2.0" in err
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    flags = ["--storage-path", str(tmp_path), *FLAGS, "--minimize.epochs", "300"]
+    run = RunDirectory(str(tmp_path), "run")
+    with started("run", *flags) as process:
+        until = time.monotonic() + 120
+        while not any("checkpoint" in path for path in run.list("rounds", recursive=True)):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until, "no checkpoint was written in time"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("raysubset: stopped; what was done is kept")
+    assert f"raysubset run --storage-path {tmp_path} --name run" in last
+    assert "Traceback" not in err
+
+    code, _, err = raysubset("report", run.uri)
+    assert code == 2
+    assert "is not finished" in err
+
+    code, out, err = raysubset("run", *flags)
+    assert code == 0, err
+    assert f"going on with {run.uri}" in err
+    assert "Test accuracy" in out
+    # nothing that was trained was trained again: the trunk and two minima have one finished attempt each
+    works = run.read_table("ledger.parquet").to_pylist()
+    assert [w["outcome"] for w in works if w["stage"] == "trunk"] == ["done"]
+    subsets = [w for w in works if w["stage"] == "subsets"]
+    assert sorted(w["subset"] for w in subsets if w["outcome"] == "done") == [0, 1]
+    assert "interrupted" in {w["outcome"] for w in subsets}
+    trained = sum(w["cost"]["num_steps"] for w in subsets)
+    assert trained == 2 * 300 * 11  # 647 examples in batches of 64

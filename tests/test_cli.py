@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysubset.cli import call, parse_config, run_job
+from raysubset.config import Config
+from raysubset.run_directory import REPORT_PATH, RunDirectory
+from tests.test_report import a_record
+
+
+def exit_of(arguments: str | list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str, str]:
+    """Exit code, stdout and stderr of `raysubset …`."""
+    try:
+        code = call(arguments.split() if isinstance(arguments, str) else arguments)
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# Flags
+
+
+def test_flags_set_single_fields():
+    flags = (
+        "--seed 3 --data.name mnist --subsets.num 4 --subsets.size 5000 --model.width 32 --minimize.learning-rate 0.3"
+    )
+    expected = {"seed": 3, "data.name": "mnist", "subsets.num": 4, "subsets.size": 5000, "model.width": 32}
+    assert parse_config(flags.split()) == Config().with_overrides(expected | {"minimize.learning_rate": 0.3})
+
+
+def test_flags_may_be_set_back_to_none_and_false():
+    default = Config().with_overrides({"subsets.num": 4, "minimize.compile": True})
+    assert parse_config(["--subsets.num", "None", "--minimize.no-compile"], default=default) == Config()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_config_file_gives_defaults_that_flags_override(tmp_path: Path, wrapped: bool):
+    tree = {"seed": 7, "subsets": {"num": 3}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"format": 1, "config": tree} if wrapped else tree))
+    config = parse_config(["--config", str(path), "--seed", "8"])
+    assert config == Config().with_overrides({"seed": 8, "subsets.num": 3})
+
+
+def test_config_of_a_run_can_be_passed_back_in(tmp_path: Path):
+    config = Config(storage_path=str(tmp_path)).with_overrides({"rounds.num": 2, "minimize.label_smoothing": 0.1})
+    run = RunDirectory(str(tmp_path), "a-run")
+    run.open(config.to_dict(), {})
+    assert parse_config(["--config", f"{tmp_path}/a-run/config.json"]) == config
+
+
+def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: Path):
+    path = tmp_path / "part.json"
+    path.write_text(json.dumps({"subsets": {"num": 3}}))
+    default = Config().with_overrides({"subsets.size": 100, "seed": 5})
+    assert parse_config(["--config", str(path)], default=default) == default.with_overrides({"subsets.num": 3})
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("rn", "there is no command rn; did you mean run?"),
+        ("--seed 3", "there is no command --seed"),
+        ("run --subsets.nmu 3", "there is no flag --subsets.nmu; did you mean --subsets.num?"),
+        ("run --subsets.nmu=3", "there is no flag --subsets.nmu; did you mean --subsets.num?"),
+        ("run --fesh", "did you mean --fresh?"),
+        ("run digits", "unexpected argument 'digits'"),
+        ("run --subsets.num 0", "raysubset: subsets.num = 0 must be at least 1"),
+        ("run --subsets.num many", "--subsets.num"),
+        ("run --minimize.optimizer sdg", "invalid choice 'sdg' for argument '--minimize.optimizer'"),
+        ("run --minimize.learning-rate", "Missing value for argument '--minimize.learning-rate'"),
+        ("run --minimize.epochs 0", "epochs = 0: there is nothing to minimize with"),
+        ("run --subsets.start independent", "set trunk.epochs to 0"),
+        ("run --name a/b", "must be a plain folder name"),
+        ("run --config", "--config needs the path of a JSON file"),
+        ("run --config /none.json", "--config /none.json: No such file or directory"),
+        ("report", "report needs a directory"),
+        ("report /none", "/none is no run directory: nothing is there"),
+        ("run --data.name digts", "did you mean digits?"),
+        ("run --storage-path /proc/none", "cannot write to /proc/none"),
+        ("doctor --model.wdth 3", "did you mean --model.width?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, told: str, capsys: pytest.CaptureFixture[str]):
+    code, out, err = exit_of(arguments, capsys)
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]  # notes on the data may come before
+    assert line.startswith("raysubset: ")
+    assert told in line
+    assert "Traceback" not in err
+
+
+def test_long_messages_are_not_cut(capsys: pytest.CaptureFixture[str]):
+    name = "x" * 300 + "/y"
+    assert name in exit_of(["run", "--name", name], capsys)[2].replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "is no JSON"), ('{"seeed": 1}', "did you mean seed?"), ("[]", "object"), ('{"seed": "x"}', "should be int")],
+)
+def test_a_bad_config_file_is_named(tmp_path: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    code, _, err = exit_of(["run", "--config", str(path)], capsys)
+    assert code == 2
+    assert str(path) in err
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_jobs_mistake_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
+    assert run_job(["--seeed", "3"], default=Config()) == 2
+    assert "did you mean --seed?" in capsys.readouterr().err
+
+
+# Help
+
+
+def test_help_is_of_the_configs_own_words(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = exit_of("run --help", capsys)
+    words = " ".join(out.replace("│", " ").split())
+    assert not code
+    assert "Examples per subset. Q = size * num_classes / num_parameters should exceed 1." in words
+    for told in ("--fine-tuning.num-workers", "--config FILE", "--fresh", "130 stopped by Ctrl-C"):
+        assert told in words
+
+
+def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]):
+    for arguments in ([], ["--help"]):
+        code, out, _ = exit_of(arguments, capsys)
+        assert not code
+        assert all(verb in out for verb in ("run", "report", "doctor", "Exit codes"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--subsets.nmu", "3"], ["rn"]])
+def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[str]):
+    program = (
+        "import sys\nfrom raysubset.cli import call\n"
+        f"try: call({arguments})\nexcept SystemExit: pass\n"
+        "print('imported:', sorted({'torch', 'ray', 'pyarrow', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "imported: []"
+
+
+# Report
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> str:
+    run = RunDirectory(str(tmp_path), "a-run")
+    run.write_json(REPORT_PATH, a_record())
+    return run.uri
+
+
+def test_report_is_printed_again(finished: str, capsys: pytest.CaptureFixture[str]):
+    code, out, err = exit_of(["report", finished], capsys)
+    assert (code, err) == (0, "")
+    for told in (
+        "Test accuracy 90.00% ± 3.00",
+        "fine_tuning",
+        "What this tells",
+        "raysubset run --method conventional",
+    ):
+        assert told in out
+    assert "\x1b" not in out  # no colours where nobody looks
+
+
+def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture[str]):
+    code, out, _ = exit_of(["report", finished, "--format", "json"], capsys)
+    assert code == 0
+    assert json.loads(out) == json.loads(Path(finished, REPORT_PATH).read_text())
+
+
+def test_output_cut_off_by_its_reader_is_no_crash(finished: str):
+    command = f"{sys.executable} -m raysubset report {finished} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""

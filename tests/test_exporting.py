@@ -1,0 +1,119 @@
+"""Exported files compute what the model does; predictions of files are the model's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raysubset import load_model
+from raysubset.cli import call
+from raysubset.config import ModelConfig
+from raysubset.exporting import export_model, predict_files
+from raysubset.models import build_model
+from raysubset.run_directory import RunDirectory
+from raysubset.trained_model import model_record, save_model
+
+NAMES = ("cat", "dog", "eel")
+
+
+def saved(folder: Path, model: ModelConfig, shape: tuple[int, int, int]) -> str:
+    """A run directory that holds a model with batch-norm statistics other than the initial ones."""
+    network = build_model(model, num_classes=3, image_shape=shape, seed=1)
+    network.train()(torch.randn(16, shape[2], *shape[:2]))
+    channels = shape[2]
+    record = model_record(
+        model, num_classes=3, class_names=NAMES, image_shape=shape, mean=(0.1,) * channels, std=(0.5,) * channels
+    )
+    run = RunDirectory(str(folder), "a-run")
+    save_model(run, network.state_dict(), record)
+    return run.uri
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> str:
+    return saved(tmp_path, ModelConfig(name="cnn", width=4, depth=2), (8, 8, 1))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_torch_export_file_computes_the_same_for_any_number_of_images(directory: str, images, tmp_path: Path):
+    path = export_model(directory, str(tmp_path / "out" / "m.pt2"), format="torch-export")
+    extra = {"class_names": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    with torch.no_grad():
+        for num in (1, 5):
+            torch.testing.assert_close(program(images[:num]), load_model(directory)(images[:num]))
+    assert extra["class_names"].split("\n") == list(NAMES)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(name="cnn"), ModelConfig(name="resnet18")], ids=lambda model: model.name)
+def test_the_onnx_file_computes_the_same_in_onnxruntime(model: ModelConfig, tmp_path: Path):
+    import onnxruntime
+
+    directory = saved(tmp_path, model, (32, 32, 3))
+    session = onnxruntime.InferenceSession(export_model(directory, str(tmp_path / "m.onnx"), format="onnx"))
+    images = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = load_model(directory)(images).numpy()
+    for num in (1, 5):
+        (found,) = session.run(["outputs"], {"images": images[:num].numpy()})
+        np.testing.assert_allclose(found, expected[:num], rtol=1e-4, atol=1e-4)
+    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list(NAMES)
+
+
+def test_a_file_of_the_wrong_suffix_is_refused(directory: str):
+    with pytest.raises(ValueError, match=r"ends in \.onnx"):
+        export_model(directory, "model.pt2", format="onnx")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no run directory, or the run is not finished"):
+        export_model(str(tmp_path), format="onnx")
+
+
+def test_predictions_of_files_are_the_models_own(directory: str, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(np.stack([pixels] * 3, axis=2)).save(tmp_path / "coloured.png")
+    grey, coloured = predict_files(directory, [str(tmp_path / "a.png"), str(tmp_path / "coloured.png")])
+    with torch.no_grad():
+        expected = load_model(directory)(torch.from_numpy(pixels)[None, None]).softmax(1)[0]
+    assert grey.classes[0] == NAMES[int(expected.argmax())]
+    assert grey.probabilities == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
+    assert (coloured.classes, coloured.probabilities) == (grey.classes, pytest.approx(grey.probabilities, abs=0.02))
+
+
+def test_images_of_another_size_are_resized(directory: str, tmp_path: Path):
+    Image.fromarray(np.full((40, 60, 3), 200, dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    (prediction,) = predict_files(directory, [str(tmp_path / "photo.jpg")], num_classes=2)
+    assert len(prediction.classes) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["predict", "{run}", "nowhere.png"], "nowhere.png: No such file"),
+        (["predict", "{run}", "{run}/model.json"], "model.json cannot be decoded"),
+        (["export", "{run}", "--format", "onx"], "invalid choice"),
+        (["export", "nowhere"], "no run directory"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], told: str, directory: str, capsys):
+    assert call([argument.format(run=directory) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_the_commands_print_what_scripts_read(directory: str, tmp_path: Path, capsys):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert call(["predict", directory, str(tmp_path / "a.png"), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes"][0] in NAMES
+    assert call(["export", directory, "--to", str(tmp_path / "m.pt2")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "m.pt2")

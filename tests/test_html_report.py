@@ -1,0 +1,435 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from raysubset import scoring
+from raysubset.cli import call
+from raysubset.config import Config, MinimizeConfig
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger, Work
+from raysubset.models import build_model
+from raysubset.report import read_report, read_several, several_sections, write_files, write_several
+from raysubset.report.html import Page, Part, to_html
+from raysubset.report.line import line_between_minima
+from raysubset.report.mistakes import confused_pairs, confusion
+from raysubset.report.page import Section
+from raysubset.report.plots import draw_plot
+from raysubset.report.timeline import lanes, troubles, waiting
+from raysubset.run_directory import (
+    COMPARISON_PATH,
+    CONFIG_PATH,
+    FORMAT,
+    MISTAKES_PATH,
+    PREDICTIONS_PATH,
+    REPORT_PATH,
+    RunDirectory,
+    minimum_folder,
+    weights_path,
+)
+from raysubset.scoring import pick_mistakes, tabulate_predictions
+from raysubset.training import Cost, evaluate
+from tests.test_report import a_record, conventional_record, metrics, minimum, round_of
+
+
+class Read(HTMLParser):
+    """What a page consists of: its addresses, ids, words, and the words of each kind of element."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.verdict: list[str] = []
+        self.words = ""
+        self.images: list[bytes] = []
+        self._into: list[str] | None = None
+        self._style = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        own = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        self.addresses += [v for k, value in attrs for v in re.findall(r"url\(([^)]*)\)", value or "")]
+        if "id" in own:
+            self.ids.append(own["id"] or "")
+        self._style = tag == "style"
+        self._into = self.cells if tag in ("td", "th") else self.verdict if own.get("class") == "verdict" else None
+        if self._into is not None:
+            self._into.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._style = False
+        if tag in ("td", "th", "p"):
+            self._into = None
+
+    def handle_data(self, data: str) -> None:
+        if self._style:
+            self.addresses += re.findall(r"url\(([^)]*)\)|@import\s+(\S+)", data)
+            return
+        self.words += data
+        if self._into is not None:
+            self._into[-1] += data
+
+
+def check_self_contained(page: str) -> Read:
+    """Every address is data or an id of the page; ids are its own; nothing is fetched or run."""
+    read = Read(page)
+    assert len(read.ids) == len(set(read.ids))
+    for address in read.addresses:
+        if address.startswith("data:image/png;base64,"):
+            Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2], validate=True))).verify()
+        else:
+            assert address.startswith("#")
+            assert address[1:] in read.ids
+    assert not {"script", "link", "iframe", "object", "embed"} & set(read.tags)
+    assert "http" not in page
+    return read
+
+
+def a_directory(folder: Path, record: dict[str, Any] | None = None, *, name: str = "a-run") -> RunDirectory:
+    """A finished run's: two rounds, an attempt that was lost, four test examples of which two are wrong."""
+    run = RunDirectory(str(folder), name)
+    record = record or a_record()
+    run.open(record["config"], {})
+    run.write_json(REPORT_PATH, record | {"name": name, "uri": run.uri})
+    ledger = Ledger(run)
+    at: dict[str, Any] = {"node": "node-a", "device": "cpu"}
+    ledger.write(
+        Work("subsets", 0, 0, 0, **at, started_at=100.0, cost=Cost(device_s=2.0), outcome="lost", error="gone")
+    )
+    ledger.write(Work("subsets", 0, 0, 1, **at, started_at=104.0, ended_at=109.0, outcome="done", waited_s=1.0))
+    ledger.write(Work("subsets", 0, 1, 0, **at, started_at=101.0, ended_at=105.0, outcome="done"))
+    outputs = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.5], [0.0, 0.25, 1.0], [4.0, 0.0, 1.0]])
+    labels, rows = torch.tensor([0, 1, 1, 2]), pa.chunked_array([pa.array([7, 8, 9, 10])])
+    images = torch.arange(4 * 6, dtype=torch.uint8).view(4, 2, 3, 1)
+    predictions = tabulate_predictions(outputs, labels, rows)
+    run.write_table(PREDICTIONS_PATH, predictions)
+    run.write_table(MISTAKES_PATH, pick_mistakes(predictions, images))
+    run.write_json("model.json", {"class_names": ["<b>bold</b>", "$x$ & y", "ok"], "image_shape": [2, 3, 1]})
+    return run
+
+
+# The page of a run
+
+
+def test_page_is_one_file_that_needs_nothing_else_with_the_result_on_top(tmp_path: Path):
+    path = Path(write_files(a_directory(tmp_path).uri))
+    assert path == tmp_path / "a-run/report/report.html"
+    read = check_self_contained(path.read_text())
+    assert read.verdict == [
+        "Test accuracy 90.00% ± 3.00 (90 of 100), loss 0.1200, with cnn of 1,234 parameters, "
+        "for 12.00 passes over the training set in total, 4.50 of them on the critical path."
+    ]
+    assert read.tags.count("svg") == len(list(path.parent.glob("*.png")))
+    assert all(png.read_bytes().startswith(b"\x89PNG") for png in path.parent.glob("*.png"))
+
+
+def test_numbers_of_the_record_stand_in_the_page(tmp_path: Path):
+    read = check_self_contained(Path(write_files(a_directory(tmp_path).uri)).read_text())
+    assert "2.5 MB" in read.cells  # bytes sent
+    assert "+0.1200" in read.cells  # the gap of subset 2: 0.22 - 0.1
+    assert "4.50" in read.cells
+    assert "2001-09-09 01:46 UTC" in read.words  # begun at 1e9
+    assert "warning: subset 3 lacks class 7" in read.words
+    assert "gone" in read.cells  # the lost attempt's error
+
+
+def test_names_are_escaped_wherever_they_come_from(tmp_path: Path):
+    run = a_directory(tmp_path, a_record(advice=["warning: <script>alert(1)</script>"]))
+    page = Path(write_files(run.uri)).read_text()
+    read = check_self_contained(page)
+    assert "warning: <script>alert(1)</script>" in read.words
+    assert "ok, taken for <b>bold</b>" in read.words
+    assert "<b>bold" not in page
+
+
+def test_wrong_examples_are_shown_by_their_margin_with_their_own_pixels(tmp_path: Path):
+    read = check_self_contained(Path(write_files(a_directory(tmp_path).uri)).read_text())
+    assert "2 of 4 test examples are wrong" in read.words
+    first, second = [a for a in read.addresses if a.startswith("data:")]
+    # example 3 by 4.0 - 1.0, example 2 by 1.0 - 0.25
+    for address, place in ((first, 3), (second, 2)):
+        image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+        assert np.asarray(image).tolist() == (np.arange(6).reshape(2, 3) + 6 * place).tolist()
+    assert read.words.index("ok, taken for <b>bold</b>") < read.words.index("$x$ & y, taken for ok")
+
+
+def test_a_run_without_predictions_rounds_or_ledger_has_a_page_too(tmp_path: Path):
+    run = RunDirectory(str(tmp_path), "plain")
+    run.write_json(REPORT_PATH, conventional_record())
+    read = check_self_contained(Path(write_files(run.uri)).read_text())
+    assert "Costs" in read.words
+    assert "it gets wrong" not in read.words
+    assert "Minima" not in read.words
+
+
+def test_losses_that_are_not_finite_leave_a_page(tmp_path: Path):
+    record = a_record()
+    bad = {"loss_sum": None, "loss": None, "num_correct": 5, "num_examples": 50, "accuracy": 0.1}
+    changes = {"validation": bad, "uniform_mean": bad, "barrier": None, "mean_member_loss": None}
+    record["stages"]["rounds"] = [round_of([minimum(0, validation=bad), minimum(1)], **changes)]
+    read = check_self_contained(Path(write_files(a_directory(tmp_path, record).uri)).read_text())
+    assert "not finite" in read.words
+
+
+def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none(tmp_path: Path):
+    squared = a_record(Config().with_overrides({"minimize.loss": "squared_error"}))
+    pages = [Path(write_files(a_directory(tmp_path / n, r).uri)).read_text() for n, r in (("a", squared), ("b", None))]
+    assert "fixed inputs would give: (Q+1)/(Q−1)" in pages[0]
+    assert "For cross-entropy there is no law to draw" in pages[1]
+
+
+def test_the_same_record_gives_the_same_bytes(tmp_path: Path):
+    path = Path(write_files(a_directory(tmp_path).uri))
+    first = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    write_files(str(tmp_path / "a-run"))
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == first
+
+
+def test_columns_of_numbers_alone_are_flush_right():
+    rows = (("a", "1.50", "3 of the least", "–"), ("b", "-2,000", "4", "+0.1 ± 0.2"))
+    assert Part(Section("", ("", "", "", ""), rows)).numeric == {1, 3}
+
+
+def test_a_plot_takes_the_pages_ink_and_has_no_dollar_mathematics():
+    plot = draw_plot("p", 'a "caption" <x>', lambda figure: figure.subplots().set_title("cost in $, then $"))
+    assert "currentColor" in plot.svg
+    assert "#16202b" not in plot.svg
+    two = Page("t", (), (), (Part(Section("s", lines=("l",)), (plot, draw_plot("q", "", lambda f: f.subplots()))),))
+    check_self_contained(to_html(two))
+
+
+# What is behind it
+
+
+def test_predictions_and_metrics_are_those_of_one_evaluation():
+    full_set = load_full_set(Config().data)
+    config = Config()
+    shape, num = full_set.image_shape, full_set.num_classes
+    model = build_model(config.model, num_classes=num, image_shape=shape, seed=1)
+    tested = scoring.test_weights(full_set, 0, config, model.state_dict())
+    expected = evaluate(model, full_set.examples("test"), config.minimize)
+    assert tested.metrics.num_correct == expected.num_correct
+    assert tested.metrics.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert tested.cost.num_forward == len(full_set.test)
+    table = tested.predictions
+    assert table.column("row").to_pylist() == full_set.test.table.column("row").to_pylist()
+    counts = confusion(table, num)
+    assert counts.trace() == expected.num_correct
+    assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.labels, minlength=num).tolist()
+    wrong = [row["margin"] for row in table.to_pylist() if row["label"] != row["predicted"]]
+    assert tested.mistakes.column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
+
+
+def test_many_classes_give_the_pairs_most_often_confused():
+    counts = np.diag([5, 5, 5])
+    counts[0, 2], counts[1, 0] = 4, 2
+    pairs = confused_pairs(counts, ["a", "b", "c"])
+    assert pairs.rows == (("a", "c", "4", "9"), ("b", "a", "2", "7"))
+
+
+def test_attempts_that_overlap_are_in_lanes_of_their_own_and_waiting_is_counted():
+    def work(subset: int, node: str, start: float, end: float, waited_s: float = 0.0) -> Work:
+        return Work("subsets", 0, subset, 0, node, "cpu", start, ended_at=end, outcome="done", waited_s=waited_s)
+
+    works = [work(0, "a", 0, 4), work(1, "a", 1, 3, 1.0), work(2, "a", 3, 6, 2.5), work(3, "b", 2, 3)]
+    found = [(lane.node, [one.subset for one in lane.works]) for lane in lanes(works)]
+    assert found == [("a", [0]), ("a", [1, 2]), ("b", [3])]
+    assert waiting(works) == [(0.0, 1), (0.5, 2), (1.0, 1), (3.0, 0)]
+    assert troubles(works) is None
+
+
+def test_a_lost_attempt_is_told_with_how_its_work_ended(tmp_path: Path):
+    section = troubles(Ledger(a_directory(tmp_path)).read())
+    assert section is not None
+    assert section.rows == (("subsets, subset 0", "1", "1", "node-a", "lost", "2.0", "done", "gone"),)
+
+
+def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_path: Path):
+    config = Config().with_overrides({"model.name": "mlp"})  # without batch norm, whose statistics are recomputed
+    full_set = load_full_set(config.data)
+    shape, num = full_set.image_shape, full_set.num_classes
+    record = a_record(config)
+    run = a_directory(tmp_path, record)
+    expected = []
+    for subset in (0, 1):
+        model = build_model(config.model, num_classes=num, image_shape=shape, seed=subset)
+        run.write_weights(weights_path(minimum_folder(0, subset)), model.state_dict())
+        expected.append(evaluate(model, full_set.examples("validation"), MinimizeConfig()).loss)
+    line = line_between_minima(run.uri, record)
+    assert [point["share"] for point in line] == pytest.approx([n / 10 for n in range(11)])
+    assert [line[0]["loss"], line[-1]["loss"]] == pytest.approx(expected)
+    run.delete(weights_path(minimum_folder(0, 0)))
+    assert line_between_minima(run.uri, record) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, "weights are not in the run directory"),
+        ({"model": {"name": "cnn", "num_parameters": 10**7}}, "up to 1,000,000 parameters"),
+        ({"config": Config().with_overrides({"data.name": "photos.parquet"})}, "data that load at once"),
+    ],
+)
+def test_the_page_says_why_no_line_was_measured(tmp_path: Path, changes: dict[str, Any], why: str):
+    page = Path(write_files(a_directory(tmp_path, a_record(**changes)).uri)).read_text()
+    assert re.search(rf"line between two minima was not measured: [^<]*{why}", page)
+
+
+# A comparison
+
+
+def a_comparison(folder: Path) -> RunDirectory:
+    interval = {"estimate": 0.9, "low": 0.85, "high": 0.95, "coverage": 0.95, "num": 3}
+
+    def point(budget: float, accuracy: float) -> dict[str, Any]:
+        mean = {"passes": budget, "critical_path_passes": budget / 2, "device_s": 1.0, "num_seeds": 3}
+        mean |= {"test_accuracy": accuracy, "test_accuracy_interval": interval, "validation_loss": 0.5}
+        return {"budget": budget, "mean": mean, "difference": interval, "is_non_inferior": True}
+
+    settings = {"learning_rate": 0.1, "batch_size": 64}
+    titles = {"B": ("conventional", "baseline"), "G": ("aggregate <of> minima", "candidate")}
+    arms = [
+        {"key": key, "title": title, "role": role, "settings": settings, "points": [point(1, 0.8), point(8, 0.9)]}
+        for key, (title, role) in titles.items()
+    ]
+    arms[1]["points"].append({"budget": 16, "mean": None, "difference": None, "is_non_inferior": None})
+    ups = {"G": {"interval": interval | {"estimate": 12.5, "low": 10.0, "high": None}}}
+    network_rows = [
+        {"arm": "B", "budget": 8, "num_bytes": 0, "num_exchanges": 0, "test_accuracy": 0.9, "wall_s": {"1": 7.25}},
+    ]
+    verdict = {"word": "confirmed", "text": "G's speed-up is 12.50."}
+    run = RunDirectory(str(folder), "a-comparison")
+    run.open(Config().to_dict() | {"kind": "comparison"}, {})
+    record = {
+        "kind": "comparison",
+        "name": "a-comparison",
+        "uri": run.uri,
+        "config": Config().to_dict(),
+        "data": {"name": "digits", "num_train": 100, "num_test": 100},
+        "model": {"num_parameters": 1234, "num_bytes": 5000},
+        "environment": None,
+        "regime": {
+            "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0]},
+            "num_parameters": 1234,
+            "num_subsets": 4,
+            "num_workers": 2,
+        },
+        "seeds": [0, 1, 2],
+        "margin": 0.005,
+        "arms": arms,
+        "conventional": {"budget": 8, "test_accuracy": 0.9, "target_accuracy": 0.895},
+        "speed_ups": {"total": ups, "critical_path": ups},
+        "verdicts": {"total": verdict, "critical_path": verdict},
+        "tuning": {"tried": [], "passes": 0.0},
+        "network": {
+            "bandwidths": [1.0],
+            "rows": network_rows,
+            "s_per_pass": 0.5,
+            "data_parallel_bytes_a_step": 10,
+        },
+        "failed": {"G-16": "died"},
+        "seconds": {"wall": 60.0},
+    }
+    run.write_json(COMPARISON_PATH, record)
+    return run
+
+
+def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_failed(tmp_path: Path):
+    path = Path(write_files(a_comparison(tmp_path).uri))
+    read = check_self_contained(path.read_text())
+    assert [line.partition(". ")[0] for line in read.verdict] == [
+        "A tenth of the cost, counting passes in total: confirmed",
+        "A tenth of the cost, counting passes on the critical path: confirmed",
+    ]
+    assert "12.50 [10.00, …] 95%" in read.cells
+    assert "7.25" in read.cells
+    assert "died" in read.cells
+    assert "G: aggregate <of> minima; learning rate 0.1, batch 64" in read.words
+    assert sorted(png.stem for png in path.parent.glob("*.png")) == [
+        *("quality_critical_path", "quality_total", "speed_ups", "wall_by_network")
+    ]
+
+
+# Several runs
+
+
+def test_several_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
+    other = Config(name="b").with_overrides({"trunk.epochs": 0.0, "minimize.learning_rate": 0.25})
+    runs = [
+        a_directory(tmp_path, name="a"),
+        a_directory(tmp_path, a_record(other, test=metrics(0.5, 80, 100)), name="b"),
+    ]
+    table, settings = several_sections(read_several([run.uri for run in runs]))
+    assert table.columns == ("", "a", "b")
+    assert ("test accuracy, %", "90.00 ± 3.00", "80.00 ± 4.00") in table.rows
+    assert ("minimize.learning_rate", "–", "0.25") in settings.rows
+    assert "seed" not in [row[0] for row in settings.rows]
+    path = write_several([run.uri for run in runs], str(tmp_path / "out/both.html"))
+    read = check_self_contained(Path(path).read_text())
+    assert read.verdict[0].startswith("a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes")
+
+
+def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: Path):
+    data = a_record()["data"] | {"name": "mnist"}
+    runs = [a_directory(tmp_path / "x"), a_directory(tmp_path / "y", a_record(data=data))]
+    table, _ = several_sections(read_several([run.uri for run in runs]))
+    assert table.columns[1:] == (str(tmp_path / "x/a-run"), str(tmp_path / "y/a-run"))
+    assert table.lines[0].startswith("warning: the runs are on different data")
+
+
+def test_a_comparison_among_several_is_refused(tmp_path: Path):
+    directories = [a_directory(tmp_path).uri, a_comparison(tmp_path).uri]
+    with pytest.raises(ValueError, match="a-comparison is a comparison: only runs can be laid side by side"):
+        read_several(directories)
+
+
+# The command
+
+
+def test_report_as_html_prints_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, two = a_directory(tmp_path, name="a").uri, a_directory(tmp_path, name="b").uri
+    assert call(["report", one, "--format", "html"]) == 0
+    assert capsys.readouterr().out.strip() == f"{one}/report/report.html"
+    assert call(["report", one, two, "--format", "html", "--to", str(tmp_path / "ab.html")]) == 0
+    assert Path(capsys.readouterr().out.strip()).read_text().startswith("<!doctype html>")
+    assert call(["report", one, two]) == 0
+    assert "Runs side by side" in capsys.readouterr().out
+    assert call(["report", one, two, "--format", "json"]) == 0
+    assert [record["name"] for record in json.loads(capsys.readouterr().out)] == ["a", "b"]
+
+
+def test_mistakes_in_asking_for_a_report_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one = a_directory(tmp_path)
+    newer = {"format": FORMAT + 1, "config": {}}
+    for arguments, told in (
+        ([], "report needs a directory"),
+        ([one.uri, "--format", "html", "--to", "x.html"], "--to x.html is for --format html of several runs"),
+    ):
+        assert call(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1
+    one.write_json(CONFIG_PATH, newer)
+    with pytest.raises(ValueError, match=f"made by a newer raysubset .format {FORMAT + 1}; this version reads up to"):
+        read_report(one.uri)
+
+
+def test_a_page_of_many_minima_stays_below_a_megabyte(tmp_path: Path):
+    record = a_record()
+    record["stages"]["rounds"] = [round_of([minimum(n) for n in range(200)])]
+    path = Path(write_files(a_directory(tmp_path, record).uri))
+    assert "mean of 200" in path.read_text()
+    assert path.stat().st_size < 2**20
