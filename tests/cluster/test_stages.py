@@ -88,8 +88,9 @@ def test_the_number_of_actors_changes_no_bit(tmp_path: Path) -> None:
     assert same_bits(aggregate(one), aggregate(three))
 
 
+@pytest.mark.usefixtures("prompt_reports")
 def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path) -> None:
-    long = {"minimize__epochs": 150.0, "subsets__num": 2}
+    long = {"minimize__epochs": 80.0, "subsets__num": 2}
     whole = run(config(tmp_path, "unbroken", **long))
     killed: list[int] = []
 
@@ -104,14 +105,15 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path) -> None:
     works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.subset == killed[0]]
     assert [(w.attempt, w.outcome) for w in works] == [(0, "lost"), (1, "done")]
     assert works[0].cost.num_forward > 0
-    assert works[1].cost.num_forward < 150 * 647  # it went on from a checkpoint
+    assert works[1].cost.num_forward < 80 * 647  # it went on from a checkpoint
     assert broken.record["cost"]["lost_passes"] > 0
     assert broken.passes >= whole.passes
 
 
+@pytest.mark.usefixtures("prompt_reports")
 def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(tmp_path: Path) -> None:
     long = {
-        "minimize__epochs": 150.0,
+        "minimize__epochs": 80.0,
         "subsets__num": 2,
         "actors__max_attempts": 1,
         "actors__checkpoint_epochs": 1000.0,
@@ -129,7 +131,7 @@ def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(tmp
     assert same_bits(aggregate(whole), aggregate(moved))
     works = [w for w in Ledger(RunDirectory.at(moved.uri)).read() if w.subset == warned[0]]
     assert [w.outcome for w in works] == ["preempted", "done"]
-    steps = [sum(w.cost.num_steps for w in works), 150 * 11]
+    steps = [sum(w.cost.num_steps for w in works), 80 * 11]
     assert steps[0] == steps[1]  # nothing was done twice
 
 
