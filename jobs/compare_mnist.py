@@ -1,4 +1,4 @@
-"""Does subset pretraining pay on MNIST? All arms and controls, a CNN of 9,492 parameters (Q = 57, subsets 14).
+"""Does subset pretraining pay on MNIST? All arms and controls, a CNN of 9,640 parameters (Q = 56, subsets 14).
 
 Command:    python jobs/compare_mnist.py --data.root ~/data --seeds 5
 Hardware:   two CPU cores do, with four logical ones for arm I (--cluster.num-cpus 4).
@@ -19,7 +19,7 @@ from raysubset.config import Config, DataConfig, FineTuningConfig, MinimizeConfi
 CONFIG = Config(
     name="compare-mnist",
     data=DataConfig(name="mnist"),
-    model=ModelConfig(name="cnn", width=22, depth=2),
+    model=ModelConfig(name="cnn", width=10, depth=3),
     subsets=SubsetsConfig(num=4),
     minimize=MinimizeConfig(optimizer="sgd", batch_size=64, epochs=8),
     fine_tuning=FineTuningConfig(epochs=2),
@@ -33,8 +33,8 @@ if __name__ == "__main__":
             default=CONFIG,
             description=__doc__,
             seeds=5,
-            budgets=(1.0, 2.0, 4.0, 8.0, 16.0),
+            budgets=(1.0, 2.0, 4.0, 8.0),
             arms=ARMS,
-            learning_rates=(0.1, 0.3, 1.0),
+            learning_rates=(0.03, 0.1, 0.3),
         )
     )
