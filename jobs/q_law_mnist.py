@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--root", default=CONFIG.data.root, help="torchvision's files of mnist")
     parser.add_argument("--storage-path", default=CONFIG.storage_path)
     arguments = parser.parse_args()
-    print(f"{'Q':>6} {'minima':>6} {'own loss':>9} {'validation':>10} {'ratio':>12} {'(Q+1)/(Q-1)':>11} {'(Q/(Q-1))^2':>11}")
+    names = ("Q", "minima", "own loss", "validation", "ratio", "(Q+1)/(Q-1)", "(Q/(Q-1))^2")
+    print(*(f"{name:>{width}}" for name, width in zip(names, (6, 6, 9, 10, 12, 11, 11), strict=True)))
     for num, fraction in SHARES:
         own = {"subsets.num": num, "subsets.fraction": fraction, "data.root": arguments.root}
         config = CONFIG.with_overrides(own | {"storage_path": arguments.storage_path})
