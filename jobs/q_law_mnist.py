@@ -1,9 +1,9 @@
 """Does validation loss over own loss follow (Q+1)/(Q-1)? MNIST, squared error, one network on subsets of growing size.
 
-A reduced form: an MLP of 27,040 parameters rather than a CNN, L-BFGS for 150 passes over a subset, which need not be
-its minimum. For least squares at its minimum the ratio would be (Q+1)/(Q-1) with fixed inputs and about (Q/(Q-1))^2
-with Gaussian ones (METHODS of this project, from the paper's group); the network is not linear, its labels have hardly
-any noise, and validation images are new ones.
+A reduced form: an MLP of 27,040 parameters rather than a CNN, L-BFGS for 150 passes over a subset with weight decay 5e-4,
+which need not be its minimum. For least squares at its minimum the ratio would be (Q+1)/(Q-1) with fixed inputs and
+about (Q/(Q-1))^2 with Gaussian ones (recalled from the papers of the method's group); the network is not linear, its
+labels have hardly any noise, and validation images are new ones.
 
 Command:    python jobs/q_law_mnist.py --root ~/data
 Hardware:   two CPU cores, shared with much other work (load 25).
