@@ -1,6 +1,6 @@
 """Does validation loss over own loss follow (Q+1)/(Q-1)? MNIST, squared error, one network on subsets of growing size.
 
-A reduced form: an MLP of 27,040 parameters rather than a CNN, L-BFGS for 150 passes over a subset with weight decay 5e-4,
+A reduced form: an MLP of 27,040 parameters rather than a CNN, L-BFGS for 150 passes over a subset, weight decay 5e-4,
 which need not be its minimum. For least squares at its minimum the ratio would be (Q+1)/(Q-1) with fixed inputs and
 about (Q/(Q-1))^2 with Gaussian ones (recalled from the papers of the method's group); the network is not linear, its
 labels have hardly any noise, and validation images are new ones.
