@@ -33,7 +33,7 @@ if __name__ == "__main__":
             default=CONFIG,
             description=__doc__,
             seeds=5,
-            budgets=(1.0, 2.0, 4.0, 8.0),
+            budgets=(1.0, 2.0, 4.0),
             arms=ARMS,
             learning_rates=(0.03, 0.1, 0.3),
         )
