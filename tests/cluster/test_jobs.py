@@ -104,7 +104,7 @@ class Cluster:
         command += ["--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", "."]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
         command += ["--name", "run", "--storage-path", str(storage_path), *FLAGS, *flags]
-        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.log(job)
 
