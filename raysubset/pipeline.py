@@ -270,6 +270,7 @@ class _Stages:
     def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
         config, full_set, plan = self._config, self._full_set, self._plan
+        self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
         work = self._ledger.begin("test", 0, device=device)
         tested = self._scoring.test(weights)

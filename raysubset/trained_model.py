@@ -42,14 +42,18 @@ class TrainedModel(nn.Module):
             images: [N, C, H, W] of the training images' size; uint8, or float in [0, 1].
 
         Raises:
-            ValueError: if the shape is another.
+            ValueError: if the shape or the type is another.
         """
         height, width, channels = self.image_shape
         if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
             raise ValueError(
                 f"images of shape {tuple(images.shape)}; this model takes [N, {channels}, {height}, {width}]"
             )
-        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; this model takes uint8, or floats in [0, 1]")
+        scaled = images.to(self.mean.dtype)
+        if images.dtype == torch.uint8:
+            scaled = scaled / 255
         return self.network((scaled - self.mean) / self.std)
 
 

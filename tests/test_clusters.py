@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import socket
+import subprocess
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -187,6 +188,13 @@ def test_a_manifest_asks_for_a_token_and_lets_its_pods_end_in_peace(name: str):
         assert all(c["resources"]["requests"] == c["resources"]["limits"] for c in pod["containers"])
 
 
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_pods_may_write_to_a_volume_that_was_made_for_root(name: str):
+    spec = ray_cluster_spec(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == 100  # of Ray's images
+
+
 def test_all_pods_share_the_storage_that_the_job_writes_to():
     words = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
     storage_path = words[words.index("--storage-path") + 1]
@@ -288,6 +296,28 @@ def test_published_node_types_are_those_the_autoscaler_may_start():
     assert (on_demand["name"], on_demand["max_count"]) == ("gpu.on_demand", 2)
     (pods,) = node_groups(manifest("raycluster"))
     assert (pods["name"], pods["max_count"], pods["resources"]["GPU"]) == ("gpu-spot", 8, 1)
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_node_waits_for_a_lock_of_apts_and_installs_once(name: str, tmp_path: Path):
+    (command,) = (command for command in cluster(name)["setup_commands"] if "apt-get" in command)
+    stubs = {
+        "sudo": 'echo "$@" >> log; [ $(wc -l < log) -ge 3 ]',  # the lock is free at the third time
+        "sleep": "exit 0",
+        "python3": 'mkdir -p ~/venv; echo "python3 $@" >> log',
+    }
+    for word, body in stubs.items():
+        (tmp_path / word).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / word).chmod(0o755)
+    env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, check=True)
+    install = "DEBIAN_FRONTEND=noninteractive apt-get install -yq python3-venv"
+    assert (tmp_path / "log").read_text().splitlines() == [
+        *["apt-get update -q"] * 3,
+        install,
+        f"python3 -m venv {tmp_path}/venv",
+    ]
 
 
 # What must not be open, and what must not travel

@@ -170,6 +170,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (ClusterConfig, {"num_cpus": 0}, "cluster.num_cpus = 0"),
     (TrackingConfig, {"project": ""}, "tracking.project is empty"),
     (TrackingConfig, {"uri": "http://host:5000"}, "set tracking.to=mlflow or both"),
+    (DataConfig, {"name": "s3://key:secret@bucket/set.parquet"}, "^(?!.*secret).*AWS_SECRET_ACCESS_KEY"),
     (TrackingConfig, {"to": "mlflow", "uri": "https://me:secret@host/x"}, "^(?!.*secret).*MLFLOW_TRACKING_PASSWORD"),
     (Config, {"name": ""}, "must be a plain folder name"),
     (Config, {"name": "a/b"}, "must be a plain folder name"),

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,33 @@ def test_damage_inside_a_file_never_ends_the_process(tmp_path: Path):
             continue
 
 
+@pytest.mark.parametrize("name", ["label", "sensor"])
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str, kind: str):
+    table = encoded_table(random_images(10), np.arange(10) % 2, sensor=["a"] * 10)
+    table = table.append_column(name, table.column(name))
+    path = tmp_path / f"set{kind}"
+    if kind == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match=rf"set\{kind} has several columns {name}: give each a name of its own"):
+        load(path)
+
+
+def test_splits_that_lack_classes_are_told_with_which(tmp_path: Path):
+    labels = [0] * 36 + [1, 2, 2, 2]
+    names = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": list("abcd")}}}})
+    table = encoded_table(random_images(40), labels).replace_schema_metadata({"huggingface": names})
+    pq.write_table(table, tmp_path / "set.parquet")
+    lacking = [note for note in load(tmp_path / "set.parquet").notes if "no example" in note]
+    assert "warning: the train split has no example of class d" in lacking
+    assert "warning: the test split has no example of class b, d" in lacking
+    pq.write_table(encoded_table(random_images(40), [0, 1] * 20), tmp_path / "set.parquet")
+    assert not [note for note in load(tmp_path / "set.parquet").notes if "no example" in note]
+
+
 def test_files_that_do_not_go_together_are_refused(tmp_path: Path):
     pq.write_table(encoded_table(random_images(10), np.arange(10) % 2), tmp_path / "a.parquet")
     pq.write_table(encoded_table(random_images(10), ["x", "y"] * 5), tmp_path / "b.parquet")
@@ -432,6 +460,12 @@ def test_a_path_to_nothing_readable_is_refused(
         load(name)
 
 
+def test_a_scheme_that_wants_a_package_says_which(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"hf://datasets/a/b is no URI that pyarrow can open: .*huggingface_hub"):
+        load("hf://datasets/a/b")
+
+
 # Folders of images
 
 
@@ -456,11 +490,18 @@ def test_a_folder_per_class(tmp_path: Path):
 
 
 def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
-    for number, part in enumerate(("train/cat", "train/dog", "test/cat", "test/dog", "val/cat")):
+    for number, part in enumerate(("train/cat", "train/dog", "Test/cat", "Test/dog", "val/cat")):
         write_images(tmp_path / part, random_images(4, seed=number))
     full_set = load(tmp_path)
     assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (8, 4, 8)
     assert np.array_equal(full_set.validation.images, random_images(4, seed=4))
+
+
+def test_a_split_without_class_folders_is_refused_rather_than_taken_for_a_class(tmp_path: Path):
+    for part in ("train/cat", "train/dog", "test"):
+        write_images(tmp_path / part, random_images(4))
+    with pytest.raises(ValueError, match=r"test/000.png lies in no class's folder"):
+        load(tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path):
@@ -518,6 +559,42 @@ def test_grey_sets_have_one_channel_and_mixed_sets_three():
     assert np.array_equal(decode(encode(grey), encode(grey))[1, ..., 0], grey)
     mixed = decode(encode(grey), encode(colour))
     assert np.array_equal(mixed, [np.stack([grey] * 3, axis=2), colour])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_many_images_come_in_order_and_colour_may_come_late(channels: int):
+    images = random_images(1200, channels=1)
+    last = random_images(1, channels=channels)[0]
+    found = decode(*map(encode, images), encode(last))
+    assert found.shape == (1201, 6, 6, channels)
+    assert (found[:1200] == images[..., np.newaxis]).all()
+    assert np.array_equal(found[1200].squeeze(), last)
+
+
+def test_decoding_ends_at_the_first_image_that_is_wrong():
+    good, asked = encode(random_images(1)[0]), []
+
+    def read(number: int) -> bytes:
+        asked.append(number)
+        return good[:60] if number == 3 else good
+
+    with pytest.raises(ValueError, match="3 cannot be decoded"):
+        decode_images(10_000, read, str, None)
+    assert len(asked) < 2000
+
+
+def test_decoding_and_quantising_hold_the_images_once():
+    def peak(work: Callable[[], object]) -> float:
+        tracemalloc.start()
+        work()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    one = encode(np.zeros((40, 40, 3), np.uint8))  # tracemalloc sees numpy's memory
+    assert peak(lambda: decode_images(5000, lambda _: one, str, None)) < 1.6 * 5000 * 40 * 40 * 3
+    floats = np.zeros((1000, 64, 64, 1), np.float64)
+    assert peak(lambda: as_images(floats, "it", None)) < floats.nbytes / 4
 
 
 def test_exif_orientation_is_honoured():

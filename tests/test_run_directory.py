@@ -91,6 +91,15 @@ class TestPlaces:
         found = RunDirectory.at(RunDirectory(storage, "run").uri)
         assert (found.storage_path, found.name) == (storage, "run")
 
+    @pytest.mark.parametrize("storage", ["/results", "s3://bucket/a", "s3://bucket/a?region=x&scheme=http"])
+    @pytest.mark.parametrize("name", ["two words", "why?", "50%25", "a#b"])
+    def test_whatever_its_name(self, storage, name):
+        run = RunDirectory(storage, name)
+        found = RunDirectory.at(run.uri)
+        assert (found.storage_path, found.name) == (storage, name)
+        below = RunDirectory.at(RunDirectory(run.below("trials"), "0").uri)
+        assert (below.storage_path, below.name) == (run.below("trials"), "0")
+
     def test_the_uri_shown_keeps_credentials_to_itself(self):
         assert RunDirectory("s3://key:secret@bucket/a", "run").uri == "s3://bucket/a/run"
 
@@ -313,6 +322,18 @@ class TestOpening:
             run.open(CONFIG, {}, fresh=fresh)
         assert run.list() == ["thesis.tex"]
 
+    @pytest.mark.parametrize("fresh", [False, True])
+    @pytest.mark.parametrize("foreign", [{"architectures": ["ResNet"]}, ["a", "list"]])
+    def test_the_config_json_of_something_else_makes_no_run_of_its_folder(self, run, fresh, foreign):
+        run.write_json("config.json", foreign)
+        run.write_bytes("model.safetensors", b"years")
+        with pytest.raises(ValueError, match=r"holds a config.json that is no run's: choose another --name"):
+            run.open(CONFIG, {}, fresh=fresh)
+        with pytest.raises(ValueError, match=r"holds a config.json that is no run's"):
+            run.differs(CONFIG)
+        assert run.list() == ["config.json", "model.safetensors"]
+        assert run.read_json("config.json") == foreign
+
     def test_a_newer_format_is_refused_until_asked_to_start_over(self, run):
         run.write_json("config.json", {"format": 2, "config": CONFIG})
         with pytest.raises(ValueError, match=r"newer raysubset \(format 2; this version reads up to 1\): update it"):
@@ -512,6 +533,12 @@ class TestS3:
             assert s3_run.open(CONFIG | {"seed": 4}, {}, fresh=True) is False
             assert s3_run.list(recursive=True) == ["config.json", "environment.json", "lease.json"]
         assert not s3_run.exists("lease.json")
+
+    def test_a_name_of_two_words_leads_to_the_same_objects_by_its_uri_and_from_below(self, s3_run):
+        run = RunDirectory(s3_run.storage_path, "my run?")
+        run.write_bytes("trials/0/a", b"1")
+        assert RunDirectory.at(run.uri).read_bytes("trials/0/a") == b"1"
+        assert RunDirectory(run.below("trials"), "0").read_bytes("a") == b"1"
 
     def test_of_drivers_that_start_together_one_gets_it(self, s3_run):
         assert sorted(start_together([s3_run.lease() for _ in range(3)])) == [False, False, True]

@@ -184,8 +184,8 @@ def test_dirichlet_of_vanishing_alpha_gives_one_class_drawn_by_the_prior():
 
 
 def test_dirichlet_shares_have_the_distributions_mean_and_variance():
-    labels = np.repeat([0, 1], [60_000, 40_000])
-    shares = [split(labels, seed, num=1, size=5000, scheme="dirichlet", alpha=4)[0].indices for seed in range(400)]
+    labels = np.repeat([0, 1], [6000, 4000])
+    shares = [split(labels, seed, num=1, size=1000, scheme="dirichlet", alpha=4)[0].indices for seed in range(400)]
     first = np.array([np.mean(labels[indices] == 0) for indices in shares])
     # Beta(2.4, 1.6): mean 0.6, variance 0.6 * 0.4 / (4 + 1)
     assert abs(first.mean() - 0.6) < 4 * np.sqrt(0.048 / 400)

@@ -55,6 +55,17 @@ def test_images_of_another_shape_are_refused(run: RunDirectory, images: torch.Te
             model(wrong)
 
 
+def test_images_of_another_type_are_refused_and_floats_are_taken_as_the_networks(
+    run: RunDirectory, images: torch.Tensor
+):
+    model = load_model(run.uri)
+    with pytest.raises(ValueError, match=r"images are torch\.int64; this model takes uint8, or floats in \[0, 1\]"):
+        model(images.long())
+    assert torch.allclose(model(images.double() / 255), model(images), atol=1e-5)
+    half = model.bfloat16()
+    assert half(images).dtype == half(images / 255).dtype == torch.bfloat16
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"holds no model\.json"):
         load_model(str(tmp_path / "none"))

@@ -28,7 +28,7 @@ class DataConfig:
     image_column: str = "image"
     """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape."""
     label_column: str = "label"
-    """The Parquet/Arrow column with the integer labels, 0 to num_classes - 1."""
+    """The Parquet/Arrow column with the labels: integers from 0 to num_classes - 1, or class names."""
     validation_fraction: float = 0.1
     """Share of the training split held out for every choice; stratified. Ignored where the set has its own split."""
     test_fraction: float = 0.2
@@ -43,6 +43,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         need(bool(self.name), "data.name is empty")
+        user = self.name.partition("://")[2].partition("/")[0].rpartition("@")[0]
+        need(
+            ":" not in user,
+            "data.name holds a password, and would be written to config.json: give S3's keys to all nodes as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by their machines' role",
+        )
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)
             need(0 < value < 1, f"data.{name} = {value} must lie between 0 and 1")

@@ -170,9 +170,10 @@ class Config:
             ValueError: for an unknown name (with the nearest known one) or a value that a check refuses.
         """
         tree = self.to_dict()
+        known = flatten(tree)
         for key, value in overrides.items():
-            known = flatten(tree)
-            need(key in known, f"there is no config field {key}{nearest(key, known)}")
+            if key not in known:
+                raise ValueError(f"there is no config field {key}{nearest(key, known)}")
             node = tree
             *parents, leaf = key.split(".")
             for parent in parents:

@@ -27,7 +27,8 @@ def from_tree(cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in tree.items():
-        need(key in hints, f"there is no config field {prefix}{key}{nearest(key, hints)}")
+        if key not in hints:  # not need(): looking for the nearest word would be most of the time a config takes
+            raise ValueError(f"there is no config field {prefix}{key}{nearest(key, hints)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             values[key] = from_tree(typing.cast(type, hint), value, f"{prefix}{key}.")

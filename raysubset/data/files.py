@@ -169,13 +169,13 @@ def _opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
 def _read_image_folder(system: fs.FileSystem, root: str, files: list[str], config: DataConfig) -> Source:
     """Read root/class/… or, where all top folders are named as splits are, root/train/class/… and root/test/class/…"""
     top = {PurePosixPath(file).parts[0] for file in files}
-    depth = 1 if top <= _SPLIT_WORDS.keys() and all(len(PurePosixPath(file).parts) > 2 for file in files) else 0
+    depth = 1 if {folder.lower() for folder in top} <= _SPLIT_WORDS.keys() else 0
     by_split: defaultdict[SplitName, list[str]] = defaultdict(list)
     for file in files:
         parts = PurePosixPath(file).parts
         if len(parts) < depth + 2:
             raise ValueError(f"data.name = {config.name}: {file} lies in no class's folder")
-        by_split[_SPLIT_WORDS[parts[0]] if depth else "train"].append(file)
+        by_split[_SPLIT_WORDS[parts[0].lower()] if depth else "train"].append(file)
     if "train" not in by_split:
         raise ValueError(f"data.name = {config.name}: no train folder, only {', '.join(sorted(top))}")
     return {split: _read_images(system, root, members, depth, config) for split, members in by_split.items()}

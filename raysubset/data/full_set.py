@@ -1,5 +1,6 @@
 """The full set: three splits, and the constants that come from them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -14,7 +15,7 @@ from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
 _SMALLEST_STD = 1 / 255
 
-_HISTOGRAM_EXAMPLES = 1024
+_HISTOGRAM_PIXELS = 2**20  # at a time
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def count_levels(images: np.ndarray) -> np.ndarray:
     """How many pixels of uint8 [N, H, W, C] have each grey level, by channel: int64 [C, 256]. Counts can be added."""
     channels = images.shape[3]
     counts = np.zeros((channels, 256), dtype=np.int64)
-    for start in range(0, len(images), _HISTOGRAM_EXAMPLES):  # bincount widens its input to 8 bytes a pixel
-        block = images[start : start + _HISTOGRAM_EXAMPLES]
+    num = max(1, _HISTOGRAM_PIXELS // math.prod(images.shape[1:3]))  # bincount widens its input to 8 bytes a pixel
+    for start in range(0, len(images), num):
+        block = images[start : start + num]
         for channel in range(channels):
             counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
     return counts

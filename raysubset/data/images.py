@@ -2,9 +2,11 @@
 
 import io
 import struct
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,6 +17,11 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16 bits
 
 # What Pillow's decoders raise on damaged files, found by damaging thousands of each format at random.
 _DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error)
+
+_BLOCK = 16  # images that a thread does at a time
+_BLOCKS_AHEAD = 64  # that may wait, decoded, to be taken
+
+T = TypeVar("T")
 
 
 def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -54,10 +61,10 @@ def rounding_note(where: str) -> str:
 def decode_images(
     num: int, read: Callable[[int], bytes], describe: Callable[[int], str], image_size: int | None
 ) -> np.ndarray:
-    """Decode images once into uint8 [N, H, W, C]: C = 1 if all are grey, else 3.
+    """Decode images once, in threads, into uint8 [N, H, W, C]: C = 1 if all are grey, else 3.
 
     Args:
-        num: number of images.
+        num: number of images, one at least.
         read: the encoded bytes of an image by number; called from several threads.
         describe: names an image in messages.
         image_size: side in pixels; None demands that all have one shape.
@@ -73,24 +80,42 @@ def decode_images(
         except _DAMAGE as error:
             raise ValueError(f"{describe(number)} cannot be decoded: {error or type(error).__name__}") from error
 
-    with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(decode, range(num)))
-    height, width = decoded[0].shape[:2]
-    for number, image in enumerate(decoded):
-        if image.shape[:2] != (height, width):
-            raise ValueError(
-                f"images differ in shape: {describe(0)} is {height}x{width}, {describe(number)} "
-                f"{image.shape[0]}x{image.shape[1]}: give --data.image-size to resize them"
-            )
-    channels = 1 if all(image.ndim == 2 for image in decoded) else 3
-    images = np.empty((num, height, width, channels), dtype=np.uint8)
-    for number, image in enumerate(decoded):
-        images[number] = image if image.ndim == 3 else image[..., np.newaxis]
+    images: np.ndarray | None = None
+    with closing(_in_threads(decode, num)) as decoded:
+        for number, image in enumerate(decoded):
+            height, width, channels = image.shape
+            if images is None:
+                images = np.empty((num, height, width, channels), dtype=np.uint8)
+            if (height, width) != images.shape[1:3]:
+                raise ValueError(
+                    f"images differ in shape: {describe(0)} is {images.shape[1]}x{images.shape[2]}, {describe(number)} "
+                    f"{height}x{width}: give --data.image-size to resize them"
+                )
+            if channels > images.shape[3]:  # the first that is not grey
+                images = np.repeat(images, channels, axis=3)
+            images[number] = image
+    assert images is not None
     return images
 
 
+def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
+    """What the work makes of 0 … num - 1, in this order; threads are some blocks ahead of whoever takes it."""
+    pool = ThreadPoolExecutor()
+    ahead: deque[Future[list[T]]] = deque()
+    try:
+        for start in range(0, num, _BLOCK):
+            numbers = range(start, min(start + _BLOCK, num))
+            ahead.append(pool.submit(lambda numbers: [work(number) for number in numbers], numbers))
+            if len(ahead) > _BLOCKS_AHEAD:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _decode(data: bytes, image_size: int | None) -> np.ndarray:
-    """Decode to uint8 [H, W] if the file is grey, else [H, W, 3]; turned as its EXIF orientation says."""
+    """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3]; turned as its EXIF orientation says."""
     from PIL import Image, ImageOps
 
     try:
@@ -102,7 +127,8 @@ def _decode(data: bytes, image_size: int | None) -> np.ndarray:
     if image.mode in _DEEP_GREY:
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    return np.asarray(image if image_size is None else _resize(image, image_size))
+    pixels = np.asarray(image if image_size is None else _resize(image, image_size))
+    return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
 
 
 def _resize(image: "Image.Image", side: int) -> "Image.Image":
@@ -117,17 +143,25 @@ def _resize_all(images: np.ndarray, side: int) -> np.ndarray:
 
     num, _, _, channels = images.shape
     resized = np.empty((num, side, side, channels), dtype=np.uint8)
-    for number, image in enumerate(images.squeeze(3) if channels == 1 else images):
-        resized[number] = np.asarray(_resize(Image.fromarray(image), side)).reshape(side, side, channels)
+
+    def resize(number: int) -> np.ndarray:
+        image = images[number, ..., 0] if channels == 1 else images[number]
+        return np.asarray(_resize(Image.fromarray(image), side)).reshape(side, side, channels)
+
+    for number, image in enumerate(_in_threads(resize, num)):
+        resized[number] = image
     return resized
 
 
 def _quantise(pixels: np.ndarray, where: str) -> np.ndarray:
-    """Floats in [0, 1] as uint8."""
-    bad = np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))
-    if len(bad):
+    """Floats in [0, 1] as uint8, with no more memory than that."""
+    low, high = pixels.min(), pixels.max()  # NaN where there is one
+    if not np.isfinite([low, high]).all():
+        bad = np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))
         raise ValueError(f"image {bad[0]} of {where} has pixels that are NaN or infinite ({len(bad)} such images)")
-    low, high = pixels.min(), pixels.max()
     if low < 0 or high > 1:
         raise ValueError(f"pixels of {where} run from {low:g} to {high:g}: floats must lie in [0, 1], or give uint8")
-    return np.rint(pixels * 255).astype(np.uint8)
+    quantised = np.empty(pixels.shape, dtype=np.uint8)
+    for image, own in zip(pixels, quantised, strict=True):
+        own[:] = np.rint(image * 255)
+    return quantised

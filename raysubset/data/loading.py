@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ from raysubset.data.streamed import StreamedSplit
 
 # Where a shifted or mirrored image shows the same thing: not digits.
 _AUGMENTED_NAMES = ("cifar10", "cifar100")
+
+_MOST_LISTED = 10  # classes named in one line
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def load_full_set(config: DataConfig) -> FullSet:
 
     validation, test = build("validation"), build("test")
     notes = [*(note for split in source.values() for note in split.notes), *carving]
+    notes += _lacking({name: labels[name if name in source else "train"][rows[name]] for name in rows}, class_names)
     if scanned is None:
         train = build("train")
         mean, std = channel_statistics(train.images)
@@ -120,6 +124,16 @@ def _carve(
     """Rows that remain for training, and those carved off for another split."""
     kept, carved = carve(labels[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
     return rows[kept], rows[carved]
+
+
+def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[str]:
+    """Notes on splits that lack classes, with which."""
+    for name, numbers in labels.items():
+        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
+        if len(absent):
+            listed = ", ".join(class_names[number] for number in absent[:_MOST_LISTED])
+            more = f" and {len(absent) - _MOST_LISTED} more" if len(absent) > _MOST_LISTED else ""
+            yield f"warning: the {name} split has no example of class {listed}{more}"
 
 
 def _of_one_shape(source: Source) -> Source:

@@ -16,7 +16,7 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(name))
     try:
         system, path = fs.FileSystem.from_uri(name)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, ImportError) as error:  # some schemes want a package of their own
         raise ValueError(f"data.name = {name} is no URI that pyarrow can open: {error}") from error
     return system, path.rstrip("/")
 

@@ -18,7 +18,7 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
     """The columns worth reading: images, labels, and scalars that could tell subsets apart.
 
     Raises:
-        ValueError: for a missing image or label column, with the nearest one.
+        ValueError: for a missing image or label column, with the nearest one, or two columns of one name.
     """
     for option in ("image_column", "label_column"):
         column = getattr(config, option)
@@ -27,7 +27,10 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
             hint = nearest(column, schema.names)
             raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {known}{hint}")
     wanted = (config.image_column, config.label_column)
-    return [name for name in schema.names if name in wanted or _is_scalar(schema.field(name).type)]
+    needed = [field.name for field in schema if field.name in wanted or _is_scalar(field.type)]
+    if twice := [name for name in needed if needed.count(name) > 1]:
+        raise ValueError(f"{where} has several columns {twice[0]}: give each a name of its own")
+    return needed
 
 
 def from_table(table: pa.Table, config: DataConfig, where: str) -> SourceSplit:

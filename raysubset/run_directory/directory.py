@@ -56,7 +56,7 @@ class RunDirectory:
         """The inverse of `uri`: the run directory at a path or URI that ends with its name."""
         path, mark, query = uri.partition("?") if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "", "")
         storage_path, _, name = path.rstrip("/").rpartition("/")
-        return cls((storage_path or "/") + mark + query, name)
+        return cls((storage_path or "/") + mark + query, urllib.parse.unquote(name) if "://" in uri else name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RunDirectory, (self.storage_path, self.name)
@@ -72,7 +72,8 @@ class RunDirectory:
         path, mark, query = self.storage_path.partition("?")
         scheme, _, rest = path.partition("://")
         host, slash, folder = rest.partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{folder}".rstrip("/") + f"/{self.name}{mark}{query}"
+        shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{folder}".rstrip("/")
+        return f"{shown}/{_quoted(self.name)}{mark}{query}"
 
     @cached_property
     def _place(self) -> tuple[pafs.FileSystem, str]:
@@ -217,7 +218,7 @@ class RunDirectory:
         if self.local_path:
             return str(self.local_path / folder)
         path, mark, query = self.storage_path.partition("?")
-        return f"{path.rstrip('/')}/{self.name}/{folder}{mark}{query}"
+        return f"{path.rstrip('/')}/{_quoted(self.name)}/{folder}{mark}{query}"
 
     def check_writable(self) -> None:
         """Write a small file and remove it again.
@@ -251,10 +252,15 @@ class RunDirectory:
             record = self.read_json(CONFIG_PATH)
         except CorruptFile as error:
             raise CorruptFile(f"{error}; start over with --fresh") from error
+        self._check_ours(record)
         if record["format"] > FORMAT:
             made = f"format {record['format']}; this version reads up to {FORMAT}"
             raise ValueError(f"{self.uri} was made by a newer raysubset ({made}): update it, or choose another --name")
         return record["config"]
+
+    def _check_ours(self, record: Any) -> None:
+        if not (isinstance(record, dict) and {"format", "config"} <= record.keys()):
+            raise ValueError(f"{self.uri} holds a {CONFIG_PATH} that is no run's: choose another --name")
 
     def differs(self, config: Mapping[str, Any]) -> bool:
         """Whether there is no run of this config to resume; ValueError if one of a newer version is there."""
@@ -282,6 +288,8 @@ class RunDirectory:
                 out = "choose another --name, or start over with --fresh"
                 raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
         elif is_there:
+            with contextlib.suppress(CorruptFile):
+                self._check_ours(self.read_json(CONFIG_PATH))
             self.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})
             for path in self._entries():
                 self.delete(path)
@@ -303,6 +311,11 @@ class RunDirectory:
     def lease(self, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> Lease:
         """The right to write this run, to be entered with `with`."""
         return Lease(self, renew_s=renew_s, clock=clock)
+
+
+def _quoted(name: str) -> str:
+    """A run's name as part of a URI."""
+    return urllib.parse.quote(name, safe="")
 
 
 def _write_local(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -20,21 +21,22 @@ import psutil
 import pytest
 import torch
 
+import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
 ROOT = Path(__file__).parents[2]
-FREE_PORT = "import runpy; print(runpy.run_path('clusters/local_autoscaling.py')['free_port']())"
+free_port: Callable[[], int] = runpy.run_path(str(ROOT / "clusters" / "local_autoscaling.py"))["free_port"]
 MOST_WORKERS = 2
 NUM_SUBSETS = 4
 FLAGS = [
     *("--name", "run"),
     *("--subsets.num", str(NUM_SUBSETS)),
     *("--minimize.epochs", "300"),  # some seconds each, so that a node can die in the middle
+    *("--actors.checkpoint-epochs", "20"),
     *("--trunk.epochs", "0"),
-    *("--fine-tuning.epochs", "1"),
     *("--fine-tuning.num-workers", "1"),
 ]
 
@@ -62,12 +64,17 @@ class LocalCluster:
 
     def submit(self, storage_path: Path, *flags: str) -> tuple[int, str]:
         """Exit code and log of the job, run to its end by `ray job submit`."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
+        command = ["-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
-        command += ["--storage-path", str(storage_path), *FLAGS, *flags]
-        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=200)
-        lines = (done.stdout + done.stderr).splitlines()
-        return done.returncode, "\n".join(line for line in lines if "packaging.py" not in line)
+        code, said = self.run(*command, "--storage-path", str(storage_path), *FLAGS, *flags)
+        return code, "\n".join(line for line in said.splitlines() if "packaging.py" not in line)
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and output of Python in a terminal that the cluster's environment was exported to."""
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=200
+        )
+        return done.returncode, done.stdout + done.stderr
 
 
 def _name(process: psutil.Process) -> str:
@@ -81,8 +88,9 @@ def local_cluster() -> Iterator[LocalCluster]:
     folder = tempfile.mkdtemp(prefix="rs", dir="/tmp")  # Ray's sockets need a short path
     env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     env |= {"RAY_TMPDIR": folder, "TMPDIR": folder}
-    ports = [subprocess.check_output([sys.executable, "-c", FREE_PORT], cwd=ROOT, text=True).strip() for _ in range(2)]
-    command = [sys.executable, "clusters/local_autoscaling.py", "--port", ports[0], "--dashboard-port", ports[1]]
+    env["RAY_health_check_period_ms"] = "1000"  # of 3000 by default: a killed node is missed after five of them
+    command = [sys.executable, "clusters/local_autoscaling.py"]
+    command += ["--port", str(free_port()), "--dashboard-port", str(free_port())]
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as up:
@@ -149,7 +157,7 @@ def unbroken(local_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFacto
     storage_path, nums = tmp_path_factory.mktemp("unbroken"), [0]
     num_before = len(local_cluster.workers())
     with meanwhile(lambda: nums.append(len(local_cluster.workers()))):
-        code, log = local_cluster.submit(storage_path)
+        code, log = local_cluster.submit(storage_path, "--fine-tuning.epochs", "1")
     assert code == 0, log
     return Unbroken(RunDirectory(str(storage_path), "run"), log, num_before, max(nums))
 
@@ -158,9 +166,7 @@ def subset_works(run: RunDirectory) -> list[Work]:
     return [work for work in Ledger(run).read() if work.stage == "subsets"]
 
 
-def test_nodes_come_from_none_and_go_again_and_subsets_start_on_the_first_free_slot(
-    local_cluster: LocalCluster, unbroken: Unbroken
-):
+def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken: Unbroken):
     assert unbroken.num_before == 0
     assert 1 <= unbroken.num_most <= MOST_WORKERS
     assert "actors of 1 CPU each wait for a place" in unbroken.log
@@ -182,8 +188,6 @@ def test_nodes_come_from_none_and_go_again_and_subsets_start_on_the_first_free_s
     assert len(later) >= NUM_SUBSETS - MOST_WORKERS  # these waited, and then started on a slot that came free
     assert min(later) - first_end < 10
 
-    local_cluster.wait_for_no_worker(timeout_s=60)
-
 
 def test_a_node_killed_in_the_middle_costs_time_and_changes_no_bit(
     local_cluster: LocalCluster, unbroken: Unbroken, tmp_path: Path
@@ -200,7 +204,7 @@ def test_a_node_killed_in_the_middle_costs_time_and_changes_no_bit(
             killed[0].kill()
 
     with meanwhile(kill_once, every_s=0.05):
-        code, log = local_cluster.submit(tmp_path)
+        code, log = local_cluster.submit(tmp_path, "--fine-tuning.epochs", "0")
     assert code == 0, log
     assert killed
     assert "starts from its last checkpoint" in log
@@ -213,7 +217,12 @@ def test_a_node_killed_in_the_middle_costs_time_and_changes_no_bit(
 
 
 def test_what_no_node_type_offers_is_refused_at_the_start(local_cluster: LocalCluster, tmp_path: Path):
-    code, log = local_cluster.submit(tmp_path, "--actors.num-gpus", "1")
-    assert code == 1
-    assert "subset actors ask for 1 CPU + 1 GPU; this cluster can never place that" in log
-    assert re.search(r"\d × (cpu\.worker|alive) with 1 CPU", log)
+    code, said = local_cluster.run("-m", "raysubset", "run", "--storage-path", str(tmp_path), "--actors.num-gpus", "1")
+    assert code == 2
+    assert "subset actors ask for 1 CPU + 1 GPU; this cluster can never place that" in said
+    assert re.search(r"\d × (cpu\.worker|alive) with 1 CPU", said)
+
+
+def test_idle_nodes_go_again(local_cluster: LocalCluster, unbroken: Unbroken):
+    assert unbroken.num_most > 0
+    local_cluster.wait_for_no_worker(timeout_s=60)

@@ -1,5 +1,5 @@
 """`ray job submit` as a user types it: to a head without CPUs and one worker node, with a token, with and without the
-package installed there; stopped, or the whole cluster killed, and submitted again."""
+package installed there; stopped, then the whole cluster killed, and submitted again each time."""
 
 import contextlib
 import json
@@ -23,22 +23,20 @@ import torch
 import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.cli import call
 from raysubset.ledger import Ledger
-from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).parents[2]
 free_port: Callable[[], int] = runpy.run_path(str(ROOT / "clusters" / "local_autoscaling.py"))["free_port"]
 AT_HOME = {".git", ".venv", "data", "results", "raysubset.egg-info"}
 NUM_SUBSETS = 2
-FLAGS = ["--subsets.num", str(NUM_SUBSETS), "--fine-tuning.num-workers", "1"]
-LONG = [
-    *FLAGS,
+FLAGS = [
+    *("--subsets.num", str(NUM_SUBSETS)),
     *("--subsets.size", "200"),
     *("--minimize.epochs", "400"),  # some seconds, so that it can be stopped in the middle
     *("--actors.checkpoint-epochs", "20"),
-    *("--trunk.epochs", "0"),
-    *("--fine-tuning.epochs", "0"),
+    *("--fine-tuning.num-workers", "1"),
 ]
 
 
@@ -93,31 +91,38 @@ class Cluster:
         raylets = [node["raylet"] for node in self.get("/nodes?view=summary")["data"]["summary"]]
         return [raylet for raylet in raylets if raylet.get("state") == "ALIVE"]
 
-    def get(self, path: str) -> dict:
+    def get(self, path: str, *, method: str = "GET") -> dict:
         """What the dashboard says, as JSON."""
-        request = urllib.request.Request(self._dashboard + path, headers={"Authorization": f"Bearer {self._token}"})
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        request = urllib.request.Request(self._dashboard + path, headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
-
-    def ray_job(self, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        verb, *rest = arguments
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", verb, "--address", self._dashboard, *rest]
-        return subprocess.run(command, cwd=cwd, env=self._env, capture_output=True, text=True, timeout=200)
 
     def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path = ROOT) -> str:
         """The job's log; with wait, from its beginning to its end."""
-        command = ["--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", "."]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self._dashboard]
+        command += ["--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", "."]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
-        done = self.ray_job(
-            "submit", *command, "--name", "run", "--storage-path", str(storage_path), *flags, cwd=checkout
-        )
+        command += ["--name", "run", "--storage-path", str(storage_path), *FLAGS, *flags]
+        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
+        return self.log(job)
+
+    def stop(self, job: str) -> str:
+        """The log of a job that was stopped, by what `ray job stop` sends once it has started."""
+        self.get(f"/api/jobs/{job}/stop", method="POST")
+        until = time.monotonic() + 90
+        while (status := self.get(f"/api/jobs/{job}")["status"]) == "RUNNING":
+            assert time.monotonic() < until, self.log(job)
+            time.sleep(0.2)
+        assert status == "STOPPED", self.log(job)
         return self.log(job)
 
     def log(self, job: str) -> str:
         return self.get(f"/api/jobs/{job}/logs")["logs"]
 
     def kill(self) -> None:
+        """End it at once, if it is not dead already."""
         started = set(self._processes)
         for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -127,6 +132,7 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(started, timeout=20)
+        self._processes.clear()
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +170,9 @@ def bare_cluster(python_without_package: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(bare_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """The long run that nothing happens to."""
-    storage_path = tmp_path_factory.mktemp("unbroken")
-    bare_cluster.submit("unbroken", storage_path, *LONG)
-    return RunDirectory(str(storage_path), "run")
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of this repository, with what a user's has beside it."""
-    folder = tmp_path / "checkout"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("checkout")
     for name in ("raysubset", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", ".gitignore"):
@@ -186,25 +183,33 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def wait_for_checkpoints(cluster: Cluster, job: str, run: RunDirectory) -> None:
+@pytest.fixture(scope="module")
+def unbroken(
+    bare_cluster: Cluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDirectory, str]:
+    """The run that nothing happens to, and its job's log."""
+    storage_path = tmp_path_factory.mktemp("unbroken")
+    log = bare_cluster.submit("whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
+    return RunDirectory(str(storage_path), "run"), log
+
+
+def checkpoints(run: RunDirectory) -> set[str]:
+    """Of subsets."""
+    return {path for path in run.list("rounds", recursive=True) if "checkpoint" in path}
+
+
+def wait_for_a_checkpoint(cluster: Cluster, job: str, run: RunDirectory, *, beside: set[str]) -> None:
     until = time.monotonic() + 120
-    while not any("checkpoint" in path for path in run.list("rounds", recursive=True)):
+    while not checkpoints(run) - beside:
         if time.monotonic() > until or "Error" in cluster.log(job):
             pytest.fail(f"no checkpoint was written in time:\n{cluster.log(job)}")
         time.sleep(0.05)
 
 
-def assert_same_minima(run: RunDirectory, other: RunDirectory) -> None:
-    for path in (*(weights_path(f"rounds/0000/minima/{i:04d}") for i in range(NUM_SUBSETS)), "model.safetensors"):
-        a, b = run.read_weights(path), other.read_weights(path)
-        assert all(torch.equal(a[key], b[key]) for key in a), path
-
-
 def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
-    bare_cluster: Cluster, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bare_cluster: Cluster, unbroken: tuple[RunDirectory, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = bare_cluster.submit("whole", tmp_path, *FLAGS, "--minimize.epochs", "2", checkout=checkout)
-    run = RunDirectory(str(tmp_path), "run")
+    run, log = unbroken
     assert re.findall(r"[\x00-\x08\x0b-\x1f\x7f]", log) == []  # no colours, and nothing that draws over itself
     assert f" report: {run.uri}\n" in log
     capsys.readouterr()
@@ -227,36 +232,28 @@ def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
     assert head["nodeId"] not in {work.node for work in trained}
 
 
-def test_a_stopped_job_goes_on_with_the_same_command(
-    bare_cluster: Cluster, unbroken: RunDirectory, tmp_path: Path
+def test_the_same_command_goes_on_after_a_stop_and_on_another_cluster_after_the_death_of_the_first(
+    bare_cluster: Cluster, unbroken: tuple[RunDirectory, str], tmp_path: Path
 ) -> None:
-    run = RunDirectory(str(tmp_path), "run")
-    bare_cluster.submit("stopped", tmp_path, *LONG, wait=False)
-    wait_for_checkpoints(bare_cluster, "stopped", run)
-    stopped = bare_cluster.ray_job("stop", "stopped")
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    log = bare_cluster.log("stopped")
+    run, flags = RunDirectory(str(tmp_path), "run"), ("--fine-tuning.epochs", "0")
+    bare_cluster.submit("stopped", tmp_path, *flags, wait=False)
+    wait_for_a_checkpoint(bare_cluster, "stopped", run, beside=set())
+    log = bare_cluster.stop("stopped")
     assert log.endswith("raysubset: stopped; what was done is kept, the same command goes on\n")
     assert not run.exists("report.json")
 
-    log = bare_cluster.submit("again", tmp_path, *LONG)
-    assert f"going on with {run.uri}" in log
-    works = [work for work in Ledger(run).read() if work.stage == "subsets"]
-    assert "interrupted" in {work.outcome for work in works}
-    assert_same_minima(run, unbroken)
-
-
-def test_when_the_whole_cluster_is_killed_the_same_job_goes_on_on_another_that_has_the_package(
-    unbroken: RunDirectory, python_without_package: Path, tmp_path: Path
-) -> None:
-    run = RunDirectory(str(tmp_path), "run")
-    with running(python_without_package) as first:
-        first.submit("killed", tmp_path, *LONG, wait=False)
-        wait_for_checkpoints(first, "killed", run)
+    before = checkpoints(run)
+    bare_cluster.submit("killed", tmp_path, *flags, wait=False)
+    wait_for_a_checkpoint(bare_cluster, "killed", run, beside=before)
+    assert f"going on with {run.uri}" in bare_cluster.log("killed")
+    bare_cluster.kill()
     assert not run.exists("report.json")
 
-    with running(Path(sys.executable)) as second:
-        log = second.submit("again", tmp_path, *LONG)
+    with running(Path(sys.executable)) as other:  # which has the package
+        log = other.submit("again", tmp_path, *flags)
     assert f"going on with {run.uri}" in log
-    assert "lost" in {work.outcome for work in Ledger(run).read()}
-    assert_same_minima(run, unbroken)
+    works = [work for work in Ledger(run).read() if work.stage == "subsets"]
+    assert {"interrupted", "lost", "done"} <= {work.outcome for work in works}
+    for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
+        a, b = run.read_weights(path), unbroken[0].read_weights(path)
+        assert all(torch.equal(a[key], b[key]) for key in a), path
