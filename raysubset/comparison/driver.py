@@ -45,8 +45,9 @@ def compare(
     Every arm trains for each budget of passes in total, evaluation on top, with each seed; learning rates are tuned for
     each arm on validation data at the middle budget with a seed of its own, and the batch size once, for B. The test
     split is read when all that is chosen. Equal pieces of work are done once and counted in full for each arm. A
-    comparison of the same name is gone on with, and further arms, budgets and seeds may be added; if this process dies,
-    calling it again is all there is to do.
+    comparison of the same name is gone on with, and further arms, budgets and seeds may be added (other budgets may
+    have another middle, at which learning rates are tuned anew); if this process dies, calling it again is all there is
+    to do.
 
     Args:
         config: data, model, subsets and recipe; its stages' epochs give the proportions in which arms D to H divide a

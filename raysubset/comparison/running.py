@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,7 @@ from raysubset.training import Cost, Weights
 
 TEST_PATH = "test.json"  # in a leg's folder
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
+NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 TASKS_A_PROCESS = 1000  # Ray ends a process after each task with a GPU: it would import torch anew for each leg
 
 
@@ -231,7 +233,9 @@ class LegRunner:
     def run(self, finals: Sequence[Leg]) -> None:
         """Do all that the legs need and is not done yet; afterwards `failed` names what could not be."""
         legs = list(dict.fromkeys(leg for final in finals for leg in closure(final)))
-        done = {leg for leg in legs if self.folder(leg).is_done()}
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            are_done = pool.map(lambda leg: self.folder(leg).is_done(), legs)
+            done = {leg for leg, is_done in zip(legs, are_done, strict=True) if is_done}
         if done:
             self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
         self._run_tasks([leg for leg in legs if leg.kind != "train" and leg not in done], done, len(legs))
@@ -307,7 +311,8 @@ class LegRunner:
 
     def _validation(self, leg: Leg) -> str:
         metrics = self.folder(leg).record()["validation"]
-        return f"{metrics['loss']:.4f} and {metrics['accuracy']:.2%}"
+        loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        return f"{loss} and {metrics['accuracy']:.2%}"
 
     def _collect(self, leg: Leg, result_ref: ray.ObjectRef, num_lost: dict[Leg, int]) -> bool:
         """Whether the leg is done; it is in `failed` if it has failed for good."""
