@@ -21,7 +21,8 @@ def comparison_sections(record: Record) -> list[Section]:
         parts.append(_tuning(record))
     if record["failed"]:
         rows = tuple((leg, reason) for leg, reason in record["failed"].items())
-        parts.append(Section("Failed, and left out", ("leg", ""), rows))
+        lines = ("The same command again tries these once more.",)
+        parts.append(Section("Failed, and left out", ("leg", ""), rows, lines))
     return parts
 
 

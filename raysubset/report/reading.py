@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from raysubset.ledger import Work
@@ -83,14 +84,18 @@ def _training_done(run: RunDirectory, stage: str) -> str:
 
 
 def leg_works(run: RunDirectory) -> dict[str, list[Work]]:
-    """The ledgers of a comparison's legs by their names, tuning's too; none where its folder was moved without them."""
+    """The ledgers of a finished comparison's legs by their names, tuning's too; none where it was moved without them.
+
+    What still claims to run was lost with a driver: nothing runs any more.
+    """
     paths = [path for path in run.list(_LEGS, recursive=True) if "/ledger/" in path]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         records = list(pool.map(run.read_json_or_none, paths))
     found: dict[str, list[Work]] = defaultdict(list)
     for path, record in zip(paths, records, strict=True):
         if record is not None:
-            found[path.split("/")[1]].append(Work.from_dict(record))
+            work = Work.from_dict(record)
+            found[path.split("/")[1]].append(replace(work, outcome="lost") if work.outcome == "running" else work)
     return dict(found)
 
 

@@ -184,6 +184,7 @@ def work_lines(ledgers: Mapping[str, Sequence[Work]]) -> Iterator[str]:
     yield (
         f"{len(ledgers):,} legs in {len(works):,} attempts, {num_bad or 'none'} of them lost or failed, on {num_nodes} "
         f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds: tuning too, and "
-        f"arms that are compared no more. An attempt waited {statistics.fmean(waits):.1f} s for room in the mean, "
-        f"{max(waits):.1f} s at most. Reading the test split is not shown."
+        "arms that are compared no more. Reading the test split is not shown."
     )
+    if max(waits):
+        yield f"An attempt waited {statistics.fmean(waits):.1f} s for room in the mean, {max(waits):.1f} s at most."
