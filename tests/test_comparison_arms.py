@@ -1,6 +1,7 @@
 """Arms as legs: what they train, what they share, and what a budget means; advice as arithmetic."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from raysubset.planning import make_plan, subsample_size
 SIZES, NUM_TRAIN = (250, 250, 250, 250), 1000
 
 
-def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, **overrides: Any) -> Leg:
+def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, overrides: Mapping[str, Any] = {}) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
     left = config.aggregation.statistics(shared_start=True)
@@ -70,12 +71,12 @@ def test_arms_share_what_is_equal_and_nothing_else():
     assert len({d, e, f}) == 3
     assert leg("D", seed=1) != d
     assert leg("D", rate=0.3) != d
-    assert leg("G", **{"actors.max_num": 1}) == leg("G")
+    assert leg("G", overrides={"actors.max_num": 1}) == leg("G")
 
 
 def test_what_does_not_matter_to_a_leg_is_no_part_of_its_name():
-    assert leg("B", **{"subsets.num": 7, "fine_tuning.shrink": 0.1}) == leg("B")
-    assert leg("G", **{"subsets.scheme": "iid"}) != leg("G")
+    assert leg("B", overrides={"subsets.num": 7, "fine_tuning.shrink": 0.1}) == leg("B")
+    assert leg("G", overrides={"subsets.scheme": "iid"}) != leg("G")
 
 
 def test_a_stage_that_is_thrown_away_is_paid_for():
