@@ -29,6 +29,8 @@ _UNLIMITED = 1_000_000  # nodes, or requests a node holds
 WAIT_NOTICE_S = 5.0  # between two lines that say what a run waits for
 CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
 
+ASK_FOR_LESS = "Ask for less (--actors.num-cpus, --actors.num-gpus, --fine-tuning.num-workers)"
+
 SYSTEM_ERRORS = (
     exceptions.RayActorError,  # ActorDiedError, ActorUnavailableError
     exceptions.WorkerCrashedError,
@@ -323,8 +325,11 @@ def has_gpus() -> bool:
     return any(t.resources.get("GPU", 0) > 0 for t in node_types())
 
 
-def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1) -> None:
+def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1, way_out: str = ASK_FOR_LESS) -> None:
     """Stop before waiting for something that can never come.
+
+    Args:
+        way_out: what the user can do, after "can never place that: …. ".
 
     Raises:
         ValueError: with the request, what each kind of node offers, and the way out.
@@ -337,7 +342,7 @@ def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1)
     times = f"{num} × " if num > 1 else ""
     raise ValueError(
         f"{what} ask for {times}{describe(request)}; this cluster can never place that: it has {offers or 'no nodes'}. "
-        "Ask for less (--actors.num-cpus, --actors.num-gpus, --fine-tuning.num-workers) or use another cluster"
+        f"{way_out} or use another cluster"
     )
 
 

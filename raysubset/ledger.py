@@ -100,16 +100,17 @@ class Ledger:
         """Add an entry, or replace that of the same attempt, in one step."""
         self._storage.write_json(work.path, work.to_dict())
 
-    def begin(self, stage: Stage, round: int, *, device: str) -> Work:
-        """Open the entry of work that the driver does, or has a task do for it."""
-        attempt = self.next_attempt(stage, round, None)
-        work = Work(stage, round, None, attempt, platform.node(), device, started_at=time.time())
+    def begin(self, stage: Stage, round: int, *, device: str, node: str | None = None, waited_s: float = 0.0) -> Work:
+        """Open the entry of work of no single subset; by default the driver's, or of a task that it waits for."""
+        attempt, node = self.next_attempt(stage, round, None), node or platform.node()
+        work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
         self.write(work)
         return work
 
-    def end(self, work: Work, cost: Cost) -> None:
-        """Close what begin() opened."""
-        self.write(replace(work, cost=cost, outcome="done", ended_at=time.time()))
+    def end(self, work: Work, cost: Cost, *, error: str | None = None) -> None:
+        """Close what begin() opened: done, or failed with the error."""
+        outcome = "done" if error is None else "failed"
+        self.write(replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error))
 
     def latest(self, work: Work) -> Work:
         """What the file of the same attempt says now; the work itself where there is none."""

@@ -1,6 +1,7 @@
 """Arms as legs: what they train, what they share, and what a budget means; advice as arithmetic."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,25 +13,30 @@ from raysubset.comparison.legs import Leg, closure, critical_path
 from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.planning import make_plan
+from raysubset.planning import make_plan, subsample_size
 
 SIZES, NUM_TRAIN = (250, 250, 250, 250), 1000
 
 
-def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, **overrides: Any) -> Leg:
+def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, overrides: Mapping[str, Any] = {}) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
-    return final_leg(arm, config, budget, sizes=SIZES, num_train=NUM_TRAIN, num_workers=4)
+    left = config.aggregation.statistics(shared_start=True)
+    return final_leg(arm, config, budget, sizes=SIZES, statistics=left, num_train=NUM_TRAIN, num_workers=4)
 
 
 def trained(one: Leg) -> float:
     """Passes of training of one leg."""
     if one.kind == "aggregate":
         return 0.0
-    return one.epochs * (1 if one.subset is None else SIZES[one.subset] / NUM_TRAIN)
+    size = NUM_TRAIN if one.subset is None else SIZES[one.subset]
+    return one.epochs * (subsample_size(one.config, size) if one.is_subsample else size) / NUM_TRAIN
 
 
-@pytest.mark.parametrize("key", ["B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I"])
+SAVGM = "G:aggregation.method=savgm,aggregation.savgm_fraction=0.2,rounds.num=2"
+
+
+@pytest.mark.parametrize("key", ["B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I", SAVGM])
 def test_every_arm_trains_for_its_budget_in_total(key: str):
     assert sum(trained(one) for one in closure(leg(key, 6.0))) == pytest.approx(6.0)
 
@@ -39,6 +45,16 @@ def test_the_critical_path_of_disjoint_minima_is_one_subset_long():
     # default proportions: trunk 1, subsets 8 epochs of a quarter each, fine-tuning 2: 11 passes, 5 of them in a row
     assert critical_path(leg("H", 11.0), trained) == pytest.approx(5.0)
     assert critical_path(leg("D", 4.0), trained) == pytest.approx(4.0)
+
+
+def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_device():
+    # two rounds of 8 epochs of a quarter and a fifth of it, then two of the full set: 1.2 times 16 and 2, 4.8 and 2
+    last = leg(SAVGM, 21.2)
+    parts = [one for one in closure(last) if one.is_subsample]
+    assert len(parts) == 2 * len(SIZES)
+    assert critical_path(last, trained) == pytest.approx(2 * 8 * 1.2 / 4 + 2)
+    fraction = leg(SAVGM.replace("savgm_fraction=0.2", "savgm_fraction=0.3"), 21.2)
+    assert not set(parts) & set(closure(fraction))
 
 
 def test_rounds_are_a_chain_whose_schedule_is_one():
@@ -55,12 +71,12 @@ def test_arms_share_what_is_equal_and_nothing_else():
     assert len({d, e, f}) == 3
     assert leg("D", seed=1) != d
     assert leg("D", rate=0.3) != d
-    assert leg("G", **{"actors.max_num": 1}) == leg("G")
+    assert leg("G", overrides={"actors.max_num": 1}) == leg("G")
 
 
 def test_what_does_not_matter_to_a_leg_is_no_part_of_its_name():
-    assert leg("B", **{"subsets.num": 7, "fine_tuning.shrink": 0.1}) == leg("B")
-    assert leg("G", **{"subsets.scheme": "iid"}) != leg("G")
+    assert leg("B", overrides={"subsets.num": 7, "fine_tuning.shrink": 0.1}) == leg("B")
+    assert leg("G", overrides={"subsets.scheme": "iid"}) != leg("G")
 
 
 def test_a_stage_that_is_thrown_away_is_paid_for():
@@ -92,6 +108,12 @@ def test_an_arm_takes_overrides():
         (["--budgets", "0.5", "2"], "0.5 passes is too small for one epoch"),
         (["--learning-rates", "0"], "--learning-rates: 0 is not positive"),
         (["--rounds.optimizer-state", "average"], "set keep or reset"),
+        (["--arms", "B", "G:data.name=mnist"], "data.name is the same for all arms"),
+        (["--subsets.start", "independent", "--trunk.epochs", "0", "--aggregation.method", "auto"], "start=shared"),
+        (["--fine-tuning.distillation", "0.5"], "a comparison does not distil"),
+        (["--fine-tuning.keep", "best"], "set fine_tuning.keep=last"),
+        (["--actors.quorum", "3"], "leave out actors.quorum"),
+        (["--subsets.shares", "measured"], "set subsets.shares=equal"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: list[str], told: str, tmp_path, capsys):
@@ -107,7 +129,7 @@ def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
 
 
 def test_wall_time_is_computing_then_sending():
-    assert Communication(3.0, 1e9, 10).wall_s(8.0, s_per_pass=2.0, latency_s=0.1) == pytest.approx(6 + 1 + 1)
+    assert Communication(3.0, 1e9, 10).wall_s(8.0, s_per_pass=2.0) == pytest.approx(6 + 1)
 
 
 def test_advice_is_its_formula():

@@ -101,6 +101,12 @@ def test_what_the_baseline_has_at_once_is_censored_to_the_left():
     assert found.interval.low == 0
 
 
+def test_of_two_that_have_it_at_once_nothing_is_known():
+    found = speed_up({0: curve(shift=0.05)}, {0: curve(cost=1.5, shift=0.05)}, 0.93)
+    assert found.bounds[0] == "unknown"
+    assert (found.interval.low, found.interval.high) == (0.0, math.inf)
+
+
 def test_differences_are_paired_by_seed():
     found = paired_difference({0: 0.91, 1: 0.81, 9: 0.1}, {0: 0.90, 1: 0.80})
     assert found is not None
@@ -156,6 +162,15 @@ def test_an_arm_that_is_as_good_at_a_tenth_as_a_baseline_that_needs_no_more_is_v
     cheap = [CheapPoint("D", 0.5, difference)]
     judged = judge(cheap, {"D": found}, conventional_passes=8, margin=0.005, num_seeds=5)
     assert judged.word == "vacuous"
+
+
+def test_of_arms_with_equal_speed_ups_the_one_that_may_be_the_fastest_is_named():
+    base = {seed: curve() for seed in range(3)}
+    worse = speed_up(base, {seed: curve(shift=-0.2) for seed in base}, 0.93)
+    found = speed_up(base, {0: curve()}, 0.93)  # misses it with two seeds of three
+    assert (found.interval.estimate, worse.interval.estimate) == (0.0, 0.0)
+    judged = judge([], {"H": worse, "D": found}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert (judged.word, judged.arm) == ("vacuous", "D")
 
 
 def test_an_arm_that_never_ran_decides_nothing():

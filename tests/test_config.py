@@ -29,6 +29,7 @@ from raysubset.config import (
     differences,
     flatten,
     nearest,
+    parse_value,
     shapes_result,
 )
 
@@ -337,3 +338,9 @@ def test_each_optimizer_and_model_has_defaults_of_its_own():
     assert MinimizeConfig(learning_rate=0.5).peak_learning_rate() == 0.5
     assert ModelConfig(name="cifar_resnet").size() == (16, 20)
     assert ModelConfig(name="cnn", width=32).size() == (32, 2)
+
+
+def test_a_written_value_is_a_number_a_truth_value_none_or_a_word():
+    written = {"100": 100, "0.05": 0.05, "1e-3": 1e-3, "true": True, "False": False, "None": None, "cosine": "cosine"}
+    assert {word: parse_value(word) for word in written} == written
+    assert type(parse_value("1")) is int

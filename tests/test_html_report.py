@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from raysubset.data import load_full_set
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.report import read_report, read_several, several_sections, write_files, write_several
+from raysubset.report.comparison_plots import arm_stages
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import confused_pairs, confusion
 from raysubset.report.page import Section
 from raysubset.report.plots import draw_plot
-from raysubset.report.timeline import lanes, troubles, waiting
+from raysubset.report.timeline import lanes, time_line, troubles, waiting
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -248,13 +250,18 @@ def test_attempts_that_overlap_are_in_lanes_of_their_own_and_waiting_is_counted(
     found = [(lane.node, [one.subset for one in lane.works]) for lane in lanes(works)]
     assert found == [("a", [0]), ("a", [1, 2]), ("b", [3])]
     assert waiting(works) == [(0.0, 1), (0.5, 2), (1.0, 1), (3.0, 0)]
-    assert troubles(works) is None
+    assert troubles({"": works}) is None
 
 
 def test_a_lost_attempt_is_told_with_how_its_work_ended(tmp_path: Path):
-    section = troubles(Ledger(a_directory(tmp_path)).read())
+    works = Ledger(a_directory(tmp_path)).read()
+    section = troubles({"": works})
     assert section is not None
-    assert section.rows == (("subsets, subset 0", "1", "1", "node-a", "lost", "2.0", "done", "gone"),)
+    row = ("subsets, subset 0", "1", "1", "node-a", "lost", "2.0", "done", "gone")
+    assert section.rows == (row,)
+    section = troubles({"a-leg": works[:1], "another": works[1:]})  # whose attempts did not take its place
+    assert section is not None
+    assert section.rows == (("a-leg", *row[:6], "lost", "gone"),)
 
 
 def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_path: Path):
@@ -305,6 +312,7 @@ def a_comparison(folder: Path) -> RunDirectory:
         {"key": key, "title": title, "role": role, "settings": settings, "points": [point(1, 0.8), point(8, 0.9)]}
         for key, (title, role) in titles.items()
     ]
+    arms[0]["points"][0]["mean"]["validation_loss"] = None  # JSON has no NaN
     arms[1]["points"].append({"budget": 16, "mean": None, "difference": None, "is_non_inferior": None})
     ups = {"G": {"interval": interval | {"estimate": 12.5, "low": 10.0, "high": None}}}
     network_rows = [
@@ -357,10 +365,97 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "12.50 [10.00, …] 95%" in read.cells
     assert "7.25" in read.cells
     assert "died" in read.cells
+    assert "not finite" in read.cells
     assert "G: aggregate <of> minima; learning rate 0.1, batch 64" in read.words
     assert sorted(png.stem for png in path.parent.glob("*.png")) == [
         *("quality_critical_path", "quality_total", "speed_ups", "wall_by_network")
     ]
+    assert "which legs an arm consists of: the same command again adds that" in read.words
+
+
+LEGS: dict[str, dict[str, Any]] = {
+    "b": {"kind": "minimize", "stage": "conventional", "subset": None, "inputs": []},
+    "m0": {"kind": "minimize", "stage": "subsets", "subset": 0, "inputs": []},
+    "m1": {"kind": "minimize", "stage": "subsets", "subset": 1, "inputs": []},
+    "a": {"kind": "aggregate", "stage": "subsets", "subset": None, "inputs": ["m0", "m1"]},
+    "f": {"kind": "minimize", "stage": "fine_tuning", "subset": None, "inputs": ["a"]},
+}
+
+
+def legs_of(*seeds: int) -> dict[str, Any]:
+    """LEGS once a seed, named like m0-3."""
+    return {
+        f"{key}-{seed}": leg
+        | {"round": 0, "num_workers": 1, "inputs": [f"{before}-{seed}" for before in leg["inputs"]]}
+        for seed in seeds
+        for key, leg in LEGS.items()
+    }
+
+
+def made_of(key: str, leg: dict[str, Any]) -> dict[str, Any]:
+    """What a leg came to: two epochs, on half of a hundred examples if on a subset; losses by subset and seed."""
+    loss = 1.0 + (leg["subset"] or 0) + 10 * int(key[-1])
+    validation = metrics(loss / 10, 5, 10)
+    if leg["kind"] == "aggregate":
+        return {"round": 0, "aggregation": {"validation": validation}}
+    history = [{"epoch": n, "loss": loss / n, "learning_rate": 0.1, "num_steps": n} for n in (1, 2)]
+    return {"num_examples": 100 if leg["subset"] is None else 50, "history": history, "validation": validation}
+
+
+def test_curves_of_an_arm_are_means_of_members_and_then_of_seeds_one_stage_after_the_other():
+    legs = legs_of(0, 2)
+    found = {key: made_of(key, leg) for key, leg in legs.items()}
+    runs = [{"leg": "f-0"}, {"leg": "f-2"}]
+    members, mean, tuning = arm_stages(runs, legs, found, num_train=100)
+    assert [stage.name for stage in (members, mean, tuning)] == ["subsets", "aggregation", "fine_tuning"]
+    assert members.passes == (0.5, 1.0)
+    assert members.losses == ((11.5, 1.5, 21.5), (5.75, 0.75, 10.75))  # members of 1 and 2, of 21 and 22
+    assert members.validation == pytest.approx((1.15, 0.15, 2.15))
+    assert (mean.passes, mean.losses) == ((1.0,), ())
+    assert tuning.passes == (2.0, 3.0)
+    del found["m1-2"]
+    (members, *_) = arm_stages(runs, legs, found, num_train=100)
+    assert members.losses[0] == (1.5, 1.5, 1.5)
+
+
+def test_a_comparison_has_its_training_curves_and_the_time_line_of_its_legs(tmp_path: Path):
+    run, legs = a_comparison(tmp_path), legs_of(0, 1, 2)
+    record = run.read_json(COMPARISON_PATH)
+    for arm, last in zip(record["arms"], "bf", strict=True):
+        for point in arm["points"]:
+            is_done = point["mean"] is not None
+            point["runs"] = [{"leg": f"{last}-{n}", "error": None if is_done else "died"} for n in range(3)]
+    run.write_json(COMPARISON_PATH, record | {"legs": legs})
+    for key, leg in legs.items():
+        own = RunDirectory(run.below("legs"), key)
+        name = {"aggregate": "rounds/0000/aggregate.json", "minimize": f"{leg['stage']}/minimum.json"}[leg["kind"]]
+        if leg["subset"] is not None:
+            name = f"rounds/0000/minima/{leg['subset']:04d}/minimum.json"
+        own.write_json(name, made_of(key, leg))
+        work = Work(leg["stage"], 0, leg["subset"], 0, "node-a", "cpu", 100.0, waited_s=2.0, cost=Cost(device_s=1.5))
+        is_closed = key != "b-1"  # whose driver died
+        Ledger(own).write(replace(work, outcome="done", ended_at=104.0) if is_closed else replace(work, error="gone"))
+    path = Path(write_files(run.uri))
+    read = check_self_contained(path.read_text())
+    assert {"training_of_arms", "time_line"} < {png.stem for png in path.parent.glob("*.png")}
+    assert read.tags.count("svg") == len(list(path.parent.glob("*.png")))
+    assert "the mean of the epochs' losses over n = 3 seeds" in read.words
+    assert "15 legs in 15 attempts, 1 of them lost or failed, on 1 node, took 22 device-seconds" in read.words
+    assert "An attempt waited 2.0 s for room" in read.words
+    assert [cell for cell in read.cells if cell in ("b-1", "gone")] == ["b-1", "gone"]
+
+
+def test_a_time_line_of_hundreds_of_legs_has_a_row_a_slot_and_stays_small():
+    def work(number: int) -> Work:
+        start = 30.0 * (number // 4)
+        node = f"node-{number % 2}"
+        return Work(
+            "subsets", 0, number % 9, 0, node, "cpu", start, ended_at=start + 29, outcome="done", waited_s=start
+        )
+
+    works = [work(number) for number in range(600)]
+    assert len(lanes(works)) == 4
+    assert len(time_line(works).svg) < 2**19
 
 
 # Several runs

@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from raysubset.cli.flags import (
     parse_command,
 )
 from raysubset.cli.screen import listener, print_sections
-from raysubset.config import Config
+from raysubset.config import Config, parse_value
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
     "seeds": 2,
@@ -218,19 +217,8 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
             raise ValueError(f"--space {text}: write field=value,value")
         if key in space:
             raise ValueError(f"--space {text}: {key} is given twice")
-        space[key] = [_value(word) for word in values.split(",")]
+        space[key] = [parse_value(word) for word in values.split(",")]
     return space
-
-
-def _value(word: str) -> Any:
-    """A number or word as a flag has it: 100, 0.05, cosine, True, None."""
-    words = {"True": True, "False": False, "None": None}
-    if word in words:
-        return words[word]
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(word)
-    return word
 
 
 def _report(command: Report) -> int:

@@ -6,9 +6,9 @@ report.verdicts["total"]["text"], report.verdicts["critical_path"]["text"]
 arms → legs (shared where equal) → Ray tasks → costs on two clocks → speed-ups over seeds → verdict
 """
 
-from raysubset.comparison.advice import Advice, advice_lines, advise, measured_lines
-from raysubset.comparison.arms import ALL_ARMS, QUICK_ARMS, TITLES
-from raysubset.comparison.driver import BUDGETS, LEARNING_RATES, compare
+from raysubset.comparison.advice import Advice, advise, measured_lines
+from raysubset.comparison.arms import ALL_ARMS
+from raysubset.comparison.driver import compare
 from raysubset.comparison.records import ComparisonReport
 
 __all__ = [
@@ -16,11 +16,6 @@ __all__ = [
     "ComparisonReport",
     "advise",
     "Advice",
-    "advice_lines",
     "measured_lines",
     "ALL_ARMS",
-    "QUICK_ARMS",
-    "TITLES",
-    "BUDGETS",
-    "LEARNING_RATES",
 ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raysubset.comparison.legs import Leg, Start
-from raysubset.config import Config
+from raysubset.config import Config, parse_value
+from raysubset.planning import subsample_size
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
 Role = Literal["baseline", "control", "candidate"]
@@ -32,10 +33,9 @@ ROLES: dict[str, Role] = {
     "H": "candidate",
 }
 ALL_ARMS = (*TITLES, "H:rounds.num=4")
-QUICK_ARMS = ("B", "D", "G", "H")
 
 LONG = 2.0  # A's budget, times the largest of the others
-RS2_FRACTION = 0.1  # of the full set that an epoch of C takes: a tenth, as the paper's (arXiv:2305.18424) usual setting
+RS2_FRACTION = 0.1  # of the full set that an epoch of C takes: our choice of arXiv:2305.18424's one parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +73,8 @@ def parse_arm(key: str) -> Arm:
         name, mark, value = part.partition("=")
         if not (name and mark and value):
             raise ValueError(f"arm {key!r}: write overrides as field=value, divided by commas")
-        overrides[name.strip().replace("-", "_")] = _value(value.strip())
+        overrides[name.strip().replace("-", "_")] = parse_value(value.strip())
     return Arm(key, letter, overrides)  # pyright: ignore[reportArgumentType]
-
-
-def _value(word: str) -> Any:
-    """A number, truth value or word."""
-    words = {"True": True, "true": True, "False": False, "false": False, "None": None}
-    if word in words:
-        return words[word]
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,14 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
 
 
 def final_leg(
-    arm: Arm, config: Config, budget: float, *, sizes: Sequence[int], num_train: int, num_workers: int
+    arm: Arm,
+    config: Config,
+    budget: float,
+    *,
+    sizes: Sequence[int],
+    statistics: tuple[str, ...],
+    num_train: int,
+    num_workers: int,
 ) -> Leg:
     """The last leg of an arm, which leads back to all others.
 
@@ -133,6 +127,7 @@ def final_leg(
     Args:
         config: arm_config()'s.
         sizes: of the subsets.
+        statistics: kinds that the members of G and H leave for the aggregation.
         num_train: examples of the full set.
         num_workers: of I.
     """
@@ -144,12 +139,15 @@ def final_leg(
     trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
     used = range(len(sizes)) if arm.letter in "GH" else range(1)
     rounds = config.rounds.num if arm.letter in "GH" else 1
-    total = trunk + tuning + rounds * config.minimize.epochs * sum(sizes[i] for i in used) / num_train
+    twice = config.aggregation.method == "savgm" and arm.letter in "GH"  # on a part of each subset once more
+    worked = sum(sizes[i] + (subsample_size(config, sizes[i]) if twice else 0) for i in used)
+    total = trunk + tuning + rounds * config.minimize.epochs * worked / num_train
     scale = budget / total
     start = fresh
     if trunk:
         start = Start("warm", Leg("minimize", config, "trunk", trunk * scale, fresh))
     members: tuple[Leg, ...] = ()
+    parts: tuple[Leg, ...] = ()
     for round in range(rounds):
         keeps = round > 0 and config.rounds.optimizer_state == "keep"
         members = tuple(
@@ -163,14 +161,16 @@ def final_leg(
                 subset=subset,
                 span=(round / rounds, (round + 1) / rounds),
                 predecessor=members[subset] if keeps else None,
-                statistics=config.aggregation.statistics(shared_start=True) if arm.letter in "GH" else (),
+                statistics=statistics if arm.letter in "GH" else (),
             )
             for subset in used
         )
+        if twice:
+            parts = tuple(dataclasses.replace(member, members=(member,), is_subsample=True) for member in members)
         last = (
             members[0]
             if arm.letter in "DEF"
-            else Leg("aggregate", config, "subsets", 0.0, start, round=round, members=members)
+            else Leg("aggregate", config, "subsets", 0.0, start, round=round, members=members + parts)
         )
         start = Start("warm", last)
     if not tuning:

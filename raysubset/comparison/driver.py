@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
-from raysubset.cluster import Event, OnEvent, connected, has_gpus, num_slots, put_once
+from raysubset.cluster import Event, OnEvent, connected, has_gpus, num_slots, put_once, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.legs import Leg
@@ -13,7 +13,7 @@ from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet, load_full_set
-from raysubset.planning import make_plan
+from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison
@@ -22,6 +22,9 @@ LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
 MARGIN = 0.005  # of non-inferiority, in accuracy, for other data
+
+COMMON = ("name", "storage_path", "seed", "method", "data", "model", "cluster", "tracking")  # no arm's own
+OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 
 def compare(
@@ -42,8 +45,9 @@ def compare(
     Every arm trains for each budget of passes in total, evaluation on top, with each seed; learning rates are tuned for
     each arm on validation data at the middle budget with a seed of its own, and the batch size once, for B. The test
     split is read when all that is chosen. Equal pieces of work are done once and counted in full for each arm. A
-    comparison of the same name is gone on with, and further arms, budgets and seeds may be added; if this process dies,
-    calling it again is all there is to do.
+    comparison of the same name is gone on with, and further arms, budgets and seeds may be added (other budgets may
+    have another middle, at which learning rates are tuned anew); if this process dies, calling it again is all there is
+    to do.
 
     Args:
         config: data, model, subsets and recipe; its stages' epochs give the proportions in which arms D to H divide a
@@ -72,6 +76,8 @@ def compare(
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     full_set = load_full_set(config.data)
     plan = make_plan(config, full_set)
+    plans = {arm.key: plan for arm in chosen}
+    plans |= {a.key: make_plan(config.with_overrides(dict(a.overrides)), full_set) for a in chosen if a.overrides}
     for line in (*full_set.notes, *plan.advice):
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
@@ -81,9 +87,11 @@ def compare(
         tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
             decided = _decide(directory, config, len(plan.subsets), num_workers)
-            work = _Comparison(config, full_set, directory, decided, [len(s.indices) for s in plan.subsets], tell)
-            settings, tuning = work.tune(chosen, budgets, seeds, learning_rates, batch_sizes)
-            finals = work.run(chosen, budgets, seeds, settings)
+            work = _Comparison(config, full_set, directory, decided, plans, seeds, budgets, tell)
+            rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
+            work.refuse_unplaceable(chosen, rates, sizes)
+            settings, tuning = work.tune(chosen, rates, sizes)
+            finals = work.run(chosen, settings)
         record = {
             "kind": "comparison",
             "name": directory.name,
@@ -137,25 +145,43 @@ def _checked(
         raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
     if min(learning_rates) <= 0:
         raise ValueError(f"--learning-rates: {min(learning_rates):g} is not positive")
-    if config.subsets.start != "shared":
-        raise ValueError("a comparison averages minima of a shared start: set subsets.start=shared")
-    if config.rounds.optimizer_state == "average":
-        raise ValueError("rounds.optimizer_state=average is not for comparisons: set keep or reset")
     for arm in chosen:
-        own = config.with_overrides(dict(arm.overrides))  # unknown fields are refused before anything is run
-        if own.aggregation.method == "savgm" and arm.letter in "GH":
-            raise ValueError(f"arm {arm.key}: savgm also minimizes on parts of subsets, which comparisons do not")
+        _refuse_what_arms_do_not(arm, config)
     return chosen
 
 
+def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
+    """Refuse settings that would be ignored: before anything is run.
+
+    Raises:
+        ValueError: for those, and for overrides that are no fields.
+    """
+    own = config.with_overrides(dict(arm.overrides))
+    for name in arm.overrides:
+        if name.partition(".")[0] in COMMON:
+            raise ValueError(f"arm {arm.key}: {name} is the same for all arms: set it for the whole comparison")
+    if arm.letter not in OF_SUBSETS:
+        return
+    for is_set, words in (
+        (own.subsets.start != "shared", "averages minima of a shared start: set subsets.start=shared"),
+        (own.subsets.shares != "equal", "does not size subsets by the speed of nodes: set subsets.shares=equal"),
+        (own.rounds.optimizer_state == "average", "does not average optimizer states: set keep or reset"),
+        (own.actors.quorum is not None, "aggregates all minima: leave out actors.quorum"),
+        (own.fine_tuning.distillation > 0, "does not distil: set fine_tuning.distillation=0"),
+        (own.fine_tuning.keep != "last", "takes the last epoch: set fine_tuning.keep=last"),
+    ):
+        if is_set:
+            raise ValueError(f"arm {arm.key}: a comparison {words}")
+
+
 def _decide(directory: RunDirectory, config: Config, num_subsets: int, num_workers: int | None) -> Record:
-    """What depends on the cluster: decided once and written down."""
-    if (kept := directory.read_json_or_none(DECISIONS_PATH)) is not None:
-        return kept
-    num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
-    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-    most = num_slots(request, startable=True)
-    decided = {"num_gpus": num_gpus, "num_workers": num_workers or max(2, min(num_subsets, most))}
+    """What depends on the cluster: decided once and written down. A number of workers that is given is taken."""
+    decided = directory.read_json_or_none(DECISIONS_PATH)
+    if decided is None:
+        num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+        most = num_slots({"CPU": config.actors.num_cpus, "GPU": num_gpus}, startable=True)
+        decided = {"num_gpus": num_gpus, "num_workers": max(2, min(num_subsets, most))}
+    decided |= {"num_workers": num_workers or decided["num_workers"]}
     directory.write_json(DECISIONS_PATH, decided)
     return decided
 
@@ -169,11 +195,15 @@ class _Comparison:
         full_set: FullSet,
         directory: RunDirectory,
         decided: Record,
-        sizes: Sequence[int],
+        plans: Mapping[str, Plan],
+        seeds: Sequence[int],
+        budgets: Sequence[float],
         tell: OnEvent,
     ) -> None:
-        self._config, self._num_train, self._sizes, self._tell = config, len(full_set.train), sizes, tell
-        self._num_workers = decided["num_workers"]
+        """plans: by the arms' keys."""
+        self._config, self._num_train, self._plans, self._tell = config, len(full_set.train), plans, tell
+        self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # a leg's name would tell 2 from 2.0
+        self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
         self.legs_path = directory.below("legs")
         full_set_ref = put_once(full_set)
         self.tuning_legs: list[Leg] = []
@@ -181,26 +211,57 @@ class _Comparison:
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """An arm's last leg."""
-        config = arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers)
+        plan = self._plans[arm.key]
         return final_leg(
-            arm, config, budget, sizes=self._sizes, num_train=self._num_train, num_workers=self._num_workers
+            arm,
+            arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers),
+            budget,
+            sizes=[len(subset.indices) for subset in plan.subsets],
+            statistics=plan.statistics,
+            num_train=self._num_train,
+            num_workers=self._num_workers,
         )
 
+    def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
+        """An arm's last legs by budget and seed."""
+        budgets = [LONG * max(self._budgets)] if arm.letter == "A" else self._budgets
+        return {b: {seed: self.leg(arm, settings, b, seed) for seed in self._seeds} for b in budgets}
+
+    def _tuned_at(self) -> tuple[float, int]:
+        """The middle budget, and a seed that is none of those compared."""
+        return self._budgets[(len(self._budgets) - 1) // 2], derive_seed(min(self._seeds), "tuning") % 2**31
+
+    def refuse_unplaceable(self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]) -> None:
+        """Stop before anything is run if a data-parallel arm has work left that the cluster can never place.
+
+        It has none if all its legs are there: those of its tuning, and those of a setting it may have been tuned to.
+
+        Raises:
+            ValueError: with the way out.
+        """
+        for arm in arms:
+            if arm.letter == "I" and not any(self._has_all(arm, rates, size) for size in sizes):
+                way_out = (
+                    "Give it fewer (--num-workers), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
+                    "it out of --arms,"
+                )
+                request = {"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus}
+                refuse_unplaceable(request, f"workers of arm {arm.key}", num=self._num_workers, way_out=way_out)
+
+    def _has_all(self, arm: Arm, rates: Sequence[float], size: int) -> bool:
+        grid = [Settings(rate, size) for rate in rates]
+        tuning = [self.leg(arm, one, *self._tuned_at()) for one in grid if len(grid) > 1]
+        finals = [[leg for by_seed in self._finals(arm, one).values() for leg in by_seed.values()] for one in grid]
+        return any(all(self.runner.folder(leg).is_done() for leg in tuning + own) for own in finals)
+
     def tune(
-        self,
-        arms: Sequence[Arm],
-        budgets: Sequence[float],
-        seeds: Sequence[int],
-        learning_rates: Sequence[float],
-        batch_sizes: Sequence[int],
+        self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]
     ) -> tuple[dict[str, Settings], list[Record]]:
         """The settings of each arm with the least validation loss at the middle budget; and all that was tried.
 
         A is B for longer, and takes B's.
         """
-        budget, seed = sorted(budgets)[(len(budgets) - 1) // 2], _tuning_seed(seeds)
-        rates = sorted(set(learning_rates))
-        sizes = sorted(set(batch_sizes)) or [self._config.minimize.batch_size]
+        budget, seed = self._tuned_at()
         baseline = next(arm for arm in arms if arm.key == "B")
         tried: list[Record] = []
         self._tell(Event("stage", f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
@@ -218,45 +279,39 @@ class _Comparison:
     def _best(
         self, grids: Mapping[Arm, Sequence[Settings]], budget: float, seed: int, tried: list[Record]
     ) -> dict[str, Settings]:
-        legs = {(arm.key, one): self.leg(arm, one, budget, seed) for arm, grid in grids.items() for one in grid}
-        if any(len(grid) > 1 for grid in grids.values()):
-            self.runner.run(list(legs.values()))
-            self.tuning_legs.extend(legs.values())
-        best: dict[str, Settings] = {}
-        for arm, grid in grids.items():
+        """The best of each arm's grid; of a grid of one, that one, without running it."""
+        best = {arm.key: grid[0] for arm, grid in grids.items()}
+        tuned = {arm: grid for arm, grid in grids.items() if len(grid) > 1}
+        legs = {(arm.key, one): self.leg(arm, one, budget, seed) for arm, grid in tuned.items() for one in grid}
+        self.runner.run(list(legs.values()))
+        self.tuning_legs.extend(legs.values())
+        for arm, grid in tuned.items():
             losses: dict[Settings, float] = {}
             for one in grid:
                 leg = legs[arm.key, one]
-                known = len(grid) > 1 and leg not in self.runner.failed
-                loss = self.runner.folder(leg).record()["validation"]["loss"] if known else None
+                is_lost = leg in self.runner.failed
+                loss = None if is_lost else self.runner.folder(leg).record()["validation"]["loss"]
                 losses[one] = math.inf if loss is None else loss
-                if len(grid) > 1:
-                    own = dataclasses.asdict(one)
-                    tried.append({"arm": arm.key, **own, "budget": budget, "validation_loss": loss, "leg": leg.key})
-            best[arm.key] = min(losses, key=lambda one: losses[one])
-            if len(grid) > 1:
-                rate = best[arm.key].learning_rate
-                edge = rate in (grid[0].learning_rate, grid[-1].learning_rate)
-                note = ", at the edge of the grid" if edge else ""
-                self._tell(Event("note", f"{arm.key}: learning rate {rate:g}{note}, batch {best[arm.key].batch_size}"))
+                own = dataclasses.asdict(one)
+                tried.append({"arm": arm.key, **own, "budget": budget, "validation_loss": loss, "leg": leg.key})
+            found = best[arm.key] = min(grid, key=lambda one: losses[one])
+            if losses[found] == math.inf:
+                self._tell(Event("warning", f"{arm.key} diverged or failed at every learning rate of the grid"))
+                continue
+            rates = {one.learning_rate for one in grid}
+            edge = len(rates) > 1 and found.learning_rate in (min(rates), max(rates))
+            note = ", at the edge of the grid" if edge else ""
+            text = f"{arm.key}: learning rate {found.learning_rate:g}{note}, batch {found.batch_size}"
+            self._tell(Event("note", text))
         return best
 
-    def run(
-        self, arms: Sequence[Arm], budgets: Sequence[float], seeds: Sequence[int], settings: Mapping[str, Settings]
-    ) -> dict[Arm, dict[float, dict[int, Leg]]]:
+    def run(self, arms: Sequence[Arm], settings: Mapping[str, Settings]) -> dict[Arm, dict[float, dict[int, Leg]]]:
         """All arms at all budgets with all seeds, and then their test results: last legs by arm, budget and seed."""
-        finals: dict[Arm, dict[float, dict[int, Leg]]] = {}
-        for arm in arms:
-            own = [LONG * max(budgets)] if arm.letter == "A" else sorted(set(budgets))
-            finals[arm] = {b: {seed: self.leg(arm, settings[arm.key], b, seed) for seed in seeds} for b in own}
+        finals = {arm: self._finals(arm, settings[arm.key]) for arm in arms}
         flat = [leg for of_arm in finals.values() for of_budget in of_arm.values() for leg in of_budget.values()]
-        self._tell(Event("stage", f"{len(arms)} arms × {len(budgets)} budgets × {len(seeds)} seeds"))
+        shape = f"{len(arms)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
+        self._tell(Event("stage", shape))
         self.runner.run(flat)
         self._tell(Event("stage", "test: every choice is made, the test split is read"))
         self.runner.test(flat)
         return finals
-
-
-def _tuning_seed(seeds: Sequence[int]) -> int:
-    """None of the seeds that are compared."""
-    return derive_seed(min(seeds), "tuning") % 2**31

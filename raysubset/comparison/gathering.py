@@ -109,6 +109,24 @@ def gather(
         "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
         "network": _network(arms, finals, legs, plan, num_workers),
         "failed": {leg.key: reason for leg, reason in failed.items()},
+        "legs": _leg_records(finals),
+    }
+
+
+def _leg_records(finals: Finals) -> Record:
+    """By key, what each leg is and which it needs, inputs first: how a run's `leg` leads back to all it is made of."""
+    lasts = [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
+    return {
+        leg.key: {
+            "kind": leg.kind,
+            "stage": "subsamples" if leg.is_subsample else leg.stage,
+            "round": leg.round,
+            "subset": leg.subset,
+            "num_workers": leg.num_workers,
+            "inputs": [before.key for before in leg.inputs],
+        }
+        for last in lasts
+        for leg in closure(last)
     }
 
 
@@ -148,7 +166,6 @@ class _Legs:
             "error": None,
             "passes": cost.passes(self._num_train),
             "critical_path_passes": critical_path(leg, lambda one: self.passes(one) / one.num_workers),
-            "critical_path_steps": critical_path(leg, lambda one: total_cost(self.works(one)).num_steps),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,
             "critical_path_s": critical_path(leg, lambda one: sum(work.wall_s for work in self.works(one))),

@@ -37,10 +37,11 @@ class Leg:
     round: int = 0
     subset: int | None = None  # None: the full set
     span: tuple[float, float] = (0.0, 1.0)  # of the schedule
-    members: "tuple[Leg, ...]" = ()  # what an aggregation is of
+    members: "tuple[Leg, ...]" = ()  # what an aggregation is of; of a subsample, its subset's minimum, made before it
     predecessor: "Leg | None" = None  # whose optimizer state it goes on with
     num_workers: int = 1
     statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
+    is_subsample: bool = False  # on a part of the subset, as savgm needs it
 
     @cached_property
     def key(self) -> str:
@@ -60,6 +61,8 @@ class Leg:
             "num_workers": self.num_workers,
             "statistics": self.statistics,
         }
+        if self.is_subsample:
+            own["is_subsample"] = True
         text = json.dumps(own | {"config": shaping}, sort_keys=True)
         return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
@@ -75,7 +78,7 @@ class Leg:
         if name in ("aggregation.num_gpus", "actors.quorum"):
             return False
         if name.startswith("aggregation.") and self.kind != "aggregate":
-            return bool(self.statistics)
+            return bool(self.statistics) or (self.is_subsample and name == "aggregation.savgm_fraction")
         if name.startswith("rounds.outer") and self.kind != "aggregate":
             return False
         return name.partition(".")[0] in rooms

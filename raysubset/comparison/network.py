@@ -30,13 +30,13 @@ class Communication:
     num_bytes: float  # through the slowest link
     num_exchanges: int  # rounds of members, or all-reduces
 
-    def wall_s(self, gbit_per_s: float, *, s_per_pass: float, latency_s: float = 0.0) -> float:
-        """Computation, then transfer: passes · s_per_pass + bytes · 8 / bandwidth + exchanges · latency.
+    def wall_s(self, gbit_per_s: float, *, s_per_pass: float) -> float:
+        """Computation, then transfer: passes · s_per_pass + bytes · 8 / bandwidth.
 
-        Nothing is taken to overlap, for any arm.
+        Nothing is taken to overlap, for any arm. Latency is left out, as what it is depends on the network far more
+        than on the method: it adds num_exchanges times that of an exchange.
         """
-        transfer_s = self.num_bytes * 8 / (gbit_per_s * 1e9)
-        return self.passes * s_per_pass + transfer_s + self.num_exchanges * latency_s
+        return self.passes * s_per_pass + self.num_bytes * 8 / (gbit_per_s * 1e9)
 
 
 def wall_times(one: Communication, *, s_per_pass: float, bandwidths: Sequence[float] = BANDWIDTHS) -> dict[str, float]:

@@ -3,11 +3,12 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import RayTaskError
 
 from raysubset.aggregation import Minimum, shrink_perturb
 from raysubset.cluster import (
@@ -29,7 +30,7 @@ from raysubset.data import FullSet
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
-from raysubset.planning import calibration_positions, cut_subsets
+from raysubset.planning import calibration_positions, cut_subsample, cut_subsets
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
@@ -41,9 +42,11 @@ from raysubset.run_directory import (
 )
 from raysubset.scoring import aggregate_minima, test_weights
 from raysubset.subset_actors import Piece, SubsetActor, one_line, read_minimum
-from raysubset.training import Weights
+from raysubset.training import Cost, Weights
 
 TEST_PATH = "test.json"  # in a leg's folder
+MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
+NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 TASKS_A_PROCESS = 1000  # Ray ends a process after each task with a GPU: it would import torch anew for each leg
 
 
@@ -51,7 +54,8 @@ def piece_of(leg: Leg, full_set: FullSet) -> Piece:
     """The leg as a subset actor knows its work."""
     indices = None
     if leg.subset is not None:
-        indices = cut_subsets(leg.config, full_set, leg.round)[leg.subset].indices
+        subset = cut_subsets(leg.config, full_set, leg.round)[leg.subset]
+        indices = cut_subsample(leg.config, subset, leg.round) if leg.is_subsample else subset.indices
     fresh = {"fresh": "initial", "reinit": "fine_tuning"}
     return Piece(
         leg.stage,
@@ -64,6 +68,7 @@ def piece_of(leg: Leg, full_set: FullSet) -> Piece:
         optimizer_path=None if leg.predecessor is None else "predecessor.pt",
         statistics=leg.statistics,
         measures_training=False,
+        is_subsample=leg.is_subsample,
     )
 
 
@@ -75,7 +80,8 @@ class LegFolder:
 
     @property
     def _piece(self) -> Piece:
-        return Piece(self.leg.stage, subset_id=self.leg.subset, round=self.leg.round)
+        leg = self.leg
+        return Piece(leg.stage, subset_id=leg.subset, round=leg.round, is_subsample=leg.is_subsample)
 
     @property
     def folder(self) -> str:
@@ -98,8 +104,10 @@ class LegFolder:
         aggregate = self.leg.kind == "aggregate"
         return self.run.read_weights(aggregate_weights_path(self.leg.round) if aggregate else weights_path(self.folder))
 
-    def minimum(self) -> Minimum:
-        return read_minimum(self.run, self._piece, self.record())
+    def minimum(self, part: "LegFolder | None" = None) -> Minimum:
+        """What the aggregation takes; with the minimum on a part of the subset, where savgm wants that too."""
+        found = read_minimum(self.run, self._piece, self.record())
+        return found if part is None else dataclasses.replace(found, load_statistics=lambda kind: part.weights())
 
     def works(self) -> list[Work]:
         """Its ledger: every attempt."""
@@ -123,8 +131,10 @@ def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None
     return weights
 
 
-def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, waited_s: float) -> None:
-    run, full_set = RunDirectory(legs_path, leg.key), get_shared(full_set_ref)
+def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
+    """Whether it came to its end; it did not where a signal stopped it, which leaves a checkpoint."""
+    run, waited_s = _open(leg, legs_path, submitted_at)
+    full_set = get_shared(full_set_ref)
     piece = piece_of(leg, full_set)
     if leg.predecessor is not None:
         before = LegFolder(legs_path, leg.predecessor)
@@ -136,18 +146,36 @@ def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: f
     attempt = Ledger(run).next_attempt(piece.ledger_stage, leg.round, leg.subset)
     start_ref = None if start is None else put_once(start)
     (record,) = actor.minimize([piece], start_ref, attempts=[attempt], waited_s=waited_s)
-    if record is None:
-        raise WorkerCrashedError  # a signal stopped it with a checkpoint written: as if it had died
+    return record is not None
 
 
-def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, waited_s: float) -> None:
-    run, full_set = RunDirectory(legs_path, leg.key), get_shared(full_set_ref)
-    ledger = Ledger(run)
-    attempt = ledger.next_attempt("aggregation", leg.round, None)
-    device = "cuda" if num_gpus else "cpu"
-    work = Work("aggregation", leg.round, None, attempt, ray.util.get_node_ip_address(), device, time.time())
-    ledger.write(dataclasses.replace(work, waited_s=waited_s))
-    start = start_weights(leg, legs_path, full_set)
+def _open(leg: Leg, legs_path: str, submitted_at: float) -> tuple[RunDirectory, float]:
+    """The folder of a leg whose task begins, and how long it waited: of two machines, by two clocks.
+
+    What still claims to run there was lost with its process, or with a driver that died.
+    """
+    run = RunDirectory(legs_path, leg.key)
+    Ledger(run).close_lost()
+    return run, max(0.0, time.time() - submitted_at)
+
+
+def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
+    run, waited_s = _open(leg, legs_path, submitted_at)
+    ledger, device = Ledger(run), "cuda" if num_gpus else "cpu"
+    node = ray.util.get_node_ip_address()
+    work = ledger.begin("aggregation", leg.round, device=device, node=node, waited_s=waited_s)
+    try:
+        cost = _leave_aggregate(leg, legs_path, get_shared(full_set_ref), num_gpus)
+    except Exception as error:
+        ledger.end(work, Cost(device_s=time.time() - work.started_at), error=one_line(error))
+        raise
+    ledger.end(work, cost)
+    return True
+
+
+def _leave_aggregate(leg: Leg, legs_path: str, full_set: FullSet, num_gpus: float) -> Cost:
+    """Aggregate the members and write what came of it; what that cost."""
+    run, start = RunDirectory(legs_path, leg.key), start_weights(leg, legs_path, full_set)
     config = leg.config
     model = build_model(
         config.model,
@@ -155,6 +183,8 @@ def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: 
         image_shape=full_set.image_shape,
         seed=derive_seed(config.seed, "start"),
     )
+    folders = [LegFolder(legs_path, member) for member in leg.members]
+    parts = {folder.leg.subset: folder for folder in folders if folder.leg.is_subsample}
     momentum: Weights = {}
     if leg.round and config.rounds.has_outer_step():
         momentum = RunDirectory(legs_path, leg.start.legs[0].key).read_weights(momentum_path(leg.round - 1))
@@ -162,7 +192,7 @@ def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: 
         full_set,
         num_gpus,
         config,
-        [LegFolder(legs_path, member).minimum() for member in leg.members],
+        [folder.minimum(parts.get(folder.leg.subset)) for folder in folders if not folder.leg.is_subsample],
         calibration_positions(config, full_set),
         model.state_dict() if start is None else start,
         momentum,
@@ -174,7 +204,7 @@ def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: 
     if momentum:
         run.write_weights(momentum_path(leg.round), momentum)
     run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict()})
-    ledger.write(dataclasses.replace(work, cost=made.cost, outcome="done", ended_at=time.time(), waited_s=waited_s))
+    return made.cost
 
 
 def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_gpus: float) -> None:
@@ -186,8 +216,9 @@ def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_
 
 
 class LegRunner:
-    """Runs legs where the cluster has room. A task that dies is tried again actors.max_attempts times in all; what
-    fails for good, and what needs it, is left out and named. If the driver dies, the next one finds what is done."""
+    """Runs legs where the cluster has room. A task that dies is tried again, actors.max_attempts times in all; one that
+    SIGTERM stopped (a spot notice) goes on from its checkpoint, and that counts as no attempt. What fails for good, and
+    what needs it, is left out and named. If the driver dies, the next one finds what is done."""
 
     def __init__(
         self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, on_event: OnEvent
@@ -202,7 +233,9 @@ class LegRunner:
     def run(self, finals: Sequence[Leg]) -> None:
         """Do all that the legs need and is not done yet; afterwards `failed` names what could not be."""
         legs = list(dict.fromkeys(leg for final in finals for leg in closure(final)))
-        done = {leg for leg in legs if self.folder(leg).is_done()}
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            are_done = pool.map(lambda leg: self.folder(leg).is_done(), legs)
+            done = {leg for leg, is_done in zip(legs, are_done, strict=True) if is_done}
         if done:
             self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
         self._run_tasks([leg for leg in legs if leg.kind != "train" and leg not in done], done, len(legs))
@@ -222,7 +255,7 @@ class LegRunner:
     def folder(self, leg: Leg) -> LegFolder:
         return LegFolder(self._legs_path, leg)
 
-    def _task(self, function: Callable[..., None], *, max_retries: int) -> Any:
+    def _task(self, function: Callable[..., Any], *, max_retries: int) -> Any:
         """The function as a remote one, with the resources of an actor."""
         decorate: Any = ray.remote(
             num_cpus=self._request["CPU"],
@@ -237,10 +270,11 @@ class LegRunner:
         tasks = {"minimize": self._task(_minimize, max_retries=0), "aggregate": self._task(_aggregate, max_retries=0)}
         running: dict[ray.ObjectRef, Leg] = {}
         num_lost: dict[Leg, int] = {}
-        told_at = time.monotonic()
+        told_at, notice_s = time.monotonic(), WAIT_NOTICE_S
 
         def submit(leg: Leg) -> None:
-            running[tasks[leg.kind].remote(leg, self._legs_path, self._full_set_ref, self._num_gpus, 0.0)] = leg
+            task = tasks[leg.kind]
+            running[task.remote(leg, self._legs_path, self._full_set_ref, self._num_gpus, time.time())] = leg
 
         try:
             while todo or running:
@@ -263,8 +297,10 @@ class LegRunner:
                         self._tell(Event("leg", text, {"leg": leg.key}))
                     elif leg not in self.failed:
                         submit(leg)
-                if not ended and time.monotonic() - told_at > WAIT_NOTICE_S:
-                    told_at = time.monotonic()
+                if ended:
+                    told_at, notice_s = time.monotonic(), WAIT_NOTICE_S
+                elif time.monotonic() - told_at >= notice_s:
+                    told_at, notice_s = time.monotonic(), min(2 * notice_s, MOST_NOTICE_S)
                     free = f"free are {free_resources(self._request)}{autoscaler_activity()}"
                     text = f"{len(running)} legs of {describe(self._request)} each are running or queued; {free}"
                     self._tell(Event("waiting", text))
@@ -275,14 +311,14 @@ class LegRunner:
 
     def _validation(self, leg: Leg) -> str:
         metrics = self.folder(leg).record()["validation"]
-        return f"{metrics['loss']:.4f} and {metrics['accuracy']:.2%}"
+        loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        return f"{loss} and {metrics['accuracy']:.2%}"
 
     def _collect(self, leg: Leg, result_ref: ray.ObjectRef, num_lost: dict[Leg, int]) -> bool:
         """Whether the leg is done; it is in `failed` if it has failed for good."""
         try:
-            ray.get(result_ref)
+            is_done = ray.get(result_ref)
         except SYSTEM_ERRORS as error:
-            Ledger(self.folder(leg).run).close_lost()
             num_lost[leg] = num_lost.get(leg, 0) + 1
             text, most = one_line(error), self._config.actors.max_attempts
             if num_lost[leg] >= most:
@@ -293,10 +329,13 @@ class LegRunner:
         except RayTaskError as error:
             self._fail(leg, one_line(error.cause))
             return False
-        return True
+        if not is_done:
+            self._tell(Event("retry", f"{leg.key} was stopped by a signal; it goes on from its checkpoint"))
+        return is_done
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
+        Ledger(self.folder(leg).run).close_lost()
         self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
 
     def _train(self, leg: Leg) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 COVERAGE = 0.95
 
-Bound = Literal["exact", "at_least", "at_most"]
+Bound = Literal["exact", "at_least", "at_most", "unknown"]
 Curve = Sequence[tuple[float, float]]  # (passes, accuracy), one a budget
 
 
@@ -80,7 +80,7 @@ class SpeedUp:
     """Passes that conventional training needs for a quality, over those an arm needs, paired by seed."""
 
     per_seed: Mapping[int, float]  # 0 where the arm misses the quality at every budget, or failed
-    bounds: Mapping[int, Bound]  # whether that is S itself, or S is at least or at most that
+    bounds: Mapping[int, Bound]  # whether that is S itself, S is at least or at most that, or may be anything
     interval: Interval  # of the geometric mean by Student's t on log S; or the median with [min, max]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
 
     An arm that misses the quality, or has no curve for a seed, has S = 0 there. Where the baseline misses it, S is at
     least what its largest budget gives; where the arm has it at its smallest budget, likewise; where the baseline has
-    it at its smallest, S is at most that. With any such seed the interval is [min, max] with its own coverage, opened
-    to the side that is not known.
+    it at its smallest, S is at most that; where both have, it may be anything. With any such seed the interval is [min,
+    max] with its own coverage, opened to the side that is not known.
     """
     per_seed: dict[int, float] = {}
     bounds: dict[int, Bound] = {}
@@ -110,8 +110,8 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
         base, base_bound = passes_needed(curve, target)
         per_seed[seed] = base / needed
         open_up, open_down = base_bound == "at_least" or bound == "at_most", base_bound == "at_most"
-        if open_up and open_down:  # both have it at once: equal or unequal, nobody knows
-            bounds[seed] = "at_most" if base <= needed else "at_least"
+        if open_up and open_down:
+            bounds[seed] = "unknown"
         else:
             bounds[seed] = "at_least" if open_up else "at_most" if open_down else "exact"
     values = list(per_seed.values())
@@ -120,8 +120,8 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
         interval = Interval(_exp(logs.estimate), _exp(logs.low), _exp(logs.high), logs.coverage, logs.num)
     else:
         found = range_interval(values)
-        low = 0.0 if "at_most" in bounds.values() else found.low
-        high = math.inf if "at_least" in bounds.values() else found.high
+        low = 0.0 if {"at_most", "unknown"} & set(bounds.values()) else found.low
+        high = math.inf if {"at_least", "unknown"} & set(bounds.values()) else found.high
         interval = Interval(found.estimate, low, high, found.coverage, found.num)
     return SpeedUp(per_seed, bounds, interval)
 

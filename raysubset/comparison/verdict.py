@@ -65,7 +65,7 @@ def judge(
     prefix = f"With {num_seeds} seeds, a smoke test: " if smoke else ""
     if not speed_ups:
         return Verdict("inconclusive", f"{prefix}no arm of subset pretraining finished.", None, None, smoke)
-    best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, arm))
+    best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, speed_ups[arm].interval.high, arm))
     interval = speed_ups[best].interval
     limit = f"{TENTH:g} of the conventional cost ({TENTH * conventional_passes:.3g} passes)"
     of_best = f"{best}'s speed-up is {describe_speed_up(interval)}"

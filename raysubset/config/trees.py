@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 
@@ -52,6 +53,17 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
     if words:
         raise ValueError(f"{name} = {value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
     raise ValueError(f"{name} = {value!r} should be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}")
+
+
+def parse_value(word: str) -> Any:
+    """The number, truth value, None or word that a field's value is written as: 100, 0.05, true, None, cosine."""
+    words = {"True": True, "true": True, "False": False, "false": False, "None": None}
+    if word in words:
+        return words[word]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word)
+    return word
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""The plots of a comparison: quality against cost, speed-ups, wall time by network."""
+"""The plots of a comparison: quality against cost, speed-ups, wall time by network, training curves of the arms."""
 
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from raysubset.report.comparisons import CLOCKS
+from raysubset.report.comparisons import CLOCKS, largest_rows
 from raysubset.report.figures import Record
-from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.report.run_plots import VALIDATION, loss_name
 
+_MARKERS = "os^"
 _COST = {"total": "passes", "critical_path": "critical_path_passes"}
 
 
@@ -17,7 +23,7 @@ def quality_against_cost(record: Record) -> list[Plot]:
 def _quality(record: Record, clock: str) -> Plot:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        colours = colour_of(arm["key"] for arm in record["arms"])
+        styles = _styles(record)
         costs = []
         for arm in record["arms"]:
             points = sorted((point["mean"][_COST[clock]], point["mean"]) for point in arm["points"] if point["mean"])
@@ -26,11 +32,8 @@ def _quality(record: Record, clock: str) -> Plot:
             costs += [cost for cost, _ in points]
             values = [100 * mean["test_accuracy"] for _, mean in points]
             halves = [100 * _half(mean["test_accuracy_interval"]) for _, mean in points]
-            colour = colours[arm["key"]]
-            style = {"marker": "o", "markersize": 4, "capsize": 2, "elinewidth": 0.8}
-            is_control = arm["role"] != "candidate"
-            line = "--" if is_control else "-"
-            axes.errorbar([c for c, _ in points], values, halves, color=colour, label=arm["key"], ls=line, **style)
+            style = styles[arm["key"]] | {"ls": "-" if arm["role"] == "candidate" else "--"}
+            axes.errorbar([c for c, _ in points], values, halves, label=arm["key"], capsize=2, elinewidth=0.8, **style)
         target = 100 * record["conventional"]["target_accuracy"]
         axes.axhline(target, linestyle=":", linewidth=1, color="grey", label="as good")
         log_where_wide(axes, "x", costs)
@@ -48,6 +51,15 @@ def _quality(record: Record, clock: str) -> Plot:
         "long conventional run."
     )
     return draw_plot(f"quality_{clock}", caption, draw, size=(5.2, 3.9))
+
+
+def _styles(record: Record) -> dict[str, dict[str, Any]]:
+    """Of each arm's line: a colour, and where these begin again another marker."""
+    colours = colour_of(arm["key"] for arm in record["arms"])
+    return {
+        key: {"color": colour, "marker": _MARKERS[number // len(COLOURS) % len(_MARKERS)], "markersize": 4}
+        for number, (key, colour) in enumerate(colours.items())
+    }
 
 
 def _half(interval: Record) -> float:
@@ -93,17 +105,15 @@ def speed_ups(record: Record) -> Plot | None:
 def wall_by_network(record: Record) -> Plot:
     """Seconds over bandwidth at each arm's largest budget."""
     network = record["network"]
-    largest = {arm["key"]: max(point["budget"] for point in arm["points"]) for arm in record["arms"]}
+    rows = largest_rows(network)
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        colours, shown = colour_of(largest), []
-        for row in network["rows"]:
-            if row["budget"] == largest[row["arm"]]:
-                seconds = [finite(row["wall_s"][f"{speed:g}"]) for speed in network["bandwidths"]]
-                shown += seconds
-                style = {"color": colours[row["arm"]], "markersize": 4}
-                axes.plot(network["bandwidths"], seconds, "o-", label=row["arm"], **style)
+        styles, shown = _styles(record), []
+        for row in rows:
+            seconds = [finite(row["wall_s"][f"{speed:g}"]) for speed in network["bandwidths"]]
+            shown += seconds
+            axes.plot(network["bandwidths"], seconds, label=row["arm"], **styles[row["arm"]])
         log_where_wide(axes, "x", network["bandwidths"])
         log_where_wide(axes, "y", shown)
         if axes.get_yscale() == "linear":
@@ -115,3 +125,181 @@ def wall_by_network(record: Record) -> Plot:
 
     caption = "Computed seconds at each arm's largest budget if every subset had a device of its own, over bandwidth."
     return draw_plot("wall_by_network", caption, draw, size=(5.2, 3.9))
+
+
+# Training curves
+
+_STAGE_COLOURS = {
+    "conventional": COLOURS[0],
+    "trunk": COLOURS[4],
+    "subsets": COLOURS[2],
+    "subsamples": COLOURS[7],
+    "fine_tuning": COLOURS[3],
+}
+_COLUMNS = 3  # panels side by side
+_TITLE = 38  # characters that fit above a panel
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of an arm in one round, over the passes of training that lie one after the other."""
+
+    name: str  # "aggregation" trains on nothing: its losses are empty
+    passes: tuple[float, ...]  # at the end of each epoch; of an aggregation, where it happens
+    losses: tuple[tuple[float, float, float], ...]  # while training, by epoch: mean, least and greatest of the seeds
+    validation: tuple[float, float, float]  # loss at its end, likewise
+
+
+def arm_stages(
+    runs: Sequence[Record], legs: Mapping[str, Record], found: Mapping[str, Record], *, num_train: int
+) -> list[Stage]:
+    """The training of one arm at one budget: members of a round are averaged, then seeds.
+
+    Args:
+        runs: of the arm, one a seed; each `leg` names its last.
+        legs: comparison.json's: what each leg is and needs, inputs first.
+        found: what the legs came to, by name; runs of which any is missing are left out.
+    """
+    seeds: list[dict[tuple[str, int], _Training]] = []
+    for run in runs:
+        needed = _needed_legs(run["leg"], legs)
+        if all(key in found for key in needed):
+            trainings: dict[tuple[str, int], list[_Training]] = {}
+            for place, one in _trainings(needed, legs, found, num_train):
+                trainings.setdefault(place, []).append(one)
+            seeds.append({place: _mean_of(members) for place, members in trainings.items()})
+    stages = []
+    for name, round in seeds[0] if seeds else ():
+        own = [seed[name, round] for seed in seeds]
+        mean = _mean_of(own)
+        spans = zip(mean.losses, *(one.losses for one in own), strict=False)
+        losses = tuple((average, min(values), max(values)) for average, *values in spans)
+        ends = [one.validation for one in own]
+        stages.append(Stage(name, mean.passes, losses, (mean.validation, min(ends), max(ends))))
+    return stages
+
+
+def _needed_legs(last: str, legs: Mapping[str, Record]) -> list[str]:
+    """The leg and all it needs, inputs first."""
+    wanted, todo = set(), [last]
+    while todo:
+        key = todo.pop()
+        if key not in wanted:
+            wanted.add(key)
+            todo += legs[key]["inputs"]
+    return [key for key in legs if key in wanted]
+
+
+@dataclass(frozen=True)
+class _Training:
+    passes: tuple[float, ...]
+    losses: tuple[float, ...]
+    validation: float
+
+
+def _trainings(
+    needed: Sequence[str], legs: Mapping[str, Record], found: Mapping[str, Record], num_train: int
+) -> Iterator[tuple[tuple[str, int], _Training]]:
+    """Each leg's training, by stage and round, begun where the last of its inputs ended."""
+    ends: dict[str, float] = {}
+    for key in needed:
+        leg, record = legs[key], found[key]
+        begun = max((ends[before] for before in leg["inputs"]), default=0.0)
+        if leg["kind"] == "aggregate":
+            ends[key] = begun
+            validation = finite(record["aggregation"]["validation"]["loss"])
+            yield ("aggregation", leg["round"]), _Training((begun,), (), validation)
+            continue
+        share = record.get("num_examples", num_train) / num_train / leg["num_workers"]
+        passes = tuple(begun + epoch["epoch"] * share for epoch in record["history"])
+        ends[key] = passes[-1] if passes else begun
+        losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
+        yield (leg["stage"], leg["round"]), _Training(passes, losses, finite(record["validation"]["loss"]))
+
+
+def _mean_of(trainings: Sequence[_Training]) -> _Training:
+    """The mean of trainings that belong together, as far as all of them went."""
+    passes, losses = (
+        tuple(map(statistics.fmean, zip(*rows, strict=False)))
+        for rows in ([one.passes for one in trainings], [one.losses for one in trainings])
+    )
+    return _Training(passes, losses, statistics.fmean(one.validation for one in trainings))
+
+
+def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
+    """A panel an arm at its largest budget; None where no arm's legs are there.
+
+    Args:
+        read: what legs came to, by name, of a part of comparison.json's `legs`.
+    """
+    num_train, legs, largest = record["data"]["num_train"], record["legs"], list(_largest_runs(record))
+    lasts = [run["leg"] for *_, runs in largest for run in runs]
+    found = read({key: legs[key] for last in lasts for key in _needed_legs(last, legs)})
+    panels = [
+        (key, budget, stages)
+        for key, budget, runs in largest
+        if (stages := arm_stages(runs, legs, found, num_train=num_train))
+    ]
+    if not panels:
+        return None
+    columns = min(_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+
+    def draw(figure: Any) -> None:
+        grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+        told: dict[str, Any] = {}
+        shown: list[float] = []
+        for axes, (key, budget, stages) in zip(grid, panels, strict=False):
+            shown += _panel(axes, stages, told)
+            title = key if len(key) <= _TITLE else f"{key[: _TITLE - 1]}…"
+            axes.set_title(f"{title}, {budget:g} passes" if len(title) < _TITLE - 12 else title)
+            axes.grid(True)
+            axes.set_xlim(left=0)
+        log_where_wide(grid[0], "y", shown)
+        for number, axes in enumerate(grid):
+            if number >= len(panels):
+                axes.remove()
+                continue
+            axes.tick_params(labelleft=number % columns == 0)
+            if number % columns == 0:
+                axes.set_ylabel(loss_name(record))
+            if number + columns >= len(panels):
+                axes.set_xlabel("passes, one after the other")
+        figure.legend(told.values(), told.keys(), loc="outside lower center", ncols=min(7, len(told)))
+
+    caption = (
+        "Loss at each arm's largest budget over the passes of training that lie one after the other: lines the mean of "
+        f"the epochs' losses over n = {len(record['seeds'])} seeds, of a round's members their mean, bands the least "
+        "and greatest of the seeds; squares validation loss at a stage's end, of members their mean, diamonds that of "
+        "their aggregate. One scale for all arms."
+    )
+    return draw_plot("training_of_arms", caption, draw, size=(10.0, 1.0 + 2.3 * rows), wide=True)
+
+
+def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:
+    """(key, budget, runs) of each arm at the largest budget at which any run came to its end: those that did."""
+    for arm in record["arms"]:
+        if points := [point for point in arm["points"] if point["mean"] is not None]:
+            point = max(points, key=lambda point: point["budget"])
+            yield arm["key"], point["budget"], [run for run in point["runs"] if run["error"] is None]
+
+
+def _panel(axes: Any, stages: Sequence[Stage], told: dict[str, Any]) -> list[float]:
+    """Draw an arm; `told` takes a line for each label. The losses drawn."""
+    shown: list[float] = []
+    for stage in (stage for stage in stages if stage.passes):
+        if stage.losses:
+            means, lows, highs = zip(*stage.losses, strict=True)
+            shown += means
+            colour, marker = _STAGE_COLOURS[stage.name], "." if len(means) < 3 else None
+            axes.fill_between(stage.passes, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            (line,) = axes.plot(stage.passes, means, color=colour, marker=marker)
+            told.setdefault(stage.name.replace("_", " "), line)
+        end, least, most = stage.validation
+        shown.append(end)
+        is_mean = stage.name == "aggregation"
+        style = {"fmt": "D" if is_mean else "s", "markersize": 4, "elinewidth": 0.8, "capsize": 2, "zorder": 3}
+        bars = [[end - least], [most - end]]
+        marks = axes.errorbar([stage.passes[-1]], [end], bars, color=VALIDATION, **style)
+        told.setdefault("validation of the aggregate" if is_mean else "validation", marks)
+    return shown

@@ -21,7 +21,8 @@ def comparison_sections(record: Record) -> list[Section]:
         parts.append(_tuning(record))
     if record["failed"]:
         rows = tuple((leg, reason) for leg, reason in record["failed"].items())
-        parts.append(Section("Failed, and left out", ("leg", ""), rows))
+        lines = ("The same command again tries these once more.",)
+        parts.append(Section("Failed, and left out", ("leg", ""), rows, lines))
     return parts
 
 
@@ -65,7 +66,7 @@ def _points(record: Record) -> Section:
                     f"{mean['critical_path_passes']:.2f}",
                     f"{mean['device_s']:.1f}",
                     f"{100 * mean['test_accuracy']:.2f}" + (f" ± {100 * half:.2f}" if math.isfinite(half) else ""),
-                    f"{mean['validation_loss']:.4f}",
+                    "not finite" if mean["validation_loss"] is None else f"{mean['validation_loss']:.4f}",
                     _compared(difference, point["is_non_inferior"]),
                 )
             )
@@ -119,10 +120,15 @@ def _speed_up(one: Record) -> str:
     return f"{interval['estimate']:.2f} [{low:.2f}, {end}] {interval['coverage']:.0%}"
 
 
+def largest_rows(network: Record) -> list[Record]:
+    """Of each arm the row of the largest budget at which it came to an end."""
+    largest = {row["arm"]: row for row in sorted(network["rows"], key=lambda row: row["budget"])}
+    return [row for row in network["rows"] if row is largest[row["arm"]]]
+
+
 def _network(record: Record) -> Section:
     network = record["network"]
     names = [f"{speed:g} Gbit/s" for speed in network["bandwidths"]]
-    largest = {arm["key"]: max(point["budget"] for point in arm["points"]) for arm in record["arms"]}
     rows = tuple(
         (
             row["arm"],
@@ -132,15 +138,15 @@ def _network(record: Record) -> Section:
             _bytes(row["num_bytes"]),
             *(f"{row['wall_s'][f'{speed:g}']:.4g}" for speed in network["bandwidths"]),
         )
-        for row in network["rows"]
-        if row["budget"] == largest[row["arm"]]
+        for row in largest_rows(network)
     )
     workers, each = record["regime"]["num_workers"], _bytes(network["data_parallel_bytes_a_step"])
     lines = (
         "Seconds if every subset had a device as fast as this one: critical-path passes × "
-        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Computed from what was measured here, not measured "
-        "on a network. Bytes: weights out and in of all members through one link; data-parallel training of "
-        f"{workers} workers sends {each} a step and worker (ring all-reduce), nothing overlapped.",
+        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth; latency is left out: add it times the exchanges. "
+        "Computed from what was measured here, not measured on a network. Bytes: weights out and in of all members "
+        f"through one link; data-parallel training of {workers} workers sends {each} a step and worker (ring "
+        "all-reduce), nothing overlapped.",
     )
     columns = ("arm", "budget", "test accuracy, %", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, "network")

@@ -2,11 +2,17 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from raysubset.ledger import Ledger
 from raysubset.report.commands import command
-from raysubset.report.comparison_plots import quality_against_cost, speed_ups, wall_by_network
+from raysubset.report.comparison_plots import (
+    quality_against_cost,
+    speed_ups,
+    training_of_arms,
+    wall_by_network,
+)
 from raysubset.report.comparisons import comparison_sections
 from raysubset.report.figures import Record
 from raysubset.report.html import PAGE_PATH, Page, Part, to_html
@@ -14,7 +20,7 @@ from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, pictures
 from raysubset.report.page import Section, sections
 from raysubset.report.plots import Plot
-from raysubset.report.reading import read_report
+from raysubset.report.reading import leg_records, leg_works, read_report
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -25,7 +31,7 @@ from raysubset.report.run_plots import (
     training_curves,
 )
 from raysubset.report.sweeps import sweep_plot, sweep_sections
-from raysubset.report.timeline import time_line, troubles
+from raysubset.report.timeline import time_line, troubles, work_lines
 from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory
 from raysubset.trained_model import RECORD_PATH
 
@@ -91,7 +97,7 @@ def _run_page(directory: str, record: Record) -> Page:
         parts.append(Part(found, tuple(plots.get(section.subject, ()))))
         if section.subject == "final_model":
             parts += _mistakes(run)
-        if section.subject == "costs" and (bad := troubles(works)):
+        if section.subject == "costs" and (bad := troubles({"": works})):
             parts.append(Part(bad))
     return Page(f"Run {record['name']}", result.lines, (*_run_facts(record), *_facts(run, record)), tuple(parts))
 
@@ -154,17 +160,35 @@ def _comparison_page(directory: str, record: Record) -> Page:
     plots: dict[str, list[Plot]] = {"arms": quality_against_cost(record), "network": [wall_by_network(record)]}
     if found := speed_ups(record):
         plots["speed_ups"] = [found]
-    data = record["data"]
+    run, data = RunDirectory.at(directory), record["data"]
     facts = (
         ("data", f"{data['name']}: {data['num_train']:,} train, {data['num_test']:,} test"),
         ("model", f"{record['config']['model']['name']}, {record['model']['num_parameters']:,} parameters"),
         ("seeds", ", ".join(map(str, record["seeds"]))),
-        *_facts(RunDirectory.at(directory), record),
+        *_facts(run, record),
     )
     num_verdicts = len(record["verdicts"])
-    parts = [Part(section, tuple(plots.get(section.subject, ()))) for section in rest]
+    parts: list[Part] = []
+    for section in rest:
+        parts.append(Part(section, tuple(plots.get(section.subject, ()))))
+        if section.subject == "network":
+            parts += _legs(run, record)
     basis = Part(Section("What it rests on", lines=result.lines[num_verdicts:]))
     return Page(result.title, result.lines[:num_verdicts], facts, (basis, *parts))
+
+
+def _legs(run: RunDirectory, record: Record) -> Iterator[Part]:
+    """How the arms trained, and what was done when and where; nothing of legs that were not kept."""
+    if "legs" not in record:
+        line = "Made by a version that did not note which legs an arm consists of: the same command again adds that."
+        yield Part(Section("Training", lines=(line,)))
+    elif drawn := training_of_arms(record, partial(leg_records, run)):
+        yield Part(Section("Training"), (drawn,))
+    if ledgers := leg_works(run):
+        works = [work for own in ledgers.values() for work in own]
+        yield Part(Section("Time line", lines=tuple(work_lines(ledgers))), (time_line(works),))
+        if bad := troubles(ledgers):
+            yield Part(bad)
 
 
 def _sweep_page(directory: str, record: Record) -> Page:

@@ -1,8 +1,13 @@
-"""A finished run's record; of an unfinished one, how far it is."""
+"""A finished run's record; of an unfinished one, how far it is; of a comparison's legs, what they left."""
 
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+from raysubset.ledger import Work
 from raysubset.report.commands import command
+from raysubset.report.figures import Record
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -11,8 +16,13 @@ from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
     history_path,
+    minimum_folder,
     minimum_path,
+    subsample_folder,
 )
+
+_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
+_LEGS = "legs"  # the folder of a comparison's
 
 
 def read_report(directory: str) -> dict[str, Any]:
@@ -38,7 +48,7 @@ def read_report(directory: str) -> dict[str, Any]:
         raise ValueError(f"the sweep {run.uri} is not finished: {done}. To go on, give the same command again")
     if config.get("kind") == "comparison":
         finished = [
-            path for path in run.list("legs", recursive=True) if path.endswith(("minimum.json", "aggregate.json"))
+            path for path in run.list(_LEGS, recursive=True) if path.endswith(("minimum.json", "aggregate.json"))
         ]
         done = f"{len(finished)} legs are done"
         raise ValueError(f"the comparison {run.uri} is not finished: {done}. To go on, give the same command again")
@@ -71,3 +81,40 @@ def _training_done(run: RunDirectory, stage: str) -> str:
         return f"{stage} done"
     history = run.read_json_or_none(history_path(stage)) if run.exists(history_path(stage)) else None
     return f"{stage} is {history[-1]['epoch']:g} epochs far" if history else ""
+
+
+def leg_works(run: RunDirectory) -> dict[str, list[Work]]:
+    """The ledgers of a finished comparison's legs by their names, tuning's too; none where it was moved without them.
+
+    What still claims to run was lost with a driver: nothing runs any more.
+    """
+    paths = [path for path in run.list(_LEGS, recursive=True) if "/ledger/" in path]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        records = list(pool.map(run.read_json_or_none, paths))
+    found: dict[str, list[Work]] = defaultdict(list)
+    for path, record in zip(paths, records, strict=True):
+        if record is not None:
+            work = Work.from_dict(record)
+            found[path.split("/")[1]].append(replace(work, outcome="lost") if work.outcome == "running" else work)
+    return dict(found)
+
+
+def leg_records(run: RunDirectory, legs: Record) -> dict[str, Record]:
+    """What some legs of a comparison came to, by their names: minimum.json, or aggregate.json; those that are there.
+
+    Args:
+        legs: those of comparison.json's `legs` that are wanted.
+    """
+    paths = [f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        records = pool.map(run.read_json_or_none, paths)
+        return {key: record for key, record in zip(legs, records, strict=True) if record is not None}
+
+
+def _leg_path(leg: Record) -> str:
+    if leg["kind"] == "aggregate":
+        return aggregate_path(leg["round"])
+    if leg["subset"] is None:
+        return minimum_path(leg["stage"])
+    folder = subsample_folder if leg["stage"] == "subsamples" else minimum_folder
+    return minimum_path(folder(leg["round"], leg["subset"]))

@@ -1,11 +1,13 @@
-"""The time line of a run, from its ledger: what each actor and worker did on which node, what waited, what was lost."""
+"""The time line of a run or a comparison, from its ledgers: what each actor and worker did on which node, what waited,
+what was lost."""
 
 import heapq
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysubset.ledger import Work
+from raysubset.ledger import Work, total_cost
 from raysubset.report.page import Section
 from raysubset.report.plots import BAD, Plot, colour_of, draw_plot
 
@@ -60,6 +62,7 @@ def time_line(works: Sequence[Work]) -> Plot:
     ended = max(work.started_at + work.wall_s for work in works)
     colours = colour_of(work.stage for work in works)
     bad = any(work.outcome in _ENDED_BADLY for work in works)
+    unit_s, unit = _unit(ended - begun)
 
     def draw(figure: Any) -> None:
         if queue:
@@ -69,21 +72,21 @@ def time_line(works: Sequence[Work]) -> Plot:
         told = set()
         for row, lane in enumerate(drawn):
             for work in lane.works:
-                _bar(chart, row, work, begun, ended - begun, colours[work.stage], told)
+                _bar(chart, row, work, begun, ended - begun, unit_s, colours[work.stage], told)
         if bad:
             chart.plot([], [], "x", color=BAD, label="lost or failed")
         chart.set_yticks(range(len(drawn)), _names(drawn))
         chart.set_ylim(len(drawn) - 0.4, -0.6)
-        chart.set_xlim(0, 1.01 * max(ended - begun, 1e-3))
+        chart.set_xlim(0, 1.01 * max(ended - begun, 1e-3) / unit_s)
         chart.grid(True, axis="x")
         if queue:
-            moments = [0.0, *(moment - begun for moment, _ in queue), ended - begun]
+            moments = [0.0, *((moment - begun) / unit_s for moment, _ in queue), (ended - begun) / unit_s]
             below.step(moments, [0, *(num for _, num in queue), 0], where="post", color="grey")
             below.set_ylim(bottom=0)
             below.yaxis.get_major_locator().set_params(integer=True)
             below.set_ylabel("waiting")
             below.grid(True, axis="x")
-        below.set_xlabel("seconds since the first work was queued" if queue else "seconds since the first work began")
+        below.set_xlabel(f"{unit} since the first work {'was queued' if queue else 'began'}")
         handles, labels = chart.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(6, max(1, len(handles))))
 
@@ -99,8 +102,16 @@ def time_line(works: Sequence[Work]) -> Plot:
     return draw_plot("time_line", caption, draw, size=size, wide=True)
 
 
-def _bar(axes: Any, row: int, work: Work, begun: float, whole: float, colour: str, told: set[str]) -> None:
-    start, length = work.started_at - begun, work.wall_s
+def _unit(length_s: float) -> tuple[float, str]:
+    """The unit that an axis of so many seconds reads best in: its seconds and its name."""
+    return (1.0, "seconds") if length_s < 900 else (60.0, "minutes") if length_s < 3 * 3600 else (3600.0, "hours")
+
+
+def _bar(
+    axes: Any, row: int, work: Work, begun: float, whole: float, unit_s: float, colour: str, told: set[str]
+) -> None:
+    """begun and whole: of the time line, in seconds."""
+    start, length, whole = (work.started_at - begun) / unit_s, work.wall_s / unit_s, whole / unit_s
     label = None if work.stage in told else work.stage.replace("_", " ")
     told.add(work.stage)
     ended_badly = work.outcome in _ENDED_BADLY
@@ -126,28 +137,54 @@ def _names(drawn: Sequence[Lane]) -> list[str]:
     return names
 
 
-def troubles(works: Sequence[Work]) -> Section | None:
-    """The attempts that did not end well, and whether another followed; None if all did."""
-    bad = [work for work in works if work.outcome in _ENDED_BADLY]
+def troubles(ledgers: Mapping[str, Sequence[Work]]) -> Section | None:
+    """The attempts that did not end well, and whether another followed; None if all did.
+
+    Args:
+        ledgers: of the legs of a comparison by their names; of a run, {"": its own}.
+    """
+    last: dict[tuple, Work] = {}
+    for leg, works in ledgers.items():
+        for work in works:
+            key = (leg, work.stage, work.round, work.subset)
+            last[key] = max(last.get(key, work), work, key=lambda one: one.attempt)
+    bad = [(leg, work) for leg, works in ledgers.items() for work in works if work.outcome in _ENDED_BADLY]
     if not bad:
         return None
-    last = {}
-    for work in works:
-        key = (work.stage, work.round, work.subset)
-        last[key] = max(last.get(key, work), work, key=lambda one: one.attempt)
+    bad.sort(key=lambda one: one[1].started_at)
     rows = tuple(
         (
+            *((leg,) if leg else ()),
             work.stage.replace("_", " ") + ("" if work.subset is None else f", subset {work.subset}"),
             f"{work.round + 1}",
             f"{work.attempt + 1}",
             work.node,
             work.outcome,
             f"{work.wall_s:.1f}",
-            last[work.stage, work.round, work.subset].outcome,
+            last[leg, work.stage, work.round, work.subset].outcome,
             work.error or "",
         )
-        for work in bad[:_MOST_TROUBLES]
+        for leg, work in bad[:_MOST_TROUBLES]
     )
     lines = (f"The first {_MOST_TROUBLES} of {len(bad)}.",) if len(bad) > len(rows) else ()
     columns = ("work", "round", "attempt", "node", "outcome", "seconds", "in the end", "error")
-    return Section("Lost and failed attempts", columns, rows, lines)
+    named = ("leg", *columns) if bad[0][0] else columns
+    return Section("Lost and failed attempts", named, rows, lines)
+
+
+def work_lines(ledgers: Mapping[str, Sequence[Work]]) -> Iterator[str]:
+    """What the legs of a comparison took all together, in words.
+
+    Args:
+        ledgers: by the legs' names.
+    """
+    works = [work for own in ledgers.values() for work in own]
+    num_bad = sum(work.outcome in _ENDED_BADLY for work in works)
+    num_nodes, waits = len({work.node for work in works}), [work.waited_s for work in works]
+    yield (
+        f"{len(ledgers):,} legs in {len(works):,} attempts, {num_bad or 'none'} of them lost or failed, on {num_nodes} "
+        f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds: tuning too, and "
+        "arms that are compared no more. Reading the test split is not shown."
+    )
+    if max(waits):
+        yield f"An attempt waited {statistics.fmean(waits):.1f} s for room in the mean, {max(waits):.1f} s at most."

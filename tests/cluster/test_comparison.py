@@ -1,17 +1,29 @@
 """A comparison on digits through real Ray tasks: hand-counted costs, failures, going on."""
 
+import shutil
+import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysubset import Config, compare
-from raysubset.cluster import Event
+from raysubset.cluster import Event, put_once
 from raysubset.comparison import ComparisonReport
+from raysubset.comparison.arms import Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.running import LegRunner
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
 from raysubset.report import comparison_sections, read_report
+from raysubset.run_directory import RunDirectory, checkpoint_path
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
 
 NUM_TRAIN, NUM_VALIDATION, SIZE = 1294, 144, 323
+SAVGM = "H:aggregation.method=savgm,aggregation.savgm_fraction=0.5,rounds.num=2,subsets.num=2"
 BROKEN = "B:minimize.learning_rate=1e30"  # diverges in its first epoch
 
 
@@ -27,7 +39,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def report(storage: Path, events: list[Event]) -> ComparisonReport:
-    arms = ["B", "D", "F", "G", "H:rounds.num=2", BROKEN]
+    arms = ["B", "D", "F", "G", SAVGM, BROKEN]
     config = Config(name="digits", storage_path=str(storage))
     return compare(config, seeds=2, budgets=[2], arms=arms, learning_rates=[0.1], on_event=events.append)
 
@@ -65,6 +77,35 @@ def test_four_disjoint_minima_cost_four_and_lie_side_by_side(report: ComparisonR
     assert run["critical_path_passes"] == pytest.approx(subset + aggregation + tuning, rel=5e-3)
 
 
+def test_savgm_pays_for_the_halves_of_subsets_after_their_minima(report: ComparisonReport):
+    (run, _) = runs(report, SAVGM)
+    # Trunk, two rounds of 8 epochs of two subsets and of half of each, tuning: 1 + 2 · 8 · 1.5 + 2 for 2 passes
+    scale, half = 2 / 27, NUM_TRAIN // 2
+    subset = round(8 * scale * 11) / 11 * half / NUM_TRAIN + forward(NUM_VALIDATION)  # eleven batches an epoch
+    part = round(8 * scale * 6) / 6 * (half / 2) / NUM_TRAIN + forward(NUM_VALIDATION)  # six
+    aggregation = 2 * forward(NUM_TRAIN + NUM_VALIDATION)  # of the corrected mean, and of the plain one beside it
+    around = (round(scale * 21) + round(2 * scale * 21)) / 21 + 2 * forward(NUM_VALIDATION)
+    assert run["passes"] == pytest.approx(around + 2 * (2 * (subset + part) + aggregation), rel=5e-3)
+    assert run["critical_path_passes"] == pytest.approx(around + 2 * (subset + part + aggregation), rel=5e-3)
+
+
+def test_what_an_arm_is_made_of_is_in_the_record(report: ComparisonReport):
+    legs = report.record["legs"]
+    (run, _) = runs(report, "G")
+    (before,) = legs[run["leg"]]["inputs"]
+    assert (legs[run["leg"]]["stage"], legs[before]["kind"]) == ("fine_tuning", "aggregate")
+    members = [legs[key] for key in legs[before]["inputs"]]
+    assert [(one["stage"], one["subset"]) for one in members] == [("subsets", n) for n in range(4)]
+
+
+def test_the_ledger_tells_how_long_legs_waited(report: ComparisonReport, storage: Path):
+    works = [
+        work for key in report.record["legs"] for work in Ledger(RunDirectory(f"{storage}/digits/legs", key)).read()
+    ]
+    assert {work.stage for work in works} >= {"conventional", "trunk", "subsets", "subsamples", "aggregation"}
+    assert all(work.waited_s > 0 for work in works)
+
+
 def test_an_arm_that_fails_is_named_and_ends_no_other(report: ComparisonReport):
     assert all("DivergedError" in run["error"] for run in runs(report, BROKEN))
     assert all(run["error"] is None for key in ("B", "D", "F", "G") for run in runs(report, key))
@@ -92,3 +133,54 @@ def test_going_on_does_only_what_is_new(report: ComparisonReport, storage: Path)
     assert [event.text for event in events if event.kind == "leg"] == []
     assert any("legs are already there" in event.text for event in events)
     assert runs(again, "G") == runs(report, "G")
+
+
+def test_an_arm_that_can_never_be_placed_is_refused_before_anything_is_run_unless_it_is_done(
+    report: ComparisonReport, storage: Path, tmp_path: Path
+):
+    config = Config(name="digits", storage_path=str(tmp_path))
+    again = partial(compare, config, seeds=2, budgets=[2], arms=["B", "G", "I"], learning_rates=[0.1])
+    with pytest.raises(ValueError, match=r"arm I ask for 9 × 1 CPU.*--num-workers.*--cluster.num-cpus.*out of --arms"):
+        again(num_workers=9)
+    assert not (tmp_path / "digits/legs").exists()
+    # As if it had been done on a larger cluster: B's results in its place
+    shutil.copytree(storage / "digits/legs", tmp_path / "digits/legs")
+    arm = parse_arm("I")
+    for run in runs(report, "B"):
+        own = arm_config(arm, config, Settings(0.1, 64), seed=run["seed"], num_workers=9)
+        leg = final_leg(arm, own, 2.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=9)
+        shutil.copytree(tmp_path / "digits/legs" / run["leg"], tmp_path / "digits/legs" / leg.key)
+    assert runs(again(), "I")[0]["passes"] == runs(report, "B")[0]["passes"]  # nine are remembered
+    with pytest.raises(ValueError, match="arm I ask for 8 × 1 CPU"):
+        again(num_workers=8)
+
+
+def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_attempt(tmp_path: Path):
+    overrides = {"model.width": 4, "actors.max_attempts": 2, "actors.checkpoint_epochs": 1.0}
+    config, arm = Config(storage_path=str(tmp_path)).with_overrides(overrides), parse_arm("B")
+    own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
+    leg = final_leg(arm, own, 40.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
+    events: list[Event] = []
+    runner = LegRunner(
+        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=events.append
+    )
+    folder = runner.folder(leg).run
+
+    def strike() -> None:
+        for attempt, blow in enumerate((signal.SIGTERM, signal.SIGKILL)):
+            while not folder.exists(checkpoint_path("conventional", attempt)):
+                time.sleep(0.01)
+            for process in psutil.Process().children(recursive=True):
+                if "ray::_minimize" in " ".join(process.cmdline()):
+                    process.send_signal(blow)
+
+    striking = threading.Thread(target=strike, daemon=True)
+    striking.start()
+    runner.run([leg])
+    striking.join(timeout=1)
+    works = runner.folder(leg).works()
+    assert [work.outcome for work in works] == ["preempted", "lost", "done"]
+    assert works[2].cost.num_steps < 40 * 21  # it went on from a checkpoint
+    retries = [event.text for event in events if event.kind == "retry"]
+    assert "stopped by a signal" in retries[0]
+    assert "attempt 2 of 2" in retries[1]
