@@ -115,7 +115,7 @@ def assert_same_results(
         assert_same(weights(packed[0][i]), weights(one_by_one[0][i]))
         assert result.outcome == expected.outcome
         assert [record.to_dict() for record in result.history] == [
-            pytest.approx(record.to_dict(), rel=1e-10) for record in expected.history
+            pytest.approx(record.to_dict(), rel=1e-10, nan_ok=True) for record in expected.history
         ]
         assert_same(result.optimizer, expected.optimizer)
         counts = (result.cost.num_forward, result.cost.num_backward, result.cost.num_steps)
@@ -165,6 +165,16 @@ def test_each_member_stops_at_its_own_loss(changes: dict[str, float]) -> None:
 def test_a_member_that_diverges_goes_back_to_its_best_weights_and_the_others_go_on() -> None:
     config = MinimizeConfig(epochs=10.0, batch_size=8, learning_rate=0.05, schedule="one_cycle", loss="squared_error")
     members = Members(network=lambda seed: Scaled(4.0 if seed == 1 else 1.0))  # 16 times the curvature of the others
+    packed = members.packed(config)
+    assert [result.outcome for result in packed[1]] == ["epochs", "diverged", "epochs"]
+    assert_same_results(packed, members.one_by_one(config))
+
+
+def test_a_member_whose_last_step_goes_to_infinity_goes_back_to_its_best_weights() -> None:
+    config = MinimizeConfig(
+        epochs=2, batch_size=64, learning_rate=1e304, momentum=0, schedule="warmup_linear", warmup_fraction=0.5
+    )  # of rates 0 and 1e304, in float64
+    members = Members(network=lambda seed: Scaled(1e6 if seed == 1 else 1e-3))  # times which the gradient overflows
     packed = members.packed(config)
     assert [result.outcome for result in packed[1]] == ["epochs", "diverged", "epochs"]
     assert_same_results(packed, members.one_by_one(config))

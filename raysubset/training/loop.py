@@ -212,6 +212,8 @@ def minimize(
             progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed
+                if not _is_finite(model):
+                    mean = math.nan  # it is the last step that went too far, which no loss has seen
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
                 loss_sum.zero_()
                 num_summed = 0
@@ -244,6 +246,12 @@ def reached(config: MinimizeConfig, progress: Progress) -> str | None:
     if config.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < config.tolerance * losses[-2]:
         return "tolerance"
     return None
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Whether every trainable parameter is a finite number."""
+    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+    return bool(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf).isfinite())
 
 
 def _restore(model: nn.Module, best: dict[str, Any], loss: float, config: MinimizeConfig) -> None:

@@ -1,5 +1,6 @@
 """minimize_packed(): several minimizations at once on one device, each as minimize() would have done it alone."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -235,11 +236,12 @@ class _Pack:
             progress.epoch_ended = progress.step % per_epoch == 0 or progress.step == progress.num_steps
         ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
         sums = self._loss_sums.tolist() if ended else []
+        are_finite = self._stack.are_finite() if ended else []
         improved = []
         for row in ended:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
-            mean = sums[number] / member.num_summed
+            mean = sums[number] / member.num_summed if are_finite[row] else math.nan
             progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
             self._loss_sums[number] = 0
             member.num_summed = 0
