@@ -15,6 +15,7 @@ from raysubset.config import AveragingConfig, Config, ExtrapolationConfig, Minim
 from raysubset.data import load_full_set
 from raysubset.planning import make_plan
 from raysubset.training import Distillation, MinimizeResult, Progress, Shard, minimize, recompute_batch_norm
+from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
 from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
@@ -254,6 +255,21 @@ def test_a_restart_goes_on_from_the_average_with_the_momentum_as_it_was(kind):
     minimize(by_hand, examples(), recipe, seed=3, on_step=sample)
     minimize(by_hand, examples(), recipe, seed=3, state=states[0], on_step=sample)
     assert_close(ours, parameters(by_hand))
+
+
+@pytest.mark.parametrize("kind", ["pwalks", "ema"])
+def test_a_state_from_another_device_goes_on_beside_the_parameters(kind):
+    config = AveragingConfig(kind=kind, period=1.0)
+    before = Averaging(config, cnn(), num_steps=4, num_steps_per_epoch=1)
+    before.after_step(1)
+    after = Averaging(config, cnn().to("meta"), num_steps=4, num_steps_per_epoch=1)
+    after.load_state_dict(through_a_file(before.state_dict()))
+    after.after_step(2)
+    assert after.end_epoch(2, last=True)
+    state = after.state_dict()
+    held = [*state["average"], *(p for sample in state["samples"] for p in sample)]
+    assert len(held) == (2 if kind == "pwalks" else 1) * len(list(cnn().parameters()))
+    assert {p.device.type for p in held} == {"meta"}
 
 
 def test_after_averaging_the_running_statistics_are_those_of_the_average():
