@@ -193,6 +193,13 @@ def test_pswa_that_evaluates_ends_at_the_mean_of_the_last_epochs_samples():
     assert_close(ours, mean([path[9], path[11]]))  # after steps 10 and 12
 
 
+def test_pswa_that_evaluates_ends_at_the_last_epoch_that_had_samples():
+    recipe = replace(STEADY, epochs=2.25)  # the last part is a single step
+    ours = averaged(recipe, kind="pswa", period=0.5, feedback="evaluate")
+    path = along_the_way(recipe)
+    assert_close(ours, mean([path[5], path[7]]))  # after steps 6 and 8
+
+
 def test_pwalks_that_evaluates_ends_at_the_mean_of_the_last_k_samples_of_whatever_epoch():
     ours = averaged(STEADY, kind="pwalks", period=0.5, num_samples=5, feedback="evaluate")
     path = along_the_way(STEADY)

@@ -123,6 +123,7 @@ def minimize(
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
     progress = Progress(max(1, round(config.epochs * per_epoch)), per_epoch)
     optimizer = make_optimizer(model, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
     techniques = Techniques(model, examples, config, optimizer, **steps, seed=seed, shard=shard)
     network = techniques.data_parallel(device)
@@ -198,7 +199,8 @@ def minimize(
             loss = summed_loss(widened(outputs), labels, config)
             if distillation is not None and targets is not None:
                 loss = distillation.mixed(loss, widened(outputs), targets, config)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
             # Where shards are, their gradients are averaged.
             loss.backward(torch.full_like(loss, shard.num / batch_sizes[batch]))
             techniques.after_backward()

@@ -54,7 +54,10 @@ class Averaging:
         """
         if self._config.kind == "swa" and step > self._first_end:
             self._sample()
-        due = self._num_averaged > 0 and (last or self._config.restarts())
+        if self._config.restarts():
+            due = self._num_averaged > 0
+        else:
+            due = last and bool(self._average or self._samples)  # PSWA's of the epoch before, if this has no sample
         if due:
             self._apply()
         if self._config.kind == "pswa":
