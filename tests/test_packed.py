@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.config.minimizing import AveragingConfig, ExtrapolationConfig, SkippingConfig
@@ -235,6 +236,27 @@ def test_a_packed_state_is_the_loops_own_and_goes_on_in_either(optimizer: Any, s
         for models, _ in (members.packed(config, states=states), members.one_by_one(config, states=states)):
             for model, reference in zip(models, whole, strict=True):
                 assert_same(weights(model), weights(reference))
+
+
+class ConvolvedLayouts(TorchDispatchMode):
+    """Remembers whether each convolution's images lie channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(args[0].stride(1) == 1)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_images_lie_channels_last_also_for_the_last_member_of_a_pack(num: int) -> None:
+    models = [cnn(seed=seed) for seed in range(num)]
+    with ConvolvedLayouts() as layouts:
+        minimize_packed(models, [examples()] * num, MinimizeConfig(epochs=0.1), seeds=list(range(num)))
+    assert layouts.seen == [True, True]  # both convolutions
 
 
 def test_the_next_round_starts_with_each_members_momenta() -> None:

@@ -197,8 +197,9 @@ class _Pack:
             torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
         )
         images = images.unflatten(0, (size, len(rows)))  # [N, k, C, H, W] in the memory of [N, k, H, W, C]
-        if self._config.channels_last:
-            images = images.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        if self._config.channels_last:  # cloned, as contiguous() would keep the strides of a single channel
+            pixels = images.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
+            images = pixels.permute(0, 3, 4, 1, 2)
         else:
             images = images.clone(memory_format=torch.contiguous_format)
         with self._precision:
