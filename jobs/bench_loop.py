@@ -1,13 +1,16 @@
 """Examples/s of a subset actor's loop ÷ a bare hand-written PyTorch loop: model, data, batches, threads are the same.
 
-    python jobs/bench_loop.py        (MNIST from $RAYSUBSET_DATA or ../shared/data, else digits enlarged to its size)
+    python jobs/bench_loop.py --num-pairs 20        (MNIST from $RAYSUBSET_DATA or ../shared/data, else digits enlarged)
 
-Hardware: 1 thread of a shared virtual machine of 2 AMD EPYC cores, load 3 while it ran; torch 2.15. Wall time: 2.5 min.
-Expected, MNIST, cnn of width 16 (medians and quartiles of n = 40 pairs, interleaved A B B A; the goal is 0.97):
-    depth 2, batch  64: 0.978 [0.953 to 1.004]        depth 2, batch 256: 1.037 [0.924 to 1.132]
-    depth 3, batch  64: 0.983 [0.956 to 1.013]        depth 3, batch 256: 1.022 [0.947 to 1.081]
-The spread is the machine's. Beside a network of one linear layer minimize() takes 0.03 ms more a step than the bare
-loop, in CPU time, where a step of depth 2 and batch 64 takes 7 ms. CUDA is measured too where there is a card: not yet.
+Hardware: 1 thread of a shared virtual machine of 2 AMD EPYC cores, load 23 to 41 while it ran; torch 2.15. Wall time:
+10 min there for 20 pairs (2 min of a core).
+Expected, MNIST, cnn of width 16, CPU time (medians and quartiles of n = 20 pairs, interleaved A B B A; goal 0.98):
+    depth 2, batch  64: 0.975 [0.957 to 0.993]        depth 2, batch 256: 1.051 [0.853 to 1.182]
+    depth 3, batch  64: 0.983 [0.952 to 1.012]        depth 3, batch 256: 0.990 [0.950 to 1.060]
+Since then zero_grad() has become cheaper: depth 2, batch 64: 0.977 [0.959 to 0.979], n = 7 pairs at load 18.
+The spread is the machine's. Beside a network of one linear layer minimize() took 0.03 ms more a step than the bare
+loop in CPU time at load 3, and 0.1 ms at load 23, where a step of depth 2 and batch 64 takes 7 and 11 ms.
+CUDA is measured too where there is a card: not yet.
 """
 
 import argparse
@@ -96,13 +99,14 @@ def actors_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, se
 
 
 def seconds(loop: Callable[..., None], examples: Examples, config: MinimizeConfig, depth: int) -> tuple[float, float]:
-    """Wall time of one run, and the sum of the weights' magnitudes it ends at."""
+    """Time of one run, and the sum of the weights' magnitudes it ends at: CPU time on a CPU, which others use too."""
     shape = (28, 28, 1)
     model = build_model(ModelConfig(width=16, depth=depth), num_classes=10, image_shape=shape, seed=0)
     model.to(device=examples.images.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    started = time.perf_counter()
+    clock = time.process_time if examples.images.device.type == "cpu" else time.perf_counter
+    started = clock()
     loop(model, examples, config, 1)
-    took = time.perf_counter() - started
+    took = clock() - started
     return took, sum(p.abs().sum().item() for p in model.parameters())
 
 

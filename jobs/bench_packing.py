@@ -4,10 +4,12 @@ python jobs/bench_packing.py [--members 1 2 4 8 16 32]        (MNIST from $RAYSU
 Both ways run the real loops, in turns, on copies of the same models, and the fastest of five repeats of eight steps
 counts: it is the trial that a run with subsets.per_actor > 1 makes on its first actor. Batches of 64, sgd.
 
-Hardware: 1 thread of a shared virtual machine of 2 cores, load 18 to 20 while it ran; torch 2.15. Wall time: 1 min.
-Result there (n = 1 run, of three repeats of twelve steps and their medians; the load spreads them by half): for
-the CNN of width 16 and depth 2, K = 2, 4, 8, 16, 32 take 1.8, 3.5, 11, 30, 87 times the time of one, so ratios to K
-single steps of 0.9, 0.9, 1.3, 1.9, 2.7: on a CPU packing is at best even, and lost once activations leave the cache.
+Hardware: 1 thread of a shared virtual machine of 2 cores, load 18 to 23 while it ran (up to 300 for K = 16);
+torch 2.15. Wall time there: 2 min up to K = 8, over 5 min with 16 and 32.
+Result there (n = 1 run, in that thread's own time): for the CNN of width 16 and depth 2, K = 1, 2, 4, 8, 16 take 1.2,
+2.0, 5.0, 11.0, 28.7 times the time of one, so ratios to K single steps of 1.2, 1.0, 1.2, 1.4, 1.8; for the MLP,
+K = 1, 2, 4, 8, ratios of 2.2, 1.6, 1.2, 0.9: on a CPU packing a CNN is at best even, and lost once activations leave
+the cache. K = 32 was not timed this way; by the wall's clock it was 1.8 and 2.7 in two runs.
 CUDA is measured where there is a card: not yet. The goal, on an H200: K = 8 in 1.5 times, K = 32 in 3 times.
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))

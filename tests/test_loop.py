@@ -177,6 +177,17 @@ def test_a_loss_that_is_nan_in_the_first_epoch_is_refused_with_a_way_out():
         minimize(cnn("none"), examples(), config, seed=0)
 
 
+def test_a_last_step_to_infinity_is_a_divergence_although_no_loss_has_seen_it():
+    one_step = MinimizeConfig(epochs=1, batch_size=64, learning_rate=1e39, schedule="constant")
+    with pytest.raises(DivergedError, match="the loss became nan in epoch 1"):
+        minimize(linear(64), examples(), one_step, seed=0)
+    two_steps = replace(one_step, epochs=2, schedule="warmup_linear", warmup_fraction=0.5)  # of rates 0 and 1e39
+    model = linear(64)
+    result = minimize(model, examples(), two_steps, seed=0)
+    assert result.outcome == "diverged"
+    assert same_bits(weights(model), weights(linear(64)))
+
+
 @dataclass(frozen=True, eq=False)
 class Recorded(Examples):
     """Remembers which examples were asked for."""

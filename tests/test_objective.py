@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
-from raysubset.training.whole_subset.objective import Evaluation, Objective, dot
+from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
+from raysubset.training.whole_subset.objective import Objective, dot
 from tests.tiny import cnn, examples, weights
 
 RECIPE = MinimizeConfig(optimizer="cg", batch_size=1)  # chunks of 16
@@ -63,10 +64,22 @@ def test_the_same_weights_cost_nothing_again_and_others_do():
     objective.move_to(origin)
     assert torch.equal(objective.evaluate().gradient, first.gradient)
     assert objective.num_gradients == 3
-    objective.recall(Evaluation(7.0, torch.arange(len(origin)).float()))
+    objective.recall(7.0, torch.arange(len(origin)).float())
     assert objective.evaluate().loss == 7
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), torch.arange(len(origin)))
     assert objective.num_gradients == 3
+
+
+def test_what_an_earlier_process_found_is_taken_up_on_this_device():
+    model = cnn("none").eval()
+    found = Objective(model, examples(), RECIPE).evaluate()
+    objective = Objective(model.to("meta"), examples().to("meta"), RECIPE)
+    assert objective.recall(found.loss, found.gradient).gradient.device.type == "meta"
+    stepper = ConjugateGradient(objective)
+    stepper.load_state_dict({"previous": {"loss": 1.0, "gradient": found.gradient, "direction": -found.gradient}})
+    previous = stepper.state_dict()["previous"]
+    assert [previous[name].device.type for name in ("gradient", "direction")] == ["meta", "meta"]
+    assert previous["loss"] == 1
 
 
 def test_only_trainable_parameters_are_moved():

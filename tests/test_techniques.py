@@ -15,6 +15,7 @@ from raysubset.config import AveragingConfig, Config, ExtrapolationConfig, Minim
 from raysubset.data import load_full_set
 from raysubset.planning import make_plan
 from raysubset.training import Distillation, MinimizeResult, Progress, Shard, minimize, recompute_batch_norm
+from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
 from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
@@ -192,6 +193,13 @@ def test_pswa_that_evaluates_ends_at_the_mean_of_the_last_epochs_samples():
     assert_close(ours, mean([path[9], path[11]]))  # after steps 10 and 12
 
 
+def test_pswa_that_evaluates_ends_at_the_last_epoch_that_had_samples():
+    recipe = replace(STEADY, epochs=2.25)  # the last part is a single step
+    ours = averaged(recipe, kind="pswa", period=0.5, feedback="evaluate")
+    path = along_the_way(recipe)
+    assert_close(ours, mean([path[5], path[7]]))  # after steps 6 and 8
+
+
 def test_pwalks_that_evaluates_ends_at_the_mean_of_the_last_k_samples_of_whatever_epoch():
     ours = averaged(STEADY, kind="pwalks", period=0.5, num_samples=5, feedback="evaluate")
     path = along_the_way(STEADY)
@@ -254,6 +262,21 @@ def test_a_restart_goes_on_from_the_average_with_the_momentum_as_it_was(kind):
     minimize(by_hand, examples(), recipe, seed=3, on_step=sample)
     minimize(by_hand, examples(), recipe, seed=3, state=states[0], on_step=sample)
     assert_close(ours, parameters(by_hand))
+
+
+@pytest.mark.parametrize("kind", ["pwalks", "ema"])
+def test_a_state_from_another_device_goes_on_beside_the_parameters(kind):
+    config = AveragingConfig(kind=kind, period=1.0)
+    before = Averaging(config, cnn(), num_steps=4, num_steps_per_epoch=1)
+    before.after_step(1)
+    after = Averaging(config, cnn().to("meta"), num_steps=4, num_steps_per_epoch=1)
+    after.load_state_dict(through_a_file(before.state_dict()))
+    after.after_step(2)
+    assert after.end_epoch(2, last=True)
+    state = after.state_dict()
+    held = [*state["average"], *(p for sample in state["samples"] for p in sample)]
+    assert len(held) == (2 if kind == "pwalks" else 1) * len(list(cnn().parameters()))
+    assert {p.device.type for p in held} == {"meta"}
 
 
 def test_after_averaging_the_running_statistics_are_those_of_the_average():

@@ -23,6 +23,8 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else deterministic algorithms write NaN to each new tensor first, at the price of a kernel
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():

@@ -103,7 +103,9 @@ def _layer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def _channelwise(f: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """f on [N, K·C, H, W], which is a view of the same memory."""
-    return f(images.flatten(1, 2)).unflatten(1, (images.shape[1], -1))
+    num = images.shape[1]  # of one member flatten() would give a single channel strides that hide channels-last
+    folded = images.squeeze(1) if num == 1 else images.flatten(1, 2)
+    return f(folded).unflatten(1, (num, -1))
 
 
 def _convolution(layer: nn.Conv2d, images: Tensor) -> Tensor:

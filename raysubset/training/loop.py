@@ -123,6 +123,7 @@ def minimize(
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
     progress = Progress(max(1, round(config.epochs * per_epoch)), per_epoch)
     optimizer = make_optimizer(model, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
     techniques = Techniques(model, examples, config, optimizer, **steps, seed=seed, shard=shard)
     network = techniques.data_parallel(device)
@@ -198,7 +199,8 @@ def minimize(
             loss = summed_loss(widened(outputs), labels, config)
             if distillation is not None and targets is not None:
                 loss = distillation.mixed(loss, widened(outputs), targets, config)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
             # Where shards are, their gradients are averaged.
             loss.backward(torch.full_like(loss, shard.num / batch_sizes[batch]))
             techniques.after_backward()
@@ -212,6 +214,8 @@ def minimize(
             progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed
+                if not _is_finite(model):
+                    mean = math.nan  # it is the last step that went too far, which no loss has seen
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
                 loss_sum.zero_()
                 num_summed = 0
@@ -244,6 +248,12 @@ def reached(config: MinimizeConfig, progress: Progress) -> str | None:
     if config.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < config.tolerance * losses[-2]:
         return "tolerance"
     return None
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Whether every trainable parameter is a finite number."""
+    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
+    return bool(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf).isfinite())
 
 
 def _restore(model: nn.Module, best: dict[str, Any], loss: float, config: MinimizeConfig) -> None:

@@ -1,5 +1,6 @@
 """minimize_packed(): several minimizations at once on one device, each as minimize() would have done it alone."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -196,8 +197,9 @@ class _Pack:
             torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
         )
         images = images.unflatten(0, (size, len(rows)))  # [N, k, C, H, W] in the memory of [N, k, H, W, C]
-        if self._config.channels_last:
-            images = images.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        if self._config.channels_last:  # cloned, as contiguous() would keep the strides of a single channel
+            pixels = images.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
+            images = pixels.permute(0, 3, 4, 1, 2)
         else:
             images = images.clone(memory_format=torch.contiguous_format)
         with self._precision:
@@ -235,11 +237,12 @@ class _Pack:
             progress.epoch_ended = progress.step % per_epoch == 0 or progress.step == progress.num_steps
         ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
         sums = self._loss_sums.tolist() if ended else []
+        are_finite = self._stack.are_finite() if ended else []
         improved = []
         for row in ended:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
-            mean = sums[number] / member.num_summed
+            mean = sums[number] / member.num_summed if are_finite[row] else math.nan
             progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
             self._loss_sums[number] = 0
             member.num_summed = 0

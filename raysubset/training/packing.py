@@ -82,10 +82,16 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], confi
 
 
 class _Watch:
-    """Called after each step: times those after the first few, and ends the run when there are enough."""
+    """Called after each step: times those after the first few, and ends the run when there are enough.
+
+    What one CPU thread computes is timed by that thread's own clock: on a core that others use as well, a step of 7 ms
+    took 40 ms by the wall's, and a pack of one 1.8 times as long as that one alone.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._num_steps, self._started, self.step_s = device, 0, 0.0, 0.0
+        is_one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+        self._clock = time.thread_time if is_one_thread else time.perf_counter
 
     def __call__(self, _: object) -> bool:
         self._num_steps += 1
@@ -94,7 +100,7 @@ class _Watch:
             self._started = self._now()
         if timed < 1:
             return False
-        if timed < _NUM_TIMED and time.perf_counter() - self._started < _MOST_S:
+        if timed < _NUM_TIMED and self._clock() - self._started < _MOST_S:
             return False
         self.step_s = (self._now() - self._started) / timed
         return True
@@ -102,7 +108,7 @@ class _Watch:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()
 
 
 def _unused_parameter(model: nn.Module, examples: Examples, config: MinimizeConfig) -> str | None:

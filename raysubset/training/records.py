@@ -84,7 +84,7 @@ class EpochRecord:
     """One line of a training curve."""
 
     epoch: float  # epochs done, of the examples minimized on
-    loss: float  # mean over the epoch's examples, while training
+    loss: float  # mean over the epoch's examples, while training; NaN if it ended at weights that are not finite
     learning_rate: float  # at the epoch's last step
     num_steps: int  # optimizer steps done so far
 

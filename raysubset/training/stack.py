@@ -122,6 +122,10 @@ class Stack:
             weights.addcdiv_(mean * lengths, (square.sqrt() * scales).add_(epsilon), value=-1)
         weights.grad = None
 
+    def are_finite(self) -> list[bool]:
+        """Of each member, whether all trained parameters are finite numbers."""
+        return torch.linalg.vector_norm(self._now[_WEIGHTS].detach(), math.inf, dim=1).isfinite().tolist()
+
     def _column(self, values: Sequence[float]) -> Tensor:
         """[K, 1], of the weights' type."""
         weights = self._now[_WEIGHTS]

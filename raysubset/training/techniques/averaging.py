@@ -54,7 +54,10 @@ class Averaging:
         """
         if self._config.kind == "swa" and step > self._first_end:
             self._sample()
-        due = self._num_averaged > 0 and (last or self._config.restarts())
+        if self._config.restarts():
+            due = self._num_averaged > 0
+        else:
+            due = last and bool(self._average or self._samples)  # PSWA's of the epoch before, if this has no sample
         if due:
             self._apply()
         if self._config.kind == "pswa":
@@ -87,5 +90,11 @@ class Averaging:
         return {"samples": list(self._samples), "average": self._average, "num_averaged": self._num_averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._samples = deque(state["samples"], maxlen=self._config.num_samples)
-        self._average, self._num_averaged = state["average"], state["num_averaged"]
+        """Go on from a state, which may be on another device or in another memory layout."""
+        self._samples = deque(map(self._placed, state["samples"]), maxlen=self._config.num_samples)
+        self._average, self._num_averaged = self._placed(state["average"]), state["num_averaged"]
+
+    def _placed(self, values: list[Tensor]) -> list[Tensor]:
+        """Copies of tensors that are as the parameters are, beside these; nothing of nothing."""
+        pairs = zip(self._parameters, values, strict=True) if values else ()
+        return [torch.empty_like(p, requires_grad=False).copy_(value) for p, value in pairs]

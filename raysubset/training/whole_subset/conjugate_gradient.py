@@ -45,7 +45,8 @@ class ConjugateGradient:
         return {"previous": self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._previous = state["previous"]
+        device = self._objective.device
+        self._previous = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state["previous"].items()}
 
     def _direction(self, at: Evaluation) -> Tensor | None:
         """The conjugate direction; None where it is to start anew."""

@@ -99,8 +99,7 @@ def _minimize(
         first_third = state["position"][1]
         progress.history = [EpochRecord(**record) for record in state["history"]]
         first_gradient = progress.history[-1].num_steps
-        at, best, outcome = Evaluation(state["loss"], state["gradient"]), state["best"], state["outcome"]
-        objective.recall(at)
+        at, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
     progress.step = first_third + objective.thirds
 
     def cost() -> Cost:

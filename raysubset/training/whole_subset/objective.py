@@ -61,6 +61,10 @@ class Objective:
         self._last: tuple[Tensor, Evaluation] | None = None  # where the gradient was last taken
 
     @property
+    def device(self) -> torch.device:
+        return self._examples.device
+
+    @property
     def thirds(self) -> int:
         """Work done, in thirds of a pass over the subset: a forward pass is one, a backward pass two."""
         return (self.num_forward + 2 * self.num_backward) // len(self._examples)
@@ -83,7 +87,7 @@ class Objective:
     @torch.no_grad()
     def loss(self) -> float:
         """The loss here. A third of a pass."""
-        total = torch.zeros((), dtype=_wide(self._examples.device), device=self._examples.device)
+        total = torch.zeros((), dtype=_wide(self.device), device=self.device)
         for images, labels in self._batches():
             total += self._share(self._forward(images), labels)
         self.num_forward += len(self._examples)
@@ -96,7 +100,7 @@ class Objective:
             return self._last[1]
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)
-        total = torch.zeros((), dtype=_wide(self._examples.device), device=self._examples.device)
+        total = torch.zeros((), dtype=_wide(self.device), device=self.device)
         with torch.enable_grad():
             for images, labels in self._batches():
                 loss = self._share(self._forward(images), labels)
@@ -109,11 +113,13 @@ class Objective:
         self._last = weights, Evaluation(total.item(), torch.cat(gradients))
         return self._last[1]
 
-    def recall(self, evaluation: Evaluation) -> None:
-        """Take up what an earlier process found at these weights."""
+    def recall(self, loss: float, gradient: Tensor) -> Evaluation:
+        """Take up what an earlier process found at these weights, its gradient being on whatever device."""
+        evaluation = Evaluation(loss, gradient.to(self.device))
         self._last = self.weights(), evaluation
         for parameter, part in zip(self._named.values(), evaluation.gradient.split(self._sizes), strict=True):
             parameter.grad = part.view_as(parameter).clone()
+        return evaluation
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
         """G v for v [P], G = mean over examples of JᵀHJ: J of the outputs by the weights, H of the loss by the outputs.
