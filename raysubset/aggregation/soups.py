@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from raysubset.aggregation.records import Aggregate, Minimum, Score
-from raysubset.aggregation.streaming import CURE, RunningMean, check_start, first_not_finite, load_member, shares_start
+from raysubset.aggregation.streaming import CURE, RunningMean, check_start, load_member, refuse_not_finite, shares_start
 from raysubset.training import Metrics, mean_prediction
 
 
@@ -112,8 +112,6 @@ def _mean(
     for minimum, coefficient in zip(minima, coefficients, strict=True):
         soup.add(minimum.load_weights(), coefficient)
     weights = soup.weights()
-    if first_not_finite(weights):  # looked for once, as NaN and infinity stay in a mean; reading again tells whose
-        for minimum in minima:
-            load_member(minimum)
+    refuse_not_finite(weights, minima)
     shares = tuple(c / sum(coefficients) for c in coefficients)
     return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared)
