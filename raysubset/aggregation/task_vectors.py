@@ -34,7 +34,8 @@ def ties(
     the majority of elements).
 
     Buffers are averaged, so batch-norm statistics are to be recomputed; integer buffers are the first member's. Members
-    are streamed, twice, for the signs and for the means: three copies of the parameters, and one member, are held.
+    are streamed, twice, for the signs and for the means: four copies of the parameters, the result among them, and one
+    member are held.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -53,7 +54,7 @@ def ties(
             signs, magnitudes = _zeros(start, names), _zeros(start, names)
         buffers.add(_without(parameter_names, weights))
         for place, difference in _differences(weights, start, names):
-            torch.abs(difference, out=magnitudes[place])
+            magnitudes[place].copy_(difference.abs_())
         thresholds.append(_least_kept(magnitudes, density))
         for place, difference in _differences(weights, start, names):
             signs[place].addcmul_(difference, difference.abs().ge_(thresholds[-1]))
@@ -81,7 +82,8 @@ def dare(
 
     Each element of θ_i - θ_0 is dropped with probability `drop`, and divided by 1 - drop where it is kept, so that its
     expectation stays; the result is θ_0 plus `scale` times the mean over members (a sum in the paper, whose λ is ours
-    over N). Buffers as in ties(). Members are streamed: one copy of the parameters, and one member, are held.
+    over N). Buffers as in ties(). Members are streamed: two copies of the parameters, the result among them, and one
+    member are held.
 
     Args:
         start: θ_0, the weights that all minima started from.
