@@ -1,75 +1,137 @@
-"""Speed and memory of aggregation: bytes of members read a second, against torch's copy_() on this machine.
+"""Speed and memory of aggregation against the machine's copy bandwidth.
 
-    python jobs/bench_aggregation.py
+Command:    python jobs/bench_aggregation.py
+Measure:    the time in which torch's copy_() copies what a method has to read, into tensors that are there, over the
+            time of the method, allocations included. It has to read each member's weights (TIES twice, for the signs
+            and for the means) and statistics; that it also reads and writes accumulators, as long as a member and
+            longer than the cache, is not counted in its favour. One thread, and its own seconds on the processor, so
+            that other work takes part through caches and bandwidth only; copies and the method take turns.
+Members:    ResNet-18's weights, three sets in turn. "resident": tensors in memory, so the arithmetic alone. "files":
+            read from a local run directory as the driver does, from a warm page cache. RegMean has the Gram matrix of
+            the linear layer alone: a convolution's products, 2K²M operations each, are no matter of bandwidth.
+Hardware:   one of 2 cores (AMD EPYC, Zen 4) of a virtual machine, 23 GiB, under a load of 19 to 32; torch 2.15, Linux.
+Time:       10 minutes under that load.
+Result:     n = 7 rounds of 16 members; median and quartiles of the ratio; memory is the growth of the process's peak in
+            sizes of a member, with 4 members and with 16. Half of copy_() is reached by all that are means, where
+            members are resident. Not by Fisher, which reads a member's Fisher twice (its mean comes first) and has two
+            accumulators; and by far not by TIES and DARE, which compute: half of TIES is the quantile (a partition a
+            member, 68 ms), half of DARE the random numbers (32 ms).
 
-Members are ResNet-18's weights, resident in memory (three sets, taken in turn), so that no disk is measured; one
-thread. A method's rounds alternate with copies and the median of the ratios is taken, so that a drift of the machine's
-speed cancels. Memory is how far the process's peak grows while so many members are aggregated.
-
-Hardware: 1 of 2 cores of a shared virtual machine under a load of 20 to 25; torch 2.15, Python 3.11. Wall time: unknown
-          for all methods under that load: it was ended after 230 s.
-Result:   of copy_()'s speed uniform_soup 0.58, weighted_soup 0.67, fisher 0.06 (n = 3 rounds of 16 members, quartiles
-          from 0.23 to 1.13 for the soups); ties, dare and savgm were not reached. Peak memory 0.9 of a member's size
-          for the soups and 0.5 for fisher, with 4 members as with 32.
+                          MiB a member      ms   resident              files                 memory
+            uniform_soup          42.7     4.8   0.87 [0.82 to 0.96]   0.49 [0.47 to 0.52]   1.0, 1.0
+            weighted_soup         42.7     4.6   0.89 [0.84 to 0.92]   0.56 [0.51 to 0.57]   1.0, 1.0
+            fisher                85.3    22.7   0.40 [0.39 to 0.41]   0.37 [0.33 to 0.38]   2.1, 2.3
+            regmean               43.7     8.8   0.50 [0.48 to 0.50]   0.37 [0.37 to 0.39]   1.3, 1.3
+            ties                  85.4   135.5   0.06 [0.06 to 0.06]   0.06 [0.06 to 0.06]   4.0, 4.0
+            dare                  42.7    55.5   0.07 [0.07 to 0.07]   0.07 [0.06 to 0.07]   2.0, 2.0
+            savgm                 85.4    11.9   0.73 [0.73 to 0.75]   0.48 [0.46 to 0.49]   1.0, 1.0
 """
 
 import argparse
+import ctypes
 import itertools
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
 
-from raysubset.aggregation import Aggregate, Minimum, dare, fisher_merge, savgm, ties, uniform_soup, weighted_soup
+# A checkout is enough: raysubset need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raysubset.aggregation import (
+    Aggregate,
+    Minimum,
+    dare,
+    fisher_merge,
+    regmean,
+    savgm,
+    ties,
+    uniform_soup,
+    weighted_soup,
+)
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
+from raysubset.run_directory import RunDirectory
 from raysubset.training import Cost, Metrics, Weights
 
 MIB = 2**20
-NUM_RESIDENT = 3
-NUM_MEMBERS = 16  # in a timed round
-MEMORY_MEMBERS = (4, 32)
+NUM_SETS = 3  # different members, taken in turn
+MEMORY_MEMBERS = (4, 16)
 Method = Callable[[Sequence[Minimum]], Aggregate]
+Member = dict[str, Weights]  # "weights", and statistics by kind
+READ = {  # of each member
+    "uniform_soup": ("weights",),
+    "weighted_soup": ("weights",),
+    "fisher": ("weights", "fisher"),
+    "regmean": ("weights", "gram"),
+    "ties": ("weights", "weights"),  # for the signs, and for the means
+    "dare": ("weights",),
+    "savgm": ("weights", "subsample"),
+}
 
 
-def resident() -> list[Weights]:
-    shape = (32, 32, 3)
-    models = [build_model(ModelConfig(name="resnet18"), num_classes=10, image_shape=shape, seed=s) for s in range(3)]
-    return [model.state_dict() for model in models]
+def member(seed: int) -> Member:
+    generator = torch.Generator().manual_seed(seed)
+    model, part = (
+        build_model(ModelConfig(name="resnet18"), num_classes=10, image_shape=(32, 32, 3), seed=s)
+        for s in (seed, seed + 100)
+    )
+    fisher = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    inputs = torch.rand(1, 513, 513, generator=generator)
+    gram = {"fc": inputs @ inputs.mT}
+    return {"weights": model.state_dict(), "fisher": fisher, "gram": gram, "subsample": part.state_dict()}
 
 
-def minima_of(sets: Sequence[Weights], fisher: Weights, num: int) -> list[Minimum]:
-    left = {"fisher": fisher, "subsample": sets[0]}
+def minimum(subset_id: int, load: Callable[[str], Weights]) -> Minimum:
     metrics = Metrics(1.0, 1, 2)
-    return [
-        Minimum(
-            subset_id=i,
-            num_examples=10,
-            start_id="initial",
-            outcome="epochs",
-            training=metrics,
-            validation=metrics,
-            cost=Cost(),
-            load_weights=lambda own=own: own,
-            load_outputs=lambda: torch.zeros(0),
-            load_statistics=left.__getitem__,
-        )
-        for i, own in zip(range(num), itertools.cycle(sets), strict=False)
-    ]
+    return Minimum(
+        subset_id=subset_id,
+        num_examples=10,
+        start_id="initial",
+        outcome="epochs",
+        training=metrics,
+        validation=metrics,
+        cost=Cost(),
+        load_weights=lambda: load("weights"),
+        load_outputs=lambda: torch.zeros(0),
+        load_statistics=load,
+    )
+
+
+def minima_of(loads: Sequence[Callable[[str], Weights]], num: int) -> list[Minimum]:
+    return [minimum(i, load) for i, load in zip(range(num), itertools.cycle(loads), strict=False)]
+
+
+def from_files(run: RunDirectory, members: Sequence[Member]) -> list[Callable[[str], Weights]]:
+    """The members written as a run writes them, each with how the driver reads it."""
+
+    def read(i: int, kind: str) -> Weights:
+        return run.read_weights(f"{i}/{kind}.safetensors")
+
+    for i, own in enumerate(members):
+        for kind, tensors in own.items():
+            run.write_weights(f"{i}/{kind}.safetensors", tensors)
+    return [partial(read, i) for i in range(len(members))]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    """Of this thread on a processor."""
+    started = time.thread_time()
     work()
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 def peak_growth(work: Callable[[], object]) -> int:
     """Bytes by which the resident memory rose at most while it ran."""
     process, stop = psutil.Process(), threading.Event()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before would be used again, unseen
     before = most = process.memory_info().rss
 
     def watch() -> None:
@@ -88,52 +150,58 @@ def peak_growth(work: Callable[[], object]) -> int:
     return most - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--num-rounds", type=int, default=9)
-    num_rounds = parser.parse_args().num_rounds
+def main(*, num_rounds: int, num_members: int, storage_path: str) -> None:
     torch.set_num_threads(1)
-    sets = resident()
-    names = frozenset(key for key, value in sets[0].items() if value.is_floating_point() and "running" not in key)
-    fisher = {name: torch.rand_like(sets[0][name]) for name in names}
-    num_bytes = sum(value.nbytes for value in sets[0].values())
-    target = {key: torch.empty_like(value) for key, value in sets[0].items()}
+    members = [member(seed) for seed in range(NUM_SETS)]
+    start, names = members[0]["subsample"], frozenset(members[0]["fisher"])
+    sizes = {kind: sum(value.nbytes for value in tensors.values()) for kind, tensors in members[0].items()}
+    targets = {kind: {k: torch.empty_like(v) for k, v in own.items()} for kind, own in members[0].items()}
 
-    def copy() -> None:
-        for i in range(NUM_MEMBERS):
-            for key, value in sets[i % NUM_RESIDENT].items():
-                target[key].copy_(value)
+    def copy(kinds: Sequence[str]) -> None:
+        for i, kind in itertools.product(range(num_members), kinds):
+            for key, value in members[i % NUM_SETS][kind].items():
+                targets[kind][key].copy_(value)
 
     methods: dict[str, Method] = {
         "uniform_soup": uniform_soup,
-        "weighted_soup": lambda minima: weighted_soup(minima, weight_by="examples"),
-        "fisher": lambda minima: fisher_merge(minima, floor=1e-6),
-        "ties": lambda minima: ties(minima, sets[0], density=0.2, scale=1.0, parameter_names=names),
-        "dare": lambda minima: dare(minima, sets[0], drop=0.5, scale=1.0, seed=0, parameter_names=names),
-        "savgm": lambda minima: savgm(minima, fraction=0.25, parameter_names=names),
+        "weighted_soup": partial(weighted_soup, weight_by="examples"),
+        "fisher": partial(fisher_merge, floor=1e-6),
+        "regmean": partial(regmean, factor=0.9),
+        "ties": partial(ties, start=start, density=0.2, scale=1.0, parameter_names=names),
+        "dare": partial(dare, start=start, drop=0.5, scale=1.0, seed=0, parameter_names=names),
+        "savgm": partial(savgm, fraction=0.25, parameter_names=names),
     }
-    print(f"ResNet-18, {num_bytes / MIB:.1f} MiB a member, {torch.get_num_threads()} thread, n = {num_rounds} rounds")
-    minima = minima_of(sets, fisher, NUM_MEMBERS)
+    print(f"ResNet-18, {sizes['weights'] / MIB:.1f} MiB a member, n = {num_rounds} rounds of {num_members} members")
+    print("method         MiB read  ms     GB/s  of copy_() [quartiles]       from files [quartiles]       memory")
+    resident = [own.__getitem__ for own in members]
+    filed = from_files(RunDirectory(storage_path, "members"), members)
     for name, method in methods.items():
-        ratios, rates = [], []
-        method(minima)
-        for _ in range(num_rounds):
-            copied_s, took_s = seconds(copy), seconds(lambda method=method: method(minima))
-            ratios.append(copied_s / took_s)
-            rates.append(NUM_MEMBERS * num_bytes / took_s)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        grown = [
-            peak_growth(lambda method=method, num=num: method(minima_of(sets, fisher, num))) for num in MEMORY_MEMBERS
-        ]
-        memory = ", ".join(
-            f"{size / num_bytes:.1f} with {num}" for size, num in zip(grown, MEMORY_MEMBERS, strict=True)
+        size = sum(sizes[kind] for kind in READ[name])
+        ratios: dict[str, list[float]] = {"resident": [], "filed": []}
+        times: list[float] = []
+        for _ in range(num_rounds + 1):
+            copied_s = seconds(partial(copy, READ[name]))
+            for place, loads in (("resident", resident), ("filed", filed)):
+                took_s = seconds(partial(method, minima_of(loads, num_members)))
+                ratios[place].append(copied_s / took_s)
+                times += [took_s] if place == "resident" else []
+        took_s = statistics.median(times[1:]) / num_members  # the first round warms up
+        grown = [peak_growth(partial(method, minima_of(resident, num))) / sizes["weights"] for num in MEMORY_MEMBERS]
+        shares = "  ".join(
+            "{1:.2f} [{0:.2f} to {2:.2f}]        ".format(*statistics.quantiles(own[1:], n=4))
+            for own in ratios.values()
         )
+        memory = ", ".join(f"{size:.1f}" for size in grown)
         print(
-            f"{name:14} {statistics.median(rates) / 1e9:5.2f} GB/s, {middle:.2f} of copy_() "
-            f"[quartiles {low:.2f} to {high:.2f}]; members' sizes of memory: {memory}",
+            f"{name:14} {size / MIB:5.1f}  {1000 * took_s:6.1f}  {size / took_s / 1e9:6.2f}  {shares}  {memory}",
             flush=True,
         )
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-rounds", type=int, default=7)
+    parser.add_argument("--num-members", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        main(num_rounds=arguments.num_rounds, num_members=arguments.num_members, storage_path=folder)

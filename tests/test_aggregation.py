@@ -1,7 +1,7 @@
 """Means, choices and outer steps of weights, against torch's own and closed forms."""
 
+import functools
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,18 +9,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raysubset.aggregation import (
+    Aggregate,
     Minimum,
     RunningMean,
     barrier,
+    dare,
     ensemble_outputs,
+    fisher_merge,
     greedy_soup,
     mean_optimizer_state,
     outer_step,
+    regmean,
+    savgm,
     select_best,
     shares_start,
     shrink_perturb,
+    ties,
     uniform_soup,
     weighted_soup,
 )
@@ -140,36 +149,65 @@ def test_a_mean_changes_no_member():
     assert same_bits(models, before)
 
 
-class Loads:
-    """Counts how many members' weights are alive at a time."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made under it and are alive, and the most they came to."""
 
     def __init__(self) -> None:
-        self.alive: list[weakref.ref] = []
-        self.most = self.num = 0
+        super().__init__()
+        self.most = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._others: set[int] = set()
 
-    def __call__(self) -> Weights:
-        loaded = torch.full((3,), float(self.num))
-        self.num += 1
-        self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(loaded)]
-        self.most = max(self.most, len(self.alive))
-        return {"w": loaded}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._others |= {key for key, _ in self._storages((args, kwargs)) if key not in self._alive}
+        result = func(*args, **(kwargs or {}))
+        new = {k: (StorageWeakRef(s), s.nbytes()) for k, s in self._storages(result) if k not in self._others}
+        self._alive = {key: own for key, own in (self._alive | new).items() if not own[0].expired()}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self._alive.values()))
+        return result
+
+    @staticmethod
+    def _storages(tree: Any) -> list[tuple[int, torch.UntypedStorage]]:
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+        return [(tensor.untyped_storage()._cdata, tensor.untyped_storage()) for tensor in tensors]
 
 
-@pytest.mark.parametrize("num", [5, 50])
-@pytest.mark.parametrize(
-    "average",
-    [
-        uniform_soup,
-        lambda minima: weighted_soup(minima, weight_by="examples"),
-        lambda minima: greedy_soup(minima, lambda _: Metrics(0.0, 0, 1)),
-    ],
-)
-def test_weights_are_loaded_one_after_the_other(average, num):
-    loads = Loads()
-    soup = average([minimum(i, {}, load=loads) for i in range(num)])
-    assert loads.num == num
-    assert loads.most <= 2  # the one in hand, and the next
-    assert soup.weights["w"].tolist() == pytest.approx([(num - 1) / 2] * 3)
+SIZE = 2**19
+START = {"w": torch.zeros(SIZE)}
+STREAMED: dict[str, tuple[Callable[[Sequence[Minimum]], Aggregate], int, int]] = {  # with reads, and sizes held at most
+    "uniform_soup": (uniform_soup, 1, 1 + 1),
+    "weighted_soup": (lambda minima: weighted_soup(minima, weight_by="examples"), 1, 1 + 1),
+    "greedy_soup": (lambda minima: greedy_soup(minima, lambda _: Metrics(0.0, 0, 1)), 1, 2 + 1),
+    # beside a member's weights the next one's, or the statistics of both
+    "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 3),
+    "regmean": (lambda minima: regmean(minima, factor=0.9), 1, 1 + 2),
+    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 2, 3 + 2),
+    "dare": (lambda minima: dare(minima, START, drop=0.5, scale=1.0, seed=0, parameter_names={"w"}), 1, 1 + 2),
+    "savgm": (lambda minima: savgm(minima, fraction=0.5, parameter_names={"w"}), 1, 1 + 3),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_memory_does_not_grow_with_the_number_of_members(name):
+    method, num_reads, num_held = STREAMED[name]
+    loaded: list[int] = []
+
+    def load(subset_id: int) -> Weights:
+        loaded.append(subset_id)
+        return {"w": torch.full((SIZE,), float(subset_id))}
+
+    def statistics(kind: str) -> Weights:
+        return {} if kind == "gram" else {"w": torch.ones(SIZE)}
+
+    for num in (2, 5):
+        loaded.clear()
+        minima = [
+            replace(minimum(i, {}, load=functools.partial(load, i)), load_statistics=statistics) for i in range(num)
+        ]
+        with LiveBytes() as bytes_:
+            method(minima)
+        assert loaded == num_reads * list(range(num))
+        assert num_held - 1 < bytes_.most / (4 * SIZE) < num_held + 1  # blocks are a quarter of it
 
 
 def scores(by_value: dict[float, float]) -> Callable[[Weights], Metrics]:

@@ -161,6 +161,19 @@ def test_a_member_whose_loss_is_no_number_is_never_the_best(minima):
     assert made.best_member == min((m.validation for m in minima[1:]), key=lambda m: m.loss)
 
 
+@pytest.mark.parametrize("method", ["select_best", "auto"])
+def test_beside_a_member_that_holds_nan_the_best_can_be_taken_and_the_plain_mean_is_reported_as_nan(minima, method):
+    spoilt = {k: v * math.nan if v.is_floating_point() else v for k, v in minima[0].load_weights().items()}
+    lost = replace(minima[0], validation=Metrics(math.nan, 0, NUM_VALIDATION), load_weights=lambda: spoilt)
+    made = aggregate([lost, *minima[1:]], AggregationConfig(method=method), scorer(), start=START)
+    assert made.aggregate.method == "select_best"
+    best = min(minima[1:], key=lambda m: m.validation.loss)
+    assert made.validation == measured(best.load_weights())
+    assert math.isnan(made.uniform_mean.loss)
+    assert math.isnan(made.barrier)
+    assert all("subset 0 holds NaN" in str(one.error) for one in made.candidates if one.method.endswith("uniform_soup"))
+
+
 def test_the_report_is_json_without_weights(minima):
     record = aggregate(minima, AggregationConfig(method="greedy_soup"), scorer()).to_dict()
     assert "weights" not in record

@@ -12,7 +12,7 @@ from raysubset.aggregation import Minimum, fisher_merge, regmean, uniform_soup
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.training import Weights, diagonal_fisher, gram_matrices
-from tests.test_aggregation import Loads, minimum, networks
+from tests.test_aggregation import minimum, networks
 from tests.tiny import cnn, examples, same_bits, weights
 
 RECIPE = MinimizeConfig(loss="squared_error")
@@ -211,16 +211,6 @@ def test_half_precision_members_are_merged_in_float32_and_returned_in_their_own(
     merged, exact = MERGES[name](halves).weights, MERGES[name](minima).weights
     assert merged["head.weight"].dtype == torch.bfloat16
     torch.testing.assert_close(merged["head.weight"].float(), exact["head.weight"], rtol=0.05, atol=0.01)
-
-
-@pytest.mark.parametrize("name", MERGES)
-def test_members_are_loaded_one_after_the_other(name):
-    loads, num = Loads(), 30
-    statistics = {"fisher": {"w": torch.ones(3)}, "gram": {}}
-    minima = [with_statistics(minimum(i, {}, load=loads), **statistics) for i in range(num)]
-    assert MERGES[name](minima).weights["w"].tolist() == pytest.approx([(num - 1) / 2] * 3)
-    assert loads.num == num
-    assert loads.most <= 2
 
 
 @pytest.mark.parametrize("name", MERGES)

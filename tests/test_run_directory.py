@@ -157,6 +157,16 @@ class TestFiles:
             assert read[name].dtype == tensor.dtype
             assert torch.equal(read[name], tensor)
 
+    def test_weights_that_were_read_and_their_file_have_nothing_more_to_do_with_each_other(self, run):
+        run.write_weights("w.safetensors", {"a": torch.ones(3)})
+        changed, kept = (run.read_weights("w.safetensors")["a"] for _ in range(2))
+        changed.zero_()
+        assert run.read_weights("w.safetensors")["a"].tolist() == kept.tolist() == [1, 1, 1]
+        run.write_weights("w.safetensors", {"a": torch.full((3,), 2.0)})
+        assert (changed.tolist(), kept.tolist()) == ([0, 0, 0], [1, 1, 1])
+        run.delete("w.safetensors")
+        assert kept.tolist() == [1, 1, 1]
+
     def test_an_optimizer_s_state_comes_back_from_a_checkpoint(self, run):
         parameter = torch.nn.Parameter(torch.ones(2))
         optimizer = torch.optim.Adam([parameter])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raysubset.aggregation import Aggregate, Minimum, dare, savgm, ties, uniform_soup
 from raysubset.training import Weights
-from tests.test_aggregation import Loads, minimum, networks
+from tests.test_aggregation import minimum, networks
 from tests.tiny import cnn, same_bits, weights
 
 START = torch.tensor([10.0, 10.0, 10.0, 10.0])
@@ -153,22 +153,6 @@ def test_half_precision_is_accumulated_in_float32_and_returned_as_it_was(name):
     exact = METHODS[name]([minimum(i, own) for i, own in enumerate(wide[:3])], wide[3]).weights
     for key, value in made.items():
         assert same_bits(value, exact[key].to(models[0][key].dtype)), key
-
-
-@pytest.mark.parametrize(("name", "num_reads"), [("ties", 2), ("dare", 1), ("savgm", 1)])
-def test_members_are_loaded_one_after_the_other(name, num_reads):
-    loads, num = Loads(), 20
-    minima = [minimum(i, {}, load=loads) for i in range(num)]
-    start = {"w": torch.zeros(3)}
-    options = {"parameter_names": {"w"}}
-    if name == "ties":
-        ties(minima, start, density=1.0, scale=1.0, **options)
-    elif name == "dare":
-        dare(minima, start, drop=0.5, scale=1.0, seed=0, **options)
-    else:
-        savgm([with_part(one, start) for one in minima], fraction=0.5, **options)
-    assert loads.num == num_reads * num
-    assert loads.most <= 2
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -8,7 +8,7 @@ from typing import Any
 from raysubset.aggregation.methods import Made, candidates_of_auto, make
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.scorer import Scorer
-from raysubset.aggregation.soups import barrier, by_validation_loss, uniform_soup
+from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
 from raysubset.aggregation.steps import outer_step
 from raysubset.aggregation.streaming import shares_start
 from raysubset.config import AggregationConfig, Config
@@ -41,7 +41,7 @@ class Aggregation:
     aggregate: Aggregate
     training: Metrics | None  # of the aggregate on the calibration sample of the training set, where it is measured
     validation: Metrics  # of the aggregate, as all below
-    uniform_mean: Metrics  # of the plain mean of all members, whatever the method
+    uniform_mean: Metrics  # of the plain mean of all members, whatever the method: NaN where one holds NaN or infinity
     ensemble: Metrics
     best_member: Metrics
     mean_member_loss: float
@@ -102,7 +102,7 @@ def aggregate(
     measured[made.aggregate.method] = made.validation
     mean = made.validation if len(minima) == 1 else measured.get("uniform_soup")
     if mean is None:
-        mean = scorer.score(uniform_soup(minima, allow_independent=True).weights)
+        mean = scorer.score(plain_mean(minima, [1.0] * len(minima)))  # of NaN where a member holds some
     return Aggregation(
         aggregate=made.aggregate,
         training=scorer.training(made.aggregate.weights),

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from raysubset.aggregation.records import Aggregate, Minimum
-from raysubset.aggregation.streaming import RunningMean, check_start, load_members, load_statistics, widened
+from raysubset.aggregation.streaming import (
+    RunningMean,
+    blocks,
+    check_start,
+    load_members,
+    load_statistics,
+    refuse_not_finite,
+    wide,
+)
 from raysubset.training import Weights
 
 FISHER_FLOOR = 1e-6  # Matena and Raffel's number; here of a member's mean, our choice
@@ -21,8 +29,8 @@ def fisher_merge(
     Of quadratic losses with diagonal curvatures F_i it is the minimum of their sum, where `normalised` is False. Our
     choices: members count by their subsets' sizes, as in a sum over all examples; normalising divides a member's
     Fisher by its mean over all parameters, so that one that has fitted its subset is not outvoted. What has no Fisher
-    is averaged, integer buffers are the first member's. Members are streamed: three copies of the weights, and one
-    member with its Fisher, are held.
+    is averaged, integer buffers are the first member's. Members are streamed: two copies of the weights, and one member
+    with its Fisher, are held.
 
     Args:
         floor: the least F_i, positive. It decides where no member's loss depends on a parameter.
@@ -33,21 +41,32 @@ def fisher_merge(
     if not floor > 0:
         raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
     shared = check_start("fisher", minima, allow_independent=allow_independent)
-    mean, merged, totals = RunningMean(), Weights(), Weights()
-    for minimum, weights in load_members(minima):
+    rest, sums, totals = RunningMean(), Weights(), Weights()
+    dtypes: dict[str, torch.dtype] = {}
+    for minimum, weights in load_members(minima, checked=False):
         fisher = load_statistics(minimum, "fisher")
         _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
-        mean.add(weights, minimum.num_examples)
-        scale = _mean_element(fisher) if normalised else 1.0
+        dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
+        rest.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
+        scale = (_mean_element(fisher) if normalised else 0.0) or 1.0
         for key, diagonal in fisher.items():
-            value = widened(weights[key])
-            weight = diagonal.to(value.dtype).div(scale or 1.0).clamp_min_(floor).mul_(minimum.num_examples)
-            if key in merged:
-                totals[key] += weight
-                merged[key].lerp_(value, weight.div_(totals[key]))
-            else:
-                merged[key], totals[key] = value, weight
-    return _aggregate("fisher", minima, mean.weights(), merged, shared)
+            if key not in sums:
+                sums[key] = torch.zeros(diagonal.shape, dtype=wide(dtypes[key]))
+                totals[key] = torch.zeros_like(sums[key])
+            _add_weighted(
+                sums[key], totals[key], weights[key], diagonal, floor=floor * scale, factor=minimum.num_examples / scale
+            )
+    merged = rest.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
+    refuse_not_finite(merged, minima)
+    return _aggregate("fisher", minima, {key: merged[key] for key in dtypes}, shared)
+
+
+def _add_weighted(sums: Tensor, totals: Tensor, value: Tensor, fisher: Tensor, *, floor: float, factor: float) -> None:
+    """Add the value to the sums, in place, and its weight to the totals: factor times the Fisher, or the floor."""
+    for sum_, total, part, curvature in blocks(sums, totals, value, fisher):
+        weight = curvature.to(total.dtype).clamp_min(floor)
+        total.add_(weight, alpha=factor)
+        sum_.addcmul_(weight, part.to(total.dtype), value=factor)
 
 
 def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool = False) -> Aggregate:
@@ -72,22 +91,24 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
         own = load_statistics(minimum, "gram")
         _refuse_other_keys(minimum, "gram", own, grams or own)
         for layer, matrices in own.items():
-            gram = matrices.double() * minimum.num_examples
-            gram = factor * gram + (1 - factor) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+            gram = matrices.to(torch.float64, copy=True).mul_(minimum.num_examples)
+            diagonal = gram.diagonal(dim1=1, dim2=2)
+            squares = diagonal.clone()
+            gram.mul_(factor)
+            diagonal.copy_(squares)
             product = gram @ _matrix(weights, layer, matrices)
-            grams[layer] = grams[layer] + gram if layer in grams else gram
-            products[layer] = products[layer] + product if layer in products else product
-    averaged, merged = mean.weights(), Weights()
+            grams[layer] = grams[layer].add_(gram) if layer in grams else gram
+            products[layer] = products[layer].add_(product) if layer in products else product
+    merged = mean.weights()
     for layer, gram in grams.items():
-        middle = _matrix(averaged, layer, gram)
+        middle = _matrix(merged, layer, gram)
         solved = middle + _solve(gram, products[layer] - gram @ middle)
-        merged |= _parts(solved, averaged, layer)
-    return _aggregate("regmean", minima, averaged, merged, shared)
+        merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solved, merged, layer).items()}
+    return _aggregate("regmean", minima, merged, shared)
 
 
-def _aggregate(method: str, minima: Sequence[Minimum], mean: Weights, merged: Weights, shared: bool) -> Aggregate:
-    """The mean with what was merged in its place; members' coefficients are those of the mean."""
-    weights = mean | {key: value.to(mean[key].dtype) for key, value in merged.items()}
+def _aggregate(method: str, minima: Sequence[Minimum], weights: Weights, shared: bool) -> Aggregate:
+    """Members' coefficients are their subsets' shares of the examples: those of what is averaged."""
     num_examples = sum(minimum.num_examples for minimum in minima)
     shares = tuple(minimum.num_examples / num_examples for minimum in minima)
     return Aggregate(method, weights, tuple(minimum.subset_id for minimum in minima), shares, shared)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from raysubset.aggregation.records import Aggregate, Minimum, Score
-from raysubset.aggregation.streaming import CURE, RunningMean, check_start, first_not_finite, load_member, shares_start
-from raysubset.training import Metrics, mean_prediction
+from raysubset.aggregation.streaming import CURE, RunningMean, check_start, load_member, refuse_not_finite, shares_start
+from raysubset.training import Metrics, Weights, mean_prediction
 
 
 def select_best(minima: Sequence[Minimum]) -> Aggregate:
@@ -104,16 +104,23 @@ def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:
     return mean.loss - sum(m.validation.loss for m in minima) / len(minima)
 
 
+def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> Weights:
+    """Of members as they are, whatever their starts: NaN and infinity stay in it.
+
+    Raises:
+        ValueError: if the minima differ in keys or shapes.
+    """
+    mean = RunningMean()
+    for minimum, coefficient in zip(minima, coefficients, strict=True):
+        mean.add(minimum.load_weights(), coefficient)
+    return mean.weights()
+
+
 def _mean(
     method: str, minima: Sequence[Minimum], coefficients: Sequence[float], *, allow_independent: bool
 ) -> Aggregate:
     shared = check_start(method, minima, allow_independent=allow_independent)
-    soup = RunningMean()
-    for minimum, coefficient in zip(minima, coefficients, strict=True):
-        soup.add(minimum.load_weights(), coefficient)
-    weights = soup.weights()
-    if first_not_finite(weights):  # looked for once, as NaN and infinity stay in a mean; reading again tells whose
-        for minimum in minima:
-            load_member(minimum)
+    weights = plain_mean(minima, coefficients)
+    refuse_not_finite(weights, minima)
     shares = tuple(c / sum(coefficients) for c in coefficients)
     return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared)

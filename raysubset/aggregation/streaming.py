@@ -9,6 +9,7 @@ from torch import Tensor
 from raysubset.aggregation.records import Minimum
 from raysubset.training import Weights
 
+BLOCK = 2**17  # elements: half a MiB of float32, so that what is computed of them stays in a core's cache
 CURE = "lower minimize.learning_rate, or use aggregation.method=select_best"
 
 
@@ -82,18 +83,28 @@ def load_member(minimum: Minimum) -> Weights:
     return weights
 
 
-def load_members(minima: Sequence[Minimum]) -> Iterator[tuple[Minimum, Weights]]:
+def load_members(minima: Sequence[Minimum], *, checked: bool = True) -> Iterator[tuple[Minimum, Weights]]:
     """Each with its weights, one after the other.
+
+    Args:
+        checked: False where refuse_not_finite() will do for them all.
 
     Raises:
         ValueError: as load_member(), and if the weights differ in keys or shapes from the first member's.
     """
     form: Weights = {}
     for minimum in minima:
-        weights = load_member(minimum)
+        weights = load_member(minimum) if checked else minimum.load_weights()
         form = form or {key: value.to("meta") for key, value in weights.items()}
         refuse_other_architecture(form, weights)
         yield minimum, weights
+
+
+def refuse_not_finite(mean: Weights, minima: Sequence[Minimum]) -> None:
+    """load_member()'s error, for members of a mean, where NaN and infinity stay: if it holds some they are read."""
+    if first_not_finite(mean):
+        for minimum in minima:
+            load_member(minimum)
 
 
 def load_statistics(minimum: Minimum, kind: str) -> Weights:
@@ -121,10 +132,23 @@ def first_not_finite(tensors: Weights) -> str | None:
     return None
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What to accumulate in: float32 for half precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def widened(value: Tensor) -> Tensor:
-    """A copy to accumulate in: half precision as float32."""
-    half = value.dtype in (torch.float16, torch.bfloat16)
-    return value.to(torch.float32 if half else value.dtype, copy=True)
+    """A copy to accumulate in."""
+    return value.to(wide(value.dtype), copy=True)
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The elements of tensors of one shape side by side, BLOCK at a time, flat; views, of those that are contiguous.
+
+    Several operations on a block read memory once; on whole tensors each reads it anew, and a new large tensor costs
+    more than the arithmetic does, in page faults: five times a copy into one that is there (torch 2.15, Linux).
+    """
+    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def refuse_other_architecture(one: Weights, other: Weights) -> None:

@@ -1,5 +1,6 @@
 """Arithmetic on differences of weights: from the common start (TIES, DARE), or from minima on a part of each subset."""
 
+import functools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -8,11 +9,14 @@ from torch import Tensor
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
     RunningMean,
+    blocks,
     check_start,
     first_not_finite,
     load_members,
     load_statistics,
+    refuse_not_finite,
     refuse_other_architecture,
+    wide,
     widened,
 )
 from raysubset.config import derive_seed
@@ -30,7 +34,8 @@ def ties(
     the majority of elements).
 
     Buffers are averaged, so batch-norm statistics are to be recomputed; integer buffers are the first member's. Members
-    are read twice, for the signs and for the means, so that memory does not grow with their number.
+    are streamed, twice, for the signs and for the means: four copies of the parameters, the result among them, and one
+    member are held.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -42,19 +47,26 @@ def ties(
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("ties", minima)
-    sums = torch.zeros(0)
-    for _, vector, _ in _task_vectors(minima, start, parameter_names):
-        trimmed = _trim(vector, density)
-        sums = sums.add_(trimmed) if len(sums) else trimmed
-    signs = sums.sign_()
-    totals, counts, buffers = torch.zeros_like(signs), torch.zeros_like(signs), RunningMean()
-    for _, vector, others in _task_vectors(minima, start, parameter_names):
-        buffers.add(others)
-        trimmed = _trim(vector, density)
-        agrees = trimmed.sign().eq_(signs).mul_(signs.abs())
-        totals.addcmul_(trimmed, agrees)
-        counts.add_(agrees)
-    return _moved("ties", minima, start, totals.div_(counts.clamp_min_(1.0)), scale, buffers, parameter_names)
+    names = sorted(parameter_names)
+    signs, magnitudes, thresholds, buffers = torch.zeros(0), torch.zeros(0), [], RunningMean()
+    for _, weights in _load_moved(minima, start):
+        if not thresholds:
+            signs, magnitudes = _zeros(start, names), _zeros(start, names)
+        buffers.add(_without(parameter_names, weights))
+        for place, difference in _differences(weights, start, names):
+            magnitudes[place].copy_(difference.abs_())
+        thresholds.append(_least_kept(magnitudes, density))
+        for place, difference in _differences(weights, start, names):
+            signs[place].addcmul_(difference, difference.abs().ge_(thresholds[-1]))
+    signs.sign_()
+    totals, counts = magnitudes.zero_(), torch.zeros_like(signs)
+    for (_, weights), threshold in zip(_load_moved(minima, start), thresholds, strict=True):
+        for place, difference in _differences(weights, start, names):
+            agreement = difference.mul_(signs[place])  # positive where the signs are the same
+            kept = agreement.clone().ge_(threshold)
+            totals[place].addcmul_(agreement, kept)
+            counts[place].add_(kept)
+    return _moved("ties", minima, start, totals.div_(counts.clamp_min_(1.0)).mul_(signs), scale, buffers, names)
 
 
 def dare(
@@ -70,7 +82,8 @@ def dare(
 
     Each element of θ_i - θ_0 is dropped with probability `drop`, and divided by 1 - drop where it is kept, so that its
     expectation stays; the result is θ_0 plus `scale` times the mean over members (a sum in the paper, whose λ is ours
-    over N). Buffers as in ties(); members are streamed.
+    over N). Buffers as in ties(). Members are streamed: two copies of the parameters, the result among them, and one
+    member are held.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -83,15 +96,18 @@ def dare(
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("dare", minima)
-    buffers, sums = RunningMean(), torch.zeros(0)
-    for minimum, vector, others in _task_vectors(minima, start, parameter_names):
-        buffers.add(others)
-        if drop:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "dare", minimum.subset_id))
-            vector *= torch.rand(len(vector), generator=generator) >= drop
-        sums = sums.add_(vector) if len(sums) else vector
+    names = sorted(parameter_names)
+    sums, buffers = torch.zeros(0), RunningMean()
+    for minimum, weights in _load_moved(minima, start):
+        sums = sums if len(sums) else _zeros(start, names)
+        buffers.add(_without(parameter_names, weights))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "dare", minimum.subset_id))
+        for place, difference in _differences(weights, start, names):
+            if drop:
+                difference *= torch.rand(len(difference), generator=generator).ge_(drop)
+            sums[place].add_(difference)
     sums /= (1 - drop) * len(minima)
-    return _moved("dare", minima, start, sums, scale, buffers, parameter_names)
+    return _moved("dare", minima, start, sums, scale, buffers, names)
 
 
 def savgm(
@@ -104,7 +120,9 @@ def savgm(
     """(mean θ_i - r mean θ_i') / (1 - r), θ_i' the minimum on a share r of subset i (Zhang et al., JMLR 2013).
 
     Subsampled average mixture: where a minimum's bias falls as one over the number of examples, its leading term
-    cancels. Buffers are the mean's, so batch-norm statistics are to be recomputed; members are streamed.
+    cancels. It is a weighted mean, in which each θ_i' counts -r. Buffers are the members' mean, so batch-norm
+    statistics are to be recomputed. Members are streamed: one copy of the weights, and one member with its second
+    minimum, are held.
 
     Args:
         fraction: r, in (0, 1), with which the subsamples were drawn.
@@ -114,17 +132,17 @@ def savgm(
         ValueError: if a member has no subsample statistics, and as uniform_soup().
     """
     shared = check_start("savgm", minima, allow_independent=allow_independent)
-    mean, dtypes = RunningMean(), dict[str, torch.dtype]()
-    for minimum, weights in load_members(minima):
+    corrected, buffers, keys = RunningMean(), RunningMean(), list[str]()
+    for minimum, weights in load_members(minima, checked=False):
         part = load_statistics(minimum, "subsample")
         refuse_other_architecture(weights, part)
-        dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
-        corrected = dict(weights)
-        for name in parameter_names:
-            corrected[name] = widened(weights[name]).sub_(part[name], alpha=fraction).div_(1 - fraction)
-        mean.add(corrected)
-    weights = {key: value.to(dtypes[key]) for key, value in mean.weights().items()}
-    return _aggregate("savgm", minima, weights, shared)
+        keys = keys or list(weights)
+        buffers.add(_without(parameter_names, weights))
+        corrected.add({name: weights[name] for name in parameter_names})
+        corrected.add({name: part[name] for name in parameter_names}, -fraction)
+    made = corrected.weights() | buffers.weights()
+    refuse_not_finite(made, minima)
+    return _aggregate("savgm", minima, {key: made[key] for key in keys}, shared)
 
 
 def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
@@ -135,32 +153,42 @@ def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
         )
 
 
-def _task_vectors(
-    minima: Sequence[Minimum], start: Weights, parameter_names: Collection[str]
-) -> Iterator[tuple[Minimum, Tensor, Weights]]:
-    """Each member, its task vector (its own, flat, at least float32), and its buffers."""
-    names = sorted(parameter_names)
+def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
+    """load_members(), of the start's keys and shapes; the start is to be finite as well."""
     if bad := first_not_finite(start):
         raise ValueError(f"the weights that the minima started from hold NaN or infinity in {bad}")
-    origin = torch.zeros(0)
     for minimum, weights in load_members(minima):
         refuse_other_architecture(start, weights)
-        origin = origin if len(origin) else _flat(start, names)
-        vector = _flat(weights, names).sub_(origin)
-        yield minimum, vector, {key: value for key, value in weights.items() if key not in parameter_names}
+        yield minimum, weights
 
 
-def _flat(weights: Weights, names: Sequence[str]) -> Tensor:
-    return torch.cat([widened(weights[name]).flatten() for name in names])
+def _zeros(start: Weights, names: Sequence[str]) -> Tensor:
+    """A flat vector of all these parameters, at least float32."""
+    dtype = functools.reduce(torch.promote_types, (start[name].dtype for name in names), torch.float32)
+    return torch.zeros(sum(start[name].numel() for name in names), dtype=dtype)
 
 
-def _trim(vector: Tensor, density: float) -> Tensor:
-    """The vector, in place, with zeros for all but the share of largest magnitude, and what equals the least of it."""
-    num_dropped = len(vector) - max(1, round(density * len(vector)))
+def _differences(weights: Weights, start: Weights, names: Sequence[str]) -> Iterator[tuple[slice, Tensor]]:
+    """The task vector by blocks(), the caller's own: each with its place in the flat vector."""
+    first = 0
+    for name in names:
+        dtype = wide(start[name].dtype)
+        for own, origin in blocks(weights[name], start[name]):
+            yield slice(first, first + len(own)), own.to(dtype) - origin
+            first += len(own)
+
+
+def _without(names: Collection[str], weights: Weights) -> Weights:
+    return {key: value for key, value in weights.items() if key not in names}
+
+
+def _least_kept(magnitudes: Tensor, density: float) -> float:
+    """The least magnitude of the share that is kept, positive: what did not move has no sign. Reorders them."""
+    num_dropped = len(magnitudes) - max(1, round(density * len(magnitudes)))
     if num_dropped:
-        magnitudes = vector.abs()
-        vector *= magnitudes >= magnitudes.kthvalue(num_dropped + 1).values
-    return vector
+        magnitudes.numpy().partition(num_dropped)  # a third of kthvalue()'s time
+    least = float(magnitudes[num_dropped]) if num_dropped else 0.0
+    return max(least, torch.finfo(magnitudes.dtype).tiny)
 
 
 def _moved(
@@ -170,10 +198,9 @@ def _moved(
     vector: Tensor,
     scale: float,
     buffers: RunningMean,
-    parameter_names: Collection[str],
+    names: Sequence[str],
 ) -> Aggregate:
     """θ_0 plus the merged task vector."""
-    names = sorted(parameter_names)
     weights = dict(buffers.weights())
     for name, part in zip(names, vector.split([start[name].numel() for name in names]), strict=True):
         moved = widened(start[name]).add_(part.view(start[name].shape), alpha=scale)
