@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raysubset.authentication import use_own_token, use_token_of  # before Ray
+from raysubset.errors import first_line
 
 # isort: split
 import ray
@@ -153,7 +154,7 @@ def _refuse_other_cluster(address: str | None) -> None:
 
 def _no_answer(address: str, error: ConnectionError) -> ValueError:
     return ValueError(
-        f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}). Is it up, and is that the head's "
+        f"no Ray cluster answers at {address} ({first_line(error)}). Is it up, and is that the head's "
         "`ray start --port` (6379 by default), not its dashboard's?"
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 from raysubset.aggregation import candidates_of_auto
 from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet
+from raysubset.errors import first_line
 from raysubset.models import build_model, has_batch_norm, num_parameters
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fisher, fisher_cost, minimizing_bytes
@@ -98,7 +99,7 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     try:
         diagonal_fisher(model, example, config.minimize, labels="true")
     except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         if aggregation.method != "auto":
             raise ValueError(f"aggregation.method=fisher cannot be used with {config.model.name}: {cause}") from error
         return tuple(kind for kind in kinds if kind != "fisher"), [f"auto goes without fisher: {cause}"]

@@ -23,11 +23,13 @@ from raysubset.cluster import (
     refuse_unplaceable,
 )
 from raysubset.config import Config
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors.actor import Piece, Report, SubsetActor, one_line
+from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
+from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.training import Cost, Weights
 
 WAIT_S = 0.25  # at most, between two looks at everything
@@ -293,7 +295,7 @@ class ActorPool:
         except RayTaskError as error:  # its own work failed: another attempt would too
             self._release(slot)
             kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
-            text = f"{pack.label} on node {slot.ip}: {one_line(error.cause)}"
+            text = f"{pack.label} on node {slot.ip}: {one_line(error)}"
             return [_caused(kind(text), error)] * len(pack.keys)
         results = [
             ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")
