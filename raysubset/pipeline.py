@@ -252,7 +252,7 @@ class _Stages:
     def _train(
         self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
     ) -> tuple[Weights, dict[str, Any]]:
-        tuned = fine_tune(
+        return fine_tune(
             self._config,
             self._full_set_ref,
             weights,
@@ -265,7 +265,6 @@ class _Stages:
             epochs=self._plan.passes if stage == "conventional" else None,
             teachers=teachers,
         )
-        return tuned.weights, self._directory.read_json(minimum_path(stage))
 
     def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
