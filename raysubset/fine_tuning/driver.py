@@ -1,7 +1,9 @@
 """fine_tune(): the driver's side of a Ray Train job."""
 
+import _thread
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from raysubset.run_directory import RunDirectory, history_path, minimum_path, we
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Metrics, Weights
 
+LOOK_S = 1.0  # between two looks at the history that the first worker leaves
 CONTROLLER_FAILURES = 3  # Ray Train retries a group that cannot start for ever unless told otherwise
 
 
@@ -104,40 +107,83 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _telling_of_epochs(run, stage, on_event):
+    with _telling_of_epochs(run, stage, on_event), _interruptible():
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             causes = list(getattr(error, "worker_failures", {}).values()) or [error]
             own = [cause for cause in causes if isinstance(cause, ValueError)]
-            cause = (own or causes)[0]
-            text = f"{stage}: {one_line(cause)}"
+            text = f"{stage}: {one_line((own or causes)[0])}"
             raise (ValueError(text) if own else FineTuningFailed(text)) from error
 
 
 @contextlib.contextmanager
-def _telling_of_epochs(run: RunDirectory, stage: TrainingStage, on_event: OnEvent) -> Iterator[None]:
-    """While fit() blocks, a thread reads the history that the first worker leaves in storage."""
-    done = threading.Event()
-    history = run.read_json_or_none(history_path(stage)) or []
-    seen = [len(history)]
+def _interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt, during fit() and afterwards.
 
-    def tell() -> None:
-        for entry in (run.read_json_or_none(history_path(stage)) or [])[seen[0] :]:
-            seen[0] += 1
+    fit() puts a handler of its own there for good, which ends the job, and then the process as if all were done.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if callable(handler) and _on_main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _telling_of_epochs(run: RunDirectory, stage: TrainingStage, on_event: OnEvent) -> Iterator[None]:
+    """While fit() blocks, a thread reads the history that the first worker leaves in storage.
+
+    What the listener raises there, as where another driver has taken the run over, is raised here: at once on the main
+    thread, whose job is stopped, elsewhere when the job is done.
+    """
+    done, can_interrupt = threading.Event(), _on_main_thread()
+    raised: list[Exception] = []
+
+    def history() -> list[dict[str, Any]]:
+        return run.read_json_or_none(history_path(stage)) or []
+
+    def tell(entries: Sequence[dict[str, Any]]) -> None:
+        nonlocal num_told
+        for entry in entries[num_told:]:
+            num_told += 1
             validation = Metrics.from_dict(entry["validation"])
             text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
             on_event(Event("epoch", f"{text} and {validation.accuracy:.2%}", {"stage": stage, **entry}))
 
     def watch() -> None:
-        while not done.wait(1.0):
-            tell()
+        while not done.wait(LOOK_S):
+            try:
+                entries = history()
+            except OSError:  # the storage may answer the next time
+                continue
+            try:
+                tell(entries)
+            except Exception as error:
+                raised.append(error)
+                if can_interrupt and not done.is_set():
+                    _thread.interrupt_main()
+                return
 
+    num_told = len(history())
     thread = threading.Thread(target=watch, daemon=True, name="raysubset-epochs")
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if raised:
+            raise raised[0] from None
+        raise
     finally:
         done.set()
         thread.join()
-    tell()
+    if raised:
+        raise raised[0]
+    tell(history())
+
+
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

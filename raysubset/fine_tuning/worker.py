@@ -196,12 +196,12 @@ class _Worker:
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
         self._run.write_weights(weights_path(self._stage), {k: v.cpu() for k, v in self._model.state_dict().items()})
-        self._run.write_json(minimum_path(self._stage), record)
         # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
         sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
         cost = self._cost(minimized)
         work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
-        Ledger(self._run).write(work)
+        Ledger(self._run).write(work)  # before the record, without which all of this would be done again
+        self._run.write_json(minimum_path(self._stage), record)
 
     def _open_ledger(self) -> None:
         ledger = Ledger(self._run)
