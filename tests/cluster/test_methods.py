@@ -63,7 +63,8 @@ def stop_at(kind: str, text: str):
 
 
 @pytest.mark.parametrize(
-    ("method", "kinds"), [("fisher", {"fisher"}), ("regmean", {"gram"}), ("ties", set()), ("dare", set())]
+    ("method", "kinds"),
+    [("fisher", {"fisher"}), ("regmean", {"gram"}), ("ties", set()), ("dare", set()), ("select_best", set())],
 )
 def test_actors_leave_what_the_method_needs_and_the_plan_knows_what_it_costs(
     tmp_path: Path, method: str, kinds: set[str]
