@@ -19,7 +19,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysubset.config import ClusterConfig
+from raysubset.config import ActorsConfig, ClusterConfig
 
 log = logging.getLogger(__name__)
 
@@ -322,6 +322,22 @@ def num_slots(request: Mapping[str, float], *, startable: bool) -> int:
 def has_gpus() -> bool:
     """Whether any node has, or is known to be startable with, a GPU."""
     return any(t.resources.get("GPU", 0) > 0 for t in node_types())
+
+
+def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
+    """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
+
+    Where that cannot be known it is 0, and told.
+    """
+    if config.num_gpus is not None:
+        return config.num_gpus
+    if not has_gpus() and _may_start_unknown_nodes():
+        text = (
+            "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
+            "can start GPUs give --actors.num-gpus=1, or publish its node types (clusters/publish_node_types.py)"
+        )
+        tell(Event("warning", text))
+    return float(has_gpus())
 
 
 def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1) -> None:

@@ -118,10 +118,11 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "lost_passes": 0.0,
             "num_steps": 12_345,
             "device_s": 7.0,
+            "critical_path_s": 4.0,
             "num_network_bytes": 2_500_000,
             "stages": [stage_cost("subsets", 9.0, 2.25), stage_cost("fine_tuning", 3.0, 2.25)],
         },
-        "seconds": {"startup": 3.0, "wall": 20.0, "resumed": False},
+        "seconds": {"startup": 3.0, "wall": 20.0, "num_sessions": 1},
     } | changes
 
 
@@ -248,11 +249,11 @@ def test_lost_attempts_and_resuming_are_told():
         "lost_passes": 0.75,
         "stages": [stage_cost("subsets", 9.0, 2.25, num_attempts=6, num_lost=2)],
     }
-    record["seconds"] = record["seconds"] | {"resumed": True}
+    record["seconds"] = record["seconds"] | {"num_sessions": 2}
     part = one(sections(record), "Costs")
     assert row(part, "in lost attempts")[1:2] == ("0.75",)
     assert "2 of 6 attempts" in row(part, "in lost attempts")[2]
-    assert "resumed" in part.lines[0]
+    assert "resumed: wall seconds are those of its 2 sessions" in part.lines[0]
 
 
 # What this tells
