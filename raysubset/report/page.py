@@ -234,7 +234,7 @@ def _costs(record: Record) -> Section:
     rows = [
         ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
         ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
-        ("  training that led to the result", f"{trained:.2f}", f"planned: {record['planned_passes']:.2f}"),
+        ("  training that led to the result", f"{trained:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
         ("  the rest", f"{total - trained:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
     ]
     attempts = sum(row["num_attempts"] for row in cost["stages"])
