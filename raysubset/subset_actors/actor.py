@@ -152,9 +152,11 @@ class SubsetActor:
             ]
         except Exception as error:
             closed = {job.work.path for job in jobs if job.is_closed}
+            held_s = (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
                 if work.path not in closed:
-                    self._close(work, "failed", self._cost_so_far(number), error=one_line(error))
+                    cost = replace(self._cost_so_far(number), device_s=held_s)
+                    self._close(work, "failed", cost, error=one_line(error))
             raise
         finally:
             self._end(device)
@@ -287,14 +289,14 @@ class SubsetActor:
         cost: Cost,
         shared: Cost,
     ) -> dict[str, Any] | DivergedError | None:
-        """Leave a job's minimum, if it has come to one, and close its ledger entry: `shared` is of finished work."""
+        """Leave a job's minimum, if it has come to one, and close its ledger entry with its cost and what it shared."""
         piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
         if isinstance(result, DivergedError):
-            self._close(job.work, "failed", cost, error=one_line(result))
+            self._close(job.work, "failed", cost + shared, error=one_line(result))
             job.is_closed = True
             return result
         if result.outcome == "stopped":
-            self._close(job.work, "preempted" if self._preempted else "interrupted", cost)
+            self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
             job.is_closed = True
             return None
         full_set = ray.get(self._full_set_ref[0])
@@ -312,12 +314,12 @@ class SubsetActor:
             "round": piece.round,
             "attempt": job.work.attempt,
         }
+        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])  # first: without the record,
+        job.is_closed = True  # all of this would be done again
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):
             if "/checkpoint-" in path:
                 run.delete(path)
-        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])
-        job.is_closed = True
         return record
 
     def _leave_minimum(
