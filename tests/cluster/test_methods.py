@@ -64,7 +64,7 @@ def stop_at(kind: str, text: str):
 
 RECIPES = {  # with passes of their own, for the running statistics of averages of weights
     "ties": {"minimize__epochs": 2.0, "minimize__averaging__kind": "pswa", "minimize__averaging__stages": "subsets"},
-    "dare": {"minimize__averaging__kind": "swa", "minimize__averaging__stages": "subsets"},
+    "dare": {"minimize__averaging__kind": "ema", "minimize__averaging__stages": "subsets"},
 }
 
 

@@ -25,6 +25,7 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
+from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
@@ -88,12 +89,6 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
     assert report.test.accuracy > 0.8
 
 
-def test_the_number_of_actors_changes_no_bit(tmp_path: Path) -> None:
-    one = run(config(tmp_path, "one", actors__max_num=1))
-    three = run(config(tmp_path, "three", actors__max_num=3))
-    assert same_bits(aggregate(one), aggregate(three))
-
-
 LONG = {"minimize__epochs": 80.0, "subsets__num": 2}
 
 
@@ -109,6 +104,11 @@ def test_the_manifest_names_disjoint_subsets_by_row(unbroken: RunReport) -> None
     assert len(set(table["row"].to_pylist())) == 2 * 647
     rows = full_set.train.table["row"].take(table["position"])
     assert rows.to_pylist() == table["row"].to_pylist()
+
+
+def test_the_number_of_actors_changes_no_bit(tmp_path: Path, unbroken: RunReport) -> None:
+    alone = run(config(tmp_path, "alone", **LONG, actors__max_num=1))
+    assert same_bits(aggregate(unbroken), aggregate(alone))
 
 
 @pytest.mark.usefixtures("prompt_reports")
@@ -238,21 +238,26 @@ def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path
     assert conventional.passes == pytest.approx(pretrained.passes, abs=0.03)  # of 5: steps are whole
 
 
-@pytest.mark.parametrize("deadly", [True, False])
-def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, deadly: bool) -> None:
-    poisoned = {
-        "data__name": f"{__name__}:sites",
-        "model__name": f"{__name__}:{'Deadly' if deadly else 'Raising'}",
-        "subsets__scheme": "column",
-        "subsets__column": "site",
-        "minimize__epochs": 1.0,
-        "actors__max_attempts": 2,
-    }
-    with pytest.raises(RuntimeError, match=r"subset 1.*node"):
-        run(config(tmp_path, "all", **poisoned))
+POISONED = {
+    "data__name": f"{__name__}:sites",
+    "subsets__scheme": "column",
+    "subsets__column": "site",
+    "minimize__epochs": 1.0,
+    "actors__max_attempts": 2,
+}
+
+
+def test_without_a_quorum_a_subset_that_fails_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SubsetFailed, match=r"subset 1 on node .*: RuntimeError: too bright"):
+        run(config(tmp_path, "all", model__name=f"{__name__}:Raising", **POISONED))
+
+
+@pytest.mark.parametrize("model", ["Raising", "Deadly"])
+def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, model: str) -> None:
+    poisoned = config(tmp_path, "quorum", actors__quorum=2, model__name=f"{__name__}:{model}", **POISONED)
     warnings: list[str] = []
     listen: Callable[[Event], None] = lambda e: warnings.append(e.text) if e.kind == "warning" else None  # noqa: E731
-    report = run(config(tmp_path, "quorum", actors__quorum=2, **poisoned), on_event=listen)
+    report = run(poisoned, on_event=listen)
     assert report.record["stages"]["rounds"][0]["aggregation"]["subset_ids"] == [0, 2]
     assert any("going on without subset 1" in text for text in warnings)
 
