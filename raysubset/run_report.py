@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,9 +69,10 @@ class Sessions:
         self._own["startup_s"] = time.perf_counter() - self._began
 
     def heartbeat(self) -> None:
-        """Write down how long this session has been, unless that was done a moment ago."""
+        """Write down how long this session has been, unless that was done a moment ago; failing storage ends no run."""
         if time.perf_counter() - self._written_at >= self.WRITE_S:
-            self.write()
+            with suppress(OSError):  # the next heartbeat tries again
+                self.write()
 
     def write(self) -> None:
         self._written_at = time.perf_counter()

@@ -30,3 +30,22 @@ def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
     now += 4.0
     last.write()
     assert last.seconds() == {"startup": 2 + 1, "wall": 2 + Sessions.WRITE_S + 5, "num_sessions": 2}
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_no_run_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, failures = RunDirectory(str(tmp_path), "run"), [OSError("no answer")]
+
+    def write_json(path: str, record: object) -> None:
+        if failures:
+            raise failures.pop()
+        RunDirectory.write_json(directory, path, record)
+
+    monkeypatch.setattr(directory, "write_json", write_json)
+    session = Sessions(directory, began=0.0)
+    session.heartbeat()
+    assert not failures
+    assert not directory.exists(SESSIONS_PATH)
+    session.write()
+    assert directory.exists(SESSIONS_PATH)
