@@ -237,8 +237,9 @@ def test_aggregation_names_members_used_and_candidates():
 
 def test_costs_part_training_from_the_rest():
     part = one(sections(a_record()), "Costs")
-    assert row(part, "training that led to the result")[1:] == ("10.00", "planned: 10.00")  # 4 × 8 × ¼ + 2
+    assert row(part, "training that led to the result")[1:] == ("10.00", "planned: up to 10.00")  # 4 × 8 × ¼ + 2
     assert row(part, "the rest")[1] == "2.00"
+    assert row(part, "seconds on the critical path")[1] == "4.0"
     assert row(part, "bytes sent")[1] == "2.5 MB"
     assert "lost" not in text([part])
 
