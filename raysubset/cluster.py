@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raysubset.authentication import use_own_token, use_token_of  # before Ray
+from raysubset.errors import first_line
 
 # isort: split
 import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysubset.config import ClusterConfig
+from raysubset.config import ActorsConfig, ClusterConfig
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def _refuse_other_cluster(address: str | None) -> None:
 
 def _no_answer(address: str, error: ConnectionError) -> ValueError:
     return ValueError(
-        f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}). Is it up, and is that the head's "
+        f"no Ray cluster answers at {address} ({first_line(error)}). Is it up, and is that the head's "
         "`ray start --port` (6379 by default), not its dashboard's?"
     )
 
@@ -323,6 +324,22 @@ def num_slots(request: Mapping[str, float], *, startable: bool) -> int:
 def has_gpus() -> bool:
     """Whether any node has, or is known to be startable with, a GPU."""
     return any(t.resources.get("GPU", 0) > 0 for t in node_types())
+
+
+def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
+    """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
+
+    Where that cannot be known it is 0, and told.
+    """
+    if config.num_gpus is not None:
+        return config.num_gpus
+    if not has_gpus() and _may_start_unknown_nodes():
+        text = (
+            "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
+            "can start GPUs give --actors.num-gpus=1, or publish its node types (clusters/publish_node_types.py)"
+        )
+        tell(Event("warning", text))
+    return float(has_gpus())
 
 
 def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1, way_out: str = ASK_FOR_LESS) -> None:

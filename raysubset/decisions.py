@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.cluster import Event, OnEvent, has_gpus, num_slots
+from raysubset.cluster import Event, OnEvent, num_gpus_of, num_slots
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
@@ -17,7 +17,7 @@ from raysubset.subset_actors import ActorPool, Piece, packing_decision, packing_
 class Decisions:
     """decisions.json of a run directory."""
 
-    def __init__(self, config: Config, directory: RunDirectory, plan: Plan) -> None:
+    def __init__(self, config: Config, directory: RunDirectory, plan: Plan, tell: OnEvent) -> None:
         """Read back what was decided, or decide on GPUs and workers by what the cluster has or can start.
 
         Raises:
@@ -26,7 +26,7 @@ class Decisions:
         self._config, self._directory = config, directory
         self._record = directory.read_json_or_none(DECISIONS_PATH)
         if self._record is None:
-            self._record = self._first(len(plan.subsets))
+            self._record = self._first(len(plan.subsets), tell)
             self._write()
 
     @property
@@ -85,9 +85,9 @@ class Decisions:
         tell(Event("note", packing_note(decision), {"packing": decision}))
         return asked if decision["taken"] else 1
 
-    def _first(self, num_subsets: int) -> dict[str, Any]:
+    def _first(self, num_subsets: int, tell: OnEvent) -> dict[str, Any]:
         config = self._config
-        num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+        num_gpus = num_gpus_of(config.actors, tell)
         num_workers = config.fine_tuning.num_workers
         if num_workers is None:
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}

@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from raysubset.cluster import (
+    Event,
     call_on_cluster,
     connected,
     describe,
-    has_gpus,
     node_types,
+    num_gpus_of,
     num_slots,
     object_store_bytes,
     put_once,
@@ -152,7 +153,11 @@ def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, fl
     if directory.local_path and num_nodes > 1:
         text = f"{directory.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"
         yield Check("storage", None, f"{text} of them, or give a URI (s3://…, gs://…)")
-    return config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+    told: list[Event] = []
+    num_gpus = num_gpus_of(config.actors, told.append)
+    for event in told:
+        yield Check("GPUs", None, event.text)
+    return num_gpus
 
 
 def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[Check, None, int]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from raysubset.data import decode_images
+from raysubset.errors import first_line
 from raysubset.trained_model import TrainedModel, load_model
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -63,7 +64,7 @@ def _exported(model: TrainedModel, sample: torch.Tensor) -> torch.export.Exporte
     try:
         return torch.export.export(model, (sample,), dynamic_shapes=({0: torch.export.Dim("num_images", min=1)},))
     except Exception as error:  # torch.export raises what its tracer happens to meet
-        raise ValueError(f"torch.export cannot trace this network: {_first_line(error)}") from error
+        raise ValueError(f"torch.export cannot trace this network: {first_line(error)}") from error
 
 
 def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
@@ -157,7 +158,3 @@ def _read_images(paths: Sequence[str], *, side: int | None, channels: int) -> np
         return np.repeat(images, 3, axis=3)
     grey = images @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's mode L
     return np.rint(grey)[..., np.newaxis].astype(np.uint8)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

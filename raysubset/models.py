@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raysubset.config import ModelConfig, nearest
+from raysubset.errors import first_line
 from raysubset.user_functions import load_function
 
 _OWN = ("cnn", "lenet5", "mlp", "cifar_resnet")
@@ -294,7 +295,7 @@ def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[in
         with torch.no_grad():
             logits = model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{name} cannot take images of shape {list(images.shape)} [N, C, H, W]: {reason}") from error
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name} gave a {type(logits).__name__}; it should give logits [N, {num_classes}]")

@@ -9,7 +9,7 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,13 @@ from raysubset.run_directory import (
     PREDICTIONS_PATH,
     REPORT_PATH,
     RESULT_PATH,
+    Lease,
     RunDirectory,
     minimum_folder,
     minimum_path,
     weights_path,
 )
-from raysubset.run_report import RunReport, cost_record, data_record, environment
+from raysubset.run_report import RunReport, Sessions, cost_record, data_record, environment
 from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
@@ -72,7 +73,7 @@ def run(
         ValueError: the user's mistake, with the way out.
         SubsetFailed, FineTuningFailed: work that failed more often than actors.max_attempts allows.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     refuse_missing(config.tracking)
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
@@ -80,12 +81,13 @@ def run(
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
         return RunReport.from_dict(record)
-    with _begun(config, directory, full_set_ref, tell=tell, fresh=fresh) as (stages, resumed):
-        startup_s = time.perf_counter() - started
+    with _begun(config, directory, full_set_ref, began=began, tell=tell, fresh=fresh) as (stages, sessions):
+        sessions.started_up()
         if trunk is not None:
             stages.take_over_trunk(trunk)
         record = stages.run()
-        record["seconds"] = {"startup": startup_s, "wall": time.perf_counter() - started, "resumed": resumed}
+        sessions.write()
+        record["seconds"] = sessions.seconds()
         directory.write_json(RESULT_PATH, {key: record[key] for key in ("name", "test", "validation", "cost")})
         directory.write_json(REPORT_PATH, record)
         Ledger(directory).compact()
@@ -97,20 +99,26 @@ def run_trunk(
     config: Config, *, on_event: OnEvent | None = None, full_set_ref: Sequence[Any] | None = None
 ) -> RunDirectory:
     """Run the trunk alone, or go on with it, for runs that share it; resumes and raises as run() does."""
-    directory = RunDirectory(config.storage_path, config.run_name())
+    began, directory = time.perf_counter(), RunDirectory(config.storage_path, config.run_name())
     if directory.exists(minimum_path("trunk")) and not directory.differs(config.to_dict()):
         return directory
     tell: OnEvent = on_event or (lambda event: None)
-    with _begun(config, directory, full_set_ref, tell=tell) as (stages, _):
+    with _begun(config, directory, full_set_ref, began=began, tell=tell) as (stages, _):
         stages.run_trunk()
     return directory
 
 
 @contextmanager
 def _begun(
-    config: Config, directory: RunDirectory, full_set_ref: Sequence[Any] | None, *, tell: OnEvent, fresh: bool = False
-) -> "Iterator[tuple[_Stages, bool]]":
-    """The stages of a run whose directory is opened and whose lease is held; and whether the run is resumed."""
+    config: Config,
+    directory: RunDirectory,
+    full_set_ref: Sequence[Any] | None,
+    *,
+    began: float,
+    tell: OnEvent,
+    fresh: bool = False,
+) -> "Iterator[tuple[_Stages, Sessions]]":
+    """The stages of a run whose directory is opened and whose lease is held, and its sessions with this one."""
     # mistakes in the data are told before Ray is started
     full_set = load_full_set(config.data) if full_set_ref is None else get_shared(full_set_ref)
     plan = make_plan(config, full_set)
@@ -123,15 +131,24 @@ def _begun(
         tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
         if resumed:
             Ledger(directory).close_lost()
+        sessions = Sessions(directory, began=began)
+        stack.callback(_write_last, sessions, lease)
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
 
         def checked_tell(event: Event) -> None:
             if lease.lost:
                 raise RuntimeError(f"another driver has taken over {directory.uri}; this one stops")
+            sessions.heartbeat()
             tell(event)
 
-        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, checked_tell), resumed
+        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, checked_tell), sessions
+
+
+def _write_last(sessions: Sessions, lease: Lease) -> None:
+    if not lease.lost:
+        with suppress(OSError):  # must not hide why the run ends
+            sessions.write()
 
 
 def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
@@ -156,7 +173,7 @@ class _Stages:
         self._config, self._directory, self._full_set, self._plan, self._tell = config, directory, full_set, plan, tell
         self._ledger = Ledger(directory)
         self._full_set_ref = full_set_ref
-        self._decisions = Decisions(config, directory, plan)
+        self._decisions = Decisions(config, directory, plan, tell)
         num_gpus = self._decisions.aggregation_num_gpus
         self._scoring = ScoringPlace(config, full_set, full_set_ref, num_gpus=num_gpus)
         self._calibration = calibration_positions(config, full_set)
@@ -252,7 +269,7 @@ class _Stages:
     def _train(
         self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
     ) -> tuple[Weights, dict[str, Any]]:
-        tuned = fine_tune(
+        return fine_tune(
             self._config,
             self._full_set_ref,
             weights,
@@ -265,7 +282,6 @@ class _Stages:
             epochs=self._plan.passes if stage == "conventional" else None,
             teachers=teachers,
         )
-        return tuned.weights, self._directory.read_json(minimum_path(stage))
 
     def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from raysubset.aggregation import candidates_of_auto
-from raysubset.config import Config, derive_seed
+from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
+from raysubset.errors import first_line
 from raysubset.models import build_model, has_batch_norm, num_parameters
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fisher, fisher_cost, minimizing_bytes
+from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 
 CALIBRATION_EXAMPLES = 10_000  # of the training set, for batch-norm statistics and the training loss of means
 
@@ -31,7 +33,8 @@ class Plan:
     subset_ratios: tuple[float, ...]  # Q of each subset
     advice: tuple[str, ...]  # lines for the user; those that begin with "warning: " are
     statistics: tuple[str, ...]  # kinds that actors are to leave beside their minima
-    passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs
+    passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs. At most, where
+    # a recipe ends early (minimize.tolerance, target_loss) or spares weights their gradients (minimize.skipping)
     critical_path_passes: float  # likewise, if every subset had a device of its own
 
 
@@ -65,7 +68,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     passes, critical_path_passes = around + sum(worked) * epochs, around + max(worked) * epochs
     if config.method == "conventional":
         own = len(full_set.train) + len(full_set.validation) + len(full_set.test)  # the conventional run's evaluation
-        evaluation = _evaluation(config, full_set, worked, statistics, model) + Cost(num_forward=-own)
+        own += _averaging_forward(config.stage("conventional", epochs=passes), num_train, model)
+        evaluation = _evaluation(config, full_set, sizes, statistics, model) + Cost(num_forward=-own)
         equal = passes + evaluation.passes(num_train)
         passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
     return Plan(
@@ -98,7 +102,7 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     try:
         diagonal_fisher(model, example, config.minimize, labels="true")
     except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
-        cause = str(error).splitlines()[0]
+        cause = first_line(error)
         if aggregation.method != "auto":
             raise ValueError(f"aggregation.method=fisher cannot be used with {config.model.name}: {cause}") from error
         return tuple(kind for kind in kinds if kind != "fisher"), [f"auto goes without fisher: {cause}"]
@@ -118,7 +122,7 @@ def _evaluation(
     passed the calibration examples twice.
 
     Args:
-        sizes: of the subsets, each with its subsample.
+        sizes: of the subsets.
     """
     num_train, num_validation, num = len(full_set.train), len(full_set.validation), len(sizes)
     sample = min(CALIBRATION_EXAMPLES, num_train)
@@ -134,13 +138,17 @@ def _evaluation(
         aggregation += mean * ("uniform_soup" not in tried)  # which is always reported
     if config.rounds.has_outer_step():
         aggregation += refreshed + sample + num_validation
-    members = sum(sizes) + num * num_validation * (2 if method == "savgm" else 1)
+    recipe, parts = config.stage("subsets"), sizes
+    if method == "savgm":
+        parts = [*sizes, *(subsample_size(config, size) for size in sizes)]
+    members = sum(size + num_validation + _averaging_forward(recipe, size, model) for size in parts)
     forward = config.rounds.num * (members + aggregation) + len(full_set.test)
     if config.trunk.epochs:
-        forward += num_train + num_validation
+        forward += num_train + num_validation + _averaging_forward(config.stage("trunk"), num_train, model)
     if config.fine_tuning.epochs:
-        num_turns = math.ceil(config.fine_tuning.epochs / config.minimize.epoch_fraction)
-        forward += num_turns * num_validation + sample + num_validation
+        recipe = config.stage("fine_tuning")
+        forward += _num_turns(recipe) * num_validation + sample + num_validation
+        forward += _averaging_forward(recipe, num_train, model)
     total = Cost(num_forward=forward)
     for size in sizes * config.rounds.num:
         taken = min(size, config.aggregation.statistics_examples or size)
@@ -150,6 +158,19 @@ def _evaluation(
             labels, classes = config.aggregation.fisher_labels, full_set.num_classes
             total += fisher_cost(taken, classes, num_parameters(model), config.minimize, labels=labels)
     return total
+
+
+def _num_turns(recipe: MinimizeConfig) -> int:
+    """How often an epoch, or epoch_fraction of one, ends, the last part of one included."""
+    return math.ceil(recipe.epochs / recipe.epoch_fraction)
+
+
+def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Module) -> int:
+    """Examples passed forward for the running statistics of averages of weights, as Techniques.end_epoch() does."""
+    if recipe.averaging.kind == "none" or not has_batch_norm(model):
+        return 0
+    num_restarts = (_num_turns(recipe) - 1) * recipe.averaging.restarts()
+    return num_restarts * min(PASSING_EXAMPLES, num_examples) + min(BATCH_NORM_EXAMPLES, num_examples)
 
 
 def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:

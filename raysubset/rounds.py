@@ -170,8 +170,8 @@ class Rounds:
         if config.aggregation.method == "savgm":
             folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
             record["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
+        self._ledger.end(work, made.cost)  # before the record, without which all of this would be done again
         directory.write_json(aggregate_path(round), record)
-        self._ledger.end(work, made.cost)
         members = ", ".join(map(str, made.aggregate.subset_ids))
         text = (
             f"{made.aggregate.method} of subsets {members}: validation {made.validation.loss:.4f} and "

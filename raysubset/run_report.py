@@ -1,17 +1,20 @@
 """The numbers of a finished run, and how they are gathered from its ledger and records."""
 
+import math
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from raysubset.data import FullSet
-from raysubset.ledger import Work, by_stage, critical_path_passes, lost_cost, total_cost
+from raysubset.ledger import Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
+from raysubset.run_directory import SESSIONS_PATH, RunDirectory
 from raysubset.training import Metrics
 
 
@@ -47,6 +50,45 @@ class RunReport:
         )
 
 
+class Sessions:
+    """How long a run took, over all the drivers that worked on it; what was between them is not counted.
+
+    This driver's seconds are written down every WRITE_S while it works, so that little is lost if it is killed.
+    """
+
+    WRITE_S = 10.0
+
+    def __init__(self, directory: RunDirectory, *, began: float) -> None:
+        """`began` is the time.perf_counter() at which this session did."""
+        self._directory, self._began, self._written_at = directory, began, -math.inf
+        self._earlier = directory.read_json_or_none(SESSIONS_PATH) or []
+        self._own = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
+
+    def started_up(self) -> None:
+        """Say that the first stage begins."""
+        self._own["startup_s"] = time.perf_counter() - self._began
+
+    def heartbeat(self) -> None:
+        """Write down how long this session has been, unless that was done a moment ago; failing storage ends no run."""
+        if time.perf_counter() - self._written_at >= self.WRITE_S:
+            with suppress(OSError):  # the next heartbeat tries again
+                self.write()
+
+    def write(self) -> None:
+        self._written_at = time.perf_counter()
+        self._own["wall_s"] = self._written_at - self._began
+        self._directory.write_json(SESSIONS_PATH, [*self._earlier, self._own])
+
+    def seconds(self) -> dict[str, Any]:
+        """For the report: sums over the sessions, with this one as far as it was written."""
+        sessions = [*self._earlier, self._own]
+        return {
+            "startup": sum(session["startup_s"] for session in sessions),
+            "wall": sum(session["wall_s"] for session in sessions),
+            "num_sessions": len(sessions),
+        }
+
+
 def data_record(full_set: FullSet) -> dict[str, Any]:
     """What the data were."""
     return {
@@ -70,6 +112,7 @@ def cost_record(works: Sequence[Work], num_train: int) -> dict[str, Any]:
         "lost_passes": lost_cost(works).passes(num_train),
         "num_steps": total.num_steps,
         "device_s": total.device_s,
+        "critical_path_s": critical_path_s(works),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         "stages": _stage_costs(works, num_train),
     }

@@ -130,24 +130,6 @@ def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
     return sizes.tolist()
 
 
-def nested_subsets(labels: np.ndarray, sizes: Sequence[int], seed: int, *, num_classes: int) -> list[Subset]:
-    """One stratified subset of each size, in the order given, each contained in every larger one.
-
-    Those of one size equal split_into_subsets()'s for num=1.
-
-    Raises:
-        ValueError: for a size below one or beyond the training set.
-    """
-    labels = _checked_labels(labels, num_classes)
-    for size in sizes:
-        if not 1 <= size <= len(labels):
-            raise ValueError(
-                f"a nested subset of {size} is not between 1 and the training set's {len(labels)} examples"
-            )
-    (order,) = _stratified(labels, 1, max(sizes), _generator(seed, "stratified"))
-    return [_subset(i, order[:size], labels, None) for i, size in enumerate(sizes)]
-
-
 def overdetermination_ratio(num_examples: int, num_outputs: int, num_parameters: int) -> float:
     """Q = K·M/P: how many outputs are given per parameter to be found (arXiv:2410.16523)."""
     return num_examples * num_outputs / num_parameters

@@ -118,10 +118,11 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "lost_passes": 0.0,
             "num_steps": 12_345,
             "device_s": 7.0,
+            "critical_path_s": 4.0,
             "num_network_bytes": 2_500_000,
             "stages": [stage_cost("subsets", 9.0, 2.25), stage_cost("fine_tuning", 3.0, 2.25)],
         },
-        "seconds": {"startup": 3.0, "wall": 20.0, "resumed": False},
+        "seconds": {"startup": 3.0, "wall": 20.0, "num_sessions": 1},
     } | changes
 
 
@@ -236,8 +237,9 @@ def test_aggregation_names_members_used_and_candidates():
 
 def test_costs_part_training_from_the_rest():
     part = one(sections(a_record()), "Costs")
-    assert row(part, "training that led to the result")[1:] == ("10.00", "planned: 10.00")  # 4 × 8 × ¼ + 2
+    assert row(part, "training that led to the result")[1:] == ("10.00", "planned: up to 10.00")  # 4 × 8 × ¼ + 2
     assert row(part, "the rest")[1] == "2.00"
+    assert row(part, "seconds on the critical path")[1] == "4.0"
     assert row(part, "bytes sent")[1] == "2.5 MB"
     assert "lost" not in text([part])
 
@@ -248,11 +250,11 @@ def test_lost_attempts_and_resuming_are_told():
         "lost_passes": 0.75,
         "stages": [stage_cost("subsets", 9.0, 2.25, num_attempts=6, num_lost=2)],
     }
-    record["seconds"] = record["seconds"] | {"resumed": True}
+    record["seconds"] = record["seconds"] | {"num_sessions": 2}
     part = one(sections(record), "Costs")
     assert row(part, "in lost attempts")[1:2] == ("0.75",)
     assert "2 of 6 attempts" in row(part, "in lost attempts")[2]
-    assert "resumed" in part.lines[0]
+    assert "resumed: wall seconds are those of its 2 sessions" in part.lines[0]
 
 
 # What this tells

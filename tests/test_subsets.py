@@ -2,7 +2,6 @@
 
 import sys
 import time
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,6 @@ from raysubset.subsets import (
     advice,
     missing_class_warnings,
     missing_classes,
-    nested_subsets,
     overdetermination_ratio,
     resolve_cut,
     sizes_by_share,
@@ -131,27 +129,6 @@ def test_smaller_subsets_lie_within_larger_ones_of_equal_seed_and_number(scheme)
         ):
             assert len(small.indices) == size
             assert set(small.indices) <= set(large.indices)
-
-
-def test_nested_subsets_are_stratified_and_contained_in_the_next_larger():
-    labels = np.random.default_rng(0).choice(3, size=200, p=[0.6, 0.3, 0.1])
-    sizes = [200, 20, 90, 1]
-    subsets = nested_subsets(labels, sizes, 4, num_classes=3)
-    assert [len(subset.indices) for subset in subsets] == sizes
-    by_size = sorted(subsets, key=lambda subset: len(subset.indices))
-    for small, large in pairwise(by_size):
-        assert set(small.indices) <= set(large.indices)
-    for subset in subsets:
-        share = np.bincount(labels) * len(subset.indices) / 200
-        assert abs(class_counts(subset, labels, 3) - share).max() <= 1 + 1e-9
-        alone = split(labels, 4, num_classes=3, num=1, size=len(subset.indices))[0]
-        assert np.array_equal(alone.indices, subset.indices)
-
-
-@pytest.mark.parametrize("size", [0, 201])
-def test_nested_sizes_beyond_the_set_are_refused(size):
-    with pytest.raises(ValueError, match=f"a nested subset of {size} is not between 1 and the training set's 200"):
-        nested_subsets(np.zeros(200, int), [10, size], 0, num_classes=1)
 
 
 def chi_square(subsets: list[Subset], labels: np.ndarray) -> float:

@@ -14,7 +14,7 @@ class ActorsConfig:
     max_num: int | None = None
     """Most actors at a time; by default one a subset, as far as the cluster has room."""
     max_attempts: int = 4
-    """Attempts at a piece of work whose process or node died; preemptions apart."""
+    """Attempts at work whose process or node dies; at a subset, those in a row that leave no further checkpoint."""
     quorum: int | None = None
     """Go on with this many minima when other subsets have failed for good; by default every subset is needed."""
     checkpoint_epochs: float = 1.0

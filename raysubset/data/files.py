@@ -13,11 +13,12 @@ from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
 from raysubset.data.images import decode_images
-from raysubset.data.locations import locate, one_line
+from raysubset.data.locations import locate
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import from_table, needed_columns, with_scalars
+from raysubset.errors import first_line
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -163,7 +164,7 @@ def _opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
                 raise ValueError(f"{path} is empty (0 bytes)")
             yield file
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {one_line(error)}") from error
+        raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error
 
 
 def _read_image_folder(system: fs.FileSystem, root: str, files: list[str], config: DataConfig) -> Source:

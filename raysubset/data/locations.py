@@ -19,8 +19,3 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
     except (pa.ArrowInvalid, ImportError) as error:  # some schemes want a package of their own
         raise ValueError(f"data.name = {name} is no URI that pyarrow can open: {error}") from error
     return system, path.rstrip("/")
-
-
-def one_line(error: Exception) -> str:
-    """What an error of pyarrow's says first."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from raysubset.config import DataConfig
 from raysubset.data.image_columns import images_of
-from raysubset.data.locations import locate, one_line
+from raysubset.data.locations import locate
+from raysubset.errors import first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class RowGroups:
                     table = parquet.read_row_group(number, columns=[self.config.image_column])
                     table.validate(full=True)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-                    cause = f"perhaps it is damaged, or not to be seen from every node: {one_line(error)}"
+                    cause = f"perhaps it is damaged, or not to be seen from every node: {first_line(error)}"
                     raise ValueError(f"row group {self._describe(group)} cannot be read, {cause}") from error
                 yield table.column(self.config.image_column)
 

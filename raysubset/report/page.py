@@ -234,7 +234,7 @@ def _costs(record: Record) -> Section:
     rows = [
         ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
         ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
-        ("  training that led to the result", f"{trained:.2f}", f"planned: {record['planned_passes']:.2f}"),
+        ("  training that led to the result", f"{trained:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
         ("  the rest", f"{total - trained:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
     ]
     attempts = sum(row["num_attempts"] for row in cost["stages"])
@@ -245,12 +245,14 @@ def _costs(record: Record) -> Section:
     rows += [
         ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
         ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
+        ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
         ("bytes sent", _bytes(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
         ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
     lines = ()
-    if seconds["resumed"]:
-        lines = ("This run was resumed: wall seconds are of its last session alone, those of stages count the pause.",)
+    if seconds["num_sessions"] > 1:
+        told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
+        lines = (f"This run was resumed: {told}",)
     return Section("Costs", ("", "amount", ""), tuple(rows), lines, "costs")
 
 

@@ -144,8 +144,9 @@ def _facts(run: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
     environment: dict[str, Any] = record.get("environment") or run.read_json_or_none(ENVIRONMENT_PATH) or {}
     if "started_at" in environment:
         yield "begun", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(environment["started_at"]))
-    if wall := (record.get("seconds") or {}).get("wall"):
-        yield "took", f"{wall:.1f} s{' in its last session' if record['seconds'].get('resumed') else ''}"
+    if wall := (seconds := record.get("seconds") or {}).get("wall"):
+        sessions = f" in {num} sessions" if (num := seconds.get("num_sessions", 1)) > 1 else ""
+        yield "took", f"{wall:.1f} s{' in its last session' if seconds.get('resumed') else sessions}"
     if packages := environment.get("packages"):
         versions = [f"{name} {version}" for name, version in packages.items() if version]
         commit = f"; commit {environment['commit']}" if environment.get("commit") else ""

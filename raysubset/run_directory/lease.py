@@ -110,6 +110,9 @@ class Lease:
     def _refuse(self, holder: Mapping[str, Any]) -> NoReturn:
         since = datetime.fromtimestamp(holder["since"]).astimezone().isoformat(" ", "seconds")
         by = f"process {holder['pid']} on {holder['host']} since {since}"
+        if holder["process_space"] != self._record["process_space"]:  # only its renewals tell
+            ends_in_s = max(0.0, DEAD_AFTER_S - (self._clock() - holder["renewed_at"]))
+            by += f" (if that has died, its lease ends in {ends_in_s:.0f} s)"
         raise ValueError(f"{self._run.uri} is being written by {by}; wait for it, or choose another --name")
 
 

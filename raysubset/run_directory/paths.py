@@ -7,6 +7,7 @@ CONFIG_PATH = "config.json"
 ENVIRONMENT_PATH = "environment.json"
 LEASE_PATH = "lease.json"
 DECISIONS_PATH = "decisions.json"  # what was measured or counted once and holds for the rest of the run
+SESSIONS_PATH = "sessions.json"  # of a run: when each began and how long it took
 RESULT_PATH = "result.json"
 REPORT_PATH = "report.json"
 SWEEP_PATH = "sweep.json"

@@ -6,28 +6,27 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
-from raysubset.config import Config, TrainingStage, derive_seed
+from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
 from raysubset.models import build_model
 from raysubset.run_directory import (
     RunDirectory,
     checkpoint_path,
-    minimum_folder,
     minimum_path,
     optimizer_path,
     outputs_path,
     statistics_path,
-    subsample_folder,
     weights_path,
 )
+from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.training import (
     Cost,
     DivergedError,
@@ -47,54 +46,6 @@ from raysubset.training import (
     try_packing,
     use_device,
 )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One minimization: on a subset, or on the full set by a single actor (a trunk, a conventional run)."""
-
-    stage: TrainingStage
-    subset_id: int | None = None
-    round: int = 0
-    indices: np.ndarray | None = field(
-        default=None, repr=False, compare=False
-    )  # int64, of the training split; None: all
-    epochs: float | None = None  # instead of the recipe's
-    schedule_span: tuple[float, float] = (0.0, 1.0)
-    start_id: str = "initial"
-    optimizer_path: str | None = None  # the optimizer state to go on with
-    node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
-    statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
-    measures_training: bool = True  # whether its loss on its own examples, for the report, is worth a forward pass
-    is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
-
-    @property
-    def ledger_stage(self) -> Stage:
-        return "subsamples" if self.is_subsample else self.stage
-
-    @property
-    def folder(self) -> str:
-        """Where it leaves its minimum."""
-        if self.is_subsample:
-            assert self.subset_id is not None
-            return subsample_folder(self.round, self.subset_id)
-        return self.stage if self.subset_id is None else minimum_folder(self.round, self.subset_id)
-
-    @property
-    def label(self) -> str:
-        part = "a part of " if self.is_subsample else ""
-        return self.stage if self.subset_id is None else f"{part}subset {self.subset_id}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an actor says of its work while it does it."""
-
-    epoch: float
-    num_epochs: float
-    loss: float  # of the last whole epoch
-    examples_per_s: float
-    cost: Cost
 
 
 @dataclass
@@ -144,7 +95,7 @@ class SubsetActor:
 
     def report(self) -> dict[int, Report]:
         """How far the pieces in hand are, by their place in the pack; those before their first step are left out."""
-        return {number: _report(progress) for number, progress in self._progress.items() if progress.step}
+        return {number: Report.of(progress) for number, progress in self._progress.items() if progress.step}
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""
@@ -201,9 +152,11 @@ class SubsetActor:
             ]
         except Exception as error:
             closed = {job.work.path for job in jobs if job.is_closed}
+            held_s = (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
                 if work.path not in closed:
-                    self._close(work, "failed", self._cost_so_far(number), error=one_line(error))
+                    cost = replace(self._cost_so_far(number), device_s=held_s)
+                    self._close(work, "failed", cost, error=one_line(error))
             raise
         finally:
             self._end(device)
@@ -336,14 +289,14 @@ class SubsetActor:
         cost: Cost,
         shared: Cost,
     ) -> dict[str, Any] | DivergedError | None:
-        """Leave a job's minimum, if it has come to one, and close its ledger entry: `shared` is of finished work."""
+        """Leave a job's minimum, if it has come to one, and close its ledger entry with its cost and what it shared."""
         piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
         if isinstance(result, DivergedError):
-            self._close(job.work, "failed", cost, error=one_line(result))
+            self._close(job.work, "failed", cost + shared, error=one_line(result))
             job.is_closed = True
             return result
         if result.outcome == "stopped":
-            self._close(job.work, "preempted" if self._preempted else "interrupted", cost)
+            self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
             job.is_closed = True
             return None
         full_set = ray.get(self._full_set_ref[0])
@@ -361,12 +314,12 @@ class SubsetActor:
             "round": piece.round,
             "attempt": job.work.attempt,
         }
+        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])  # first: without the record,
+        job.is_closed = True  # all of this would be done again
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):
             if "/checkpoint-" in path:
                 run.delete(path)
-        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])
-        job.is_closed = True
         return record
 
     def _leave_minimum(
@@ -419,15 +372,3 @@ def _held(examples: Examples | StreamedExamples) -> Examples:
     """A subset's examples, which are in memory: only full-set stages stream."""
     assert isinstance(examples, Examples)
     return examples
-
-
-def _report(progress: Progress) -> Report:
-    per_s = progress.cost.num_forward / max(progress.cost.device_s, 1e-9)
-    num_epochs = progress.num_steps / progress.num_steps_per_epoch
-    return Report(progress.epoch, num_epochs, progress.loss, per_s, progress.cost)
-
-
-def one_line(error: BaseException) -> str:
-    """One line: the kind of error and what it says first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

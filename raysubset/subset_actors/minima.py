@@ -14,8 +14,8 @@ from raysubset.run_directory import (
     subsample_folder,
     weights_path,
 )
-from raysubset.subset_actors.actor import Piece
 from raysubset.subset_actors.packs import Pack, in_packs
+from raysubset.subset_actors.pieces import Piece
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
 

@@ -6,8 +6,8 @@ from typing import Any
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.models import build_model
-from raysubset.subset_actors.actor import Piece
 from raysubset.subset_actors.packs import in_packs
+from raysubset.subset_actors.pieces import Piece
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import PAYS, why_not_packed
 
@@ -36,7 +36,7 @@ def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces:
     if (refused := trial.pop("refused", None)) is not None:
         return {"per_actor": asked, "taken": False, "reason": refused, **trial}
     kept = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}
-    return {"per_actor": asked, "taken": trial["ratio"] < PAYS, **kept}
+    return {"per_actor": asked, "taken": trial["pays"], **kept}
 
 
 def packing_note(decision: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raysubset.data import even_sizes
 from raysubset.ledger import Stage
-from raysubset.subset_actors.actor import Piece
+from raysubset.subset_actors.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ class Backlog:
     def put_back(self, pack: Pack, *, in_s: float = 0.0) -> None:
         self._due.append((time.monotonic() + in_s, pack))
 
-    def count_lost(self, pack: Pack) -> int:
-        """How often the pieces have been lost now, the most of them."""
+    def count_lost(self, pack: Pack, *, got_further: bool = False) -> int:
+        """How often in a row the pieces have been lost now, the most of them; one that got further counts anew, from 0.
+
+        As a piece gets further only so often, one that always dies is given up in the end.
+        """
         for piece in pack.pieces:
-            self._num_lost[piece] = self._num_lost.get(piece, 0) + 1
+            self._num_lost[piece] = 0 if got_further else self._num_lost.get(piece, 0) + 1
         return max(self._num_lost[piece] for piece in pack.pieces)

@@ -1,11 +1,13 @@
 """ActorPool: keeps actors in work, however the cluster grows or shrinks, and gives lost work to others."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import ray
+import torch
 from ray.exceptions import RayTaskError
 
 from raysubset.cluster import (
@@ -23,17 +25,20 @@ from raysubset.cluster import (
     refuse_unplaceable,
 )
 from raysubset.config import Config
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
-from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors.actor import Piece, Report, SubsetActor, one_line
+from raysubset.run_directory import RunDirectory, minimum_path
+from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
+from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.training import Cost, Weights
 
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before a lost piece is tried again: doubled with each attempt
 STOP_GRACE_S = 5.0  # for actors to write a checkpoint when the run is stopped
+PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of work that failed: storage and devices may do better elsewhere
 
 
 Result = dict[str, Any] | Exception | None  # a record; why it failed for good; None: it is to be done again
@@ -49,6 +54,7 @@ class _Slot:
 
     actor: Any
     where_ref: ray.ObjectRef
+    made_at: float
     place: int | None  # which of the preferred nodes it was asked for on
     where: Mapping[str, Any] | None = None  # None: not placed yet
     speed: float | None = None  # of its node, where it is known and matters
@@ -70,11 +76,12 @@ class ActorPool:
     """Actors that take pieces of work as they come free.
 
     One actor is asked for a piece, up to actors.max_num; Ray places as many as fit now and the rest as room appears, so
-    pieces start on the first free slot however the cluster grows or shrinks. When a process or node dies the piece is
-    given to another actor, up to actors.max_attempts times. From nodes that are being drained, pieces move with a
-    checkpoint, which counts as no attempt. Pieces may come in packs, which an actor does at once: they are lost and
-    tried again together, while each ends on its own. Left with an exception, the pool lets its actors write a
-    checkpoint first. If the driver dies its actors end with it, and the next driver goes on from their checkpoints.
+    pieces start on the first free slot however the cluster grows or shrinks. When a process or node dies, or storage
+    or GPU fail it, the piece is given to another actor, unless its minimum was left already: up to actors.max_attempts
+    times in a row that leave no further checkpoint. From nodes that are being drained, pieces move with a checkpoint,
+    which counts as no attempt. Pieces may come in packs, which an actor does at once: they are lost and tried again
+    together, while each ends on its own. Left with an exception, the pool lets its actors write a checkpoint first. If
+    the driver dies its actors end with it, and the next driver goes on from their checkpoints.
     """
 
     def __init__(
@@ -116,7 +123,8 @@ class ActorPool:
         }
         self._ledger = Ledger(run)
         self._slots: list[_Slot] = []
-        self._num_failed_starts = 0  # since an actor last came up
+        self._num_failed_starts = 0  # since an actor last came up; of actors asked for together one counts
+        self._start_after = -math.inf
         self._idle_since = self._noticed_at = time.monotonic()
         self._looked_for_drains_at = 0.0
 
@@ -125,12 +133,14 @@ class ActorPool:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         busy = [slot for slot in self._slots if slot.result_ref is not None]
-        if kind is not None and busy:
-            for slot in busy:
-                slot.actor.request_stop.remote()
-            ray.wait([slot.result_ref for slot in busy], num_returns=len(busy), timeout=STOP_GRACE_S)
-        for slot in list(self._slots):
-            self._release(slot)
+        try:
+            if kind is not None and busy:
+                for slot in busy:
+                    slot.actor.request_stop.remote()
+                ray.wait([slot.result_ref for slot in busy], num_returns=len(busy), timeout=STOP_GRACE_S)
+        finally:  # also when a second Ctrl-C cuts the grace short
+            for slot in list(self._slots):
+                self._release(slot)
 
     def run(
         self,
@@ -209,13 +219,13 @@ class ActorPool:
         """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first."""
         wanted = sum(1 for slot in self._slots if slot.pack) + num_queued
         wanted = min(wanted, self._config.actors.max_num or wanted)
-        while len(self._slots) < wanted:
+        while len(self._slots) < wanted and time.monotonic() >= self._start_after:
             taken = {slot.place for slot in self._slots}
             place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
             strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
             actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
             actor = actor_class.remote(self._config, self._full_set_ref, self._run, self._num_gpus)
-            self._slots.append(_Slot(actor, actor.where.remote(), place))
+            self._slots.append(_Slot(actor, actor.where.remote(), time.monotonic(), place))
         if release and len(self._slots) > wanted:
             idle = sorted((s for s in self._slots if not s.pack), key=lambda slot: slot.where is not None)
             for slot in idle[: len(self._slots) - wanted]:
@@ -256,9 +266,12 @@ class ActorPool:
             self._warn_of_memory(where)
         except SYSTEM_ERRORS as error:
             self._release(slot)
-            self._num_failed_starts += 1
+            if slot.made_at >= self._start_after:
+                self._start_after = time.monotonic() + _backoff_s(self._num_failed_starts)
+                self._num_failed_starts += 1
             if self._num_failed_starts >= self._config.actors.max_attempts:
-                raise SubsetFailed(f"actors do not come up: {one_line(error)}") from error
+                cause = str(error).strip().splitlines()[-1]  # Ray's own words come first
+                raise SubsetFailed(f"actors do not come up: {cause}") from error
 
     def _warn_of_memory(self, where: Mapping[str, Any]) -> None:
         """Say once a node if the actors that may share one of its cards are not likely to fit."""
@@ -279,22 +292,14 @@ class ActorPool:
         try:
             results: list[Result] = ray.get(result_ref)
         except SYSTEM_ERRORS as error:
-            self._write_lost(slot, error)
-            self._release(slot)
-            num_lost, most = backlog.count_lost(pack), self._config.actors.max_attempts
-            if num_lost >= most:
-                text = f"{pack.label} was lost {num_lost} times, last on node {slot.ip}: {one_line(error)}"
-                return [_caused(SubsetFailed(text), error)] * len(pack.keys)
-            wait_s = min(FIRST_BACKOFF_S * 2 ** (num_lost - 1), MOST_BACKOFF_S)
-            backlog.put_back(pack, in_s=wait_s)
-            text = f"{pack.label} was lost on node {slot.ip} ({one_line(error)}); attempt {num_lost + 1} of {most}"
-            self._tell("retry", f"{text} starts from its last checkpoint in {wait_s:g} s", **self._data(slot))
-            return [None] * len(pack.keys)
-        except RayTaskError as error:  # its own work failed: another attempt would too
-            self._release(slot)
+            return self._put_back_lost(slot, backlog, error)
+        except RayTaskError as error:
+            if isinstance(error.cause, PLACE_ERRORS):
+                return self._put_back_lost(slot, backlog, error)
+            self._release(slot)  # its own work failed: another attempt would too
             kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
-            text = f"{pack.label} on node {slot.ip}: {one_line(error.cause)}"
-            return [_caused(kind(text), error)] * len(pack.keys)
+            failure = _caused(kind(f"{pack.label} on node {slot.ip}: {one_line(error)}"), error)
+            return [failure if record is None else record for record in self._left(pack)]
         results = [
             ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")
             if isinstance(result, Exception)
@@ -309,6 +314,36 @@ class ActorPool:
             backlog.put_back(stopped)
         slot.pack = slot.result_ref = slot.report_ref = None
         return results
+
+    def _put_back_lost(self, slot: _Slot, backlog: Backlog, error: Exception) -> list[Result]:
+        """What a pack has left although its actor was lost; the rest is put back, or has failed for good."""
+        pack = slot.pack
+        assert pack is not None
+        got_further = self._write_lost(slot, error)
+        self._release(slot)
+        records = self._left(pack)
+        if None not in records:
+            return records
+        rest = pack
+        if not pack.is_trial:
+            rest = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
+        num_lost, most = backlog.count_lost(rest, got_further=got_further), self._config.actors.max_attempts
+        if num_lost >= most:
+            text = f"{rest.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
+            failure = _caused(SubsetFailed(text), error)
+            return [failure if record is None else record for record in records]
+        wait_s = _backoff_s(num_lost - 1)
+        backlog.put_back(rest, in_s=wait_s)
+        text = f"{rest.label} was lost on node {slot.ip} ({one_line(error)})"
+        count = "" if got_further else f", {num_lost} of {most} times"
+        self._tell("retry", f"{text}{count}; it starts from its last checkpoint in {wait_s:g} s", **self._data(slot))
+        return records
+
+    def _left(self, pack: Pack) -> list[Result]:
+        """The records of the minima that an actor has left although its call failed; None where there is none."""
+        if pack.is_trial:
+            return [None]
+        return [self._run.read_json_or_none(minimum_path(piece.folder)) for piece in pack.pieces]
 
     def _leave_draining_nodes(self) -> None:
         """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""
@@ -325,17 +360,24 @@ class ActorPool:
                 slot.actor.request_stop.remote(preempted=True)
                 self._tell("retry", f"node {slot.ip} will go: {slot.pack.label} is to leave it", **self._data(slot))
 
-    def _write_lost(self, slot: _Slot, error: Exception) -> None:
-        """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do."""
+    def _write_lost(self, slot: _Slot, error: Exception) -> bool:
+        """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do.
+
+        Returns:
+            Whether it left a checkpoint, with which go an entry's costs.
+        """
         assert slot.pack is not None
+        got_further = False
         for place, (key, attempt) in enumerate(zip(slot.pack.keys, slot.attempts, strict=True)):
             begun = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
             entry = self._ledger.latest(begun)  # as it began, if it died before it could say so
-            if entry.outcome == "done":
+            if entry.outcome != "running":  # closed by the actor itself
                 continue
+            got_further |= entry.cost.num_steps > 0
             told = slot.reports[place].cost if place in slot.reports else Cost()
             cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
             self._ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
+        return got_further
 
     def _release(self, slot: _Slot) -> None:
         ray.kill(slot.actor)
@@ -400,6 +442,11 @@ class ActorPool:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
         text = f"{waiting}, with {num_queued} pieces of work not begun; {num_up} actors are up, {free}"
         self._tell("waiting", text, num_queued=num_queued, num_up=num_up)
+
+
+def _backoff_s(num_before: int) -> float:
+    """How long to wait after a failure that had so many before it."""
+    return min(FIRST_BACKOFF_S * 2 ** max(0, num_before), MOST_BACKOFF_S)
 
 
 def _caused(error: Exception, cause: Exception) -> Exception:

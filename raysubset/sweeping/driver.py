@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from raysubset.cluster import SYSTEM_ERRORS, Event, OnEvent, connected, has_gpus, num_slots, put_once
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
@@ -37,7 +38,7 @@ from raysubset.sweeping.records import (
     settings_of,
     trial_measures,
 )
-from raysubset.sweeping.trials import Task, one_line, run_trial
+from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
 
 # A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the

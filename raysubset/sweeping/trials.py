@@ -106,10 +106,3 @@ class Reports:
         if validation is not None:
             told |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
         return told
-
-
-def one_line(error: BaseException) -> str:
-    """The kind of an error and what it says first; of one that a task raised, those of its cause."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

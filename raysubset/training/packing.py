@@ -11,6 +11,7 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
+from raysubset.errors import first_line
 from raysubset.training.evaluation import summed_loss
 from raysubset.training.loop import minimize, num_steps_per_epoch
 from raysubset.training.packed import minimize_packed
@@ -41,7 +42,7 @@ class PackingTrial:
         return self.ratio < PAYS
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio}
+        return {**asdict(self), "ratio": self.ratio, "pays": self.pays}
 
 
 def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], config: MinimizeConfig) -> PackingTrial:
@@ -73,7 +74,7 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], confi
         try:
             results = minimize_packed(copy.deepcopy(list(models)), examples, recipe, seeds=seeds, on_step=watch)
         except (RuntimeError, NotImplementedError) as error:  # vmap's refusals, and memory that runs out
-            raise ValueError(str(error).strip().splitlines()[0][:200]) from error
+            raise ValueError(first_line(error)[:200]) from error
         packs.append(watch.step_s)
         for each in results:
             if not isinstance(each, Exception):

@@ -13,9 +13,20 @@ import torch
 
 from raysubset import Config, RunReport, load_model, run
 from raysubset.cluster import Event, call_on_cluster, put_once
+from raysubset.config import derive_seed
 from raysubset.data import load_full_set
+from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
-from raysubset.run_directory import RunDirectory, aggregate_weights_path, weights_path
+from raysubset.models import build_model
+from raysubset.planning import calibration_positions
+from raysubset.run_directory import (
+    RunDirectory,
+    aggregate_weights_path,
+    minimum_folder,
+    minimum_path,
+    weights_path,
+)
+from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
@@ -39,7 +50,13 @@ def same_bits(a: Weights, b: Weights) -> bool:
 def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_path: Path) -> None:
     events: list[Event] = []
     made = config(
-        tmp_path, "whole", subsets__num=5, trunk__epochs=1.0, fine_tuning__epochs=2.0, fine_tuning__num_workers=2
+        tmp_path,
+        "whole",
+        subsets__num=5,
+        trunk__epochs=1.0,
+        fine_tuning__epochs=2.0,
+        fine_tuning__num_workers=2,
+        fine_tuning__min_workers=1,  # an elastic job takes the workers there are
     )
     report = run(made, on_event=events.append)
 
@@ -73,26 +90,30 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
     assert report.test.accuracy > 0.8
 
 
-def test_the_manifest_names_disjoint_subsets_by_row(tmp_path: Path) -> None:
-    report = run(config(tmp_path, "manifest", subsets__num=3, subsets__size=100))
-    table = RunDirectory.at(report.uri).read_table("rounds/0000/subsets.parquet")
+LONG = {"minimize__epochs": 80.0, "subsets__num": 2}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> RunReport:
+    return run(config(tmp_path_factory.mktemp("runs"), "unbroken", **LONG))
+
+
+def test_the_manifest_names_disjoint_subsets_by_row(unbroken: RunReport) -> None:
+    table = RunDirectory.at(unbroken.uri).read_table("rounds/0000/subsets.parquet")
     full_set = load_full_set(Config().data)
-    assert table.group_by("subset").aggregate([([], "count_all")])["count_all"].to_pylist() == [100] * 3
-    assert len(set(table["row"].to_pylist())) == 300
+    assert table.group_by("subset").aggregate([([], "count_all")])["count_all"].to_pylist() == [647] * 2
+    assert len(set(table["row"].to_pylist())) == 2 * 647
     rows = full_set.train.table["row"].take(table["position"])
     assert rows.to_pylist() == table["row"].to_pylist()
 
 
-def test_the_number_of_actors_changes_no_bit(tmp_path: Path) -> None:
-    one = run(config(tmp_path, "one", actors__max_num=1))
-    three = run(config(tmp_path, "three", actors__max_num=3))
-    assert same_bits(aggregate(one), aggregate(three))
+def test_the_number_of_actors_changes_no_bit(tmp_path: Path, unbroken: RunReport) -> None:
+    alone = run(config(tmp_path, "alone", **LONG, actors__max_num=1))
+    assert same_bits(aggregate(unbroken), aggregate(alone))
 
 
 @pytest.mark.usefixtures("prompt_reports")
-def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path) -> None:
-    long = {"minimize__epochs": 80.0, "subsets__num": 2}
-    whole = run(config(tmp_path, "unbroken", **long))
+def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunReport) -> None:
     killed: list[int] = []
 
     def kill_once(event: Event) -> None:
@@ -104,26 +125,22 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path) -> None:
             (lost,) = (work for work in ledger.read() if work.outcome == "lost")
             ledger.write(replace(lost, outcome="running", ended_at=None))
 
-    broken = run(config(tmp_path, "broken", **long), on_event=kill_once)
+    broken = run(config(tmp_path, "broken", **LONG), on_event=kill_once)
     assert killed
-    assert same_bits(aggregate(whole), aggregate(broken))
+    assert same_bits(aggregate(unbroken), aggregate(broken))
     works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.subset == killed[0]]
     assert [(w.attempt, w.outcome) for w in works] == [(0, "lost"), (1, "done")]
     assert works[0].cost.num_forward > 0
     assert works[1].cost.num_forward < 80 * 647  # it went on from a checkpoint
     assert broken.record["cost"]["lost_passes"] > 0
-    assert broken.passes >= whole.passes
+    assert broken.passes >= unbroken.passes
 
 
 @pytest.mark.usefixtures("prompt_reports")
-def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(tmp_path: Path) -> None:
-    long = {
-        "minimize__epochs": 80.0,
-        "subsets__num": 2,
-        "actors__max_attempts": 1,
-        "actors__checkpoint_epochs": 1000.0,
-    }
-    whole = run(config(tmp_path, "unbroken", **long))
+def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
+    tmp_path: Path, unbroken: RunReport
+) -> None:
+    once = {"actors__max_attempts": 1, "actors__checkpoint_epochs": 1000.0}
     warned: list[int] = []
 
     def terminate_once(event: Event) -> None:
@@ -131,67 +148,40 @@ def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(tmp
             warned.append(event.data["subset"])
             os.kill(event.data["pid"], signal.SIGTERM)
 
-    moved = run(config(tmp_path, "moved", **long), on_event=terminate_once)
+    moved = run(config(tmp_path, "moved", **LONG, **once), on_event=terminate_once)
     assert warned
-    assert same_bits(aggregate(whole), aggregate(moved))
+    assert same_bits(aggregate(unbroken), aggregate(moved))
     works = [w for w in Ledger(RunDirectory.at(moved.uri)).read() if w.subset == warned[0]]
     assert [w.outcome for w in works] == ["preempted", "done"]
     steps = [sum(w.cost.num_steps for w in works), 80 * 11]
     assert steps[0] == steps[1]  # nothing was done twice
 
 
-def test_a_killed_train_worker_costs_time_and_no_bit(tmp_path: Path) -> None:
-    tuned = {"fine_tuning__epochs": 40.0, "fine_tuning__num_workers": 2, "minimize__epochs": 1.0}
-    whole = run(config(tmp_path, "unbroken", **tuned))
-    killed: list[float] = []
-
-    def kill_once(event: Event) -> None:
-        if event.kind == "epoch" and not killed:
-            killed.append(event.data["epoch"])
-            _kill_a_train_worker()
-
-    broken = run(config(tmp_path, "broken", **tuned), on_event=kill_once)
-    assert killed
-    works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.stage == "fine_tuning"]
-    assert [w.outcome for w in works] == ["lost", "done"]
-    directories = (RunDirectory.at(whole.uri), RunDirectory.at(broken.uri))
-    assert same_bits(*(d.read_weights(weights_path("fine_tuning")) for d in directories))
-    assert [e["epoch"] for e in broken.record["stages"]["fine_tuning"]["history"]] == list(range(1, 41))
-
-
-def _kill_a_train_worker() -> None:
-    import psutil
-
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-    assert workers
-    workers[0].kill()
-
-
-def test_two_train_workers_end_where_one_does(tmp_path: Path) -> None:
-    plain = {
-        "model__norm": "none",
-        "fine_tuning__epochs": 1.0,
-        "minimize__epochs": 1.0,
-        "minimize__learning_rate": 0.02,
-    }
-    ends = []
-    for num_workers in (1, 2):
-        report = run(config(tmp_path, f"workers-{num_workers}", fine_tuning__num_workers=num_workers, **plain))
-        ends.append(RunDirectory.at(report.uri).read_weights(weights_path("fine_tuning")))
-    for key, value in ends[0].items():
-        torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-5)
-
-
-def test_a_trunk_of_two_workers_is_a_ray_train_job(tmp_path: Path) -> None:
-    report = run(config(tmp_path, "trunk", trunk__epochs=1.0, trunk__num_workers=2, minimize__epochs=1.0))
+def test_a_trunk_of_two_train_workers_ends_where_that_of_one_does(tmp_path: Path) -> None:
+    plain = {"model__norm": "none", "minimize__epochs": 1.0, "minimize__learning_rate": 0.02, "trunk__epochs": 1.0}
+    made = config(tmp_path, "trunk", trunk__num_workers=2, subsets__num=2, **plain)
+    report = run(made)
+    directory, alone = RunDirectory.at(report.uri), RunDirectory(str(tmp_path), "alone")
     assert report.record["stages"]["trunk"]["num_workers"] == 2
-    assert {w.num_workers for w in Ledger(RunDirectory.at(report.uri)).read() if w.stage == "trunk"} == {2}
+    assert {w.num_workers for w in Ledger(directory).read() if w.stage == "trunk"} == {2}
 
-
-def test_an_elastic_job_takes_the_workers_there_are(tmp_path: Path) -> None:
-    elastic = {"fine_tuning__epochs": 1.0, "fine_tuning__num_workers": 2, "fine_tuning__min_workers": 1}
-    report = run(config(tmp_path, "elastic", minimize__epochs=1.0, **elastic))
-    assert report.record["stages"]["fine_tuning"]["num_workers"] == 2
+    full_set, seed = load_full_set(made.data), derive_seed(made.seed, "start")
+    fresh = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=seed).state_dict()
+    calibration = calibration_positions(made, full_set)
+    ends, record = fine_tune(
+        made,
+        put_once(full_set),
+        fresh,
+        alone,
+        calibration=calibration,
+        num_workers=1,
+        num_gpus=0.0,
+        on_event=lambda event: None,
+        stage="trunk",
+    )
+    assert record["num_workers"] == 1
+    for key, value in directory.read_weights(weights_path("trunk")).items():
+        torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_scoring_can_be_done_in_a_task_of_its_own() -> None:
@@ -218,17 +208,22 @@ def test_rounds_redraw_the_subsets_and_keep_the_optimizer(tmp_path: Path) -> Non
     assert records[-1]["aggregation"]["validation"]["loss"] < records[0]["aggregation"]["validation"]["loss"]
 
 
-def test_a_finished_run_is_read_back_and_a_changed_config_refused(tmp_path: Path) -> None:
-    made = config(tmp_path, "again", subsets__num=2)
-    first = run(made)
+def test_a_finished_run_is_read_back_and_a_changed_config_refused(unbroken: RunReport) -> None:
+    made = config(Path(unbroken.uri).parent, "unbroken", **LONG)
     notes: list[str] = []
-    second = run(made, on_event=lambda event: notes.append(event.text))
-    assert second.record == first.record
+    again = run(made, on_event=lambda event: notes.append(event.text))
+    assert again.record == unbroken.record
     assert "is finished" in notes[0]
-    with pytest.raises(ValueError, match=r"minimize\.epochs: 3\.0 → 4\.0.*--fresh"):
+    with pytest.raises(ValueError, match=r"minimize\.epochs: 80\.0 → 4\.0.*--fresh"):
         run(made.with_overrides({"minimize.epochs": 4.0}))
-    fresh = run(made.with_overrides({"minimize.epochs": 4.0}), fresh=True)
-    assert fresh.record["stages"]["rounds"][0]["minima"][0]["history"][-1]["epoch"] == 4
+
+
+def test_a_run_of_another_config_is_deleted_where_fresh_is_asked_for(tmp_path: Path) -> None:
+    made, directory = config(tmp_path, "again", subsets__num=2), RunDirectory(str(tmp_path), "again")
+    directory.open(made.with_overrides({"minimize.epochs": 1.0}).to_dict(), {})
+    directory.write_json(minimum_path(minimum_folder(0, 0)), {})
+    fresh = run(made, fresh=True)
+    assert [m["history"][-1]["epoch"] for m in fresh.record["stages"]["rounds"][0]["minima"]] == [3.0, 3.0]
 
 
 def test_more_gpus_than_there_will_ever_be_is_told_at_once(tmp_path: Path) -> None:
@@ -241,29 +236,33 @@ def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
         run(config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none"))
 
 
-@pytest.mark.parametrize("method", ["uniform_soup", "select_best"])
-def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path: Path, method: str) -> None:
-    shared = {"subsets__num": 2, "aggregation__method": method, "trunk__epochs": 1.0}
+def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path: Path) -> None:
+    shared = {"subsets__num": 2, "trunk__epochs": 1.0}
     pretrained = run(config(tmp_path, "subsets", **shared))
     conventional = run(config(tmp_path, "conventional", method="conventional", **shared))
     assert conventional.passes == pytest.approx(pretrained.passes, abs=0.03)  # of 5: steps are whole
 
 
-@pytest.mark.parametrize("deadly", [True, False])
-def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, deadly: bool) -> None:
-    poisoned = {
-        "data__name": f"{__name__}:sites",
-        "model__name": f"{__name__}:{'Deadly' if deadly else 'Raising'}",
-        "subsets__scheme": "column",
-        "subsets__column": "site",
-        "minimize__epochs": 1.0,
-        "actors__max_attempts": 2,
-    }
-    with pytest.raises(RuntimeError, match=r"subset 1.*node"):
-        run(config(tmp_path, "all", **poisoned))
+POISONED = {
+    "data__name": f"{__name__}:sites",
+    "subsets__scheme": "column",
+    "subsets__column": "site",
+    "minimize__epochs": 1.0,
+    "actors__max_attempts": 2,
+}
+
+
+def test_without_a_quorum_a_subset_that_fails_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SubsetFailed, match=r"subset 1 on node .*: RuntimeError: too bright"):
+        run(config(tmp_path, "all", model__name=f"{__name__}:Raising", **POISONED))
+
+
+@pytest.mark.parametrize("model", ["Raising", "Deadly"])
+def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, model: str) -> None:
+    poisoned = config(tmp_path, "quorum", actors__quorum=2, model__name=f"{__name__}:{model}", **POISONED)
     warnings: list[str] = []
     listen: Callable[[Event], None] = lambda e: warnings.append(e.text) if e.kind == "warning" else None  # noqa: E731
-    report = run(config(tmp_path, "quorum", actors__quorum=2, **poisoned), on_event=listen)
+    report = run(poisoned, on_event=listen)
     assert report.record["stages"]["rounds"][0]["aggregation"]["subset_ids"] == [0, 2]
     assert any("going on without subset 1" in text for text in warnings)
 

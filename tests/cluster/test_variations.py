@@ -1,5 +1,6 @@
-"""Techniques in a Ray Train job: every worker's own state survives a killed worker, and all passes are counted."""
+"""Techniques in a Ray Train job: every worker's own state survives a killed worker and an interrupted driver."""
 
+import signal
 from pathlib import Path
 
 import psutil
@@ -38,22 +39,37 @@ def kill_a_train_worker() -> None:
     workers[-1].kill()
 
 
-def test_extrapolation_skipping_and_distillation_survive_a_killed_train_worker_and_are_counted(tmp_path: Path) -> None:
+class Enough(Exception):
+    """What a listener may raise, as the driver's own does when it has lost its lease."""
+
+
+@pytest.mark.usefixtures("prompt_reports")
+def test_extrapolation_skipping_and_distillation_survive_deaths_to_the_bit_and_are_counted(tmp_path: Path) -> None:
     def finish(name: str, on_event=None) -> RunReport:
         return run(Config(name=name, storage_path=str(tmp_path)).with_overrides(VARIATIONS), on_event=on_event)
 
-    killed: list[float] = []
+    heard: list[float] = []
 
-    def kill_once(event: Event) -> None:
-        if event.kind == "epoch" and not killed:
-            killed.append(event.data["epoch"])
-            kill_a_train_worker()
+    def kill_then_raise(event: Event) -> None:
+        if event.kind == "epoch":
+            heard.append(event.data["epoch"])
+            if len(heard) == 1:
+                kill_a_train_worker()
+            if len(heard) == 4:
+                raise Enough
 
-    whole, broken = finish("whole"), finish("broken", kill_once)
-    assert killed
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    whole = finish("whole")
+    with pytest.raises(Enough):
+        finish("broken", kill_then_raise)
+    assert heard == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGINT) == on_interrupt
+    broken = finish("broken")
     directories = [RunDirectory.at(report.uri) for report in (whole, broken)]
     works = [[w for w in Ledger(d).read() if w.stage == "fine_tuning"] for d in directories]
-    assert [w.outcome for w in works[1]] == ["lost", "done"]
+    assert [w.outcome for w in works[1]] == ["lost", "lost", "done"]
+    assert sum(w.cost.num_backward for w in works[1]) > works[0][0].cost.num_backward
+    assert [e["epoch"] for e in broken.record["stages"]["fine_tuning"]["history"]] == list(range(1, NUM_EPOCHS + 1))
     assert same_bits(*(d.read_weights(weights_path("fine_tuning")) for d in directories))
 
     full_set = load_full_set(Config().data)

@@ -12,6 +12,7 @@ from raysubset.aggregation.alignment.labels import FIXED
 from raysubset.aggregation.alignment.operations import refusal
 from raysubset.aggregation.alignment.sites import Layer
 from raysubset.aggregation.alignment.unit_tracer import UnitTracer
+from raysubset.errors import first_line
 from raysubset.training import Weights
 
 Permutations = tuple[Tensor, ...]
@@ -149,8 +150,7 @@ def _graph(model: nn.Module) -> fx.Graph:
         return tracer.trace(model)
     except Exception as error:  # a forward() that is given stand-ins for tensors may raise anything
         place = tracer.inside[-1] if tracer.inside else type(model).__name__
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise refusal(f"torch.fx cannot trace {place}: {reason}") from error
+        raise refusal(f"torch.fx cannot trace {place}: {first_line(error)}") from error
 
 
 def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:

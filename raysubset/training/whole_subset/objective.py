@@ -11,6 +11,7 @@ from torch.func import functional_call, jvp, vjp
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
+from raysubset.errors import first_line
 from raysubset.training.evaluation import summed_loss, widened
 
 CHUNK_BATCHES = 16  # a chunk of the subset is this many batches, so that memory stays bounded
@@ -144,7 +145,7 @@ class Objective:
             try:
                 outputs, pull_back, moved = vjp(moving, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
             except NotImplementedError as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise ValueError(
                     f"gauss_newton cannot differentiate this network: use lbfgs or cg ({reason})"
                 ) from error

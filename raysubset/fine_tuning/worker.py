@@ -1,33 +1,23 @@
-"""Training on the full set across the cluster by Ray Train: the last stage, and a trunk of several workers."""
+"""One Ray Train worker: its share of each batch; rank 0 leaves ledger, history and result in the run directory."""
 
-import contextlib
-import logging
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-# Ray Train reads these where the driver runs. Polling every 2 s would make each job of a few seconds twice as long.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 
 import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from raysubset.cluster import Event, OnEvent, put_once, refuse_unplaceable
 from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model, num_parameters
 from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
-from raysubset.streaming import read_by_ray_data, refuse_without_readers
+from raysubset.streaming import read_by_ray_data
 from raysubset.training import (
     Cost,
     Distillation,
@@ -43,32 +33,12 @@ from raysubset.training import (
     use_device,
 )
 
-log = logging.getLogger(__name__)
-
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
-CONTROLLER_FAILURES = 3  # Ray Train retries a group that cannot start for ever unless told otherwise
-
-
-class FineTuningFailed(RuntimeError):
-    """Ray Train gave up; the message names the stage and the cause."""
 
 
 @dataclass(frozen=True)
-class FineTuned:
-    """What a Ray Train stage ended at."""
-
-    weights: Weights
-    training: Metrics  # on the calibration sample of the training set
-    validation: Metrics
-    history: tuple[dict[str, Any], ...]  # an EpochRecord and its validation an epoch
-    outcome: str
-    num_workers: int
-    recomputed_batch_norm: bool
-
-
-@dataclass(frozen=True)
-class _Job:
+class Job:
     """What every worker is given. The full set and the start travel by reference."""
 
     config: Config
@@ -82,124 +52,7 @@ class _Job:
     teachers: tuple[str, ...]  # folders of the minima to distil from
 
 
-def fine_tune(
-    config: Config,
-    full_set_ref: Sequence[ray.ObjectRef],
-    weights: Weights,
-    run: RunDirectory,
-    *,
-    calibration: np.ndarray,
-    num_workers: int,
-    num_gpus: float,
-    on_event: OnEvent,
-    stage: TrainingStage = "fine_tuning",
-    epochs: float | None = None,
-    teachers: Sequence[str] = (),
-) -> FineTuned:
-    """Minimize on the full set from the weights, by a Ray Train job of several workers in data parallel.
-
-    The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies restarts the group
-    from the last checkpoint, up to actors.max_attempts times; with fine_tuning.min_workers set, on fewer workers. If
-    the driver dies, the same call goes on from the last checkpoint; a stage that was finished is read back.
-
-    Args:
-        calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
-        teachers: folders of the run's minima to distil from (fine_tuning.distillation); every worker reads them all.
-
-    Raises:
-        ValueError: if the workers can never be placed, or the loss diverges.
-        FineTuningFailed: if the job failed more often than allowed.
-    """
-    if (record := run.read_json_or_none(minimum_path(stage))) is None:
-        request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-        least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
-        refuse_unplaceable(request, f"{stage} workers", num=least)
-        if config.data.streamed:
-            refuse_without_readers(config, stage, num_workers=num_workers)
-        recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
-        job = _Job(config, recipe, run, stage, full_set_ref, start_ref, calibration, num_gpus, tuple(teachers))
-        _fit(job, num_workers=num_workers, on_event=on_event)
-        record = run.read_json(minimum_path(stage))
-    return FineTuned(
-        weights=run.read_weights(weights_path(stage)),
-        training=Metrics.from_dict(record["training"]),
-        validation=Metrics.from_dict(record["validation"]),
-        history=tuple(record["history"]),
-        outcome=record["outcome"],
-        num_workers=record["num_workers"],
-        recomputed_batch_norm=record["recomputed_batch_norm"],
-    )
-
-
-def _fit(job: _Job, *, num_workers: int, on_event: OnEvent) -> None:
-    """Run the job to its end, telling of its epochs meanwhile."""
-    config, run, stage, num_gpus = job.config, job.run, job.stage, job.num_gpus
-    storage_path, filesystem = run.train_storage(stage)
-    resources: dict[str, float] = {"CPU": config.actors.num_cpus}
-    if num_gpus:
-        resources["GPU"] = num_gpus
-    least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={"job": job},
-        # NCCL refuses two workers on one card
-        torch_config=TorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers if least is None else (least, num_workers),
-            use_gpu=bool(num_gpus),
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray_train",
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.actors.max_attempts - 1, controller_failure_limit=CONTROLLER_FAILURES
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    with _telling_of_epochs(run, stage, on_event):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-            own = [cause for cause in causes if isinstance(cause, ValueError)]
-            cause = (own or causes)[0]
-            text = f"{stage}: {type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
-            raise (ValueError(text) if own else FineTuningFailed(text)) from error
-
-
-@contextlib.contextmanager
-def _telling_of_epochs(run: RunDirectory, stage: TrainingStage, on_event: OnEvent) -> Iterator[None]:
-    """While fit() blocks, a thread reads the history that the first worker leaves in storage."""
-    done = threading.Event()
-    history = run.read_json_or_none(history_path(stage)) or []
-    seen = [len(history)]
-
-    def tell() -> None:
-        for entry in (run.read_json_or_none(history_path(stage)) or [])[seen[0] :]:
-            seen[0] += 1
-            validation = Metrics.from_dict(entry["validation"])
-            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
-            on_event(Event("epoch", f"{text} and {validation.accuracy:.2%}", {"stage": stage, **entry}))
-
-    def watch() -> None:
-        while not done.wait(1.0):
-            tell()
-
-    thread = threading.Thread(target=watch, daemon=True, name="raysubset-epochs")
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    tell()
-
-
-def _train_loop(settings: dict[str, Any]) -> None:
+def train_loop(settings: dict[str, Any]) -> None:
     """One worker. Rank 0 keeps the ledger and history, reports checkpoints, and leaves the result in the run."""
     context, job = ray.train.get_context(), settings["job"]
     _Worker(job, Shard(context.get_world_rank(), context.get_world_size())).train()
@@ -208,7 +61,7 @@ def _train_loop(settings: dict[str, Any]) -> None:
 class _Worker:
     """The state of one Ray Train worker over its epochs."""
 
-    def __init__(self, job: _Job, shard: Shard) -> None:
+    def __init__(self, job: Job, shard: Shard) -> None:
         config, full_set = job.config, ray.get(job.full_set_ref[0])
         self._config, self._run, self._recipe, self._shard = config, job.run, job.recipe, shard
         self._stage: TrainingStage = job.stage
@@ -343,12 +196,12 @@ class _Worker:
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
         self._run.write_weights(weights_path(self._stage), {k: v.cpu() for k, v in self._model.state_dict().items()})
-        self._run.write_json(minimum_path(self._stage), record)
         # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
         sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
         cost = self._cost(minimized)
         work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
-        Ledger(self._run).write(work)
+        Ledger(self._run).write(work)  # before the record, without which all of this would be done again
+        self._run.write_json(minimum_path(self._stage), record)
 
     def _open_ledger(self) -> None:
         ledger = Ledger(self._run)

@@ -1,0 +1,15 @@
+"""An error in a line, for messages and records."""
+
+_MOST_CHARACTERS = 300
+
+
+def first_line(error: BaseException) -> str:
+    """What it says first; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Its kind and what it says first; of an error that Ray brought from a task or an actor, those of its cause."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]

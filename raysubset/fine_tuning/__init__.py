@@ -1,0 +1,10 @@
+"""Training on the full set across the cluster by Ray Train: the last stage, and a trunk of several workers.
+
+    weights, record = fine_tune(config, full_set_ref, weights, run, calibration=…, num_workers=2, num_gpus=1, …)
+
+The driver's side is in `driver`, that of each Ray Train worker in `worker`.
+"""
+
+from raysubset.fine_tuning.driver import FineTuningFailed, fine_tune
+
+__all__ = ["fine_tune", "FineTuningFailed"]

@@ -1,0 +1,143 @@
+"""The pool of actors by itself, on storage that fails them or ends their processes at chosen moments."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from raysubset import Config
+from raysubset.cluster import Event, put_once
+from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
+from raysubset.run_directory import RunDirectory
+from raysubset.subset_actors import ActorPool, Pack, Piece, SubsetFailed
+from raysubset.subset_actors import pool as pool_module
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+
+
+class Storage(RunDirectory):
+    """A run directory that acts before and after an actor writes a file; not where the driver does."""
+
+    def __init__(
+        self, storage_path: str, name: str, act: "Callable[[Storage, str, str], None]", *, of_actor: bool = False
+    ) -> None:
+        super().__init__(storage_path, name)
+        self.act, self.of_actor = act, of_actor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Storage, of_actor=True), (self.storage_path, self.name, self.act)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        if self.of_actor:
+            self.act(self, "before", path)
+        super().write_bytes(path, data)
+        if self.of_actor:
+            self.act(self, "after", path)
+
+    def count(self, what: str) -> int:
+        """How often this was called for the same, whatever process did."""
+        with (Path(self.storage_path) / what).open("a") as file:
+            file.write(".")
+            return file.tell()
+
+
+def die_once_the_minimum_is_there(storage: Storage, when: str, path: str) -> None:
+    if when == "after" and path.endswith("minimum.json"):
+        os._exit(1)
+
+
+def die_after_two_checkpoints(storage: Storage, when: str, path: str) -> None:
+    is_heartbeat = when == "after" and path.startswith("ledger/") and storage.read_json(path)["cost"]["num_steps"]
+    if is_heartbeat and storage.count("deaths") <= 2:  # it is written after a checkpoint
+        os._exit(1)
+
+
+def fail_one_checkpoint(storage: Storage, when: str, path: str) -> None:
+    if when == "before" and "checkpoint-" in path and storage.count("failures") <= 1:
+        raise OSError("the storage does not answer")
+
+
+def fail_all_checkpoints(storage: Storage, when: str, path: str) -> None:
+    if when == "before" and "checkpoint-" in path:
+        raise OSError("the disk is full")
+
+
+def do(folder: Path, act: Callable[[Storage, str, str], None]) -> tuple[list[Any], list[Event]]:
+    """One subset of 200 examples by one actor; its results, and what was told."""
+    config = Config(name="run", storage_path=str(folder)).with_overrides(
+        {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4}
+    )
+    events: list[Event] = []
+    full_set_ref = put_once(load_full_set(config.data))
+    storage = Storage(str(folder), "run", act)
+    with ActorPool(config, full_set_ref, storage, num_gpus=0.0, on_event=events.append) as pool:
+        pieces = [Piece("subsets", subset_id=0, indices=np.arange(200))]
+        return list(pool.run([Pack(tuple(pieces))], None)), events
+
+
+def outcomes(folder: Path) -> list[str]:
+    return [work.outcome for work in Ledger(RunDirectory(str(folder), "run")).read()]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "FIRST_BACKOFF_S", 0.05)
+
+
+def test_a_minimum_whose_actor_died_after_leaving_it_is_not_made_again(tmp_path: Path) -> None:
+    ((piece, record),), _ = do(tmp_path, die_once_the_minimum_is_there)
+    assert (piece.subset_id, record["attempt"]) == (0, 0)
+    assert outcomes(tmp_path) == ["done"]  # and its cost is counted
+    assert Ledger(RunDirectory(str(tmp_path), "run")).read()[0].cost.num_backward == 3 * 200
+
+
+def test_attempts_that_leave_further_checkpoints_are_not_counted(tmp_path: Path) -> None:
+    ((_, record),), events = do(tmp_path, die_after_two_checkpoints)  # with max_attempts=2
+    assert record["attempt"] == 2
+    assert outcomes(tmp_path) == ["lost", "lost", "done"]
+    assert len([event for event in events if event.kind == "retry"]) == 2
+
+
+def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -> None:
+    ((_, record),), events = do(tmp_path, fail_one_checkpoint)
+    assert record["attempt"] == 1
+    assert outcomes(tmp_path) == ["failed", "done"]
+    (told,) = [event.text for event in events if event.kind == "retry"]
+    assert "OSError: the storage does not answer), 1 of 2 times; it starts from its last checkpoint" in told
+
+
+def test_storage_that_always_fails_ends_the_piece_with_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*OSError: the disk is full"):
+        do(tmp_path, fail_all_checkpoints)
+
+
+def refuse_to_be_read(folder: str) -> None:
+    with (Path(folder) / "starts").open("a") as file:
+        file.write(".")
+    raise ImportError("no module of that name on this node")
+
+
+class Unreadable(RunDirectory):
+    """One that no actor can unpickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return refuse_to_be_read, (self.storage_path,)
+
+
+def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_told(tmp_path: Path) -> None:
+    config = Config(name="run", storage_path=str(tmp_path)).with_overrides({"actors.max_attempts": 2})
+    full_set_ref = [ray.put(None)]
+    packs = [Pack((Piece("subsets", subset_id=i, indices=np.arange(9)),)) for i in range(2)]
+    told = r"actors do not come up: .*no module of that name on this node"
+    with (
+        pytest.raises(SubsetFailed, match=told),
+        ActorPool(config, full_set_ref, Unreadable(str(tmp_path), "run"), num_gpus=0.0, on_event=print) as pool,
+    ):
+        list(pool.run(packs, None))
+    assert len((tmp_path / "starts").read_text()) > 2

@@ -1,0 +1,51 @@
+"""The numbers of a run: how long its sessions took together."""
+
+from pathlib import Path
+
+import pytest
+
+from raysubset import run_report
+from raysubset.run_directory import SESSIONS_PATH, RunDirectory
+from raysubset.run_report import Sessions
+
+
+def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, now = RunDirectory(str(tmp_path), "run"), 100.0
+    monkeypatch.setattr(run_report.time, "perf_counter", lambda: now)
+
+    killed = Sessions(directory, began=98.0)
+    killed.started_up()
+    killed.heartbeat()
+    now += Sessions.WRITE_S
+    killed.heartbeat()
+    now += Sessions.WRITE_S / 2
+    killed.heartbeat()  # too soon to be written down, and so lost
+    assert directory.read_json(SESSIONS_PATH)[0]["wall_s"] == 2 + Sessions.WRITE_S
+
+    last = Sessions(directory, began=now)
+    now += 1.0
+    last.started_up()
+    now += 4.0
+    last.write()
+    assert last.seconds() == {"startup": 2 + 1, "wall": 2 + Sessions.WRITE_S + 5, "num_sessions": 2}
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_no_run_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, failures = RunDirectory(str(tmp_path), "run"), [OSError("no answer")]
+
+    def write_json(path: str, record: object) -> None:
+        if failures:
+            raise failures.pop()
+        RunDirectory.write_json(directory, path, record)
+
+    monkeypatch.setattr(directory, "write_json", write_json)
+    session = Sessions(directory, began=0.0)
+    session.heartbeat()
+    assert not failures
+    assert not directory.exists(SESSIONS_PATH)
+    session.write()
+    assert directory.exists(SESSIONS_PATH)
