@@ -29,6 +29,7 @@ from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
+from raysubset.training import bytes_in_words
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
 
@@ -208,9 +209,9 @@ def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> It
 def _memory(full_set: FullSet, needed: int) -> Iterator[Check]:
     table = sum(split.num_bytes for split in (full_set.train, full_set.validation, full_set.test))
     store = object_store_bytes()
-    text = f"the data set takes {_bytes(table)} of each node's object store; the smallest has {_bytes(store)}"
-    yield Check("memory", None if table > 0.8 * store else True, text)
-    text = f"an actor's examples, weights, optimizer state and activations take some {_bytes(needed)}"
+    text = f"the data set takes {bytes_in_words(table)} of each node's object store"
+    yield Check("memory", None if table > 0.8 * store else True, f"{text}; the smallest has {bytes_in_words(store)}")
+    text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(needed)}"
     yield Check("memory", True, f"{text}; torch itself (some 0.5 GB) comes on top")
 
 
@@ -234,7 +235,7 @@ def _time(
         return
     if speed.card_bytes is not None:
         warning = memory_warning(needed, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
-        fits = f"the actors of a card fit in its {_bytes(speed.card_bytes)}"
+        fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
     per_s = speed.examples_per_s
     seconds = training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots)
@@ -265,10 +266,6 @@ def _one_line(error: BaseException) -> str:
     """The cause of what failed on the cluster stands in the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}"[:500] if not isinstance(error, ValueError) else lines[-1]
-
-
-def _bytes(num: float) -> str:
-    return f"{num / 1e9:.2f} GB" if num >= 1e9 else f"{num / 1e6:.2f} MB"
 
 
 def _duration(seconds: float) -> str:

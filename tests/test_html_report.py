@@ -200,7 +200,7 @@ def test_the_same_record_gives_the_same_bytes(tmp_path: Path):
 
 def test_columns_of_numbers_alone_are_flush_right():
     rows = (("a", "1.50", "3 of the least", "–"), ("b", "-2,000", "4", "+0.1 ± 0.2"))
-    assert Part(Section("", ("", "", "", ""), rows)).numeric == {1, 3}
+    assert Section("", ("", "", "", ""), rows).numeric == {1, 3}
 
 
 def test_a_plot_takes_the_pages_ink_and_has_no_dollar_mathematics():
