@@ -146,7 +146,10 @@ def _earlier_run(config: Config, directory: RunDirectory) -> Check:
 def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, float]:
     """GPUs of an actor, as pipeline decides them, are returned."""
     types = node_types()
-    words = [f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types]
+    words = [
+        f"{f'{t.num_alive} up' if t.num_alive else f'up to {t.num_startable} {t.name}'}, {describe(t.resources)} each"
+        for t in types
+    ]
     where = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
     yield Check("Ray", True, f"connected ({where}): {'; '.join(words) or 'no nodes'}")
     num_nodes = sum(t.num_alive + t.num_startable for t in types)

@@ -400,8 +400,10 @@ def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: 
     assert table.lines[0].startswith("warning: the runs are on different data")
 
 
-def test_a_comparison_among_several_is_refused(tmp_path: Path):
+def test_a_comparison_or_the_same_run_twice_among_several_is_refused(tmp_path: Path):
     directories = [a_directory(tmp_path).uri, a_comparison(tmp_path).uri]
+    with pytest.raises(ValueError, match="of 3 directories only 2 are different: give each run once"):
+        read_several([directories[0], *directories])
     with pytest.raises(ValueError, match="a-comparison is a comparison: only runs can be laid side by side"):
         read_several(directories)
 

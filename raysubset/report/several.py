@@ -46,9 +46,11 @@ def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
     """The records of several finished runs.
 
     Raises:
-        ValueError: as read_report() does, and for a sweep's or comparison's directory.
+        ValueError: as read_report() does, for a run given twice, and for a sweep's or comparison's directory.
     """
     records = [read_report(directory) for directory in directories]
+    if len(different := {record["uri"] for record in records}) < len(records):
+        raise ValueError(f"of {len(records)} directories only {len(different)} are different: give each run once")
     for directory, record in zip(directories, records, strict=True):
         if kind := record.get("kind"):
             raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
