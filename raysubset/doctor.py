@@ -28,7 +28,7 @@ from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
-from raysubset.subset_actors import memory_warning
+from raysubset.subset_actors import memory_warning, one_line
 from raysubset.training import bytes_in_words
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
@@ -66,7 +66,7 @@ def examine(config: Config) -> Iterator[Check]:
         try:
             stack.enter_context(connected(config.cluster))
         except (ValueError, RuntimeError, OSError) as error:
-            yield Check("Ray", False, _one_line(error))
+            yield Check("Ray", False, _why(error))
             yield Check("placement, memory and time", None, "not looked at: there is no cluster")
             return
         num_gpus = yield from _nodes(config, directory)
@@ -79,7 +79,7 @@ def examine(config: Config) -> Iterator[Check]:
         try:
             needed = actor_bytes(config, full_set, plan)
         except Exception as error:  # the user's model, in training mode for the first time
-            yield Check("memory", False, f"a forward pass in training mode failed: {_one_line(error)}")
+            yield Check("memory", False, f"a forward pass in training mode failed: {_why(error)}")
             return
         yield from _memory(full_set, needed)
         yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, needed=needed)
@@ -89,7 +89,7 @@ def _data(config: Config) -> Generator[Check, None, FullSet | None]:
     try:
         full_set = load_full_set(config.data)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        yield Check("data", False, _one_line(error))
+        yield Check("data", False, _why(error))
         return None
     sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
     shape = " × ".join(map(str, full_set.image_shape))
@@ -103,7 +103,7 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
     try:
         plan = make_plan(config, full_set)
     except (ValueError, RuntimeError, ImportError) as error:
-        yield Check("model and subsets", False, _one_line(error))
+        yield Check("model and subsets", False, _why(error))
         return None
     yield Check("model", True, f"{config.model.name} builds, {plan.num_parameters:,} parameters")
     for line in plan.advice:
@@ -234,7 +234,7 @@ def _time(
         yield Check("time", None, f"not measured: {error}")
         return
     except Exception as error:  # whatever the user's model or data do when trained on, a run would meet it too
-        yield Check("time", False, f"training on a subset failed: {_one_line(error)}")
+        yield Check("time", False, f"training on a subset failed: {_why(error)}")
         return
     if speed.card_bytes is not None:
         warning = memory_warning(needed, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
@@ -265,10 +265,10 @@ def _makespan(sizes: Sequence[int], num_slots: int) -> int:
     return max(free_at)
 
 
-def _one_line(error: BaseException) -> str:
-    """The cause of what failed on the cluster stands in the last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}"[:500] if not isinstance(error, ValueError) else lines[-1]
+def _why(error: BaseException) -> str:
+    """One line; of what a task raised, its cause."""
+    cause = getattr(error, "cause", None) or error
+    return " ".join(str(cause).split()) if isinstance(cause, ValueError) else one_line(cause)
 
 
 def _duration(seconds: float) -> str:

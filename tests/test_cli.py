@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,9 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("report /none", "/none is no run directory: nothing is there"),
         ("run --data.name digts", "did you mean digits?"),
         ("run --storage-path /proc/none", "cannot write to /proc/none"),
+        ("compare --seeds 0", "--seeds: 0 cannot tell a difference from noise"),
+        ("compare --num-workers 0", "--num-workers 0: arm I needs at least one"),
+        ("advise --against /none", "/none is no run directory"),
         ("doctor --model.wdth 3", "did you mean --model.width?"),
     ],
 )
@@ -129,6 +133,19 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str, told: str, capsys
 def test_a_jobs_mistake_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
     assert run_job(["--seeed", "3"], default=Config()) == 2
     assert "did you mean --seed?" in capsys.readouterr().err
+
+
+def test_what_compare_is_given_reaches_it_be_it_nought(monkeypatch: pytest.MonkeyPatch):
+    given = {}
+
+    def compare(config: Config, **options: Any) -> None:
+        given.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("raysubset.comparison.compare", compare)
+    assert call(["compare", "--margin", "0", "--arms", "B", "G"]) == 2
+    assert (given["margin"], given["arms"], given["seeds"]) == (0.0, ("B", "G"), 5)
+    assert "budgets" not in given
 
 
 # Help

@@ -111,7 +111,7 @@ def write_several(directories: Sequence[str], path: str) -> str:
     )
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(to_html(page))
+    target.write_text(to_html(page), encoding="utf-8")
     return str(target)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from raysubset import subset_actors
 from raysubset.cluster import Event, get_shared
 from raysubset.config import Config
 from raysubset.ledger import Ledger, total_cost
@@ -110,6 +111,4 @@ class Reports:
 
 def one_line(error: BaseException) -> str:
     """The kind of an error and what it says first; of one that a task raised, those of its cause."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+    return subset_actors.one_line(getattr(error, "cause", None) or error)
