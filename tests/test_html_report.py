@@ -389,7 +389,18 @@ def test_several_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
     assert "seed" not in [row[0] for row in settings.rows]
     path = write_several([run.uri for run in runs], str(tmp_path / "out/both.html"))
     read = check_self_contained(Path(path).read_text())
-    assert read.verdict[0].startswith("a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes")
+    assert read.verdict == ["a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes, the fewest of all."]
+
+
+def test_a_dearer_run_within_the_noise_of_the_cheapest_is_told_so(tmp_path: Path):
+    cost = a_record()["cost"]
+    runs = [
+        a_directory(tmp_path, a_record(cost=cost | {"passes": passes}, test=metrics(0.5, right, 100)), name=name)
+        for name, passes, right in (("a", 20.0, 90), ("b", 12.0, 89))
+    ]
+    read = Read(Path(write_several([run.uri for run in runs], str(tmp_path / "both.html"))).read_text())
+    paid = "b paid least, 12.00 passes, for 89.00 ± 3.13 %, which is within the noise."
+    assert read.verdict == [f"a has the highest test accuracy, 90.00 ± 3.00 %, for 20.00 passes; {paid}"]
 
 
 def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raysubset.config import flatten
-from raysubset.report.figures import Record, standard_error, trainings
+from raysubset.report.figures import Record, difference, standard_error, trainings
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.page import Section
 from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
@@ -119,11 +119,12 @@ def _verdict(records: Sequence[Record]) -> str:
     named = list(zip(_names(records), records, strict=True))
     best, most = max(named, key=lambda one: one[1]["test"]["accuracy"])
     cheapest, least = min(named, key=lambda one: one[1]["cost"]["passes"])
-    return (
-        f"{best} has the highest test accuracy, {_accuracy(Metrics.from_dict(most['test']))} %, for "
-        f"{most['cost']['passes']:.2f} passes; {cheapest} paid least, {least['cost']['passes']:.2f} passes, "
-        f"for {_accuracy(Metrics.from_dict(least['test']))} %."
-    )
+    high, low = Metrics.from_dict(most["test"]), Metrics.from_dict(least["test"])
+    text = f"{best} has the highest test accuracy, {_accuracy(high)} %, for {most['cost']['passes']:.2f} passes"
+    if most is least:
+        return f"{text}, the fewest of all."
+    noise = ", which is within the noise" if difference(high, low).is_noise else ""
+    return f"{text}; {cheapest} paid least, {least['cost']['passes']:.2f} passes, for {_accuracy(low)} %{noise}."
 
 
 def _quality(records: Sequence[Record]) -> Plot:
