@@ -24,12 +24,14 @@ from raysubset.cluster import (
 )
 from raysubset.config import Config, differences
 from raysubset.data import FullSet, load_full_set
+from raysubset.errors import one_line
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
+from raysubset.training import bytes_in_words
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
 
@@ -66,7 +68,7 @@ def examine(config: Config) -> Iterator[Check]:
         try:
             stack.enter_context(connected(config.cluster))
         except (ValueError, RuntimeError, OSError) as error:
-            yield Check("Ray", False, _one_line(error))
+            yield Check("Ray", False, _why(error))
             yield Check("placement, memory and time", None, "not looked at: there is no cluster")
             return
         num_gpus = yield from _nodes(config, directory)
@@ -79,7 +81,7 @@ def examine(config: Config) -> Iterator[Check]:
         try:
             needed = actor_bytes(config, full_set, plan)
         except Exception as error:  # the user's model, in training mode for the first time
-            yield Check("memory", False, f"a forward pass in training mode failed: {_one_line(error)}")
+            yield Check("memory", False, f"a forward pass in training mode failed: {_why(error)}")
             return
         yield from _memory(full_set, needed)
         yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, needed=needed)
@@ -89,7 +91,7 @@ def _data(config: Config) -> Generator[Check, None, FullSet | None]:
     try:
         full_set = load_full_set(config.data)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        yield Check("data", False, _one_line(error))
+        yield Check("data", False, _why(error))
         return None
     sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
     shape = " × ".join(map(str, full_set.image_shape))
@@ -103,7 +105,7 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
     try:
         plan = make_plan(config, full_set)
     except (ValueError, RuntimeError, ImportError) as error:
-        yield Check("model and subsets", False, _one_line(error))
+        yield Check("model and subsets", False, _why(error))
         return None
     yield Check("model", True, f"{config.model.name} builds, {plan.num_parameters:,} parameters")
     for line in plan.advice:
@@ -146,7 +148,10 @@ def _earlier_run(config: Config, directory: RunDirectory) -> Check:
 def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, float]:
     """GPUs of an actor, as pipeline decides them, are returned."""
     types = node_types()
-    words = [f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types]
+    words = [
+        f"{f'{t.num_alive} up' if t.num_alive else f'up to {t.num_startable} {t.name}'}, {describe(t.resources)} each"
+        for t in types
+    ]
     where = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
     yield Check("Ray", True, f"connected ({where}): {'; '.join(words) or 'no nodes'}")
     num_nodes = sum(t.num_alive + t.num_startable for t in types)
@@ -213,9 +218,9 @@ def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> It
 def _memory(full_set: FullSet, needed: int) -> Iterator[Check]:
     table = sum(split.num_bytes for split in (full_set.train, full_set.validation, full_set.test))
     store = object_store_bytes()
-    text = f"the data set takes {_bytes(table)} of each node's object store; the smallest has {_bytes(store)}"
-    yield Check("memory", None if table > 0.8 * store else True, text)
-    text = f"an actor's examples, weights, optimizer state and activations take some {_bytes(needed)}"
+    text = f"the data set takes {bytes_in_words(table)} of each node's object store"
+    yield Check("memory", None if table > 0.8 * store else True, f"{text}; the smallest has {bytes_in_words(store)}")
+    text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(needed)}"
     yield Check("memory", True, f"{text}; torch itself (some 0.5 GB) comes on top")
 
 
@@ -235,11 +240,11 @@ def _time(
         yield Check("time", None, f"not measured: {error}")
         return
     except Exception as error:  # whatever the user's model or data do when trained on, a run would meet it too
-        yield Check("time", False, f"training on a subset failed: {_one_line(error)}")
+        yield Check("time", False, f"training on a subset failed: {_why(error)}")
         return
     if speed.card_bytes is not None:
         warning = memory_warning(needed, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
-        fits = f"the actors of a card fit in its {_bytes(speed.card_bytes)}"
+        fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
     per_s = speed.examples_per_s
     seconds = training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots)
@@ -266,14 +271,10 @@ def _makespan(sizes: Sequence[int], num_slots: int) -> int:
     return max(free_at)
 
 
-def _one_line(error: BaseException) -> str:
-    """The cause of what failed on the cluster stands in the last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}"[:500] if not isinstance(error, ValueError) else lines[-1]
-
-
-def _bytes(num: float) -> str:
-    return f"{num / 1e9:.2f} GB" if num >= 1e9 else f"{num / 1e6:.2f} MB"
+def _why(error: BaseException) -> str:
+    """One line; of what a task raised, its cause."""
+    cause = getattr(error, "cause", None) or error
+    return " ".join(str(cause).split()) if isinstance(cause, ValueError) else one_line(cause)
 
 
 def _duration(seconds: float) -> str:

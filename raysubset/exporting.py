@@ -44,7 +44,7 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
     model = load_model(directory)
     target = Path(os.path.expanduser(path or f"model{SUFFIXES[format]}"))
     if target.suffix != SUFFIXES[format]:
-        raise ValueError(f"{target}: a {format} file ends in {SUFFIXES[format]}")
+        raise ValueError(f"{target}: a file of --format {format} ends in {SUFFIXES[format]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     height, width, channels = model.image_shape
     sample = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(0))

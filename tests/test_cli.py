@@ -1,12 +1,17 @@
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raysubset.cli import call, parse_config, run_job
+from raysubset.cli.screen import print_sections
 from raysubset.config import Config
+from raysubset.report import sections
 from raysubset.run_directory import REPORT_PATH, RunDirectory
 from tests.test_report import a_record
 
@@ -69,13 +74,19 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("rn", "there is no command rn; did you mean run?"),
         ("--seed 3", "there is no command --seed"),
         ("run --subsets.nmu 3", "there is no flag --subsets.nmu; did you mean --subsets.num?"),
+        ("run --xyz 3", "there is no flag --xyz; see raysubset run --help"),
         ("run --subsets.nmu=3", "there is no flag --subsets.nmu; did you mean --subsets.num?"),
         ("run --fesh", "did you mean --fresh?"),
         ("run digits", "unexpected argument 'digits'"),
         ("run --subsets.num 0", "raysubset: subsets.num = 0 must be at least 1"),
-        ("run --subsets.num many", "--subsets.num"),
+        ("run --subsets.num many", "--subsets.num takes a whole number, not 'many'; see raysubset run --help"),
+        ("run --seed 1.5", "--seed takes a whole number, not '1.5'"),
+        ("run --minimize.momentum much", "--minimize.momentum takes a number, not 'much'"),
+        ("run --minimize.learning-rate fast", "--minimize.learning-rate takes a number, not 'fast'"),
+        ("sweep --sizes 80 large", "--sizes cannot be '80', 'large'"),
+        ("export", "DIRECTORY is missing; see raysubset export --help"),
         ("run --minimize.optimizer sdg", "invalid choice 'sdg' for argument '--minimize.optimizer'"),
-        ("run --minimize.learning-rate", "Missing value for argument '--minimize.learning-rate'"),
+        ("run --minimize.learning-rate", "--minimize.learning-rate needs a value"),
         ("run --minimize.epochs 0", "epochs = 0: there is nothing to minimize with"),
         ("run --subsets.start independent", "set trunk.epochs to 0"),
         ("run --name a/b", "must be a plain folder name"),
@@ -85,6 +96,9 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("report /none", "/none is no run directory: nothing is there"),
         ("run --data.name digts", "did you mean digits?"),
         ("run --storage-path /proc/none", "cannot write to /proc/none"),
+        ("compare --seeds 0", "--seeds: 0 cannot tell a difference from noise"),
+        ("compare --num-workers 0", "--num-workers 0: arm I needs at least one"),
+        ("advise --against /none", "/none is no run directory"),
         ("doctor --model.wdth 3", "did you mean --model.width?"),
     ],
 )
@@ -119,6 +133,19 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str, told: str, capsys
 def test_a_jobs_mistake_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
     assert run_job(["--seeed", "3"], default=Config()) == 2
     assert "did you mean --seed?" in capsys.readouterr().err
+
+
+def test_what_compare_is_given_reaches_it_be_it_nought(monkeypatch: pytest.MonkeyPatch):
+    given = {}
+
+    def compare(config: Config, **options: Any) -> None:
+        given.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("raysubset.comparison.compare", compare)
+    assert call(["compare", "--margin", "0", "--arms", "B", "G"]) == 2
+    assert (given["margin"], given["arms"], given["seeds"]) == (0.0, ("B", "G"), 5)
+    assert "budgets" not in given
 
 
 # Help
@@ -178,6 +205,31 @@ def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture
     code, out, _ = exit_of(["report", finished, "--format", "json"], capsys)
     assert code == 0
     assert json.loads(out) == json.loads(Path(finished, REPORT_PATH).read_text())
+
+
+def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    record = a_record()
+    parts = sections(record)
+    whole = {len(part.rows[0]) for part in parts if part.columns}
+    assert max(whole) == 9  # the table of the stages is wider than the terminal
+    drawn = Terminal()
+    monkeypatch.setattr(sys, "stdout", drawn)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    print_sections(parts)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()
+    commands = [line for part in parts for line in part.lines if line.startswith("  ")]
+    assert commands
+    assert set(commands) <= set(lines)
+    assert all(len(line) <= 80 for line in lines if line not in commands)
+    words = set(" ".join(lines).split())
+    for part in parts:
+        for number in part.numeric:
+            assert all(row[number] in words for row in part.rows if row[number] and " " not in row[number])
 
 
 def test_output_cut_off_by_its_reader_is_no_crash(finished: str):

@@ -99,7 +99,7 @@ def test_images_of_another_size_are_resized(directory: str, tmp_path: Path):
     ("arguments", "told"),
     [
         (["predict", "{run}", "nowhere.png"], "nowhere.png: No such file"),
-        (["predict", "{run}", "{run}/model.json"], "model.json cannot be decoded"),
+        (["predict", "{run}", "{run}/model.json"], "model.json cannot be decoded: cannot identify image file\n"),
         (["export", "{run}", "--format", "onx"], "invalid choice"),
         (["export", "nowhere"], "no run directory"),
     ],

@@ -26,6 +26,7 @@ from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import confused_pairs, confusion
 from raysubset.report.page import Section
 from raysubset.report.plots import draw_plot
+from raysubset.report.run_plots import gap_over_q
 from raysubset.report.timeline import lanes, time_line, troubles, waiting
 from raysubset.run_directory import (
     COMPARISON_PATH,
@@ -126,20 +127,26 @@ def a_directory(folder: Path, record: dict[str, Any] | None = None, *, name: str
 # The page of a run
 
 
-def test_page_is_one_file_that_needs_nothing_else_with_the_result_on_top(tmp_path: Path):
-    path = Path(write_files(a_directory(tmp_path).uri))
-    assert path == tmp_path / "a-run/report/report.html"
-    read = check_self_contained(path.read_text())
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests that only read it, as drawing takes seconds."""
+    record = a_record(advice=["warning: subset 3 lacks class 7", "warning: <script>alert(1)</script>"])
+    return Path(write_files(a_directory(tmp_path_factory.mktemp("page"), record).uri))
+
+
+def test_page_is_one_file_that_needs_nothing_else_with_the_result_on_top(page: Path):
+    assert page.parts[-3:] == ("a-run", "report", "report.html")
+    read = check_self_contained(page.read_text())
     assert read.verdict == [
         "Test accuracy 90.00% ± 3.00 (90 of 100), loss 0.1200, with cnn of 1,234 parameters, "
         "for 12.00 passes over the training set in total, 4.50 of them on the critical path."
     ]
-    assert read.tags.count("svg") == len(list(path.parent.glob("*.png")))
-    assert all(png.read_bytes().startswith(b"\x89PNG") for png in path.parent.glob("*.png"))
+    assert read.tags.count("svg") == len(list(page.parent.glob("*.png")))
+    assert all(png.read_bytes().startswith(b"\x89PNG") for png in page.parent.glob("*.png"))
 
 
-def test_numbers_of_the_record_stand_in_the_page(tmp_path: Path):
-    read = check_self_contained(Path(write_files(a_directory(tmp_path).uri)).read_text())
+def test_numbers_of_the_record_stand_in_the_page(page: Path):
+    read = check_self_contained(page.read_text())
     assert "2.5 MB" in read.cells  # bytes sent
     assert "+0.1200" in read.cells  # the gap of subset 2: 0.22 - 0.1
     assert "4.50" in read.cells
@@ -148,17 +155,16 @@ def test_numbers_of_the_record_stand_in_the_page(tmp_path: Path):
     assert "gone" in read.cells  # the lost attempt's error
 
 
-def test_names_are_escaped_wherever_they_come_from(tmp_path: Path):
-    run = a_directory(tmp_path, a_record(advice=["warning: <script>alert(1)</script>"]))
-    page = Path(write_files(run.uri)).read_text()
-    read = check_self_contained(page)
+def test_names_are_escaped_wherever_they_come_from(page: Path):
+    text = page.read_text()
+    read = check_self_contained(text)
     assert "warning: <script>alert(1)</script>" in read.words
     assert "ok, taken for <b>bold</b>" in read.words
-    assert "<b>bold" not in page
+    assert "<b>bold" not in text
 
 
-def test_wrong_examples_are_shown_by_their_margin_with_their_own_pixels(tmp_path: Path):
-    read = check_self_contained(Path(write_files(a_directory(tmp_path).uri)).read_text())
+def test_wrong_examples_are_shown_by_their_margin_with_their_own_pixels(page: Path):
+    read = check_self_contained(page.read_text())
     assert "2 of 4 test examples are wrong" in read.words
     first, second = [a for a in read.addresses if a.startswith("data:")]
     # example 3 by 4.0 - 1.0, example 2 by 1.0 - 0.25
@@ -186,23 +192,21 @@ def test_losses_that_are_not_finite_leave_a_page(tmp_path: Path):
     assert "not finite" in read.words
 
 
-def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none(tmp_path: Path):
+def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none(page: Path):
     squared = a_record(Config().with_overrides({"minimize.loss": "squared_error"}))
-    pages = [Path(write_files(a_directory(tmp_path / n, r).uri)).read_text() for n, r in (("a", squared), ("b", None))]
-    assert "fixed inputs would give: (Q+1)/(Q−1)" in pages[0]
-    assert "For cross-entropy there is no law to draw" in pages[1]
+    assert "fixed inputs would give: (Q+1)/(Q−1)" in gap_over_q(squared).caption
+    assert "For cross-entropy there is no law to draw" in page.read_text()
 
 
-def test_the_same_record_gives_the_same_bytes(tmp_path: Path):
-    path = Path(write_files(a_directory(tmp_path).uri))
-    first = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    write_files(str(tmp_path / "a-run"))
-    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == first
+def test_the_same_record_gives_the_same_bytes(page: Path):
+    first = {file.name: file.read_bytes() for file in page.parent.iterdir()}
+    write_files(str(page.parent.parent))
+    assert {file.name: file.read_bytes() for file in page.parent.iterdir()} == first
 
 
 def test_columns_of_numbers_alone_are_flush_right():
     rows = (("a", "1.50", "3 of the least", "–"), ("b", "-2,000", "4", "+0.1 ± 0.2"))
-    assert Part(Section("", ("", "", "", ""), rows)).numeric == {1, 3}
+    assert Section("", ("", "", "", ""), rows).numeric == {1, 3}
 
 
 def test_a_plot_takes_the_pages_ink_and_has_no_dollar_mathematics():
@@ -290,9 +294,15 @@ def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_pat
         ({"config": Config().with_overrides({"data.name": "photos.parquet"})}, "data that load at once"),
     ],
 )
-def test_the_page_says_why_no_line_was_measured(tmp_path: Path, changes: dict[str, Any], why: str):
-    page = Path(write_files(a_directory(tmp_path, a_record(**changes)).uri)).read_text()
-    assert re.search(rf"line between two minima was not measured: [^<]*{why}", page)
+def test_a_line_that_cannot_be_measured_says_why(tmp_path: Path, changes: dict[str, Any], why: str):
+    record = a_record(**changes)
+    with pytest.raises(ValueError, match=why):
+        line_between_minima(a_directory(tmp_path, record).uri, record)
+
+
+def test_the_page_says_why_no_line_was_measured(page: Path):
+    why = "the minima's weights are not in the run directory."
+    assert f"The straight line between two minima was not measured: {why}" in Read(page.read_text()).words
 
 
 # A comparison
@@ -474,7 +484,18 @@ def test_several_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
     assert "seed" not in [row[0] for row in settings.rows]
     path = write_several([run.uri for run in runs], str(tmp_path / "out/both.html"))
     read = check_self_contained(Path(path).read_text())
-    assert read.verdict[0].startswith("a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes")
+    assert read.verdict == ["a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes, the fewest of all."]
+
+
+def test_a_dearer_run_within_the_noise_of_the_cheapest_is_told_so(tmp_path: Path):
+    cost = a_record()["cost"]
+    runs = [
+        a_directory(tmp_path, a_record(cost=cost | {"passes": passes}, test=metrics(0.5, right, 100)), name=name)
+        for name, passes, right in (("a", 20.0, 90), ("b", 12.0, 89))
+    ]
+    read = Read(Path(write_several([run.uri for run in runs], str(tmp_path / "both.html"))).read_text())
+    paid = "b paid least, 12.00 passes, for 89.00 ± 3.13 %, which is within the noise."
+    assert read.verdict == [f"a has the highest test accuracy, 90.00 ± 3.00 %, for 20.00 passes; {paid}"]
 
 
 def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: Path):
@@ -485,8 +506,10 @@ def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: 
     assert table.lines[0].startswith("warning: the runs are on different data")
 
 
-def test_a_comparison_among_several_is_refused(tmp_path: Path):
+def test_a_comparison_or_the_same_run_twice_among_several_is_refused(tmp_path: Path):
     directories = [a_directory(tmp_path).uri, a_comparison(tmp_path).uri]
+    with pytest.raises(ValueError, match="of 3 directories only 2 are different: give each run once"):
+        read_several([directories[0], *directories])
     with pytest.raises(ValueError, match="a-comparison is a comparison: only runs can be laid side by side"):
         read_several(directories)
 
@@ -495,7 +518,9 @@ def test_a_comparison_among_several_is_refused(tmp_path: Path):
 
 
 def test_report_as_html_prints_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    one, two = a_directory(tmp_path, name="a").uri, a_directory(tmp_path, name="b").uri
+    one, two = RunDirectory(str(tmp_path), "a").uri, RunDirectory(str(tmp_path), "b").uri
+    for name in ("a", "b"):
+        RunDirectory(str(tmp_path), name).write_json(REPORT_PATH, conventional_record() | {"name": name})
     assert call(["report", one, "--format", "html"]) == 0
     assert capsys.readouterr().out.strip() == f"{one}/report/report.html"
     assert call(["report", one, two, "--format", "html", "--to", str(tmp_path / "ab.html")]) == 0

@@ -378,17 +378,17 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path):
 # Files
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> RunDirectory:
-    run = RunDirectory(str(tmp_path), "a-run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = RunDirectory(str(tmp_path_factory.mktemp("finished")), "a-run")
     record = a_record()
     rounds = [round_of([minimum(n) for n in range(2)], round=n) for n in range(2)]
     run.write_json(REPORT_PATH, record | {"stages": record["stages"] | {"rounds": rounds}})
+    write_files(run.uri)
     return run
 
 
 def test_progress_csv_has_a_row_an_epoch(finished: RunDirectory):
-    write_files(finished.uri)
     rows = list(csv.DictReader(io.StringIO(finished.read_bytes("progress.csv").decode())))
     assert len(rows) == 2 * 2 * 8 + 2
     last = rows[7]
@@ -402,7 +402,6 @@ def test_progress_csv_has_a_row_an_epoch(finished: RunDirectory):
 
 
 def test_tensorboard_reads_the_events_back_and_once(finished: RunDirectory):
-    write_files(finished.uri)
     first = finished.read_bytes("progress.csv")
     write_files(finished.uri)
     assert finished.read_bytes("progress.csv") == first

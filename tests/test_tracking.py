@@ -1,14 +1,10 @@
 """Trackers: what MLflow and wandb have of a run is what happened, read back by their own means; and none ends a run."""
 
 import json
-import os
-import signal
-import socket
 import struct
-import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -294,36 +290,23 @@ def test_mlflow_has_in_one_run_what_a_stopped_and_resumed_run_told(
 
 
 @pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[str]:
-    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
-    for package in ("sqlalchemy", "alembic", "flask_cors", "graphene", "huey"):
-        pytest.importorskip(package, reason=f"`mlflow server` needs {package}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "art")]
-    command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--workers", "1"], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            _wait_for(server, f"http://127.0.0.1:{port}/health", tmp_path / "server.log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)  # its workers too; asked politely it takes eleven seconds
-            server.wait(30)
+def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """MLflow's own server behind HTTP, in a thread: `mlflow server` imports all of it once more in each process."""
+    for package in ("mlflow", "sqlalchemy", "alembic", "flask_cors", "graphene", "huey"):
+        pytest.importorskip(package, reason=f"MLflow's server needs {package}")
+    from mlflow import server
+    from werkzeug.serving import make_server
 
-
-def _wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"no server: {log.read_text()[-2000:]}")
+    monkeypatch.setenv(server.BACKEND_STORE_URI_ENV_VAR, (tmp_path / "server").as_uri())
+    monkeypatch.setenv(server.ARTIFACT_ROOT_ENV_VAR, "mlflow-artifacts:/")
+    monkeypatch.setenv(server.ARTIFACTS_DESTINATION_ENV_VAR, str(tmp_path / "art"))
+    monkeypatch.setenv(server.SERVE_ARTIFACTS_ENV_VAR, "true")
+    http = make_server("127.0.0.1", 0, server.app, threaded=True)
+    serving = threading.Thread(target=http.serve_forever, daemon=True)
+    serving.start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    serving.join()
 
 
 def test_a_real_mlflow_server_has_the_same(tmp_path: Path, mlflow_server: str) -> None:

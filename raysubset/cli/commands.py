@@ -192,7 +192,7 @@ def _compare(command: Compare) -> int:
 
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers"):
-        if given := getattr(command, name):
+        if (given := getattr(command, name)) not in (None, ()):
             options[name] = given
     with listener() as listen:
         report = compare(command.config, **options, on_event=listen, fresh=command.fresh)
@@ -285,17 +285,17 @@ def _advise(command: Advise) -> int:
         raise ValueError("advice is on subset pretraining: leave out --method conventional")
     if command.num_workers < 2:
         raise ValueError(f"--num-workers {command.num_workers}: on one device there is nothing to choose")
+    held_against = command.against and read_report(command.against)
+    if held_against and held_against.get("kind") != "comparison":
+        raise ValueError(f"--against {command.against}: that is no comparison")
     full_set = load_full_set(config.data)
     plan, num_train = make_plan(config, full_set), len(full_set.train)
     measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))
     per_s = measured.examples_per_s
     found = advise(config, plan, num_train=num_train, s_per_pass=num_train / per_s, num_workers=command.num_workers)
     parts = advice_sections(found.to_dict())
-    if command.against:
-        record = read_report(command.against)
-        if record.get("kind") != "comparison":
-            raise ValueError(f"--against {command.against}: that is no comparison")
-        parts.append(Section("What the comparison measured", lines=tuple(measured_lines(record, found))))
+    if held_against:
+        parts.append(Section("What the comparison measured", lines=tuple(measured_lines(held_against, found))))
     print_sections(parts)
     return DONE
 

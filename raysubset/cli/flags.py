@@ -42,7 +42,7 @@ class Report:
     Several runs are laid side by side.
     """
 
-    directories: tyro.conf.Positional[tuple[str, ...]]
+    directories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY …")]
     """The run directory, or several: paths or URIs."""
     format: Literal["text", "json", "html"] = "text"
     """Tables, everything as JSON, or a page for the browser, whose path is printed."""
@@ -136,7 +136,7 @@ class Advise:
 class Export:
     """Write the model of a finished run as one file that takes floats in [0, 1], and check what it computes."""
 
-    directory: tyro.conf.Positional[str]
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
     """The run directory: a path or URI."""
     format: Literal["torch-export", "onnx"] = "torch-export"
     """model.pt2 for torch.export.load(), or model.onnx."""
@@ -148,9 +148,9 @@ class Export:
 class Predict:
     """Classify image files by the model of a finished run: a line each, the most probable classes first."""
 
-    directory: tyro.conf.Positional[str]
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
     """The run directory: a path or URI."""
-    images: tyro.conf.Positional[tuple[str, ...]]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
     """Image files."""
     format: Literal["text", "json"] = "text"
 
@@ -176,7 +176,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     if verb in _COMMANDS:
         return parse(_COMMANDS[verb], arguments[1:], Config(), prog=f"raysubset {verb}")
     if verb not in ("-h", "--help"):
-        raise ValueError(f"there is no command {verb}{nearest(verb, _COMMANDS)}; see raysubset --help")
+        raise ValueError(f"there is no command {verb}{nearest(verb, _COMMANDS) or '; see raysubset --help'}")
     overview: Any = None
     for name, kind in _COMMANDS.items():
         default = {} if kind in _PLAIN else {"default": kind(Config())}
@@ -214,13 +214,20 @@ def _tyro(kind: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
         flag = unknown[0].partition("=")[0]
         own = {field.name for kind in _COMMANDS.values() for field in dataclasses.fields(kind)}
         known = [f"--{key.replace('_', '-')}" for key in (*flatten(Config().to_dict()), *sorted(own))]
-        what = (
-            f"there is no flag {flag}{nearest(flag, known)}"
-            if flag.startswith("-")
-            else f"unexpected argument {flag!r}"
-        )
-        raise ValueError(f"{what}; see {prog} --help")
+        if flag.startswith("-"):
+            raise ValueError(f"there is no flag {flag}{nearest(flag, known) or f'; see {prog} --help'}")
+        raise ValueError(f"unexpected argument {flag!r}; see {prog} --help")
     return command
+
+
+_PLAINER = (  # tyro's words, and ours; which of its objects a check of ours was in is its own affair
+    (r"^Error parsing (?!-)\S+: ", ""),
+    (r"^Error parsing (--\S+): .*(?:int\(\)|\bINT\b).*?('.*')\]?$", r"\1 takes a whole number, not \2"),
+    (r"^Error parsing (--\S+): .*(?:float|\bFLOAT\b).*?('.*')\]?$", r"\1 takes a number, not \2"),
+    (r"^Error parsing (--\S+): .*?\[('.*')\]$", r"\1 cannot be \2"),
+    (r"^Missing value for argument '(--\S+)'.*", r"\1 needs a value"),
+    (r"^Missing from .*?: ([A-Z]+) .*", r"\1 is missing"),
+)
 
 
 def _first_sentence(boxed: str) -> str:
@@ -231,8 +238,10 @@ def _first_sentence(boxed: str) -> str:
 
     lines = [line.strip(" │╰╯") for line in boxed.splitlines()]
     body = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
-    # Which of its objects a check of ours was in is tyro's own affair
-    return re.sub(r"^Error parsing (?!-)\S+: ", "", " ".join(body)).rstrip(".")
+    text = " ".join(body).rstrip(".")
+    for pattern, plainer in _PLAINER:
+        text = re.sub(pattern, plainer, text)
+    return text
 
 
 def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], Config]:

@@ -1,5 +1,6 @@
 """What a person sees: sections of a report on stdout, progress on stderr."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,22 +17,62 @@ if TYPE_CHECKING:
     from raysubset.report import Section
 
 
+_GAP = 2  # between columns
+_NARROW = 24  # what text is wrapped at, at the least
+
+
 def print_sections(parts: "Sequence[Section]") -> None:
-    """Results, to stdout."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    """Results, to stdout: as wide as the terminal; elsewhere tables of 140 columns, and lines as long as they are."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if is_terminal else 140)
     for part in parts:
         console.print()
         console.print(part.title, style="bold", markup=False)
-        if part.columns:
-            table = Table(box=box.SIMPLE, pad_edge=False)
-            for number, column in enumerate(part.columns):
-                is_text = number == 0 or not column
-                table.add_column(column, justify="left" if is_text else "right", no_wrap=number == 0)
-            for row in part.rows:
-                table.add_row(*row)
+        for number, table in enumerate(_tables(part, console.width)):
+            if number:
+                console.print()
             console.print(table)
         for line in part.lines:
-            console.print(line, markup=False, soft_wrap=not sys.stdout.isatty())
+            is_command = line.startswith("  ")  # to be copied: without line breaks of ours
+            console.print(line, markup=False, soft_wrap=is_command or not is_terminal)
+
+
+def _tables(part: "Section", width: int) -> Iterator[Table]:
+    """The section's table; one that is too wide in pieces, each with the first column: no number is ever cut."""
+    widths = [_widths(part, number, width) for number in range(len(part.columns))]
+    others = range(1, len(widths))
+
+    def spare_of(piece: Sequence[int]) -> int:
+        return width - sum(widths[number][0] + _GAP for number in (0, *piece)) + _GAP
+
+    pieces: list[Sequence[int]] = []
+    for size in (math.ceil(len(others) / num) for num in range(1, len(others) + 1)):
+        pieces = [others[start : start + size] for start in range(0, len(others), size)]
+        if all(spare_of(piece) >= 0 for piece in pieces):
+            break
+    for piece in pieces:
+        numbers, spare = (0, *piece), spare_of(piece)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, _GAP - 1, 0, 0))
+        for number in numbers:
+            least, natural = widths[number]
+            more = min(natural - least, max(0, spare))
+            spare -= more
+            justify = "right" if number in part.numeric else "left"
+            table.add_column(part.columns[number], justify=justify, width=least + more, overflow="fold")
+        for row in part.rows:
+            table.add_row(*(row[number] for number in numbers))
+        yield table
+
+
+def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
+    """Of a column, at the least and at its natural width: headings and text may be wrapped, numbers and names not."""
+    heading, cells = part.columns[number], [len(row[number]) for row in part.rows]
+    widest = max(cells, default=0)
+    if number == 0:
+        widest = min(widest, width // 2)
+    least = widest if number == 0 or number in part.numeric else min(widest, _NARROW)
+    word = max(map(len, heading.split()), default=0)
+    return max(least, min(word, _NARROW)), max(widest, len(heading))
 
 
 # Progress

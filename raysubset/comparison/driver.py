@@ -72,6 +72,8 @@ def compare(
     own_rate = config.minimize.peak_learning_rate()
     learning_rates = list(learning_rates) or [factor * own_rate for factor in LEARNING_RATES]
     chosen = _checked(config, seeds, budgets, arms, learning_rates)
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     full_set = load_full_set(config.data)

@@ -27,6 +27,7 @@ from raysubset.cluster import (
 from raysubset.comparison.legs import Leg, closure
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
+from raysubset.errors import one_line
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
@@ -41,7 +42,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.scoring import aggregate_minima, test_weights
-from raysubset.subset_actors import Piece, SubsetActor, one_line, read_minimum
+from raysubset.subset_actors import Piece, SubsetActor, read_minimum
 from raysubset.training import Cost, Weights
 
 TEST_PATH = "test.json"  # in a leg's folder

@@ -78,7 +78,8 @@ def decode_images(
         try:
             return _decode(data, image_size)
         except _DAMAGE as error:
-            raise ValueError(f"{describe(number)} cannot be decoded: {error or type(error).__name__}") from error
+            why = str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
+            raise ValueError(f"{describe(number)} cannot be decoded: {why}") from error
 
     images: np.ndarray | None = None
     with closing(_in_threads(decode, num)) as decoded:

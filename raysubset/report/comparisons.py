@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from raysubset.report.figures import Record
 from raysubset.report.page import Section
+from raysubset.training import bytes_in_words
 
 CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
 
@@ -135,12 +136,12 @@ def _network(record: Record) -> Section:
             f"{row['budget']:g}",
             f"{100 * row['test_accuracy']:.2f}",
             f"{row['num_exchanges']:,}",
-            _bytes(row["num_bytes"]),
+            bytes_in_words(row["num_bytes"]),
             *(f"{row['wall_s'][f'{speed:g}']:.4g}" for speed in network["bandwidths"]),
         )
         for row in largest_rows(network)
     )
-    workers, each = record["regime"]["num_workers"], _bytes(network["data_parallel_bytes_a_step"])
+    workers, each = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
     lines = (
         "Seconds if every subset had a device as fast as this one: critical-path passes × "
         f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth; latency is left out: add it times the exchanges. "
@@ -166,14 +167,6 @@ def _tuning(record: Record) -> Section:
     return Section("Tuning", ("arm", "learning rate", "batch", "validation loss"), rows, (cost,))
 
 
-def _bytes(num: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 1000:
-            return f"{num:.3g} {unit}"
-        num /= 1000
-    return f"{num:.3g} TB"
-
-
 def advice_sections(record: Record) -> list[Section]:
     """What a user reads of advice before a run: Advice.to_dict()."""
     forecasts = record["forecasts"]
@@ -183,7 +176,7 @@ def advice_sections(record: Record) -> list[Section]:
             one["name"],
             f"{one['passes']:.2f}",
             f"{one['num_exchanges']:,}",
-            _bytes(one["num_bytes"]),
+            bytes_in_words(one["num_bytes"]),
             *(f"{one['wall_s'][speed]:.4g}" for speed in speeds),
         )
         for one in forecasts

@@ -116,4 +116,5 @@ def next_commands(record: Record) -> Iterator[str]:
     for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
         passes = record["cost"][what]
         words = "in total" if what == "passes" else "on the critical path"
-        yield f"  {passes:.2f} passes {words}: {conventional_beside(record, passes, suffix)}"
+        yield f"{passes:.2f} passes {words}:"
+        yield f"  {conventional_beside(record, passes, suffix)}"

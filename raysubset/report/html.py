@@ -1,7 +1,6 @@
 """A report as one HTML file that needs no network: what a Page holds, and how it is written down."""
 
 import base64
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,6 @@ from raysubset.report.plots import Plot
 
 PAGE_PATH = "report/report.html"
 
-_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
-_TEXT = re.compile(r"[A-Za-z]{4,}")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -23,16 +19,6 @@ class Part:
     section: Section
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Picture, ...] = ()
-
-    @property
-    def numeric(self) -> frozenset[int]:
-        """The columns that hold numbers alone, and so are set flush right."""
-        columns = enumerate(zip(*self.section.rows, strict=True))
-        return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
-
-
-def _is_number(cell: str) -> bool:
-    return _NUMBER.fullmatch(cell.strip()) is not None and not _TEXT.search(cell)
 
 
 @dataclass(frozen=True)

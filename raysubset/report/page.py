@@ -1,6 +1,7 @@
 """The page at the end of a run: tables of what was measured and paid, and what they tell."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ from typing import Any
 
 from raysubset.report.figures import Record, standard_error, trained_passes
 from raysubset.report.findings import findings, next_commands
-from raysubset.training import Metrics
+from raysubset.training import Metrics, bytes_in_words
 
 MOST_ROWS = 12  # minima or rounds that get a row each
+
+_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
+_TEXT = re.compile(r"[A-Za-z]{4,}")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,16 @@ class Section:
     rows: tuple[tuple[str, ...], ...] = ()
     lines: tuple[str, ...] = ()
     subject: str = ""  # what it is about, by which a page puts plots beside it; a title may carry numbers
+
+    @property
+    def numeric(self) -> frozenset[int]:
+        """The columns that hold numbers alone, and so are set flush right."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell.strip()) is not None and not _TEXT.search(cell)
 
 
 def sections(record: Record) -> list[Section]:
@@ -131,7 +145,7 @@ def _rounds(rounds: Sequence[Record]) -> Section:
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
     minima = rounds[-1]["minima"]
     squared = record["config"]["minimize"]["loss"] == "squared_error"
-    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", "accuracy", "outcome")
+    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", "accuracy", "ended by")
     if squared:
         columns += ("validation / own loss", "(Q+1)/(Q-1)")
     if len(minima) <= MOST_ROWS:
@@ -246,7 +260,7 @@ def _costs(record: Record) -> Section:
         ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
         ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
         ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
-        ("bytes sent", _bytes(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
+        ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
         ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
     lines = ()
@@ -282,11 +296,3 @@ def _extreme(minima: Sequence[Record], split: str, pick: Any) -> dict[str, float
 
 def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _bytes(num: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 1000:
-            return f"{num:.0f} {unit}" if unit == "B" else f"{num:.1f} {unit}"
-        num /= 1000
-    return f"{num:.1f} TB"

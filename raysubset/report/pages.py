@@ -1,5 +1,6 @@
 """The HTML report of a run, a comparison or a sweep: which sections and plots it has, from its directory alone."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -92,8 +93,7 @@ def _run_page(directory: str, record: Record) -> Page:
                 plots["aggregation"].append(line_plot(record, line, ids))
     parts = []
     for section in rest:
-        lines = (*section.lines, *notes.get(section.subject, ()))
-        found = Section(section.title, section.columns, section.rows, lines, section.subject)
+        found = dataclasses.replace(section, lines=(*section.lines, *notes.get(section.subject, ())))
         parts.append(Part(found, tuple(plots.get(section.subject, ()))))
         if section.subject == "final_model":
             parts += _mistakes(run)
@@ -193,10 +193,10 @@ def _legs(run: RunDirectory, record: Record) -> Iterator[Part]:
 
 
 def _sweep_page(directory: str, record: Record) -> Page:
-    table, *rest = sweep_sections(record)
-    *others, verdict = rest
+    table, *others, verdict = sweep_sections(record)
     drawn = sweep_plot(record)
-    parts = (Part(table, (drawn,) if drawn else ()), *map(Part, others))
+    settings = dataclasses.replace(table, title="Settings")
+    parts = (Part(settings, (drawn,) if drawn else ()), *map(Part, others))
     facts = (("varied", "; ".join(f"{key}: {_values(values)}" for key, values in record["space"].items())),)
     return Page(table.title, verdict.lines, (*facts, *_facts(RunDirectory.at(directory), record)), parts)
 

@@ -61,6 +61,8 @@ def draw_plot(
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)  # laid out once: savefig would do it anew, and draw twice, for each file
         vector, raster = io.StringIO(), io.BytesIO()
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
         figure.savefig(raster, format="png", dpi=150, facecolor="white")

@@ -84,7 +84,7 @@ def gap_over_q(record: Record) -> Plot:
             axes.plot(qs, [(q + 1) / (q - 1) for q in qs], color=VALIDATION, label="(Q+1)/(Q−1)")
             axes.set_ylim(0, 1.3 * max([ratio for _, ratio in points] + [(q + 1) / (q - 1) for q in qs if q > 1.2]))
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max([1.0, *(ratio for _, ratio in points)]))
         axes.axhline(1, color="grey", linestyle=":", linewidth=1)
         axes.set_xlim(low, high)
         axes.set_xlabel("Q = examples × classes / parameters")
@@ -199,7 +199,7 @@ def training_curves(record: Record) -> Plot:
         axes.set_xlabel("passes of training, one after the other")
         axes.set_ylabel(loss_name(record))
         axes.grid(True)
-        legend_outside(figure, axes, columns=3)
+        legend_outside(figure, axes)
 
     caption = (
         "Mean loss of each epoch while training, as the recipe has it (with augmentation and smoothing where set), and "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raysubset.config import flatten
-from raysubset.report.figures import Record, standard_error, trainings
+from raysubset.report.figures import Record, difference, standard_error, trainings
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.page import Section
 from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
@@ -46,9 +46,11 @@ def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
     """The records of several finished runs.
 
     Raises:
-        ValueError: as read_report() does, and for a sweep's or comparison's directory.
+        ValueError: as read_report() does, for a run given twice, and for a sweep's or comparison's directory.
     """
     records = [read_report(directory) for directory in directories]
+    if len(different := {record["uri"] for record in records}) < len(records):
+        raise ValueError(f"of {len(records)} directories only {len(different)} are different: give each run once")
     for directory, record in zip(directories, records, strict=True):
         if kind := record.get("kind"):
             raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
@@ -109,7 +111,7 @@ def write_several(directories: Sequence[str], path: str) -> str:
     )
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(to_html(page))
+    target.write_text(to_html(page), encoding="utf-8")
     return str(target)
 
 
@@ -117,11 +119,12 @@ def _verdict(records: Sequence[Record]) -> str:
     named = list(zip(_names(records), records, strict=True))
     best, most = max(named, key=lambda one: one[1]["test"]["accuracy"])
     cheapest, least = min(named, key=lambda one: one[1]["cost"]["passes"])
-    return (
-        f"{best} has the highest test accuracy, {_accuracy(Metrics.from_dict(most['test']))} %, for "
-        f"{most['cost']['passes']:.2f} passes; {cheapest} paid least, {least['cost']['passes']:.2f} passes, "
-        f"for {_accuracy(Metrics.from_dict(least['test']))} %."
-    )
+    high, low = Metrics.from_dict(most["test"]), Metrics.from_dict(least["test"])
+    text = f"{best} has the highest test accuracy, {_accuracy(high)} %, for {most['cost']['passes']:.2f} passes"
+    if most is least:
+        return f"{text}, the fewest of all."
+    noise = ", which is within the noise" if difference(high, low).is_noise else ""
+    return f"{text}; {cheapest} paid least, {least['cost']['passes']:.2f} passes, for {_accuracy(low)} %{noise}."
 
 
 def _quality(records: Sequence[Record]) -> Plot:

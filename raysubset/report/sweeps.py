@@ -74,7 +74,7 @@ def sweep_plot(record: Record) -> Plot | None:
         return None
     num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
     bars = "; bars: standard error over seeds" if num_seeds > 1 else ""
-    caption = f"{record['name']}, n = {num_seeds:g} seeds{bars}; green: recommended; dashed passes: critical path."
+    caption = f"By subset size, n = {num_seeds:g} seeds{bars}; green: recommended; dashed passes: critical path."
     return draw_plot("sweep", caption, lambda figure: _draw(figure, record, drawn), size=(9.0, 6.4), wide=True)
 
 

@@ -7,7 +7,6 @@ An actor takes one piece of work after another; the driver owns order, retries a
 behind is a pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
 """
 
-from raysubset.errors import one_line
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.minima import find_minima, read_minimum
@@ -20,7 +19,6 @@ __all__ = [
     "find_minima",
     "read_minimum",
     "memory_warning",
-    "one_line",
     "ActorPool",
     "Pack",
     "Piece",

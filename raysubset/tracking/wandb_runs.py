@@ -8,7 +8,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.subset_actors import one_line
+from raysubset.errors import one_line
 from raysubset.tracking.records import Header, Point, Result
 
 logger = logging.getLogger(__name__)

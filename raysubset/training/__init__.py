@@ -7,7 +7,7 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 from raysubset.training.devices import card_bytes, place, use_device
 from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
 from raysubset.training.loop import Progress, minimize, num_steps_per_epoch
-from raysubset.training.memory import minimizing_bytes
+from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
 from raysubset.training.records import Cost, DivergedError, EpochRecord, Metrics, MinimizeResult, Weights
@@ -37,6 +37,7 @@ __all__ = [
     "place",
     "num_steps_per_epoch",
     "minimizing_bytes",
+    "bytes_in_words",
     "Progress",
     "Shard",
     "Distillation",

@@ -23,6 +23,15 @@ _OPTIMIZER_COPIES = {
 }
 
 
+def bytes_in_words(num: float) -> str:
+    """'64 B', '538 kB', '16 GB': three significant digits, units of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num < 999.5:
+            return f"{num:.3g} {unit}"
+        num /= 1000
+    return f"{num:.3g} TB"
+
+
 def minimizing_bytes(
     model: nn.Module, config: MinimizeConfig, *, image_shape: tuple[int, int, int], num_examples: int
 ) -> int:
