@@ -48,9 +48,10 @@ def find_minima(
     for piece, record in pool.run(todo, start, release=release, min_done=min_done):
         minimum = found[piece.folder] = read_minimum(run, piece, record)
         loss = f"loss {minimum.training.loss:.4f}, " if minimum.training else ""
+        ended = "" if minimum.outcome == "epochs" else f"{minimum.outcome}, "
         text = (
             f"{piece.label}: {loss}validation {minimum.validation.loss:.4f} and "
-            f"{minimum.validation.accuracy:.2%}, {minimum.outcome}, {minimum.cost.device_s:.1f} s"
+            f"{minimum.validation.accuracy:.2%}, {ended}{minimum.cost.device_s:.1f} s"
         )
         on_event(
             Event("minimum", f"{text} ({len(found)} of {len(pieces)})", {"stage": piece.ledger_stage, "record": record})

@@ -436,11 +436,13 @@ class ActorPool:
         if now - self._noticed_at < WAIT_NOTICE_S:
             return
         self._noticed_at = now
-        waiting = f"{len(self._slots) - num_up} actors of {describe(self.request)} each wait for a place"
+        num_down, each = len(self._slots) - num_up, describe(self.request)
+        waiting = f"{num_down} actors of {each} each wait" if num_down > 1 else f"an actor of {each} waits"
+        waiting += " for a place"
         free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
         if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
-        text = f"{waiting}, with {num_queued} pieces of work not begun; {num_up} actors are up, {free}"
+        text = f"{waiting}; work not begun: {num_queued}, actors up: {num_up}, {free}"
         self._tell("waiting", text, num_queued=num_queued, num_up=num_up)
 
 
