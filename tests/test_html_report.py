@@ -20,7 +20,7 @@ from raysubset.data import load_full_set
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.report import read_report, read_several, several_sections, write_files, write_several
-from raysubset.report.comparison_plots import arm_stages
+from raysubset.report.comparison_plots import arm_stages, run_stages
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import confused_pairs, confusion
@@ -428,6 +428,22 @@ def test_curves_of_an_arm_are_means_of_members_and_then_of_seeds_one_stage_after
     assert members.losses[0] == (1.5, 1.5, 1.5)
 
 
+def test_curves_of_whole_runs_are_those_of_their_stages_one_after_the_other():
+    higher = a_record()
+    for one in higher["stages"]["rounds"][0]["minima"]:
+        one["history"] = [epoch | {"loss": 3 * epoch["loss"]} for epoch in one["history"]]
+    members, mean, tuning = run_stages([a_record(), higher])  # of four times 25 of 100 examples, then by two workers
+    assert [stage.name for stage in (members, mean, tuning)] == ["subsets", "aggregation", "fine_tuning"]
+    assert members.passes == tuple(n / 4 for n in range(1, 9))
+    assert members.losses[:2] == ((2.0, 1.0, 3.0), (1.0, 0.5, 1.5))
+    assert members.validation == pytest.approx((0.215, 0.215, 0.215))
+    assert (mean.passes, mean.losses, mean.validation[0]) == ((2.0,), (), pytest.approx(0.18))
+    assert (tuning.passes, tuning.validation[0]) == ((2.5, 3.0), pytest.approx(0.1))
+    shorter = a_record()
+    shorter["stages"]["rounds"] = []
+    assert [stage.name for stage in run_stages([a_record(), shorter])] == ["fine_tuning"]
+
+
 def test_a_comparison_has_its_training_curves_and_the_time_line_of_its_legs(tmp_path: Path):
     run, legs = a_comparison(tmp_path), legs_of(0, 1, 2)
     record = run.read_json(COMPARISON_PATH)
@@ -520,7 +536,8 @@ def test_a_comparison_or_the_same_run_twice_among_several_is_refused(tmp_path: P
 def test_report_as_html_prints_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, two = RunDirectory(str(tmp_path), "a").uri, RunDirectory(str(tmp_path), "b").uri
     for name in ("a", "b"):
-        RunDirectory(str(tmp_path), name).write_json(REPORT_PATH, conventional_record() | {"name": name})
+        run = RunDirectory(str(tmp_path), name)
+        run.write_json(REPORT_PATH, conventional_record() | {"name": name, "uri": run.uri})
     assert call(["report", one, "--format", "html"]) == 0
     assert capsys.readouterr().out.strip() == f"{one}/report/report.html"
     assert call(["report", one, two, "--format", "html", "--to", str(tmp_path / "ab.html")]) == 0

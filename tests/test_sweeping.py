@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 from raysubset.cli import call
 from raysubset.config import Config
+from raysubset.ledger import Ledger, Work
 from raysubset.report import read_report, sweep_sections, write_files
-from raysubset.run_directory import CONFIG_PATH, SWEEP_PATH, RunDirectory
+from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.sweeping.plan import (
     Trial,
     divide,
@@ -19,6 +21,9 @@ from raysubset.sweeping.plan import (
     widest_stage,
 )
 from raysubset.sweeping.records import recommend, recommendation, settings_of
+from raysubset.training import Cost
+from tests.test_html_report import check_self_contained
+from tests.test_report import a_record
 
 # isort: split
 from ray import tune  # after raysubset.cluster, which sets what Ray reads when it is imported
@@ -271,6 +276,36 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
     assert page == tmp_path / "a-sweep/report/report.html"
     assert "within one standard error of the best: 100 examples" in page.read_text()
     assert page.with_name("sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_the_curves_of_settings_and_the_time_line_of_trials_and_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    directory = RunDirectory.at(a_sweep(tmp_path))
+    ended: dict[str, Any] = {"ended_at": 113.0, "outcome": "done"}
+    trunk = Work("trunk", 0, None, 0, "node-a", "cpu", 100.0, cost=Cost(device_s=2.0), **ended)
+    for name in ("100-0", "100-1", "400-0", "5000-0"):
+        run = RunDirectory(directory.below("trials"), name)
+        Ledger(run).write(trunk)
+        work = Work("subsets", 0, 3, 0, "node-b", "cpu", 110.0, waited_s=2.0, cost=Cost(device_s=3.0))
+        Ledger(run).write(work if name == "5000-0" else replace(work, **ended))
+        if name != "5000-0":  # which failed as an actor was at work
+            run.write_json(REPORT_PATH, a_record())
+    Ledger(RunDirectory(directory.below("trunks"), "shared")).write(trunk)
+    damaged = RunDirectory(directory.below("trials"), "400-1")
+    for path in ("ledger.parquet", REPORT_PATH):
+        damaged.write_bytes(path, b"half of a f")
+    page = Path(write_files(directory.uri))
+    read = check_self_contained(page.read_text())
+    assert {png.stem for png in page.parent.glob("*.png")} == {"sweep", "training_of_settings", "time_line"}
+    assert read.tags.count("svg") == 3
+    assert "the mean of the epochs' losses over the n seeds that finished" in read.words
+    assert "Left out: 400-1 (no report), 5000-0 (failed)." in read.words
+    told = "4 trials and the trunks they share in 5 attempts, 1 of them lost or failed, on 2 nodes, took 14 device-s"
+    assert told in read.words
+    assert "No work is noted of 400-1." in read.words
+    lost = read.cells.index("subsets, subset 3")
+    assert read.cells[lost - 1 : lost + 5] == ["5000-0", "subsets, subset 3", "1", "1", "node-b", "lost"]
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
-"""The plots of a comparison: quality against cost, speed-ups, wall time by network, training curves of the arms."""
+"""The plots of a comparison: quality against cost, speed-ups, wall time by network; training curves of its arms, and
+of a sweep's settings."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raysubset.report.comparisons import CLOCKS, largest_rows
-from raysubset.report.figures import Record
+from raysubset.report.figures import Record, trainings
 from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
 from raysubset.report.run_plots import VALIDATION, loss_name
 
@@ -137,6 +140,7 @@ _STAGE_COLOURS = {
     "fine_tuning": COLOURS[3],
 }
 _COLUMNS = 3  # panels side by side
+_MOST_SETTINGS = 12  # a panel each
 _TITLE = 38  # characters that fit above a panel
 
 
@@ -160,16 +164,25 @@ def arm_stages(
         legs: comparison.json's: what each leg is and needs, inputs first.
         found: what the legs came to, by name; runs of which any is missing are left out.
     """
+    needed = [_needed_legs(run["leg"], legs) for run in runs]
+    return _over_seeds(_of_legs(keys, legs, found, num_train) for keys in needed if all(key in found for key in keys))
+
+
+def run_stages(records: Sequence[Record]) -> list[Stage]:
+    """arm_stages() of whole runs, a finished one's record a seed; a round that not all of them came to is left out."""
+    return _over_seeds(map(_of_run, records))
+
+
+def _over_seeds(runs: Iterable[Iterable[tuple[tuple[str, int], "_Training"]]]) -> list[Stage]:
+    """Members of a round are averaged, then seeds; each run's trainings by stage and round."""
     seeds: list[dict[tuple[str, int], _Training]] = []
     for run in runs:
-        needed = _needed_legs(run["leg"], legs)
-        if all(key in found for key in needed):
-            trainings: dict[tuple[str, int], list[_Training]] = {}
-            for place, one in _trainings(needed, legs, found, num_train):
-                trainings.setdefault(place, []).append(one)
-            seeds.append({place: _mean_of(members) for place, members in trainings.items()})
+        members: dict[tuple[str, int], list[_Training]] = {}
+        for place, one in run:
+            members.setdefault(place, []).append(one)
+        seeds.append({place: _mean_of(own) for place, own in members.items()})
     stages = []
-    for name, round in seeds[0] if seeds else ():
+    for name, round in (place for place in seeds[0] if all(place in seed for seed in seeds)) if seeds else ():
         own = [seed[name, round] for seed in seeds]
         mean = _mean_of(own)
         spans = zip(mean.losses, *(one.losses for one in own), strict=False)
@@ -197,7 +210,7 @@ class _Training:
     validation: float
 
 
-def _trainings(
+def _of_legs(
     needed: Sequence[str], legs: Mapping[str, Record], found: Mapping[str, Record], num_train: int
 ) -> Iterator[tuple[tuple[str, int], _Training]]:
     """Each leg's training, by stage and round, begun where the last of its inputs ended."""
@@ -210,11 +223,29 @@ def _trainings(
             validation = finite(record["aggregation"]["validation"]["loss"])
             yield ("aggregation", leg["round"]), _Training((begun,), (), validation)
             continue
-        share = record.get("num_examples", num_train) / num_train / leg["num_workers"]
-        passes = tuple(begun + epoch["epoch"] * share for epoch in record["history"])
-        ends[key] = passes[-1] if passes else begun
-        losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
-        yield (leg["stage"], leg["round"]), _Training(passes, losses, finite(record["validation"]["loss"]))
+        training = _training(record, begun, num_train, leg["num_workers"])
+        ends[key] = training.passes[-1] if training.passes else begun
+        yield (leg["stage"], leg["round"]), training
+
+
+def _of_run(record: Record) -> Iterator[tuple[tuple[str, int], _Training]]:
+    """Each training of a finished run, begun where the last of the stage before it ended; and each aggregation."""
+    num_train, begun = record["data"]["num_train"], 0.0
+    for (stage, round), works in itertools.groupby(trainings(record), key=lambda one: one[:2]):
+        own = [_training(work, begun, num_train, work.get("num_workers", 1)) for *_, work in works]
+        yield from (((stage, round), training) for training in own)
+        begun = max((training.passes[-1] for training in own if training.passes), default=begun)
+        made = record["stages"]["rounds"][round] if stage in ("subsets", "subsamples") else {}
+        if made and stage == ("subsamples" if made.get("subsamples") else "subsets"):
+            validation = finite(made["aggregation"]["validation"]["loss"])
+            yield ("aggregation", round), _Training((begun,), (), validation)
+
+
+def _training(record: Record, begun: float, num_train: int, num_workers: int) -> _Training:
+    share = record.get("num_examples", num_train) / num_train / num_workers
+    passes = tuple(begun + epoch["epoch"] * share for epoch in record["history"])
+    losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
+    return _Training(passes, losses, finite(record["validation"]["loss"]))
 
 
 def _mean_of(trainings: Sequence[_Training]) -> _Training:
@@ -236,12 +267,49 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
     lasts = [run["leg"] for *_, runs in largest for run in runs]
     found = read({key: legs[key] for last in lasts for key in _needed_legs(last, legs)})
     panels = [
-        (key, budget, stages)
+        (_titled(key, budget), stages)
         for key, budget, runs in largest
         if (stages := arm_stages(runs, legs, found, num_train=num_train))
     ]
     if not panels:
         return None
+    told = ("at each arm's largest budget", f"n = {len(record['seeds'])} seeds")
+    return _draw_training("training_of_arms", *told, panels, loss=loss_name(record))
+
+
+def training_of_settings(record: Record, found: Mapping[str, Record]) -> Plot | None:
+    """A panel a setting of a sweep, at most a dozen: those of the least validation loss; None where no run is there.
+
+    Args:
+        found: the finished trials' own records, by the trials' names.
+    """
+    panels = []
+    for setting in record["settings"]:
+        trials = [trial["name"] for trial in record["trials"] if trial["overrides"] == setting["overrides"]]
+        if own := [found[name] for name in trials if name in found]:
+            told = [*(f"{key} = {value}" for key, value in setting["overrides"].items()), f"n = {len(own)}"]
+            loss = math.inf if setting["validation_loss"] is None else setting["validation_loss"]["mean"]
+            panels.append((loss, (textwrap.fill(", ".join(told), _TITLE), run_stages(own))))
+    if not panels:
+        return None
+    limit = sorted(loss for loss, _ in panels)[:_MOST_SETTINGS][-1]
+    shown = [panel for loss, panel in panels if loss <= limit][:_MOST_SETTINGS]
+    what = "of each setting" if len(shown) == len(panels) else f"of the best {len(shown)} of {len(panels)} settings"
+    names = {loss_name(one) for one in found.values()}
+    told = (what, "the n seeds that finished")
+    return _draw_training("training_of_settings", *told, shown, loss="loss" if len(names) > 1 else names.pop())
+
+
+def _titled(key: str, budget: float) -> str:
+    """An arm's key as far as it fits above a panel, with the budget where there is room."""
+    title = key if len(key) <= _TITLE else f"{key[: _TITLE - 1]}…"
+    return f"{title}, {budget:g} passes" if len(title) < _TITLE - 12 else title
+
+
+def _draw_training(
+    name: str, what: str, seeds: str, panels: Sequence[tuple[str, Sequence[Stage]]], *, loss: str
+) -> Plot:
+    """Titles and stages, at least one, in a panel each; what is drawn and over which seeds is for the caption."""
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
 
@@ -249,10 +317,9 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
         grid = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
         told: dict[str, Any] = {}
         shown: list[float] = []
-        for axes, (key, budget, stages) in zip(grid, panels, strict=False):
+        for axes, (title, stages) in zip(grid, panels, strict=False):
             shown += _panel(axes, stages, told)
-            title = key if len(key) <= _TITLE else f"{key[: _TITLE - 1]}…"
-            axes.set_title(f"{title}, {budget:g} passes" if len(title) < _TITLE - 12 else title)
+            axes.set_title(title)
             axes.grid(True)
             axes.set_xlim(left=0)
         log_where_wide(grid[0], "y", shown)
@@ -262,18 +329,17 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
                 continue
             axes.tick_params(labelleft=number % columns == 0)
             if number % columns == 0:
-                axes.set_ylabel(loss_name(record))
+                axes.set_ylabel(loss)
             if number + columns >= len(panels):
                 axes.set_xlabel("passes, one after the other")
         figure.legend(told.values(), told.keys(), loc="outside lower center", ncols=min(7, len(told)))
 
     caption = (
-        "Loss at each arm's largest budget over the passes of training that lie one after the other: lines the mean of "
-        f"the epochs' losses over n = {len(record['seeds'])} seeds, of a round's members their mean, bands the least "
-        "and greatest of the seeds; squares validation loss at a stage's end, of members their mean, diamonds that of "
-        "their aggregate. One scale for all arms."
+        f"Loss {what} over the passes of training that lie one after the other: lines the mean of the epochs' losses "
+        f"over {seeds}, of a round's members their mean, bands the least and greatest of the seeds; squares validation "
+        "loss at a stage's end, of members their mean, diamonds that of their aggregate. One scale for all panels."
     )
-    return draw_plot("training_of_arms", caption, draw, size=(10.0, 1.0 + 2.3 * rows), wide=True)
+    return draw_plot(name, caption, draw, size=(10.0, 1.0 + 2.3 * rows), wide=True)
 
 
 def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:

@@ -12,6 +12,7 @@ from raysubset.report.comparison_plots import (
     quality_against_cost,
     speed_ups,
     training_of_arms,
+    training_of_settings,
     wall_by_network,
 )
 from raysubset.report.comparisons import comparison_sections
@@ -21,7 +22,7 @@ from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, pictures
 from raysubset.report.page import Section, sections
 from raysubset.report.plots import Plot
-from raysubset.report.reading import leg_records, leg_works, read_report
+from raysubset.report.reading import leg_records, leg_works, read_report, trial_records, trial_works
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -187,7 +188,9 @@ def _legs(run: RunDirectory, record: Record) -> Iterator[Part]:
         yield Part(Section("Training"), (drawn,))
     if ledgers := leg_works(run):
         works = [work for own in ledgers.values() for work in own]
-        yield Part(Section("Time line", lines=tuple(work_lines(ledgers))), (time_line(works),))
+        more = ": tuning too, and arms that are compared no more. Reading the test split is not shown"
+        lines = tuple(work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more))
+        yield Part(Section("Time line", lines=lines), (time_line(works),))
         if bad := troubles(ledgers):
             yield Part(bad)
 
@@ -196,9 +199,30 @@ def _sweep_page(directory: str, record: Record) -> Page:
     table, *others, verdict = sweep_sections(record)
     drawn = sweep_plot(record)
     settings = dataclasses.replace(table, title="Settings")
-    parts = (Part(settings, (drawn,) if drawn else ()), *map(Part, others))
+    run = RunDirectory.at(directory)
+    parts = (Part(settings, (drawn,) if drawn else ()), *map(Part, others), *_trials(run, record))
     facts = (("varied", "; ".join(f"{key}: {_values(values)}" for key, values in record["space"].items())),)
-    return Page(table.title, verdict.lines, (*facts, *_facts(RunDirectory.at(directory), record)), parts)
+    return Page(table.title, verdict.lines, (*facts, *_facts(run, record)), parts)
+
+
+def _trials(run: RunDirectory, record: Record) -> Iterator[Part]:
+    """How the settings trained, and what was done when and where; with the trials of which that is not known."""
+    names = {trial["name"]: trial["state"] for trial in record["trials"]}
+    found, ledgers = trial_records(run, list(names)), trial_works(run, list(names))
+    drawn = training_of_settings(record, found)
+    states = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in names.items()}
+    without = ", ".join(told for name, told in states.items() if name not in found)
+    lines = (f"Left out: {without}.",) if without else ()
+    yield Part(Section("Training", lines=lines), (drawn,) if drawn else ())
+    works = [work for own in ledgers.values() for work in own]
+    num = sum(name in ledgers for name in names)
+    of = f"{num:,} trial{'s' * (num != 1)}" + (" and the trunks they share" if len(ledgers) > num else "")
+    lines = tuple(work_lines(ledgers, of=of)) if works else ()
+    if without := ", ".join(name for name in names if name not in ledgers):
+        lines = (*lines, f"No work is noted of {without}.")
+    yield Part(Section("Time line", lines=lines), (time_line(works),) if works else ())
+    if bad := troubles(ledgers, of="trial"):
+        yield Part(bad)
 
 
 def _values(values: Any) -> str:

@@ -1,11 +1,13 @@
-"""A finished run's record; of an unfinished one, how far it is; of a comparison's legs, what they left."""
+"""A finished run's record; of an unfinished one, how far it is; of a comparison's legs and a sweep's trials, what they
+left."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from raysubset.ledger import Work
+from raysubset.ledger import Ledger, Work
 from raysubset.report.commands import command
 from raysubset.report.figures import Record
 from raysubset.run_directory import (
@@ -13,6 +15,7 @@ from raysubset.run_directory import (
     CONFIG_PATH,
     REPORT_PATH,
     SWEEP_PATH,
+    CorruptFile,
     RunDirectory,
     aggregate_path,
     history_path,
@@ -23,6 +26,7 @@ from raysubset.run_directory import (
 
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _LEGS = "legs"  # the folder of a comparison's
+_TRIALS, _TRUNKS = "trials", "trunks"  # those of a sweep's
 
 
 def read_report(directory: str) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def read_report(directory: str) -> dict[str, Any]:
     if config is None:
         raise ValueError(f"{run.uri} holds nothing: its deletion was begun by --fresh and not completed")
     if config.get("kind") == "sweep":
-        finished = [path for path in run.list("trials", recursive=True) if path.endswith(f"/{REPORT_PATH}")]
+        finished = [path for path in run.list(_TRIALS, recursive=True) if path.endswith(f"/{REPORT_PATH}")]
         done = f"{len(finished)} trials are done"
         raise ValueError(f"the sweep {run.uri} is not finished: {done}. To go on, give the same command again")
     if config.get("kind") == "comparison":
@@ -94,9 +98,12 @@ def leg_works(run: RunDirectory) -> dict[str, list[Work]]:
     found: dict[str, list[Work]] = defaultdict(list)
     for path, record in zip(paths, records, strict=True):
         if record is not None:
-            work = Work.from_dict(record)
-            found[path.split("/")[1]].append(replace(work, outcome="lost") if work.outcome == "running" else work)
+            found[path.split("/")[1]].append(_ended(Work.from_dict(record)))
     return dict(found)
+
+
+def _ended(work: Work) -> Work:
+    return replace(work, outcome="lost") if work.outcome == "running" else work
 
 
 def leg_records(run: RunDirectory, legs: Record) -> dict[str, Record]:
@@ -118,3 +125,35 @@ def _leg_path(leg: Record) -> str:
         return minimum_path(leg["stage"])
     folder = subsample_folder if leg["stage"] == "subsamples" else minimum_folder
     return minimum_path(folder(leg["round"], leg["subset"]))
+
+
+def trial_records(run: RunDirectory, names: Sequence[str]) -> dict[str, Record]:
+    """The reports of a sweep's trials by their names; of those that have one."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        records = pool.map(run.read_json_or_none, [f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names])
+        return {name: record for name, record in zip(names, records, strict=True) if record is not None}
+
+
+def trial_works(run: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:
+    """The ledgers of a finished sweep's trials and of the trunks they share, by their names; none that is not there.
+
+    A shared trunk's work, which stands in each trial's ledger too, is the trunk's alone.
+    """
+    trunks = dict.fromkeys(path.split("/")[1] for path in run.list(_TRUNKS, recursive=True))
+    places = [*((_TRUNKS, name) for name in trunks), *((_TRIALS, name) for name in names)]
+
+    def read(place: tuple[str, str]) -> list[Work]:
+        folder, name = place
+        try:
+            return [_ended(work) for work in Ledger(RunDirectory(run.below(folder), name)).read()]
+        except CorruptFile:
+            return []
+
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        ledgers = list(pool.map(read, places))
+    found, told = {}, set()
+    for (_, name), works in zip(places, ledgers, strict=True):
+        if own := [work for work in works if work not in told]:
+            found[name] = own
+            told.update(work for work in own if work.stage == "trunk")
+    return found

@@ -1,5 +1,5 @@
-"""The time line of a run or a comparison, from its ledgers: what each actor and worker did on which node, what waited,
-what was lost."""
+"""The time line of a run, comparison or sweep, from its ledgers: what each actor and worker did on which node, what
+waited, what was lost."""
 
 import heapq
 import statistics
@@ -137,11 +137,12 @@ def _names(drawn: Sequence[Lane]) -> list[str]:
     return names
 
 
-def troubles(ledgers: Mapping[str, Sequence[Work]]) -> Section | None:
+def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Section | None:
     """The attempts that did not end well, and whether another followed; None if all did.
 
     Args:
-        ledgers: of the legs of a comparison by their names; of a run, {"": its own}.
+        ledgers: of the legs of a comparison or the trials of a sweep by their names; of a run, {"": its own}.
+        of: what each ledger is of.
     """
     last: dict[tuple, Work] = {}
     for leg, works in ledgers.items():
@@ -168,23 +169,24 @@ def troubles(ledgers: Mapping[str, Sequence[Work]]) -> Section | None:
     )
     lines = (f"The first {_MOST_TROUBLES} of {len(bad)}.",) if len(bad) > len(rows) else ()
     columns = ("work", "round", "attempt", "node", "outcome", "seconds", "in the end", "error")
-    named = ("leg", *columns) if bad[0][0] else columns
+    named = (of, *columns) if bad[0][0] else columns
     return Section("Lost and failed attempts", named, rows, lines)
 
 
-def work_lines(ledgers: Mapping[str, Sequence[Work]]) -> Iterator[str]:
-    """What the legs of a comparison took all together, in words.
+def work_lines(ledgers: Mapping[str, Sequence[Work]], *, of: str, more: str = "") -> Iterator[str]:
+    """What the legs of a comparison or the trials of a sweep took all together, in words.
 
     Args:
-        ledgers: by the legs' names.
+        ledgers: by their names.
+        of: what they are of and how many.
+        more: what is in it and what is not.
     """
     works = [work for own in ledgers.values() for work in own]
     num_bad = sum(work.outcome in _ENDED_BADLY for work in works)
     num_nodes, waits = len({work.node for work in works}), [work.waited_s for work in works]
     yield (
-        f"{len(ledgers):,} legs in {len(works):,} attempts, {num_bad or 'none'} of them lost or failed, on {num_nodes} "
-        f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds: tuning too, and "
-        "arms that are compared no more. Reading the test split is not shown."
+        f"{of} in {len(works):,} attempts, {num_bad or 'none'} of them lost or failed, on {num_nodes} "
+        f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds{more}."
     )
     if max(waits):
         yield f"An attempt waited {statistics.fmean(waits):.1f} s for room in the mean, {max(waits):.1f} s at most."
