@@ -1,6 +1,7 @@
 """One local Ray cluster for all tests that need one; tests that need none start none."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -79,7 +79,8 @@ def test_actors_leave_what_the_method_needs_and_the_plan_knows_what_it_costs(
     report = run(wanted)
     directory = RunDirectory.at(report.uri)
     made = report.record["stages"]["rounds"][0]["aggregation"]
-    assert (made["method"], made["subset_ids"]) == (method, [0, 1])
+    assert made["method"] == method
+    assert made["subset_ids"] in ([[0], [1]] if method == "select_best" else [[0, 1]])
     for kind in ("fisher", "gram"):
         assert directory.exists(statistics_path(minimum_folder(0, 1), kind)) == (kind in kinds)
     full_set = load_full_set(wanted.data)
@@ -107,10 +108,7 @@ def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Pa
     whole = run(config(tmp_path, "unbroken", **savgm))
     directory = RunDirectory.at(whole.uri)
     works = Ledger(directory).read()
-    assert [(w.stage, w.subset) for w in works if w.subset is not None and w.stage == "subsamples"] == [
-        ("subsamples", 0),
-        ("subsamples", 1),
-    ]
+    assert sorted(work.subset for work in works if work.stage == "subsamples") == [0, 1]
     record = whole.record["stages"]["rounds"][0]
     assert [part["num_examples"] for part in record["subsamples"]] == [50, 50]
     assert whole.record["planned_passes"] == pytest.approx(2 * 2 * 250 / whole.record["data"]["num_train"])
