@@ -321,11 +321,6 @@ def num_slots(request: Mapping[str, float], *, startable: bool) -> int:
     return sum(t.num_fitting(request) * (t.num_alive + (t.num_startable if startable else 0)) for t in node_types())
 
 
-def has_gpus() -> bool:
-    """Whether any node has, or is known to be startable with, a GPU."""
-    return any(t.resources.get("GPU", 0) > 0 for t in node_types())
-
-
 def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
     """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
 
@@ -333,13 +328,14 @@ def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
     """
     if config.num_gpus is not None:
         return config.num_gpus
-    if not has_gpus() and _may_start_unknown_nodes():
+    has_gpus = any(t.resources.get("GPU", 0) > 0 for t in node_types())
+    if not has_gpus and _may_start_unknown_nodes():
         text = (
             "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
             "can start GPUs give --actors.num-gpus=1, or publish its node types (clusters/publish_node_types.py)"
         )
         tell(Event("warning", text))
-    return float(has_gpus())
+    return float(has_gpus)
 
 
 def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1, way_out: str = ASK_FOR_LESS) -> None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
-from raysubset.cluster import Event, OnEvent, connected, has_gpus, num_slots, put_once, refuse_unplaceable
+from raysubset.cluster import Event, OnEvent, connected, num_gpus_of, num_slots, put_once, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.legs import Leg
@@ -88,7 +88,7 @@ def compare(
         resumed = directory.open(shown.to_dict() | {"kind": "comparison"}, environment(), fresh=fresh)
         tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
-            decided = _decide(directory, config, len(plan.subsets), num_workers)
+            decided = _decide(directory, config, len(plan.subsets), num_workers, tell)
             work = _Comparison(config, full_set, directory, decided, plans, seeds, budgets, tell)
             rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
             work.refuse_unplaceable(chosen, rates, sizes)
@@ -176,11 +176,13 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
             raise ValueError(f"arm {arm.key}: a comparison {words}")
 
 
-def _decide(directory: RunDirectory, config: Config, num_subsets: int, num_workers: int | None) -> Record:
+def _decide(
+    directory: RunDirectory, config: Config, num_subsets: int, num_workers: int | None, tell: OnEvent
+) -> Record:
     """What depends on the cluster: decided once and written down. A number of workers that is given is taken."""
     decided = directory.read_json_or_none(DECISIONS_PATH)
     if decided is None:
-        num_gpus = config.actors.num_gpus if config.actors.num_gpus is not None else float(has_gpus())
+        num_gpus = num_gpus_of(config.actors, tell)
         most = num_slots({"CPU": config.actors.num_cpus, "GPU": num_gpus}, startable=True)
         decided = {"num_gpus": num_gpus, "num_workers": max(2, min(num_subsets, most))}
     decided |= {"num_workers": num_workers or decided["num_workers"]}

@@ -21,7 +21,7 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import SYSTEM_ERRORS, Event, OnEvent, connected, has_gpus, num_slots, put_once
+from raysubset.cluster import SYSTEM_ERRORS, Event, OnEvent, connected, num_gpus_of, num_slots, put_once
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.errors import one_line
@@ -99,7 +99,7 @@ def sweep(
         stack.enter_context(connected(config.cluster))
         started = time.perf_counter()
         full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
-        at_once, slots_each = _divide_cluster(trials)
+        at_once, slots_each = _divide_cluster(trials, tell)
         tell(Event("note", f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
         trunks = _make_trunks(trials, full_set_refs, directory, most_at_once=at_once, tell=tell)
         tasks = {
@@ -132,11 +132,11 @@ def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) 
     return None if any(trial["state"] == "failed" for trial in record["trials"]) else record
 
 
-def _divide_cluster(trials: Sequence[Trial]) -> tuple[int, int]:
+def _divide_cluster(trials: Sequence[Trial], tell: OnEvent) -> tuple[int, int]:
     """divide() by what the cluster has or its autoscaler may start, for the most that any trial asks for."""
-    actors = [trial.config.actors for trial in trials]
-    num_gpus = [one.num_gpus if one.num_gpus is not None else float(has_gpus()) for one in actors]
-    request = {"CPU": max(one.num_cpus for one in actors), "GPU": max(num_gpus)}
+    actors = dict.fromkeys(trial.config.actors for trial in trials)  # each once, so that it is told of once
+    num_gpus = max(num_gpus_of(one, tell) for one in actors)
+    request = {"CPU": max(one.num_cpus for one in actors), "GPU": num_gpus}
     widest = max(widest_stage(trial.config) for trial in trials)
     return divide(num_slots(request, startable=True), widest=widest, num_trials=len(trials))
 
