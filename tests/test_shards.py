@@ -16,7 +16,7 @@ from tests.tiny import cnn, examples, same_bits, through_a_file, weights
 RECIPE = MinimizeConfig(epochs=2, batch_size=8, learning_rate=0.05, channels_last=False)
 NUM = 37  # batches of 8, 8, 7, 7 and 7: the workers' shares differ in size
 STOP = 7  # in the middle of the second epoch
-TIMEOUT_S = 240.0
+TIMEOUT_S = 60.0
 
 
 def network() -> nn.Module:

@@ -60,7 +60,7 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def raysubset(*arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     with started(*arguments) as process:
-        out, err = process.communicate(timeout=250)
+        out, err = process.communicate(timeout=150)
         return process.returncode, out, err
 
 

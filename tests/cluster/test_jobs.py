@@ -25,7 +25,7 @@ from raysubset.cli import call
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
 ROOT = Path(__file__).parents[2]
 free_port: Callable[[], int] = runpy.run_path(str(ROOT / "clusters" / "local_autoscaling.py"))["free_port"]
@@ -95,7 +95,7 @@ class Cluster:
         """What the dashboard says, as JSON."""
         headers = {"Authorization": f"Bearer {self._token}"}
         request = urllib.request.Request(self._dashboard + path, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)
 
     def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path = ROOT) -> str:
@@ -104,7 +104,7 @@ class Cluster:
         command += ["--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", "."]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
         command += ["--name", "run", "--storage-path", str(storage_path), *FLAGS, *flags]
-        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         return self.log(job)
 
