@@ -31,7 +31,7 @@ import yaml
 # isort: split
 import psutil
 
-CONFIG_PATH = Path(__file__).with_suffix(".yaml")
+CONFIG_PATH = Path(__file__).resolve().with_suffix(".yaml")
 LOG_NAME = "ray_start.log"
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 10.0
@@ -105,6 +105,7 @@ def _environment(config: dict[str, Any]) -> dict[str, str]:
         "RAY_CLOUD_INSTANCE_ID": config["provider"]["head_node_id"],
         "RAY_NODE_TYPE_NAME": config["head_node_type"],
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(CONFIG_PATH.parent), os.environ.get("PYTHONPATH")])),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
     }
 

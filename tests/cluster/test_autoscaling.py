@@ -48,6 +48,10 @@ class LocalCluster:
     process: psutil.Process
     env: dict[str, str]
 
+    def working_dirs(self) -> set[Path]:
+        """Where the nodes that ever were, unpacked the jobs' working directories."""
+        return set(Path(self.env["RAY_TMPDIR"]).glob("**/session_2*/runtime_resources*/working_dir_files/_ray_pkg_*/"))
+
     def workers(self) -> list[psutil.Process]:
         """The raylets of worker nodes, oldest first: children of the autoscaler, the head's is not."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -150,6 +154,7 @@ class Unbroken:
     log: str
     num_before: int  # worker nodes before it
     num_most: int  # and while it ran
+    num_working_dirs: int  # of all its nodes, the head one of them
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +164,8 @@ def unbroken(local_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFacto
     with meanwhile(lambda: nums.append(len(local_cluster.workers()))):
         code, log = local_cluster.submit(storage_path, "--fine-tuning.epochs", "1")
     assert code == 0, log
-    return Unbroken(RunDirectory(str(storage_path), "run"), log, num_before, max(nums))
+    num_working_dirs = len(local_cluster.working_dirs())
+    return Unbroken(RunDirectory(str(storage_path), "run"), log, num_before, max(nums), num_working_dirs)
 
 
 def subset_works(run: RunDirectory) -> list[Work]:
@@ -169,6 +175,8 @@ def subset_works(run: RunDirectory) -> list[Work]:
 def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken: Unbroken):
     assert unbroken.num_before == 0
     assert 1 <= unbroken.num_most <= MOST_WORKERS
+    # in a folder that they share, a new node would delete it under the tasks of the others
+    assert unbroken.num_working_dirs > unbroken.num_most
     assert re.search("of 1 CPU (each wait|waits) for a place", unbroken.log)
     # the report is in the job's log, in lines without control characters
     assert "Test accuracy" in unbroken.log
