@@ -48,7 +48,7 @@ CONFIG = Config(
     subsets=SubsetsConfig(num=4),
     trunk=TrunkConfig(epochs=0),
     minimize=MinimizeConfig(optimizer="sgd", batch_size=64, epochs=1),
-    rounds=RoundsConfig(learning_rate_scale=4.0, outer_learning_rate=1.0, outer_momentum=0.6),
+    rounds=RoundsConfig(learning_rate_scale=4.0, outer_learning_rate=1.0, outer_momentum=0.6, evaluate_every=32),
     fine_tuning=FineTuningConfig(epochs=0),
 )
 ROUNDS = (4, 8, 16, 32)  # G alone is one round, a plain mean

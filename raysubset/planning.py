@@ -19,6 +19,7 @@ from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fish
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 
 CALIBRATION_EXAMPLES = 10_000  # of the training set, for batch-norm statistics and the training loss of means
+_MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     if config.method == "subset_pretraining":
         labels = full_set.train.labels
         missing = missing_class_warnings(subsets, labels, num_classes)
-        lines = [*advice(num_train, sizes, num_classes, num), *missing, *lines]
+        measuring = _measuring_advice(config, full_set, sizes, model)
+        lines = [*advice(num_train, sizes, num_classes, num), *missing, *measuring, *lines]
     worked = sizes
     if config.aggregation.method == "savgm":
         worked = [size + subsample_size(config, size) for size in sizes]  # one after the other, on one device
@@ -124,25 +126,14 @@ def _evaluation(
     Args:
         sizes: of the subsets.
     """
-    num_train, num_validation, num = len(full_set.train), len(full_set.validation), len(sizes)
-    sample = min(CALIBRATION_EXAMPLES, num_train)
-    refreshed = sample * has_batch_norm(model)
-    mean = refreshed + num_validation
-    by_method = {"select_best": num_validation, "greedy_soup": num * mean, "aligned_soup": 2 * num * sample + mean}
-    method = config.aggregation.method
-    shared = config.subsets.start == "shared"
-    tried = candidates_of_auto(shared_start=shared) if method == "auto" else (method,)
-    aggregation = sample + num_validation
-    if num > 1:
-        aggregation = sample + sum(by_method.get(one, mean) for one in tried)
-        aggregation += mean * ("uniform_soup" not in tried)  # which is always reported
-    if config.rounds.has_outer_step():
-        aggregation += refreshed + sample + num_validation
+    num_train, num_validation = len(full_set.train), len(full_set.validation)
+    sample, aggregation = min(CALIBRATION_EXAMPLES, num_train), _aggregation_forward(config, full_set, sizes, model)
     recipe, parts = config.stage("subsets"), sizes
-    if method == "savgm":
+    if config.aggregation.method == "savgm":
         parts = [*sizes, *(subsample_size(config, size) for size in sizes)]
-    members = sum(size + num_validation + _averaging_forward(recipe, size, model) for size in parts)
-    forward = config.rounds.num * (members + aggregation) + len(full_set.test)
+    num_measured = sum(map(config.rounds.evaluated, range(config.rounds.num)))
+    forward = num_measured * (sum(size + num_validation for size in parts) + aggregation) + len(full_set.test)
+    forward += config.rounds.num * sum(_averaging_forward(recipe, size, model) for size in parts)
     if config.trunk.epochs:
         forward += num_train + num_validation + _averaging_forward(config.stage("trunk"), num_train, model)
     if config.fine_tuning.epochs:
@@ -158,6 +149,40 @@ def _evaluation(
             labels, classes = config.aggregation.fisher_labels, full_set.num_classes
             total += fisher_cost(taken, classes, num_parameters(model), config.minimize, labels=labels)
     return total
+
+
+def _aggregation_forward(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module) -> int:
+    """Examples that the aggregation of a round that is measured passes forward, counted as in _evaluation()."""
+    num_validation, num = len(full_set.validation), len(sizes)
+    sample = min(CALIBRATION_EXAMPLES, len(full_set.train))
+    refreshed = sample * has_batch_norm(model)
+    mean = refreshed + num_validation
+    by_method = {"select_best": num_validation, "greedy_soup": num * mean, "aligned_soup": 2 * num * sample + mean}
+    method, shared = config.aggregation.method, config.subsets.start == "shared"
+    tried = candidates_of_auto(shared_start=shared) if method == "auto" else (method,)
+    forward = sample + num_validation
+    if num > 1:
+        forward = sample + sum(by_method.get(one, mean) for one in tried)
+        forward += mean * ("uniform_soup" not in tried)  # which is always reported
+    if config.rounds.has_outer_step():
+        forward += refreshed + num_validation
+    return forward
+
+
+def _measuring_advice(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module) -> list[str]:
+    """Whether measuring every round costs much beside its training, and how to do it less often."""
+    rounds, num_train = config.rounds, len(full_set.train)
+    if rounds.num == 1 or config.aggregation.needs_validation():
+        return []
+    forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, sizes, model)
+    measured, trained = Cost(num_forward=forward).passes(num_train), max(sizes) * config.minimize.epochs / num_train
+    if measured / rounds.evaluate_every < _MUCH * trained:
+        return []
+    every = min(rounds.num, math.ceil(measured / (_LITTLE * trained)))
+    if every <= rounds.evaluate_every:
+        return []
+    text = f"to measure a round takes {measured:.2g} passes on the critical path, to train it {trained:.2g}"
+    return [f"{text}: --rounds.evaluate-every {every} does it less often"]
 
 
 def _num_turns(recipe: MinimizeConfig) -> int:

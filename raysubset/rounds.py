@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from raysubset.aggregation import Minimum, mean_optimizer_state
+from raysubset.aggregation import Aggregation, Minimum, mean_optimizer_state
 from raysubset.cluster import Event, OnEvent, stage_event
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
@@ -26,7 +26,7 @@ from raysubset.run_directory import (
 from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
-from raysubset.training import Weights
+from raysubset.training import MEASURES, Weights
 
 
 class Rounds:
@@ -123,6 +123,7 @@ class Rounds:
             node_speed=slot_of(slots, subset.id).speed if slots else None,
             optimizer_path=self._optimizer_path(round, subset.id) if round else None,
             statistics=self._plan.statistics,
+            measures=MEASURES if self._config.rounds.evaluated(round) else (),
         )
 
     def _optimizer_path(self, round: int, subset_id: int) -> str | None:
@@ -156,6 +157,7 @@ class Rounds:
             momentum=directory.read_weights(momentum_path(round - 1)) if carried else {},
             parameter_names=self._plan.parameter_names,
             seed=derive_seed(config.seed, "aggregation", round),
+            measures=MEASURES if config.rounds.evaluated(round) else (),
         )
         directory.write_weights(aggregate_weights_path(round), made.aggregate.weights)
         if momentum:
@@ -173,11 +175,12 @@ class Rounds:
         self._ledger.end(work, made.cost)  # before the record, without which all of this would be done again
         directory.write_json(aggregate_path(round), record)
         members = ", ".join(map(str, made.aggregate.subset_ids))
-        text = (
-            f"{made.aggregate.method} of subsets {members}: validation {made.validation.loss:.4f} and "
-            f"{made.validation.accuracy:.2%}; best member {made.best_member.accuracy:.2%}, ensemble "
-            f"{made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
-        )
+        text = f"{made.aggregate.method} of subsets {members}"
+        if isinstance(made, Aggregation):
+            text += (
+                f": validation {made.validation.loss:.4f} and {made.validation.accuracy:.2%}; best member "
+                f"{made.best_member.accuracy:.2%}, ensemble {made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
+            )
         self._tell(Event("aggregate", text, {"round": round, "record": record["aggregation"]}))
         if not made.aggregate.shared_start and config.aggregation.needs_shared_start():
             self._tell(

@@ -1,7 +1,7 @@
 """Aggregates and test results, computed on the driver, or in a task on the cluster that has a GPU."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raysubset.aggregation import Aggregation, Minimum, Scorer, aggregate_round
+from raysubset.aggregation import Aggregation, Minimum, Scorer, Unmeasured, aggregate_round
 from raysubset.cluster import call_on_cluster
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.models import build_model
-from raysubset.training import Cost, Metrics, Weights, metrics_of_outputs, place, predict, use_device
+from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights, metrics_of_outputs, place, predict, use_device
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
 _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
@@ -47,14 +47,17 @@ class ScoringPlace:
         momentum: Weights,
         parameter_names: frozenset[str],
         seed: int,
-    ) -> tuple[Aggregation, Weights]:
+        measures: Collection[Measure] = MEASURES,
+    ) -> tuple[Aggregation | Unmeasured, Weights]:
         """aggregate_round() with the data's calibration and validation examples.
 
         Args:
             calibration: int64 positions in the training split.
             seed: of what the method draws at random.
+            measures: what the aggregate is measured on.
         """
-        return self._call(aggregate_minima, list(minima), calibration, start, momentum, parameter_names, seed)
+        given = (list(minima), calibration, start, momentum, parameter_names, seed, measures)
+        return self._call(aggregate_minima, *given)
 
     def test(self, weights: Weights) -> Tested:
         """Metrics and predictions on the test split. To be called once, at the end."""
@@ -88,20 +91,26 @@ def aggregate_minima(
     momentum: Weights,
     parameter_names: frozenset[str],
     seed: int,
-    *,
-    measure_training: bool = True,
-) -> tuple[Aggregation, Weights]:
-    """ScoringPlace.aggregate(), in this process; without a training loss where that is for no report."""
+    measures: Collection[Measure] = MEASURES,
+) -> tuple[Aggregation | Unmeasured, Weights]:
+    """ScoringPlace.aggregate(), in this process."""
     model, device = _model(full_set, num_gpus, config)
     scorer = Scorer(
         model,
         calibration=full_set.examples("train", calibration, device=device),
         validation=full_set.examples("validation", device=device),
         minimize=config.minimize,
-        measure_training=measure_training,
+        measure_training="training" in measures,
     )
     return aggregate_round(
-        minima, config, scorer, start=start, momentum=momentum, parameter_names=parameter_names, seed=seed
+        minima,
+        config,
+        scorer,
+        start=start,
+        momentum=momentum,
+        parameter_names=parameter_names,
+        seed=seed,
+        measured="validation" in measures,
     )
 
 

@@ -351,7 +351,28 @@ def test_an_outer_step_is_refreshed_measured_and_counted(minima):
     assert made.validation == evaluate(model, VALIDATION, RECIPE)
     assert made.training == evaluate(model, CALIBRATION, RECIPE)
     assert (made.uniform_mean, made.barrier) == (plain.uniform_mean, plain.barrier)
-    assert made.cost.num_forward == plain.cost.num_forward + 2 * NUM_CALIBRATION + NUM_VALIDATION
+    assert made.cost.num_forward == plain.cost.num_forward + NUM_CALIBRATION + NUM_VALIDATION  # refreshed and scored
+
+
+@pytest.mark.parametrize("rates", [{}, {"outer_learning_rate": 0.7, "outer_momentum": 0.5}])
+def test_a_round_that_is_not_measured_has_the_same_parameters_and_no_forward_work(minima, rates):
+    config = Config(minimize=RECIPE, rounds=RoundsConfig(num=4, evaluate_every=2, **rates))
+    unmeasured = [replace(minimum, validation=None) for minimum in minima]
+    judge, given = scorer(), {"start": weights(cnn(seed=0)), "momentum": {}, "parameter_names": PARAMETERS}
+    made, momentum = aggregate_round(unmeasured, config, judge, **given, measured=False)
+    measured, expected = aggregate_round(minima, config, scorer(), **given)
+    assert same_bits(momentum, expected)
+    for name in PARAMETERS:
+        assert torch.equal(made.aggregate.weights[name], measured.aggregate.weights[name])
+    assert made.cost.num_forward == judge.cost().num_forward == 0
+    record = made.to_dict()
+    assert record.keys() == measured.to_dict().keys()
+    assert record["validation"] is record["barrier"] is record["training"] is None
+    with pytest.raises(ValueError, match="was not measured"):
+        aggregate_round(unmeasured, config, judge, **given)
+    auto = replace(config, rounds=RoundsConfig(), aggregation=AggregationConfig(method="auto"))
+    with pytest.raises(ValueError, match="auto chooses by validation"):
+        aggregate_round(minima, auto, judge, **given, measured=False)
 
 
 def permuted(model: nn.Module) -> nn.Module:

@@ -221,7 +221,7 @@ def test_rounds_get_a_row_each_and_only_the_last_twelve():
     record["stages"]["rounds"] = [round_of([minimum(n) for n in range(4)], round=n) for n in range(15)]
     part = one(sections(record), "Rounds, validation loss and accuracy")
     assert [r[0] for r in part.rows] == [str(n) for n in range(4, 16)]
-    assert part.lines == ("The first 3 rounds are in report.json.",)
+    assert part.lines == ("The first 3 of the rounds that were measured are in report.json.",)
     assert "Minima of round 15" in [part.title for part in sections(record)]
 
 

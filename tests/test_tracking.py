@@ -92,6 +92,15 @@ def test_epochs_of_a_later_round_follow_those_of_the_rounds_before() -> None:
     assert end == Point("subset_0003", 16, {"validation_loss": pytest.approx(0.23), "validation_accuracy": 33 / 50})
 
 
+def test_what_was_not_measured_brings_no_point() -> None:
+    record = MINIMUM.data["record"] | {"validation": None}
+    told = points(Event("minimum", "", {"stage": "subsets", "record": record}))
+    assert len(told) == 8
+    assert all("loss" in point.values for point in told)
+    made = {"validation": None, "barrier": None}
+    assert points(Event("aggregate", "", {"round": 0, "record": made})) == []
+
+
 def test_a_loss_that_was_not_finite_is_left_out() -> None:
     (_, end) = points(Event("epoch", "", tuned(1).data | {"validation": {"loss": None, "accuracy": 0.1}}))
     assert end.values == {"validation_accuracy": 0.1}

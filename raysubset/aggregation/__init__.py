@@ -4,7 +4,7 @@ soup = uniform_soup(minima)
 aggregation = aggregate(minima, config.aggregation, scorer)    # with what is always reported beside it
 """
 
-from raysubset.aggregation.aggregator import Aggregation, Candidate, aggregate, aggregate_round
+from raysubset.aggregation.aggregator import Aggregation, Candidate, Unmeasured, aggregate, aggregate_round
 from raysubset.aggregation.curvature import fisher_merge, regmean
 from raysubset.aggregation.methods import candidates_of_auto, make
 from raysubset.aggregation.records import Aggregate, Minimum, Score
@@ -25,6 +25,7 @@ __all__ = [
     "aggregate",
     "aggregate_round",
     "Aggregation",
+    "Unmeasured",
     "Candidate",
     "candidates_of_auto",
     "make",

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysubset.aggregation.methods import Made, candidates_of_auto, make
+from raysubset.aggregation.methods import Made, candidates_of_auto, combine, make
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
@@ -74,6 +74,31 @@ class Aggregation:
         }
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """An aggregate of a round that is not evaluated: its batch-norm statistics are no more than its members'."""
+
+    aggregate: Aggregate
+    cost: Cost
+    alignment: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Aggregation's, with null for what was not measured."""
+        made = self.aggregate
+        measured = ("training", "validation", "uniform_mean", "ensemble", "best_member")
+        return {
+            "method": made.method,
+            "subset_ids": list(made.subset_ids),
+            "coefficients": list(made.coefficients),
+            "shared_start": made.shared_start,
+            "tried": [],
+            **dict.fromkeys((*measured, "mean_member_loss", "mean_member_accuracy", "barrier")),
+            "cost": self.cost.to_dict(),
+            "candidates": [],
+            "alignment": self.alignment,
+        }
+
+
 def aggregate(
     minima: Sequence[Minimum],
     config: AggregationConfig,
@@ -81,6 +106,7 @@ def aggregate(
     *,
     start: Weights | None = None,
     seed: int = 0,
+    measure_training: bool = True,
 ) -> Aggregation:
     """Make one set of weights of the minima by the configured method, and measure it beside its members.
 
@@ -90,6 +116,7 @@ def aggregate(
     Args:
         start: the weights the minima started from, for methods that work on differences from them.
         seed: of what a method draws at random.
+        measure_training: False: not on training data, even if the scorer would.
 
     Raises:
         ValueError: as the method does; see uniform_soup().
@@ -105,13 +132,13 @@ def aggregate(
         mean = scorer.score(plain_mean(minima, [1.0] * len(minima)))  # of NaN where a member holds some
     return Aggregation(
         aggregate=made.aggregate,
-        training=scorer.training(made.aggregate.weights),
+        training=scorer.training(made.aggregate.weights) if measure_training else None,
         validation=made.validation,
         uniform_mean=mean,
         ensemble=scorer.ensemble(minima),
-        best_member=by_validation_loss(minima)[0].validation,
-        mean_member_loss=sum(m.validation.loss for m in minima) / len(minima),
-        mean_member_accuracy=sum(m.validation.accuracy for m in minima) / len(minima),
+        best_member=by_validation_loss(minima)[0].validated(),
+        mean_member_loss=sum(m.validated().loss for m in minima) / len(minima),
+        mean_member_accuracy=sum(m.validated().accuracy for m in minima) / len(minima),
         barrier=barrier(mean, minima),
         cost=scorer.cost(),
         candidates=candidates,
@@ -151,18 +178,27 @@ def aggregate_round(
     momentum: Weights,
     parameter_names: Collection[str],
     seed: int = 0,
-) -> tuple[Aggregation, Weights]:
+    measured: bool = True,
+) -> tuple[Aggregation | Unmeasured, Weights]:
     """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
 
     Args:
         start: the weights this round's minima started from.
         momentum: the outer step's, as the last round returned it; empty in the first.
         seed: of what a method draws at random.
+        measured: False: make the weights alone, without any forward work but what the method itself needs.
 
     Returns:
         The aggregation, and the momentum for the next round: empty without an outer step.
     """
-    made = aggregate(minima, config.aggregation, scorer, start=start, seed=seed)
+    made: Aggregation | Unmeasured
+    if measured:
+        ends_here = not config.rounds.has_outer_step()
+        made = aggregate(minima, config.aggregation, scorer, start=start, seed=seed, measure_training=ends_here)
+    else:
+        method = config.aggregation.method
+        combined, alignment = combine(method, minima, config.aggregation, scorer, start=start, seed=seed)
+        made = Unmeasured(combined, scorer.cost(), alignment)
     if not config.rounds.has_outer_step():
         return made, {}
     stepped, momentum = outer_step(
@@ -173,6 +209,8 @@ def aggregate_round(
         momentum_factor=config.rounds.outer_momentum,
         parameter_names=parameter_names,
     )
+    if isinstance(made, Unmeasured):
+        return replace(made, aggregate=replace(made.aggregate, weights=stepped), cost=scorer.cost()), momentum
     weights = scorer.refreshed(stepped)
     return (
         replace(

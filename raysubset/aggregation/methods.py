@@ -31,7 +31,26 @@ def make(
     start: Weights | None,
     seed: int,
 ) -> Made:
-    """The aggregate by one method, any but auto, refreshed and scored; of a single minimum that minimum, by any method.
+    """combine(), refreshed and scored."""
+    made, alignment = combine(method, minima, config, scorer, start=start, seed=seed)
+    # a single member's statistics are its own, and those that were repaired are right
+    if len(made.subset_ids) > 1 and not (alignment and config.repair):
+        made = replace(made, weights=scorer.refreshed(made.weights))
+    return Made(made, scorer.score_as_is(made.weights), alignment)
+
+
+def combine(
+    method: str,
+    minima: Sequence[Minimum],
+    config: AggregationConfig,
+    scorer: Scorer,
+    *,
+    start: Weights | None,
+    seed: int,
+) -> tuple[Aggregate, dict[str, Any] | None]:
+    """The aggregate by one method, any but auto, and aligned_soup's report; of a single minimum that minimum.
+
+    Batch-norm statistics are what the method makes of the members' own.
 
     Args:
         start: the weights the minima started from, where they share them.
@@ -40,17 +59,13 @@ def make(
     Raises:
         ValueError: as the method does; see uniform_soup().
     """
-    alignment = None
     if len(minima) == 1:
-        made = replace(uniform_soup(minima), method=method)
-    elif method == "aligned_soup":
-        made, alignment = scorer.aligned_soup(minima, matching=config.matching, repair=config.repair)
-    else:
-        made = _combine(method, minima, config, scorer, start=start, seed=seed)
-    # a single member's statistics are its own, and those that were repaired are right
-    if len(made.subset_ids) > 1 and not (alignment and config.repair):
-        made = replace(made, weights=scorer.refreshed(made.weights))
-    return Made(made, scorer.score_as_is(made.weights), alignment)
+        return replace(uniform_soup(minima), method=method), None
+    if method == "auto":
+        raise ValueError("auto chooses by validation: its aggregate cannot go unmeasured")
+    if method == "aligned_soup":
+        return scorer.aligned_soup(minima, matching=config.matching, repair=config.repair)
+    return _combine(method, minima, config, scorer, start=start, seed=seed), None
 
 
 def candidates_of_auto(*, shared_start: bool) -> tuple[str, ...]:

@@ -25,13 +25,23 @@ class Minimum:
     start_id: str  # names the start weights: minima with equal ids share a start
     outcome: str  # MinimizeResult's
     training: Metrics | None  # on the subset itself, un-augmented, in evaluation mode, where it is measured
-    validation: Metrics
+    validation: Metrics | None  # likewise
     cost: Cost  # of the attempt that finished
     load_weights: Callable[[], Weights] = field(repr=False)
     load_outputs: Callable[[], Tensor] = field(repr=False)  # [num_validation, num_classes], predict()'s
     load_statistics: Callable[[str], Weights] = field(default=_no_statistics, repr=False)
     """What its actor left of a kind; ValueError where there is nothing. By parameter, "fisher": diagonal_fisher(); by
     layer, "gram": gram_matrices(); "subsample": the weights of the minimum on a part of the subset."""
+
+    def validated(self) -> Metrics:
+        """What it validates at.
+
+        Raises:
+            ValueError: if that was not measured.
+        """
+        if self.validation is None:
+            raise ValueError(f"the minimum of subset {self.subset_id} was not measured on validation data")
+        return self.validation
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
@@ -41,7 +51,7 @@ class Minimum:
             "start_id": self.start_id,
             "outcome": self.outcome,
             "training": self.training and self.training.to_dict(),
-            "validation": self.validation.to_dict(),
+            "validation": self.validation and self.validation.to_dict(),
             "cost": self.cost.to_dict(),
         }
 
@@ -60,7 +70,7 @@ class Minimum:
             start_id=record["start_id"],
             outcome=record["outcome"],
             training=record["training"] and Metrics.from_dict(record["training"]),
-            validation=Metrics.from_dict(record["validation"]),
+            validation=record["validation"] and Metrics.from_dict(record["validation"]),
             cost=Cost.from_dict(record["cost"]),
             load_weights=load_weights,
             load_outputs=load_outputs,

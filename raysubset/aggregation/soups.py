@@ -41,13 +41,13 @@ def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independen
     if weight_by == "examples":
         coefficients = [float(m.num_examples) for m in minima]
     else:
-        bad = [m for m in minima if not math.isfinite(m.validation.loss)]
+        bad = [m for m in minima if not math.isfinite(m.validated().loss)]
         if bad:
             raise ValueError(
-                f"the minimum of subset {bad[0].subset_id} has a validation loss of {bad[0].validation.loss:g} to be "
+                f"the minimum of subset {bad[0].subset_id} has a validation loss of {bad[0].validated().loss:g} to be "
                 f"weighted by: {CURE}"
             )
-        coefficients = [1 / max(m.validation.loss, 1e-12) for m in minima]
+        coefficients = [1 / max(m.validated().loss, 1e-12) for m in minima]
     return _mean("weighted_soup", minima, coefficients, allow_independent=allow_independent)
 
 
@@ -58,9 +58,9 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
     """
     shared = check_start("greedy_soup", minima, allow_independent=allow_independent)
     first, *others = by_validation_loss(minima)
-    soup, members, best_loss = RunningMean(), [first.subset_id], first.validation.loss
+    soup, members, best_loss = RunningMean(), [first.subset_id], first.validated().loss
     soup.add(load_member(first))
-    tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validation.loss)]
+    tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validated().loss)]
     for minimum in others:
         candidate = soup.copy()
         candidate.add(load_member(minimum))
@@ -81,13 +81,13 @@ def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
     """
     if not minima:
         raise ValueError("there is no minimum to choose from")
-    if not any(math.isfinite(m.validation.loss) for m in minima):
+    if not any(math.isfinite(m.validated().loss) for m in minima):
         raise ValueError(f"none of the {len(minima)} minima has a finite validation loss: lower minimize.learning_rate")
     return sorted(minima, key=_rank)
 
 
 def _rank(minimum: Minimum) -> tuple[float, int]:
-    loss = minimum.validation.loss
+    loss = minimum.validated().loss
     return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
 
 
@@ -101,7 +101,7 @@ def ensemble_outputs(minima: Sequence[Minimum], loss: str) -> torch.Tensor:
 
 def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:
     """Validation loss of the minima's mean, minus their mean loss (Frankle et al. 2020, arXiv:1912.05671)."""
-    return mean.loss - sum(m.validation.loss for m in minima) / len(minima)
+    return mean.loss - sum(m.validated().loss for m in minima) / len(minima)
 
 
 def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> Weights:

@@ -149,6 +149,7 @@ def final_leg(
     members: tuple[Leg, ...] = ()
     parts: tuple[Leg, ...] = ()
     for round in range(rounds):
+        is_measured = rounds == 1 or config.rounds.evaluated(round)
         keeps = round > 0 and config.rounds.optimizer_state == "keep"
         members = tuple(
             Leg(
@@ -162,6 +163,7 @@ def final_leg(
                 span=(round / rounds, (round + 1) / rounds),
                 predecessor=members[subset] if keeps else None,
                 statistics=statistics if arm.letter in "GH" else (),
+                is_measured=is_measured,
             )
             for subset in used
         )
@@ -170,7 +172,16 @@ def final_leg(
         last = (
             members[0]
             if arm.letter in "DEF"
-            else Leg("aggregate", config, "subsets", 0.0, start, round=round, members=members + parts)
+            else Leg(
+                "aggregate",
+                config,
+                "subsets",
+                0.0,
+                start,
+                round=round,
+                members=members + parts,
+                is_measured=is_measured,
+            )
         )
         start = Start("warm", last)
     if not tuning:

@@ -42,6 +42,7 @@ class Leg:
     num_workers: int = 1
     statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
     is_subsample: bool = False  # on a part of the subset, as savgm needs it
+    is_measured: bool = True  # on validation data
 
     @cached_property
     def key(self) -> str:
@@ -63,6 +64,8 @@ class Leg:
         }
         if self.is_subsample:
             own["is_subsample"] = True
+        if not self.is_measured:
+            own["is_measured"] = False
         text = json.dumps(own | {"config": shaping}, sort_keys=True)
         return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
@@ -73,9 +76,9 @@ class Leg:
             rooms |= {"subsets", "rounds", "aggregation"}
         if self.stage in ("trunk", "fine_tuning"):
             rooms |= {self.stage}
-        if name in ("minimize.epochs", "trunk.epochs", "fine_tuning.epochs", "rounds.num", "actors.num_gpus"):
-            return False  # `epochs`, `round` and `span` stand for them
-        if name in ("aggregation.num_gpus", "actors.quorum"):
+        if name in ("minimize.epochs", "trunk.epochs", "fine_tuning.epochs", "rounds.num", "rounds.evaluate_every"):
+            return False  # `epochs`, `round`, `span` and `is_measured` stand for them
+        if name in ("aggregation.num_gpus", "actors.num_gpus", "actors.quorum"):
             return False
         if name.startswith("aggregation.") and self.kind != "aggregate":
             return bool(self.statistics) or (self.is_subsample and name == "aggregation.savgm_fraction")

@@ -68,7 +68,7 @@ def piece_of(leg: Leg, full_set: FullSet) -> Piece:
         start_id=fresh.get(leg.start.kind) or leg.start.legs[0].key,
         optimizer_path=None if leg.predecessor is None else "predecessor.pt",
         statistics=leg.statistics,
-        measures_training=False,
+        measures=("validation",) if leg.is_measured else (),
         is_subsample=leg.is_subsample,
     )
 
@@ -199,7 +199,7 @@ def _leave_aggregate(leg: Leg, legs_path: str, full_set: FullSet, num_gpus: floa
         momentum,
         frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         derive_seed(config.seed, "aggregation", leg.round),
-        measure_training=False,
+        ("validation",) if leg.is_measured else (),
     )
     run.write_weights(aggregate_weights_path(leg.round), made.aggregate.weights)
     if momentum:
@@ -312,6 +312,8 @@ class LegRunner:
 
     def _validation(self, leg: Leg) -> str:
         metrics = self.folder(leg).record()["validation"]
+        if metrics is None:
+            return "not measured"
         loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         return f"{loss} and {metrics['accuracy']:.2%}"
 

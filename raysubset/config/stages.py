@@ -34,15 +34,23 @@ class RoundsConfig:
     """Of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 alone is the mean."""
     outer_momentum: float = 0.0
     """Momentum of the outer step over the rounds."""
+    evaluate_every: int = 1
+    """Measure the minima and the aggregate of each so-many-th round, and of the last: what that costs is counted, and
+    many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
 
     def __post_init__(self) -> None:
         need(self.num >= 1, f"rounds.num = {self.num} must be at least 1")
         need(self.learning_rate_scale > 0, f"rounds.learning_rate_scale = {self.learning_rate_scale} must be positive")
         need(self.outer_learning_rate > 0, f"rounds.outer_learning_rate = {self.outer_learning_rate} must be positive")
         need(0 <= self.outer_momentum < 1, f"rounds.outer_momentum = {self.outer_momentum} must be in [0, 1)")
+        need(self.evaluate_every >= 1, f"rounds.evaluate_every = {self.evaluate_every} must be at least 1")
 
     def has_outer_step(self) -> bool:
         return (self.outer_learning_rate, self.outer_momentum) != (1.0, 0.0)
+
+    def evaluated(self, round: int) -> bool:
+        """Whether minima and aggregate of the round, from 0, are measured."""
+        return (round + 1) % self.evaluate_every == 0 or round + 1 == self.num
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +124,11 @@ class AggregationConfig:
 
     def needs_shared_start(self) -> bool:
         return self.method not in ("select_best", "aligned_soup", "auto")
+
+    def needs_validation(self) -> bool:
+        """Whether the method goes by what the minima validate at."""
+        by_loss = self.method == "weighted_soup" and self.weight_by == "validation_loss"
+        return by_loss or self.method in ("greedy_soup", "select_best", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

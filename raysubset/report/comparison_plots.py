@@ -151,7 +151,7 @@ class Stage:
     name: str  # "aggregation" trains on nothing: its losses are empty
     passes: tuple[float, ...]  # at the end of each epoch; of an aggregation, where it happens
     losses: tuple[tuple[float, float, float], ...]  # while training, by epoch: mean, least and greatest of the seeds
-    validation: tuple[float, float, float]  # loss at its end, likewise
+    validation: tuple[float, float, float] | None  # loss at its end, likewise, where it was measured
 
 
 def arm_stages(
@@ -187,8 +187,9 @@ def _over_seeds(runs: Iterable[Iterable[tuple[tuple[str, int], "_Training"]]]) -
         mean = _mean_of(own)
         spans = zip(mean.losses, *(one.losses for one in own), strict=False)
         losses = tuple((average, min(values), max(values)) for average, *values in spans)
-        ends = [one.validation for one in own]
-        stages.append(Stage(name, mean.passes, losses, (mean.validation, min(ends), max(ends))))
+        ends = [one.validation for one in own if one.validation is not None]
+        validation = None if mean.validation is None else (mean.validation, min(ends), max(ends))
+        stages.append(Stage(name, mean.passes, losses, validation))
     return stages
 
 
@@ -207,7 +208,7 @@ def _needed_legs(last: str, legs: Mapping[str, Record]) -> list[str]:
 class _Training:
     passes: tuple[float, ...]
     losses: tuple[float, ...]
-    validation: float
+    validation: float | None  # loss; None: not measured
 
 
 def _of_legs(
@@ -220,8 +221,7 @@ def _of_legs(
         begun = max((ends[before] for before in leg["inputs"]), default=0.0)
         if leg["kind"] == "aggregate":
             ends[key] = begun
-            validation = finite(record["aggregation"]["validation"]["loss"])
-            yield ("aggregation", leg["round"]), _Training((begun,), (), validation)
+            yield ("aggregation", leg["round"]), _Training((begun,), (), _validation_loss(record["aggregation"]))
             continue
         training = _training(record, begun, num_train, leg["num_workers"])
         ends[key] = training.passes[-1] if training.passes else begun
@@ -237,15 +237,18 @@ def _of_run(record: Record) -> Iterator[tuple[tuple[str, int], _Training]]:
         begun = max((training.passes[-1] for training in own if training.passes), default=begun)
         made = record["stages"]["rounds"][round] if stage in ("subsets", "subsamples") else {}
         if made and stage == ("subsamples" if made.get("subsamples") else "subsets"):
-            validation = finite(made["aggregation"]["validation"]["loss"])
-            yield ("aggregation", round), _Training((begun,), (), validation)
+            yield ("aggregation", round), _Training((begun,), (), _validation_loss(made["aggregation"]))
 
 
 def _training(record: Record, begun: float, num_train: int, num_workers: int) -> _Training:
     share = record.get("num_examples", num_train) / num_train / num_workers
     passes = tuple(begun + epoch["epoch"] * share for epoch in record["history"])
     losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
-    return _Training(passes, losses, finite(record["validation"]["loss"]))
+    return _Training(passes, losses, _validation_loss(record))
+
+
+def _validation_loss(record: Record) -> float | None:
+    return None if record["validation"] is None else finite(record["validation"]["loss"])
 
 
 def _mean_of(trainings: Sequence[_Training]) -> _Training:
@@ -254,7 +257,8 @@ def _mean_of(trainings: Sequence[_Training]) -> _Training:
         tuple(map(statistics.fmean, zip(*rows, strict=False)))
         for rows in ([one.passes for one in trainings], [one.losses for one in trainings])
     )
-    return _Training(passes, losses, statistics.fmean(one.validation for one in trainings))
+    measured = [one.validation for one in trainings if one.validation is not None]
+    return _Training(passes, losses, statistics.fmean(measured) if measured else None)
 
 
 def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
@@ -361,6 +365,8 @@ def _panel(axes: Any, stages: Sequence[Stage], told: dict[str, Any]) -> list[flo
             axes.fill_between(stage.passes, lows, highs, color=colour, alpha=0.2, linewidth=0)
             (line,) = axes.plot(stage.passes, means, color=colour, marker=marker)
             told.setdefault(stage.name.replace("_", " "), line)
+        if stage.validation is None:
+            continue
         end, least, most = stage.validation
         shown.append(end)
         is_mean = stage.name == "aggregation"

@@ -67,7 +67,7 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
         for number, epoch in enumerate(work["history"], 1):
             # The minimum was measured where the last epoch ended, unless an earlier one was restored
             at_end = number == len(work["history"]) and work["outcome"] != "diverged"
-            validation = epoch.get("validation") or (work["validation"] if at_end else {})
+            validation = epoch.get("validation") or (work["validation"] if at_end else None) or {}
             yield {
                 "stage": stage,
                 "round": round,
@@ -105,7 +105,7 @@ def _events(record: Record, rows: list[dict[str, Any]], started_at: float) -> by
                     before[name] = step
             for round in record["stages"].get("rounds", ()):
                 made = round["aggregation"]
-                for key in ("loss", "accuracy"):
+                for key in ("loss", "accuracy") if made["validation"] else ():
                     add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
                 add("aggregate/barrier", made["barrier"], round["round"] + 1)
             for split in ("validation", "test"):

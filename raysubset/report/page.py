@@ -124,7 +124,8 @@ def _stages(record: Record) -> Section:
 
 def _rounds(rounds: Sequence[Record]) -> Section:
     rows = []
-    for round in rounds[-MOST_ROWS:]:
+    measured = [round for round in rounds if round["aggregation"]["validation"]]
+    for round in measured[-MOST_ROWS:]:
         made = round["aggregation"]
         rows.append(
             (
@@ -136,10 +137,13 @@ def _rounds(rounds: Sequence[Record]) -> Section:
                 _number(made["barrier"], "+.4f"),
             )
         )
-    left_out = len(rounds) - len(rows)
-    lines = (f"The first {left_out} rounds are in report.json.",) if left_out else ()
+    lines = []
+    if left_out := len(measured) - len(rows):
+        lines.append(f"The first {left_out} of the rounds that were measured are in report.json.")
+    if unmeasured := len(rounds) - len(measured):
+        lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured, as rounds.evaluate_every asked.")
     columns = ("round", "mean member", "accuracy", "ensemble", "accuracy", "aggregate", "accuracy", "barrier")
-    return Section("Rounds, validation loss and accuracy", columns, tuple(rows), lines, "rounds")
+    return Section("Rounds, validation loss and accuracy", columns, tuple(rows), tuple(lines), "rounds")
 
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:

@@ -65,13 +65,13 @@ def loss_of_minima(record: Record) -> str:
 
 
 def gap_over_q(record: Record) -> Plot:
-    """Of all minima: validation loss over own loss against Q, with (Q+1)/(Q−1) where the loss is squared error."""
+    """Of all minima measured: validation loss over own loss against Q; (Q+1)/(Q−1) where the loss is squared error."""
     minima = [minimum for round in record["stages"]["rounds"] for minimum in round["minima"]]
     squared = record["config"]["minimize"]["loss"] == "squared_error"
     points = [
         (minimum["overdetermination_ratio"], finite(minimum["validation"]["loss"]) / minimum["training"]["loss"])
         for minimum in minima
-        if minimum["training"]["loss"]
+        if minimum["training"] and minimum["training"]["loss"]
     ]
 
     def draw(figure: Any) -> None:
@@ -140,8 +140,8 @@ def aggregation_losses(record: Record) -> Plot:
 
 
 def rounds_losses(record: Record) -> Plot:
-    """Validation loss after each round."""
-    rounds = record["stages"]["rounds"]
+    """Validation loss after each round that was measured."""
+    rounds = [round for round in record["stages"]["rounds"] if round["aggregation"]["validation"]]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -184,7 +184,7 @@ def training_curves(record: Record) -> Plot:
             measured = [
                 (p, e["validation"]) for p, e in zip(passes, work["history"], strict=True) if e.get("validation")
             ]
-            measured = measured or [(p, work["validation"]) for p in passes[-1:]]
+            measured = measured or [(p, work["validation"]) for p in passes[-1:] if work["validation"]]
             held_out = [finite(validation["loss"]) for _, validation in measured]
             losses += held_out
             label = None if "validation" in told else "validation"

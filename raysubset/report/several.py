@@ -174,7 +174,7 @@ def _curves(records: Sequence[Record]) -> Plot:
 
 
 def _validation(record: Record) -> list[tuple[float, float]]:
-    """(passes of training so far, validation loss) at the end of each stage that leaves one model."""
+    """(passes of training so far, validation loss) at the end of each stage that leaves one model and measures it."""
     num_train, passes = record["data"]["num_train"], 0.0
     rounds = record["stages"].get("rounds") or ()
     points = {}
@@ -183,5 +183,6 @@ def _validation(record: Record) -> list[tuple[float, float]]:
         passes += work["history"][-1]["epoch"] * share if work["history"] else 0.0
         is_of_round = stage in ("subsets", "subsamples")
         validation = rounds[round]["aggregation"]["validation"] if is_of_round else work["validation"]
-        points["round" if is_of_round else stage, round] = (passes, finite(validation["loss"]))
+        if validation:
+            points["round" if is_of_round else stage, round] = (passes, finite(validation["loss"]))
     return list(points.values())

@@ -330,23 +330,30 @@ class SubsetActor:
         examples: Examples | StreamedExamples,
         outcome: str,
     ) -> tuple[dict[str, Any], Cost]:
-        """Measure the minimum and write its weights and outputs; the record that names them is the caller's."""
+        """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         own = replace(examples, augmentation="none")  # the same tensors, or files: no second copy of the subset
-        validation = full_set.examples("validation", device=examples.device)
-        outputs = predict(model, validation, recipe)
         run.write_weights(weights_path(folder), {k: v.cpu() for k, v in model.state_dict().items()})
-        run.write_weights(outputs_path(folder), {"outputs": outputs})
+        training = validation = None
+        measured = Cost()
+        if "validation" in piece.measures:
+            held_out = full_set.examples("validation", device=examples.device)
+            outputs = predict(model, held_out, recipe)
+            run.write_weights(outputs_path(folder), {"outputs": outputs})
+            validation = metrics_of_outputs(outputs, held_out.labels.cpu(), recipe).to_dict()
+            measured += Cost(num_forward=len(held_out))
+        if "training" in piece.measures:
+            training = evaluate(model, own, recipe).to_dict()
+            measured += Cost(num_forward=len(own))
         record = {
             "subset_id": piece.subset_id,
             "num_examples": len(own),
             "start_id": piece.start_id,
             "outcome": outcome,
-            "training": evaluate(model, own, recipe).to_dict() if piece.measures_training else None,
-            "validation": metrics_of_outputs(outputs, validation.labels.cpu(), recipe).to_dict(),
+            "training": training,
+            "validation": validation,
             "statistics": list(piece.statistics),
         }
-        measured = Cost(num_forward=len(own) * piece.measures_training + len(validation))
         return record, measured + self._leave_statistics(model, piece, own)
 
     def _leave_statistics(self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples) -> Cost:

@@ -47,12 +47,12 @@ def find_minima(
     min_done = None if quorum is None else max(0, quorum - len(found))
     for piece, record in pool.run(todo, start, release=release, min_done=min_done):
         minimum = found[piece.folder] = read_minimum(run, piece, record)
-        loss = f"loss {minimum.training.loss:.4f}, " if minimum.training else ""
-        ended = "" if minimum.outcome == "epochs" else f"{minimum.outcome}, "
-        text = (
-            f"{piece.label}: {loss}validation {minimum.validation.loss:.4f} and "
-            f"{minimum.validation.accuracy:.2%}, {ended}{minimum.cost.device_s:.1f} s"
-        )
+        told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []
+        if validation := minimum.validation:
+            told.append(f"validation {validation.loss:.4f} and {validation.accuracy:.2%}")
+        if minimum.outcome != "epochs":
+            told.append(minimum.outcome)
+        text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"
         on_event(
             Event("minimum", f"{text} ({len(found)} of {len(pieces)})", {"stage": piece.ledger_stage, "record": record})
         )

@@ -1,5 +1,6 @@
 """Pieces of work: what an actor is given, and what it says of it meanwhile."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from raysubset.config import TrainingStage
 from raysubset.ledger import Stage
 from raysubset.run_directory import minimum_folder, subsample_folder
-from raysubset.training import Cost, Progress
+from raysubset.training import MEASURES, Cost, Measure, Progress
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Piece:
     optimizer_path: str | None = None  # the optimizer state to go on with
     node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
     statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
-    measures_training: bool = True  # whether its loss on its own examples, for the report, is worth a forward pass
+    measures: Collection[Measure] = MEASURES  # what its minimum is measured on
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
 
     @property

@@ -78,10 +78,13 @@ class Reports:
         elif event.kind == "minimum":
             record = data["record"]
             minima = self._minima.setdefault((data["stage"], record["round"]), [])
-            minima.append(Metrics.from_dict(record["validation"]))
-            self._tell(data["stage"], sum(minima, Metrics(0.0, 0, 0)), subset=record["subset_id"])
+            if record["validation"]:
+                minima.append(Metrics.from_dict(record["validation"]))
+            mean = sum(minima, Metrics(0.0, 0, 0)) if minima else None
+            self._tell(data["stage"], mean, subset=record["subset_id"])
         elif event.kind == "aggregate":
-            self._tell("aggregation", Metrics.from_dict(data["record"]["validation"]))
+            validation = data["record"]["validation"]
+            self._tell("aggregation", validation and Metrics.from_dict(validation))
 
     def _epoch_of_train(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The report of an epoch, which is heard of a moment later: its passes are counted, the ledger may be ahead."""

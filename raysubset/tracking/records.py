@@ -65,15 +65,16 @@ class Curves:
             for last, epoch in enumerate(record["history"], 1):
                 step = self._step(stage, record["round"], last)
                 yield _point(name, step, loss=epoch["loss"], learning_rate=epoch["learning_rate"])
-            yield _validated(name, self._step(stage, record["round"], last), record["validation"])
+            yield from _validated(name, self._step(stage, record["round"], last), record["validation"])
         elif event.kind == "epoch":
             step = math.ceil(data["epoch"])
             yield _point(data["stage"], step, loss=data["loss"], learning_rate=data["learning_rate"])
-            yield _validated(data["stage"], step, data["validation"])
+            yield from _validated(data["stage"], step, data["validation"])
         elif event.kind == "aggregate":
             record, step = data["record"], data["round"] + 1
-            yield _validated("aggregate", step, record["validation"])
-            yield _point("aggregate", step, barrier=record["barrier"])
+            yield from _validated("aggregate", step, record["validation"])
+            if record["validation"] is not None:
+                yield _point("aggregate", step, barrier=record["barrier"])
 
     def _step(self, stage: str, round: int, epoch: int) -> int:
         return epoch + (round * self._epochs_a_round if stage in ("subsets", "subsamples") else 0)
@@ -88,8 +89,9 @@ def _point(series: str, step: int, **values: float | None) -> Point:
     return Point(series, step, _known(values))
 
 
-def _validated(series: str, step: int, metrics: Record) -> Point:
-    return _point(series, step, validation_loss=metrics["loss"], validation_accuracy=metrics["accuracy"])
+def _validated(series: str, step: int, metrics: Record | None) -> Iterator[Point]:
+    if metrics is not None:
+        yield _point(series, step, validation_loss=metrics["loss"], validation_accuracy=metrics["accuracy"])
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -10,7 +10,16 @@ from raysubset.training.loop import Progress, minimize, num_steps_per_epoch
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
-from raysubset.training.records import Cost, DivergedError, EpochRecord, Metrics, MinimizeResult, Weights
+from raysubset.training.records import (
+    MEASURES,
+    Cost,
+    DivergedError,
+    EpochRecord,
+    Measure,
+    Metrics,
+    MinimizeResult,
+    Weights,
+)
 from raysubset.training.shards import Shard
 from raysubset.training.statistics import EXACT_OUTPUTS, SAMPLED_TERMS, diagonal_fisher, fisher_cost, gram_matrices
 from raysubset.training.techniques import Distillation
@@ -30,6 +39,7 @@ __all__ = [
     "diagonal_fisher",
     "fisher_cost",
     "EXACT_OUTPUTS",
+    "MEASURES",
     "SAMPLED_TERMS",
     "gram_matrices",
     "use_device",
@@ -42,6 +52,7 @@ __all__ = [
     "Shard",
     "Distillation",
     "Weights",
+    "Measure",
     "Metrics",
     "Cost",
     "EpochRecord",

@@ -1,11 +1,14 @@
 """What the loop returns: weights, metrics as sums, and costs as counts."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
+
+Measure = Literal["training", "validation"]
+MEASURES: tuple[Measure, ...] = ("training", "validation")  # what weights can be measured on before the end
 
 FORWARD_SHARE = 1 / 3  # of a pass: a backward pass costs about twice a forward pass
 

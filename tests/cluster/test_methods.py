@@ -13,7 +13,9 @@ from raysubset.cluster import Event
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
+from raysubset.report import write_files
 from raysubset.report.page import sections
+from raysubset.report.several import write_several
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_weights_path,
@@ -145,6 +147,36 @@ def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resumi
     results = [aggregate(directory, 1)["head.weight"] for directory in (whole, *others)]
     assert not any(torch.equal(results[i], results[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert not others[1].exists(optimizer_path(minimum_folder(0, 0)))
+
+
+def test_measuring_rounds_less_often_changes_no_parameter_and_spares_what_it_costs(tmp_path: Path) -> None:
+    rounds = {"rounds__num": 3, "rounds__outer_momentum": 0.5}
+    often, seldom = (
+        run(config(tmp_path, f"every-{every}", **rounds, rounds__evaluate_every=every)) for every in (1, 2)
+    )
+    for round in range(3):
+        made = [aggregate(RunDirectory.at(report.uri), round) for report in (often, seldom)]
+        if not round:  # whose batch-norm statistics are recomputed only where it is measured
+            made = [{name: value for name, value in one.items() if "running" not in name} for one in made]
+        assert same_bits(*made)
+    assert (often.test, often.validation) == (seldom.test, seldom.validation)
+    first, *others = seldom.record["stages"]["rounds"]
+    assert first["aggregation"]["validation"] is None
+    assert [minimum["validation"] for minimum in first["minima"]] == [None, None]
+    for round, same in zip(others, often.record["stages"]["rounds"][1:], strict=True):
+        assert round["aggregation"]["validation"] == same["aggregation"]["validation"]
+    num_train, num_validation = (seldom.record["data"][f"num_{split}"] for split in ("train", "validation"))
+    # members on their own subset and validation; their mean and the stepped mean refreshed, on validation; training
+    spared = 2 * (200 + num_validation) + 2 * (num_train + num_validation) + num_train
+    assert often.passes - seldom.passes == pytest.approx(spared / 3 / num_train)
+    (table,) = [section for section in sections(seldom.record) if section.title.startswith("Rounds")]
+    assert [row[0] for row in table.rows] == ["2", "3"]
+    assert any("1 of 3 rounds were not measured" in line for line in table.lines)
+    write_files(seldom.uri)
+    write_several([often.uri, seldom.uri], str(tmp_path / "both.html"))
+    rows = RunDirectory.at(seldom.uri).read_bytes("progress.csv").decode().splitlines()
+    assert len(rows) == 1 + 3 * 2
+    assert "evaluate-every 3" in " ".join(often.record["advice"])  # they cost more to measure than to train
 
 
 def test_whole_subset_optimizers_go_through_rounds_with_their_state_reset(tmp_path: Path) -> None:
