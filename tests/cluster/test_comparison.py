@@ -1,5 +1,6 @@
 """A comparison on digits through real Ray tasks: hand-counted costs, failures, going on."""
 
+import contextlib
 import shutil
 import signal
 import threading
@@ -159,7 +160,7 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     overrides = {"model.width": 4, "actors.max_attempts": 2, "actors.checkpoint_epochs": 1.0}
     config, arm = Config(storage_path=str(tmp_path)).with_overrides(overrides), parse_arm("B")
     own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
-    leg = final_leg(arm, own, 40.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
+    leg = final_leg(arm, own, 150.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
     events: list[Event] = []
     runner = LegRunner(
         config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=events.append
@@ -171,8 +172,9 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
             while not folder.exists(checkpoint_path("conventional", attempt)):
                 time.sleep(0.01)
             for process in psutil.Process().children(recursive=True):
-                if "ray::_minimize" in " ".join(process.cmdline()):
-                    process.send_signal(blow)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "ray::_minimize" in " ".join(process.cmdline()):
+                        process.send_signal(blow)
 
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
@@ -180,7 +182,7 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     striking.join(timeout=1)
     works = runner.folder(leg).works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
-    assert works[2].cost.num_steps < 40 * 21  # it went on from a checkpoint
+    assert works[2].cost.num_steps < 150 * 21  # it went on from a checkpoint
     retries = [event.text for event in events if event.kind == "retry"]
     assert "stopped by a signal" in retries[0]
     assert "attempt 2 of 2" in retries[1]

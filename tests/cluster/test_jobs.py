@@ -65,7 +65,8 @@ class Cluster:
         dashboard_port = self._dashboard.rpartition(":")[2]
         self._start_node(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}")
         self._wait_for(lambda nodes: len(nodes) == 1)
-        self._start_node(f"--address=127.0.0.1:{port}", "--num-cpus=2")
+        # in a folder shared with the head it would delete the working directory under the driver, to unpack it anew
+        self._start_node(f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--temp-dir={self.folder / 'worker'}")
         self._wait_for(lambda nodes: len(nodes) == 2)
 
     def _start_node(self, *flags: str) -> None:
@@ -218,10 +219,12 @@ def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
     assert "Test accuracy" in report
     assert log.endswith(report)
 
-    (package,) = bare_cluster.folder.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
-    travelled = {path.name for path in package.iterdir()}
-    assert {"raysubset", "jobs", "pyproject.toml"} <= travelled
-    assert not travelled & AT_HOME
+    packages = list(bare_cluster.folder.glob("**/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
+    assert len(packages) == 2  # of the driver's node and the worker's
+    for package in packages:
+        travelled = {path.name for path in package.iterdir()}
+        assert {"raysubset", "jobs", "pyproject.toml"} <= travelled
+        assert not travelled & AT_HOME
 
     # the driver is on the head, which has nothing to give; all training was on the worker node
     (head,) = (node for node in bare_cluster.nodes() if node["isHeadNode"])
