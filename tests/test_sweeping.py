@@ -1,6 +1,8 @@
 import json
 import math
+import pickle
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ from typing import Any
 import pytest
 
 from raysubset.cli import call
+from raysubset.cluster import Event
 from raysubset.config import Config
 from raysubset.ledger import Ledger, Work
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.sweeping.driver import _Telling
 from raysubset.sweeping.plan import (
     Trial,
     divide,
@@ -26,7 +30,7 @@ from tests.test_html_report import check_self_contained
 from tests.test_report import a_record
 
 # isort: split
-from ray import tune  # after raysubset.cluster, which sets what Ray reads when it is imported
+from ray import cloudpickle, tune  # after raysubset.cluster, which sets what Ray reads when it is imported
 
 
 def planned(space: dict[str, Any], *, seeds: Any = (0,), num_samples: int = 1, **overrides: Any) -> list[Trial]:
@@ -306,6 +310,16 @@ def test_the_page_has_the_curves_of_settings_and_the_time_line_of_trials_and_say
     assert "No work is noted of 400-1." in read.words
     lost = read.cells.index("subsets, subset 3")
     assert read.cells[lost - 1 : lost + 5] == ["5000-0", "subsets, subset 3", "1", "1", "node-b", "lost"]
+
+
+def test_a_listener_with_locks_as_a_terminals_does_not_stop_tune_from_pickling_its_callbacks() -> None:
+    lock = threading.Lock()
+
+    def tell(event: Event) -> None:
+        with lock:
+            pass
+
+    pickle.loads(cloudpickle.dumps(_Telling(tell)))
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def _quiet_tune() -> Iterator[None]:
         log.setLevel(level)
 
 
+def _nobody(event: Event) -> None:
+    """Listens to nothing."""
+
+
 def _trial_name(trial: Any) -> str:
     return trial.config["trial"]["name"]
 
@@ -241,6 +245,10 @@ class _Telling(tune.Callback):
 
     def __init__(self, tell: OnEvent) -> None:
         self._tell = tell
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the listener, for a terminal's holds locks: Tune pickles its callbacks for a restore nobody asks for."""
+        return _Telling, (_nobody,)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Event("stage", f"{_trial_name(trial)} starts", {"trial": _trial_name(trial)}))
