@@ -9,7 +9,7 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,6 @@ from raysubset.run_directory import (
     PREDICTIONS_PATH,
     REPORT_PATH,
     RESULT_PATH,
-    Lease,
     RunDirectory,
     minimum_folder,
     minimum_path,
@@ -131,24 +130,11 @@ def _begun(
         tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
         if resumed:
             Ledger(directory).close_lost()
-        sessions = Sessions(directory, began=began)
-        stack.callback(_write_last, sessions, lease)
+        sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
-
-        def checked_tell(event: Event) -> None:
-            if lease.lost:
-                raise RuntimeError(f"another driver has taken over {directory.uri}; this one stops")
-            sessions.heartbeat()
-            tell(event)
-
-        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, checked_tell), sessions
-
-
-def _write_last(sessions: Sessions, lease: Lease) -> None:
-    if not lease.lost:
-        with suppress(OSError):  # must not hide why the run ends
-            sessions.write()
+        tell = sessions.listener(tell)
+        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, tell), sessions
 
 
 def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:

@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from raysubset.cluster import Event, OnEvent
 from raysubset.data import FullSet
 from raysubset.ledger import Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
-from raysubset.run_directory import SESSIONS_PATH, RunDirectory
+from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics
 
 
@@ -51,18 +52,41 @@ class RunReport:
 
 
 class Sessions:
-    """How long a run took, over all the drivers that worked on it; what was between them is not counted.
+    """How long a run, sweep or comparison took, over all its drivers; what was between them is not counted.
 
-    This driver's seconds are written down every WRITE_S while it works, so that little is lost if it is killed.
+    with Sessions(directory, lease, began=began) as sessions:      # its seconds are written down however it is left
+        tell = sessions.listener(tell)
+
+    This driver's seconds are also written down as it tells of events, every WRITE_S at most, so that little is lost if
+    it is killed.
     """
 
     WRITE_S = 10.0
 
-    def __init__(self, directory: RunDirectory, *, began: float) -> None:
+    def __init__(self, directory: RunDirectory, lease: Lease, *, began: float) -> None:
         """`began` is the time.perf_counter() at which this session did."""
-        self._directory, self._began, self._written_at = directory, began, -math.inf
+        self._directory, self._lease, self._began, self._written_at = directory, lease, began, -math.inf
         self._earlier = directory.read_json_or_none(SESSIONS_PATH) or []
         self._own = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._lease.lost:
+            with suppress(OSError):  # must not hide why the run ends
+                self.write()
+
+    def listener(self, tell: OnEvent) -> OnEvent:
+        """`tell`, with a heartbeat at each event; RuntimeError instead where another driver has taken over."""
+
+        def checked_tell(event: Event) -> None:
+            if self._lease.lost:
+                raise RuntimeError(f"another driver has taken over {self._directory.uri}; this one stops")
+            self.heartbeat()
+            tell(event)
+
+        return checked_tell
 
     def started_up(self) -> None:
         """Say that the first stage begins."""

@@ -359,7 +359,7 @@ def a_comparison(folder: Path) -> RunDirectory:
             "data_parallel_bytes_a_step": 10,
         },
         "failed": {"G-16": "died"},
-        "seconds": {"wall": 60.0},
+        "seconds": {"startup": 1.0, "wall": 60.0, "num_sessions": 2},
     }
     run.write_json(COMPARISON_PATH, record)
     return run
@@ -381,6 +381,7 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
         *("quality_critical_path", "quality_total", "speed_ups", "wall_by_network")
     ]
     assert "which legs an arm consists of: the same command again adds that" in read.words
+    assert "60.0 s in 2 sessions" in read.words
 
 
 LEGS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from raysubset.cluster import Event, OnEvent, connected, num_gpus_of, num_slots, put_once, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
@@ -15,7 +16,7 @@ from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
-from raysubset.run_report import environment
+from raysubset.run_report import Sessions, environment
 from raysubset.tracking import refuse_missing, track_comparison
 
 LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
@@ -66,7 +67,7 @@ def compare(
     Raises:
         ValueError: the user's mistake, with the way out.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     tell: OnEvent = on_event or (lambda event: None)
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rate = config.minimize.peak_learning_rate()
@@ -84,10 +85,13 @@ def compare(
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
-    with directory.lease():
+    with directory.lease() as lease, ExitStack() as stack:
         resumed = directory.open(shown.to_dict() | {"kind": "comparison"}, environment(), fresh=fresh)
+        sessions = stack.enter_context(Sessions(directory, lease, began=began))
+        tell = sessions.listener(tell)
         tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
+            sessions.started_up()
             decided = _decide(directory, config, len(plan.subsets), num_workers, tell)
             work = _Comparison(config, full_set, directory, decided, plans, seeds, budgets, tell)
             rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
@@ -113,8 +117,9 @@ def compare(
                 margin=margin if margin is not None else MARGINS.get(config.data.name, MARGIN),
                 num_workers=decided["num_workers"],
             ),
-            "seconds": {"wall": time.perf_counter() - started, "resumed": resumed},
         }
+        sessions.write()
+        record["seconds"] = sessions.seconds()
         directory.write_json(COMPARISON_PATH, record)
         track_comparison(config, directory, directory.read_json(COMPARISON_PATH), tell)
     tell(Event("result", f"report: {directory.uri}"))

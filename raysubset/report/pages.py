@@ -146,8 +146,7 @@ def _facts(run: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
     if "started_at" in environment:
         yield "begun", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(environment["started_at"]))
     if wall := (seconds := record.get("seconds") or {}).get("wall"):
-        sessions = f" in {num} sessions" if (num := seconds.get("num_sessions", 1)) > 1 else ""
-        yield "took", f"{wall:.1f} s{' in its last session' if seconds.get('resumed') else sessions}"
+        yield "took", f"{wall:.1f} s" + (f" in {num} sessions" if (num := seconds.get("num_sessions", 1)) > 1 else "")
     if packages := environment.get("packages"):
         versions = [f"{name} {version}" for name, version in packages.items() if version]
         commit = f"; commit {environment['commit']}" if environment.get("commit") else ""

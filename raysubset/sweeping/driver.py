@@ -28,7 +28,7 @@ from raysubset.errors import one_line
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
-from raysubset.run_report import environment
+from raysubset.run_report import Sessions, environment
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -79,6 +79,7 @@ def sweep(
     Raises:
         ValueError: the user's mistake, with the way out.
     """
+    began = time.perf_counter()
     tell: OnEvent = on_event or (lambda event: None)
     name = config.name or f"{config.run_name()}-sweep"
     directory = RunDirectory(config.storage_path, name)
@@ -93,11 +94,13 @@ def sweep(
         return SweepReport.from_dict(record)
     full_sets = {data: load_full_set(data) for data in dict.fromkeys(trial.config.data for trial in trials)}
     directory.check_writable()
-    with directory.lease(), contextlib.ExitStack() as stack:
+    with directory.lease() as lease, contextlib.ExitStack() as stack:
         resumed = directory.open(header, environment(), fresh=fresh)
+        sessions = stack.enter_context(Sessions(directory, lease, began=began))
+        tell = sessions.listener(tell)
         tell(Event("stage", f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster))
-        started = time.perf_counter()
+        sessions.started_up()
         full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
         tell(Event("note", f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
@@ -116,7 +119,8 @@ def sweep(
         num_train = {trial.name: len(full_sets[trial.config.data].train) for trial in trials}
         record = _gather(directory, config, space, seeds, trials, errors, num_train)
         record["at_once"] = {"trials": at_once, "slots_each": slots_each}
-        record["seconds"] = {"wall": time.perf_counter() - started, "resumed": resumed}
+        sessions.write()
+        record["seconds"] = sessions.seconds()
         directory.write_json(SWEEP_PATH, record)
     tell(Event("result", f"report: {directory.uri}"))
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
@@ -247,7 +251,7 @@ class _Telling(tune.Callback):
         self._tell = tell
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the listener, for a terminal's holds locks: Tune pickles its callbacks for a restore nobody asks for."""
+        """Without the listener, for a terminal's holds locks; Tune pickles its callbacks, and nobody reads that."""
         return _Telling, (_nobody,)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

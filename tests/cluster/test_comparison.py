@@ -134,6 +134,8 @@ def test_going_on_does_only_what_is_new(report: ComparisonReport, storage: Path)
     assert [event.text for event in events if event.kind == "leg"] == []
     assert any("legs are already there" in event.text for event in events)
     assert runs(again, "G") == runs(report, "G")
+    assert again.record["seconds"]["num_sessions"] == 2
+    assert again.record["seconds"]["wall"] > report.record["seconds"]["wall"] > 0
 
 
 def test_an_arm_that_can_never_be_placed_is_refused_before_anything_is_run_unless_it_is_done(
