@@ -28,6 +28,7 @@ _TYPE_RESOURCE = "accelerator_type:"
 _UNLIMITED = 1_000_000  # nodes, or requests a node holds
 
 WAIT_NOTICE_S = 5.0  # between two lines that say what a run waits for
+STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
 CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
 
 ASK_FOR_LESS = "Ask for less (--actors.num-cpus, --actors.num-gpus, --fine-tuning.num-workers)"
@@ -228,6 +229,20 @@ def call_on_cluster(
         ray.cancel(result_ref, force=True)
         raise TimeoutError(f"a task of {describe(request)} did not end in {timeout_s:g} s: the cluster is busy")
     return ray.get(result_ref)
+
+
+def stop_tasks(result_refs: Sequence[ray.ObjectRef], *, grace_s: float = STOP_GRACE_S) -> None:
+    """Have tasks that run stop as Ctrl-C would, by SIGINT's handler in their processes, and never begin the others.
+
+    Those that have not ended after grace_s are ended, processes and all; so are all at once where this is interrupted.
+    """
+    try:
+        for result_ref in result_refs:
+            ray.cancel(result_ref)
+        ray.wait(list(result_refs), num_returns=len(result_refs), timeout=grace_s)
+    finally:  # also when a second Ctrl-C cuts the grace short
+        for result_ref in result_refs:
+            ray.cancel(result_ref, force=True)
 
 
 def node_types() -> list[NodeType]:

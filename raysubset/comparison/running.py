@@ -1,6 +1,7 @@
 """Legs as Ray tasks: each when its inputs are done, again when its process or node dies, resumed in its folder."""
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from raysubset.cluster import (
     get_shared,
     put_once,
     refuse_unplaceable,
+    stop_tasks,
 )
 from raysubset.comparison.legs import Leg, closure
 from raysubset.config import Config, derive_seed
@@ -133,7 +135,7 @@ def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None
 
 
 def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
-    """Whether it came to its end; it did not where a signal stopped it, which leaves a checkpoint."""
+    """Whether it came to its end; it did not where a signal stopped it, or the driver, which leaves a checkpoint."""
     run, waited_s = _open(leg, legs_path, submitted_at)
     full_set = get_shared(full_set_ref)
     piece = piece_of(leg, full_set)
@@ -146,7 +148,11 @@ def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: f
     actor = SubsetActor(leg.config, full_set_ref, run, num_gpus)
     attempt = Ledger(run).next_attempt(piece.ledger_stage, leg.round, leg.subset)
     start_ref = None if start is None else put_once(start)
-    (record,) = actor.minimize([piece], start_ref, attempts=[attempt], waited_s=waited_s)
+    previous = signal.signal(signal.SIGINT, lambda *_: actor.request_stop())  # what ray.cancel() comes as
+    try:
+        (record,) = actor.minimize([piece], start_ref, attempts=[attempt], waited_s=waited_s)
+    finally:
+        signal.signal(signal.SIGINT, previous)  # the next leg may be done in this process
     return record is not None
 
 
@@ -219,7 +225,8 @@ def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_
 class LegRunner:
     """Runs legs where the cluster has room. A task that dies is tried again, actors.max_attempts times in all; one that
     SIGTERM stopped (a spot notice) goes on from its checkpoint, and that counts as no attempt. What fails for good, and
-    what needs it, is left out and named. If the driver dies, the next one finds what is done."""
+    what needs it, is left out and named. Stopped with an exception, it lets its tasks write checkpoints first. If the
+    driver dies, the next one finds what is done."""
 
     def __init__(
         self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, on_event: OnEvent
@@ -306,8 +313,8 @@ class LegRunner:
                     text = f"{len(running)} legs of {describe(self._request)} each are running or queued; {free}"
                     self._tell(Event("waiting", text))
         except BaseException:
-            for result_ref in running:
-                ray.cancel(result_ref, force=True)
+            if running:
+                stop_tasks(list(running))
             raise
 
     def _validation(self, leg: Leg) -> str:

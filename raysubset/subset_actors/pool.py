@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from raysubset.cluster import (
     OUTSIDE_GROUPS,
+    STOP_GRACE_S,
     SYSTEM_ERRORS,
     WAIT_NOTICE_S,
     Event,
@@ -37,7 +38,6 @@ from raysubset.training import Cost, Weights
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before a lost piece is tried again: doubled with each attempt
-STOP_GRACE_S = 5.0  # for actors to write a checkpoint when the run is stopped
 PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of work that failed: storage and devices may do better elsewhere
 
 

@@ -1,6 +1,7 @@
 """A comparison on digits through real Ray tasks: hand-counted costs, failures, going on."""
 
 import contextlib
+import os
 import shutil
 import signal
 import threading
@@ -188,3 +189,27 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     retries = [event.text for event in events if event.kind == "retry"]
     assert "stopped by a signal" in retries[0]
     assert "attempt 2 of 2" in retries[1]
+
+
+def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
+    overrides = {"model.width": 4, "actors.checkpoint_epochs": 1e6, "actors.checkpoint_s": 1e6}
+    config, arm = Config(storage_path=str(tmp_path)).with_overrides(overrides), parse_arm("B")
+    own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
+    leg = final_leg(arm, own, 1e4, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
+    runner = LegRunner(
+        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=lambda event: None
+    )
+
+    def press() -> None:
+        while not runner.folder(leg).works():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([leg])
+    (work,) = runner.folder(leg).works()
+    assert work.outcome == "interrupted"
+    newest = runner.folder(leg).run.newest_checkpoint("conventional")
+    assert newest is not None
+    assert newest[1]["position"][1] == work.cost.num_steps > 0
