@@ -16,6 +16,7 @@ import torch
 from raysubset.cluster import NodeType, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig, derive_seed
 from raysubset.data import FullSet
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
@@ -216,16 +217,20 @@ def _measure_kind(
     attempt = ledger.next_attempt("measuring", 0)
     work = Work("measuring", 0, None, attempt, node_id, kind.accelerator, started_at=time.time())
     ledger.write(work)
-    speed: MeasuredSpeed = call_on_cluster(
-        measure_speed,
-        full_set_ref,
-        config,
-        indices,
-        num_gpus,
-        request=request,
-        timeout_s=config.cluster.wait_timeout_s,
-        node_id=node_id,
-    )
+    try:
+        speed: MeasuredSpeed = call_on_cluster(
+            measure_speed,
+            full_set_ref,
+            config,
+            indices,
+            num_gpus,
+            request=request,
+            timeout_s=config.cluster.wait_timeout_s,
+            node_id=node_id,
+        )
+    except Exception as error:
+        ledger.write(replace(work, outcome="failed", ended_at=time.time(), error=one_line(error)))
+        raise
     ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=speed.cost))
     return speed.examples_per_s
 

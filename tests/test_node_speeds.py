@@ -1,8 +1,10 @@
 """Slots, shares and speeds: by hand; measured where the reference is the clock of the test itself."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ from raysubset import node_speeds
 from raysubset.cluster import NodeType
 from raysubset.config import Config, SubsetsConfig
 from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
 from raysubset.node_speeds import (
     Slot,
+    decide_slots,
     fastest_nodes,
     in_words,
     kind_of,
@@ -23,6 +27,7 @@ from raysubset.node_speeds import (
     weighted_slots,
 )
 from raysubset.planning import make_plan
+from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import Pack, Piece
 from raysubset.subset_actors.packs import Backlog, in_packs
 from raysubset.subsets import sizes_by_share
@@ -55,6 +60,20 @@ def test_nodes_that_can_be_started_count_by_type_or_by_the_autoscalers_name():
     slots = weighted_slots([nodes("T4", 1), startable], REQUEST, {"gpu.spot": 4.0}, most=3)
     assert slots == [Slot("gpu.spot", 4.0)] * 3
     assert weighted_slots([startable], REQUEST, {"GPU": 2.0}, most=1) == [Slot("GPU", 2.0)]
+
+
+def test_a_measurement_that_fails_is_closed_in_the_ledger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def call_on_cluster(*arguments: Any, **options: Any) -> None:
+        raise TimeoutError("the cluster is busy")
+
+    monkeypatch.setattr(node_speeds, "call_on_cluster", call_on_cluster)
+    monkeypatch.setattr(node_speeds, "node_types", lambda: [nodes("T4", 1)])
+    monkeypatch.setattr(node_speeds, "refuse_unplaceable", lambda *arguments: None)
+    config, ledger = Config().with_overrides({"subsets.shares": "measured"}), Ledger(RunDirectory(str(tmp_path), "run"))
+    with pytest.raises(TimeoutError):
+        decide_slots(config, [], np.arange(4), num_gpus=0.5, num_subsets=2, ledger=ledger)
+    (work,) = ledger.read()
+    assert (work.stage, work.outcome, work.error) == ("measuring", "failed", "TimeoutError: the cluster is busy")
 
 
 def test_nodes_that_hold_no_actor_are_no_slots():
