@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -198,13 +199,15 @@ def call_on_cluster(
     value_ref: Sequence[ray.ObjectRef],
     *arguments: Any,
     request: Mapping[str, float],
+    on_event: OnEvent,
     timeout_s: float | None = None,
     node_id: str | None = None,
 ) -> Any:
     """function(value, *arguments) in a task with these resources; the value is read from the object store there.
 
-    It runs on the node of that id, or on any. A task whose process or node dies is run again by Ray, three times at
-    most; one that must run on a node that has gone fails.
+    It runs on the node of that id, or on any; while it waits for a place the listener is told so, every WAIT_NOTICE_S.
+    A task whose process or node dies is run again by Ray, three times at most; one that must run on a node that has
+    gone fails. With the driver it ends.
 
     Raises:
         ValueError: if it can never be placed.
@@ -216,19 +219,32 @@ def call_on_cluster(
     @ray.remote(
         num_cpus=request.get("CPU", 0),
         num_gpus=request.get("GPU", 0),
+        num_returns="streaming",
         max_retries=3,
         max_calls=1,
         scheduling_strategy=place,
     )
-    def call(value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Any:
-        return function(ray.get(value_ref[0]), *arguments)
+    def call(value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
+        yield None  # it has a place
+        yield function(ray.get(value_ref[0]), *arguments)
 
     refuse_unplaceable(request, "scoring tasks")
-    result_ref = call.remote(value_ref, *arguments)
-    if not ray.wait([result_ref], timeout=timeout_s)[0]:
-        ray.cancel(result_ref, force=True)
-        raise TimeoutError(f"a task of {describe(request)} did not end in {timeout_s:g} s: the cluster is busy")
-    return ray.get(result_ref)
+    result_refs: Any = call.remote(value_ref, *arguments)
+    task, result = f"a task of {describe(request)}", None
+    ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+    try:
+        for has_place in (False, True):
+            while not ray.wait([result_refs], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
+                if time.monotonic() >= ends_at:
+                    raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
+                if not has_place:
+                    free = f"free are {free_resources(request)}{autoscaler_activity()}"
+                    on_event(Event("waiting", f"{task} waits for a place; {free}"))
+            result = ray.get(next(result_refs))
+    except BaseException:
+        ray.cancel(result_refs, force=True)
+        raise
+    return result
 
 
 def stop_tasks(result_refs: Sequence[ray.ObjectRef], *, grace_s: float = STOP_GRACE_S) -> None:

@@ -23,10 +23,10 @@ class Decisions:
         Raises:
             ValueError: if streamed examples could not be read beside so many Ray Train workers.
         """
-        self._config, self._directory = config, directory
+        self._config, self._directory, self._tell = config, directory, tell
         self._record = directory.read_json_or_none(DECISIONS_PATH)
         if self._record is None:
-            self._record = self._first(len(plan.subsets), tell)
+            self._record = self._first(len(plan.subsets))
             self._write()
 
     @property
@@ -70,6 +70,7 @@ class Decisions:
             num_gpus=self.num_gpus,
             num_subsets=num_subsets,
             ledger=ledger,
+            on_event=self._tell,
         )
         self._record |= {"slots": [slot.to_dict() for slot in slots], "shares": shares(slots, num_subsets)}
         self._write()
@@ -85,9 +86,9 @@ class Decisions:
         tell(Event("note", packing_note(decision), {"packing": decision}))
         return asked if decision["taken"] else 1
 
-    def _first(self, num_subsets: int, tell: OnEvent) -> dict[str, Any]:
+    def _first(self, num_subsets: int) -> dict[str, Any]:
         config = self._config
-        num_gpus = num_gpus_of(config.actors, tell)
+        num_gpus = num_gpus_of(config.actors, self._tell)
         num_workers = config.fine_tuning.num_workers
         if num_workers is None:
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}

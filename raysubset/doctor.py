@@ -234,7 +234,14 @@ def _time(
     indices, reference = plan.subsets[0].indices, put_once(full_set)
     try:
         speed: MeasuredSpeed = call_on_cluster(
-            measure_speed, reference, config, indices, num_gpus, request=request, timeout_s=MEASURE_TIMEOUT_S
+            measure_speed,
+            reference,
+            config,
+            indices,
+            num_gpus,
+            request=request,
+            on_event=lambda event: None,
+            timeout_s=MEASURE_TIMEOUT_S,
         )
     except TimeoutError as error:
         yield Check("time", None, f"not measured: {error}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysubset.cluster import NodeType, call_on_cluster, describe, node_types, refuse_unplaceable
+from raysubset.cluster import NodeType, OnEvent, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig, derive_seed
 from raysubset.data import FullSet
 from raysubset.errors import one_line
@@ -87,6 +87,7 @@ def decide_slots(
     num_gpus: float,
     num_subsets: int,
     ledger: Ledger,
+    on_event: OnEvent,
 ) -> list[Slot]:
     """The slots that the subsets are meant for, the fastest first, as subsets.shares says: weighted or measured.
 
@@ -97,6 +98,7 @@ def decide_slots(
         num_gpus: of an actor.
         num_subsets: more slots are not wanted.
         ledger: what measuring costs is written there.
+        on_event: told while measuring waits for a place.
 
     Raises:
         ValueError: if an actor can never be placed, or there is no node to weigh or measure.
@@ -109,7 +111,9 @@ def decide_slots(
         return weighted_slots(node_types(), request, speeds, most=most)
 
     def measure(kind: NodeType) -> float:
-        return _measure_kind(config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger)
+        return _measure_kind(
+            config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger, on_event=on_event
+        )
 
     return measured_slots(node_types(), request, measure, most=most)
 
@@ -211,6 +215,7 @@ def _measure_kind(
     *,
     request: Mapping[str, float],
     ledger: Ledger,
+    on_event: OnEvent,
 ) -> float:
     """Examples per second of one actor on a node of the kind, with its entry in the ledger."""
     node_id = kind.node_ids[0]
@@ -225,6 +230,7 @@ def _measure_kind(
             indices,
             num_gpus,
             request=request,
+            on_event=on_event,
             timeout_s=config.cluster.wait_timeout_s,
             node_id=node_id,
         )

@@ -161,7 +161,7 @@ class _Stages:
         self._full_set_ref = full_set_ref
         self._decisions = Decisions(config, directory, plan, tell)
         num_gpus = self._decisions.aggregation_num_gpus
-        self._scoring = ScoringPlace(config, full_set, full_set_ref, num_gpus=num_gpus)
+        self._scoring = ScoringPlace(config, full_set, full_set_ref, num_gpus=num_gpus, on_event=tell)
         self._calibration = calibration_positions(config, full_set)
 
     def run(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raysubset.aggregation import Aggregation, Minimum, Scorer, Unmeasured, aggregate_round
-from raysubset.cluster import call_on_cluster
+from raysubset.cluster import OnEvent, call_on_cluster
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.models import build_model
@@ -34,9 +34,12 @@ class Tested:
 class ScoringPlace:
     """Where forward work between the stages is done. A task that dies is run again by Ray; the driver's is not."""
 
-    def __init__(self, config: Config, full_set: FullSet, full_set_ref: Sequence[Any], *, num_gpus: float) -> None:
+    def __init__(
+        self, config: Config, full_set: FullSet, full_set_ref: Sequence[Any], *, num_gpus: float, on_event: OnEvent
+    ) -> None:
         """num_gpus 0 means the driver's CPU, with as many threads as an actor."""
         self._config, self._full_set, self._full_set_ref, self._num_gpus = config, full_set, full_set_ref, num_gpus
+        self._on_event = on_event
 
     def aggregate(
         self,
@@ -70,8 +73,15 @@ class ScoringPlace:
                 return function(self._full_set, 0, self._config, *arguments)
             finally:
                 torch.set_num_threads(num_threads)  # the process is the caller's
-        request = {"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus}
-        return call_on_cluster(function, self._full_set_ref, self._num_gpus, self._config, *arguments, request=request)
+        return call_on_cluster(
+            function,
+            self._full_set_ref,
+            self._num_gpus,
+            self._config,
+            *arguments,
+            request={"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus},
+            on_event=self._on_event,
+        )
 
 
 def _model(full_set: FullSet, num_gpus: float, config: Config) -> tuple[torch.nn.Module, torch.device]:

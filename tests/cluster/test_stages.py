@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raysubset import Config, RunReport, load_model, run
+from raysubset import Config, RunReport, cluster, load_model, run
 from raysubset.cluster import Event, call_on_cluster, put_once, stop_tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
@@ -193,9 +193,37 @@ def test_scoring_can_be_done_in_a_task_of_its_own() -> None:
     def work(value: list[int], more: int) -> tuple[int, int]:
         return sum(value) + more, os.getpid()
 
-    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1})
+    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1}, on_event=lambda event: None)
     assert total == 10
     assert pid != os.getpid()
+
+
+def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holder:
+        def up(self) -> None: ...
+
+    holder: Any = ray.remote(num_cpus=4)(Holder).remote()
+    ray.get(holder.up.remote())
+    told: list[str] = []
+
+    def make_room(event: Event) -> None:
+        told.append(event.text)
+        if len(told) == 2:
+            ray.kill(holder)
+
+    monkeypatch.setattr(cluster, "WAIT_NOTICE_S", 0.05)
+    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=make_room) == 3
+    assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
+    assert told[1].endswith(" of 4 CPU")
+
+
+def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
+    def work(seconds: float) -> None:
+        time.sleep(seconds)
+
+    with pytest.raises(TimeoutError, match=r"a task of 4 CPU did not end in 0.1 s: the cluster is busy"):
+        call_on_cluster(work, put_once(1e6), request={"CPU": 4}, on_event=lambda event: None, timeout_s=0.1)
+    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=lambda event: None) == 3  # it left
 
 
 def test_a_task_that_does_not_stop_is_ended_when_its_grace_is_over_and_at_once_by_a_second_ctrl_c(
