@@ -90,12 +90,15 @@ def load_model(path: str, *, device: str | torch.device = "cpu") -> TrainedModel
         path: the run directory, a path or a URI.
 
     Raises:
-        ValueError: if there is no finished run.
+        ValueError: if there is no finished run, or a newer version made it.
     """
     run = RunDirectory.at(path)
     if not run.exists(RECORD_PATH):
         raise ValueError(f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or the run is not finished")
     record = run.read_json(RECORD_PATH)
+    if unknown := record["model"].keys() - {field.name for field in dataclasses.fields(ModelConfig)}:
+        made = f"its {RECORD_PATH} has {', '.join(f'model.{name}' for name in sorted(unknown))}"
+        raise ValueError(f"{run.uri} was made by a newer raysubset ({made}, which this version lacks): update it")
     shape = tuple(record["image_shape"])
     network = build_model(ModelConfig(**record["model"]), num_classes=record["num_classes"], image_shape=shape, seed=0)
     network.load_state_dict(run.read_weights(WEIGHTS_PATH))

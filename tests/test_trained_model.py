@@ -10,7 +10,7 @@ from raysubset import load_model
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.trained_model import TrainedModel, model_record, save_model
+from raysubset.trained_model import RECORD_PATH, TrainedModel, model_record, save_model
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
 SHAPE, MEAN, STD = (6, 5, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
@@ -85,4 +85,11 @@ def test_a_file_cut_short_is_named(run: RunDirectory):
     data = run.read_bytes("model.safetensors")
     run.write_bytes("model.safetensors", data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors in .* cannot be read"):
+        load_model(run.uri)
+
+
+def test_a_model_of_a_newer_version_is_refused_with_the_way_out(run: RunDirectory):
+    record = run.read_json(RECORD_PATH)
+    run.write_json(RECORD_PATH, record | {"model": record["model"] | {"num_heads": 4}})
+    with pytest.raises(ValueError, match=r"a-run was made by a newer raysubset .*model\.num_heads.*: update it"):
         load_model(run.uri)
