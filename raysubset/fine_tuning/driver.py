@@ -51,8 +51,9 @@ def fine_tune(
     """Minimize on the full set from the weights, by a Ray Train job of several workers in data parallel.
 
     The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies restarts the group
-    from the last checkpoint, up to actors.max_attempts times; with fine_tuning.min_workers set, on fewer workers. If
-    the driver dies, the same call goes on from the last checkpoint; a stage that was finished is read back.
+    from the last checkpoint, up to actors.max_attempts times; with fine_tuning.min_workers set, on fewer workers. A
+    loss that diverges is not tried again. If the driver dies, the same call goes on from the last checkpoint; a stage
+    that was finished is read back.
 
     Args:
         calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
@@ -109,12 +110,14 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
     )
     with _telling_of_epochs(run, stage, on_event), _interruptible():
         try:
-            trainer.fit()
+            diverged = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             causes = list(getattr(error, "worker_failures", {}).values()) or [error]
             own = [cause for cause in causes if isinstance(cause, ValueError)]
             text = f"{stage}: {one_line((own or causes)[0])}"
             raise (ValueError(text) if own else FineTuningFailed(text)) from error
+    if diverged:
+        raise ValueError(f"{stage}: {diverged}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 
 from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
+from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model, num_parameters
 from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
@@ -21,6 +22,7 @@ from raysubset.streaming import read_by_ray_data
 from raysubset.training import (
     Cost,
     Distillation,
+    DivergedError,
     Metrics,
     Progress,
     Shard,
@@ -52,10 +54,18 @@ class Job:
     teachers: tuple[str, ...]  # folders of the minima to distil from
 
 
-def train_loop(settings: dict[str, Any]) -> None:
-    """One worker. Rank 0 keeps the ledger and history, reports checkpoints, and leaves the result in the run."""
+def train_loop(settings: dict[str, Any]) -> str | None:
+    """One worker. Rank 0 keeps the ledger and history, reports checkpoints, and leaves the result in the run.
+
+    Returns:
+        Why it diverged, if it did: what a worker raises is tried again by Ray Train, and would end in the same way.
+    """
     context, job = ray.train.get_context(), settings["job"]
-    _Worker(job, Shard(context.get_world_rank(), context.get_world_size())).train()
+    try:
+        _Worker(job, Shard(context.get_world_rank(), context.get_world_size())).train()
+    except DivergedError as error:  # of all workers at the same step: they share their losses and weights
+        return one_line(error)
+    return None
 
 
 class _Worker:
@@ -93,28 +103,40 @@ class _Worker:
             self._open_ledger()
 
     def train(self) -> None:
-        """Minimize from the last checkpoint if there is one; rank 0 leaves the result."""
-        state = self._restore()
+        """Minimize from the last checkpoint if there is one; rank 0 leaves the result.
+
+        Raises:
+            DivergedError: as minimize() does, on every worker.
+        """
+        state, so_far = self._restore(), Cost()
         per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
         every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
 
         def on_step(progress: Progress) -> None:
+            nonlocal so_far
+            so_far = progress.cost
             if progress.epoch_ended:
                 self._end_epoch(progress)
             if progress.epoch_ended or progress.step % every_steps == 0:
                 self._checkpoint(progress)
 
         seed = derive_seed(self._config.seed, "minimize", self._stage)
-        result = minimize(
-            self._model,
-            self._examples,
-            self._recipe,
-            seed=seed,
-            state=state,
-            shard=self._shard,
-            distillation=self._distillation,
-            on_step=on_step,
-        )
+        try:
+            result = minimize(
+                self._model,
+                self._examples,
+                self._recipe,
+                seed=seed,
+                state=state,
+                shard=self._shard,
+                distillation=self._distillation,
+                on_step=on_step,
+            )
+        except DivergedError as error:
+            if self._work is not None:
+                failed = replace(self._work, outcome="failed", ended_at=time.time(), error=one_line(error))
+                Ledger(self._run).write(replace(failed, cost=self._cost(so_far)))
+            raise
         if self._shard.rank == 0:
             self._leave_result(result.outcome, result.cost)
 

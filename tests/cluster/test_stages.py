@@ -301,6 +301,29 @@ def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
         run(config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none"))
 
 
+def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_path: Path) -> None:
+    made = config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none")
+    full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "nan")
+    weights = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=0).state_dict()
+    with pytest.raises(ValueError, match=r"conventional: DivergedError: .*lower the learning rate"):
+        fine_tune(
+            made,
+            put_once(full_set),
+            weights,
+            directory,
+            calibration=calibration_positions(made, full_set),
+            num_workers=0,  # in this process, where fit() would raise what the worker does
+            num_gpus=0.0,
+            on_event=lambda event: None,
+            stage="conventional",
+            epochs=1.0,
+        )
+    (work,) = Ledger(directory).read()
+    assert work.outcome == "failed"
+    assert "lower the learning rate" in (work.error or "")
+    assert work.cost.num_steps > 0
+
+
 def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path: Path) -> None:
     shared = {"subsets__num": 2, "trunk__epochs": 1.0}
     pretrained = run(config(tmp_path, "subsets", **shared))
