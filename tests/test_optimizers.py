@@ -13,7 +13,7 @@ NUM_STEPS = 50
 
 def rates(**recipe) -> list[float]:
     config = MinimizeConfig(learning_rate=0.3, **recipe)
-    return [learning_rate_at(config, step / NUM_STEPS) for step in range(NUM_STEPS + 1)]
+    return [learning_rate_at(config, step, num_steps=NUM_STEPS) for step in range(NUM_STEPS + 1)]
 
 
 def torchs_rates(make_scheduler) -> list[float]:
@@ -53,11 +53,18 @@ def test_one_cycle_is_torchs(warm):
     assert rates(schedule="one_cycle", warmup_fraction=warm) == pytest.approx(torchs_rates(scheduler), abs=1e-12)
 
 
-@pytest.mark.parametrize("warm", [0.1, 0.5])
-def test_warmup_linear_rises_and_falls_in_straight_lines(warm):
-    shares = np.arange(NUM_STEPS + 1) / NUM_STEPS
-    expected = np.interp(shares, [0, warm, 1], [0, 0.3, 0])
-    assert rates(schedule="warmup_linear", warmup_fraction=warm) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize("warm", [5, 25])
+def test_warmup_linear_rises_and_falls_in_straight_lines_and_wastes_no_step(warm):
+    rise = 0.3 * np.arange(1, warm + 1) / warm  # to the peak at the last step of the warm-up, and again at the next
+    expected = [*rise, *np.linspace(0.3, 0.0, NUM_STEPS - warm + 1)]
+    found = rates(schedule="warmup_linear", warmup_fraction=warm / NUM_STEPS)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert min(found[:-1]) > 0  # that after the last step is 0
+
+
+def test_a_warm_up_of_less_than_a_step_is_at_its_peak():
+    config = MinimizeConfig(learning_rate=0.3, schedule="warmup_linear", warmup_fraction=0.1)
+    assert [learning_rate_at(config, step, num_steps=2) for step in range(2)] == pytest.approx([0.3, 0.3 * 5 / 9])
 
 
 @pytest.mark.parametrize(("name", "rate"), [("sgd", 0.1), ("adam", 2e-3), ("adamw", 2e-3), ("lbfgs", 1.0)])

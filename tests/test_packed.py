@@ -172,13 +172,12 @@ def test_a_member_that_diverges_goes_back_to_its_best_weights_and_the_others_go_
 
 
 def test_a_member_whose_last_step_goes_to_infinity_goes_back_to_its_best_weights() -> None:
-    config = MinimizeConfig(
-        epochs=2, batch_size=64, learning_rate=1e304, momentum=0, schedule="warmup_linear", warmup_fraction=0.5
-    )  # of rates 0 and 1e304, in float64
+    config = MinimizeConfig(epochs=2, batch_size=64, learning_rate=1e304, momentum=0, schedule="cosine")
+    span = (1.0, 0.0)  # backwards: of rates 0 and 5e303, in float64
     members = Members(network=lambda seed: Scaled(1e6 if seed == 1 else 1e-3))  # times which the gradient overflows
-    packed = members.packed(config)
+    packed = members.packed(config, schedule_span=span)
     assert [result.outcome for result in packed[1]] == ["epochs", "diverged", "epochs"]
-    assert_same_results(packed, members.one_by_one(config))
+    assert_same_results(packed, members.one_by_one(config, schedule_spans=[span] * 3))
 
 
 class Scaled(nn.Module):

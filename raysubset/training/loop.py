@@ -171,7 +171,6 @@ def minimize(
             load_optimizer_state(optimizer, optimizer_state)
         model.train()
         outcome = reached(config, progress) if progress.step and not num_summed else None
-        low, high = schedule_span
         while outcome is None and progress.step < progress.num_steps:
             turn, batch = divmod(progress.step, per_turn)
             if batches is None or batch == 0:
@@ -186,7 +185,7 @@ def minimize(
                     dtype=dtype,
                 )
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
-            rate = learning_rate_at(config, low + (high - low) * progress.step / progress.num_steps)
+            rate = learning_rate_at(config, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
             for group in optimizer.param_groups:
                 group["lr"] = rate

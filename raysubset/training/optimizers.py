@@ -54,9 +54,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                 moments[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
-def learning_rate_at(config: MinimizeConfig, progress: float) -> float:
-    """The learning rate when a share `progress`, in [0, 1], of the schedule is done."""
+def learning_rate_at(
+    config: MinimizeConfig, step: int, *, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
+) -> float:
+    """The learning rate of a step.
+
+    Args:
+        step: from 0.
+        num_steps: that make the span together.
+        span: the part of the schedule they cover, as shares of it in [0, 1].
+    """
     peak, warm = config.peak_learning_rate(), config.warmup_fraction
+    low, high = span
+    progress = low + (high - low) * step / num_steps
     rest = (progress - warm) / (1 - warm)
     match config.schedule:
         case "constant":
@@ -69,7 +79,9 @@ def learning_rate_at(config: MinimizeConfig, progress: float) -> float:
                 return peak + (start - peak) * _half_cosine(progress / warm)
             return end + (peak - end) * _half_cosine(rest)
         case "warmup_linear":
-            return peak * (progress / warm if progress < warm else 1 - rest)
+            if progress < warm:  # by what is done after the step: else the first would change nothing
+                return peak * min(1.0, (low + (high - low) * (step + 1) / num_steps) / warm)
+            return peak * (1 - rest)
 
 
 def _half_cosine(share: float) -> float:

@@ -167,9 +167,8 @@ class _Pack:
     def step(self, schedule_span: tuple[float, float]) -> None:
         """One step of every running member."""
         members = [self.members[number] for number in self.running]
-        low, high = schedule_span
-        shares = [member.progress.step / member.progress.num_steps for member in members]
-        rates = [learning_rate_at(self._config, low + (high - low) * share) for share in shares]
+        progresses = [member.progress for member in members]
+        rates = [learning_rate_at(self._config, p.step, num_steps=p.num_steps, span=schedule_span) for p in progresses]
         rows_of: dict[int, list[int]] = {}
         for row, member in enumerate(members):
             rows_of.setdefault(member.batch_size, []).append(row)
