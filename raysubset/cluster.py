@@ -181,6 +181,16 @@ def _knock(address: str) -> None:
         raise ConnectionError(str(error)) from error
 
 
+def own_address() -> str:
+    """This process's node, as ledgers name nodes."""
+    return ray.util.get_node_ip_address()
+
+
+def address_of(node_id: str) -> str:
+    """The node of that id, which may have gone meanwhile, as ledgers name nodes."""
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
 def put_once(value: Any) -> list[ray.ObjectRef]:
     """The value in the object store, as a reference inside a list, so that an actor gets it itself and without a copy.
 

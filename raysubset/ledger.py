@@ -11,7 +11,6 @@ heartbeat while it runs, so that what a dead process had done is counted.
 """
 
 import logging
-import platform
 import re
 import time
 from collections import defaultdict
@@ -54,7 +53,7 @@ class Work:
     round: int
     subset: int | None  # None: not of one subset
     attempt: int  # from 0
-    node: str
+    node: str  # its address, as Ray has it
     device: str
     started_at: float  # unix s
     ended_at: float | None = None  # unix s; None while running, and for ever if lost
@@ -100,9 +99,9 @@ class Ledger:
         """Add an entry, or replace that of the same attempt, in one step."""
         self._storage.write_json(work.path, work.to_dict())
 
-    def begin(self, stage: Stage, round: int, *, device: str, node: str | None = None, waited_s: float = 0.0) -> Work:
-        """Open the entry of work of no single subset; by default the driver's, or of a task that it waits for."""
-        attempt, node = self.next_attempt(stage, round, None), node or platform.node()
+    def begin(self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0) -> Work:
+        """Open the entry of work of no single subset."""
+        attempt = self.next_attempt(stage, round, None)
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
         self.write(work)
         return work

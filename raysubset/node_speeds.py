@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysubset.cluster import NodeType, OnEvent, call_on_cluster, describe, node_types, refuse_unplaceable
+from raysubset.cluster import NodeType, OnEvent, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig, derive_seed
 from raysubset.data import FullSet
 from raysubset.errors import one_line
@@ -220,7 +220,7 @@ def _measure_kind(
     """Examples per second of one actor on a node of the kind, with its entry in the ledger."""
     node_id = kind.node_ids[0]
     attempt = ledger.next_attempt("measuring", 0)
-    work = Work("measuring", 0, None, attempt, node_id, kind.accelerator, started_at=time.time())
+    work = Work("measuring", 0, None, attempt, address_of(node_id), kind.accelerator, started_at=time.time())
     ledger.write(work)
     try:
         speed: MeasuredSpeed = call_on_cluster(

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.aggregation import shrink_perturb
-from raysubset.cluster import Event, OnEvent, connected, get_shared, put_once, stage_event
+from raysubset.cluster import Event, OnEvent, connected, get_shared, own_address, put_once, stage_event
 from raysubset.config import Config, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import Decisions
@@ -274,7 +274,7 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        work = self._ledger.begin("test", 0, device=device)
+        work = self._ledger.begin("test", 0, device=device, node=own_address())
         tested = self._scoring.test(weights)
         self._ledger.end(work, tested.cost)
         self._directory.write_table(PREDICTIONS_PATH, tested.predictions)

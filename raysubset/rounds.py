@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from raysubset.aggregation import Aggregation, Minimum, mean_optimizer_state
-from raysubset.cluster import Event, OnEvent, stage_event
+from raysubset.cluster import Event, OnEvent, own_address, stage_event
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.decisions import Decisions
@@ -146,9 +146,8 @@ class Rounds:
         """One set of weights of a round's minima; written down before it is used."""
         config, directory = self._config, self._directory
         self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(minima)} minima"))
-        work = self._ledger.begin(
-            "aggregation", round, device="cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        )
+        device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
+        work = self._ledger.begin("aggregation", round, device=device, node=own_address())
         carried = bool(round) and config.rounds.has_outer_step()
         made, momentum = self._scoring.aggregate(
             minima,

@@ -22,6 +22,7 @@ from raysubset.cluster import (
     describe,
     free_resources,
     get_shared,
+    own_address,
     put_once,
     refuse_unplaceable,
     stop_tasks,
@@ -169,8 +170,7 @@ def _open(leg: Leg, legs_path: str, submitted_at: float) -> tuple[RunDirectory, 
 def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
     run, waited_s = _open(leg, legs_path, submitted_at)
     ledger, device = Ledger(run), "cuda" if num_gpus else "cpu"
-    node = ray.util.get_node_ip_address()
-    work = ledger.begin("aggregation", leg.round, device=device, node=node, waited_s=waited_s)
+    work = ledger.begin("aggregation", leg.round, device=device, node=own_address(), waited_s=waited_s)
     try:
         cost = _leave_aggregate(leg, legs_path, get_shared(full_set_ref), num_gpus)
     except Exception as error:

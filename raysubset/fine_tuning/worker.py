@@ -12,6 +12,7 @@ import ray
 import ray.train
 import torch
 
+from raysubset.cluster import own_address
 from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
@@ -234,7 +235,7 @@ class _Worker:
             round=0,
             subset=None,
             attempt=ledger.next_attempt(self._stage, 0, None),
-            node=ray.util.get_node_ip_address(),
+            node=own_address(),
             device=torch.cuda.get_device_name(self._device) if cuda else self._device.type,
             started_at=time.time(),
             ended_at=None,

@@ -58,7 +58,8 @@ report = run(config)
 works = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.stage == "measuring"]
 (row,) = [row for row in report.record["cost"]["stages"] if row["stage"] == "measuring"]
 told(config, rounds=report.record["stages"]["rounds"], passes=row["passes"],
-     works=[[work.outcome, work.device, work.cost.num_backward] for work in works])
+     works=[[work.outcome, work.device, work.cost.num_backward] for work in works],
+     num_nodes=len({work.node for work in Ledger(RunDirectory.at(report.uri)).read()}))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -93,4 +94,5 @@ def test_subsets_are_sized_for_the_nodes_that_take_them_and_stay_so(tmp_path: Pa
     assert sum(sizes) == NUM_TRAIN // 3 * 3
     assert sizes == pytest.approx([speed / sum(speeds) * sum(sizes) for speed in speeds], abs=1)
     assert sorted(work[:2] for work in measured["works"]) == [["done", "FAST"], ["done", "SLOW"]]
+    assert measured["num_nodes"] == 1  # of one machine, by one address
     assert measured["passes"] * NUM_TRAIN == pytest.approx(sum(num for *_, num in measured["works"]))

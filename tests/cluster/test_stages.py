@@ -86,6 +86,7 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
     works = Ledger(RunDirectory.at(report.uri)).read()
     assert sorted((w.stage, w.subset) for w in works if w.subset is not None) == [("subsets", i) for i in range(5)]
     assert {w.outcome for w in works} == {"done"}
+    assert len({w.node for w in works}) == 1  # the driver's, actors' and workers', by one name
     assert [w.num_workers for w in works if w.stage == "fine_tuning"] == [2]
 
     model = load_model(report.uri)
