@@ -14,13 +14,15 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
+from raysubset.errors import one_line
 from raysubset.training import Cost
 
 logger = logging.getLogger(__name__)
@@ -99,17 +101,32 @@ class Ledger:
         """Add an entry, or replace that of the same attempt, in one step."""
         self._storage.write_json(work.path, work.to_dict())
 
-    def begin(self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0) -> Work:
-        """Open the entry of work of no single subset."""
+    @contextmanager
+    def recorded(
+        self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0
+    ) -> Iterator[Callable[[Cost], None]]:
+        """The entry of work of no single subset that this block does; what it gives closes it as done, at that cost.
+
+        To be called before the result is left, without which all would be done again. A block that an exception leaves
+        before has failed; one that is stopped, by Ctrl-C say, was interrupted.
+        """
         attempt = self.next_attempt(stage, round, None)
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
         self.write(work)
-        return work
+        closed = []
 
-    def end(self, work: Work, cost: Cost, *, error: str | None = None) -> None:
-        """Close what begin() opened: done, or failed with the error."""
-        outcome = "done" if error is None else "failed"
-        self.write(replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error))
+        def close(cost: Cost, outcome: Outcome = "done", error: str | None = None) -> None:
+            closed.append(outcome)
+            self.write(replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error))
+
+        try:
+            yield close
+        except BaseException as error:
+            if not closed:
+                stopped = not isinstance(error, Exception)
+                held = Cost(device_s=time.time() - work.started_at)
+                close(held, "interrupted" if stopped else "failed", None if stopped else one_line(error))
+            raise
 
     def latest(self, work: Work) -> Work:
         """What the file of the same attempt says now; the work itself where there is none."""

@@ -274,9 +274,9 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        work = self._ledger.begin("test", 0, device=device, node=own_address())
-        tested = self._scoring.test(weights)
-        self._ledger.end(work, tested.cost)
+        with self._ledger.recorded("test", 0, device=device, node=own_address()) as close:
+            tested = self._scoring.test(weights)
+            close(tested.cost)
         self._directory.write_table(PREDICTIONS_PATH, tested.predictions)
         self._directory.write_table(MISTAKES_PATH, tested.mistakes)
         save_model(

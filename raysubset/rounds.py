@@ -1,9 +1,10 @@
 """Rounds: subset minima in parallel, then their aggregate; written down, and read back where that is done."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from raysubset.aggregation import Aggregation, Minimum, mean_optimizer_state
+from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
 from raysubset.cluster import Event, OnEvent, own_address, stage_event
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
@@ -26,7 +27,7 @@ from raysubset.run_directory import (
 from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
-from raysubset.training import MEASURES, Weights
+from raysubset.training import MEASURES, Cost, Weights
 
 
 class Rounds:
@@ -144,10 +145,18 @@ class Rounds:
 
     def _aggregate(self, round: int, minima: list[Minimum], start: Weights) -> tuple[Weights, dict[str, Any]]:
         """One set of weights of a round's minima; written down before it is used."""
-        config, directory = self._config, self._directory
-        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(minima)} minima"))
+        self._tell(stage_event("aggregation", f"{self._config.aggregation.method} of {len(minima)} minima"))
         device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        work = self._ledger.begin("aggregation", round, device=device, node=own_address())
+        with self._ledger.recorded("aggregation", round, device=device, node=own_address()) as close:
+            made, record = self._leave_aggregate(round, minima, start, close)
+        self._tell_of(made, round)
+        return made.aggregate.weights, record
+
+    def _leave_aggregate(
+        self, round: int, minima: list[Minimum], start: Weights, close: Callable[[Cost], None]
+    ) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
+        """Aggregate and write what came of it, what that cost before its record."""
+        config, directory = self._config, self._directory
         carried = bool(round) and config.rounds.has_outer_step()
         made, momentum = self._scoring.aggregate(
             minima,
@@ -171,8 +180,11 @@ class Rounds:
         if config.aggregation.method == "savgm":
             folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
             record["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
-        self._ledger.end(work, made.cost)  # before the record, without which all of this would be done again
+        close(made.cost)
         directory.write_json(aggregate_path(round), record)
+        return made, record
+
+    def _tell_of(self, made: Aggregation | Unmeasured, round: int) -> None:
         members = ", ".join(map(str, made.aggregate.subset_ids))
         text = f"{made.aggregate.method} of subsets {members}"
         if isinstance(made, Aggregation):
@@ -180,12 +192,11 @@ class Rounds:
                 f": validation {made.validation.loss:.4f} and {made.validation.accuracy:.2%}; best member "
                 f"{made.best_member.accuracy:.2%}, ensemble {made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
             )
-        self._tell(Event("aggregate", text, {"round": round, "record": record["aggregation"]}))
-        if not made.aggregate.shared_start and config.aggregation.needs_shared_start():
+        self._tell(Event("aggregate", text, {"round": round, "record": made.to_dict()}))
+        if not made.aggregate.shared_start and self._config.aggregation.needs_shared_start():
             self._tell(
                 Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
             )
-        return made.aggregate.weights, record
 
     def _write_manifest(self, round: int, subsets: tuple[Subset, ...]) -> None:
         """Write which examples each subset has, or compare with what was written.

@@ -1,3 +1,4 @@
+import contextlib
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,23 @@ class TestEntries:
         ledger.write(work(examples=1, outcome="running"))
         ledger.write(work(examples=2, outcome="running"))
         assert [one.cost.num_forward for one in ledger.read()] == [2]
+
+    def test_recorded_work_is_closed_as_it_ended(self, ledger):
+        with ledger.recorded("aggregation", 1, device="cpu", node="here", waited_s=0.5) as close:
+            assert [(one.outcome, one.node, one.waited_s) for one in ledger.read()] == [("running", "here", 0.5)]
+            close(Cost(num_forward=7))
+        for error in (ValueError("no\nsuch"), KeyboardInterrupt()):
+            with pytest.raises(type(error)), ledger.recorded("aggregation", 1, device="cpu", node="here"):
+                raise error
+        with contextlib.suppress(OSError), ledger.recorded("aggregation", 1, device="cpu", node="here") as close:
+            close(Cost(num_forward=8))
+            raise OSError
+        done, failed, stopped, left = ledger.read()
+        assert [one.outcome for one in (done, failed, stopped, left)] == ["done", "failed", "interrupted", "done"]
+        assert [one.attempt for one in (done, failed, stopped, left)] == [0, 1, 2, 3]
+        assert (done.cost.num_forward, left.cost.num_forward) == (7, 8)
+        assert failed.error == "ValueError: no"
+        assert failed.cost.device_s == pytest.approx(failed.ended_at - failed.started_at, abs=0.1)
 
     def test_the_latest_of_an_attempt_is_what_its_file_says(self, ledger):
         begun = work(subset=4, examples=0, outcome="running")

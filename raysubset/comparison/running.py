@@ -170,18 +170,15 @@ def _open(leg: Leg, legs_path: str, submitted_at: float) -> tuple[RunDirectory, 
 def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
     run, waited_s = _open(leg, legs_path, submitted_at)
     ledger, device = Ledger(run), "cuda" if num_gpus else "cpu"
-    work = ledger.begin("aggregation", leg.round, device=device, node=own_address(), waited_s=waited_s)
-    try:
-        cost = _leave_aggregate(leg, legs_path, get_shared(full_set_ref), num_gpus)
-    except Exception as error:
-        ledger.end(work, Cost(device_s=time.time() - work.started_at), error=one_line(error))
-        raise
-    ledger.end(work, cost)
+    with ledger.recorded("aggregation", leg.round, device=device, node=own_address(), waited_s=waited_s) as close:
+        _leave_aggregate(leg, legs_path, get_shared(full_set_ref), num_gpus, close)
     return True
 
 
-def _leave_aggregate(leg: Leg, legs_path: str, full_set: FullSet, num_gpus: float) -> Cost:
-    """Aggregate the members and write what came of it; what that cost."""
+def _leave_aggregate(
+    leg: Leg, legs_path: str, full_set: FullSet, num_gpus: float, close: Callable[[Cost], None]
+) -> None:
+    """Aggregate the members and write what came of it, what that cost before its record."""
     run, start = RunDirectory(legs_path, leg.key), start_weights(leg, legs_path, full_set)
     config = leg.config
     model = build_model(
@@ -210,8 +207,8 @@ def _leave_aggregate(leg: Leg, legs_path: str, full_set: FullSet, num_gpus: floa
     run.write_weights(aggregate_weights_path(leg.round), made.aggregate.weights)
     if momentum:
         run.write_weights(momentum_path(leg.round), momentum)
+    close(made.cost)
     run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict()})
-    return made.cost
 
 
 def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_gpus: float) -> None:
@@ -258,7 +255,13 @@ class LegRunner:
         task = self._task(_test, max_retries=3)
         size = max(1, len(todo) // 16)
         parts = [todo[i : i + size] for i in range(0, len(todo), size)]
-        ray.get([task.remote(part, self._legs_path, self._full_set_ref, self._num_gpus) for part in parts])
+        tasks = [task.remote(part, self._legs_path, self._full_set_ref, self._num_gpus) for part in parts]
+        try:
+            ray.get(tasks)
+        except BaseException:
+            if tasks:
+                stop_tasks(tasks)
+            raise
 
     def folder(self, leg: Leg) -> LegFolder:
         return LegFolder(self._legs_path, leg)
