@@ -97,7 +97,7 @@ def gap_over_q(record: Record) -> Plot:
         if squared
         else " For cross-entropy there is no law to draw: (Q+1)/(Q−1) is of least squares."
     )
-    what = f"Validation loss of each of {len(minima)} minima over the loss on its own subset, by Q; dotted: no gap."
+    what = f"Validation loss of each of {len(points)} minima over the loss on its own subset, by Q; dotted: no gap."
     return draw_plot("gap", what + law, draw)
 
 
