@@ -1,5 +1,6 @@
 """Means weighted by what each minimum's loss says of its curvature: diagonal Fisher, and Gram matrices of layers."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from raysubset.aggregation.streaming import (
     load_statistics,
     refuse_not_finite,
     wide,
+    zeros,
 )
 from raysubset.training import Weights
 
@@ -44,15 +46,17 @@ def fisher_merge(
     rest, sums, totals = RunningMean(), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima, checked=False):
-        fisher = load_statistics(minimum, "fisher")
+        fisher = load_statistics(minimum, "fisher", checked=False)
+        mean = _mean_element(fisher)
+        if not math.isfinite(mean):
+            load_statistics(minimum, "fisher")  # says where
         _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
         dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
         rest.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
-        scale = (_mean_element(fisher) if normalised else 0.0) or 1.0
+        scale = (mean if normalised else 0.0) or 1.0
         for key, diagonal in fisher.items():
             if key not in sums:
-                sums[key] = torch.zeros(diagonal.shape, dtype=wide(dtypes[key]))
-                totals[key] = torch.zeros_like(sums[key])
+                sums[key], totals[key] = (zeros(diagonal.shape, wide(dtypes[key])) for _ in range(2))
             _add_weighted(
                 sums[key], totals[key], weights[key], diagonal, floor=floor * scale, factor=minimum.num_examples / scale
             )
