@@ -181,7 +181,7 @@ STREAMED: dict[str, tuple[Callable[[Sequence[Minimum]], Aggregate], int, float]]
     # beside a member's weights the next one's, or the statistics of both
     "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 3),
     "regmean": (lambda minima: regmean(minima, factor=0.9), 1, 1 + 2),
-    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 2, 3 + 2),
+    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 1, 2.5 + 2),
     "dare": (lambda minima: dare(minima, START, drop=0.5, scale=1.0, seed=0, parameter_names={"w"}), 1, 1 + 2),
     "savgm": (lambda minima: savgm(minima, fraction=0.5, parameter_names={"w"}), 1, 1 + 3),
 }

@@ -4,11 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from raysubset.aggregation import Aggregate, Minimum, dare, savgm, ties, uniform_soup
+from raysubset.aggregation.streaming import BLOCK
+from raysubset.aggregation.task_vectors import STRIDE, _draws
 from raysubset.training import Weights
 from tests.test_aggregation import minimum, networks
 from tests.tiny import cnn, same_bits, weights
@@ -53,6 +56,66 @@ def test_ties_of_agreeing_members_without_trimming_is_their_mean():
     torch.testing.assert_close(by_ties(minima, density=1.0) + START, uniform_soup(minima).weights["w"])
 
 
+def trimmed(vector: Tensor, density: float) -> Tensor:
+    """As ties() defines it, by sorting."""
+    magnitudes = vector.abs().sort(descending=True).values
+    return vector.where(vector.abs() >= magnitudes[max(1, round(density * len(vector))) - 1], 0)
+
+
+def signed(magnitudes: Tensor) -> Tensor:
+    return magnitudes * torch.randint(2, magnitudes.shape, generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
+
+
+def sampled(vector: Tensor, factor: float) -> Tensor:
+    """With the elements that bound the selection unlike the others."""
+    vector[::STRIDE] *= factor
+    return vector
+
+
+VECTORS: dict[str, Callable[[Tensor], Tensor]] = {  # of normal numbers
+    "normal": lambda z: z,
+    "heavy tails": lambda z: z**5,
+    "few magnitudes": lambda z: z.round(),
+    "most have not moved": lambda z: z * (z > 1.5),
+    "all of one magnitude": lambda z: signed(torch.full_like(z, 0.25)),
+    "none has moved": torch.zeros_like,
+    "a sample of small ones": lambda z: sampled(z, 1e-3),
+    "a sample of large ones": lambda z: sampled(z, 1e3),
+    "sorted": lambda z: z.sort().values,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", VECTORS)
+def test_ties_trims_as_if_it_had_sorted(name, dtype):
+    for num in (1, 2, 50, BLOCK + 1000):
+        z = torch.randn(num, generator=torch.Generator().manual_seed(num))
+        start = {
+            "a": torch.rand(num, generator=torch.Generator().manual_seed(0)).to(dtype),
+            "b": torch.ones(3).to(dtype),
+        }
+        own = {"a": (start["a"] + VECTORS[name](z)).to(dtype), "b": torch.tensor([1.5, 0.0, 1.0]).to(dtype)}
+        wide = torch.promote_types(dtype, torch.float32)
+        origin = torch.cat([value.to(wide) for value in start.values()])
+        vector = torch.cat([value.to(wide) for value in own.values()]) - origin
+        for density in (1e-9, 0.2, 0.5) if num < BLOCK else (0.2,):
+            merged = ties([minimum(0, own)], start, density=density, scale=1.0, parameter_names=own).weights
+            expected = (origin + trimmed(vector, density)).to(dtype).split([num, 3])
+            assert all(map(torch.equal, merged.values(), expected)), (num, density)
+
+
+@pytest.mark.parametrize("num", [5, 300])
+def test_ties_is_its_three_steps_on_whole_vectors(num):
+    vectors = torch.randn(num, 1000, generator=torch.Generator().manual_seed(0)).double()
+    kept = torch.stack([trimmed(own, 0.3) for own in vectors])
+    agree = kept.sign() == kept.sum(0).sign()
+    expected = torch.where(agree, kept, 0).sum(0) / agree.sum(0).clamp_min(1)
+    start = {"w": torch.zeros(1000, dtype=torch.float64)}
+    minima = [minimum(i, {"w": own}) for i, own in enumerate(vectors)]
+    merged = ties(minima, start, density=0.3, scale=1.0, parameter_names={"w"}).weights["w"]
+    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+
+
 def by_dare(minima: list[Minimum], start: Weights, *, drop: float, scale: float = 1.0, seed: int = 0) -> Weights:
     return dare(minima, start, drop=drop, scale=scale, seed=seed, parameter_names={"w"}).weights
 
@@ -76,6 +139,28 @@ def test_dare_drops_a_share_at_random_and_keeps_the_expectation():
     assert both == pytest.approx((1 - drop) ** 2, abs=0.01)  # drawn for each member apart
     assert torch.equal(by_dare([one], start, drop=drop)["w"], dropped)
     assert not torch.equal(by_dare([one], start, drop=drop, seed=1)["w"], dropped)
+
+
+@pytest.mark.parametrize("drop", [0.0, 1e-5, 0.1, 0.5, 0.9, 0.99999])
+def test_dare_keeps_the_expectation_at_the_probability_it_rounds_to(drop):
+    """Of all draws of 16 bits just those that are to be dropped are, and what is left makes up for it."""
+    num = 2**16
+    num_dropped = min(round(drop * num), num - 1)
+    digits = iter(range(16 - len(f"{num_dropped:016b}".rstrip("0")), 16))  # from the last that is set
+
+    def words(_: int) -> np.ndarray:
+        return np.packbits(np.arange(num) >> next(digits) & 1, bitorder="little").view("<u8")
+
+    kept = _draws(words, num, num_dropped)
+    assert kept.tolist() == [0] * num_dropped + [1] * (num - num_dropped)
+    made = by_dare([minimum(0, {"w": torch.ones(num)})], {"w": torch.zeros(num)}, drop=drop)["w"]
+    torch.testing.assert_close(made, made.sign() * (num / (num - num_dropped)), rtol=1e-6, atol=0)
+
+
+def test_dare_draws_the_same_on_every_machine():
+    for drop, kept in ((0.5, "00111110000110101100111000100011"), (0.3, "11011000101111111111110111111101")):
+        drawn = by_dare([minimum(0, {"w": torch.ones(32)})], {"w": torch.zeros(32)}, drop=drop)["w"]
+        assert "".join(str(int(value > 0)) for value in drawn) == kept
 
 
 def with_part(one: Minimum, part: Weights) -> Minimum:
@@ -173,6 +258,16 @@ def test_bad_members_are_refused_in_one_line(name):
         METHODS[name]([one, two], start | {"head.bias": start["head.bias"] * math.nan})
     with pytest.raises(ValueError, match="different architectures"):
         METHODS[name]([one, two], weights(cnn("none")))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["ties", "dare"])
+def test_one_element_that_is_not_finite_is_refused_kept_or_not(name, value):
+    for place in range(4):
+        minima = moved([1.0, -2.0, 3.0, -4.0], [4.0, 3.0, -2.0, 1.0])
+        minima[1].load_weights()["w"][place] = value
+        with pytest.raises(ValueError, match="subset 1 holds NaN or infinity in w"):
+            by_ties(minima, density=0.25) if name == "ties" else by_dare(minima, {"w": START}, drop=0.9)
 
 
 def test_savgm_needs_the_minima_on_parts():

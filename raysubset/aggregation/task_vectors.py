@@ -1,13 +1,17 @@
 """Arithmetic on differences of weights: from the common start (TIES, DARE), or from minima on a part of each subset."""
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
+    BLOCK,
     RunningMean,
     blocks,
     check_start,
@@ -16,11 +20,12 @@ from raysubset.aggregation.streaming import (
     load_statistics,
     refuse_not_finite,
     refuse_other_architecture,
-    wide,
-    widened,
+    zeros,
 )
 from raysubset.config import derive_seed
 from raysubset.training import Weights
+
+STRIDE = 127  # of the sample that bounds ties()'s limit; prime, so that it meets all places of a filter alike
 
 
 def ties(
@@ -28,14 +33,14 @@ def ties(
 ) -> Aggregate:
     """Trim, elect sign, and average those that agree (TIES-Merging, Yadav et al. 2023, arXiv:2306.01708).
 
-    Of each task vector θ_i - θ_0 the share `density` of largest magnitude is kept, over all parameters together; an
-    element's sign is that of the sum of what is left of it; the kept elements of that sign are averaged, and θ_0 plus
-    `scale` times that is the result. Where signs cancel exactly nothing is added (the authors' code takes the sign of
-    the majority of elements).
+    Of each task vector θ_i - θ_0 the share `density` of largest magnitude is kept, over all parameters together (of
+    equals at the limit all); an element's sign is that of the sum of what is left of it; the kept elements of that sign
+    are averaged, and θ_0 plus `scale` times that is the result. Where signs cancel exactly nothing is added (the
+    authors' code takes the sign of the majority of elements).
 
     Buffers are averaged, so batch-norm statistics are to be recomputed; integer buffers are the first member's. Members
-    are streamed, twice, for the signs and for the means: four copies of the parameters, the result among them, and one
-    member are held.
+    are streamed: three and a half copies of the parameters, the result among them, and one member are held; five and a
+    half where most elements of a task vector are of one magnitude.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -47,26 +52,22 @@ def ties(
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("ties", minima)
-    names = sorted(parameter_names)
-    signs, magnitudes, thresholds, buffers = torch.zeros(0), torch.zeros(0), [], RunningMean()
+    origin, buffers = _parameters(start, parameter_names), RunningMean()
+    sums, magnitudes = _zeros(origin), _zeros(origin)
+    num_plus, num_minus = (_zeros(origin, torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
     for _, weights in _load_moved(minima, start):
-        if not thresholds:
-            signs, magnitudes = _zeros(start, names), _zeros(start, names)
         buffers.add(_without(parameter_names, weights))
-        for place, difference in _differences(weights, start, names):
-            magnitudes[place].copy_(difference.abs_())
-        thresholds.append(_least_kept(magnitudes, density))
-        for place, difference in _differences(weights, start, names):
-            signs[place].addcmul_(difference, difference.abs().ge_(thresholds[-1]))
-    signs.sign_()
-    totals, counts = magnitudes.zero_(), torch.zeros_like(signs)
-    for (_, weights), threshold in zip(_load_moved(minima, start), thresholds, strict=True):
-        for place, difference in _differences(weights, start, names):
-            agreement = difference.mul_(signs[place])  # positive where the signs are the same
-            kept = agreement.clone().ge_(threshold)
-            totals[place].addcmul_(agreement, kept)
-            counts[place].add_(kept)
-    return _moved("ties", minima, start, totals.div_(counts.clamp_min_(1.0)).mul_(signs), scale, buffers, names)
+        limit = _largest_dropped(weights, origin, density)
+        for place, difference in _differences(weights, origin):
+            kept = F.hardshrink(difference, limit)
+            sums[place].add_(kept)
+            num_plus.numpy()[place] += (kept.numpy() > 0).view(np.uint8)  # at six times torch's speed
+            num_minus.numpy()[place] += (kept.numpy() < 0).view(np.uint8)
+            magnitudes[place].add_(kept.abs_())
+    for sum_, magnitude, plus, minus in blocks(sums, magnitudes, num_plus, num_minus):
+        agreeing = magnitude.add_(sum_.abs()).mul_(0.5)  # the sum of magnitudes of those whose sign is the sum's
+        agreeing.div_(torch.where(sum_ > 0, plus, minus).clamp_min_(1)).mul_(sum_.sign_())
+    return _moved("ties", minima, start, magnitudes, scale, buffers, origin)
 
 
 def dare(
@@ -80,34 +81,33 @@ def dare(
 ) -> Aggregate:
     """Drop elements of task vectors at random and rescale the rest (DARE, Yu et al. 2024, arXiv:2311.03099).
 
-    Each element of θ_i - θ_0 is dropped with probability `drop`, and divided by 1 - drop where it is kept, so that its
-    expectation stays; the result is θ_0 plus `scale` times the mean over members (a sum in the paper, whose λ is ours
-    over N). Buffers as in ties(). Members are streamed: two copies of the parameters, the result among them, and one
-    member are held.
+    Each element of θ_i - θ_0 is dropped with probability `drop`, to the nearest of its multiples of 2⁻¹⁶ under one, and
+    divided by one less this where it is kept, so that its expectation stays; the result is θ_0 plus `scale` times the
+    mean over members (a sum in the paper, whose λ is ours over N). Buffers as in ties(). Members are streamed: two
+    copies of the parameters, the result among them, and one member are held.
 
     Args:
         start: θ_0, the weights that all minima started from.
         drop: in [0, 1).
         scale: λ; positive.
-        seed: each member's draws come from it and the subset's id.
+        seed: each member's draws come from it and the subset's id, the same on every machine.
         parameter_names: the keys that are parameters.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("dare", minima)
-    names = sorted(parameter_names)
-    sums, buffers = torch.zeros(0), RunningMean()
+    origin, buffers = _parameters(start, parameter_names), RunningMean()
+    num_dropped = min(round(drop * 2**16), 2**16 - 1)  # of 2¹⁶
+    sums = _zeros(origin)
     for minimum, weights in _load_moved(minima, start):
-        sums = sums if len(sums) else _zeros(start, names)
         buffers.add(_without(parameter_names, weights))
-        generator = torch.Generator().manual_seed(derive_seed(seed, "dare", minimum.subset_id))
-        for place, difference in _differences(weights, start, names):
-            if drop:
-                difference *= torch.rand(len(difference), generator=generator).ge_(drop)
-            sums[place].add_(difference)
-    sums /= (1 - drop) * len(minima)
-    return _moved("dare", minima, start, sums, scale, buffers, names)
+        random_words = np.random.SFC64(derive_seed(seed, "dare", minimum.subset_id)).random_raw
+        for place, difference in _differences(weights, origin):
+            kept = _draws(random_words, len(difference), num_dropped).astype(difference.numpy().dtype)
+            sums[place].addcmul_(difference, torch.from_numpy(kept))
+    sums /= (1 - num_dropped / 2**16) * len(minima)
+    return _moved("dare", minima, start, sums, scale, buffers, origin)
 
 
 def savgm(
@@ -154,41 +154,109 @@ def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
 
 
 def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
-    """load_members(), of the start's keys and shapes; the start is to be finite as well."""
+    """load_members(), not checked, of the start's keys and shapes; the start is to be finite as well."""
     if bad := first_not_finite(start):
         raise ValueError(f"the weights that the minima started from hold NaN or infinity in {bad}")
-    for minimum, weights in load_members(minima):
+    for minimum, weights in load_members(minima, checked=False):
         refuse_other_architecture(start, weights)
         yield minimum, weights
 
 
-def _zeros(start: Weights, names: Sequence[str]) -> Tensor:
-    """A flat vector of all these parameters, at least float32."""
-    dtype = functools.reduce(torch.promote_types, (start[name].dtype for name in names), torch.float32)
-    return torch.zeros(sum(start[name].numel() for name in names), dtype=dtype)
+def _parameters(start: Weights, names: Collection[str]) -> Weights:
+    return {name: start[name] for name in sorted(names) if name in start}
 
 
-def _differences(weights: Weights, start: Weights, names: Sequence[str]) -> Iterator[tuple[slice, Tensor]]:
-    """The task vector by blocks(), the caller's own: each with its place in the flat vector."""
-    first = 0
-    for name in names:
-        dtype = wide(start[name].dtype)
-        for own, origin in blocks(weights[name], start[name]):
-            yield slice(first, first + len(own)), own.to(dtype) - origin
-            first += len(own)
+def _num_elements(origin: Weights) -> int:
+    return sum(value.numel() for value in origin.values())
+
+
+def _dtype(origin: Weights) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
+
+
+def _zeros(origin: Weights, dtype: torch.dtype | None = None) -> Tensor:
+    """A flat vector of all these parameters, by default at least float32."""
+    return zeros([_num_elements(origin)], dtype or _dtype(origin))
+
+
+def _differences(weights: Weights, origin: Weights) -> Iterator[tuple[slice, Tensor]]:
+    """The task vector as a flat one, BLOCK elements at a time: each with its place, and overwritten by the next."""
+    block = torch.empty(BLOCK, dtype=_dtype(origin))
+    first = filled = 0
+    for name, start in origin.items():
+        own, start = weights[name].reshape(-1), start.reshape(-1)
+        while len(own):
+            free = BLOCK - filled
+            part = block[filled : filled + len(own)]
+            torch.sub(own[:free].to(block.dtype), start[:free], out=part)
+            own, start, filled = own[free:], start[free:], filled + len(part)
+            if filled == BLOCK:
+                yield slice(first, first + BLOCK), block
+                first, filled = first + BLOCK, 0
+    if filled:
+        yield slice(first, first + filled), block[:filled]
 
 
 def _without(names: Collection[str], weights: Weights) -> Weights:
     return {key: value for key, value in weights.items() if key not in names}
 
 
-def _least_kept(magnitudes: Tensor, density: float) -> float:
-    """The least magnitude of the share that is kept, positive: what did not move has no sign. Reorders them."""
-    num_dropped = len(magnitudes) - max(1, round(density * len(magnitudes)))
-    if num_dropped:
-        magnitudes.numpy().partition(num_dropped)  # a third of kthvalue()'s time
-    least = float(magnitudes[num_dropped]) if num_dropped else 0.0
-    return max(least, torch.finfo(magnitudes.dtype).tiny)
+def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
+    """A magnitude that just those elements of the task vector exceed that are kept; 0 where fewer have moved at all.
+
+    Selected among the few between two bounds that a sample gives; among all that have moved where the sample misleads.
+    """
+    dtype, num_kept = _dtype(origin), max(1, round(density * _num_elements(origin)))
+    sample = torch.cat(
+        [weights[name].reshape(-1)[::STRIDE].to(dtype) - value.reshape(-1)[::STRIDE] for name, value in origin.items()]
+    )
+    low, high = _bounds(sample.abs_().numpy(), density)
+    num_above, between = _between(weights, origin, low, high)
+    if num_above > num_kept or (low > 0 and num_above + len(between) < num_kept):
+        high = math.inf
+        num_above, between = _between(weights, origin, 0.0, high)
+    rank = num_kept - num_above
+    if rank == 0:
+        return high
+    if rank > len(between):
+        return 0.0
+    between.partition(-rank)
+    return float(np.nextafter(between[-rank], between.dtype.type(0)))
+
+
+def _bounds(magnitudes: np.ndarray, share: float) -> tuple[float, float]:
+    """Above the first and up to the second is, by 3 standard errors, what this share exceeds of all those sampled."""
+    num = len(magnitudes)
+    middle, margin = num * (1 - share), 3 * math.sqrt(num * share * (1 - share)) + 1
+    first, last = math.floor(middle - margin), math.ceil(middle + margin)
+    ordered = np.partition(magnitudes, [max(first, 0), min(last, num - 1)])
+    low = float(np.nextafter(ordered[first], ordered.dtype.type(0))) if first >= 0 else 0.0
+    return low, float(ordered[last]) if last < num else math.inf
+
+
+def _between(weights: Weights, origin: Weights, low: float, high: float) -> tuple[int, np.ndarray]:
+    """How many of the task vector's magnitudes exceed the second bound, and those that exceed the first alone."""
+    num_above, between = 0, []
+    for _, difference in _differences(weights, origin):
+        magnitudes = difference.abs_().numpy()
+        above = magnitudes > high
+        num_above += int(np.count_nonzero(above))
+        between.append(magnitudes.compress(above ^ (magnitudes > low)))
+    return num_above, np.concatenate(between)
+
+
+def _draws(random_words: Callable[[int], np.ndarray], num: int, num_dropped: int) -> np.ndarray:
+    """uint8 [num], 0 with probability num_dropped / 2¹⁶ and otherwise 1; num_dropped in [0, 2¹⁶).
+
+    An element is kept if a random number of 16 bits is at least num_dropped. 64 elements are compared at once, from the
+    last bit on; final zeros decide nothing, so that a half takes one random bit an element.
+    """
+    num_words = -(-num // 64)
+    kept = np.full(num_words, 2**64 - 1, np.uint64)
+    for digit in reversed(f"{num_dropped:016b}".rstrip("0")):
+        random = random_words(num_words)
+        kept = kept & random if digit == "1" else kept | random
+    return np.unpackbits(kept.astype("<u8").view(np.uint8), count=num, bitorder="little")
 
 
 def _moved(
@@ -198,13 +266,14 @@ def _moved(
     vector: Tensor,
     scale: float,
     buffers: RunningMean,
-    names: Sequence[str],
+    origin: Weights,
 ) -> Aggregate:
     """θ_0 plus the merged task vector."""
     weights = dict(buffers.weights())
-    for name, part in zip(names, vector.split([start[name].numel() for name in names]), strict=True):
-        moved = widened(start[name]).add_(part.view(start[name].shape), alpha=scale)
-        weights[name] = moved.to(start[name].dtype)
+    for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
+        moved = zeros(value.shape, part.dtype)
+        weights[name] = torch.add(value, part.view(value.shape), alpha=scale, out=moved).to(value.dtype)
+    refuse_not_finite(weights, minima)
     return _aggregate(method, minima, {key: weights[key] for key in start}, True)
 
 
