@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raysubset.aggregation import Aggregate, Minimum, dare, savgm, ties, uniform_soup
 from raysubset.aggregation.streaming import BLOCK
-from raysubset.aggregation.task_vectors import STRIDE, _draws
+from raysubset.aggregation.task_vectors import STRIDE, _between, _bounds, _draws
 from raysubset.training import Weights
 from tests.test_aggregation import minimum, networks
 from tests.tiny import cnn, same_bits, weights
@@ -102,6 +102,14 @@ def test_ties_trims_as_if_it_had_sorted(name, dtype):
             merged = ties([minimum(0, own)], start, density=density, scale=1.0, parameter_names=own).weights
             expected = (origin + trimmed(vector, density)).to(dtype).split([num, 3])
             assert all(map(torch.equal, merged.values(), expected)), (num, density)
+
+
+def test_a_sample_leaves_few_elements_to_select_from():
+    vector, density = torch.randn(2**20, generator=torch.Generator().manual_seed(0)), 0.2
+    bounds = _bounds(vector[::STRIDE].abs().numpy(), density, errors=4)
+    num_above, between = _between({"w": vector}, {"w": torch.zeros(2**20)}, *bounds)
+    assert num_above < density * len(vector) < num_above + len(between)
+    assert len(between) < 0.05 * len(vector)
 
 
 @pytest.mark.parametrize("num", [5, 300])

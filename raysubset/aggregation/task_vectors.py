@@ -201,20 +201,20 @@ def _without(names: Collection[str], weights: Weights) -> Weights:
     return {key: value for key, value in weights.items() if key not in names}
 
 
-def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
+def _largest_dropped(weights: Weights, origin: Weights, density: float, *, errors: float = 4) -> float:
     """A magnitude that just those elements of the task vector exceed that are kept; 0 where fewer have moved at all.
 
-    Selected among the few between two bounds that a sample gives; among all that have moved where the sample misleads.
+    Selected among the few between two bounds, so many standard errors around what a sample says; further apart where
+    that misleads, at last among all.
     """
     dtype, num_kept = _dtype(origin), max(1, round(density * _num_elements(origin)))
     sample = torch.cat(
         [weights[name].reshape(-1)[::STRIDE].to(dtype) - value.reshape(-1)[::STRIDE] for name, value in origin.items()]
     )
-    low, high = _bounds(sample.abs_().numpy(), density)
+    low, high = _bounds(sample.abs_().numpy(), density, errors)
     num_above, between = _between(weights, origin, low, high)
     if num_above > num_kept or (low > 0 and num_above + len(between) < num_kept):
-        high = math.inf
-        num_above, between = _between(weights, origin, 0.0, high)
+        return _largest_dropped(weights, origin, density, errors=8 * errors)
     rank = num_kept - num_above
     if rank == 0:
         return high
@@ -224,10 +224,10 @@ def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float
     return float(np.nextafter(between[-rank], between.dtype.type(0)))
 
 
-def _bounds(magnitudes: np.ndarray, share: float) -> tuple[float, float]:
-    """Above the first and up to the second is, by 3 standard errors, what this share exceeds of all those sampled."""
+def _bounds(magnitudes: np.ndarray, share: float, errors: float) -> tuple[float, float]:
+    """Above the first and up to the second should be what this share exceeds of all from which these were sampled."""
     num = len(magnitudes)
-    middle, margin = num * (1 - share), 3 * math.sqrt(num * share * (1 - share)) + 1
+    middle, margin = num * (1 - share), errors * (math.sqrt(num * share * (1 - share)) + 1)
     first, last = math.floor(middle - margin), math.ceil(middle + margin)
     ordered = np.partition(magnitudes, [max(first, 0), min(last, num - 1)])
     low = float(np.nextafter(ordered[first], ordered.dtype.type(0))) if first >= 0 else 0.0
