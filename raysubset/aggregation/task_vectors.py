@@ -39,8 +39,8 @@ def ties(
     authors' code takes the sign of the majority of elements).
 
     Buffers are averaged, so batch-norm statistics are to be recomputed; integer buffers are the first member's. Members
-    are streamed: three and a half copies of the parameters, the result among them, and one member are held; five and a
-    half where most elements of a task vector are of one magnitude.
+    are streamed, once: three and a half copies of the parameters, the result among them, and one member are held; five
+    from 256 members on; two more while it trims a task vector most of whose elements are of one magnitude.
 
     Args:
         start: θ_0, the weights that all minima started from.
