@@ -61,11 +61,34 @@ def combine(
     """
     if len(minima) == 1:
         return replace(uniform_soup(minima), method=method), None
-    if method == "auto":
-        raise ValueError("auto chooses by validation: its aggregate cannot go unmeasured")
-    if method == "aligned_soup":
-        return scorer.aligned_soup(minima, matching=config.matching, repair=config.repair)
-    return _combine(method, minima, config, scorer, start=start, seed=seed), None
+    if method in ("ties", "dare") and start is None:
+        raise ValueError(f"{method} needs the weights that the minima started from")
+    independent, names, scale = config.allow_independent, scorer.parameter_names, config.task_scale
+    match method:
+        case "select_best":
+            made = select_best(minima)
+        case "uniform_soup":
+            made = uniform_soup(minima, allow_independent=independent)
+        case "weighted_soup":
+            made = weighted_soup(minima, weight_by=config.weight_by, allow_independent=independent)
+        case "greedy_soup":
+            made = greedy_soup(minima, scorer.score, allow_independent=independent)
+        case "fisher":
+            made = fisher_merge(minima, floor=FISHER_FLOOR, allow_independent=independent)
+        case "regmean":
+            made = regmean(minima, factor=config.regmean_factor, allow_independent=independent)
+        case "ties":
+            made = ties(minima, start or {}, density=config.ties_density, scale=scale, parameter_names=names)
+        case "dare":
+            made = dare(minima, start or {}, drop=config.dare_drop, scale=scale, seed=seed, parameter_names=names)
+        case "savgm":
+            fraction = config.savgm_fraction
+            made = savgm(minima, fraction=fraction, parameter_names=names, allow_independent=independent)
+        case "aligned_soup":
+            return scorer.aligned_soup(minima, matching=config.matching, repair=config.repair)
+        case _:
+            raise ValueError(f"{method} chooses by validation: its aggregate cannot go unmeasured")
+    return made, None
 
 
 def candidates_of_auto(*, shared_start: bool) -> tuple[str, ...]:
@@ -77,38 +100,3 @@ def candidates_of_auto(*, shared_start: bool) -> tuple[str, ...]:
     if not shared_start:
         return ("select_best", "aligned_soup")
     return ("uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare")
-
-
-def _combine(
-    method: str,
-    minima: Sequence[Minimum],
-    config: AggregationConfig,
-    scorer: Scorer,
-    *,
-    start: Weights | None,
-    seed: int,
-) -> Aggregate:
-    independent, names, scale = config.allow_independent, scorer.parameter_names, config.task_scale
-    if method in ("ties", "dare") and start is None:
-        raise ValueError(f"{method} needs the weights that the minima started from")
-    match method:
-        case "select_best":
-            return select_best(minima)
-        case "uniform_soup":
-            return uniform_soup(minima, allow_independent=independent)
-        case "weighted_soup":
-            return weighted_soup(minima, weight_by=config.weight_by, allow_independent=independent)
-        case "greedy_soup":
-            return greedy_soup(minima, scorer.score, allow_independent=independent)
-        case "fisher":
-            return fisher_merge(minima, floor=FISHER_FLOOR, allow_independent=independent)
-        case "regmean":
-            return regmean(minima, factor=config.regmean_factor, allow_independent=independent)
-        case "ties":
-            return ties(minima, start or {}, density=config.ties_density, scale=scale, parameter_names=names)
-        case "dare":
-            return dare(minima, start or {}, drop=config.dare_drop, scale=scale, seed=seed, parameter_names=names)
-        case "savgm":
-            fraction = config.savgm_fraction
-            return savgm(minima, fraction=fraction, parameter_names=names, allow_independent=independent)
-    raise AssertionError(method)
