@@ -77,7 +77,7 @@ def bare(answers: "multiprocessing.Queue[float]", stop: "threading.Event") -> No
 def in_actor(size: int) -> float:
     """Private bytes of a subset actor in the middle of its work."""
     from raysubset import Config, run
-    from raysubset.cluster import Event
+    from raysubset.events import Event
 
     measured: list[float] = []
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.cluster import Event, OnEvent, num_gpus_of, num_slots
+from raysubset.cluster import num_gpus_of, num_slots
 from raysubset.config import Config
 from raysubset.data import FullSet
+from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger
 from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan

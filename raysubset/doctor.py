@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from raysubset.cluster import (
-    Event,
     call_on_cluster,
     connected,
     describe,
@@ -25,6 +24,7 @@ from raysubset.cluster import (
 from raysubset.config import Config, differences
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import one_line
+from raysubset.events import Event
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory

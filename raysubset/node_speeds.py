@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysubset.cluster import NodeType, OnEvent, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
+from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig, derive_seed
 from raysubset.data import FullSet
 from raysubset.errors import one_line
+from raysubset.events import OnEvent
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device

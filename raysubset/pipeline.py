@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 from raysubset.aggregation import shrink_perturb
-from raysubset.cluster import Event, OnEvent, connected, get_shared, own_address, put_once, stage_event
+from raysubset.cluster import connected, get_shared, own_address, put_once
 from raysubset.config import Config, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import Decisions
+from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
-from raysubset.cluster import Event, OnEvent, own_address, stage_event
+from raysubset.cluster import own_address
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.decisions import Decisions
+from raysubset.events import Event, OnEvent, stage_event
 from raysubset.ledger import Ledger
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, calibration_positions, cut_subsample, cut_subsets, manifest

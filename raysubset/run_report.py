@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from raysubset.cluster import Event, OnEvent
 from raysubset.data import FullSet
+from raysubset.events import Event, OnEvent
 from raysubset.ledger import Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics

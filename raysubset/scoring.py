@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from raysubset.aggregation import Aggregation, Minimum, Scorer, Unmeasured, aggregate_round
-from raysubset.cluster import OnEvent, call_on_cluster
+from raysubset.cluster import call_on_cluster
 from raysubset.config import Config
 from raysubset.data import FullSet
+from raysubset.events import OnEvent
 from raysubset.models import build_model
 from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights, metrics_of_outputs, place, predict, use_device
 

@@ -26,8 +26,8 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Four logical CPUs, whatever the machine has; run() finds the connection and leaves it open."""
-    from raysubset.authentication import use_own_token
     from raysubset.cluster import ray
+    from raysubset.cluster.authentication import use_own_token
 
     use_own_token()
     ray.init(

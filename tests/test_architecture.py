@@ -22,6 +22,8 @@ BANNED = {
     "raysubset.aggregation": {"ray", "pandas"},
     "raysubset.run_directory": {"ray"},
     "raysubset.ledger": {"ray"},
+    "raysubset.run_report": {"ray"},
+    "raysubset.tracking": {"ray", "mlflow", "wandb"},
     "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "tyro", "rich"},
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import raysubset.authentication  # noqa: F401  before anything imports Ray
+import raysubset.cluster.authentication  # noqa: F401  before anything imports Ray
 
 # isort: split
 import grpc
@@ -20,7 +20,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 TOKEN = "0123456789abcdef"
 CALL = """
 import os, sys
-from raysubset.authentication import use_token_of
+from raysubset.cluster.authentication import use_token_of
 try:
     use_token_of(sys.argv[1])
     print("ok", os.environ["RAY_AUTH_MODE"])

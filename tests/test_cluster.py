@@ -2,9 +2,9 @@
 
 import pytest
 
-from raysubset import cluster
-from raysubset.cluster import Event, NodeType, num_gpus_of
+from raysubset.cluster import NodeType, num_gpus_of, resources
 from raysubset.config import ActorsConfig
+from raysubset.events import Event
 
 CPUS, GPUS = NodeType("alive", {"CPU": 4.0}, 1, 0), NodeType("gpu.spot", {"CPU": 8.0, "GPU": 1.0}, 0, 3)
 
@@ -23,8 +23,8 @@ CPUS, GPUS = NodeType("alive", {"CPU": 4.0}, 1, 0), NodeType("gpu.spot", {"CPU":
 def test_actors_ask_for_gpus_where_there_may_be_some_and_the_user_hears_where_that_is_not_known(
     monkeypatch: pytest.MonkeyPatch, asked: float | None, types: list[NodeType], unknown: bool, num: float, told: str
 ) -> None:
-    monkeypatch.setattr(cluster, "node_types", lambda: types)
-    monkeypatch.setattr(cluster, "_may_start_unknown_nodes", lambda: unknown)
+    monkeypatch.setattr(resources, "node_types", lambda: types)
+    monkeypatch.setattr(resources, "_may_start_unknown_nodes", lambda: unknown)
     events: list[Event] = []
     assert num_gpus_of(ActorsConfig(num_gpus=asked), events.append) == num
     assert len(events) == bool(told)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysubset import run_report
-from raysubset.cluster import Event
+from raysubset.events import Event
 from raysubset.run_directory import SESSIONS_PATH, RunDirectory
 from raysubset.run_report import Sessions
 

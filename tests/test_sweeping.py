@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from raysubset.cli import call
-from raysubset.cluster import Event
 from raysubset.config import Config
+from raysubset.events import Event
 from raysubset.ledger import Ledger, Work
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory

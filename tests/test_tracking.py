@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from raysubset.cluster import Event
 from raysubset.config import Config, TrackingConfig
+from raysubset.events import Event
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from raysubset.cluster import Event, OnEvent
+    from raysubset.events import Event, OnEvent
     from raysubset.report import Section
 
 

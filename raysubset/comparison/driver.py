@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from raysubset.cluster import Event, OnEvent, connected, num_gpus_of, num_slots, put_once, refuse_unplaceable
+from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.legs import Leg
@@ -14,6 +14,7 @@ from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet, load_full_set
+from raysubset.events import Event, OnEvent
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
 from raysubset.run_report import Sessions, environment

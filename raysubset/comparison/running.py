@@ -16,8 +16,6 @@ from raysubset.cluster import (
     OUTSIDE_GROUPS,
     SYSTEM_ERRORS,
     WAIT_NOTICE_S,
-    Event,
-    OnEvent,
     autoscaler_activity,
     describe,
     free_resources,
@@ -31,6 +29,7 @@ from raysubset.comparison.legs import Leg, closure
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.errors import one_line
+from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model

@@ -18,9 +18,10 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raysubset.cluster import Event, OnEvent, put_once, refuse_unplaceable
+from raysubset.cluster import put_once, refuse_unplaceable
 from raysubset.config import Config, TrainingStage
 from raysubset.errors import one_line
+from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning.worker import Job, train_loop
 from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers

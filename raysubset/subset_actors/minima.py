@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.aggregation import Minimum
-from raysubset.cluster import Event, OnEvent
+from raysubset.events import Event, OnEvent
 from raysubset.run_directory import (
     RunDirectory,
     minimum_path,

@@ -15,8 +15,6 @@ from raysubset.cluster import (
     STOP_GRACE_S,
     SYSTEM_ERRORS,
     WAIT_NOTICE_S,
-    Event,
-    OnEvent,
     autoscaler_activity,
     describe,
     draining_nodes,
@@ -27,6 +25,7 @@ from raysubset.cluster import (
 )
 from raysubset.config import Config
 from raysubset.errors import one_line
+from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, minimum_path
 from raysubset.subset_actors.actor import SubsetActor

@@ -21,10 +21,11 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import SYSTEM_ERRORS, Event, OnEvent, connected, num_gpus_of, num_slots, put_once
+from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.errors import one_line
+from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory

@@ -8,8 +8,9 @@ from typing import Any
 import ray
 from ray import tune
 
-from raysubset.cluster import Event, get_shared
+from raysubset.cluster import get_shared
 from raysubset.config import Config
+from raysubset.events import Event
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run
 from raysubset.run_directory import RunDirectory

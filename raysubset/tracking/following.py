@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from raysubset.cluster import Event, OnEvent
 from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
+from raysubset.events import Event, OnEvent
 from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
 from raysubset.tracking.mlflow_runs import MLflowRun
 from raysubset.tracking.records import (

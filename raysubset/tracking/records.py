@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raysubset.cluster import Event
 from raysubset.config import Config
+from raysubset.events import Event
 
 Record = Mapping[str, Any]
 Outcome = Literal["finished", "failed", "stopped"]

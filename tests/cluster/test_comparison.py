@@ -13,11 +13,12 @@ import psutil
 import pytest
 
 from raysubset import Config, compare
-from raysubset.cluster import Event, put_once
+from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.running import LegRunner
 from raysubset.data import load_full_set
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path

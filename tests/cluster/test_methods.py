@@ -9,8 +9,8 @@ import torch
 
 from raysubset import Config, run
 from raysubset.aggregation import mean_optimizer_state
-from raysubset.cluster import Event
 from raysubset.data import load_full_set
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.report import write_files

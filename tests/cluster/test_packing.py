@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysubset import Config, RunReport, run
-from raysubset.cluster import Event
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
 

@@ -11,8 +11,9 @@ import pytest
 import ray
 
 from raysubset import Config
-from raysubset.cluster import Event, put_once
+from raysubset.cluster import put_once
 from raysubset.data import load_full_set
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, Piece, SubsetFailed

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raysubset import Config, RunReport, cluster, load_model, run
-from raysubset.cluster import Event, call_on_cluster, put_once, stop_tasks
+from raysubset import Config, RunReport, load_model, run
+from raysubset.cluster import call_on_cluster, put_once, stop_tasks, tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
+from raysubset.events import Event
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
@@ -212,7 +213,7 @@ def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.Monke
         if len(told) == 2:
             ray.kill(holder)
 
-    monkeypatch.setattr(cluster, "WAIT_NOTICE_S", 0.05)
+    monkeypatch.setattr(tasks, "WAIT_NOTICE_S", 0.05)
     assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=make_room) == 3
     assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
     assert told[1].endswith(" of 4 CPU")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysubset import Config, run
-from raysubset.cluster import Event
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path

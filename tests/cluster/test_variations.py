@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from raysubset import Config, RunReport, run
-from raysubset.cluster import Event
 from raysubset.data import load_full_set
+from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, weights_path
 from tests.tiny import same_bits

@@ -1,0 +1,68 @@
+"""The Ray cluster: connecting, putting the full set there once, and telling what can ever be placed.
+
+with connected(config.cluster):
+    full_set_ref = put_once(full_set)
+    refuse_unplaceable({"CPU": 1, "GPU": 1}, "subset actors")
+"""
+
+from raysubset.cluster import authentication  # noqa: F401  before Ray, which reads the mode when it is imported
+
+# isort: split
+import ray
+
+from raysubset.cluster.connection import (
+    connected,
+)
+from raysubset.cluster.resources import (
+    ASK_FOR_LESS,
+    WAIT_NOTICE_S,
+    NodeType,
+    address_of,
+    autoscaler_activity,
+    describe,
+    draining_nodes,
+    free_resources,
+    node_types,
+    num_gpus_of,
+    num_slots,
+    object_store_bytes,
+    own_address,
+    refuse_unplaceable,
+)
+from raysubset.cluster.tasks import (
+    OUTSIDE_GROUPS,
+    STOP_GRACE_S,
+    SYSTEM_ERRORS,
+    call_on_cluster,
+    get_shared,
+    preferably_on,
+    put_once,
+    stop_tasks,
+)
+
+__all__ = [
+    "connected",
+    "OUTSIDE_GROUPS",
+    "STOP_GRACE_S",
+    "SYSTEM_ERRORS",
+    "call_on_cluster",
+    "get_shared",
+    "preferably_on",
+    "put_once",
+    "stop_tasks",
+    "ASK_FOR_LESS",
+    "WAIT_NOTICE_S",
+    "NodeType",
+    "address_of",
+    "autoscaler_activity",
+    "describe",
+    "draining_nodes",
+    "free_resources",
+    "node_types",
+    "num_gpus_of",
+    "num_slots",
+    "object_store_bytes",
+    "own_address",
+    "refuse_unplaceable",
+    "ray",
+]

@@ -1,0 +1,112 @@
+"""Connecting to Ray: to a cluster that is up, or to a new one on this machine."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from raysubset.cluster.authentication import use_own_token, use_token_of
+from raysubset.config import ClusterConfig
+from raysubset.errors import first_line
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
+
+
+@contextlib.contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Be connected to Ray: to the address, the cluster this job was submitted to, or a new one on this machine.
+
+    A connection that exists is used and left open. A new local cluster ends with the block, and with this process.
+
+    Raises:
+        ValueError: if nothing answers at the address, it asks for a token that this process does not have, or this
+            process is connected to another one.
+    """
+    if ray.is_initialized():
+        _refuse_other_cluster(config.address)
+        yield
+        return
+    started = time.perf_counter()
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    where = config.address or os.environ.get("RAY_ADDRESS")
+    if where:
+        try:
+            _knock(where)
+            if gcs_address := _gcs_address(where):
+                use_token_of(gcs_address)
+            _init(address=config.address, **quiet)
+        except ConnectionError as error:
+            raise _no_answer(where, error) from error
+    else:
+        use_own_token()
+        _init(
+            address="local",
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            include_dashboard=False,
+            **quiet,
+        )
+    log.info("connected to Ray in %.1f s", time.perf_counter() - started)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    """ray.init() that leaves the caller's handler of SIGTERM: by Ray's own, a stopped job just ends, with a stack."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _refuse_other_cluster(address: str | None) -> None:
+    """ValueError where the connection this process has is not one to host:port."""
+    if not address or "://" in address or ":" not in address:  # a client's proxy has another port; "auto", "local"
+        return
+    try:
+        _knock(address)
+    except ConnectionError as error:
+        raise _no_answer(address, error) from error
+    connected_to = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    if f"{socket.gethostbyname(host)}:{port}" != connected_to and address != connected_to:
+        raise ValueError(
+            f"cluster.address = {address}, but this process is connected to Ray at {connected_to}: call "
+            "ray.shutdown() first, or leave the address out"
+        )
+
+
+def _no_answer(address: str, error: ConnectionError) -> ValueError:
+    return ValueError(
+        f"no Ray cluster answers at {address} ({first_line(error)}). Is it up, and is that the head's "
+        "`ray start --port` (6379 by default), not its dashboard's?"
+    )
+
+
+def _gcs_address(address: str) -> str | None:
+    """host:port of what "auto" or the address means; None for a client's proxy (ray://), and where nothing is found."""
+    from ray._private.services import canonicalize_bootstrap_address  # what ray.init() itself calls
+
+    return None if "://" in address else canonicalize_bootstrap_address(address)
+
+
+def _knock(address: str) -> None:
+    """ConnectionError where nothing listens at host:port: ray.init() would go on trying for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error

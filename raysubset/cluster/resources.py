@@ -1,0 +1,185 @@
+"""What the cluster has, what its autoscaler can start, and so what can ever be placed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raysubset.config import ActorsConfig
+from raysubset.events import Event, OnEvent
+
+_MEMORIES = ("memory", "object_store_memory")  # a node's own affair, in bytes
+_TYPE_RESOURCE = "accelerator_type:"
+_UNLIMITED = 1_000_000  # nodes, or requests a node holds
+
+WAIT_NOTICE_S = 5.0  # between two lines that say what a run waits for
+ASK_FOR_LESS = "Ask for less (--actors.num-cpus, --actors.num-gpus, --fine-tuning.num-workers)"
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes that are alive or that an autoscaler can start."""
+
+    name: str
+    resources: Mapping[str, float]  # of one node, in total: CPU, GPU, memory in bytes, …
+    num_alive: int
+    num_startable: int  # further nodes that an autoscaler may still start
+    accelerator: str = "CPU"  # as Ray names its type: A100, T4, …; "GPU" where it names none
+    group: str = ""  # the autoscaler's name for such nodes
+    node_ids: tuple[str, ...] = ()  # of those alive
+
+    def num_fitting(self, request: Mapping[str, float]) -> int:
+        """How many such requests an empty node holds at once."""
+        wanted = {key: amount for key, amount in request.items() if amount > 0}
+        return int(min((self.resources.get(k, 0) / amount + 1e-9 for k, amount in wanted.items()), default=_UNLIMITED))
+
+
+def own_address() -> str:
+    """This process's node, as ledgers name nodes."""
+    return ray.util.get_node_ip_address()
+
+
+def address_of(node_id: str) -> str:
+    """The node of that id, which may have gone meanwhile, as ledgers name nodes."""
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def node_types() -> list[NodeType]:
+    """What the cluster has, and what its autoscaler is known to be able to start (clusters/publish_node_types.py)."""
+    found: dict[tuple, list[str]] = {}
+    num_of_group: dict[str, int] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = {k: v for k, v in node["Resources"].items() if k not in _MEMORIES and not k.startswith("node:")}
+            group = node["Labels"].get("ray.io/node-group", "")
+            accelerator = node["Labels"].get("ray.io/accelerator-type") or _accelerator(resources)
+            key = (tuple(sorted(resources.items())), accelerator, group)
+            found.setdefault(key, []).append(node["NodeID"])
+            num_of_group[group] = num_of_group.get(group, 0) + 1
+    types = [
+        NodeType("alive", dict(resources), len(ids), 0, accelerator, group, tuple(ids))
+        for (resources, accelerator, group), ids in found.items()
+    ]
+    for group in _published_groups():
+        resources = {k: float(amount) for k, amount in group.resources.items() if k not in _MEMORIES}
+        most = group.max_count if group.max_count >= 0 else _UNLIMITED
+        if (num := most - num_of_group.get(group.name, 0)) > 0:
+            types.append(NodeType(group.name, resources, 0, num, _accelerator(resources), group.name))
+    return types
+
+
+def _accelerator(resources: Mapping[str, float]) -> str:
+    """The type of accelerator that a node's resources name (accelerator_type:T4, which Ray adds where it finds one)."""
+    named = (name.removeprefix(_TYPE_RESOURCE) for name in resources if name.startswith(_TYPE_RESOURCE))
+    return next(named, "GPU" if resources.get("GPU", 0) > 0 else "CPU")
+
+
+def _published_groups() -> Sequence[Any]:
+    """The node groups in Ray's control store; none where nobody wrote them there, as Ray's own autoscalers do not."""
+    from ray._private.state import state  # Ray has no public call for what an autoscaler can start
+
+    config = state.get_cluster_config()
+    return config.node_group_configs if config else []
+
+
+def _autoscaling_state() -> Any:
+    """What Ray's autoscaler (of version 2) last said of itself; empty where there is none."""
+    from ray._private.worker import global_worker  # ray.autoscaler.v2.sdk leaves out what we want of the same answer
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue]
+
+    client: Any = global_worker
+    return GetClusterStatusReply.FromString(client.gcs_client.get_cluster_status()).autoscaling_state
+
+
+def _may_start_unknown_nodes() -> bool:
+    """Whether there is an autoscaler, and nobody has said which nodes it can start."""
+    return not _published_groups() and _autoscaling_state().autoscaler_state_version > 0
+
+
+def autoscaler_activity() -> str:
+    """', the autoscaler is starting 2 gpu.spot', or what it failed at; else ''."""
+    state = _autoscaling_state()
+    starting: dict[str, int] = {}
+    for request in state.pending_instance_requests:
+        starting[request.ray_node_type_name] = starting.get(request.ray_node_type_name, 0) + request.count
+    for instance in state.pending_instances:
+        starting[instance.ray_node_type_name] = starting.get(instance.ray_node_type_name, 0) + 1
+    if starting:
+        return f", the autoscaler is starting {', '.join(f'{num} {name}' for name, num in starting.items())}"
+    if state.failed_instance_requests:
+        failed = max(state.failed_instance_requests, key=lambda request: request.failed_ts)
+        reason = " ".join(failed.reason.split())[:200]
+        return f", the autoscaler could not start {failed.count} {failed.ray_node_type_name}: {reason}"
+    return ""
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that will go soon: a spot notice, or an autoscaler or person taking them away."""
+    from ray._private.state import state  # no public call tells it outside of Ray Train
+
+    return set(state.get_draining_nodes())
+
+
+def object_store_bytes() -> float:
+    """Of the smallest object store of a node that is alive: each node that reads the full set holds a copy."""
+    return min((n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
+
+
+def num_slots(request: Mapping[str, float], *, startable: bool) -> int:
+    """How many such requests the cluster can hold at once, empty; with or without what an autoscaler may start.
+
+    Where there is an autoscaler and nobody has said which nodes it can start, it is taken to be able to start any.
+    """
+    if startable and _may_start_unknown_nodes():
+        return _UNLIMITED
+    return sum(t.num_fitting(request) * (t.num_alive + (t.num_startable if startable else 0)) for t in node_types())
+
+
+def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
+    """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
+
+    Where that cannot be known it is 0, and told.
+    """
+    if config.num_gpus is not None:
+        return config.num_gpus
+    has_gpus = any(t.resources.get("GPU", 0) > 0 for t in node_types())
+    if not has_gpus and _may_start_unknown_nodes():
+        text = (
+            "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
+            "can start GPUs give --actors.num-gpus=1, or publish its node types (clusters/publish_node_types.py)"
+        )
+        tell(Event("warning", text))
+    return float(has_gpus)
+
+
+def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1, way_out: str = ASK_FOR_LESS) -> None:
+    """Stop before waiting for something that can never come.
+
+    Args:
+        way_out: what the user can do, after "can never place that: …. ".
+
+    Raises:
+        ValueError: with the request, what each kind of node offers, and the way out.
+    """
+    if num_slots(request, startable=True) >= num:
+        return
+    offers = "; ".join(
+        f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in node_types()
+    )
+    times = f"{num} × " if num > 1 else ""
+    raise ValueError(
+        f"{what} ask for {times}{describe(request)}; this cluster can never place that: it has {offers or 'no nodes'}. "
+        f"{way_out} or use another cluster"
+    )
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    """'4 CPU + 1 GPU'."""
+    return " + ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "nothing"
+
+
+def free_resources(names: Mapping[str, float]) -> str:
+    """What is free of the named resources now, in words."""
+    free, all_ = ray.available_resources(), ray.cluster_resources()
+    return " + ".join(f"{free.get(k, 0):g} of {all_.get(k, 0):g} {k}" for k, amount in names.items() if amount)

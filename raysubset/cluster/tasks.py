@@ -1,0 +1,121 @@
+"""Values in the object store, and tasks: where they run, what they say while they wait, how they are stopped."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from raysubset.cluster.resources import (
+    WAIT_NOTICE_S,
+    autoscaler_activity,
+    describe,
+    free_resources,
+    refuse_unplaceable,
+)
+from raysubset.events import Event, OnEvent
+
+STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
+
+SYSTEM_ERRORS = (
+    exceptions.RayActorError,  # ActorDiedError, ActorUnavailableError
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    exceptions.OutOfMemoryError,
+    exceptions.LocalRayletDiedError,
+    exceptions.RaySystemError,
+)
+"""What a process or node that died looks like to its caller: worth another attempt elsewhere."""
+
+
+OUTSIDE_GROUPS = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]
+"""Anywhere on the cluster, also where the caller's placement group would catch its actors and tasks: a Tune trial's."""
+
+
+def preferably_on(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """On the node while it has room, else anywhere."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)  # else it waits for the node
+
+
+def put_once(value: Any) -> list[ray.ObjectRef]:
+    """The value in the object store, as a reference inside a list, so that an actor gets it itself and without a copy.
+
+    It lives as long as this driver: an object that was put is not reconstructed when its owner dies.
+    """
+    return [ray.put(value)]
+
+
+def get_shared(value_ref: Sequence[ray.ObjectRef]) -> Any:
+    """What put_once() put."""
+    return ray.get(value_ref[0])
+
+
+def call_on_cluster(
+    function: Callable[..., Any],
+    value_ref: Sequence[ray.ObjectRef],
+    *arguments: Any,
+    request: Mapping[str, float],
+    on_event: OnEvent,
+    timeout_s: float | None = None,
+    node_id: str | None = None,
+) -> Any:
+    """function(value, *arguments) in a task with these resources; the value is read from the object store there.
+
+    It runs on the node of that id, or on any; while it waits for a place the listener is told so, every WAIT_NOTICE_S.
+    A task whose process or node dies is run again by Ray, three times at most; one that must run on a node that has
+    gone fails. With the driver it ends.
+
+    Raises:
+        ValueError: if it can never be placed.
+        TimeoutError: if it has not ended after timeout_s; it is given up.
+    """
+
+    place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
+
+    @ray.remote(
+        num_cpus=request.get("CPU", 0),
+        num_gpus=request.get("GPU", 0),
+        num_returns="streaming",
+        max_retries=3,
+        max_calls=1,
+        scheduling_strategy=place,
+    )
+    def call(value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
+        yield None  # it has a place
+        yield function(ray.get(value_ref[0]), *arguments)
+
+    refuse_unplaceable(request, "scoring tasks")
+    result_refs: Any = call.remote(value_ref, *arguments)
+    task, result = f"a task of {describe(request)}", None
+    ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+    try:
+        for has_place in (False, True):
+            while not ray.wait([result_refs], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
+                if time.monotonic() >= ends_at:
+                    raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
+                if not has_place:
+                    free = f"free are {free_resources(request)}{autoscaler_activity()}"
+                    on_event(Event("waiting", f"{task} waits for a place; {free}"))
+            result = ray.get(next(result_refs))
+    except BaseException:
+        ray.cancel(result_refs, force=True)
+        raise
+    return result
+
+
+def stop_tasks(result_refs: Sequence[ray.ObjectRef], *, grace_s: float = STOP_GRACE_S) -> None:
+    """Have tasks that run stop as Ctrl-C would, by SIGINT's handler in their processes, and never begin the others.
+
+    Those that have not ended after grace_s are ended, processes and all; so are all at once where this is interrupted.
+    """
+    try:
+        for result_ref in result_refs:
+            ray.cancel(result_ref)
+        ray.wait(list(result_refs), num_returns=len(result_refs), timeout=grace_s)
+    finally:  # also when a second Ctrl-C cuts the grace short
+        for result_ref in result_refs:
+            ray.cancel(result_ref, force=True)
