@@ -1,0 +1,26 @@
+"""Which examples form a subset, and whether they determine the network.
+
+subsets = split_into_subsets(labels, config.subsets, seed=7, num_classes=10)
+overdetermination_ratio(len(subsets[0].indices), 10, num_parameters)       # Q
+"""
+
+from raysubset.subsets.cutting import Subset, resolve_cut, sizes_by_share, split_into_subsets
+from raysubset.subsets.determination import (
+    advice,
+    missing_class_warnings,
+    missing_classes,
+    overdetermination_ratio,
+    smallest_determined_size,
+)
+
+__all__ = [
+    "Subset",
+    "resolve_cut",
+    "split_into_subsets",
+    "sizes_by_share",
+    "overdetermination_ratio",
+    "smallest_determined_size",
+    "missing_classes",
+    "advice",
+    "missing_class_warnings",
+]

@@ -1,0 +1,90 @@
+"""Whether subsets determine the network: the overdetermination ratio Q, the classes they have, and advice on both."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raysubset.subsets.cutting import Subset, listed
+
+_MOST_WARNED = 4  # subsets that get a line of their own
+
+
+def overdetermination_ratio(num_examples: int, num_outputs: int, num_parameters: int) -> float:
+    """Q = K·M/P: how many outputs are given per parameter to be found (arXiv:2410.16523)."""
+    return num_examples * num_outputs / num_parameters
+
+
+def smallest_determined_size(num_outputs: int, num_parameters: int) -> int:
+    """The smallest number of examples with Q ≥ 1."""
+    return -(-num_parameters // num_outputs)
+
+
+def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """Classes of which the subset has no example, ascending."""
+    counts = np.bincount(labels[subset.indices], minlength=num_classes)
+    return tuple(np.flatnonzero(counts == 0).tolist())
+
+
+def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[str]:
+    """What a user should know of Q before the run, a line each; those on Q < 1 begin with "warning:".
+
+    Args:
+        num_examples: in the full set.
+        sizes: examples of each subset.
+        num_outputs: classes.
+        num_parameters: trainable ones of the network.
+    """
+    full = overdetermination_ratio(num_examples, num_outputs, num_parameters)
+    ratios = [overdetermination_ratio(size, num_outputs, num_parameters) for size in sizes]
+    needed = smallest_determined_size(num_outputs, num_parameters)
+    lines = [
+        f"Q of the full set: {full:.3g} = {num_examples} examples × {num_outputs} outputs / {num_parameters} weights",
+        f"Q of {_count(len(sizes), 'subset')} of {_span(sizes, 'd')} examples: {_span(ratios, '.3g')}",
+        f"Q reaches 1 from {needed} examples up",
+    ]
+    if unused := num_examples - sum(sizes):
+        lines.append(f"{unused} of the full set's {num_examples} examples are in no subset")
+    num_below = sum(ratio < 1 for ratio in ratios)
+    if full < 1:
+        lines.append(
+            f"warning: even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
+            f"subsets do so less, and their minima need not be near the full set's; a smaller model would help"
+        )
+    elif num_below:
+        lines.append(
+            f"warning: {num_below} of {_count(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
+            f"need not be near the full set's; give subsets at least {needed} examples, or take a smaller model"
+        )
+    return lines
+
+
+def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[str]:
+    """Lines that begin with "warning:" on subsets that lack classes which the full set has, with which."""
+    counts = np.bincount(labels, minlength=num_classes)
+    num_present = np.count_nonzero(counts)
+    lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
+    lines = []
+    for subset in lacking[:_MOST_WARNED]:
+        missing = [c for c in missing_classes(subset, labels, num_classes) if counts[c]]
+        size = _count(len(subset.indices), "example")
+        lines.append(f"warning: {_title(subset)} of {size} lacks {listed(missing, 'class', 'classes')}")
+    if len(lacking) > _MOST_WARNED:
+        fewest = min(lacking, key=lambda subset: subset.num_classes_seen)
+        lines.append(
+            f"warning: {len(lacking)} of {len(subsets)} subsets lack classes; "
+            f"{_title(fewest)} sees fewest, {fewest.num_classes_seen} of {num_present}"
+        )
+    return lines
+
+
+def _title(subset: Subset) -> str:
+    return f"subset {subset.id}" if subset.name is None else f"subset {subset.id} ({subset.name})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
