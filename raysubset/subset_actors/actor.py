@@ -277,8 +277,9 @@ class SubsetActor:
         waited_s = time.perf_counter() - job.last_at
         due = progress.step - job.last_step >= job.every_steps or waited_s >= self._config.actors.checkpoint_s
         if now or (due and progress.step < progress.num_steps):
-            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), progress.capture())
-            Ledger(self._run).write(replace(job.work, cost=progress.cost))
+            state = progress.capture()
+            Ledger(self._run).write(replace(job.work, cost=progress.cost))  # first: what a checkpoint holds is counted
+            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
 
     def _leave(

@@ -27,7 +27,7 @@ from raysubset.config import Config
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, Work
-from raysubset.run_directory import RunDirectory, minimum_path
+from raysubset.run_directory import RunDirectory, checkpoint_path, minimum_path
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
@@ -363,16 +363,18 @@ class ActorPool:
         """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do.
 
         Returns:
-            Whether it left a checkpoint, with which go an entry's costs.
+            Whether it left a checkpoint.
         """
-        assert slot.pack is not None
+        pack = slot.pack
+        assert pack is not None
         got_further = False
-        for place, (key, attempt) in enumerate(zip(slot.pack.keys, slot.attempts, strict=True)):
+        for place, (key, attempt) in enumerate(zip(pack.keys, slot.attempts, strict=True)):
             begun = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
             entry = self._ledger.latest(begun)  # as it began, if it died before it could say so
             if entry.outcome != "running":  # closed by the actor itself
                 continue
-            got_further |= entry.cost.num_steps > 0
+            if not pack.is_trial:
+                got_further |= self._run.exists(checkpoint_path(pack.pieces[place].folder, attempt))
             told = slot.reports[place].cost if place in slot.reports else Cost()
             cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
             self._ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))

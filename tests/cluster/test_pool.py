@@ -54,8 +54,12 @@ def die_once_the_minimum_is_there(storage: Storage, when: str, path: str) -> Non
 
 
 def die_after_two_checkpoints(storage: Storage, when: str, path: str) -> None:
-    is_heartbeat = when == "after" and path.startswith("ledger/") and storage.read_json(path)["cost"]["num_steps"]
-    if is_heartbeat and storage.count("deaths") <= 2:  # it is written after a checkpoint
+    if when == "after" and "checkpoint-" in path and storage.count("deaths") <= 2:
+        os._exit(1)
+
+
+def die_before_each_checkpoint(storage: Storage, when: str, path: str) -> None:
+    if when == "before" and "checkpoint-" in path:
         os._exit(1)
 
 
@@ -103,6 +107,16 @@ def test_attempts_that_leave_further_checkpoints_are_not_counted(tmp_path: Path)
     assert record["attempt"] == 2
     assert outcomes(tmp_path) == ["lost", "lost", "done"]
     assert len([event for event in events if event.kind == "retry"]) == 2
+    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
+    assert sum(work.cost.num_backward for work in works) == 3 * 200  # what checkpoints hold is counted, once
+
+
+def test_attempts_that_leave_no_checkpoint_are_counted_and_so_is_their_work(tmp_path: Path) -> None:
+    with pytest.raises(SubsetFailed, match="lost 2 times in a row"):
+        do(tmp_path, die_before_each_checkpoint)
+    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
+    assert [work.outcome for work in works] == ["lost", "lost"]
+    assert all(work.cost.num_backward == 200 for work in works)
 
 
 def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -> None:
