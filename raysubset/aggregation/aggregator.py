@@ -53,13 +53,8 @@ class Aggregation:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
-        made = self.aggregate
         return {
-            "method": made.method,
-            "subset_ids": list(made.subset_ids),
-            "coefficients": list(made.coefficients),
-            "shared_start": made.shared_start,
-            "tried": [{"subset_ids": list(ids), "validation_loss": loss} for ids, loss in made.tried],
+            **self.aggregate.to_dict(),
             "training": self.training and self.training.to_dict(),
             "validation": self.validation.to_dict(),
             "uniform_mean": self.uniform_mean.to_dict(),
@@ -84,14 +79,9 @@ class Unmeasured:
 
     def to_dict(self) -> dict[str, Any]:
         """Aggregation's, with null for what was not measured."""
-        made = self.aggregate
         measured = ("training", "validation", "uniform_mean", "ensemble", "best_member")
         return {
-            "method": made.method,
-            "subset_ids": list(made.subset_ids),
-            "coefficients": list(made.coefficients),
-            "shared_start": made.shared_start,
-            "tried": [],
+            **self.aggregate.to_dict(),
             **dict.fromkeys((*measured, "mean_member_loss", "mean_member_accuracy", "barrier")),
             "cost": self.cost.to_dict(),
             "candidates": [],

@@ -88,3 +88,13 @@ class Aggregate:
     coefficients: tuple[float, ...]  # of the members, summing to one
     shared_start: bool  # False labels a mean of minima that share no start
     tried: tuple[tuple[tuple[int, ...], float], ...] = ()  # (members, validation loss) of each candidate scored
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the weights, for JSON."""
+        return {
+            "method": self.method,
+            "subset_ids": list(self.subset_ids),
+            "coefficients": list(self.coefficients),
+            "shared_start": self.shared_start,
+            "tried": [{"subset_ids": list(ids), "validation_loss": loss} for ids, loss in self.tried],
+        }

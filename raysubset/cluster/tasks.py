@@ -115,7 +115,8 @@ def stop_tasks(result_refs: Sequence[ray.ObjectRef], *, grace_s: float = STOP_GR
     try:
         for result_ref in result_refs:
             ray.cancel(result_ref)
-        ray.wait(list(result_refs), num_returns=len(result_refs), timeout=grace_s)
+        if result_refs:
+            ray.wait(list(result_refs), num_returns=len(result_refs), timeout=grace_s)
     finally:  # also when a second Ctrl-C cuts the grace short
         for result_ref in result_refs:
             ray.cancel(result_ref, force=True)

@@ -258,8 +258,7 @@ class LegRunner:
         try:
             ray.get(tasks)
         except BaseException:
-            if tasks:
-                stop_tasks(tasks)
+            stop_tasks(tasks)
             raise
 
     def folder(self, leg: Leg) -> LegFolder:
@@ -315,8 +314,7 @@ class LegRunner:
                     text = f"{len(running)} legs of {describe(self._request)} each are running or queued; {free}"
                     self._tell(Event("waiting", text))
         except BaseException:
-            if running:
-                stop_tasks(list(running))
+            stop_tasks(list(running))
             raise
 
     def _validation(self, leg: Leg) -> str:
