@@ -87,7 +87,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("export", "DIRECTORY is missing; see raysubset export --help"),
         ("run --minimize.optimizer sdg", "invalid choice 'sdg' for argument '--minimize.optimizer'"),
         ("run --minimize.learning-rate", "--minimize.learning-rate needs a value"),
-        ("run --minimize.epochs 0", "epochs = 0: there is nothing to minimize with"),
+        ("run --minimize.epochs 0", "minimize.epochs = 0.0 must be positive"),
         ("run --subsets.start independent", "set trunk.epochs to 0"),
         ("run --name a/b", "must be a plain folder name"),
         ("run --config", "--config needs the path of a JSON file"),

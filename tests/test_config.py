@@ -4,9 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+import typing
 from typing import Any
 
 import pytest
@@ -108,8 +111,8 @@ def test_nearest_is_silent_where_nothing_is_near():
 
 REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (DataConfig, {"name": ""}, "data.name is empty"),
-    (DataConfig, {"validation_fraction": 0.0}, "must lie between 0 and 1"),
-    (DataConfig, {"test_fraction": 1.0}, "must lie between 0 and 1"),
+    (DataConfig, {"validation_fraction": 0.0}, r"must be in \(0, 1\)"),
+    (DataConfig, {"test_fraction": 1.0}, r"must be in \(0, 1\)"),
     (DataConfig, {"image_size": 0}, "data.image_size = 0"),
     (ModelConfig, {"name": ""}, "model.name is empty"),
     (ModelConfig, {"width": 0}, "model.width = 0"),
@@ -129,7 +132,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (SubsetsConfig, {"column": "site"}, "subsets.scheme=column and subsets.column go together"),
     (SubsetsConfig, {"scheme": "function"}, "subsets.scheme=function and subsets.function go together"),
     (SubsetsConfig, {"scheme": "column", "column": "site", "num": 2}, "follows from the column's values"),
-    (MinimizeConfig, {"epochs": 0.0}, "epochs = 0: there is nothing to minimize with"),
+    (MinimizeConfig, {"epochs": 0.0}, "minimize.epochs = 0.0 must be positive"),
     (MinimizeConfig, {"epochs": float("inf")}, "epochs = inf"),
     (MinimizeConfig, {"batch_size": 0}, "minimize.batch_size = 0"),
     (MinimizeConfig, {"learning_rate": 0.0}, "learning_rate = 0.0"),
@@ -173,9 +176,18 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrackingConfig, {"uri": "http://host:5000"}, "set tracking.to=mlflow or both"),
     (DataConfig, {"name": "s3://key:secret@bucket/set.parquet"}, "^(?!.*secret).*AWS_SECRET_ACCESS_KEY"),
     (TrackingConfig, {"to": "mlflow", "uri": "https://me:secret@host/x"}, "^(?!.*secret).*MLFLOW_TRACKING_PASSWORD"),
-    (Config, {"name": ""}, "must be a plain folder name"),
+    (Config, {"name": ""}, "name is empty"),
     (Config, {"name": "a/b"}, "must be a plain folder name"),
     (Config, {"name": ".."}, "must be a plain folder name"),
+    (Config, {"name": "é" * 128}, "--name has 256 bytes: give at most 255"),
+    (Config, {"name": "a\nb"}, r"name = 'a\\nb' holds '\\n'"),
+    (Config, {"storage_path": ""}, "storage_path is empty"),
+    (DataConfig, {"root": "a\0b"}, r"data.root = 'a\\x00b' holds"),
+    (Config, {"seed": "x"}, "seed = 'x' should be int"),
+    (ActorsConfig, {"num_cpus": 1.5}, "actors.num_cpus = 1.5 should be int"),
+    (MinimizeConfig, {"batch_size": 2**63}, r"must be at least 1 and below 2\^63"),
+    (TrunkConfig, {"epochs": math.inf}, "trunk.epochs = inf must be 0 or more and finite"),
+    (TrunkConfig, {"epochs": 10**400}, "trunk.epochs = inf"),
 ]
 
 
@@ -185,6 +197,42 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
 def test_each_part_refuses_what_cannot_be(part, fields, message):
     with pytest.raises(ValueError, match=message):
         part(**fields)
+
+
+def kinds_of(key: str) -> tuple[type, ...]:
+    """The types that the field's annotation names."""
+    part: Any = Config
+    for name in key.split("."):
+        part = typing.get_type_hints(part)[name]
+    return typing.get_args(part) or (part,)
+
+
+@pytest.mark.parametrize("key", [key for key in flatten(Config().to_dict()) if {int, float} & set(kinds_of(key))])
+def test_every_number_has_a_range_that_ends(key):
+    beyond = [math.nan, math.inf, -math.inf] if float in kinds_of(key) else [2**63, -(2**63) - 1]
+    for value in beyond:
+        with pytest.raises(ValueError, match=re.escape(f"{key} = {value} must be ")):
+            Config().with_overrides({key: value})
+
+
+@pytest.mark.parametrize("key", ["minimize", "trunk", "fine_tuning"])
+def test_a_learning_rate_of_nought_is_not_the_default(key):
+    with pytest.raises(ValueError, match=rf"{key}.learning_rate = 0.0 must be positive"):
+        Config().with_overrides({f"{key}.learning_rate": 0.0})
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"trunk.learning_rate": 2.0}, {"fine_tuning.learning_rate": 2.0}, {"rounds.learning_rate_scale": 2.0}]
+)
+def test_what_an_optimizer_cannot_take_is_refused_in_every_stage(overrides):
+    with pytest.raises(ValueError, match="at most 1"):
+        Config().with_overrides({"minimize.optimizer": "gauss_newton", **overrides})
+
+
+def test_whole_numbers_are_floats_where_floats_are_due():
+    assert (
+        Config(minimize=MinimizeConfig(epochs=3)).run_name() == Config(minimize=MinimizeConfig(epochs=3.0)).run_name()
+    )
 
 
 INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation.method": "select_best"}
@@ -308,6 +356,7 @@ def test_the_runs_name_changes_exactly_with_what_shapes_the_result(key):
 
 def test_a_runs_name_tells_data_model_and_method():
     config = Config(data=DataConfig(name="s3://bucket/photos v2.parquet"), method="conventional")
+    assert len(Config(data=DataConfig(name="x" * 300)).run_name()) < 100
     name = config.run_name()
     assert name.startswith("photos-v2.parquet-cnn-conventional-")
     assert Config(name=name).name == name  # a plain folder name

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from raysubset.config.trees import need
+from raysubset.config.trees import check_fields, need
 
 DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -42,17 +42,20 @@ class DataConfig:
     """Random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR only."""
 
     def __post_init__(self) -> None:
-        need(bool(self.name), "data.name is empty")
+        check_fields(
+            self,
+            "data.",
+            image_size="[1, ∞)",
+            validation_fraction="(0, 1)",
+            test_fraction="(0, 1)",
+            split_seed="(-∞, ∞)",
+        )
         user = self.name.partition("://")[2].partition("/")[0].rpartition("@")[0]
         need(
             ":" not in user,
             "data.name holds a password, and would be written to config.json: give S3's keys to all nodes as "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by their machines' role",
         )
-        for name in ("validation_fraction", "test_fraction"):
-            value = getattr(self, name)
-            need(0 < value < 1, f"data.{name} = {value} must lie between 0 and 1")
-        need(self.image_size is None or self.image_size > 0, f"data.image_size = {self.image_size} must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,10 @@ class ModelConfig:
     """Normalisation inside cnn and cifar_resnet."""
 
     def __post_init__(self) -> None:
-        need(bool(self.name), "model.name is empty")
+        check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
         sizes = _MODEL_SIZES.get(self.name)
         for name in ("width", "depth"):
             value = getattr(self, name)
-            need(value is None or value >= 1, f"model.{name} = {value} must be at least 1")
             need(value is None or sizes is not None, f"model.{name} does not apply to {self.name}: leave it out")
         own = self.name in ("cnn", "cifar_resnet")
         need(self.norm == "batch" or own, f"model.norm does not apply to {self.name}: leave it out")
@@ -114,18 +116,22 @@ class SubsetsConfig:
     where a trial on the first actor's device shows it to be faster, which is recorded."""
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "subsets.",
+            num="[1, ∞)",
+            size="[1, ∞)",
+            fraction="(0, 1]",
+            alpha="(0, ∞)",
+            per_actor="[1, ∞)",
+        )
         given = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
         need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
         need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")
-        need(self.num is None or self.num >= 1, f"subsets.num = {self.num} must be at least 1")
-        need(self.size is None or self.size >= 1, f"subsets.size = {self.size} must be at least 1")
-        need(self.fraction is None or 0 < self.fraction <= 1, f"subsets.fraction = {self.fraction} must be in (0, 1]")
-        need(self.alpha > 0, f"subsets.alpha = {self.alpha} must be positive")
         for scheme in ("column", "function"):
             chosen, value = self.scheme == scheme, getattr(self, scheme)
             need(chosen == (value is not None), f"subsets.scheme={scheme} and subsets.{scheme} go together")
         need(self.scheme != "column" or self.num is None, "subsets.num follows from the column's values: leave it out")
-        need(self.per_actor >= 1, f"subsets.per_actor = {self.per_actor} must be at least 1")
         need(
             self.shares == "equal" or self.scheme in ("stratified", "iid"),
             f"subsets.shares={self.shares} sets sizes, which subsets.scheme={self.scheme} does too: "

@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from raysubset.config.trees import need
+from raysubset.config.trees import check_fields, need
 
 TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
@@ -44,7 +44,7 @@ class ExtrapolationConfig:
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        need(0 <= self.rate <= 1, f"minimize.extrapolation.rate = {self.rate} must be in [0, 1]")
+        check_fields(self, "minimize.extrapolation.", rate="[0, 1]")
         _check_stages(self.stages, "minimize.extrapolation")
 
 
@@ -68,10 +68,14 @@ class AveragingConfig:
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        need(self.period > 0, f"minimize.averaging.period = {self.period} must be positive")
-        need(self.num_samples >= 1, f"minimize.averaging.num_samples = {self.num_samples} must be at least 1")
-        need(self.decay is None or 0 <= self.decay < 1, f"minimize.averaging.decay = {self.decay} must be in [0, 1)")
-        need(0 <= self.swa_start < 1, f"minimize.averaging.swa_start = {self.swa_start} must be in [0, 1)")
+        check_fields(
+            self,
+            "minimize.averaging.",
+            period="(0, ∞)",
+            num_samples="[1, ∞)",
+            decay="[0, 1)",
+            swa_start="[0, 1)",
+        )
         need(
             not (self.kind in ("ema", "swa") and self.feedback == "restart"),
             f"minimize.averaging.kind={self.kind} averages beside the run and never restarts it: leave feedback out",
@@ -112,11 +116,15 @@ class SkippingConfig:
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        need(self.window > 0, f"minimize.skipping.window = {self.window} must be positive")
-        need(self.epochs > 0, f"minimize.skipping.epochs = {self.epochs} must be positive")
-        need(0 <= self.threshold < 1, f"minimize.skipping.threshold = {self.threshold} must be in [0, 1)")
-        need(0 < self.drop <= 1, f"minimize.skipping.drop = {self.drop} must be in (0, 1]")
-        need(0 < self.decay <= 1, f"minimize.skipping.decay = {self.decay} must be in (0, 1]")
+        check_fields(
+            self,
+            "minimize.skipping.",
+            window="(0, ∞)",
+            threshold="[0, 1)",
+            epochs="(0, ∞)",
+            drop="(0, 1]",
+            decay="(0, 1]",
+        )
         _check_stages(self.stages, "minimize.skipping")
 
 
@@ -167,26 +175,25 @@ class MinimizeConfig:
     skipping: SkippingConfig = field(default_factory=SkippingConfig)
 
     def __post_init__(self) -> None:
-        need(
-            self.epochs > 0 and math.isfinite(self.epochs),
-            f"epochs = {self.epochs:g}: there is nothing to minimize with; give more than 0",
+        check_fields(
+            self,
+            "minimize.",
+            learning_rate="(0, ∞)",
+            momentum="[0, 1)",
+            weight_decay="[0, ∞)",
+            batch_size="[1, ∞)",
+            epochs="(0, ∞)",
+            epoch_fraction="(0, 1]",
+            warmup_fraction="(0, 1)",
+            label_smoothing="[0, 1)",
+            tolerance="(0, ∞)",
+            gradient_tolerance="(0, ∞)",
+            target_loss="[0, ∞)",
         )
-        need(self.batch_size >= 1, f"minimize.batch_size = {self.batch_size} must be at least 1")
-        need(
-            self.learning_rate is None or 0 < self.learning_rate < math.inf,
-            f"learning_rate = {self.learning_rate} must be positive",
-        )
-        need(0 <= self.momentum < 1, f"minimize.momentum = {self.momentum} must be in [0, 1)")
-        need(self.weight_decay >= 0, f"minimize.weight_decay = {self.weight_decay} must not be negative")
-        need(0 <= self.label_smoothing < 1, f"minimize.label_smoothing = {self.label_smoothing} must be in [0, 1)")
-        need(0 < self.warmup_fraction < 1, f"minimize.warmup_fraction = {self.warmup_fraction} must be in (0, 1)")
-        need(self.tolerance is None or self.tolerance > 0, f"minimize.tolerance = {self.tolerance} must be positive")
-        need(0 < self.epoch_fraction <= 1, f"minimize.epoch_fraction = {self.epoch_fraction} must be in (0, 1]")
         whole = self.optimizer in WHOLE_SUBSET
         need(
-            self.gradient_tolerance is None or (whole and self.gradient_tolerance > 0),
-            f"minimize.gradient_tolerance = {self.gradient_tolerance} must be positive, and is for "
-            f"{', '.join(WHOLE_SUBSET)}",
+            self.gradient_tolerance is None or whole,
+            f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
         )
         need(
             not whole or self.epoch_fraction == 1,

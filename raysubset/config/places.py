@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from raysubset.config.trees import need
+from raysubset.config.trees import check_fields, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +10,8 @@ class ActorsConfig:
     num_cpus: int = 1
     """CPUs, and torch threads, of a subset actor or Ray Train worker. Part of the result: sums depend on threads."""
     num_gpus: float | None = None
-    """GPUs of each; fractions share a card. By default 1 where the cluster has or can start GPUs, else 0 (recorded)."""
+    """GPUs of each, at most 1; fractions share a card. By default 1 where the cluster has or can start GPUs, else 0
+    (recorded)."""
     max_num: int | None = None
     """Most actors at a time; by default one a subset, as far as the cluster has room."""
     max_attempts: int = 4
@@ -23,19 +24,16 @@ class ActorsConfig:
     """… and whenever this many seconds have gone since the last."""
 
     def __post_init__(self) -> None:
-        need(self.num_cpus >= 1, f"actors.num_cpus = {self.num_cpus} must be at least 1")
-        gpus = self.num_gpus
-        need(
-            gpus is None or (gpus >= 0 and (gpus <= 1 or gpus == int(gpus))),
-            f"actors.num_gpus = {gpus} must be a fraction up to 1 or a whole number",
-        )
-        for name in ("max_num", "quorum"):
-            value = getattr(self, name)
-            need(value is None or value >= 1, f"actors.{name} = {value} must be at least 1")
-        need(self.max_attempts >= 1, f"actors.max_attempts = {self.max_attempts} must be at least 1")
-        need(
-            self.checkpoint_epochs > 0 and self.checkpoint_s > 0,
-            "actors.checkpoint_epochs and actors.checkpoint_s must be positive",
+        check_fields(
+            self,
+            "actors.",
+            num_cpus="[1, ∞)",
+            num_gpus="[0, 1]",
+            max_num="[1, ∞)",
+            max_attempts="[1, ∞)",
+            quorum="[1, ∞)",
+            checkpoint_epochs="(0, ∞)",
+            checkpoint_s="(0, ∞)",
         )
 
 
@@ -51,9 +49,9 @@ class ClusterConfig:
     """How long to wait for a first node that an autoscaler could still start."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "cluster.", num_cpus="[1, ∞)", num_gpus="[0, ∞)", wait_timeout_s="[0, 31536000]")
         local = self.num_cpus is None and self.num_gpus is None
         need(
             self.address is None or local,
             "cluster.num_cpus and cluster.num_gpus are for a new local cluster: leave them out with cluster.address",
         )
-        need(self.num_cpus is None or self.num_cpus >= 1, f"cluster.num_cpus = {self.num_cpus} must be at least 1")

@@ -18,7 +18,10 @@ from raysubset.config.stages import (
     TrunkConfig,
 )
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import flatten, from_tree, nearest, need, shapes_result
+from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
+
+_NAME_BYTES = 255  # of a file's name, on all usual file systems
+_NAME_CHARACTERS = 60  # of data and of model, in a name that is made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,12 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        bad = self.name is not None and (not self.name or "/" in self.name or self.name in (".", ".."))
-        need(not bad, f"name = {self.name!r} must be a plain folder name")
+        check_fields(self, "", seed="(-∞, ∞)")
+        if self.name is not None:
+            plain = "/" not in self.name and self.name not in (".", "..")
+            need(plain, f"name = {self.name!r} must be a plain folder name")
+            num_bytes = len(self.name.encode())
+            need(num_bytes <= _NAME_BYTES, f"--name has {num_bytes} bytes: give at most {_NAME_BYTES}, a file name's")
         independent = self.subsets.start == "independent"
         need(
             not (independent and self.trunk.epochs),
@@ -110,6 +117,8 @@ class Config:
                 ("fine_tuning", self.fine_tuning.epochs),
             ]
         for stage, epochs in stages:
+            if epochs:
+                self.stage(stage, epochs=epochs)  # refuses what the recipe cannot be with the stage's learning rate
             averaging = self.minimize.for_stage(stage).averaging
             num = averaging.num_epochs_averaged(epochs) if epochs and averaging.kind == "swa" else None
             need(
@@ -139,25 +148,20 @@ class Config:
             return self.name
         shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
         digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
-        data = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.data.name.rstrip("/").rsplit("/", 1)[-1])
-        model = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.model.name)
+        names = (self.data.name.rstrip("/").rsplit("/", 1)[-1], self.model.name)
+        data, model = (
+            "".join(c if c.isalnum() or c in "._-" else "-" for c in name[:_NAME_CHARACTERS]) for name in names
+        )
         return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
 
     def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
         """The recipe of one stage: `minimize` with its own epochs (or those given), learning rate and schedule."""
         base = self.minimize.for_stage(stage)
         if stage == "trunk":
-            rate = self.trunk.learning_rate or base.learning_rate
-            changes: dict[str, Any] = {
-                "epochs": self.trunk.epochs,
-                "learning_rate": rate,
-                "schedule": self.trunk.schedule,
-            }
+            changes: dict[str, Any] = {"epochs": self.trunk.epochs, "schedule": self.trunk.schedule}
+            changes |= _given(learning_rate=self.trunk.learning_rate)
         elif stage == "fine_tuning":
-            changes = {
-                "epochs": self.fine_tuning.epochs,
-                "learning_rate": self.fine_tuning.learning_rate or base.learning_rate,
-            }
+            changes = {"epochs": self.fine_tuning.epochs, **_given(learning_rate=self.fine_tuning.learning_rate)}
         elif stage == "subsets" and self.rounds.learning_rate_scale != 1:
             changes = {"learning_rate": base.peak_learning_rate() * self.rounds.learning_rate_scale}
         else:
@@ -198,3 +202,8 @@ class Config:
             ValueError: for unknown fields or values of the wrong type.
         """
         return from_tree(cls, tree, "")
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}

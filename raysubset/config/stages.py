@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from raysubset.config.trees import need
+from raysubset.config.trees import check_fields, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,7 @@ class TrunkConfig:
     """1: one actor; from 2 up: a Ray Train job."""
 
     def __post_init__(self) -> None:
-        need(self.epochs >= 0, f"trunk.epochs = {self.epochs} must not be negative")
-        need(self.num_workers >= 1, f"trunk.num_workers = {self.num_workers} must be at least 1")
+        check_fields(self, "trunk.", epochs="[0, ∞)", learning_rate="(0, ∞)", num_workers="[1, ∞)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +38,15 @@ class RoundsConfig:
     many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
 
     def __post_init__(self) -> None:
-        need(self.num >= 1, f"rounds.num = {self.num} must be at least 1")
-        need(self.learning_rate_scale > 0, f"rounds.learning_rate_scale = {self.learning_rate_scale} must be positive")
-        need(self.outer_learning_rate > 0, f"rounds.outer_learning_rate = {self.outer_learning_rate} must be positive")
-        need(0 <= self.outer_momentum < 1, f"rounds.outer_momentum = {self.outer_momentum} must be in [0, 1)")
-        need(self.evaluate_every >= 1, f"rounds.evaluate_every = {self.evaluate_every} must be at least 1")
+        check_fields(
+            self,
+            "rounds.",
+            num="[1, ∞)",
+            learning_rate_scale="(0, ∞)",
+            outer_learning_rate="(0, ∞)",
+            outer_momentum="[0, 1)",
+            evaluate_every="[1, ∞)",
+        )
 
     def has_outer_step(self) -> bool:
         return (self.outer_learning_rate, self.outer_momentum) != (1.0, 0.0)
@@ -98,18 +101,17 @@ class AggregationConfig:
     """GPUs of the task that scores candidates; 0: the driver scores them. By default as actors.num_gpus (recorded)."""
 
     def __post_init__(self) -> None:
-        need(
-            self.num_gpus is None or self.num_gpus >= 0, f"aggregation.num_gpus = {self.num_gpus} must not be negative"
+        check_fields(
+            self,
+            "aggregation.",
+            statistics_examples="[1, ∞)",
+            regmean_factor="[0, 1]",
+            ties_density="(0, 1]",
+            dare_drop="[0, 1)",
+            task_scale="(0, ∞)",
+            savgm_fraction="(0, 1)",
+            num_gpus="[0, 1]",
         )
-        need(
-            self.statistics_examples is None or self.statistics_examples >= 1,
-            f"aggregation.statistics_examples = {self.statistics_examples} must be at least 1",
-        )
-        need(0 <= self.regmean_factor <= 1, f"aggregation.regmean_factor = {self.regmean_factor} must be in [0, 1]")
-        need(0 < self.ties_density <= 1, f"aggregation.ties_density = {self.ties_density} must be in (0, 1]")
-        need(0 <= self.dare_drop < 1, f"aggregation.dare_drop = {self.dare_drop} must be in [0, 1)")
-        need(self.task_scale > 0, f"aggregation.task_scale = {self.task_scale} must be positive")
-        need(0 < self.savgm_fraction < 1, f"aggregation.savgm_fraction = {self.savgm_fraction} must be in (0, 1)")
 
     def statistics(self, *, shared_start: bool) -> tuple[str, ...]:
         """Kinds of statistics that actors leave beside a minimum for it; auto looks at none that cost a second run."""
@@ -157,23 +159,26 @@ class FineTuningConfig:
     """Batch-norm statistics over all workers' parts of a batch (CUDA only)."""
 
     def __post_init__(self) -> None:
-        need(self.epochs >= 0, f"fine_tuning.epochs = {self.epochs} must not be negative")
-        need(0 <= self.distillation <= 1, f"fine_tuning.distillation = {self.distillation} must be in [0, 1]")
-        need(self.temperature > 0, f"fine_tuning.temperature = {self.temperature} must be positive")
+        check_fields(
+            self,
+            "fine_tuning.",
+            epochs="[0, ∞)",
+            learning_rate="(0, ∞)",
+            shrink="[0, 1]",
+            perturb="[0, 1]",
+            num_workers="[1, ∞)",
+            min_workers="[1, ∞)",
+            distillation="[0, 1]",
+            temperature="(0, ∞)",
+        )
         need(
             not (self.distillation and not self.epochs),
             "fine_tuning.distillation needs fine-tuning: give fine_tuning.epochs more than 0",
         )
-        for name in ("shrink", "perturb"):
-            need(0 <= getattr(self, name) <= 1, f"fine_tuning.{name} = {getattr(self, name)} must be in [0, 1]")
-        need(
-            self.num_workers is None or self.num_workers >= 1,
-            f"fine_tuning.num_workers = {self.num_workers} must be at least 1",
-        )
         if self.min_workers is not None:
             most = self.num_workers
             need(
-                most is not None and 1 <= self.min_workers <= most,
+                most is not None and self.min_workers <= most,
                 f"fine_tuning.min_workers = {self.min_workers} must be between 1 and fine_tuning.num_workers = {most}",
             )
 
@@ -187,5 +192,4 @@ class ConventionalConfig:
     """1: one actor; from 2 up: a Ray Train job."""
 
     def __post_init__(self) -> None:
-        need(self.epochs is None or self.epochs > 0, f"conventional.epochs = {self.epochs} must be positive")
-        need(self.num_workers >= 1, f"conventional.num_workers = {self.num_workers} must be at least 1")
+        check_fields(self, "conventional.", epochs="(0, ∞)", num_workers="[1, ∞)")

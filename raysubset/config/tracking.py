@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from raysubset.config.trees import need
+from raysubset.config.trees import check_fields, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class TrackingConfig:
     """What runs belong to: a tag in MLflow, a group in wandb. By default a sweep's trials have the sweep's name."""
 
     def __post_init__(self) -> None:
-        need(bool(self.project), "tracking.project is empty")
+        check_fields(self, "tracking.")
         authority = (self.uri or "").partition("://")[2].partition("/")[0]
         need(
             "@" not in authority,

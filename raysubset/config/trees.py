@@ -2,8 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
@@ -20,21 +23,69 @@ def need(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_fields(record: Any, prefix: str, **ranges: str) -> None:
+    """Refuse values of the wrong type, numbers out of their field's range, empty texts and texts of several lines.
+
+    Ints become floats where floats are due, so that equal configs have equal JSON. A range is written "[0, 1)"; ∞ is
+    never in it, nor is NaN, and whole numbers end below 2^63. None is what its field says it is.
+
+    Raises:
+        ValueError: with the field's dotted name, the value and what it may be.
+    """
+    for name, hint in _hints(type(record)).items():
+        value = getattr(record, name)
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(value, typing.cast(type, hint)), f"{prefix}{name} is a {type(value).__name__}"
+            continue
+        value = _checked(hint, value, prefix + name)
+        object.__setattr__(record, name, value)
+        if isinstance(value, str):
+            _check_text(prefix + name, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(prefix + name, value, ranges[name])
+
+
+def check_number(name: str, value: float, range: str) -> None:
+    """Refuse a number that is not in the range, which check_fields() describes."""
+    low, high = (float(end.replace("∞", "inf")) for end in range[1:-1].split(", "))
+    above = value >= low if range[0] == "[" else value > low
+    below = value <= high if range[-1] == "]" else value < high
+    finite = -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
+    if above and below and finite:
+        return
+    if high < math.inf:
+        words = f"in {range}"
+    elif low > -math.inf:
+        words = f"at least {low:g}" if low else "positive" if range[0] == "(" else "0 or more"
+    else:
+        words = "a number"
+    most = "" if finite or value != value else " and finite" if isinstance(value, float) else " and below 2^63"
+    raise ValueError(f"{name} = {value} must be {words}{most}")
+
+
+def _check_text(name: str, text: str) -> None:
+    need(bool(text.strip()), f"{name} is empty: give it a value, or leave it out")
+    control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if control is not None:
+        raise ValueError(f"{name} = {text!r} holds {control!r}, which is no character of a name: leave it out")
+
+
+_hints = functools.cache(typing.get_type_hints)
+
 T = TypeVar("T")
 
 
 def from_tree(cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
     need(isinstance(tree, Mapping), f"{prefix or 'config'} should be an object, not {tree!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:  # not need(): looking for the nearest word would be most of the time a config takes
             raise ValueError(f"there is no config field {prefix}{key}{nearest(key, hints)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = from_tree(typing.cast(type, hint), value, f"{prefix}{key}.")
-        else:
-            values[key] = _checked(hint, value, prefix + key)
+            value = from_tree(typing.cast(type, hint), value, f"{prefix}{key}.")
+        values[key] = value
     return cls(**values)
 
 
@@ -46,7 +97,8 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
             if value in typing.get_args(option):
                 return value
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            huge = isinstance(value, int) and abs(value) >= 2**1023
+            return math.copysign(math.inf, 1 if value > 0 else -1) if huge else float(value)
         elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     words = [str(word) for option in options for word in typing.get_args(option)]

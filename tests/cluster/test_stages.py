@@ -294,8 +294,8 @@ def test_a_run_of_another_config_is_deleted_where_fresh_is_asked_for(tmp_path: P
 
 
 def test_more_gpus_than_there_will_ever_be_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"subset actors ask for 1 CPU \+ 2 GPU; .* 4 CPU.*--actors\.num-gpus"):
-        run(config(tmp_path, "gpus", actors__num_gpus=2.0, aggregation__num_gpus=0.0))
+    with pytest.raises(ValueError, match=r"subset actors ask for 1 CPU \+ 1 GPU; .* 4 CPU.*--actors\.num-gpus"):
+        run(config(tmp_path, "gpus", actors__num_gpus=1.0, aggregation__num_gpus=0.0))
 
 
 def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
