@@ -1,4 +1,6 @@
-"""An error in a line, for messages and records."""
+"""An error in a line, for messages and records; and many names in a few words."""
+
+from collections.abc import Sequence
 
 _MOST_CHARACTERS = 300
 
@@ -13,3 +15,9 @@ def one_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
+
+
+def listed(names: Sequence[str], *, most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

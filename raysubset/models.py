@@ -47,11 +47,24 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
             model = _users_network(config.name, num_classes, shape)
         else:
             return _torchvision_network(config.name, num_classes, shape).train()
-        model.to("cpu", torch.float32).eval()
+        model.to("cpu")
+        _refuse_complex(config.name, model)
+        model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        model.eval()
         _check_logits(config.name, model, num_classes, shape)
     if not num_parameters(model):
         raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
     return model.train()
+
+
+def _refuse_complex(name: str, model: nn.Module) -> None:
+    """Raises ValueError for complex parameters: optimizers, means and their statistics here are of real numbers."""
+    for key, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(
+                f"{name}: parameter {key} is complex; hold real and imaginary parts as one real parameter [..., 2] and "
+                "use torch.view_as_complex in forward()"
+            )
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -61,7 +74,47 @@ def num_parameters(model: nn.Module) -> int:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether the network keeps running statistics that must be recomputed for averaged weights."""
-    return any(isinstance(getattr(module, "running_mean", None), Tensor) for module in model.modules())
+    return bool(learning_batch_norms(model))
+
+
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    """Keys of the state dict that training may change by its gradient; tied parameters under each of their names."""
+    return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+
+
+def averaged_names(model: nn.Module) -> frozenset[str]:
+    """Keys of the state dict of which a mean over members means something: trainable parameters, running statistics.
+
+    Everything else - frozen parameters, masks, codebooks, counters, the vectors of spectral norm, the statistics of
+    batch norm that a network keeps in evaluation mode - stays as one member has it.
+    """
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    learning = [name for name, module in modules_in_training(model) if _keeps_statistics(module)]
+    keys = {f"{name}.{statistic}".lstrip(".") for name in learning for statistic in statistics}
+    return trainable_names(model) | (keys & model.state_dict().keys())
+
+
+def learning_batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Batch norms whose running statistics change in training, and must be recomputed for averaged weights.
+
+    Those that train() leaves in evaluation mode, or whose momentum is 0, are not among them.
+    """
+    found = {id(m): m for _, m in modules_in_training(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return [module for module in found.values() if module.track_running_stats and _keeps_statistics(module)]
+
+
+def modules_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that model.train() puts in training mode, by name; the modes are left as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    learning = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m.training]
+    for module, was_training in modes:
+        module.training = was_training
+    return learning
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "running_mean", None), Tensor) and getattr(module, "momentum", None) != 0
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from raysubset.aggregation import candidates_of_auto
 from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
-from raysubset.models import build_model, has_batch_norm, num_parameters
+from raysubset.models import build_model, has_batch_norm, num_parameters, trainable_names
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fisher, fisher_cost, minimizing_bytes
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
@@ -77,7 +77,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     return Plan(
         subsets=subsets,
         num_parameters=num,
-        parameter_names=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        parameter_names=trainable_names(model),
         num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         full_set_ratio=overdetermination_ratio(num_train, num_classes, num),
         subset_ratios=tuple(overdetermination_ratio(size, num_classes, num) for size in sizes),

@@ -9,6 +9,7 @@ from raysubset.cluster import own_address
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.decisions import Decisions
+from raysubset.errors import listed
 from raysubset.events import Event, OnEvent, stage_event
 from raysubset.ledger import Ledger
 from raysubset.node_speeds import slot_of
@@ -194,6 +195,9 @@ class Rounds:
                 f"{made.best_member.accuracy:.2%}, ensemble {made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
             )
         self._tell(Event("aggregate", text, {"round": round, "record": made.to_dict()}))
+        if of_first := made.aggregate.of_first:
+            text = f"not averaged, as members of subset {made.aggregate.subset_ids[0]} have it: {listed(of_first)}"
+            self._tell(Event("note", text))
         if not made.aggregate.shared_start and self._config.aggregation.needs_shared_start():
             self._tell(
                 Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")

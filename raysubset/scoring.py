@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from raysubset.cluster import call_on_cluster
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.events import OnEvent
-from raysubset.models import build_model
+from raysubset.models import averaged_names, build_model
 from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights, metrics_of_outputs, place, predict, use_device
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
@@ -106,6 +106,7 @@ def aggregate_minima(
 ) -> tuple[Aggregation | Unmeasured, Weights]:
     """ScoringPlace.aggregate(), in this process."""
     model, device = _model(full_set, num_gpus, config)
+    averaged = averaged_names(model)
     scorer = Scorer(
         model,
         calibration=full_set.examples("train", calibration, device=device),
@@ -114,7 +115,7 @@ def aggregate_minima(
         measure_training="training" in measures,
     )
     return aggregate_round(
-        minima,
+        [replace(minimum, averaged=averaged) for minimum in minima],
         config,
         scorer,
         start=start,

@@ -58,6 +58,7 @@ def round_of(minima: list[dict[str, Any]], *, round: int = 0, **changes: Any) ->
         "subset_ids": ids,
         "coefficients": [1 / len(ids)] * len(ids),
         "shared_start": True,
+        "of_first": [],
         "tried": [],
         "training": metrics(0.15, 90, NUM_TRAIN),
         "validation": metrics(0.18, 33, NUM_VALIDATION),

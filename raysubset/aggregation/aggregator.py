@@ -119,7 +119,7 @@ def aggregate(
     measured[made.aggregate.method] = made.validation
     mean = made.validation if len(minima) == 1 else measured.get("uniform_soup")
     if mean is None:
-        mean = scorer.score(plain_mean(minima, [1.0] * len(minima)))  # of NaN where a member holds some
+        mean = scorer.score(plain_mean(minima, [1.0] * len(minima)).weights())  # of NaN where a member holds some
     return Aggregation(
         aggregate=made.aggregate,
         training=scorer.training(made.aggregate.weights) if measure_training else None,

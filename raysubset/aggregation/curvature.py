@@ -13,6 +13,7 @@ from raysubset.aggregation.streaming import (
     check_start,
     load_members,
     load_statistics,
+    mean_of,
     refuse_not_finite,
     wide,
     zeros,
@@ -31,8 +32,8 @@ def fisher_merge(
     Of quadratic losses with diagonal curvatures F_i it is the minimum of their sum, where `normalised` is False. Our
     choices: members count by their subsets' sizes, as in a sum over all examples; normalising divides a member's
     Fisher by its mean over all parameters, so that one that has fitted its subset is not outvoted. What has no Fisher
-    is averaged, integer buffers are the first member's. Members are streamed: two copies of the weights, and one member
-    with its Fisher, are held.
+    is averaged by RunningMean's rule. Members are streamed: two copies of the weights, and one member with its Fisher,
+    are held.
 
     Args:
         floor: the least F_i, positive. It decides where no member's loss depends on a parameter.
@@ -43,7 +44,7 @@ def fisher_merge(
     if not floor > 0:
         raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
     shared = check_start("fisher", minima, allow_independent=allow_independent)
-    rest, sums, totals = RunningMean(), Weights(), Weights()
+    rest, sums, totals = mean_of(minima), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima, checked=False):
         fisher = load_statistics(minimum, "fisher", checked=False)
@@ -62,7 +63,7 @@ def fisher_merge(
             )
     merged = rest.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
     refuse_not_finite(merged, minima)
-    return _aggregate("fisher", minima, {key: merged[key] for key in dtypes}, shared)
+    return _aggregate("fisher", minima, {key: merged[key] for key in dtypes}, shared, rest)
 
 
 def _add_weighted(sums: Tensor, totals: Tensor, value: Tensor, fisher: Tensor, *, floor: float, factor: float) -> None:
@@ -79,7 +80,7 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
     G_i is XᵀX of the layer's inputs on the member's subset, its off-diagonals times `factor`: the weights whose
     outputs are, by least squares, nearest to each member's on that member's own inputs. Biases are solved for along
     with the weights (the paper averages them), convolutions by the patches their filters see. All else is averaged,
-    members by their subsets' sizes, integer buffers are the first member's.
+    members by their subsets' sizes, by RunningMean's rule.
 
     Solved in float64 for the difference from the plain mean. Where the sum of the G_i is singular, as with inputs that
     no member ever saw, RIDGE times its trace is added: those weights stay the mean's. Members are streamed: two copies
@@ -89,7 +90,7 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
         ValueError: if a member has no gram statistics, and as uniform_soup().
     """
     shared = check_start("regmean", minima, allow_independent=allow_independent)
-    mean, grams, products = RunningMean(), Weights(), Weights()
+    mean, grams, products = mean_of(minima), Weights(), Weights()
     for minimum, weights in load_members(minima):
         mean.add(weights, minimum.num_examples)
         own = load_statistics(minimum, "gram")
@@ -105,17 +106,20 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
             products[layer] = products[layer].add_(product) if layer in products else product
     merged = mean.weights()
     for layer, gram in grams.items():
+        if not mean.has_changed(f"{layer}.weight"):
+            continue  # a frozen layer: rounding would move it
         middle = _matrix(merged, layer, gram)
         solved = middle + _solve(gram, products[layer] - gram @ middle)
         merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solved, merged, layer).items()}
-    return _aggregate("regmean", minima, merged, shared)
+    return _aggregate("regmean", minima, merged, shared, mean)
 
 
-def _aggregate(method: str, minima: Sequence[Minimum], weights: Weights, shared: bool) -> Aggregate:
+def _aggregate(method: str, minima: Sequence[Minimum], weights: Weights, shared: bool, mean: RunningMean) -> Aggregate:
     """Members' coefficients are their subsets' shares of the examples: those of what is averaged."""
     num_examples = sum(minimum.num_examples for minimum in minima)
     shares = tuple(minimum.num_examples / num_examples for minimum in minima)
-    return Aggregate(method, weights, tuple(minimum.subset_id for minimum in minima), shares, shared)
+    ids = tuple(minimum.subset_id for minimum in minima)
+    return Aggregate(method, weights, ids, shares, shared, of_first=mean.of_first)
 
 
 def _refuse_other_keys(minimum: Minimum, kind: str, own: Weights, first: Weights) -> None:

@@ -1,6 +1,6 @@
 """What goes into an aggregation and what comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,11 @@ class Minimum:
     load_statistics: Callable[[str], Weights] = field(default=_no_statistics, repr=False)
     """What its actor left of a kind; ValueError where there is nothing. By parameter, "fisher": diagonal_fisher(); by
     layer, "gram": gram_matrices(); "subsample": the weights of the minimum on a part of the subset."""
+    averaged: frozenset[str] | None = field(default=None, repr=False)  # models.averaged_names(); None: all keys
+
+    def keys_averaged(self, weights: Weights) -> Collection[str]:
+        """Return the keys of its weights, or of their like, that a mean is made of, and that are to be finite."""
+        return weights.keys() if self.averaged is None else self.averaged
 
     def validated(self) -> Metrics:
         """What it validates at.
@@ -88,6 +93,7 @@ class Aggregate:
     coefficients: tuple[float, ...]  # of the members, summing to one
     shared_start: bool  # False labels a mean of minima that share no start
     tried: tuple[tuple[tuple[int, ...], float], ...] = ()  # (members, validation loss) of each candidate scored
+    of_first: tuple[str, ...] = ()  # keys in which members differ and of which no mean is made: the first member's
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
@@ -97,4 +103,5 @@ class Aggregate:
             "coefficients": list(self.coefficients),
             "shared_start": self.shared_start,
             "tried": [{"subset_ids": list(ids), "validation_loss": loss} for ids, loss in self.tried],
+            "of_first": list(self.of_first),
         }

@@ -10,13 +10,15 @@ from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.soups import ensemble_outputs
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
+from raysubset.models import trainable_names
 from raysubset.training import Cost, Metrics, Weights, evaluate, metrics_of_outputs, recompute_batch_norm
 
 
 class Scorer:
     """Scores weights on validation data and on a sample of training data (`calibration`), and keeps count of the work.
 
-    Batch-norm statistics are recomputed on that sample, without which a mean's would be wrong.
+    Batch-norm statistics are recomputed on that sample, without which a mean's would be wrong; those that training
+    leaves alone stay.
     """
 
     def __init__(
@@ -75,8 +77,8 @@ class Scorer:
 
     @property
     def parameter_names(self) -> frozenset[str]:
-        """Of the state dict's keys those that are no buffers."""
-        return frozenset(name for name, _ in self._model.named_parameters(remove_duplicate=False))
+        """models.trainable_names()."""
+        return trainable_names(self._model)
 
     def cost(self) -> Cost:
         """Of all work so far."""

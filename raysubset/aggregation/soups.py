@@ -6,8 +6,16 @@ from collections.abc import Sequence
 import torch
 
 from raysubset.aggregation.records import Aggregate, Minimum, Score
-from raysubset.aggregation.streaming import CURE, RunningMean, check_start, load_member, refuse_not_finite, shares_start
-from raysubset.training import Metrics, Weights, mean_prediction
+from raysubset.aggregation.streaming import (
+    CURE,
+    RunningMean,
+    check_start,
+    load_member,
+    mean_of,
+    refuse_not_finite,
+    shares_start,
+)
+from raysubset.training import Metrics, mean_prediction
 
 
 def select_best(minima: Sequence[Minimum]) -> Aggregate:
@@ -58,7 +66,7 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
     """
     shared = check_start("greedy_soup", minima, allow_independent=allow_independent)
     first, *others = by_validation_loss(minima)
-    soup, members, best_loss = RunningMean(), [first.subset_id], first.validated().loss
+    soup, members, best_loss = mean_of(minima), [first.subset_id], first.validated().loss
     soup.add(load_member(first))
     tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validated().loss)]
     for minimum in others:
@@ -70,7 +78,8 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
             soup, best_loss = candidate, loss
             members.append(minimum.subset_id)
     share = 1 / len(members)
-    return Aggregate("greedy_soup", soup.weights(), tuple(members), (share,) * len(members), shared, tuple(tried))
+    shares = (share,) * len(members)
+    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shared, tuple(tried), soup.of_first)
 
 
 def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
@@ -104,23 +113,24 @@ def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:
     return mean.loss - sum(m.validated().loss for m in minima) / len(minima)
 
 
-def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> Weights:
-    """Of members as they are, whatever their starts: NaN and infinity stay in it.
+def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> RunningMean:
+    """Return the mean of members as they are, whatever their starts: NaN and infinity stay in it.
 
     Raises:
         ValueError: if the minima differ in keys or shapes.
     """
-    mean = RunningMean()
+    mean = mean_of(minima)
     for minimum, coefficient in zip(minima, coefficients, strict=True):
         mean.add(minimum.load_weights(), coefficient)
-    return mean.weights()
+    return mean
 
 
 def _mean(
     method: str, minima: Sequence[Minimum], coefficients: Sequence[float], *, allow_independent: bool
 ) -> Aggregate:
     shared = check_start(method, minima, allow_independent=allow_independent)
-    weights = plain_mean(minima, coefficients)
+    mean = plain_mean(minima, coefficients)
+    weights = mean.weights()
     refuse_not_finite(weights, minima)
     shares = tuple(c / sum(coefficients) for c in coefficients)
-    return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared)
+    return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared, of_first=mean.of_first)

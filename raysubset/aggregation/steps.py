@@ -20,8 +20,8 @@ def outer_step(
 ) -> tuple[Weights, Weights]:
     """One step of Nesterov SGD on the round's displacement start - mean (DiLoCo, Douillard et al., arXiv:2311.08105).
 
-    With learning rate 1 and no momentum the result is the mean. Buffers are the mean's: their statistics have to be
-    recomputed in any case.
+    With learning rate 1 and no momentum the result is the mean. All but the trainable parameters is the mean's: its
+    statistics have to be recomputed in any case.
 
     Args:
         momentum: what the last round returned; empty in the first.
@@ -41,7 +41,11 @@ def outer_step(
 def shrink_perturb(
     weights: Weights, fresh: Weights, *, shrink: float, perturb: float, parameter_names: Collection[str]
 ) -> Weights:
-    """shrink * weights + perturb * fresh for every parameter; buffers stay (Ash & Adams 2020, arXiv:1910.08475)."""
+    """Return shrink * weights + perturb * fresh (Ash & Adams 2020, arXiv:1910.08475); all but parameter_names stays.
+
+    Args:
+        parameter_names: the trainable ones: a frozen parameter could never recover.
+    """
     mixed = {name: shrink * weights[name] + perturb * fresh[name] for name in parameter_names}
     return {**weights, **mixed}
 

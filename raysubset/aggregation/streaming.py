@@ -1,7 +1,7 @@
 """Members read one after the other: what is refused of them, and a mean that holds one copy however many there are."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,19 +11,30 @@ from raysubset.aggregation.records import Minimum
 from raysubset.training import Weights
 
 BLOCK = 2**18  # elements: a MiB of float32, so that what is computed of them stays in a core's cache
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
 CURE = "lower minimize.learning_rate, or use aggregation.method=select_best"
 
 
 class RunningMean:
-    """A weighted mean of weights added one after the other: it holds one copy, however many are added."""
+    """A weighted mean of weights added one after the other: it holds one copy, however many are added.
 
-    def __init__(self) -> None:
+    This is the one place that says what a mean is made of. What no member changed stays as it is, to the last bit:
+    frozen parameters, masks of infinities. Of the rest, floating values of the keys in `averaged` are averaged, and
+    everything else stays the first member's: integers, codebooks, the vectors of spectral norm.
+
+    Args:
+        averaged: models.averaged_names(); None: all keys.
+    """
+
+    def __init__(self, averaged: Collection[str] | None = None) -> None:
+        self._averaged = averaged
         self._mean: Weights = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._total = 0.0
+        self._differing: set[str] = set()  # keys in which members differ
 
     def add(self, weights: Weights, coefficient: float = 1.0) -> None:
-        """Fold in one member. Half-precision members accumulate in float32; integer buffers stay the first member's.
+        """Fold in one member. Half-precision members accumulate in float32.
 
         Raises:
             ValueError: if keys or shapes differ from those of the first member.
@@ -36,18 +47,43 @@ class RunningMean:
         refuse_other_architecture(self._mean, weights)
         self._total += coefficient
         for key, mean in self._mean.items():
-            if mean.is_floating_point():
-                mean.lerp_(weights[key].to(mean.dtype), coefficient / self._total)
+            value = weights[key].to(mean.dtype)
+            if key not in self._differing:
+                if _same(mean, value):
+                    continue
+                self._differing.add(key)
+            if mean.is_floating_point() and (self._averaged is None or key in self._averaged):
+                mean.lerp_(value, coefficient / self._total)
+
+    def has_changed(self, key: str) -> bool:
+        """Return True if two members differ in this key."""
+        return key in self._differing
+
+    @property
+    def of_first(self) -> tuple[str, ...]:
+        """Keys in which members differ and of which no mean is made: the first member's."""
+        return () if self._averaged is None else tuple(sorted(self._differing - set(self._averaged)))
 
     def weights(self) -> Weights:
         """The mean in the members' own types, valid until the next add(): its memory is the mean's own."""
         return {key: value.to(self._dtypes[key]) for key, value in self._mean.items()}
 
     def copy(self) -> "RunningMean":
-        other = RunningMean()
+        other = RunningMean(self._averaged)
         other._mean = {key: value.clone() for key, value in self._mean.items()}
-        other._dtypes, other._total = self._dtypes, self._total
+        other._dtypes, other._total, other._differing = self._dtypes, self._total, set(self._differing)
         return other
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors of one shape and type have the same bits, NaN included; a first difference ends it."""
+    bits = _INTEGERS[one.element_size()]
+    return torch.equal(one.view(bits), other.view(bits))
+
+
+def mean_of(minima: Sequence[Minimum]) -> RunningMean:
+    """Return an empty mean for these members."""
+    return RunningMean(minima[0].averaged if minima else None)
 
 
 def shares_start(minima: Sequence[Minimum]) -> bool:
@@ -79,7 +115,7 @@ def load_member(minimum: Minimum) -> Weights:
         ValueError: if they hold NaN or infinity.
     """
     weights = minimum.load_weights()
-    if bad := first_not_finite(weights):
+    if bad := first_not_finite(weights, minimum.keys_averaged(weights)):
         raise ValueError(f"the minimum of subset {minimum.subset_id} holds NaN or infinity in {bad}: {CURE}")
     return weights
 
@@ -103,7 +139,7 @@ def load_members(minima: Sequence[Minimum], *, checked: bool = True) -> Iterator
 
 def refuse_not_finite(mean: Weights, minima: Sequence[Minimum]) -> None:
     """load_member()'s error, for members of a mean, where NaN and infinity stay: if it holds some they are read."""
-    if first_not_finite(mean):
+    if first_not_finite(mean, minima[0].keys_averaged(mean)):
         for minimum in minima:
             load_member(minimum)
 
@@ -118,21 +154,30 @@ def load_statistics(minimum: Minimum, kind: str, *, checked: bool = True) -> Wei
         ValueError: if there is nothing of this kind, or it holds NaN or infinity.
     """
     statistics = minimum.load_statistics(kind)
-    if checked and (bad := first_not_finite(statistics)):
+    keys = minimum.keys_averaged(statistics) if kind == "subsample" else statistics.keys()
+    if checked and (bad := first_not_finite(statistics, keys)):
         raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} hold NaN or infinity in {bad}: {CURE}")
     return statistics
 
 
-def first_not_finite(tensors: Weights) -> str | None:
-    """The first key whose values are not all finite.
+def first_not_finite(tensors: Weights, keys: Collection[str] | None = None) -> str | None:
+    """Return the first key whose values show that a minimization diverged, or None.
 
     A sum that is finite says that all of it is, at 40 times the speed of isfinite() (one CPU thread, torch 2.15).
+
+    Args:
+        keys: those that are to be finite, models.averaged_names(). None: all, where negative infinities among finite
+            values are taken for a mask.
     """
     for key, value in tensors.items():
-        if value.is_floating_point():
-            total = value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32).item()
-            if not math.isfinite(total) and not value.isfinite().all():
-                return key
+        if not value.is_floating_point() or (keys is not None and key not in keys):
+            continue
+        total = value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32).item()
+        if math.isfinite(total):
+            continue
+        bad = ~value.isfinite() if keys is not None else value.isnan() | value.isposinf()
+        if bool(bad.any()) or (keys is None and bool(value.isinf().all())):
+            return key
     return None
 
 

@@ -18,6 +18,7 @@ from raysubset.aggregation.streaming import (
     first_not_finite,
     load_members,
     load_statistics,
+    mean_of,
     refuse_not_finite,
     refuse_other_architecture,
     zeros,
@@ -38,21 +39,21 @@ def ties(
     are averaged, and θ_0 plus `scale` times that is the result. Where signs cancel exactly nothing is added (the
     authors' code takes the sign of the majority of elements).
 
-    Buffers are averaged, so batch-norm statistics are to be recomputed; integer buffers are the first member's. Members
-    are streamed, once: three and a half copies of the parameters, the result among them, and one member are held; five
-    from 256 members on; two more while it trims a task vector most of whose elements are of one magnitude.
+    All else is averaged by RunningMean's rule, so batch-norm statistics are to be recomputed. Members are streamed,
+    once: three and a half copies of the parameters, the result among them, and one member are held; five from 256
+    members on; two more while it trims a task vector most of whose elements are of one magnitude.
 
     Args:
         start: θ_0, the weights that all minima started from.
         density: in (0, 1].
         scale: λ; positive.
-        parameter_names: the keys that are parameters.
+        parameter_names: the keys that are trainable parameters.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("ties", minima)
-    origin, buffers = _parameters(start, parameter_names), RunningMean()
+    origin, buffers = _parameters(start, parameter_names), mean_of(minima)
     sums, magnitudes = _zeros(origin), _zeros(origin)
     num_plus, num_minus = (_zeros(origin, torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
     for _, weights in _load_moved(minima, start):
@@ -91,13 +92,13 @@ def dare(
         drop: in [0, 1).
         scale: λ; positive.
         seed: each member's draws come from it and the subset's id, the same on every machine.
-        parameter_names: the keys that are parameters.
+        parameter_names: the keys that are trainable parameters.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
     _refuse_independent("dare", minima)
-    origin, buffers = _parameters(start, parameter_names), RunningMean()
+    origin, buffers = _parameters(start, parameter_names), mean_of(minima)
     num_dropped = min(round(drop * 2**16), 2**16 - 1)  # of 2¹⁶
     sums = _zeros(origin)
     for minimum, weights in _load_moved(minima, start):
@@ -126,13 +127,13 @@ def savgm(
 
     Args:
         fraction: r, in (0, 1), with which the subsamples were drawn.
-        parameter_names: the keys that are parameters.
+        parameter_names: the keys that are trainable parameters.
 
     Raises:
         ValueError: if a member has no subsample statistics, and as uniform_soup().
     """
     shared = check_start("savgm", minima, allow_independent=allow_independent)
-    corrected, buffers, keys = RunningMean(), RunningMean(), list[str]()
+    corrected, buffers, keys = RunningMean(), mean_of(minima), list[str]()
     for minimum, weights in load_members(minima, checked=False):
         part = load_statistics(minimum, "subsample")
         refuse_other_architecture(weights, part)
@@ -142,7 +143,7 @@ def savgm(
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
     made = corrected.weights() | buffers.weights()
     refuse_not_finite(made, minima)
-    return _aggregate("savgm", minima, {key: made[key] for key in keys}, shared)
+    return _aggregate("savgm", minima, {key: made[key] for key in keys}, shared, buffers)
 
 
 def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
@@ -155,7 +156,7 @@ def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
 
 def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
     """load_members(), not checked, of the start's keys and shapes; the start is to be finite as well."""
-    if bad := first_not_finite(start):
+    if bad := first_not_finite(start, minima[0].keys_averaged(start)):
         raise ValueError(f"the weights that the minima started from hold NaN or infinity in {bad}")
     for minimum, weights in load_members(minima, checked=False):
         refuse_other_architecture(start, weights)
@@ -274,9 +275,12 @@ def _moved(
         moved = zeros(value.shape, part.dtype)
         weights[name] = torch.add(value, part.view(value.shape), alpha=scale, out=moved).to(value.dtype)
     refuse_not_finite(weights, minima)
-    return _aggregate(method, minima, {key: weights[key] for key in start}, True)
+    return _aggregate(method, minima, {key: weights[key] for key in start}, True, buffers)
 
 
-def _aggregate(method: str, minima: Sequence[Minimum], weights: Weights, shared: bool) -> Aggregate:
-    share = 1 / len(minima)
-    return Aggregate(method, weights, tuple(m.subset_id for m in minima), (share,) * len(minima), shared)
+def _aggregate(
+    method: str, minima: Sequence[Minimum], weights: Weights, shared: bool, buffers: RunningMean
+) -> Aggregate:
+    shares = (1 / len(minima),) * len(minima)
+    ids = tuple(m.subset_id for m in minima)
+    return Aggregate(method, weights, ids, shares, shared, of_first=buffers.of_first)

@@ -32,7 +32,7 @@ from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
-from raysubset.models import build_model
+from raysubset.models import build_model, trainable_names
 from raysubset.planning import calibration_positions, cut_subsample, cut_subsets
 from raysubset.run_directory import (
     RunDirectory,
@@ -127,9 +127,12 @@ def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None
         config, tuning = leg.config, leg.config.fine_tuning
         seed = derive_seed(config.seed, "start", "fine_tuning")
         model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
-        names = {name for name, _ in model.named_parameters()}
         weights = shrink_perturb(
-            weights, model.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names
+            weights,
+            model.state_dict(),
+            shrink=tuning.shrink,
+            perturb=tuning.perturb,
+            parameter_names=trainable_names(model),
         )
     return weights
 
@@ -199,7 +202,7 @@ def _leave_aggregate(
         calibration_positions(config, full_set),
         model.state_dict() if start is None else start,
         momentum,
-        frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        trainable_names(model),
         derive_seed(config.seed, "aggregation", leg.round),
         ("validation",) if leg.is_measured else (),
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from raysubset.config import DATA_NAMES, Config
 from raysubset.data import load_full_set
-from raysubset.models import build_model
+from raysubset.models import averaged_names, build_model
 from raysubset.report.figures import Record
 from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
 from raysubset.training import evaluate, recompute_batch_norm
@@ -50,12 +50,12 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
     first, second = (run.read_weights(weights_path(folder)) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))
     training = full_set.examples("train", _spread(len(full_set.train)))
-    points = []
+    points, averaged = [], averaged_names(model)
     for number in range(_NUM_POINTS):
         share = number / (_NUM_POINTS - 1)
         model.load_state_dict(
             {
-                name: tensor.lerp(second[name], share) if tensor.is_floating_point() else tensor
+                name: tensor.lerp(second[name], share) if name in averaged and tensor.is_floating_point() else tensor
                 for name, tensor in first.items()
             }
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raysubset.errors import listed
 from raysubset.report.figures import Record, standard_error, trained_passes
 from raysubset.report.findings import findings, next_commands
 from raysubset.training import Metrics, bytes_in_words
@@ -224,6 +225,8 @@ def _aggregation(record: Record, last: Record) -> Section:
     if aligned := made["alignment"]:
         before, after = (_number(aligned[key], "+.4f") for key in ("barrier_before", "barrier_after"))
         lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
+    if made["of_first"]:
+        lines.append(f"Not averaged, from subset {made['subset_ids'][0]}: {listed(made['of_first'])}.")
     if not made["shared_start"]:
         lines.append("warning: the members share no start, so that a plain mean of them need not make sense.")
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"

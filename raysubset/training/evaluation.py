@@ -3,16 +3,23 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, even_sizes
+from raysubset.models import learning_batch_norms, modules_in_training
 from raysubset.training.records import Metrics
 
 EVALUATION_BATCH = 500  # examples a forward pass; more does not help a CPU and less does not fill a GPU
+SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
 
 
 def widened(outputs: Tensor) -> Tensor:
@@ -97,6 +104,8 @@ def mean_prediction(outputs: Iterable[Tensor], loss: str) -> Tensor:
 def recompute_batch_norm(model: nn.Module, examples: Batches, config: MinimizeConfig) -> int:
     """Set running statistics to the mean over batches of these examples; a mean of weights needs it (SWA, §3.2).
 
+    Batch norms that training leaves alone keep theirs. The vectors of spectral norms are made those of the weights.
+
     Args:
         model: changed in place; its mode is left as it was.
         examples: un-augmented; about a batch of EVALUATION_BATCH at a time, all of nearly one size.
@@ -112,7 +121,8 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, config: MinimizeCo
 
 def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """As recompute_batch_norm(), from batches of images; they are not asked for where there are no statistics."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    _iterate_spectral_norms(model)
+    layers = learning_batch_norms(model)
     if not layers:
         return 0
     num_forward = 0
@@ -121,8 +131,7 @@ def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     counts = [counter.clone() for counter in counters]
     with evaluation_mode(model), torch.no_grad():  # torch's update_bn turns dropout on: its statistics are random
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative mean
+            _start_cumulative_mean(layer)
             layer.train()
         for images in batches:
             model(images)
@@ -132,3 +141,38 @@ def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     for counter, count in zip(counters, counts, strict=True):
         counter.copy_(count)
     return num_forward
+
+
+def _start_cumulative_mean(layer: _BatchNorm) -> None:
+    """Have the first batch replace a layer's statistics; if forward() puts the layer in evaluation mode, they stay."""
+    statistics = [value for value in (layer.running_mean, layer.running_var) if value is not None]
+    if not all(bool(value.isfinite().all()) for value in statistics):
+        layer.reset_running_stats()  # 0 · NaN would stay in the mean
+    layer.momentum = None  # cumulative mean: the first batch counts 1, what was there before 0
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.zero_()
+
+
+@torch.no_grad()
+def _iterate_spectral_norms(model: nn.Module) -> None:
+    """Make the singular vectors that spectral norms keep those of their weights, in both of torch's forms.
+
+    Spectral norms that train() leaves in evaluation mode keep theirs.
+    """
+    for _, module in modules_in_training(model):
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                for _ in range(SPECTRAL_ITERATIONS):
+                    hook.compute_weight(module, do_power_iteration=True)
+        if not parametrize.is_parametrized(module):
+            continue
+        parametrizations = cast(nn.ModuleDict, module.parametrizations)
+        for name, steps in parametrizations.items():
+            norms = [step for step in cast(parametrize.ParametrizationList, steps) if isinstance(step, _SpectralNorm)]
+            modes = [norm.training for norm in norms]
+            for norm in norms:
+                norm.train()
+            for _ in range(SPECTRAL_ITERATIONS * bool(norms)):
+                getattr(module, name)  # computes the weight, and an iteration with it
+            for norm, was_training in zip(norms, modes, strict=True):
+                norm.training = was_training

@@ -48,8 +48,8 @@ def diagonal_fisher(
         seed: of the sample and of what else is drawn.
 
     Returns:
-        The mean over examples by name of parameter, in its shape, tied ones under each of their names; and the cost:
-        fisher_cost().
+        The mean over examples by name of trainable parameter, in its shape, tied ones under each of their names; and
+        the cost: fisher_cost().
 
     Raises:
         ValueError: if the network has dropout, or the examples are augmented: the curvature would be of another loss.
@@ -59,7 +59,7 @@ def diagonal_fisher(
         raise ValueError("the Fisher needs a loss without noise, but the network has dropout: use regmean or a soup")
     if examples.augmentation != "none":
         raise ValueError("the Fisher needs a loss without noise, but the examples are augmented")
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     num_parameters = sum(p.numel() for p in parameters.values())
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -86,10 +86,10 @@ def diagonal_fisher(
                 for block in some_terms.split(per_call, dim=1):
                     for name, squares in vmap(squared_gradients)(some_images, block).items():
                         sums[name] += squares.sum(0)
-    means = {id(p): (sums[name] / num_used).cpu() for name, p in model.named_parameters()}
+    means = {id(p): (sums[name] / num_used).cpu() for name, p in model.named_parameters() if p.requires_grad}
     cost = fisher_cost(num_used, num_outputs, num_parameters, config, labels=labels)
     return (
-        {name: means[id(p)] for name, p in model.named_parameters(remove_duplicate=False)},
+        {name: means[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad},
         cost + Cost(device_s=time.perf_counter() - started),
     )
 

@@ -51,7 +51,7 @@ def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batc
     A convolution or linear layer is changed through its weights and bias; without a bias only its standard deviation
     can be. Where batch norm alone reads a layer, the norm is changed instead: its running statistics are set to those
     of the examples (the paper's RESET), then its own weight and bias. Group and layer norms are changed likewise. The
-    logits' layer, and modules called more than once, are left as they are.
+    logits' layer, frozen layers, and modules called more than once, are left as they are.
 
     All batches go through the network side by side, once, so each layer sees inputs that are repaired. In memory are
     the activations of all batches around one layer.
@@ -82,11 +82,14 @@ def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
     """The layers to change."""
     nodes = {node.name: node for node in network.graph.nodes}
     modules = [node.target for node in nodes.values() if node.op == "call_module"]
+    frozen = {name.rpartition(".")[0] for name, p in network.named_parameters() if not p.requires_grad}
 
     return [
         layer
         for layer in structure.layers
-        if modules.count(layer.module) == 1 and not read_by_batch_norm_alone(nodes[layer.node], network)
+        if modules.count(layer.module) == 1
+        and layer.module not in frozen
+        and not read_by_batch_norm_alone(nodes[layer.node], network)
     ]
 
 

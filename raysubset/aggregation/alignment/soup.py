@@ -16,9 +16,10 @@ from raysubset.aggregation.alignment.matching import match_activations, match_we
 from raysubset.aggregation.alignment.tracing import Permutations, UnitStructure, permuted, trace_units
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.soups import uniform_soup
-from raysubset.aggregation.streaming import RunningMean, shares_start
+from raysubset.aggregation.streaming import mean_of, shares_start
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
+from raysubset.models import averaged_names
 from raysubset.training import Weights, evaluate, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
@@ -84,7 +85,7 @@ def aligned_soup(
         )
     plain = uniform_soup(minima, allow_independent=True)
     height, width, channels = examples.images.shape[1:]
-    structure = trace_units(model, (channels, height, width))
+    structure = _without_frozen(trace_units(model, (channels, height, width)), averaged_names(model))
     sample = _sample(examples)
     work = _Work(model, structure, sample, minimize)
 
@@ -95,7 +96,7 @@ def aligned_soup(
     match = work.match_weights if matching == "weights" else work.match_activations
     loaders = [minimum.load_weights for minimum in minima]
     merged = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
-    mean, statistics = RunningMean(), []
+    mean, statistics = mean_of(minima), []
     for minimum, orders in zip(minima, merged.orders, strict=True):
         aligned = permuted(minimum.load_weights(), structure.groups, orders)
         mean.add(aligned)
@@ -106,7 +107,14 @@ def aligned_soup(
         weights = work.repaired(weights, repairing.mean_statistics(statistics))
     barrier_after = work.loss(weights, refresh=False) - mean_loss
 
-    aggregate = Aggregate("aligned_soup", weights, plain.subset_ids, plain.coefficients, shares_start(minima))
+    aggregate = Aggregate(
+        "aligned_soup",
+        weights,
+        plain.subset_ids,
+        plain.coefficients,
+        shares_start(minima),
+        of_first=mean.of_first,
+    )
     report = AlignmentReport(
         barrier_before=barrier_before,
         barrier_after=barrier_after,
@@ -176,6 +184,15 @@ class _Work:
         dtype = next(self._model.parameters()).dtype
         batches = self._sample.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
         return [images for images, _ in batches]
+
+
+def _without_frozen(structure: UnitStructure, averaged: frozenset[str]) -> UnitStructure:
+    """Keep units in place that a frozen layer makes or reads: all members have them in the same order already."""
+    groups = tuple(
+        group for group in structure.groups if all(name in averaged for axis in group.axes for name in axis.names)
+    )
+    num_fixed = structure.num_fixed_groups + len(structure.groups) - len(groups)
+    return dataclasses.replace(structure, groups=groups, num_fixed_groups=num_fixed)
 
 
 def _sample(examples: Examples) -> Examples:

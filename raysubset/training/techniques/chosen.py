@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Batches, even_sizes
-from raysubset.models import has_batch_norm
 from raysubset.training.evaluation import EVALUATION_BATCH, set_running_statistics
 from raysubset.training.shards import Shard
 from raysubset.training.techniques.averaging import Averaging
@@ -91,11 +90,11 @@ class Techniques:
             self._skipping.after_step(step, outputs, labels, num_examples)
 
     def end_epoch(self, step: int, *, last: bool) -> None:
-        """Average if it is time, and set the running statistics of the averaged weights.
+        """Average if it is time, and recompute the statistics that belong to the averaged weights.
 
         All workers pass the same examples forward. They are augmented as in training.
         """
-        if self._averaging and self._averaging.end_epoch(step, last=last) and has_batch_norm(self._model):
+        if self._averaging and self._averaging.end_epoch(step, last=last):
             num = min(BATCH_NORM_EXAMPLES if last else PASSING_EXAMPLES, len(self._examples))
             seed = derive_seed(self._seed, "batch_norm")
             batches = self._examples.epoch(
