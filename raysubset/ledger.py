@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
@@ -32,11 +33,15 @@ Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted
 
 _FOLDER = "ledger"
 _TABLE_PATH = "ledger.parquet"
+_HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two of the same work: a request to a bucket costs money
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 
 
 class Storage(Protocol):
     """What a ledger needs of a run directory."""
+
+    @property
+    def local_path(self) -> Path | None: ...
 
     def exists(self, path: str) -> bool: ...
     def list(self, path: str) -> Sequence[str]: ...
@@ -96,6 +101,11 @@ class Ledger:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two times that work in hand writes its entry again."""
+        return _HEARTBEAT_S if self._storage.local_path else _REMOTE_HEARTBEAT_S
 
     def write(self, work: Work) -> None:
         """Add an entry, or replace that of the same attempt, in one step."""

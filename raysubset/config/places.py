@@ -22,6 +22,9 @@ class ActorsConfig:
     """A subset's checkpoint is written every so many epochs …"""
     checkpoint_s: float = 60.0
     """… and whenever this many seconds have gone since the last."""
+    stall_s: float = 300.0
+    """Work without a step for so long, and for ten times its usual step, is said to stand still. After twice that it is
+    killed and tried again, as an attempt. The first steps, which may compile or read, may take four times as long."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -34,6 +37,7 @@ class ActorsConfig:
             quorum="[1, ∞)",
             checkpoint_epochs="(0, ∞)",
             checkpoint_s="(0, ∞)",
+            stall_s="(0, ∞)",
         )
 
 

@@ -135,6 +135,7 @@ def shapes_result(key: str) -> bool:
         "tracking.",
         "actors.max_num",
         "actors.max_attempts",
+        "actors.stall_s",
         "actors.checkpoint_",
         "data.root",
         "data.download",

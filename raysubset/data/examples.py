@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from raysubset.pulse import beat
+
 Augmentation = Literal["none", "crop_flip"]
 
 # Zero padding on each side, and so the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
@@ -129,6 +131,7 @@ class Examples:
             channels_last: a view of NHWC memory; else the memory is NCHW, at the price of a copy.
             dtype: of the images; the arithmetic is float32.
         """
+        beat()
         _, height, width, channels = self.images.shape
         if draws is None:
             pixels = self.images.flatten(1).index_select(0, indices)

@@ -17,6 +17,7 @@ from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
 from raysubset.models import build_model
+from raysubset.pulse import Pulse, beat, begin, pulse
 from raysubset.run_directory import (
     RunDirectory,
     checkpoint_path,
@@ -61,6 +62,7 @@ class _Job:
     every_steps: int  # between checkpoints
     last_step: int  # of the last checkpoint
     last_at: float
+    heard_at: float  # when its ledger entry last said how far it is
     is_closed: bool = False  # whether its ledger entry says how it ended
 
 
@@ -93,9 +95,9 @@ class SubsetActor:
             "card_bytes": card_bytes(num_gpus=self._num_gpus),
         }
 
-    def report(self) -> dict[int, Report]:
-        """How far the pieces in hand are, by their place in the pack; those before their first step are left out."""
-        return {number: Report.of(progress) for number, progress in self._progress.items() if progress.step}
+    def report(self) -> tuple[Pulse, dict[int, Report]]:
+        """The pulse, and how far the pieces in hand are, by their place in the pack, once they have made a step."""
+        return pulse(), {number: Report.of(progress) for number, progress in self._progress.items() if progress.step}
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""
@@ -188,6 +190,7 @@ class SubsetActor:
         return [record | {"device": work.device}]
 
     def _begin(self) -> torch.device:
+        begin()
         self._progress, self._started, self._is_busy = {}, time.perf_counter(), True
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
 
@@ -230,7 +233,8 @@ class SubsetActor:
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         last_step = newest[1]["position"][1] if newest else 0
         state = newest[1] if newest else None
-        return _Job(piece, work, model, examples, state, optimizer_state, every_steps, last_step, time.perf_counter())
+        now = time.perf_counter()
+        return _Job(piece, work, model, examples, state, optimizer_state, every_steps, last_step, now, now)
 
     def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
         """All jobs to their ends, or until they are stopped."""
@@ -273,14 +277,17 @@ class SubsetActor:
         return [result]
 
     def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
-        """Write a checkpoint, and with it a heartbeat: what is lost if we die is counted."""
-        waited_s = time.perf_counter() - job.last_at
-        due = progress.step - job.last_step >= job.every_steps or waited_s >= self._config.actors.checkpoint_s
-        if now or (due and progress.step < progress.num_steps):
-            state = progress.capture()
-            Ledger(self._run).write(replace(job.work, cost=progress.cost))  # first: what a checkpoint holds is counted
-            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
+        """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""
+        at, ledger = time.perf_counter(), Ledger(self._run)
+        due = progress.step - job.last_step >= job.every_steps or at - job.last_at >= self._config.actors.checkpoint_s
+        is_saved = now or (due and progress.step < progress.num_steps)
+        if is_saved or at - job.heard_at >= ledger.heartbeat_s:
+            ledger.write(replace(job.work, cost=progress.cost))  # before the checkpoint: what that holds is counted
+            job.heard_at = time.perf_counter()
+        if is_saved:
+            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), progress.capture())
             job.last_step, job.last_at = progress.step, time.perf_counter()
+            beat()
 
     def _leave(
         self,

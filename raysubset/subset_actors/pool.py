@@ -27,6 +27,7 @@ from raysubset.config import Config
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, Work
+from raysubset.pulse import Watch
 from raysubset.run_directory import RunDirectory, checkpoint_path, minimum_path
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
@@ -37,10 +38,15 @@ from raysubset.training import Cost, Weights
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before a lost piece is tried again: doubled with each attempt
+MOST_START_S = 900.0  # an actor that has not come up is asked for anew: it may be stuck, or still wait for a place
 PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of work that failed: storage and devices may do better elsewhere
 
 
 Result = dict[str, Any] | Exception | None  # a record; why it failed for good; None: it is to be done again
+
+
+class StalledError(RuntimeError):
+    """An actor got no further for longer than actors.stall_s allows; the message says how long."""
 
 
 class SubsetFailed(RuntimeError):
@@ -63,6 +69,7 @@ class _Slot:
     report_ref: ray.ObjectRef | None = None
     asked_at: float = 0.0  # for the last report
     reports: Mapping[int, Report] = field(default_factory=dict)  # the last, by place in the pack
+    watch: Watch | None = None  # of its work
     is_leaving: bool = False  # it was asked to write a checkpoint and stop
     submitted_at: float = 0.0
 
@@ -76,8 +83,9 @@ class ActorPool:
 
     One actor is asked for a piece, up to actors.max_num; Ray places as many as fit now and the rest as room appears, so
     pieces start on the first free slot however the cluster grows or shrinks. When a process or node dies, or storage
-    or GPU fail it, the piece is given to another actor, unless its minimum was left already: up to actors.max_attempts
-    times in a row that leave no further checkpoint. From nodes that are being drained, pieces move with a checkpoint,
+    or GPU fail it, or it makes no step for longer than actors.stall_s allows and is killed, the piece is given to
+    another actor, unless its minimum was left already: up to actors.max_attempts times in a row that leave no further
+    checkpoint. From nodes that are being drained, pieces move with a checkpoint,
     which counts as no attempt. Pieces may come in packs, which an actor does at once: they are lost and tried again
     together, while each ends on its own. Left with an exception, the pool lets its actors write a checkpoint first. If
     the driver dies its actors end with it, and the next driver goes on from their checkpoints.
@@ -206,6 +214,8 @@ class ActorPool:
                     self._welcome(slot)
                 elif pack is not None and ray.wait([slot.result_ref], timeout=0)[0]:
                     yield pack, self._collect(slot, backlog)
+                elif pack is not None and (stalled := self._stalled(slot)):
+                    yield pack, self._put_back_lost(slot, backlog, stalled)
             self._hear_reports()
             self._leave_draining_nodes()
             self._tell_of_waiting(len(backlog))
@@ -235,7 +245,7 @@ class ActorPool:
             if slot.where is None or slot.pack is not None or (due := backlog.take(slot.speed)) is None:
                 continue
             pack, waited_s = due
-            slot.pack, slot.reports = pack, {}
+            slot.pack, slot.reports, slot.watch = pack, {}, Watch(self._config.actors.stall_s)
             slot.submitted_at, slot.asked_at = time.time(), time.monotonic()
             slot.attempts = [self._ledger.next_attempt(*key) for key in pack.keys]
             if pack.is_trial:
@@ -257,6 +267,8 @@ class ActorPool:
     def _welcome(self, slot: _Slot) -> None:
         """Note where a new actor came up; one that could not is replaced by the next _ask_for_actors()."""
         if not ray.wait([slot.where_ref], timeout=0)[0]:
+            if time.monotonic() - slot.made_at > MOST_START_S:
+                self._release(slot)
             return
         try:
             slot.where = where = ray.get(slot.where_ref)
@@ -313,6 +325,20 @@ class ActorPool:
             backlog.put_back(stopped)
         slot.pack = slot.result_ref = slot.report_ref = None
         return results
+
+    def _stalled(self, slot: _Slot) -> StalledError | None:
+        """Why the actor is to be given up: it stands still, and was said to for as long as it had time."""
+        watch = slot.watch
+        assert slot.pack is not None
+        assert watch is not None
+        match watch.look():
+            case "lost":
+                return StalledError(f"{watch.in_words()}: it was killed (actors.stall_s)")
+            case "stalled":
+                text = f"{slot.pack.label} on node {slot.ip} stands still: {watch.in_words()}"
+                more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
+                self._tell("warning", f"{text}; {more}", **self._data(slot))
+        return None
 
     def _put_back_lost(self, slot: _Slot, backlog: Backlog, error: Exception) -> list[Result]:
         """What a pack has left although its actor was lost; the rest is put back, or has failed for good."""
@@ -396,9 +422,11 @@ class ActorPool:
             elif ray.wait([slot.report_ref], timeout=0)[0]:
                 report_ref, slot.report_ref = slot.report_ref, None
                 try:
-                    slot.reports = ray.get(report_ref)
+                    pulse, slot.reports = ray.get(report_ref)
                 except SYSTEM_ERRORS:
                     continue  # the call for its work will tell
+                assert slot.watch is not None
+                slot.watch.hear(pulse)
                 for place, report in slot.reports.items():
                     epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
                     text = f"{slot.pack.pieces[place].label}: {epochs}, loss {report.loss:.4f}"

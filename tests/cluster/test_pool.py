@@ -1,12 +1,17 @@
 """The pool of actors by itself, on storage that fails them or ends their processes at chosen moments."""
 
+import contextlib
 import os
+import re
+import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -18,6 +23,7 @@ from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, Piece, SubsetFailed
 from raysubset.subset_actors import pool as pool_module
+from tests.cluster.endless import NUM_STEPS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
 
@@ -73,12 +79,28 @@ def fail_all_checkpoints(storage: Storage, when: str, path: str) -> None:
         raise OSError("the disk is full")
 
 
-def do(folder: Path, act: Callable[[Storage, str, str], None]) -> tuple[list[Any], list[Event]]:
+def stop_once(storage: Storage, when: str, path: str) -> None:
+    if when == "after" and "checkpoint-" in path and storage.count("stops") <= 1:
+        (Path(storage.storage_path) / "pid").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def do_nothing(storage: Storage, when: str, path: str) -> None:
+    pass
+
+
+def do(
+    folder: Path,
+    act: Callable[[Storage, str, str], None],
+    *,
+    overrides: dict[str, Any] | None = None,
+    events: list[Event] | None = None,
+) -> tuple[list[Any], list[Event]]:
     """One subset of 200 examples by one actor; its results, and what was told."""
     config = Config(name="run", storage_path=str(folder)).with_overrides(
-        {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4}
+        {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4, **(overrides or {})}
     )
-    events: list[Event] = []
+    events = [] if events is None else events
     full_set_ref = put_once(load_full_set(config.data))
     storage = Storage(str(folder), "run", act)
     with ActorPool(config, full_set_ref, storage, num_gpus=0.0, on_event=events.append) as pool:
@@ -130,6 +152,38 @@ def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -
 def test_storage_that_always_fails_ends_the_piece_with_the_cause(tmp_path: Path) -> None:
     with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*OSError: the disk is full"):
         do(tmp_path, fail_all_checkpoints)
+
+
+def test_a_stopped_actor_is_told_of_killed_and_its_piece_goes_on_elsewhere(tmp_path: Path) -> None:
+    ((_, record),), events = do(tmp_path, stop_once, overrides={"actors.stall_s": 2.0})
+    *lost, done = Ledger(RunDirectory(str(tmp_path), "run")).read()
+    assert record["attempt"] == done.attempt == len(lost) >= 1  # on a busy machine the next may seem to stand still too
+    assert {work.outcome for work in lost} == {"lost"}
+    assert sum(work.cost.num_backward for work in [*lost, done]) == 3 * 200
+    warning = next(event.text for event in events if event.kind == "warning")
+    assert re.match(r"subset 0 on node [\d.]+ stands still: no step for \d+ s.*--actors.stall-s", warning)
+    retry = next(event.text for event in events if event.kind == "retry")
+    assert "StalledError: no step for" in retry
+    pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+    while _lives(pid):
+        assert time.monotonic() < until, "a stopped process needs SIGKILL"
+        time.sleep(0.1)
+
+
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path: Path) -> None:
+    overrides = {"actors.stall_s": 2.0, "model.name": "tests.cluster.endless:network", "model.width": None}
+    with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*StalledError: no step for"):
+        do(tmp_path, do_nothing, overrides=overrides, events=(events := []))
+    assert [event.kind for event in events if event.kind in ("warning", "retry")] == ["warning", "retry", "warning"]
+    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
+    assert [work.outcome for work in works] == ["lost", "lost"]
+    assert all(work.cost.num_steps == NUM_STEPS for work in works)  # by what the actors reported
 
 
 def refuse_to_be_read(folder: str) -> None:

@@ -1,0 +1,93 @@
+"""The pulse of a process at work: each batch and each file is a beat, so that a watcher tells slow work from none.
+
+pulse.begin()  # in the process that works; data and run directory call pulse.beat()
+watch = Watch(stall_s)  # in the process that watches
+watch.hear(Pulse(...))  # whenever it has answered
+watch.look()  # "", "stalled" (once), "lost"
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+USUAL_TIMES = 10.0  # a beat may take this many times the usual, if that is more than stall_s
+FIRST_TIMES = 4.0  # the first beats may take this many times stall_s: they compile, start CUDA and open files
+_MOST_BETWEEN_LOOKS_S = 10.0  # a watcher that was itself stopped for longer has not seen others stand still
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How far a process has got with the work in hand."""
+
+    num_beats: int = 0
+    usual_s: float | None = None  # mean time between two beats without the first interval; None before the third
+
+
+_num_beats, _second_at, _last_at = 0, 0.0, 0.0  # of this process, which does one piece of work at a time
+
+
+def begin() -> None:
+    """Start counting for a new piece of work."""
+    global _num_beats
+    _num_beats = 0
+
+
+def beat() -> None:
+    """Count one more batch or file."""
+    global _num_beats, _second_at, _last_at
+    _num_beats, _last_at = _num_beats + 1, time.monotonic()
+    if _num_beats == 2:
+        _second_at = _last_at
+
+
+def pulse() -> Pulse:
+    """This process's pulse."""
+    num, span_s = _num_beats, _last_at - _second_at
+    return Pulse(num, span_s / (num - 2) if num > 2 else None)
+
+
+def limit_s(stall_s: float, usual_s: float | None) -> float:
+    """Seconds without a beat after which work is taken to stand still."""
+    return FIRST_TIMES * stall_s if usual_s is None else max(stall_s, USUAL_TIMES * usual_s)
+
+
+class Watch:
+    """How long a process has not been heard to get further, while somebody looked.
+
+    What stands still is told of once, and lost when it has stood still for as long again.
+    """
+
+    def __init__(self, stall_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stall_s, self._clock = stall_s, clock
+        self._heard: Any = None
+        self._usual_s: float | None = None
+        self.silent_s, self._looked_at, self._is_told = 0.0, clock(), False
+
+    def hear(self, pulse: Pulse, who: Any = None) -> None:
+        """Note a pulse; another one than the last, or that of another process, is progress."""
+        if (who, pulse.num_beats) != self._heard:
+            self._heard, self.silent_s, self._is_told = (who, pulse.num_beats), 0.0, False
+        self._usual_s = pulse.usual_s
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds without progress after which it is told of."""
+        return limit_s(self._stall_s, self._usual_s)
+
+    def look(self) -> Literal["", "stalled", "lost"]:
+        """Whether the work stands still: "stalled" the first time that is seen, "lost" after as long again."""
+        now = self._clock()
+        self.silent_s += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
+        self._looked_at = now
+        if self.silent_s >= 2 * self.limit_s:
+            return "lost"
+        if self.silent_s < self.limit_s or self._is_told:
+            return ""
+        self._is_told = True
+        return "stalled"
+
+    def in_words(self) -> str:
+        """'no step for 301 s (usually 0.2 s)'."""
+        usual = "" if self._usual_s is None else f" (usually {self._usual_s:.2g} s)"
+        return f"no step for {self.silent_s:.0f} s{usual}"

@@ -1,0 +1,93 @@
+"""When work stands still, by a clock that the test turns."""
+
+import pytest
+import torch
+
+from raysubset import pulse as pulse_module
+from raysubset.data import Examples
+from raysubset.pulse import Pulse, Watch, beat, begin, limit_s, pulse
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def looks(watch: Watch, clock: Clock, *, seconds: int) -> dict[str, list[int]]:
+    """What a look each second says, with the seconds at which it said it."""
+    said: dict[str, list[int]] = {"stalled": [], "lost": []}
+    for second in range(1, seconds + 1):
+        clock.now += 1
+        if word := watch.look():
+            said[word].append(second)
+    return said
+
+
+@pytest.mark.parametrize(("usual_s", "limit"), [(None, 120.0), (0.1, 30.0), (3.0, 30.0), (60.0, 600.0)])
+def test_a_step_may_take_ten_times_the_usual_and_stall_s_and_a_first_one_four_times_that(
+    usual_s: float | None, limit: float
+) -> None:
+    assert limit_s(30.0, usual_s) == limit
+
+
+def test_what_stands_still_is_told_of_once_and_lost_after_as_long_again() -> None:
+    clock = Clock()
+    watch = Watch(30.0, clock=clock)
+    watch.hear(Pulse(7, 0.5))
+    assert looks(watch, clock, seconds=61) == {"stalled": [30], "lost": [60, 61]}
+    assert watch.in_words() == "no step for 61 s (usually 0.5 s)"
+
+
+def test_a_first_step_is_given_longer() -> None:
+    clock = Clock()
+    watch = Watch(30.0, clock=clock)
+    assert looks(watch, clock, seconds=240) == {"stalled": [120], "lost": [240]}
+    watch.hear(Pulse(2, None))
+    assert looks(watch, clock, seconds=119) == {"stalled": [], "lost": []}
+
+
+def test_progress_and_another_process_begin_anew_and_an_answer_without_progress_does_not() -> None:
+    clock = Clock()
+    watch = Watch(30.0, clock=clock)
+    watch.hear(Pulse(7, 0.5))
+    assert looks(watch, clock, seconds=29) == {"stalled": [], "lost": []}
+    watch.hear(Pulse(7, 0.5))
+    assert looks(watch, clock, seconds=1) == {"stalled": [1], "lost": []}
+    watch.hear(Pulse(8, 0.5))
+    assert looks(watch, clock, seconds=30) == {"stalled": [30], "lost": []}
+    watch.hear(Pulse(8, 0.5), who="the next attempt")
+    assert looks(watch, clock, seconds=29) == {"stalled": [], "lost": []}
+
+
+def test_a_watcher_that_was_stopped_itself_takes_nobody_for_lost() -> None:
+    clock = Clock()
+    watch = Watch(30.0, clock=clock)
+    watch.hear(Pulse(7, 0.5))
+    clock.now += 10_000  # a laptop that slept, a driver that was stopped
+    assert looks(watch, clock, seconds=10) == {"stalled": [], "lost": []}
+
+
+def test_the_usual_time_between_beats_leaves_out_the_first_and_each_piece_of_work_counts_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(pulse_module.time, "monotonic", clock)
+    begin()
+    for second in (0, 50, 1, 3):  # the first step compiles
+        clock.now += second
+        beat()
+    assert pulse() == Pulse(4, 2.0)
+    begin()
+    assert pulse() == Pulse(0, None)
+
+
+def test_each_batch_of_training_and_of_evaluation_is_a_beat() -> None:
+    images, labels = torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    examples = Examples(images, labels, torch.zeros(1), torch.ones(1))
+    begin()
+    list(examples.epoch(order_seed=0, augmentation_seed=0, batch_sizes=[4, 4, 2]))
+    list(examples.in_order([5, 5]))
+    assert pulse().num_beats == 5
