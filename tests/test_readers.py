@@ -2,7 +2,9 @@
 
 import importlib
 import io
+import itertools
 import json
+import os
 import sys
 import textwrap
 import tracemalloc
@@ -19,8 +21,8 @@ from PIL import Image
 
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.data.files import split_of
 from raysubset.data.images import as_images, decode_images
+from raysubset.data.layout import lay_out_images, lay_out_tables
 
 
 def random_images(num: int, height: int = 6, width: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -292,6 +294,11 @@ def test_a_bare_file_name_and_a_home_folder_are_paths(tmp_path: Path, monkeypatc
     assert len(load("set.parquet").test) == 8
 
 
+def splits_of(*files: str, label_column: str = "label") -> dict[str, list[str]]:
+    layout = lay_out_tables(files, where="set", label_column=label_column)
+    return {split: [file.path for file in members] for split, members in layout.items()}
+
+
 @pytest.mark.parametrize(
     ("file", "split"),
     [
@@ -301,21 +308,134 @@ def test_a_bare_file_name_and_a_home_folder_are_paths(tmp_path: Path, monkeypatc
         ("val.parquet", "validation"),
         ("my_dev_set.parquet", "validation"),
         ("test/0.parquet", "test"),
-        ("test/train-0.parquet", "train"),
-        ("testimony.parquet", None),
-        ("extra-00000.parquet", None),
+        ("seg_test/0.parquet", "test"),
+        ("val2017.parquet", "validation"),
+        ("Test Data/0.parquet", "test"),
+        ("testImages.parquet", "test"),
+        ("TestSet/0.parquet", "test"),
+        ("valdata.parquet", "validation"),
+        ("photos (test).parquet", "test"),
+        ("split=test/part-0.parquet", "test"),
+        ("set=val/part-0.parquet", "validation"),
+        ("subset=eval/year=2020/part-0.parquet", "test"),
+        ("kind=Test/part-0.parquet", "test"),
+        ("scene=test_track/part-0.parquet", "train"),
+        ("label=test/part-0.parquet", "train"),
+        ("testimony.parquet", "train"),
+        ("extra-00000.parquet", "train"),
     ],
 )
-def test_splits_are_found_by_hugging_faces_names(file: str, split: str | None):
-    assert split_of(file) == split
+def test_splits_are_found_by_the_words_of_names(file: str, split: str):
+    assert splits_of(file) == {split: [file]}
 
 
-def test_files_that_name_no_split_are_training_data_and_noted_beside_those_that_do(tmp_path: Path):
-    for name in ("train", "extra", "test"):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train.parquet", "extra.parquet", "test.parquet"], "extra.parquet name no split, as train.parquet does"),
+        (["test/train-0.parquet"], r"test/train-0.parquet names several splits \(test, train\)"),
+        (["train_val.parquet"], r"train_val.parquet names several splits"),
+        (["mytrain.parquet", "mytest.parquet"], "mytrain, mytest may name splits"),
+        (["strain/0.parquet", "stest/0.parquet"], "strain, stest may name splits"),
+        (["test.parquet", "eval.parquet", "train.parquet"], "test.parquet and eval.parquet both name the test split"),
+        (["train/0.parquet", "training/0.parquet"], "both name the train split"),
+        (["is_test=0/0.parquet", "is_test=1/0.parquet"], "is_test=0 may name a split, but not which: rename it"),
+        (["split=0/0.parquet", "split=1/0.parquet"], "split=0 may name a split"),
+        (["data.parquet", "data.feather"], "data.parquet and data.feather may be one table in two formats"),
+    ],
+)
+def test_tables_whose_names_leave_the_split_open_are_refused_with_the_way_out(files: list[str], message: str):
+    with pytest.raises(ValueError, match=rf"data.name = set: .*{message}.*") as caught:
+        splits_of(*files)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_line_a_split_says_what_was_read_and_one_what_was_left_out(tmp_path: Path):
+    for name in ("train-a", "train-b", "test", "_temporary/0/train-c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(encoded_table(random_images(10), np.arange(10) % 2), tmp_path / f"{name}.parquet")
+    for name in ("_SUCCESS", "card.md", ".train.crc"):
+        (tmp_path / name).write_text("")
+    notes = load(tmp_path).notes
+    assert notes[:3] == (
+        "train split: 20 examples of 2 files (train-a.parquet, train-b.parquet)",
+        "left out: 1 hidden (.train.crc), 1 tables under names that begin with _ (_temporary/0/train-c.parquet), "
+        "1 without a suffix (_SUCCESS), 1 .md (card.md)",
+        "test split: 10 examples of 1 file (test.parquet)",
+    )
+
+
+def test_caches_beside_the_tables_of_the_datasets_library_are_left_out(tmp_path: Path):
+    table = encoded_table(random_images(40), np.arange(40) % 2)
+    for name in ("data-00000-of-00001", "cache-0123456789abcdef", "cache-01ef_00000_of_00002", "tmpab12cd34"):
+        with pa.ipc.new_stream(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
     full_set = load(tmp_path)
-    assert len(full_set.train) + len(full_set.validation) == 20
-    assert "read as training data, since they name no split: extra.parquet" in full_set.notes
+    assert len(by_row(full_set)) == 40
+    assert any("3 caches of the datasets library (cache-0123" in note for note in full_set.notes)
+
+
+@pytest.mark.parametrize(
+    "log", ["_delta_log/0.json", "test/_delta_log/0.json", ".hoodie/x", "metadata/v1.metadata.json"]
+)
+def test_a_table_whose_log_says_what_is_alive_is_refused(tmp_path: Path, log: str):
+    pq.write_table(encoded_table(random_images(10), np.arange(10) % 2), tmp_path / "part-0.parquet")
+    (tmp_path / log).parent.mkdir(parents=True)
+    (tmp_path / log).write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"makes it an? (Delta|Hudi|Iceberg) table, whose log .* give data.name a func"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_hive_folders_name_splits_labels_and_columns(tmp_path: Path, streamed: bool):
+    images = random_images(60)
+    for number, (split, label) in enumerate(itertools.product(("train", "test"), ("cat", "dog%20"))):
+        folder = tmp_path / f"split={split}" / f"label={label}" / f"year={2020 + number}"
+        folder.mkdir(parents=True)
+        part = [encode(image) for image in images[number * 15 : number * 15 + 15]]
+        pq.write_table(pa.table({"image": part}), folder / "part-0.parquet", row_group_size=5)
+    full_set = load(tmp_path, streamed=streamed)
+    assert full_set.class_names == ("cat", "dog ")
+    assert np.array_equal(full_set.test.images, images[30:])
+    assert full_set.test.labels.tolist() == [0] * 15 + [1] * 15
+    assert full_set.test.table["year"].to_pylist() == [2022] * 15 + [2023] * 15
+    rows = full_set.train.table.column("row").to_numpy()
+    assert full_set.train.labels.tolist() == [int(row >= 15) for row in rows]
+    assert np.array_equal(full_set.train.take()[0].numpy(), images[:30][rows])
+
+
+def test_hive_labels_are_integers_only_if_all_are(tmp_path: Path):
+    for labels, names in ((("0", "1"), ("0", "1")), (("00", "01"), ("00", "01"))):
+        for label in labels:
+            folder = tmp_path / labels[0] / f"label={label}"
+            folder.mkdir(parents=True)
+            pq.write_table(pa.table({"image": [encode(i) for i in random_images(10)]}), folder / "0.parquet")
+        full_set = load(tmp_path / labels[0])
+        assert full_set.class_names == names
+
+
+def test_a_split_or_file_that_is_ignored_is_not_opened(tmp_path: Path):
+    for name in ("train", "test", "extra"):
+        pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / f"{name}.parquet")
+    (tmp_path / "test.parquet").write_text("damaged")
+    full_set = load(tmp_path, ignored="test, extra.*")
+    assert len(by_row(full_set)) == 40
+    assert "left out: 1 ignored (extra.parquet), 1 of ignored splits (test.parquet)" in full_set.notes
+    with pytest.raises(
+        ValueError, match=r"data.ignored = tset: .* has no such split, file or folder; did you mean test"
+    ):
+        load(tmp_path, ignored="tset,extra.parquet")
+
+
+def test_a_split_of_a_function_or_named_set_can_be_ignored(own_data: Callable[[str], str], tmp_path: Path):
+    name = own_data("return dict(train=(images, labels), test=(images, ['?'] * 40))")
+    assert len(by_row(load(name, ignored="test"))) == 40
+    with pytest.raises(ValueError, match=r"data.ignored = validation: own_data:load has no such split"):
+        load(name, ignored="validation")
+    with pytest.raises(ValueError, match=r"data.ignored = test: digits has no such split"):
+        load("digits", ignored="test")
 
 
 def test_strings_and_dictionaries_name_the_classes(tmp_path: Path):
@@ -470,7 +590,7 @@ def test_a_scheme_that_wants_a_package_says_which(monkeypatch: pytest.MonkeyPatc
 
 
 def write_images(root: Path, images: np.ndarray, kind: str = "png") -> None:
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         Image.fromarray(image).save(root / f"{number:03}.{kind}")
 
@@ -487,6 +607,55 @@ def test_a_folder_per_class(tmp_path: Path):
     assert full_set.train.table.column("file").to_pylist() == [
         f"{['cat', 'dog'][r // 10]}/{r % 10:03}.png" for r in rows
     ]
+    assert full_set.notes[:2] == (
+        "train split: 20 examples of 2 class folders (cat, dog), such as cat/000.png",
+        "left out: 1 hidden (cat/.hidden.png), 1 .txt (cat/notes.txt)",
+    )
+
+
+def test_names_that_begin_with_an_underscore_and_every_suffix_of_pillow_are_read(tmp_path: Path):
+    for suffix in ("jfif", "jpe", "jp2", "tga", "avif", "webp", "JPG", "pnm", "dib", "qoi"):
+        write_images(tmp_path / "_background_", random_images(1), suffix)
+    write_images(tmp_path / "dog", random_images(3))
+    (tmp_path / "dog" / "000.png").rename(tmp_path / "dog" / "_DSC0001.png")
+    full_set = load(tmp_path)
+    assert len(by_row(full_set)) == 13
+    assert full_set.class_names == ("_background_", "dog")
+
+
+def test_videos_and_what_systems_leave_behind_are_no_images(tmp_path: Path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, random_images(5))
+    for litter in (
+        "__MACOSX/cat/._000.png",
+        "cat/@eaDir/000.png/THUMB.jpg",
+        "cat/Thumbs.db",
+        ".git/x.png",
+        "a.zip",
+        "cat/a.mpg",
+    ):
+        (tmp_path / litter).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / litter).write_bytes(b"?")
+    full_set = load(tmp_path)
+    assert full_set.class_names == ("cat", "dog")
+    assert "left out: 3 hidden (__MACOSX/cat/._000.png, cat/@eaDir/000.png/THUMB.jpg, …)" in full_set.notes[1]
+    assert "1 .zip (a.zip), 1 .db (cat/Thumbs.db), 1 .mpg (cat/a.mpg)" in full_set.notes[1]
+
+
+@pytest.mark.parametrize("emptied", ["owl", "train/owl"])
+def test_a_class_folder_without_images_is_refused_as_torchvision_does(tmp_path: Path, emptied: str):
+    from torchvision.datasets import ImageFolder
+
+    classes = (tmp_path / emptied).parent
+    for name in ("cat", "dog"):
+        write_images(classes / name, random_images(5))
+    (tmp_path / emptied).mkdir()
+    (tmp_path / emptied / "photo.heic").write_bytes(b"?")
+    with pytest.raises(FileNotFoundError, match="owl"):
+        ImageFolder(classes)
+    with pytest.raises(ValueError, match=rf"folder {emptied} holds no image: .*--data.ignored {emptied}$"):
+        load(tmp_path)
+    assert load(tmp_path, ignored=emptied).class_names == ("cat", "dog")
 
 
 def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
@@ -497,29 +666,167 @@ def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
     assert np.array_equal(full_set.validation.images, random_images(4, seed=4))
 
 
-def test_a_split_without_class_folders_is_refused_rather_than_taken_for_a_class(tmp_path: Path):
-    for part in ("train/cat", "train/dog", "test"):
-        write_images(tmp_path / part, random_images(4))
-    with pytest.raises(ValueError, match=r"test/000.png lies in no class's folder"):
+def layout_of(*folders: str, empty: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """The classes of each split of folders with an image in each."""
+    paths = sorted(f"{folder}/0.png" for folder in folders)
+    layout = lay_out_images(paths, empty=empty, where="set", label_column="label")
+    return {split: [str(file.class_name) for file in files] for split, files in layout.items()}
+
+
+def crossed(*splits: str) -> list[str]:
+    return [f"{split}/{name}" for split in splits for name in ("cat", "dog")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train", "test"),
+        ("TRAIN", "Test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("train_images", "test_images"),
+        ("train2017", "test2017"),
+        ("Training Data", "Test Data"),
+        ("train-set", "test-set"),
+        ("trainset", "testset"),
+        ("TrainImages", "TestImages"),
+        ("split=train", "split=test"),
+    ],
+)
+def test_folders_of_splits_are_told_by_the_words_in_their_names(train: str, test: str):
+    classes = ["cat", "dog"]
+    assert layout_of(*crossed(train, test)) == {"train": classes, "test": classes}
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["plane", "train"],
+        ["cat", "test", "trains"],
+        ["bullet_train", "plane", "test_tube"],
+        ["bullet_train", "freight_train"],
+        ["invalid", "valid"],
+        ["cat", "cat2", "evaluation"],
+    ],
+)
+def test_a_class_may_be_named_with_a_word_of_a_split(classes: list[str]):
+    assert layout_of(*classes) == {"train": classes}
+    assert layout_of(*(f"train/{name}" for name in classes)) == {"train": classes}
+
+
+def test_folders_below_a_class_belong_to_it():
+    assert layout_of("cat/2020", "cat/2021", "dog/2020/may") == {"train": ["cat", "cat", "dog"]}
+
+
+def test_labels_of_hive_folders_are_the_classes():
+    assert layout_of("label=cat", "label=dog") == {"train": ["cat", "dog"]}
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([*crossed("train", "test"), "docs"], "docs has no word of one split.*--data.ignored docs"),
+        ([*crossed("train", "test"), "docs/x"], "docs has no word of one split"),
+        ([*crossed("train"), "cat"], "cat has no word of one split"),
+        (["train", "test", "docs"], "docs has no word of one split"),
+        ([*crossed("mytrain", "mytest")], "mytest, mytrain has no word"),
+        ([*crossed("test"), "cat", "dog"], "cat, dog has no word of one split"),
+        ([*crossed("trainval", "test")], "trainval has no word of one split"),
+        ([*crossed("train", "training")], "folders train and training both name the train split"),
+        ([*crossed("train_images", "train_masks")], "both name the train split"),
+        ([*crossed("train", "train/train"), *crossed("test")], "folder train names a split, and so do folders in it"),
+        ([*crossed("train"), "test"], "test/0.png lies in no class's folder: .*--data.ignored test$"),
+        (["cat/train", "cat/test", "dog/train", "dog/test"], "test, train in the class folder cat name splits"),
+        ([*crossed("archive")], "archive is its only folder, .* set data.name to set/archive"),
+        ([*crossed("archive/train", "archive/test")], "archive is its only folder"),
+        (["caf\u00e9", "cafe\u0301"], "are one name in two Unicode forms"),
+    ],
+)
+def test_folders_that_may_be_splits_or_classes_are_refused_with_the_way_out(folders: list[str], message: str):
+    with pytest.raises(ValueError, match=rf"data.name = set: .*{message}"):
+        layout_of(*folders)
+
+
+def test_an_empty_folder_of_a_split_is_refused():
+    with pytest.raises(ValueError, match=r"folder val names a split and holds no image: .*--data.ignored val$"):
+        layout_of(*crossed("train", "test"), empty=("val", "annotations"))
+
+
+def test_classes_that_hold_the_same_folders_are_warned_of(tmp_path: Path):
+    for part in crossed("trn", "tst"):
+        write_images(tmp_path / part, random_images(5))
+    warning = "warning: class folders trn, tst of the train split hold folders of the same names (cat, dog): if those"
+    assert any(note.startswith(warning) for note in load(tmp_path).notes)
+
+
+def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):
+    for part in ("cat", "dog", "pets/cat", "pets/dog"):
+        write_images(tmp_path / part, random_images(5))
+    with pytest.raises(ValueError, match=r"pets holds cat/000.png, .* once more, .*--data.ignored pets$"):
         load(tmp_path)
+    assert load(tmp_path, ignored="pets").class_names == ("cat", "dog")
 
 
-def test_a_class_may_be_called_train(tmp_path: Path):
-    for name in ("train", "plane"):
-        write_images(tmp_path / name, random_images(5))
-    assert load(tmp_path).class_names == ("plane", "train")
+def test_tables_beside_folders_of_images_are_refused(tmp_path: Path):
+    pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / "set.parquet")
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "preview.png")
+    assert any("left out: 1 .png (preview.png)" in note for note in load(tmp_path).notes)
+    write_images(tmp_path / "cat", random_images(5))
+    with pytest.raises(ValueError, match=r"holds tables \(set.parquet\) and folders of images .*--data.ignored '\*"):
+        load(tmp_path)
 
 
 def test_images_beside_the_class_folders_are_refused(tmp_path: Path):
     write_images(tmp_path / "cat", random_images(2))
     Image.fromarray(random_images(1)[0]).save(tmp_path / "lost.png")
-    with pytest.raises(ValueError, match=r"lost.png lies in no class's folder"):
+    with pytest.raises(ValueError, match=r"lost.png lies in no class's folder: .*--data.ignored lost.png"):
         load(tmp_path)
 
 
 def test_a_test_folder_alone_is_refused(tmp_path: Path):
     write_images(tmp_path / "test" / "cat", random_images(2))
     with pytest.raises(ValueError, match="no train folder, only test"):
+        load(tmp_path)
+
+
+# Links
+
+
+def test_a_link_back_up_is_not_followed(tmp_path: Path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "set" / name, random_images(5))
+        (tmp_path / "set" / name / "back").symlink_to(tmp_path / "set")
+        (tmp_path / "set" / name / "higher").symlink_to(tmp_path)
+    full_set = load(tmp_path / "set")
+    assert len(by_row(full_set)) == 10
+    assert "left out: 4 links back to a folder they lie in (cat/back, cat/higher, …)" in full_set.notes
+
+
+def test_links_to_what_is_read_count_once_and_links_to_elsewhere_are_followed(tmp_path: Path):
+    for part in ("set/cat", "set/dog", "elsewhere"):
+        write_images(tmp_path / part, random_images(5))
+    (tmp_path / "set" / "cat" / "again.png").symlink_to(tmp_path / "set" / "cat" / "000.png")
+    (tmp_path / "set" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "owl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"dog/more/000.png and owl/000.png are one file by a link, in two splits or"):
+        load(tmp_path / "set")
+    full_set = load(tmp_path / "set", ignored="more")
+    assert len(by_row(full_set)) == 15
+    assert any("1 links to files that are read (cat/again.png)" in note for note in full_set.notes)
+
+
+def test_a_link_to_nothing_is_refused_where_data_are_missed(tmp_path: Path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, random_images(5))
+    (tmp_path / "cat" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"cat/lost.png is a link to nothing"):
+        load(tmp_path)
+    assert len(by_row(load(tmp_path, ignored="cat/lost.png"))) == 10
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):
+    write_images(tmp_path / "cat", random_images(5))
+    (tmp_path / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"file name b'cat/caf\\xe9.png' is not UTF-8"):
         load(tmp_path)
 
 

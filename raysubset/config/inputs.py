@@ -17,12 +17,16 @@ NUM_SUBSETS = 4  # that share the training set, where neither number nor size is
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10 or cifar100; the path or URI of Parquet/Arrow files or of a folder with
-    one folder of images per class; or package.module:function returning Arrow tables or (images, labels)."""
+    """digits, mnist, fashion_mnist, cifar10 or cifar100; the path or URI of a Parquet/Arrow file, or of a folder
+    of them or with one folder of images per class, whose splits are told by words in names (train, val, test); or
+    package.module:function returning Arrow tables or (images, labels)."""
     root: str = "~/.cache/raysubset/data"
     """Where torchvision's files of a named set lie, or are downloaded to."""
     download: bool = False
     """Fetch a named set that is missing under root. Needs a network."""
+    ignored: str | None = None
+    """What to leave out, with commas between: a split of the set (validation, test), or names or paths of files and
+    folders below data.name, with * and ?."""
     image_size: int | None = None
     """Side in pixels that every image is resized (shorter side) and centre-cropped to. Needed where shapes differ."""
     image_column: str = "image"

@@ -3,100 +3,57 @@
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
+from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.images import decode_images
-from raysubset.data.locations import locate
+from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
-from raysubset.data.split import SplitName
 from raysubset.data.tables import from_table, needed_columns, with_scalars
 from raysubset.errors import first_line
 
-TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-# As the `datasets` library takes them out of file and folder names.
-_SPLIT_WORDS: dict[str, SplitName] = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}
+_NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
 
 def read_path(config: DataConfig) -> Source:
     """Read a file, or a folder with all below it, from any filesystem pyarrow knows.
 
     Raises:
-        ValueError: if nothing readable is there, or what is there is damaged; with the file.
+        ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
     """
-    system, root = locate(config.name)
-    info = system.get_file_info(root)
-    if info.type == fs.FileType.NotFound:
-        raise ValueError(f"data.name = {config.name}: there is no file or folder {root}")
-    if info.type == fs.FileType.File:
-        return {"train": _read_training_tables(system, [root], config, config.name)}
-    found = system.get_file_info(fs.FileSelector(root, recursive=True))
-    files = sorted(_below(root, each.path) for each in found if each.type == fs.FileType.File)
-    files = [file for file in files if not any(part.startswith((".", "_")) for part in PurePosixPath(file).parts)]
-    tables = [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
-    if tables:
-        return _read_table_folder(system, root, tables, config)
-    images = [file for file in files if file.lower().endswith(_IMAGE_SUFFIXES)]
-    if images and config.streamed:
+    files = find_files(config)
+    if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
-    if images:
-        return _read_image_folder(system, root, images, config)
-    raise ValueError(
-        f"data.name = {config.name}: the folder holds neither {', '.join(TABLE_SUFFIXES)} files nor folders of images"
-    )
-
-
-def split_of(file: str) -> SplitName | None:
-    """The split that a file's own name, or else its innermost folder's, speaks of."""
-    path = PurePosixPath(file)
-    for part in (path.stem, *reversed(path.parent.parts)):
-        for word in re.split(r"[-._ 0-9]+", part.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
-    return None
-
-
-def _below(root: str, path: str) -> str:
-    return path[len(root) :].lstrip("/")
-
-
-def _read_table_folder(system: fs.FileSystem, root: str, files: list[str], config: DataConfig) -> Source:
-    """Read the tables of each split; a file that names none is training data, as a note says where others do."""
-    by_split: defaultdict[SplitName, list[str]] = defaultdict(list)
-    for file in files:
-        by_split[split_of(file) or "train"].append(file)
-    if "train" not in by_split:
-        raise ValueError(f"data.name = {config.name}: no training files, only {', '.join(files[:5])}")
     source: Source = {}
-    for split, members in by_split.items():
-        paths = [f"{root}/{file}" for file in members]
-        read = _read_training_tables if split == "train" else _read_tables
-        source[split] = read(system, paths, config, f"the {split} split of {config.name}")
-    unnamed = [file for file in files if split_of(file) is None]
-    if unnamed and len(unnamed) < len(files):
-        note = f"read as training data, since they name no split: {', '.join(unnamed)}"
-        source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, note))
+    for split, members in files.layout.items():
+        where = f"the {split} split of {config.name}" if members[0].path else config.name
+        if files.kind == "images":
+            read, origin = _read_images(files, members, config), _describe_classes(members)
+        elif split == "train" and config.streamed:
+            read, origin = _read_streamed(files, members, config, where), _describe_tables(files, members)
+        else:
+            read, origin = _read_tables(files, members, config, where), _describe_tables(files, members)
+        note = f"{split} split: {len(read.labels)} examples of {origin}"
+        source[split] = dataclasses.replace(read, notes=(note, *read.notes))
+    source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
+
+
+def _describe_tables(files: DataFiles, members: Sequence[Placed]) -> str:
+    names = some(member.path or files.root.rpartition("/")[2] for member in members)
+    return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
+
+
+def _describe_classes(members: Sequence[Placed]) -> str:
+    names = list(dict.fromkeys(str(member.class_name) for member in members))
+    return f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
 
 
 def not_streamed(what: str) -> ValueError:
@@ -107,18 +64,19 @@ def not_streamed(what: str) -> ValueError:
     )
 
 
-def _read_training_tables(system: fs.FileSystem, paths: list[str], config: DataConfig, where: str) -> SourceSplit:
-    """The split in memory; or where it is streamed, its labels and scalars, and where its images lie."""
-    if not config.streamed:
-        return _read_tables(system, paths, config, where)
+def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
+    """The split's labels and scalars, and where its images lie."""
+    paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{others[0]} is none")
+    kinds = _column_kinds(files)
     tables, num_rows = [], []
-    for path in paths:
-        with _opened(system, path) as file:
+    for path, member in zip(paths, members, strict=True):
+        with _opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = needed_columns(parquet.schema_arrow, config, path)
-            tables.append(parquet.read([name for name in names if name != config.image_column]))
+            names = _needed(parquet.schema_arrow, member, kinds, config, path)
+            table = parquet.read([name for name in names if name != config.image_column])
+            tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     table = _concatenated(tables, where)
@@ -127,8 +85,40 @@ def _read_training_tables(system: fs.FileSystem, paths: list[str], config: DataC
     return with_scalars(RowGroups.of_files(config, where, paths, num_rows), table, config, where)
 
 
-def _read_tables(system: fs.FileSystem, paths: list[str], config: DataConfig, where: str) -> SourceSplit:
-    return from_table(_concatenated([_read_table(system, path, config) for path in paths], where), config, where)
+def _read_tables(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
+    kinds = _column_kinds(files)
+    tables = [_read_table(files, member, kinds, config) for member in members]
+    return from_table(_concatenated(tables, where), config, where)
+
+
+def _column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
+    """Types of the columns that hive folders name, key=value: integers if all their values are, else strings."""
+    values: defaultdict[str, set[str]] = defaultdict(set)
+    for members in files.layout.values():
+        for member in members:
+            for key, value in member.columns.items():
+                values[key].add(value)
+    is_integer = {
+        key: all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", v) for v in found - {_NULL}) for key, found in values.items()
+    }
+    return {key: pa.int64() if integer else pa.string() for key, integer in is_integer.items()}
+
+
+def _needed(
+    schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType], config: DataConfig, path: str
+) -> list[str]:
+    """The columns worth reading of a file, given those that its folders name, which it may lack."""
+    named = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
+    needed = needed_columns(pa.schema([*schema, *named]), config, path)
+    return [name for name in needed if name in schema.names]
+
+
+def _with_folder_columns(table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Table:
+    for key, value in member.columns.items():
+        if key not in table.column_names:
+            scalar = pa.scalar(None if value == _NULL else value, pa.string()).cast(kinds[key])
+            table = table.append_column(key, pa.repeat(scalar, table.num_rows))
+    return table
 
 
 def _concatenated(tables: list[pa.Table], where: str) -> pa.Table:
@@ -138,21 +128,20 @@ def _concatenated(tables: list[pa.Table], where: str) -> pa.Table:
         raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
 
 
-def _read_table(system: fs.FileSystem, path: str, config: DataConfig) -> pa.Table:
+def _read_table(files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], config: DataConfig) -> pa.Table:
     """Read the columns that are of use."""
-    if not path.lower().endswith(TABLE_SUFFIXES):
-        raise ValueError(f"{path} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder")
-    with _opened(system, path) as file:
+    path = files.full_path(member)
+    with _opened(files.system, path) as file:
         if path.lower().endswith(".parquet"):
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            table = parquet.read(needed_columns(parquet.schema_arrow, config, path))
+            table = parquet.read(_needed(parquet.schema_arrow, member, kinds, config, path))
         else:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = ipc.open_file(file) if is_file else ipc.open_stream(file)  # `datasets` caches streams
-            table = reader.read_all().select(needed_columns(reader.schema, config, path))
+            table = reader.read_all().select(_needed(reader.schema, member, kinds, config, path))
         table.validate(full=True)  # IPC is taken as it is: damaged offsets would end in a segmentation fault
-        return table
+        return _with_folder_columns(table, member, kinds)
 
 
 @contextmanager
@@ -167,26 +156,12 @@ def _opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
         raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error
 
 
-def _read_image_folder(system: fs.FileSystem, root: str, files: list[str], config: DataConfig) -> Source:
-    """Read root/class/… or, where all top folders are named as splits are, root/train/class/… and root/test/class/…"""
-    top = {PurePosixPath(file).parts[0] for file in files}
-    depth = 1 if {folder.lower() for folder in top} <= _SPLIT_WORDS.keys() else 0
-    by_split: defaultdict[SplitName, list[str]] = defaultdict(list)
-    for file in files:
-        parts = PurePosixPath(file).parts
-        if len(parts) < depth + 2:
-            raise ValueError(f"data.name = {config.name}: {file} lies in no class's folder")
-        by_split[_SPLIT_WORDS[parts[0].lower()] if depth else "train"].append(file)
-    if "train" not in by_split:
-        raise ValueError(f"data.name = {config.name}: no train folder, only {', '.join(sorted(top))}")
-    return {split: _read_images(system, root, members, depth, config) for split, members in by_split.items()}
-
-
-def _read_images(system: fs.FileSystem, root: str, files: list[str], depth: int, config: DataConfig) -> SourceSplit:
+def _read_images(files: DataFiles, members: Sequence[Placed], config: DataConfig) -> SourceSplit:
     def read(number: int) -> bytes:
-        with system.open_input_stream(f"{root}/{files[number]}") as file:
+        with files.system.open_input_stream(files.full_path(members[number])) as file:
             return file.read()
 
-    images = decode_images(len(files), read, describe=lambda number: files[number], image_size=config.image_size)
-    labels = pa.chunked_array([pa.array([PurePosixPath(file).parts[depth] for file in files])])
-    return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(files)])})
+    paths = [member.path for member in members]
+    images = decode_images(len(paths), read, describe=lambda number: paths[number], image_size=config.image_size)
+    labels = pa.chunked_array([pa.array([member.class_name for member in members])])
+    return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])})

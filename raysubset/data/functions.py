@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
+from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import as_labels
 from raysubset.data.sources import Source, SourceSplit
@@ -25,7 +26,9 @@ def read_function(config: DataConfig) -> Source:
         ValueError: for a name that does not lead to a function, or anything else returned.
     """
     returned = load_function("data.name", config.name)()
+    ignored = Ignored(config)
     if not isinstance(returned, Mapping):
+        ignored.refuse_unmet(())
         return {"train": _split(returned, config, config.name)}
     known = get_args(SplitName)
     for name in returned:
@@ -33,9 +36,11 @@ def read_function(config: DataConfig) -> Source:
             raise ValueError(
                 f"{config.name} returned a split {name!r}, not one of {', '.join(known)}{nearest(str(name), known)}"
             )
-    if "train" not in returned:
-        raise ValueError(f"{config.name} returned no train split, only {', '.join(returned)}")
-    return {name: _split(value, config, f"{config.name}'s {name} split") for name, value in returned.items()}
+    splits = ignored.without(returned)
+    ignored.refuse_unmet(returned)
+    if "train" not in splits:
+        raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
+    return {name: _split(value, config, f"{config.name}'s {name} split") for name, value in splits.items()}
 
 
 def _split(value: Any, config: DataConfig, where: str) -> SourceSplit:

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DATA_NAMES, DataConfig, derive_seed, nearest
-from raysubset.data.files import TABLE_SUFFIXES, not_streamed, read_path
+from raysubset.data.files import not_streamed, read_path
+from raysubset.data.finding import TABLE_SUFFIXES
 from raysubset.data.full_set import FullSet, channel_statistics, statistics_of_levels
 from raysubset.data.functions import read_function
 from raysubset.data.labels import number_classes

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
+from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import SplitName
 
 
 def read_named(config: DataConfig) -> Source:
@@ -18,9 +20,14 @@ def read_named(config: DataConfig) -> Source:
     Raises:
         ValueError: if its files are missing, damaged, or cannot be downloaded.
     """
+    ignored = Ignored(config)
     if config.name == "digits":
+        ignored.refuse_unmet(())
         return {"train": _digits(config)}
-    return {"train": _torchvision(config, train=True), "test": _torchvision(config, train=False)}
+    names: dict[SplitName, bool] = {"train": True, "test": False}
+    chosen = ignored.without(names)
+    ignored.refuse_unmet(names)
+    return {name: _torchvision(config, train=is_train) for name, is_train in chosen.items()}
 
 
 def _digits(config: DataConfig) -> SourceSplit:

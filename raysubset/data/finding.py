@@ -1,0 +1,257 @@
+"""Finds the files that data.name stands for: which are read of each split, and what is left out. Nothing is opened."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal, get_args
+
+from pyarrow import fs
+
+from raysubset.config import DataConfig
+from raysubset.data.ignored import Ignored
+from raysubset.data.layout import (
+    Layout,
+    Placed,
+    folders_shared_by_classes,
+    lay_out_images,
+    lay_out_tables,
+    refuse_copies,
+    some,
+)
+from raysubset.data.listing import ListedFile, Listing, list_folder
+from raysubset.data.locations import locate
+from raysubset.data.split import SplitName
+from raysubset.errors import first_line
+
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+
+# Folders that systems leave behind: a Mac's file attributes, thumbnails, byte code, what the check of a disk found.
+_LITTER = ("__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information")
+
+# What map() and filter() of the `datasets` library leave, or were writing, beside its tables.
+_CACHE = re.compile(r"(cache-[0-9a-f]+(_\d+_of_\d+)?|tmp\w{8,})\.arrow")
+
+# Tables of which a log says which files are alive: by a folder or a file that shows them.
+_LOGGED = {
+    "a Delta table": re.compile(r"(^|/)_delta_log$"),
+    "a Hudi table": re.compile(r"(^|/)\.hoodie$"),
+    "an Iceberg table": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
+}
+_MOST_REASONS = 8  # in one line
+
+LeftOut = defaultdict[str, list[str]]  # paths by the reason
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that a path stands for, by split, with what is said of the others."""
+
+    system: fs.FileSystem
+    root: str  # in that file system
+    kind: Literal["tables", "images"]
+    layout: Layout
+    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, by its path
+    notes: tuple[str, ...]
+
+    def full_path(self, file: Placed) -> str:
+        """Where a file lies in the file system."""
+        return f"{self.root}/{file.path}" if file.path else self.root
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is neither ignored nor hidden."""
+
+    files: Mapping[str, ListedFile]  # by path
+    folders: Sequence[str]
+
+
+def find_files(config: DataConfig) -> DataFiles:
+    """Find the files that data.name stands for, and decide what each is read as.
+
+    Raises:
+        ValueError: if nothing readable is there, or it is open what is meant, with the ways out.
+    """
+    system, root = locate(config.name)
+    try:
+        info = system.get_file_info(root)
+    except OSError as error:
+        raise ValueError(f"data.name = {config.name} cannot be reached: {first_line(error)}") from error
+    if info.type == fs.FileType.NotFound:
+        hint = ": patterns are not followed, give the folder" if re.search(r"[*?\[]", root) else ""
+        raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
+    if info.type == fs.FileType.File:
+        if not root.lower().endswith(TABLE_SUFFIXES):
+            raise ValueError(f"{root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder")
+        Ignored(config).refuse_unmet([])
+        listed = {"": ListedFile("", info.size or 0, info.mtime_ns)}
+        return DataFiles(system, root, "tables", {"train": [Placed("")]}, listed, ())
+    return _find_in_folder(system, root, config)
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes of the formats whose pixels Pillow can read here, with those that installed plugins add."""
+    from PIL import Image, ImageFile
+
+    Image.init()
+    readers = {kind: reader for kind, (reader, _) in Image.OPEN.items()}
+    stubs = [kind for kind, reader in readers.items() if _is_subclass(reader, ImageFile.StubImageFile)]
+    unread = {*stubs, "MPEG"}  # told by their first bytes, and no more
+    read = {*readers, "MPO"} - unread  # MPO is opened by JPEG's reader
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
+
+
+def _is_subclass(reader: object, of: type) -> bool:
+    return isinstance(reader, type) and issubclass(reader, of)
+
+
+def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> DataFiles:
+    ignored, where = Ignored(config), config.name
+    listing = list_folder(system, root)
+    left_out: LeftOut = defaultdict(list)
+    found = _sift(listing, ignored, where, left_out)
+    tables = _sift_tables(found.files, left_out)
+    images = [path for path in found.files if path.lower().endswith(image_suffixes())]
+    _refuse_nothing_or_both(tables, images, found, left_out, where, ignored)
+    read = tables or images
+    refuse_copies({path: found.files[path].size for path in read}, where=where)
+    if tables:
+        layout = lay_out_tables(tables, where=where, label_column=config.label_column)
+    else:
+        holding = {str(parent) for path in images for parent in PurePosixPath(path).parents}
+        empty = [folder for folder in found.folders if folder not in holding]
+        layout = lay_out_images(images, empty=empty, where=where, label_column=config.label_column)
+    layout = _without_doubles(layout, found.files, os.path.realpath(root), where, left_out)
+    in_order: Layout = {split: layout[split] for split in get_args(SplitName) if split in layout}
+    chosen = ignored.without(in_order)
+    left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen for file in layout[split]]
+    ignored.refuse_unmet([*layout, *found.folders, *found.files])
+    if "train" not in chosen:
+        what = "training files" if tables else "train folder"
+        raise ValueError(f"data.name = {where}: no {what}, only {some(tables or chosen)}")
+    told = _in_words(left_out, found.files.keys() - {*read})
+    return DataFiles(
+        system=system,
+        root=root,
+        kind="tables" if tables else "images",
+        layout=chosen,
+        listed={placed.path: found.files[placed.path] for members in chosen.values() for placed in members},
+        notes=(*((f"left out: {told}",) if told else ()), *(() if tables else folders_shared_by_classes(chosen))),
+    )
+
+
+def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> _Found:
+    """What is left of a listing without what is ignored or hidden.
+
+    Raises:
+        ValueError: for tables with a log, and for links to nothing where there should be a table or an image.
+    """
+    files: dict[str, ListedFile] = {}
+    for file in listing.files:
+        if ignored.matches(file.path):
+            left_out["ignored"].append(file.path)
+        elif not _is_hidden(file.path):
+            files[file.path] = file
+        else:
+            left_out["hidden"].append(file.path)
+    folders, circles, dangling = (
+        [path for path in paths if not ignored.matches(path)]
+        for paths in (listing.folders, listing.circles, listing.dangling)
+    )
+    left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
+    left_out["links back to a folder they lie in"] += circles
+    left_out["links to nothing"] += dangling
+    if lost := [link for link in dangling if link.lower().endswith((*TABLE_SUFFIXES, *image_suffixes()))]:
+        raise ValueError(f"data.name = {where}: {some(lost)} is a link to nothing: fetch or remove what it stands for")
+    for path in (*folders, *files):
+        for kind, shows in _LOGGED.items():
+            if shows.search(path):
+                raise ValueError(
+                    f"data.name = {where}: {path} makes it {kind}, whose log says which files are alive, and is not "
+                    "read: write the live rows to Parquet, or give data.name a function that returns them as an Arrow "
+                    "table (for Delta, deltalake's DeltaTable(path).to_pyarrow_table())"
+                )
+    return _Found(files, [folder for folder in folders if not _is_hidden(folder)])
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") or part.lower() in _LITTER for part in path.split("/"))
+
+
+def _sift_tables(files: Iterable[str], left_out: LeftOut) -> list[str]:
+    """Tables, without those that other programs left beside them."""
+    tables = []
+    for path in files:
+        parts = path.split("/")
+        if not path.lower().endswith(TABLE_SUFFIXES):
+            continue
+        if _CACHE.fullmatch(parts[-1]):
+            left_out["caches of the datasets library"].append(path)
+        elif any(part.startswith("_") for part in parts):  # as Spark and Arrow do: those are not finished
+            left_out["tables under names that begin with _"].append(path)
+        else:
+            tables.append(path)
+    return tables
+
+
+def _refuse_nothing_or_both(
+    tables: Sequence[str], images: Sequence[str], found: _Found, left_out: LeftOut, where: str, ignored: Ignored
+) -> None:
+    in_folders = [path for path in images if "/" in path]
+    if tables and in_folders:
+        raise ValueError(
+            f"data.name = {where} holds tables ({some(tables)}) and folders of images ({some(in_folders)}): leave one "
+            f"of them out, as with --data.ignored '*{PurePosixPath(tables[0]).suffix}'"
+        )
+    if not tables and not images:
+        ignored.refuse_unmet([*found.folders, *found.files])
+        held = _in_words(left_out, found.files)
+        raise ValueError(
+            f"data.name = {where}: the folder holds neither {', '.join(TABLE_SUFFIXES)} files nor folders of images"
+            f"{f'; there are {held}' if held else ''}"
+        )
+
+
+def _without_doubles(
+    layout: Layout, files: Mapping[str, ListedFile], real_root: str, where: str, left_out: LeftOut
+) -> Layout:
+    """The layout with each file once, where links lead to it several times.
+
+    Raises:
+        ValueError: for a file that links put into two splits or classes.
+    """
+    linked = {files[file.path].real_path for members in layout.values() for file in members} - {None}
+    if not linked:
+        return layout
+    seen: dict[str, tuple[SplitName, Placed]] = {}
+    kept: Layout = {}
+    placed: list[tuple[SplitName, Placed]] = [(split, file) for split, members in layout.items() for file in members]
+    for split, file in sorted(placed, key=lambda pair: files[pair[1].path].real_path is not None):
+        real_path = files[file.path].real_path or f"{real_root}/{file.path}"
+        first_split, first = seen.setdefault(real_path, (split, file))
+        if (first_split, first.class_name, first.columns) != (split, file.class_name, file.columns):
+            raise ValueError(
+                f"data.name = {where}: {first.path} and {file.path} are one file by a link, in two splits or classes: "
+                f"remove one, or leave it out with --data.ignored"
+            )
+        if first is file:
+            kept.setdefault(split, []).append(file)
+        else:
+            left_out["links to files that are read"].append(file.path)
+    return {split: sorted(kept[split], key=lambda file: file.path) for split in layout if split in kept}
+
+
+def _in_words(left_out: LeftOut, others: Iterable[str]) -> str:
+    """How many files were left out for which reason, with some of their names; others are left out by their suffix."""
+    by_reason: LeftOut = defaultdict(list)
+    for path in sorted({*others}.difference(*left_out.values())):
+        suffix = PurePosixPath(path).suffix
+        by_reason[suffix or "without a suffix"].append(path)
+    reasons = [(reason, paths) for reason, paths in (left_out | by_reason).items() if paths]
+    words = [f"{len(paths)} {reason} ({some(paths, most=2)})" for reason, paths in reasons[:_MOST_REASONS]]
+    if rest := sum(len(paths) for _, paths in reasons[_MOST_REASONS:]):
+        words.append(f"{rest} others")
+    return ", ".join(words)

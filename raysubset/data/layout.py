@@ -1,0 +1,269 @@
+"""Decides by names alone which files of a folder are read as which split and class; what is ambiguous is refused."""
+
+import re
+import shlex
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NoReturn
+from urllib.parse import unquote
+
+from raysubset.data.split import SplitName
+
+# As the `datasets` library takes them out of file and folder names.
+_SPLIT_WORDS: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_ANY_WORD = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
+_SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # of hive folders: split=train
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A file, and what its place in the folder says of it."""
+
+    path: str
+    class_name: str | None = None  # of an image
+    columns: Mapping[str, str] = field(default_factory=dict)  # of a table: of hive folders, key=value
+
+
+Layout = dict[SplitName, list[Placed]]
+
+
+def some(names: Iterable[str], *, most: int = 4) -> str:
+    """The first few of the names, for a line."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def words_of_splits(name: str) -> dict[SplitName, str]:
+    """The splits that a file's or folder's name speaks of, with the word that says so.
+
+    Words end at anything but letters and at a capital: seg_train, train2017, "Test Data", trainImages, testset.
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+    words = (re.sub(r"(?<=.)(data)?(set)?$", "", word) for word in re.split(r"[\W\d_]+", spaced))
+    return {_SPLIT_WORDS[word]: word for word in words if word in _SPLIT_WORDS}
+
+
+def alike_but_for_split(names: Iterable[str]) -> list[str]:
+    """Names that are one name but for the word of a split in it, even inside a word: mytrain and mytest."""
+    by_rest: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        rest, num = re.subn(_ANY_WORD, "*", name.lower(), count=1)
+        if num:
+            by_rest[rest].append(name)
+    return next((group for group in by_rest.values() if len(group) > 1), [])
+
+
+def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> Layout:
+    """The split of each table by the names of its folders and its own; all are training data where none names one.
+
+    Raises:
+        ValueError: for names that leave it open.
+    """
+    _refuse_formats_of_one_table(paths, where)
+    layout: Layout = defaultdict(list)
+    unnamed: list[str] = []
+    by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # a path by the word it names the split with
+    for path in paths:
+        splits, columns = _read_names(path, where, label_column)
+        if len(splits) > 1:
+            _refuse(where, f"{path} names several splits ({', '.join(splits)})", "rename it", ignore=path)
+        split: SplitName = "train"
+        for split, word in splits.items():
+            by_split[split].setdefault(word, path)
+        if not splits:
+            unnamed.append(path)
+        layout[split].append(Placed(path, columns=columns))
+    for split, examples in by_split.items():
+        if len(examples) > 1:
+            path = [*examples.values()][-1]
+            _refuse(where, f"{' and '.join(examples.values())} both name the {split} split", "rename one", ignore=path)
+    names = dict.fromkeys(name for path in unnamed for name in (*path.split("/")[:-1], PurePosixPath(path).stem))
+    if pair := alike_but_for_split(names):
+        _refuse(where, f"{some(pair)} may name splits", "part the word by a dash (my-train)", ignore=None)
+    if unnamed and by_split:
+        named = next(path for path in paths if path not in unnamed)
+        text = f"{some(unnamed)} name no split, as {named} does"
+        _refuse(where, text, "rename them (train-…)", ignore=unnamed[0])
+    return dict(layout)
+
+
+def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitName, str], dict[str, str]]:
+    """The splits, with their words, and the columns that a table's folders and its own name speak of."""
+    splits: dict[SplitName, str] = {}
+    columns: dict[str, str] = {}
+    for folder in PurePosixPath(path).parent.parts:
+        key, is_hive, value = folder.partition("=")
+        if not is_hive:
+            splits |= words_of_splits(folder)
+            continue
+        value = unquote(value)
+        named = words_of_splits(value) if key.lower() in _SPLIT_KEYS or value.lower() in _SPLIT_WORDS else {}
+        if key == label_column or not (named or key.lower() == "split" or words_of_splits(key)):
+            columns[key] = value
+        elif named and not words_of_splits(key):
+            splits |= named
+        else:
+            text = f"{folder} may name a split, but not which"
+            _refuse(where, text, "rename it (split=train, split=test)", ignore=folder)
+    return splits | words_of_splits(PurePosixPath(path).stem), columns
+
+
+def _refuse_formats_of_one_table(paths: Sequence[str], where: str) -> None:
+    by_stem: dict[str, str] = {}
+    for path in paths:
+        other = by_stem.setdefault(str(PurePosixPath(path).with_suffix("")), path)
+        if other != path:
+            _refuse(where, f"{other} and {path} may be one table in two formats", "remove one", ignore=path)
+
+
+def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, label_column: str) -> Layout:
+    """The split and class of each image: folders of classes, or of splits with a folder of each class in them.
+
+    A split's folder holds the folders of classes, a class's the images: so a class may be called "test".
+
+    Args:
+        empty: folders that hold no image.
+
+    Raises:
+        ValueError: for names that leave it open, images in no folder, and empty folders of classes, as torchvision's
+            ImageFolder does: what was meant to be there would be missed, and classes would be numbered otherwise.
+    """
+    tops = _by_folder(paths, "", where)
+    if not _has_splits(tops, depth=0):
+        return {"train": _classes(tops, "", empty, where, label_column)}
+    unclear = [folder for folder in tops if len(words_of_splits(folder)) != 1]
+    if unclear:
+        text = f"folders {some(tops)} may be splits or classes: {some(unclear)} has no word of one split in its name"
+        cure = "let all of them name splits, as my-train does, or none, as a class tests"
+        _refuse(where, text, cure, ignore=unclear[0])
+    folders: dict[SplitName, str] = {}
+    layout: Layout = {}
+    for folder, members in tops.items():
+        (split,) = words_of_splits(folder)
+        if split in folders:
+            text = f"folders {folders[split]} and {folder} both name the {split} split"
+            _refuse(where, text, "put them together", ignore=folder)
+        folders[split] = folder
+        inner = _by_folder(members, folder, where)
+        if len(inner) == 1 and [*words_of_splits(next(iter(inner)))] == [split]:  # seg_train/seg_train, as zips unpack
+            folder = f"{folder}/{next(iter(inner))}"
+            inner = _by_folder(members, folder, where)
+        if _has_splits(inner, depth=folder.count("/") + 1):
+            text = f"folder {folder} names a split, and so do folders in it ({some(inner)})"
+            _refuse(where, text, "leave one level of them", ignore=next(iter(inner)))
+        layout[split] = _classes(inner, folder, empty, where, label_column)
+    if unread := [folder for folder in empty if "/" not in folder and words_of_splits(folder)]:
+        _refuse(where, f"folder {unread[0]} names a split and holds no image", "remove it", ignore=unread[0])
+    return layout
+
+
+def folders_shared_by_classes(layout: Layout) -> tuple[str, ...]:
+    """A warning if all classes hold the same folders: those may be the classes, and the folders around them splits."""
+    for split, files in layout.items():
+        inner: defaultdict[str, set[str]] = defaultdict(set)
+        for file in files:
+            parts = PurePosixPath(file.path).parts
+            inner[str(file.class_name)].add(parts[-2])
+        first, *others = inner.values()
+        if others and len(first) > 1 and all(names == first for names in others):
+            names = some(sorted(first))
+            text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
+            return (f"warning: {text}: if those are the classes, give data.name a folder that holds them directly",)
+    return ()
+
+
+def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
+    """Refuse a folder that holds what lies beside it once more, as archives unpacked twice do.
+
+    Args:
+        sizes: bytes of each file by path.
+    """
+    tops: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sizes:
+        top, _, rest = path.partition("/")
+        tops[top].append(rest)
+    for top, members in tops.items():
+        if all(rest and sizes.get(rest) == sizes[f"{top}/{rest}"] for rest in members):
+            text = f"{top} holds {some(members)} once more, with the same sizes"
+            _refuse(where, text, "remove the copy", ignore=top)
+
+
+def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[str]]:
+    """Images by the folder just below another one, in which all of them lie."""
+    depth = len(PurePosixPath(above).parts)
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        parts = PurePosixPath(path).parts
+        if len(parts) < depth + 2:
+            _refuse(where, f"{path} lies in no class's folder", "move it into one", ignore=above or path)
+        folders[parts[depth]].append(path)
+    return dict(folders)
+
+
+def _has_splits(folders: Mapping[str, Sequence[str]], *, depth: int) -> bool:
+    """Return True if folders at this depth may be those of splits: by a pair of names, or by folders in one of them."""
+    if alike_but_for_split(folders):
+        return True
+    return any(
+        words_of_splits(folder) and any(path.count("/") > depth + 1 for path in paths)
+        for folder, paths in folders.items()
+    )
+
+
+def _classes(
+    folders: Mapping[str, Sequence[str]], above: str, empty: Sequence[str], where: str, label_column: str
+) -> list[Placed]:
+    """The images of the class folders below another one, each with its class."""
+    if not above and len(folders) == 1:
+        (folder,) = folders
+        if all(path.count("/") > 1 for path in folders[folder]):
+            out = f"set data.name to {where.rstrip('/')}/{folder}"
+            raise ValueError(f"data.name = {where}: {folder} is its only folder, and one class is too few: {out}")
+    prefix = f"{above}/" if above else ""
+    for folder in empty:
+        if folder.startswith(prefix) and "/" not in folder[len(prefix) :]:
+            _refuse(where, f"folder {folder} holds no image", "remove it", ignore=folder)
+    names: dict[str, str] = {}
+    files = []
+    for folder, paths in folders.items():
+        name = unicodedata.normalize("NFC", folder.removeprefix(f"{label_column}="))
+        if name in names:
+            text = f"class folders {names[name]!a} and {folder!a} are one name in two Unicode forms"
+            _refuse(where, text, "put them together", ignore=None)
+        names[name] = folder
+        _refuse_splits_of_a_class(paths, f"{prefix}{folder}", where)
+        files += [Placed(path, name) for path in paths]
+    return sorted(files, key=lambda file: file.path)
+
+
+def _refuse_splits_of_a_class(paths: Sequence[str], folder: str, where: str) -> None:
+    inner: defaultdict[PurePosixPath, set[str]] = defaultdict(set)
+    for path in paths:
+        for parent in PurePosixPath(path).parents:
+            if len(parent.parts) <= folder.count("/") + 1:
+                break
+            inner[parent.parent].add(parent.name)
+    for parent, names in inner.items():
+        if pair := alike_but_for_split(sorted(names)):
+            text = f"{some(pair)} in the class folder {parent} name splits"
+            _refuse(where, text, f"put the classes into the splits ({pair[0]}/{folder})", ignore=pair[0])
+
+
+def _refuse(where: str, text: str, cure: str, *, ignore: str | None) -> NoReturn:
+    """Raise the refusal of a folder, with the ways out."""
+    out = f", or leave it out with --data.ignored {shlex.quote(ignore.replace(',', '?'))}" if ignore else ""
+    raise ValueError(f"data.name = {where}: {text}: {cure}{out}")

@@ -1,0 +1,93 @@
+"""Lists the files and folders below a path: on a local disk links are followed, but never round in a circle."""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from pyarrow import fs
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file below the folder that was listed."""
+
+    path: str  # below that folder, with "/" between its parts
+    size: int  # bytes
+    mtime_ns: int | None  # None if the storage does not tell
+    real_path: str | None = None  # where it truly lies, if a link leads to it
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that lies below a folder; paths are below that folder."""
+
+    files: tuple[ListedFile, ...]  # ordered by path
+    folders: tuple[str, ...]  # ordered; hidden ones are named and not entered
+    circles: tuple[str, ...] = ()  # links to a folder that they themselves lie in, not entered
+    dangling: tuple[str, ...] = ()  # links to nothing
+
+
+def list_folder(system: fs.FileSystem, root: str) -> Listing:
+    """List a folder with all below it.
+
+    Raises:
+        ValueError: for a folder that cannot be listed, or a name that is not UTF-8.
+    """
+    try:
+        if isinstance(system, fs.LocalFileSystem):
+            return _list_local(root)
+        infos = system.get_file_info(fs.FileSelector(root, recursive=True))
+    except OSError as error:
+        raise ValueError(f"{error.filename or root} cannot be listed: {error.strerror or error}") from error
+    files, folders = [], []
+    for info in infos:
+        path = info.path[len(root) :].lstrip("/")
+        if info.type == fs.FileType.Directory:
+            folders.append(path)
+        elif info.type == fs.FileType.File:
+            files.append(ListedFile(path, info.size or 0, info.mtime_ns))
+    return Listing(tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(folders)))
+
+
+def _list_local(root: str) -> Listing:
+    files: list[ListedFile] = []
+    folders: list[str] = []
+    circles: list[str] = []
+    dangling: list[str] = []
+
+    def walk(folder: str, real_folder: str, entered: tuple[str, ...], through_link: bool) -> None:
+        """List one folder; `entered` are the true paths of those around it, itself included."""
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = os.path.join(folder, entry.name)
+                _refuse_other_encodings(path)
+                is_link = entry.is_symlink()
+                try:
+                    status = entry.stat()
+                except OSError:
+                    if not is_link:
+                        raise
+                    dangling.append(path)
+                    continue
+                real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_folder, entry.name)
+                if stat.S_ISREG(status.st_mode):
+                    real = real_path if is_link or through_link else None
+                    files.append(ListedFile(path, status.st_size, status.st_mtime_ns, real))
+                elif stat.S_ISDIR(status.st_mode):
+                    folders.append(path)
+                    if is_link and any(f"{around}/".startswith(f"{real_path.rstrip('/')}/") for around in entered):
+                        circles.append(path)
+                    elif not entry.name.startswith("."):
+                        walk(path, real_path, (*entered, real_path), through_link or is_link)
+
+    real_root = os.path.realpath(root)
+    walk("", real_root, (real_root,), through_link=False)
+    files.sort(key=lambda file: file.path)
+    return Listing(tuple(files), *(tuple(sorted(paths)) for paths in (folders, circles, dangling)))
+
+
+def _refuse_other_encodings(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the file name {os.fsencode(path)!r} is not UTF-8: rename it") from None
