@@ -1,15 +1,20 @@
 """Networks by name: small ones whose Q can exceed one, torchvision's, and the user's own. No training, no files."""
 
+import copy
 import math
+import random
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raysubset.config import ModelConfig, nearest
-from raysubset.errors import first_line
+from raysubset.errors import one_line
 from raysubset.user_functions import load_function
 
 _OWN = ("cnn", "lenet5", "mlp", "cifar_resnet")
@@ -22,7 +27,10 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
 
     The weights are drawn from torch's CPU generator under `seed` alone, so every node gets the same bits; the global
     generators are left as they were. A user's "package.module:function" is called as function(num_classes,
-    image_shape) with image_shape = (C, H, W); its module may lie in the working directory.
+    image_shape) with image_shape = (C, H, W); its module may lie in the working directory. Its network is tried: in
+    evaluation mode, and on a copy for a step of training in the memory layout of the actors. One that works in torch's
+    default layout alone is given its images in that (see needs_default_layout()); one that changes its images in place
+    is given copies.
 
     Args:
         config: architecture, size and normalisation.
@@ -31,11 +39,11 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         seed: of the initial weights.
 
     Returns:
-        A float32 module on the CPU in train mode. Its outputs have been checked on images of zeros.
+        A float32 module on the CPU in train mode.
 
     Raises:
         ValueError: for an unknown name, images that the network cannot take, or a user's function that is missing
-            or whose network gives anything but [N, num_classes].
+            or whose network cannot be trained, or gives anything but [N, num_classes] in either mode.
     """
     height, width, channels = image_shape
     shape = (channels, height, width)
@@ -51,9 +59,11 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         _refuse_complex(config.name, model)
         model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         model.eval()
-        _check_logits(config.name, model, num_classes, shape)
-    if not num_parameters(model):
-        raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
+        _try_evaluation(config.name, model, num_classes, shape)
+        if not num_parameters(model):
+            raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
+        if ":" in config.name:
+            _try_training(config.name, model, num_classes, shape)
     return model.train()
 
 
@@ -331,29 +341,118 @@ def _meta_output_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, .
 
 
 def _users_network(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """What the user's function returns, without torch's wrappers that spread it over cards or compile it."""
     model = load_function("model.name", name)(num_classes, shape)
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
     return model
 
 
-def _check_logits(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> None:
-    """Try two images of zeros on a network in eval mode.
+def needs_default_layout(model: nn.Module) -> bool:
+    """Whether build_model() found that the network cannot be trained on channels-last images, so is given no such."""
+    return any(hook is _in_default_layout for hook in model._forward_pre_hooks.values())
+
+
+def _in_default_layout(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook: copies of the images in memory [N, C, H, W]; contiguous() would keep the strides of a single channel."""
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+
+
+def _as_a_copy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook: copies of the images, as the network changes its own."""
+    return (inputs[0].clone(), *inputs[1:])
+
+
+def _try_evaluation(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> None:
+    """Try two images of zeros, and one, on a network in eval mode.
 
     Raises:
-        ValueError: if it cannot take them, or gives anything but float [2, num_classes].
+        ValueError: if it cannot take them, or gives anything but float [N, num_classes].
     """
-    images = torch.zeros(2, *shape)
+    for num in (2, 1):
+        images = torch.zeros(num, *shape)
+        try:
+            with _generators_restored(), torch.no_grad():
+                outputs = model(images)
+        except Exception as error:  # the user's forward() may raise anything
+            reason, of = one_line(error), f"images of shape {list(images.shape)} [N, C, H, W]"
+            text = f"{name} cannot take {of}" if num > 1 else f"{name} cannot take {of}, one alone, in evaluation mode"
+            raise ValueError(f"{text}: {reason}") from error
+        _check_outputs(name, outputs, num, num_classes, "")
+
+
+def _try_training(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> None:
+    """Try a step of two random images on copies of a network, in the layout of the actors and else in torch's default.
+
+    Raises:
+        ValueError: if it fails in both, or gives anything but float [2, num_classes] that depends on its parameters.
+    """
+    channels, height, width = shape
+    reasons = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        network = _copy(name, model, num_classes, shape).train()
+        network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        images = torch.randn(2, height, width, channels).permute(0, 3, 1, 2)  # in the memory that Examples have
+        if layout is torch.contiguous_format:
+            images = images.clone(memory_format=layout)
+        given = images.clone()
+        try:
+            with _generators_restored(), torch.enable_grad():
+                outputs = network(given)
+                if isinstance(outputs, Tensor) and outputs.requires_grad and outputs.is_floating_point():
+                    outputs.sum().backward()
+        except Exception as error:  # likewise
+            reasons.append(one_line(error))
+            continue
+        _check_outputs(name, outputs, len(images), num_classes, " in train mode")
+        if not outputs.requires_grad:
+            cause = "leave no_grad(), detach() and NumPy out of its forward()"
+            raise ValueError(f"{name} gave outputs in train mode that have no gradient: {cause}")
+        if layout is torch.contiguous_format:
+            model.register_forward_pre_hook(_in_default_layout)
+        elif not torch.equal(given, images):
+            model.register_forward_pre_hook(_as_a_copy)
+        return
+    raise ValueError(f"{name} cannot take a step of training on two images: {reasons[-1]}")
+
+
+def _copy(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """A copy of a user's network; of one that cannot be copied, as it holds a lock or the like, another one."""
     try:
-        with torch.no_grad():
-            logits = model(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = first_line(error)
-        raise ValueError(f"{name} cannot take images of shape {list(images.shape)} [N, C, H, W]: {reason}") from error
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"{name} gave a {type(logits).__name__}; it should give logits [N, {num_classes}]")
-    if logits.shape != (2, num_classes) or not logits.is_floating_point():
-        gave = f"{str(logits.dtype).removeprefix('torch.')} {list(logits.shape)}"
+        return copy.deepcopy(model)
+    except Exception:  # whatever its attributes raise
+        network = _users_network(name, num_classes, shape).to("cpu", torch.float32)
+        network.load_state_dict(model.state_dict())
+        return network
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Python's and NumPy's global generators as they were, afterwards; torch's are seen to by build_model()."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _check_outputs(name: str, outputs: Any, num: int, num_classes: int, when: str) -> None:
+    """Refuse anything but float [num, num_classes]."""
+    if not isinstance(outputs, Tensor):
+        kind = type(outputs).__name__
         raise ValueError(
-            f"{name} gave {gave} for two images; {num_classes} classes need float logits [2, {num_classes}]"
+            f"{name} gave a {kind}{when}; it should give logits [N, {num_classes}]"
+            + (", as it does in evaluation mode: leave its auxiliary heads out, or wrap it" if when else "")
+        )
+    if outputs.shape != (num, num_classes) or not outputs.is_floating_point():
+        gave = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
+        images = "two images" if num == 2 else "one image"
+        squeezed = num == 1 and outputs.ndim < 2
+        raise ValueError(
+            f"{name} gave {gave} for {images}{when}; {num_classes} classes need float logits [{num}, {num_classes}]"
+            + (": squeeze() drops the dimension of the batch too, flatten(1) does not" if squeezed else "")
         )

@@ -1,13 +1,17 @@
 """Networks: sizes counted by hand, seeds, torchvision's demands on images, and the user's own functions."""
 
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from raysubset.config import ModelConfig
-from raysubset.models import build_model, has_batch_norm, has_dropout, num_parameters
+from raysubset.config import MinimizeConfig, ModelConfig
+from raysubset.models import build_model, has_batch_norm, has_dropout, needs_default_layout, num_parameters
+from raysubset.training import evaluate, minimize, place
+from tests.tiny import examples, weights
 
 DIGITS, MNIST, CIFAR = (8, 8, 1), (28, 28, 1), (32, 32, 3)
 
@@ -245,6 +249,158 @@ def test_a_missing_module_is_the_users_mistake_but_a_missing_import_inside_it_pa
         build("./networks:linear")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         build("users_broken:linear")
+
+
+NETWORKS = """
+import random, threading
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self, num_classes, shape):
+        super().__init__()
+        self.conv = nn.Conv2d(shape[0], 4, 3, padding=1)
+        self.head = nn.Linear(4 * shape[1] * shape[2], num_classes)
+        self.other = nn.Linear(4 * shape[1] * shape[2], 2 * num_classes)
+
+    def features(self, images):
+        return torch.relu(self.conv(images)).flatten(1)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+class Viewing(Net):
+    def features(self, images):
+        images = torch.relu(self.conv(images))
+        return images.view(images.size(0), -1)
+
+class Squeezing(Net):
+    def forward(self, images):
+        return super().forward(images).squeeze()
+
+class InPlace(Net):
+    def forward(self, images):
+        images -= 0.5
+        return super().forward(images)
+
+class Pair(Net):
+    def forward(self, images):
+        features = self.features(images)
+        return (self.head(features), self.head(features)) if self.training else self.head(features)
+
+class Dictionary(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return {"out": outputs} if self.training else outputs
+
+class Wide(Net):
+    def forward(self, images):
+        features = self.features(images)
+        return self.other(features) if self.training else self.head(features)
+
+class WithoutGradient(Net):
+    @torch.no_grad()
+    def forward(self, images):
+        return super().forward(images)
+
+class Complex(Net):
+    def forward(self, images):
+        outputs = super().forward(images)
+        return outputs.to(torch.complex64) if self.training else outputs
+
+class Misspelt(Net):
+    def forward(self, images):
+        return self.haed(self.features(images))
+
+class FailsInTraining(Net):
+    def forward(self, images):
+        if self.training:
+            raise KeyError("labels")
+        return super().forward(images)
+
+class Random(Net):
+    def forward(self, images):
+        return super().forward(images) * (1 + 0.1 * random.random() + 0.1 * np.random.rand() + 0.1 * torch.rand(()))
+
+class Locked(Viewing):
+    def __init__(self, num_classes, shape):
+        super().__init__(num_classes, shape)
+        self.lock = threading.Lock()
+
+def spread(num_classes, shape):
+    return nn.DataParallel(Net(num_classes, shape))
+
+def compiled(num_classes, shape):
+    return torch.compile(Net(num_classes, shape))
+"""
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    (tmp_path / "tried_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "tried_networks"
+    sys.modules.pop("tried_networks", None)
+
+
+@pytest.mark.parametrize("name", ["Viewing", "Locked"])
+def test_a_network_that_flattens_by_view_is_trained_in_the_default_layout_with_the_weights_of_flatten(networks, name):
+    ends = []
+    for network, channels_last in ((name, True), (name, False), ("Net", False)):
+        model = build(f"{networks}:{network}", num_classes=3, image_shape=DIGITS)
+        assert needs_default_layout(model) == (network == name)
+        recipe = MinimizeConfig(epochs=2, batch_size=8, channels_last=channels_last)
+        minimize(place(model, torch.device("cpu"), channels_last=channels_last), examples(), recipe, seed=1)
+        assert evaluate(model, examples(), recipe).num_examples == 30
+        ends.append(weights(model))
+    for end in ends[1:]:
+        assert all(torch.equal(ends[0][key], end[key]) for key in end)
+
+
+def test_a_network_that_changes_its_images_in_place_is_given_copies(networks):
+    model = build(f"{networks}:InPlace", image_shape=DIGITS)
+    images = torch.rand(3, 1, 8, 8)
+    before = images.clone()
+    model(images)
+    assert torch.equal(images, before)
+    assert not needs_default_layout(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Squeezing", r"gave float32 \[10\] for one image; .* flatten\(1\) does not"),
+        ("Pair", "gave a tuple in train mode; it should give logits .*: leave its auxiliary heads out"),
+        ("Dictionary", "gave a dict in train mode"),
+        ("Wide", r"gave float32 \[2, 20\] for two images in train mode; 10 classes need float logits \[2, 10\]"),
+        ("Complex", r"gave complex64 \[2, 10\] for two images in train mode"),
+        ("WithoutGradient", r"outputs in train mode that have no gradient: leave no_grad\(\)"),
+        ("Misspelt", r"cannot take images of shape .*AttributeError: 'Misspelt' object has no attribute 'haed'"),
+        ("FailsInTraining", "cannot take a step of training on two images: KeyError: 'labels'"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_where_it_is_built(networks, name, message):
+    with pytest.raises(ValueError, match=message):
+        build(f"{networks}:{name}", image_shape=DIGITS)
+
+
+def test_trying_a_network_leaves_its_weights_and_all_generators_alone(networks):
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.random.get_rng_state()  # noqa: NPY002
+    model = build(f"{networks}:Random", image_shape=DIGITS, seed=5)
+    assert random.getstate() == states[0]
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert torch.equal(torch.random.get_rng_state(), states[2])
+    untried = build(f"{networks}:Net", image_shape=DIGITS, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untried.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["spread", "compiled"])
+def test_torchs_wrappers_around_a_network_are_taken_off(networks, name):
+    assert type(build(f"{networks}:{name}", image_shape=DIGITS)).__name__ == "Net"
 
 
 def test_dropout_is_seen_where_it_is_active():

@@ -105,6 +105,43 @@ def test_fused_steps_are_those_of_torchs_plain_loops(name):
         torch.testing.assert_close(weights(fused)[key], value)
 
 
+@pytest.mark.parametrize("recipe", [{}, {"momentum": 0.0}, {"optimizer": "adam"}, {"optimizer": "adamw"}])
+def test_parameters_that_steps_leave_out_move_as_by_torchs_plain_loops_and_not_at_all_before(recipe):
+    config = MinimizeConfig(weight_decay=0.1, **recipe)
+    model, plain = cnn(), cnn()
+    ours = make_optimizer(model, config)
+    groups = [
+        {"params": g["params"], "weight_decay": g["weight_decay"]} for g in make_optimizer(plain, config).param_groups
+    ]
+    options = {"lr": config.peak_learning_rate(), "fused": False, "foreach": False}
+    if config.optimizer == "sgd":
+        by_torch: torch.optim.Optimizer = torch.optim.SGD(
+            groups, momentum=config.momentum, nesterov=config.momentum > 0, **options
+        )
+    else:
+        by_torch = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, **options)
+    generator, before = torch.Generator().manual_seed(0), weights(model)
+    for step in range(5):
+        for i, (p, q) in enumerate(zip(model.parameters(), plain.parameters(), strict=True)):
+            p.grad = q.grad = None
+            if i and (step + i) % 3:  # the first has none at all
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+                q.grad = p.grad.clone()
+        ours.step()
+        by_torch.step()
+        if step == 2:  # a resume, of a state that lacks what had no gradient
+            state = ours.state_dict()
+            for group in state["param_groups"]:
+                lacking = [i for i in group["params"] if i == 0]
+            state["state"] = {i: held for i, held in state["state"].items() if i not in lacking}
+            ours = make_optimizer(model, config)
+            load_optimizer_state(ours, state)
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(model)[key], value)
+    first = next(iter(before))
+    assert torch.equal(weights(model)[first], before[first])
+
+
 def test_moments_saved_in_another_memory_layout_are_read_by_element():
     def steps(layout: torch.memory_format, *, relaid: bool) -> torch.Tensor:
         kernel = torch.nn.Parameter(torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=layout))

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from raysubset.models import needs_default_layout
+
 
 def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
     """Choose the device for what this process was given, and make its results repeatable.
@@ -59,6 +61,9 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """The model on the device, its convolutions in the memory layout that is fast with images of that layout."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    """The model on the device, its convolutions in the memory layout that is fast with images of that layout.
+
+    One that works in torch's default layout alone is in that, whatever is asked for.
+    """
+    layout = torch.channels_last if channels_last and not needs_default_layout(model) else torch.contiguous_format
     return model.to(device).to(memory_format=layout)

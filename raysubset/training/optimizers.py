@@ -31,15 +31,44 @@ def make_optimizer(model: nn.Module, config: MinimizeConfig) -> torch.optim.Opti
     match config.optimizer:
         case "sgd":
             nesterov = config.momentum > 0 and config.extrapolation.kind == "none"  # which looks ahead by itself
-            return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
+            return _with_all_moments(optimizer, ("momentum_buffer",) if config.momentum else ())
         case "adam":
-            return torch.optim.Adam(groups, lr=rate, fused=fused)
+            return _with_all_moments(torch.optim.Adam(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "adamw":
-            return torch.optim.AdamW(groups, lr=rate, fused=fused)
+            return _with_all_moments(torch.optim.AdamW(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "cg" | "gauss_newton":
             raise AssertionError(f"training.whole_subset makes the steps of {config.optimizer}")
         case _ as unknown:
             assert_never(unknown)
+
+
+def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> torch.optim.Optimizer:
+    """Have the first step give moments of 0 to every parameter that has none, as a parameter's own first step would.
+
+    Steps may leave parameters out: layers dropped at random, mixtures of experts. torch's fused SGD refuses a group in
+    which some parameters have a momentum and others get their first gradient, and members whose states hold different
+    parameters have no mean.
+    """
+    if not names:
+        return optimizer
+    is_begun = False
+
+    def begin(*_: object) -> None:
+        nonlocal is_begun
+        if is_begun:
+            return
+        is_begun = True
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            state = optimizer.state[parameter]
+            for name in names:
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(parameter, requires_grad=False)
+            if "exp_avg" in names:
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+
+    optimizer.register_step_pre_hook(begin)
+    return optimizer
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
