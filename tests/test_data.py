@@ -285,7 +285,10 @@ def test_rows_are_disjoint_and_name_the_sources_examples(digits: FullSet):
 
 def test_a_carved_test_split_is_noted(digits: FullSet):
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (1294, 144, 359)
-    assert digits.notes == ("digits has no test split: 20% of its examples (359) carved off for testing",)
+    assert digits.notes == (
+        "train split: 1797 examples of the named set digits",
+        "digits has no test split: 20% of its examples (359) carved off for testing",
+    )
 
 
 def test_the_test_split_does_not_depend_on_the_validation_fraction(digits: FullSet):

@@ -144,7 +144,12 @@ def test_a_function_may_return_splits(own_data: Callable[[str], str]):
     name = own_data(f"return dict({pairs})")
     full_set = load(name)
     assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (40, 8, 40)
-    assert full_set.notes == (f"{name} has 8 validation examples of its own: data.validation_fraction does not apply",)
+    assert full_set.notes == (
+        f"train split: 40 examples of what {name} returned",
+        f"validation split: 8 examples of what {name} returned",
+        f"test split: 40 examples of what {name} returned",
+        f"{name} has 8 validation examples of its own: data.validation_fraction does not apply",
+    )
 
 
 def test_a_function_may_return_a_table(own_data: Callable[[str], str]):
@@ -359,8 +364,8 @@ def test_one_line_a_split_says_what_was_read_and_one_what_was_left_out(tmp_path:
     notes = load(tmp_path).notes
     assert notes[:3] == (
         "train split: 20 examples of 2 files (train-a.parquet, train-b.parquet)",
-        "left out: 1 hidden (.train.crc), 1 tables under names that begin with _ (_temporary/0/train-c.parquet), "
-        "1 without a suffix (_SUCCESS), 1 .md (card.md)",
+        "left out: hidden (1: .train.crc), tables under names that begin with _ (1: _temporary/0/train-c.parquet), "
+        "without a suffix (1: _SUCCESS), .md (1: card.md)",
         "test split: 10 examples of 1 file (test.parquet)",
     )
 
@@ -372,7 +377,7 @@ def test_caches_beside_the_tables_of_the_datasets_library_are_left_out(tmp_path:
             writer.write_table(table)
     full_set = load(tmp_path)
     assert len(by_row(full_set)) == 40
-    assert any("3 caches of the datasets library (cache-0123" in note for note in full_set.notes)
+    assert any("caches of the datasets library (3: cache-0123" in note for note in full_set.notes)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +427,7 @@ def test_a_split_or_file_that_is_ignored_is_not_opened(tmp_path: Path):
     (tmp_path / "test.parquet").write_text("damaged")
     full_set = load(tmp_path, ignored="test, extra.*")
     assert len(by_row(full_set)) == 40
-    assert "left out: 1 ignored (extra.parquet), 1 of ignored splits (test.parquet)" in full_set.notes
+    assert "left out: ignored (1: extra.parquet), of ignored splits (1: test.parquet)" in full_set.notes
     with pytest.raises(
         ValueError, match=r"data.ignored = tset: .* has no such split, file or folder; did you mean test"
     ):
@@ -430,8 +435,8 @@ def test_a_split_or_file_that_is_ignored_is_not_opened(tmp_path: Path):
 
 
 def test_a_split_of_a_function_or_named_set_can_be_ignored(own_data: Callable[[str], str], tmp_path: Path):
-    name = own_data("return dict(train=(images, labels), test=(images, ['?'] * 40))")
-    assert len(by_row(load(name, ignored="test"))) == 40
+    name = own_data("return dict(train=(images, labels), test=(images, ['?'] * 40), unlabelled=images)")
+    assert len(by_row(load(name, ignored="test,unlabelled"))) == 40
     with pytest.raises(ValueError, match=r"data.ignored = validation: own_data:load has no such split"):
         load(name, ignored="validation")
     with pytest.raises(ValueError, match=r"data.ignored = test: digits has no such split"):
@@ -609,7 +614,7 @@ def test_a_folder_per_class(tmp_path: Path):
     ]
     assert full_set.notes[:2] == (
         "train split: 20 examples of 2 class folders (cat, dog), such as cat/000.png",
-        "left out: 1 hidden (cat/.hidden.png), 1 .txt (cat/notes.txt)",
+        "left out: hidden (1: cat/.hidden.png), .txt (1: cat/notes.txt)",
     )
 
 
@@ -638,8 +643,8 @@ def test_videos_and_what_systems_leave_behind_are_no_images(tmp_path: Path):
         (tmp_path / litter).write_bytes(b"?")
     full_set = load(tmp_path)
     assert full_set.class_names == ("cat", "dog")
-    assert "left out: 3 hidden (__MACOSX/cat/._000.png, cat/@eaDir/000.png/THUMB.jpg, …)" in full_set.notes[1]
-    assert "1 .zip (a.zip), 1 .db (cat/Thumbs.db), 1 .mpg (cat/a.mpg)" in full_set.notes[1]
+    assert "left out: hidden (3: __MACOSX/cat/._000.png, cat/@eaDir/000.png/THUMB.jpg, …)" in full_set.notes[1]
+    assert ".zip (1: a.zip), .db (1: cat/Thumbs.db), .mpg (1: cat/a.mpg)" in full_set.notes[1]
 
 
 @pytest.mark.parametrize("emptied", ["owl", "train/owl"])
@@ -769,7 +774,7 @@ def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):
 def test_tables_beside_folders_of_images_are_refused(tmp_path: Path):
     pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / "set.parquet")
     Image.fromarray(random_images(1)[0]).save(tmp_path / "preview.png")
-    assert any("left out: 1 .png (preview.png)" in note for note in load(tmp_path).notes)
+    assert any("left out: .png (1: preview.png)" in note for note in load(tmp_path).notes)
     write_images(tmp_path / "cat", random_images(5))
     with pytest.raises(ValueError, match=r"holds tables \(set.parquet\) and folders of images .*--data.ignored '\*"):
         load(tmp_path)
@@ -798,7 +803,7 @@ def test_a_link_back_up_is_not_followed(tmp_path: Path):
         (tmp_path / "set" / name / "higher").symlink_to(tmp_path)
     full_set = load(tmp_path / "set")
     assert len(by_row(full_set)) == 10
-    assert "left out: 4 links back to a folder they lie in (cat/back, cat/higher, …)" in full_set.notes
+    assert "left out: links back to a folder they lie in (4: cat/back, cat/higher, …)" in full_set.notes
 
 
 def test_links_to_what_is_read_count_once_and_links_to_elsewhere_are_followed(tmp_path: Path):
@@ -811,7 +816,7 @@ def test_links_to_what_is_read_count_once_and_links_to_elsewhere_are_followed(tm
         load(tmp_path / "set")
     full_set = load(tmp_path / "set", ignored="more")
     assert len(by_row(full_set)) == 15
-    assert any("1 links to files that are read (cat/again.png)" in note for note in full_set.notes)
+    assert any("links to files that are read (1: cat/again.png)" in note for note in full_set.notes)
 
 
 def test_a_link_to_nothing_is_refused_where_data_are_missed(tmp_path: Path):

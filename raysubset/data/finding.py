@@ -114,14 +114,16 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     left_out: LeftOut = defaultdict(list)
     found = _sift(listing, ignored, where, left_out)
     tables = _sift_tables(found.files, left_out)
-    images = [path for path in found.files if path.lower().endswith(image_suffixes())]
+    suffixes = image_suffixes()
+    images = [path for path in found.files if path.lower().endswith(suffixes)]
     _refuse_nothing_or_both(tables, images, found, left_out, where, ignored)
     read = tables or images
     refuse_copies({path: found.files[path].size for path in read}, where=where)
     if tables:
         layout = lay_out_tables(tables, where=where, label_column=config.label_column)
     else:
-        holding = {str(parent) for path in images for parent in PurePosixPath(path).parents}
+        innermost = {path.rpartition("/")[0] for path in images}
+        holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
         empty = [folder for folder in found.folders if folder not in holding]
         layout = lay_out_images(images, empty=empty, where=where, label_column=config.label_column)
     layout = _without_doubles(layout, found.files, os.path.realpath(root), where, left_out)
@@ -164,7 +166,8 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
     left_out["links back to a folder they lie in"] += circles
     left_out["links to nothing"] += dangling
-    if lost := [link for link in dangling if link.lower().endswith((*TABLE_SUFFIXES, *image_suffixes()))]:
+    suffixes = (*TABLE_SUFFIXES, *image_suffixes())
+    if lost := [link for link in dangling if link.lower().endswith(suffixes)]:
         raise ValueError(f"data.name = {where}: {some(lost)} is a link to nothing: fetch or remove what it stands for")
     for path in (*folders, *files):
         for kind, shows in _LOGGED.items():
@@ -211,7 +214,7 @@ def _refuse_nothing_or_both(
         held = _in_words(left_out, found.files)
         raise ValueError(
             f"data.name = {where}: the folder holds neither {', '.join(TABLE_SUFFIXES)} files nor folders of images"
-            f"{f'; there are {held}' if held else ''}"
+            f"{f', only {held}' if held else ''}"
         )
 
 
@@ -251,7 +254,7 @@ def _in_words(left_out: LeftOut, others: Iterable[str]) -> str:
         suffix = PurePosixPath(path).suffix
         by_reason[suffix or "without a suffix"].append(path)
     reasons = [(reason, paths) for reason, paths in (left_out | by_reason).items() if paths]
-    words = [f"{len(paths)} {reason} ({some(paths, most=2)})" for reason, paths in reasons[:_MOST_REASONS]]
+    words = [f"{reason} ({len(paths)}: {some(paths, most=2)})" for reason, paths in reasons[:_MOST_REASONS]]
     if rest := sum(len(paths) for _, paths in reasons[_MOST_REASONS:]):
-        words.append(f"{rest} others")
+        words.append(f"others ({rest})")
     return ", ".join(words)

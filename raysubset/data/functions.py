@@ -30,14 +30,13 @@ def read_function(config: DataConfig) -> Source:
     if not isinstance(returned, Mapping):
         ignored.refuse_unmet(())
         return {"train": _split(returned, config, config.name)}
-    known = get_args(SplitName)
-    for name in returned:
+    known, splits = get_args(SplitName), ignored.without(returned)
+    ignored.refuse_unmet(returned)
+    for name in splits:
         if name not in known:
             raise ValueError(
                 f"{config.name} returned a split {name!r}, not one of {', '.join(known)}{nearest(str(name), known)}"
             )
-    splits = ignored.without(returned)
-    ignored.refuse_unmet(returned)
     if "train" not in splits:
         raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
     return {name: _split(value, config, f"{config.name}'s {name} split") for name, value in splits.items()}

@@ -42,9 +42,11 @@ Layout = dict[SplitName, list[Placed]]
 
 
 def some(names: Iterable[str], *, most: int = 4) -> str:
-    """The first few of the names, for a line."""
+    """The first few of the names, for a line; a line break or the like in one is escaped."""
     names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names[:most]) + (
+        ", …" if len(names) > most else ""
+    )
 
 
 def words_of_splits(name: str) -> dict[SplitName, str]:
@@ -80,7 +82,12 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     for path in paths:
         splits, columns = _read_names(path, where, label_column)
         if len(splits) > 1:
-            _refuse(where, f"{path} names several splits ({', '.join(splits)})", "rename it", ignore=path)
+            _refuse(
+                where,
+                f"{path} names several splits ({', '.join(splits)})",
+                "rename it, or give data.name the folder",
+                ignore=path,
+            )
         split: SplitName = "train"
         for split, word in splits.items():
             by_split[split].setdefault(word, path)
@@ -164,7 +171,7 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
             inner = _by_folder(members, folder, where)
         if _has_splits(inner, depth=folder.count("/") + 1):
             text = f"folder {folder} names a split, and so do folders in it ({some(inner)})"
-            _refuse(where, text, "leave one level of them", ignore=next(iter(inner)))
+            _refuse(where, text, "give data.name that folder, or leave one level", ignore=next(iter(inner)))
         layout[split] = _classes(inner, folder, empty, where, label_column)
     if unread := [folder for folder in empty if "/" not in folder and words_of_splits(folder)]:
         _refuse(where, f"folder {unread[0]} names a split and holds no image", "remove it", ignore=unread[0])
@@ -176,8 +183,7 @@ def folders_shared_by_classes(layout: Layout) -> tuple[str, ...]:
     for split, files in layout.items():
         inner: defaultdict[str, set[str]] = defaultdict(set)
         for file in files:
-            parts = PurePosixPath(file.path).parts
-            inner[str(file.class_name)].add(parts[-2])
+            inner[str(file.class_name)].add(file.path.rsplit("/", 2)[-2])
         first, *others = inner.values()
         if others and len(first) > 1 and all(names == first for names in others):
             names = some(sorted(first))
@@ -204,12 +210,14 @@ def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
 
 def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[str]]:
     """Images by the folder just below another one, in which all of them lie."""
-    depth = len(PurePosixPath(above).parts)
+    depth = above.count("/") + 1 if above else 0
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for path in paths:
-        parts = PurePosixPath(path).parts
+        parts = path.split("/", depth + 1)
         if len(parts) < depth + 2:
-            _refuse(where, f"{path} lies in no class's folder", "move it into one", ignore=above or path)
+            in_none = all("/" not in path for path in paths)
+            ignore = None if in_none else above or path
+            _refuse(where, f"{path} lies in no class's folder", "move it into one", ignore=ignore)
         folders[parts[depth]].append(path)
     return dict(folders)
 
@@ -251,12 +259,12 @@ def _classes(
 
 
 def _refuse_splits_of_a_class(paths: Sequence[str], folder: str, where: str) -> None:
-    inner: defaultdict[PurePosixPath, set[str]] = defaultdict(set)
-    for path in paths:
-        for parent in PurePosixPath(path).parents:
-            if len(parent.parts) <= folder.count("/") + 1:
-                break
-            inner[parent.parent].add(parent.name)
+    inner: defaultdict[str, set[str]] = defaultdict(set)
+    for innermost in {path.rpartition("/")[0] for path in paths}:
+        while innermost != folder:
+            parent, _, name = innermost.rpartition("/")
+            inner[parent].add(name)
+            innermost = parent
     for parent, names in inner.items():
         if pair := alike_but_for_split(sorted(names)):
             text = f"{some(pair)} in the class folder {parent} name splits"
@@ -266,4 +274,5 @@ def _refuse_splits_of_a_class(paths: Sequence[str], folder: str, where: str) -> 
 def _refuse(where: str, text: str, cure: str, *, ignore: str | None) -> NoReturn:
     """Raise the refusal of a folder, with the ways out."""
     out = f", or leave it out with --data.ignored {shlex.quote(ignore.replace(',', '?'))}" if ignore else ""
-    raise ValueError(f"data.name = {where}: {text}: {cure}{out}")
+    message = f"data.name = {where}: {text}: {cure}{out}"
+    raise ValueError("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))

@@ -89,15 +89,25 @@ def _read(config: DataConfig) -> Source:
     if config.streamed and (name in DATA_NAMES or is_function):
         raise not_streamed(f"{name} is {'a function' if is_function else 'a named set'}")
     if name in DATA_NAMES:
-        return read_named(config)
+        return _with_origin(read_named(config), f"the named set {name}")
     if is_function:
-        return read_function(config)
+        return _with_origin(read_function(config), f"what {name} returned")
     if "/" in name or name.lower().endswith(TABLE_SUFFIXES) or os.path.exists(os.path.expanduser(name)):
         return read_path(config)
     raise ValueError(
         f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
         f"{nearest(name, DATA_NAMES)}"
     )
+
+
+def _with_origin(source: Source, origin: str) -> Source:
+    """The source with a line a split that says how many examples were read of what; read_path() says it itself."""
+    return {
+        name: dataclasses.replace(
+            split, notes=(f"{name} split: {len(split.labels)} examples of {origin}", *split.notes)
+        )
+        for name, split in source.items()
+    }
 
 
 def _rows(
