@@ -39,7 +39,8 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         seed: of the initial weights.
 
     Returns:
-        A float32 module on the CPU in train mode.
+        A float32 module on the CPU in train mode. Under torch.device("meta") one of stand-ins, which takes no memory;
+        torchvision's regnets cannot be built so.
 
     Raises:
         ValueError: for an unknown name, images that the network cannot take, or a user's function that is missing
@@ -51,18 +52,17 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
         if config.name in _OWN:
             model = _own_network(config, num_classes, shape)
-        elif ":" in config.name:
+        elif config.is_function:
             model = _users_network(config.name, num_classes, shape)
         else:
             return _torchvision_network(config.name, num_classes, shape).train()
-        model.to("cpu")
         _refuse_complex(config.name, model)
         model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         model.eval()
         _try_evaluation(config.name, model, num_classes, shape)
         if not num_parameters(model):
             raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
-        if ":" in config.name:
+        if config.is_function:
             _try_training(config.name, model, num_classes, shape)
     return model.train()
 
@@ -348,7 +348,7 @@ def _users_network(name: str, num_classes: int, shape: tuple[int, int, int]) -> 
     model = getattr(model, "_orig_mod", model)  # torch.compile's
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
-    return model
+    return model.to("cpu")
 
 
 def needs_default_layout(model: nn.Module) -> bool:

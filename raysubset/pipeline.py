@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from raysubset.aggregation import shrink_perturb
 from raysubset.cluster import connected, get_shared, own_address, put_once
 from raysubset.config import Config, TrainingStage, derive_seed
@@ -280,18 +282,7 @@ class _Stages:
             close(tested.cost)
         self._directory.write_table(PREDICTIONS_PATH, tested.predictions)
         self._directory.write_table(MISTAKES_PATH, tested.mistakes)
-        save_model(
-            self._directory,
-            weights,
-            model_record(
-                config.model,
-                num_classes=full_set.num_classes,
-                class_names=full_set.class_names,
-                image_shape=full_set.image_shape,
-                mean=full_set.mean,
-                std=full_set.std,
-            ),
-        )
+        self._leave_model(weights)
         return {
             "name": config.run_name(),
             "uri": self._directory.uri,
@@ -309,6 +300,22 @@ class _Stages:
             "validation": validation,
             "cost": cost_record(self._ledger.read(), len(full_set.train)),
         }
+
+    def _leave_model(self, weights: Weights) -> None:
+        """Leave the run's model, and say where it needs the user's code."""
+        config, full_set = self._config, self._full_set
+        record = model_record(
+            config.model,
+            num_classes=full_set.num_classes,
+            class_names=full_set.class_names,
+            image_shape=full_set.image_shape,
+            mean=full_set.mean,
+            std=full_set.std,
+        )
+        network = self._fresh_network() if config.model.is_function else None
+        if flaw := save_model(self._directory, weights, record, network=network):
+            text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
+            self._tell(Event("note", f"{text} for that: its network's graph could not be kept ({flaw})"))
 
     def _plan_by_speed(self) -> Plan:
         """The plan with subsets sized by the speed of the nodes, which is decided once."""
@@ -340,6 +347,9 @@ class _Stages:
 
     def _fresh_weights(self, *path: str) -> Weights:
         """Seeded initial weights: those a shared start means, or others by a path of their own."""
+        return self._fresh_network(*path).state_dict()
+
+    def _fresh_network(self, *path: str) -> nn.Module:
         full_set, seed = self._full_set, derive_seed(self._config.seed, "start", *path)
         shape, num_classes = full_set.image_shape, full_set.num_classes
-        return build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=seed).state_dict()
+        return build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=seed)

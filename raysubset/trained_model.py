@@ -5,17 +5,88 @@ labels = [model.class_names[i] for i in model(images).argmax(1)]        # images
 """
 
 import dataclasses
+import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
+from raysubset.errors import first_line
 from raysubset.models import build_model
+from raysubset.network_graph import GraphNetwork, trace
 from raysubset.run_directory import RunDirectory
 from raysubset.training import Weights
 
 WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
+GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
+
+_MOST_PIXELS = 2**28  # of an image: 16,384×16,384
+_LARGE = 1e6  # for a mean or a standard deviation of pixels in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecord:
+    """model.json: what load_model() needs beside the weights."""
+
+    model: ModelConfig
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Any) -> "ModelRecord":
+        """The record that a file holds, which may be anything.
+
+        Raises:
+            ValueError: if a value is missing, or of another type or range than a model's.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(record, dict) or not isinstance(record.get("model"), dict) or fields - record.keys():
+            raise ValueError("it is no record of a model")
+        words = {field.name for field in dataclasses.fields(ModelConfig)}
+        if unknown := [*(f"model.{name}" for name in sorted(record["model"].keys() - words)), *record.keys() - fields]:
+            raise ValueError(f"it has {', '.join(unknown)}, which this version lacks: update raysubset")
+        shape, names, num_classes = record["image_shape"], record["class_names"], record["num_classes"]
+        if not _is_list(shape, int, 3) or min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
+            raise ValueError(f"image_shape = {_shown(shape)} is no [H, W, C]")
+        if type(num_classes) is not int or not _is_list(names, str, num_classes) or not names:
+            raise ValueError(f"num_classes = {_shown(num_classes)} is not the number of class_names")
+        statistics = {}
+        for name in ("mean", "std"):
+            values = record[name]
+            if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
+                raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
+            statistics[name] = tuple(map(float, values))
+        if min(statistics["std"]) <= 0:
+            raise ValueError(f"std = {list(statistics['std'])} must be positive")
+        return model_record(
+            ModelConfig(**record["model"]),
+            num_classes=num_classes,
+            class_names=tuple(names),
+            image_shape=tuple(shape),
+            **statistics,
+        )
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...], length: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == length
+        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a few words."""
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
 
 
 class TrainedModel(nn.Module):
@@ -24,16 +95,14 @@ class TrainedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, record: dict[str, Any]) -> None:
+    def __init__(self, network: nn.Module, record: ModelRecord) -> None:
         super().__init__()
         self.network = network
-        self.class_names: tuple[str, ...] = tuple(record["class_names"])
-        self.image_shape: tuple[int, int, int] = tuple(record["image_shape"])  # (H, W, C)
+        self.class_names = record.class_names
+        self.image_shape = record.image_shape  # (H, W, C)
         self.record = record
-        for name in ("mean", "std"):
-            self.register_buffer(
-                name, torch.tensor(record[name], dtype=torch.float32).view(1, -1, 1, 1), persistent=False
-            )
+        for name, values in (("mean", record.mean), ("std", record.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs float32 [N, num_classes] (logits, for cross-entropy).
@@ -57,12 +126,6 @@ class TrainedModel(nn.Module):
         return self.network((scaled - self.mean) / self.std)
 
 
-def save_model(run: RunDirectory, weights: Weights, record: dict[str, Any]) -> None:
-    """Write the weights, then the record that names them."""
-    run.write_weights(WEIGHTS_PATH, weights)
-    run.write_json(RECORD_PATH, record)
-
-
 def model_record(
     model: ModelConfig,
     *,
@@ -71,35 +134,120 @@ def model_record(
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> dict[str, Any]:
+) -> ModelRecord:
     """What load_model() needs beside the weights."""
-    return {
-        "model": dataclasses.asdict(model),
-        "num_classes": num_classes,
-        "class_names": list(class_names),
-        "image_shape": list(image_shape),
-        "mean": list(mean),
-        "std": list(std),
-    }
+    return ModelRecord(model, num_classes, class_names, image_shape, mean, std)
 
 
-def load_model(path: str, *, device: str | torch.device = "cpu") -> TrainedModel:
-    """The final model of a run, in evaluation mode, ready to predict. Nothing is unpickled.
+def save_model(
+    run: RunDirectory, weights: Weights, record: ModelRecord, *, network: nn.Module | None = None
+) -> str | None:
+    """Write the weights, of a user's own network the graph that stands for its code, then the record that names them.
+
+    Args:
+        network: the user's own, on the CPU, which takes the weights here.
+
+    Returns:
+        Why its graph could not be kept, so that load_model() will need its code; None where none is needed.
+    """
+    run.write_weights(WEIGHTS_PATH, weights)
+    flaw = None
+    if network is not None:
+        network.load_state_dict(weights)
+        try:
+            graph, constants = trace(network, image_shape=record.image_shape)
+        except ValueError as error:
+            flaw = str(error)
+        else:
+            run.write_weights(CONSTANTS_PATH, constants)
+            run.write_json(GRAPH_PATH, graph)
+    run.write_json(RECORD_PATH, record.to_dict())
+    return flaw
+
+
+def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: bool = False) -> TrainedModel:
+    """The final model of a run, in evaluation mode, ready to predict.
+
+    The directory may be a stranger's: nothing is unpickled, imported or called that it names. A user's own network is
+    computed by the graph that the run kept of it, for which its code is not needed.
 
     Args:
         path: the run directory, a path or a URI.
+        device: where the model computes.
+        trust_code: build a user's own network by its code instead, the package.module:function that model.json names.
+            For directories of people you trust, where the run could keep no graph, or to train the network further.
 
     Raises:
-        ValueError: if there is no finished run, or a newer version made it.
+        ValueError: if there is no finished run, it is damaged, a newer version made it, or its network needs code.
     """
     run = RunDirectory.at(path)
     if not run.exists(RECORD_PATH):
         raise ValueError(f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or the run is not finished")
-    record = run.read_json(RECORD_PATH)
-    if unknown := record["model"].keys() - {field.name for field in dataclasses.fields(ModelConfig)}:
-        made = f"its {RECORD_PATH} has {', '.join(f'model.{name}' for name in sorted(unknown))}"
-        raise ValueError(f"{run.uri} was made by a newer raysubset ({made}, which this version lacks): update it")
-    shape = tuple(record["image_shape"])
-    network = build_model(ModelConfig(**record["model"]), num_classes=record["num_classes"], image_shape=shape, seed=0)
-    network.load_state_dict(run.read_weights(WEIGHTS_PATH))
+    try:
+        record = ModelRecord.from_dict(run.read_json(RECORD_PATH))
+    except ValueError as error:
+        raise ValueError(f"{RECORD_PATH} in {run.uri} cannot be used: {error}") from error
+    weights = run.read_weights(WEIGHTS_PATH)
+    try:
+        network = _network(run, record, weights, trust_code=trust_code)
+    except RuntimeError as error:
+        raise ValueError(f"{WEIGHTS_PATH} in {run.uri} are not of {record.model.name}: {first_line(error)}") from error
     return TrainedModel(network, record).eval().to(device)
+
+
+def _network(run: RunDirectory, record: ModelRecord, weights: Weights, *, trust_code: bool) -> nn.Module:
+    """The network that the record describes, with the weights.
+
+    Raises:
+        ValueError: if it is a user's own, of which there is no graph, and the user's code is not to be trusted.
+        RuntimeError: if the weights are another network's.
+    """
+    if not record.model.is_function:
+        return _named_network(record, weights)
+    if trust_code:
+        network = build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
+        network.load_state_dict(weights)
+        return network
+    if not run.exists(GRAPH_PATH):
+        height, width, channels = record.image_shape
+        module, _, function = record.model.name.partition(":")
+        raise ValueError(
+            f"the network of {run.uri} is code that it only names: load_model() would import {module!r} from "
+            f"{os.getcwd()} or what is installed, and call its {function!r} with ({record.num_classes}, ({channels}, "
+            f"{height}, {width})). If you trust whoever made this directory, give trust_code=True or --trust-code"
+        )
+    tensors = {**weights, **run.read_weights(CONSTANTS_PATH)}
+    try:
+        return GraphNetwork(
+            run.read_json(GRAPH_PATH), tensors, image_shape=record.image_shape, num_classes=record.num_classes
+        )
+    except ValueError as error:
+        raise ValueError(f"{GRAPH_PATH} in {run.uri} cannot be used: {error}") from error
+
+
+def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Module:
+    """One of ours or torchvision's. A record's numbers take no memory before they are seen to be the weights'.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    if (record.model.depth or 0) > len(weights):
+        raise RuntimeError(f"depth = {record.model.depth}, and there are {len(weights)} tensors")
+    if not any(record.num_classes in tensor.shape for tensor in weights.values()):
+        raise RuntimeError(f"num_classes = {record.num_classes}, and no tensor has as many")
+
+    def build() -> nn.Module:
+        return build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
+
+    try:
+        with torch.device("meta"):
+            network = build()
+    except NotImplementedError:  # torchvision's regnets; their size is their name's
+        network = build()
+    except (ValueError, TypeError, OverflowError) as error:  # the last two of a width beyond 64 bits
+        raise RuntimeError(first_line(error)) from error
+    for name, tensor in network.state_dict().items():
+        if name in weights and weights[name].dtype != tensor.dtype:
+            raise RuntimeError(f"{name} is {weights[name].dtype}, not {tensor.dtype}")
+    network.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    return network

@@ -14,9 +14,9 @@ from raysubset.config import ModelConfig
 from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.trained_model import model_record, save_model
+from raysubset.trained_model import TrainedModel, model_record, save_model
 
-NAMES = ("cat", "dog", "eel")
+NAMES = ("cat", "a\ndog", "é, el")
 
 
 def saved(folder: Path, model: ModelConfig, shape: tuple[int, int, int]) -> str:
@@ -49,7 +49,7 @@ def test_the_torch_export_file_computes_the_same_for_any_number_of_images(direct
     with torch.no_grad():
         for num in (1, 5):
             torch.testing.assert_close(program(images[:num]), load_model(directory)(images[:num]))
-    assert extra["class_names"].split("\n") == list(NAMES)
+    assert json.loads(extra["class_names"]) == list(NAMES)
 
 
 @pytest.mark.parametrize("model", [ModelConfig(name="cnn"), ModelConfig(name="resnet18")], ids=lambda model: model.name)
@@ -64,7 +64,9 @@ def test_the_onnx_file_computes_the_same_in_onnxruntime(model: ModelConfig, tmp_
     for num in (1, 5):
         (found,) = session.run(["outputs"], {"images": images[:num].numpy()})
         np.testing.assert_allclose(found, expected[:num], rtol=1e-4, atol=1e-4)
-    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list(NAMES)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(NAMES)
+    assert json.loads(metadata["image_shape"]) == [32, 32, 3]
 
 
 def test_a_file_of_the_wrong_suffix_is_refused(directory: str):
@@ -93,6 +95,74 @@ def test_images_of_another_size_are_resized(directory: str, tmp_path: Path):
     Image.fromarray(np.full((40, 60, 3), 200, dtype=np.uint8)).save(tmp_path / "photo.jpg")
     (prediction,) = predict_files(directory, [str(tmp_path / "photo.jpg")], num_classes=2)
     assert len(prediction.classes) == 2
+
+
+def test_files_that_cannot_be_read_leave_the_others_their_answers(directory: str, tmp_path: Path, capsys):
+    good, bad = str(tmp_path / "a.png"), str(tmp_path / "bad.png")
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(good)
+    Path(bad).write_bytes(b"x")
+    assert call(["predict", directory, good, bad, "none.png", good]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.count(f"{good}: ") == 2
+    assert [line.split(":")[1].split()[0] for line in printed.err.splitlines()] == [bad, "none.png"]
+    assert call(["predict", directory, good, bad, "--format", "json"]) == 2
+    answered, refused = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(answered) == {"path", "classes", "probabilities"}
+    assert set(refused) == {"path", "error"}
+
+
+def test_outputs_that_are_no_numbers_are_an_error_and_not_nan(directory: str, tmp_path: Path, capsys):
+    run = RunDirectory.at(directory)
+    weights = run.read_weights("model.safetensors")
+    run.write_weights(
+        "model.safetensors", {k: t * float("nan") if t.is_floating_point() else t for k, t in weights.items()}
+    )
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert call(["predict", directory, str(tmp_path / "a.png"), "--format", "json"]) == 2
+    printed = capsys.readouterr()
+    assert "NaN" in json.loads(printed.out, parse_constant=pytest.fail)["error"]
+    assert printed.err.endswith("a.png: the network's outputs are NaN or infinite\n")
+
+
+def test_files_are_predicted_a_batch_at_a_time(directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raysubset.exporting._MOST_IMAGES", 2)
+    paths = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((8, 8), 50 * i, dtype=np.uint8)).save(path)
+    sizes: list[int] = []
+    forward = TrainedModel.forward
+
+    def counted(model: TrainedModel, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return forward(model, images)
+
+    monkeypatch.setattr(TrainedModel, "forward", counted)
+    found = predict_files(directory, paths)
+    assert sizes == [2, 2, 1]
+    assert [prediction.path for prediction in found] == paths
+    for prediction in found:
+        (alone,) = predict_files(directory, [prediction.path])
+        assert prediction.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+
+
+def test_a_users_network_is_exported_and_predicts_without_its_code(tmp_path: Path):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    run = RunDirectory(str(tmp_path), "a-run")
+    record = model_record(
+        ModelConfig(name="their_net:net"),
+        num_classes=3,
+        class_names=NAMES,
+        image_shape=(8, 8, 1),
+        mean=(0.1,),
+        std=(0.5,),
+    )
+    save_model(run, network.state_dict(), record, network=network)
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    (prediction,) = predict_files(run.uri, [str(tmp_path / "a.png")])
+    expected = network(torch.full((1, 1, 8, 8), -0.2)).softmax(1)[0]
+    assert prediction.probabilities == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
+    for suffix, format in ((".pt2", "torch-export"), (".onnx", "onnx")):
+        export_model(run.uri, str(tmp_path / f"m{suffix}"), format=format)
 
 
 @pytest.mark.parametrize(

@@ -303,20 +303,24 @@ def _advise(command: Advise) -> int:
 def _export(command: Export) -> int:
     from raysubset.exporting import export_model
 
-    print(export_model(command.directory, command.to, format=command.format))
+    print(export_model(command.directory, command.to, format=command.format, trust_code=command.trust_code))
     return DONE
 
 
 def _predict(command: Predict) -> int:
-    from raysubset.exporting import predict_files
+    from raysubset.exporting import predictions
 
-    for prediction in predict_files(command.directory, command.images):
+    code = DONE
+    for prediction in predictions(command.directory, command.images, trust_code=command.trust_code):
+        if prediction.error:
+            code = MISTAKE
+            _error(prediction.error)
         if command.format == "json":
-            print(json.dumps(dataclasses.asdict(prediction)))
-        else:
+            print(json.dumps({key: value for key, value in dataclasses.asdict(prediction).items() if value}))
+        elif not prediction.error:
             pairs = zip(prediction.classes, prediction.probabilities, strict=True)
             print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in pairs)}")
-    return DONE
+    return code
 
 
 def _error(text: str) -> None:

@@ -142,17 +142,26 @@ class Export:
     """model.pt2 for torch.export.load(), or model.onnx."""
     to: str | None = None
     """The file; by default model.pt2 or model.onnx in the working directory."""
+    trust_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
+    Only for directories of people you trust."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify image files by the model of a finished run: a line each, the most probable classes first."""
+    """Classify image files by the model of a finished run: a line each, the most probable classes first.
+
+    A file that cannot be read is named on stderr, and the exit code is 2; the others have their lines.
+    """
 
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
     """The run directory: a path or URI."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
     """Image files."""
     format: Literal["text", "json"] = "text"
+    trust_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
+    Only for directories of people you trust."""
 
 
 Command = Run | Sweep | Compare | Advise | Report | Doctor | Export | Predict

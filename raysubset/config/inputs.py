@@ -88,6 +88,11 @@ class ModelConfig:
                 depth >= 8 and depth % 6 == 2, f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, …)"
             )
 
+    @property
+    def is_function(self) -> bool:
+        """Whether it is the user's own network: package.module:function."""
+        return ":" in self.name
+
     def size(self) -> tuple[int, int]:
         """(width, depth) with the architecture's defaults filled in."""
         width, depth = _MODEL_SIZES[self.name]

@@ -1,0 +1,312 @@
+"""A network as a graph of torch's core operators, in JSON: what a run keeps of a user's own network, so that its model
+is loaded without calling the user's code. No files.
+
+graph, constants = trace(network, image_shape=(8, 8, 1))
+same = GraphNetwork(graph, network.state_dict() | constants, image_shape=(8, 8, 1), num_classes=10)
+
+torch's own file of an exported program (.pt2) would not do: loading one unpickles what it holds. A graph of unknown
+origin calls nothing but the operators that `_operator` lets through, on tensors and plain numbers.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from raysubset.errors import first_line
+
+_FORMAT = 1
+_TOLERANCE = 1e-4  # between the graph's outputs and the network's
+_NUM_TRIED = (2, 32)  # images that a graph is tried on, with stand-ins for tensors
+_MOST_VALUES = 2**27  # of one tensor, an image of a batch: half a GiB of float32
+
+# A size is an int, or torch's stand-in for one while a graph is traced again
+_ON_SIZES: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
+}
+_WORDS: dict[str, Any] = {
+    str(word).removeprefix("torch."): word
+    for word in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+        *(torch.strided, torch.contiguous_format, torch.channels_last, torch.preserve_format),
+    )
+}
+_OPERATOR_NAME = re.compile(r"aten\.([a-z][a-z0-9_]*|_[a-z][a-z0-9_]*)\.([A-Za-z][A-Za-z0-9_]*)")
+_REFUSED = ("empty", "empty_strided", "_local_scalar_dense", "_embedding_bag", "sym_storage_offset")
+_ALSO = (
+    "adaptive_max_pool2d",
+    "im2col",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "unfold",
+)  # no less pure
+
+
+def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
+    """torch's exported program, for any number of images.
+
+    Raises:
+        ValueError: if torch.export cannot trace the network.
+    """
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # where it fails, the tracer shows its graph here and on stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return torch.export.export(network, (sample,), dynamic_shapes=({0: Dim("num_images", min=1)},))
+    except Exception as error:  # torch.export raises what its tracer happens to meet
+        raise ValueError(f"torch.export cannot trace this network: {first_line(error)}") from error
+    finally:
+        log.setLevel(level)
+
+
+def trace(network: nn.Module, *, image_shape: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The network's graph in evaluation mode, a tree for JSON, and the tensors it needs that its state dict lacks.
+
+    Args:
+        network: on the CPU; takes float [N, C, H, W].
+        image_shape: (H, W, C).
+
+    Raises:
+        ValueError: if torch.export cannot trace it, or it is no function of its images by core operators alone.
+    """
+    height, width, channels = image_shape
+    network, was_training = network.eval(), network.training
+    sample = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(0))
+    try:
+        program = export(network, sample).run_decompositions()
+        graph, constants = _record(program)
+        with torch.no_grad():
+            expected = network(sample)
+            same = GraphNetwork(
+                graph, {**network.state_dict(), **constants}, image_shape=image_shape, num_classes=expected.shape[1]
+            )
+            difference = float((same(sample) - expected).abs().max())
+        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ValueError(f"the traced network's outputs differ by {difference:g}")
+    finally:
+        network.train(was_training)
+    return graph, constants
+
+
+def _record(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    signature, traced = program.graph_signature, program.graph_module.graph
+    if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+        raise ValueError(f"the network changes {', '.join(changed)} when it predicts")
+    traced.eliminate_dead_code()
+    tensors, constants, numbers = [], {}, {}
+    for node, spec in zip(traced.find_nodes(op="placeholder"), signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            numbers[node] = 0
+            continue
+        name = spec.target
+        if name is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            raise ValueError(f"the network needs {spec.arg.name}, which is no tensor")
+        if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False:
+            constant = program.constants[name]
+            assert isinstance(constant, Tensor)
+            constants[name] = constant.detach().clone()
+        tensors.append({"name": name, "parameter": spec.kind is InputKind.PARAMETER})
+        numbers[node] = len(tensors)
+    calls = []
+    for node in traced.nodes:
+        if node.op != "call_function" or (not node.users and "assert" in str(node.target)):
+            continue
+        numbers[node] = len(tensors) + len(calls) + 1
+        arguments = {key: _encoded(value, numbers) for key, value in node.kwargs.items()}
+        calls.append([_name_of(node.target), [_encoded(value, numbers) for value in node.args], arguments])
+    (outputs,) = traced.output_node().args[0]  # pyright: ignore[reportGeneralTypeIssues]
+    return {"format": _FORMAT, "tensors": tensors, "calls": calls, "outputs": numbers[outputs]}, constants
+
+
+def _name_of(target: Any) -> str:
+    if target is operator.getitem:
+        return "item"
+    for name, function in _ON_SIZES.items():
+        if target is function:
+            return name
+    _operator(str(target))
+    return str(target)
+
+
+def _encoded(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
+    match value:
+        case fx.Node():
+            return {"value": numbers[value]}
+        case list() | tuple():
+            return [_encoded(item, numbers) for item in value]
+        case float() if not math.isfinite(value):
+            return {"number": str(value)}
+        case None | bool() | int() | float() | str():
+            return value
+        case torch.device():
+            return {"device": "of the images"}
+    name = str(value).removeprefix("torch.")
+    if name not in _WORDS:
+        raise ValueError(f"the network's graph holds {value!r}")
+    return {"torch": name}
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """The function of torch's that a graph may call by this name.
+
+    Those of the core ATen set are computations of tensors: none opens files, runs code or changes what it is given.
+    Left out are backward passes, whose indices torch does not check, and what reads memory beside its tensors.
+
+    Raises:
+        ValueError: if it may not be called.
+    """
+    if match := _OPERATOR_NAME.fullmatch(name):
+        function = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
+        if (
+            isinstance(function, torch._ops.OpOverload)
+            and (torch.Tag.core in function.tags or match[1] in _ALSO)
+            and not function._schema.is_mutable
+            and not match[1].endswith("_backward")
+            and match[1] not in _REFUSED
+        ):
+            return function
+    raise ValueError(f"{name} is none of torch's core operators that a graph may call")
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[..., Any]
+    on_sizes: bool
+    arguments: list[Any]
+    named: dict[str, Any]
+    unneeded: tuple[int, ...]  # values that no later call takes
+
+
+class GraphNetwork(nn.Module):
+    """A network in evaluation mode, computed call by call; its state dict has the names of the traced network's."""
+
+    def __init__(
+        self,
+        graph: Any,
+        tensors: Mapping[str, Tensor],
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+    ) -> None:
+        """Check the graph on stand-ins, which take no memory.
+
+        Args:
+            graph: what trace() gave, or anything else.
+            tensors: the weights and constants it names.
+
+        Raises:
+            ValueError: if this is no graph from images to float [N, num_classes], or it needs more memory than a
+                network's would.
+        """
+        super().__init__()
+        try:
+            if graph["format"] != _FORMAT:
+                raise ValueError(f"its format is {graph['format']!r}, this version reads {_FORMAT}")
+            self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
+            self._outputs = int(graph["outputs"])
+            self._calls = self._parsed(graph["calls"])
+            height, width, channels = image_shape
+            stand_ins = [getattr(owner, name).to("meta") for owner, name in self._tensors]
+            for num in _NUM_TRIED:
+                images = torch.empty(num, channels, height, width, device="meta")
+                outputs = self._run([images, *stand_ins], limit=num * _MOST_VALUES)
+                if tuple(outputs.shape) != (num, num_classes) or not outputs.is_floating_point():
+                    raise ValueError(f"it gives {outputs.dtype} {list(outputs.shape)} for {num} images")
+        except Exception as error:  # a graph of unknown origin makes any line above raise anything
+            raise ValueError(f"it holds no network of {num_classes} classes: {first_line(error)}") from error
+
+    def _hold(self, name: str, tensors: Mapping[str, Tensor], is_parameter: bool) -> tuple[nn.Module, str]:
+        """Register a tensor under a dotted name; where it is then found."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if is_parameter:
+            owner.register_parameter(leaf, nn.Parameter(tensors[name].clone(), tensors[name].is_floating_point()))
+        else:
+            owner.register_buffer(leaf, tensors[name].clone())
+        return owner, leaf
+
+    def _parsed(self, calls: list[Any]) -> list[_Call]:
+        last_use: dict[int, int] = {}
+        for number, (_, arguments, named) in enumerate(calls):
+            last_use |= dict.fromkeys(_values_in([arguments, named]), number)
+        parsed, first = [], len(self._tensors) + 1
+        for number, (name, arguments, named) in enumerate(calls):
+            if any(not 0 <= value < first + number for value in _values_in([arguments, named])):
+                raise ValueError(f"call {number} takes a value that is not there yet")
+            unneeded = tuple(v for v, last in last_use.items() if last == number and v != self._outputs)
+            function = operator.getitem if name == "item" else _ON_SIZES.get(name) or _operator(name)
+            parsed.append(_Call(function, name == "item" or name in _ON_SIZES, arguments, named, unneeded))
+        return parsed
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._run([images, *(getattr(owner, name) for owner, name in self._tensors)])
+
+    def _run(self, values: list[Any], *, limit: int | None = None) -> Any:
+        """The outputs, of images and tensors; ValueError where a tensor has more values than the limit."""
+        device = values[0].device
+        for call in self._calls:
+            arguments = [_decoded(argument, values, device) for argument in call.arguments]
+            named = {key: _decoded(argument, values, device) for key, argument in call.named.items()}
+            if call.on_sizes:
+                _check_sizes(call, arguments)
+            value = call.function(*arguments, **named)
+            if limit is not None:
+                for tensor in value if isinstance(value, list | tuple) else (value,):
+                    if isinstance(tensor, Tensor) and tensor.numel() > limit:
+                        raise ValueError(f"a tensor of {tensor.numel()} values for {len(values[0])} images")
+            values.append(value)
+            for number in call.unneeded:
+                values[number] = None
+        return values[self._outputs]
+
+
+def _check_sizes(call: _Call, arguments: list[Any]) -> None:
+    """ValueError where Python's own operators are given more than sizes: a list times a number, numbers without end."""
+    if call.function is operator.getitem:
+        good = len(arguments) == 2 and isinstance(arguments[0], list | tuple) and type(arguments[1]) is int
+    else:
+        good = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
+    if not good or call.named:
+        raise ValueError(f"{call.function.__name__} of what is no size")
+
+
+def _values_in(tree: Any) -> list[int]:
+    """Numbers of the values that arguments refer to."""
+    if isinstance(tree, dict):
+        if "value" in tree:
+            return [tree["value"]]
+        return [number for item in tree.values() for number in _values_in(item)]
+    return [number for item in tree for number in _values_in(item)] if isinstance(tree, list) else []
+
+
+def _decoded(argument: Any, values: list[Any], device: torch.device) -> Any:
+    match argument:
+        case list():
+            return [_decoded(item, values, device) for item in argument]
+        case {"value": number}:
+            return values[number]
+        case {"torch": name}:
+            return _WORDS[name]
+        case {"number": text}:
+            return float(text)
+        case {"device": _}:
+            return device
+        case dict():
+            raise ValueError(f"{argument} stands for nothing")
+    return argument
