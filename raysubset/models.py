@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from raysubset.config import ModelConfig, nearest
 from raysubset.errors import one_line
-from raysubset.user_functions import load_function
+from raysubset.user_functions import call_function
 
 _OWN = ("cnn", "lenet5", "mlp", "cifar_resnet")
 _SMALLEST_POOLED_SIDE = 4  # cnn: a map of 3×3 or less is averaged as it is
@@ -342,7 +342,7 @@ def _meta_output_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, .
 
 def _users_network(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
     """What the user's function returns, without torch's wrappers that spread it over cards or compile it."""
-    model = load_function("model.name", name)(num_classes, shape)
+    model = call_function("model.name", name, num_classes, shape)
     if isinstance(model, nn.DataParallel):
         model = model.module
     model = getattr(model, "_orig_mod", model)  # torch.compile's

@@ -49,6 +49,7 @@ from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Weights
+from raysubset.user_functions import refuse_import
 
 
 def run(
@@ -76,6 +77,7 @@ def run(
         SubsetFailed, FineTuningFailed: work that failed more often than actors.max_attempts allows.
     """
     began = time.perf_counter()
+    refuse_import("run()")
     refuse_missing(config.tracking)
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())

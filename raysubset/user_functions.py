@@ -1,19 +1,40 @@
 """The user's own data, models and subsets: functions that a config names as package.module:function."""
 
+import argparse
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
 
 from raysubset.config import nearest
+from raysubset.errors import first_line
+
+_GUARD = 'under `if __name__ == "__main__":`'
+
+_imported: list[str] = []  # modules of the user's that are being imported, the innermost last
+
+
+def call_function(field: str, reference: str, *arguments: Any) -> Any:
+    """What the function that a field names returns.
+
+    Raises:
+        ValueError: if there is no such function, or whatever it raises or ends the process with, with its place in the
+            user's file.
+    """
+    function = load_function(field, reference)
+    with _in_a_line(field, reference):
+        return function(*arguments)
 
 
 def load_function(field: str, reference: str) -> Callable[..., Any]:
     """The function that a field's "package.module:function" names; its module may lie in the working directory.
 
     Raises:
-        ValueError: if there is no such module or function. Errors inside the module pass through.
+        ValueError: if there is no such module or function, or whatever the module raises or ends the process with.
     """
     module_name, _, name = reference.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
@@ -21,13 +42,80 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
+    _imported.append(module_name)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"{field} = {reference!r}: no module {error.name} in {here} or installed") from error
+        with _in_a_line(field, reference):
+            module = importlib.import_module(module_name)
+    except ValueError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing.name}."):
+            text = f"{field} = {reference!r}: no module {missing.name} in {here} or installed: put it there"
+            raise ValueError(text) from missing
+        raise
+    finally:
+        _imported.pop()
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{field} = {reference!r}: {module_name} has no function {name}{nearest(name, vars(module))}")
+        raise ValueError(
+            f"{field} = {reference!r}: {module_name} has no function {name}"
+            f"{nearest(name, vars(module)) or '; write package.module:function'}"
+        )
     return function
+
+
+def refuse_import(what: str) -> None:
+    """Refuse to begin a run, sweep or comparison while the user's module is imported for one of its functions.
+
+    Raises:
+        ValueError: for a script without a main guard.
+    """
+    if _imported:
+        raise _NoMainGuard(
+            f"{_imported[-1]} calls {what} when it is imported, as every actor does for a function of it: put the call "
+            f"{_GUARD}"
+        )
+
+
+class _NoMainGuard(ValueError):
+    """A script that begins a run wherever it is imported."""
+
+
+@contextlib.contextmanager
+def _in_a_line(field: str, reference: str) -> Iterator[None]:
+    """Make a ValueError of whatever the user's code raises, of the process's end, and of flags read from our argv."""
+    parse_error = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = _refuse_flags  # which would print the user's usage for our flags
+    try:
+        yield
+    except _NoMainGuard:
+        raise
+    except _ReadsFlags as error:
+        text = f"reads the command line, which is not its own ({first_line(error)}): parse flags {_GUARD}"
+        raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
+    except SystemExit as error:
+        text = f"ended the process (sys.exit({'' if error.code is None else repr(error.code)})): put what a script does"
+        raise ValueError(f"{field} = {reference!r} {text} {_GUARD}{_place(error)}") from error
+    except Exception as error:
+        text = f"raised {type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
+    finally:
+        argparse.ArgumentParser.error = parse_error
+
+
+class _ReadsFlags(Exception):
+    """The user's argparse does not know the flags of this process."""
+
+
+def _refuse_flags(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise _ReadsFlags(message)
+
+
+def _place(error: BaseException) -> str:
+    """'; see net.py, line 3, in make': the innermost line outside of Python's and installed packages' files."""
+    foreign = ("site-packages", "dist-packages", os.path.dirname(os.__file__), "<frozen", __file__)
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"; see {Path(error.filename).name}, line {error.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(part in frame.filename for part in foreign):
+            return f"; see {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    return "; see what it is called with"

@@ -11,7 +11,7 @@ import pytest
 from raysubset.cli import call, parse_config, run_job
 from raysubset.cli.screen import print_sections
 from raysubset.config import Config
-from raysubset.report import sections
+from raysubset.report import Section, sections
 from raysubset.run_directory import REPORT_PATH, RunDirectory
 from tests.test_report import a_record
 
@@ -100,6 +100,17 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("compare --num-workers 0", "--num-workers 0: arm I needs at least one"),
         ("advise --against /none", "/none is no run directory"),
         ("doctor --model.wdth 3", "did you mean --model.width?"),
+        ("run --lr 1", "did you mean --minimize.learning-rate or"),
+        ("run --epochs=1", "did you mean --minimize.epochs or --fine-tuning.epochs or --trunk.epochs?"),
+        ("run --data x", "did you mean --data.name?"),
+        ("run --model x", "did you mean --model.name?"),
+        ("run --workers 2", "did you mean --fine-tuning.num-workers or --trunk.num-workers or"),
+        ("run --gpus 1", "did you mean --actors.num-gpus?"),
+        ("run --output x", "did you mean --storage-path?"),
+        ("run --quick", "--quick is a flag of compare, not of raysubset run"),
+        ("report x --seed 3", "--seed is a flag of run and sweep and compare and advise and doctor, not of"),
+        ("run --resume", "the same command under the same --name resumes"),
+        ("run --data.streamed yes", "unexpected argument 'yes' after --data.streamed"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, told: str, capsys: pytest.CaptureFixture[str]):
@@ -146,6 +157,80 @@ def test_what_compare_is_given_reaches_it_be_it_nought(monkeypatch: pytest.Monke
     assert call(["compare", "--margin", "0", "--arms", "B", "G"]) == 2
     assert (given["margin"], given["arms"], given["seeds"]) == (0.0, ("B", "G"), 5)
     assert "budgets" not in given
+
+
+# User functions
+
+USERS_CODE = """
+import argparse, sys
+def exits(*given): sys.exit(0)
+def reads_flags(*given):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--width", required=True)
+    parser.parse_args()
+def raises(*given):
+    def inner(): raise KeyError("of the user")
+    inner()
+"""
+PLACES = {
+    "model.name": ["--model.name"],
+    "data.name": ["--data.name"],
+    "subsets.function": ["--subsets.scheme", "function", "--subsets.function"],
+}
+
+
+@pytest.fixture
+def users_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with modules of the user's, under names that no other test has imported."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("field", PLACES)
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("exits", "ended the process (sys.exit(0)): put what a script does under `if __name__"),
+        ("reads_flags", "reads the command line, which is not its own (the following arguments are required: --width)"),
+        ("raises", "raised KeyError: 'of the user'; see users_{field}.py, line 9, in inner"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "compare", "sweep --sizes 40"])
+def test_what_a_users_function_does_beside_returning_is_a_line(
+    field: str, function: str, told: str, verb: str, users_code: Path, capsys: pytest.CaptureFixture[str]
+):
+    module = f"users_{field.partition('.')[0]}"
+    (users_code / f"{module}.py").write_text(USERS_CODE)
+    sys.modules.pop(module, None)
+    arguments = [*verb.split(), "--storage-path", str(users_code / "runs"), *PLACES[field], f"{module}:{function}"]
+    code, out, err = exit_of(arguments, capsys)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert f"raysubset: {field} = '{module}:{function}' {told.format(field=field.partition('.')[0])}" in err
+    assert not (users_code / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import sys\nsys.exit(0)\n", 'sys.exit(0)): put what a script does under `if __name__ == "__main__":`'),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--seed'])\n", "reads the command line"),
+        ("def net(:\n", "raised SyntaxError"),
+        ("from raysubset import Config, run\ndef net(*g): ...\nrun(Config())\n", "calls run() when it is imported"),
+        ("from raysubset import Config, compare\ncompare(Config())\n", "calls compare() when it is imported"),
+    ],
+)
+def test_what_a_users_module_does_when_it_is_imported_is_a_line(
+    text: str, told: str, users_code: Path, capsys: pytest.CaptureFixture[str]
+):
+    (users_code / "ends.py").write_text(text)
+    sys.modules.pop("ends", None)
+    code, out, err = exit_of(["run", "--model.name", "ends:net", "--storage-path", str(users_code / "runs")], capsys)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert "ends" in err
+    assert told in err
 
 
 # Help
@@ -230,6 +315,37 @@ def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pyt
     for part in parts:
         for number in part.numeric:
             assert all(row[number] in words for row in part.rows if row[number] and " " not in row[number])
+
+
+AWKWARD = Section("[b]t[/b]", ("", "lr[high]", ":100:"), (("a\nb", "\x1b[31m", "cafe\u0301"),), ("  run 'lr[a]' :x:",))
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]):
+    print_sections([AWKWARD])
+    out = capsys.readouterr().out
+    for told in ("[b]t[/b]", "lr[high]", ":100:", "a\\nb", "\\x1b[31m", "cafe\u0301", "  run 'lr[a]' :x:\n"):
+        assert told in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_lacks_is_written_otherwise(encoding: str, finished: str, monkeypatch: pytest.MonkeyPatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding))
+    assert call(["report", finished]) == 0
+    with pytest.raises(SystemExit):
+        call(["run", "--help"])
+    sys.stdout.flush()
+    out = sys.stdout.buffer.getvalue().decode(encoding)  # pyright: ignore[reportAttributeAccessIssue]
+    assert f"90.00% {'±' if encoding != 'ascii' else '+-'} 3.00" in out
+
+
+def test_a_terminal_that_says_it_has_no_columns_has_some(monkeypatch: pytest.MonkeyPatch):
+    drawn = io.StringIO()
+    drawn.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", drawn)
+    monkeypatch.setenv("COLUMNS", "0")
+    print_sections([AWKWARD])
+    assert "lr[high]" in drawn.getvalue()
 
 
 def test_output_cut_off_by_its_reader_is_no_crash(finished: str):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
 
 from raysubset.cli.flags import (
     Advise,
@@ -29,7 +29,7 @@ from raysubset.cli.flags import (
     parse,
     parse_command,
 )
-from raysubset.cli.screen import listener, print_sections
+from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
@@ -115,6 +115,7 @@ def run_comparison_job(
 def _guarded(work: Callable[[], int], *, again: str) -> int:
     """Do it; mistakes, failures and being stopped become a line and an exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    open_screen()
     previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
     try:
         return work()
@@ -261,12 +262,11 @@ def _report_several(command: Report) -> int:
 def _doctor(config: Config) -> int:
     from raysubset.doctor import examine
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = console_of(sys.stdout, soft_wrap=True)
     healthy = True
     for check in examine(config):
-        mark = {True: "[green]ok  [/]", False: "[red]FAIL[/]", None: "[yellow]note[/]"}[check.ok]
-        console.print(f"{mark} {check.name}: ", end="")
-        console.print(check.text, markup=False)
+        mark = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("note", "yellow")}[check.ok]
+        console.print(Text.assemble(mark, f" {check.name}: {visible(check.text)}"))
         healthy = healthy and check.ok is not False
     return DONE if healthy else FAILED
 
@@ -324,7 +324,8 @@ def _predict(command: Predict) -> int:
 
 
 def _error(text: str) -> None:
-    print(f"raysubset: {text}", file=sys.stderr, flush=True)
+    line = " ".join(part for part in map(str.strip, text.splitlines()) if part)
+    print(f"raysubset: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -220,13 +220,98 @@ def _tyro(kind: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
             raise
         raise ValueError(f"{_first_sentence(said.getvalue())}; see {prog} --help") from None
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        own = {field.name for kind in _COMMANDS.values() for field in dataclasses.fields(kind)}
-        known = [f"--{key.replace('_', '-')}" for key in (*flatten(Config().to_dict()), *sorted(own))]
-        if flag.startswith("-"):
-            raise ValueError(f"there is no flag {flag}{nearest(flag, known) or f'; see {prog} --help'}")
-        raise ValueError(f"unexpected argument {flag!r}; see {prog} --help")
+        before = arguments[arguments.index(unknown[0]) - 1] if unknown[0] in arguments else ""
+        raise ValueError(_unknown(unknown[0].partition("=")[0], before, kind, prog))
     return command
+
+
+_EVERYDAY = {  # what other programs call our fields, or their last parts
+    "lr": "learning-rate",
+    "num-epochs": "epochs",
+    "max-epochs": "epochs",
+    "bs": "batch-size",
+    "wd": "weight-decay",
+    "opt": "optimizer",
+    "data": "data.name",
+    "dataset": "data.name",
+    "data-path": "data.name",
+    "data-dir": "data.root",
+    "img-size": "image-size",
+    "model": "model.name",
+    "arch": "model.name",
+    "network": "model.name",
+    "subsets": "subsets.num",
+    "num-subsets": "subsets.num",
+    "rounds": "rounds.num",
+    "num-rounds": "rounds.num",
+    "seeds": "seed",
+    "workers": "num-workers",
+    "n-workers": "num-workers",
+    "gpus": "actors.num-gpus",
+    "num-gpus": "actors.num-gpus",
+    "cpus": "actors.num-cpus",
+    "num-cpus": "actors.num-cpus",
+    "amp": "precision",
+    "bf16": "precision",
+    "output": "storage-path",
+    "output-dir": "storage-path",
+    "out": "storage-path",
+    "out-dir": "storage-path",
+    "outdir": "storage-path",
+    "save-dir": "storage-path",
+    "log-dir": "storage-path",
+    "logdir": "storage-path",
+    "storage": "storage-path",
+    "run-name": "name",
+    "ray-address": "cluster.address",
+    "mlflow": "tracking.to",
+    "wandb": "tracking.to",
+    "overwrite": "fresh",
+    "force": "fresh",
+}
+_FIRST = (
+    "minimize.",
+    "fine-tuning.",
+    "actors.",
+)  # parts of a config whose fields are meant before others of the same last name
+_MOST_MEANT = 3
+
+
+def _flags_of(kind: Any) -> list[str]:
+    """A command's own flags, without dashes, and those of the config that it takes."""
+    names = [field.name for field in dataclasses.fields(kind) if tyro.conf.Positional not in _marks(field)]
+    if "config" in names:
+        names = [
+            *flatten(Config().to_dict()),
+            *(name for name in names if name not in ("config", "config_file")),
+            "config",
+        ]
+    return [name.replace("_", "-") for name in names]
+
+
+def _marks(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    return getattr(field.type, "__metadata__", ())
+
+
+def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
+    """What to say of a word that a command does not take: the flag that is meant, or the command that takes it."""
+    see = f"see {prog} --help"
+    if not flag.startswith("-") or flag == "--":
+        after = f" after {before}" if before.startswith("--") else ""
+        return f"unexpected argument {flag!r}{after}; {see}"
+    if flag in ("--resume", "--continue"):
+        return f"there is no flag {flag}, and no need of one: the same command under the same --name resumes; {see}"
+    name, known = flag.lstrip("-").replace("_", "-").lower(), _flags_of(kind)
+    meant = _EVERYDAY.get(name, name)
+    found = [meant] if meant in known else [one for one in known if one.endswith(f".{meant}")]
+    if found:
+        found.sort(key=lambda one: (one.count("."), not one.startswith(_FIRST)))
+        return f"there is no flag {flag}; did you mean {' or '.join(f'--{one}' for one in found[:_MOST_MEANT])}?"
+    if near := nearest(flag, [f"--{one}" for one in known]):
+        return f"there is no flag {flag}{near}"
+    if takers := [verb for verb, other in _COMMANDS.items() if name in _flags_of(other)]:
+        return f"{flag} is a flag of {' and '.join(takers)}, not of {prog}; {see}"
+    return f"there is no flag {flag}; {see}"
 
 
 _PLAINER = (  # tyro's words, and ours; which of its objects a check of ours was in is its own affair
@@ -268,11 +353,11 @@ def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], 
     if found.config is None:
         return rest, default
     try:
-        tree = json.loads(Path(found.config).expanduser().read_text())
+        tree = json.loads(Path(found.config).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {found.config}: {error.strerror}") from error
-    except ValueError as error:  # bad JSON and bad UTF-8 both are
-        raise ValueError(f"--config {found.config} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 both are ValueErrors
+        raise ValueError(f"--config {found.config} is no JSON: {error}; give a run's config.json") from error
     if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json or report.json
     try:

@@ -1,13 +1,18 @@
 """What a person sees: sections of a report on stdout, progress on stderr."""
 
+import codecs
+import dataclasses
+import io
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -19,22 +24,76 @@ if TYPE_CHECKING:
 
 _GAP = 2  # between columns
 _NARROW = 24  # what text is wrapped at, at the least
+_NARROWEST = 40  # what a terminal is taken to have at the least; COLUMNS=0 says nothing
+
+_IN_ASCII = {
+    "±": "+-",
+    "×": "x",
+    "→": "->",
+    "–": "-",
+    "−": "-",
+    "…": "...",
+    "≤": "<=",
+    "≥": ">=",
+    "²": "2",
+    "·": "*",
+    "λ": "lambda",
+    "γ": "gamma",
+}
+
+
+def open_screen() -> None:
+    """Have stdout and stderr write what their encoding lacks in ASCII, our signs in words of it, all else escaped."""
+    codecs.register_error("raysubset", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="raysubset")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    signs = (_IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in lacking)
+    return "".join(signs), error.end
+
+
+def console_of(stream: TextIO, **options: Any) -> Console:
+    """A console that shows texts as they are: brackets are no markup, colons no emoji."""
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, **options)
+    if console.width < _NARROWEST:
+        console.width = _NARROWEST
+    return console
+
+
+def visible(text: str) -> str:
+    """The text with its line breaks and other control characters escaped: a name may hold any."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 def print_sections(parts: "Sequence[Section]") -> None:
     """Results, to stdout: as wide as the terminal; elsewhere tables of 140 columns, and lines as long as they are."""
     is_terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if is_terminal else 140)
-    for part in parts:
+    console = console_of(sys.stdout, width=None if is_terminal else 140)
+    for part in map(_visible_section, parts):
         console.print()
-        console.print(part.title, style="bold", markup=False)
+        console.print(part.title, style="bold")
         for number, table in enumerate(_tables(part, console.width)):
             if number:
                 console.print()
             console.print(table)
         for line in part.lines:
             is_command = line.startswith("  ")  # to be copied: without line breaks of ours
-            console.print(line, markup=False, soft_wrap=is_command or not is_terminal)
+            console.print(line, soft_wrap=is_command or not is_terminal)
+
+
+def _visible_section(part: "Section") -> "Section":
+    return dataclasses.replace(
+        part,
+        title=visible(part.title),
+        columns=tuple(map(visible, part.columns)),
+        rows=tuple(tuple(map(visible, row)) for row in part.rows),
+        lines=tuple(map(visible, part.lines)),
+    )
 
 
 def _tables(part: "Section", width: int) -> Iterator[Table]:
@@ -66,13 +125,13 @@ def _tables(part: "Section", width: int) -> Iterator[Table]:
 
 def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
     """Of a column, at the least and at its natural width: headings and text may be wrapped, numbers and names not."""
-    heading, cells = part.columns[number], [len(row[number]) for row in part.rows]
+    heading, cells = part.columns[number], [cell_len(row[number]) for row in part.rows]
     widest = max(cells, default=0)
     if number == 0:
         widest = min(widest, width // 2)
     least = widest if number == 0 or number in part.numeric else min(widest, _NARROW)
-    word = max(map(len, heading.split()), default=0)
-    return max(least, min(word, _NARROW)), max(widest, len(heading))
+    word = max(map(cell_len, heading.split()), default=0)
+    return max(least, min(word, _NARROW)), max(widest, cell_len(heading))
 
 
 # Progress
@@ -81,7 +140,7 @@ def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
 @contextmanager
 def listener() -> "Iterator[OnEvent]":
     """A listener that draws live progress on a terminal, and writes plain lines elsewhere; both to stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = console_of(sys.stderr)
     if not console.is_terminal:
         yield _PlainLines()
         return
@@ -106,7 +165,7 @@ class _PlainLines:
                 return
             self._told[key] = now
         mark = "warning: " if event.kind == "warning" else ""
-        print(f"{time.strftime('%H:%M:%S')} {mark}{event.text}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {mark}{visible(event.text)}", file=sys.stderr, flush=True)
 
 
 class _LiveTable:
@@ -133,7 +192,7 @@ class _LiveTable:
             elif event.kind == "stage":
                 self._rows.clear()
             style = {"warning": "yellow", "retry": "yellow", "stage": "bold", "waiting": "dim"}.get(event.kind)
-            self._console.print(event.text, style=style, markup=False)
+            self._console.print(visible(event.text), style=style)
         self._live.update(self._table() if self._rows else "")
 
     def _table(self) -> Table:

@@ -19,6 +19,7 @@ from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
 from raysubset.run_report import Sessions, environment
 from raysubset.tracking import refuse_missing, track_comparison
+from raysubset.user_functions import refuse_import
 
 LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -69,6 +70,7 @@ def compare(
         ValueError: the user's mistake, with the way out.
     """
     began = time.perf_counter()
+    refuse_import("compare()")
     tell: OnEvent = on_event or (lambda event: None)
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rate = config.minimize.peak_learning_rate()

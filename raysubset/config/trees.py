@@ -13,9 +13,13 @@ from typing import Any, Literal, TypeVar
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean mnist?' where a known word is near, else ''."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """'; did you mean mnist?' where a known word is near, else ''. Words that look the same are spelled out."""
+    found = next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    if found is None:
+        return ""
+    if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", word):
+        return f"; did you mean {found!a}, of other Unicode characters than {word!a}?"
+    return f"; did you mean {found}?"
 
 
 def need(condition: bool, message: str) -> None:

@@ -13,19 +13,19 @@ from raysubset.data.labels import as_labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import from_table
-from raysubset.user_functions import load_function
+from raysubset.user_functions import call_function
 
 
 def read_function(config: DataConfig) -> Source:
     """Call the function that data.name names, without arguments, and read what it returns.
 
     That is an Arrow table, a pair (images, labels) of arrays, or a dict with "train" and perhaps "validation" and
-    "test" of either. What the function raises passes through.
+    "test" of either.
 
     Raises:
-        ValueError: for a name that does not lead to a function, or anything else returned.
+        ValueError: for a name that does not lead to a function, what it raises, or anything else returned.
     """
-    returned = load_function("data.name", config.name)()
+    returned = call_function("data.name", config.name)
     ignored = Ignored(config)
     if not isinstance(returned, Mapping):
         ignored.refuse_unmet(())

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysubset.config import NUM_SUBSETS, SubsetsConfig, derive_seed, nearest
-from raysubset.user_functions import load_function
+from raysubset.user_functions import call_function
 
 _MOST_LISTED = 10  # classes or subsets named in one line
 
@@ -306,8 +306,8 @@ def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int)
     """The examples of each id that the user's function gives."""
     name = config.function
     assert name is not None
-    function = load_function("subsets.function", name)
-    ids = np.asarray(function(labels.copy(), num, derive_seed(seed, "subsets", "function") % 2**32))
+    seed = derive_seed(seed, "subsets", "function") % 2**32
+    ids = np.asarray(call_function("subsets.function", name, labels.copy(), num, seed))
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{name} gave {ids.dtype} {list(ids.shape)}; it should give one integer subset id an example")
     if len(ids) != len(labels):

@@ -28,6 +28,7 @@ from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
+from raysubset.planning import make_plan
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.run_report import Sessions, environment
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
@@ -41,6 +42,7 @@ from raysubset.sweeping.records import (
 )
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
+from raysubset.user_functions import refuse_import
 
 # A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the
 # head, which is the last node to go
@@ -81,6 +83,7 @@ def sweep(
         ValueError: the user's mistake, with the way out.
     """
     began = time.perf_counter()
+    refuse_import("sweep()")
     tell: OnEvent = on_event or (lambda event: None)
     name = config.name or f"{config.run_name()}-sweep"
     directory = RunDirectory(config.storage_path, name)
@@ -94,6 +97,8 @@ def sweep(
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record)
     full_sets = {data: load_full_set(data) for data in dict.fromkeys(trial.config.data for trial in trials)}
+    for setting in dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials):
+        make_plan(setting, full_sets[setting.data])  # refuses what no trial of the setting can be
     directory.check_writable()
     with directory.lease() as lease, contextlib.ExitStack() as stack:
         resumed = directory.open(header, environment(), fresh=fresh)
