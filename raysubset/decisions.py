@@ -3,16 +3,52 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.cluster import num_gpus_of, num_slots
+from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger
 from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
-from raysubset.run_directory import DECISIONS_PATH, RunDirectory
+from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import ActorPool, Piece, packing_decision, packing_note
+
+
+def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> None:
+    """Stop before the first stage, and before a new cluster is started, if a stage that is left can never be placed.
+
+    Args:
+        directory: of the run, whose finished stages ask for nothing; None where nothing is done.
+
+    Raises:
+        ValueError: with the request, what there is, and the way out.
+    """
+    types = offered(config.cluster)
+    record = directory.read_json_or_none(DECISIONS_PATH) if directory is not None else None
+    num_gpus = record["num_gpus"] if record else num_gpus_of(config.actors, lambda event: None, types=types)
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    for stage, num in workers_of_stages(config).items():
+        done = aggregate_path(config.rounds.num - 1) if stage == "subsets" else minimum_path(stage)
+        if directory is None or not directory.exists(done):
+            what = "subset actors" if stage == "subsets" else f"{stage} workers"
+            refuse_unplaceable(request, what, num=num, types=types)
+    scoring = num_gpus if config.aggregation.num_gpus is None else config.aggregation.num_gpus
+    out = "Ask for less (--aggregation.num-gpus, --actors.num-cpus)"
+    asked = {"CPU": config.actors.num_cpus, "GPU": scoring} if scoring else {}
+    refuse_unplaceable(asked, "the tasks that score aggregates", way_out=out, types=types)
+
+
+def workers_of_stages(config: Config) -> dict[str, int]:
+    """The actors or Ray Train workers that each stage must have at once; any number of actors minimizes on subsets."""
+    if config.method == "conventional":
+        return {"conventional": config.conventional.num_workers}
+    tuning, workers = config.fine_tuning, {"subsets": 1}
+    if config.trunk.epochs:
+        workers["trunk"] = config.trunk.num_workers
+    if tuning.epochs:
+        workers["fine_tuning"] = tuning.min_workers or tuning.num_workers or 1
+    return workers
 
 
 class Decisions:

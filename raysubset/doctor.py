@@ -19,10 +19,10 @@ from raysubset.cluster import (
     num_slots,
     object_store_bytes,
     put_once,
-    refuse_unplaceable,
 )
 from raysubset.config import Config, differences
 from raysubset.data import FullSet, load_full_set
+from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
@@ -48,8 +48,16 @@ class Check:
 def examine(config: Config) -> Iterator[Check]:
     """Look at everything a run of this config needs, in the order in which it would be needed.
 
-    Nothing of the run is begun. Ray is started or connected to, and left again at the end.
+    Nothing of the run is begun. Ray is started or connected to, and left again at the end. Whatever else goes wrong on
+    the way is a check that failed, and the last.
     """
+    try:
+        yield from _examine(config)
+    except Exception as error:  # of the user's model, of storage, of Ray: there is no kind that a run would not meet
+        yield Check("the check after that", False, f"it could not be made: {_why(error)}")
+
+
+def _examine(config: Config) -> Iterator[Check]:
     versions = environment()
     packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
     yield Check(
@@ -180,9 +188,8 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
         num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
         num_workers["fine_tuning"] = least if tuning.epochs else 0
     try:
-        refuse_unplaceable(request, "subset actors")
+        refuse_what_has_no_place(config, None)
         for stage, num in num_workers.items():
-            refuse_unplaceable(request, f"{stage} workers", num=num)
             if config.data.streamed and (num > 1 or (num and stage == "fine_tuning")):  # else an actor reads for itself
                 refuse_without_readers(config, stage, num_workers=num)
     except ValueError as error:

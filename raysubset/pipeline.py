@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from raysubset.aggregation import shrink_perturb
-from raysubset.cluster import connected, get_shared, own_address, put_once
+from raysubset.cluster import connected, get_shared, own_address, put_once, reached
 from raysubset.config import Config, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set
-from raysubset.decisions import Decisions
+from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
@@ -129,7 +129,10 @@ def _begun(
     for line in (*full_set.notes, *plan.advice):
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
-    with directory.lease() as lease, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(reached(config.cluster))
+        refuse_what_has_no_place(config, None if fresh else directory)
+        lease = stack.enter_context(directory.lease())
         shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
         resumed = directory.open(shown.to_dict(), environment(), fresh=fresh)
         tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))

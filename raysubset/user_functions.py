@@ -106,7 +106,7 @@ class _ReadsFlags(Exception):
     """The user's argparse does not know the flags of this process."""
 
 
-def _refuse_flags(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
     raise _ReadsFlags(message)
 
 

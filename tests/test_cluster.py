@@ -1,10 +1,19 @@
 """What is decided from what a cluster has, or says that it can start."""
 
-import pytest
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from raysubset.cluster import NodeType, num_gpus_of, resources
-from raysubset.config import ActorsConfig
+import pytest
+import ray
+
+from raysubset import compare, run, sweep
+from raysubset.cluster import NodeType, num_gpus_of, reached, resources
+from raysubset.config import ActorsConfig, ClusterConfig, Config
+from raysubset.decisions import refuse_what_has_no_place
 from raysubset.events import Event
+from raysubset.run_directory import RunDirectory, minimum_path
 
 CPUS, GPUS = NodeType("alive", {"CPU": 4.0}, 1, 0), NodeType("gpu.spot", {"CPU": 8.0, "GPU": 1.0}, 0, 3)
 
@@ -29,3 +38,66 @@ def test_actors_ask_for_gpus_where_there_may_be_some_and_the_user_hears_where_th
     assert num_gpus_of(ActorsConfig(num_gpus=asked), events.append) == num
     assert len(events) == bool(told)
     assert all(event.kind == "warning" and told in event.text for event in events)
+
+
+def small_sweep(config: Config) -> Any:
+    return sweep(config, {"subsets.size": [100]}, seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("begin", "overrides", "told"),
+    [
+        (
+            run,
+            {"actors.num_cpus": 3},
+            "subset actors ask for 3 CPU; this cluster can never place that: it has 1 × this",
+        ),
+        (run, {"actors.num_gpus": 1.0}, "subset actors ask for 1 CPU + 1 GPU"),
+        (run, {"aggregation.num_gpus": 1.0}, "the tasks that score aggregates ask for 1 CPU + 1 GPU"),
+        (run, {"trunk.num_workers": 3}, "trunk workers ask for 3 × 1 CPU"),
+        (run, {"fine_tuning.num_workers": 3}, "fine_tuning workers ask for 3 × 1 CPU"),
+        (run, {"method": "conventional", "conventional.num_workers": 3}, "conventional workers ask for 3 × 1 CPU"),
+        (small_sweep, {"fine_tuning.num_workers": 3}, "fine_tuning workers ask for 3 × 1 CPU"),
+        (compare, {"actors.num_cpus": 3}, "legs of a comparison ask for 3 CPU"),
+    ],
+)
+def test_what_can_never_be_placed_is_refused_before_ray_is_started_and_leaves_nothing(
+    tmp_path: Path, begin: Callable[[Config], Any], overrides: dict[str, Any], told: str
+) -> None:
+    config = Config(storage_path=str(tmp_path)).with_overrides(
+        {"cluster.num_cpus": 2, "cluster.num_gpus": 0, **overrides}
+    )
+    with pytest.raises(ValueError, match=re.escape(told)):
+        begin(config)
+    assert not ray.is_initialized()
+    assert not list(tmp_path.iterdir())
+
+
+def test_stages_that_are_done_ask_for_nothing_and_fewer_workers_are_enough_where_they_are_elastic(
+    tmp_path: Path,
+) -> None:
+    config = Config().with_overrides(
+        {"cluster.num_cpus": 2, "trunk.num_workers": 9, "fine_tuning.num_workers": 9, "fine_tuning.min_workers": 2}
+    )
+    directory = RunDirectory(str(tmp_path), "run")
+    with pytest.raises(ValueError, match="trunk workers ask for 9"):
+        refuse_what_has_no_place(config, directory)
+    directory.write_json(minimum_path("trunk"), {})
+    refuse_what_has_no_place(config, directory)
+
+
+@pytest.mark.parametrize("begin", [run, compare, small_sweep])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1", "127.0.0.1:99999", "ray://127.0.0.1:1"])
+def test_a_wrong_address_leaves_nothing(tmp_path: Path, begin: Callable[[Config], Any], address: str) -> None:
+    config = Config(storage_path=str(tmp_path)).with_overrides({"cluster.address": address})
+    with pytest.raises(ValueError, match=rf"no Ray cluster answers at {address} .* leave cluster.address out"):
+        begin(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_stale_address_is_said_to_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    told = rf"answers at {address}, which RAY_ADDRESS in the environment names .* unset RAY_ADDRESS"
+    with pytest.raises(ValueError, match=told), reached(ClusterConfig()):
+        pass

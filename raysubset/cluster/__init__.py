@@ -10,9 +10,7 @@ from raysubset.cluster import authentication  # noqa: F401  before Ray, which re
 # isort: split
 import ray
 
-from raysubset.cluster.connection import (
-    connected,
-)
+from raysubset.cluster.connection import connected, reached
 from raysubset.cluster.resources import (
     ASK_FOR_LESS,
     WAIT_NOTICE_S,
@@ -26,6 +24,7 @@ from raysubset.cluster.resources import (
     num_gpus_of,
     num_slots,
     object_store_bytes,
+    offered,
     own_address,
     refuse_unplaceable,
 )
@@ -42,6 +41,7 @@ from raysubset.cluster.tasks import (
 
 __all__ = [
     "connected",
+    "reached",
     "OUTSIDE_GROUPS",
     "STOP_GRACE_S",
     "SYSTEM_ERRORS",
@@ -62,6 +62,7 @@ __all__ = [
     "num_gpus_of",
     "num_slots",
     "object_store_bytes",
+    "offered",
     "own_address",
     "refuse_unplaceable",
     "ray",

@@ -31,30 +31,45 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         ValueError: if nothing answers at the address, it asks for a token that this process does not have, or this
             process is connected to another one.
     """
+    with reached(config):
+        if ray.is_initialized():
+            yield
+            return
+        use_own_token()
+        with _connection(address="local", num_cpus=config.num_cpus, num_gpus=config.num_gpus, include_dashboard=False):
+            yield
+
+
+@contextlib.contextmanager
+def reached(config: ClusterConfig) -> Iterator[None]:
+    """Be connected to a cluster that is up, as connected(); where a new one would be started, do nothing yet.
+
+    A wrong address is a mistake that is told before anything is written.
+    """
     if ray.is_initialized():
         _refuse_other_cluster(config.address)
         yield
         return
-    started = time.perf_counter()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    where = config.address or os.environ.get("RAY_ADDRESS")
-    if where:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
         try:
-            _knock(where)
-            if gcs_address := _gcs_address(where):
+            _knock(address)
+            if gcs_address := _gcs_address(address):
                 use_token_of(gcs_address)
-            _init(address=config.address, **quiet)
+            stack.enter_context(_connection(address=address))
         except ConnectionError as error:
-            raise _no_answer(where, error) from error
-    else:
-        use_own_token()
-        _init(
-            address="local",
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            include_dashboard=False,
-            **quiet,
-        )
+            raise _no_answer(address, error, given=config.address is not None) from error
+        yield
+
+
+@contextlib.contextmanager
+def _connection(**options: Any) -> Iterator[None]:
+    """What ray.init() gives, as long as the block."""
+    started = time.perf_counter()
+    _init(log_to_driver=False, logging_level="warning", **options)
     log.info("connected to Ray in %.1f s", time.perf_counter() - started)
     try:
         yield
@@ -87,10 +102,12 @@ def _refuse_other_cluster(address: str | None) -> None:
         )
 
 
-def _no_answer(address: str, error: ConnectionError) -> ValueError:
+def _no_answer(address: str, error: ConnectionError, *, given: bool = True) -> ValueError:
+    source = "" if given else ", which RAY_ADDRESS in the environment names"
+    out = "leave cluster.address out" if given else "unset RAY_ADDRESS"
     return ValueError(
-        f"no Ray cluster answers at {address} ({first_line(error)}). Is it up, and is that the head's "
-        "`ray start --port` (6379 by default), not its dashboard's?"
+        f"no Ray cluster answers at {address}{source} ({first_line(error)}). Is it up, and is that the head's host and "
+        f"`ray start --port` (6379 by default), not its dashboard's? For a new one on this machine {out}"
     )
 
 
@@ -98,7 +115,10 @@ def _gcs_address(address: str) -> str | None:
     """host:port of what "auto" or the address means; None for a client's proxy (ray://), and where nothing is found."""
     from ray._private.services import canonicalize_bootstrap_address  # what ray.init() itself calls
 
-    return None if "://" in address else canonicalize_bootstrap_address(address)
+    try:
+        return None if "://" in address else canonicalize_bootstrap_address(address)
+    except ValueError as error:  # a word that is no address
+        raise ConnectionError(str(error)) from error
 
 
 def _knock(address: str) -> None:
@@ -108,5 +128,5 @@ def _knock(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # a port above 65535; a host that can be no name
         raise ConnectionError(str(error)) from error

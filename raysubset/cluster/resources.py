@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from raysubset.config import ActorsConfig
+from raysubset.config import ActorsConfig, ClusterConfig
 from raysubset.events import Event, OnEvent
 
 _MEMORIES = ("memory", "object_store_memory")  # a node's own affair, in bytes
@@ -69,6 +69,17 @@ def node_types() -> list[NodeType]:
     return types
 
 
+def offered(config: ClusterConfig) -> list[NodeType]:
+    """The nodes of the cluster this process is connected to; without one, that of the new one it would start."""
+    if ray.is_initialized():
+        return node_types()
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec  # what ray.init() itself asks
+
+    counted = ResourceAndLabelSpec(num_cpus=config.num_cpus, num_gpus=config.num_gpus)
+    resources = counted.resolve(is_head=True, node_ip_address="127.0.0.1").to_resource_dict()
+    return [NodeType("this machine", {key: float(resources.get(key) or 0) for key in ("CPU", "GPU")}, 1, 0)]
+
+
 def _accelerator(resources: Mapping[str, float]) -> str:
     """The type of accelerator that a node's resources name (accelerator_type:T4, which Ray adds where it finds one)."""
     named = (name.removeprefix(_TYPE_RESOURCE) for name in resources if name.startswith(_TYPE_RESOURCE))
@@ -94,7 +105,7 @@ def _autoscaling_state() -> Any:
 
 def _may_start_unknown_nodes() -> bool:
     """Whether there is an autoscaler, and nobody has said which nodes it can start."""
-    return not _published_groups() and _autoscaling_state().autoscaler_state_version > 0
+    return ray.is_initialized() and not _published_groups() and _autoscaling_state().autoscaler_state_version > 0
 
 
 def autoscaler_activity() -> str:
@@ -126,24 +137,25 @@ def object_store_bytes() -> float:
     return min((n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
 
 
-def num_slots(request: Mapping[str, float], *, startable: bool) -> int:
+def num_slots(request: Mapping[str, float], *, startable: bool, types: Sequence[NodeType] | None = None) -> int:
     """How many such requests the cluster can hold at once, empty; with or without what an autoscaler may start.
 
     Where there is an autoscaler and nobody has said which nodes it can start, it is taken to be able to start any.
     """
     if startable and _may_start_unknown_nodes():
         return _UNLIMITED
-    return sum(t.num_fitting(request) * (t.num_alive + (t.num_startable if startable else 0)) for t in node_types())
+    nodes = node_types() if types is None else types
+    return sum(t.num_fitting(request) * (t.num_alive + (t.num_startable if startable else 0)) for t in nodes)
 
 
-def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
+def num_gpus_of(config: ActorsConfig, tell: OnEvent, *, types: Sequence[NodeType] | None = None) -> float:
     """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
 
     Where that cannot be known it is 0, and told.
     """
     if config.num_gpus is not None:
         return config.num_gpus
-    has_gpus = any(t.resources.get("GPU", 0) > 0 for t in node_types())
+    has_gpus = any(t.resources.get("GPU", 0) > 0 for t in (node_types() if types is None else types))
     if not has_gpus and _may_start_unknown_nodes():
         text = (
             "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
@@ -153,19 +165,28 @@ def num_gpus_of(config: ActorsConfig, tell: OnEvent) -> float:
     return float(has_gpus)
 
 
-def refuse_unplaceable(request: Mapping[str, float], what: str, *, num: int = 1, way_out: str = ASK_FOR_LESS) -> None:
+def refuse_unplaceable(
+    request: Mapping[str, float],
+    what: str,
+    *,
+    num: int = 1,
+    way_out: str = ASK_FOR_LESS,
+    types: Sequence[NodeType] | None = None,
+) -> None:
     """Stop before waiting for something that can never come.
 
     Args:
+        types: the cluster's nodes, where they are known already; or those of one that is not up yet.
         way_out: what the user can do, after "can never place that: …. ".
 
     Raises:
         ValueError: with the request, what each kind of node offers, and the way out.
     """
-    if num_slots(request, startable=True) >= num:
+    types = node_types() if types is None else types
+    if num_slots(request, startable=True, types=types) >= num:
         return
     offers = "; ".join(
-        f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in node_types()
+        f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types
     )
     times = f"{num} × " if num > 1 else ""
     raise ValueError(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
-from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, refuse_unplaceable
+from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.legs import Leg
@@ -88,7 +88,14 @@ def compare(
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
-    with directory.lease() as lease, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(reached(config.cluster))
+        if fresh or not directory.exists(DECISIONS_PATH):
+            types = offered(config.cluster)
+            num_gpus = num_gpus_of(config.actors, lambda event: None, types=types)
+            request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+            refuse_unplaceable(request, "legs of a comparison", types=types)
+        lease = stack.enter_context(directory.lease())
         resumed = directory.open(shown.to_dict() | {"kind": "comparison"}, environment(), fresh=fresh)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)

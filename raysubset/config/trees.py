@@ -63,8 +63,9 @@ def check_number(name: str, value: float, range: str) -> None:
         words = f"at least {low:g}" if low else "positive" if range[0] == "(" else "0 or more"
     else:
         words = "a number"
-    most = "" if finite or value != value else " and finite" if isinstance(value, float) else " and below 2^63"
-    raise ValueError(f"{name} = {value} must be {words}{most}")
+    if not (finite or math.isnan(value) or high < math.inf):
+        words += " and finite" if isinstance(value, float) else " and below 2^63"
+    raise ValueError(f"{name} = {value} must be {words}")
 
 
 def _check_text(name: str, text: str) -> None:

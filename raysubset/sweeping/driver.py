@@ -21,9 +21,10 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once
+from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once, reached
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, total_cost
@@ -100,7 +101,13 @@ def sweep(
     for setting in dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials):
         make_plan(setting, full_sets[setting.data])  # refuses what no trial of the setting can be
     directory.check_writable()
-    with directory.lease() as lease, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reached(config.cluster))
+        for trial in trials:
+            run = RunDirectory(trial.config.storage_path, trial.name)
+            if fresh or not run.exists(REPORT_PATH):
+                refuse_what_has_no_place(trial.config, None if fresh else run)
+        lease = stack.enter_context(directory.lease())
         resumed = directory.open(header, environment(), fresh=fresh)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
