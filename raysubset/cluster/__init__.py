@@ -11,6 +11,7 @@ from raysubset.cluster import authentication  # noqa: F401  before Ray, which re
 import ray
 
 from raysubset.cluster.connection import connected, reached
+from raysubset.cluster.pulses import Process, forget, heard, kill_processes, published
 from raysubset.cluster.resources import (
     ASK_FOR_LESS,
     WAIT_NOTICE_S,
@@ -20,13 +21,16 @@ from raysubset.cluster.resources import (
     describe,
     draining_nodes,
     free_resources,
+    groups_of,
     node_types,
     num_gpus_of,
     num_slots,
     object_store_bytes,
     offered,
+    offers,
     own_address,
     refuse_unplaceable,
+    remove_groups,
 )
 from raysubset.cluster.tasks import (
     OUTSIDE_GROUPS,
@@ -42,6 +46,14 @@ from raysubset.cluster.tasks import (
 __all__ = [
     "connected",
     "reached",
+    "Process",
+    "forget",
+    "heard",
+    "kill_processes",
+    "published",
+    "groups_of",
+    "remove_groups",
+    "offers",
     "OUTSIDE_GROUPS",
     "STOP_GRACE_S",
     "SYSTEM_ERRORS",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raysubset.config import ActorsConfig, ClusterConfig
 from raysubset.events import Event, OnEvent
@@ -132,6 +133,24 @@ def draining_nodes() -> set[str]:
     return set(state.get_draining_nodes())
 
 
+def groups_of(actor: Any) -> dict[str, str]:
+    """Ids of the placement groups that an actor has made and that are not removed, each with its state: PENDING, …"""
+    from ray._private.state import state  # ray.util.placement_group_table() does not tell who made them
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+
+    accessor: Any = state._connect_and_get_accessor()
+    groups = [PlacementGroupTableData.FromString(group) for group in accessor.get_placement_group_table()]
+    states = PlacementGroupTableData.PlacementGroupState
+    own = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
+    return {g.placement_group_id.hex(): states.Name(g.state) for g in own if g.state != states.REMOVED}
+
+
+def remove_groups(ids: Sequence[str]) -> None:
+    """Remove placement groups, with the processes in them: those of an actor that died stay, and hold their places."""
+    for id in ids:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(id)))
+
+
 def object_store_bytes() -> float:
     """Of the smallest object store of a node that is alive: each node that reads the full set holds a copy."""
     return min((n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
@@ -185,14 +204,17 @@ def refuse_unplaceable(
     types = node_types() if types is None else types
     if num_slots(request, startable=True, types=types) >= num:
         return
-    offers = "; ".join(
-        f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types
-    )
     times = f"{num} × " if num > 1 else ""
     raise ValueError(
-        f"{what} ask for {times}{describe(request)}; this cluster can never place that: it has {offers or 'no nodes'}. "
+        f"{what} ask for {times}{describe(request)}; this cluster can never place that: it has {offers(types)}. "
         f"{way_out} or use another cluster"
     )
+
+
+def offers(types: Sequence[NodeType]) -> str:
+    """'2 × alive with 4 CPU; up to 3 × gpu.spot with 8 CPU + 1 GPU'."""
+    words = (f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types)
+    return "; ".join(words) or "no nodes"
 
 
 def describe(resources: Mapping[str, float]) -> str:

@@ -2,7 +2,8 @@
 
     weights, record = fine_tune(config, full_set_ref, weights, run, calibration=…, num_workers=2, num_gpus=1, …)
 
-The driver's side is in `driver`, that of each Ray Train worker in `worker`.
+The driver's side is in `driver`, with a `trainer` whose controller can be watched and what the `lookout` sees; that of
+each Ray Train worker is in `worker`.
 """
 
 from raysubset.fine_tuning.driver import FineTuningFailed, fine_tune

@@ -1,34 +1,32 @@
 """fine_tune(): the driver's side of a Ray Train job."""
 
-import _thread
-import contextlib
+import math
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Ray Train reads these where the driver runs. Polling every 2 s would make each job of a few seconds twice as long.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 
 import numpy as np
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
-from raysubset.cluster import put_once, refuse_unplaceable
+from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
 from raysubset.config import Config, TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
+from raysubset.fine_tuning.lookout import Lookout
+from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, train_loop
-from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
+from raysubset.run_directory import RunDirectory, minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
-from raysubset.training import Metrics, Weights
+from raysubset.training import Weights
 
 LOOK_S = 1.0  # between two looks at the history that the first worker leaves
-CONTROLLER_FAILURES = 3  # Ray Train retries a group that cannot start for ever unless told otherwise
+CONTROLLER_FAILURES = 3
 
 
 class FineTuningFailed(RuntimeError):
@@ -51,10 +49,10 @@ def fine_tune(
 ) -> tuple[Weights, dict[str, Any]]:
     """Minimize on the full set from the weights, by a Ray Train job of several workers in data parallel.
 
-    The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies restarts the group
-    from the last checkpoint, up to actors.max_attempts times; with fine_tuning.min_workers set, on fewer workers. A
-    loss that diverges is not tried again. If the driver dies, the same call goes on from the last checkpoint; a stage
-    that was finished is read back.
+    The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies, or is killed as
+    it stands still (actors.stall_s), restarts the group from the last checkpoint, up to actors.max_attempts times; with
+    fine_tuning.min_workers set, on fewer workers. So does a controller that dies. A loss that diverges is not tried
+    again. If the driver dies, the same call resumes from the last checkpoint; a stage that was finished is read back.
 
     Args:
         calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
@@ -66,6 +64,7 @@ def fine_tune(
     Raises:
         ValueError: if the workers can never be placed, or the loss diverges.
         FineTuningFailed: if the job failed more often than allowed.
+        TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
     if (record := run.read_json_or_none(minimum_path(stage))) is None:
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
@@ -81,16 +80,53 @@ def fine_tune(
 
 
 def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
-    """Run the job to its end, telling of its epochs meanwhile."""
+    """Run the job to its end, again where its controller dies."""
+    run, stage, most = job.run, job.stage, job.config.actors.max_attempts
+    least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
+    lookout = Lookout(job, num_workers=num_workers, is_elastic=least is not None, on_event=on_event)
+    num_lost = 0
+    while True:
+        num_epochs = lookout.num_epochs
+        trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
+        trainer.look = lookout.look
+        try:
+            diverged = trainer.fit().return_value
+            break
+        except ray.train.TrainingFailedError as error:
+            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+            own = [cause for cause in causes if isinstance(cause, ValueError)]
+            text = f"{stage}: {one_line((own or causes)[0])}"
+            if lookout.stalled and not own:
+                text = f"{stage}: {lookout.stalled}"
+            raise (ValueError(text) if own else FineTuningFailed(text)) from error
+        except SYSTEM_ERRORS as error:  # of the controller itself: Ray Train tries again what befalls its workers
+            if run.exists(minimum_path(stage)):
+                return
+            num_lost = 1 if lookout.num_epochs > num_epochs else num_lost + 1
+            text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
+            if num_lost >= most:
+                raise FineTuningFailed(text) from error
+            on_event(Event("retry", f"{text}; it starts from its last checkpoint", {"stage": stage}))
+            lookout.begin()
+    lookout.tell_epochs()
+    if diverged:
+        raise ValueError(f"{stage}: {diverged}")
+
+
+def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
     config, run, stage, num_gpus = job.config, job.run, job.stage, job.num_gpus
     storage_path, filesystem = run.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:
         resources["GPU"] = num_gpus
-    least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    trainer = TorchTrainer(
+    wait_s, start_timeout_s, num_failures = config.cluster.wait_timeout_s, 60.0, CONTROLLER_FAILURES
+    if least is None:
+        start_timeout_s += wait_s  # the lookout gives up before
+    else:  # each time so many workers have no place, as after a node's death, Ray Train tries with fewer
+        num_failures += math.ceil(wait_s / start_timeout_s)
+    trainer = WatchedTrainer(
         train_loop,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "pulses": pulses},
         # NCCL refuses two workers on one card
         torch_config=TorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
         scaling_config=ray.train.ScalingConfig(
@@ -103,91 +139,11 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(
-                max_failures=config.actors.max_attempts - 1, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=config.actors.max_attempts - 1, controller_failure_limit=num_failures
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _telling_of_epochs(run, stage, on_event), _interruptible():
-        try:
-            diverged = trainer.fit().return_value
-        except ray.train.TrainingFailedError as error:
-            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-            own = [cause for cause in causes if isinstance(cause, ValueError)]
-            text = f"{stage}: {one_line((own or causes)[0])}"
-            raise (ValueError(text) if own else FineTuningFailed(text)) from error
-    if diverged:
-        raise ValueError(f"{stage}: {diverged}")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt, during fit() and afterwards.
-
-    fit() puts a handler of its own there for good, which ends the job, and then the process as if all were done.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stopped:
-        raise KeyboardInterrupt from stopped
-    finally:
-        if callable(handler) and _on_main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextlib.contextmanager
-def _telling_of_epochs(run: RunDirectory, stage: TrainingStage, on_event: OnEvent) -> Iterator[None]:
-    """While fit() blocks, a thread reads the history that the first worker leaves in storage.
-
-    What the listener raises there, as where another driver has taken the run over, is raised here: at once on the main
-    thread, whose job is stopped, elsewhere when the job is done.
-    """
-    done, can_interrupt = threading.Event(), _on_main_thread()
-    raised: list[Exception] = []
-
-    def history() -> list[dict[str, Any]]:
-        return run.read_json_or_none(history_path(stage)) or []
-
-    def tell(entries: Sequence[dict[str, Any]]) -> None:
-        nonlocal num_told
-        for entry in entries[num_told:]:
-            num_told += 1
-            validation = Metrics.from_dict(entry["validation"])
-            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
-            on_event(Event("epoch", f"{text} and {validation.accuracy:.2%}", {"stage": stage, **entry}))
-
-    def watch() -> None:
-        while not done.wait(LOOK_S):
-            try:
-                entries = history()
-            except OSError:  # the storage may answer the next time
-                continue
-            try:
-                tell(entries)
-            except Exception as error:
-                raised.append(error)
-                if can_interrupt and not done.is_set():
-                    _thread.interrupt_main()
-                return
-
-    num_told = len(history())
-    thread = threading.Thread(target=watch, daemon=True, name="raysubset-epochs")
-    thread.start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        if raised:
-            raise raised[0] from None
-        raise
-    finally:
-        done.set()
-        thread.join()
-    if raised:
-        raise raised[0]
-    tell(history())
-
-
-def _on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+    trainer.every_s, trainer.start_timeout_s = LOOK_S, start_timeout_s
+    return trainer

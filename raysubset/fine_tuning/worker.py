@@ -12,7 +12,7 @@ import ray
 import ray.train
 import torch
 
-from raysubset.cluster import own_address
+from raysubset.cluster import own_address, published
 from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
@@ -62,8 +62,10 @@ def train_loop(settings: dict[str, Any]) -> str | None:
         Why it diverged, if it did: what a worker raises is tried again by Ray Train, and would end in the same way.
     """
     context, job = ray.train.get_context(), settings["job"]
+    shard = Shard(context.get_world_rank(), context.get_world_size())
     try:
-        _Worker(job, Shard(context.get_world_rank(), context.get_world_size())).train()
+        with published(f"{settings['pulses']}/{shard.rank:05d}"):
+            _Worker(job, shard).train()
     except DivergedError as error:  # of all workers at the same step: they share their losses and weights
         return one_line(error)
     return None
@@ -98,7 +100,7 @@ class _Worker:
         self._history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {}
         self._measured = Cost()
-        self._started = time.perf_counter()
+        self._started = self._heard_at = time.perf_counter()
         self._work: Work | None = None
         if shard.rank == 0:
             self._open_ledger()
@@ -120,6 +122,8 @@ class _Worker:
                 self._end_epoch(progress)
             if progress.epoch_ended or progress.step % every_steps == 0:
                 self._checkpoint(progress)
+            elif self._work is not None:
+                self._beat_if_due(self._work, progress)
 
         seed = derive_seed(self._config.seed, "minimize", self._stage)
         try:
@@ -181,6 +185,13 @@ class _Worker:
         loss_sum, num_correct, num_examples = self._shard.sum(sums).tolist()
         self._measured += Cost(num_forward=int(num_examples))
         return Metrics(loss_sum, int(num_correct), int(num_examples))
+
+    def _beat_if_due(self, work: Work, progress: Progress) -> None:
+        """Write how far the work is: what is lost if we die is counted."""
+        now, ledger = time.perf_counter(), Ledger(self._run)
+        if now - self._heard_at >= ledger.heartbeat_s:
+            self._heard_at = now
+            ledger.write(replace(work, cost=self._cost(progress.cost)))
 
     def _checkpoint(self, progress: Progress) -> None:
         """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own."""

@@ -18,7 +18,7 @@ from raysubset.cluster import call_on_cluster, put_once, stop_tasks, tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event
-from raysubset.fine_tuning import fine_tune
+from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
 from raysubset.planning import calibration_positions
@@ -31,6 +31,7 @@ from raysubset.run_directory import (
 )
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
+from tests.cluster import endless
 
 # isort: split
 import ray
@@ -324,6 +325,26 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     assert work.outcome == "failed"
     assert "lower the learning rate" in (work.error or "")
     assert work.cost.num_steps > 0
+
+
+def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_attempts(tmp_path: Path) -> None:
+    made = config(tmp_path, "endless", model__name="tests.cluster.endless:network", fine_tuning__epochs=1.0)
+    made = made.with_overrides({"actors.stall_s": 3.0, "actors.max_attempts": 1})
+    full_set, events = load_full_set(made.data), list[Event]()
+    with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
+        fine_tune(
+            made,
+            put_once(full_set),
+            endless.network(10, full_set.image_shape).state_dict(),
+            RunDirectory(str(tmp_path), "endless"),
+            calibration=calibration_positions(made, full_set),
+            num_workers=2,
+            num_gpus=0.0,
+            on_event=events.append,
+        )
+    (warning,) = [event.text for event in events if event.kind == "warning"]
+    assert "stand still: no step for" in warning
+    assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
 def test_a_conventional_run_costs_what_subset_pretraining_does_in_total(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Pulses of processes that answer no calls, by Ray's control store: published there each second, heard by the driver.
+
+with published(key): ...  # where the work is done
+for process in heard(key): watch.hear(process.pulse, process.pid)  # where it is watched
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from os import getpid, kill
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import ray
+from ray.exceptions import RpcError
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysubset.cluster.resources import own_address
+from raysubset.pulse import Pulse, begin, pulse
+
+_EVERY_S = 1.0
+_NAMESPACE = "raysubset.pulses"
+_KILL_S = 10.0  # for a node to end a process
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a process at work last published."""
+
+    pulse: Pulse
+    node: str  # its address, as ledgers name nodes
+    node_id: str
+    pid: int
+    group: str  # id of its placement group, "" without one
+
+
+@contextmanager
+def published(key: str) -> Iterator[None]:
+    """Publish this process's pulse under the key while the block runs. If the process dies, its last pulse stays."""
+    context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
+    place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
+    done = threading.Event()
+    begin()
+
+    def publish() -> None:
+        is_last = False
+        while not is_last:
+            record = json.dumps(asdict(Process(pulse(), *place)))
+            with suppress(RpcError):  # the control store may answer the next time
+                internal_kv._internal_kv_put(key, record, overwrite=True, namespace=_NAMESPACE)
+            is_last = done.wait(_EVERY_S)
+
+    thread = threading.Thread(target=publish, daemon=True, name="raysubset-pulse")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        forget(key)
+
+
+def heard(prefix: str) -> list[Process]:
+    """What is published under keys that begin so, in the order of their names."""
+    processes = []
+    for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
+        if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
+            values = json.loads(record)
+            processes.append(Process(Pulse(**values.pop("pulse")), **values))
+    return processes
+
+
+def forget(prefix: str) -> None:
+    """Delete what is published under keys that begin so."""
+    internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+
+def kill_processes(processes: Sequence[Process]) -> None:
+    """Send SIGKILL, by a task on each process's node: Ray asks a process to end itself, which a stopped one cannot."""
+    tasks = []
+    for process in processes:
+        place: Any = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_kill)
+        tasks.append(task.remote(process.pid))
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_KILL_S)
+
+
+def _kill(pid: int) -> None:
+    """End a process of Ray's on this node, unless the id is another's by now."""
+    try:
+        if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):
+            kill(pid, SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass

@@ -1,0 +1,123 @@
+"""Lookout: what the driver does each second while a Ray Train job runs."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from raysubset.cluster import (
+    ASK_FOR_LESS,
+    WAIT_NOTICE_S,
+    Process,
+    autoscaler_activity,
+    describe,
+    forget,
+    free_resources,
+    groups_of,
+    heard,
+    kill_processes,
+    node_types,
+    offers,
+)
+from raysubset.events import Event, OnEvent
+from raysubset.fine_tuning.worker import Job
+from raysubset.pulse import Pulse, Watch
+from raysubset.run_directory import history_path
+from raysubset.training import Metrics
+
+MOST_START_S = 900.0  # for workers that have their places to begin: their processes start, and read the full set
+_ELASTIC_S = 60.0  # after which a controller that is free in the number of workers, and asks for none, finds no places
+
+
+class Lookout:
+    """Tells of epochs, of waiting for places and of steps that do not come; kills workers that stand still.
+
+    Ray Train tries again from the last checkpoint when workers are killed, and counts that as a failure.
+    """
+
+    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, on_event: OnEvent) -> None:
+        self._is_elastic = is_elastic
+        self._job, self._num_workers, self._on_event = job, num_workers, on_event
+        self._request = {"CPU": job.config.actors.num_cpus, "GPU": job.num_gpus}
+        self.key = uuid.uuid4().hex  # of the workers' pulses
+        self.num_epochs = len(self._history())  # that were told of
+        self.stalled = ""  # why workers were last killed
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen of an earlier controller and its workers."""
+        self._begun_at = self._heard_at = self._placed_at = self._noticed_at = time.monotonic()
+        self._watch = Watch(self._job.config.actors.stall_s)
+
+    def look(self, controller: Any) -> None:
+        """Look once.
+
+        Raises:
+            TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
+            Whatever the listener raises, as where another driver has taken the run over.
+        """
+        self.tell_epochs()
+        groups = groups_of(controller)
+        workers = [worker for worker in heard(self.key) if groups.get(worker.group) == "CREATED"]
+        now = time.monotonic()
+        asks_for_none = self._is_elastic and now - self._heard_at > _ELASTIC_S
+        if "CREATED" not in groups.values() and (groups or asks_for_none):
+            self._begun_at = now
+            self._wait_for_places(now)
+            return
+        self._placed_at = now
+        if workers:
+            self._begun_at = self._heard_at = now
+            self._watch_steps(workers)
+        elif now - self._begun_at > MOST_START_S:
+            ray.kill(controller)  # and fit() says so
+
+    def tell_epochs(self) -> None:
+        """Tell of what the first worker has added to the history in storage."""
+        try:
+            entries = self._history()
+        except OSError:  # the storage may answer the next time
+            return
+        stage = self._job.stage
+        for entry in entries[self.num_epochs :]:
+            self.num_epochs += 1
+            validation = Metrics.from_dict(entry["validation"])
+            text = f"epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
+            self._tell("epoch", f"{text} and {validation.accuracy:.2%}", stage=stage, **entry)
+
+    def _history(self) -> list[dict[str, Any]]:
+        return self._job.run.read_json_or_none(history_path(self._job.stage)) or []
+
+    def _watch_steps(self, workers: Sequence[Process]) -> None:
+        """Say when no worker has made a step for too long, and kill them after as long again."""
+        usual = max((worker.pulse.usual_s for worker in workers if worker.pulse.usual_s is not None), default=None)
+        num_beats, watch = sum(worker.pulse.num_beats for worker in workers), self._watch
+        watch.hear(Pulse(num_beats, usual), frozenset(worker.pid for worker in workers))
+        where = f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
+        match watch.look():
+            case "stalled":
+                more = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
+                self._tell("warning", f"{where} stand still: {watch.in_words()}; {more}")
+            case "lost":
+                self.stalled = f"{watch.in_words()} on {where}: killed (actors.stall_s)"
+                self._tell("retry", f"{self.stalled}; it starts from its last checkpoint")
+                kill_processes(workers)
+                forget(self.key)
+                self.begin()
+
+    def _wait_for_places(self, now: float) -> None:
+        if now - self._noticed_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
+            return
+        self._noticed_at, waited_s = now, now - self._placed_at
+        waiting = f"{self._num_workers} × {describe(self._request)} wait for a place"
+        if waited_s > self._job.config.cluster.wait_timeout_s:
+            raise TimeoutError(
+                f"{self._job.stage}: {waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
+                f"{offers(node_types())}. {ASK_FOR_LESS}, or run the same command when it has more"
+            )
+        self._tell("waiting", f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}")
+
+    def _tell(self, kind: str, text: str, **data: Any) -> None:
+        self._on_event(Event(kind, f"{self._job.stage}: {text}", data))
