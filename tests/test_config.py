@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import typing
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pytest
 
@@ -31,6 +32,7 @@ from raysubset.config import (
     derive_seed,
     differences,
     flatten,
+    from_tree,
     nearest,
     parse_value,
     shapes_result,
@@ -96,12 +98,63 @@ def test_an_override_that_makes_no_sense_is_refused_with_the_nearest_word(key, v
     [
         ({"sed": 1}, "there is no config field sed; did you mean seed"),
         ({"data": {"nam": "x"}}, "there is no config field data.nam; did you mean name"),
-        ({"data": 3}, "data. should be an object, not 3"),
+        ({"data": 3}, "data should be an object, not 3"),
+        ([], "config should be an object, not "),
     ],
 )
 def test_a_tree_that_makes_no_sense_is_refused(tree, message):
     with pytest.raises(ValueError, match=message):
         Config.from_dict(tree)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    size: int
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Record:
+    kind: Literal["a", "b"]
+    shape: tuple[int, int, int]
+    leaf: Leaf | None
+    leaves: list[Leaf]
+    names: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+GOOD = {"kind": "a", "shape": [1, 2, 3], "leaf": None, "leaves": [{"size": 2, "share": 1}]}
+
+
+def test_a_record_comes_back_from_json_with_tuples_lists_and_records_in_it():
+    tree = {**GOOD, "leaf": {"size": 1}, "names": ["x"], "sizes": {"y": 7}}
+    expected = Record("a", (1, 2, 3), Leaf(1), [Leaf(2, 1.0)], ("x",), {"y": 7})
+    assert from_tree(Record, json.loads(json.dumps(tree)), noun="value") == expected
+    assert from_tree(Record, GOOD, noun="value").leaf is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "c"}, "kind = 'c' is not one of a, b"),
+        ({"kind": ["a"]}, "is not one of a, b"),
+        ({"shape": [1, 2]}, "shape = .1, 2. should be tuple"),
+        ({"shape": [1, 2, "3"]}, r"shape\[2\] = '3' should be int"),
+        ({"shape": 3}, "shape = 3 should be tuple"),
+        ({"leaf": []}, "leaf = .. should be Leaf or None"),
+        ({"leaf": {}}, "the value leaf.size is missing"),
+        ({"leaf": {"size": 1, "share": float("inf")}}, "leaf.share = inf is no finite number"),
+        ({"leaves": {}}, "leaves = .. should be list"),
+        ({"leaves": [None]}, r"leaves\[0\] should be an object, not None"),
+        ({"leaves": [{"size": 1, "siz": 2}]}, r"there is no value leaves\[0\].siz; did you mean size"),
+        ({"sizes": {"y": None}}, "sizes.y = None should be int"),
+        ({"sizes": "y" * 1000}, "sizes = 'yyy"),
+    ],
+)
+def test_a_record_of_another_shape_or_type_is_refused_by_the_value(changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        from_tree(Record, {**GOOD, **changes}, noun="value")
+    assert len(str(refused.value)) < 200
 
 
 def test_nearest_is_silent_where_nothing_is_near():

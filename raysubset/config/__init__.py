@@ -26,7 +26,7 @@ from raysubset.config.stages import (
     TrunkConfig,
 )
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import differences, flatten, nearest, parse_value, shapes_result
+from raysubset.config.trees import differences, flatten, from_tree, nearest, parse_value, shapes_result
 
 __all__ = [
     "Config",
@@ -52,6 +52,7 @@ __all__ = [
     "derive_seed",
     "nearest",
     "flatten",
+    "from_tree",
     "parse_value",
     "differences",
     "shapes_result",

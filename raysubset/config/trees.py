@@ -80,36 +80,81 @@ _hints = functools.cache(typing.get_type_hints)
 T = TypeVar("T")
 
 
-def from_tree(cls: type[T], tree: Mapping[str, Any], prefix: str) -> T:
-    need(isinstance(tree, Mapping), f"{prefix or 'config'} should be an object, not {tree!r}")
-    hints = _hints(cls)
+def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config field") -> T:
+    """A dataclass of what JSON holds, each value of its field's type; fields left out keep their defaults.
+
+    Types may be numbers, which are finite, words, truth values, None, Literals, lists, tuples, dicts by name,
+    dataclasses, and unions of one of these with None. Classes that check their fields themselves are left to it.
+
+    Args:
+        prefix: of the dotted names that messages show.
+        noun: what messages call a field.
+
+    Raises:
+        ValueError: for a tree of another shape, an unknown or missing field, or a value of another type.
+    """
+    need(isinstance(tree, Mapping), f"{prefix.rstrip('.') or noun.split()[0]} should be an object, not {_shown(tree)}")
+    hints, checks_itself = _hints(cls), hasattr(cls, "__post_init__")
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:  # not need(): looking for the nearest word would be most of the time a config takes
-            raise ValueError(f"there is no config field {prefix}{key}{nearest(key, hints)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            value = from_tree(typing.cast(type, hint), value, f"{prefix}{key}.")
+            raise ValueError(f"there is no {noun} {prefix}{key}{nearest(key, hints)}")
+        if not checks_itself or dataclasses.is_dataclass(hints[key]):
+            value = _checked(hints[key], value, prefix + key, noun)
         values[key] = value
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        if field.name not in tree and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"the {noun} {prefix}{field.name} is missing")
     return cls(**values)
 
 
-def _checked(hint: Any, value: Any, name: str) -> Any:
-    """The value, an int widened where a float is due; refused where its type or its word is not the field's."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
+    """The value as its field has it, an int widened where a float is due; refused where its type or its word is another.
+
+    Args:
+        noun: as from_tree() takes it; without, numbers may be infinite: their ranges tell.
+    """
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
-        if typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
+        origin, parts = typing.get_origin(option) or option, typing.get_args(option)
+        if option is Any:
+            return value
+        if origin is Literal:
+            if isinstance(value, str) and value in parts:
                 return value
+        elif dataclasses.is_dataclass(option):
+            if isinstance(value, Mapping) or len(options) == 1:
+                return from_tree(typing.cast(type, option), value, f"{name}.", noun=noun)
+        elif origin in (list, tuple) and parts:
+            any_number = origin is list or parts[-1] is ...
+            if isinstance(value, list | tuple) and (any_number or len(parts) == len(value)):
+                kinds = parts[:1] * len(value) if any_number else parts
+                items = enumerate(zip(kinds, value, strict=True))
+                return origin(_checked(kind, item, f"{name}[{i}]", noun) for i, (kind, item) in items)
+        elif origin is dict and parts:
+            if isinstance(value, Mapping):
+                return {key: _checked(parts[1], item, f"{name}.{key}", noun) for key, item in value.items()}
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             huge = isinstance(value, int) and abs(value) >= 2**1023
-            return math.copysign(math.inf, 1 if value > 0 else -1) if huge else float(value)
+            number = math.copysign(math.inf, 1 if value > 0 else -1) if huge else float(value)
+            need(not noun or math.isfinite(number), f"{name} = {number} is no finite number")
+            return number
         elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
-    words = [str(word) for option in options for word in typing.get_args(option)]
+    words = [
+        str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
+    ]
     if words:
-        raise ValueError(f"{name} = {value!r} is not one of {', '.join(words)}{nearest(str(value), words)}")
-    raise ValueError(f"{name} = {value!r} should be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}")
+        raise ValueError(f"{name} = {_shown(value)} is not one of {', '.join(words)}{nearest(str(value), words)}")
+    raise ValueError(
+        f"{name} = {_shown(value)} should be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a few words."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def parse_value(word: str) -> Any:
