@@ -115,11 +115,13 @@ def from_files(run: RunDirectory, members: Sequence[Member]) -> list[Callable[[s
     """The members written as a run writes them, each with how the driver reads it."""
 
     def read(i: int, kind: str) -> Weights:
-        return run.read_weights(f"{i}/{kind}.safetensors")
+        return run.read_weights(f"{i}/{kind}.safetensors", files)
 
+    files = {}
     for i, own in enumerate(members):
         for kind, tensors in own.items():
-            run.write_weights(f"{i}/{kind}.safetensors", tensors)
+            path = f"{i}/{kind}.safetensors"
+            files[path] = run.write_weights(path, tensors)
     return [partial(read, i) for i in range(len(members))]
 
 

@@ -38,6 +38,7 @@ from raysubset.run_directory import (
     PREDICTIONS_PATH,
     REPORT_PATH,
     RESULT_PATH,
+    CorruptFile,
     RunDirectory,
     minimum_folder,
     minimum_path,
@@ -173,8 +174,17 @@ class _Stages:
         self._calibration = calibration_positions(config, full_set)
 
     def run(self) -> dict[str, Any]:
-        """All stages; the report's record."""
-        return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
+        """All stages; the report's record. What is found damaged is made again, as its records go, once each."""
+        found: set[str] = set()
+        while True:
+            try:
+                return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
+            except CorruptFile as error:
+                if error.path in found:
+                    raise
+                found.add(error.path)
+                self._tell(Event("warning", f"{error}; it is made again"))
+                self._directory.forget(error.path)
 
     def run_trunk(self) -> None:
         """The trunk and nothing else."""
@@ -189,8 +199,9 @@ class _Stages:
         for work in Ledger(made).read():
             if work.stage == "trunk":
                 self._ledger.write(work)
-        directory.write_weights(weights_path("trunk"), made.read_weights(weights_path("trunk")))
-        directory.write_json(minimum_path("trunk"), made.read_json(minimum_path("trunk")))
+        record, path = made.read_json(minimum_path("trunk")), weights_path("trunk")
+        files = {path: directory.write_weights(path, made.read_weights(path, record["files"]))}
+        directory.write_json(minimum_path("trunk"), record | {"files": files})
 
     def _subset_pretraining(self) -> dict[str, Any]:
         config, rounds = self._config, []

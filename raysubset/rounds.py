@@ -1,6 +1,7 @@
 """Rounds: subset minima in parallel, then their aggregate; written down, and read back where that is done."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from raysubset.ledger import Ledger
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, calibration_positions, cut_subsample, cut_subsets, manifest
 from raysubset.run_directory import (
+    CorruptFile,
     RunDirectory,
     aggregate_path,
     aggregate_weights_path,
@@ -30,6 +32,8 @@ from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Cost, Weights
+
+logger = logging.getLogger(__name__)
 
 
 class Rounds:
@@ -58,8 +62,8 @@ class Rounds:
             start_id: names them: minima with equal ids share a start.
         """
         config, directory = self._config, self._directory
-        if (done := directory.read_json_or_none(aggregate_path(round))) is not None:
-            return directory.read_weights(aggregate_weights_path(round)), done
+        if (done := directory.read_record(aggregate_path(round))) is not None:
+            return directory.read_weights(aggregate_weights_path(round), done["files"]), done
         subsets = self._plan.subsets
         if round:
             subsets = cut_subsets(config, self._full_set, round, shares=self._decisions.shares)
@@ -136,14 +140,31 @@ class Rounds:
             return None
         if which == "keep":
             path = optimizer_path(minimum_folder(round - 1, subset_id))
-            return path if directory.exists(path) else None
+            return path if path in self._optimizers(round - 1) else None
         path = mean_optimizer_path(round - 1)
         if not directory.exists(path):
-            minima = directory.read_json(aggregate_path(round - 1))["minima"]  # in order of subset id
-            members = [optimizer_path(minimum_folder(round - 1, minimum["subset_id"])) for minimum in minima]
+            members = self._optimizers(round - 1)
             states = (directory.read_checkpoint(member)["optimizer"] for member in members)
             directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)})
         return path
+
+    def _optimizers(self, round: int) -> list[str]:
+        """The files that a round's members left of their optimizers, in order of subset id; those of its aggregate.
+
+        Raises:
+            CorruptFile: if one of them is gone, or has another length.
+        """
+        left = {}
+        for minimum in self._directory.read_json(aggregate_path(round))["minima"]:
+            path = optimizer_path(minimum_folder(round, minimum["subset_id"]))
+            left[path] = minimum["files"].get(path)
+        self._directory.check_lengths(left)
+        return list(left)
+
+    def _momentum(self, round: int) -> Weights:
+        """The outer step's, after a round."""
+        files = self._directory.read_json(aggregate_path(round))["files"]
+        return self._directory.read_weights(momentum_path(round), files)
 
     def _aggregate(self, round: int, minima: list[Minimum], start: Weights) -> tuple[Weights, dict[str, Any]]:
         """One set of weights of a round's minima; written down before it is used."""
@@ -164,21 +185,22 @@ class Rounds:
             minima,
             calibration=self._calibration,
             start=start,
-            momentum=directory.read_weights(momentum_path(round - 1)) if carried else {},
+            momentum=self._momentum(round - 1) if carried else {},
             parameter_names=self._plan.parameter_names,
             seed=derive_seed(config.seed, "aggregation", round),
             measures=MEASURES if config.rounds.evaluated(round) else (),
         )
-        directory.write_weights(aggregate_weights_path(round), made.aggregate.weights)
+        path = aggregate_weights_path(round)
+        files = {path: directory.write_weights(path, made.aggregate.weights)}
         if momentum:
-            directory.write_weights(momentum_path(round), momentum)
+            files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
         num_classes, num_parameters = self._full_set.num_classes, self._plan.num_parameters
         records = [
             directory.read_json(minimum_path(minimum_folder(round, minimum.subset_id)))
             | {"overdetermination_ratio": overdetermination_ratio(minimum.num_examples, num_classes, num_parameters)}
             for minimum in minima
         ]
-        record = {"round": round, "minima": records, "aggregation": made.to_dict()}
+        record = {"round": round, "minima": records, "aggregation": made.to_dict(), "files": files}
         if config.aggregation.method == "savgm":
             folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
             record["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
@@ -210,9 +232,16 @@ class Rounds:
             ValueError: if the run was begun with other data under the same name.
         """
         table, path = manifest(subsets, self._full_set), subsets_path(round)
-        if not self._directory.exists(path):
+        try:
+            written = self._directory.read_table(path)
+        except FileNotFoundError:
             self._directory.write_table(path, table)
-        elif not self._directory.read_table(path).equals(table):
+        except CorruptFile as error:
+            logger.warning("%s; it is written again", error)
+            self._directory.write_table(path, table)
+        else:
+            if written.equals(table):
+                return
             raise ValueError(
                 f"{path} in {self._directory.uri} names other examples than the data now give: what is behind "
                 f"{self._config.data.name} has changed; choose another --name, or start over with --fresh"

@@ -17,7 +17,7 @@ from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.models import build_model
 from raysubset.network_graph import GraphNetwork, trace
-from raysubset.run_directory import RunDirectory
+from raysubset.run_directory import RunDirectory, Seal
 from raysubset.training import Weights
 
 WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
@@ -150,8 +150,7 @@ def save_model(
     Returns:
         Why its graph could not be kept, so that load_model() will need its code; None where none is needed.
     """
-    run.write_weights(WEIGHTS_PATH, weights)
-    flaw = None
+    files, flaw = {WEIGHTS_PATH: run.write_weights(WEIGHTS_PATH, weights)}, None
     if network is not None:
         network.load_state_dict(weights)
         try:
@@ -159,9 +158,9 @@ def save_model(
         except ValueError as error:
             flaw = str(error)
         else:
-            run.write_weights(CONSTANTS_PATH, constants)
+            files[CONSTANTS_PATH] = run.write_weights(CONSTANTS_PATH, constants)
             run.write_json(GRAPH_PATH, graph)
-    run.write_json(RECORD_PATH, record.to_dict())
+    run.write_json(RECORD_PATH, record.to_dict() | {"files": files})
     return flaw
 
 
@@ -183,19 +182,24 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     run = RunDirectory.at(path)
     if not run.exists(RECORD_PATH):
         raise ValueError(f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or the run is not finished")
+    stored = run.read_json(RECORD_PATH)
+    files = stored.pop("files", None) if isinstance(stored, dict) else None
+    files = files if isinstance(files, dict) else {}
     try:
-        record = ModelRecord.from_dict(run.read_json(RECORD_PATH))
+        record = ModelRecord.from_dict(stored)
     except ValueError as error:
         raise ValueError(f"{RECORD_PATH} in {run.uri} cannot be used: {error}") from error
-    weights = run.read_weights(WEIGHTS_PATH)
+    weights = run.read_weights(WEIGHTS_PATH, files)
     try:
-        network = _network(run, record, weights, trust_code=trust_code)
+        network = _network(run, record, weights, files, trust_code=trust_code)
     except RuntimeError as error:
         raise ValueError(f"{WEIGHTS_PATH} in {run.uri} are not of {record.model.name}: {first_line(error)}") from error
     return TrainedModel(network, record).eval().to(device)
 
 
-def _network(run: RunDirectory, record: ModelRecord, weights: Weights, *, trust_code: bool) -> nn.Module:
+def _network(
+    run: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
+) -> nn.Module:
     """The network that the record describes, with the weights.
 
     Raises:
@@ -216,7 +220,7 @@ def _network(run: RunDirectory, record: ModelRecord, weights: Weights, *, trust_
             f"{os.getcwd()} or what is installed, and call its {function!r} with ({record.num_classes}, ({channels}, "
             f"{height}, {width})). If you trust whoever made this directory, give trust_code=True or --trust-code"
         )
-    tensors = {**weights, **run.read_weights(CONSTANTS_PATH)}
+    tensors = {**weights, **run.read_weights(CONSTANTS_PATH, files)}
     try:
         return GraphNetwork(
             run.read_json(GRAPH_PATH), tensors, image_shape=record.image_shape, num_classes=record.num_classes

@@ -15,6 +15,7 @@ from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.trained_model import TrainedModel, model_record, save_model
+from tests.tiny import stored_weights
 
 NAMES = ("cat", "a\ndog", "é, el")
 
@@ -113,7 +114,7 @@ def test_files_that_cannot_be_read_leave_the_others_their_answers(directory: str
 
 def test_outputs_that_are_no_numbers_are_an_error_and_not_nan(directory: str, tmp_path: Path, capsys):
     run = RunDirectory.at(directory)
-    weights = run.read_weights("model.safetensors")
+    weights = stored_weights(run, "model.safetensors")
     run.write_weights(
         "model.safetensors", {k: t * float("nan") if t.is_floating_point() else t for k, t in weights.items()}
     )

@@ -277,7 +277,9 @@ def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_pat
     expected = []
     for subset in (0, 1):
         model = build_model(config.model, num_classes=num, image_shape=shape, seed=subset)
-        run.write_weights(weights_path(minimum_folder(0, subset)), model.state_dict())
+        path = weights_path(minimum_folder(0, subset))
+        seal = run.write_weights(path, model.state_dict())
+        record["stages"]["rounds"][-1]["minima"][subset]["files"] = {path: seal}
         expected.append(evaluate(model, full_set.examples("validation"), MinimizeConfig()).loss)
     line = line_between_minima(run.uri, record)
     assert [point["share"] for point in line] == pytest.approx([n / 10 for n in range(11)])
@@ -561,7 +563,7 @@ def test_mistakes_in_asking_for_a_report_are_one_line(tmp_path: Path, capsys: py
         assert told in error
         assert error.count("\n") == 1
     one.write_json(CONFIG_PATH, newer)
-    with pytest.raises(ValueError, match=f"made by a newer raysubset .format {FORMAT + 1}; this version reads up to"):
+    with pytest.raises(ValueError, match=f"is of format {FORMAT + 1}; this version of raysubset reads {FORMAT}: "):
         read_report(one.uri)
 
 

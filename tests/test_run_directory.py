@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import pickle
 import signal
@@ -7,17 +6,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import boto3
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
 from raysubset.config import Config
 from raysubset.run_directory import (
+    FORMAT,
     CorruptFile,
     Lease,
     RunDirectory,
@@ -150,18 +152,18 @@ class TestFiles:
             "half": torch.ones(3, dtype=torch.bfloat16),
             "parameter": torch.nn.Parameter(torch.ones(2)),
         }
-        run.write_weights("w.safetensors", weights, {"classes": "[]"})
-        read = run.read_weights("w.safetensors")
+        seal = run.write_weights("w.safetensors", weights, {"classes": "[]"})
+        read = run.read_weights("w.safetensors", {"w.safetensors": seal})
         assert sorted(read) == sorted(weights)
         for name, tensor in weights.items():
             assert read[name].dtype == tensor.dtype
             assert torch.equal(read[name], tensor)
 
     def test_weights_that_were_read_and_their_file_have_nothing_more_to_do_with_each_other(self, run):
-        run.write_weights("w.safetensors", {"a": torch.ones(3)})
-        changed, kept = (run.read_weights("w.safetensors")["a"] for _ in range(2))
+        files = {"w.safetensors": run.write_weights("w.safetensors", {"a": torch.ones(3)})}
+        changed, kept = (run.read_weights("w.safetensors", files)["a"] for _ in range(2))
         changed.zero_()
-        assert run.read_weights("w.safetensors")["a"].tolist() == kept.tolist() == [1, 1, 1]
+        assert run.read_weights("w.safetensors", files)["a"].tolist() == kept.tolist() == [1, 1, 1]
         run.write_weights("w.safetensors", {"a": torch.full((3,), 2.0)})
         assert (changed.tolist(), kept.tolist()) == ([0, 0, 0], [1, 1, 1])
         run.delete("w.safetensors")
@@ -201,16 +203,99 @@ class TestFiles:
             "checkpoint": {"a": torch.ones(100), "position": [0, 1]},
             "table": pa.table({"a": list(range(100))}),
         }[kind]
-        getattr(run, f"write_{kind}")("folder/file", value)
+        seal = getattr(run, f"write_{kind}")("folder/file", value)
+        files = ({"folder/file": seal},) if kind == "weights" else ()
         data = run.read_bytes("folder/file")
         run.write_bytes("folder/file", data[: int(kept * (len(data) - 2))])
-        with pytest.raises(CorruptFile, match=r"folder/file in .*/run cannot be read"):
-            getattr(run, f"read_{kind}")("folder/file")
+        with pytest.raises(CorruptFile, match=r"folder/file in .*/run (cannot be read|is damaged)") as refused:
+            getattr(run, f"read_{kind}")("folder/file", *files)
+        assert refused.value.path == "folder/file"
+        assert pickle.loads(pickle.dumps(refused.value)).path == "folder/file"
 
-    def test_a_missing_file_is_not_a_corrupt_one(self, run):
-        for read in (run.read_bytes, run.read_json, run.read_weights, run.read_checkpoint, run.read_table):
+    @pytest.mark.parametrize("kind", ["json", "weights", "checkpoint", "table"])
+    def test_no_bit_of_a_file_changes_unnoticed(self, run, kind):
+        value = {
+            "json": {"a": [1, 2.5, None, "ü"]},
+            "weights": {"a": torch.arange(3.0)},
+            "checkpoint": {"a": torch.arange(3.0), "position": [0, 1]},
+            "table": pa.table({"a": [1, 2, 3]}),
+        }[kind]
+        files = {"file": getattr(run, f"write_{kind}")("file", value)}
+        data, read = run.read_bytes("file"), partial(getattr(run, f"read_{kind}"), "file")
+        if kind == "weights":
+            read = partial(read, files)
+        for bit in range(0, 8 * len(data), 1 if kind == "json" else 13):
+            changed = bytearray(data)
+            changed[bit // 8] ^= 1 << bit % 8
+            run.local_path.joinpath("file").write_bytes(changed)
+            try:
+                found = read()
+            except CorruptFile:
+                continue
+            assert found != value, "it was read as if nothing were"
+            assert "digest" not in found, "a digest that says nothing"
+            assert found.keys() - value.keys(), "only where the digest lost its name it is not looked at"
+        run.write_bytes("file", data)
+        read()
+
+    def test_a_record_without_a_digest_is_another_hand_s_and_is_read(self, run):
+        run.write_bytes("a.json", b'{"a": 1}')
+        assert run.read_json("a.json") == {"a": 1}
+        run.write_bytes("a.json", b'{"a": 1, "digest": "x"}')
+        with pytest.raises(CorruptFile, match="whoever edits it leaves digest out"):
+            run.read_json("a.json")
+
+    def test_a_table_or_record_read_back_has_nothing_of_the_digest_in_it(self, run):
+        table = pa.table({"a": [1]}).replace_schema_metadata({"mine": "x"})
+        run.write_table("t.parquet", table)
+        assert run.read_table("t.parquet").schema.metadata == {b"mine": b"x"}
+        assert pq.read_table(run.local_path / "t.parquet").to_pydict() == {"a": [1]}  # others read it too
+        run.write_checkpoint("c.pt", {"position": [1]})
+        assert torch.load(run.local_path / "c.pt") == {"position": [1]}
+
+    def test_a_missing_file_is_not_a_corrupt_one_but_where_a_record_names_it(self, run):
+        for read in (run.read_bytes, run.read_json, run.read_checkpoint, run.read_table):
             with pytest.raises(FileNotFoundError):
                 read("missing")
+        with pytest.raises(CorruptFile, match="No such file"):
+            run.read_weights("missing", {"missing": "4 bytes, sha256 …"})
+
+    @pytest.mark.parametrize("harm", ["whole", "gone", "shorter", "unnamed", "list", "forged"])
+    def test_a_record_counts_only_while_the_files_it_names_are_there(self, run, harm, caplog):
+        record = {"files": {"w": run.write_weights("w", {"a": torch.ones(3)})}}
+        if harm == "unnamed":
+            del record["files"]
+        run.write_json("r.json", record)
+        if harm == "gone":
+            run.delete("w")
+        if harm == "shorter":
+            run.write_bytes("w", run.read_bytes("w")[:-1])
+        if harm == "list":
+            run.write_json("r.json", [])
+        if harm == "forged":
+            run.write_json("r.json", {"files": {"w": 7}})
+        assert run.read_record("r.json") == (record if harm == "whole" else None)
+        assert ("is made again" in caplog.text) == (harm != "whole")
+
+    @pytest.mark.parametrize(
+        ("path", "records"),
+        [
+            ("trunk/weights.safetensors", ["trunk/minimum.json"]),
+            ("fine_tuning/weights.safetensors", ["fine_tuning/minimum.json"]),
+            (weights_path(FOLDER), [minimum_path(FOLDER), "rounds/0000/aggregate.json"]),
+            (optimizer_path(FOLDER), [minimum_path(FOLDER), "rounds/0000/aggregate.json"]),
+            ("rounds/0000/aggregate.safetensors", ["rounds/0000/aggregate.json"]),
+            ("rounds/0000/momentum.safetensors", ["rounds/0000/aggregate.json"]),
+            ("rounds/0000/optimizer.pt", ["rounds/0000/optimizer.pt"]),
+        ],
+    )
+    def test_what_stands_on_a_damaged_file_is_forgotten_and_nothing_else(self, run, path, records):
+        others = ["trunk/minimum.json", "fine_tuning/minimum.json", minimum_path(FOLDER), "rounds/0000/aggregate.json"]
+        files = {*others, minimum_path(minimum_folder(0, 8)), "rounds/0001/aggregate.json", "rounds/0000/optimizer.pt"}
+        for file in files:
+            run.write_bytes(file, b"")
+        run.forget(path)
+        assert set(run.list(recursive=True)) == files - set(records)
 
 
 class TestAtomicity:
@@ -281,7 +366,7 @@ class TestOpening:
 
     def test_config_json_keeps_the_format_beside_the_config(self, run):
         run.open(CONFIG, {})
-        assert json.loads(run.read_bytes("config.json")) == {"format": 1, "config": CONFIG}
+        assert run.read_json("config.json") == {"format": FORMAT, "config": CONFIG}
 
     def test_a_changed_config_is_refused_with_the_difference_and_the_way_out(self, run):
         run.open(CONFIG, {})
@@ -344,9 +429,10 @@ class TestOpening:
         assert run.list() == ["config.json", "model.safetensors"]
         assert run.read_json("config.json") == foreign
 
-    def test_a_newer_format_is_refused_until_asked_to_start_over(self, run):
-        run.write_json("config.json", {"format": 2, "config": CONFIG})
-        with pytest.raises(ValueError, match=r"newer raysubset \(format 2; this version reads up to 1\): update it"):
+    @pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1, "x", None])
+    def test_another_format_is_refused_until_asked_to_start_over(self, run, other):
+        run.write_json("config.json", {"format": other, "config": CONFIG})
+        with pytest.raises(ValueError, match=rf"is of format {other!r}; this version of raysubset reads {FORMAT}: use"):
             run.open(CONFIG, {})
         assert run.open(CONFIG, {}, fresh=True) is False
         assert run.open(CONFIG, {}) is True
@@ -523,11 +609,11 @@ class TestS3:
 
     def test_all_kinds_of_files_come_back(self, s3_run):
         weights = {"a": torch.arange(3_000_000.0)}  # 12 MB: more than one part of an upload
-        s3_run.write_weights(weights_path(FOLDER), weights)
+        files = {weights_path(FOLDER): s3_run.write_weights(weights_path(FOLDER), weights)}
         s3_run.write_json(minimum_path(FOLDER), {"loss": 1.0})
         s3_run.write_checkpoint(checkpoint_path(FOLDER, 2), {"position": [1, 2]})
         s3_run.write_table("t.parquet", pa.table({"a": [1]}))
-        assert torch.equal(s3_run.read_weights(weights_path(FOLDER))["a"], weights["a"])
+        assert torch.equal(s3_run.read_weights(weights_path(FOLDER), files)["a"], weights["a"])
         assert s3_run.read_json(minimum_path(FOLDER)) == {"loss": 1.0}
         assert s3_run.newest_checkpoint(FOLDER) == (2, {"position": [1, 2]})
         assert s3_run.read_table("t.parquet").to_pydict() == {"a": [1]}

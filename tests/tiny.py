@@ -4,12 +4,14 @@ import io
 from collections import OrderedDict
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
 from raysubset.data import Examples
 from raysubset.models import build_model
+from raysubset.run_directory import RunDirectory
 
 
 def examples(
@@ -53,6 +55,11 @@ def linear(num_inputs: int, num_outputs: int = 3, *, seed: int = 0, dtype: torch
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def stored_weights(run: RunDirectory, path: str) -> dict[str, Tensor]:
+    """Those of a run's file, whichever record names it."""
+    return safetensors.torch.load(run.read_bytes(path))
 
 
 def same_bits(a: Any, b: Any) -> bool:

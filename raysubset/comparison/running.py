@@ -105,7 +105,12 @@ class LegFolder:
 
     def weights(self) -> Weights:
         aggregate = self.leg.kind == "aggregate"
-        return self.run.read_weights(aggregate_weights_path(self.leg.round) if aggregate else weights_path(self.folder))
+        path = aggregate_weights_path(self.leg.round) if aggregate else weights_path(self.folder)
+        return self.run.read_weights(path, self.files())
+
+    def files(self) -> dict[str, Any]:
+        """The seals of what it left, by path."""
+        return self.run.read_json(self._record_path)["files"]
 
     def minimum(self, part: "LegFolder | None" = None) -> Minimum:
         """What the aggregation takes; with the minimum on a part of the subset, where savgm wants that too."""
@@ -193,7 +198,8 @@ def _leave_aggregate(
     parts = {folder.leg.subset: folder for folder in folders if folder.leg.is_subsample}
     momentum: Weights = {}
     if leg.round and config.rounds.has_outer_step():
-        momentum = RunDirectory(legs_path, leg.start.legs[0].key).read_weights(momentum_path(leg.round - 1))
+        before = LegFolder(legs_path, leg.start.legs[0])
+        momentum = before.run.read_weights(momentum_path(leg.round - 1), before.files())
     made, momentum = aggregate_minima(
         full_set,
         num_gpus,
@@ -206,11 +212,12 @@ def _leave_aggregate(
         derive_seed(config.seed, "aggregation", leg.round),
         ("validation",) if leg.is_measured else (),
     )
-    run.write_weights(aggregate_weights_path(leg.round), made.aggregate.weights)
+    path = aggregate_weights_path(leg.round)
+    files = {path: run.write_weights(path, made.aggregate.weights)}
     if momentum:
-        run.write_weights(momentum_path(leg.round), momentum)
+        files[momentum_path(leg.round)] = run.write_weights(momentum_path(leg.round), momentum)
     close(made.cost)
-    run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict()})
+    run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict(), "files": files})
 
 
 def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_gpus: float) -> None:

@@ -109,7 +109,7 @@ def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config 
 
 
 def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
-    """The value as its field has it, an int widened where a float is due; refused where its type or its word is another.
+    """The value as its field has it, an int widened where a float is due; refused where type or word are others.
 
     Args:
         noun: as from_tree() takes it; without, numbers may be infinite: their ranges tell.
@@ -141,14 +141,12 @@ def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
             return number
         elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
-    words = [
-        str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
-    ]
+    literals = [option for option in options if typing.get_origin(option) is Literal]
+    words = [str(word) for literal in literals for word in typing.get_args(literal)]
     if words:
         raise ValueError(f"{name} = {_shown(value)} is not one of {', '.join(words)}{nearest(str(value), words)}")
-    raise ValueError(
-        f"{name} = {_shown(value)} should be {' or '.join(getattr(o, '__name__', str(o)) for o in options)}"
-    )
+    kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{name} = {_shown(value)} should be {kinds}")
 
 
 def _shown(value: Any) -> str:

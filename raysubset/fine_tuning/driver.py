@@ -66,7 +66,7 @@ def fine_tune(
         FineTuningFailed: if the job failed more often than allowed.
         TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
-    if (record := run.read_json_or_none(minimum_path(stage))) is None:
+    if (record := run.read_record(minimum_path(stage))) is None:
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
         least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
         refuse_unplaceable(request, f"{stage} workers", num=least)
@@ -76,7 +76,7 @@ def fine_tune(
         job = Job(config, recipe, run, stage, full_set_ref, start_ref, calibration, num_gpus, tuple(teachers))
         _fit(job, num_workers=num_workers, on_event=on_event)
         record = run.read_json(minimum_path(stage))
-    return run.read_weights(weights_path(stage)), record
+    return run.read_weights(weights_path(stage), record["files"]), record
 
 
 def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:

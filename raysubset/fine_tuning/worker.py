@@ -1,10 +1,11 @@
 """One Ray Train worker: its share of each batch; rank 0 leaves ledger, history and result in the run directory."""
 
-import os
+import io
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,14 @@ from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model, num_parameters
-from raysubset.run_directory import RunDirectory, history_path, minimum_path, weights_path
+from raysubset.run_directory import (
+    RunDirectory,
+    history_path,
+    load_checkpoint,
+    minimum_path,
+    save_checkpoint,
+    weights_path,
+)
 from raysubset.streaming import read_by_ray_data
 from raysubset.training import (
     Cost,
@@ -87,7 +95,7 @@ class _Worker:
         self._model = model
         self._distillation = None
         if job.teachers:
-            teachers = [self._network(job.run.read_weights(weights_path(folder))) for folder in job.teachers]
+            teachers = [self._network(_weights_of(job.run, folder)) for folder in job.teachers]
             share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
             self._distillation = Distillation(teachers, share=share, temperature=temperature)
         examples = full_set.examples("train", device=device, augment=True)
@@ -157,10 +165,10 @@ class _Worker:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location=self._device)
-            own_path = os.path.join(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
-            if os.path.exists(own_path):
-                state["own"] = torch.load(own_path, weights_only=True, map_location=self._device)
+            state = load_checkpoint(Path(folder, STATE_FILE).read_bytes())
+            own_path = Path(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
+            if own_path.exists():
+                state["own"] = load_checkpoint(own_path.read_bytes())
         self._history, self._best = state["validated"], state["best_validated"]
         return state
 
@@ -201,11 +209,11 @@ class _Worker:
             if self._shard.rank == 0:
                 assert self._work is not None
                 state = progress.capture() | {"validated": self._history, "best_validated": self._best}
-                torch.save(state, os.path.join(folder, STATE_FILE))
+                _write(folder, STATE_FILE, state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 Ledger(self._run).write(replace(self._work, cost=self._cost(progress.cost)))
             elif own := progress.capture()["own"]:
-                torch.save(own, os.path.join(folder, OWN_STATE_FILE.format(rank=self._shard.rank)))
+                _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
 
@@ -220,6 +228,7 @@ class _Worker:
         if self._shard.num > 1 and not self._syncs_batch_norm:  # the statistics are of rank 0's parts of the batches
             num_refreshed = recompute_batch_norm(self._model, self._calibration, self._recipe)
         validation: Examples = self._full_set.examples("validation", device=self._device)
+        weights = {k: v.cpu() for k, v in self._model.state_dict().items()}
         record = {
             "training": evaluate(self._model, self._calibration, self._recipe).to_dict(),
             "validation": evaluate(self._model, validation, self._recipe).to_dict(),
@@ -227,9 +236,9 @@ class _Worker:
             "outcome": outcome,
             "num_workers": self._shard.num,
             "recomputed_batch_norm": num_refreshed > 0,
+            "files": {weights_path(self._stage): self._run.write_weights(weights_path(self._stage), weights)},
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
-        self._run.write_weights(weights_path(self._stage), {k: v.cpu() for k, v in self._model.state_dict().items()})
         # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
         sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
         cost = self._cost(minimized)
@@ -255,6 +264,18 @@ class _Worker:
             num_workers=self._shard.num,
         )
         ledger.write(self._work)
+
+
+def _write(folder: str, name: str, state: dict[str, Any]) -> None:
+    """A file of a checkpoint."""
+    with io.BytesIO() as buffer:
+        save_checkpoint(state, buffer)
+        Path(folder, name).write_bytes(buffer.getvalue())
+
+
+def _weights_of(run: RunDirectory, folder: str) -> Weights:
+    """Those of a minimum that is done."""
+    return run.read_weights(weights_path(folder), run.read_json(minimum_path(folder))["files"])
 
 
 def _part(num_examples: int, shard: Shard) -> np.ndarray:

@@ -47,7 +47,8 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
     full_set = load_full_set(config.with_overrides({"data.download": False}).data)
     shape = full_set.image_shape
     model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=0)
-    first, second = (run.read_weights(weights_path(folder)) for folder in folders)
+    files = minima[0]["files"] | minima[1]["files"]
+    first, second = (run.read_weights(weights_path(folder), files) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))
     training = full_set.examples("train", _spread(len(full_set.train)))
     points, averaged = [], averaged_names(model)

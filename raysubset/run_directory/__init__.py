@@ -12,7 +12,13 @@ Paths are relative to the run, with "/". A reader sees the old content of a file
 process that dies while writing leaves the old one.
 """
 
-from raysubset.run_directory.directory import FORMAT, CorruptFile, RunDirectory
+from raysubset.run_directory.directory import (
+    FORMAT,
+    CorruptFile,
+    RunDirectory,
+    load_checkpoint,
+    save_checkpoint,
+)
 from raysubset.run_directory.lease import Lease
 from raysubset.run_directory.paths import (
     COMPARISON_PATH,
@@ -41,12 +47,16 @@ from raysubset.run_directory.paths import (
     subsets_path,
     weights_path,
 )
+from raysubset.run_directory.seals import Seal
 
 __all__ = [
     "RunDirectory",
     "Lease",
     "CorruptFile",
     "FORMAT",
+    "Seal",
+    "save_checkpoint",
+    "load_checkpoint",
     "CONFIG_PATH",
     "ENVIRONMENT_PATH",
     "DECISIONS_PATH",

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -26,17 +27,28 @@ from torch import Tensor
 
 from raysubset.config import differences
 from raysubset.run_directory.lease import RENEW_S, Lease
-from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, LEASE_PATH
+from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, LEASE_PATH, naming_records
+from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of run directories; one of a greater format is refused
+FORMAT = 2  # of run directories; one of another format is refused
 
 _PARTIAL = ".partial"  # ends the name of a local file while it is written
 
 
+_DIGEST = "digest"  # the last key of a JSON object: its own
+
+
 class CorruptFile(ValueError):
-    """A file that is there and cannot be read, by name: older ones may do."""
+    """A file that is not as it was written, by its path in the run: what it held is to be made again."""
+
+    def __init__(self, path: str, text: str) -> None:
+        super().__init__(path, text)
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class RunDirectory:
@@ -50,6 +62,7 @@ class RunDirectory:
         self.storage_path = storage_path if mark else os.path.abspath(os.path.expanduser(storage_path))
         self.name = name
         self.local_path = None if mark else Path(self.storage_path, name)
+        self._verified: set[tuple[Any, ...]] = set()  # versions of local files that are known to match their seals
 
     @classmethod
     def at(cls, uri: str) -> "RunDirectory":
@@ -113,7 +126,7 @@ class RunDirectory:
         elif kind != pafs.FileType.NotFound:
             filesystem.delete_file(full)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray) -> None:
         """Replace a file in one step; its folders are made.
 
         Raises:
@@ -134,14 +147,28 @@ class RunDirectory:
             return stream.read()
 
     def write_json(self, path: str, record: Any) -> None:
-        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null."""
-        self.write_bytes(path, _to_json(record).encode())
+        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
+
+        An object ends with the digest of the file, which read_json() checks and takes away.
+        """
+        if not isinstance(record, Mapping):
+            self.write_bytes(path, _to_json(record).encode())
+            return
+        data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()}).encode())
+        fill(data, data.rfind(BLANK))
+        self.write_bytes(path, data)
 
     def read_json(self, path: str) -> Any:
-        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read."""
+        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read or was changed.
+
+        What has no digest, as it was written by others, is taken as it is.
+        """
         data = self.read_bytes(path)
-        with self._corrupt(path, ValueError):  # bad JSON and bad UTF-8 both are
-            return json.loads(data)
+        with self._corrupt(path, ValueError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
+            record = json.loads(data)
+        if isinstance(record, dict) and record.pop(_DIGEST, None) is not None and (flaw := flaw_by_itself(data)):
+            raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
+        return record
 
     def read_json_or_none(self, path: str) -> Any:
         """None where there is none, or it cannot be read (with a warning): its work is to be done again."""
@@ -153,48 +180,124 @@ class RunDirectory:
             logger.warning("%s; going on as if it were not there", error)
             return None
 
-    def write_weights(self, path: str, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        """safetensors. Tied tensors are written apart, layouts in the default order of memory."""
+    def write_weights(self, path: str, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Seal:
+        """safetensors. Tied tensors are written apart, layouts in the default order of memory.
+
+        Returns:
+            Its seal, for the `files` of the record that names it.
+        """
         own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in weights.items()}
-        self.write_bytes(path, safetensors.torch.save(own, metadata))
+        data = safetensors.torch.save(own, metadata)
+        self.write_bytes(path, data)
+        return seal_of(data)
 
-    def read_weights(self, path: str) -> dict[str, Tensor]:
-        """On the CPU; FileNotFoundError where there are none, CorruptFile where they cannot be read."""
-        with self._corrupt(path, safetensors.SafetensorError):
+    def read_weights(self, path: str, files: Mapping[str, Any]) -> dict[str, Tensor]:
+        """On the CPU; CorruptFile where they are gone or are not what the record that names them says.
+
+        Args:
+            files: of that record: seals by path.
+        """
+        with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError):
             if self.local_path:  # mapped: to read 45 MB into memory takes eight times as long as to average them
+                with (self.local_path / path).open("rb") as file:
+                    status, seal = os.fstat(file.fileno()), files.get(path)
+                    if (version := (path, seal, status.st_size, status.st_mtime_ns)) not in self._verified:
+                        self._check(path, _mapped(file, status.st_size), seal)
+                        self._verified.add(version)
                 return safetensors.torch.load_file(self.local_path / path)
-            return safetensors.torch.load(self.read_bytes(path))
+            data = self.read_bytes(path)
+            self._check(path, data, files.get(path))
+            return safetensors.torch.load(data)
 
-    def write_checkpoint(self, path: str, state: Mapping[str, Any]) -> None:
-        """torch.save() of tensors and plain values; `position`, a list such as [epoch, step], orders checkpoints."""
+    def write_checkpoint(self, path: str, state: Mapping[str, Any]) -> Seal:
+        """save_checkpoint(); `position`, a list such as [epoch, step], orders checkpoints. Its seal."""
         buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        self.write_bytes(path, buffer.getvalue())
+        save_checkpoint(state, buffer)
+        data = buffer.getvalue()
+        self.write_bytes(path, data)
+        return seal_of(data)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
-        """On the CPU; FileNotFoundError where there is none, CorruptFile where it cannot be read. Runs no code."""
+        """load_checkpoint(); FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
         data = self.read_bytes(path)
-        with self._corrupt(path, RuntimeError, EOFError, pickle.UnpicklingError):  # torch.load() of half a file
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        with self._corrupt(path, ValueError):
+            return load_checkpoint(data)
 
-    def write_table(self, path: str, table: pa.Table) -> None:
-        """Parquet."""
+    def write_table(self, path: str, table: pa.Table) -> Seal:
+        """Parquet that holds a digest of itself; its seal, for a record that names it."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        self.write_bytes(path, sink.getvalue().to_pybytes())
+        metadata = {**(table.schema.metadata or {}), _DIGEST: BLANK}
+        pq.write_table(table.replace_schema_metadata(metadata), sink)
+        data = bytearray(sink.getvalue())
+        fill(data, data.rfind(BLANK))
+        self.write_bytes(path, data)
+        return seal_of(data)
 
     def read_table(self, path: str) -> pa.Table:
-        """The table; FileNotFoundError where there is none, CorruptFile where it cannot be read."""
+        """The table; FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
         data = self.read_bytes(path)
-        with self._corrupt(path, pa.ArrowInvalid, OSError):  # truncated, and damaged pages
-            return pq.read_table(pa.BufferReader(data))
+        if flaw := flaw_by_itself(data):
+            raise self._damaged(path, flaw)
+        with self._corrupt(path, pa.ArrowInvalid, OSError):  # sealed by another hand
+            table = pq.read_table(pa.BufferReader(data))
+        metadata = {key: value for key, value in table.schema.metadata.items() if key != _DIGEST.encode()}
+        return table.replace_schema_metadata(metadata or None)
+
+    def read_record(self, path: str) -> dict[str, Any] | None:
+        """The record of finished work. None, with a warning but where there is none, if it is damaged or a file that it
+        names is gone or of another length: the work is to be done again."""
+        record = self.read_json_or_none(path)
+        if record is None:
+            return None
+        try:
+            files = record.get("files") if isinstance(record, dict) else None
+            if not isinstance(files, dict):
+                raise self._damaged(path, "it names no files")
+            self.check_lengths(files)
+        except CorruptFile as error:
+            logger.warning("%s; what it stands for is made again", error)
+            return None
+        return record
+
+    def check_lengths(self, files: Mapping[str, Seal]) -> None:
+        """Look whether files are there as they were written, as far as their lengths tell.
+
+        Args:
+            files: of a record that names them: seals by path.
+
+        Raises:
+            CorruptFile: for the first that is gone, or has another length.
+        """
+        filesystem, root = self._place
+        infos = filesystem.get_file_info([f"{root}/{path}" for path in files])
+        for (path, seal), info in zip(files.items(), infos, strict=True):
+            if info.type == pafs.FileType.NotFound:
+                raise self._damaged(path, "it is gone, though a record names it")
+            if not has_length(seal, info.size):
+                raise self._damaged(path, f"it has {info.size} bytes, and had {str(seal).partition(',')[0]}")
+
+    def forget(self, path: str) -> None:
+        """Delete the records that stand on a damaged file, or the file itself where none does: it is made again."""
+        for record in naming_records(path):
+            self.delete(record)
+
+    def _check(self, path: str, data: Any, seal: Seal | None) -> None:
+        if seal is None:
+            raise self._damaged(path, "no record holds its digest")
+        if not has_length(seal, len(data)):
+            raise self._damaged(path, f"it has {len(data)} bytes, and had {seal.partition(',')[0]}")
+        if seal_of(data) != seal:
+            raise self._damaged(path, "it was changed: its digest is another")
+
+    def _damaged(self, path: str, flaw: str) -> CorruptFile:
+        return CorruptFile(path, f"{path} in {self.uri} is damaged: {flaw}")
 
     @contextlib.contextmanager
     def _corrupt(self, path: str, *errors: type[Exception]) -> Iterator[None]:
         try:
             yield
         except errors as error:
-            raise CorruptFile(f"{path} in {self.uri} cannot be read: {_one_line(error)}") from error
+            raise CorruptFile(path, f"{path} in {self.uri} cannot be read: {_one_line(error)}") from error
 
     def newest_checkpoint(self, folder: str) -> tuple[int, dict[str, Any]] | None:
         """(attempt, state) of the readable checkpoint that got furthest, over all attempts at a minimum."""
@@ -252,11 +355,11 @@ class RunDirectory:
         try:
             record = self.read_json(CONFIG_PATH)
         except CorruptFile as error:
-            raise CorruptFile(f"{error}; start over with --fresh") from error
+            raise CorruptFile(CONFIG_PATH, f"{error}; start over with --fresh") from error
         self._check_ours(record)
-        if record["format"] > FORMAT:
-            made = f"format {record['format']}; this version reads up to {FORMAT}"
-            raise ValueError(f"{self.uri} was made by a newer raysubset ({made}): update it, or choose another --name")
+        if record["format"] != FORMAT:
+            found = f"{self.uri} is of format {record['format']!r}; this version of raysubset reads {FORMAT}"
+            raise ValueError(f"{found}: use the version that made it, another --name, or start over with --fresh")
         return record["config"]
 
     def _check_ours(self, record: Any) -> None:
@@ -319,7 +422,7 @@ def _quoted(name: str) -> str:
     return urllib.parse.quote(name, safe="")
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | bytearray) -> None:
     """Into a new file beside it, to the disk, then over the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
@@ -334,6 +437,35 @@ def _write_local(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def save_checkpoint(state: Mapping[str, Any], buffer: io.BytesIO) -> None:
+    """torch.save() of tensors and plain values, and a digest of it at the end."""
+    torch.save(dict(state), buffer)
+    at = buffer.tell()
+    buffer.write(BLANK)
+    with buffer.getbuffer() as view:
+        fill(view, at)
+
+
+def load_checkpoint(data: bytes) -> dict[str, Any]:
+    """The inverse of save_checkpoint(), on the CPU. Runs no code.
+
+    Raises:
+        ValueError: if it is not as it was written.
+    """
+    flaw = flaw_by_itself(data) if data[-len(BLANK) :].startswith(MARK) else "its end is missing"
+    if flaw:
+        raise ValueError(flaw)
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError) as error:  # sealed by another hand
+        raise ValueError(_one_line(error)) from error
+
+
+def _mapped(file: BinaryIO, num_bytes: int) -> Any:
+    """The bytes of an open file, without reading them into memory."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
 
 
 def _to_json(record: Any) -> str:

@@ -3,6 +3,8 @@
 A minimum's folder is minimum_folder(round, subset), or the stage that makes only one ("trunk", "fine_tuning").
 """
 
+import re
+
 CONFIG_PATH = "config.json"
 ENVIRONMENT_PATH = "environment.json"
 LEASE_PATH = "lease.json"
@@ -85,3 +87,18 @@ def aggregate_weights_path(round: int) -> str:
 def momentum_path(round: int) -> str:
     """safetensors: of the outer step, after a round."""
     return f"rounds/{round:04d}/momentum.safetensors"
+
+
+def naming_records(path: str) -> tuple[str, ...]:
+    """The records that stand on a file of a stage; the file itself where it is in no record.
+
+    A round's aggregate is made of its minima, so it stands on what they left.
+    """
+    folder, _, name = path.rpartition("/")
+    in_round = re.fullmatch(r"rounds/(\d+)(/.+)?", folder)
+    if not in_round:
+        return (minimum_path(folder),) if name.endswith(".safetensors") else (path,)
+    round, aggregate = int(in_round[1]), aggregate_path(int(in_round[1]))
+    if in_round[2]:
+        return (minimum_path(folder), aggregate)
+    return (path,) if path in (mean_optimizer_path(round), subsets_path(round)) else (aggregate,)

@@ -20,6 +20,7 @@ from raysubset.models import build_model
 from raysubset.pulse import Pulse, beat, begin, pulse
 from raysubset.run_directory import (
     RunDirectory,
+    Seal,
     checkpoint_path,
     minimum_path,
     optimizer_path,
@@ -309,11 +310,13 @@ class SubsetActor:
             return None
         full_set = ray.get(self._full_set_ref[0])
         record, measured = self._leave_minimum(job.model, full_set, piece, job.examples, result.outcome)
+        files = record["files"]
         cost += shared + measured + Cost(device_s=time.perf_counter() - began)
         rounds = self._config.rounds
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":
-            run.write_checkpoint(optimizer_path(folder), {"optimizer": result.optimizer})
+            path = optimizer_path(folder)
+            files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer})
         start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
             "cost": cost.to_dict(),
@@ -341,13 +344,14 @@ class SubsetActor:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         own = replace(examples, augmentation="none")  # the same tensors, or files: no second copy of the subset
-        run.write_weights(weights_path(folder), {k: v.cpu() for k, v in model.state_dict().items()})
+        weights = {k: v.cpu() for k, v in model.state_dict().items()}
+        files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:
             held_out = full_set.examples("validation", device=examples.device)
             outputs = predict(model, held_out, recipe)
-            run.write_weights(outputs_path(folder), {"outputs": outputs})
+            files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
             validation = metrics_of_outputs(outputs, held_out.labels.cpu(), recipe).to_dict()
             measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
@@ -361,11 +365,14 @@ class SubsetActor:
             "training": training,
             "validation": validation,
             "statistics": list(piece.statistics),
+            "files": files,
         }
-        return record, measured + self._leave_statistics(model, piece, own)
+        return record, measured + self._leave_statistics(model, piece, own, files)
 
-    def _leave_statistics(self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples) -> Cost:
-        """Write what the aggregation will want to know of the minimum, taken on its own subset."""
+    def _leave_statistics(
+        self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]
+    ) -> Cost:
+        """Write what the aggregation will want to know of the minimum, taken on its own subset; add their seals."""
         config, aggregation, cost = self._config, self._config.aggregation, Cost()
         for kind in piece.statistics:
             options: dict[str, Any] = {
@@ -378,7 +385,8 @@ class SubsetActor:
                 )
             else:
                 taken, worked = gram_matrices(model, _held(own), config.minimize, **options)
-            self._run.write_weights(statistics_path(piece.folder, kind), taken)
+            path = statistics_path(piece.folder, kind)
+            files[path] = self._run.write_weights(path, taken)
             cost += worked
         return cost
 

@@ -1,6 +1,6 @@
 """find_minima(): the minima of many pieces of work, those that are there and those still to be made."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,7 @@ from raysubset.aggregation import Minimum
 from raysubset.events import Event, OnEvent
 from raysubset.run_directory import (
     RunDirectory,
+    Seal,
     minimum_path,
     outputs_path,
     statistics_path,
@@ -38,7 +39,7 @@ def find_minima(
     """
     found: dict[str, Minimum] = {}
     for piece in pieces:
-        if (record := run.read_json_or_none(minimum_path(piece.folder))) is not None:
+        if (record := run.read_record(minimum_path(piece.folder))) is not None:
             found[piece.folder] = read_minimum(run, piece, record)
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
@@ -61,19 +62,20 @@ def find_minima(
 
 def read_minimum(run: RunDirectory, piece: Piece, record: dict[str, Any]) -> Minimum:
     """The minimum of a piece that is done, as its record says; weights and all else large are read when asked for."""
+    files = record["files"]
     return Minimum.from_dict(
         record,
-        load_weights=partial(run.read_weights, weights_path(piece.folder)),
-        load_outputs=lambda: run.read_weights(outputs_path(piece.folder))["outputs"],
-        load_statistics=partial(_statistics, run, piece, record["statistics"]),
+        load_weights=partial(run.read_weights, weights_path(piece.folder), files),
+        load_outputs=lambda: run.read_weights(outputs_path(piece.folder), files)["outputs"],
+        load_statistics=partial(_statistics, run, piece, files),
     )
 
 
-def _statistics(run: RunDirectory, piece: Piece, kinds: Sequence[str], kind: str) -> Weights:
+def _statistics(run: RunDirectory, piece: Piece, files: Mapping[str, Seal], kind: str) -> Weights:
     if kind == "subsample" and piece.subset_id is not None:
         folder = subsample_folder(piece.round, piece.subset_id)
         if run.exists(minimum_path(folder)):
-            return run.read_weights(weights_path(folder))
-    elif kind in kinds:
-        return run.read_weights(statistics_path(piece.folder, kind))
+            return run.read_weights(weights_path(folder), run.read_json(minimum_path(folder))["files"])
+    elif (path := statistics_path(piece.folder, kind)) in files:
+        return run.read_weights(path, files)
     raise ValueError(f"the minimum of {piece.label} has no {kind} statistics: it was made for another method")

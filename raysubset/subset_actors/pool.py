@@ -28,7 +28,7 @@ from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger, Work
 from raysubset.pulse import Watch
-from raysubset.run_directory import RunDirectory, checkpoint_path, minimum_path
+from raysubset.run_directory import CorruptFile, RunDirectory, checkpoint_path, minimum_path
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
@@ -305,6 +305,8 @@ class ActorPool:
         except SYSTEM_ERRORS as error:
             return self._put_back_lost(slot, backlog, error)
         except RayTaskError as error:
+            if isinstance(error.cause, CorruptFile):  # what it was to begin with
+                raise error.cause from None
             if isinstance(error.cause, PLACE_ERRORS):
                 return self._put_back_lost(slot, backlog, error)
             self._release(slot)  # its own work failed: another attempt would too
@@ -368,7 +370,7 @@ class ActorPool:
         """The records of the minima that an actor has left although its call failed; None where there is none."""
         if pack.is_trial:
             return [None]
-        return [self._run.read_json_or_none(minimum_path(piece.folder)) for piece in pack.pieces]
+        return [self._run.read_record(minimum_path(piece.folder)) for piece in pack.pieces]
 
     def _leave_draining_nodes(self) -> None:
         """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""

@@ -24,6 +24,7 @@ import torch
 import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory
+from tests.tiny import stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -219,7 +220,7 @@ def test_a_node_killed_in_the_middle_costs_time_and_changes_no_bit(
     outcomes = [work.outcome for work in subset_works(run)]
     assert outcomes.count("done") == NUM_SUBSETS
     assert "lost" in outcomes
-    a, b = (r.read_weights("rounds/0000/aggregate.safetensors") for r in (unbroken.run, run))
+    a, b = (stored_weights(r, "rounds/0000/aggregate.safetensors") for r in (unbroken.run, run))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert "Test accuracy" in log
 

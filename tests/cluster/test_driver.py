@@ -15,6 +15,7 @@ import torch
 
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, weights_path
+from tests.tiny import stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -88,7 +89,7 @@ def test_a_driver_killed_within_and_between_stages_is_resumed_to_the_same_bits(t
 
     runs = [RunDirectory(str(path), "run") for path in (unbroken, broken)]
     for path in (weights_path("rounds/0000/minima/0001"), "rounds/0000/aggregate.safetensors", "model.safetensors"):
-        a, b = (run.read_weights(path) for run in runs)
+        a, b = (stored_weights(run, path) for run in runs)
         assert all(torch.equal(a[key], b[key]) for key in a), path
     reports = [run.read_json("report.json") for run in runs]
     assert reports[0]["test"] == reports[1]["test"]

@@ -24,6 +24,7 @@ import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.cli import call
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
+from tests.tiny import stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
@@ -258,5 +259,5 @@ def test_the_same_command_goes_on_after_a_stop_and_on_another_cluster_after_the_
     works = [work for work in Ledger(run).read() if work.stage == "subsets"]
     assert {"interrupted", "lost", "done"} <= {work.outcome for work in works}
     for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
-        a, b = run.read_weights(path), unbroken[0].read_weights(path)
+        a, b = stored_weights(run, path), stored_weights(unbroken[0], path)
         assert all(torch.equal(a[key], b[key]) for key in a), path

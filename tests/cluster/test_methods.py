@@ -27,7 +27,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.training import Weights
-from tests.tiny import same_bits
+from tests.tiny import same_bits, stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
 
@@ -49,7 +49,7 @@ def config(folder: Path, name: str, **overrides: Any) -> Config:
 
 
 def aggregate(directory: RunDirectory, round: int = 0) -> Weights:
-    return directory.read_weights(aggregate_weights_path(round))
+    return stored_weights(directory, aggregate_weights_path(round))
 
 
 class Enough(Exception):
@@ -116,8 +116,8 @@ def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Pa
     assert whole.record["planned_passes"] == pytest.approx(2 * 2 * 250 / whole.record["data"]["num_train"])
     by_hand = torch.zeros(())
     for subset in range(2):
-        own = directory.read_weights(weights_path(minimum_folder(0, subset)))["head.weight"]
-        part = directory.read_weights(weights_path(subsample_folder(0, subset)))["head.weight"]
+        own = stored_weights(directory, weights_path(minimum_folder(0, subset)))["head.weight"]
+        part = stored_weights(directory, weights_path(subsample_folder(0, subset)))["head.weight"]
         by_hand = by_hand + (own - 0.25 * part) / 0.75 / 2
     torch.testing.assert_close(aggregate(directory)["head.weight"], by_hand)
     with pytest.raises(Enough):

@@ -12,6 +12,7 @@ from raysubset import Config, RunReport, run
 from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
+from tests.tiny import stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
 
@@ -35,7 +36,7 @@ def decide(config: Config, *, taken: bool) -> None:
 
 def minima(report: RunReport) -> list[dict[str, torch.Tensor]]:
     run = RunDirectory.at(report.uri)
-    return [run.read_weights(weights_path(minimum_folder(0, subset))) for subset in range(3)]
+    return [stored_weights(run, weights_path(minimum_folder(0, subset))) for subset in range(3)]
 
 
 @pytest.mark.usefixtures("prompt_reports")

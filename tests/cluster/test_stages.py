@@ -32,6 +32,7 @@ from raysubset.run_directory import (
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
 from tests.cluster import endless
+from tests.tiny import stored_weights
 
 # isort: split
 import ray
@@ -47,7 +48,7 @@ def config(folder: Path, name: str, **overrides: Any) -> Config:
 
 
 def aggregate(report: RunReport) -> Weights:
-    return RunDirectory.at(report.uri).read_weights(aggregate_weights_path(0))
+    return stored_weights(RunDirectory.at(report.uri), aggregate_weights_path(0))
 
 
 def same_bits(a: Weights, b: Weights) -> bool:
@@ -188,7 +189,7 @@ def test_a_trunk_of_two_train_workers_ends_where_that_of_one_does(tmp_path: Path
         stage="trunk",
     )
     assert record["num_workers"] == 1
-    for key, value in directory.read_weights(weights_path("trunk")).items():
+    for key, value in stored_weights(directory, weights_path("trunk")).items():
         torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
 
 

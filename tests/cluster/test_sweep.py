@@ -12,6 +12,7 @@ from raysubset.ledger import Ledger
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.sweeping import SweepReport, sweep
+from tests.tiny import stored_weights
 
 # isort: split
 from ray.tune.schedulers import TrialScheduler  # after raysubset.cluster, which sets what Ray reads when it is imported
@@ -52,7 +53,7 @@ def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tm
     alone, swept = run(config), RunDirectory.at(report.trials[0]["uri"])
     own = RunDirectory.at(alone.uri)
     for path in (weights_path("trunk"), "rounds/0000/aggregate.safetensors"):
-        a, b = own.read_weights(path), swept.read_weights(path)
+        a, b = stored_weights(own, path), stored_weights(swept, path)
         assert all(torch.equal(a[key], b[key]) for key in a), path
     assert alone.passes == pytest.approx(report.trials[0]["passes"])
 

@@ -11,7 +11,7 @@ from raysubset.data import load_full_set
 from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, weights_path
-from tests.tiny import same_bits
+from tests.tiny import same_bits, stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
 
@@ -70,7 +70,7 @@ def test_extrapolation_skipping_and_distillation_survive_deaths_to_the_bit_and_a
     assert [w.outcome for w in works[1]] == ["lost", "lost", "done"]
     assert sum(w.cost.num_backward for w in works[1]) > works[0][0].cost.num_backward
     assert [e["epoch"] for e in broken.record["stages"]["fine_tuning"]["history"]] == list(range(1, NUM_EPOCHS + 1))
-    assert same_bits(*(d.read_weights(weights_path("fine_tuning")) for d in directories))
+    assert same_bits(*(stored_weights(d, weights_path("fine_tuning")) for d in directories))
 
     full_set = load_full_set(Config().data)
     num_train, num_validation = len(full_set.train), len(full_set.validation)
