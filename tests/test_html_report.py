@@ -19,7 +19,14 @@ from raysubset.config import Config, MinimizeConfig
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
-from raysubset.report import read_report, read_several, several_sections, write_files, write_several
+from raysubset.report import (
+    comparison_sections,
+    read_report,
+    read_several,
+    several_sections,
+    write_files,
+    write_several,
+)
 from raysubset.report.comparison_plots import arm_stages, run_stages
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.line import line_between_minima
@@ -365,6 +372,25 @@ def a_comparison(folder: Path) -> RunDirectory:
     }
     run.write_json(COMPARISON_PATH, record)
     return run
+
+
+def test_a_rate_at_the_edge_of_the_grid_is_told_in_the_tables_and_on_the_page(tmp_path: Path):
+    run = a_comparison(tmp_path)
+    record = run.read_json(COMPARISON_PATH)
+    rates = {"B": (0.03, 0.1, 0.3), "G": (0.01, 0.03, 0.1)}
+    record["tuning"]["tried"] = [
+        {"arm": arm, "learning_rate": rate, "batch_size": 64, "validation_loss": 0.5, "budget": 1.0, "leg": "x"}
+        for arm, tried in rates.items()
+        for rate in tried
+    ]
+    run.write_json(COMPARISON_PATH, record)
+    read = check_self_contained(Path(write_files(run.uri)).read_text())
+    assert "B: conventional; learning rate 0.1, batch 64" in read.words
+    edge = "learning rate 0.1, batch 64, at the edge of the grid: a rate beyond it may do better (--learning-rates)"
+    assert read.words.count(edge) == 1
+    assert f"G: aggregate <of> minima; {edge}" in read.words
+    tuning = next(part for part in comparison_sections(record) if part.title == "Tuning")
+    assert [row[-1] for row in tuning.rows] == ["", "chosen", "", "", "", "chosen, at the edge of the grid"]
 
 
 def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_failed(tmp_path: Path):

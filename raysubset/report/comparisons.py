@@ -71,7 +71,10 @@ def _points(record: Record) -> Section:
                     _compared(difference, point["is_non_inferior"]),
                 )
             )
-    lines = tuple(f"{arm['key']}: {arm['title']}; learning rate {_settings(arm)}" for arm in record["arms"])
+    lines = tuple(
+        f"{arm['key']}: {arm['title']}; learning rate {_settings(arm)}{_edge(record, arm['key'], arm['settings'])}"
+        for arm in record["arms"]
+    )
     columns = ("arm", "budget", "seeds", "passes", "critical path", "device s", "test accuracy, %", "validation loss")
     explained = (
         "Budgets are passes of training; passes count evaluation too, each arm's own work in full also where it was "
@@ -95,6 +98,14 @@ def _compared(difference: Record | None, is_non_inferior: bool | None) -> str:
 
 def _settings(arm: Record) -> str:
     return f"{arm['settings']['learning_rate']:g}, batch {arm['settings']['batch_size']}"
+
+
+def _edge(record: Record, key: str, settings: Record) -> str:
+    """', at the edge of the grid …' where a rate that was not tried, beyond the arm's, may be better; A takes B's."""
+    tried = {one["learning_rate"] for one in record["tuning"]["tried"] if one["arm"] == ("B" if key == "A" else key)}
+    if len(tried) < 2 or settings["learning_rate"] not in (min(tried), max(tried)):
+        return ""
+    return ", at the edge of the grid: a rate beyond it may do better (--learning-rates)"
 
 
 def _speed_ups(record: Record) -> Section:
@@ -154,17 +165,26 @@ def _network(record: Record) -> Section:
 
 
 def _tuning(record: Record) -> Section:
+    chosen = {arm["key"]: arm["settings"] for arm in record["arms"]}
+
+    def choice(one: Record) -> str:
+        own = chosen.get(one["arm"])
+        if own != {"learning_rate": one["learning_rate"], "batch_size": one["batch_size"]}:
+            return ""
+        return f"chosen{_edge(record, one['arm'], chosen[one['arm']])}".partition(":")[0]
+
     rows = tuple(
         (
             one["arm"],
             f"{one['learning_rate']:g}",
             f"{one['batch_size']}",
             "diverged" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
+            choice(one),
         )
         for one in record["tuning"]["tried"]
     )
     cost = f"{record['tuning']['passes']:.2f} passes, in none of the figures above; with a seed of its own."
-    return Section("Tuning", ("arm", "learning rate", "batch", "validation loss"), rows, (cost,))
+    return Section("Tuning", ("arm", "learning rate", "batch", "validation loss", ""), rows, (cost,))
 
 
 def advice_sections(record: Record) -> list[Section]:

@@ -19,6 +19,7 @@ from raysubset.cluster import (
     describe,
     draining_nodes,
     free_resources,
+    num_slots,
     preferably_on,
     put_once,
     refuse_unplaceable,
@@ -133,6 +134,7 @@ class ActorPool:
         self._num_failed_starts = 0  # since an actor last came up; of actors asked for together one counts
         self._start_after = -math.inf
         self._idle_since = self._noticed_at = time.monotonic()
+        self._waits_told: set[int] = set()  # numbers of actors up with which it was said that others wait
         self._looked_for_drains_at = 0.0
 
     def __enter__(self) -> Self:
@@ -204,6 +206,7 @@ class ActorPool:
         """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
         backlog = Backlog(packs)
         self._idle_since = self._noticed_at = time.monotonic()
+        self._waits_told.clear()
         while backlog or any(slot.pack for slot in self._slots):
             self._ask_for_actors(len(backlog), release=release)
             self._assign(backlog, start_ref)
@@ -431,10 +434,9 @@ class ActorPool:
                 slot.watch.hear(pulse)
                 for place, report in slot.reports.items():
                     epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
-                    text = f"{slot.pack.pieces[place].label}: {epochs}, loss {report.loss:.4f}"
-                    self._tell(
-                        "progress", f"{text}, {report.examples_per_s:,.0f} examples/s", **self._data(slot, place)
-                    )
+                    loss = f", loss {report.loss:.4f}" if math.isfinite(report.loss) else ""
+                    text = f"{slot.pack.pieces[place].label}: {epochs}{loss}, {report.examples_per_s:,.0f} examples/s"
+                    self._tell("progress", text, **self._data(slot, place))
 
     def _data(self, slot: _Slot, place: int = 0) -> dict[str, Any]:
         """What a listener may want to know of a slot, and of one of its pieces."""
@@ -448,13 +450,15 @@ class ActorPool:
             "attempt": slot.attempts[place],
             "epoch": report.epoch if report else 0.0,
             "num_epochs": report.num_epochs if report else None,
-            "loss": report.loss if report else None,
+            "loss": report.loss if report and math.isfinite(report.loss) else None,
             "examples_per_s": report.examples_per_s if report else None,
             **(slot.where or {}),
         }
 
     def _tell_of_waiting(self, num_queued: int) -> None:
-        """Say every few seconds what is waited for, while actors that were asked for have no place.
+        """Say every few seconds what is waited for, while no actor that was asked for has a place.
+
+        While some have one, work goes on: it is said once that others wait, and only if they may ever find one beside.
 
         Raises:
             TimeoutError: if none has had a place for cluster.wait_timeout_s.
@@ -473,6 +477,10 @@ class ActorPool:
         free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
         if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
+        if num_up:
+            if num_up in self._waits_told or num_up >= num_slots(self.request, startable=True):
+                return
+            self._waits_told.add(num_up)
         text = f"{waiting}; work not begun: {num_queued}, actors up: {num_up}, {free}"
         self._tell("waiting", text, num_queued=num_queued, num_up=num_up)
 
