@@ -38,8 +38,9 @@ ARMS = ("subsets", "total", "critical")
 def run_arms(config: Config) -> dict[str, RunReport]:
     """The three arms of one seed; each is a run that resumes under its own name."""
     subsets = run(config)
-    data = subsets.record["data"]
-    own = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"]).passes(data["num_train"])
+    data, share = subsets.record["data"], subsets.record["model"]["forward_share"]
+    evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
+    own = evaluation.passes(data["num_train"], share)
     plain = config.with_overrides({"method": "conventional"})
     lengths = {"total": subsets.passes - own, "critical": subsets.critical_path_passes - own}
     arms = {arm: run(plain.with_overrides({"conventional.epochs": epochs})) for arm, epochs in lengths.items()}

@@ -4,7 +4,7 @@
     attempt = ledger.next_attempt("subsets", 0, 7)
     ledger.write(Work("subsets", 0, 7, attempt, node=…, device=…, started_at=time.time(), cost=so_far))   # and again
     ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=cost))
-    total_cost(ledger.read()).passes(num_train)
+    total_cost(ledger.read()).passes(num_train, forward_share)
 
 Each piece of work is one small file that its own process writes, so that nobody waits for anybody; written again as a
 heartbeat while it runs, so that what a dead process had done is counted.
@@ -202,9 +202,9 @@ def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
     return dict(stages)
 
 
-def critical_path_passes(works: Iterable[Work], num_train: int) -> float:
+def critical_path_passes(works: Iterable[Work], num_train: int, forward_share: float) -> float:
     """Passes one after the other if every subset had a device of its own; each of n workers makes 1/n of a stage's."""
-    return _critical_path(works, lambda work: work.cost.passes(num_train) / work.num_workers)
+    return _critical_path(works, lambda work: work.cost.passes(num_train, forward_share) / work.num_workers)
 
 
 def critical_path_s(works: Iterable[Work]) -> float:

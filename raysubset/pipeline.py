@@ -307,14 +307,19 @@ class _Stages:
             "environment": self._directory.read_json_or_none(ENVIRONMENT_PATH),
             "decisions": self._decisions.to_dict(),
             "data": data_record(full_set),
-            "model": {"name": config.model.name, "num_parameters": plan.num_parameters, "num_bytes": plan.num_bytes},
+            "model": {
+                "name": config.model.name,
+                "num_parameters": plan.num_parameters,
+                "num_bytes": plan.num_bytes,
+                "forward_share": plan.forward_share,
+            },
             "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
             "advice": list(plan.advice),
             "planned_passes": plan.passes,
             "stages": stages,
             "test": tested.metrics.to_dict(),
             "validation": validation,
-            "cost": cost_record(self._ledger.read(), len(full_set.train)),
+            "cost": cost_record(self._ledger.read(), len(full_set.train), plan.forward_share),
         }
 
     def _leave_model(self, weights: Weights) -> None:

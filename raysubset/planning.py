@@ -15,7 +15,15 @@ from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
 from raysubset.models import build_model, has_batch_norm, num_parameters, trainable_names
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
-from raysubset.training import EXACT_OUTPUTS, SAMPLED_TERMS, Cost, diagonal_fisher, fisher_cost, minimizing_bytes
+from raysubset.training import (
+    EXACT_OUTPUTS,
+    SAMPLED_TERMS,
+    Cost,
+    diagonal_fisher,
+    fisher_cost,
+    forward_share,
+    minimizing_bytes,
+)
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 
 CALIBRATION_EXAMPLES = 10_000  # of the training set, for batch-norm statistics and the training loss of means
@@ -30,6 +38,7 @@ class Plan:
     num_parameters: int
     parameter_names: frozenset[str]
     num_bytes: int  # of one set of weights
+    forward_share: float  # of a pass, in this network
     full_set_ratio: float  # Q of the full set
     subset_ratios: tuple[float, ...]  # Q of each subset
     advice: tuple[str, ...]  # lines for the user; those that begin with "warning: " are
@@ -48,7 +57,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     num_train, num_classes = len(full_set.train), full_set.num_classes
     seed = derive_seed(config.seed, "start")
     model = build_model(config.model, num_classes=num_classes, image_shape=full_set.image_shape, seed=seed)
-    num = num_parameters(model)
+    num, share = num_parameters(model), forward_share(model, full_set.image_shape)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
     quorum = config.actors.quorum
@@ -58,7 +67,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     if config.method == "subset_pretraining":
         labels = full_set.train.labels
         missing = missing_class_warnings(subsets, labels, num_classes)
-        measuring = _measuring_advice(config, full_set, sizes, model)
+        measuring = _measuring_advice(config, full_set, sizes, model, share)
         lines = [*advice(num_train, sizes, num_classes, num), *missing, *measuring, *lines]
     worked = sizes
     if config.aggregation.method == "savgm":
@@ -66,19 +75,20 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     epochs = config.rounds.num * config.minimize.epochs / num_train
     around = config.trunk.epochs + config.fine_tuning.epochs
     if config.fine_tuning.distillation:  # every minimum of the last round passes all batches forward
-        around += Cost(num_forward=len(sizes)).passes(1) * config.fine_tuning.epochs
+        around += Cost(num_forward=len(sizes)).passes(1, share) * config.fine_tuning.epochs
     passes, critical_path_passes = around + sum(worked) * epochs, around + max(worked) * epochs
     if config.method == "conventional":
         own = len(full_set.train) + len(full_set.validation) + len(full_set.test)  # the conventional run's evaluation
         own += _averaging_forward(config.stage("conventional", epochs=passes), num_train, model)
         evaluation = _evaluation(config, full_set, sizes, statistics, model) + Cost(num_forward=-own)
-        equal = passes + evaluation.passes(num_train)
+        equal = passes + evaluation.passes(num_train, share)
         passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
     return Plan(
         subsets=subsets,
         num_parameters=num,
         parameter_names=trainable_names(model),
         num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        forward_share=share,
         full_set_ratio=overdetermination_ratio(num_train, num_classes, num),
         subset_ratios=tuple(overdetermination_ratio(size, num_classes, num) for size in sizes),
         advice=tuple(lines),
@@ -169,13 +179,16 @@ def _aggregation_forward(config: Config, full_set: FullSet, sizes: list[int], mo
     return forward
 
 
-def _measuring_advice(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module) -> list[str]:
+def _measuring_advice(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module, share: float) -> list[str]:
     """Whether measuring every round costs much beside its training, and how to do it less often."""
     rounds, num_train = config.rounds, len(full_set.train)
     if rounds.num == 1 or config.aggregation.needs_validation():
         return []
     forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, sizes, model)
-    measured, trained = Cost(num_forward=forward).passes(num_train), max(sizes) * config.minimize.epochs / num_train
+    measured, trained = (
+        Cost(num_forward=forward).passes(num_train, share),
+        max(sizes) * config.minimize.epochs / num_train,
+    )
     if measured / rounds.evaluate_every < _MUCH * trained:
         return []
     every = min(rounds.num, math.ceil(measured / (_LITTLE * trained)))

@@ -127,22 +127,22 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
     }
 
 
-def cost_record(works: Sequence[Work], num_train: int) -> dict[str, Any]:
+def cost_record(works: Sequence[Work], num_train: int, forward_share: float) -> dict[str, Any]:
     """What everything cost, in passes over `num_train` examples, seconds and bytes; then a row a stage."""
     total = total_cost(works)
     return {
-        "passes": total.passes(num_train),
-        "critical_path_passes": critical_path_passes(works, num_train),
-        "lost_passes": lost_cost(works).passes(num_train),
+        "passes": total.passes(num_train, forward_share),
+        "critical_path_passes": critical_path_passes(works, num_train, forward_share),
+        "lost_passes": lost_cost(works).passes(num_train, forward_share),
         "num_steps": total.num_steps,
         "device_s": total.device_s,
         "critical_path_s": critical_path_s(works),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
-        "stages": _stage_costs(works, num_train),
+        "stages": _stage_costs(works, num_train, forward_share),
     }
 
 
-def _stage_costs(works: Sequence[Work], num_train: int) -> list[dict[str, Any]]:
+def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) -> list[dict[str, Any]]:
     """One row a stage: what it cost, on both clocks."""
     rows = []
     for stage, entries in by_stage(works).items():
@@ -151,8 +151,8 @@ def _stage_costs(works: Sequence[Work], num_train: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "stage": stage,
-                "passes": cost.passes(num_train),
-                "critical_path_passes": critical_path_passes(entries, num_train),
+                "passes": cost.passes(num_train, forward_share),
+                "critical_path_passes": critical_path_passes(entries, num_train, forward_share),
                 "num_steps": cost.num_steps,
                 "device_s": cost.device_s,
                 "wall_s": max(ended) - min(work.started_at for work in entries),

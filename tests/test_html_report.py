@@ -346,7 +346,7 @@ def a_comparison(folder: Path) -> RunDirectory:
         "uri": run.uri,
         "config": Config().to_dict(),
         "data": {"name": "digits", "num_train": 100, "num_test": 100},
-        "model": {"num_parameters": 1234, "num_bytes": 5000},
+        "model": {"num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "environment": None,
         "regime": {
             "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0]},

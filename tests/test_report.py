@@ -105,7 +105,7 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "num_test": NUM_TEST,
             "notes": ["no test split: some carved off"],
         },
-        "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000},
+        "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0] * 4},
         "decisions": {"num_gpus": 0.0, "num_workers": 2, "aggregation_num_gpus": 0.0},
         "advice": ["Q of 4 subsets: 3", "warning: subset 3 lacks class 7"],
@@ -339,8 +339,8 @@ def test_conventional_command_costs_the_same_with_its_own_evaluation():
     overrides = {"name": "x", "subsets.num": 8, "trunk.epochs": 0.0, "minimize.learning_rate": 0.3, "actors.quorum": 7}
     record = a_record(Config().with_overrides(overrides | {"aggregation.method": "greedy_soup"}))
     config = parse_config(shlex.split(conventional_beside(record, 12.0, "beside"))[2:])
-    # forward over 100 + 50 + 100 examples, at a third each: 0.8333 passes
-    assert config.conventional.epochs == pytest.approx(12 - 250 / 3 / 100, rel=1e-3)
+    # forward over 100 + 50 + 100 examples, at this network's share of 0.35 each: 0.875 passes
+    assert config.conventional.epochs == pytest.approx(12 - 250 * 0.35 / 100, rel=1e-3)
     assert (config.method, config.name, config.minimize.learning_rate) == ("conventional", "x-beside", 0.3)
     assert config.subsets == Config().subsets
     assert config.actors.quorum is None

@@ -14,6 +14,7 @@ from raysubset.data import Examples
 from raysubset.subsets import overdetermination_ratio
 from raysubset.training import DivergedError, Progress, evaluate, minimize, recompute_batch_norm
 from raysubset.training.whole_subset.lbfgs import ITERATIONS_PER_STEP
+from raysubset.training.whole_subset.objective import Objective
 from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
 
 RECIPE = MinimizeConfig(optimizer="lbfgs", epochs=60)
@@ -68,6 +69,16 @@ def test_lbfgs_equals_torchs_run_by_hand_to_the_last_bit():
         closure()
     assert same_bits(weights(ours), weights(by_hand))
     assert result.cost.num_steps == len(seen)
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-8, 1e-9])
+def test_lbfgs_goes_on_until_the_gradient_is_within_its_tolerance(tolerance: float):
+    """torch's tolerance_change ended it at a gradient of 1e-5, whatever was asked for."""
+    model = linear(64, dtype=torch.float64)
+    recipe = replace(RECIPE, loss="squared_error", epochs=3000, gradient_tolerance=tolerance, channels_last=False)
+    result = minimize(model, examples(200), recipe, seed=0)
+    assert result.outcome == "gradient"
+    assert Objective(model, examples(200), recipe).evaluate().largest_slope <= tolerance
 
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)

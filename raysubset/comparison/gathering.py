@@ -88,7 +88,11 @@ def gather(
         ).to_dict()
     return {
         "data": data_record(full_set),
-        "model": {"num_parameters": plan.num_parameters, "num_bytes": plan.num_bytes},
+        "model": {
+            "num_parameters": plan.num_parameters,
+            "num_bytes": plan.num_bytes,
+            "forward_share": plan.forward_share,
+        },
         "regime": {
             "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
             "num_subsets": len(plan.subsets),
@@ -147,7 +151,7 @@ class _Legs:
 
     def passes(self, leg: Leg) -> float:
         """Of one leg: every attempt and evaluation counted."""
-        return total_cost(self.works(leg)).passes(self._num_train)
+        return total_cost(self.works(leg)).passes(self._num_train, self._plan.forward_share)
 
     def passes_of_all(self, finals: Sequence[Leg]) -> float:
         """Of all that these legs need; what they share is counted once."""
@@ -164,7 +168,7 @@ class _Legs:
             "seed": seed,
             "leg": leg.key,
             "error": None,
-            "passes": cost.passes(self._num_train),
+            "passes": cost.passes(self._num_train, self._plan.forward_share),
             "critical_path_passes": critical_path(leg, lambda one: self.passes(one) / one.num_workers),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,

@@ -110,7 +110,8 @@ class SubsetsConfig:
     scheme: Literal["stratified", "iid", "dirichlet", "column", "function"] = "stratified"
     """How examples are dealt: every class alike, at random, with label skew, by a column's values, by a function."""
     alpha: float = 0.5
-    """Concentration of the Dirichlet label skew: the smaller, the fewer classes a subset sees."""
+    """Concentration of the Dirichlet label skew, Dir(alpha · class shares) as Hsu et al.'s: the smaller, the fewer
+    classes a subset sees. Flower's alpha is this one divided by the number of classes."""
     column: str | None = None
     """For the column scheme: the column of the training table whose values name the subsets."""
     function: str | None = None

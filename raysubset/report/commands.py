@@ -44,7 +44,7 @@ def conventional_beside(record: Record, passes: float, suffix: str) -> str:
     """The conventional run by one worker that costs so many passes, its own evaluation counted too."""
     data, config = record["data"], record["config"]
     evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
-    epochs = max(0.01, passes - evaluation.passes(data["num_train"]))
+    epochs = max(0.01, passes - evaluation.passes(data["num_train"], record["model"]["forward_share"]))
     shared = {key: value for key, value in flatten(config).items() if not key.startswith(_OF_SUBSET_PRETRAINING)}
     changes = {
         "name": _renamed(config["name"], suffix),

@@ -109,7 +109,8 @@ def _stages(record: Record) -> Section:
     if "measuring" in cost:
         add("measuring of speeds", None, None, "measuring")
     lines = [
-        "A pass is forward and backward over as many examples as the training set has, forward alone a third. "
+        "A pass is forward and backward over as many examples as the training set has, forward alone "
+        f"{record['model']['forward_share']:.2f} of one in this network. "
         "Critical path: if every subset had a device of its own; of n workers each makes 1/n."
     ]
     if rounds:

@@ -58,7 +58,8 @@ def split_into_subsets(
     - stratified: every class count of every subset within one example of its share.
     - iid: at random.
     - dirichlet: class shares drawn for each subset from Dir(alpha · shares of the full set) (Hsu et al. 2019,
-      arXiv:1909.06335), without replacement: shares of classes that have run out go to the others.
+      arXiv:1909.06335), without replacement: shares of classes that have run out go to the others. Flower's
+      DirichletPartitioner takes its alpha for each class: it is this one divided by the number of classes.
     - column: the distinct values of a column of `attributes`, in ascending order; nulls are in no subset.
     - function: subset ids by the user's function(labels, num, seed), with a 32-bit seed; -1 is no subset.
 

@@ -98,8 +98,10 @@ def sweep(
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record)
     full_sets = {data: load_full_set(data) for data in dict.fromkeys(trial.config.data for trial in trials)}
-    for setting in dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials):
-        make_plan(setting, full_sets[setting.data])  # refuses what no trial of the setting can be
+    settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
+    # refuses what no trial of the setting can be
+    share_of = {one: make_plan(one, full_sets[one.data]).forward_share for one in settings}
+    shares = {trial.name: share_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
     directory.check_writable()
     with contextlib.ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
@@ -120,7 +122,10 @@ def sweep(
         trunks = _make_trunks(trials, full_set_refs, directory, most_at_once=at_once, tell=tell)
         tasks = {
             trial.name: Task(
-                _with_room(trial.config, slots_each), full_set_refs[trial.config.data], trunks.get(trial.name)
+                _with_room(trial.config, slots_each),
+                full_set_refs[trial.config.data],
+                trunks.get(trial.name),
+                shares[trial.name],
             )
             for trial in trials
         }
@@ -130,7 +135,7 @@ def sweep(
             )
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, tell=tell)
         num_train = {trial.name: len(full_sets[trial.config.data].train) for trial in trials}
-        record = _gather(directory, config, space, seeds, trials, errors, num_train)
+        record = _gather(directory, config, space, seeds, trials, errors, num_train, shares)
         record["at_once"] = {"trials": at_once, "slots_each": slots_each}
         sessions.write()
         record["seconds"] = sessions.seconds()
@@ -297,6 +302,7 @@ def _gather(
     trials: Sequence[Trial],
     errors: Mapping[str, str],
     num_train: Mapping[str, int],
+    shares: Mapping[str, float],
 ) -> Record:
     """sweep.json: what the trials' run directories and ledgers say."""
     gathered = []
@@ -323,11 +329,13 @@ def _gather(
         "settings": settings,
         "recommended": recommend(settings),
         "recommendation": recommendation(settings),
-        "cost": _total_cost(trials, directory, num_train),
+        "cost": _total_cost(trials, directory, num_train, shares),
     }
 
 
-def _total_cost(trials: Sequence[Trial], directory: RunDirectory, num_train: Mapping[str, int]) -> Record:
+def _total_cost(
+    trials: Sequence[Trial], directory: RunDirectory, num_train: Mapping[str, int], shares: Mapping[str, float]
+) -> Record:
     """Of all trials, pruned and failed ones too; a trunk's work stands in the ledger of each that has it."""
     passes, device_s = 0.0, 0.0
     trunks = set()
@@ -336,5 +344,6 @@ def _total_cost(trials: Sequence[Trial], directory: RunDirectory, num_train: Map
         counted = [work for work in works if work not in trunks]
         trunks |= {work for work in works if work.stage == "trunk"}
         cost = total_cost(counted)
-        passes, device_s = passes + cost.passes(num_train[trial.name]), device_s + cost.device_s
+        passes += cost.passes(num_train[trial.name], shares[trial.name])
+        device_s += cost.device_s
     return {"passes": passes, "device_s": device_s}

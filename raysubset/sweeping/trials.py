@@ -24,13 +24,15 @@ class Task:
     config: Config
     full_set_ref: Sequence[ray.ObjectRef]
     trunk: RunDirectory | None  # that it takes over
+    forward_share: float  # of a pass, in its network
 
 
 def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
     """The function that Tune calls. If its process dies, the trial has failed; sweeping again goes on with its run."""
     task = tasks[parameters["trial"]["name"]]
     directory = RunDirectory(task.config.storage_path, task.config.run_name())
-    reports = Reports(directory, num_train=len(get_shared(task.full_set_ref).train))
+    num_train = len(get_shared(task.full_set_ref).train)
+    reports = Reports(directory, num_train=num_train, forward_share=task.forward_share)
     report = run(task.config, on_event=reports, full_set_ref=task.full_set_ref, trunk=task.trunk)
     reports.flush()
     tune.report(
@@ -57,8 +59,8 @@ class Reports:
     subsets and before fine-tuning, never within a Ray Train job.
     """
 
-    def __init__(self, directory: RunDirectory, *, num_train: int) -> None:
-        self._directory, self._num_train = directory, num_train
+    def __init__(self, directory: RunDirectory, *, num_train: int, forward_share: float) -> None:
+        self._directory, self._num_train, self._forward_share = directory, num_train, forward_share
         self._epochs: dict[Any, int] = {}  # whole epochs told of each piece of work
         self._minima: dict[Any, list[Metrics]] = {}  # of each stage and round
         self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
@@ -93,7 +95,7 @@ class Reports:
         before = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
         num_trained = round(epoch * self._num_train)
         num_forward = num_trained + math.ceil(epoch) * validation.num_examples
-        passes = (before + Cost(num_forward=num_forward, num_backward=num_trained)).passes(self._num_train)
+        passes = self._passes(before + Cost(num_forward=num_forward, num_backward=num_trained))
         return self._report(stage, validation, epoch=epoch, training_loss=data["loss"]) | {"passes": passes}
 
     def flush(self) -> None:
@@ -104,9 +106,12 @@ class Reports:
     def _tell(self, stage: str, validation: Metrics | None = None, **values: Any) -> None:
         tune.report(self._report(stage, validation, **values))
 
+    def _passes(self, cost: Cost) -> float:
+        return cost.passes(self._num_train, self._forward_share)
+
     def _report(self, stage: str, validation: Metrics | None, **values: Any) -> dict[str, Any]:
         cost = total_cost(Ledger(self._directory).read())
-        told: dict[str, Any] = {"stage": stage, "passes": cost.passes(self._num_train), **values}
+        told: dict[str, Any] = {"stage": stage, "passes": self._passes(cost), **values}
         if validation is not None:
             told |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
         return told

@@ -6,6 +6,7 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 
 from raysubset.training.devices import card_bytes, place, use_device
 from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training.flops import forward_share
 from raysubset.training.loop import Progress, minimize, num_steps_per_epoch
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.packed import minimize_packed, why_not_packed
@@ -38,6 +39,7 @@ __all__ = [
     "recompute_batch_norm",
     "diagonal_fisher",
     "fisher_cost",
+    "forward_share",
     "EXACT_OUTPUTS",
     "MEASURES",
     "SAMPLED_TERMS",

@@ -19,9 +19,16 @@ def make_optimizer(model: nn.Module, config: MinimizeConfig) -> torch.optim.Opti
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = config.peak_learning_rate()
     if config.optimizer == "lbfgs":
-        least = 1e-7 if config.gradient_tolerance is None else config.gradient_tolerance  # 1e-7 is torch's own
+        least, change = 1e-7, 1e-9  # torch's own
+        if config.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
+            least, change = config.gradient_tolerance, 0.0
         return torch.optim.LBFGS(
-            parameters, lr=rate, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=least
+            parameters,
+            lr=rate,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=least,
+            tolerance_change=change,
         )
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -86,7 +93,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 def learning_rate_at(
     config: MinimizeConfig, step: int, *, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
 ) -> float:
-    """The learning rate of a step.
+    """Return the learning rate of a step.
+
+    one_cycle differs from torch's OneCycleLR in three things: it ends at 1e-4 of the peak where torch's default is
+    4e-6, momentum stays as it is where torch cycles it, and step n of N is n/N of the way where torch's is n/(N - 1),
+    so that the last step is not quite at the end, and parts of a schedule fit together.
 
     Args:
         step: from 0.

@@ -10,7 +10,7 @@ Weights = dict[str, Tensor]  # a state dict on the CPU
 Measure = Literal["training", "validation"]
 MEASURES: tuple[Measure, ...] = ("training", "validation")  # what weights can be measured on before the end
 
-FORWARD_SHARE = 1 / 3  # of a pass: a backward pass costs about twice a forward pass
+FORWARD_SHARE = 1 / 3  # of a pass, of deep networks: a backward pass costs about twice a forward pass
 
 
 class DivergedError(ValueError):
@@ -70,9 +70,14 @@ class Cost:
             self.device_s + other.device_s,
         )
 
-    def passes(self, num_train: int) -> float:
-        """Forward and backward work over as many examples as the full set has; forward alone counts a third."""
-        return (FORWARD_SHARE * self.num_forward + (1 - FORWARD_SHARE) * self.num_backward) / num_train
+    def passes(self, num_train: int, forward_share: float = FORWARD_SHARE) -> float:
+        """Return forward and backward work over as many examples as the full set has.
+
+        Args:
+            num_train: examples of the full set.
+            forward_share: what forward alone counts: the network's own, training.forward_share().
+        """
+        return (forward_share * self.num_forward + (1 - forward_share) * self.num_backward) / num_train
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -88,7 +88,7 @@ def test_actors_leave_what_the_method_needs_and_the_plan_knows_what_it_costs(
     full_set = load_full_set(wanted.data)
     conventional = make_plan(dataclasses.replace(wanted, method="conventional"), full_set)
     own = len(full_set.train) + len(full_set.validation) + len(full_set.test)
-    assert report.passes == pytest.approx(conventional.passes + own / 3 / len(full_set.train))
+    assert report.passes == pytest.approx(conventional.passes + own * conventional.forward_share / len(full_set.train))
 
 
 def test_auto_scores_every_candidate_and_shows_them(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_measuring_rounds_less_often_changes_no_parameter_and_spares_what_it_cos
     num_train, num_validation = (seldom.record["data"][f"num_{split}"] for split in ("train", "validation"))
     # members on their own subset and validation; their mean and the stepped mean refreshed, on validation; training
     spared = 2 * (200 + num_validation) + 2 * (num_train + num_validation) + num_train
-    assert often.passes - seldom.passes == pytest.approx(spared / 3 / num_train)
+    assert often.passes - seldom.passes == pytest.approx(spared * seldom.record["model"]["forward_share"] / num_train)
     (table,) = [section for section in sections(seldom.record) if section.title.startswith("Rounds")]
     assert [row[0] for row in table.rows] == ["2", "3"]
     assert any("1 of 3 rounds were not measured" in line for line in table.lines)
