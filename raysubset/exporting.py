@@ -50,8 +50,11 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
     model = load_model(directory, trust_code=trust_code)
     target = Path(os.path.expanduser(path or f"model{SUFFIXES[format]}"))
     if target.suffix != SUFFIXES[format]:
-        raise ValueError(f"{target}: a file of --format {format} ends in {SUFFIXES[format]}")
-    target.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{target}: a file of --format {format} must end in {SUFFIXES[format]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {target.parent} ({error.strerror}): choose another --to") from error
     height, width, channels = model.image_shape
     sample = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(0))
     (_write_torch if format == "torch-export" else _write_onnx)(model, sample, target)

@@ -453,6 +453,6 @@ def _check_outputs(name: str, outputs: Any, num: int, num_classes: int, when: st
         images = "two images" if num == 2 else "one image"
         squeezed = num == 1 and outputs.ndim < 2
         raise ValueError(
-            f"{name} gave {gave} for {images}{when}; {num_classes} classes need float logits [{num}, {num_classes}]"
+            f"{name} gave {gave} for {images}{when}; it should give float logits [{num}, {num_classes}], one a class"
             + (": squeeze() drops the dimension of the batch too, flatten(1) does not" if squeezed else "")
         )

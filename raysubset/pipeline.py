@@ -20,6 +20,7 @@ from raysubset.cluster import connected, get_shared, own_address, put_once, reac
 from raysubset.config import Config, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import Decisions, refuse_what_has_no_place
+from raysubset.errors import first_line
 from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
@@ -148,7 +149,11 @@ def _begun(
 
 def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
     """The report of a finished run of this config; None if there is none, or if opening it will have to refuse."""
-    if not directory.exists(REPORT_PATH) or directory.differs(config.to_dict()):
+    try:
+        found = directory.exists(REPORT_PATH)
+    except OSError as error:
+        raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
+    if not found or directory.differs(config.to_dict()):
         return None
     return directory.read_json_or_none(REPORT_PATH)
 

@@ -62,7 +62,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     sizes = [len(subset.indices) for subset in subsets]
     quorum = config.actors.quorum
     if quorum is not None and quorum > len(sizes):
-        raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}")
+        raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         labels = full_set.train.labels

@@ -120,7 +120,7 @@ def test_an_arm_takes_overrides():
         (["--arms", "B", "G:subsets.sise=3"], "there is no config field subsets.sise"),
         (["--arms", "B", "G:rounds.num"], "write overrides as field=value"),
         (["--budgets", "0.5", "2"], "0.5 passes is too small for one epoch"),
-        (["--learning-rates", "0"], "--learning-rates: 0 is not positive"),
+        (["--learning-rates", "0"], "--learning-rates = 0.0 must be positive"),
         (["--rounds.optimizer-state", "average"], "set keep or reset"),
         (["--arms", "B", "G:data.name=mnist"], "data.name is the same for all arms"),
         (["--subsets.start", "independent", "--trunk.epochs", "0", "--aggregation.method", "auto"], "start=shared"),

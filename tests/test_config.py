@@ -74,7 +74,7 @@ def test_overrides_set_single_fields_by_dotted_name():
             0.1,
             "there is no config field minimize.lerning_rate; did you mean minimize.learning",
         ),
-        ("zzz", 1, "there is no config field zzz$"),
+        ("zzz", 1, "there is no config field zzz; see raysubset run --help$"),
         ("data", {}, "there is no config field data"),
         (
             "minimize.optimizer",

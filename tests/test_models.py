@@ -228,7 +228,7 @@ def test_lazy_modules_are_materialised_under_the_seed(users_module):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("one_class_short", r"gave float32 \[2, 9\] for two images; 10 classes need float logits \[2, 10\]"),
+        ("one_class_short", r"gave float32 \[2, 9\] for two images; it should give float logits \[2, 10\]"),
         ("predicted_class", r"gave int64 \[2\] for two images"),
         ("other_images", r"cannot take images of shape \[2, 3, 32, 32\] \[N, C, H, W\]: .*mat1 and mat2"),
         ("frozen", "has no trainable parameters"),
@@ -375,7 +375,7 @@ def test_a_network_that_changes_its_images_in_place_is_given_copies(networks):
         ("Squeezing", r"gave float32 \[10\] for one image; .* flatten\(1\) does not"),
         ("Pair", "gave a tuple in train mode; it should give logits .*: leave its auxiliary heads out"),
         ("Dictionary", "gave a dict in train mode"),
-        ("Wide", r"gave float32 \[2, 20\] for two images in train mode; 10 classes need float logits \[2, 10\]"),
+        ("Wide", r"gave float32 \[2, 20\] for two images in train mode; it should give float logits \[2, 10\]"),
         ("Complex", r"gave complex64 \[2, 10\] for two images in train mode"),
         ("WithoutGradient", r"outputs in train mode that have no gradient: leave no_grad\(\)"),
         ("Misspelt", r"cannot take images of shape .*AttributeError: 'Misspelt' object has no attribute 'haed'"),

@@ -345,7 +345,7 @@ def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(t
         ("--space minimize.momentun=0.5,0.9", "did you mean minimize.momentum?"),
         ("--space minimize.momentum=0.5,high", "minimize.momentum = 'high' should be float"),
         ("--sizes many", "sizes"),
-        ("--sizes 100 --seeds 0", "at least one seed"),
+        ("--sizes 100 --seeds 0", "--seeds = 0 must be in [1, 1000]"),
         ("--sizes 100 --sedes 3", "did you mean --seeds?"),
         ("--sizes 100 --method conventional", "a sweep is of subset pretraining"),
     ],

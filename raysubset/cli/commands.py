@@ -10,7 +10,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from raysubset.cli.flags import (
 )
 from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
+from raysubset.errors import one_line
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
     "seeds": 2,
@@ -226,7 +228,11 @@ def _report(command: Report) -> int:
     if not command.directories:
         raise ValueError("report needs a directory: that of a run, a sweep or a comparison, or those of several runs")
     if command.to and (command.format != "html" or len(command.directories) == 1):
-        raise ValueError(f"--to {command.to} is for --format html of several runs; that of one lies in its directory")
+        raise ValueError(
+            f"--to {command.to} is for --format html of several runs; that of one lies in its directory: leave it out"
+        )
+    if command.to and not (folder := Path(command.to).expanduser().parent).is_dir():
+        raise ValueError(f"--to {command.to}: there is no folder {folder}: choose another")
     return _report_one(command) if len(command.directories) == 1 else _report_several(command)
 
 
@@ -235,15 +241,33 @@ def _report_one(command: Report) -> int:
 
     (directory,) = command.directories
     if command.format == "html":
-        print(write_files(directory))
+        with _damaged(directory):
+            page = write_files(directory)
+        print(page)
         return DONE
     record = read_report(directory)
     if command.format == "json":
         print(json.dumps(record, indent=1))
     else:
-        read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(record.get("kind", ""), sections)
-        print_sections(read(record))
+        with _damaged(directory):
+            kind = record.get("kind", "")
+        read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(kind, sections)
+        with _damaged(directory):
+            parts = read(record)
+        print_sections(parts)
     return DONE
+
+
+@contextmanager
+def _damaged(directory: str) -> Iterator[None]:
+    """Tell of a record that is JSON, but not of the shape that a report has."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        text = (
+            f"the report.json of {directory} is damaged ({one_line(error)}): give the run's command again, with --fresh"
+        )
+        raise ValueError(text) from error
 
 
 def _report_several(command: Report) -> int:
@@ -287,7 +311,7 @@ def _advise(command: Advise) -> int:
         raise ValueError(f"--num-workers {command.num_workers}: on one device there is nothing to choose")
     held_against = command.against and read_report(command.against)
     if held_against and held_against.get("kind") != "comparison":
-        raise ValueError(f"--against {command.against}: that is no comparison")
+        raise ValueError(f"--against {command.against}: that is no comparison: give the directory of one")
     full_set = load_full_set(config.data)
     plan, num_train = make_plan(config, full_set), len(full_set.train)
     measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))

@@ -355,7 +355,7 @@ def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], 
     try:
         tree = json.loads(Path(found.config).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--config {found.config}: {error.strerror}") from error
+        raise ValueError(f"--config {found.config}: {error.strerror}; give a run's config.json") from error
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 both are ValueErrors
         raise ValueError(f"--config {found.config} is no JSON: {error}; give a run's config.json") from error
     if isinstance(tree, dict) and isinstance(tree.get("config"), dict):

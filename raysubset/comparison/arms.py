@@ -66,7 +66,8 @@ def parse_arm(key: str) -> Arm:
     letter, colon, rest = key.partition(":")
     if letter not in TITLES:
         raise ValueError(
-            f"there is no arm {key!r}: arms are {', '.join(TITLES)}, with overrides as in G:aggregation.method=fisher"
+            f"there is no arm {key!r}: give some of {', '.join(TITLES)}, or with overrides "
+            "as in G:aggregation.method=fisher"
         )
     overrides: dict[str, Any] = {}
     for part in rest.split(",") if colon else ():

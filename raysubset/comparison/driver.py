@@ -12,7 +12,7 @@ from raysubset.comparison.gathering import gather
 from raysubset.comparison.legs import Leg
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
-from raysubset.config import Config, derive_seed
+from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.events import Event, OnEvent
 from raysubset.planning import Plan, make_plan
@@ -72,10 +72,16 @@ def compare(
     began = time.perf_counter()
     refuse_import("compare()")
     tell: OnEvent = on_event or (lambda event: None)
+    if isinstance(seeds, int):
+        check_number("--seeds", seeds, "[0, 1000]")
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rate = config.minimize.peak_learning_rate()
     learning_rates = list(learning_rates) or [factor * own_rate for factor in LEARNING_RATES]
     chosen = _checked(config, seeds, budgets, arms, learning_rates)
+    for size in batch_sizes:
+        check_number("--batch-sizes", size, "[1, ∞)")
+    if margin is not None:
+        check_number("--margin", margin, "[0, 1)")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
     refuse_missing(config.tracking)
@@ -157,11 +163,16 @@ def _checked(
         raise ValueError("everything is measured against conventional training: add B to --arms")
     if not any(arm.role == "candidate" for arm in chosen):
         raise ValueError("there is no arm of subset pretraining to judge: add D, E, G or H to --arms")
+    if config.method != "subset_pretraining":
+        raise ValueError(f"a comparison has arms of both methods: leave out --method {config.method}")
+    for budget in budgets:
+        check_number("--budgets", budget, "(-∞, ∞)")
     if not budgets or min(budgets) < 1:
         least = f"{min(budgets):g} passes" if budgets else "no budget"
         raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
-    if min(learning_rates) <= 0:
-        raise ValueError(f"--learning-rates: {min(learning_rates):g} is not positive")
+    for rate in learning_rates:
+        check_number("--learning-rates", rate, "(0, ∞)")
+        config.with_overrides({"minimize.learning_rate": rate})  # refuses what the optimizer cannot take
     for arm in chosen:
         _refuse_what_arms_do_not(arm, config)
     return chosen

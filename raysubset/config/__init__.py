@@ -26,7 +26,7 @@ from raysubset.config.stages import (
     TrunkConfig,
 )
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import differences, flatten, from_tree, nearest, parse_value, shapes_result
+from raysubset.config.trees import check_number, differences, flatten, from_tree, nearest, parse_value, shapes_result
 
 __all__ = [
     "Config",
@@ -50,6 +50,7 @@ __all__ = [
     "NUM_SUBSETS",
     "DATA_NAMES",
     "derive_seed",
+    "check_number",
     "nearest",
     "flatten",
     "from_tree",

@@ -215,7 +215,8 @@ class MinimizeConfig:
             )
         need(
             self.extrapolation.kind == "none" or self.optimizer == "sgd",
-            f"minimize.extrapolation is defined for sgd's update, not for {self.optimizer}'s",
+            f"minimize.extrapolation.kind={self.extrapolation.kind} is defined for sgd's update, not for "
+            f"minimize.optimizer={self.optimizer}'s: leave it out",
         )
         need(
             self.momentum > 0 or not self.extrapolation.accelerated,

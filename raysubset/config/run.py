@@ -20,6 +20,7 @@ from raysubset.config.stages import (
 from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
 
+UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # of a file's name, on all usual file systems
 _NAME_CHARACTERS = 60  # of data and of model, in a name that is made
 
@@ -102,7 +103,7 @@ class Config:
         num = self.subsets.num
         need(
             num is None or self.actors.quorum is None or self.actors.quorum <= num,
-            f"actors.quorum = {self.actors.quorum} exceeds subsets.num = {num}",
+            f"actors.quorum = {self.actors.quorum} exceeds subsets.num = {num}: give at most that",
         )
 
         self._check_variations()
@@ -182,7 +183,7 @@ class Config:
         known = flatten(tree)
         for key, value in overrides.items():
             if key not in known:
-                raise ValueError(f"there is no config field {key}{nearest(key, known)}")
+                raise ValueError(f"there is no config field {key}{nearest(key, known) or UNKNOWN_FIELD}")
             node = tree
             *parents, leaf = key.split(".")
             for parent in parents:

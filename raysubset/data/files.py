@@ -81,7 +81,7 @@ def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConf
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     table = _concatenated(tables, where)
     if not table.num_rows:
-        raise ValueError(f"{where} has no rows")
+        raise ValueError(f"{where} has no rows: give a table with examples")
     return with_scalars(RowGroups.of_files(config, where, paths, num_rows), table, config, where)
 
 

@@ -81,7 +81,9 @@ def find_files(config: DataConfig) -> DataFiles:
     except OSError as error:
         raise ValueError(f"data.name = {config.name} cannot be reached: {first_line(error)}") from error
     if info.type == fs.FileType.NotFound:
-        hint = ": patterns are not followed, give the folder" if re.search(r"[*?\[]", root) else ""
+        hint = (
+            ": patterns are not followed, give the folder" if re.search(r"[*?\[]", root) else ": give the path of one"
+        )
         raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
     if info.type == fs.FileType.File:
         if not root.lower().endswith(TABLE_SUFFIXES):
@@ -214,7 +216,7 @@ def _refuse_nothing_or_both(
         held = _in_words(left_out, found.files)
         raise ValueError(
             f"data.name = {where}: the folder holds neither {', '.join(TABLE_SUFFIXES)} files nor folders of images"
-            f"{f', only {held}' if held else ''}"
+            f"{f', only {held}' if held else ''}: give the path of either"
         )
 
 

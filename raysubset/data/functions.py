@@ -46,13 +46,13 @@ def _split(value: Any, config: DataConfig, where: str) -> SourceSplit:
     if isinstance(value, pa.Table):
         return from_table(value, config, where)
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError(f"{where} is a {type(value).__name__}: return an Arrow table or a pair (images, labels)")
+        raise ValueError(
+            f"{where} is a {type(value).__name__}: it should return an Arrow table or a pair (images, labels)"
+        )
     pixels, numbers = (_array(part, where) for part in value)
     images, notes = as_images(pixels, where, config.image_size)
     if numbers.ndim != 1 or len(numbers) != len(images):
-        raise ValueError(
-            f"{where} has {len(images)} images but labels of shape {numbers.shape}: one an image is needed"
-        )
+        raise ValueError(f"{where} has {len(images)} images but labels of shape {numbers.shape}: give one an image")
     try:
         found = pa.chunked_array([pa.array(numbers)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types

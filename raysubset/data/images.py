@@ -41,7 +41,7 @@ def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[n
             f"images of {where} have shape {array.shape}: they must be [N, H, W] or [N, H, W, C], C = 1 or 3"
         )
     if array.size == 0:
-        raise ValueError(f"{where} holds no images: its shape is {array.shape}")
+        raise ValueError(f"{where} holds no images: its shape is {array.shape}; give at least one of a pixel")
     notes = ()
     if array.dtype.kind == "f":
         array = _quantise(array, where)
@@ -159,7 +159,9 @@ def _quantise(pixels: np.ndarray, where: str) -> np.ndarray:
     low, high = pixels.min(), pixels.max()  # NaN where there is one
     if not np.isfinite([low, high]).all():
         bad = np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))
-        raise ValueError(f"image {bad[0]} of {where} has pixels that are NaN or infinite ({len(bad)} such images)")
+        raise ValueError(
+            f"image {bad[0]} of {where} has pixels that are NaN or infinite ({len(bad)} such images): give finite ones"
+        )
     if low < 0 or high > 1:
         raise ValueError(f"pixels of {where} run from {low:g} to {high:g}: floats must lie in [0, 1], or give uint8")
     quantised = np.empty(pixels.shape, dtype=np.uint8)

@@ -46,7 +46,9 @@ def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[s
     train = source["train"]
     present = train.labels.unique()
     if len(present) < 2:
-        raise ValueError(f"all {len(train.labels)} training examples are of class {present[0]}: two classes are needed")
+        raise ValueError(
+            f"all {len(train.labels)} training examples of data.name are of class {present[0]}: at least two are needed"
+        )
     names = train.class_names or _names(present)
     for name, split in source.items():
         if _is_string(train.labels.type) and not _is_string(split.labels.type):
@@ -60,7 +62,9 @@ def _names(labels: pa.Array) -> tuple[str, ...]:
     if _is_string(labels.type):
         return tuple(present)
     if present[0] < 0:
-        raise ValueError(f"label {present[0]} of the train split is negative: labels run from 0 to num_classes - 1")
+        raise ValueError(
+            f"label {present[0]} of the train split is negative: labels must run from 0 to num_classes - 1"
+        )
     gap = next((number for number, label in enumerate(present) if number != label), None)
     if gap is not None:
         raise ValueError(

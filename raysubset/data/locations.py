@@ -17,5 +17,7 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
     try:
         system, path = fs.FileSystem.from_uri(name)
     except (pa.ArrowInvalid, ImportError) as error:  # some schemes want a package of their own
-        raise ValueError(f"data.name = {name} is no URI that pyarrow can open: {error}") from error
+        raise ValueError(
+            f"data.name = {name} is no URI that pyarrow can open: {error}; give a path, s3://… or gs://…"
+        ) from error
     return system, path.rstrip("/")

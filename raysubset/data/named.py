@@ -67,8 +67,8 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
                 f"into {missing[0].parent} by hand"
             ) from error
         raise ValueError(
-            f"{config.name} under {root} is damaged ({last}): remove {_files(kind, root)[0].parent} "
-            "and fetch it again with --data.download"
+            f"{config.name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
+            f"{_files(kind, root)[0].parent} and fetch it again with --data.download"
         ) from error
     images, _ = as_images(np.asarray(dataset.data), config.name, config.image_size)
     # MNIST's own names are "0 - zero" and so on; the figures say as much.

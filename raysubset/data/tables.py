@@ -41,7 +41,7 @@ def from_table(table: pa.Table, config: DataConfig, where: str) -> SourceSplit:
     """
     needed_columns(table.schema, config, where)
     if not table.num_rows:
-        raise ValueError(f"{where} has no rows")
+        raise ValueError(f"{where} has no rows: give a table with examples")
     images, notes = images_of(table.column(config.image_column), config, where)
     split = with_scalars(images, table, config, where)
     return dataclasses.replace(split, notes=(*notes, *split.notes))

@@ -43,7 +43,7 @@ def read_report(directory: str) -> dict[str, Any]:
             return run.read_json(path)
     if not run.exists(CONFIG_PATH):
         what = f"it has no {CONFIG_PATH}" if run.exists("") else "nothing is there"
-        raise ValueError(f"{run.uri} is no run directory: {what}")
+        raise ValueError(f"{run.uri} is no run directory: {what}; give the path of one")
     if config is None:
         raise ValueError(f"{run.uri} holds nothing: its deletion was begun by --fresh and not completed")
     if config.get("kind") == "sweep":

@@ -93,7 +93,14 @@ class RunDirectory:
         """The file system and the run's root in it."""
         if self.local_path:
             return pafs.LocalFileSystem(), str(self.local_path)
-        filesystem, folder = pafs.FileSystem.from_uri(self.storage_path)
+        try:
+            filesystem, folder = pafs.FileSystem.from_uri(self.storage_path)
+        except (pa.ArrowInvalid, ImportError) as error:
+            scheme = self.storage_path.partition("://")[0]
+            text = (
+                f"storage_path of {scheme}:// cannot be opened ({type(error).__name__}): use a path, s3://… or gs://…"
+            )
+            raise ValueError(text) from error
         return filesystem, f"{folder.rstrip('/')}/{self.name}"
 
     def _at(self, path: str) -> tuple[pafs.FileSystem, str]:

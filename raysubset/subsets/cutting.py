@@ -281,7 +281,9 @@ def _by_column(
     if attributes is None or name not in attributes.column_names:
         known = attributes.column_names if attributes is not None else []
         has = f"it has {', '.join(known)}" if known else "it has only images and labels"
-        raise ValueError(f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}")
+        raise ValueError(
+            f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}: choose one"
+        )
     if attributes.num_rows != num_examples:
         raise ValueError(f"the training table has {attributes.num_rows} rows for {num_examples} labels")
     column = attributes[name]
@@ -312,7 +314,7 @@ def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(f"{name} gave {ids.dtype} {list(ids.shape)}; it should give one integer subset id an example")
     if len(ids) != len(labels):
-        raise ValueError(f"{name} gave {len(ids)} subset ids for {len(labels)} examples")
+        raise ValueError(f"{name} gave {len(ids)} subset ids for {len(labels)} examples; it should give one each")
     if not -1 <= ids.min() <= ids.max() < num:
         raise ValueError(
             f"{name} gave ids from {ids.min()} to {ids.max()}; {num} subsets are 0 to {num - 1}, -1 for none"

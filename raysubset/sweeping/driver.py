@@ -22,7 +22,7 @@ from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once, reached
-from raysubset.config import Config
+from raysubset.config import Config, check_number
 from raysubset.data import load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
@@ -90,6 +90,8 @@ def sweep(
     directory = RunDirectory(config.storage_path, name)
     refuse_missing(config.tracking)
     config = config.with_overrides({"tracking.group": config.tracking.group or name})
+    if isinstance(seeds, int):
+        check_number("--seeds", seeds, "[1, 1000]")
     seeds = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else list(seeds)
     trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path=directory.below("trials"))
     opened = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials

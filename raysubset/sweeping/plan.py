@@ -43,7 +43,7 @@ def plan_trials(
     if config.method != "subset_pretraining":
         raise ValueError(f"a sweep is of subset pretraining: leave out --method {config.method}")
     if not seeds:
-        raise ValueError("a sweep needs at least one seed")
+        raise ValueError("--seeds: a sweep needs at least one")
     shared: dict[str, Any] = {"storage_path": storage_path}
     if config.fine_tuning.num_workers is None:
         shared["fine_tuning.num_workers"] = 1
