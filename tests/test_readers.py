@@ -18,11 +18,13 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
 from raysubset.data.images import as_images, decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
+from raysubset.data.listing import list_folder
 
 
 def random_images(num: int, height: int = 6, width: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -425,6 +427,8 @@ def test_a_split_or_file_that_is_ignored_is_not_opened(tmp_path: Path):
     for name in ("train", "test", "extra"):
         pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / f"{name}.parquet")
     (tmp_path / "test.parquet").write_text("damaged")
+    with pytest.raises(ValueError, match=r"no training files, only test.parquet; left out: ignored \(2: "):
+        load(tmp_path, ignored="train.parquet,extra.parquet")
     full_set = load(tmp_path, ignored="test, extra.*")
     assert len(by_row(full_set)) == 40
     assert "left out: ignored (1: extra.parquet), of ignored splits (1: test.parquet)" in full_set.notes
@@ -761,6 +765,9 @@ def test_classes_that_hold_the_same_folders_are_warned_of(tmp_path: Path):
         write_images(tmp_path / part, random_images(5))
     warning = "warning: class folders trn, tst of the train split hold folders of the same names (cat, dog): if those"
     assert any(note.startswith(warning) for note in load(tmp_path).notes)
+    (tmp_path / "trn").rename(tmp_path / "trainingsdaten")
+    with pytest.raises(ValueError, match=r"class folders trainingsdaten, tst .*: name splits by words of their own"):
+        load(tmp_path)
 
 
 def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):
@@ -823,9 +830,37 @@ def test_a_link_to_nothing_is_refused_where_data_are_missed(tmp_path: Path):
     for name in ("cat", "dog"):
         write_images(tmp_path / name, random_images(5))
     (tmp_path / "cat" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match=r"cat/lost.png is a link to nothing"):
+    with pytest.raises(ValueError, match=r"links to nothing, cat/lost.png: fetch what they stand for"):
         load(tmp_path)
-    assert len(by_row(load(tmp_path, ignored="cat/lost.png"))) == 10
+    (tmp_path / "owl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "cat" / ".#lock.png").symlink_to("nobody")
+    with pytest.raises(ValueError, match=r"links to nothing, owl: fetch what they stand for"):
+        load(tmp_path, ignored="cat/lost.png")
+    assert len(by_row(load(tmp_path, ignored="cat/lost.png,owl"))) == 10
+
+
+def test_a_folder_of_tables_is_read_once_however_links_go(tmp_path: Path):
+    path = tmp_path / "set" / "all.parquet"
+    path.parent.mkdir()
+    pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), path)
+    (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "latest.parquet").symlink_to(path)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert len(by_row(load(tmp_path / "set"))) == len(by_row(load(tmp_path / "link"))) == 40
+    (tmp_path / "set" / "train.parquet").symlink_to(path)
+    (tmp_path / "set" / "test.parquet").symlink_to(path)
+    with pytest.raises(ValueError, match=r"test.parquet and train.parquet are one .*--data.ignored train.parquet$"):
+        load(tmp_path / "set", ignored="all.parquet,latest.parquet")
+
+
+def test_other_file_systems_are_listed_like_the_local_one(tmp_path: Path):
+    for part in ("cat", "dog/may"):
+        write_images(tmp_path / part, random_images(2))
+    local = list_folder(fs.LocalFileSystem(), str(tmp_path))
+    other = list_folder(fs.SubTreeFileSystem(str(tmp_path.parent), fs.LocalFileSystem()), tmp_path.name)
+    assert local == other
+    assert [file.path for file in other.files] == ["cat/000.png", "cat/001.png", "dog/may/000.png", "dog/may/001.png"]
+    assert other.folders == ("cat", "dog", "dog/may")
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     read = tables or images
     refuse_copies({path: found.files[path].size for path in read}, where=where)
     if tables:
+        _refuse_logged([*found.folders, *found.files, *left_out["hidden"]], where)
         layout = lay_out_tables(tables, where=where, label_column=config.label_column)
     else:
         innermost = {path.rpartition("/")[0] for path in images}
@@ -133,17 +135,18 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     chosen = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen for file in layout[split]]
     ignored.refuse_unmet([*layout, *found.folders, *found.files])
-    if "train" not in chosen:
-        what = "training files" if tables else "train folder"
-        raise ValueError(f"data.name = {where}: no {what}, only {some(tables or chosen)}")
+    notes = () if tables else folders_shared_by_classes(chosen, where=where)
     told = _in_words(left_out, found.files.keys() - {*read})
+    if "train" not in chosen:
+        what, rest = "training files" if tables else "train folder", f"; left out: {told}" if told else ""
+        raise ValueError(f"data.name = {where}: no {what}, only {some(tables or chosen)}{rest}")
     return DataFiles(
         system=system,
         root=root,
         kind="tables" if tables else "images",
         layout=chosen,
         listed={placed.path: found.files[placed.path] for members in chosen.values() for placed in members},
-        notes=(*((f"left out: {told}",) if told else ()), *(() if tables else folders_shared_by_classes(chosen))),
+        notes=(f"left out: {told}", *notes) if told else notes,
     )
 
 
@@ -151,7 +154,7 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     """What is left of a listing without what is ignored or hidden.
 
     Raises:
-        ValueError: for tables with a log, and for links to nothing where there should be a table or an image.
+        ValueError: for links to nothing where there should be a table, an image or a folder.
     """
     files: dict[str, ListedFile] = {}
     for file in listing.files:
@@ -168,10 +171,15 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
     left_out["links back to a folder they lie in"] += circles
     left_out["links to nothing"] += dangling
-    suffixes = (*TABLE_SUFFIXES, *image_suffixes())
-    if lost := [link for link in dangling if link.lower().endswith(suffixes)]:
-        raise ValueError(f"data.name = {where}: {some(lost)} is a link to nothing: fetch or remove what it stands for")
-    for path in (*folders, *files):
+    suffixes = ("", *TABLE_SUFFIXES, *image_suffixes())
+    visible = [link for link in dangling if not _is_hidden(link)]
+    if lost := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
+        raise ValueError(f"data.name = {where}: links to nothing, {some(lost)}: fetch what they stand for")
+    return _Found(files, [folder for folder in folders if not _is_hidden(folder)])
+
+
+def _refuse_logged(paths: Iterable[str], where: str) -> None:
+    for path in paths:
         for kind, shows in _LOGGED.items():
             if shows.search(path):
                 raise ValueError(
@@ -179,7 +187,6 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
                     "read: write the live rows to Parquet, or give data.name a function that returns them as an Arrow "
                     "table (for Delta, deltalake's DeltaTable(path).to_pyarrow_table())"
                 )
-    return _Found(files, [folder for folder in folders if not _is_hidden(folder)])
 
 
 def _is_hidden(path: str) -> bool:
@@ -240,7 +247,7 @@ def _without_doubles(
         if (first_split, first.class_name, first.columns) != (split, file.class_name, file.columns):
             raise ValueError(
                 f"data.name = {where}: {first.path} and {file.path} are one file by a link, in two splits or classes: "
-                f"remove one, or leave it out with --data.ignored"
+                f"remove one, or leave it out with --data.ignored {shlex.quote(file.path)}"
             )
         if first is file:
             kept.setdefault(split, []).append(file)

@@ -178,8 +178,12 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
     return layout
 
 
-def folders_shared_by_classes(layout: Layout) -> tuple[str, ...]:
-    """A warning if all classes hold the same folders: those may be the classes, and the folders around them splits."""
+def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[str, ...]:
+    """A warning if all classes hold the same folders: those may be the classes, and the folders around them splits.
+
+    Raises:
+        ValueError: if a word of a split is in their names, too.
+    """
     for split, files in layout.items():
         inner: defaultdict[str, set[str]] = defaultdict(set)
         for file in files:
@@ -188,6 +192,8 @@ def folders_shared_by_classes(layout: Layout) -> tuple[str, ...]:
         if others and len(first) > 1 and all(names == first for names in others):
             names = some(sorted(first))
             text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
+            if any(re.search(_ANY_WORD, name.lower()) for name in inner):
+                _refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
             return (f"warning: {text}: if those are the classes, give data.name a folder that holds them directly",)
     return ()
 
