@@ -63,7 +63,7 @@ class Decisions:
         self._config, self._directory, self._tell = config, directory, tell
         self._record = directory.read_json_or_none(DECISIONS_PATH)
         if self._record is None:
-            self._record = self._first(len(plan.subsets))
+            self._record = self._first(plan)
             self._write()
 
     @property
@@ -123,13 +123,13 @@ class Decisions:
         tell(Event("note", packing_note(decision), {"packing": decision}))
         return asked if decision["taken"] else 1
 
-    def _first(self, num_subsets: int) -> dict[str, Any]:
+    def _first(self, plan: Plan) -> dict[str, Any]:
         config = self._config
         num_gpus = num_gpus_of(config.actors, self._tell)
         num_workers = config.fine_tuning.num_workers
         if num_workers is None:
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-            num_workers = min(num_slots(request, startable=True), num_subsets)
+            num_workers = min(num_slots(request, startable=True), len(plan.subsets), plan.most_workers)
             if config.data.streamed:
                 num_workers = min(num_workers, most_workers(config.actors.num_cpus))
             num_workers = max(1, num_workers)

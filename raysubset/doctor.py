@@ -184,6 +184,7 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
     else:
         tuning = config.fine_tuning
         fitting = min(slots, wanted, most_workers(config.actors.num_cpus) if config.data.streamed else wanted)
+        fitting = min(fitting, plan.most_workers) if plan else fitting
         least = tuning.min_workers or tuning.num_workers or max(1, fitting)  # as pipeline decides
         num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
         num_workers["fine_tuning"] = least if tuning.epochs else 0

@@ -19,6 +19,7 @@ import torch
 from raysubset.data import decode_images
 from raysubset.network_graph import export
 from raysubset.trained_model import TrainedModel, load_model
+from raysubset.training import are_probabilities
 
 ExportFormat = Literal["torch-export", "onnx"]
 
@@ -113,7 +114,7 @@ class Prediction:
 
     path: str
     classes: tuple[str, ...] = ()  # the most probable first; none where there is an error
-    probabilities: tuple[float, ...] = ()  # softmax of the outputs; not calibrated
+    probabilities: tuple[float, ...] = ()  # softmax of the outputs, or these if they are such; not calibrated
     error: str | None = None  # why there is no answer, the file named
 
 
@@ -169,7 +170,8 @@ def _classify(
         return []
     with torch.inference_mode():
         outputs = model(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
-    shares, order = outputs.softmax(1).topk(min(num_classes, outputs.shape[1]))
+    probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
+    shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
     return [
         (tuple(model.class_names[i] for i in classes), tuple(values))
         for classes, values in zip(order.tolist(), shares.tolist(), strict=True)

@@ -57,8 +57,7 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         else:
             return _torchvision_network(config.name, num_classes, shape).train()
         _refuse_complex(config.name, model)
-        model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-        model.eval()
+        model.to("cpu")._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor).eval()
         _try_evaluation(config.name, model, num_classes, shape)
         if not num_parameters(model):
             raise ValueError(f"{config.name} has no trainable parameters: there is nothing to minimize over")
@@ -375,7 +374,7 @@ def _try_evaluation(name: str, model: nn.Module, num_classes: int, shape: tuple[
     for num in (2, 1):
         images = torch.zeros(num, *shape)
         try:
-            with _generators_restored(), torch.no_grad():
+            with generators_restored(), torch.no_grad():
                 outputs = model(images)
         except Exception as error:  # the user's forward() may raise anything
             reason, of = one_line(error), f"images of shape {list(images.shape)} [N, C, H, W]"
@@ -393,14 +392,14 @@ def _try_training(name: str, model: nn.Module, num_classes: int, shape: tuple[in
     channels, height, width = shape
     reasons = []
     for layout in (torch.channels_last, torch.contiguous_format):
-        network = _copy(name, model, num_classes, shape).train()
+        network = copied(model).train()
         network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         images = torch.randn(2, height, width, channels).permute(0, 3, 1, 2)  # in the memory that Examples have
         if layout is torch.contiguous_format:
             images = images.clone(memory_format=layout)
         given = images.clone()
         try:
-            with _generators_restored(), torch.enable_grad():
+            with generators_restored(), torch.enable_grad():
                 outputs = network(given)
                 if isinstance(outputs, Tensor) and outputs.requires_grad and outputs.is_floating_point():
                     outputs.sum().backward()
@@ -419,18 +418,24 @@ def _try_training(name: str, model: nn.Module, num_classes: int, shape: tuple[in
     raise ValueError(f"{name} cannot take a step of training on two images: {reasons[-1]}")
 
 
-def _copy(name: str, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """A copy of a user's network; of one that cannot be copied, as it holds a lock or the like, another one."""
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network; attributes that cannot be copied, as locks, are shared with it."""
     try:
         return copy.deepcopy(model)
-    except Exception:  # whatever its attributes raise
-        network = _users_network(name, num_classes, shape).to("cpu", torch.float32)
-        network.load_state_dict(model.state_dict())
-        return network
+    except Exception:  # whatever an attribute of the user's raises
+        shared = {}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    try:
+                        copy.deepcopy(value)
+                    except Exception:  # likewise
+                        shared[id(value)] = value
+        return copy.deepcopy(model, shared)
 
 
 @contextmanager
-def _generators_restored() -> Iterator[None]:
+def generators_restored() -> Iterator[None]:
     """Python's and NumPy's global generators as they were, afterwards; torch's are seen to by build_model()."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:

@@ -14,6 +14,7 @@ from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
 from raysubset.models import build_model, has_batch_norm, num_parameters, trainable_names
+from raysubset.soundness import findings, most_workers
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import (
     EXACT_OUTPUTS,
@@ -46,13 +47,15 @@ class Plan:
     passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs. At most, where
     # a recipe ends early (minimize.tolerance, target_loss) or spares weights their gradients (minimize.skipping)
     critical_path_passes: float  # likewise, if every subset had a device of its own
+    most_workers: int  # that can share the batches of fine-tuning
 
 
 def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | None = None) -> Plan:
     """Cut the first round's subsets, equal or in proportion to the shares, and say what to expect of them.
 
     Raises:
-        ValueError: if the subsets cannot be cut, or the model does not fit images, classes and aggregation.
+        ValueError: if the subsets cannot be cut, the model does not fit images, classes and aggregation, a step of
+            training fails on a copy of it, or batches are too small for it or for the workers that share them.
     """
     num_train, num_classes = len(full_set.train), full_set.num_classes
     seed = derive_seed(config.seed, "start")
@@ -63,6 +66,9 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     quorum = config.actors.quorum
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
+    least = subsample_size(config, min(sizes)) if config.aggregation.method == "savgm" else min(sizes)
+    most = most_workers(config, full_set, model, least_subset=least)
+    found = findings(config, full_set, model)
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         labels = full_set.train.labels
@@ -91,10 +97,11 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         forward_share=share,
         full_set_ratio=overdetermination_ratio(num_train, num_classes, num),
         subset_ratios=tuple(overdetermination_ratio(size, num_classes, num) for size in sizes),
-        advice=tuple(lines),
+        advice=(*found, *lines),
         statistics=statistics,
         passes=passes,
         critical_path_passes=critical_path_passes,
+        most_workers=most,
     )
 
 

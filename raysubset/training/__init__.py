@@ -24,6 +24,7 @@ from raysubset.training.records import (
 from raysubset.training.shards import Shard
 from raysubset.training.statistics import EXACT_OUTPUTS, SAMPLED_TERMS, diagonal_fisher, fisher_cost, gram_matrices
 from raysubset.training.techniques import Distillation
+from raysubset.training.trial import Trial, are_probabilities, least_batch, try_training
 
 __all__ = [
     "minimize",
@@ -32,6 +33,10 @@ __all__ = [
     "try_packing",
     "PackingTrial",
     "PAYS",
+    "Trial",
+    "try_training",
+    "least_batch",
+    "are_probabilities",
     "evaluate",
     "predict",
     "mean_prediction",

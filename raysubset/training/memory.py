@@ -1,11 +1,10 @@
 """How much of a device's memory a minimization takes: an estimate from one forward pass on the CPU."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
+from raysubset.models import copied
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import EVALUATION_BATCH
 from raysubset.training.whole_subset.objective import CHUNK_BATCHES
@@ -63,7 +62,7 @@ def _saved_bytes(model: nn.Module, config: MinimizeConfig, num: int, shape: tupl
 
     Autograd's own hooks tell it, so that functions called within forward() count like modules do.
     """
-    probe = copy.deepcopy(model).train()
+    probe = copied(model).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers())}
     saved: dict[int, int] = {}  # bytes by storage
     largest = 0

@@ -1,0 +1,111 @@
+"""Whether network, recipes and batches fit one another: found before a run, by counting and by trying on copies."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
+from raysubset.data import FullSet
+from raysubset.errors import one_line
+from raysubset.models import has_dropout, needs_default_layout
+from raysubset.training import least_batch, try_training
+
+
+def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_subset: int) -> int:
+    """How many workers can share the batches of fine-tuning.
+
+    Args:
+        least_subset: examples of the smallest subset, or part of one, that is minimized on.
+
+    Raises:
+        ValueError: if a stage's smallest batch is too small for the network or for the workers that are asked for, or
+            its optimizer cannot minimize the network's loss.
+    """
+    most, needed = 1, least_batch(model, full_set.image_shape)
+    for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
+        recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
+        is_whole = recipe.optimizer in WHOLE_SUBSET
+        if is_whole and has_dropout(model):
+            noise = f"needs a loss without noise, but {config.model.name} has dropout"
+            raise ValueError(f"{recipe.optimizer} {noise}: use sgd, adam or adamw")
+        if is_whole and num_workers > 1:
+            raise ValueError(f"{recipe.optimizer} works in one process: set {flag} 1, or use sgd")
+        smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
+        # Statistics over all workers' parts are there on CUDA alone, which is not known here
+        each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
+        if smallest < each:
+            raise ValueError(
+                f"{config.model.name} cannot be trained on one example alone, as batch normalisation needs two, and "
+                f"{stage} would: it has {num_examples} example(s) in batches of at most {recipe.batch_size}. Give a "
+                "larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
+            )
+        fitting = 1 if is_whole else smallest // each
+        if num_workers > fitting:
+            needs = f", as batch normalisation needs {each} examples in each" if num_workers <= smallest else ""
+            raise ValueError(
+                f"batches of {smallest} examples cannot be shared by the {num_workers} workers of {stage}{needs}: "
+                f"set {flag} to {fitting} at most, or --minimize.batch-size to {each * num_workers} at least"
+            )
+        if stage == "fine_tuning":
+            most = fitting
+    return most
+
+
+def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:
+    """(stage, examples, workers asked for) of each."""
+    if config.method == "conventional":
+        return [("conventional", num_train, config.conventional.num_workers)]
+    stages: list[tuple[TrainingStage, int, int]] = [("subsets", least_subset, 1)]
+    if config.trunk.epochs:
+        stages.append(("trunk", num_train, config.trunk.num_workers))
+    if config.fine_tuning.epochs:
+        stages.append(("fine_tuning", num_train, config.fine_tuning.num_workers or 1))
+    return stages
+
+
+def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[str]:
+    """What a few steps of every recipe show of a user's network: lines for the user, like Plan.advice.
+
+    Raises:
+        ValueError: if the steps fail.
+    """
+    name, loss = config.model.name, config.minimize.loss
+    if ":" not in name:
+        return []
+    lines, left_out, ends_in = [], {}, None
+    for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
+        try:
+            trial = try_training(model, recipe, num_classes=full_set.num_classes, image_shape=full_set.image_shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        except Exception as error:  # the user's forward() may raise anything
+            way_out = ": set --minimize.precision float32" if recipe.precision == "bfloat16" else ""
+            raise ValueError(f"{name} cannot take a step of training: {one_line(error)}{way_out}") from error
+        left_out |= dict.fromkeys(trial.left_out)
+        ends_in = trial.ends_in
+    if needs_default_layout(model) and config.minimize.channels_last:
+        lines.append(
+            f"{name} cannot be trained in the channels-last layout, as where view() follows a convolution: it gets its "
+            "images in torch's default layout, which is slower; reshape() or flatten(1) work in both"
+        )
+    if left_out:
+        lines.append(
+            f"{name} leaves parameters out of some steps or all, which do not move them: {_some(list(left_out))}"
+        )
+    if ends_in in ("softmax", "sigmoid") and loss == "cross_entropy":
+        lines.append(
+            f"warning: {name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly "
+            "learns: have it return logits, or set --minimize.loss squared_error"
+        )
+    if ends_in == "log_softmax" and loss == "squared_error":
+        lines.append(
+            f"warning: {name} ends in a log_softmax, which squared error compares with 0 and 1: have it return "
+            "logits, or set --minimize.loss cross_entropy"
+        )
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    most = 3
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

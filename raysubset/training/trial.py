@@ -1,0 +1,117 @@
+"""What a network and a recipe do in a few steps of training: tried on copies, with random images, before a run."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import WHOLE_SUBSET, MinimizeConfig
+from raysubset.data import Examples
+from raysubset.models import copied, generators_restored
+from raysubset.training.loop import Progress, minimize
+from raysubset.training.records import DivergedError
+
+_NUM_STEPS = 4  # so that layers left out at random are, in one of them
+_MOST_EXAMPLES = 16  # of a step, and no more than so many pixels
+_MOST_PIXELS = 200_000
+_MOST_S = 1.0  # after which no further step is tried
+_WIDE = 3.0  # standard deviation of weights for which only a bounded function is in [0, 1] everywhere
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was found."""
+
+    left_out: tuple[str, ...]  # trainable parameters that had no gradient in some step, by name
+    ends_in: str | None  # softmax, log_softmax or sigmoid, if the outputs are a function's that is none of logits
+
+
+def try_training(
+    model: nn.Module, config: MinimizeConfig, *, num_classes: int, image_shape: tuple[int, int, int]
+) -> Trial:
+    """Train a copy for a few steps at a rate that moves nothing, in an actor's mode, layout, precision and techniques.
+
+    The model and all generators are left as they were; what the network or the recipe's check raises passes through.
+
+    Args:
+        model: on the CPU.
+        config: the recipe of a stage.
+        num_classes: of the outputs.
+        image_shape: (H, W, C).
+    """
+    height, width, channels = image_shape
+    size = max(2, min(_MOST_EXAMPLES, config.batch_size, _MOST_PIXELS // (height * width * channels)))
+    examples = _random_examples(_NUM_STEPS * size, num_classes, image_shape)
+    recipe = replace(
+        config,
+        epochs=1.0,
+        batch_size=size,
+        learning_rate=1e-9,
+        schedule="constant",
+        tolerance=None,
+        target_loss=None,
+        compile=False,
+    )
+    network, outputs = copied(model), []
+    left_out: set[str] = set()
+    hook = network.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach().float()))
+    started = time.perf_counter()
+
+    def on_step(_: Progress) -> bool:
+        if config.optimizer not in WHOLE_SUBSET:
+            left_out.update(name for name, p in network.named_parameters() if p.requires_grad and p.grad is None)
+        return time.perf_counter() - started > _MOST_S
+
+    with generators_restored():
+        with suppress(DivergedError):  # on noise, which says nothing
+            minimize(network, examples, recipe, seed=0, on_step=on_step)
+        hook.remove()
+        ends_in = _function_at_the_end(network, torch.cat(outputs), examples)
+    return Trial(tuple(name for name, _ in model.named_parameters() if name in left_out), ends_in)
+
+
+def least_batch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """The fewest examples that a step takes: 2 where batch normalisation would see a single value a channel of one."""
+    height, width, channels = image_shape
+    network = copied(model).train()
+    with generators_restored(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            outputs = network(torch.zeros(1, channels, height, width, dtype=next(network.parameters()).dtype))
+        except Exception:  # what it does with more was tried before
+            return 2
+    return 1 if outputs.ndim == 2 else 2
+
+
+def _random_examples(num: int, num_classes: int, image_shape: tuple[int, int, int]) -> Examples:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num, *image_shape), dtype=torch.uint8, generator=generator)
+    half = torch.full((image_shape[2],), 0.5)
+    return Examples(images, torch.arange(num) % num_classes, half, half / 2)
+
+
+def _function_at_the_end(network: nn.Module, outputs: Tensor, examples: Examples) -> str | None:
+    """Which function gave outputs [n, M] that no logits are."""
+    if are_probabilities(outputs, tolerance=1e-2):
+        return "softmax"
+    if bool((outputs <= 0).all()) and are_probabilities(outputs.exp(), tolerance=1e-2):
+        return "log_softmax"
+    if not _is_within_0_and_1(outputs):
+        return None
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    images, _ = examples.batch(torch.arange(min(len(examples), _MOST_EXAMPLES)), dtype=parameters[0].dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for parameter in parameters:
+            parameter.normal_(0, _WIDE, generator=generator)
+        return "sigmoid" if _is_within_0_and_1(network.eval()(images)) else None
+
+
+def are_probabilities(outputs: Tensor, *, tolerance: float = 1e-5) -> bool:
+    """Whether each row of outputs [n, M] is of numbers from 0 up that sum to 1, as logits' rows are by chance alone."""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() <= tolerance).all())
+
+
+def _is_within_0_and_1(outputs: Tensor) -> bool:
+    return bool(((outputs >= 0) & (outputs <= 1)).all())
