@@ -2,19 +2,26 @@
 
 from collections.abc import Sequence
 
+from raysubset.uris import without_secrets
+
 _MOST_CHARACTERS = 300
 
 
 def first_line(error: BaseException) -> str:
     """What it says first; its kind where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(iter(_lines(error)), type(error).__name__)
 
 
 def one_line(error: BaseException) -> str:
     """Its kind and what it says first; of an error that Ray brought from a task or an actor, those of its cause."""
     cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = _lines(cause)
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
+
+
+def _lines(error: BaseException) -> list[str]:
+    """What it says, without empty lines, and without the secrets of URIs, which others' errors show as they are."""
+    return [line.strip() for line in without_secrets(str(error)).splitlines() if line.strip()]
 
 
 def listed(names: Sequence[str], *, most: int = 5) -> str:

@@ -135,7 +135,7 @@ def _begun(
         stack.enter_context(reached(config.cluster))
         refuse_what_has_no_place(config, None if fresh else directory)
         lease = stack.enter_context(directory.lease())
-        shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+        shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
         resumed = directory.open(shown.to_dict(), environment(), fresh=fresh)
         tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
         if resumed:

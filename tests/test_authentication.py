@@ -103,3 +103,23 @@ def test_no_token_or_another_is_a_mistake_told_at_once(
 
 def test_what_is_no_control_store_does_not_answer(tmp_path: Path) -> None:
     assert use_token_of("127.0.0.1:1", tmp_path).startswith("ConnectionError ")
+
+
+COMMAND = "(umask 077; ray get-auth-token --generate; chmod 600 ~/.ray/auth_token) > /dev/null"
+
+
+@pytest.mark.parametrize("page", ["README.md", "clusters/README.md", "clusters/local_autoscaling.yaml"])
+def test_every_documented_command_makes_a_token_that_others_cannot_read(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    assert text.count(COMMAND) == text.count("get-auth-token") > 0
+
+
+def test_the_documented_command_makes_its_token_unreadable_from_the_start(tmp_path: Path) -> None:
+    """chmod is left out: what it would mend later must not be needed."""
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = COMMAND.replace("chmod 600 ~/.ray/auth_token", "true")
+    subprocess.run(
+        ["bash", "-c", f"umask 000; {command}"], check=True, timeout=120, env={"HOME": str(tmp_path), "PATH": tools}
+    )
+    for path in (tmp_path / ".ray", tmp_path / ".ray" / "auth_token"):
+        assert path.stat().st_mode & 0o077 == 0

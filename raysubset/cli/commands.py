@@ -33,6 +33,7 @@ from raysubset.cli.flags import (
 from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import one_line
+from raysubset.uris import without_secrets
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
     "seeds": 2,
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
-    again = shlex.join(["raysubset", *(a for a in arguments if a != "--fresh")])
+    again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
     return _guarded(lambda: _dispatch(parse_command(arguments)), again=f"to go on: {again}")
 
 
@@ -349,7 +350,7 @@ def _predict(command: Predict) -> int:
 
 def _error(text: str) -> None:
     line = " ".join(part for part in map(str.strip, text.splitlines()) if part)
-    print(f"raysubset: {visible(line)}", file=sys.stderr, flush=True)
+    print(f"raysubset: {visible(without_secrets(line))}", file=sys.stderr, flush=True)
 
 
 def _interrupt(*_: object) -> None:

@@ -15,6 +15,7 @@ import ray
 from raysubset.cluster.authentication import use_own_token, use_token_of
 from raysubset.config import ClusterConfig
 from raysubset.errors import first_line
+from raysubset.uris import shown
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def _refuse_other_cluster(address: str | None) -> None:
 def _no_answer(address: str, error: ConnectionError, *, given: bool = True) -> ValueError:
     source = "" if given else ", which RAY_ADDRESS in the environment names"
     out = "leave cluster.address out" if given else "unset RAY_ADDRESS"
+    address = shown(address).rpartition("@")[2]  # of RAY_ADDRESS, which nothing has checked
     return ValueError(
         f"no Ray cluster answers at {address}{source} ({first_line(error)}). Is it up, and is that the head's host and "
         f"`ray start --port` (6379 by default), not its dashboard's? For a new one on this machine {out}"

@@ -93,7 +93,7 @@ def compare(
     for line in (*full_set.notes, *plan.advice):
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
-    shown = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+    shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     with ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
         if fresh or not directory.exists(DECISIONS_PATH):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raysubset.config.trees import check_fields, need
+from raysubset.uris import holds_secret
 
 DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -46,6 +47,12 @@ class DataConfig:
     """Random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR only."""
 
     def __post_init__(self) -> None:
+        need(
+            not holds_secret(self.name),
+            "data.name holds a password, a key or a token, and would be written to config.json: give S3's keys to all "
+            "nodes as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, Azure's as AZURE_CLIENT_ID, AZURE_TENANT_ID and "
+            "AZURE_CLIENT_SECRET, or by their machines' role",
+        )
         check_fields(
             self,
             "data.",
@@ -53,12 +60,6 @@ class DataConfig:
             validation_fraction="(0, 1)",
             test_fraction="(0, 1)",
             split_seed="(-∞, ∞)",
-        )
-        user = self.name.partition("://")[2].partition("/")[0].rpartition("@")[0]
-        need(
-            ":" not in user,
-            "data.name holds a password, and would be written to config.json: give S3's keys to all nodes as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by their machines' role",
         )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from raysubset.config.trees import check_fields, need
+from raysubset.uris import holds_secret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,11 @@ class ClusterConfig:
     """How long to wait for a first node that an autoscaler could still start."""
 
     def __post_init__(self) -> None:
+        need(
+            "@" not in str(self.address) and not holds_secret(self.address),
+            "cluster.address holds a user or a password, and would be written to config.json: Ray's token comes from "
+            "~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+        )
         check_fields(self, "cluster.", num_cpus="[1, ∞)", num_gpus="[0, ∞)", wait_timeout_s="[0, 31536000]")
         local = self.num_cpus is None and self.num_gpus is None
         need(

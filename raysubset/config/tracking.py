@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raysubset.config.trees import check_fields, need
+from raysubset.uris import holds_secret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +20,12 @@ class TrackingConfig:
     """What runs belong to: a tag in MLflow, a group in wandb. By default a sweep's trials have the sweep's name."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "tracking.")
-        authority = (self.uri or "").partition("://")[2].partition("/")[0]
         need(
-            "@" not in authority,
-            "tracking.uri holds a user's name or password, and would be written to config.json: set "
+            not holds_secret(self.uri),
+            "tracking.uri holds a user's name, a password or a token, and would be written to config.json: set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole as MLFLOW_TRACKING_URI",
         )
+        check_fields(self, "tracking.")
         need(
             self.uri is None or self.to in ("mlflow", "both"),
             f"tracking.uri is MLflow's, and tracking.to={self.to} does not ask for it: set tracking.to=mlflow or both",

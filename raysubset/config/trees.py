@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
+from raysubset.uris import shown
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean mnist?' where a known word is near, else ''. Words that look the same are spelled out."""
@@ -72,7 +74,7 @@ def _check_text(name: str, text: str) -> None:
     need(bool(text.strip()), f"{name} is empty: give it a value, or leave it out")
     control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
     if control is not None:
-        raise ValueError(f"{name} = {text!r} holds {control!r}, which is no character of a name: leave it out")
+        raise ValueError(f"{name} = {shown(text)!r} holds {control!r}, which is no character of a name: leave it out")
 
 
 _hints = functools.cache(typing.get_type_hints)

@@ -29,6 +29,7 @@ from raysubset.config import differences
 from raysubset.run_directory.lease import RENEW_S, Lease
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
+from raysubset.uris import refuse_ambiguous, shown
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,16 @@ class RunDirectory:
     """The folder {storage_path}/{name}. Pickles as these two words, so that actors on other nodes get it by value."""
 
     def __init__(self, storage_path: str, name: str) -> None:
-        """Touches nothing yet. A storage path without "scheme://" is local: ~ is expanded, and it is made absolute."""
+        """Touches nothing yet. A storage path without "scheme://" is local: ~ is expanded, and it is made absolute.
+
+        Raises:
+            ValueError: for a URI whose credentials end before their end, unless written with %2F for their "/".
+        """
         scheme, mark, _ = storage_path.partition("://")
         if mark and scheme == "file":
             storage_path, mark = urllib.parse.unquote(urllib.parse.urlsplit(storage_path).path), ""
+        if mark:
+            refuse_ambiguous(storage_path)
         self.storage_path = storage_path if mark else os.path.abspath(os.path.expanduser(storage_path))
         self.name = name
         self.local_path = None if mark else Path(self.storage_path, name)
@@ -82,11 +89,13 @@ class RunDirectory:
         """Where it is, to show and to give back to at(); without the credentials that a storage URI may hold."""
         if self.local_path:
             return str(self.local_path)
-        path, mark, query = self.storage_path.partition("?")
-        scheme, _, rest = path.partition("://")
-        host, slash, folder = rest.partition("/")
-        shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{folder}".rstrip("/")
-        return f"{shown}/{_quoted(self.name)}{mark}{query}"
+        path, mark, query = self.shown_storage_path.partition("?")
+        return f"{path.rstrip('/')}/{_quoted(self.name)}{mark}{query}"
+
+    @property
+    def shown_storage_path(self) -> str:
+        """The storage path without the credentials that a URI may hold: for records and messages."""
+        return self.storage_path if self.local_path else shown(self.storage_path)
 
     @cached_property
     def _place(self) -> tuple[pafs.FileSystem, str]:
@@ -95,12 +104,12 @@ class RunDirectory:
             return pafs.LocalFileSystem(), str(self.local_path)
         try:
             filesystem, folder = pafs.FileSystem.from_uri(self.storage_path)
-        except (pa.ArrowInvalid, ImportError) as error:
+        except (pa.ArrowInvalid, ImportError) as error:  # which shows the whole URI
             scheme = self.storage_path.partition("://")[0]
             text = (
                 f"storage_path of {scheme}:// cannot be opened ({type(error).__name__}): use a path, s3://… or gs://…"
             )
-            raise ValueError(text) from error
+            raise ValueError(text) from None
         return filesystem, f"{folder.rstrip('/')}/{self.name}"
 
     def _at(self, path: str) -> tuple[pafs.FileSystem, str]:

@@ -94,7 +94,7 @@ def sweep(
         check_number("--seeds", seeds, "[1, 1000]")
     seeds = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else list(seeds)
     trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path=directory.below("trials"))
-    opened = dataclasses.replace(config, storage_path=RunDirectory.at(directory.uri).storage_path)  # no credentials
+    opened = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
     if not fresh and (record := _finished(directory, header, trials)) is not None:
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
@@ -324,7 +324,7 @@ def _gather(
         "kind": "sweep",
         "name": directory.name,
         "uri": directory.uri,
-        "config": config.to_dict() | {"storage_path": RunDirectory.at(directory.uri).storage_path},
+        "config": config.to_dict() | {"storage_path": directory.shown_storage_path},
         "space": {key: list(dict.fromkeys(trial.overrides[key] for trial in trials)) for key in space},
         "seeds": list(seeds),
         "trials": gathered,
