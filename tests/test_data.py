@@ -13,7 +13,7 @@ import torch
 
 from raysubset.config import DataConfig
 from raysubset.data import Examples, FullSet, Split, crop_and_flip, load_full_set
-from raysubset.data.full_set import channel_statistics
+from raysubset.data.full_set import count_levels, statistics_of_levels
 from raysubset.data.labels import as_labels, number_classes
 from raysubset.data.sources import SourceSplit
 from raysubset.data.splitting import carve
@@ -113,14 +113,14 @@ def test_a_restored_split_reads_the_buffers_it_was_given(digits: FullSet):
 
 def test_channel_statistics_are_numpys():
     images = random_images(3000, channels=3)
-    mean, std = channel_statistics(images)
+    mean, std = statistics_of_levels(count_levels(images))
     pixels = images.reshape(-1, 3) / 255
     np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(axis=0), rtol=1e-12)
 
 
 def test_constant_images_have_a_deviation_of_one_grey_level():
-    assert channel_statistics(np.full((4, 2, 2, 1), 51, np.uint8)) == ((0.2,), (1 / 255,))
+    assert statistics_of_levels(count_levels(np.full((4, 2, 2, 1), 51, np.uint8))) == ((0.2,), (1 / 255,))
 
 
 def test_constants_come_from_the_training_split(digits: FullSet):
@@ -314,7 +314,7 @@ def source(labels: list, **more: list) -> dict:
 
 
 def test_strings_become_sorted_class_names():
-    numbers, names = number_classes(source(["cat", "ant", "cat"], test=["cat", "ant"]))
+    numbers, names, _ = number_classes(source(["cat", "ant", "cat"], test=["cat", "ant"]))
     assert names == ("ant", "cat")
     assert numbers["train"].tolist() == [1, 0, 1]
     assert numbers["test"].tolist() == [1, 0]
@@ -323,7 +323,7 @@ def test_strings_become_sorted_class_names():
 def test_a_dictionary_column_orders_its_classes():
     values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), ["zebra", "ant"])
     labels, names = as_labels(pa.chunked_array([values]), "it")
-    numbers, class_names = number_classes({"train": SourceSplit(random_images(3), labels, names)})
+    numbers, class_names, _ = number_classes({"train": SourceSplit(random_images(3), labels, names)})
     assert class_names == ("zebra", "ant")
     assert numbers["train"].tolist() == [0, 1, 0]
 
@@ -336,14 +336,17 @@ def test_named_classes_may_lack_examples():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: source([0, 0, 0]), "all 3 training examples are of class 0: two"),
-        (lambda: source(["a", "a"]), "all 2 training examples are of class a: two"),
+        (lambda: source([0, 0, 0]), "all 3 training examples of data.name are of class 0: at least two"),
+        (lambda: source(["a", "a"]), "all 2 training examples of data.name are of class a: at least two"),
         (lambda: source([-1, 0, 1]), "label -1 of the train split is negative"),
         (lambda: source([0, 1, 3]), "run from 0 to 3 but none is 2"),
         (lambda: source([1, 2, 3]), "run from 1 to 3 but none is 0"),
         (lambda: source([0, 1_000_000_000]), "run from 0 to 1000000000 but none is 1"),
         (lambda: source([0, 1], test=[0, 2]), "label 2 in row 1 of the test split is out of range: .* labels 0 to 1"),
-        (lambda: source([0, 1], test=[-1, 0]), "label -1 in row 0 of the test split is out of range"),
+        (
+            lambda: source([0, 1], test=[-1, 0]),
+            "label -1 in row 0 of the test split is out of range.*leave such rows out, or .* --data.ignored test",
+        ),
         (lambda: source(["cat", "dog"], test=["cot"]), "class cot of the test split is not .*did you mean cat"),
         (lambda: source(["cat", "dog"], test=[0]), "train split are class names, those of the test split integers"),
         (lambda: source([0.0, 1.5]), "are double, such as 0.0: they must be integers or class names"),
@@ -357,14 +360,61 @@ def test_labels_that_name_no_class_are_refused(make: Callable[[], dict], message
         number_classes(make())
 
 
-def test_splits_that_number_classes_differently_are_refused():
-    def split(names: tuple[str, ...]) -> SourceSplit:
-        return SourceSplit(random_images(2), pa.chunked_array([[0, 1]]), names)
+def named(names: tuple[str, ...] | None, numbers: list[int]) -> SourceSplit:
+    return SourceSplit(random_images(len(numbers)), pa.chunked_array([numbers]), names)
 
-    with pytest.raises(ValueError, match="the test split orders its classes unlike"):
-        number_classes({"train": split(("a", "b")), "test": split(("b", "a"))})
+
+def test_a_split_that_orders_its_classes_otherwise_is_taken_by_name():
+    train = named(("ant", "bee", "cat"), [0, 1, 2, 0])
+    numbers, names, notes = number_classes({"train": train, "test": named(("cat", "ant"), [0, 0, 1])})
+    assert names == ("ant", "bee", "cat")
+    assert numbers["test"].tolist() == [2, 2, 0]
+    assert notes == ("the test split orders its classes unlike the train split: its labels are taken by name",)
+
+
+def test_numbers_with_names_meet_labels_that_are_names():
+    words = SourceSplit(random_images(3), pa.chunked_array([["dog", "cat", "dog"]]))
+    numbers, names, _ = number_classes({"train": words, "test": named(("dog", "cat"), [0, 1])})
+    assert names == ("cat", "dog")
+    assert numbers["test"].tolist() == [1, 0]
+    numbers, names, _ = number_classes({"train": named(("dog", "cat"), [0, 1]), "test": words})
+    assert names == ("dog", "cat")
+    assert numbers["test"].tolist() == [0, 1, 0]
+
+
+def test_names_that_the_training_split_lacks_or_that_are_twice_are_refused():
+    train = named(("a", "b"), [0, 1])
     with pytest.raises(ValueError, match="classes that the train split has not: c"):
-        number_classes({"train": split(("a", "b")), "test": split(("a", "c"))})
+        number_classes({"train": train, "test": named(("a", "c"), [0, 1])})
+    with pytest.raises(ValueError, match="has not, which has numbers only: a, b"):
+        number_classes({"train": named(None, [0, 1]), "test": train})
+    with pytest.raises(ValueError, match=r"the test split orders its classes otherwise.*crane names several"):
+        number_classes({"train": named(("crane", "owl", "crane"), [0, 1, 2]), "test": named(("owl", "crane"), [0, 1])})
+    same = number_classes({"train": named(("crane", "crane"), [0, 1])})
+    assert same[0]["train"].tolist() == [0, 1]
+    assert same[2] == ("warning: several classes have one name: crane",)
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
+def test_a_split_without_any_label_is_left_out_and_said(labels: list):
+    numbers, _, notes = number_classes(source([0, 1], test=labels))
+    assert numbers.keys() == {"train"}
+    assert notes[0].startswith("warning: the test split is left out, since none of its 2 examples has a label")
+    with pytest.raises(ValueError, match="no example of the train split has a label: all 2 are -1 or null"):
+        number_classes(source(labels))
+
+
+def test_two_unicode_forms_of_a_name_are_one_class():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    numbers, names, notes = number_classes(source([composed, decomposed, "bar"], test=[decomposed]))
+    assert names == ("bar", composed)
+    assert numbers["train"].tolist() == [1, 1, 0]
+    assert numbers["test"].tolist() == [1]
+    assert [note for note in notes if composed in note and "train split" in note]
+    numbers, names, _ = number_classes(
+        {"train": named((composed, "bar"), [0, 1]), "test": named(("bar", decomposed), [1])}
+    )
+    assert numbers["test"].tolist() == [0]
 
 
 # Names

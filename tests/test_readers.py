@@ -170,15 +170,15 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 3", "is a int: return an Arrow table or a pair"),
-        ("return images", "is a ndarray: return an Arrow table or a pair"),
+        ("return 3", "is a int: it should return an Arrow table or a pair"),
+        ("return images", "is a ndarray: it should return an Arrow table or a pair"),
         ("return dict(trian=(images, labels))", "returned a split 'trian'.*did you mean train"),
         ("return dict(test=(images, labels))", "returned no train split, only test"),
         ("return images, labels[:5]", r"has 40 images but labels of shape \(5,\)"),
         ("return images, np.eye(4)[labels]", r"has 40 images but labels of shape \(40, 4\)"),
         ("return images, labels * 1.5", "are double, such as 0.0: they must be integers"),
         ("return images, np.array([1, 'a'] * 20, dtype=object)", "must be integers or class names"),
-        ("return images, np.zeros(40, int)", "all 40 training examples are of class 0"),
+        ("return images, np.zeros(40, int)", "all 40 training examples of data.name are of class 0"),
         ("return images.astype(int), labels", "are int64: they must be uint8, or floats"),
         ("return images / 128, labels", "run from 0 to 1.9.*floats must lie in"),
         ("return images / 255 - 1, labels", "run from -1 to 0: floats must lie in"),
@@ -479,13 +479,13 @@ PNG = encode(random_images(1)[0])
 @pytest.mark.parametrize(
     ("image", "label", "message"),
     [
-        ([PNG, b"no image", PNG], [0, 1, 0], "the image in row 1 of .* cannot be decoded"),
-        ([PNG, PNG[:60], PNG], [0, 1, 0], "the image in row 1 of .* cannot be decoded"),
+        ([PNG, b"no image", PNG, PNG], [0, 1, 0, 1], "the image in row 1 of .* cannot be decoded"),
+        ([PNG, PNG[:60], PNG, PNG], [0, 1, 0, 1], "the image in row 1 of .* cannot be decoded"),
         ([PNG, None, PNG], [0, 1, 0], "the image in row 1 of .* is null"),
         ([{"bytes": PNG, "path": "a"}, {"bytes": None, "path": "b"}], [0, 1], "the image in row 1 .* without bytes"),
         (
-            [PNG, encode(random_images(1, height=9)[0])],
-            [0, 1],
+            [PNG, encode(random_images(1, height=9)[0]), PNG, PNG],
+            [0, 1, 0, 1],
             "row 0 .* 6x6, the image in row 1 .* 9x6: give --data",
         ),
         (["a.png", "b.png"], [0, 1], "are string: need encoded bytes"),
@@ -873,7 +873,8 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):
 
 
 def test_an_undecodable_file_is_named(tmp_path: Path):
-    write_images(tmp_path / "cat", random_images(2))
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, random_images(2))
     (tmp_path / "cat" / "broken.jpg").write_bytes(encode(random_images(1)[0], "JPEG")[:100])
     with pytest.raises(ValueError, match=r"cat/broken.jpg cannot be decoded"):
         load(tmp_path)
@@ -918,18 +919,6 @@ def test_many_images_come_in_order_and_colour_may_come_late(channels: int):
     assert found.shape == (1201, 6, 6, channels)
     assert (found[:1200] == images[..., np.newaxis]).all()
     assert np.array_equal(found[1200].squeeze(), last)
-
-
-def test_decoding_ends_at_the_first_image_that_is_wrong():
-    good, asked = encode(random_images(1)[0]), []
-
-    def read(number: int) -> bytes:
-        asked.append(number)
-        return good[:60] if number == 3 else good
-
-    with pytest.raises(ValueError, match="3 cannot be decoded"):
-        decode_images(10_000, read, str, None)
-    assert len(asked) < 2000
 
 
 def test_decoding_and_quantising_hold_the_images_once():
@@ -981,3 +970,161 @@ def test_resizing_is_torchvisions_resize_and_centre_crop():
 def test_images_of_the_wanted_size_are_left_alone():
     images = random_images(3)
     assert np.shares_memory(as_images(images, "it", image_size=6)[0], images)
+
+
+# Files that mean the same in other words
+
+
+def class_labels(table: pa.Table, names: Any) -> pa.Table:
+    """The table as the `datasets` library writes it, with these names of its classes."""
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def shaded(labels: list[int], shades: list[int]) -> pa.Table:
+    """Images of a shade for each label."""
+    images = np.zeros((len(labels), 6, 6), np.uint8) + np.array(shades, np.uint8)[labels][:, None, None]
+    return encoded_table(images, labels)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_files_that_order_their_classes_otherwise_are_taken_by_name(tmp_path: Path, streamed: bool):
+    pq.write_table(class_labels(shaded([0, 1] * 10, [10, 20]), ["ant", "bee"]), tmp_path / "train-0.parquet")
+    pq.write_table(class_labels(shaded([0, 2] * 10, [20, 0, 10]), ["bee", "cow", "ant"]), tmp_path / "train-1.parquet")
+    pq.write_table(class_labels(shaded([0, 1] * 10, [20, 10]), ["bee", "ant"]), tmp_path / "test.parquet")
+    full_set = load(tmp_path, streamed=streamed)
+    assert full_set.class_names == ("bee", "cow", "ant")
+    for split in (full_set.train, full_set.validation, full_set.test):
+        images, labels = split.take()
+        assert set(zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {(10, 2), (20, 0)}
+    assert any("train-0.parquet orders its classes unlike" in note for note in full_set.notes)
+    pq.write_table(class_labels(shaded([0, 1] * 10, [20, 10]), ["bee", "dog"]), tmp_path / "train-2.parquet")
+    with pytest.raises(ValueError, match=r"train-2.parquet names classes that .*train-1.parquet does not: dog"):
+        load(tmp_path, streamed=streamed)
+
+
+def test_a_file_without_class_names_beside_one_with_is_said(tmp_path: Path):
+    pq.write_table(shaded([0, 1] * 10, [10, 20]), tmp_path / "a.parquet")
+    pq.write_table(class_labels(shaded([0, 1] * 10, [10, 20]), ["bee", "ant"]), tmp_path / "b.parquet")
+    full_set = load(tmp_path)
+    assert full_set.class_names == ("bee", "ant")
+    assert any("a.parquet does not name its classes" in note for note in full_set.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_told"),
+    [
+        ('{"info": null}', False),
+        ('{"info": {"features": null}}', False),
+        ('{"info": {"features": {"label": null}}}', False),
+        ("[1, 2]", False),
+        ("no JSON", True),
+        ('{"info": {"features": {"label": {"_type": "ClassLabel"}}}}', True),
+        ('{"info": {"features": {"label": {"_type": "ClassLabel", "names": null}}}}', True),
+        ('{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}', True),
+    ],
+)
+def test_metadata_that_says_nothing_is_passed_over(tmp_path: Path, text: str, is_told: bool):
+    table = encoded_table(random_images(20), [0, 1] * 10).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "a.parquet")
+    full_set = load(tmp_path / "a.parquet")
+    assert full_set.class_names == ("0", "1")
+    assert any("a.parquet is passed over" in note for note in full_set.notes) == is_told
+
+
+def test_a_test_split_without_labels_is_left_out_without_being_decoded(tmp_path: Path):
+    pq.write_table(encoded_table(random_images(40), [0, 1] * 20), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [b"damaged"] * 5, "label": [-1] * 5}), tmp_path / "test.parquet")
+    full_set = load(tmp_path)
+    assert len(full_set.test) == 8
+    assert any("the test split is left out, since none of its 5 examples" in note for note in full_set.notes)
+
+
+def test_arrows_other_layouts_of_texts_and_bytes_are_read(tmp_path: Path):
+    images = random_images(40)
+    plain = encoded_table(images, ["cat", "dog"] * 20, site=["a", "b"] * 20)
+    kinds = {
+        "view": {"image": pa.binary_view(), "label": pa.string_view(), "site": pa.string_view()},
+        "large": {"image": pa.large_binary(), "label": pa.large_string(), "site": pa.large_string()},
+        "dictionary": {"image": pa.binary(), "label": pa.dictionary(pa.int8(), pa.large_string()), "site": pa.string()},
+    }
+    for name, kind in kinds.items():
+        table = pa.table({key: plain[key].combine_chunks().cast(type_) for key, type_ in kind.items()})
+        with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+        full_set = load(tmp_path / f"{name}.arrow")
+        assert full_set.class_names == ("cat", "dog")
+        assert np.array_equal(by_row(full_set), images)
+        assert full_set.train.table["site"].to_pylist()[0] in ("a", "b")
+    (tmp_path / "dictionary.arrow").unlink()
+    assert len(by_row(load(tmp_path))) == 80  # files of several layouts go together
+    bytes_ = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 10), pa.array([encode(image) for image in images[:2]]))
+    pq.write_table(pa.table({"image": bytes_, "label": [0, 1] * 10}), tmp_path / "bytes.parquet")
+    assert np.array_equal(by_row(load(tmp_path / "bytes.parquet"))[:2], images[:2])
+
+
+class RayTensors(pa.ExtensionType):
+    """A type that ray.data writes, here without ray.data: not registered, so that readers see its storage."""
+
+    def __init__(self, storage: pa.DataType, name: str, text: bytes) -> None:
+        self._text = text
+        super().__init__(storage, name)
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return self._text
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, text: bytes) -> "RayTensors":
+        return cls(storage, "", text)
+
+
+def ray_tensors(images: list[np.ndarray], name: str, text: bytes) -> pa.Array:
+    pixels = [image.ravel().tolist() for image in images]
+    if name.endswith("variable_shaped_tensor"):
+        shapes = [list(image.shape) for image in images]
+        kind = pa.struct([("data", pa.large_list(pa.uint8())), ("shape", pa.list_(pa.int64()))])
+        storage = pa.array([{"data": p, "shape": s} for p, s in zip(pixels, shapes, strict=True)], kind)
+    else:
+        kind = (pa.large_list if name.endswith("v2") else pa.list_)(pa.uint8())
+        storage = pa.array(pixels, kind)
+    return pa.ExtensionArray.from_storage(RayTensors(kind, name, text), storage)
+
+
+@pytest.mark.parametrize("name", ["arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tensors_of_ray_data_are_read_without_it(tmp_path: Path, name: str, streamed: bool):
+    images = random_images(40, width=5)
+    text = b"3" if "variable" in name else b"[6, 5, 3]"
+    table = pa.table({"image": ray_tensors(list(images), f"ray.data.{name}", text), "label": [0, 1] * 20})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=16)
+    full_set = load(tmp_path / "a.parquet", streamed=streamed)
+    rows = full_set.train.table["row"].to_numpy()
+    assert np.array_equal(full_set.train.take()[0], images[rows])
+
+
+def test_tensors_of_ray_data_that_differ_in_shape_are_resized_or_refused(tmp_path: Path):
+    images = [np.full((6 + number % 2, 6, 3), number, np.uint8) for number in range(40)]
+    name = "ray.data.arrow_variable_shaped_tensor"
+    pq.write_table(pa.table({"image": ray_tensors(images, name, b"3"), "label": [0, 1] * 20}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"differ in shape: give --data.image-size"):
+        load(tmp_path / "a.parquet")
+    assert by_row(load(tmp_path / "a.parquet", image_size=4))[:, 0, 0, 0].tolist() == list(range(40))
+    for text, message in (
+        (b"\x80\x05", "is pickled, as Ray 2.49"),
+        (b"[9, 9, 3]", r"do not have the shape \[9, 9, 3\]"),
+    ):
+        tensors = ray_tensors(images[::2], "ray.data.arrow_tensor_v2", text)
+        pq.write_table(pa.table({"image": tensors, "label": [0, 1] * 10}), tmp_path / "b.parquet")
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "b.parquet")
+
+
+def test_a_pair_of_pairs_is_train_and_test_as_keras_returns_them(own_data: Callable[[str], str]):
+    full_set = load(own_data("return (images, labels[:, None]), (images[:8], labels[:8, None])"))
+    assert (len(full_set.train) + len(full_set.validation), len(full_set.test)) == (40, 8)
+    assert full_set.test.labels.tolist() == [0, 1, 2, 3] * 2
+
+
+def test_floats_that_use_few_levels_are_warned_of(own_data: Callable[[str], str]):
+    notes = load(own_data("return images / 4095, labels")).notes
+    assert any("warning: 99.9 % of the training pixels lie between 0 and 16" in note for note in notes)

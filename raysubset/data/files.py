@@ -12,11 +12,11 @@ from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
 from raysubset.data.finding import DataFiles, find_files
-from raysubset.data.images import decode_images
+from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
-from raysubset.data.tables import from_table, needed_columns, with_scalars
+from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
@@ -35,7 +35,7 @@ def read_path(config: DataConfig) -> Source:
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
-            read, origin = _read_images(files, members, config), _describe_classes(members)
+            read, origin = _read_images(files, members, where), _describe_classes(members)
         elif split == "train" and config.streamed:
             read, origin = _read_streamed(files, members, config, where), _describe_tables(files, members)
         else:
@@ -79,16 +79,14 @@ def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConf
             tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-    table = _concatenated(tables, where)
-    if not table.num_rows:
-        raise ValueError(f"{where} has no rows: give a table with examples")
-    return with_scalars(RowGroups.of_files(config, where, paths, num_rows), table, config, where)
+    joined = join_tables(dict(zip(paths, tables, strict=True)), config, where)
+    return with_scalars(RowGroups.of_files(config, where, paths, num_rows), joined, config, where)
 
 
 def _read_tables(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
     kinds = _column_kinds(files)
-    tables = [_read_table(files, member, kinds, config) for member in members]
-    return from_table(_concatenated(tables, where), config, where)
+    tables = {files.full_path(member): _read_table(files, member, kinds, config) for member in members}
+    return from_tables(tables, config, where)
 
 
 def _column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
@@ -121,13 +119,6 @@ def _with_folder_columns(table: pa.Table, member: Placed, kinds: Mapping[str, pa
     return table
 
 
-def _concatenated(tables: list[pa.Table], where: str) -> pa.Table:
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
-
-
 def _read_table(files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], config: DataConfig) -> pa.Table:
     """Read the columns that are of use."""
     path = files.full_path(member)
@@ -156,12 +147,12 @@ def _opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
         raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error
 
 
-def _read_images(files: DataFiles, members: Sequence[Placed], config: DataConfig) -> SourceSplit:
+def _read_images(files: DataFiles, members: Sequence[Placed], where: str) -> SourceSplit:
     def read(number: int) -> bytes:
         with files.system.open_input_stream(files.full_path(members[number])) as file:
             return file.read()
 
     paths = [member.path for member in members]
-    images = decode_images(len(paths), read, describe=lambda number: paths[number], image_size=config.image_size)
+    images = EncodedImages(len(paths), read, describe=lambda number: paths[number])
     labels = pa.chunked_array([pa.array([member.class_name for member in members])])
-    return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])})
+    return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])}, where=where)

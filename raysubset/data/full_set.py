@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from raysubset.data.examples import Augmentation, Examples
+from raysubset.data.findings import FULL_RANGE, GreyRange
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
@@ -32,6 +33,7 @@ class FullSet:
     std: tuple[float, ...]  # likewise; at least one grey level
     augmentation: Augmentation
     notes: tuple[str, ...]  # what was decided for the user, a sentence each
+    grey_range: GreyRange = FULL_RANGE  # the values of pixels of more than 8 bits that are black and white
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -94,14 +96,6 @@ class FullSet:
         return getattr(self, name)
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 [N, H, W, C], exact, in units of 255.
-
-    A deviation is one grey level at least.
-    """
-    return statistics_of_levels(count_levels(images))
-
-
 def count_levels(images: np.ndarray) -> np.ndarray:
     """How many pixels of uint8 [N, H, W, C] have each grey level, by channel: int64 [C, 256]. Counts can be added."""
     channels = images.shape[3]
@@ -115,7 +109,10 @@ def count_levels(images: np.ndarray) -> np.ndarray:
 
 
 def statistics_of_levels(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """channel_statistics() of images with so many pixels of each grey level: 256 whole numbers a channel hold all."""
+    """Mean and standard deviation of each channel, exact, in units of 255, given count_levels() of the images.
+
+    A deviation is one grey level at least.
+    """
     levels = np.arange(256) / 255
     weights = counts / counts.sum(axis=1, keepdims=True)
     mean = weights @ levels

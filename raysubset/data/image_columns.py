@@ -1,45 +1,136 @@
-"""An Arrow column as images: encoded images, Hugging Face's structs, or tensors of one shape."""
+"""An Arrow column as images: encoded images, Hugging Face's structs, or tensors, also ray.data's."""
 
+import json
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig
-from raysubset.data.images import as_images, decode_images
+from raysubset.data.findings import Findings
+from raysubset.data.images import EncodedImages, as_images
+
+# The extension types that ray.data writes; Arrow knows them only where ray.data is imported.
+_RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
+_RAY_VARIABLE_TENSORS = "ray.data.arrow_variable_shaped_tensor"
+
+_MOST_NAMED = 5  # rows in one line
 
 
-def images_of(column: pa.ChunkedArray, config: DataConfig, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return a column's images, uint8 [n, H, W, C], and notes on what was done to them; there is one at least.
+def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
+    """The column of images of a file, in a layout that goes together with those of other files.
+
+    ray.data's tensors become Arrow's own, which say their shape themselves.
+
+    Raises:
+        ValueError: for tensors of ray.data that do not have the shape they are said to have.
+    """
+    column, field = table.column(name), table.schema.field(name)
+    if pa.types.is_binary_view(column.type):
+        return column.cast(pa.large_binary())
+    metadata = field.metadata or {}
+    kind, shape = metadata.get(b"ARROW:extension:name", b"").decode(), metadata.get(b"ARROW:extension:metadata", b"")
+    if isinstance(column.type, pa.BaseExtensionType) and column.type.extension_name.startswith("ray.data."):
+        kind, shape = column.type.extension_name, column.type.__arrow_ext_serialize__()
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if kind in _RAY_TENSORS and _is_list(column.type):
+        return _fixed_shape_tensors(column, _ray_shape(shape, where), where)
+    if kind == _RAY_VARIABLE_TENSORS:
+        shapes = {tuple(shape) for chunk in column.chunks for shape in chunk.field("shape").to_pylist() if shape}
+        if len(shapes) == 1 and not column.null_count:
+            pixels = pa.chunked_array([chunk.field("data") for chunk in column.chunks])
+            return _fixed_shape_tensors(pixels, list(shapes.pop()), where)
+    return column
+
+
+def _ray_shape(text: bytes, where: str) -> list[int]:
+    try:
+        shape = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"the shape of ray.data's tensors in {where} is pickled, as Ray 2.49 to 2.54 wrote it, and nothing is "
+            "unpickled here: write the files with a newer Ray"
+        ) from error
+    if not isinstance(shape, list) or not all(isinstance(length, int) and length > 0 for length in shape):
+        raise ValueError(f"ray.data's tensors in {where} have shape {shape}: write the files anew")
+    return shape
+
+
+def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) -> pa.ChunkedArray:
+    """Lists of pixels as tensors, in the same memory."""
+    if column.null_count:
+        raise ValueError(f"{_null_rows(column, 'image', where)} null: leave such rows out")
+    size = math.prod(shape)
+    type_ = pa.fixed_shape_tensor(column.type.value_type, shape)
+    chunks = []
+    for chunk in column.chunks:
+        lengths = chunk.value_lengths()
+        if not all(length == size for length in set(lengths.unique().to_pylist())):
+            raise ValueError(f"images of {where} do not have the shape {shape} that ray.data wrote: write it anew")
+        flat = pa.FixedSizeListArray.from_arrays(chunk.flatten(), size)
+        chunks.append(pa.ExtensionArray.from_storage(type_, flat))
+    return pa.chunked_array(chunks, type_)
+
+
+def images_of(
+    column: pa.ChunkedArray, where: str, *, image_size: int | None, first_row: int = 0
+) -> tuple[np.ndarray | EncodedImages, Findings]:
+    """Return a column's images, uint8 [n, H, W, C] or encoded, and what was found in them; there is one at least.
+
+    Args:
+        where: names the file or files in messages.
+        first_row: the column's first, in these.
 
     Raises:
         ValueError: for nulls, or what is no image.
     """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if column.null_count:
-        raise ValueError(f"the image in row {_first_null(column)} of {where} is null: leave such rows out")
+        raise ValueError(f"{_null_rows(column, 'image', where, first_row)} null: leave such rows out")
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
         if column.null_count:
-            row = _first_null(column)
-            raise ValueError(f"the image in row {row} of {where} is a path without bytes: embed the images")
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return _decoded(column, config, where), ()
-    chunks = [_tensors(chunk, where) for chunk in column.chunks if len(chunk)]
-    return as_images(chunks[0] if len(chunks) == 1 else np.concatenate(chunks), where, config.image_size)
+            rows = _null_rows(column, "image", where, first_row)
+            raise ValueError(f"{rows} a path without bytes: embed the images")
+    if any(is_kind(column.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
+        return EncodedImages(
+            len(column),
+            read=lambda row: column[row].as_py(),
+            describe=lambda row: f"the image in row {first_row + row} of {where}",
+        ), Findings()
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
+    if pa.types.is_struct(column.type) and [field.name for field in column.type] == ["data", "shape"]:
+        return _of_variable_shapes(chunks, where, image_size)
+    tensors = [_tensors(chunk, where) for chunk in chunks]
+    images, findings = as_images(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), where, image_size)
+    is_flat = pa.types.is_fixed_size_list(column.type) and not pa.types.is_fixed_size_list(column.type.value_type)
+    if is_flat and images.shape[3] == 3:
+        findings += Findings(flat_shape=tensors[0].shape[1:])
+    return images, findings
 
 
-def _decoded(column: pa.ChunkedArray, config: DataConfig, where: str) -> np.ndarray:
-    return decode_images(
-        len(column),
-        read=lambda row: column[row].as_py(),
-        describe=lambda row: f"the image in row {row} of {where}",
-        image_size=config.image_size,
-    )
+def _of_variable_shapes(chunks: list[pa.Array], where: str, image_size: int | None) -> tuple[np.ndarray, Findings]:
+    """ray.data's tensors of several shapes, resized one by one."""
+    if image_size is None:
+        raise ValueError(f"images of {where} differ in shape: give --data.image-size to resize them")
+    images, findings = [], Findings()
+    for chunk in chunks:
+        for pixels, shape in zip(chunk.field("data"), chunk.field("shape").to_pylist(), strict=True):
+            values = pixels.values.to_numpy(zero_copy_only=False).reshape(1, *shape)
+            image, found = as_images(values, where, image_size)
+            images.append(image)
+            findings += found
+    channels = max(image.shape[3] for image in images)
+    return np.concatenate([np.broadcast_to(image, (*image.shape[:3], channels)) for image in images]), findings
 
 
 def _tensors(chunk: pa.Array, where: str) -> np.ndarray:
     """A chunk of equal tensors as a view [n, …] of its memory."""
+    refusal = f"images of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
     if isinstance(chunk.type, pa.FixedShapeTensorType):
+        if not _is_number(chunk.type.value_type):
+            raise ValueError(refusal)
         if chunk.storage.flatten().null_count:
             raise ValueError(f"images of {where} hold null pixels")
         return chunk.to_numpy_ndarray()
@@ -49,13 +140,19 @@ def _tensors(chunk: pa.Array, where: str) -> np.ndarray:
         values = values.flatten()
         if values.null_count:
             raise ValueError(f"images of {where} hold null pixels")
-    if len(shape) == 1 or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise ValueError(
-            f"images of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
-        )
+    if len(shape) == 1 or not _is_number(values.type):
+        raise ValueError(refusal)
     if len(shape) == 2:
         shape[1:] = _square(shape[1], where)
     return values.to_numpy().reshape(shape)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return pa.types.is_list(type_) or pa.types.is_large_list(type_)
 
 
 def _square(size: int, where: str) -> tuple[int, int, int]:
@@ -67,5 +164,15 @@ def _square(size: int, where: str) -> tuple[int, int, int]:
     raise ValueError(f"images of {where} are flat lists of {size} pixels, no square: use arrow.fixed_shape_tensor")
 
 
-def _first_null(column: pa.ChunkedArray) -> int:
-    return column.is_null().index(True).as_py()
+def _null_rows(column: pa.ChunkedArray, what: str, where: str, first_row: int = 0) -> str:
+    """The subject of a sentence on a column's nulls, with its verb."""
+    return rows_of(np.flatnonzero(column.is_null().to_numpy()) + first_row, what, where)
+
+
+def rows_of(rows: Any, what: str, where: str) -> str:
+    """The subject of a sentence on what some rows hold, with its verb: some are named, all are counted."""
+    listed = [str(row) for row in rows[:_MOST_NAMED]]
+    if len(rows) == 1:
+        return f"the {what} in row {listed[0]} of {where} is"
+    more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
+    return f"the {what}s in rows {', '.join(listed)}{more} of {where} are"

@@ -6,17 +6,26 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from raysubset.data.findings import FULL_RANGE, Findings, GreyRange
+
 if TYPE_CHECKING:
     from PIL import Image
 
-_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16 bits
+_DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits
+_WIDEST = (-(2**15), 2**16 - 1)  # of 16 bits, signed or not
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_GREY = ("1", "L", "LA", "La")
+_WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO: further pictures are previews of the photo
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 # What Pillow's decoders raise on damaged files, found by damaging thousands of each format at random.
 _DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error)
+_MOST_NAMED = 10  # damaged images, after which no further ones are looked for
 
 _BLOCK = 16  # images that a thread does at a time
 _BLOCKS_AHEAD = 64  # that may wait, decoded, to be taken
@@ -24,8 +33,40 @@ _BLOCKS_AHEAD = 64  # that may wait, decoded, to be taken
 T = TypeVar("T")
 
 
-def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return an array of images as uint8 [N, H, W, C] of the wanted size, and notes on what was done to them.
+class DamagedImages(ValueError):
+    """Images that cannot be decoded: of each its name, and why."""
+
+    def __init__(self, *damages: tuple[str, str]) -> None:
+        super().__init__(*damages)
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            ((image, why),) = self.args
+            return f"{image} cannot be decoded: {why}"
+        least = "at least " if len(self.args) >= _MOST_NAMED else ""
+        listed = ", ".join(f"{image} ({why})" for image, why in self.args)
+        return f"{least}{len(self.args)} images cannot be decoded: {listed}"
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether so many are named that no further ones are looked for."""
+        return len(self.args) >= _MOST_NAMED
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images of a source that are still encoded: what becomes of their pixels is decided over the whole set."""
+
+    num: int  # one at least
+    read: Callable[[int], bytes]  # the encoded bytes of an image by number; called from several threads
+    describe: Callable[[int], str]  # names an image in messages
+
+    def __len__(self) -> int:
+        return self.num
+
+
+def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[np.ndarray, Findings]:
+    """Return an array of images as uint8 [N, H, W, C] of the wanted size, and what was found in them.
 
     Args:
         values: uint8, or floats in [0, 1] which are rounded to 256 levels; [N, H, W] or [N, H, W, C], C = 1 or 3.
@@ -39,27 +80,35 @@ def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[n
     if array.ndim != 4 or array.shape[3] not in (1, 3):
         raise ValueError(
             f"images of {where} have shape {array.shape}: they must be [N, H, W] or [N, H, W, C], C = 1 or 3"
+            f"{_channels_first_hint(array.shape)}"
         )
     if array.size == 0:
         raise ValueError(f"{where} holds no images: its shape is {array.shape}; give at least one of a pixel")
-    notes = ()
+    findings = Findings()
     if array.dtype.kind == "f":
         array = _quantise(array, where)
-        notes = (rounding_note(where),)
+        findings = Findings(num_rounded=len(array))
     if array.dtype != np.uint8:
-        raise ValueError(f"images of {where} are {array.dtype}: they must be uint8, or floats in [0, 1]")
+        raise ValueError(
+            f"images of {where} are {array.dtype}: they must be uint8, or floats in [0, 1]: divide them by the value "
+            "that is white (4095 where 12 bits are used)"
+        )
     if image_size is not None and array.shape[1:3] != (image_size, image_size):
         array = _resize_all(array, image_size)
-    return np.ascontiguousarray(array), notes
+    return np.ascontiguousarray(array), findings
 
 
-def rounding_note(where: str) -> str:
-    """What is said where floats were quantised."""
-    return f"float pixels of {where} rounded to 8 bits"
+def _channels_first_hint(shape: tuple[int, ...]) -> str:
+    is_channels_first = len(shape) == 4 and shape[1] in (1, 3)
+    return ": transpose(0, 2, 3, 1) puts the channels last" if is_channels_first else ""
 
 
 def decode_images(
-    num: int, read: Callable[[int], bytes], describe: Callable[[int], str], image_size: int | None
+    num: int,
+    read: Callable[[int], bytes],
+    describe: Callable[[int], str],
+    image_size: int | None,
+    grey_range: GreyRange = FULL_RANGE,
 ) -> np.ndarray:
     """Decode images once, in threads, into uint8 [N, H, W, C]: C = 1 if all are grey, else 3.
 
@@ -68,35 +117,62 @@ def decode_images(
         read: the encoded bytes of an image by number; called from several threads.
         describe: names an image in messages.
         image_size: side in pixels; None demands that all have one shape.
+        grey_range: of pixels of more than 8 bits: the full set's.
 
     Raises:
-        ValueError: naming an image that cannot be decoded, or two of differing shapes.
+        ValueError: naming images that cannot be decoded, or two of differing shapes.
+    """
+    return decode(EncodedImages(num, read, describe), image_size, grey_range)[0]
+
+
+def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange | None) -> tuple[np.ndarray, Findings]:
+    """Decode images as decode_images() does; returns what was found in them too.
+
+    Args:
+        grey_range: None where it is still to be chosen: pixels of more than 8 bits are then as if all 16 were used.
     """
 
-    def decode(number: int) -> np.ndarray:
-        data = read(number)
+    def decode_one(number: int) -> "_Image | str":
+        data = encoded.read(number)
         try:
-            return _decode(data, image_size)
+            return _decode(data, image_size, grey_range)
         except _DAMAGE as error:
-            why = str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
-            raise ValueError(f"{describe(number)} cannot be decoded: {why}") from error
+            return str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
 
     images: np.ndarray | None = None
-    with closing(_in_threads(decode, num)) as decoded:
+    first, findings = None, Findings()
+    damages: list[tuple[str, str]] = []
+    with closing(_in_threads(decode_one, encoded.num)) as decoded:
         for number, image in enumerate(decoded):
-            height, width, channels = image.shape
-            if images is None:
-                images = np.empty((num, height, width, channels), dtype=np.uint8)
-            if (height, width) != images.shape[1:3]:
-                raise ValueError(
-                    f"images differ in shape: {describe(0)} is {images.shape[1]}x{images.shape[2]}, {describe(number)} "
-                    f"{height}x{width}: give --data.image-size to resize them"
-                )
-            if channels > images.shape[3]:  # the first that is not grey
-                images = np.repeat(images, channels, axis=3)
-            images[number] = image
+            if isinstance(image, str):
+                damages.append((encoded.describe(number), image))
+                if len(damages) == _MOST_NAMED:
+                    break
+            if isinstance(image, str) or damages:
+                continue
+            if images is None or first is None:
+                images, first = np.empty((encoded.num, *image.pixels.shape), dtype=np.uint8), image
+            if image.pixels.shape[:2] != images.shape[1:3]:
+                raise ValueError(_differing(encoded, 0, first, number, image))
+            if image.pixels.shape[2] > images.shape[3]:  # the first that is not grey
+                images = np.repeat(images, image.pixels.shape[2], axis=3)
+            images[number] = image.pixels
+            findings += image.findings
+    if damages:
+        raise DamagedImages(*damages)
     assert images is not None
-    return images
+    return images, findings
+
+
+def _differing(encoded: EncodedImages, first: int, image: "_Image", second: int, other: "_Image") -> str:
+    shapes = [f"{height}x{width}" for height, width, _ in (image.pixels.shape, other.pixels.shape)]
+    names = encoded.describe(first), encoded.describe(second)
+    turned = [name for name, each in zip(names, (image, other), strict=True) if each.findings.num_turned]
+    cause = f" ({' and '.join(turned)} turned as EXIF's orientation says)" if turned else ""
+    return (
+        f"images differ in shape: {names[0]} is {shapes[0]}, {names[1]} {shapes[1]}{cause}: "
+        "give --data.image-size to resize them"
+    )
 
 
 def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
@@ -115,21 +191,94 @@ def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(data: bytes, image_size: int | None) -> np.ndarray:
+@dataclass(frozen=True)
+class _Image:
+    pixels: np.ndarray  # uint8 [H, W, 1 or 3]
+    findings: Findings
+
+
+def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -> _Image:
     """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3]; turned as its EXIF orientation says."""
     from PIL import Image, ImageOps
 
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        opened = Image.open(io.BytesIO(data))
+        upper_bytes = opened.mode not in _DEEP_GREY and _has_deep_channels(opened)
+        is_turned = opened.getexif().get(_ORIENTATION, 1) in range(2, 9)
+        image = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}): save it with 8 or 16 bits")
+    findings = Findings(num_turned=int(is_turned))
+    if image.mode == "F":
+        raise ValueError("32-bit pixels (mode F): save it with 8 or 16 bits")
     if image.mode in _DEEP_GREY:
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        image, found = _as_eight_bits(image, grey_range)
+        findings += found
+    elif upper_bytes:
+        highest = max(int(np.asarray(band).max()) for band in image.split()[:3])
+        findings += Findings(upper_byte=highest)
+        if isinstance(clear := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        image, is_transparent = _on_white(image)
+        findings += Findings(num_transparent=int(is_transparent))
+    image = image.convert("L" if image.mode in _GREY else "RGB")
     pixels = np.asarray(image if image_size is None else _resize(image, image_size))
-    return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
+    if _has_further_frames(opened):
+        findings += Findings(num_animated=1)
+    return _Image(pixels if pixels.ndim == 3 else pixels[..., np.newaxis], findings)
+
+
+def _has_deep_channels(image: "Image.Image") -> bool:
+    """Whether Pillow reads the upper byte only, of 16 bits a channel."""
+    for tile in getattr(image, "tile", ()):
+        raw_mode = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
+        if isinstance(raw_mode, str) and ";16" in raw_mode:
+            return True
+    return False
+
+
+def _has_further_frames(image: "Image.Image") -> bool:
+    try:
+        return image.format in _WITH_FRAMES and bool(getattr(image, "is_animated", False))
+    except (*_DAMAGE, EOFError):  # behind the first frame, which is sound
+        return False
+
+
+def _as_eight_bits(image: "Image.Image", grey_range: GreyRange | None) -> "tuple[Image.Image, Findings]":
+    """An image of deep greys with 256 of them, and what was found in it.
+
+    Raises:
+        ValueError: for greys beyond 16 bits, or beyond the range that was chosen.
+    """
+    from PIL import Image
+
+    values = np.asarray(image)  # uint16 or int32
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < _WIDEST[0] or highest > _WIDEST[1]:
+        raise ValueError(f"32-bit pixels (mode {image.mode}): save it with 8 or 16 bits")
+    black, white = grey_range or FULL_RANGE
+    if grey_range and not (black <= lowest and highest <= white):
+        raise ValueError(
+            f"its greys run from {lowest} to {highest}, beyond {black} to {white}, which the full set uses"
+        )
+    levels = np.rint((values.astype(np.float64) - black) / ((white - black) / 255)).clip(0, 255).astype(np.uint8)
+    is_clear = values == image.info.get("transparency")
+    if np.any(is_clear):
+        levels[is_clear] = 255
+    return Image.fromarray(levels), Findings(greys=(lowest, highest), num_transparent=int(np.any(is_clear)))
+
+
+def _on_white(image: "Image.Image") -> "tuple[Image.Image, bool]":
+    """An image laid on white, and whether any of that shows; alpha that is opaque all over changes nothing."""
+    from PIL import Image
+
+    layer = image.convert("RGBA")
+    if layer.getchannel("A").getextrema()[0] == 255:
+        return image, False
+    ground = Image.new("RGBA", layer.size, "white")
+    ground.alpha_composite(layer)
+    return ground.convert("L" if image.mode in _GREY else "RGB"), True
 
 
 def _resize(image: "Image.Image", side: int) -> "Image.Image":

@@ -1,30 +1,42 @@
 """Labels of a source, integers or names, made 0 to num_classes - 1 alike in every split."""
 
+import dataclasses
+import unicodedata
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pyarrow as pa
 
 from raysubset.config import nearest
+from raysubset.data.image_columns import rows_of
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+
+UNLABELLED = -1  # where there is no label, as the `datasets` library writes it
+
+_MOST_LISTED = 5  # names in one line
 
 
 def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
     """Return labels as int64 or as strings, with the class names in a dictionary's order if they have one.
 
-    There is one label at least.
+    There is one label at least. If all are null, all are UNLABELLED.
 
     Raises:
-        ValueError: for a null, or anything but integers and strings.
+        ValueError: for a null among others, or anything but integers and strings.
     """
     names = None
+    if values.null_count == len(values):
+        return pa.chunked_array([np.full(len(values), UNLABELLED)]), None
     if pa.types.is_dictionary(values.type):
-        if _is_string(values.type.value_type):
-            names = tuple(values.unify_dictionaries().chunk(0).dictionary.to_pylist())
-        values = values.cast(values.type.value_type)
+        if is_string(values.type.value_type):
+            listed = [name for chunk in values.chunks for name in chunk.dictionary.to_pylist()]
+            names = tuple(dict.fromkeys(name for name in listed if name is not None))
+        values = pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks])
     if values.null_count:
-        row = values.is_null().index(True).as_py()
-        raise ValueError(f"the label in row {row} of {where} is null: leave such rows out")
-    if _is_string(values.type):
+        rows = rows_of(np.flatnonzero(values.is_null().to_numpy()), "label", where)
+        raise ValueError(f"{rows} null: leave such rows out")
+    if is_string(values.type):
         return values.cast(pa.string()), names
     if not pa.types.is_integer(values.type):
         found = f"{values.type}, such as {values[0].as_py()!r}"
@@ -35,31 +47,92 @@ def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tup
         raise ValueError(f"labels of {where} are out of range: {error}") from error
 
 
-def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...]]:
-    """Return the labels of each split, int64 [N] from 0 to num_classes - 1, and the name of each class.
+def is_string(type_: pa.DataType) -> bool:
+    """Whether values are texts, in any of Arrow's layouts."""
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
-    The training split decides what classes there are. Without names they are those up to its largest label.
+
+def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[str, ...]]:
+    """Return the labels of each split, int64 [N] from 0 to num_classes - 1, the name of each class, and notes.
+
+    The training split decides what classes there are. Without names they are those up to its largest label. Where
+    another split names its classes too, its labels are taken by name, whatever their order. A split of which no
+    example has a label is left out, as a note says. Names are brought to Unicode's composed form (NFC).
 
     Raises:
         ValueError: for labels that no class of the training split has, gaps between unnamed classes, or one class only.
     """
-    train = source["train"]
+    splits: Source = {}
+    notes: list[str] = []
+    for name, split in source.items():
+        if not _is_unlabelled(split.labels):
+            splits[name], changed = _composed(split, name)
+            notes += changed
+        elif name == "train":
+            raise ValueError(
+                f"no example of the train split has a label: all {len(split.labels)} are -1 or null; give some"
+            )
+        else:
+            notes.append(
+                f"warning: the {name} split is left out, since none of its {len(split.labels)} examples has a label "
+                f"(all are -1 or null): --data.ignored {name} leaves it unread"
+            )
+    train = splits["train"]
     present = train.labels.unique()
     if len(present) < 2:
         raise ValueError(
             f"all {len(train.labels)} training examples of data.name are of class {present[0]}: at least two are needed"
         )
     names = train.class_names or _names(present)
+    notes += _naming_notes(splits, names)
+    return {name: _numbers(split, train, names, name) for name, split in splits.items()}, names, tuple(notes)
+
+
+def _is_unlabelled(labels: pa.ChunkedArray) -> bool:
+    return pa.types.is_integer(labels.type) and labels.unique().to_pylist() == [UNLABELLED]
+
+
+def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[str, ...]]:
+    """The split with class names in Unicode's composed form, and a note where some were not."""
+    found = split.labels.unique().to_pylist() if is_string(split.labels.type) else []
+    changed = {each: composed for each in (*found, *(split.class_names or ())) if (composed := _nfc(each)) != each}
+    if not changed:
+        return split, ()
+    class_names, labels = split.class_names and tuple(map(_nfc, split.class_names)), split.labels
+    if found:
+        labels = pa.chunked_array(list(_renamed(labels)), pa.string())
+        class_names = class_names and tuple(dict.fromkeys(class_names))  # a dictionary may have both forms of a name
+    listed = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
+    note = f"class names of the {name} split that Unicode writes in several ways are read as composed (NFC): {listed}"
+    return dataclasses.replace(split, labels=labels, class_names=class_names), (note,)
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _renamed(labels: pa.ChunkedArray) -> Iterator[pa.Array]:
+    for chunk in labels.dictionary_encode().chunks:
+        yield pa.array([_nfc(name) for name in chunk.dictionary.to_pylist()], pa.string()).take(chunk.indices)
+
+
+def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[str]:
+    """What is said of splits that order or name their classes otherwise than the training split."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"warning: several classes have one name: {', '.join(twice[:_MOST_LISTED])}"
     for name, split in source.items():
-        if _is_string(train.labels.type) and not _is_string(split.labels.type):
-            raise ValueError(f"labels of the train split are class names, those of the {name} split integers")
-    return {name: _numbers(split, names, name) for name, split in source.items()}, names
+        if is_string(split.labels.type) or name == "train":
+            continue
+        if split.class_names and split.class_names != names:
+            yield f"the {name} split orders its classes unlike the train split: its labels are taken by name"
+        if not split.class_names and source["train"].class_names:
+            yield f"the {name} split does not name its classes: its labels are taken as the train split's numbers"
 
 
 def _names(labels: pa.Array) -> tuple[str, ...]:
     """Names of classes that the source leaves unnamed, from their distinct labels."""
     present = labels.sort().to_pylist()
-    if _is_string(labels.type):
+    if is_string(labels.type):
         return tuple(present)
     if present[0] < 0:
         raise ValueError(
@@ -74,29 +147,58 @@ def _names(labels: pa.Array) -> tuple[str, ...]:
     return tuple(map(str, present))
 
 
-def _numbers(split: SourceSplit, names: tuple[str, ...], name: SplitName) -> np.ndarray:
-    labels = split.labels
-    if split.class_names and set(split.class_names) - set(names):
-        extra = sorted(set(split.class_names) - set(names))
-        raise ValueError(f"the {name} split has classes that the train split has not: {', '.join(extra[:5])}")
-    if _is_string(labels.type):
-        positions = {each: number for number, each in enumerate(names)}
-        found = labels.to_pylist()
-        unknown = next((label for label in found if label not in positions), None)
-        if unknown is not None:
-            raise ValueError(f"class {unknown} of the {name} split is not in the train split{nearest(unknown, names)}")
-        return np.array([positions[label] for label in found], dtype=np.int64)
-    numbers = labels.to_numpy()
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
+def _numbers(split: SourceSplit, train: SourceSplit, names: tuple[str, ...], name: SplitName) -> np.ndarray:
+    own = split.class_names
+    if own and own != names and (extra := sorted(set(own) - set(names))):
+        listed = ", ".join(extra[:_MOST_LISTED])
+        unnamed = "" if train.class_names or is_string(train.labels.type) else ", which has numbers only"
+        raise ValueError(f"the {name} split has classes that the train split has not{unnamed}: {listed}")
+    if is_string(split.labels.type):
+        return _numbers_of_names(split.labels, names, name)
+    if not own and is_string(train.labels.type):
+        raise ValueError(f"labels of the train split are class names, those of the {name} split integers")
+    numbers, known = split.labels.to_numpy(), own or names
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(known)))
     if len(wrong):
+        out = f": leave such rows out{_way_out(name)}" if numbers[wrong[0]] == UNLABELLED else ""
         raise ValueError(
             f"label {numbers[wrong[0]]} in row {wrong[0]} of the {name} split is out of range: "
-            f"the train split's {len(names)} classes have labels 0 to {len(names) - 1}"
+            f"the train split's {len(names)} classes have labels 0 to {len(names) - 1}{out}"
         )
-    if split.class_names and split.class_names != names:
-        raise ValueError(f"the {name} split orders its classes unlike the train split: write them alike")
-    return numbers
+    return numbers if known == names else renumbered(numbers, known, names, f"the {name} split")
 
 
-def _is_string(type_: pa.DataType) -> bool:
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
+def renumbered(numbers: np.ndarray, known: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
+    """Numbers of some class names as those of others, which have them all; UNLABELLED ones stay so.
+
+    Raises:
+        ValueError: if a name stands for several classes.
+    """
+    if twice := [name for name in known if known.count(name) > 1 or names.count(name) > 1]:
+        raise ValueError(
+            f"{where} orders its classes otherwise than others, and {twice[0]} names several: give each its own name"
+        )
+    places = {name: number for number, name in enumerate(names)}
+    table = np.array([*(places[name] for name in known), UNLABELLED])  # where -1 finds itself
+    return table[numbers]
+
+
+def _numbers_of_names(labels: pa.ChunkedArray, names: tuple[str, ...], name: SplitName) -> np.ndarray:
+    places = {each: number for number, each in enumerate(names)}
+    unknown = next((label for label in labels.unique().to_pylist() if label not in places), None)
+    if unknown is not None and name == "train":
+        raise ValueError(
+            f"label {unknown} of the train split is not among the class names of its metadata: write them alike"
+        )
+    if unknown is not None:
+        hint = nearest(unknown, names) or _way_out(name)
+        raise ValueError(f"class {unknown} of the {name} split is not in the train split{hint}")
+    numbers = []
+    for chunk in labels.dictionary_encode().chunks:
+        table = np.array([places[each] for each in chunk.dictionary.to_pylist()], dtype=np.int64)
+        numbers.append(table[chunk.indices.to_numpy()])
+    return np.concatenate(numbers)
+
+
+def _way_out(name: SplitName) -> str:
+    return "" if name == "train" else f", or leave the split out with --data.ignored {name}"

@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DATA_NAMES, DataConfig, derive_seed, nearest
+from raysubset.data.decoding import decode_source
 from raysubset.data.files import not_streamed, read_path
 from raysubset.data.finding import TABLE_SUFFIXES
-from raysubset.data.full_set import FullSet, channel_statistics, statistics_of_levels
+from raysubset.data.findings import level_notes
+from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.functions import read_function
 from raysubset.data.labels import number_classes
 from raysubset.data.named import read_named
 from raysubset.data.row_groups import RowGroups
-from raysubset.data.scanning import scan
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve
@@ -40,15 +41,12 @@ def load_full_set(config: DataConfig) -> FullSet:
         ValueError: for whatever cannot be read or trained on, in one line with the way out.
     """
     start_s = time.perf_counter()
-    source = _read(config)
-    labels, class_names = number_classes(source)
+    read = _read(config)
+    labels, class_names, naming = number_classes(read)
+    source: Source = {name: split for name, split in read.items() if name in labels}
     rows, carving = _rows(source, labels, config)
-    scanned = None
-    if isinstance(groups := source["train"].images, RowGroups):
-        scanned = scan(groups, counted=rows["train"], kept={k: v for k, v in rows.items() if k not in source})
-        told = (*source["train"].notes, *scanned.notes)
-        source["train"] = dataclasses.replace(source["train"], images=scanned.groups, notes=told)
-    source = _of_one_shape(source)
+    decoded = decode_source(source, rows, config.image_size)
+    source, scanned = _of_one_shape(decoded.splits), decoded.scan
 
     def build(name: SplitName) -> Split:
         origin: SplitName = name if name in source else "train"
@@ -56,15 +54,17 @@ def load_full_set(config: DataConfig) -> FullSet:
         return _build(source[origin], labels[origin], rows[name], kept)
 
     validation, test = build("validation"), build("test")
-    notes = [*(note for split in source.values() for note in split.notes), *carving]
+    notes = [*(note for split in source.values() for note in split.notes), *naming, *carving]
     notes += _lacking({name: labels[name if name in source else "train"][rows[name]] for name in rows}, class_names)
     if scanned is None:
         train = build("train")
-        mean, std = channel_statistics(train.images)
+        levels = count_levels(train.images)
     else:
         train = _build_streamed(source["train"], labels["train"], rows["train"])
-        mean, std = statistics_of_levels(_repeated(scanned.levels, train.image_shape[2], axis=0))
+        levels = _repeated(scanned.levels, train.image_shape[2], axis=0)
         notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
+    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
+    mean, std = statistics_of_levels(levels)
     auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
     full_set = FullSet(
         name=config.name,
@@ -77,6 +77,7 @@ def load_full_set(config: DataConfig) -> FullSet:
         std=std,
         augmentation=auto if config.augmentation == "auto" else config.augmentation,
         notes=tuple(notes),
+        grey_range=decoded.grey_range,
     )
     sizes = " + ".join(str(len(rows[name])) for name in ("train", "validation", "test"))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
@@ -153,7 +154,7 @@ def _of_one_shape(source: Source) -> Source:
     Raises:
         ValueError: if the splits' images differ in height or width.
     """
-    shapes = {name: split.images.shape[1:] for name, split in source.items()}
+    shapes = {name: split.decoded.shape[1:] for name, split in source.items()}
     if len({shape[:2] for shape in shapes.values()}) > 1:
         listed = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
         raise ValueError(f"the splits' images differ in shape ({listed}): give --data.image-size to resize them")
@@ -163,7 +164,7 @@ def _of_one_shape(source: Source) -> Source:
 
 def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
     note = f"the {name} split is grey, others have colours: repeated to three channels"
-    if isinstance(images := split.images, RowGroups):
+    if isinstance(images := split.decoded, RowGroups):
         images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
     else:
         images = np.repeat(images, 3, axis=3)
@@ -182,7 +183,7 @@ def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.n
         kept: the images of these rows, uint8 [n, H, W, 1 or C], where the source's are streamed.
     """
     if kept is not None:
-        images, labels = _repeated(kept, source.images.shape[3], axis=3), labels[rows]
+        images, labels = _repeated(kept, source.decoded.shape[3], axis=3), labels[rows]
     else:
         assert isinstance(source.images, np.ndarray)
         is_whole = len(rows) == len(labels)

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysubset.config import DataConfig
-from raysubset.data.image_columns import images_of
+from raysubset.data.findings import FULL_RANGE, Findings, GreyRange
+from raysubset.data.image_columns import image_column, images_of
+from raysubset.data.images import EncodedImages, decode
 from raysubset.data.locations import locate
 from raysubset.errors import first_line
 
@@ -27,6 +29,7 @@ class RowGroups:
     numbers: np.ndarray  # int64 [G], of each row group in its file
     starts: np.ndarray  # int64 [G + 1], the first row of each row group; last, the number of rows
     image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has seen all images
+    grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None while it is still to be chosen
 
     @classmethod
     def of_files(
@@ -63,8 +66,23 @@ class RowGroups:
         for (group, chosen), column in zip(rows, self.columns(group for group, _ in groups), strict=True):
             if len(chosen) < len(column):
                 column = column.take(pa.array(chosen))
-            images, _ = images_of(column, self.config, f"those read of row group {self._describe(group)}")
+            images, _ = self.decode(column, f"those read of row group {self._describe(group)}")
             yield np.broadcast_to(images, (len(chosen), *self.image_shape))  # grey ones among coloured: repeated
+
+    def decode(self, column: pa.ChunkedArray, where: str, *, first_row: int = 0) -> tuple[np.ndarray, Findings]:
+        """Images of a part of the image column, uint8 [n, H, W, 1 or 3], and what was found in them.
+
+        Args:
+            where: names the file in messages.
+            first_row: the part's first, in that file.
+
+        Raises:
+            ValueError: for what cannot be decoded.
+        """
+        images, findings = images_of(column, where, image_size=self.config.image_size, first_row=first_row)
+        if isinstance(images, EncodedImages):
+            return decode(images, self.config.image_size, self.grey_range)
+        return images, findings
 
     def columns(self, groups: Iterable[int]) -> Iterator[pa.ChunkedArray]:
         """The image column of one row group after another, as it is stored; raises as read() does."""
@@ -86,7 +104,7 @@ class RowGroups:
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
                     cause = f"perhaps it is damaged, or not to be seen from every node: {first_line(error)}"
                     raise ValueError(f"row group {self._describe(group)} cannot be read, {cause}") from error
-                yield table.column(self.config.image_column)
+                yield image_column(table, self.config.image_column, path)
 
     def _has_changed(self, parquet: pq.ParquetFile, group: int) -> bool:
         metadata, number = parquet.metadata, int(self.numbers[group])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raysubset.data.findings import Findings
 from raysubset.data.full_set import count_levels
-from raysubset.data.image_columns import images_of
-from raysubset.data.images import rounding_note
+from raysubset.data.images import DamagedImages
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.split import SplitName
 
@@ -26,6 +26,7 @@ class Scan:
     groups: RowGroups  # with their image_shape
     levels: np.ndarray  # int64 [C, 256], pixels of each grey level
     kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
+    findings: Findings
     notes: tuple[str, ...]
 
 
@@ -43,16 +44,18 @@ def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.
     is_counted[counted] = True
     levels: dict[int, np.ndarray] = {channels: np.zeros((channels, 256), dtype=np.int64) for channels in (1, 3)}
     parts: defaultdict[SplitName, list[np.ndarray]] = defaultdict(list)
-    shape, has_colours, is_rounded = None, False, False
-    for first, images, notes in _slices(groups):
+    shape, has_colours, findings = None, False, Findings()
+    for first, images, found in _slices(groups):
+        findings += found
         if shape is not None and images.shape[1:3] != shape:
             sizes = " and ".join(f"{height}x{width}" for height, width in (shape, images.shape[1:3]))
+            turned = f", {findings.num_turned} or more turned as EXIF's orientation says" if findings.num_turned else ""
             raise ValueError(
-                f"images of {groups.where} differ in shape ({sizes}): give --data.image-size to resize them"
+                f"images of {groups.where} differ in shape ({sizes}{turned}): give --data.image-size to resize them"
             )
         shape = images.shape[1:3]
         channels = images.shape[3]
-        has_colours, is_rounded = has_colours or channels == 3, is_rounded or bool(notes)
+        has_colours = has_colours or channels == 3
         levels[channels] += count_levels(images[is_counted[first : first + len(images)]])
         for name, rows in kept.items():
             low, high = np.searchsorted(rows, (first, first + len(images)))
@@ -60,12 +63,12 @@ def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.
     assert shape is not None
     image_shape = (*shape, 3 if has_colours else 1)
     scanned = dataclasses.replace(groups, image_shape=image_shape)
-    rounding = (rounding_note(groups.where),) if is_rounded else ()
     return Scan(
         groups=scanned,
         levels=levels[3] + np.repeat(levels[1], 3, axis=0) if has_colours else levels[1],
         kept={name: _joined(parts[name], (len(rows), *image_shape)) for name, rows in kept.items()},
-        notes=(*rounding, *size_notes(scanned.num_bytes_of_largest(), groups.where)),
+        findings=findings,
+        notes=size_notes(scanned.num_bytes_of_largest(), groups.where),
     )
 
 
@@ -80,17 +83,31 @@ def size_notes(num_bytes_of_largest: int, where: str) -> tuple[str, ...]:
     )
 
 
-def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, tuple[str, ...]]]:
-    """(first row, uint8 [n, H, W, 1 or 3], notes) of all rows in order."""
+def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
+    """(first row, uint8 [n, H, W, 1 or 3], findings) of all rows in order; none behind damaged ones, which are named.
+
+    Raises:
+        DamagedImages: at the end, or when enough are named.
+    """
+    damages: list[tuple[str, str]] = []
     filled = np.flatnonzero(np.diff(groups.starts))
     for group, column in zip(filled, groups.columns(filled), strict=True):
         path = groups.paths[groups.files[group]]
         before = groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]]  # rows of earlier files
         for start in range(0, len(column), _SLICE_ROWS):
             first = int(groups.starts[group]) + start
-            where = f"those from row {first - before} on of {path}"
-            images, notes = images_of(column.slice(start, _SLICE_ROWS), groups.config, where)
-            yield first, images, notes
+            part = column.slice(start, _SLICE_ROWS)
+            try:
+                images, findings = groups.decode(part, path, first_row=first - int(before))
+            except DamagedImages as error:
+                damages += error.args
+                if error.is_enough:
+                    raise DamagedImages(*damages) from error
+                continue
+            if not damages:
+                yield first, images, findings
+    if damages:
+        raise DamagedImages(*damages)
 
 
 def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

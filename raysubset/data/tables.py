@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.image_columns import images_of
-from raysubset.data.labels import as_labels
+from raysubset.data.image_columns import image_column, images_of
+from raysubset.data.images import EncodedImages
+from raysubset.data.labels import UNLABELLED, as_labels, is_string, renumbered
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import SourceSplit
 from raysubset.data.split import RESERVED_COLUMNS
@@ -33,46 +37,145 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
     return needed
 
 
-def from_table(table: pa.Table, config: DataConfig, where: str) -> SourceSplit:
-    """Read a split from its table.
+@dataclass(frozen=True)
+class JoinedTables:
+    """The rows of a split's files, one after another."""
+
+    table: pa.Table
+    class_names: tuple[str, ...] | None  # that integer labels number, where a file's metadata has them
+    notes: tuple[str, ...]
+
+
+def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> JoinedTables:
+    """Put the tables of some files behind one another, with integer labels that mean the same in all.
+
+    Files of the `datasets` library may name their classes, each in an order of its own. The longest list is taken, and
+    the others' labels are numbered anew by name.
+
+    Args:
+        tables: by the name of their file.
+
+    Raises:
+        ValueError: for files that do not go together, or no rows.
+    """
+    notes: list[str] = []
+    declared: dict[str, tuple[str, ...]] = {}
+    for path, table in tables.items():
+        names, problem = _declared_names(table.schema, config.label_column)
+        if names:
+            declared[path] = names
+        if problem:
+            notes.append(f"warning: metadata of {path} is passed over: {problem}")
+    longest = max(declared, key=lambda path: len(declared[path]), default=None)
+    class_names = declared[longest] if longest else None
+    alike = {}
+    for path, table in tables.items():
+        table = _plain(table, config, path)
+        labels = table.column(config.label_column)
+        if class_names and longest and pa.types.is_integer(labels.type):
+            names = declared.get(path)
+            if names is None:
+                notes.append(f"{path} does not name its classes: its labels are taken as numbers of {longest}'s")
+            elif names != class_names:
+                labels = _by_name(labels, names, class_names, path, longest)
+                notes.append(f"{path} orders its classes unlike {longest}: its labels are taken by name")
+                place = table.column_names.index(config.label_column)
+                table = table.set_column(place, config.label_column, labels)
+        alike[path] = table
+    try:
+        joined = pa.concat_tables(alike.values(), promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
+    if not joined.num_rows:
+        raise ValueError(f"{where} has no rows: give a table with examples")
+    return JoinedTables(joined, class_names, tuple(notes))
+
+
+def _by_name(
+    labels: pa.ChunkedArray, names: tuple[str, ...], class_names: tuple[str, ...], path: str, longest: str
+) -> pa.ChunkedArray:
+    """Labels that number some names, as numbers of the class names."""
+    if extra := [name for name in names if name not in class_names]:
+        listed = ", ".join(extra[:5])
+        raise ValueError(f"{path} names classes that {longest} does not: {listed}: give all files one list of names")
+    numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+    wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
+    if len(wrong):
+        raise ValueError(
+            f"label {numbers[wrong[0]]} in row {wrong[0]} of {path} is out of range: {len(names)} are named"
+        )
+    found = renumbered(numbers, names, class_names, path)
+    return pa.chunked_array([pa.array(found, mask=labels.is_null().to_numpy())])
+
+
+def _plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
+    """The table with its columns in layouts that go together with those of other files."""
+    for place, field in enumerate(table.schema):
+        if field.name == config.image_column:
+            column = image_column(table, field.name, path)
+        elif pa.types.is_string_view(field.type):
+            column = table.column(place).cast(pa.string())
+        else:
+            continue
+        table = table.set_column(place, field.name, column)
+    return table
+
+
+def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> SourceSplit:
+    """Read a split from the tables of its files, by their names.
 
     Raises:
         ValueError: for no rows, missing columns, nulls, or what is neither an image nor a label.
     """
-    needed_columns(table.schema, config, where)
-    if not table.num_rows:
-        raise ValueError(f"{where} has no rows: give a table with examples")
-    images, notes = images_of(table.column(config.image_column), config, where)
-    split = with_scalars(images, table, config, where)
-    return dataclasses.replace(split, notes=(*notes, *split.notes))
+    for path, table in tables.items():
+        needed_columns(table.schema, config, path)
+    joined = join_tables(tables, config, where)
+    column = joined.table.column(config.image_column)
+    images, findings = images_of(column, where, image_size=config.image_size)
+    return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
 
 
-def with_scalars(images: np.ndarray | RowGroups, table: pa.Table, config: DataConfig, where: str) -> SourceSplit:
-    """A split of these images, and of the labels and further columns of a table that may lack the images.
+def with_scalars(
+    images: np.ndarray | EncodedImages | RowGroups,
+    joined: JoinedTables,
+    config: DataConfig,
+    where: str,
+) -> SourceSplit:
+    """A split of these images, and of the labels and further columns of tables that may lack the images.
 
     Raises:
         ValueError: for labels that are none.
     """
+    table = joined.table
     labels, class_names = as_labels(table.column(config.label_column), where)
     scalars = [field.name for field in table.schema if _is_scalar(field.type)]
     further = [name for name in scalars if name not in (config.image_column, config.label_column)]
-    notes = ()
+    notes = joined.notes
     clashing = [name for name in further if name in RESERVED_COLUMNS]
     if clashing:
-        notes = (f"{where}: column {', '.join(clashing)} left out, since the full set has its own",)
+        notes += (f"{where}: column {', '.join(clashing)} left out, since the full set has its own",)
     columns = {name: table.column(name) for name in further if name not in clashing}
-    return SourceSplit(images, labels, _hugging_face_names(table.schema, config) or class_names, columns, notes)
+    return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
 
 
 def _is_scalar(type_: pa.DataType) -> bool:
-    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
-    return any(is_kind(type_) for is_kind in kinds)
+    return pa.types.is_integer(type_) or pa.types.is_boolean(type_) or is_string(type_)
 
 
-def _hugging_face_names(schema: pa.Schema, config: DataConfig) -> tuple[str, ...] | None:
-    """Class names out of the `datasets` library's schema metadata, where it wrote a ClassLabel."""
+def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ...] | None, str | None]:
+    """Class names out of the `datasets` library's schema metadata, where it wrote a ClassLabel; or what is wrong."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
-        return None
-    feature = json.loads(text).get("info", {}).get("features", {}).get(config.label_column, {})
-    return tuple(feature["names"]) if feature.get("_type") == "ClassLabel" else None
+        return None, None
+    try:
+        feature: Any = json.loads(text)
+    except ValueError:
+        return None, "what stands under huggingface is not JSON"
+    for key in ("info", "features", label_column):
+        feature = feature.get(key) if isinstance(feature, dict) else None
+    if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":
+        return None, None
+    names = feature.get("names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return None, f"its ClassLabel {label_column} has no list of names"
+    return tuple(names), None

@@ -1,0 +1,124 @@
+"""What reading images finds that their user should know: depths, transparency, frames; and the range of greys."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+GreyRange = tuple[int, int]
+"""The values of a deep grey pixel (of more than 8 bits) that are taken as black and as white."""
+
+FULL_RANGE: GreyRange = (0, 65535)
+
+_OFFSET_BITS = 3  # as many levels, 1 of 8, must be won by black being another value than 0
+
+# Of 256: with fewer, what was rounded to 8 bits has lost most of what it was.
+_FEWEST_LEVELS = 32
+_FEWEST_UPPER_LEVELS = 64
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found in some images. Findings can be added."""
+
+    greys: tuple[int, int] | None = None  # lowest and highest of all deep grey pixels
+    upper_byte: int | None = None  # highest, of colours with 16 bits a channel: all that is read of them
+    num_rounded: int = 0  # images of floats
+    num_transparent: int = 0  # images with pixels that are not opaque
+    num_animated: int = 0  # images with further frames or pages
+    num_turned: int = 0  # images with an EXIF orientation
+    flat_shape: tuple[int, int, int] | None = None  # (H, W, 3), of coloured images in flat lists
+
+    def __add__(self, other: "Findings") -> "Findings":
+        greys = [each.greys for each in (self, other) if each.greys]
+        upper_bytes = [each.upper_byte for each in (self, other) if each.upper_byte is not None]
+        counts = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(self)
+            if field.name.startswith("num_")
+        }
+        return Findings(
+            greys=(min(low for low, _ in greys), max(high for _, high in greys)) if greys else None,
+            upper_byte=max(upper_bytes, default=None),
+            flat_shape=self.flat_shape or other.flat_shape,
+            **counts,
+        )
+
+    @property
+    def has_rounded(self) -> bool:
+        """Whether pixels had more levels than the 256 that they are left."""
+        return bool(self.num_rounded or self.greys or self.upper_byte is not None)
+
+    def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[str, ...]:
+        """What is said of them, a sentence each."""
+        return tuple(self._notes(where, grey_range))
+
+    def _notes(self, where: str, grey_range: GreyRange) -> Iterator[str]:
+        if self.num_rounded:
+            yield f"float pixels of {where} rounded to 8 bits"
+        if self.greys and grey_range != FULL_RANGE:
+            (black, white), (low, high) = grey_range, self.greys
+            bits = (white - black).bit_length()
+            yield f"greys of {where} run from {low} to {high}: read as {bits} bits, {black} as black, {white} as white"
+        if self.num_transparent:
+            yield f"{_images(self.num_transparent, where)} transparent pixels, which are laid on white"
+        if self.num_animated:
+            yield f"{_images(self.num_animated, where)} several frames or pages, of which the first is read"
+        if self.flat_shape:
+            sizes = "x".join(map(str, self.flat_shape))
+            yield f"flat lists of pixels of {where} read as {sizes}: height, width, colours"
+
+
+def _images(num: int, where: str) -> str:
+    return f"{num} images of {where} have" if num > 1 else f"1 image of {where} has"
+
+
+def choose_grey_range(findings: Findings) -> GreyRange:
+    """What of a whole set's deep greys is black, and what white: the fewest bits that hold them all.
+
+    Black is 0, unless an offset (such as 32768 where signed values were stored, or negative values) would leave an
+    eighth of the levels or fewer: then the window of 2^b values, at a multiple of its half.
+
+    Raises:
+        ValueError: for colours of 16 bits a channel that use so few of them that the upper byte says little.
+    """
+    if findings.upper_byte is not None and findings.upper_byte + 1 < _FEWEST_UPPER_LEVELS:
+        bits = 8 + findings.upper_byte.bit_length()
+        raise ValueError(
+            f"images with 16 bits a colour use the lowest {bits} of them, and of such colours only the upper 8 are "
+            f"read: scale their values to 16 bits (times {2 ** (16 - bits)}), or save them with 8"
+        )
+    if findings.greys is None:
+        return FULL_RANGE
+    lowest, highest = findings.greys
+    window = next(window for bits in range(8, 18) if (window := _window(lowest, bits))[1] >= highest)
+    plain = (0, 2 ** max(8, highest.bit_length()) - 1)
+    has_offset = lowest < 0 or (plain[1] + 1) >= (window[1] - window[0] + 1) * 2**_OFFSET_BITS
+    return window if has_offset else plain
+
+
+def _window(lowest: int, bits: int) -> GreyRange:
+    half = 2 ** (bits - 1)
+    first = lowest // half * half
+    return first, first + 2 * half - 1
+
+
+def level_notes(levels: np.ndarray, *, has_rounded: bool) -> tuple[str, ...]:
+    """Warnings of training images without contrast, or with little left after they were rounded to 8 bits.
+
+    Args:
+        levels: int64 [C, 256], how many training pixels have each level.
+    """
+    counts = levels.sum(axis=0)
+    used = np.flatnonzero(counts)
+    if len(used) == 1:
+        return (f"warning: all pixels of all training images are equal ({used[0]} of 255)",)
+    shares = np.cumsum(counts) / counts.sum()
+    low, high = (int(np.searchsorted(shares, share)) for share in (0.0005, 0.9995))
+    if not has_rounded or high - low >= _FEWEST_LEVELS:
+        return ()
+    return (
+        f"warning: 99.9 % of the training pixels lie between {low} and {high} of 255 after rounding to 8 bits, which "
+        f"leaves them {high - low + 1} levels: scale the values before they are read",
+    )
