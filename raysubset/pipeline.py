@@ -17,12 +17,13 @@ from torch import nn
 
 from raysubset.aggregation import shrink_perturb
 from raysubset.cluster import connected, get_shared, own_address, put_once, reached
-from raysubset.config import Config, TrainingStage, derive_seed
-from raysubset.data import FullSet, load_full_set
+from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
+from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
 from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune
+from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
@@ -59,6 +60,7 @@ def run(
     *,
     on_event: OnEvent | None = None,
     fresh: bool = False,
+    accept_changed_code: bool = False,
     full_set_ref: Sequence[Any] | None = None,
     trunk: RunDirectory | None = None,
 ) -> RunReport:
@@ -71,6 +73,7 @@ def run(
         config: what to run.
         on_event: told of stages, progress, waiting and retries as they happen.
         fresh: delete what a run of this name left behind, and start over.
+        accept_changed_code: go on with a run whose user's code has changed since; what it has done stays as it is.
         full_set_ref: config.data's full set where it was put already (put_once()); by default it is loaded and put.
         trunk: what run_trunk() left for an equal trunk: taken over, its cost counted here in full.
 
@@ -83,11 +86,21 @@ def run(
     refuse_missing(config.tracking)
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
-    if not fresh and (record := _finished(directory, config)) is not None:
+    full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
+    if not fresh and (record := _finished(directory, config, full_sets, accept_changed_code)) is not None:
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
         return RunReport.from_dict(record)
-    with _begun(config, directory, full_set_ref, began=began, tell=tell, fresh=fresh) as (stages, sessions):
+    with _begun(
+        config,
+        directory,
+        full_sets,
+        full_set_ref,
+        began=began,
+        tell=tell,
+        fresh=fresh,
+        accept_changed_code=accept_changed_code,
+    ) as (stages, sessions):
         sessions.started_up()
         if trunk is not None:
             stages.take_over_trunk(trunk)
@@ -102,14 +115,29 @@ def run(
 
 
 def run_trunk(
-    config: Config, *, on_event: OnEvent | None = None, full_set_ref: Sequence[Any] | None = None
+    config: Config,
+    *,
+    on_event: OnEvent | None = None,
+    accept_changed_code: bool = False,
+    full_set_ref: Sequence[Any] | None = None,
 ) -> RunDirectory:
     """Run the trunk alone, or go on with it, for runs that share it; resumes and raises as run() does."""
     began, directory = time.perf_counter(), RunDirectory(config.storage_path, config.run_name())
+    full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
     if directory.exists(minimum_path("trunk")) and not directory.differs(config.to_dict()):
+        identity = identify([config], full_sets, directory.read_identity())
+        directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         return directory
     tell: OnEvent = on_event or (lambda event: None)
-    with _begun(config, directory, full_set_ref, began=began, tell=tell) as (stages, _):
+    with _begun(
+        config,
+        directory,
+        full_sets,
+        full_set_ref,
+        began=began,
+        tell=tell,
+        accept_changed_code=accept_changed_code,
+    ) as (stages, _):
         stages.run_trunk()
     return directory
 
@@ -118,17 +146,22 @@ def run_trunk(
 def _begun(
     config: Config,
     directory: RunDirectory,
+    full_sets: dict[DataConfig, FullSet],
     full_set_ref: Sequence[Any] | None,
     *,
     began: float,
     tell: OnEvent,
     fresh: bool = False,
+    accept_changed_code: bool = False,
 ) -> "Iterator[tuple[_Stages, Sessions]]":
     """The stages of a run whose directory is opened and whose lease is held, and its sessions with this one."""
     # mistakes in the data are told before Ray is started
-    full_set = load_full_set(config.data) if full_set_ref is None else get_shared(full_set_ref)
+    known = None if fresh else directory.read_identity()
+    if config.data not in full_sets:
+        full_sets[config.data] = load_full_set(config.data, known=known_fingerprint(known, config.data))
+    full_set, identity = full_sets[config.data], identify([config], full_sets, known)
     plan = make_plan(config, full_set)
-    for line in (*full_set.notes, *plan.advice):
+    for line in (*places_notes(identity), *full_set.notes, *plan.advice):
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
     with ExitStack() as stack:
@@ -136,7 +169,9 @@ def _begun(
         refuse_what_has_no_place(config, None if fresh else directory)
         lease = stack.enter_context(directory.lease())
         shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
-        resumed = directory.open(shown.to_dict(), environment(), fresh=fresh)
+        resumed = directory.open(
+            shown.to_dict(), environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code
+        )
         tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
         if resumed:
             Ledger(directory).close_lost()
@@ -147,14 +182,22 @@ def _begun(
         yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, tell), sessions
 
 
-def _finished(directory: RunDirectory, config: Config) -> dict[str, Any] | None:
-    """The report of a finished run of this config; None if there is none, or if opening it will have to refuse."""
+def _finished(
+    directory: RunDirectory, config: Config, full_sets: dict[DataConfig, FullSet], accept_changed_code: bool
+) -> dict[str, Any] | None:
+    """The report of a finished run of this config; None if there is none, or if opening it will have to refuse.
+
+    Raises:
+        ValueError: if it was of other data or code.
+    """
     try:
         found = directory.exists(REPORT_PATH)
     except OSError as error:
         raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
     if not found or directory.differs(config.to_dict()):
         return None
+    identity = identify([config], full_sets, directory.read_identity())
+    directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
     return directory.read_json_or_none(REPORT_PATH)
 
 
@@ -221,6 +264,7 @@ class _Stages:
                 config, self._directory, self._full_set, self._plan, self._decisions, self._scoring, self._tell
             )
             for round in range(config.rounds.num):
+                refuse_changed_files(self._full_set)
                 weights, record = rounds_of_run.run(pool, round, weights, start_id)
                 start_id = f"round-{round:04d}"
                 rounds.append(record)
@@ -279,6 +323,7 @@ class _Stages:
     def _train(
         self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
     ) -> tuple[Weights, dict[str, Any]]:
+        refuse_changed_files(self._full_set)
         return fine_tune(
             self._config,
             self._full_set_ref,
@@ -296,6 +341,7 @@ class _Stages:
     def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
         config, full_set, plan = self._config, self._full_set, self._plan
+        refuse_changed_files(full_set)
         self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
         with self._ledger.recorded("test", 0, device=device, node=own_address()) as close:

@@ -13,6 +13,7 @@ from raysubset.aggregation import candidates_of_auto
 from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
+from raysubset.fingerprints import digest
 from raysubset.models import build_model, has_batch_norm, num_parameters, trainable_names
 from raysubset.soundness import findings, most_workers
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
@@ -267,7 +268,10 @@ def cut_subsample(config: Config, subset: Subset, round: int) -> np.ndarray:
 
 
 def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
-    """Which examples each subset has, a row an example: by position in the training split, and by row in the source."""
+    """Which examples each subset has, a row an example: by position in the training split, and by row in the source.
+
+    A digest of the data stands in its metadata.
+    """
     train = full_set.train
     parts = [
         pa.table(
@@ -280,4 +284,5 @@ def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
         )
         for subset in subsets
     ]
-    return pa.concat_tables(parts).combine_chunks()
+    table = pa.concat_tables(parts).combine_chunks()
+    return table.replace_schema_metadata({"data": digest(full_set.fingerprint)})

@@ -240,7 +240,7 @@ class Rounds:
             logger.warning("%s; it is written again", error)
             self._directory.write_table(path, table)
         else:
-            if written.equals(table):
+            if written.equals(table, check_metadata=True):
                 return
             raise ValueError(
                 f"{path} in {self._directory.uri} names other examples than the data now give: what is behind "

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 from raysubset.config import nearest
 from raysubset.errors import first_line
+from raysubset.user_code import search_here
 
 _GUARD = 'under `if __name__ == "__main__":`'
 
@@ -39,9 +39,12 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
     module_name, _, name = reference.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise ValueError(f"{field} = {reference!r} should be package.module:function")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    if module_name == "__main__":
+        raise ValueError(
+            f"{field} = {reference!r}: other processes cannot import what a script or notebook defines: write {name} "
+            f"into a file of its own, such as network.py, and name network:{name}"
+        )
+    search_here()
     _imported.append(module_name)
     try:
         with _in_a_line(field, reference):
@@ -49,7 +52,7 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
     except ValueError as error:
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and f"{module_name}.".startswith(f"{missing.name}."):
-            text = f"{field} = {reference!r}: no module {missing.name} in {here} or installed: put it there"
+            text = f"{field} = {reference!r}: no module {missing.name} in {os.getcwd()} or installed: put it there"
             raise ValueError(text) from missing
         raise
     finally:

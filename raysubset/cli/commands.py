@@ -66,7 +66,7 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
 
     def job() -> int:
         command = parse(Run, arguments, default, prog=Path(sys.argv[0]).name, description=description)
-        return _run(command.config, fresh=command.fresh)
+        return _run(command)
 
     return _guarded(job, again="the same command goes on")
 
@@ -142,7 +142,7 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
 def _dispatch(command: Command) -> int:
     match command:
         case Run():
-            return _run(command.config, fresh=command.fresh)
+            return _run(command)
         case Sweep():
             return _sweep(command)
         case Compare():
@@ -159,15 +159,16 @@ def _dispatch(command: Command) -> int:
             return _predict(command)
 
 
-def _run(config: Config, *, fresh: bool) -> int:
+def _run(command: Run) -> int:
     from raysubset.pipeline import run
     from raysubset.report import sections, write_files
     from raysubset.tracking import track_page
 
     with listener() as listen:
-        report = run(config, on_event=listen, fresh=fresh)
+        changed = command.accept_changed_code
+        report = run(command.config, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
         page = write_files(report.uri)
-        track_page(config, report.uri, listen)
+        track_page(command.config, report.uri, listen)
     print(f"Page: {page}")
     print_sections(sections(report.to_dict()))
     return DONE
@@ -181,7 +182,13 @@ def _sweep(command: Sweep) -> int:
     scheduler = "asha" if command.prune else None
     with listener() as listen:
         report = sweep(
-            command.config, space, seeds=command.seeds, scheduler=scheduler, on_event=listen, fresh=command.fresh
+            command.config,
+            space,
+            seeds=command.seeds,
+            scheduler=scheduler,
+            on_event=listen,
+            fresh=command.fresh,
+            accept_changed_code=command.accept_changed_code,
         )
     page = write_files(report.uri)
     print(f"Page: {page}")
@@ -199,7 +206,8 @@ def _compare(command: Compare) -> int:
         if (given := getattr(command, name)) not in (None, ()):
             options[name] = given
     with listener() as listen:
-        report = compare(command.config, **options, on_event=listen, fresh=command.fresh)
+        changed = command.accept_changed_code
+        report = compare(command.config, **options, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
         page = write_files(report.uri)
         track_page(command.config, report.uri, listen)
     print(f"Page: {page}")

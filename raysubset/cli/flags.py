@@ -33,6 +33,8 @@ class Run:
     """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what a run of this name left behind, and start over."""
+    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Sweep:
     """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what a sweep of this name left behind, and start over."""
+    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Compare:
     """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what a comparison of this name left behind, and start over."""
+    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)

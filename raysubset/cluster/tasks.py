@@ -17,6 +17,7 @@ from raysubset.cluster.resources import (
     refuse_unplaceable,
 )
 from raysubset.events import Event, OnEvent
+from raysubset.user_code import Workplace
 
 STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
 
@@ -74,6 +75,7 @@ def call_on_cluster(
         TimeoutError: if it has not ended after timeout_s; it is given up.
     """
 
+    place_of_driver = Workplace.here()
     place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
 
     @ray.remote(
@@ -85,6 +87,7 @@ def call_on_cluster(
         scheduling_strategy=place,
     )
     def call(value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
+        place_of_driver.enter()
         yield None  # it has a place
         yield function(ray.get(value_ref[0]), *arguments)
 

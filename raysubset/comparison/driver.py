@@ -15,6 +15,7 @@ from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import FullSet, load_full_set
 from raysubset.events import Event, OnEvent
+from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
 from raysubset.run_report import Sessions, environment
@@ -42,6 +43,7 @@ def compare(
     num_workers: int | None = None,
     on_event: OnEvent | None = None,
     fresh: bool = False,
+    accept_changed_code: bool = False,
 ) -> ComparisonReport:
     """Find out whether subset pretraining pays for this data and model, against conventional training and controls.
 
@@ -65,6 +67,7 @@ def compare(
         num_workers: of arm I; by default the number of subsets, as far as the cluster has room (recorded).
         on_event: told of legs as they are done, lost and retried.
         fresh: delete what a comparison of this name left behind, and start over.
+        accept_changed_code: go on where the user's code has changed since; legs that are done stay as they are.
 
     Raises:
         ValueError: the user's mistake, with the way out.
@@ -86,11 +89,14 @@ def compare(
         raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
-    full_set = load_full_set(config.data)
+    known = None if fresh else directory.read_identity()
+    full_set = load_full_set(config.data, known=known_fingerprint(known, config.data))
+    configs = [config.with_overrides(dict(arm.overrides)) for arm in chosen]
+    identity = identify([config, *configs], {config.data: full_set}, known)
     plan = make_plan(config, full_set)
     plans = {arm.key: plan for arm in chosen}
     plans |= {a.key: make_plan(config.with_overrides(dict(a.overrides)), full_set) for a in chosen if a.overrides}
-    for line in (*full_set.notes, *plan.advice):
+    for line in (*places_notes(identity), *full_set.notes, *plan.advice):
         tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
@@ -102,7 +108,13 @@ def compare(
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
             refuse_unplaceable(request, "legs of a comparison", types=types)
         lease = stack.enter_context(directory.lease())
-        resumed = directory.open(shown.to_dict() | {"kind": "comparison"}, environment(), fresh=fresh)
+        resumed = directory.open(
+            shown.to_dict() | {"kind": "comparison"},
+            environment(),
+            identity,
+            fresh=fresh,
+            accept_changed_code=accept_changed_code,
+        )
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
         tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))

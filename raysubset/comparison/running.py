@@ -27,7 +27,7 @@ from raysubset.cluster import (
 )
 from raysubset.comparison.legs import Leg, closure
 from raysubset.config import Config, derive_seed
-from raysubset.data import FullSet
+from raysubset.data import FullSet, refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning import fine_tune
@@ -46,6 +46,7 @@ from raysubset.run_directory import (
 from raysubset.scoring import aggregate_minima, test_weights
 from raysubset.subset_actors import Piece, SubsetActor, read_minimum
 from raysubset.training import Cost, Weights
+from raysubset.user_code import as_here
 
 TEST_PATH = "test.json"  # in a leg's folder
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
@@ -245,7 +246,12 @@ class LegRunner:
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:
-        """Do all that the legs need and is not done yet; afterwards `failed` names what could not be."""
+        """Do all that the legs need and is not done yet; afterwards `failed` names what could not be.
+
+        Raises:
+            ValueError: where the files of a streamed set have changed.
+        """
+        refuse_changed_files(get_shared(self._full_set_ref))
         legs = list(dict.fromkeys(leg for final in finals for leg in closure(final)))
         with ThreadPoolExecutor(NUM_READERS) as pool:
             are_done = pool.map(lambda leg: self.folder(leg).is_done(), legs)
@@ -255,10 +261,12 @@ class LegRunner:
         self._run_tasks([leg for leg in legs if leg.kind != "train" and leg not in done], done, len(legs))
         for leg in legs:  # Ray Train takes the whole cluster: one job after the other, when the tasks are through
             if leg.kind == "train" and leg not in done:
+                refuse_changed_files(get_shared(self._full_set_ref))
                 self._train(leg)
 
     def test(self, finals: Sequence[Leg]) -> None:
-        """Read the test split, once for each leg: to be called when every choice is made."""
+        """Read the test split, once for each leg: to be called when every choice is made; raises as run() does."""
+        refuse_changed_files(get_shared(self._full_set_ref))
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed]
         todo = [leg for leg in todo if not self.folder(leg).run.exists(TEST_PATH)]
         task = self._task(_test, max_retries=3)
@@ -283,7 +291,7 @@ class LegRunner:
             max_retries=max_retries,
             scheduling_strategy=OUTSIDE_GROUPS,
         )
-        return decorate(function)
+        return decorate(as_here(function))
 
     def _run_tasks(self, todo: list[Leg], done: set[Leg], num_all: int) -> None:
         tasks = {"minimize": self._task(_minimize, max_retries=0), "aggregate": self._task(_aggregate, max_retries=0)}

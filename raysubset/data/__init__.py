@@ -6,6 +6,7 @@ draws = examples.draw(seed=epoch)
 images, labels = examples.batch(indices, draws=draws)
 """
 
+from raysubset.data.contents import file_fingerprint, kind_of, refuse_changed_files
 from raysubset.data.examples import Batches, Examples, crop_and_flip, even_sizes, joined
 from raysubset.data.full_set import FullSet
 from raysubset.data.images import decode_images
@@ -16,6 +17,9 @@ from raysubset.data.streamed_examples import Reader, StreamedExamples, cut_range
 
 __all__ = [
     "load_full_set",
+    "file_fingerprint",
+    "kind_of",
+    "refuse_changed_files",
     "FullSet",
     "Split",
     "StreamedSplit",

@@ -1,10 +1,11 @@
 """The full set: three splits, and the constants that come from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from raysubset.data.examples import Augmentation, Examples
@@ -12,6 +13,7 @@ from raysubset.data.findings import FULL_RANGE, GreyRange
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
+from raysubset.fingerprints import fingerprint
 
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
 _SMALLEST_STD = 1 / 255
@@ -34,6 +36,7 @@ class FullSet:
     augmentation: Augmentation
     notes: tuple[str, ...]  # what was decided for the user, a sentence each
     grey_range: GreyRange = FULL_RANGE  # the values of pixels of more than 8 bits that are black and white
+    fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of what it was read from
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

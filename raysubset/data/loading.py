@@ -2,17 +2,16 @@
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DATA_NAMES, DataConfig, derive_seed, nearest
+from raysubset.config import DataConfig, derive_seed
+from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
 from raysubset.data.decoding import decode_source
 from raysubset.data.files import not_streamed, read_path
-from raysubset.data.finding import TABLE_SUFFIXES
 from raysubset.data.findings import level_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.functions import read_function
@@ -32,15 +31,20 @@ _MOST_LISTED = 10  # classes named in one line
 _logger = logging.getLogger(__name__)
 
 
-def load_full_set(config: DataConfig) -> FullSet:
+def load_full_set(config: DataConfig, *, known: pa.Table | None = None) -> FullSet:
     """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `notes`.
 
     Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
 
+    Args:
+        known: an earlier fingerprint of it, whose files need not be digested again where they are as they were.
+
     Raises:
-        ValueError: for whatever cannot be read or trained on, in one line with the way out.
+        ValueError: for whatever cannot be read or trained on, in one line with the way out; and where files change
+            while they are read.
     """
     start_s = time.perf_counter()
+    before = file_fingerprint(config, known)
     read = _read(config)
     labels, class_names, naming = number_classes(read)
     source: Source = {name: split for name, split in read.items() if name in labels}
@@ -79,26 +83,35 @@ def load_full_set(config: DataConfig) -> FullSet:
         notes=tuple(notes),
         grey_range=decoded.grey_range,
     )
+    full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
     sizes = " + ".join(str(len(rows[name])) for name in ("train", "validation", "test"))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
     return full_set
 
 
+def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None) -> pa.Table:
+    """Of the files that the full set was read from, which must be those that were there before; or of its arrays."""
+    after = file_fingerprint(config, before)
+    if after is None:
+        return array_fingerprint(full_set)
+    if before is not None and len(before):  # files that are downloaded were not there before
+        refuse_changed(config.name, before, after)
+    return after
+
+
 def _read(config: DataConfig) -> Source:
     name = config.name
-    is_function = "://" not in name and "/" not in name and ":" in name
-    if config.streamed and (name in DATA_NAMES or is_function):
-        raise not_streamed(f"{name} is {'a function' if is_function else 'a named set'}")
-    if name in DATA_NAMES:
-        return _with_origin(read_named(config), f"the named set {name}")
-    if is_function:
-        return _with_origin(read_function(config), f"what {name} returned")
-    if "/" in name or name.lower().endswith(TABLE_SUFFIXES) or os.path.exists(os.path.expanduser(name)):
-        return read_path(config)
-    raise ValueError(
-        f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
-        f"{nearest(name, DATA_NAMES)}"
-    )
+    match kind_of(name):
+        case "path":
+            return read_path(config)
+        case "function" if config.streamed:
+            raise not_streamed(f"{name} is a function")
+        case "function":
+            return _with_origin(read_function(config), f"what {name} returned")
+        case "named" if config.streamed:
+            raise not_streamed(f"{name} is a named set")
+        case "named":
+            return _with_origin(read_named(config), f"the named set {name}")
 
 
 def _with_origin(source: Source, origin: str) -> Source:

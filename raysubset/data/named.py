@@ -40,15 +40,7 @@ def _digits(config: DataConfig) -> SourceSplit:
 
 
 def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
-    from torchvision import datasets
-
-    kinds: dict[str, Callable[..., Any]] = {
-        "mnist": datasets.MNIST,
-        "fashion_mnist": datasets.FashionMNIST,
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-    }
-    kind: Any = kinds[config.name]
+    kind = _kind(config.name)
     root = Path(config.root).expanduser()
     missing = [path for path in _files(kind, root) if not path.exists()]
     if missing and not config.download:
@@ -74,6 +66,23 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
     # MNIST's own names are "0 - zero" and so on; the figures say as much.
     class_names = None if config.name == "mnist" else tuple(dataset.classes)
     return SourceSplit(images, pa.chunked_array([np.asarray(dataset.targets, dtype=np.int64)]), class_names)
+
+
+def torchvision_files(name: str, root: str) -> list[Path]:
+    """The files that a set of torchvision's is read from."""
+    return _files(_kind(name), Path(root))
+
+
+def _kind(name: str) -> Any:
+    from torchvision import datasets
+
+    kinds: dict[str, Callable[..., Any]] = {
+        "mnist": datasets.MNIST,
+        "fashion_mnist": datasets.FashionMNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }
+    return kinds[name]
 
 
 def _files(kind: Any, root: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from raysubset.fine_tuning.worker import Job, train_loop
 from raysubset.run_directory import RunDirectory, minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Weights
+from raysubset.user_code import Workplace
 
 LOOK_S = 1.0  # between two looks at the history that the first worker leaves
 CONTROLLER_FAILURES = 3
@@ -73,7 +74,8 @@ def fine_tune(
         if config.data.streamed:
             refuse_without_readers(config, stage, num_workers=num_workers)
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
-        job = Job(config, recipe, run, stage, full_set_ref, start_ref, calibration, num_gpus, tuple(teachers))
+        refs, here = (full_set_ref, start_ref), Workplace.here()
+        job = Job(config, recipe, run, stage, *refs, calibration, num_gpus, tuple(teachers), here)
         _fit(job, num_workers=num_workers, on_event=on_event)
         record = run.read_json(minimum_path(stage))
     return run.read_weights(weights_path(stage), record["files"]), record

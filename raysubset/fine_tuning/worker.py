@@ -43,6 +43,7 @@ from raysubset.training import (
     recompute_batch_norm,
     use_device,
 )
+from raysubset.user_code import Workplace
 
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
@@ -61,6 +62,7 @@ class Job:
     calibration: np.ndarray  # int64 positions in the training split
     num_gpus: float  # of each worker
     teachers: tuple[str, ...]  # folders of the minima to distil from
+    workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
 
 
 def train_loop(settings: dict[str, Any]) -> str | None:
@@ -71,6 +73,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     """
     context, job = ray.train.get_context(), settings["job"]
     shard = Shard(context.get_world_rank(), context.get_world_size())
+    job.workplace.enter()
     try:
         with published(f"{settings['pulses']}/{shard.rank:05d}"):
             _Worker(job, shard).train()

@@ -7,6 +7,7 @@ import numpy as np
 
 from raysubset.config import DATA_NAMES, Config
 from raysubset.data import load_full_set
+from raysubset.identity import identify
 from raysubset.models import averaged_names, build_model
 from raysubset.report.figures import Record
 from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
@@ -44,7 +45,11 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
         raise ValueError(f"it is measured on data that load at once: {', '.join(DATA_NAMES)}")
     if not all(run.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
-    full_set = load_full_set(config.with_overrides({"data.download": False}).data)
+    config = config.with_overrides({"data.download": False})
+    full_set = load_full_set(config.data)
+    identity = identify([config], {config.data: full_set}, None)
+    if found := identity.changed(run.read_identity() or identity):
+        raise ValueError("; ".join(found))
     shape = full_set.image_shape
     model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=0)
     files = minima[0]["files"] | minima[1]["files"]

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from raysubset.config import differences
+from raysubset.fingerprints import Identity
 from raysubset.run_directory.lease import RENEW_S, Lease
-from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, LEASE_PATH, naming_records
+from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
 from raysubset.uris import refuse_ambiguous, shown
 
@@ -387,15 +388,66 @@ class RunDirectory:
         old = self._recorded_config()
         return old is None or any(differences(old, json.loads(_to_json(config))))
 
-    def open(self, config: Mapping[str, Any], environment: Mapping[str, Any], *, fresh: bool = False) -> bool:
+    def read_identity(self) -> Identity | None:
+        """What the run's names stood for when it was begun; None where nothing says.
+
+        Raises:
+            CorruptFile: if it cannot be read, with the way out.
+        """
+        if not self.exists(IDENTITY_PATH):
+            return None
+        try:
+            return Identity.from_table(self.read_table(IDENTITY_PATH))
+        except CorruptFile as error:
+            raise CorruptFile(IDENTITY_PATH, f"{error}; start over with --fresh") from error
+
+    def refuse_changed(self, identity: Identity, *, accept_changed_code: bool = False) -> None:
+        """Stop where the names of the run that is there stand for other data or code.
+
+        Raises:
+            ValueError: with the difference, where the run was begun, and the way out.
+        """
+        old = self.read_identity()
+        if old is None:
+            if identity.is_empty():
+                return
+            raise ValueError(
+                f"{self.uri} holds a run without {IDENTITY_PATH}, so that nothing tells whether data and code are "
+                "those it was begun with: choose another --name, or start over with --fresh"
+            )
+        accepted = [text for text in identity.changed(old) if accept_changed_code and text.startswith("code")]
+        if accepted:
+            logger.warning("%s: %s; what is there stays as it is", self.uri, accepted[0])
+        if not (found := [text for text in identity.changed(old) if text not in accepted]):
+            return
+        moved = [f"{name} was {was}" for name, was in old.places.items() if identity.places.get(name, was) != was]
+        places = f"; {', '.join(moved)}" if moved else ""
+        out = "choose another --name, or start over with --fresh"
+        if all(text.startswith("code") for text in found):
+            out += ", or say --accept-changed-code if the change does not matter"
+        raise ValueError(f"{self.uri} holds a run of other contents ({'; '.join(found)}{places}): {out}")
+
+    def open(
+        self,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        identity: Identity | None = None,
+        *,
+        fresh: bool = False,
+        accept_changed_code: bool = False,
+    ) -> bool:
         """Create the run, or join the one that is there; True when it resumes. Hold the lease.
 
         config.json is written again when resuming, as fields that shape no result may differ; environment.json stays
         as it was at the start. `fresh` deletes everything but the lease; the next driver completes that where this one
         dies meanwhile.
 
+        Args:
+            identity: what names in the config stand for; None: nothing but themselves.
+
         Raises:
-            ValueError: if another config or a newer version made the run, or the folder is not a run's.
+            ValueError: if another config, other data or code, or a newer version made the run, or the folder is not a
+                run's.
         """
         is_there = self.exists(CONFIG_PATH)
         if not is_there and (foreign := self._entries()):
@@ -407,25 +459,30 @@ class RunDirectory:
             if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in changes):
                 out = "choose another --name, or start over with --fresh"
                 raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
+            self.refuse_changed(identity or Identity(), accept_changed_code=accept_changed_code)
         elif is_there:
             with contextlib.suppress(CorruptFile):
                 self._check_ours(self.read_json(CONFIG_PATH))
             self.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})
-            for path in self._entries():
+            for path in (*self._entries(), IDENTITY_PATH):
                 self.delete(path)
         if self.local_path:  # what writers that died left
             for partial in self.local_path.rglob(f".*{_PARTIAL}"):
                 partial.unlink(missing_ok=True)
+        if identity is not None:
+            older = (old is not None and self.read_identity()) or Identity()
+            self.write_table(IDENTITY_PATH, identity.joined(older).to_table())
         self.write_json(CONFIG_PATH, {"format": FORMAT, "config": config})
         if not self.exists(ENVIRONMENT_PATH):
             self.write_json(ENVIRONMENT_PATH, environment)
         return old is not None
 
     def _entries(self) -> Sequence[str]:
-        """Names of the files and folders in the run, but for the lease, config.json and what is hidden."""
+        """Names of the files and folders in the run, but for the lease, config.json, identity.parquet and what is
+        hidden."""
         filesystem, full = self._at("")
         infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True))
-        names = {info.base_name for info in infos} - {LEASE_PATH, CONFIG_PATH}
+        names = {info.base_name for info in infos} - {LEASE_PATH, CONFIG_PATH, IDENTITY_PATH}
         return sorted(name for name in names if not name.startswith("."))
 
     def lease(self, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> Lease:

@@ -6,6 +6,7 @@ A minimum's folder is minimum_folder(round, subset), or the stage that makes onl
 import re
 
 CONFIG_PATH = "config.json"
+IDENTITY_PATH = "identity.parquet"  # digests of the data and code that names in the config stand for
 ENVIRONMENT_PATH = "environment.json"
 LEASE_PATH = "lease.json"
 DECISIONS_PATH = "decisions.json"  # what was measured or counted once and holds for the rest of the run

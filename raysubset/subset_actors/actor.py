@@ -48,6 +48,7 @@ from raysubset.training import (
     try_packing,
     use_device,
 )
+from raysubset.user_code import Workplace
 
 
 @dataclass
@@ -75,8 +76,16 @@ class SubsetActor:
     """
 
     def __init__(
-        self, config: Config, full_set_ref: Sequence[ray.ObjectRef], run: RunDirectory, num_gpus: float
+        self,
+        config: Config,
+        full_set_ref: Sequence[ray.ObjectRef],
+        run: RunDirectory,
+        num_gpus: float,
+        workplace: Workplace | None = None,
     ) -> None:
+        """The workplace is the driver's; None: this process is there already."""
+        if workplace is not None:
+            workplace.enter()
         self._config, self._run, self._num_gpus = config, run, num_gpus
         self._full_set_ref = full_set_ref
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand

@@ -35,6 +35,7 @@ from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.training import Cost, Weights
+from raysubset.user_code import Workplace
 
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress
@@ -122,6 +123,7 @@ class ActorPool:
         refuse_unplaceable(self.request, "subset actors")
         # retries are the pool's: Ray's own would be spent in the seconds before it notices that a node has died
         self._actor_class: Any = ray.remote(SubsetActor)
+        self._workplace = Workplace.here()
         self._options = {
             "max_restarts": 0,
             "max_task_retries": 0,
@@ -236,7 +238,8 @@ class ActorPool:
             place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
             strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
             actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
-            actor = actor_class.remote(self._config, self._full_set_ref, self._run, self._num_gpus)
+            own = (self._config, self._full_set_ref, self._run, self._num_gpus, self._workplace)
+            actor = actor_class.remote(*own)
             self._slots.append(_Slot(actor, actor.where.remote(), time.monotonic(), place))
         if release and len(self._slots) > wanted:
             idle = sorted((s for s in self._slots if not s.pack), key=lambda slot: slot.where is not None)

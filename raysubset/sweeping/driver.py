@@ -22,11 +22,12 @@ from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once, reached
-from raysubset.config import Config, check_number
-from raysubset.data import load_full_set
+from raysubset.config import Config, DataConfig, check_number
+from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
+from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
 from raysubset.planning import make_plan
@@ -43,6 +44,7 @@ from raysubset.sweeping.records import (
 )
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
+from raysubset.user_code import as_here
 from raysubset.user_functions import refuse_import
 
 # A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the
@@ -63,6 +65,7 @@ def sweep(
     scheduler: TrialScheduler | Literal["asha"] | None = None,
     on_event: OnEvent | None = None,
     fresh: bool = False,
+    accept_changed_code: bool = False,
 ) -> SweepReport:
     """Run the whole pipeline for each point of a space and each seed, side by side where the cluster has room.
 
@@ -79,6 +82,7 @@ def sweep(
             without metric and mode, which may stop a trial but not pause it. None is stopped within a Ray Train job.
         on_event: told of trials as they begin, report and end.
         fresh: delete what a sweep of this name left behind, and start over.
+        accept_changed_code: go on with a sweep whose user's code has changed since; what it has done stays as it is.
 
     Raises:
         ValueError: the user's mistake, with the way out.
@@ -96,10 +100,18 @@ def sweep(
     trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path=directory.below("trials"))
     opened = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
+    known = None if fresh else directory.read_identity()
+    full_sets: dict[DataConfig, FullSet] = {}
     if not fresh and (record := _finished(directory, header, trials)) is not None:
+        identity = identify((trial.config for trial in trials), full_sets, known)
+        directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record)
-    full_sets = {data: load_full_set(data) for data in dict.fromkeys(trial.config.data for trial in trials)}
+    for data in dict.fromkeys(trial.config.data for trial in trials):
+        full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
+    identity = identify((trial.config for trial in trials), full_sets, known)
+    for line in places_notes(identity):
+        tell(Event("note", line))
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
     # refuses what no trial of the setting can be
     share_of = {one: make_plan(one, full_sets[one.data]).forward_share for one in settings}
@@ -112,7 +124,7 @@ def sweep(
             if fresh or not run.exists(REPORT_PATH):
                 refuse_what_has_no_place(trial.config, None if fresh else run)
         lease = stack.enter_context(directory.lease())
-        resumed = directory.open(header, environment(), fresh=fresh)
+        resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
         tell(Event("stage", f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
@@ -121,13 +133,16 @@ def sweep(
         full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
         tell(Event("note", f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
-        trunks = _make_trunks(trials, full_set_refs, directory, most_at_once=at_once, tell=tell)
+        trunks = _make_trunks(
+            trials, full_set_refs, directory, most_at_once=at_once, accept_changed_code=accept_changed_code, tell=tell
+        )
         tasks = {
             trial.name: Task(
                 _with_room(trial.config, slots_each),
                 full_set_refs[trial.config.data],
                 trunks.get(trial.name),
                 shares[trial.name],
+                accept_changed_code,
             )
             for trial in trials
         }
@@ -176,6 +191,7 @@ def _make_trunks(
     directory: RunDirectory,
     *,
     most_at_once: int,
+    accept_changed_code: bool,
     tell: OnEvent,
 ) -> dict[str, RunDirectory]:
     """Run each trunk that trials share, once; trial names to where it lies.
@@ -184,7 +200,7 @@ def _make_trunks(
     """
     shared = shared_trunks(trials, storage_path=directory.below("trunks"))
     configs = {trunk.run_name(): trunk for trunk in shared.values()}
-    remote: Any = ray.remote(run_trunk)
+    remote: Any = ray.remote(as_here(run_trunk))
     run_remotely = remote.options(num_cpus=0, resources=PLACE_OF_TRIAL, max_retries=0)
     made: dict[str, RunDirectory] = {}
     queued, running = list(configs), {}
@@ -192,7 +208,8 @@ def _make_trunks(
         while queued and len(running) < most_at_once:
             name = queued.pop(0)
             trunk = _with_room(configs[name], 1)
-            running[run_remotely.remote(trunk, full_set_ref=full_set_refs[trunk.data])] = name
+            options = {"accept_changed_code": accept_changed_code, "full_set_ref": full_set_refs[trunk.data]}
+            running[run_remotely.remote(trunk, **options)] = name
             tell(Event("stage", f"trunk {name}: {len(made) + len(running)} of {len(configs)} that trials share"))
         (done,), _ = ray.wait(list(running), num_returns=1)
         name = running.pop(done)
@@ -216,7 +233,7 @@ def _tune(
     storage_path, filesystem = directory.train_storage("tune")
     points = [{"name": trial.name, "seed": trial.seed, **trial.overrides} for trial in trials]
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, tasks=dict(tasks)), PLACE_OF_TRIAL),
+        tune.with_resources(tune.with_parameters(as_here(run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
         param_space={"trial": tune.grid_search(points)},
         tune_config=tune.TuneConfig(
             metric="validation_loss",

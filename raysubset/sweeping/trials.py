@@ -25,6 +25,7 @@ class Task:
     full_set_ref: Sequence[ray.ObjectRef]
     trunk: RunDirectory | None  # that it takes over
     forward_share: float  # of a pass, in its network
+    accept_changed_code: bool
 
 
 def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
@@ -33,7 +34,13 @@ def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> No
     directory = RunDirectory(task.config.storage_path, task.config.run_name())
     num_train = len(get_shared(task.full_set_ref).train)
     reports = Reports(directory, num_train=num_train, forward_share=task.forward_share)
-    report = run(task.config, on_event=reports, full_set_ref=task.full_set_ref, trunk=task.trunk)
+    report = run(
+        task.config,
+        on_event=reports,
+        accept_changed_code=task.accept_changed_code,
+        full_set_ref=task.full_set_ref,
+        trunk=task.trunk,
+    )
     reports.flush()
     tune.report(
         {

@@ -1,0 +1,161 @@
+"""A fingerprint of a data set: digests of the files it is read from, or else of the arrays that came of it."""
+
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from raysubset.config import DATA_NAMES, DataConfig, nearest
+from raysubset.data.finding import TABLE_SUFFIXES, find_files
+from raysubset.data.full_set import FullSet
+from raysubset.data.locations import locate
+from raysubset.data.named import torchvision_files
+from raysubset.data.streamed import StreamedSplit
+from raysubset.fingerprints import Entry, changes, entries, fingerprint, in_words
+
+_SETTLED_NS = 2 * 10**9  # a file changed within this time may be changed again and have the same times
+_NUM_READERS = 16
+_PART_BYTES = 2**22
+
+
+def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Table | None:
+    """Digests of the files that a set is read from, by their paths below its folder; None if it is not read from files.
+
+    Args:
+        known: an earlier fingerprint of it. A file of the same size and times is not read again; one on object storage
+            that has an ETag is not read at all.
+
+    Raises:
+        ValueError: for what kind_of() and find_files() refuse.
+        OSError: what the storage raises.
+    """
+    if (kind := kind_of(config.name)) == "function" or config.name == "digits":
+        return None
+    if kind == "named":
+        system, root = fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(config.root))
+        files = [os.path.relpath(path, root) for path in torchvision_files(config.name, root)]
+    else:
+        found = find_files(config)
+        system, root, files = found.system, found.root, list(found.listed)
+        if files == [""]:  # the path of a file
+            root, _, file = root.rpartition("/")
+            files = [file]
+    return _digests(system, root, files, known)
+
+
+def kind_of(name: str) -> Literal["named", "function", "path"]:
+    """What the name of a data set is.
+
+    Raises:
+        ValueError: for one that is nothing.
+    """
+    if name in DATA_NAMES:
+        return "named"
+    if "://" not in name and "/" not in name and ":" in name:
+        return "function"
+    if "/" in name or name.lower().endswith(TABLE_SUFFIXES) or os.path.exists(os.path.expanduser(name)):
+        return "path"
+    raise ValueError(
+        f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
+        f"{nearest(name, DATA_NAMES)}"
+    )
+
+
+def array_fingerprint(full_set: FullSet) -> pa.Table:
+    """Digests of what a full set holds: images, labels and further columns of each split."""
+    found = [Entry("classes", len(full_set.class_names), _digest("\0".join(full_set.class_names).encode()))]
+    for name in ("train", "validation", "test"):
+        split = getattr(full_set, name)
+        for column in split.table.column_names:
+            if column == "image":
+                values = split.images
+            elif pa.types.is_primitive(split.table.schema.field(column).type):
+                values = split.table.column(column).to_numpy()
+            else:
+                values = np.frombuffer("\0".join(map(str, split.table.column(column).to_pylist())).encode(), np.uint8)
+            digest = _hash()
+            digest.update(f"{values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).data)
+            found.append(Entry(f"{name} {column}", values.nbytes, digest.hexdigest()))
+    return fingerprint(found)
+
+
+def refuse_changed_files(full_set: FullSet) -> None:
+    """Stop where the files that a streamed split is read from are no longer those whose rows were counted.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    if isinstance(full_set.train, StreamedSplit):
+        system, _ = locate(full_set.train.groups.config.name)
+        known = full_set.fingerprint
+        root, files = _root_and_files(known)
+        refuse_changed(full_set.name, known, _digests(system, root, files, known))
+
+
+def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
+    """Stop where files are others than those that were read.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    if found := changes(old, new):
+        raise ValueError(
+            f"{name} changed while it was in use: {in_words(found)}: leave the data alone while they are trained on, "
+            "and start over with --fresh, or under another --name"
+        )
+
+
+def _root_and_files(table: pa.Table) -> tuple[str, list[str]]:
+    """The folder that a fingerprint's files lie in, and the files below it."""
+    assert table.schema.metadata is not None
+    return table.schema.metadata[b"root"].decode(), list(entries(table))
+
+
+def _digests(system: fs.FileSystem, root: str, files: list[str], known: pa.Table | None) -> pa.Table:
+    infos = system.get_file_info([f"{root}/{file}" for file in files])
+    there = [(file, info) for file, info in zip(files, infos, strict=True) if info.type == fs.FileType.File]
+    before = {} if known is None else entries(known)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        found = fingerprint(pool.map(lambda pair: _entry(system, pair[0], pair[1], before.get(pair[0])), there))
+    return found.replace_schema_metadata({"root": root})
+
+
+def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | None) -> Entry:
+    stamp = _stamp(system, info)
+    if known and stamp and (known.size, known.stamp) == (info.size, stamp):
+        return known
+    if isinstance(system, fs.LocalFileSystem):
+        with open(info.path, "rb") as local:
+            return Entry(file, info.size, hashlib.file_digest(local, _hash).hexdigest(), stamp)
+    with system.open_input_file(info.path) as remote:
+        tags = {key.lower(): value for key, value in (remote.metadata() or {}).items()}
+        if tag := tags.get(b"etag"):
+            return Entry(file, info.size, f"ETag {tag.decode()}", stamp)
+        digest = _hash()
+        for part in iter(partial(remote.read, _PART_BYTES), b""):
+            digest.update(part)
+    return Entry(file, info.size, digest.hexdigest(), stamp)
+
+
+def _stamp(system: fs.FileSystem, info: fs.FileInfo) -> str:
+    """What changes with the file, whoever sets its times; "" while it is so new that it might not."""
+    times = [info.mtime_ns or 0]
+    if isinstance(system, fs.LocalFileSystem):
+        found = os.stat(info.path)
+        times = [found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return "" if max(times[:2]) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))
+
+
+def _hash() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,88 @@
+"""identify(): what the names in configs stand for now, and where relative ones lie."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+import pyarrow as pa
+
+from raysubset.config import DATA_NAMES, Config, DataConfig, flatten, shapes_result
+from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
+from raysubset.fingerprints import Identity
+from raysubset.user_code import code_fingerprint, source_files
+
+
+def identify(configs: Iterable[Config], full_sets: dict[DataConfig, FullSet], known: Identity | None) -> Identity:
+    """What the names in these configs stand for. Sets that are not read from files are loaded, and added to full_sets.
+
+    Args:
+        full_sets: those that are loaded already: what was read counts, not what lies there now.
+        known: an earlier identity, of which files that are as they were are not digested again.
+    """
+    data, code, places = {}, {}, {}
+    for config in configs:
+        name, own = _data_name(config.data), config.data
+        if name not in data:
+            earlier = known_fingerprint(known, own)
+            found = None if own in full_sets else file_fingerprint(own, earlier)
+            if found is None:
+                if own not in full_sets:
+                    full_sets[own] = load_full_set(own, known=earlier)
+                found = full_sets[own].fingerprint
+            data[name] = found
+            places |= _data_place(own)
+        for reference in user_references(config):
+            if reference not in code:
+                code[reference] = code_fingerprint(reference)
+                places |= _code_place(reference.partition(":")[0])
+    return Identity(data, code, places)
+
+
+def places_notes(identity: Identity) -> list[str]:
+    """Where relative names lie, in a line: 'photos is /srv/photos, net is /srv/net.py'; none where none is relative."""
+    return [", ".join(f"{name} is {place}" for name, place in identity.places.items())] if identity.places else []
+
+
+def known_fingerprint(known: Identity | None, config: DataConfig) -> pa.Table | None:
+    """What an earlier identity says of a set."""
+    return known.data.get(_data_name(config)) if known else None
+
+
+def user_references(config: Config) -> Iterator[str]:
+    """Every package.module:function that a config names."""
+    if kind_of(config.data.name) == "function":
+        yield config.data.name
+    if ":" in config.model.name:
+        yield config.model.name
+    if config.subsets.function is not None:
+        yield config.subsets.function
+
+
+def _is_of_arrays(config: DataConfig) -> bool:
+    return kind_of(config.name) == "function" or config.name == "digits"
+
+
+def _data_name(config: DataConfig) -> str:
+    """Of a set in an identity: what is made of arrays depends on how they were cut, too."""
+    if _is_of_arrays(config):
+        options = {key: value for key, value in flatten({"data": asdict(config)}).items() if shapes_result(key)}
+        return f"{config.name} {hashlib.blake2b(json.dumps(options).encode(), digest_size=4).hexdigest()}"
+    return config.name
+
+
+def _data_place(config: DataConfig) -> dict[str, str]:
+    """Where a relative path of the data lies."""
+    if _is_of_arrays(config):
+        return {}
+    path = config.root if config.name in DATA_NAMES else config.name
+    absolute = os.path.abspath(os.path.expanduser(path))
+    return {} if "://" in path or os.path.isabs(path) or path.startswith("~") else {path: absolute}
+
+
+def _code_place(module: str) -> dict[str, str]:
+    """Where a user's module lies."""
+    stem, files = module.replace(".", "/"), source_files(module)
+    found = [path for name, path in files.items() if name.rpartition(".")[0] in (stem, f"{stem}/__init__")]
+    return {module: os.path.abspath(found[0])} if found else {}

@@ -1,0 +1,151 @@
+"""The source files behind a package.module:function: its module's, and those of all it imports but installed ones."""
+
+import ast
+import functools
+import hashlib
+import os
+import site
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from raysubset.fingerprints import Entry, fingerprint
+
+T = TypeVar("T")
+
+_INSTALLED = tuple(
+    {
+        os.path.realpath(path)
+        for path in (
+            *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+            *site.getsitepackages(),
+            site.getusersitepackages(),
+        )
+    }
+)
+
+
+def code_fingerprint(reference: str) -> pa.Table:
+    """Digests of the source files behind a "package.module:function", by their paths below the folder that has them.
+
+    They are found by reading import statements: nothing is imported. A module that is not found is left out.
+    """
+    files = source_files(reference.partition(":")[0])
+    return fingerprint(Entry(name, len(data := path.read_bytes()), _digest(data)) for name, path in files.items())
+
+
+def source_files(module: str) -> dict[str, Path]:
+    """The files of a module and of all it imports, directly or not, that is neither installed nor Python's own."""
+    search_here()
+    files: dict[str, Path] = {}
+    folders: dict[str, list[str]] = {"": sys.path}  # where the modules of a package are looked for
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in folders:
+            continue
+        parent, _, last = name.rpartition(".")
+        if parent not in folders:
+            waiting += [name, parent]
+            continue
+        spec = _own_spec(name, folders[parent])
+        folders[name] = []
+        if spec is None:
+            continue
+        is_package = spec.submodule_search_locations is not None
+        if is_package:  # a namespace package does not tell its own unless its parents are imported
+            folders[name] = [path for folder in folders[parent] if os.path.isdir(path := os.path.join(folder, last))]
+        if spec.origin and spec.has_location:
+            path = Path(spec.origin)
+            files[f"{name.replace('.', '/')}{'/__init__' if is_package else ''}{path.suffix}"] = path
+            if path.suffix == ".py":
+                waiting += _imported(path, package=name if is_package else parent)
+    return files
+
+
+def search_here() -> None:
+    """Have modules of the working directory found."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the driver's process works, for user code that is to find its files and modules in others too."""
+
+    directory: str
+    search_path: tuple[str, ...]  # what is not installed
+
+    @classmethod
+    def here(cls) -> "Workplace":
+        """That of this process."""
+        here = os.getcwd()
+        folders = [os.path.abspath(path) for path in sys.path if not _is_installed(os.path.realpath(path or here))]
+        return cls(here, tuple(folders))
+
+    def enter(self) -> None:
+        """Work there, where such a folder is on this machine; what is looked for is found as the driver finds it."""
+        if os.path.isdir(self.directory):
+            os.chdir(self.directory)
+        sys.path[:] = [*self.search_path, *(path for path in sys.path if path not in self.search_path)]
+
+
+def as_here(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, for another process to call at this one's workplace."""
+    workplace = Workplace.here()
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> T:
+        workplace.enter()
+        return function(*arguments, **options)
+
+    return call
+
+
+def _is_installed(path: str) -> bool:
+    return f"{path}{os.sep}".startswith(tuple(f"{root}{os.sep}" for root in _INSTALLED))
+
+
+def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
+    """Where a module lies; None if nowhere, or if it is installed, Python's own or this package's."""
+    top, _, below = name.partition(".")
+    if top in sys.stdlib_module_names or top in ("__main__", __package__):
+        return None
+    for finder in [PathFinder] if below else sys.meta_path:
+        # by its last name: with its whole name, a namespace package would have to be imported
+        spec = finder.find_spec(name.rpartition(".")[2], folders if below else None)
+        if spec is not None:
+            origin = os.path.realpath(spec.origin) if spec.origin and spec.has_location else ""
+            return None if origin and _is_installed(origin) else spec
+    return None
+
+
+def _imported(path: Path, *, package: str) -> Iterator[str]:
+    """Names that a source file may import, wherever in it; a name out of a module may be a module of a package."""
+    with suppress(SyntaxError, ValueError):  # whoever imports it is told
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+                if base:
+                    yield base
+                    yield from (f"{base}.{alias.name}" for alias in node.names if alias.name != "*")
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                name = node.args[0].value
+                if called in ("import_module", "__import__") and isinstance(name, str) and not name.startswith("."):
+                    yield name
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
