@@ -1,6 +1,9 @@
 """What is decided from what a cluster has, or says that it can start."""
 
 import re
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 import ray
 
 from raysubset import compare, run, sweep
-from raysubset.cluster import NodeType, num_gpus_of, reached, resources
+from raysubset.cluster import NodeType, connected, connection, num_gpus_of, reached, resources
 from raysubset.config import ActorsConfig, ClusterConfig, Config
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.events import Event
@@ -101,3 +104,49 @@ def test_a_stale_address_is_said_to_come_from_the_environment(monkeypatch: pytes
     told = rf"answers at {address}, which RAY_ADDRESS in the environment names .* unset RAY_ADDRESS"
     with pytest.raises(ValueError, match=told), reached(ClusterConfig()):
         pass
+
+
+def test_a_signal_while_ray_starts_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # what Ray's handler of SIGTERM does
+    with pytest.raises(KeyboardInterrupt), connected(ClusterConfig(num_cpus=1)):
+        pass
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[connection.Head], str]:
+    """What a driver says as it ends without its head."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def watch(head: connection.Head) -> str:
+        with pytest.raises(Ended, match="1"):
+            head.watch(threading.Event())
+        return caplog.text
+
+    monkeypatch.setattr(connection, "LOOK_S", 0.02)
+    monkeypatch.setattr(connection.os, "_exit", end)
+    return watch
+
+
+def test_a_head_that_is_lost_is_a_line_and_exit_code_1(lost: Callable[[connection.Head], str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    text = lost(connection.Head(address, "a", limit_s=0.1))
+    assert f"its head at {address} does not answer" in text
+    assert "the same command resumes" in text
+
+
+def test_a_raylet_that_is_lost_under_the_driver_is_a_line_and_exit_code_1(
+    lost: Callable[[connection.Head], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"NodeID": name, "Alive": name == "b", "NodeManagerAddress": f"host-{name}"} for name in "ab"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        text = lost(connection.Head(address, "a", limit_s=60.0))
+    assert "the raylet of this node, host-a, has died" in text

@@ -135,6 +135,12 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _error(f"{type(error).__name__}: {error}")
         return FAILED
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        _error(f"the cluster failed: {one_line(error)}; what was done is kept, {again}")
+        return FAILED
     finally:
         signal.signal(signal.SIGTERM, previous)
 

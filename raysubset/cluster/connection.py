@@ -8,9 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from raysubset.cluster.authentication import use_own_token, use_token_of
 from raysubset.config import ClusterConfig
@@ -20,6 +22,8 @@ from raysubset.uris import shown
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
+LOOK_S = 2.0  # between two looks at the head
+OWN_HEAD_S, HEAD_S = 5.0, 45.0  # a head of ours does not come back; another's may be started again, within Ray's minute
 
 
 @contextlib.contextmanager
@@ -68,22 +72,67 @@ def reached(config: ClusterConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _connection(**options: Any) -> Iterator[None]:
-    """What ray.init() gives, as long as the block."""
-    started = time.perf_counter()
-    _init(log_to_driver=False, logging_level="warning", **options)
-    log.info("connected to Ray in %.1f s", time.perf_counter() - started)
+    """What ray.init() gives, as long as the block. If the head is lost meanwhile the process ends: see Head.watch()."""
+    started, done = time.perf_counter(), threading.Event()
     try:
+        _init(log_to_driver=False, logging_level="warning", **options)
+        log.info("connected to Ray in %.1f s", time.perf_counter() - started)
+        if "://" not in options["address"]:
+            context, limit_s = ray.get_runtime_context(), OWN_HEAD_S if options["address"] == "local" else HEAD_S
+            head = Head(context.gcs_address, context.get_node_id(), limit_s)
+            threading.Thread(target=head.watch, args=(done,), daemon=True, name="raysubset-head").start()
         yield
     finally:
+        done.set()
         ray.shutdown()
 
 
 def _init(**options: Any) -> None:
-    """ray.init() that leaves the caller's handler of SIGTERM: by Ray's own, a stopped job just ends, with a stack."""
+    """ray.init() that leaves the caller's handler of SIGTERM: by Ray's own, a stopped job just ends, with a stack.
+
+    Raises:
+        KeyboardInterrupt: if Ray's handler got the signal.
+    """
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        ray.init(**options)
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The cluster's head as the driver sees it. Ray would end a driver without one after a minute, with a stack."""
+
+    address: str  # of its control store
+    node_id: str  # of the driver
+    limit_s: float  # that it may be away
+
+    def watch(self, done: threading.Event) -> None:
+        """Look until done is set. If the head or this process's raylet is lost, say so and end the process, with 1."""
+        lost_at = None
+        while not done.wait(LOOK_S):
+            try:
+                _knock(self.address)
+                lost_at = None
+                text = self._raylet_loss()
+            except ConnectionError as error:
+                lost_at, text = lost_at or time.monotonic(), ""
+                if time.monotonic() - lost_at >= self.limit_s:
+                    text = f"its head at {self.address} does not answer ({error})"
+            if text and not done.is_set():
+                log.critical("the Ray cluster is lost: %s. What was done is kept, the same command resumes", text)
+                os._exit(1)  # whatever waits for Ray would wait on
+
+    def _raylet_loss(self) -> str:
+        try:
+            own = next((node for node in ray.nodes() if node["NodeID"] == self.node_id), None)
+        except (RayError, OSError, RuntimeError):  # the control store has died just now
+            return ""
+        return "" if own is None or own["Alive"] else f"the raylet of this node, {own['NodeManagerAddress']}, has died"
 
 
 def _refuse_other_cluster(address: str | None) -> None:
