@@ -25,6 +25,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.data.images import as_images, decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
 from raysubset.data.listing import list_folder
+from raysubset.data.tables import needed_columns
 
 
 def random_images(num: int, height: int = 6, width: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -1128,3 +1129,21 @@ def test_a_pair_of_pairs_is_train_and_test_as_keras_returns_them(own_data: Calla
 def test_floats_that_use_few_levels_are_warned_of(own_data: Callable[[str], str]):
     notes = load(own_data("return images / 4095, labels")).notes
     assert any("warning: 99.9 % of the training pixels lie between 0 and 16" in note for note in notes)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickled_objects_in_a_table_are_refused_and_never_looked_at(nested: bool):
+    class Pickled(pa.ExtensionType):
+        """As ray.data's, whose values are unpickled by as_py()."""
+
+        def __init__(self) -> None:
+            super().__init__(pa.binary(), "ray.data.arrow_pickled_object")
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b""
+
+    column = pa.ExtensionArray.from_storage(Pickled(), pa.array([b"no pickle"] * 4))
+    labels = pa.StructArray.from_arrays([column], ["a"]) if nested else column
+    table = pa.table({"image": pa.array([b"x"] * 4), "label": labels})
+    with pytest.raises(ValueError, match=r"column label of x\.parquet holds pickled Python objects"):
+        needed_columns(table.schema, DataConfig(name="x.parquet"), "x.parquet")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -30,7 +31,8 @@ class Run:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what a run of this name left behind, and start over."""
     accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -62,7 +64,8 @@ class Doctor:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Sweep:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
     sizes: tuple[int, ...] = ()
     """Examples per subset: short for --space subsets.size=…"""
     space: tuple[str, ...] = ()
@@ -98,7 +102,8 @@ class Compare:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
     seeds: int | None = None
     """Runs of each arm and budget, with seeds from --seed on; by default 5. A verdict needs 5."""
     budgets: tuple[float, ...] = ()
@@ -131,7 +136,8 @@ class Advise:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it."""
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
     num_workers: int = 4
     """Devices to train with."""
     against: str | None = None
@@ -348,10 +354,11 @@ def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], 
     """Take --config FILE out of the arguments and read it: a run's config.json, or any part of one.
 
     Raises:
-        ValueError: if there is no such file, or it is not a config.
+        ValueError: if there is no such file, it is not a config, or it names code that the user has not vouched for.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
+    parser.add_argument("--trust-code", action="store_true")
     try:
         found, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError:
@@ -367,9 +374,25 @@ def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], 
     if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json or report.json
     try:
-        return rest, Config.from_dict(_merged(default.to_dict(), tree))
+        config = Config.from_dict(_merged(default.to_dict(), tree))
     except ValueError as error:
         raise ValueError(f"--config {found.config}: {error}") from error
+    if not found.trust_code:
+        _refuse_code(found.config, config, default, rest)
+    return rest, config
+
+
+def _refuse_code(file: str, config: Config, default: Config, flags: Sequence[str]) -> None:
+    """ValueError where a config from a file, which may be a stranger's, names a function that no flag names as well."""
+    given, before = flatten(config.to_dict()), flatten(default.to_dict())
+    for field in ("data.name", "model.name", "subsets.function"):
+        name, flag = given[field], f"--{field}"
+        is_function = isinstance(name, str) and ":" in name and "/" not in name
+        if is_function and name != before[field] and not any(word.partition("=")[0] == flag for word in flags):
+            raise ValueError(
+                f"--config {file} names code: {field} = {name} would be imported from {os.getcwd()} or what is "
+                f"installed, and called. If you trust whoever made the file, add --trust-code, or give {flag} yourself"
+            )
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> Any:

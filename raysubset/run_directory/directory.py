@@ -257,7 +257,9 @@ class RunDirectory:
             raise self._damaged(path, flaw)
         with self._corrupt(path, pa.ArrowInvalid, OSError):  # sealed by another hand
             table = pq.read_table(pa.BufferReader(data))
-        metadata = {key: value for key, value in table.schema.metadata.items() if key != _DIGEST.encode()}
+        if any(map(_is_foreign, table.schema.types)):
+            raise self._damaged(path, "it holds types of other programs")
+        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != _DIGEST.encode()}
         return table.replace_schema_metadata(metadata or None)
 
     def read_record(self, path: str) -> dict[str, Any] | None:
@@ -488,6 +490,13 @@ class RunDirectory:
     def lease(self, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> Lease:
         """The right to write this run, to be entered with `with`."""
         return Lease(self, renew_s=renew_s, clock=clock)
+
+
+def _is_foreign(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is an extension, or holds one: some, as ray.data's objects, unpickle what is looked at."""
+    return isinstance(kind, pa.BaseExtensionType) or any(
+        _is_foreign(kind.field(number).type) for number in range(kind.num_fields)
+    )
 
 
 def _quoted(name: str) -> str:
