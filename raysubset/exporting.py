@@ -18,7 +18,7 @@ import torch
 
 from raysubset.data import decode_images
 from raysubset.network_graph import export
-from raysubset.trained_model import TrainedModel, load_model
+from raysubset.trained_model import ModelRecord, TrainedModel, load_model
 from raysubset.training import are_probabilities
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -149,7 +149,7 @@ def predictions(
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), num):
             batch = paths[start : start + num]
-            images = list(pool.map(lambda path: _read_image(path, model.image_shape), batch))
+            images = list(pool.map(lambda path: _read_image(path, model.record), batch))
             answers = iter(_classify(model, [image for image in images if not isinstance(image, str)], num_classes))
             for path, image in zip(batch, images, strict=True):
                 if isinstance(image, str):
@@ -178,15 +178,16 @@ def _classify(
     ]
 
 
-def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray | str:
-    """uint8 of this shape, [H, W, C]; or why not, in a line."""
-    height, width, channels = shape
+def _read_image(path: str, record: ModelRecord) -> np.ndarray | str:
+    """uint8 [H, W, C] of the model's shape, read as its training images were; or why not, in a line."""
+    height, width, channels = record.image_shape
+    image_size = height if height == width else None
 
     def read(_: int) -> bytes:
         return Path(path).expanduser().read_bytes()
 
     try:
-        (image,) = decode_images(1, read, lambda _: path, image_size=height if height == width else None)
+        (image,) = decode_images(1, read, lambda _: path, image_size=image_size, grey_range=record.grey_range)
     except OSError as error:
         return f"{path}: {error.strerror}"
     except ValueError as error:

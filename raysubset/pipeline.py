@@ -383,6 +383,7 @@ class _Stages:
             image_shape=full_set.image_shape,
             mean=full_set.mean,
             std=full_set.std,
+            grey_range=full_set.grey_range,
         )
         network = self._fresh_network() if config.model.is_function else None
         if flaw := save_model(self._directory, weights, record, network=network):

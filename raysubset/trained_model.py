@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
+from raysubset.data import FULL_RANGE, GreyRange
 from raysubset.errors import first_line
 from raysubset.models import build_model
 from raysubset.network_graph import GraphNetwork, trace
@@ -37,6 +38,7 @@ class ModelRecord:
     image_shape: tuple[int, int, int]  # (H, W, C)
     mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    grey_range: GreyRange  # the values of pixels of more than 8 bits that are black and white
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -65,6 +67,9 @@ class ModelRecord:
             if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
                 raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
             statistics[name] = tuple(map(float, values))
+        grey_range = record["grey_range"]
+        if not _is_list(grey_range, int, 2) or not -_LARGE < grey_range[0] < grey_range[1] < _LARGE:
+            raise ValueError(f"grey_range = {_shown(grey_range)} should be black and white, of pixels of over 8 bits")
         if min(statistics["std"]) <= 0:
             raise ValueError(f"std = {list(statistics['std'])} must be positive")
         return model_record(
@@ -72,6 +77,7 @@ class ModelRecord:
             num_classes=num_classes,
             class_names=tuple(names),
             image_shape=tuple(shape),
+            grey_range=tuple(grey_range),
             **statistics,
         )
 
@@ -134,9 +140,10 @@ def model_record(
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    grey_range: GreyRange = FULL_RANGE,
 ) -> ModelRecord:
     """What load_model() needs beside the weights."""
-    return ModelRecord(model, num_classes, class_names, image_shape, mean, std)
+    return ModelRecord(model, num_classes, class_names, image_shape, mean, std, grey_range)
 
 
 def save_model(

@@ -92,6 +92,20 @@ def test_predictions_of_files_are_the_models_own(directory: str, tmp_path: Path)
     assert (coloured.classes, coloured.probabilities) == (grey.classes, pytest.approx(grey.probabilities, abs=0.02))
 
 
+def test_greys_of_twelve_bits_are_predicted_as_they_were_trained_on(directory: str, tmp_path: Path):
+    run = RunDirectory.at(directory)
+    run.write_json("model.json", run.read_json("model.json") | {"grey_range": [0, 4095]})
+    greys = np.random.default_rng(0).integers(0, 4096, (8, 8), dtype=np.uint16)
+    Image.fromarray(greys).save(tmp_path / "deep.png")
+    Image.fromarray(np.rint(greys / (4095 / 255)).astype(np.uint8)).save(tmp_path / "same.png")
+    Image.fromarray(greys * 2).save(tmp_path / "brighter.png")
+    names = [str(tmp_path / f"{name}.png") for name in ("deep", "same", "brighter")]
+    deep, same, brighter = predict_files(directory, names)
+    assert (deep.classes, deep.probabilities) == (same.classes, same.probabilities)
+    assert brighter.error is not None
+    assert "beyond 0 to 4095, which the full set uses" in brighter.error
+
+
 def test_images_of_another_size_are_resized(directory: str, tmp_path: Path):
     Image.fromarray(np.full((40, 60, 3), 200, dtype=np.uint8)).save(tmp_path / "photo.jpg")
     (prediction,) = predict_files(directory, [str(tmp_path / "photo.jpg")], num_classes=2)

@@ -8,6 +8,7 @@ images, labels = examples.batch(indices, draws=draws)
 
 from raysubset.data.contents import file_fingerprint, kind_of, refuse_changed_files
 from raysubset.data.examples import Batches, Examples, crop_and_flip, even_sizes, joined
+from raysubset.data.findings import FULL_RANGE, GreyRange
 from raysubset.data.full_set import FullSet
 from raysubset.data.images import decode_images
 from raysubset.data.loading import load_full_set
@@ -34,4 +35,6 @@ __all__ = [
     "even_sizes",
     "joined",
     "decode_images",
+    "FULL_RANGE",
+    "GreyRange",
 ]
