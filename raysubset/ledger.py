@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
+from raysubset.config import from_tree
 from raysubset.errors import one_line
 from raysubset.training import Cost
 
@@ -86,10 +87,13 @@ class Work:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"cost": self.cost.to_dict()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Work":
-        """The inverse of to_dict()."""
-        values: dict[str, Any] = {**record, "cost": Cost.from_dict(record["cost"])}
-        return cls(**values)
+    def from_dict(cls, record: Any) -> "Work":
+        """The inverse of to_dict().
+
+        Raises:
+            ValueError: for what is no entry.
+        """
+        return from_tree(cls, record, noun="value of a ledger entry")
 
 
 def _prefix(stage: Stage, round: int, subset: int | None) -> str:
@@ -140,8 +144,7 @@ class Ledger:
 
     def latest(self, work: Work) -> Work:
         """What the file of the same attempt says now; the work itself where there is none."""
-        record = self._storage.read_json_or_none(work.path)
-        return work if record is None else Work.from_dict(record)
+        return self._read(work.path) or work
 
     def read(self) -> list[Work]:
         """All entries by their start; files that cannot be read are left out with a warning."""
@@ -153,6 +156,19 @@ class Ledger:
         paths = {*self._storage.list(_FOLDER), *(work.path for work in self._read_table())}
         pattern = re.compile(re.escape(_prefix(stage, round, subset)) + r"-(\d+)\.json")
         return 1 + max((int(match[1]) for path in paths if (match := pattern.fullmatch(path))), default=-1)
+
+    def lacking(self, done: Iterable[tuple[Stage, int, int | None]]) -> list[str]:
+        """The entries that are damaged or gone: those that cannot be read, and of work that is done and in none.
+
+        Args:
+            done: stage, round and subset of what is known to be done.
+        """
+        works = self.read()
+        read = {work.path for work in works}
+        named = {(work.stage, work.round, work.subset) for work in works if work.outcome == "done"}
+        earlier = {replace(work, attempt=attempt).path for work in works for attempt in range(work.attempt)}
+        unread = {path for path in self._storage.list(_FOLDER) if path not in read} | (earlier - read)
+        return sorted(unread | {f"{_prefix(*key)}-…" for key in done if key not in named})
 
     def close_lost(self) -> list[Work]:
         """Mark as lost what still claims to run, and return it. For a driver that resumes: nobody else is at work."""
@@ -175,13 +191,25 @@ class Ledger:
     def _read_files(self) -> Iterable[tuple[str, Work]]:
         paths = self._storage.list(_FOLDER)
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            records = pool.map(self._storage.read_json_or_none, paths)
-            return [(path, Work.from_dict(record)) for path, record in zip(paths, records, strict=True) if record]
+            works = pool.map(self._read, paths)
+            return [(path, work) for path, work in zip(paths, works, strict=True) if work]
+
+    def _read(self, path: str) -> Work | None:
+        record = self._storage.read_json_or_none(path)
+        try:
+            return None if record is None else Work.from_dict(record)
+        except ValueError as error:
+            logger.warning("%s is damaged: %s; going on as if it were not there", path, error)
+            return None
 
     def _read_table(self) -> list[Work]:
         if not self._storage.exists(_TABLE_PATH):
             return []
-        return [Work.from_dict(record) for record in self._storage.read_table(_TABLE_PATH).to_pylist()]
+        try:
+            return [Work.from_dict(record) for record in self._storage.read_table(_TABLE_PATH).to_pylist()]
+        except ValueError as error:
+            logger.warning("%s; going on as if it were not there", error)
+            return []
 
 
 def total_cost(works: Iterable[Work]) -> Cost:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
-from raysubset.config import Config, SubsetsConfig, derive_seed
+from raysubset.config import Config, SubsetsConfig, derive_seed, from_tree
 from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import OnEvent
@@ -41,7 +41,7 @@ class Slot:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Slot":
         """The inverse of to_dict()."""
-        return cls(**record)
+        return from_tree(cls, record, noun="value of a slot")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
-from raysubset.run_report import RunReport, Sessions, cost_record, data_record, environment
+from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment
 from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, Piece, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
@@ -370,7 +370,12 @@ class _Stages:
             "stages": stages,
             "test": tested.metrics.to_dict(),
             "validation": validation,
-            "cost": cost_record(self._ledger.read(), len(full_set.train), plan.forward_share),
+            "cost": cost_record(
+                self._ledger.read(),
+                len(full_set.train),
+                plan.forward_share,
+                lacking=self._ledger.lacking(done_work(stages)),
+            ),
         }
 
     def _leave_model(self, weights: Weights) -> None:

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
-from raysubset.ledger import Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
+from raysubset.ledger import Stage, Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics
 
@@ -127,8 +127,28 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
     }
 
 
-def cost_record(works: Sequence[Work], num_train: int, forward_share: float) -> dict[str, Any]:
-    """What everything cost, in passes over `num_train` examples, seconds and bytes; then a row a stage."""
+def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:
+    """Stage, round and subset of the work that a report's stages are made of."""
+    alone: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
+    for stage in alone:
+        if stages.get(stage):
+            yield stage, 0, None
+    for made in stages.get("rounds") or ():
+        yield "aggregation", made["round"], None
+        for minimum in made["minima"]:
+            yield "subsets", made["round"], minimum["subset_id"]
+        for minimum in made.get("subsamples") or ():
+            yield "subsamples", made["round"], minimum["subset_id"]
+
+
+def cost_record(
+    works: Sequence[Work], num_train: int, forward_share: float, *, lacking: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What everything cost, in passes over `num_train` examples, seconds and bytes; then a row a stage.
+
+    Args:
+        lacking: the ledger's entries that are damaged, of which nothing is counted.
+    """
     total = total_cost(works)
     return {
         "passes": total.passes(num_train, forward_share),
@@ -138,7 +158,8 @@ def cost_record(works: Sequence[Work], num_train: int, forward_share: float) -> 
         "device_s": total.device_s,
         "critical_path_s": critical_path_s(works),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
-        "stages": _stage_costs(works, num_train, forward_share),
+        **({"lacking": list(lacking)} if lacking else {}),
+        "stages": _stage_costs(works, num_train),
     }
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,39 @@ class TestEntries:
         run.write_bytes("ledger/subsets-0000-0001-00.json", b'{"stage": "sub')
         assert [one.subset for one in ledger.read()] == [0]
         assert "ledger/subsets-0000-0001-00.json" in caplog.text
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[]", "{}", '"x"', '{"stage": "foo"}', "[" * 5000, "other types"],
+    )
+    def test_what_is_no_entry_is_left_out_named_and_told_as_lacking(self, run, ledger, caplog, text):
+        ledger.write(work(subset=0))
+        if text == "other types":
+            text = json.dumps(work(subset=1).to_dict() | {"started_at": "x"})
+        run.write_bytes("ledger/subsets-0000-0001-00.json", text.encode())
+        assert [one.subset for one in ledger.read()] == [0]
+        assert "ledger/subsets-0000-0001-00.json" in caplog.text
+        assert ledger.lacking([("subsets", 0, 0)]) == ["ledger/subsets-0000-0001-00.json"]
+
+    def test_entries_that_are_gone_are_told_by_the_work_that_is_done_and_the_numbers_of_attempts(self, run, ledger):
+        ledger.write(work(subset=0, attempt=2))
+        ledger.write(work(subset=1, outcome="lost"))
+        assert ledger.lacking([("subsets", 0, 0)]) == [f"ledger/subsets-0000-0000-0{n}.json" for n in (0, 1)]
+        for attempt in range(2):
+            ledger.write(work(subset=0, attempt=attempt, outcome="lost"))
+        assert ledger.lacking([("subsets", 0, 0)]) == []
+        assert ledger.lacking([("subsets", 0, 1), ("trunk", 0, None)]) == [
+            "ledger/subsets-0000-0001-…",
+            "ledger/trunk-0000-all-…",
+        ]
+
+    def test_a_damaged_table_is_named_and_what_was_written_since_is_read(self, run, ledger, caplog):
+        ledger.write(work(subset=0))
+        ledger.compact()
+        ledger.write(work(subset=1))
+        run.write_bytes("ledger.parquet", run.read_bytes("ledger.parquet")[:-9])
+        assert [one.subset for one in ledger.read()] == [1]
+        assert "ledger.parquet" in caplog.text
 
     def test_an_actor_elsewhere_writes_to_the_same_ledger(self, ledger):
         pickle.loads(pickle.dumps(ledger)).write(work())

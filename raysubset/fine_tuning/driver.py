@@ -19,6 +19,7 @@ from raysubset.config import Config, TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning.lookout import Lookout
+from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, train_loop
 from raysubset.run_directory import RunDirectory, minimum_path, weights_path
@@ -28,6 +29,7 @@ from raysubset.user_code import Workplace
 
 LOOK_S = 1.0  # between two looks at the history that the first worker leaves
 CONTROLLER_FAILURES = 3
+_JOB = "ray_train"  # its folder in that of the stage
 
 
 class FineTuningFailed(RuntimeError):
@@ -89,6 +91,8 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
     num_lost = 0
     while True:
         num_epochs = lookout.num_epochs
+        if mended := mend_snapshot(run, f"{stage}/{_JOB}"):
+            on_event(Event("warning", mended, {"stage": stage}))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
         try:
@@ -137,7 +141,7 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name="ray_train",
+            name=_JOB,
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(

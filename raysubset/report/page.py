@@ -271,11 +271,14 @@ def _costs(record: Record) -> Section:
         ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
         ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
-    lines = ()
+    lines = []
+    if lacking := cost.get("lacking"):
+        entries = f"{len(lacking)} damaged entries" if len(lacking) > 1 else "a damaged entry"
+        lines.append(f"The ledger has {entries}, so costs are a lower bound: {', '.join(lacking[:3])}.")
     if seconds["num_sessions"] > 1:
         told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
-        lines = (f"This run was resumed: {told}",)
-    return Section("Costs", ("", "amount", ""), tuple(rows), lines, "costs")
+        lines.append(f"This run was resumed: {told}")
+    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), "costs")
 
 
 def _accuracy(metrics: Metrics) -> str:

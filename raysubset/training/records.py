@@ -1,9 +1,12 @@
 """What the loop returns: weights, metrics as sums, and costs as counts."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
+
+from raysubset.config import from_tree
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
 
@@ -50,7 +53,7 @@ class Metrics:
     def from_dict(cls, record: dict[str, Any]) -> "Metrics":
         """The inverse of to_dict(); a loss that was not finite has become null in JSON and is NaN again."""
         loss_sum = record["loss_sum"]
-        return cls(float("nan") if loss_sum is None else loss_sum, record["num_correct"], record["num_examples"])
+        return cls(math.nan if loss_sum is None else loss_sum, record["num_correct"], record["num_examples"])
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Cost:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Cost":
-        return cls(**record)
+    def from_dict(cls, record: Any) -> "Cost":
+        """The inverse of to_dict(); ValueError for what is none."""
+        return from_tree(cls, record, noun="value of a cost")
 
 
 @dataclass(frozen=True)

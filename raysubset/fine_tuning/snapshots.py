@@ -1,0 +1,86 @@
+"""What Ray Train resumes from, mended where it was damaged: Ray writes it in place, so a kill cuts it short."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from raysubset.run_directory import CorruptFile, RunDirectory
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def mend_snapshot(run: RunDirectory, folder: str) -> str | None:
+    """Have a Ray Train job resume from its newest sound checkpoint, or from the start where none is.
+
+    To be called while the job does not run. A checkpoint is complete where it has as many files as any other.
+
+    Args:
+        folder: of the job, with its snapshot and a folder a checkpoint.
+
+    Returns:
+        What was damaged and what the job resumes from; None if nothing was.
+    """
+    path = f"{folder}/{_SNAPSHOT}"
+    if not run.exists(path):
+        return None
+    files: dict[str, list[str]] = {}
+    for file in run.list(folder, recursive=True):
+        if file.endswith(".pt"):
+            files.setdefault(file.split("/")[-2], []).append(file)
+    flaw = _flaw(run, path, files)
+    if flaw is None:
+        return None
+    most = max(map(len, files.values()), default=0)
+    complete = [name for name in sorted(files, reverse=True) if len(files[name]) == most]
+    newest = next((name for name in complete if _damage(run, files[name]) is None), None)
+    if newest is None:
+        run.delete(folder)
+        return f"{flaw}; no checkpoint of {folder} is sound: it starts from the beginning"
+    run.write_bytes(path, json.dumps(_snapshot(newest)).encode())
+    return f"{flaw}; it starts from {newest}"
+
+
+def _flaw(run: RunDirectory, path: str, files: dict[str, list[str]]) -> str | None:
+    """What keeps Ray Train from resuming by its snapshot."""
+    try:
+        snapshot = json.loads(run.read_bytes(path))
+        names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
+        latest = snapshot["latest_checkpoint_result"]
+        newest = latest and latest["checkpoint_dir_name"]
+        whole = snapshot.keys() >= _snapshot("").keys() and len(snapshot["checkpoint_report_indices"]) == len(names)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        names, newest, whole = [], None, False
+    if not whole:
+        return f"{path} in {run.uri} is damaged"
+    for name in names:
+        if name not in files:
+            return f"the checkpoint {name} that {path} in {run.uri} names is gone"
+    return _damage(run, files[newest]) if newest else None
+
+
+def _damage(run: RunDirectory, files: Sequence[str]) -> str | None:
+    try:
+        for file in files:
+            run.read_checkpoint(file)
+    except CorruptFile as error:
+        return str(error)
+    return None
+
+
+def _snapshot(checkpoint: str) -> dict[str, Any]:
+    """As Ray Train writes it of a job with one checkpoint."""
+    result = {"version": 0, "checkpoint_dir_name": checkpoint, "metrics": {}}
+    return {
+        "ray_version": ray.__version__,
+        "checkpoint_results": [result],
+        "checkpoint_report_indices": [0],
+        "latest_checkpoint_result": result,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": 1,
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
