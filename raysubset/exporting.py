@@ -189,7 +189,7 @@ def _read_image(path: str, record: ModelRecord) -> np.ndarray | str:
     try:
         (image,) = decode_images(1, read, lambda _: path, image_size=image_size, grey_range=record.grey_range)
     except OSError as error:
-        return f"{path}: {error.strerror}"
+        return f"{path}: {error.strerror}; give image files"
     except ValueError as error:
         return str(error)
     if image.shape[:2] != (height, width):

@@ -188,7 +188,9 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     """
     run = RunDirectory.at(path)
     if not run.exists(RECORD_PATH):
-        raise ValueError(f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or the run is not finished")
+        raise ValueError(
+            f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or one that is not finished: give another"
+        )
     stored = run.read_json(RECORD_PATH)
     files = stored.pop("files", None) if isinstance(stored, dict) else None
     files = files if isinstance(files, dict) else {}

@@ -117,6 +117,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --storage-path /proc/none", "cannot write to /proc/none"),
         ("compare --seeds 0", "--seeds: 0 cannot tell a difference from noise"),
         ("compare --num-workers 0", "--num-workers 0: arm I needs at least one"),
+        ("run --data.image-size 10000000", "this machine has too little memory for that"),
         ("compare --method conventional", "a comparison has arms of both methods: leave out --method conventional"),
         ("compare --budgets nan", "--budgets = nan must be a number"),
         ("compare --budgets inf", "--budgets = inf must be a number and finite"),

@@ -76,7 +76,7 @@ def test_a_file_of_the_wrong_suffix_is_refused(directory: str):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="no run directory, or the run is not finished"):
+    with pytest.raises(ValueError, match="no run directory, or one that is not finished"):
         export_model(str(tmp_path), format="onnx")
 
 

@@ -32,7 +32,7 @@ from raysubset.cli.flags import (
 )
 from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
-from raysubset.errors import one_line
+from raysubset.errors import first_line, one_line
 from raysubset.uris import without_secrets
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
@@ -131,7 +131,11 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     except BrokenPipeError:  # whoever read our output has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # numpy's, and torch's RuntimeError
+            smaller = "choose a smaller --data.image-size, --model.width, --model.depth or --minimize.batch-size"
+            _error(f"this machine has too little memory for that ({first_line(error)}): {smaller}")
+            return MISTAKE
         logging.getLogger(__name__).debug("failed", exc_info=True)
         _error(f"{type(error).__name__}: {error}")
         return FAILED
