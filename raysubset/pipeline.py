@@ -22,7 +22,7 @@ from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
 from raysubset.events import Event, OnEvent, stage_event
-from raysubset.fine_tuning import fine_tune
+from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
@@ -84,6 +84,7 @@ def run(
     began = time.perf_counter()
     refuse_import("run()")
     refuse_missing(config.tracking)
+    refuse_old_ray_train()
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
     full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}

@@ -10,18 +10,41 @@ from torch import nn
 
 from raysubset.config import AveragingConfig, ExtrapolationConfig, MinimizeConfig, SkippingConfig, derive_seed
 from raysubset.data import even_sizes
-from raysubset.training import Progress, Shard, minimize
+from raysubset.training import LeftOutError, Progress, Shard, minimize
 from tests.tiny import cnn, examples, same_bits, through_a_file, weights
 
 RECIPE = MinimizeConfig(epochs=2, batch_size=8, learning_rate=0.05, channels_last=False)
 NUM = 37  # batches of 8, 8, 7, 7 and 7: the workers' shares differ in size
 STOP = 7  # in the middle of the second epoch
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 def network() -> nn.Module:
     """Without batch-norm, which would normalise each worker's part by itself."""
     return cnn("none").to(torch.float64)
+
+
+class Experts(nn.Module):
+    """A mixture of experts: one that every example passes, one of some examples, one of hardly any, one of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = images.flatten(1)
+        for expert, least in zip(self.experts, (-9.0, 0.0, 9.0), strict=True):
+            chosen = features.mean(1) > least
+            if chosen.any():
+                features = torch.where(chosen[:, None], features + 0.1 * expert(features), features)
+        return self.head(features)
+
+
+def experts() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Experts().to(torch.float64)
 
 
 LOCAL = replace(
@@ -40,6 +63,9 @@ VARIATIONS = {
         LOCAL, skipping=SKIPPING.skipping, averaging=AveragingConfig(kind="pswa", period=0.4), epoch_fraction=0.8
     ),
 }
+
+
+LEAVING_OUT = {"parallel": replace(RECIPE, weight_decay=0.1), "averaged": VARIATIONS["global"]}
 
 
 def ends_at(model: nn.Module, shard: Shard, recipe: MinimizeConfig = RECIPE, **options) -> dict:
@@ -78,6 +104,8 @@ def work(rank: int, folder: Path) -> None:
         state = everyones[0] | {"own": states[0]["own"]}  # each worker's own besides
         found[f"{name} resumed"] = ends_at(network(), shard, recipe, state=state)
         found[f"{name} state"] = everyones[0]
+    for name, recipe in LEAVING_OUT.items():
+        found[f"experts {name}"] = ends_at(experts(), replace(shard, leaves_out=True), recipe)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -95,6 +123,26 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for process in processes.processes:
             process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", LEAVING_OUT)
+def test_parameters_that_some_workers_or_all_leave_out_of_a_step_move_as_in_one_process(ranks, name):
+    one = ends_at(experts(), Shard(), LEAVING_OUT[name])["weights"]
+    for rank in ranks:
+        for key, value in rank[f"experts {name}"]["weights"].items():
+            torch.testing.assert_close(value, one[key])
+    untouched = experts().state_dict()
+    moved = {key for key, value in one.items() if not torch.equal(value, untouched[key])}
+    assert moved == {key for key in one if not key.startswith("experts.2.")}
+
+
+def test_a_parameter_left_out_unannounced_is_told_before_others_wait_for_it():
+    model = experts()
+    model(torch.zeros(2, 1, 8, 8, dtype=torch.float64)).sum().backward()
+    Shard().check_gradients(model.parameters())
+    Shard(0, 2, leaves_out=True).check_gradients(model.parameters())
+    with pytest.raises(LeftOutError):
+        Shard(0, 2).check_gradients(model.parameters())
 
 
 def test_two_shards_of_every_batch_equal_one(ranks):

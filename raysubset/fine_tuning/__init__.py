@@ -6,6 +6,6 @@ The driver's side is in `driver`, with a `trainer` whose controller can be watch
 each Ray Train worker is in `worker`.
 """
 
-from raysubset.fine_tuning.driver import FineTuningFailed, fine_tune
+from raysubset.fine_tuning.driver import FineTuningFailed, fine_tune, refuse_old_ray_train
 
-__all__ = ["fine_tune", "FineTuningFailed"]
+__all__ = ["fine_tune", "refuse_old_ray_train", "FineTuningFailed"]

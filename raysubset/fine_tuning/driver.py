@@ -21,7 +21,7 @@ from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning.lookout import Lookout
 from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
-from raysubset.fine_tuning.worker import Job, train_loop
+from raysubset.fine_tuning.worker import Job, MistakeError, train_loop
 from raysubset.run_directory import RunDirectory, minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Weights
@@ -34,6 +34,13 @@ _JOB = "ray_train"  # its folder in that of the stage
 
 class FineTuningFailed(RuntimeError):
     """Ray Train gave up; the message names the stage and the cause."""
+
+
+def refuse_old_ray_train() -> None:
+    """Raises ValueError: if the environment has Ray Train in its first version, which our jobs are not written for."""
+    if not hasattr(ray.train, "UserCallback"):  # only the second has it
+        setting = os.environ.get("RAY_TRAIN_V2_ENABLED")
+        raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} asks for Ray Train of old, which cannot fine-tune: unset it")
 
 
 def fine_tune(
@@ -54,8 +61,9 @@ def fine_tune(
 
     The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies, or is killed as
     it stands still (actors.stall_s), restarts the group from the last checkpoint, up to actors.max_attempts times; with
-    fine_tuning.min_workers set, on fewer workers. So does a controller that dies. A loss that diverges is not tried
-    again. If the driver dies, the same call resumes from the last checkpoint; a stage that was finished is read back.
+    fine_tuning.min_workers set, on fewer workers. So does a controller that dies. A loss that diverges
+    and what a worker's own work raises are not tried again. If the driver dies, the same call resumes from the last
+    checkpoint; a stage that was finished is read back.
 
     Args:
         calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
@@ -100,6 +108,9 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             break
         except ray.train.TrainingFailedError as error:
             causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+            if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
+                text = f"{stage}, {mistake.text}"
+                raise (ValueError(text) if mistake.is_value_error else FineTuningFailed(text)) from error
             own = [cause for cause in causes if isinstance(cause, ValueError)]
             text = f"{stage}: {one_line((own or causes)[0])}"
             if lookout.stalled and not own:

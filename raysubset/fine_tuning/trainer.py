@@ -8,9 +8,25 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, groups_of, remove_groups
+from raysubset.fine_tuning.worker import MistakeError
+
+
+class EndsOnMistakes(DefaultFailurePolicy):
+    """Tries again what befell the workers, and ends with what they did wrong: they would do it at every attempt.
+
+    Where a worker was lost as well, the others' errors may follow from that.
+    """
+
+    def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
+        errors = getattr(training_failed_error, "worker_failures", {}).values()
+        lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
+        if not lost and any(isinstance(error, MistakeError) for error in errors):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class WatchedTrainer(TorchTrainer):
@@ -31,6 +47,7 @@ class WatchedTrainer(TorchTrainer):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class: Any = ray.remote(TrainController)
         place = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
+        options["failure_policy"] = EndsOnMistakes(self.run_config.failure_config)
         controller = controller_class.options(**place).remote(**options)
         try:
             result: Any = None

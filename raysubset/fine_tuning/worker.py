@@ -18,10 +18,11 @@ from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
-from raysubset.models import build_model, num_parameters
+from raysubset.models import build_model, copied, num_parameters
 from raysubset.run_directory import (
     RunDirectory,
     history_path,
+    left_out_path,
     load_checkpoint,
     minimum_path,
     save_checkpoint,
@@ -32,6 +33,7 @@ from raysubset.training import (
     Cost,
     Distillation,
     DivergedError,
+    LeftOutError,
     Metrics,
     Progress,
     Shard,
@@ -41,6 +43,7 @@ from raysubset.training import (
     num_steps_per_epoch,
     place,
     recompute_batch_norm,
+    try_training,
     use_device,
 )
 from raysubset.user_code import Workplace
@@ -70,6 +73,10 @@ def train_loop(settings: dict[str, Any]) -> str | None:
 
     Returns:
         Why it diverged, if it did: what a worker raises is tried again by Ray Train, and would end in the same way.
+
+    Raises:
+        MistakeError: what its own work raised, which would raise it again; lost connections, storage and devices pass.
+        LeftOutError: if a step left out parameters; it is noted, and the next attempt knows.
     """
     context, job = ray.train.get_context(), settings["job"]
     shard = Shard(context.get_world_rank(), context.get_world_size())
@@ -79,7 +86,35 @@ def train_loop(settings: dict[str, Any]) -> str | None:
             _Worker(job, shard).train()
     except DivergedError as error:  # of all workers at the same step: they share their losses and weights
         return one_line(error)
+    except LeftOutError:
+        job.run.write_json(left_out_path(job.stage), {"leaves_out": True})
+        raise
+    except Exception as error:
+        if _may_pass(error):
+            raise
+        where = f"worker {shard.rank} of {shard.num} on node {own_address()}"
+        raise MistakeError(f"{where}: {one_line(error)}", isinstance(error, ValueError)) from error
     return None
+
+
+class MistakeError(Exception):
+    """What a worker's own work raised: its place and the cause in a line, and whether it was a ValueError."""
+
+    def __init__(self, text: str, is_value_error: bool) -> None:
+        super().__init__(text, is_value_error)
+        self.text, self.is_value_error = text, is_value_error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it came from storage, a device, Ray, or another worker that was lost, rather than from the work."""
+    if isinstance(error, OSError | torch.AcceleratorError | torch.distributed.DistError):
+        return True
+    words = str(error).lower()  # gloo's and NCCL's errors are plain RuntimeErrors
+    of_connection = isinstance(error, RuntimeError) and any(word in words for word in _WORDS_OF_CONNECTIONS)
+    return of_connection or type(error).__module__.startswith("ray.")
+
+
+_WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
 
 
 class _Worker:
@@ -92,6 +127,7 @@ class _Worker:
         self._full_set: FullSet = full_set
         self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
         model = self._network(ray.get(job.start_ref[0]))
+        self._shard = shard = replace(shard, leaves_out=self._leaves_out(model))
         self._syncs_batch_norm = config.fine_tuning.sync_batch_norm and device.type == "cuda" and shard.num > 1
         if self._syncs_batch_norm:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -155,6 +191,18 @@ class _Worker:
             raise
         if self._shard.rank == 0:
             self._leave_result(result.outcome, result.cost)
+
+    def _leaves_out(self, model: torch.nn.Module) -> bool:
+        """Whether steps may leave out parameters: found by trying, or by an earlier attempt; workers decide alike."""
+        config, shard = self._config, self._shard
+        if shard.num == 1 or ":" not in config.model.name:
+            return False
+        found = self._run.exists(left_out_path(self._stage))
+        if not found:
+            shape, num_classes = self._full_set.image_shape, self._full_set.num_classes
+            trial = try_training(copied(model).cpu(), self._recipe, num_classes=num_classes, image_shape=shape)
+            found = bool(trial.left_out)
+        return bool(shard.sum(torch.tensor(float(found), device=self._device)).item())
 
     def _network(self, weights: Weights) -> torch.nn.Module:
         """The run's network with these weights, on this worker's device."""

@@ -55,6 +55,11 @@ def history_path(folder: str) -> str:
     return f"{folder}/history.json"
 
 
+def left_out_path(folder: str) -> str:
+    """JSON: that steps of the stage's Ray Train workers leave out parameters."""
+    return f"{folder}/left_out.json"
+
+
 def optimizer_path(folder: str) -> str:
     """A checkpoint file: the optimizer's state at the minimum, for the next round."""
     return f"{folder}/optimizer.pt"

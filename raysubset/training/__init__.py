@@ -16,6 +16,7 @@ from raysubset.training.records import (
     Cost,
     DivergedError,
     EpochRecord,
+    LeftOutError,
     Measure,
     Metrics,
     MinimizeResult,
@@ -65,4 +66,5 @@ __all__ = [
     "EpochRecord",
     "MinimizeResult",
     "DivergedError",
+    "LeftOutError",
 ]

@@ -16,6 +16,10 @@ MEASURES: tuple[Measure, ...] = ("training", "validation")  # what weights can b
 FORWARD_SHARE = 1 / 3  # of a pass, of deep networks: a backward pass costs about twice a forward pass
 
 
+class LeftOutError(RuntimeError):
+    """A step of several workers left out a parameter, of which nobody told DistributedDataParallel."""
+
+
 class DivergedError(ValueError):
     """The loss stopped being a finite number before any epoch ended, so there are no weights to go back to."""
 

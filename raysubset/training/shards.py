@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raysubset.training.records import LeftOutError
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -13,6 +15,7 @@ class Shard:
 
     rank: int = 0
     num: int = 1
+    leaves_out: bool = False  # whether a step may leave parameters without gradients, of one worker or of all
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over the workers, in place; every worker must call it."""
@@ -23,14 +26,29 @@ class Shard:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """The mean over the workers of the gradients that are there, in place and in one exchange.
 
-        Every worker must call it, with gradients of the same parameters.
+        Every worker must call it, with the same parameters. Where steps may leave some out, one that has a gradient in
+        any worker has one in all of them afterwards.
         """
+        if self.num == 1:
+            return
+        parameters = [p for p in parameters if p.requires_grad]
+        if self.leaves_out:
+            used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+            used = self.sum(used.to(parameters[0].device)).tolist()
+            for parameter, num in zip(parameters, used, strict=True):
+                if num and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.num == 1 or not gradients:
+        if not gradients:
             return
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(self.num)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
+
+    def check_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Raises LeftOutError: if a parameter has no gradient and nobody said that this may be: others wait for it."""
+        if self.num > 1 and not self.leaves_out and any(p.requires_grad and p.grad is None for p in parameters):
+            raise LeftOutError("a step left out parameters, which Ray Train's workers did not know of")
 
     def data_parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model whose backward passes average gradients over the workers, while they go on.
@@ -40,4 +58,6 @@ class Shard:
         if self.num == 1:
             return model
         ids = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.leaves_out
+        )
