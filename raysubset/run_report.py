@@ -159,7 +159,7 @@ def cost_record(
         "critical_path_s": critical_path_s(works),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         **({"lacking": list(lacking)} if lacking else {}),
-        "stages": _stage_costs(works, num_train),
+        "stages": _stage_costs(works, num_train, forward_share),
     }
 
 
