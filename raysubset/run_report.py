@@ -1,5 +1,6 @@
 """The numbers of a finished run, and how they are gathered from its ledger and records."""
 
+import logging
 import math
 import os
 import platform
@@ -7,16 +8,19 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+from raysubset.config import from_tree
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Stage, Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Sessions:
     def __init__(self, directory: RunDirectory, lease: Lease, *, began: float) -> None:
         """`began` is the time.perf_counter() at which this session did."""
         self._directory, self._lease, self._began, self._written_at = directory, lease, began, -math.inf
-        self._earlier = directory.read_json_or_none(SESSIONS_PATH) or []
+        self._earlier = _earlier_sessions(directory)
         self._own = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
 
     def __enter__(self) -> Self:
@@ -82,7 +86,7 @@ class Sessions:
 
         def checked_tell(event: Event) -> None:
             if self._lease.lost:
-                raise RuntimeError(f"another driver has taken over {self._directory.uri}; this one stops")
+                raise RuntimeError(f"{self._lease.lost}; this driver stops")
             self.heartbeat()
             tell(event)
 
@@ -125,6 +129,25 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
         "augmentation": full_set.augmentation,
         "notes": list(full_set.notes),
     }
+
+
+@dataclass(frozen=True)
+class _Session:
+    """An entry of sessions.json."""
+
+    started_at: float  # unix s
+    startup_s: float
+    wall_s: float
+
+
+def _earlier_sessions(directory: RunDirectory) -> list[dict[str, float]]:
+    """Those that were written down; none where that is damaged, with a warning."""
+    records = directory.read_json_or_none(SESSIONS_PATH)
+    try:
+        return [asdict(from_tree(_Session, record, noun="value of a session")) for record in records or ()]
+    except (ValueError, TypeError) as error:
+        logger.warning("%s in %s is damaged: %s; earlier sessions are not counted", SESSIONS_PATH, directory.uri, error)
+        return []
 
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:

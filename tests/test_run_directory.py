@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -464,7 +465,7 @@ class TestWritable:
             run.check_writable()
 
     def test_an_unknown_scheme_is_refused(self):
-        with pytest.raises(ValueError, match=r"cannot write to ftp://host/run: Unrecognized filesystem"):
+        with pytest.raises(ValueError, match=r"storage_path of ftp:// cannot be opened"):
             RunDirectory("ftp://host", "run").check_writable()
 
 
@@ -543,6 +544,29 @@ class TestLease:
             lease.renew()
             assert lease.lost
         assert run.read_json("lease.json")["driver"] == "thief"
+
+    def test_a_folder_that_is_deleted_or_unmounted_is_called_that_and_is_not_made_again(self, run):
+        with run.lease(renew_s=3600) as lease:
+            run.open(CONFIG, {})
+            lease.renew()
+            shutil.rmtree(run.local_path)
+            lease.renew()
+            assert lease.lost == f"{run.uri} is gone, deleted or no longer mounted"
+            assert not run.local_path.exists()
+        assert not run.local_path.exists()
+        with run.lease():
+            assert run.open(CONFIG, {}) is False
+
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"driver": 3}'])
+    def test_a_damaged_lease_holds_nobody_off_and_is_written_again_by_its_holder(self, run, text):
+        with run.lease(renew_s=3600) as lease:
+            run.write_bytes("lease.json", text.encode())
+            lease.renew()
+            assert not lease.lost
+            assert run.read_json("lease.json")["pid"] == os.getpid()
+        run.write_bytes("lease.json", text.encode())
+        with run.lease():
+            pass
 
     def test_storage_that_fails_for_a_while_is_survived(self, run, caplog):
         failing = FailingOnce(run.storage_path, run.name)

@@ -58,7 +58,7 @@ def test_a_driver_whose_lease_is_lost_stops_at_its_next_event_and_leaves_the_ses
     lease, events = directory.lease(), []
     with Sessions(directory, lease, began=0.0) as session:
         tell = session.listener(events.append)
-        lease.lost = True
+        lease.lost = "another driver has taken over the run"
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             tell(Event("note", "never told"))
     assert not events

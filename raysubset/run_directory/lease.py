@@ -1,6 +1,7 @@
 """One driver a run: the lease that refuses a second one."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import logging
@@ -14,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from raysubset.config import from_tree
 from raysubset.run_directory.paths import LEASE_PATH
 
 if TYPE_CHECKING:
@@ -26,6 +28,19 @@ DEAD_AFTER_S = 60.0  # … and dead when it was not for this long. Clocks of nod
 _SETTLE_S = 1.0  # where there are no locks: by then a rival that wrote its lease at the same time is seen
 
 
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """lease.json."""
+
+    driver: str
+    host: str
+    pid: int
+    process_started: str | None
+    process_space: str
+    since: float  # unix s
+    renewed_at: float  # unix s
+
+
 class Lease:
     """Keeps a second driver out of a run: a file that names the holder, renewed by a thread while it is held.
 
@@ -35,7 +50,7 @@ class Lease:
     """
 
     def __init__(self, run: "RunDirectory", *, renew_s: float, clock: Callable[[], float]) -> None:
-        self.lost = False  # another driver has it, or the run was deleted
+        self.lost: str | None = None  # why it is: another driver has it, or the run's folder is gone
         self._run, self._renew_s, self._clock = run, renew_s, clock
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name=f"lease of {run.name}", daemon=True)
@@ -55,14 +70,14 @@ class Lease:
             ValueError: if another driver holds it.
         """
         with _alone(self._run.local_path) as alone:
-            holder = self._run.read_json_or_none(LEASE_PATH)
+            holder = self._holder()
             if holder is not None and self._lives(holder):
                 self._refuse(holder)
             self._write()
             if not alone:
                 time.sleep(_SETTLE_S)
-            holder = self._run.read_json(LEASE_PATH)
-            if holder["driver"] != self._record["driver"]:
+            holder = self._holder()
+            if holder is not None and holder["driver"] != self._record["driver"]:
                 self._refuse(holder)
         self._keeper.start()
         return self
@@ -71,20 +86,27 @@ class Lease:
         self._stop.set()
         self._keeper.join()
         try:
+            if not self._run.exists(""):
+                return
             with _alone(self._run.local_path):
-                if self._is_ours():
+                holder = self._holder()
+                if holder is not None and holder["driver"] == self._record["driver"]:
                     self._run.delete(LEASE_PATH)
         except OSError as error:  # must not hide why the block was left
             logger.warning("the lease of %s could not be given back and ends by itself: %s", self._run.uri, error)
 
     def renew(self) -> None:
-        """Say that the holder lives; sets `lost` instead where the lease is another's."""
-        with _alone(self._run.local_path):
-            if self._is_ours():
-                self._write()
-                return
-        self.lost = True
-        logger.error("the lease of %s is no longer this driver's", self._run.uri)
+        """Say that the holder lives; sets `lost` instead where the lease is another's or the run's folder is gone."""
+        if self._run.exists(""):
+            with _alone(self._run.local_path):
+                holder = self._holder()
+                if holder is None or holder["driver"] == self._record["driver"]:  # none: the file was damaged
+                    self._write()
+                    return
+            self.lost = f"another driver has taken over {self._run.uri}"
+        else:
+            self.lost = f"{self._run.uri} is gone, deleted or no longer mounted"
+        logger.error("%s; this driver stops", self.lost)
 
     def _keep(self) -> None:
         while not self.lost and not self._stop.wait(self._renew_s):
@@ -93,9 +115,14 @@ class Lease:
             except OSError as error:
                 logger.warning("the lease of %s could not be renewed, trying again: %s", self._run.uri, error)
 
-    def _is_ours(self) -> bool:
-        holder = self._run.read_json_or_none(LEASE_PATH)
-        return holder is not None and holder["driver"] == self._record["driver"]
+    def _holder(self) -> dict[str, Any] | None:
+        """What the file says; None where there is none, or none that says it."""
+        record = self._run.read_json_or_none(LEASE_PATH)
+        try:
+            return None if record is None else dataclasses.asdict(from_tree(_Holder, record, noun="value of a lease"))
+        except ValueError as error:
+            logger.warning("%s in %s is damaged: %s; it holds nobody off", LEASE_PATH, self._run.uri, error)
+            return None
 
     def _write(self) -> None:
         self._run.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
