@@ -232,6 +232,7 @@ def _measure_kind(
             num_gpus,
             request=request,
             on_event=on_event,
+            stall_s=config.actors.stall_s,
             timeout_s=config.cluster.wait_timeout_s,
             node_id=node_id,
         )

@@ -82,6 +82,7 @@ class ScoringPlace:
             *arguments,
             request={"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus},
             on_event=self._on_event,
+            stall_s=self._config.actors.stall_s,
         )
 
 

@@ -11,7 +11,7 @@ from raysubset.cluster import authentication  # noqa: F401  before Ray, which re
 import ray
 
 from raysubset.cluster.connection import connected, reached
-from raysubset.cluster.pulses import Process, forget, heard, kill_processes, published
+from raysubset.cluster.pulses import Lookout, Process, forget, heard, kill_processes, published
 from raysubset.cluster.resources import (
     ASK_FOR_LESS,
     WAIT_NOTICE_S,
@@ -46,6 +46,7 @@ from raysubset.cluster.tasks import (
 __all__ = [
     "connected",
     "reached",
+    "Lookout",
     "Process",
     "forget",
     "heard",

@@ -6,6 +6,7 @@ for process in heard(key): watch.hear(process.pulse, process.pid)  # where it is
 
 import json
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster.resources import own_address
-from raysubset.pulse import Pulse, begin, pulse
+from raysubset.events import Event, OnEvent
+from raysubset.pulse import Pulse, Watch, begin, pulse
 
 _EVERY_S = 1.0
 _NAMESPACE = "raysubset.pulses"
@@ -64,19 +66,48 @@ def published(key: str) -> Iterator[None]:
         forget(key)
 
 
-def heard(prefix: str) -> list[Process]:
-    """What is published under keys that begin so, in the order of their names."""
-    processes = []
+def heard(prefix: str) -> dict[str, Process]:
+    """What is published under keys that begin so, by what follows it in them."""
+    processes = {}
     for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
         if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
             values = json.loads(record)
-            processes.append(Process(Pulse(**values.pop("pulse")), **values))
+            name = key.decode().removeprefix(prefix)
+            processes[name] = Process(Pulse(**values.pop("pulse")), **values)
     return processes
 
 
 def forget(prefix: str) -> None:
     """Delete what is published under keys that begin so."""
     internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+
+class Lookout:
+    """Watches the tasks that publish under a prefix; kills those that stand still, which Ray or the caller tries again.
+
+    The name that follows the prefix in a task's key is what the listener is told.
+    """
+
+    def __init__(self, *, stall_s: float, on_event: OnEvent) -> None:
+        self.prefix = f"{uuid.uuid4().hex}/"
+        self._stall_s, self._on_event = stall_s, on_event
+        self._watches: dict[str, Watch] = {}
+
+    def look(self) -> None:
+        """Hear all that have begun."""
+        for name, process in heard(self.prefix).items():
+            watch = self._watches.setdefault(name, Watch(self._stall_s))
+            watch.hear(process.pulse, process.pid)
+            text = f"{name} on node {process.node} stands still: {watch.in_words()}"
+            match watch.look():
+                case "stalled":
+                    more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
+                    self._on_event(Event("warning", f"{text}; {more}"))
+                case "lost":
+                    self._on_event(Event("retry", f"{text}; it was killed (actors.stall_s)"))
+                    kill_processes([process])
+                    forget(self.prefix + name)
+                    del self._watches[name]
 
 
 def kill_processes(processes: Sequence[Process]) -> None:

@@ -9,6 +9,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import (
     WAIT_NOTICE_S,
     autoscaler_activity,
@@ -19,6 +20,7 @@ from raysubset.cluster.resources import (
 from raysubset.events import Event, OnEvent
 from raysubset.user_code import Workplace
 
+LOOK_S = 1.0  # between two looks at a task that works
 STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
 
 SYSTEM_ERRORS = (
@@ -61,14 +63,15 @@ def call_on_cluster(
     *arguments: Any,
     request: Mapping[str, float],
     on_event: OnEvent,
+    stall_s: float = math.inf,
     timeout_s: float | None = None,
     node_id: str | None = None,
 ) -> Any:
     """function(value, *arguments) in a task with these resources; the value is read from the object store there.
 
     It runs on the node of that id, or on any; while it waits for a place the listener is told so, every WAIT_NOTICE_S.
-    A task whose process or node dies is run again by Ray, three times at most; one that must run on a node that has
-    gone fails. With the driver it ends.
+    A task whose process or node dies, or that is killed as it makes no step (actors.stall_s), is run again
+    by Ray, three times at most; one that must run on a node that has gone fails. With the driver it ends.
 
     Raises:
         ValueError: if it can never be placed.
@@ -86,21 +89,28 @@ def call_on_cluster(
         max_calls=1,
         scheduling_strategy=place,
     )
-    def call(value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
+    def call(value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
         place_of_driver.enter()
         yield None  # it has a place
-        yield function(ray.get(value_ref[0]), *arguments)
+        with published(key):
+            result = function(ray.get(value_ref[0]), *arguments)
+        yield result
 
     refuse_unplaceable(request, "scoring tasks")
-    result_refs: Any = call.remote(value_ref, *arguments)
+    lookout = Lookout(stall_s=stall_s, on_event=on_event)
+    result_refs: Any = call.remote(value_ref, f"{lookout.prefix}{function.__name__}", *arguments)
     task, result = f"a task of {describe(request)}", None
     ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
     try:
         for has_place in (False, True):
-            while not ray.wait([result_refs], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
+            while not ray.wait(
+                [result_refs], timeout=max(0.0, min(LOOK_S if has_place else WAIT_NOTICE_S, ends_at - time.monotonic()))
+            )[0]:
                 if time.monotonic() >= ends_at:
                     raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
-                if not has_place:
+                if has_place:
+                    lookout.look()
+                else:
                     free = f"free are {free_resources(request)}{autoscaler_activity()}"
                     on_event(Event("waiting", f"{task} waits for a place; {free}"))
             result = ray.get(next(result_refs))

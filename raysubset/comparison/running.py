@@ -16,11 +16,13 @@ from raysubset.cluster import (
     OUTSIDE_GROUPS,
     SYSTEM_ERRORS,
     WAIT_NOTICE_S,
+    Lookout,
     autoscaler_activity,
     describe,
     free_resources,
     get_shared,
     own_address,
+    published,
     put_once,
     refuse_unplaceable,
     stop_tasks,
@@ -143,6 +145,17 @@ def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None
     return weights
 
 
+def _with_pulse(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with one more argument, the first: the key under which its process's pulse is published."""
+
+    def call(key: str, *arguments: Any) -> Any:
+        with published(key):
+            return function(*arguments)
+
+    call.__name__, call.__qualname__ = function.__name__, function.__qualname__  # what its processes are called
+    return call
+
+
 def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
     """Whether it came to its end; it did not where a signal stopped it, or the driver, which leaves a checkpoint."""
     run, waited_s = _open(leg, legs_path, submitted_at)
@@ -230,10 +243,10 @@ def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_
 
 
 class LegRunner:
-    """Runs legs where the cluster has room. A task that dies is tried again, actors.max_attempts times in all; one that
-    SIGTERM stopped (a spot notice) goes on from its checkpoint, and that counts as no attempt. What fails for good, and
-    what needs it, is left out and named. Stopped with an exception, it lets its tasks write checkpoints first. If the
-    driver dies, the next one finds what is done."""
+    """Runs legs where the cluster has room. A task that dies, or is killed as it makes no step (actors.stall_s), is
+    tried again, actors.max_attempts times in all; one that SIGTERM stopped (a spot notice) resumes from its checkpoint,
+    and that counts as no attempt. What fails for good, and what needs it, is left out and named. Stopped with an
+    exception, it lets its tasks write checkpoints first. If the driver dies, the next one finds what is done."""
 
     def __init__(
         self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, on_event: OnEvent
@@ -243,6 +256,7 @@ class LegRunner:
         self._num_gpus, self._tell = num_gpus, on_event
         self._request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
         refuse_unplaceable(self._request, "legs of a comparison")
+        self._lookout = Lookout(stall_s=config.actors.stall_s, on_event=on_event)
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:
@@ -272,8 +286,12 @@ class LegRunner:
         task = self._task(_test, max_retries=3)
         size = max(1, len(todo) // 16)
         parts = [todo[i : i + size] for i in range(0, len(todo), size)]
-        tasks = [task.remote(part, self._legs_path, self._full_set_ref, self._num_gpus) for part in parts]
+        arguments = (self._legs_path, self._full_set_ref, self._num_gpus)
+        keys = [f"{self._lookout.prefix}test of {len(part)} legs, {number}" for number, part in enumerate(parts)]
+        tasks = [task.remote(key, part, *arguments) for key, part in zip(keys, parts, strict=True)]
         try:
+            while tasks and ray.wait(tasks, num_returns=len(tasks), timeout=WAIT_NOTICE_S)[1]:
+                self._lookout.look()
             ray.get(tasks)
         except BaseException:
             stop_tasks(tasks)
@@ -291,17 +309,19 @@ class LegRunner:
             max_retries=max_retries,
             scheduling_strategy=OUTSIDE_GROUPS,
         )
-        return decorate(as_here(function))
+        return decorate(as_here(_with_pulse(function)))
 
     def _run_tasks(self, todo: list[Leg], done: set[Leg], num_all: int) -> None:
         tasks = {"minimize": self._task(_minimize, max_retries=0), "aggregate": self._task(_aggregate, max_retries=0)}
         running: dict[ray.ObjectRef, Leg] = {}
         num_lost: dict[Leg, int] = {}
-        told_at, notice_s = time.monotonic(), WAIT_NOTICE_S
+        told_at = looked_at = time.monotonic()
+        notice_s = WAIT_NOTICE_S
 
         def submit(leg: Leg) -> None:
             task = tasks[leg.kind]
-            running[task.remote(leg, self._legs_path, self._full_set_ref, self._num_gpus, time.time())] = leg
+            arguments = (leg, self._legs_path, self._full_set_ref, self._num_gpus, time.time())
+            running[task.remote(self._lookout.prefix + leg.key, *arguments)] = leg
 
         try:
             while todo or running:
@@ -316,6 +336,9 @@ class LegRunner:
                     assert not todo, "a leg waits for one that nobody runs"
                     break
                 ended, _ = ray.wait(list(running), num_returns=1, timeout=WAIT_NOTICE_S)
+                if time.monotonic() - looked_at >= WAIT_NOTICE_S:
+                    looked_at = time.monotonic()
+                    self._lookout.look()
                 for result_ref in ended:
                     leg = running.pop(result_ref)
                     if self._collect(leg, result_ref, num_lost):

@@ -18,7 +18,7 @@ from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
 from raysubset.config import Config, TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
-from raysubset.fine_tuning.lookout import Lookout
+from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, MistakeError, train_loop
@@ -95,7 +95,7 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
     """Run the job to its end, again where its controller dies."""
     run, stage, most = job.run, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    lookout = Lookout(job, num_workers=num_workers, is_elastic=least is not None, on_event=on_event)
+    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, on_event=on_event)
     num_lost = 0
     while True:
         num_epochs = lookout.num_epochs

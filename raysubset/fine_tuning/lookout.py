@@ -1,4 +1,4 @@
-"""Lookout: what the driver does each second while a Ray Train job runs."""
+"""TrainLookout: what the driver does each second while a Ray Train job runs."""
 
 import time
 import uuid
@@ -31,7 +31,7 @@ MOST_START_S = 900.0  # for workers that have their places to begin: their proce
 _ELASTIC_S = 60.0  # after which a controller that is free in the number of workers, and asks for none, finds no places
 
 
-class Lookout:
+class TrainLookout:
     """Tells of epochs, of waiting for places and of steps that do not come; kills workers that stand still.
 
     Ray Train tries again from the last checkpoint when workers are killed, and counts that as a failure.
@@ -60,7 +60,7 @@ class Lookout:
         """
         self.tell_epochs()
         groups = groups_of(controller)
-        workers = [worker for worker in heard(self.key) if groups.get(worker.group) == "CREATED"]
+        workers = [worker for worker in heard(self.key).values() if groups.get(worker.group) == "CREATED"]
         now = time.monotonic()
         asks_for_none = self._is_elastic and now - self._heard_at > _ELASTIC_S
         if "CREATED" not in groups.values() and (groups or asks_for_none):

@@ -1,6 +1,7 @@
 """run() on a local cluster: what is done, that it is counted, and that dying processes change no bit of it."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
 from raysubset.planning import calibration_positions
+from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_weights_path,
@@ -220,6 +222,25 @@ def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.Monke
     assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=make_room) == 3
     assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
     assert told[1].endswith(" of 4 CPU")
+
+
+def test_a_task_that_makes_no_step_is_told_of_killed_and_run_again(tmp_path: Path) -> None:
+    def work(folder: str) -> int:
+        begin()
+        for _ in range(3):
+            beat()
+        marker = Path(folder, "begun")
+        while not marker.exists():
+            marker.touch()
+            while True:
+                pass
+        return os.getpid()
+
+    events: list[Event] = []
+    call_on_cluster(work, put_once(str(tmp_path)), request={"CPU": 1}, on_event=events.append, stall_s=3.0)
+    told = [event.text for event in events if event.kind in ("warning", "retry")]
+    assert re.match(r"work on node [\d.]+ stands still: no step for \d+ s .*it is killed in", told[0])
+    assert told[1].endswith("it was killed (actors.stall_s)")
 
 
 def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
