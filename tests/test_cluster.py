@@ -133,20 +133,21 @@ def lost(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
     return watch
 
 
-def test_a_head_that_is_lost_is_a_line_and_exit_code_1(lost: Callable[[connection.Head], str]) -> None:
+@pytest.fixture
+def silent() -> str:
+    """An address at which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    text = lost(connection.Head(address, "a", limit_s=0.1))
-    assert f"its head at {address} does not answer" in text
-    assert "the same command resumes" in text
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_raylet_that_is_lost_under_the_driver_is_a_line_and_exit_code_1(
-    lost: Callable[[connection.Head], str], monkeypatch: pytest.MonkeyPatch
+def test_a_head_or_a_raylet_that_is_lost_is_a_line_and_exit_code_1(
+    lost: Callable[[connection.Head], str], silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nodes = [{"NodeID": name, "Alive": name == "b", "NodeManagerAddress": f"host-{name}"} for name in "ab"]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(connection, "RAYLET_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        text = lost(connection.Head(address, "a", limit_s=60.0))
-    assert "the raylet of this node, host-a, has died" in text
+        text = lost(connection.Head(silent, address, limit_s=0.1))
+        assert f"the head at {silent} does not answer" in text
+        assert "the same command resumes" in text
+        text = lost(connection.Head(address, silent, limit_s=60.0))
+        assert f"the raylet of this node at {silent} does not answer" in text

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from raysubset.cluster.authentication import use_own_token, use_token_of
 from raysubset.config import ClusterConfig
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
 LOOK_S = 2.0  # between two looks at the head
+RAYLET_S = 3.0  # that the raylet of the driver's node may not answer: another one would be another node
 OWN_HEAD_S, HEAD_S = 5.0, 45.0  # a head of ours does not come back; another's may be started again, within Ray's minute
 
 
@@ -79,7 +79,7 @@ def _connection(**options: Any) -> Iterator[None]:
         log.info("connected to Ray in %.1f s", time.perf_counter() - started)
         if "://" not in options["address"]:
             context, limit_s = ray.get_runtime_context(), OWN_HEAD_S if options["address"] == "local" else HEAD_S
-            head = Head(context.gcs_address, context.get_node_id(), limit_s)
+            head = Head(context.gcs_address, _raylet_address(context.get_node_id()), limit_s)
             threading.Thread(target=head.watch, args=(done,), daemon=True, name="raysubset-head").start()
         yield
     finally:
@@ -108,31 +108,33 @@ class Head:
     """The cluster's head as the driver sees it. Ray would end a driver without one after a minute, with a stack."""
 
     address: str  # of its control store
-    node_id: str  # of the driver
-    limit_s: float  # that it may be away
+    raylet_address: str  # of the driver's node
+    limit_s: float  # that the head may be away
 
     def watch(self, done: threading.Event) -> None:
         """Look until done is set. If the head or this process's raylet is lost, say so and end the process, with 1."""
-        lost_at = None
+        lost_at: dict[str, float] = {}
         while not done.wait(LOOK_S):
-            try:
-                _knock(self.address)
-                lost_at = None
-                text = self._raylet_loss()
-            except ConnectionError as error:
-                lost_at, text = lost_at or time.monotonic(), ""
-                if time.monotonic() - lost_at >= self.limit_s:
-                    text = f"its head at {self.address} does not answer ({error})"
+            text = ""
+            for what, address, limit_s in (
+                ("the head", self.address, self.limit_s),
+                ("the raylet of this node", self.raylet_address, RAYLET_S),
+            ):
+                try:
+                    _knock(address)
+                    lost_at.pop(what, None)
+                except ConnectionError as error:
+                    now = time.monotonic()
+                    if now - lost_at.setdefault(what, now) >= limit_s:
+                        text = f"{what} at {address} does not answer ({error})"
             if text and not done.is_set():
                 log.critical("the Ray cluster is lost: %s. What was done is kept, the same command resumes", text)
                 os._exit(1)  # whatever waits for Ray would wait on
 
-    def _raylet_loss(self) -> str:
-        try:
-            own = next((node for node in ray.nodes() if node["NodeID"] == self.node_id), None)
-        except (RayError, OSError, RuntimeError):  # the control store has died just now
-            return ""
-        return "" if own is None or own["Alive"] else f"the raylet of this node, {own['NodeManagerAddress']}, has died"
+
+def _raylet_address(node_id: str) -> str:
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
 def _refuse_other_cluster(address: str | None) -> None:
