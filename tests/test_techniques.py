@@ -565,7 +565,10 @@ def test_every_variation_differs_from_the_plain_run_and_learns():
 
 
 REFUSED = [
-    ({"minimize.extrapolation.kind": "past_local", "minimize.optimizer": "adam"}, "sgd's update, not for adam's"),
+    (
+        {"minimize.extrapolation.kind": "past_local", "minimize.optimizer": "adam"},
+        "sgd's update, not for minimize.optimizer=adam's",
+    ),
     ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "give minimize.momentum more than 0"),
     ({"minimize.averaging.kind": "ema", "minimize.averaging.feedback": "restart"}, "never restarts it"),
     ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "fewer than two samples .* at most 0.5"),
