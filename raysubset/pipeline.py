@@ -391,8 +391,7 @@ class _Stages:
             std=full_set.std,
             grey_range=full_set.grey_range,
         )
-        network = self._fresh_network() if config.model.is_function else None
-        if flaw := save_model(self._directory, weights, record, network=network):
+        if flaw := save_model(self._directory, weights, record):
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Event("note", f"{text} for that: its network's graph could not be kept ({flaw})"))
 

@@ -152,13 +152,15 @@ def save_model(
     """Write the weights, of a user's own network the graph that stands for its code, then the record that names them.
 
     Args:
-        network: the user's own, on the CPU, which takes the weights here.
+        record: this process's own, so that a user's function that it names may be called.
+        network: the user's own, on the CPU, which takes the weights here; by default the record's function is called.
 
     Returns:
         Why its graph could not be kept, so that load_model() will need its code; None where none is needed.
     """
     files, flaw = {WEIGHTS_PATH: run.write_weights(WEIGHTS_PATH, weights)}, None
-    if network is not None:
+    if record.model.is_function:
+        network = network or _built(record)
         network.load_state_dict(weights)
         try:
             graph, constants = trace(network, image_shape=record.image_shape)
@@ -206,6 +208,10 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     return TrainedModel(network, record).eval().to(device)
 
 
+def _built(record: ModelRecord) -> nn.Module:
+    return build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
+
+
 def _network(
     run: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
 ) -> nn.Module:
@@ -218,7 +224,7 @@ def _network(
     if not record.model.is_function:
         return _named_network(record, weights)
     if trust_code:
-        network = build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
+        network = _built(record)
         network.load_state_dict(weights)
         return network
     if not run.exists(GRAPH_PATH):

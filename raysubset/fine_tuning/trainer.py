@@ -47,6 +47,7 @@ class WatchedTrainer(TorchTrainer):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class: Any = ray.remote(TrainController)
         place = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
+        assert self.run_config.failure_config is not None
         options["failure_policy"] = EndsOnMistakes(self.run_config.failure_config)
         controller = controller_class.options(**place).remote(**options)
         try:
