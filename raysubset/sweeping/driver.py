@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 # Ctrl-C is ours: Tune would end quietly, as if all had been done. Reports between validations have no validation_loss.
@@ -229,35 +231,40 @@ def _tune(
     most_at_once: int,
     tell: OnEvent,
 ) -> dict[str, str]:
-    """Run the trials to their ends; the names of those that failed, with the cause in a line."""
-    storage_path, filesystem = directory.train_storage("tune")
+    """Run the trials to their ends; the names of those that failed, with the cause in a line.
+
+    Tune pickles the file system it writes to, credentials included. So where the sweep's storage is remote, Tune is
+    given a folder of this machine, which goes when it has ended: nothing is read from it again.
+    """
     points = [{"name": trial.name, "seed": trial.seed, **trial.overrides} for trial in trials]
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(as_here(run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
-        param_space={"trial": tune.grid_search(points)},
-        tune_config=tune.TuneConfig(
-            metric="validation_loss",
-            mode="min",
-            scheduler=scheduler,
-            max_concurrent_trials=most_at_once,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),  # Tune's files of each session apart: it resumes nothing
-            storage_path=storage_path,
-            storage_filesystem=filesystem,
-            verbose=0,
-            callbacks=[_Telling(tell)],
-        ),
-    )
-    with _quiet_tune():
+    session = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # Tune's files of each apart: it resumes nothing
+    with contextlib.ExitStack() as stack, _quiet_tune():
+        local = directory.local_path
+        folder = local / "tune" if local else Path(stack.enter_context(TemporaryDirectory(prefix="tune-")))
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(as_here(run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
+            param_space={"trial": tune.grid_search(points)},
+            tune_config=tune.TuneConfig(
+                metric="validation_loss",
+                mode="min",
+                scheduler=scheduler,
+                max_concurrent_trials=most_at_once,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=session,
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[_Telling(tell)],
+            ),
+        )
         results = tuner.fit()
-    errors = {}
-    for result in results:
-        if result.error:
-            assert result.config is not None
-            errors[result.config["trial"]["name"]] = one_line(result.error)
+        errors = {}
+        for result in results:
+            if result.error:
+                assert result.config is not None
+                errors[result.config["trial"]["name"]] = one_line(result.error)
     return errors
 
 

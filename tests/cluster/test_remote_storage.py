@@ -1,15 +1,20 @@
 """A run whose storage is an object store: a local S3 server."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
+import ray
 from moto.server import ThreadedMotoServer
 
-from raysubset import Config, load_model, run
+from raysubset import Config, load_model, run, sweep
 from raysubset.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+
+
+SECRET = "a-secret-that-stands-nowhere"
 
 
 @pytest.fixture
@@ -18,11 +23,11 @@ def bucket_uri() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": SECRET}
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys).create_bucket(
         Bucket="runs"
     )
-    yield f"s3://test:test@runs/results?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    yield f"s3://test:{SECRET}@runs/results?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
     server.stop()
 
 
@@ -31,7 +36,7 @@ def test_a_whole_run_with_ray_train_lives_in_an_object_store(bucket_uri: str) ->
         {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 1.0, "fine_tuning.num_workers": 1}
     )
     report = run(config)
-    assert "test:test" not in report.uri
+    assert SECRET not in report.uri
     directory = RunDirectory(bucket_uri, "remote")
     assert directory.read_json("report.json")["test"] == report.test.to_dict()
     assert directory.list("fine_tuning/ray_train", recursive=True)
@@ -40,3 +45,37 @@ def test_a_whole_run_with_ray_train_lives_in_an_object_store(bucket_uri: str) ->
     assert "is finished" in notes[0]
     path, _, query = bucket_uri.partition("?")
     assert load_model(f"{path}/remote?{query}").class_names == tuple("0123456789")
+
+
+def test_the_secret_of_a_sweeps_storage_is_in_no_file(
+    bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune's tuner.pkl and state files had it, and Ray's logs."""
+    kept: list[Path] = []
+
+    class Kept:
+        """TemporaryDirectory that stays, so that Tune's files can be read."""
+
+        def __init__(self, prefix: str) -> None:
+            kept.append(tmp_path / prefix)
+
+        def __enter__(self) -> str:
+            kept[-1].mkdir()
+            return str(kept[-1])
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr("raysubset.sweeping.driver.TemporaryDirectory", Kept)
+    config = Config(name="remote-sweep", storage_path=bucket_uri).with_overrides(
+        {"subsets.num": 2, "minimize.epochs": 1.0, "trunk.epochs": 0.0, "fine_tuning.epochs": 0.0}
+    )
+    report = sweep(config, {"subsets.size": [80]}, seeds=1)
+    assert [trial["state"] for trial in report.trials] == ["done"]
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    files = [path for folder in (*kept, session) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    directory = RunDirectory(bucket_uri, "remote-sweep")
+    names = directory.list("", recursive=True)
+    assert names
+    assert [name for name in names if SECRET.encode() in directory.read_bytes(name)] == []
