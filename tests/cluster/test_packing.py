@@ -10,6 +10,7 @@ import torch
 
 from raysubset import Config, RunReport, run
 from raysubset.events import Event
+from raysubset.identity import identify
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
 from tests.tiny import stored_weights
@@ -27,7 +28,7 @@ def config(folder: Path, name: str, **overrides: Any) -> Config:
 def decide(config: Config, *, taken: bool) -> None:
     """Begin a run with the decision on packing already there, which a run keeps to: so it is forced."""
     directory = RunDirectory(config.storage_path, config.run_name())
-    directory.open(config.to_dict(), {})
+    directory.open(config.to_dict(), {}, identify([config], {}, None))
     packing = {"per_actor": config.subsets.per_actor, "taken": taken}
     directory.write_json(
         DECISIONS_PATH, {"num_gpus": 0.0, "num_workers": 1, "aggregation_num_gpus": 0.0, "packing": packing}

@@ -24,17 +24,28 @@ SMALL = {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 0.0}
 
 def a_sweep(folder: Path, sizes: list[int], **options: Any) -> tuple[SweepReport, list[Event]]:
     events: list[Event] = []
-    overrides = SMALL | options.pop("overrides", {})
+    overrides, heed = SMALL | options.pop("overrides", {}), options.pop("heed", lambda event: None)
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        heed(event)
+
     config = Config(name="sweep", storage_path=str(folder)).with_overrides(overrides)
-    report = sweep(config, {"subsets.size": sizes}, seeds=1, on_event=events.append, **options)
+    report = sweep(config, {"subsets.size": sizes}, seeds=1, on_event=on_event, **options)
     return report, events
 
 
 def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
-    report, events = a_sweep(tmp_path, [100, 200, 5000])
+    def take_place_of_one(event: Event) -> None:
+        if "trials at once" in event.text:
+            taken = RunDirectory(str(tmp_path / "sweep/trials"), "subsets.size-300_seed-0")
+            taken.open({"of": "another config"}, {})
+
+    report, events = a_sweep(tmp_path, [100, 200, 300], heed=take_place_of_one)
     states = {trial["overrides"]["subsets.size"]: trial["state"] for trial in report.trials}
-    assert states == {100: "done", 200: "done", 5000: "failed"}
-    assert report.trials[2]["error"].startswith("ValueError: subsets.size = 5000 exceeds")
+    assert states == {100: "done", 200: "done", 300: "failed"}
+    assert report.trials[2]["error"].startswith("ValueError: ")
+    assert "subsets.size-300_seed-0 holds a run of another config" in report.trials[2]["error"]
     assert report.recommended is not None
     told = {event.data["stage"] for event in events if event.kind == "epoch"}
     assert told >= {"subsets", "aggregation", "done"}
@@ -43,7 +54,8 @@ def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tm
     trunk = {work for work in Ledger(RunDirectory.at(report.trials[0]["uri"])).read() if work.stage == "trunk"}
     assert trunk == {work for work in Ledger(RunDirectory.at(report.trials[1]["uri"])).read() if work.stage == "trunk"}
     assert len(trunk) == 1
-    shared = next(iter(trunk)).cost.passes(1294)
+    share = RunDirectory.at(report.trials[0]["uri"]).read_json("report.json")["model"]["forward_share"]
+    shared = next(iter(trunk)).cost.passes(1294, share)
     assert report.passes == pytest.approx(sum(trial["passes"] for trial in report.trials[:2]) - shared)
 
     # a trial is the run that the same config would be by itself
