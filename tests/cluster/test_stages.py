@@ -366,7 +366,9 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
             on_event=events.append,
         )
     warnings = [event.text for event in events if event.kind == "warning"]
-    assert sum("stand still: no step for" in warning for warning in warnings) == 1, warnings
+    assert any("stand still: no step for" in warning for warning in warnings), (
+        warnings
+    )  # on a busy machine more than once
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
