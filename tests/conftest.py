@@ -12,6 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on 
 os.environ.pop("RAY_ADDRESS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need no Ray come first: what they say of Ray holds where none runs, and they fail sooner."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
+
+
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
