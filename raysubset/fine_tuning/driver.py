@@ -12,13 +12,13 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 import numpy as np
 import ray
 import ray.train
-from ray.train.torch import TorchConfig
 
 from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
 from raysubset.config import Config, TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning.lookout import TrainLookout
+from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, MistakeError, train_loop
@@ -145,7 +145,7 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
         train_loop,
         train_loop_config={"job": job, "pulses": pulses},
         # NCCL refuses two workers on one card
-        torch_config=TorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
+        torch_config=PrivateTorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers if least is None else (least, num_workers),
             use_gpu=bool(num_gpus),

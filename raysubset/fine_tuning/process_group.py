@@ -1,0 +1,58 @@
+"""PrivateTorchConfig: torch's process group of a Ray Train job, whose store listens on its node's own address only."""
+
+import logging
+import socket
+from datetime import timedelta
+
+import ray
+import torch.distributed as dist
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
+
+logger = logging.getLogger(__name__)
+_listening: list[socket.socket] = []  # of the first worker, between _listen() and _join()
+
+
+class PrivateTorchConfig(TorchConfig):
+    """As TorchConfig; but the first worker's TCPStore, which asks nobody for a token, is open to its node's network
+    alone: torch's own listens on every interface, as it is given no socket.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _PrivateTorchBackend
+
+
+class _PrivateTorchBackend(_TorchBackend):
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        host, port = worker_group.execute_single(0, _listen)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        size, backend, timeout_s = len(worker_group), backend_config.backend, backend_config.timeout_s
+        joining = (
+            worker_group.execute_single_async(
+                rank, _join, host, port, rank=rank, size=size, backend=backend, timeout_s=timeout_s
+            )
+            for rank in range(size)
+        )
+        ray.get(list(joining))
+
+
+def _listen() -> tuple[str, int]:
+    """The address at which this process waits for the others, on a port that the system chose."""
+    host = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, 0), family=family)
+    except OSError as error:  # the address by which others reach a node behind a translation is none of its own
+        logger.warning("TCPStore listens on every interface: %s is no address of this node (%s)", host, error)
+        listening = socket.create_server(("", 0), family=family)
+    _listening[:] = [listening]
+    return host, listening.getsockname()[1]
+
+
+def _join(host: str, port: int, *, rank: int, size: int, backend: str | None, timeout_s: float) -> None:
+    """Connect with the others; the first worker serves the store on the socket it listens on."""
+    timeout = timedelta(seconds=timeout_s)
+    served = {"master_listen_fd": _listening.pop().detach()} if rank == 0 else {}
+    store = dist.TCPStore(host, port, size, rank == 0, timeout, **served)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
