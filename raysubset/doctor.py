@@ -25,6 +25,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event
+from raysubset.identity import identify
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
@@ -71,7 +72,7 @@ def _examine(config: Config) -> Iterator[Check]:
         yield Check("model", None, "not looked at: without data its inputs and outputs are not known")
     else:
         plan = yield from _model(config, full_set)
-    yield from _storage(config, directory)
+    yield from _storage(config, directory, full_set)
     with ExitStack() as stack:
         try:
             stack.enter_context(connected(config.cluster))
@@ -121,7 +122,7 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
     return plan
 
 
-def _storage(config: Config, directory: RunDirectory) -> Iterator[Check]:
+def _storage(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Iterator[Check]:
     try:
         directory.check_writable()
     except ValueError as error:
@@ -129,12 +130,12 @@ def _storage(config: Config, directory: RunDirectory) -> Iterator[Check]:
         return
     yield Check("storage", True, f"{directory.uri} can be written")
     try:
-        yield _earlier_run(config, directory)
-    except ValueError as error:  # of a newer version, or being written
+        yield _earlier_run(config, directory, full_set)
+    except ValueError as error:  # of a newer version, of other data or code, or being written
         yield Check("earlier run", False, str(error))
 
 
-def _earlier_run(config: Config, directory: RunDirectory) -> Check:
+def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Check:
     """What is there under the run's name, and what a run would do about it."""
     if not directory.exists(CONFIG_PATH):
         if found := directory.list(recursive=True):
@@ -148,6 +149,8 @@ def _earlier_run(config: Config, directory: RunDirectory) -> Check:
     if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in differences(old, config.to_dict())):
         out = "choose another --name, or start over with --fresh"
         return Check("earlier run", False, f"{directory.uri} holds a run of another config ({told}): {out}")
+    if full_set is not None:
+        directory.refuse_changed(identify([config], {config.data: full_set}, directory.read_identity()))
     if directory.exists(REPORT_PATH):
         return Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
     return Check("earlier run", True, "unfinished: `raysubset run` would go on with it")

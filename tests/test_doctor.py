@@ -6,6 +6,7 @@ import pytest
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.doctor import Check, examine, training_s
+from raysubset.identity import identify
 from raysubset.planning import make_plan
 from raysubset.run_directory import REPORT_PATH, RunDirectory
 
@@ -60,7 +61,7 @@ def test_storage_that_cannot_be_written_fails_with_the_way_out():
 def test_an_earlier_run_is_told_of(tmp_path: Path):
     config = config_in(tmp_path)
     run = RunDirectory(str(tmp_path), "a-run")
-    run.open(config.to_dict(), {})
+    run.open(config.to_dict(), {}, identify([config], {}, None))
 
     def earlier(config: Config) -> Check:
         return before_ray(config)["earlier run"][0]

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 
 from raysubset.config import Config, DataConfig
 from raysubset.data import file_fingerprint, load_full_set, refuse_changed_files
+from raysubset.doctor import examine
 from raysubset.fingerprints import Entry, Identity, changes, digest, entries, fingerprint, in_words
 from raysubset.identity import identify, places_notes
 from raysubset.pipeline import run, run_trunk
@@ -304,6 +306,9 @@ class TestRuns:
         for again in (run, run_trunk):
             with pytest.raises(ValueError, match=rf"{told}\): choose another --name, or start over with --fresh"):
                 again(config)
+        check = next(check for check in examine(config) if check.name == "earlier run")
+        assert check.ok is False
+        assert re.search(told, check.text)
 
     def test_changed_code_can_be_accepted_and_changed_data_cannot(self, project, caplog):
         config = config_of(project)
