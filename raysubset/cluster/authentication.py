@@ -24,8 +24,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import grpc  # noqa: E402
 from ray import exceptions  # noqa: E402
 
-# Ray has no public call to read its environment again
-from ray._raylet import AuthenticationTokenLoader, Config  # noqa: E402  # pyright: ignore[reportAttributeAccessIssue]
+from raysubset.cluster.private_ray import AuthenticationTokenLoader, Config  # noqa: E402
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -95,12 +94,11 @@ def _is_refused(address: str) -> bool:
     Raises:
         ConnectionError: if what listens there is no control store.
     """
-    from ray._private.gcs_utils import create_gcs_channel  # with TLS where RAY_USE_TLS says so
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from raysubset.cluster.private_ray import create_gcs_channel, gcs_service_pb2, gcs_service_pb2_grpc
 
     channel = create_gcs_channel(address)
     try:
-        request = gcs_service_pb2.CheckAliveRequest()  # pyright: ignore[reportAttributeAccessIssue]
+        request = gcs_service_pb2.CheckAliveRequest()
         gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(request, timeout=ANSWER_TIMEOUT_S)
     except grpc.RpcError as error:
         code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]

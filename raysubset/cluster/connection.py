@@ -166,7 +166,7 @@ def _no_answer(address: str, error: ConnectionError, *, given: bool = True) -> V
 
 def _gcs_address(address: str) -> str | None:
     """host:port of what "auto" or the address means; None for a client's proxy (ray://), and where nothing is found."""
-    from ray._private.services import canonicalize_bootstrap_address  # what ray.init() itself calls
+    from raysubset.cluster.private_ray import canonicalize_bootstrap_address
 
     try:
         return None if "://" in address else canonicalize_bootstrap_address(address)

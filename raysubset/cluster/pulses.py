@@ -17,9 +17,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RpcError
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raysubset.cluster.private_ray import internal_kv
 from raysubset.cluster.resources import own_address
 from raysubset.events import Event, OnEvent
 from raysubset.pulse import Pulse, Watch, begin, pulse

@@ -74,7 +74,7 @@ def offered(config: ClusterConfig) -> list[NodeType]:
     """The nodes of the cluster this process is connected to; without one, that of the new one it would start."""
     if ray.is_initialized():
         return node_types()
-    from ray._private.resource_and_label_spec import ResourceAndLabelSpec  # what ray.init() itself asks
+    from raysubset.cluster.private_ray import ResourceAndLabelSpec
 
     counted = ResourceAndLabelSpec(num_cpus=config.num_cpus, num_gpus=config.num_gpus)
     resources = counted.resolve(is_head=True, node_ip_address="127.0.0.1").to_resource_dict()
@@ -89,7 +89,7 @@ def _accelerator(resources: Mapping[str, float]) -> str:
 
 def _published_groups() -> Sequence[Any]:
     """The node groups in Ray's control store; none where nobody wrote them there, as Ray's own autoscalers do not."""
-    from ray._private.state import state  # Ray has no public call for what an autoscaler can start
+    from raysubset.cluster.private_ray import state
 
     config = state.get_cluster_config()
     return config.node_group_configs if config else []
@@ -97,11 +97,9 @@ def _published_groups() -> Sequence[Any]:
 
 def _autoscaling_state() -> Any:
     """What Ray's autoscaler (of version 2) last said of itself; empty where there is none."""
-    from ray._private.worker import global_worker  # ray.autoscaler.v2.sdk leaves out what we want of the same answer
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue]
+    from raysubset.cluster.private_ray import GetClusterStatusReply, global_worker
 
-    client: Any = global_worker
-    return GetClusterStatusReply.FromString(client.gcs_client.get_cluster_status()).autoscaling_state
+    return GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status()).autoscaling_state
 
 
 def _may_start_unknown_nodes() -> bool:
@@ -128,18 +126,17 @@ def autoscaler_activity() -> str:
 
 def draining_nodes() -> set[str]:
     """Ids of nodes that will go soon: a spot notice, or an autoscaler or person taking them away."""
-    from ray._private.state import state  # no public call tells it outside of Ray Train
+    from raysubset.cluster.private_ray import state
 
     return set(state.get_draining_nodes())
 
 
 def groups_of(actor: Any) -> dict[str, str]:
     """Ids of the placement groups that an actor has made and that are not removed, each with its state: PENDING, …"""
-    from ray._private.state import state  # ray.util.placement_group_table() does not tell who made them
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+    from raysubset.cluster.private_ray import PlacementGroupTableData, state
 
-    accessor: Any = state._connect_and_get_accessor()
-    groups = [PlacementGroupTableData.FromString(group) for group in accessor.get_placement_group_table()]
+    table = state._connect_and_get_accessor()
+    groups = [PlacementGroupTableData.FromString(group) for group in table.get_placement_group_table()]
     states = PlacementGroupTableData.PlacementGroupState
     own = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
     return {g.placement_group_id.hex(): states.Name(g.state) for g in own if g.state != states.REMOVED}

@@ -3,11 +3,13 @@
 import logging
 import socket
 from datetime import timedelta
+from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.train._internal.base_worker_group import BaseWorkerGroup
-from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.torch import TorchConfig
+
+from raysubset.cluster.private_ray import TorchBackend, set_torch_distributed_env_vars
 
 logger = logging.getLogger(__name__)
 _listening: list[socket.socket] = []  # of the first worker, between _listen() and _join()
@@ -19,14 +21,14 @@ class PrivateTorchConfig(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type:
         return _PrivateTorchBackend
 
 
-class _PrivateTorchBackend(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+class _PrivateTorchBackend(TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         host, port = worker_group.execute_single(0, _listen)
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(set_torch_distributed_env_vars)
         size, backend, timeout_s = len(worker_group), backend_config.backend, backend_config.timeout_s
         joining = (
             worker_group.execute_single_async(

@@ -6,12 +6,15 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, groups_of, remove_groups
+from raysubset.cluster.private_ray import (
+    DefaultFailurePolicy,
+    FailureDecision,
+    TrainController,
+    get_env_vars_to_propagate,
+)
 from raysubset.fine_tuning.worker import MistakeError
 
 
