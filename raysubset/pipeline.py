@@ -8,10 +8,10 @@ report.test.accuracy, report.passes, report.critical_path_passes
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -42,6 +42,7 @@ from raysubset.run_directory import (
     RESULT_PATH,
     CorruptFile,
     RunDirectory,
+    Seal,
     minimum_folder,
     minimum_path,
     weights_path,
@@ -53,6 +54,8 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Weights
 from raysubset.user_functions import refuse_import
+
+T = TypeVar("T")
 
 
 def run(
@@ -88,10 +91,11 @@ def run(
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
     full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
-    if not fresh and (record := _finished(directory, config, full_sets, accept_changed_code)) is not None:
+    record = None if fresh else _finished(REPORT_PATH, directory, config, full_sets, accept_changed_code)
+    if record is not None:
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
-        return RunReport.from_dict(record)
+        return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     with _begun(
         config,
         directory,
@@ -108,7 +112,8 @@ def run(
         record = stages.run()
         sessions.write()
         record["seconds"] = sessions.seconds()
-        directory.write_json(RESULT_PATH, {key: record[key] for key in ("name", "test", "validation", "cost")})
+        result = {key: record[key] for key in ("name", "test", "validation", "cost")}
+        record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
         directory.write_json(REPORT_PATH, record)
         Ledger(directory).compact()
     tell(Event("result", f"report: {directory.uri}"))
@@ -125,9 +130,7 @@ def run_trunk(
     """Run the trunk alone, or go on with it, for runs that share it; resumes and raises as run() does."""
     began, directory = time.perf_counter(), RunDirectory(config.storage_path, config.run_name())
     full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
-    if directory.exists(minimum_path("trunk")) and not directory.differs(config.to_dict()):
-        identity = identify([config], full_sets, directory.read_identity())
-        directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
+    if _finished(minimum_path("trunk"), directory, config, full_sets, accept_changed_code) is not None:
         return directory
     tell: OnEvent = on_event or (lambda event: None)
     with _begun(
@@ -184,22 +187,27 @@ def _begun(
 
 
 def _finished(
-    directory: RunDirectory, config: Config, full_sets: dict[DataConfig, FullSet], accept_changed_code: bool
+    path: str,
+    directory: RunDirectory,
+    config: Config,
+    full_sets: dict[DataConfig, FullSet],
+    accept_changed_code: bool,
 ) -> dict[str, Any] | None:
-    """The report of a finished run of this config; None if there is none, or if opening it will have to refuse.
+    """The record at a path in a run of this config. None if there is none, it or a file that it names is damaged or
+    gone (with a warning), or opening the run will have to refuse.
 
     Raises:
         ValueError: if it was of other data or code.
     """
     try:
-        found = directory.exists(REPORT_PATH)
+        found = directory.exists(path)
     except OSError as error:
         raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
     if not found or directory.differs(config.to_dict()):
         return None
     identity = identify([config], full_sets, directory.read_identity())
     directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
-    return directory.read_json_or_none(REPORT_PATH)
+    return directory.read_record(path, whole=True)
 
 
 class _Stages:
@@ -223,22 +231,31 @@ class _Stages:
         self._calibration = calibration_positions(config, full_set)
 
     def run(self) -> dict[str, Any]:
-        """All stages; the report's record. What is found damaged is made again, as its records go, once each."""
+        """All stages; the report's record."""
+        is_conventional = self._config.method == "conventional"
+        return self._mended(self._conventional if is_conventional else self._subset_pretraining)
+
+    def run_trunk(self) -> None:
+        """The trunk and nothing else."""
+
+        def trunk() -> None:
+            with self._pool() as pool:
+                self._trunk(pool)
+
+        self._mended(trunk)
+
+    def _mended(self, stages: Callable[[], T]) -> T:
+        """What stages return. What they find damaged is made again, as its records go, once each."""
         found: set[str] = set()
         while True:
             try:
-                return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
+                return stages()
             except CorruptFile as error:
                 if error.path in found:
                     raise
                 found.add(error.path)
                 self._tell(Event("warning", f"{error}; it is made again"))
                 self._directory.forget(error.path)
-
-    def run_trunk(self) -> None:
-        """The trunk and nothing else."""
-        with self._pool() as pool:
-            self._trunk(pool)
 
     def take_over_trunk(self, made: RunDirectory) -> None:
         """Have the trunk of another directory, and the record of the work it was, unless this run has one."""
@@ -348,9 +365,9 @@ class _Stages:
         with self._ledger.recorded("test", 0, device=device, node=own_address()) as close:
             tested = self._scoring.test(weights)
             close(tested.cost)
-        self._directory.write_table(PREDICTIONS_PATH, tested.predictions)
-        self._directory.write_table(MISTAKES_PATH, tested.mistakes)
-        self._leave_model(weights)
+        tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
+        files = {path: self._directory.write_table(path, table) for path, table in tables.items()}
+        files |= self._leave_model(weights)
         return {
             "name": config.run_name(),
             "uri": self._directory.uri,
@@ -377,10 +394,11 @@ class _Stages:
                 plan.forward_share,
                 lacking=self._ledger.lacking(done_work(stages)),
             ),
+            "files": files,
         }
 
-    def _leave_model(self, weights: Weights) -> None:
-        """Leave the run's model, and say where it needs the user's code."""
+    def _leave_model(self, weights: Weights) -> dict[str, Seal]:
+        """Leave the run's model, and say where it needs the user's code; the seals of its files."""
         config, full_set = self._config, self._full_set
         record = model_record(
             config.model,
@@ -391,9 +409,11 @@ class _Stages:
             std=full_set.std,
             grey_range=full_set.grey_range,
         )
-        if flaw := save_model(self._directory, weights, record):
+        files, flaw = save_model(self._directory, weights, record)
+        if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Event("note", f"{text} for that: its network's graph could not be kept ({flaw})"))
+        return files
 
     def _plan_by_speed(self) -> Plan:
         """The plan with subsets sized by the speed of the nodes, which is decided once."""

@@ -148,7 +148,7 @@ def model_record(
 
 def save_model(
     run: RunDirectory, weights: Weights, record: ModelRecord, *, network: nn.Module | None = None
-) -> str | None:
+) -> tuple[dict[str, Seal], str | None]:
     """Write the weights, of a user's own network the graph that stands for its code, then the record that names them.
 
     Args:
@@ -156,7 +156,8 @@ def save_model(
         network: the user's own, on the CPU, which takes the weights here; by default the record's function is called.
 
     Returns:
-        Why its graph could not be kept, so that load_model() will need its code; None where none is needed.
+        The seals of what was written, by path; and why its graph could not be kept, so that load_model() will need its
+        code, None where none is needed.
     """
     files, flaw = {WEIGHTS_PATH: run.write_weights(WEIGHTS_PATH, weights)}, None
     if record.model.is_function:
@@ -168,9 +169,8 @@ def save_model(
             flaw = str(error)
         else:
             files[CONSTANTS_PATH] = run.write_weights(CONSTANTS_PATH, constants)
-            run.write_json(GRAPH_PATH, graph)
-    run.write_json(RECORD_PATH, record.to_dict() | {"files": files})
-    return flaw
+            files[GRAPH_PATH] = run.write_json(GRAPH_PATH, graph)
+    return {**files, RECORD_PATH: run.write_json(RECORD_PATH, record.to_dict() | {"files": files})}, flaw
 
 
 def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: bool = False) -> TrainedModel:

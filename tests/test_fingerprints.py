@@ -275,8 +275,8 @@ def finish(config: Config) -> RunDirectory:
     metrics = {"loss_sum": 0.5, "num_correct": 1, "num_examples": 2}
     cost = {"passes": 1.0, "critical_path_passes": 1.0, "device_s": 1.0}
     report = {"name": "r", "uri": directory.uri, "test": metrics, "validation": metrics, "cost": cost}
-    directory.write_json(REPORT_PATH, report)
-    directory.write_json(minimum_path("trunk"), {})
+    directory.write_json(REPORT_PATH, report | {"files": {}})
+    directory.write_json(minimum_path("trunk"), {"files": {}})
     return directory
 
 

@@ -40,7 +40,7 @@ def users_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         ModelConfig(name="their_net:net"), num_classes=2, class_names=NAMES, image_shape=SHAPE, mean=MEAN, std=STD
     )
     network = UsersNetwork().eval()
-    assert save_model(run, network.state_dict(), record, network=network) is None
+    assert save_model(run, network.state_dict(), record, network=network)[1] is None
     return run
 
 
@@ -233,7 +233,7 @@ def test_a_network_without_a_graph_needs_code_and_the_run_says_why(run: RunDirec
     stored = run.read_json(RECORD_PATH) | {"model": {"name": "their_net:net"}}
     record = ModelRecord.from_dict({key: value for key, value in stored.items() if key != "files"})
     network = Branching()
-    flaw = save_model(run, network.state_dict(), record, network=network)
+    _, flaw = save_model(run, network.state_dict(), record, network=network)
     assert flaw is not None
     assert flaw.startswith("torch.export cannot trace this network")
     with pytest.raises(ValueError, match="trust_code=True"):

@@ -163,17 +163,20 @@ class RunDirectory:
         with filesystem.open_input_stream(full, compression=None) as stream:
             return stream.read()
 
-    def write_json(self, path: str, record: Any) -> None:
+    def write_json(self, path: str, record: Any) -> Seal:
         """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
 
         An object ends with the digest of the file, which read_json() checks and takes away.
+
+        Returns:
+            Its seal, for a record that names it.
         """
-        if not isinstance(record, Mapping):
-            self.write_bytes(path, _to_json(record).encode())
-            return
-        data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()}).encode())
-        fill(data, data.rfind(BLANK))
+        is_object = isinstance(record, Mapping)
+        data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()} if is_object else record).encode())
+        if is_object:
+            fill(data, data.rfind(BLANK))
         self.write_bytes(path, data)
+        return seal_of(data)
 
     def read_json(self, path: str) -> Any:
         """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read or was changed.
@@ -262,9 +265,13 @@ class RunDirectory:
         metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != _DIGEST.encode()}
         return table.replace_schema_metadata(metadata or None)
 
-    def read_record(self, path: str) -> dict[str, Any] | None:
+    def read_record(self, path: str, *, whole: bool = False) -> dict[str, Any] | None:
         """The record of finished work. None, with a warning but where there is none, if it is damaged or a file that it
-        names is gone or of another length: the work is to be done again."""
+        names is gone or of another length: the work is to be done again.
+
+        Args:
+            whole: read the files too, and compare their digests.
+        """
         record = self.read_json_or_none(path)
         if record is None:
             return None
@@ -273,6 +280,8 @@ class RunDirectory:
             if not isinstance(files, dict):
                 raise self._damaged(path, "it names no files")
             self.check_lengths(files)
+            for file, seal in files.items() if whole else ():
+                self._check(file, self.read_bytes(file), seal)
         except CorruptFile as error:
             logger.warning("%s; what it stands for is made again", error)
             return None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from raysubset.models import build_model
 from raysubset.planning import calibration_positions
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
+    PREDICTIONS_PATH,
     RunDirectory,
     aggregate_weights_path,
     minimum_folder,
@@ -307,6 +309,22 @@ def test_a_finished_run_is_read_back_and_a_changed_config_refused(unbroken: RunR
     assert "is finished" in notes[0]
     with pytest.raises(ValueError, match=r"minimize\.epochs: 80\.0 → 4\.0.*--fresh"):
         run(made.with_overrides({"minimize.epochs": 4.0}))
+
+
+def test_a_finished_run_that_was_moved_and_damaged_is_made_whole_from_what_its_last_stage_left(
+    unbroken: RunReport, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(unbroken.uri, tmp_path / "unbroken"))
+    model = (moved / "model.safetensors").read_bytes()
+    (moved / "model.safetensors").write_bytes(model[:-1] + b"?")
+    again = run(config(tmp_path, "unbroken", **LONG))
+    assert (moved / "model.safetensors").read_bytes() == model
+    assert (again.uri, again.test, again.validation) == (str(moved), unbroken.test, unbroken.validation)
+    assert again.record["files"][PREDICTIONS_PATH] == unbroken.record["files"][PREDICTIONS_PATH]
+    num_test, forward_share = again.record["data"]["num_test"], again.record["model"]["forward_share"]
+    scored_again = forward_share * num_test / again.record["data"]["num_train"]
+    assert again.passes - unbroken.passes == pytest.approx(scored_again)
+    assert run(config(tmp_path, "unbroken", **LONG)).record == again.record
 
 
 def test_a_run_of_another_config_is_deleted_where_fresh_is_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What run() reads back, and what it will make again, of a run that is finished."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raysubset.config import Config, ModelConfig
+from raysubset.identity import identify
+from raysubset.models import build_model
+from raysubset.pipeline import _finished, run
+from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, REPORT_PATH, RESULT_PATH, RunDirectory
+from raysubset.trained_model import model_record, save_model
+from tests.test_report import a_record
+
+FINAL = ("model.safetensors", "model.json", PREDICTIONS_PATH, MISTAKES_PATH, RESULT_PATH)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDirectory:
+    """The directory of a finished run of config()."""
+    directory = RunDirectory(str(tmp_path), "r")
+    directory.open(config(directory).to_dict(), {}, identify([config(directory)], {}, None))
+    model = ModelConfig(width=2, depth=1)
+    network = build_model(model, num_classes=2, image_shape=(8, 8, 1), seed=0)
+    made = model_record(model, num_classes=2, class_names=("a", "b"), image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))
+    files, _ = save_model(directory, network.state_dict(), made)
+    table = pa.table({"label": [0, 1], "predicted": [1, 1]})
+    files |= {path: directory.write_table(path, table) for path in (PREDICTIONS_PATH, MISTAKES_PATH)}
+    files[RESULT_PATH] = directory.write_json(RESULT_PATH, {"name": "r"})
+    directory.write_json(REPORT_PATH, a_record() | {"uri": "/where/it/was/made/r", "files": files})
+    return directory
+
+
+def config(directory: RunDirectory) -> Config:
+    return Config(name="r", storage_path=directory.storage_path)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_finished_run_is_read_back_from_where_it_lies_now(finished: RunDirectory):
+    report = run(config(finished))
+    assert (report.uri, report.test.num_examples) == (finished.uri, a_record()["test"]["num_examples"])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip])
+@pytest.mark.parametrize("path", FINAL)
+def test_a_finished_run_of_which_an_artefact_is_damaged_or_gone_has_work_left_and_says_so_in_a_line(
+    finished: RunDirectory, path: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+):
+    assert finished.local_path is not None
+    damage(finished.local_path / path)
+    assert _finished(REPORT_PATH, finished, config(finished), {}, False) is None
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} in {finished.uri} is damaged: ")
+    assert line.endswith("; what it stands for is made again")
