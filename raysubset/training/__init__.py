@@ -7,10 +7,11 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 from raysubset.training.devices import card_bytes, place, use_device
 from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
 from raysubset.training.flops import forward_share
-from raysubset.training.loop import Progress, minimize, num_steps_per_epoch
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
+from raysubset.training.minimizing import minimize
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
+from raysubset.training.progress import Progress, num_steps_per_epoch
 from raysubset.training.records import (
     MEASURES,
     Cost,

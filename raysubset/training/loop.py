@@ -1,119 +1,37 @@
-"""minimize(): the one training loop, for subsets, trunk, fine-tuning and conventional runs alike."""
+"""The one training loop, for subsets, trunk, fine-tuning and conventional runs alike."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
-from raysubset.data import Batches, Examples, even_sizes
+from raysubset.config import MinimizeConfig, derive_seed
+from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import summed_loss, widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
-from raysubset.training.records import Cost, DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
+from raysubset.training.records import Cost, EpochRecord, MinimizeResult
 from raysubset.training.shards import Shard
 from raysubset.training.techniques import Distillation, Techniques
 
-DIVERGENCE = 10.0  # an epoch's loss this many times the first epoch's is given up on
 
-
-@dataclass
-class Progress:
-    """Where a minimization stands; on_step sees it after every step and must not change it."""
-
-    num_steps: int  # of the whole minimization
-    num_steps_per_epoch: int
-    step: int = 0  # steps done, also before a resume
-    cost: Cost = field(default_factory=Cost)  # of this call so far, of all shards together
-    epoch_ended: bool = False  # whether this step closed an epoch, a turn of epoch_fraction, or the last part of one
-    history: list[EpochRecord] = field(default_factory=list)
-    capture: Callable[[], dict[str, Any]] = dict
-    """Everything a later call needs as `state`: tensors and plain values, not copied, so write them down at once.
-
-    With several shards any one worker's will do for all, the weights being the same, if the others are given their own
-    "own" in it where that is not empty. Within an epoch its part of the loss so far stands for all parts, so the
-    history of a job resumed there may differ in that one number.
-    """
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done."""
-        return self.step / self.num_steps_per_epoch
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss of the last whole epoch; NaN before."""
-        return self.history[-1].loss if self.history else math.nan
-
-
-OnStep = Callable[[Progress], bool | None]
-
-
-def num_steps_per_epoch(num_examples: int, config: MinimizeConfig) -> int:
-    """Batches an epoch is cut into: all but equal in size, so that none is too small for batch normalisation."""
-    return math.ceil(num_examples / config.batch_size)
-
-
-def minimize(
+def minimize_by_batches(
     model: nn.Module,
     examples: Batches,
     config: MinimizeConfig,
     *,
     seed: int,
-    state: dict[str, Any] | None = None,
-    optimizer_state: dict[str, Any] | None = None,
-    schedule_span: tuple[float, float] = (0.0, 1.0),
-    shard: Shard | None = None,
-    distillation: Distillation | None = None,
-    on_step: OnStep | None = None,
+    state: dict[str, Any] | None,
+    optimizer_state: dict[str, Any] | None,
+    schedule_span: tuple[float, float],
+    shard: Shard,
+    distillation: Distillation | None,
+    on_step: OnStep | None,
 ) -> MinimizeResult:
-    """Minimize the recipe's loss over the examples, changing the model in place.
-
-    Order, augmentation and dropout depend on the seed and the epoch alone, so the same call gives the same bits on one
-    device type and thread count, also when it was stopped and resumed in the middle of an epoch.
-
-    Args:
-        model: on the examples' device; every worker has one of its own, with the same weights.
-        examples: every worker holds or streams all of them, and computes its share of each batch.
-        config: the recipe; whole-subset optimizers go to minimize_whole().
-        seed: of order, augmentation, dropout and noise.
-        state: what Progress.capture() gave, to go on from there.
-        optimizer_state: momenta to start with when there is no `state` (a member's next round).
-        schedule_span: the part of the schedule that this call covers, as shares of it.
-        shard: this worker's share of each batch. The sum of the shares' gradients is the whole batch's gradient.
-        distillation: an ensemble to learn from as well; the history's losses are then of both.
-        on_step: called after every step; returning True ends the call with the outcome "stopped". Where weights are
-            averaged it sees the average at epochs' ends if the run goes on from it, and always at the very end.
-
-    Returns:
-        The outcome. On divergence the weights of the epoch with the least loss are restored, the optimizer's state is
-        a new one.
-
-    Raises:
-        DivergedError: if the loss was not finite in the first epoch already.
-        ValueError: if there are more workers than examples in a batch, optimizer, precision or a technique does not
-            fit, or streamed examples cannot be read.
-    """
-    shard = shard or Shard()
-    if config.optimizer in WHOLE_SUBSET:
-        from raysubset.training.whole_subset import minimize_whole
-
-        assert optimizer_state is None, "whole-subset optimizers keep no state over rounds"
-        assert distillation is None, "whole-subset optimizers minimize the recipe's loss alone"
-        if shard.num > 1:
-            raise ValueError(
-                f"{config.optimizer} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd"
-            )
-        if not isinstance(examples, Examples):
-            raise ValueError(
-                f"{config.optimizer} passes over all {len(examples)} examples at every step, and they are streamed: "
-                "use sgd, adam or adamw, or leave --data.streamed out"
-            )
-        return minimize_whole(model, examples, config, state=state, on_step=on_step)
+    """Minimize by steps of a batch each: minimize() of sgd, adam and adamw, with its arguments and errors."""
     started = time.perf_counter()
     device, dtype = examples.device, next(model.parameters()).dtype
     per_epoch = num_steps_per_epoch(len(examples), config)
@@ -238,18 +156,6 @@ def minimize(
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), optimizer.state_dict())
 
 
-def reached(config: MinimizeConfig, progress: Progress) -> str | None:
-    """The outcome that the last epoch's loss calls for, if any."""
-    losses = [record.loss for record in progress.history]
-    if not math.isfinite(losses[-1]) or losses[-1] > DIVERGENCE * max(losses[0], 1e-12):
-        return "diverged"
-    if config.target_loss is not None and losses[-1] <= config.target_loss:
-        return "target"
-    if config.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < config.tolerance * losses[-2]:
-        return "tolerance"
-    return None
-
-
 def _is_finite(model: nn.Module) -> bool:
     """Whether every trainable parameter is a finite number."""
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -260,14 +166,6 @@ def _restore(model: nn.Module, best: dict[str, Any], loss: float, config: Minimi
     if not best:
         raise diverged_at_once(loss, config)
     model.load_state_dict(best["model"])
-
-
-def diverged_at_once(loss: float, config: MinimizeConfig) -> DivergedError:
-    """What there is to say when there are no weights to go back to."""
-    return DivergedError(
-        f"the loss became {loss:g} in epoch 1 with a peak learning rate of {config.peak_learning_rate():g}: lower "
-        "the learning rate, or use --minimize.schedule=warmup_linear"
-    )
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:

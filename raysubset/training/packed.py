@@ -17,8 +17,8 @@ from raysubset.data import Examples, even_sizes, joined
 from raysubset.models import has_dropout
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import summed_loss, widened
-from raysubset.training.loop import Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.progress import Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
 from raysubset.training.stack import Stack
 

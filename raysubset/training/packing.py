@@ -13,8 +13,9 @@ from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
 from raysubset.training.evaluation import summed_loss
-from raysubset.training.loop import minimize, num_steps_per_epoch
+from raysubset.training.minimizing import minimize
 from raysubset.training.packed import minimize_packed
+from raysubset.training.progress import num_steps_per_epoch
 from raysubset.training.records import Cost
 
 PAYS = 0.9  # packing is taken if a packed step takes less than this share of its members' single steps

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import copied, generators_restored
-from raysubset.training.loop import Progress, minimize
+from raysubset.training.minimizing import minimize
+from raysubset.training.progress import Progress
 from raysubset.training.records import DivergedError
 
 _NUM_STEPS = 4  # so that layers left out at random are, in one of them
