@@ -6,7 +6,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,6 +64,21 @@ def build_model(config: ModelConfig, *, num_classes: int, image_shape: tuple[int
         if config.is_function:
             _try_training(config.name, model, num_classes, shape)
     return model.train()
+
+
+class Described(Protocol):
+    """What says of a set's images what a network must take and give: a FullSet, or the record of a trained model."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+
+def new_model(config: ModelConfig, described: Described, *, seed: int = 0) -> nn.Module:
+    """build_model() for images of this shape, with a logit a class."""
+    return build_model(config, num_classes=described.num_classes, image_shape=described.image_shape, seed=seed)
 
 
 def _refuse_complex(name: str, model: nn.Module) -> None:

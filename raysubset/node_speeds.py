@@ -19,7 +19,7 @@ from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import OnEvent
 from raysubset.ledger import Ledger, Work
-from raysubset.models import build_model
+from raysubset.models import new_model
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
 
 MEASURE_S = 3.0  # of training to tell the speed by
@@ -246,8 +246,7 @@ def _measure_kind(
 def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gpus: float) -> MeasuredSpeed:
     """Train on a subset for a few seconds, on the device of this process, as an actor would."""
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    seed, shape = derive_seed(config.seed, "start"), full_set.image_shape
-    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=seed)
+    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
     model = place(model, device, channels_last=config.minimize.channels_last)
     examples = full_set.examples("train", indices, device=device, augment=True)
     since, num_before = time.perf_counter(), 0

@@ -25,7 +25,7 @@ from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
-from raysubset.models import build_model
+from raysubset.models import new_model
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
@@ -448,6 +448,4 @@ class _Stages:
         return self._fresh_network(*path).state_dict()
 
     def _fresh_network(self, *path: str) -> nn.Module:
-        full_set, seed = self._full_set, derive_seed(self._config.seed, "start", *path)
-        shape, num_classes = full_set.image_shape, full_set.num_classes
-        return build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=seed)
+        return new_model(self._config.model, self._full_set, seed=derive_seed(self._config.seed, "start", *path))

@@ -14,7 +14,7 @@ from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
 from raysubset.fingerprints import digest
-from raysubset.models import build_model, has_batch_norm, num_parameters, trainable_names
+from raysubset.models import has_batch_norm, new_model, num_parameters, trainable_names
 from raysubset.soundness import findings, most_workers
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import (
@@ -59,8 +59,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
             training fails on a copy of it, or batches are too small for it or for the workers that share them.
     """
     num_train, num_classes = len(full_set.train), full_set.num_classes
-    seed = derive_seed(config.seed, "start")
-    model = build_model(config.model, num_classes=num_classes, image_shape=full_set.image_shape, seed=seed)
+    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
     num, share = num_parameters(model), forward_share(model, full_set.image_shape)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
@@ -221,14 +220,13 @@ def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Modu
 
 def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
     """What the tensors of an actor that holds the most examples take on its card (see minimizing_bytes())."""
-    seed, shape = derive_seed(config.seed, "start"), full_set.image_shape
-    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=seed)
+    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
     alone = config.trunk.epochs and config.trunk.num_workers == 1
     if config.method == "conventional" or alone:
         held = full_set.examples_num_bytes("train")
     else:
         held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
-    num_validation = len(full_set.validation)
+    shape, num_validation = full_set.image_shape, len(full_set.validation)
     return held + minimizing_bytes(model, config.minimize, image_shape=shape, num_examples=num_validation)
 
 

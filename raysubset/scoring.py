@@ -15,7 +15,7 @@ from raysubset.cluster import call_on_cluster
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.events import OnEvent
-from raysubset.models import averaged_names, build_model
+from raysubset.models import averaged_names, new_model
 from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights, metrics_of_outputs, place, predict, use_device
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
@@ -88,9 +88,7 @@ class ScoringPlace:
 
 def _model(full_set: FullSet, num_gpus: float, config: Config) -> tuple[torch.nn.Module, torch.device]:
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    shape = full_set.image_shape
-    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=0)
-    return place(model, device, channels_last=config.minimize.channels_last), device
+    return place(new_model(config.model, full_set), device, channels_last=config.minimize.channels_last), device
 
 
 def aggregate_minima(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.data import FULL_RANGE, GreyRange
 from raysubset.errors import first_line
-from raysubset.models import build_model
+from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
 from raysubset.run_directory import RunDirectory, Seal
 from raysubset.training import Weights
@@ -161,7 +161,7 @@ def save_model(
     """
     files, flaw = {WEIGHTS_PATH: run.write_weights(WEIGHTS_PATH, weights)}, None
     if record.model.is_function:
-        network = network or _built(record)
+        network = network or new_model(record.model, record)
         network.load_state_dict(weights)
         try:
             graph, constants = trace(network, image_shape=record.image_shape)
@@ -208,10 +208,6 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     return TrainedModel(network, record).eval().to(device)
 
 
-def _built(record: ModelRecord) -> nn.Module:
-    return build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
-
-
 def _network(
     run: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
 ) -> nn.Module:
@@ -224,7 +220,7 @@ def _network(
     if not record.model.is_function:
         return _named_network(record, weights)
     if trust_code:
-        network = _built(record)
+        network = new_model(record.model, record)
         network.load_state_dict(weights)
         return network
     if not run.exists(GRAPH_PATH):
@@ -254,15 +250,11 @@ def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Mod
         raise RuntimeError(f"depth = {record.model.depth}, and there are {len(weights)} tensors")
     if not any(record.num_classes in tensor.shape for tensor in weights.values()):
         raise RuntimeError(f"num_classes = {record.num_classes}, and no tensor has as many")
-
-    def build() -> nn.Module:
-        return build_model(record.model, num_classes=record.num_classes, image_shape=record.image_shape, seed=0)
-
     try:
         with torch.device("meta"):
-            network = build()
+            network = new_model(record.model, record)
     except NotImplementedError:  # torchvision's regnets; their size is their name's
-        network = build()
+        network = new_model(record.model, record)
     except (ValueError, TypeError, OverflowError) as error:  # the last two of a width beyond 64 bits
         raise RuntimeError(first_line(error)) from error
     for name, tensor in network.state_dict().items():

@@ -34,7 +34,7 @@ from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
-from raysubset.models import build_model, trainable_names
+from raysubset.models import new_model, trainable_names
 from raysubset.planning import calibration_positions, cut_subsample, cut_subsets
 from raysubset.run_directory import (
     RunDirectory,
@@ -134,7 +134,7 @@ def start_weights(leg: Leg, legs_path: str, full_set: FullSet) -> Weights | None
     if leg.start.kind == "shrink_perturb":
         config, tuning = leg.config, leg.config.fine_tuning
         seed = derive_seed(config.seed, "start", "fine_tuning")
-        model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
+        model = new_model(config.model, full_set, seed=seed)
         weights = shrink_perturb(
             weights,
             model.state_dict(),
@@ -202,12 +202,7 @@ def _leave_aggregate(
     """Aggregate the members and write what came of it, what that cost before its record."""
     run, start = RunDirectory(legs_path, leg.key), start_weights(leg, legs_path, full_set)
     config = leg.config
-    model = build_model(
-        config.model,
-        num_classes=full_set.num_classes,
-        image_shape=full_set.image_shape,
-        seed=derive_seed(config.seed, "start"),
-    )
+    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
     folders = [LegFolder(legs_path, member) for member in leg.members]
     parts = {folder.leg.subset: folder for folder in folders if folder.leg.is_subsample}
     momentum: Weights = {}
@@ -394,7 +389,7 @@ class LegRunner:
         full_set: FullSet = get_shared(self._full_set_ref)
         config = leg.config
         seed = derive_seed(config.seed, "start")
-        model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
+        model = new_model(config.model, full_set, seed=seed)
         try:
             fine_tune(
                 config,

@@ -18,7 +18,7 @@ from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Work
-from raysubset.models import build_model, copied, num_parameters
+from raysubset.models import copied, new_model, num_parameters
 from raysubset.run_directory import (
     RunDirectory,
     history_path,
@@ -206,8 +206,7 @@ class _Worker:
 
     def _network(self, weights: Weights) -> torch.nn.Module:
         """The run's network with these weights, on this worker's device."""
-        shape, num_classes = self._full_set.image_shape, self._full_set.num_classes
-        model = build_model(self._config.model, num_classes=num_classes, image_shape=shape, seed=0)
+        model = new_model(self._config.model, self._full_set)
         model.load_state_dict(weights)
         return place(model, self._device, channels_last=self._recipe.channels_last)
 

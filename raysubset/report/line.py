@@ -8,7 +8,7 @@ import numpy as np
 from raysubset.config import DATA_NAMES, Config
 from raysubset.data import load_full_set
 from raysubset.identity import identify
-from raysubset.models import averaged_names, build_model
+from raysubset.models import averaged_names, new_model
 from raysubset.report.figures import Record
 from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
 from raysubset.training import evaluate, recompute_batch_norm
@@ -50,8 +50,7 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
     identity = identify([config], {config.data: full_set}, None)
     if found := identity.changed(run.read_identity() or identity):
         raise ValueError("; ".join(found))
-    shape = full_set.image_shape
-    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=shape, seed=0)
+    model = new_model(config.model, full_set)
     files = minima[0]["files"] | minima[1]["files"]
     first, second = (run.read_weights(weights_path(folder), files) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))

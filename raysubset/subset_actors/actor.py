@@ -16,7 +16,7 @@ from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
-from raysubset.models import build_model
+from raysubset.models import new_model
 from raysubset.pulse import Pulse, beat, begin, pulse
 from raysubset.run_directory import (
     RunDirectory,
@@ -227,11 +227,8 @@ class SubsetActor:
         """The piece's model and examples on the device, and what its newest checkpoint holds."""
         config, run, folder = self._config, self._run, piece.folder
         full_set: FullSet = ray.get(self._full_set_ref[0])
-        shape, num_classes = full_set.train.image_shape, full_set.num_classes
         seed_path = ("start",) if piece.start_id == "initial" else ("start", piece.start_id)
-        model = build_model(
-            config.model, num_classes=num_classes, image_shape=shape, seed=derive_seed(config.seed, *seed_path)
-        )
+        model = new_model(config.model, full_set, seed=derive_seed(config.seed, *seed_path))
         if start_ref is not None:
             start: Weights = ray.get(start_ref[0])
             model.load_state_dict(start)

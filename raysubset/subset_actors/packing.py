@@ -5,7 +5,7 @@ from typing import Any
 
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.models import build_model
+from raysubset.models import new_model
 from raysubset.subset_actors.packs import in_packs
 from raysubset.subset_actors.pieces import Piece
 from raysubset.subset_actors.pool import ActorPool
@@ -26,8 +26,7 @@ def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces:
         SubsetFailed, TimeoutError: as ActorPool.try_packing().
     """
     asked, recipe = config.subsets.per_actor, config.stage("subsets")
-    shape, num_classes = full_set.image_shape, full_set.num_classes
-    model = build_model(config.model, num_classes=num_classes, image_shape=shape, seed=0)
+    model = new_model(config.model, full_set)
     first = in_packs(pieces, asked)[0].pieces
     reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
     if reason is not None:
