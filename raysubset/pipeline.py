@@ -43,6 +43,7 @@ from raysubset.run_directory import (
     CorruptFile,
     RunDirectory,
     Seal,
+    StorageLost,
     minimum_folder,
     minimum_path,
     weights_path,
@@ -201,6 +202,8 @@ def _finished(
     """
     try:
         found = directory.exists(path)
+    except StorageLost:
+        raise
     except OSError as error:
         raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
     if not found or directory.differs(config.to_dict()):

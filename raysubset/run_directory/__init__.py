@@ -9,7 +9,7 @@
         run.write_json(minimum_path(folder), record)     # last: a record stands for weights that are there
 
 Paths are relative to the run, with "/". A reader sees the old content of a file or the new, never a part of it: a
-process that dies while writing leaves the old one.
+process that dies while writing leaves the old one. Remote storage that does not answer for a while is asked again.
 """
 
 from raysubset.run_directory.directory import (
@@ -49,12 +49,14 @@ from raysubset.run_directory.paths import (
     subsets_path,
     weights_path,
 )
+from raysubset.run_directory.patience import StorageLost
 from raysubset.run_directory.seals import Seal
 
 __all__ = [
     "RunDirectory",
     "Lease",
     "CorruptFile",
+    "StorageLost",
     "FORMAT",
     "Seal",
     "save_checkpoint",

@@ -29,6 +29,7 @@ from raysubset.config import differences
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.lease import RENEW_S, Lease
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
+from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
 from raysubset.uris import refuse_ambiguous, shown
 
@@ -70,6 +71,7 @@ class RunDirectory:
         self.storage_path = storage_path if mark else os.path.abspath(os.path.expanduser(storage_path))
         self.name = name
         self.local_path = None if mark else Path(self.storage_path, name)
+        self._patience = Patience(self.shown_storage_path.partition("?")[0])
         self._verified: set[tuple[Any, ...]] = set()  # versions of local files that are known to match their seals
 
     @classmethod
@@ -80,7 +82,7 @@ class RunDirectory:
         return cls((storage_path or "/") + mark + query, urllib.parse.unquote(name) if "://" in uri else name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunDirectory, (self.storage_path, self.name)
+        return RunDirectory, (self.storage_path, self.name), {"_patience": self._patience}
 
     def __repr__(self) -> str:
         return f"RunDirectory({self.uri})"
@@ -104,7 +106,7 @@ class RunDirectory:
         if self.local_path:
             return pafs.LocalFileSystem(), str(self.local_path)
         try:
-            filesystem, folder = pafs.FileSystem.from_uri(self.storage_path)
+            filesystem, folder = opened(self.storage_path, self._patience)
         except (pa.ArrowInvalid, ImportError) as error:  # which shows the whole URI
             scheme = self.storage_path.partition("://")[0]
             text = (
@@ -138,10 +140,11 @@ class RunDirectory:
         """Remove a file, or a folder and all in it; none to remove is fine."""
         filesystem, full = self._at(path)
         kind = filesystem.get_file_info(full).type
-        if kind == pafs.FileType.Directory:
-            filesystem.delete_dir(full)
-        elif kind != pafs.FileType.NotFound:
-            filesystem.delete_file(full)
+        with contextlib.suppress(FileNotFoundError):  # of a second try, where the first was done and its answer lost
+            if kind == pafs.FileType.Directory:
+                filesystem.delete_dir(full)
+            elif kind != pafs.FileType.NotFound:
+                filesystem.delete_file(full)
 
     def write_bytes(self, path: str, data: bytes | bytearray) -> None:
         """Replace a file in one step; its folders are made.
@@ -153,15 +156,14 @@ class RunDirectory:
             _write_local(self.local_path / path, data)
             return
         filesystem, full = self._at(path)
-        # One write, then the close that makes the object visible: no exception can come between parts of it.
-        with filesystem.open_output_stream(full, compression=None) as stream:
-            stream.write(data)
+        filesystem.handler.write(full, data)
 
     def read_bytes(self, path: str) -> bytes:
         """The content; FileNotFoundError where there is none."""
+        if self.local_path:
+            return (self.local_path / path).read_bytes()
         filesystem, full = self._at(path)
-        with filesystem.open_input_stream(full, compression=None) as stream:
-            return stream.read()
+        return filesystem.handler.read(full)
 
     def write_json(self, path: str, record: Any) -> Seal:
         """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
@@ -362,6 +364,8 @@ class RunDirectory:
         try:
             self.write_bytes(probe, b"?")
             self.delete(probe)
+        except StorageLost:
+            raise
         except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             cause = (isinstance(error, OSError) and error.strerror) or _one_line(error)
             raise ValueError(f"cannot write to {self.uri}: {cause}; choose another --storage-path") from error
