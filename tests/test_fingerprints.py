@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from raysubset.config import Config, DataConfig
@@ -45,7 +47,7 @@ def write_table(path: Path, *, seed: int = 0, num: int = 40) -> Path:
     return path
 
 
-def found(path: Path, known: pa.Table | None = None) -> pa.Table:
+def found(path: Path | str, known: pa.Table | None = None) -> pa.Table:
     table = file_fingerprint(DataConfig(name=str(path)), known)
     assert table is not None
     return table
@@ -118,6 +120,28 @@ class TestData:
         path = write_table(tmp_path / "set.parquet")
         known = fingerprint(entry._replace(digest="trusted") for entry in entries(found(path)).values())
         assert changes(known, found(path, known)) == ["set.parquet has other bytes"]
+
+    def test_object_storage_is_asked_for_its_etag_and_the_object_is_not_read(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        try:
+            address = "{}:{}".format(*server.get_host_and_port())
+            s3 = boto3.client("s3", endpoint_url=f"http://{address}", region_name="us-east-1")
+            s3.create_bucket(Bucket="data")
+            uri = f"s3://data/set.parquet?endpoint_override={address}&scheme=http&region=us-east-1"
+            told = []
+            for seed in (0, 0, 1):
+                body = write_table(tmp_path / "set.parquet", seed=seed).read_bytes()
+                tag = s3.put_object(Bucket="data", Key="set.parquet", Body=body)["ETag"]
+                (entry,) = entries(table := found(uri)).values()
+                assert (entry.digest, entry.size) == (f"ETag {tag}", len(body))
+                told.append(table)
+            assert changes(told[0], told[1]) == []
+            assert changes(told[0], told[2]) == ["set.parquet has other bytes"]
+        finally:
+            server.stop()
 
     def test_changes_are_named_a_few_of_many(self, tmp_path):
         first = found(write_classes(tmp_path / "photos"))

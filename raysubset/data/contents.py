@@ -136,7 +136,7 @@ def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | N
             return Entry(file, info.size, hashlib.file_digest(local, _hash).hexdigest(), stamp)
     with system.open_input_file(info.path) as remote:
         tags = {key.lower(): value for key, value in (remote.metadata() or {}).items()}
-        if tag := tags.get(b"etag"):
+        if tag := tags.get("etag"):
             return Entry(file, info.size, f"ETag {tag.decode()}", stamp)
         digest = _hash()
         for part in iter(partial(remote.read, _PART_BYTES), b""):
