@@ -105,7 +105,7 @@ class Sessions:
     def write(self) -> None:
         self._written_at = time.perf_counter()
         self._own["wall_s"] = self._written_at - self._began
-        self._directory.write_json(SESSIONS_PATH, [*self._earlier, self._own])
+        self._directory.write_json(SESSIONS_PATH, {"sessions": [*self._earlier, self._own]})
 
     def seconds(self) -> dict[str, Any]:
         """For the report: sums over the sessions, with this one as far as it was written."""
@@ -133,19 +133,26 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Session:
-    """An entry of sessions.json."""
+    """How long one driver worked."""
 
     started_at: float  # unix s
     startup_s: float
     wall_s: float
 
 
+@dataclass(frozen=True)
+class _Sessions:
+    """sessions.json."""
+
+    sessions: list[_Session]
+
+
 def _earlier_sessions(directory: RunDirectory) -> list[dict[str, float]]:
     """Those that were written down; none where that is damaged, with a warning."""
-    records = directory.read_json_or_none(SESSIONS_PATH)
+    record = directory.read_json_or_none(SESSIONS_PATH)
     try:
-        return [asdict(from_tree(_Session, record, noun="value of a session")) for record in records or ()]
-    except (ValueError, TypeError) as error:
+        return [] if record is None else asdict(from_tree(_Sessions, record, noun="value of a session"))["sessions"]
+    except ValueError as error:
         logger.warning("%s in %s is damaged: %s; earlier sessions are not counted", SESSIONS_PATH, directory.uri, error)
         return []
 

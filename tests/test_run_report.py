@@ -23,7 +23,7 @@ def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
     killed.heartbeat()
     now += Sessions.WRITE_S / 2
     killed.heartbeat()  # too soon to be written down, and so lost
-    assert directory.read_json(SESSIONS_PATH)[0]["wall_s"] == 2 + Sessions.WRITE_S
+    assert directory.read_json(SESSIONS_PATH)["sessions"][0]["wall_s"] == 2 + Sessions.WRITE_S
 
     with Sessions(directory, directory.lease(), began=now) as last:
         now += 1.0

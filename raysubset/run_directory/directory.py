@@ -190,6 +190,8 @@ class RunDirectory:
             record = json.loads(data)
         if isinstance(record, dict) and record.pop(_DIGEST, None) is not None and (flaw := flaw_by_itself(data)):
             raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
+        if record is None:  # as None stands for a file that is not there
+            raise self._damaged(path, "it holds nothing but null")
         return record
 
     def read_json_or_none(self, path: str) -> Any:
