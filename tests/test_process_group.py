@@ -11,7 +11,7 @@ from raysubset.fine_tuning.process_group import _join, _listen
 def test_the_store_listens_on_the_nodes_own_address_only() -> None:
     host, port = _listen()
     try:
-        _join(host, port, rank=0, size=1, backend="gloo", timeout_s=30)
+        _join(host, port, 0, 1, "gloo", 30)
         total = torch.ones(3)
         dist.all_reduce(total)
         assert total.tolist() == [1.0, 1.0, 1.0]

@@ -107,7 +107,9 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             diverged = trainer.fit().return_value
             break
         except ray.train.TrainingFailedError as error:
-            causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+            causes = list(getattr(error, "worker_failures", {}).values()) or [
+                getattr(error, "controller_failure", error)
+            ]
             if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
                 text = f"{stage}, {mistake.text}"
                 raise (ValueError(text) if mistake.is_value_error else FineTuningFailed(text)) from error

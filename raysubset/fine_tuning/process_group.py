@@ -31,9 +31,7 @@ class _PrivateTorchBackend(TorchBackend):
         worker_group.execute(set_torch_distributed_env_vars)
         size, backend, timeout_s = len(worker_group), backend_config.backend, backend_config.timeout_s
         joining = (
-            worker_group.execute_single_async(
-                rank, _join, host, port, rank=rank, size=size, backend=backend, timeout_s=timeout_s
-            )
+            worker_group.execute_single_async(rank, _join, host, port, rank, size, backend, timeout_s)
             for rank in range(size)
         )
         ray.get(list(joining))
@@ -52,7 +50,7 @@ def _listen() -> tuple[str, int]:
     return host, listening.getsockname()[1]
 
 
-def _join(host: str, port: int, *, rank: int, size: int, backend: str | None, timeout_s: float) -> None:
+def _join(host: str, port: int, rank: int, size: int, backend: str | None, timeout_s: float) -> None:
     """Connect with the others; the first worker serves the store on the socket it listens on."""
     timeout = timedelta(seconds=timeout_s)
     served = {"master_listen_fd": _listening.pop().detach()} if rank == 0 else {}
