@@ -1,12 +1,10 @@
 """What depends on the cluster or is measured: decided once, written down, and kept when the run goes on elsewhere."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
-from raysubset.config import Config, from_tree
+from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger
@@ -53,33 +51,6 @@ def workers_of_stages(config: Config) -> dict[str, int]:
     return workers
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Decided:
-    """decisions.json."""
-
-    num_gpus: float
-    num_workers: int
-    aggregation_num_gpus: float
-    shares: list[float] | None = None
-    slots: list[Slot] = field(default_factory=list)
-    packing: dict[str, Any] | None = None
-
-
-def _decided(directory: RunDirectory) -> dict[str, Any] | None:
-    """What was decided; None where nothing was, or where that is damaged, with a warning."""
-    record = directory.read_json_or_none(DECISIONS_PATH)
-    try:
-        if record is not None:
-            from_tree(_Decided, record, noun="decision")
-    except ValueError as error:
-        logger.warning("%s in %s is damaged: %s; it is decided anew", DECISIONS_PATH, directory.uri, error)
-        return None
-    return record
-
-
 class Decisions:
     """decisions.json of a run directory."""
 
@@ -90,7 +61,7 @@ class Decisions:
             ValueError: if streamed examples could not be read beside so many Ray Train workers.
         """
         self._config, self._directory, self._tell = config, directory, tell
-        decided = _decided(directory)
+        decided = directory.read_json_or_none(DECISIONS_PATH)
         self._record: dict[str, Any] = self._first(plan) if decided is None else decided
         if decided is None:
             self._write()

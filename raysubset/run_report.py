@@ -1,6 +1,5 @@
 """The numbers of a finished run, and how they are gathered from its ledger and records."""
 
-import logging
 import math
 import os
 import platform
@@ -8,19 +7,16 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from raysubset.config import from_tree
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Stage, Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,8 @@ class Sessions:
     def __init__(self, directory: RunDirectory, lease: Lease, *, began: float) -> None:
         """`began` is the time.perf_counter() at which this session did."""
         self._directory, self._lease, self._began, self._written_at = directory, lease, began, -math.inf
-        self._earlier = _earlier_sessions(directory)
+        earlier = directory.read_json_or_none(SESSIONS_PATH)
+        self._earlier: list[dict[str, float]] = earlier["sessions"] if earlier else []
         self._own = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
 
     def __enter__(self) -> Self:
@@ -129,32 +126,6 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
         "augmentation": full_set.augmentation,
         "notes": list(full_set.notes),
     }
-
-
-@dataclass(frozen=True)
-class _Session:
-    """How long one driver worked."""
-
-    started_at: float  # unix s
-    startup_s: float
-    wall_s: float
-
-
-@dataclass(frozen=True)
-class _Sessions:
-    """sessions.json."""
-
-    sessions: list[_Session]
-
-
-def _earlier_sessions(directory: RunDirectory) -> list[dict[str, float]]:
-    """Those that were written down; none where that is damaged, with a warning."""
-    record = directory.read_json_or_none(SESSIONS_PATH)
-    try:
-        return [] if record is None else asdict(from_tree(_Sessions, record, noun="value of a session"))["sessions"]
-    except ValueError as error:
-        logger.warning("%s in %s is damaged: %s; earlier sessions are not counted", SESSIONS_PATH, directory.uri, error)
-        return []
 
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:

@@ -308,7 +308,7 @@ def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[st
 @pytest.fixture
 def finished(tmp_path: Path) -> str:
     run = RunDirectory(str(tmp_path), "a-run")
-    run.write_json(REPORT_PATH, a_record())
+    run.write_json(REPORT_PATH, a_record(uri=run.uri))
     return run.uri
 
 

@@ -2,18 +2,23 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raysubset.cli import call
 from raysubset.comparison import advise
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.legs import Leg, closure, critical_path
 from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
+from raysubset.comparison.running import LegFolder
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.planning import make_plan, subsample_size
+from raysubset.run_directory import minimum_path, weights_path
+from tests.test_report import minimum
 
 SIZES, NUM_TRAIN = (250, 250, 250, 250), 1000
 
@@ -55,6 +60,27 @@ def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_
     assert critical_path(last, trained) == pytest.approx(2 * 8 * 1.2 / 4 + 2)
     fraction = leg(SAVGM.replace("savgm_fraction=0.2", "savgm_fraction=0.3"), 21.2)
     assert not set(parts) & set(closure(fraction))
+
+
+def test_a_leg_that_is_damaged_is_not_done_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = LegFolder(str(tmp_path), next(one for one in closure(leg("G")) if one.subset == 1))
+    assert not folder.is_done()
+    path = weights_path(folder.folder)
+    files = {path: folder.run.write_weights(path, {"a": torch.zeros(3)})}
+    folder.run.write_json(minimum_path(folder.folder), minimum(1) | {"files": files})
+    assert folder.is_done()
+    assert caplog.messages == []
+    weights = folder.run.read_bytes(path)
+    for damage in (weights[:-1], weights[:-1] + b"?", None):
+        folder.run.delete(path) if damage is None else folder.run.write_bytes(path, damage)
+        assert not folder.is_done()
+        (line,) = caplog.messages
+        assert line.startswith(f"{path} in {folder.run.uri} is damaged: ")
+        caplog.clear()
+    folder.run.write_bytes(path, weights)
+    assert folder.is_done()
+    folder.forget()
+    assert not folder.is_done()
 
 
 def test_rounds_are_a_chain_whose_schedule_is_one():

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from raysubset.config import Config
-from raysubset.decisions import _decided
 from raysubset.fine_tuning.snapshots import _SNAPSHOT, _snapshot, mend_snapshot
 from raysubset.fingerprints import Entry, Identity, fingerprint
 from raysubset.ledger import Ledger, Work
@@ -26,7 +25,7 @@ from raysubset.run_directory import (
     subsets_path,
     weights_path,
 )
-from raysubset.run_report import _earlier_sessions
+from tests.test_report import minimum
 
 MINIMUM, JOB = minimum_folder(0, 1), "fine_tuning/ray_train"
 WORKS = [Work("subsets", 0, subset, 0, "node", "cpu", started_at=1.0 + subset, outcome="done") for subset in (0, 1)]
@@ -40,7 +39,7 @@ def run(tmp_path) -> RunDirectory:
     run.write_json("decisions.json", {"num_gpus": 0.0, "num_workers": 2, "aggregation_num_gpus": 0.0})
     run.write_json("sessions.json", {"sessions": [{"started_at": 1.0, "startup_s": 2.0, "wall_s": 3.0}]})
     files = {weights_path(MINIMUM): run.write_weights(weights_path(MINIMUM), {"a": torch.arange(50.0)})}
-    run.write_json(minimum_path(MINIMUM), {"subset_id": 1, "files": files})
+    run.write_json(minimum_path(MINIMUM), minimum(1) | {"files": files})
     for attempt in (0, 1):
         run.write_checkpoint(checkpoint_path(MINIMUM, attempt), {"position": [attempt, 0], "a": torch.arange(50.0)})
     run.write_table(subsets_path(0), pa.table({"subset": [0, 1], "indices": [[1], [2, 3]]}))
@@ -70,8 +69,8 @@ def mend(run: RunDirectory) -> None:
 READERS: dict[str, Callable[[RunDirectory], Any]] = {
     "config.json": RunDirectory.read_config,
     "identity.parquet": lambda run: [table.to_pylist() for table in run.read_identity().data.values()],
-    "decisions.json": _decided,
-    "sessions.json": _earlier_sessions,
+    "decisions.json": lambda run: run.read_json_or_none("decisions.json"),
+    "sessions.json": lambda run: run.read_json_or_none("sessions.json"),
     minimum_path(MINIMUM): weights_of,
     weights_path(MINIMUM): weights_of,
     checkpoint_path(MINIMUM, 1): checkpoint_of,

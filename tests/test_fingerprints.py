@@ -23,6 +23,7 @@ from raysubset.pipeline import run, run_trunk
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory, minimum_path
 from raysubset.user_code import Workplace, as_here, code_fingerprint
 from raysubset.user_functions import load_function
+from tests.test_report import a_record
 
 LONG_AGO_NS = 10**18
 
@@ -296,11 +297,9 @@ def finish(config: Config) -> RunDirectory:
     """Leave what tells that a run of the config, and its trunk, are done."""
     directory = RunDirectory(config.storage_path, config.run_name())
     directory.open(config.to_dict(), {}, identify([config], {}, None))
-    metrics = {"loss_sum": 0.5, "num_correct": 1, "num_examples": 2}
-    cost = {"passes": 1.0, "critical_path_passes": 1.0, "device_s": 1.0}
-    report = {"name": "r", "uri": directory.uri, "test": metrics, "validation": metrics, "cost": cost}
-    directory.write_json(REPORT_PATH, report | {"files": {}})
-    directory.write_json(minimum_path("trunk"), {"files": {}})
+    report = a_record()
+    directory.write_json(REPORT_PATH, report | {"name": "r", "files": {}})
+    directory.write_json(minimum_path("trunk"), report["stages"]["fine_tuning"] | {"files": {}})
     return directory
 
 

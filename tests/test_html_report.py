@@ -322,6 +322,7 @@ def a_comparison(folder: Path) -> RunDirectory:
 
     def point(budget: float, accuracy: float) -> dict[str, Any]:
         mean = {"passes": budget, "critical_path_passes": budget / 2, "device_s": 1.0, "num_seeds": 3}
+        mean["critical_path_s"] = 1.0
         mean |= {"test_accuracy": accuracy, "test_accuracy_interval": interval, "validation_loss": 0.5}
         return {"budget": budget, "mean": mean, "difference": interval, "is_non_inferior": True}
 
@@ -436,9 +437,10 @@ def made_of(key: str, leg: dict[str, Any]) -> dict[str, Any]:
     loss = 1.0 + (leg["subset"] or 0) + 10 * int(key[-1])
     validation = metrics(loss / 10, 5, 10)
     if leg["kind"] == "aggregate":
-        return {"round": 0, "aggregation": {"validation": validation}}
+        return {"round": 0, "aggregation": round_of([minimum(0)])["aggregation"] | {"validation": validation}}
     history = [{"epoch": n, "loss": loss / n, "learning_rate": 0.1, "num_steps": n} for n in (1, 2)]
-    return {"num_examples": 100 if leg["subset"] is None else 50, "history": history, "validation": validation}
+    num = 100 if leg["subset"] is None else 50
+    return minimum(0, num_examples=num, history=history, validation=validation)
 
 
 def test_curves_of_an_arm_are_means_of_members_and_then_of_seeds_one_stage_after_the_other():

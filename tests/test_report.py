@@ -42,6 +42,8 @@ def minimum(subset: int, **changes: Any) -> dict[str, Any]:
     return {
         "subset_id": subset,
         "num_examples": 25,
+        "start_id": "trunk",
+        "cost": {},
         "outcome": "epochs",
         "training": metrics(0.1, 25, 25),
         "validation": metrics(0.2 + subset / 100, 30 + subset, NUM_VALIDATION),
@@ -363,7 +365,7 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path):
     with pytest.raises(ValueError, match="not finished: no stage is done") as refused:
         read_report(run.uri)
     assert parse_config(shlex.split(str(refused.value).partition("To go on: ")[2])[2:]) == config
-    run.write_json("trunk/history.json", [{"epoch": 0.5}])
+    run.write_json("trunk/history.json", [history(1)[0] | {"epoch": 0.5}])
     with pytest.raises(ValueError, match=r"trunk is 0\.5 epochs far\."):
         read_report(run.uri)
     run.write_json(minimum_path("trunk"), {})

@@ -633,11 +633,11 @@ class TestS3:
     def test_all_kinds_of_files_come_back(self, s3_run):
         weights = {"a": torch.arange(3_000_000.0)}  # 12 MB: more than one part of an upload
         files = {weights_path(FOLDER): s3_run.write_weights(weights_path(FOLDER), weights)}
-        s3_run.write_json(minimum_path(FOLDER), {"loss": 1.0})
+        s3_run.write_json("own.json", {"loss": 1.0})
         s3_run.write_checkpoint(checkpoint_path(FOLDER, 2), {"position": [1, 2]})
         s3_run.write_table("t.parquet", pa.table({"a": [1]}))
         assert torch.equal(s3_run.read_weights(weights_path(FOLDER), files)["a"], weights["a"])
-        assert s3_run.read_json(minimum_path(FOLDER)) == {"loss": 1.0}
+        assert s3_run.read_json("own.json") == {"loss": 1.0}
         assert s3_run.newest_checkpoint(FOLDER) == (2, {"position": [1, 2]})
         assert s3_run.read_table("t.parquet").to_pydict() == {"a": [1]}
 

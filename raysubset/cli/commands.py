@@ -259,46 +259,49 @@ def _report_one(command: Report) -> int:
     from raysubset.report import comparison_sections, read_report, sections, sweep_sections, write_files
 
     (directory,) = command.directories
-    if command.format == "html":
-        with _damaged(directory):
-            page = write_files(directory)
-        print(page)
-        return DONE
     record = read_report(directory)
-    if command.format == "json":
-        print(json.dumps(record, indent=1))
-    else:
-        with _damaged(directory):
-            kind = record.get("kind", "")
-        read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(kind, sections)
-        with _damaged(directory):
-            parts = read(record)
-        print_sections(parts)
+    read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(record.get("kind", ""), sections)
+    match command.format:
+        case "html":
+            with _damaged(directory):
+                page = write_files(directory)
+            print(page)
+        case "json":
+            print(json.dumps(record, indent=1))
+        case "text":
+            with _damaged(directory):
+                parts = read(record)
+            print_sections(parts)
     return DONE
 
 
 @contextmanager
 def _damaged(directory: str) -> Iterator[None]:
-    """Tell of a record that is JSON, but not of the shape that a report has."""
+    """Tell of a record whose values are of the right types, but do not belong together; and of its tables."""
+    from raysubset.run_directory import CorruptFile
+
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        text = (
-            f"the report.json of {directory} is damaged ({one_line(error)}): give the run's command again, with --fresh"
-        )
-        raise ValueError(text) from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        text = str(error) if isinstance(error, CorruptFile) else f"{directory} is damaged ({one_line(error)})"
+        raise ValueError(f"{text}; the command that made it makes it again, with --fresh if need be") from error
 
 
 def _report_several(command: Report) -> int:
     from raysubset.report import read_several, several_sections, write_several
 
+    records, names = read_several(command.directories), ", ".join(command.directories)
     match command.format:
         case "html":
-            print(write_several(command.directories, command.to or "report.html"))
+            with _damaged(names):
+                page = write_several(command.directories, command.to or "report.html")
+            print(page)
         case "json":
-            print(json.dumps(read_several(command.directories), indent=1))
+            print(json.dumps(records, indent=1))
         case "text":
-            print_sections(several_sections(read_several(command.directories)))
+            with _damaged(names):
+                parts = several_sections(records)
+            print_sections(parts)
     return DONE
 
 
@@ -338,7 +341,8 @@ def _advise(command: Advise) -> int:
     found = advise(config, plan, num_train=num_train, s_per_pass=num_train / per_s, num_workers=command.num_workers)
     parts = advice_sections(found.to_dict())
     if held_against:
-        parts.append(Section("What the comparison measured", lines=tuple(measured_lines(held_against, found))))
+        with _damaged(str(command.against)):
+            parts.append(Section("What the comparison measured", lines=tuple(measured_lines(held_against, found))))
     print_sections(parts)
     return DONE
 

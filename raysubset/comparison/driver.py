@@ -222,7 +222,11 @@ def _decide(
     if decided is None:
         num_gpus = num_gpus_of(config.actors, tell)
         most = num_slots({"CPU": config.actors.num_cpus, "GPU": num_gpus}, startable=True)
-        decided = {"num_gpus": num_gpus, "num_workers": max(2, min(num_subsets, most))}
+        decided = {
+            "num_gpus": num_gpus,
+            "num_workers": max(2, min(num_subsets, most)),
+            "aggregation_num_gpus": num_gpus,
+        }
     decided |= {"num_workers": num_workers or decided["num_workers"]}
     directory.write_json(DECISIONS_PATH, decided)
     return decided

@@ -94,8 +94,12 @@ class LegFolder:
         return self._piece.folder
 
     def is_done(self) -> bool:
-        """Whether its result is there; the record is written last."""
-        return self.run.exists(self._record_path)
+        """Whether its result is there, all as it was written (else with a warning); the record is written last."""
+        return self.run.read_record(self._record_path, whole=True) is not None
+
+    def forget(self) -> None:
+        """Delete the record, which may stand for files that are damaged: the leg is made again."""
+        self.run.delete(self._record_path)
 
     @property
     def _record_path(self) -> str:
@@ -271,13 +275,14 @@ class LegRunner:
         for leg in legs:  # Ray Train takes the whole cluster: one job after the other, when the tasks are through
             if leg.kind == "train" and leg not in done:
                 refuse_changed_files(get_shared(self._full_set_ref))
+                self.folder(leg).forget()
                 self._train(leg)
 
     def test(self, finals: Sequence[Leg]) -> None:
         """Read the test split, once for each leg: to be called when every choice is made; raises as run() does."""
         refuse_changed_files(get_shared(self._full_set_ref))
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed]
-        todo = [leg for leg in todo if not self.folder(leg).run.exists(TEST_PATH)]
+        todo = [leg for leg in todo if self.folder(leg).run.read_json_or_none(TEST_PATH) is None]
         task = self._task(_test, max_retries=3)
         size = max(1, len(todo) // 16)
         parts = [todo[i : i + size] for i in range(0, len(todo), size)]

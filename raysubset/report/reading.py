@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from raysubset.config import Config
 from raysubset.ledger import Ledger, Work
 from raysubset.report.commands import command
 from raysubset.report.figures import Record
@@ -40,7 +41,10 @@ def read_report(directory: str) -> dict[str, Any]:
     config = run.read_config() if run.exists(CONFIG_PATH) else None
     for path in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
         if run.exists(path):
-            return run.read_json(path)
+            try:
+                return run.read_json(path) | {"uri": run.uri}  # it may have been moved
+            except CorruptFile as error:
+                raise ValueError(f"{error}; the command that made it makes it again") from error
     if not run.exists(CONFIG_PATH):
         what = f"it has no {CONFIG_PATH}" if run.exists("") else "nothing is there"
         raise ValueError(f"{run.uri} is no run directory: {what}; give the path of one")
@@ -56,22 +60,27 @@ def read_report(directory: str) -> dict[str, Any]:
         ]
         done = f"{len(finished)} legs are done"
         raise ValueError(f"the comparison {run.uri} is not finished: {done}. To go on, give the same command again")
-    raise ValueError(f"{run.uri} is not finished: {_how_far(run, config)}. To go on: {command(config)}")
+    try:
+        made = Config.from_dict(config | {"storage_path": run.shown_storage_path})  # it may have been moved, or renamed
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_PATH} in {run.uri} cannot be used: {error}") from error
+    again = command(made.to_dict() | ({} if made.run_name() == run.name else {"name": run.name}))
+    raise ValueError(f"{run.uri} is not finished: {_how_far(run, made)}. To go on: {again}")
 
 
-def _how_far(run: RunDirectory, config: dict[str, Any]) -> str:
+def _how_far(run: RunDirectory, config: Config) -> str:
     """What the directory holds of each stage, in words."""
-    if config["method"] == "conventional":
+    if config.method == "conventional":
         return _training_done(run, "conventional") or "no stage is done"
     done = []
-    if config["trunk"]["epochs"] and (trunk := _training_done(run, "trunk")):
+    if config.trunk.epochs and (trunk := _training_done(run, "trunk")):
         done.append(trunk)
     files = run.list("rounds", recursive=True)
-    for round in range(config["rounds"]["num"]):
-        which = f"round {round + 1} of {config['rounds']['num']}"
+    for round in range(len(files)):  # a round that is begun has one
+        which = f"round {round + 1} of {config.rounds.num}"
         minima = [path for path in files if path.startswith(f"rounds/{round:04d}/") and path.endswith("/minimum.json")]
         if aggregate_path(round) in files:
-            if round + 1 == config["rounds"]["num"] or aggregate_path(round + 1) not in files:
+            if aggregate_path(round + 1) not in files:
                 done.append(f"{which} done")
         elif minima:
             done.append(f"{which} has {len(minima)} minima and no aggregate")

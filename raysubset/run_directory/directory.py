@@ -31,6 +31,7 @@ from raysubset.run_directory.lease import RENEW_S, Lease
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
+from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.uris import refuse_ambiguous, shown
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,11 @@ class RunDirectory:
         """Touches nothing yet. A storage path without "scheme://" is local: ~ is expanded, and it is made absolute.
 
         Raises:
-            ValueError: for a URI whose credentials end before their end, unless written with %2F for their "/".
+            ValueError: for a URI whose credentials end before their end, unless written with %2F for their "/", or a
+                name that is no plain folder's, as a stranger's record may hold.
         """
+        if "/" in name or name in (".", ".."):
+            raise ValueError(f"{name!r} in {shown(storage_path)} is no plain name of a folder")
         scheme, mark, _ = storage_path.partition("://")
         if mark and scheme == "file":
             storage_path, mark = urllib.parse.unquote(urllib.parse.urlsplit(storage_path).path), ""
@@ -116,6 +120,8 @@ class RunDirectory:
         return filesystem, f"{folder.rstrip('/')}/{self.name}"
 
     def _at(self, path: str) -> tuple[pafs.FileSystem, str]:
+        if path.startswith("/") or ".." in path.split("/"):  # a stranger's record named it
+            raise self._damaged(path, "it would lie outside")
         filesystem, root = self._place
         return filesystem, f"{root}/{path}" if path else root
 
@@ -152,18 +158,18 @@ class RunDirectory:
         Raises:
             OSError: a full disk and other failures of the storage, with the file named.
         """
-        if self.local_path:
-            _write_local(self.local_path / path, data)
-            return
         filesystem, full = self._at(path)
-        filesystem.handler.write(full, data)
+        if self.local_path:
+            _write_local(Path(full), data)
+            return
+        # One write, then the close that makes the object visible: no exception can come between parts of it.
+        with filesystem.open_output_stream(full, compression=None) as stream:
+            stream.write(data)
 
     def read_bytes(self, path: str) -> bytes:
         """The content; FileNotFoundError where there is none."""
-        if self.local_path:
-            return (self.local_path / path).read_bytes()
         filesystem, full = self._at(path)
-        return filesystem.handler.read(full)
+        return Path(full).read_bytes() if self.local_path else filesystem.handler.read(full)
 
     def write_json(self, path: str, record: Any) -> Seal:
         """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
@@ -181,17 +187,18 @@ class RunDirectory:
         return seal_of(data)
 
     def read_json(self, path: str) -> Any:
-        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read or was changed.
-
-        What has no digest, as it was written by others, is taken as it is.
+        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read, was changed, or holds
+        values of other types than files of its name do.
         """
         data = self.read_bytes(path)
         with self._corrupt(path, ValueError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
             record = json.loads(data)
         if isinstance(record, dict) and record.pop(_DIGEST, None) is not None and (flaw := flaw_by_itself(data)):
             raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
-        if record is None:  # as None stands for a file that is not there
-            raise self._damaged(path, "it holds nothing but null")
+        try:
+            refuse_other_values(path, record)
+        except ValueError as error:
+            raise self._damaged(path, str(error)) from error
         return record
 
     def read_json_or_none(self, path: str) -> Any:
@@ -300,8 +307,8 @@ class RunDirectory:
         Raises:
             CorruptFile: for the first that is gone, or has another length.
         """
-        filesystem, root = self._place
-        infos = filesystem.get_file_info([f"{root}/{path}" for path in files])
+        filesystem = self._place[0]
+        infos = filesystem.get_file_info([self._at(path)[1] for path in files])
         for (path, seal), info in zip(files.items(), infos, strict=True):
             if info.type == pafs.FileType.NotFound:
                 raise self._damaged(path, "it is gone, though a record names it")
@@ -397,7 +404,7 @@ class RunDirectory:
         return record["config"]
 
     def _check_ours(self, record: Any) -> None:
-        if not (isinstance(record, dict) and {"format", "config"} <= record.keys()):
+        if not (isinstance(record, dict) and isinstance(record.get("config", ""), dict | None) and "format" in record):
             raise ValueError(f"{self.uri} holds a {CONFIG_PATH} that is no run's: choose another --name")
 
     def differs(self, config: Mapping[str, Any]) -> bool:

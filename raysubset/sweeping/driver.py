@@ -108,7 +108,7 @@ def sweep(
         identity = identify((trial.config for trial in trials), full_sets, known)
         directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
-        return SweepReport.from_dict(record)
+        return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     for data in dict.fromkeys(trial.config.data for trial in trials):
         full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
     identity = identify((trial.config for trial in trials), full_sets, known)
@@ -164,13 +164,19 @@ def sweep(
 
 
 def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
-    """The report of a finished sweep of these trials; None if there is none, or some failed and may be tried again."""
+    """The report of a finished sweep of these trials; None if there is none, some failed and may be tried again, or
+    something of one is damaged or gone (with a warning)."""
     if not directory.exists(SWEEP_PATH) or directory.differs(header):
         return None
     record = directory.read_json_or_none(SWEEP_PATH)
     if record is None or {trial["name"] for trial in record["trials"]} != {trial.name for trial in trials}:
         return None
-    return None if any(trial["state"] == "failed" for trial in record["trials"]) else record
+    runs = {trial.name: RunDirectory(trial.config.storage_path, trial.name) for trial in trials}
+    for trial in record["trials"]:
+        is_done = trial["state"] == "done" and runs[trial["name"]].read_record(REPORT_PATH, whole=True) is not None
+        if not is_done and trial["state"] != "pruned":
+            return None
+    return record
 
 
 def _divide_cluster(trials: Sequence[Trial], tell: OnEvent) -> tuple[int, int]:

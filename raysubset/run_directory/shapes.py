@@ -1,0 +1,147 @@
+"""The types of the values that JSON files hold, whoever wrote them: checked whenever one is read.
+
+An object has the keys of a dict, "name?" where it may be missing and "*" for any name, and others that nobody reads; a
+list has items of one shape; a tuple's one shape may be null; counts are of a range. Numbers are finite: others have
+become null in JSON.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+_NUMBER = int | float
+_LOSS = (_NUMBER,)  # null where it was not finite
+_COUNT = range(1, 2**63)
+_MOST = 1e300
+
+
+def _all(shape: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), shape)
+
+
+_METRICS = _all(_LOSS, "loss_sum loss") | {"accuracy": _NUMBER, "num_correct": int, "num_examples": _COUNT}
+_EPOCH = _all(_NUMBER, "epoch learning_rate") | {"loss": _LOSS, "num_steps": int, "validation?": (_METRICS,)}
+_STAGE = _all((_METRICS,), "training validation") | _all(_COUNT, "num_examples? num_workers?")
+_STAGE |= {"history": [_EPOCH], "outcome": str}
+_COST = _all(int, "num_forward? num_backward? num_steps?") | {"device_s?": _NUMBER}
+_MINIMUM = _STAGE | _all(int, "subset_id round") | {"start_id": str, "cost": _COST, "num_examples": _COUNT}
+_CANDIDATE = {"method": str, "validation": (_METRICS,), "cost": _COST, "error": (str,)}
+_AGGREGATION = (
+    _all((_METRICS,), "training validation uniform_mean ensemble best_member")
+    | _all(_LOSS, "mean_member_loss mean_member_accuracy barrier")
+    | {"method": str, "subset_ids": [int], "coefficients": [_NUMBER], "shared_start": bool, "tried": [dict]}
+    | {"of_first": [str], "candidates": [_CANDIDATE], "alignment": (_all(_LOSS, "barrier_before barrier_after"),)}
+)
+_OF_REPORT = _MINIMUM | {"overdetermination_ratio": _NUMBER}
+_ROUND = {"round": int, "aggregation": _AGGREGATION, "minima": [_OF_REPORT], "subsamples?": [_MINIMUM]}
+_PAID = _all(_NUMBER, "passes critical_path_passes device_s")
+_STAGE_PAID = _PAID | {"stage": str, "wall_s": _NUMBER} | _all(int, "num_attempts num_lost")
+_ENVIRONMENT = {"started_at?": _NUMBER, "packages?": {"*": (str,)}}
+_RATIOS = {"full_set": _NUMBER, "subsets": [_NUMBER]}
+_SECONDS = _all(_NUMBER, "startup wall num_sessions")
+_HEAD = _all(str, "name uri") | {"seconds?": _SECONDS}
+_DATA = {"name": str} | _all(_COUNT, "num_train num_test")
+_MODEL = {"num_parameters": int, "forward_share": _NUMBER}
+_SLOT = {"kind": str, "speed": _NUMBER}
+_OUTER_STEP = _all(_NUMBER, "outer_learning_rate outer_momentum")
+_CONFIG = {"name": (str,), "minimize": {"loss": str}, "model": {"name": str}}
+
+_REPORT = (
+    _HEAD
+    | {"method": str, "config": _CONFIG | {"fine_tuning": {"start": str}, "rounds": _OUTER_STEP}, "advice": [str]}
+    | {"environment": (_ENVIRONMENT,), "decisions": {"slots?": [_SLOT]}}
+    | {"data": _DATA | {"num_validation": int, "notes": [str]}, "model": _MODEL | {"name": str}}
+    | {"overdetermination_ratio": _RATIOS, "planned_passes": _NUMBER, "test": _METRICS, "validation": _METRICS}
+    | {"stages": _all((_STAGE,), "trunk? fine_tuning? conventional?") | {"rounds?": [_ROUND]}, "seconds": _SECONDS}
+    | {"cost": _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")}
+)
+_REPORT["cost"] |= {"lacking?": [str], "stages": [_STAGE_PAID]}
+
+_SPREAD = ({"mean": _NUMBER, "standard_error": _LOSS},)
+_SETTING = (
+    _all(int, "num_seeds num_pruned num_failed")
+    | _all(_LOSS, "num_subsets subset_size overdetermination_ratio")
+    | _all(_SPREAD, "validation_loss validation_accuracy passes critical_path_passes")
+    | {"overrides": dict}
+)
+_SWEEP = (
+    _HEAD
+    | {"space": {"*": list}, "trials": [_all(str, "name state error?") | {"overrides": dict}], "settings": [_SETTING]}
+    | {"recommended": (int,), "recommendation": str, "cost": _all(_NUMBER, "passes device_s")}
+)
+
+_INTERVAL = _all(_NUMBER, "estimate coverage") | _all(_LOSS, "low high")
+_MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s test_accuracy") | {"validation_loss": _LOSS}
+_RUN = {"leg": str, "error": (str,)}
+_POINT = {"budget": _NUMBER, "runs?": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
+_POINT["mean"] = (_MEAN | {"test_accuracy_interval": _INTERVAL},)
+_SETTINGS = {"learning_rate": _NUMBER, "batch_size": int}
+_ARM = _all(str, "key title role") | {"settings": _SETTINGS, "points": [_POINT]}
+_ON_NETWORK = {"arm": str, "wall_s": {"*": _LOSS}} | _all(_NUMBER, "budget num_bytes num_exchanges test_accuracy")
+_NETWORK = {"bandwidths": [_NUMBER], "rows": [_ON_NETWORK]} | _all(_NUMBER, "s_per_pass data_parallel_bytes_a_step")
+_LEG = _all(str, "kind stage") | {"round": int, "subset": (int,), "num_workers": _COUNT, "inputs": [str]}
+_COMPARISON = (
+    _HEAD
+    | {"config": _CONFIG, "environment": (_ENVIRONMENT,), "data": _DATA, "model": _MODEL, "seeds": [int]}
+    | {"regime": {"overdetermination_ratio": _RATIOS} | _all(int, "num_subsets num_parameters num_workers")}
+    | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs?": {"*": _LEG}, "network": _NETWORK}
+    | {"conventional": _all(_NUMBER, "budget test_accuracy target_accuracy")}
+    | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}
+    | {"verdicts": _all(_all(str, "word text"), "total critical_path")}
+    | {"tuning": {"tried": [_SETTINGS | {"arm": str, "validation_loss": _LOSS}], "passes": _NUMBER}}
+)
+
+_PACKING = {"taken": bool, "per_actor": int, "reason?": str, "num_members?": int, "ratio?": _NUMBER}
+_DECISIONS = _all(_NUMBER, "num_gpus num_workers aggregation_num_gpus") | {"packing?": (_PACKING,)}
+_DECISIONS |= {"shares?": ([_NUMBER],), "slots?": [_SLOT]}
+
+_SHAPES = {
+    "*minimum.json": _STAGE,
+    "*rounds/*/minimum.json": _MINIMUM,
+    "*aggregate.json": {"round": int, "aggregation": _AGGREGATION, "minima?": [_OF_REPORT]},
+    "*history.json": [_EPOCH],
+    "*report.json": _REPORT,
+    "*sweep.json": _SWEEP,
+    "*comparison.json": _COMPARISON,
+    "*test.json": _METRICS,
+    "*line.json": [{"share": _NUMBER, "loss": _LOSS, "num_examples": int}],
+    "environment.json": _ENVIRONMENT,
+    "decisions.json": _DECISIONS,
+    "sessions.json": {"sessions": [_all(_NUMBER, "started_at startup_s wall_s")]},
+    "tracking/*.json": {"run_id?": (str,), "finished?": bool},
+}
+
+
+def refuse_other_values(path: str, record: Any) -> None:
+    """Stop where a record is not what files of its name hold; other files may hold anything.
+
+    Raises:
+        ValueError: with the value's name.
+    """
+    if record is None:  # as None stands for a file that is not there
+        raise ValueError("it holds nothing but null")
+    for pattern, shape in _SHAPES.items():
+        if fnmatchcase(path, pattern):
+            _check(record, shape, "")
+
+
+def _check(value: Any, shape: Any, name: str) -> None:
+    if isinstance(shape, tuple):
+        if value is not None:
+            _check(value, shape[0], name)
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        for key, part in shape.items():
+            for word in value if key == "*" else [key.rstrip("?")]:
+                if word in value:
+                    _check(value[word], part, f"{name}.{word}")
+                elif not key.endswith("?"):
+                    raise ValueError(f"{name}.{word} is missing".lstrip("."))
+    elif isinstance(shape, list) and isinstance(value, list):
+        for number, item in enumerate(value):
+            _check(item, shape[0], f"{name}[{number}]")
+    else:
+        kind = int if isinstance(shape, range) else type(shape) if isinstance(shape, dict | list) else shape
+        is_sound = isinstance(value, kind) and (not isinstance(value, int | float) or -_MOST < value < _MOST)
+        if not is_sound or (isinstance(shape, range) and value not in shape):
+            words = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}.get(kind, "a number")
+            words = "1 or more" if isinstance(shape, range) else words
+            raise ValueError(f"{name or 'it'} = {repr(value)[:60]} should be {words}".lstrip("."))
