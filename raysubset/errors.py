@@ -1,10 +1,21 @@
-"""An error in a line, for messages and records; and many names in a few words."""
+"""An error in a line, for messages and records; many names in a few words; and a damaged file."""
 
 from collections.abc import Sequence
 
 from raysubset.uris import without_secrets
 
 _MOST_CHARACTERS = 300
+
+
+class CorruptFile(ValueError):
+    """A file that is not as it was written, by its path in the run: what it held is to be made again."""
+
+    def __init__(self, path: str, text: str) -> None:
+        super().__init__(path, text)
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 def first_line(error: BaseException) -> str:

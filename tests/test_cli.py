@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -323,6 +325,21 @@ def test_report_is_printed_again(finished: str, capsys: pytest.CaptureFixture[st
     ):
         assert told in out
     assert "\x1b" not in out  # no colours where nobody looks
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"), [(errno.ENOSPC, "make room there"), (errno.EROFS, "choose a place that you may write to")]
+)
+def test_storage_that_takes_no_more_is_told_with_the_way_out(
+    number: int, way_out: str, finished: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(self: RunDirectory, path: str, data: bytes) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(RunDirectory, "write_bytes", refuse)
+    code, _, err = exit_of(["report", finished, "--format", "html"], capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{os.strerror(number)}: 'progress.csv'; {way_out}" in err
 
 
 def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture[str]):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from raysubset.cli import call
 from raysubset.config import Config, ModelConfig
 from raysubset.identity import identify
 from raysubset.models import build_model
@@ -26,7 +27,7 @@ def finished(tmp_path: Path) -> RunDirectory:
     network = build_model(model, num_classes=2, image_shape=(8, 8, 1), seed=0)
     made = model_record(model, num_classes=2, class_names=("a", "b"), image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))
     files, _ = save_model(directory, network.state_dict(), made)
-    table = pa.table({"label": [0, 1], "predicted": [1, 1]})
+    table = pa.table({"label": [0, 1], "predicted": [1, 1], "image": [bytes(64)] * 2})
     files |= {path: directory.write_table(path, table) for path in (PREDICTIONS_PATH, MISTAKES_PATH)}
     files[RESULT_PATH] = directory.write_json(RESULT_PATH, {"name": "r"})
     directory.write_json(REPORT_PATH, a_record() | {"uri": "/where/it/was/made/r", "files": files})
@@ -50,6 +51,14 @@ def flip(file: Path) -> None:
 def test_a_finished_run_is_read_back_from_where_it_lies_now(finished: RunDirectory):
     report = run(config(finished))
     assert (report.uri, report.test.num_examples) == (finished.uri, a_record()["test"]["num_examples"])
+
+
+def test_the_result_is_told_where_no_page_can_be_written(finished: RunDirectory, capsys: pytest.CaptureFixture[str]):
+    finished.write_bytes("report", b"no folder")
+    assert call(["run", "--name", "r", "--storage-path", finished.storage_path]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"No page, as it cannot be written: [Errno 20] Not a directory: '{finished.uri}/report")
+    assert "Test accuracy 90.00%" in told
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip])

@@ -4,6 +4,7 @@ Nothing here imports torch or Ray before flags are understood: --help and mistak
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from raysubset.cli.flags import (
 )
 from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
-from raysubset.errors import first_line, one_line
+from raysubset.errors import CorruptFile, first_line, one_line
 from raysubset.uris import without_secrets
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
@@ -123,7 +124,8 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     try:
         return work()
     except ValueError as error:
-        _error(str(error))
+        is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
+        _error(f"{error}{'; the command that made it makes it again' if is_damage else ''}")
         return MISTAKE
     except KeyboardInterrupt:
         _error(f"stopped; what was done is kept, {again}")
@@ -137,7 +139,7 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
             _error(f"this machine has too little memory for that ({first_line(error)}): {smaller}")
             return MISTAKE
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        _error(f"{type(error).__name__}: {error}")
+        _error(f"{type(error).__name__}: {error}{_way_out(error)}")
         return FAILED
     except Exception as error:
         if not type(error).__module__.startswith("ray."):
@@ -147,6 +149,16 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _way_out(error: Exception) -> str:
+    """Of a storage that takes no more."""
+    match getattr(error, "errno", None):
+        case errno.ENOSPC | errno.EDQUOT:
+            return "; make room there: what was done is kept, and the same command resumes"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            return "; choose a place that you may write to"
+    return ""
 
 
 def _dispatch(command: Command) -> int:
@@ -171,22 +183,22 @@ def _dispatch(command: Command) -> int:
 
 def _run(command: Run) -> int:
     from raysubset.pipeline import run
-    from raysubset.report import sections, write_files
+    from raysubset.report import sections
     from raysubset.tracking import track_page
 
     with listener() as listen:
         changed = command.accept_changed_code
         report = run(command.config, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
-        page = write_files(report.uri)
+        page = _write_page(report.uri)
         track_page(command.config, report.uri, listen)
-    print(f"Page: {page}")
+    print(page)
     print_sections(sections(report.to_dict()))
     return DONE
 
 
 def _sweep(command: Sweep) -> int:
     space = _space(command.sizes, command.space)
-    from raysubset.report import sweep_sections, write_files
+    from raysubset.report import sweep_sections
     from raysubset.sweeping import sweep
 
     scheduler = "asha" if command.prune else None
@@ -200,15 +212,14 @@ def _sweep(command: Sweep) -> int:
             fresh=command.fresh,
             accept_changed_code=command.accept_changed_code,
         )
-    page = write_files(report.uri)
-    print(f"Page: {page}")
+    print(_write_page(report.uri))
     print_sections(sweep_sections(report.to_dict()))
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
 def _compare(command: Compare) -> int:
     from raysubset.comparison import compare
-    from raysubset.report import comparison_sections, write_files
+    from raysubset.report import comparison_sections
     from raysubset.tracking import track_page
 
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
@@ -218,9 +229,9 @@ def _compare(command: Compare) -> int:
     with listener() as listen:
         changed = command.accept_changed_code
         report = compare(command.config, **options, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
-        page = write_files(report.uri)
+        page = _write_page(report.uri)
         track_page(command.config, report.uri, listen)
-    print(f"Page: {page}")
+    print(page)
     print_sections(comparison_sections(report.to_dict()))
     return FAILED if report.record["failed"] else DONE
 
@@ -277,14 +288,25 @@ def _report_one(command: Report) -> int:
 
 @contextmanager
 def _damaged(directory: str) -> Iterator[None]:
-    """Tell of a record whose values are of the right types, but do not belong together; and of its tables."""
-    from raysubset.run_directory import CorruptFile
-
+    """Tell of records and tables whose values are of the right types, but do not belong together."""
     try:
         yield
+    except CorruptFile:
+        raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        text = str(error) if isinstance(error, CorruptFile) else f"{directory} is damaged ({one_line(error)})"
-        raise ValueError(f"{text}; the command that made it makes it again, with --fresh if need be") from error
+        text = f"{directory} is damaged ({one_line(error)}): give its command again, with --fresh"
+        raise ValueError(text) from error
+
+
+def _write_page(uri: str) -> str:
+    """Write a finished directory's page; its place in words, or why there is none: the result counts without it."""
+    from raysubset.report import write_files
+
+    try:
+        with _damaged(uri):
+            return f"Page: {write_files(uri)}"
+    except OSError as error:
+        return f"No page, as it cannot be written: {first_line(error)}"
 
 
 def _report_several(command: Report) -> int:

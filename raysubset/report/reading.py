@@ -41,10 +41,7 @@ def read_report(directory: str) -> dict[str, Any]:
     config = run.read_config() if run.exists(CONFIG_PATH) else None
     for path in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
         if run.exists(path):
-            try:
-                return run.read_json(path) | {"uri": run.uri}  # it may have been moved
-            except CorruptFile as error:
-                raise ValueError(f"{error}; the command that made it makes it again") from error
+            return run.read_json(path) | {"uri": run.uri}  # it may have been moved
     if not run.exists(CONFIG_PATH):
         what = f"it has no {CONFIG_PATH}" if run.exists("") else "nothing is there"
         raise ValueError(f"{run.uri} is no run directory: {what}; give the path of one")

@@ -12,9 +12,9 @@ Paths are relative to the run, with "/". A reader sees the old content of a file
 process that dies while writing leaves the old one. Remote storage that does not answer for a while is asked again.
 """
 
+from raysubset.errors import CorruptFile
 from raysubset.run_directory.directory import (
     FORMAT,
-    CorruptFile,
     RunDirectory,
     load_checkpoint,
     save_checkpoint,

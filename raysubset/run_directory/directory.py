@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from raysubset.config import differences
+from raysubset.errors import CorruptFile
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.lease import RENEW_S, Lease
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
@@ -42,17 +43,6 @@ _PARTIAL = ".partial"  # ends the name of a local file while it is written
 
 
 _DIGEST = "digest"  # the last key of a JSON object: its own
-
-
-class CorruptFile(ValueError):
-    """A file that is not as it was written, by its path in the run: what it held is to be made again."""
-
-    def __init__(self, path: str, text: str) -> None:
-        super().__init__(path, text)
-        self.path = path
-
-    def __str__(self) -> str:
-        return self.args[1]
 
 
 class RunDirectory:
