@@ -28,7 +28,7 @@ from raysubset.events import Event
 from raysubset.identity import identify
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.planning import Plan, actor_bytes, make_plan
-from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, RunDirectory
+from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
 from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
@@ -142,7 +142,7 @@ def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | No
             text = f"{directory.uri} holds {found[0]} but no {CONFIG_PATH}, so it is no run: choose another --name"
             return Check("earlier run", False, text)
         return Check("earlier run", True, "none of this name: a new one would start")
-    with directory.lease():
+    with Lease(directory):
         old = directory.read_config()
     if old is None:
         return Check("earlier run", True, "one whose deletion was begun: a new one would start")

@@ -41,6 +41,7 @@ from raysubset.run_directory import (
     REPORT_PATH,
     RESULT_PATH,
     CorruptFile,
+    Lease,
     RunDirectory,
     Seal,
     StorageLost,
@@ -172,7 +173,7 @@ def _begun(
     with ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
         refuse_what_has_no_place(config, None if fresh else directory)
-        lease = stack.enter_context(directory.lease())
+        lease = stack.enter_context(Lease(directory))
         shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
         resumed = directory.open(
             shown.to_dict(), environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code

@@ -8,7 +8,7 @@ from raysubset.data import load_full_set
 from raysubset.doctor import Check, examine, training_s
 from raysubset.identity import identify
 from raysubset.planning import make_plan
-from raysubset.run_directory import REPORT_PATH, RunDirectory
+from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
 
 
 def before_ray(config: Config) -> dict[str, list[Check]]:
@@ -70,7 +70,7 @@ def test_an_earlier_run_is_told_of(tmp_path: Path):
     other = earlier(config_in(tmp_path, **{"minimize.epochs": 3.0}))
     assert other.ok is False
     assert "minimize.epochs: 8.0 → 3.0" in other.text
-    with run.lease():
+    with Lease(run):
         assert earlier(config).ok is False
         assert "is being written by" in earlier(config).text
     run.write_json(REPORT_PATH, {})

@@ -67,7 +67,8 @@ def damage(run: RunDirectory, path: str) -> None:
 
 def in_another_process(code: str, run: RunDirectory) -> "subprocess.Popen[str]":
     """Run code on the same run directory; `run` is defined there."""
-    start = f"import os, time\nfrom raysubset.run_directory import RunDirectory\nrun = RunDirectory.at({run.uri!r})\n"
+    imports = "import os, time\nfrom raysubset.run_directory import Lease, RunDirectory"
+    start = f"{imports}\nrun = RunDirectory.at({run.uri!r})\n"
     return subprocess.Popen([sys.executable, "-c", start + code], stdout=subprocess.PIPE, text=True)
 
 
@@ -389,7 +390,7 @@ class TestOpening:
         assert run.read_config()["actors"]["max_num"] == 2
 
     def test_fresh_deletes_all_but_the_lease(self, run):
-        with run.lease():
+        with Lease(run):
             run.open(CONFIG, {"torch": "2"})
             run.write_json(minimum_path(FOLDER), {})
             run.write_bytes("model.json", b"")
@@ -468,14 +469,14 @@ class TestWritable:
             RunDirectory("ftp://host", "run").check_writable()
 
 
-HOLD = "with run.lease():\n    print('held', flush=True)\n    time.sleep(60)"
+HOLD = "with Lease(run):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 class TestLease:
     def test_a_second_process_is_refused_and_told_who_holds_it(self, run):
-        with run.lease():
+        with Lease(run):
             second = in_another_process(
-                "try:\n    run.lease().__enter__()\nexcept ValueError as error:\n    print(error)", run
+                "try:\n    Lease(run).__enter__()\nexcept ValueError as error:\n    print(error)", run
             )
             told, _ = second.communicate()
         assert f"is being written by process {os.getpid()} on " in told
@@ -483,13 +484,13 @@ class TestLease:
 
     def test_it_is_free_again_afterwards(self, run):
         for _ in range(2):
-            with run.lease() as lease:
+            with Lease(run) as lease:
                 assert run.exists("lease.json")
             assert not run.exists("lease.json")
             assert not lease.lost
 
     def test_it_is_given_back_when_the_driver_fails(self, run):
-        with pytest.raises(ZeroDivisionError), run.lease():
+        with pytest.raises(ZeroDivisionError), Lease(run):
             _ = 1 / 0
         assert not run.exists("lease.json")
 
@@ -498,26 +499,26 @@ class TestLease:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"process {holder.pid} "):
-            run.lease().__enter__()
+            Lease(run).__enter__()
         holder.kill()
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # dead, and still a zombie
-        with run.lease():
+        with Lease(run):
             assert run.read_json("lease.json")["pid"] == os.getpid()
         holder.communicate()
 
     def test_a_process_that_got_a_dead_holder_s_id_does_not_hold_it(self, run):
-        with run.lease():
+        with Lease(run):
             record = run.read_json("lease.json")
         run.write_json("lease.json", record | {"driver": "dead", "process_started": "1"})
-        with run.lease():
+        with Lease(run):
             assert run.read_json("lease.json")["driver"] != "dead"
 
     @pytest.mark.parametrize(("silent_s", "dead"), [(59, False), (61, True)])
     def test_a_holder_elsewhere_is_dead_after_a_minute_of_silence(self, run, silent_s, dead):
-        with run.lease():
+        with Lease(run):
             record = run.read_json("lease.json")
         run.write_json("lease.json", record | {"process_space": "elsewhere", "host": "far", "renewed_at": 1000.0})
-        lease = run.lease(clock=lambda: 1000.0 + silent_s)
+        lease = Lease(run, clock=lambda: 1000.0 + silent_s)
         if dead:
             with lease:
                 assert run.read_json("lease.json")["renewed_at"] == 1000.0 + silent_s
@@ -534,18 +535,18 @@ class TestLease:
                 renewed.set()
             return now
 
-        with run.lease(renew_s=0.01, clock=clock):
+        with Lease(run, renew_s=0.01, clock=clock):
             assert renewed.wait(10)
 
     def test_a_stolen_lease_is_noticed_and_left_to_the_thief(self, run):
-        with run.lease() as lease:
+        with Lease(run) as lease:
             run.write_json("lease.json", run.read_json("lease.json") | {"driver": "thief"})
             lease.renew()
             assert lease.lost
         assert run.read_json("lease.json")["driver"] == "thief"
 
     def test_a_folder_that_is_deleted_or_unmounted_is_called_that_and_is_not_made_again(self, run):
-        with run.lease(renew_s=3600) as lease:
+        with Lease(run, renew_s=3600) as lease:
             run.open(CONFIG, {})
             lease.renew()
             shutil.rmtree(run.local_path)
@@ -553,18 +554,18 @@ class TestLease:
             assert lease.lost == f"{run.uri} is gone, deleted or no longer mounted"
             assert not run.local_path.exists()
         assert not run.local_path.exists()
-        with run.lease():
+        with Lease(run):
             assert run.open(CONFIG, {}) is False
 
     @pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"driver": 3}'])
     def test_a_damaged_lease_holds_nobody_off_and_is_written_again_by_its_holder(self, run, text):
-        with run.lease(renew_s=3600) as lease:
+        with Lease(run, renew_s=3600) as lease:
             run.write_bytes("lease.json", text.encode())
             lease.renew()
             assert not lease.lost
             assert run.read_json("lease.json")["pid"] == os.getpid()
         run.write_bytes("lease.json", text.encode())
-        with run.lease():
+        with Lease(run):
             pass
 
     def test_storage_that_fails_for_a_while_is_survived(self, run, caplog):
@@ -575,7 +576,7 @@ class TestLease:
         assert "could not be renewed, trying again: the network is down" in caplog.text
 
     def test_of_drivers_that_start_together_one_gets_it(self, run):
-        assert sorted(start_together([run.lease() for _ in range(8)])) == [False] * 7 + [True]
+        assert sorted(start_together([Lease(run) for _ in range(8)])) == [False] * 7 + [True]
 
 
 class FailingOnce(RunDirectory):
@@ -643,7 +644,7 @@ class TestS3:
 
     def test_a_run_is_opened_resumed_refused_and_started_over(self, s3_run):
         s3_run.check_writable()
-        with s3_run.lease():
+        with Lease(s3_run):
             assert s3_run.open(CONFIG, {}) is False
             s3_run.write_json(minimum_path(FOLDER), {})
             assert RunDirectory.at(s3_run.uri).open(CONFIG, {}) is True
@@ -660,7 +661,7 @@ class TestS3:
         assert RunDirectory(run.below("trials"), "0").read_bytes("a") == b"1"
 
     def test_of_drivers_that_start_together_one_gets_it(self, s3_run):
-        assert sorted(start_together([s3_run.lease() for _ in range(3)])) == [False, False, True]
+        assert sorted(start_together([Lease(s3_run) for _ in range(3)])) == [False, False, True]
 
     def test_a_pickled_run_writes_to_the_same_place(self, s3_run):
         pickle.loads(pickle.dumps(s3_run)).write_bytes("a", b"1")

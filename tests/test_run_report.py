@@ -6,7 +6,7 @@ import pytest
 
 from raysubset import run_report
 from raysubset.events import Event
-from raysubset.run_directory import SESSIONS_PATH, RunDirectory
+from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions
 
 
@@ -16,7 +16,7 @@ def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
     directory, now = RunDirectory(str(tmp_path), "run"), 100.0
     monkeypatch.setattr(run_report.time, "perf_counter", lambda: now)
 
-    killed = Sessions(directory, directory.lease(), began=98.0)
+    killed = Sessions(directory, Lease(directory), began=98.0)
     killed.started_up()
     killed.heartbeat()
     now += Sessions.WRITE_S
@@ -25,7 +25,7 @@ def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
     killed.heartbeat()  # too soon to be written down, and so lost
     assert directory.read_json(SESSIONS_PATH)["sessions"][0]["wall_s"] == 2 + Sessions.WRITE_S
 
-    with Sessions(directory, directory.lease(), began=now) as last:
+    with Sessions(directory, Lease(directory), began=now) as last:
         now += 1.0
         last.started_up()
         now += 4.0
@@ -43,7 +43,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_run_and_is_made_up_for(
         RunDirectory.write_json(directory, path, record)
 
     monkeypatch.setattr(directory, "write_json", write_json)
-    session = Sessions(directory, directory.lease(), began=0.0)
+    session = Sessions(directory, Lease(directory), began=0.0)
     session.heartbeat()
     assert not failures
     assert not directory.exists(SESSIONS_PATH)
@@ -55,7 +55,7 @@ def test_a_driver_whose_lease_is_lost_stops_at_its_next_event_and_leaves_the_ses
     tmp_path: Path,
 ) -> None:
     directory = RunDirectory(str(tmp_path), "run")
-    lease, events = directory.lease(), []
+    lease, events = Lease(directory), []
     with Sessions(directory, lease, began=0.0) as session:
         tell = session.listener(events.append)
         lease.lost = "another driver has taken over the run"

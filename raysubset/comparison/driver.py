@@ -17,7 +17,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.events import Event, OnEvent
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.planning import Plan, make_plan
-from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
+from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment
 from raysubset.tracking import refuse_missing, track_comparison
 from raysubset.user_functions import refuse_import
@@ -107,7 +107,7 @@ def compare(
             num_gpus = num_gpus_of(config.actors, lambda event: None, types=types)
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
             refuse_unplaceable(request, "legs of a comparison", types=types)
-        lease = stack.enter_context(directory.lease())
+        lease = stack.enter_context(Lease(directory))
         resumed = directory.open(
             shown.to_dict() | {"kind": "comparison"},
             environment(),

@@ -2,7 +2,7 @@
 
     run = RunDirectory("s3://bucket/results?endpoint_override=host:9000&scheme=http", "cifar10-cnn")
     run.check_writable()
-    with run.lease() as lease:                       # refuses a second driver
+    with Lease(run) as lease:                            # refuses a second driver
         resumed = run.open(config.to_dict(), environment)
         folder = minimum_folder(0, 7)
         run.write_weights(weights_path(folder), weights)

@@ -9,10 +9,9 @@ import mmap
 import os
 import pickle
 import re
-import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +27,6 @@ from torch import Tensor
 from raysubset.config import differences
 from raysubset.errors import CorruptFile
 from raysubset.fingerprints import Identity
-from raysubset.run_directory.lease import RENEW_S, Lease
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
@@ -498,10 +496,6 @@ class RunDirectory:
         infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True))
         names = {info.base_name for info in infos} - {LEASE_PATH, CONFIG_PATH, IDENTITY_PATH}
         return sorted(name for name in names if not name.startswith("."))
-
-    def lease(self, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> Lease:
-        """The right to write this run, to be entered with `with`."""
-        return Lease(self, renew_s=renew_s, clock=clock)
 
 
 def _is_foreign(kind: pa.DataType) -> bool:

@@ -13,13 +13,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from raysubset.config import from_tree
+from raysubset.run_directory.directory import RunDirectory
 from raysubset.run_directory.paths import LEASE_PATH
-
-if TYPE_CHECKING:
-    from raysubset.run_directory.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class Lease:
     the other finds `lost` set at its next renewal and should stop.
     """
 
-    def __init__(self, run: "RunDirectory", *, renew_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, run: RunDirectory, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> None:
         self.lost: str | None = None  # why it is: another driver has it, or the run's folder is gone
         self._run, self._renew_s, self._clock = run, renew_s, clock
         self._stop = threading.Event()

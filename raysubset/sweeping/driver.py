@@ -33,7 +33,7 @@ from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
 from raysubset.planning import make_plan
-from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
@@ -125,7 +125,7 @@ def sweep(
             run = RunDirectory(trial.config.storage_path, trial.name)
             if fresh or not run.exists(REPORT_PATH):
                 refuse_what_has_no_place(trial.config, None if fresh else run)
-        lease = stack.enter_context(directory.lease())
+        lease = stack.enter_context(Lease(directory))
         resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
