@@ -12,7 +12,8 @@ from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
 from raysubset.streaming import most_workers, refuse_without_readers
-from raysubset.subset_actors import ActorPool, Piece, packing_decision, packing_note
+from raysubset.subset_actors import ActorPool, packing_decision, packing_note
+from raysubset.work import Piece
 
 
 def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> None:

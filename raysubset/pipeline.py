@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from raysubset.aggregation import shrink_perturb
-from raysubset.cluster import connected, get_shared, own_address, put_once, reached
+from raysubset.cluster import connected, get_shared, put_once, reached
 from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
@@ -25,7 +25,7 @@ from raysubset.events import Event, OnEvent, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
-from raysubset.models import new_model
+from raysubset.models import new_model, trainable_names
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
@@ -36,8 +36,6 @@ from raysubset.planning import (
 from raysubset.rounds import Rounds
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,
-    MISTAKES_PATH,
-    PREDICTIONS_PATH,
     REPORT_PATH,
     RESULT_PATH,
     CorruptFile,
@@ -51,11 +49,12 @@ from raysubset.run_directory import (
 )
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment
 from raysubset.scoring import ScoringPlace
-from raysubset.subset_actors import ActorPool, Piece, find_minima
+from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Weights
 from raysubset.user_functions import refuse_import
+from raysubset.work import Piece
 
 T = TypeVar("T")
 
@@ -231,7 +230,7 @@ class _Stages:
         self._full_set_ref = full_set_ref
         self._decisions = Decisions(config, directory, plan, tell)
         num_gpus = self._decisions.aggregation_num_gpus
-        self._scoring = ScoringPlace(config, full_set, full_set_ref, num_gpus=num_gpus, on_event=tell)
+        self._scoring = ScoringPlace(config, directory, full_set, full_set_ref, num_gpus=num_gpus, on_event=tell)
         self._calibration = calibration_positions(config, full_set)
 
     def run(self) -> dict[str, Any]:
@@ -335,10 +334,11 @@ class _Stages:
         self._tell(stage_event("fine_tuning", text))
         weights = aggregate
         if tuning.start != "warm":
-            weights = self._fresh_weights("fine_tuning")
-        if tuning.start == "shrink_perturb":
-            names, (shrink, perturb) = self._plan.parameter_names, (tuning.shrink, tuning.perturb)
-            weights = shrink_perturb(aggregate, weights, shrink=shrink, perturb=perturb, parameter_names=names)
+            fresh = self._fresh_network("fine_tuning")
+            weights = fresh.state_dict()
+            if tuning.start == "shrink_perturb":
+                names, factors = trainable_names(fresh), {"shrink": tuning.shrink, "perturb": tuning.perturb}
+                weights = shrink_perturb(aggregate, weights, **factors, parameter_names=names)
         folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
         return self._train("fine_tuning", weights, num_workers, teachers=folders if tuning.distillation else ())
 
@@ -365,12 +365,7 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         refuse_changed_files(full_set)
         self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
-        device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        with self._ledger.recorded("test", 0, device=device, node=own_address()) as close:
-            tested = self._scoring.test(weights)
-            close(tested.cost)
-        tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
-        files = {path: self._directory.write_table(path, table) for path, table in tables.items()}
+        test, files = self._scoring.test(weights)
         files |= self._leave_model(weights)
         return {
             "name": config.run_name(),
@@ -390,7 +385,7 @@ class _Stages:
             "advice": list(plan.advice),
             "planned_passes": plan.passes,
             "stages": stages,
-            "test": tested.metrics.to_dict(),
+            "test": test.to_dict(),
             "validation": validation,
             "cost": cost_record(
                 self._ledger.read(),

@@ -14,7 +14,7 @@ from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
 from raysubset.fingerprints import digest
-from raysubset.models import has_batch_norm, new_model, num_parameters, trainable_names
+from raysubset.models import has_batch_norm, new_model, num_parameters
 from raysubset.soundness import findings, most_workers
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
 from raysubset.training import (
@@ -38,7 +38,6 @@ class Plan:
 
     subsets: tuple[Subset, ...]  # of the first round
     num_parameters: int
-    parameter_names: frozenset[str]
     num_bytes: int  # of one set of weights
     forward_share: float  # of a pass, in this network
     full_set_ratio: float  # Q of the full set
@@ -92,7 +91,6 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     return Plan(
         subsets=subsets,
         num_parameters=num,
-        parameter_names=trainable_names(model),
         num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         forward_share=share,
         full_set_ratio=overdetermination_ratio(num_train, num_classes, num),

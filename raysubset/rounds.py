@@ -2,12 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
-from raysubset.cluster import own_address
-from raysubset.config import Config, derive_seed
+from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
@@ -29,9 +27,10 @@ from raysubset.run_directory import (
     subsets_path,
 )
 from raysubset.scoring import ScoringPlace
-from raysubset.subset_actors import ActorPool, Piece, find_minima
+from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
-from raysubset.training import MEASURES, Cost, Weights
+from raysubset.training import MEASURES, Weights
+from raysubset.work import Piece, Round
 
 logger = logging.getLogger(__name__)
 
@@ -168,45 +167,26 @@ class Rounds:
 
     def _aggregate(self, round: int, minima: list[Minimum], start: Weights) -> tuple[Weights, dict[str, Any]]:
         """One set of weights of a round's minima; written down before it is used."""
-        self._tell(stage_event("aggregation", f"{self._config.aggregation.method} of {len(minima)} minima"))
-        device = "cuda" if self._decisions.aggregation_num_gpus else "cpu"
-        with self._ledger.recorded("aggregation", round, device=device, node=own_address()) as close:
-            made, record = self._leave_aggregate(round, minima, start, close)
-        self._tell_of(made, round)
-        return made.aggregate.weights, record
-
-    def _leave_aggregate(
-        self, round: int, minima: list[Minimum], start: Weights, close: Callable[[Cost], None]
-    ) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
-        """Aggregate and write what came of it, what that cost before its record."""
         config, directory = self._config, self._directory
-        carried = bool(round) and config.rounds.has_outer_step()
-        made, momentum = self._scoring.aggregate(
-            minima,
-            calibration=self._calibration,
-            start=start,
-            momentum=self._momentum(round - 1) if carried else {},
-            parameter_names=self._plan.parameter_names,
-            seed=derive_seed(config.seed, "aggregation", round),
-            measures=MEASURES if config.rounds.evaluated(round) else (),
-        )
-        path = aggregate_weights_path(round)
-        files = {path: directory.write_weights(path, made.aggregate.weights)}
-        if momentum:
-            files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
+        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(minima)} minima"))
         num_classes, num_parameters = self._full_set.num_classes, self._plan.num_parameters
         records = [
             directory.read_json(minimum_path(minimum_folder(round, minimum.subset_id)))
             | {"overdetermination_ratio": overdetermination_ratio(minimum.num_examples, num_classes, num_parameters)}
             for minimum in minima
         ]
-        record = {"round": round, "minima": records, "aggregation": made.to_dict(), "files": files}
+        members: dict[str, Any] = {"minima": records}
         if config.aggregation.method == "savgm":
             folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
-            record["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
-        close(made.cost)
-        directory.write_json(aggregate_path(round), record)
-        return made, record
+            members["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
+        carried = bool(round) and config.rounds.has_outer_step()
+        momentum = self._momentum(round - 1) if carried else {}
+        measures = MEASURES if config.rounds.evaluated(round) else ()
+        made, record = self._scoring.aggregate(
+            Round(round, minima, start, momentum, self._calibration, measures, members)
+        )
+        self._tell_of(made, round)
+        return made.aggregate.weights, record
 
     def _tell_of(self, made: Aggregation | Unmeasured, round: int) -> None:
         members = ", ".join(map(str, made.aggregate.subset_ids))

@@ -328,9 +328,7 @@ PARAMETERS = frozenset(name for name, _ in cnn().named_parameters())
 
 def test_a_round_without_outer_step_is_its_aggregate(minima):
     config = Config(minimize=RECIPE)
-    made, momentum = aggregate_round(
-        minima, config, scorer(), start=weights(cnn(seed=0)), momentum={}, parameter_names=PARAMETERS
-    )
+    made, momentum = aggregate_round(minima, config, scorer(), start=weights(cnn(seed=0)), momentum={})
     plain = aggregate(minima, config.aggregation, scorer())
     assert same_bits(made.aggregate.weights, plain.aggregate.weights)
     assert momentum == {}
@@ -340,7 +338,7 @@ def test_an_outer_step_is_refreshed_measured_and_counted(minima):
     config = Config(minimize=RECIPE, rounds=RoundsConfig(num=2, outer_learning_rate=0.7, outer_momentum=0.5))
     start, before = weights(cnn(seed=0)), {name: torch.full_like(p, 0.01) for name, p in cnn().named_parameters()}
     before = {name: value.detach() for name, value in before.items()}
-    made, momentum = aggregate_round(minima, config, scorer(), start=start, momentum=before, parameter_names=PARAMETERS)
+    made, momentum = aggregate_round(minima, config, scorer(), start=start, momentum=before)
     plain = aggregate(minima, config.aggregation, scorer())
     stepped, expected = outer_step(
         start, plain.aggregate.weights, before, learning_rate=0.7, momentum_factor=0.5, parameter_names=PARAMETERS
@@ -358,7 +356,7 @@ def test_an_outer_step_is_refreshed_measured_and_counted(minima):
 def test_a_round_that_is_not_measured_has_the_same_parameters_and_no_forward_work(minima, rates):
     config = Config(minimize=RECIPE, rounds=RoundsConfig(num=4, evaluate_every=2, **rates))
     unmeasured = [replace(minimum, validation=None) for minimum in minima]
-    judge, given = scorer(), {"start": weights(cnn(seed=0)), "momentum": {}, "parameter_names": PARAMETERS}
+    judge, given = scorer(), {"start": weights(cnn(seed=0)), "momentum": {}}
     made, momentum = aggregate_round(unmeasured, config, judge, **given, measured=False)
     measured, expected = aggregate_round(minima, config, scorer(), **given)
     assert same_bits(momentum, expected)

@@ -22,6 +22,7 @@ BANNED = {
     "raysubset.aggregation": {"ray", "pandas"},
     "raysubset.run_directory": {"ray"},
     "raysubset.ledger": {"ray"},
+    "raysubset.work": {"ray", "pandas", "sklearn", "torchvision"},
     "raysubset.run_report": {"ray"},
     "raysubset.tracking": {"ray", "mlflow", "wandb"},
     "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "tyro", "rich"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raysubset import scoring
+from raysubset import work
 from raysubset.cli import call
 from raysubset.config import Config, MinimizeConfig
 from raysubset.data import load_full_set
@@ -46,8 +46,8 @@ from raysubset.run_directory import (
     minimum_folder,
     weights_path,
 )
-from raysubset.scoring import pick_mistakes, tabulate_predictions
 from raysubset.training import Cost, evaluate
+from raysubset.work import pick_mistakes, tabulate_predictions
 from tests.test_report import a_record, conventional_record, metrics, minimum, round_of
 
 
@@ -232,7 +232,7 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     config = Config()
     shape, num = full_set.image_shape, full_set.num_classes
     model = build_model(config.model, num_classes=num, image_shape=shape, seed=1)
-    tested = scoring.test_weights(full_set, 0, config, model.state_dict())
+    tested = work.test_weights(full_set, 0, config, model.state_dict())
     expected = evaluate(model, full_set.examples("test"), config.minimize)
     assert tested.metrics.num_correct == expected.num_correct
     assert tested.metrics.loss == pytest.approx(expected.loss, rel=1e-6)

@@ -28,9 +28,10 @@ from raysubset.node_speeds import (
 )
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors import Pack, Piece
+from raysubset.subset_actors import Pack
 from raysubset.subset_actors.packs import Backlog, in_packs
 from raysubset.subsets import sizes_by_share
+from raysubset.work import Piece
 
 REQUEST = {"CPU": 1, "GPU": 0.5}
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from raysubset.subset_actors import Pack, Piece
+from raysubset.subset_actors import Pack
 from raysubset.subset_actors.packs import Backlog, in_packs
+from raysubset.work import Piece
 
 
 def pieces(num: int) -> list[Piece]:

@@ -1,7 +1,7 @@
 """aggregate(): the configured method with what is always reported beside it, on one device."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,7 +166,6 @@ def aggregate_round(
     *,
     start: Weights,
     momentum: Weights,
-    parameter_names: Collection[str],
     seed: int = 0,
     measured: bool = True,
 ) -> tuple[Aggregation | Unmeasured, Weights]:
@@ -197,7 +196,7 @@ def aggregate_round(
         momentum,
         learning_rate=config.rounds.outer_learning_rate,
         momentum_factor=config.rounds.outer_momentum,
-        parameter_names=parameter_names,
+        parameter_names=scorer.parameter_names,
     )
     if isinstance(made, Unmeasured):
         return replace(made, aggregate=replace(made.aggregate, weights=stepped), cost=scorer.cost()), momentum

@@ -23,7 +23,6 @@ from raysubset.cluster import (
     get_shared,
     own_address,
     published,
-    put_once,
     refuse_unplaceable,
     stop_tasks,
 )
@@ -45,10 +44,10 @@ from raysubset.run_directory import (
     optimizer_path,
     weights_path,
 )
-from raysubset.scoring import aggregate_minima, test_weights
-from raysubset.subset_actors import Piece, SubsetActor, read_minimum
-from raysubset.training import Cost, Weights
+from raysubset.subset_actors import read_minimum
+from raysubset.training import Weights
 from raysubset.user_code import as_here
+from raysubset.work import Minimizer, Piece, Round, leave_aggregate, test_weights
 
 TEST_PATH = "test.json"  # in a leg's folder
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
@@ -171,14 +170,19 @@ def _minimize(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: f
         assert piece.optimizer_path is not None
         run.write_checkpoint(piece.optimizer_path, state)
     start = start_weights(leg, legs_path, full_set)
-    actor = SubsetActor(leg.config, full_set_ref, run, num_gpus)
+    minimizer = Minimizer(leg.config, lambda: full_set, run, num_gpus=num_gpus, node=own_address())
     attempt = Ledger(run).next_attempt(piece.ledger_stage, leg.round, leg.subset)
-    start_ref = None if start is None else put_once(start)
-    previous = signal.signal(signal.SIGINT, lambda *_: actor.request_stop())  # what ray.cancel() comes as
+
+    def stop(number: int, frame: object) -> None:
+        minimizer.request_stop(preempted=number == signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)  # what ray.cancel() comes as, and a spot notice
+    previous = [signal.signal(number, stop) for number in numbers]
     try:
-        (record,) = actor.minimize([piece], start_ref, attempts=[attempt], waited_s=waited_s)
+        (record,) = minimizer.minimize([piece], start, attempts=[attempt], waited_s=waited_s)
     finally:
-        signal.signal(signal.SIGINT, previous)  # the next leg may be done in this process
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)  # the next leg may be done in this process
     return record is not None
 
 
@@ -194,43 +198,21 @@ def _open(leg: Leg, legs_path: str, submitted_at: float) -> tuple[RunDirectory, 
 
 def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: float, submitted_at: float) -> bool:
     run, waited_s = _open(leg, legs_path, submitted_at)
-    ledger, device = Ledger(run), "cuda" if num_gpus else "cpu"
-    with ledger.recorded("aggregation", leg.round, device=device, node=own_address(), waited_s=waited_s) as close:
-        _leave_aggregate(leg, legs_path, get_shared(full_set_ref), num_gpus, close)
-    return True
-
-
-def _leave_aggregate(
-    leg: Leg, legs_path: str, full_set: FullSet, num_gpus: float, close: Callable[[Cost], None]
-) -> None:
-    """Aggregate the members and write what came of it, what that cost before its record."""
-    run, start = RunDirectory(legs_path, leg.key), start_weights(leg, legs_path, full_set)
-    config = leg.config
-    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
+    config, full_set = leg.config, get_shared(full_set_ref)
+    start = start_weights(leg, legs_path, full_set)
+    if start is None:
+        start = new_model(config.model, full_set, seed=derive_seed(config.seed, "start")).state_dict()
     folders = [LegFolder(legs_path, member) for member in leg.members]
     parts = {folder.leg.subset: folder for folder in folders if folder.leg.is_subsample}
+    minima = [folder.minimum(parts.get(folder.leg.subset)) for folder in folders if not folder.leg.is_subsample]
     momentum: Weights = {}
     if leg.round and config.rounds.has_outer_step():
         before = LegFolder(legs_path, leg.start.legs[0])
         momentum = before.run.read_weights(momentum_path(leg.round - 1), before.files())
-    made, momentum = aggregate_minima(
-        full_set,
-        num_gpus,
-        config,
-        [folder.minimum(parts.get(folder.leg.subset)) for folder in folders if not folder.leg.is_subsample],
-        calibration_positions(config, full_set),
-        model.state_dict() if start is None else start,
-        momentum,
-        trainable_names(model),
-        derive_seed(config.seed, "aggregation", leg.round),
-        ("validation",) if leg.is_measured else (),
-    )
-    path = aggregate_weights_path(leg.round)
-    files = {path: run.write_weights(path, made.aggregate.weights)}
-    if momentum:
-        files[momentum_path(leg.round)] = run.write_weights(momentum_path(leg.round), momentum)
-    close(made.cost)
-    run.write_json(aggregate_path(leg.round), {"round": leg.round, "aggregation": made.to_dict(), "files": files})
+    measures = ("validation",) if leg.is_measured else ()
+    of = Round(leg.round, minima, start, momentum, calibration_positions(config, full_set), measures)
+    leave_aggregate(full_set, num_gpus, config, run, of, node=own_address(), waited_s=waited_s)
+    return True
 
 
 def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_gpus: float) -> None:

@@ -53,6 +53,8 @@ def _listen() -> tuple[str, int]:
 def _join(host: str, port: int, rank: int, size: int, backend: str | None, timeout_s: float) -> None:
     """Connect with the others; the first worker serves the store on the socket it listens on."""
     timeout = timedelta(seconds=timeout_s)
-    served = {"master_listen_fd": _listening.pop().detach()} if rank == 0 else {}
-    store = dist.TCPStore(host, port, size, rank == 0, timeout, **served)
+    served = _listening.pop().detach() if rank == 0 else None
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=served
+    )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

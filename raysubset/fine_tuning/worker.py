@@ -38,6 +38,7 @@ from raysubset.training import (
     Progress,
     Shard,
     Weights,
+    device_name,
     evaluate,
     minimize,
     num_steps_per_epoch,
@@ -299,14 +300,13 @@ class _Worker:
     def _open_ledger(self) -> None:
         ledger = Ledger(self._run)
         ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
-        cuda = self._device.type == "cuda"
         self._work = Work(
             stage=self._stage,
             round=0,
             subset=None,
             attempt=ledger.next_attempt(self._stage, 0, None),
             node=own_address(),
-            device=torch.cuda.get_device_name(self._device) if cuda else self._device.type,
+            device=device_name(self._device),
             started_at=time.time(),
             ended_at=None,
             outcome="running",

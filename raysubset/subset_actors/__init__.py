@@ -7,12 +7,10 @@ An actor takes one piece of work after another; the driver owns order, retries a
 behind is a pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
 """
 
-from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.minima import find_minima, read_minimum
 from raysubset.subset_actors.packing import packing_decision, packing_note
 from raysubset.subset_actors.packs import Pack
-from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.subset_actors.pool import ActorPool, SubsetFailed
 
 __all__ = [
@@ -21,9 +19,6 @@ __all__ = [
     "memory_warning",
     "ActorPool",
     "Pack",
-    "Piece",
-    "Report",
-    "SubsetActor",
     "SubsetFailed",
     "packing_decision",
     "packing_note",

@@ -3,73 +3,23 @@
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
-import torch
 
-from raysubset.config import Config, derive_seed
-from raysubset.data import Examples, FullSet, StreamedExamples
-from raysubset.errors import one_line
-from raysubset.ledger import Ledger, Outcome, Stage, Work
-from raysubset.models import new_model
-from raysubset.pulse import Pulse, beat, begin, pulse
-from raysubset.run_directory import (
-    RunDirectory,
-    Seal,
-    checkpoint_path,
-    minimum_path,
-    optimizer_path,
-    outputs_path,
-    statistics_path,
-    weights_path,
-)
-from raysubset.subset_actors.pieces import Piece, Report
-from raysubset.training import (
-    Cost,
-    DivergedError,
-    MinimizeResult,
-    Progress,
-    Weights,
-    card_bytes,
-    diagonal_fisher,
-    evaluate,
-    gram_matrices,
-    metrics_of_outputs,
-    minimize,
-    minimize_packed,
-    num_steps_per_epoch,
-    place,
-    predict,
-    try_packing,
-    use_device,
-)
+from raysubset.cluster import get_shared, own_address
+from raysubset.config import Config
+from raysubset.pulse import Pulse, pulse
+from raysubset.run_directory import RunDirectory
+from raysubset.training import DivergedError, card_bytes
 from raysubset.user_code import Workplace
-
-
-@dataclass
-class _Job:
-    """A piece in hand, with what it needs on the device."""
-
-    piece: Piece
-    work: Work
-    model: torch.nn.Module
-    examples: Examples | StreamedExamples
-    state: dict[str, Any] | None  # of its newest checkpoint
-    optimizer_state: dict[str, Any] | None
-    every_steps: int  # between checkpoints
-    last_step: int  # of the last checkpoint
-    last_at: float
-    heard_at: float  # when its ledger entry last said how far it is
-    is_closed: bool = False  # whether its ledger entry says how it ended
+from raysubset.work import Minimizer, Piece, Report
 
 
 class SubsetActor:
-    """Minimizes on a subset at a time, or on a pack of them, on the device Ray gave it; writes to the run directory.
+    """A Minimizer on the device that Ray gave this process.
 
     If its process or node dies, the pool notices at its pending call and gives the work to another actor, which goes
     on from the last checkpoints. A second thread answers report() and request_stop() meanwhile.
@@ -81,42 +31,31 @@ class SubsetActor:
         full_set_ref: Sequence[ray.ObjectRef],
         run: RunDirectory,
         num_gpus: float,
-        workplace: Workplace | None = None,
+        workplace: Workplace,
     ) -> None:
-        """The workplace is the driver's; None: this process is there already."""
-        if workplace is not None:
-            workplace.enter()
-        self._config, self._run, self._num_gpus = config, run, num_gpus
-        self._full_set_ref = full_set_ref
-        self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
-        self._is_busy = False
-        self._started = time.perf_counter()
-        self._stop = threading.Event()
-        self._preempted = False
+        """The workplace is the driver's."""
+        workplace.enter()
+        self._num_gpus = num_gpus
+        load = partial(get_shared, full_set_ref)
+        self._minimizer = Minimizer(config, load, run, num_gpus=num_gpus, node=own_address())
         signal.signal(signal.SIGTERM, self._heed_signal)
 
     def where(self) -> dict[str, Any]:
         """The node and process, once the actor is up, and the memory in bytes of the card it was given, if any."""
-        context = ray.get_runtime_context()
-        return {
-            "node": context.get_node_id(),
-            "ip": ray.util.get_node_ip_address(),
-            "pid": os.getpid(),
-            "card_bytes": card_bytes(num_gpus=self._num_gpus),
-        }
+        node, card = ray.get_runtime_context().get_node_id(), card_bytes(num_gpus=self._num_gpus)
+        return {"node": node, "ip": own_address(), "pid": os.getpid(), "card_bytes": card}
 
     def report(self) -> tuple[Pulse, dict[int, Report]]:
         """The pulse, and how far the pieces in hand are, by their place in the pack, once they have made a step."""
-        return pulse(), {number: Report.of(progress) for number, progress in self._progress.items() if progress.step}
+        return pulse(), self._minimizer.reports()
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""
-        self._preempted |= preempted
-        self._stop.set()
+        self._minimizer.request_stop(preempted=preempted)
 
     def _heed_signal(self, number: int, frame: object) -> None:
         """SIGTERM: the machine will go. At work, stop as asked; else end, as a process without a handler does."""
-        if self._is_busy:
+        if self._minimizer.is_busy:
             self.request_stop(preempted=True)
         else:
             sys.exit(128 + number)
@@ -129,275 +68,10 @@ class SubsetActor:
         attempts: Sequence[int],
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
-        """Do pieces of work at once, each from its newest checkpoint, and leave their minima in the run directory.
-
-        Args:
-            pieces: what to do; several are packed (training.minimize_packed), and of one stage and round.
-            start_ref: the start weights; None: the model's seeded initialisation.
-            attempts: name these attempts' files.
-            waited_s: how long the pieces waited for an actor, for the ledger.
-
-        Returns:
-            Of each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; of one
-            among several whose loss was never finite, the error.
-        """
-        device = self._begin()
-        works = [
-            self._work(p.ledger_stage, p.round, p.subset_id, n, device) for p, n in zip(pieces, attempts, strict=True)
-        ]
-        works = [replace(work, waited_s=waited_s) for work in works]
-        for work in works:
-            Ledger(self._run).write(work)
-        jobs: list[_Job] = []
-        try:
-            jobs += [self._prepare(p, start_ref, work, device) for p, work in zip(pieces, works, strict=True)]
-            results = self._minimize(jobs)
-            costs = [
-                self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
-                for number, result in enumerate(results)
-            ]
-            apart_s = time.perf_counter() - self._started - sum(cost.device_s for cost in costs)
-            shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
-            return [
-                self._leave(job, result, start_ref, cost, shared)
-                for job, result, cost in zip(jobs, results, costs, strict=True)
-            ]
-        except Exception as error:
-            closed = {job.work.path for job in jobs if job.is_closed}
-            held_s = (time.perf_counter() - self._started) / len(works)
-            for number, work in enumerate(works):
-                if work.path not in closed:
-                    cost = replace(self._cost_so_far(number), device_s=held_s)
-                    self._close(work, "failed", cost, error=one_line(error))
-            raise
-        finally:
-            self._end(device)
+        """Minimizer.minimize(), with the start weights in the object store."""
+        start = None if start_ref is None else get_shared(start_ref)
+        return self._minimizer.minimize(pieces, start, attempts=attempts, waited_s=waited_s)
 
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
-        """Time some steps of these pieces, packed and one by one; nothing is left but the ledger's entry.
-
-        Returns:
-            One record: of the trial, or {"refused": why the network cannot be packed}, with the device's name.
-        """
-        device = self._begin()
-        work = self._work("measuring", 0, None, attempt, device)
-        Ledger(self._run).write(work)
-        cost = Cost()
-        try:
-            jobs = [self._prepare(piece, None, work, device) for piece in pieces]
-            recipe = self._config.stage(pieces[0].stage)
-            try:
-                trial = try_packing([job.model for job in jobs], [_held(job.examples) for job in jobs], recipe)
-                cost, record = trial.cost, trial.to_dict()
-            except ValueError as error:
-                record = {"refused": str(error)}
-        except Exception as error:
-            self._close(work, "failed", cost, error=one_line(error))
-            raise
-        finally:
-            self._end(device)
-        self._close(work, "done", replace(cost, device_s=time.perf_counter() - self._started))
-        return [record | {"device": work.device}]
-
-    def _begin(self) -> torch.device:
-        begin()
-        self._progress, self._started, self._is_busy = {}, time.perf_counter(), True
-        return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
-
-    def _end(self, device: torch.device) -> None:
-        self._progress, self._is_busy = {}, False
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _cost_so_far(self, number: int) -> Cost:
-        return self._progress[number].cost if number in self._progress else Cost()
-
-    def _work(self, stage: Stage, round: int, subset_id: int | None, attempt: int, device: torch.device) -> Work:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        node = ray.util.get_node_ip_address()
-        return Work(stage, round, subset_id, attempt, node, name, started_at=time.time())
-
-    def _close(self, work: Work, outcome: Outcome, cost: Cost, *, num_bytes: int = 0, error: str | None = None) -> None:
-        ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=num_bytes)
-        Ledger(self._run).write(replace(ended, error=error))
-
-    def _prepare(
-        self, piece: Piece, start_ref: Sequence[ray.ObjectRef] | None, work: Work, device: torch.device
-    ) -> _Job:
-        """The piece's model and examples on the device, and what its newest checkpoint holds."""
-        config, run, folder = self._config, self._run, piece.folder
-        full_set: FullSet = ray.get(self._full_set_ref[0])
-        seed_path = ("start",) if piece.start_id == "initial" else ("start", piece.start_id)
-        model = new_model(config.model, full_set, seed=derive_seed(config.seed, *seed_path))
-        if start_ref is not None:
-            start: Weights = ray.get(start_ref[0])
-            model.load_state_dict(start)
-        model = place(model, device, channels_last=config.minimize.channels_last)
-        examples = full_set.examples("train", piece.indices, device=device, augment=True)
-        newest = run.newest_checkpoint(folder)
-        optimizer_state = run.read_checkpoint(piece.optimizer_path)["optimizer"] if piece.optimizer_path else None
-        recipe = config.stage(piece.stage, epochs=piece.epochs)
-        every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
-        last_step = newest[1]["position"][1] if newest else 0
-        state = newest[1] if newest else None
-        now = time.perf_counter()
-        return _Job(piece, work, model, examples, state, optimizer_state, every_steps, last_step, now, now)
-
-    def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
-        """All jobs to their ends, or until they are stopped."""
-        config, first = self._config, jobs[0].piece
-        recipe = config.stage(first.stage, epochs=first.epochs)
-        seeds = [
-            derive_seed(config.seed, "minimize", job.piece.ledger_stage, job.piece.round, job.piece.subset_id or 0)
-            for job in jobs
-        ]
-
-        def on_step(progress: Mapping[int, Progress]) -> bool:
-            self._progress = {**self._progress, **progress}
-            stop = self._stop.is_set()
-            for number, own in progress.items():
-                self._save_if_due(jobs[number], own, now=stop)
-            return stop
-
-        if len(jobs) > 1:
-            return minimize_packed(
-                [job.model for job in jobs],
-                [_held(job.examples) for job in jobs],
-                recipe,
-                seeds=seeds,
-                states=[job.state for job in jobs],
-                optimizer_states=[job.optimizer_state for job in jobs],
-                schedule_span=first.schedule_span,
-                on_step=on_step,
-            )
-        (job,) = jobs
-        result = minimize(
-            job.model,
-            job.examples,
-            recipe,
-            seed=seeds[0],
-            state=job.state,
-            optimizer_state=job.optimizer_state,
-            schedule_span=first.schedule_span,
-            on_step=lambda progress: on_step({0: progress}),
-        )
-        return [result]
-
-    def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
-        """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""
-        at, ledger = time.perf_counter(), Ledger(self._run)
-        due = progress.step - job.last_step >= job.every_steps or at - job.last_at >= self._config.actors.checkpoint_s
-        is_saved = now or (due and progress.step < progress.num_steps)
-        if is_saved or at - job.heard_at >= ledger.heartbeat_s:
-            ledger.write(replace(job.work, cost=progress.cost))  # before the checkpoint: what that holds is counted
-            job.heard_at = time.perf_counter()
-        if is_saved:
-            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), progress.capture())
-            job.last_step, job.last_at = progress.step, time.perf_counter()
-            beat()
-
-    def _leave(
-        self,
-        job: _Job,
-        result: MinimizeResult | DivergedError,
-        start_ref: Sequence[ray.ObjectRef] | None,
-        cost: Cost,
-        shared: Cost,
-    ) -> dict[str, Any] | DivergedError | None:
-        """Leave a job's minimum, if it has come to one, and close its ledger entry with its cost and what it shared."""
-        piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
-        if isinstance(result, DivergedError):
-            self._close(job.work, "failed", cost + shared, error=one_line(result))
-            job.is_closed = True
-            return result
-        if result.outcome == "stopped":
-            self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
-            job.is_closed = True
-            return None
-        full_set = ray.get(self._full_set_ref[0])
-        record, measured = self._leave_minimum(job.model, full_set, piece, job.examples, result.outcome)
-        files = record["files"]
-        cost += shared + measured + Cost(device_s=time.perf_counter() - began)
-        rounds = self._config.rounds
-        has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
-        if has_next and rounds.optimizer_state != "reset":
-            path = optimizer_path(folder)
-            files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer})
-        start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
-        record |= {
-            "cost": cost.to_dict(),
-            "history": [epoch.to_dict() for epoch in result.history],
-            "num_bytes_sent": start_bytes * (2 if start_ref is not None else 1),  # the start in, the minimum out
-            "round": piece.round,
-            "attempt": job.work.attempt,
-        }
-        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])  # first: without the record,
-        job.is_closed = True  # all of this would be done again
-        run.write_json(minimum_path(folder), record)
-        for path in run.list(folder):
-            if "/checkpoint-" in path:
-                run.delete(path)
-        return record
-
-    def _leave_minimum(
-        self,
-        model: torch.nn.Module,
-        full_set: FullSet,
-        piece: Piece,
-        examples: Examples | StreamedExamples,
-        outcome: str,
-    ) -> tuple[dict[str, Any], Cost]:
-        """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
-        recipe, run, folder = self._config.minimize, self._run, piece.folder
-        own = replace(examples, augmentation="none")  # the same tensors, or files: no second copy of the subset
-        weights = {k: v.cpu() for k, v in model.state_dict().items()}
-        files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
-        training = validation = None
-        measured = Cost()
-        if "validation" in piece.measures:
-            held_out = full_set.examples("validation", device=examples.device)
-            outputs = predict(model, held_out, recipe)
-            files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
-            validation = metrics_of_outputs(outputs, held_out.labels.cpu(), recipe).to_dict()
-            measured += Cost(num_forward=len(held_out))
-        if "training" in piece.measures:
-            training = evaluate(model, own, recipe).to_dict()
-            measured += Cost(num_forward=len(own))
-        record = {
-            "subset_id": piece.subset_id,
-            "num_examples": len(own),
-            "start_id": piece.start_id,
-            "outcome": outcome,
-            "training": training,
-            "validation": validation,
-            "statistics": list(piece.statistics),
-            "files": files,
-        }
-        return record, measured + self._leave_statistics(model, piece, own, files)
-
-    def _leave_statistics(
-        self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]
-    ) -> Cost:
-        """Write what the aggregation will want to know of the minimum, taken on its own subset; add their seals."""
-        config, aggregation, cost = self._config, self._config.aggregation, Cost()
-        for kind in piece.statistics:
-            options: dict[str, Any] = {
-                "num_examples": aggregation.statistics_examples,
-                "seed": derive_seed(config.seed, kind, piece.round, piece.subset_id or 0),
-            }
-            if kind == "fisher":
-                taken, worked = diagonal_fisher(
-                    model, _held(own), config.minimize, labels=aggregation.fisher_labels, **options
-                )
-            else:
-                taken, worked = gram_matrices(model, _held(own), config.minimize, **options)
-            path = statistics_path(piece.folder, kind)
-            files[path] = self._run.write_weights(path, taken)
-            cost += worked
-        return cost
-
-
-def _held(examples: Examples | StreamedExamples) -> Examples:
-    """A subset's examples, which are in memory: only full-set stages stream."""
-    assert isinstance(examples, Examples)
-    return examples
+        """Minimizer.try_packing()."""
+        return self._minimizer.try_packing(pieces, attempt=attempt)

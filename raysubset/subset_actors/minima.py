@@ -16,9 +16,9 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.subset_actors.packs import Pack, in_packs
-from raysubset.subset_actors.pieces import Piece
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
+from raysubset.work import Piece
 
 
 def find_minima(

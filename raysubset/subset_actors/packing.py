@@ -7,9 +7,9 @@ from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.models import new_model
 from raysubset.subset_actors.packs import in_packs
-from raysubset.subset_actors.pieces import Piece
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import PAYS, why_not_packed
+from raysubset.work import Piece
 
 
 def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raysubset.data import even_sizes
 from raysubset.ledger import Stage
-from raysubset.subset_actors.pieces import Piece
+from raysubset.work import Piece
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from raysubset.run_directory import CorruptFile, RunDirectory, checkpoint_path, 
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
-from raysubset.subset_actors.pieces import Piece, Report
 from raysubset.training import Cost, Weights
 from raysubset.user_code import Workplace
+from raysubset.work import Piece, Report
 
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress

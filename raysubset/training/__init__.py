@@ -4,7 +4,7 @@ result = minimize(model, examples, config.stage("subsets"), seed=7)
 metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
-from raysubset.training.devices import card_bytes, place, use_device
+from raysubset.training.devices import card_bytes, device_name, place, use_device
 from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
 from raysubset.training.flops import forward_share
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
@@ -52,6 +52,7 @@ __all__ = [
     "SAMPLED_TERMS",
     "gram_matrices",
     "use_device",
+    "device_name",
     "card_bytes",
     "place",
     "num_steps_per_epoch",

@@ -60,6 +60,11 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
+def device_name(device: torch.device) -> str:
+    """As ledgers name it: the card's model, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
     """The model on the device, its convolutions in the memory layout that is fast with images of that layout.
 

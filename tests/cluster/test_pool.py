@@ -21,8 +21,9 @@ from raysubset.data import load_full_set
 from raysubset.events import Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors import ActorPool, Pack, Piece, SubsetFailed
+from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.subset_actors import pool as pool_module
+from raysubset.work import Piece
 from tests.cluster.endless import NUM_STEPS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
