@@ -14,7 +14,14 @@ class Event:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
+_WARNING = "warning: "
+
 OnEvent = Callable[[Event], None]
+
+
+def line_event(line: str) -> Event:
+    """What a line of advice, or a data set's note, is told as: "warning: " at its beginning makes it a warning."""
+    return Event("warning", line[len(_WARNING) :]) if line.startswith(_WARNING) else Event("note", line)
 
 
 def stage_event(stage: str, text: str) -> Event:

@@ -21,7 +21,7 @@ from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
-from raysubset.events import Event, OnEvent, stage_event
+from raysubset.events import Event, OnEvent, line_event, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
@@ -167,7 +167,7 @@ def _begun(
     full_set, identity = full_sets[config.data], identify([config], full_sets, known)
     plan = make_plan(config, full_set)
     for line in (*places_notes(identity), *full_set.notes, *plan.advice):
-        tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
+        tell(line_event(line))
     directory.check_writable()
     with ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
@@ -426,7 +426,7 @@ class _Stages:
         plan = dataclasses.replace(plan, advice=(*plan.advice, in_words(self._decisions.slots, sizes)))
         for line in plan.advice:
             if line not in self._plan.advice:
-                self._tell(Event("warning" if line.startswith("warning") else "note", line.removeprefix("warning: ")))
+                self._tell(line_event(line))
         return plan
 
     def _pool(self) -> ActorPool:
