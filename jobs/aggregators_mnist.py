@@ -38,7 +38,7 @@ from raysubset.aggregation import Minimum, Scorer, barrier, make
 from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model
-from raysubset.planning import calibration_positions, cut_subsample, cut_subsets
+from raysubset.planning import cut_subsample, cut_subsets
 from raysubset.training import (
     Cost,
     Metrics,
@@ -51,6 +51,7 @@ from raysubset.training import (
     place,
     predict,
 )
+from raysubset.work import calibration_examples
 
 EPOCHS = 3.0  # of each subset; the trunk is one epoch of the full set
 SHARED = (
@@ -151,7 +152,7 @@ def compare(data_root: str, start: str, seeds: Sequence[int]) -> None:
         for method in SHARED if start == "shared" else INDEPENDENT:
             scorer = Scorer(
                 network(config, full_set),
-                calibration=full_set.examples("train", calibration_positions(config, full_set)),
+                calibration=calibration_examples(config, full_set, "cpu"),
                 validation=full_set.examples("validation"),
                 minimize=config.minimize,
             )

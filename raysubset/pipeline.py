@@ -30,7 +30,6 @@ from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
     actor_bytes,
-    calibration_positions,
     make_plan,
 )
 from raysubset.rounds import Rounds
@@ -231,7 +230,6 @@ class _Stages:
         self._decisions = Decisions(config, directory, plan, tell)
         num_gpus = self._decisions.aggregation_num_gpus
         self._scoring = ScoringPlace(config, directory, full_set, full_set_ref, num_gpus=num_gpus, on_event=tell)
-        self._calibration = calibration_positions(config, full_set)
 
     def run(self) -> dict[str, Any]:
         """All stages; the report's record."""
@@ -351,7 +349,6 @@ class _Stages:
             self._full_set_ref,
             weights,
             self._directory,
-            calibration=self._calibration,
             num_workers=num_workers,
             num_gpus=self._decisions.num_gpus,
             on_event=self._tell,

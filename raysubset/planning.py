@@ -27,8 +27,8 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
+from raysubset.work import CALIBRATION_EXAMPLES
 
-CALIBRATION_EXAMPLES = 10_000  # of the training set, for batch-norm statistics and the training loss of means
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
 
@@ -243,13 +243,6 @@ def cut_subsets(
             shares=shares,
         )
     )
-
-
-def calibration_positions(config: Config, full_set: FullSet) -> np.ndarray:
-    """The sample of the training split for batch-norm statistics and training losses of means: int64, sorted."""
-    num_train = len(full_set.train)
-    generator = np.random.default_rng(derive_seed(config.seed, "calibration"))
-    return np.sort(generator.choice(num_train, min(CALIBRATION_EXAMPLES, num_train), replace=False))
 
 
 def subsample_size(config: Config, num_examples: int) -> int:

@@ -12,7 +12,7 @@ from raysubset.errors import listed
 from raysubset.events import Event, OnEvent, stage_event
 from raysubset.ledger import Ledger
 from raysubset.node_speeds import slot_of
-from raysubset.planning import Plan, calibration_positions, cut_subsample, cut_subsets, manifest
+from raysubset.planning import Plan, cut_subsample, cut_subsets, manifest
 from raysubset.run_directory import (
     CorruptFile,
     RunDirectory,
@@ -51,7 +51,6 @@ class Rounds:
         self._config, self._directory, self._full_set, self._plan = config, directory, full_set, plan
         self._decisions, self._scoring, self._tell = decisions, scoring, tell
         self._ledger = Ledger(directory)
-        self._calibration = calibration_positions(config, full_set)
 
     def run(self, pool: ActorPool, round: int, start: Weights, start_id: str) -> tuple[Weights, dict[str, Any]]:
         """Subset minima in parallel, then their aggregate: weights and record, read back where they are there.
@@ -182,9 +181,7 @@ class Rounds:
         carried = bool(round) and config.rounds.has_outer_step()
         momentum = self._momentum(round - 1) if carried else {}
         measures = MEASURES if config.rounds.evaluated(round) else ()
-        made, record = self._scoring.aggregate(
-            Round(round, minima, start, momentum, self._calibration, measures, members)
-        )
+        made, record = self._scoring.aggregate(Round(round, minima, start, momentum, measures, members))
         self._tell_of(made, round)
         return made.aggregate.weights, record
 

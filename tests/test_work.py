@@ -9,7 +9,7 @@ from raysubset.aggregation import RunningMean
 from raysubset.data import FullSet, load_full_set
 from raysubset.ledger import Ledger
 from raysubset.models import new_model
-from raysubset.planning import calibration_positions, cut_subsets
+from raysubset.planning import cut_subsets
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, checkpoint_path, minimum_path, weights_path
 from raysubset.subset_actors import read_minimum
 from raysubset.training import Weights, evaluate
@@ -87,7 +87,7 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
         assert isinstance(record, dict)
         minima.append(read_minimum(directory, one, record))
         mean.add(stored_weights(directory, weights_path(one.folder)))
-    of = Round(0, minima, start, {}, calibration_positions(CONFIG, full_set), members={"minima": ["theirs"]})
+    of = Round(0, minima, start, {}, members={"minima": ["theirs"]})
     made, record = leave_aggregate(full_set, 0, CONFIG, directory, of, node="there")
     assert record["minima"] == ["theirs"]
     assert same_bits(stored_weights(directory, aggregate_weights_path(0)), mean.weights())

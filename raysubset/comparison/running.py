@@ -34,7 +34,7 @@ from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
 from raysubset.models import new_model, trainable_names
-from raysubset.planning import calibration_positions, cut_subsample, cut_subsets
+from raysubset.planning import cut_subsample, cut_subsets
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
@@ -210,7 +210,7 @@ def _aggregate(leg: Leg, legs_path: str, full_set_ref: Sequence[Any], num_gpus: 
         before = LegFolder(legs_path, leg.start.legs[0])
         momentum = before.run.read_weights(momentum_path(leg.round - 1), before.files())
     measures = ("validation",) if leg.is_measured else ()
-    of = Round(leg.round, minima, start, momentum, calibration_positions(config, full_set), measures)
+    of = Round(leg.round, minima, start, momentum, measures)
     leave_aggregate(full_set, num_gpus, config, run, of, node=own_address(), waited_s=waited_s)
     return True
 
@@ -383,7 +383,6 @@ class LegRunner:
                 self._full_set_ref,
                 model.state_dict(),
                 self.folder(leg).run,
-                calibration=calibration_positions(config, full_set),
                 num_workers=leg.num_workers,
                 num_gpus=self._num_gpus,
                 on_event=partial(_ignore_all_but_warnings, self._tell),

@@ -9,7 +9,6 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
-import numpy as np
 import ray
 import ray.train
 
@@ -49,7 +48,6 @@ def fine_tune(
     weights: Weights,
     run: RunDirectory,
     *,
-    calibration: np.ndarray,
     num_workers: int,
     num_gpus: float,
     on_event: OnEvent,
@@ -66,7 +64,6 @@ def fine_tune(
     checkpoint; a stage that was finished is read back.
 
     Args:
-        calibration: int64 positions in the training split, for batch-norm statistics and the training loss.
         teachers: folders of the run's minima to distil from (fine_tuning.distillation); every worker reads them all.
 
     Returns:
@@ -85,7 +82,7 @@ def fine_tune(
             refuse_without_readers(config, stage, num_workers=num_workers)
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
         refs, here = (full_set_ref, start_ref), Workplace.here()
-        job = Job(config, recipe, run, stage, *refs, calibration, num_gpus, tuple(teachers), here)
+        job = Job(config, recipe, run, stage, *refs, num_gpus, tuple(teachers), here)
         _fit(job, num_workers=num_workers, on_event=on_event)
         record = run.read_json(minimum_path(stage))
     return run.read_weights(weights_path(stage), record["files"]), record

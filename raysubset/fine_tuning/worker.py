@@ -48,6 +48,7 @@ from raysubset.training import (
     use_device,
 )
 from raysubset.user_code import Workplace
+from raysubset.work import calibration_examples
 
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
@@ -63,7 +64,6 @@ class Job:
     stage: TrainingStage
     full_set_ref: Sequence[ray.ObjectRef]
     start_ref: Sequence[ray.ObjectRef]
-    calibration: np.ndarray  # int64 positions in the training split
     num_gpus: float  # of each worker
     teachers: tuple[str, ...]  # folders of the minima to distil from
     workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
@@ -142,7 +142,7 @@ class _Worker:
         if isinstance(examples, StreamedExamples):
             examples = read_by_ray_data(examples, job.full_set_ref, shard=shard, config=config)
         self._examples = examples
-        self._calibration = full_set.examples("train", job.calibration, device=device)
+        self._calibration = calibration_examples(config, full_set, device)
         self._validation = full_set.examples("validation", _part(len(full_set.validation), shard), device=device)
         self._keep_best = job.stage == "fine_tuning" and config.fine_tuning.keep == "best"
         self._history: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregat
 """
 
 from raysubset.work.aggregating import Round, leave_aggregate
+from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.minimizing import Minimizer
 from raysubset.work.pieces import Piece, Report
 from raysubset.work.testing import leave_test, pick_mistakes, tabulate_predictions, test_weights
@@ -16,6 +17,8 @@ __all__ = [
     "Piece",
     "Report",
     "Round",
+    "CALIBRATION_EXAMPLES",
+    "calibration_examples",
     "leave_aggregate",
     "leave_test",
     "test_weights",

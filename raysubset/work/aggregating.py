@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from raysubset.aggregation import Aggregation, Minimum, Scorer, Unmeasured, aggregate_round
@@ -14,6 +13,7 @@ from raysubset.ledger import Ledger
 from raysubset.models import averaged_names, new_model
 from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path, momentum_path
 from raysubset.training import MEASURES, Measure, Weights, device_name, place, use_device
+from raysubset.work.calibration import calibration_examples
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Round:
     minima: Sequence[Minimum]
     start: Weights  # the weights they started from
     momentum: Weights  # the outer step's, of the round before; empty in the first
-    calibration: np.ndarray  # int64 positions in the training split
     measures: Collection[Measure] = MEASURES
     members: Mapping[str, Any] = field(default_factory=dict)  # what its record says of them
 
@@ -52,7 +51,7 @@ def leave_aggregate(
         averaged = averaged_names(model)
         scorer = Scorer(
             model,
-            calibration=full_set.examples("train", of.calibration, device=device),
+            calibration=calibration_examples(config, full_set, device),
             validation=full_set.examples("validation", device=device),
             minimize=config.minimize,
             measure_training="training" in of.measures,

@@ -23,7 +23,6 @@ from raysubset.events import Event
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
-from raysubset.planning import calibration_positions
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     PREDICTIONS_PATH,
@@ -181,13 +180,11 @@ def test_a_trunk_of_two_train_workers_ends_where_that_of_one_does(tmp_path: Path
 
     full_set, seed = load_full_set(made.data), derive_seed(made.seed, "start")
     fresh = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=seed).state_dict()
-    calibration = calibration_positions(made, full_set)
     ends, record = fine_tune(
         made,
         put_once(full_set),
         fresh,
         alone,
-        calibration=calibration,
         num_workers=1,
         num_gpus=0.0,
         on_event=lambda event: None,
@@ -355,7 +352,6 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
             put_once(full_set),
             weights,
             directory,
-            calibration=calibration_positions(made, full_set),
             num_workers=0,  # in this process, where fit() would raise what the worker does
             num_gpus=0.0,
             on_event=lambda event: None,
@@ -378,7 +374,6 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
             put_once(full_set),
             endless.network(10, full_set.image_shape).state_dict(),
             RunDirectory(str(tmp_path), "endless"),
-            calibration=calibration_positions(made, full_set),
             num_workers=2,
             num_gpus=0.0,
             on_event=events.append,
