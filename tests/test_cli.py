@@ -327,14 +327,21 @@ def test_report_is_printed_again(finished: str, capsys: pytest.CaptureFixture[st
     assert "\x1b" not in out  # no colours where nobody looks
 
 
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # the driver's own, and what it tells of an actor's
 @pytest.mark.parametrize(
     ("number", "way_out"), [(errno.ENOSPC, "make room there"), (errno.EROFS, "choose a place that you may write to")]
 )
 def test_storage_that_takes_no_more_is_told_with_the_way_out(
-    number: int, way_out: str, finished: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    way_out: str,
+    kind: type[Exception],
+    finished: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     def refuse(self: RunDirectory, path: str, data: bytes) -> None:
-        raise OSError(number, os.strerror(number), path)
+        full = OSError(number, os.strerror(number), path)
+        raise full if kind is OSError else kind(f"subset 0 was lost 4 times in a row, last: OSError: {full}")
 
     monkeypatch.setattr(RunDirectory, "write_bytes", refuse)
     code, _, err = exit_of(["report", finished, "--format", "html"], capsys)

@@ -42,6 +42,11 @@ QUICK: dict[str, Any] = {  # what `compare --quick` is short for
     "arms": ("B", "D", "G", "H"),
 }
 
+_WAYS_OUT = {
+    (errno.ENOSPC, errno.EDQUOT): "make room there: what was done is kept, and the same command resumes",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "choose a place that you may write to",
+}
+
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130  # the last is the shells' code for Ctrl-C
 
 
@@ -152,12 +157,10 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
 
 
 def _way_out(error: Exception) -> str:
-    """Of a storage that takes no more."""
-    match getattr(error, "errno", None):
-        case errno.ENOSPC | errno.EDQUOT:
-            return "; make room there: what was done is kept, and the same command resumes"
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            return "; choose a place that you may write to"
+    """Of a storage that takes no more, be it told by the driver or by an actor."""
+    for numbers, way_out in _WAYS_OUT.items():
+        if any(f"[Errno {number}]" in str(error) for number in numbers):
+            return f"; {way_out}"
     return ""
 
 
