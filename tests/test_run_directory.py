@@ -557,6 +557,18 @@ class TestLease:
         with Lease(run):
             assert run.open(CONFIG, {}) is False
 
+    def test_a_folder_that_is_deleted_is_called_that_also_where_an_actor_has_made_it_again(self, run):
+        with Lease(run, renew_s=3600) as lease:
+            run.open(CONFIG, {})
+            shutil.rmtree(run.local_path)
+            run.write_json("ledger/subsets-0000-0000-00.json", {})
+            lease.renew()
+            assert lease.lost == f"{run.uri} is gone, deleted or no longer mounted"
+        with pytest.raises(
+            ValueError, match=r"holds ledger but no config.json, .* or delete what a deleted run has left"
+        ):
+            run.open(CONFIG, {})
+
     @pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"driver": 3}'])
     def test_a_damaged_lease_holds_nobody_off_and_is_written_again_by_its_holder(self, run, text):
         with Lease(run, renew_s=3600) as lease:

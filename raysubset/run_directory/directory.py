@@ -464,7 +464,8 @@ class RunDirectory:
         is_there = self.exists(CONFIG_PATH)
         if not is_there and (foreign := self._entries()):
             held = ", ".join(foreign[:3])
-            raise ValueError(f"{self.uri} holds {held} but no {CONFIG_PATH}, so it is no run: choose another --name")
+            out = "choose another --name, or delete what a deleted run has left"
+            raise ValueError(f"{self.uri} holds {held} but no {CONFIG_PATH}, so it is no run: {out}")
         old = None if fresh else self._recorded_config()
         if old is not None:
             changes = differences(old, json.loads(_to_json(config)))

@@ -95,7 +95,7 @@ class Lease:
 
     def renew(self) -> None:
         """Say that the holder lives; sets `lost` instead where the lease is another's or the run's folder is gone."""
-        if self._run.exists(""):
+        if self._run.exists(LEASE_PATH):  # not the folder, which actors make again where it is deleted under them
             with _alone(self._run.local_path):
                 holder = self._holder()
                 if holder is None or holder["driver"] == self._record["driver"]:  # none: the file was damaged
