@@ -91,9 +91,12 @@ class Work:
         """The inverse of to_dict().
 
         Raises:
-            ValueError: for what is no entry.
+            ValueError: for what is no entry, or no whole one.
         """
-        return from_tree(cls, record, noun="value of a ledger entry")
+        work = from_tree(cls, record, noun="value of a ledger entry")
+        if work.to_dict() != record:  # which would count as nothing
+            raise ValueError("values of a ledger entry are missing")
+        return work
 
 
 def _prefix(stage: Stage, round: int, subset: int | None) -> str:

@@ -98,12 +98,17 @@ class TestEntries:
 
     @pytest.mark.parametrize(
         "text",
-        ["[]", "{}", '"x"', '{"stage": "foo"}', "[" * 5000, "other types"],
+        ["[]", "{}", '"x"', '{"stage": "foo"}', "[" * 5000, "other types", "no cost", "no steps"],
     )
     def test_what_is_no_entry_is_left_out_named_and_told_as_lacking(self, run, ledger, caplog, text):
         ledger.write(work(subset=0))
-        if text == "other types":
-            text = json.dumps(work(subset=1).to_dict() | {"started_at": "x"})
+        entry = work(subset=1).to_dict()
+        records = {
+            "other types": entry | {"started_at": "x"},
+            "no cost": {key: value for key, value in entry.items() if key != "cost"},
+            "no steps": entry | {"cost": {"num_forward": 1}},
+        }
+        text = json.dumps(records[text]) if text in records else text
         run.write_bytes("ledger/subsets-0000-0001-00.json", text.encode())
         assert [one.subset for one in ledger.read()] == [0]
         assert "ledger/subsets-0000-0001-00.json" in caplog.text
