@@ -4,8 +4,8 @@
 
 One undisturbed run gives the reference. Then runs of the same config are disturbed, in turn on a Ray of the driver's
 own ("local") and on a cluster of a head and two worker nodes in a process of its own ("nodes", which gets a new node
-for each that dies). At random moments a victim, of the kind that was hit least of those that live, gets SIGKILL (or, of
-some kinds, SIGTERM); a driver that ended with anything but 0 is started again by the same command. What must hold at
+for each that dies). At random moments a victim, of a kind that was hit least so far, gets SIGKILL (or, of some kinds,
+SIGTERM); a driver that ended with anything but 0 is started again by the same command. What must hold at
 the end of each run:
 
   bits      every minimum, aggregate and the final model equal the reference's bit for bit, and so do test results
@@ -264,7 +264,7 @@ def disturbed(
             if (stage == "start" and draw.random() < 0.9) or not stage.startswith(first_stage):  # few before the work
                 due = time.monotonic() + 1
                 continue
-            if (hit := _strike(tagged, mode, driver, spared, draw, hits)) is not None:
+            if (hit := _strike(tagged, mode, driver, spared, draw, hits, stage)) is not None:
                 outcome.kills.append(hit | {"at_s": round(time.monotonic() - began, 1), "stage": _stage(storage_path)})
                 print(f"  {outcome.kills[-1]}", flush=True)
                 due = time.monotonic() + 1 + draw.expovariate(1 / mean_s)
@@ -281,19 +281,21 @@ def _strike(
     spared: int,
     draw: random.Random,
     hits: Counter[tuple[str, int]],
+    stage: str,
 ) -> dict[str, Any] | None:
-    """Signal one victim, of the kind that was hit least of those that live; None where none lives."""
+    """Signal one victim of a kind that was hit least of those of the stage, or once more; None while none lives."""
     there: dict[tuple[str, int], list[int]] = {}
     for kind, number in KINDS:
         if kind == "driver":
             there[kind, number] = [driver.pid] if driver.poll() is None else []
         elif kind != "gcs" or mode == "local":
             there[kind, number] = [p.pid for p in tagged.of_kind(kind) if p.pid != spared]
-    keys = [key for key, pids in there.items() if pids]
-    if not keys:
+    other = "actor" if stage.startswith("fine_tuning") else "train_"
+    least = min((hits[key] for key in there if not key[0].startswith(other)), default=0)
+    keys = [key for key, pids in there.items() if pids and hits[key] <= least + 1]
+    if not keys:  # workers and controllers take longer to start than a driver takes to die
         return None
-    least = min(hits[key] for key in keys)
-    kind, number = draw.choice([key for key in keys if hits[key] == least])
+    kind, number = draw.choice(keys)
     pid = draw.choice(there[kind, number])
     try:
         os.kill(pid, number)
