@@ -31,9 +31,9 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           shrink-perturb      b413574dba43d6e0
           packed              1204b0045a822636
           streamed            b3c1317b57dd945b
-          comparison          71fb85e6b2ba0994
+          comparison          2e2586da4a3d7f93
           sweep               ee5164748d36568c
-          all                 21ce8fa581ed98d5
+          all                 1a7dae3e82695eef
 """
 
 import argparse
@@ -114,6 +114,7 @@ UNTOLD = {  # what tells of time, place or machine, and words
     "num_gpus",
     "peak_bytes",
     "recommendation",
+    "s_per_pass",
     "seconds",
     "sessions",
     "started_at",

@@ -5,15 +5,13 @@ from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
-from raysubset.data import FullSet
-from raysubset.events import Event, OnEvent
-from raysubset.ledger import Ledger
+from raysubset.events import Event
 from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import ActorPool, packing_decision, packing_note
-from raysubset.work import Piece
+from raysubset.work import Piece, Run
 
 
 def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> None:
@@ -55,14 +53,14 @@ def workers_of_stages(config: Config) -> dict[str, int]:
 class Decisions:
     """decisions.json of a run directory."""
 
-    def __init__(self, config: Config, directory: RunDirectory, plan: Plan, tell: OnEvent) -> None:
+    def __init__(self, run: Run, plan: Plan) -> None:
         """Read back what was decided, or decide on GPUs and workers by what the cluster has or can start.
 
         Raises:
             ValueError: if streamed examples could not be read beside so many Ray Train workers.
         """
-        self._config, self._directory, self._tell = config, directory, tell
-        decided = directory.read_json_or_none(DECISIONS_PATH)
+        self._run = run
+        decided = run.directory.read_json_or_none(DECISIONS_PATH)
         self._record: dict[str, Any] = self._first(plan) if decided is None else decided
         if decided is None:
             self._write()
@@ -96,37 +94,37 @@ class Decisions:
         """decisions.json."""
         return dict(self._record)
 
-    def decide_sizes(self, full_set_ref: Sequence[Any], plan: Plan, ledger: Ledger) -> None:
+    def decide_sizes(self, plan: Plan) -> None:
         """Weigh or measure the nodes' speeds, unless that is done."""
         if "slots" in self._record:
             return
-        num_subsets = len(plan.subsets)
+        run, num_subsets = self._run, len(plan.subsets)
         slots = decide_slots(
-            self._config,
-            full_set_ref,
+            run.config,
+            run.full_set_ref,
             plan.subsets[0].indices,
             num_gpus=self.num_gpus,
             num_subsets=num_subsets,
-            ledger=ledger,
-            on_event=self._tell,
+            ledger=run.ledger,
+            on_event=run.tell,
         )
         self._record |= {"slots": [slot.to_dict() for slot in slots], "shares": shares(slots, num_subsets)}
         self._write()
 
-    def per_actor(self, full_set: FullSet, pool: ActorPool, pieces: Sequence[Piece], *, tell: OnEvent) -> int:
+    def per_actor(self, pool: ActorPool, pieces: Sequence[Piece]) -> int:
         """Subsets that an actor takes at once: as many as asked for if that is faster, which is measured once."""
-        asked = self._config.subsets.per_actor
+        asked = self._run.config.subsets.per_actor
         if asked == 1:
             return 1
         if (decision := self._record.get("packing")) is None:
-            decision = self._record["packing"] = packing_decision(self._config, full_set, pool, pieces)
+            decision = self._record["packing"] = packing_decision(self._run, pool, pieces)
             self._write()
-        tell(Event("note", packing_note(decision), {"packing": decision}))
+        self._run.tell(Event("note", packing_note(decision), {"packing": decision}))
         return asked if decision["taken"] else 1
 
     def _first(self, plan: Plan) -> dict[str, Any]:
-        config = self._config
-        num_gpus = num_gpus_of(config.actors, self._tell)
+        config = self._run.config
+        num_gpus = num_gpus_of(config.actors, self._run.tell)
         num_workers = config.fine_tuning.num_workers
         if num_workers is None:
             request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
@@ -144,4 +142,4 @@ class Decisions:
         }
 
     def _write(self) -> None:
-        self._directory.write_json(DECISIONS_PATH, self._record)
+        self._run.directory.write_json(DECISIONS_PATH, self._record)

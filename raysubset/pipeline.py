@@ -53,7 +53,7 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece
+from raysubset.work import Piece, Run
 
 T = TypeVar("T")
 
@@ -183,7 +183,8 @@ def _begun(
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
         tell = sessions.listener(tell)
-        yield _Stages(config, directory, full_set, full_set_ref or put_once(full_set), plan, tell), sessions
+        run = Run(config, directory, full_set, full_set_ref or put_once(full_set), tell)
+        yield _Stages(run, plan), sessions
 
 
 def _finished(
@@ -215,21 +216,11 @@ def _finished(
 class _Stages:
     """The stages of one run, each reading back what is done and doing the rest."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        full_set: FullSet,
-        full_set_ref: Sequence[Any],
-        plan: Plan,
-        tell: OnEvent,
-    ) -> None:
-        self._config, self._directory, self._full_set, self._plan, self._tell = config, directory, full_set, plan, tell
-        self._ledger = Ledger(directory)
-        self._full_set_ref = full_set_ref
-        self._decisions = Decisions(config, directory, plan, tell)
-        num_gpus = self._decisions.aggregation_num_gpus
-        self._scoring = ScoringPlace(config, directory, full_set, full_set_ref, num_gpus=num_gpus, on_event=tell)
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self._run, self._plan = run, plan
+        self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
+        self._decisions = Decisions(run, plan)
+        self._scoring = ScoringPlace(run, num_gpus=self._decisions.aggregation_num_gpus)
 
     def run(self) -> dict[str, Any]:
         """All stages; the report's record."""
@@ -265,7 +256,7 @@ class _Stages:
             return
         for work in Ledger(made).read():
             if work.stage == "trunk":
-                self._ledger.write(work)
+                self._run.ledger.write(work)
         record, path = made.read_json(minimum_path("trunk")), weights_path("trunk")
         files = {path: directory.write_weights(path, made.read_weights(path, record["files"]))}
         directory.write_json(minimum_path("trunk"), record | {"files": files})
@@ -279,9 +270,7 @@ class _Stages:
             if config.trunk.epochs:
                 weights, trunk = self._trunk(pool)
                 start_id = "trunk"
-            rounds_of_run = Rounds(
-                config, self._directory, self._full_set, self._plan, self._decisions, self._scoring, self._tell
-            )
+            rounds_of_run = Rounds(self._run, self._plan, self._decisions, self._scoring)
             for round in range(config.rounds.num):
                 refuse_changed_files(self._full_set)
                 weights, record = rounds_of_run.run(pool, round, weights, start_id)
@@ -319,7 +308,7 @@ class _Stages:
 
     def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
         """One actor, all examples; it is kept for the subsets."""
-        (minimum,) = find_minima(pool, [piece], None, self._directory, on_event=self._tell, release=False)
+        (minimum,) = find_minima(pool, [piece], None, release=False)
         return minimum.load_weights(), self._directory.read_json(minimum_path(piece.folder))
 
     def _fine_tune(self, aggregate: Weights, minima: Sequence[dict[str, Any]]) -> tuple[Weights, dict[str, Any]]:
@@ -345,13 +334,10 @@ class _Stages:
     ) -> tuple[Weights, dict[str, Any]]:
         refuse_changed_files(self._full_set)
         return fine_tune(
-            self._config,
-            self._full_set_ref,
+            self._run,
             weights,
-            self._directory,
             num_workers=num_workers,
             num_gpus=self._decisions.num_gpus,
-            on_event=self._tell,
             stage=stage,
             epochs=self._plan.passes if stage == "conventional" else None,
             teachers=teachers,
@@ -361,7 +347,7 @@ class _Stages:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
         config, full_set, plan = self._config, self._full_set, self._plan
         refuse_changed_files(full_set)
-        self._ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
+        self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         test, files = self._scoring.test(weights)
         files |= self._leave_model(weights)
         return {
@@ -385,10 +371,10 @@ class _Stages:
             "test": test.to_dict(),
             "validation": validation,
             "cost": cost_record(
-                self._ledger.read(),
+                self._run.ledger.read(),
                 len(full_set.train),
                 plan.forward_share,
-                lacking=self._ledger.lacking(done_work(stages)),
+                lacking=self._run.ledger.lacking(done_work(stages)),
             ),
             "files": files,
         }
@@ -417,7 +403,7 @@ class _Stages:
         if not self._decisions.slots:
             text = f"sizes of {num_subsets} subsets by the speed of the nodes, {config.subsets.shares}"
             self._tell(stage_event("measuring", text))
-            self._decisions.decide_sizes(self._full_set_ref, self._plan, self._ledger)
+            self._decisions.decide_sizes(self._plan)
         plan = make_plan(config, self._full_set, shares=self._decisions.shares)
         sizes = [len(subset.indices) for subset in plan.subsets]
         plan = dataclasses.replace(plan, advice=(*plan.advice, in_words(self._decisions.slots, sizes)))
@@ -429,11 +415,8 @@ class _Stages:
     def _pool(self) -> ActorPool:
         num_gpus, slots = self._decisions.num_gpus, self._decisions.slots
         return ActorPool(
-            self._config,
-            self._full_set_ref,
-            self._directory,
+            self._run,
             num_gpus=num_gpus,
-            on_event=self._tell,
             speed_of_node=partial(speed_of_node, self._config.subsets, slots) if slots else None,
             preferred_nodes=fastest_nodes(self._config, slots, num_gpus=num_gpus) if slots else (),
             actor_bytes=actor_bytes(self._config, self._full_set, self._plan) if num_gpus else None,

@@ -5,17 +5,13 @@ import logging
 from typing import Any
 
 from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
-from raysubset.config import Config
-from raysubset.data import FullSet
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
-from raysubset.events import Event, OnEvent, stage_event
-from raysubset.ledger import Ledger
+from raysubset.events import Event, stage_event
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, cut_subsample, cut_subsets, manifest
 from raysubset.run_directory import (
     CorruptFile,
-    RunDirectory,
     aggregate_path,
     aggregate_weights_path,
     mean_optimizer_path,
@@ -30,7 +26,7 @@ from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Weights
-from raysubset.work import Piece, Round
+from raysubset.work import Piece, Round, Run
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +34,9 @@ logger = logging.getLogger(__name__)
 class Rounds:
     """The rounds of one run."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        full_set: FullSet,
-        plan: Plan,
-        decisions: Decisions,
-        scoring: ScoringPlace,
-        tell: OnEvent,
-    ) -> None:
-        self._config, self._directory, self._full_set, self._plan = config, directory, full_set, plan
-        self._decisions, self._scoring, self._tell = decisions, scoring, tell
-        self._ledger = Ledger(directory)
+    def __init__(self, run: Run, plan: Plan, decisions: Decisions, scoring: ScoringPlace) -> None:
+        self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
+        self._plan, self._decisions, self._scoring = plan, decisions, scoring
 
     def run(self, pool: ActorPool, round: int, start: Weights, start_id: str) -> tuple[Weights, dict[str, Any]]:
         """Subset minima in parallel, then their aggregate: weights and record, read back where they are there.
@@ -87,11 +73,9 @@ class Rounds:
             pool,
             pieces,
             None if config.subsets.start == "independent" else start,
-            self._directory,
-            on_event=self._tell,
             release=not more_to_come and (is_last or self._decisions.aggregation_num_gpus > 0),
             quorum=config.actors.quorum,
-            per_actor=self._decisions.per_actor(self._full_set, pool, pieces, tell=self._tell),
+            per_actor=self._decisions.per_actor(pool, pieces),
         )
 
     def _with_subsamples(

@@ -1,37 +1,24 @@
 """Aggregates and test results, computed on the driver, or in a task on the cluster that has a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from raysubset.aggregation import Aggregation, Unmeasured
 from raysubset.cluster import call_on_cluster, own_address
-from raysubset.config import Config
-from raysubset.data import FullSet
-from raysubset.events import OnEvent
-from raysubset.run_directory import RunDirectory, Seal
+from raysubset.run_directory import Seal
 from raysubset.training import Metrics, Weights
-from raysubset.work import Round, leave_aggregate, leave_test
+from raysubset.work import Round, Run, leave_aggregate, leave_test
 
 
 class ScoringPlace:
     """Where forward work between the stages is done, and its ledger entry written. A task that dies is run again by
     Ray, and its entry counts as lost; the driver's is not."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        full_set: FullSet,
-        full_set_ref: Sequence[Any],
-        *,
-        num_gpus: float,
-        on_event: OnEvent,
-    ) -> None:
+    def __init__(self, run: Run, *, num_gpus: float) -> None:
         """num_gpus 0 means the driver's CPU, with as many threads as an actor."""
-        self._config, self._directory, self._full_set, self._full_set_ref = config, directory, full_set, full_set_ref
-        self._num_gpus, self._on_event = num_gpus, on_event
+        self._run, self._num_gpus = run, num_gpus
 
     def aggregate(self, of: Round) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
         """leave_aggregate(), there."""
@@ -42,22 +29,23 @@ class ScoringPlace:
         return self._call(_test, weights)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        run = self._run
         if not self._num_gpus:
             num_threads = torch.get_num_threads()
             try:
-                return function(self._full_set, 0, self._config, self._directory, *arguments)
+                return function(run.full_set, 0, run.config, run.directory, *arguments)
             finally:
                 torch.set_num_threads(num_threads)  # the process is the caller's
         return call_on_cluster(
             function,
-            self._full_set_ref,
+            run.full_set_ref,
             self._num_gpus,
-            self._config,
-            self._directory,
+            run.config,
+            run.directory,
             *arguments,
-            request={"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus},
-            on_event=self._on_event,
-            stall_s=self._config.actors.stall_s,
+            request={"CPU": run.config.actors.num_cpus, "GPU": self._num_gpus},
+            on_event=run.tell,
+            stall_s=run.config.actors.stall_s,
         )
 
 

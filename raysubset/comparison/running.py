@@ -47,7 +47,7 @@ from raysubset.run_directory import (
 from raysubset.subset_actors import read_minimum
 from raysubset.training import Weights
 from raysubset.user_code import as_here
-from raysubset.work import Minimizer, Piece, Round, leave_aggregate, test_weights
+from raysubset.work import Minimizer, Piece, Round, Run, leave_aggregate, test_weights
 
 TEST_PATH = "test.json"  # in a leg's folder
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
@@ -377,15 +377,13 @@ class LegRunner:
         config = leg.config
         seed = derive_seed(config.seed, "start")
         model = new_model(config.model, full_set, seed=seed)
+        tell = partial(_ignore_all_but_warnings, self._tell)
         try:
             fine_tune(
-                config,
-                self._full_set_ref,
+                Run(config, self.folder(leg).run, full_set, self._full_set_ref, tell),
                 model.state_dict(),
-                self.folder(leg).run,
                 num_workers=leg.num_workers,
                 num_gpus=self._num_gpus,
-                on_event=partial(_ignore_all_but_warnings, self._tell),
                 stage="conventional",
                 epochs=leg.epochs,
             )

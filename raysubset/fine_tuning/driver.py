@@ -13,7 +13,7 @@ import ray
 import ray.train
 
 from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
-from raysubset.config import Config, TrainingStage
+from raysubset.config import TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Event, OnEvent
 from raysubset.fine_tuning.lookout import TrainLookout
@@ -21,10 +21,11 @@ from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, MistakeError, train_loop
-from raysubset.run_directory import RunDirectory, minimum_path, weights_path
+from raysubset.run_directory import minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Weights
 from raysubset.user_code import Workplace
+from raysubset.work import Run
 
 LOOK_S = 1.0  # between two looks at the history that the first worker leaves
 CONTROLLER_FAILURES = 3
@@ -43,14 +44,11 @@ def refuse_old_ray_train() -> None:
 
 
 def fine_tune(
-    config: Config,
-    full_set_ref: Sequence[ray.ObjectRef],
+    run: Run,
     weights: Weights,
-    run: RunDirectory,
     *,
     num_workers: int,
     num_gpus: float,
-    on_event: OnEvent,
     stage: TrainingStage = "fine_tuning",
     epochs: float | None = None,
     teachers: Sequence[str] = (),
@@ -74,18 +72,19 @@ def fine_tune(
         FineTuningFailed: if the job failed more often than allowed.
         TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
-    if (record := run.read_record(minimum_path(stage))) is None:
+    config, directory = run.config, run.directory
+    if (record := directory.read_record(minimum_path(stage))) is None:
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
         least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
         refuse_unplaceable(request, f"{stage} workers", num=least)
         if config.data.streamed:
             refuse_without_readers(config, stage, num_workers=num_workers)
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
-        refs, here = (full_set_ref, start_ref), Workplace.here()
-        job = Job(config, recipe, run, stage, *refs, num_gpus, tuple(teachers), here)
-        _fit(job, num_workers=num_workers, on_event=on_event)
-        record = run.read_json(minimum_path(stage))
-    return run.read_weights(weights_path(stage), record["files"]), record
+        refs, here = (run.full_set_ref, start_ref), Workplace.here()
+        job = Job(config, recipe, directory, stage, *refs, num_gpus, tuple(teachers), here)
+        _fit(job, num_workers=num_workers, on_event=run.tell)
+        record = directory.read_json(minimum_path(stage))
+    return directory.read_weights(weights_path(stage), record["files"]), record
 
 
 def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:

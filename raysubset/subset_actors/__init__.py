@@ -1,7 +1,7 @@
 """Stage 1 on the cluster: actors that each minimize on a subset, and the pool that keeps them in work.
 
-    with ActorPool(config, full_set_ref, run, num_gpus=1, on_event=print) as pool:
-        minima = find_minima(pool, pieces, start, run, on_event=print)
+    with ActorPool(run, num_gpus=1) as pool:
+        minima = find_minima(pool, pieces, start)
 
 An actor takes one piece of work after another; the driver owns order, retries and their limit. What an actor leaves
 behind is a pure function of the piece, so it does not matter which actor does it, when, or at which attempt.

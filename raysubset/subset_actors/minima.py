@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.aggregation import Minimum
-from raysubset.events import Event, OnEvent
+from raysubset.events import Event
 from raysubset.run_directory import (
     RunDirectory,
     Seal,
@@ -25,9 +25,7 @@ def find_minima(
     pool: ActorPool,
     pieces: Sequence[Piece],
     start: Weights | None,
-    run: RunDirectory,
     *,
-    on_event: OnEvent,
     release: bool = True,
     quorum: int | None = None,
     per_actor: int = 1,
@@ -37,24 +35,25 @@ def find_minima(
     Args, raises and what happens when processes die: as ActorPool.run(). With a quorum, fewer than asked may come back.
     Up to `per_actor` pieces are done at once by an actor.
     """
+    directory, tell = pool.opened.directory, pool.opened.tell
     found: dict[str, Minimum] = {}
     for piece in pieces:
-        if (record := run.read_record(minimum_path(piece.folder))) is not None:
-            found[piece.folder] = read_minimum(run, piece, record)
+        if (record := directory.read_record(minimum_path(piece.folder))) is not None:
+            found[piece.folder] = read_minimum(directory, piece, record)
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:
-        on_event(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
+        tell(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
     min_done = None if quorum is None else max(0, quorum - len(found))
     for piece, record in pool.run(todo, start, release=release, min_done=min_done):
-        minimum = found[piece.folder] = read_minimum(run, piece, record)
+        minimum = found[piece.folder] = read_minimum(directory, piece, record)
         told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []
         if validation := minimum.validation:
             told.append(f"validation {validation.loss:.4f} and {validation.accuracy:.2%}")
         if minimum.outcome != "epochs":
             told.append(minimum.outcome)
         text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"
-        on_event(
+        tell(
             Event("minimum", f"{text} ({len(found)} of {len(pieces)})", {"stage": piece.ledger_stage, "record": record})
         )
     return [found[piece.folder] for piece in pieces if piece.folder in found]

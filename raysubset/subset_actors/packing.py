@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.config import Config
-from raysubset.data import FullSet
 from raysubset.models import new_model
 from raysubset.subset_actors.packs import in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import PAYS, why_not_packed
-from raysubset.work import Piece
+from raysubset.work import Piece, Run
 
 
-def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:
+def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:
     """The record of a decision, for the run directory: a run that goes on elsewhere keeps to it.
 
     Written there by hand before a run's first round, {"packing": {"per_actor": K, "taken": true}} in decisions.json
@@ -25,8 +23,8 @@ def packing_decision(config: Config, full_set: FullSet, pool: ActorPool, pieces:
     Raises:
         SubsetFailed, TimeoutError: as ActorPool.try_packing().
     """
-    asked, recipe = config.subsets.per_actor, config.stage("subsets")
-    model = new_model(config.model, full_set)
+    asked, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
+    model = new_model(run.config.model, run.full_set)
     first = in_packs(pieces, asked)[0].pieces
     reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
     if reason is not None:

@@ -24,18 +24,17 @@ from raysubset.cluster import (
     put_once,
     refuse_unplaceable,
 )
-from raysubset.config import Config
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent
-from raysubset.ledger import Ledger, Work
+from raysubset.events import Event
+from raysubset.ledger import Work
 from raysubset.pulse import Watch
-from raysubset.run_directory import CorruptFile, RunDirectory, checkpoint_path, minimum_path
+from raysubset.run_directory import CorruptFile, checkpoint_path, minimum_path
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Cost, Weights
 from raysubset.user_code import Workplace
-from raysubset.work import Piece, Report
+from raysubset.work import Piece, Report, Run
 
 WAIT_S = 0.25  # at most, between two looks at everything
 POLL_S = 1.0  # between two questions to each actor about its progress
@@ -95,12 +94,9 @@ class ActorPool:
 
     def __init__(
         self,
-        config: Config,
-        full_set_ref: Sequence[ray.ObjectRef],
-        run: RunDirectory,
+        run: Run,
         *,
         num_gpus: float,
-        on_event: OnEvent,
         speed_of_node: Callable[[str], float | None] | None = None,
         preferred_nodes: Sequence[str] = (),
         actor_bytes: int | None = None,
@@ -115,11 +111,10 @@ class ActorPool:
         Raises:
             ValueError: if no node has, or could be started with, room for one actor.
         """
-        self._config, self._full_set_ref, self._run = config, full_set_ref, run
-        self._num_gpus, self._on_event = num_gpus, on_event
+        self.opened, self._config, self._num_gpus = run, run.config, num_gpus
         self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
         self._nodes_told_of: set[str] = set()
-        self.request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+        self.request = {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
         refuse_unplaceable(self.request, "subset actors")
         # retries are the pool's: Ray's own would be spent in the seconds before it notices that a node has died
         self._actor_class: Any = ray.remote(SubsetActor)
@@ -128,10 +123,10 @@ class ActorPool:
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 2,
-            "num_cpus": config.actors.num_cpus,
+            "num_cpus": run.config.actors.num_cpus,
             "num_gpus": num_gpus,
         }
-        self._ledger = Ledger(run)
+        self._ledger = run.ledger
         self._slots: list[_Slot] = []
         self._num_failed_starts = 0  # since an actor last came up; of actors asked for together one counts
         self._start_after = -math.inf
@@ -227,7 +222,7 @@ class ActorPool:
         self._ask_for_actors(0, release=release)  # what comes next may want the last one's GPU
 
     def _tell(self, kind: str, text: str, **data: Any) -> None:
-        self._on_event(Event(kind, text, data))
+        self.opened.tell(Event(kind, text, data))
 
     def _ask_for_actors(self, num_queued: int, *, release: bool) -> None:
         """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first."""
@@ -238,7 +233,7 @@ class ActorPool:
             place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
             strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
             actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
-            own = (self._config, self._full_set_ref, self._run, self._num_gpus, self._workplace)
+            own = (self._config, self.opened.full_set_ref, self.opened.directory, self._num_gpus, self._workplace)
             actor = actor_class.remote(*own)
             self._slots.append(_Slot(actor, actor.where.remote(), time.monotonic(), place))
         if release and len(self._slots) > wanted:
@@ -376,7 +371,7 @@ class ActorPool:
         """The records of the minima that an actor has left although its call failed; None where there is none."""
         if pack.is_trial:
             return [None]
-        return [self._run.read_record(minimum_path(piece.folder)) for piece in pack.pieces]
+        return [self.opened.directory.read_record(minimum_path(piece.folder)) for piece in pack.pieces]
 
     def _leave_draining_nodes(self) -> None:
         """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""
@@ -408,7 +403,7 @@ class ActorPool:
             if entry.outcome != "running":  # closed by the actor itself
                 continue
             if not pack.is_trial:
-                got_further |= self._run.exists(checkpoint_path(pack.pieces[place].folder, attempt))
+                got_further |= self.opened.directory.exists(checkpoint_path(pack.pieces[place].folder, attempt))
             told = slot.reports[place].cost if place in slot.reports else Cost()
             cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
             self._ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))

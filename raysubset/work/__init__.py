@@ -10,9 +10,11 @@ from raysubset.work.aggregating import Round, leave_aggregate
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.minimizing import Minimizer
 from raysubset.work.pieces import Piece, Report
+from raysubset.work.run import Run
 from raysubset.work.testing import leave_test, pick_mistakes, tabulate_predictions, test_weights
 
 __all__ = [
+    "Run",
     "Minimizer",
     "Piece",
     "Report",

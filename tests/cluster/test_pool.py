@@ -23,7 +23,7 @@ from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.subset_actors import pool as pool_module
-from raysubset.work import Piece
+from raysubset.work import Piece, Run
 from tests.cluster.endless import NUM_STEPS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
@@ -102,9 +102,9 @@ def do(
         {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4, **(overrides or {})}
     )
     events = [] if events is None else events
-    full_set_ref = put_once(load_full_set(config.data))
-    storage = Storage(str(folder), "run", act)
-    with ActorPool(config, full_set_ref, storage, num_gpus=0.0, on_event=events.append) as pool:
+    full_set = load_full_set(config.data)
+    opened = Run(config, Storage(str(folder), "run", act), full_set, put_once(full_set), events.append)
+    with ActorPool(opened, num_gpus=0.0) as pool:
         pieces = [Piece("subsets", subset_id=0, indices=np.arange(200))]
         return list(pool.run([Pack(tuple(pieces))], None)), events
 
@@ -202,12 +202,9 @@ class Unreadable(RunDirectory):
 
 def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_told(tmp_path: Path) -> None:
     config = Config(name="run", storage_path=str(tmp_path)).with_overrides({"actors.max_attempts": 2})
-    full_set_ref = [ray.put(None)]
+    opened = Run(config, Unreadable(str(tmp_path), "run"), load_full_set(config.data), [ray.put(None)], print)
     packs = [Pack((Piece("subsets", subset_id=i, indices=np.arange(9)),)) for i in range(2)]
     told = r"actors do not come up: .*no module of that name on this node"
-    with (
-        pytest.raises(SubsetFailed, match=told),
-        ActorPool(config, full_set_ref, Unreadable(str(tmp_path), "run"), num_gpus=0.0, on_event=print) as pool,
-    ):
+    with pytest.raises(SubsetFailed, match=told), ActorPool(opened, num_gpus=0.0) as pool:
         list(pool.run(packs, None))
     assert len((tmp_path / "starts").read_text()) > 2

@@ -34,6 +34,7 @@ from raysubset.run_directory import (
 )
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
+from raysubset.work import Run
 from tests.cluster import endless
 from tests.tiny import stored_weights
 
@@ -180,16 +181,8 @@ def test_a_trunk_of_two_train_workers_ends_where_that_of_one_does(tmp_path: Path
 
     full_set, seed = load_full_set(made.data), derive_seed(made.seed, "start")
     fresh = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=seed).state_dict()
-    ends, record = fine_tune(
-        made,
-        put_once(full_set),
-        fresh,
-        alone,
-        num_workers=1,
-        num_gpus=0.0,
-        on_event=lambda event: None,
-        stage="trunk",
-    )
+    opened = Run(made, alone, full_set, put_once(full_set), lambda event: None)
+    ends, record = fine_tune(opened, fresh, num_workers=1, num_gpus=0.0, stage="trunk")
     assert record["num_workers"] == 1
     for key, value in stored_weights(directory, weights_path("trunk")).items():
         torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
@@ -348,13 +341,10 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     weights = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=0).state_dict()
     with pytest.raises(ValueError, match=r"conventional: DivergedError: .*lower the learning rate"):
         fine_tune(
-            made,
-            put_once(full_set),
+            Run(made, directory, full_set, put_once(full_set), lambda event: None),
             weights,
-            directory,
             num_workers=0,  # in this process, where fit() would raise what the worker does
             num_gpus=0.0,
-            on_event=lambda event: None,
             stage="conventional",
             epochs=1.0,
         )
@@ -370,13 +360,10 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     full_set, events = load_full_set(made.data), list[Event]()
     with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
         fine_tune(
-            made,
-            put_once(full_set),
+            Run(made, RunDirectory(str(tmp_path), "endless"), full_set, put_once(full_set), events.append),
             endless.network(10, full_set.image_shape).state_dict(),
-            RunDirectory(str(tmp_path), "endless"),
             num_workers=2,
             num_gpus=0.0,
-            on_event=events.append,
         )
     warnings = [event.text for event in events if event.kind == "warning"]
     assert any("stand still: no step for" in warning for warning in warnings), (
