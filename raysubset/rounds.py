@@ -46,12 +46,12 @@ class Rounds:
             start_id: names them: minima with equal ids share a start.
         """
         config, directory = self._config, self._directory
-        if (done := directory.read_record(aggregate_path(round))) is not None:
-            return directory.read_weights(aggregate_weights_path(round), done["files"]), done
         subsets = self._plan.subsets
         if round:
             subsets = cut_subsets(config, self._full_set, round, shares=self._decisions.shares)
         self._write_manifest(round, subsets)
+        if (done := directory.read_record(aggregate_path(round))) is not None:
+            return directory.read_weights(aggregate_weights_path(round), done["files"]), done
         sizes = sorted({len(subset.indices) for subset in subsets})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

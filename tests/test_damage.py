@@ -25,6 +25,7 @@ from raysubset.run_directory import (
     subsets_path,
     weights_path,
 )
+from raysubset.subset_actors.actor import _Damages
 from tests.test_report import minimum
 
 MINIMUM, JOB = minimum_folder(0, 1), "fine_tuning/ray_train"
@@ -114,3 +115,12 @@ def test_a_damaged_file_is_read_as_it_was_written_or_named(run: RunDirectory, pa
             (run.local_path / name).write_bytes(content)
     caplog.clear()
     assert read(run) == written
+
+
+def test_what_an_actor_finds_damaged_is_in_its_next_report_once(run: RunDirectory) -> None:
+    damages = _Damages()
+    run.write_bytes(checkpoint_path(MINIMUM, 1), b"")
+    assert checkpoint_of(run)[0] == 0
+    (text,) = damages.taken()
+    assert text.startswith(f"{checkpoint_path(MINIMUM, 1)} in {run.uri} cannot be read: ")
+    assert damages.taken() == []

@@ -1,5 +1,6 @@
 """SubsetActor: one process on one device that does one piece of work after another."""
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,23 @@ from raysubset.run_directory import RunDirectory
 from raysubset.training import DivergedError, card_bytes
 from raysubset.user_code import Workplace
 from raysubset.work import Minimizer, Piece, Report
+
+
+class _Damages(logging.Handler):
+    """What the run directory warns of in this process, whose log nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+        logging.getLogger(RunDirectory.__module__).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+    def taken(self) -> list[str]:
+        """What was not taken before."""
+        texts, self._texts = self._texts, []
+        return texts
 
 
 class SubsetActor:
@@ -38,6 +56,7 @@ class SubsetActor:
         self._num_gpus = num_gpus
         load = partial(get_shared, full_set_ref)
         self._minimizer = Minimizer(config, load, run, num_gpus=num_gpus, node=own_address())
+        self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
 
     def where(self) -> dict[str, Any]:
@@ -45,9 +64,10 @@ class SubsetActor:
         node, card = ray.get_runtime_context().get_node_id(), card_bytes(num_gpus=self._num_gpus)
         return {"node": node, "ip": own_address(), "pid": os.getpid(), "card_bytes": card}
 
-    def report(self) -> tuple[Pulse, dict[int, Report]]:
-        """The pulse, and how far the pieces in hand are, by their place in the pack, once they have made a step."""
-        return pulse(), self._minimizer.reports()
+    def report(self) -> tuple[Pulse, dict[int, Report], list[str]]:
+        """The pulse; how far the pieces in hand are, by their place in the pack, once they have made a step; and what
+        files of the run were found damaged since the last report."""
+        return pulse(), self._minimizer.reports(), self._damages.taken()
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from raysubset.cluster import (
     OUTSIDE_GROUPS,
@@ -37,6 +38,7 @@ from raysubset.user_code import Workplace
 from raysubset.work import Piece, Report, Run
 
 WAIT_S = 0.25  # at most, between two looks at everything
+ANSWER_S = 5.0  # for an actor that is up and idle to report
 POLL_S = 1.0  # between two questions to each actor about its progress
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before a lost piece is tried again: doubled with each attempt
 MOST_START_S = 900.0  # an actor that has not come up is asked for anew: it may be stuck, or still wait for a place
@@ -303,6 +305,7 @@ class ActorPool:
         assert result_ref is not None
         try:
             results: list[Result] = ray.get(result_ref)
+            self._hear(slot, slot.actor.report.remote())
         except SYSTEM_ERRORS as error:
             return self._put_back_lost(slot, backlog, error)
         except RayTaskError as error:
@@ -424,17 +427,21 @@ class ActorPool:
                     slot.report_ref, slot.asked_at = slot.actor.report.remote(), now
             elif ray.wait([slot.report_ref], timeout=0)[0]:
                 report_ref, slot.report_ref = slot.report_ref, None
-                try:
-                    pulse, slot.reports = ray.get(report_ref)
-                except SYSTEM_ERRORS:
-                    continue  # the call for its work will tell
-                assert slot.watch is not None
-                slot.watch.hear(pulse)
+                self._hear(slot, report_ref)
                 for place, report in slot.reports.items():
                     epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
                     loss = f", loss {report.loss:.4f}" if math.isfinite(report.loss) else ""
                     text = f"{slot.pack.pieces[place].label}: {epochs}{loss}, {report.examples_per_s:,.0f} examples/s"
                     self._tell("progress", text, **self._data(slot, place))
+
+    def _hear(self, slot: _Slot, report_ref: ray.ObjectRef) -> None:
+        """Take in a report; of an actor that was lost there is none, and the call for its work will tell."""
+        with suppress(*SYSTEM_ERRORS, GetTimeoutError):
+            pulse, slot.reports, damages = ray.get(report_ref, timeout=ANSWER_S)
+            assert slot.watch is not None
+            slot.watch.hear(pulse)
+            for text in damages:
+                self._tell("warning", f"on node {slot.ip}, {text}")
 
     def _data(self, slot: _Slot, place: int = 0) -> dict[str, Any]:
         """What a listener may want to know of a slot, and of one of its pieces."""
