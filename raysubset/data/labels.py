@@ -69,8 +69,9 @@ def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[s
             splits[name], changed = _composed(split, name)
             notes += changed
         elif name == "train":
+            of = f" of {split.where}" if split.where else ""
             raise ValueError(
-                f"no example of the train split has a label: all {len(split.labels)} are -1 or null; give some"
+                f"no example of the train split{of} has a label: all {len(split.labels)} are -1 or null; give some"
             )
         else:
             notes.append(
