@@ -130,7 +130,7 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         return work()
     except ValueError as error:
         is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
-        _error(f"{error}{'; the command that made it makes it again' if is_damage else ''}")
+        _error(f"{error}{'; give the command that made it again' if is_damage else ''}")
         return MISTAKE
     except KeyboardInterrupt:
         _error(f"stopped; what was done is kept, {again}")
