@@ -10,7 +10,7 @@ prediction, and over the numbers of its report but those that tell time, place o
 Digests hold on one type of CPU with one version of torch (other kernels round differently): compare two commits on one
 machine. A commit that changes one says which number changed and why, and brings this table up to date.
 
-Hardware: 2 cores of a shared virtual machine; Ray 2.60, torch 2.14, Python 3.11. 8 min beside other work (load 5).
+Hardware: 2 cores of a shared virtual machine, idle; Ray 2.60, torch 2.14, Python 3.11. Wall time: 4.2 min (n = 1).
 Result:   weights, subsets and predictions are those of commit 3b0b55f, before issue 9, bit for bit; passes differ, as
           the share of a forward pass is the network's own since.
           default             be3705a7889b6460
