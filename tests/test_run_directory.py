@@ -564,10 +564,14 @@ class TestLease:
             run.write_json("ledger/subsets-0000-0000-00.json", {})
             lease.renew()
             assert lease.lost == f"{run.uri} is gone, deleted or no longer mounted"
-        with pytest.raises(
-            ValueError, match=r"holds ledger but no config.json, .* or delete what a deleted run has left"
-        ):
-            run.open(CONFIG, {})
+        with Lease(run):
+            assert run.open(CONFIG, {}) is False
+
+    def test_what_others_put_into_a_deleted_folder_is_left_there(self, run):
+        with Lease(run, renew_s=3600):
+            shutil.rmtree(run.local_path)
+            run.write_bytes("thesis.tex", b"years")
+        assert run.list() == ["thesis.tex"]
 
     @pytest.mark.parametrize("text", ["{", "{}", "[]", "null", '{"driver": 3}'])
     def test_a_damaged_lease_holds_nobody_off_and_is_written_again_by_its_holder(self, run, text):

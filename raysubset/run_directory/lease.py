@@ -17,13 +17,16 @@ from typing import Any, NoReturn
 
 from raysubset.config import from_tree
 from raysubset.run_directory.directory import RunDirectory
-from raysubset.run_directory.paths import LEASE_PATH
+from raysubset.run_directory.paths import CONFIG_PATH, LEASE_PATH, SESSIONS_PATH
 
 logger = logging.getLogger(__name__)
 
 RENEW_S = 10.0  # a lease is renewed this often …
 DEAD_AFTER_S = 60.0  # … and dead when it was not for this long. Clocks of nodes must agree better than this
 _SETTLE_S = 1.0  # where there are no locks: by then a rival that wrote its lease at the same time is seen
+
+# What processes write that do not look at the lease: of runs, comparisons and sweeps
+_OF_WORKERS = ("ledger", "rounds", "trunk", "fine_tuning", "conventional", "legs", "trials", "trunks", SESSIONS_PATH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +87,19 @@ class Lease:
         self._stop.set()
         self._keeper.join()
         try:
-            if not self._run.exists(""):
-                return
-            with _alone(self._run.local_path):
-                holder = self._holder()
-                if holder is not None and holder["driver"] == self._record["driver"]:
-                    self._run.delete(LEASE_PATH)
+            if self._run.exists(LEASE_PATH) or self._run.exists(CONFIG_PATH):
+                self._give_back()
+            else:  # the folder was deleted: what this driver's workers made of it again would pass for no run
+                for path in _OF_WORKERS:
+                    self._run.delete(path)
         except OSError as error:  # must not hide why the block was left
             logger.warning("the lease of %s could not be given back and ends by itself: %s", self._run.uri, error)
+
+    def _give_back(self) -> None:
+        with _alone(self._run.local_path):
+            holder = self._holder()
+            if holder is not None and holder["driver"] == self._record["driver"]:
+                self._run.delete(LEASE_PATH)
 
     def renew(self) -> None:
         """Say that the holder lives; sets `lost` instead where the lease is another's or the run's folder is gone."""
