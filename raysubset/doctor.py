@@ -117,8 +117,8 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
         yield Check("model and subsets", False, _why(error))
         return None
     yield Check("model", True, f"{config.model.name} builds, {plan.num_parameters:,} parameters")
-    for line in plan.advice:
-        yield Check("subsets", None, line)
+    for note in plan.advice:
+        yield Check("subsets", None, str(note))
     return plan
 
 

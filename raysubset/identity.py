@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from raysubset.config import DATA_NAMES, Config, DataConfig, flatten, shapes_result
 from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
+from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.user_code import code_fingerprint, source_files
 
@@ -40,9 +41,10 @@ def identify(configs: Iterable[Config], full_sets: dict[DataConfig, FullSet], kn
     return Identity(data, code, places)
 
 
-def places_notes(identity: Identity) -> list[str]:
+def places_notes(identity: Identity) -> list[Note]:
     """Where relative names lie, in a line: 'photos is /srv/photos, net is /srv/net.py'; none where none is relative."""
-    return [", ".join(f"{name} is {place}" for name, place in identity.places.items())] if identity.places else []
+    places = ", ".join(f"{name} is {place}" for name, place in identity.places.items())
+    return [Note(places)] if places else []
 
 
 def known_fingerprint(known: Identity | None, config: DataConfig) -> pa.Table | None:

@@ -21,7 +21,7 @@ from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
-from raysubset.events import Event, OnEvent, line_event, stage_event
+from raysubset.events import Event, Note, OnEvent, note_event, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
@@ -165,8 +165,8 @@ def _begun(
         full_sets[config.data] = load_full_set(config.data, known=known_fingerprint(known, config.data))
     full_set, identity = full_sets[config.data], identify([config], full_sets, known)
     plan = make_plan(config, full_set)
-    for line in (*places_notes(identity), *full_set.notes, *plan.advice):
-        tell(line_event(line))
+    for note in (*places_notes(identity), *full_set.advice, *plan.advice):
+        tell(note_event(note))
     directory.check_writable()
     with ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
@@ -365,7 +365,7 @@ class _Stages:
                 "forward_share": plan.forward_share,
             },
             "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
-            "advice": list(plan.advice),
+            "advice": [note.to_dict() for note in plan.advice],
             "planned_passes": plan.passes,
             "stages": stages,
             "test": test.to_dict(),
@@ -406,10 +406,10 @@ class _Stages:
             self._decisions.decide_sizes(self._plan)
         plan = make_plan(config, self._full_set, shares=self._decisions.shares)
         sizes = [len(subset.indices) for subset in plan.subsets]
-        plan = dataclasses.replace(plan, advice=(*plan.advice, in_words(self._decisions.slots, sizes)))
-        for line in plan.advice:
-            if line not in self._plan.advice:
-                self._tell(line_event(line))
+        plan = dataclasses.replace(plan, advice=(*plan.advice, Note(in_words(self._decisions.slots, sizes))))
+        for note in plan.advice:
+            if note not in self._plan.advice:
+                self._tell(note_event(note))
         return plan
 
     def _pool(self) -> ActorPool:

@@ -13,6 +13,7 @@ from raysubset.aggregation import candidates_of_auto
 from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
+from raysubset.events import Note
 from raysubset.fingerprints import digest
 from raysubset.models import has_batch_norm, new_model, num_parameters
 from raysubset.soundness import findings, most_workers
@@ -42,7 +43,7 @@ class Plan:
     forward_share: float  # of a pass, in this network
     full_set_ratio: float  # Q of the full set
     subset_ratios: tuple[float, ...]  # Q of each subset
-    advice: tuple[str, ...]  # lines for the user; those that begin with "warning: " are
+    advice: tuple[Note, ...]  # for the user
     statistics: tuple[str, ...]  # kinds that actors are to leave beside their minima
     passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs. At most, where
     # a recipe ends early (minimize.tolerance, target_loss) or spares weights their gradients (minimize.skipping)
@@ -103,7 +104,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     )
 
 
-def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[str]]:
+def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[Note]]:
     """What actors are to leave for the aggregation, and what the user should know of it.
 
     Raises:
@@ -122,12 +123,12 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
         cause = first_line(error)
         if aggregation.method != "auto":
             raise ValueError(f"aggregation.method=fisher cannot be used with {config.model.name}: {cause}") from error
-        return tuple(kind for kind in kinds if kind != "fisher"), [f"auto goes without fisher: {cause}"]
+        return tuple(kind for kind in kinds if kind != "fisher"), [Note(f"auto goes without fisher: {cause}")]
     by_true_labels = config.minimize.loss == "cross_entropy" and aggregation.fisher_labels == "true"
     if full_set.num_classes <= EXACT_OUTPUTS or by_true_labels:
         return kinds, []
     num = full_set.num_classes
-    return kinds, [f"the Fisher's sum over {num} outputs is estimated from {SAMPLED_TERMS} draws an example"]
+    return kinds, [Note(f"the Fisher's sum over {num} outputs is estimated from {SAMPLED_TERMS} draws an example")]
 
 
 def _evaluation(
@@ -184,7 +185,9 @@ def _aggregation_forward(config: Config, full_set: FullSet, sizes: list[int], mo
     return forward
 
 
-def _measuring_advice(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module, share: float) -> list[str]:
+def _measuring_advice(
+    config: Config, full_set: FullSet, sizes: list[int], model: nn.Module, share: float
+) -> list[Note]:
     """Whether measuring every round costs much beside its training, and how to do it less often."""
     rounds, num_train = config.rounds, len(full_set.train)
     if rounds.num == 1 or config.aggregation.needs_validation():
@@ -200,7 +203,7 @@ def _measuring_advice(config: Config, full_set: FullSet, sizes: list[int], model
     if every <= rounds.evaluate_every:
         return []
     text = f"to measure a round takes {measured:.2g} passes on the critical path, to train it {trained:.2g}"
-    return [f"{text}: --rounds.evaluate-every {every} does it less often"]
+    return [Note(f"{text}: --rounds.evaluate-every {every} does it less often")]
 
 
 def _num_turns(recipe: MinimizeConfig) -> int:

@@ -124,7 +124,7 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
         "num_classes": full_set.num_classes,
         "image_shape": list(full_set.image_shape),
         "augmentation": full_set.augmentation,
-        "notes": list(full_set.notes),
+        "notes": [note.to_dict() for note in full_set.advice],
     }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.errors import one_line
+from raysubset.events import Note
 from raysubset.models import has_dropout, needs_default_layout
 from raysubset.training import least_batch, try_training
 
@@ -64,8 +65,8 @@ def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[Tra
     return stages
 
 
-def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[str]:
-    """What a few steps of every recipe show of a user's network: lines for the user, like Plan.advice.
+def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
+    """What a few steps of every recipe show of a user's network, for Plan.advice.
 
     Raises:
         ValueError: if the steps fail.
@@ -73,7 +74,7 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[str]:
     name, loss = config.model.name, config.minimize.loss
     if ":" not in name:
         return []
-    lines, left_out, ends_in = [], {}, None
+    notes, left_out, ends_in = list[Note](), {}, None
     for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
         try:
             trial = try_training(model, recipe, num_classes=full_set.num_classes, image_shape=full_set.image_shape)
@@ -85,25 +86,27 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[str]:
         left_out |= dict.fromkeys(trial.left_out)
         ends_in = trial.ends_in
     if needs_default_layout(model) and config.minimize.channels_last:
-        lines.append(
+        text = (
             f"{name} cannot be trained in the channels-last layout, as where view() follows a convolution: it gets its "
             "images in torch's default layout, which is slower; reshape() or flatten(1) work in both"
         )
+        notes.append(Note(text))
     if left_out:
-        lines.append(
-            f"{name} leaves parameters out of some steps or all, which do not move them: {_some(list(left_out))}"
-        )
+        text = f"{name} leaves parameters out of some steps or all, which do not move them: {_some(list(left_out))}"
+        notes.append(Note(text))
     if ends_in in ("softmax", "sigmoid") and loss == "cross_entropy":
-        lines.append(
-            f"warning: {name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly "
+        text = (
+            f"{name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly "
             "learns: have it return logits, or set --minimize.loss squared_error"
         )
+        notes.append(Note(text, is_warning=True))
     if ends_in == "log_softmax" and loss == "squared_error":
-        lines.append(
-            f"warning: {name} ends in a log_softmax, which squared error compares with 0 and 1: have it return "
+        text = (
+            f"{name} ends in a log_softmax, which squared error compares with 0 and 1: have it return "
             "logits, or set --minimize.loss cross_entropy"
         )
-    return lines
+        notes.append(Note(text, is_warning=True))
+    return notes
 
 
 def _some(names: Sequence[str]) -> str:

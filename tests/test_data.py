@@ -17,6 +17,7 @@ from raysubset.data.full_set import count_levels, statistics_of_levels
 from raysubset.data.labels import as_labels, number_classes
 from raysubset.data.sources import SourceSplit
 from raysubset.data.splitting import carve
+from raysubset.events import Note
 
 REAL_DATA = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -370,7 +371,7 @@ def test_a_split_that_orders_its_classes_otherwise_is_taken_by_name():
     numbers, names, notes = number_classes({"train": train, "test": named(("cat", "ant"), [0, 0, 1])})
     assert names == ("ant", "bee", "cat")
     assert numbers["test"].tolist() == [2, 2, 0]
-    assert notes == ("the test split orders its classes unlike the train split: its labels are taken by name",)
+    assert notes == (Note("the test split orders its classes unlike the train split: its labels are taken by name"),)
 
 
 def test_numbers_with_names_meet_labels_that_are_names():
@@ -393,14 +394,14 @@ def test_names_that_the_training_split_lacks_or_that_are_twice_are_refused():
         number_classes({"train": named(("crane", "owl", "crane"), [0, 1, 2]), "test": named(("owl", "crane"), [0, 1])})
     same = number_classes({"train": named(("crane", "crane"), [0, 1])})
     assert same[0]["train"].tolist() == [0, 1]
-    assert same[2] == ("warning: several classes have one name: crane",)
+    assert same[2] == (Note("several classes have one name: crane", is_warning=True),)
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
 def test_a_split_without_any_label_is_left_out_and_said(labels: list):
     numbers, _, notes = number_classes(source([0, 1], test=labels))
     assert numbers.keys() == {"train"}
-    assert notes[0].startswith("warning: the test split is left out, since none of its 2 examples has a label")
+    assert str(notes[0]).startswith("warning: the test split is left out, since none of its 2 examples has a label")
     with pytest.raises(ValueError, match="no example of the train split has a label: all 2 are -1 or null"):
         number_classes(source(labels))
 
@@ -411,7 +412,7 @@ def test_two_unicode_forms_of_a_name_are_one_class():
     assert names == ("bar", composed)
     assert numbers["train"].tolist() == [1, 1, 0]
     assert numbers["test"].tolist() == [1]
-    assert [note for note in notes if composed in note and "train split" in note]
+    assert [note for note in notes if composed in note.text and "train split" in note.text]
     numbers, names, _ = number_classes(
         {"train": named((composed, "bar"), [0, 1]), "test": named(("bar", decomposed), [1])}
     )

@@ -17,6 +17,7 @@ from raysubset import work
 from raysubset.cli import call
 from raysubset.config import Config, MinimizeConfig
 from raysubset.data import load_full_set
+from raysubset.events import Note
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.report import (
@@ -137,7 +138,8 @@ def a_directory(folder: Path, record: dict[str, Any] | None = None, *, name: str
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all tests that only read it, as drawing takes seconds."""
-    record = a_record(advice=["warning: subset 3 lacks class 7", "warning: <script>alert(1)</script>"])
+    warnings = [Note(text, is_warning=True) for text in ("subset 3 lacks class 7", "<script>alert(1)</script>")]
+    record = a_record(advice=[note.to_dict() for note in warnings])
     return Path(write_files(a_directory(tmp_path_factory.mktemp("page"), record).uri))
 
 
@@ -550,7 +552,7 @@ def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: 
     runs = [a_directory(tmp_path / "x"), a_directory(tmp_path / "y", a_record(data=data))]
     table, _ = several_sections(read_several([run.uri for run in runs]))
     assert table.columns[1:] == (str(tmp_path / "x/a-run"), str(tmp_path / "y/a-run"))
-    assert table.lines[0].startswith("warning: the runs are on different data")
+    assert str(table.lines[0]).startswith("warning: the runs are on different data")
 
 
 def test_a_comparison_or_the_same_run_twice_among_several_is_refused(tmp_path: Path):

@@ -16,6 +16,7 @@ from raysubset.config import DataConfig
 from raysubset.data import FullSet, decode_images, load_full_set
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey_range, level_notes
 from raysubset.data.images import DamagedImages, EncodedImages, as_images, decode
+from raysubset.events import Note
 
 RANDOM = np.random.default_rng(0)
 
@@ -154,9 +155,8 @@ def test_little_that_is_left_after_rounding_is_warned_of(tmp_path: Path):
     levels[0, :17] = 9
     assert level_notes(levels, has_rounded=False) == ()  # as digits are
     levels[0, 1:] = 0
-    assert level_notes(levels, has_rounded=False) == (
-        "warning: all pixels of all training images are equal (0 of 255)",
-    )
+    (note,) = level_notes(levels, has_rounded=False)
+    assert note == Note("all pixels of all training images are equal (0 of 255)", is_warning=True)
 
 
 # Transparency and frames
@@ -170,7 +170,7 @@ def test_black_on_transparent_is_black_on_white(kind: str):
     assert (images[0, 2:4] == 0).all()
     assert (images[0, [0, 1, 4, 5]] == 255).all()
     assert findings.num_transparent == 1
-    assert findings.notes("it") == ("1 image of it has transparent pixels, which are laid on white",)
+    assert findings.notes("it") == (Note("1 image of it has transparent pixels, which are laid on white"),)
 
 
 def test_transparent_greys_and_palettes_are_laid_on_white_and_stay_grey_or_coloured():
@@ -202,7 +202,7 @@ def test_of_several_frames_the_first_is_read_and_said(kind: str):
     assert findings.num_animated == 1
     if kind != "GIF":
         assert np.array_equal(images[0], np.asarray(frames[0]))
-    assert findings.notes("it") == ("1 image of it has several frames or pages, of which the first is read",)
+    assert findings.notes("it") == (Note("1 image of it has several frames or pages, of which the first is read"),)
 
 
 # Damage and shapes

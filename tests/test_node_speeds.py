@@ -167,7 +167,7 @@ def test_a_plan_by_shares_has_the_same_examples_in_unequal_parts():
     plan = make_plan(config, full_set, shares=[3, 1, 3, 1])
     assert [len(subset.indices) for subset in plan.subsets] == sizes_by_share([3, 1, 3, 1], 4 * 323)
     assert plan.passes == pytest.approx(make_plan(config, full_set).passes)
-    assert any("Q of 4 subsets of 161 to 485 examples" in line for line in plan.advice)
+    assert any("Q of 4 subsets of 161 to 485 examples" in note.text for note in plan.advice)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raysubset.cli import parse_config
 from raysubset.config import Config
-from raysubset.report import Section, read_report, sections, write_files
+from raysubset.events import Note
+from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, conventional_beside
 from raysubset.report.figures import difference, standard_error
 from raysubset.run_directory import (
@@ -20,6 +21,7 @@ from raysubset.run_directory import (
     minimum_folder,
     minimum_path,
 )
+from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.training import Metrics
 
 # A training set of 100, 50 to validate and 100 to test on: every number below can be worked out by hand.
@@ -105,12 +107,12 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "num_train": NUM_TRAIN,
             "num_validation": NUM_VALIDATION,
             "num_test": NUM_TEST,
-            "notes": ["no test split: some carved off"],
+            "notes": [Note("no test split: some carved off").to_dict()],
         },
         "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0] * 4},
         "decisions": {"num_gpus": 0.0, "num_workers": 2, "aggregation_num_gpus": 0.0},
-        "advice": ["Q of 4 subsets: 3", "warning: subset 3 lacks class 7"],
+        "advice": [Note("Q of 4 subsets: 3").to_dict(), Note("subset 3 lacks class 7", is_warning=True).to_dict()],
         "planned_passes": 10.0,
         "stages": {"trunk": None, "rounds": [round_of([minimum(n) for n in range(4)])], "fine_tuning": tuned},
         "test": metrics(0.12, 90, NUM_TEST),
@@ -147,7 +149,7 @@ def row(part: Section, name: str) -> tuple[str, ...]:
 
 
 def text(parts: list[Section]) -> str:
-    return "\n".join(line for part in parts for line in (part.title, *map(" ".join, part.rows), *part.lines))
+    return "\n".join(line for part in parts for line in (part.title, *map(" ".join, part.rows), *map(str, part.lines)))
 
 
 # The page
@@ -273,7 +275,7 @@ def test_a_difference_is_noise_below_two_errors():
 
 
 def test_noise_is_called_noise_and_harm_harm():
-    tells = one(sections(a_record()), "What this tells").lines
+    tells = [str(line) for line in one(sections(a_record()), "What this tells").lines]
     (aggregation,) = [line for line in tells if "the mean member" in line]
     assert "(within the noise)" in aggregation
     (tuning,) = [line for line in tells if line.startswith("Fine-tuning")]
@@ -288,6 +290,16 @@ def test_warnings_of_the_run_are_repeated():
     assert "warning: subset 3 lacks class 7" in tells
     assert "Q of 4 subsets" not in tells
     assert "fine_tuning had 2 workers" in tells
+
+
+def test_reports_whose_notes_are_lines_are_read_as_those_whose_notes_are_records():
+    record = a_record()
+    lines: dict[str, Any] = {"advice": ["Q of 4 subsets: 3", "warning: subset 3 lacks class 7"]}
+    lines["data"] = record["data"] | {"notes": ["no test split: some carved off"]}
+    refuse_other_values("report.json", record | lines)
+    assert sections(record | lines) == sections(record)
+    with pytest.raises(ValueError, match=r"advice\[0\]\.text is missing"):
+        refuse_other_values("report.json", record | {"advice": [{}]})
 
 
 def test_missing_subsets_independent_starts_and_high_barriers_are_told():
@@ -314,7 +326,7 @@ def test_conventional_run_has_no_rows_of_subsets():
     assert [r[0] for r in one(parts, "Stages").rows] == ["conventional", "test"]
     assert "Minima" not in [part.title for part in parts]
     assert row(one(parts, "Costs"), "training that led to the result")[1] == "8.00"
-    assert one(parts, "Next").lines[-1].strip() == "raysubset run"
+    assert one(parts, "Next").lines[-1] == Command("raysubset run")
 
 
 # Commands

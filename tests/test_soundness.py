@@ -94,7 +94,7 @@ def plan(name: str, **overrides: Any) -> Plan:
 
 
 def lines(name: str, **overrides: Any) -> list[str]:
-    return [line for line in plan(name, **overrides).advice if "sound_networks" in line]
+    return [str(note) for note in plan(name, **overrides).advice if "sound_networks" in note.text]
 
 
 def test_nothing_is_said_of_a_plain_network():

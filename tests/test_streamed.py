@@ -246,7 +246,7 @@ def test_lbfgs_on_a_streamed_full_set_is_refused(sets: tuple[FullSet, FullSet]) 
 def test_row_groups_beyond_a_gibibyte_are_warned_of() -> None:
     assert size_notes(LARGE_ROW_GROUP_BYTES, "x") == ()
     (note,) = size_notes(3 * 10**9, "photos.parquet")
-    assert note.startswith("warning: a row group of photos.parquet takes 3.0 GB decoded")
+    assert str(note).startswith("warning: a row group of photos.parquet takes 3.0 GB decoded")
 
 
 # Its examples

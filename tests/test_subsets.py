@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from raysubset.config import SubsetsConfig
+from raysubset.events import Note
 from raysubset.subsets import (
     Subset,
     advice,
@@ -322,17 +323,17 @@ def test_q_reaches_one_at_the_smallest_determined_size():
 
 
 def test_advice_shows_q_and_warns_only_under_one():
-    assert advice(1294, [323] * 4, 10, 1442) == [
+    assert list(map(str, advice(1294, [323] * 4, 10, 1442))) == [
         "Q of the full set: 8.97 = 1294 examples × 10 outputs / 1442 weights",
         "Q of 4 subsets of 323 examples: 2.24",
         "Q reaches 1 from 145 examples up",
         "2 of the full set's 1294 examples are in no subset",
     ]
-    lines = advice(443, [100, 143, 200], 10, 1442)
+    lines = list(map(str, advice(443, [100, 143, 200], 10, 1442)))
     assert lines[1] == "Q of 3 subsets of 100 to 200 examples: 0.693 to 1.39"
     assert lines[-1].startswith("warning: 2 of 3 subsets have Q < 1 (from 0.693)")
     assert "at least 145 examples" in lines[-1]
-    warnings = [line for line in advice(50_000, [12_500] * 4, 10, 11_173_962) if line.startswith("warning:")]
+    warnings = [note.text for note in advice(50_000, [12_500] * 4, 10, 11_173_962) if note.is_warning]
     assert len(warnings) == 1
     assert "even the full set has Q = 0.0447 < 1" in warnings[0]
 
@@ -342,12 +343,13 @@ def test_missing_classes_are_named_in_a_warning_and_summarised_when_many():
     table = pa.table({"site": ["a", "a", "a", "a", "b", "a", "a", "a"]})
     subsets = split(labels, num_classes=5, scheme="column", column="site", attributes=table)
     assert [missing_classes(subset, labels, 5) for subset in subsets] == [(3,), (0, 1, 3, 4)]
-    assert missing_class_warnings(subsets, labels, 5) == ["warning: subset 1 (b) of 1 example lacks classes 0, 1, 4"]
+    (note,) = missing_class_warnings(subsets, labels, 5)
+    assert note == Note("subset 1 (b) of 1 example lacks classes 0, 1, 4", is_warning=True)
     labels = np.arange(60) % 30
-    lines = missing_class_warnings(split(labels, num_classes=30, num=10, size=6), labels, 30)
+    lines = [note.text for note in missing_class_warnings(split(labels, num_classes=30, num=10, size=6), labels, 30)]
     assert len(lines) == 5
-    assert lines[0].startswith("warning: subset 0 of 6 examples lacks 24 classes: ")
-    assert lines[-1] == "warning: 10 of 10 subsets lack classes; subset 0 sees fewest, 6 of 30"
+    assert lines[0].startswith("subset 0 of 6 examples lacks 24 classes: ")
+    assert lines[-1] == "10 of 10 subsets lack classes; subset 0 sees fewest, 6 of 30"
     assert missing_class_warnings(split(labels, num_classes=30, num=2), labels, 30) == []
 
 

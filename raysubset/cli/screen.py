@@ -72,6 +72,8 @@ def visible(text: str) -> str:
 
 def print_sections(parts: "Sequence[Section]") -> None:
     """Results, to stdout: as wide as the terminal; elsewhere tables of 140 columns, and lines as long as they are."""
+    from raysubset.report import Command
+
     is_terminal = sys.stdout.isatty()
     console = console_of(sys.stdout, width=None if is_terminal else 140)
     for part in map(_visible_section, parts):
@@ -82,8 +84,8 @@ def print_sections(parts: "Sequence[Section]") -> None:
                 console.print()
             console.print(table)
         for line in part.lines:
-            is_command = line.startswith("  ")  # to be copied: without line breaks of ours
-            console.print(line, soft_wrap=is_command or not is_terminal)
+            is_command = isinstance(line, Command)  # to be copied: without line breaks of ours
+            console.print(visible(str(line)), soft_wrap=is_command or not is_terminal)
 
 
 def _visible_section(part: "Section") -> "Section":
@@ -92,7 +94,6 @@ def _visible_section(part: "Section") -> "Section":
         title=visible(part.title),
         columns=tuple(map(visible, part.columns)),
         rows=tuple(tuple(map(visible, row)) for row in part.rows),
-        lines=tuple(map(visible, part.lines)),
     )
 
 

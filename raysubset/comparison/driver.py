@@ -14,7 +14,7 @@ from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import FullSet, load_full_set
-from raysubset.events import Event, OnEvent, line_event
+from raysubset.events import Event, OnEvent, note_event
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
@@ -96,8 +96,8 @@ def compare(
     plan = make_plan(config, full_set)
     plans = {arm.key: plan for arm in chosen}
     plans |= {a.key: make_plan(config.with_overrides(dict(a.overrides)), full_set) for a in chosen if a.overrides}
-    for line in (*places_notes(identity), *full_set.notes, *plan.advice):
-        tell(line_event(line))
+    for note in (*places_notes(identity), *full_set.advice, *plan.advice):
+        tell(note_event(note))
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     with ExitStack() as stack:

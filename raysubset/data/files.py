@@ -18,6 +18,7 @@ from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
+from raysubset.events import Note
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
@@ -40,7 +41,7 @@ def read_path(config: DataConfig) -> Source:
             read, origin = _read_streamed(files, members, config, where), _describe_tables(files, members)
         else:
             read, origin = _read_tables(files, members, config, where), _describe_tables(files, members)
-        note = f"{split} split: {len(read.labels)} examples of {origin}"
+        note = Note(f"{split} split: {len(read.labels)} examples of {origin}")
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source

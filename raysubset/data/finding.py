@@ -26,6 +26,7 @@ from raysubset.data.listing import ListedFile, Listing, list_folder
 from raysubset.data.locations import locate
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
+from raysubset.events import Note
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 
@@ -55,7 +56,7 @@ class DataFiles:
     kind: Literal["tables", "images"]
     layout: Layout
     listed: Mapping[str, ListedFile]  # size and time of each file of the layout, by its path
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def full_path(self, file: Placed) -> str:
         """Where a file lies in the file system."""
@@ -146,7 +147,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
         kind="tables" if tables else "images",
         layout=chosen,
         listed={placed.path: found.files[placed.path] for members in chosen.values() for placed in members},
-        notes=(f"left out: {told}", *notes) if told else notes,
+        notes=(Note(f"left out: {told}"), *notes) if told else notes,
     )
 
 

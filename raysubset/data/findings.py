@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raysubset.events import Note
+
 GreyRange = tuple[int, int]
 """The values of a deep grey pixel (of more than 8 bits) that are taken as black and as white."""
 
@@ -50,11 +52,11 @@ class Findings:
         """Whether pixels had more levels than the 256 that they are left."""
         return bool(self.num_rounded or self.greys or self.upper_byte is not None)
 
-    def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[str, ...]:
+    def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[Note, ...]:
         """What is said of them, a sentence each."""
-        return tuple(self._notes(where, grey_range))
+        return tuple(map(Note, self._sentences(where, grey_range)))
 
-    def _notes(self, where: str, grey_range: GreyRange) -> Iterator[str]:
+    def _sentences(self, where: str, grey_range: GreyRange) -> Iterator[str]:
         if self.num_rounded:
             yield f"float pixels of {where} rounded to 8 bits"
         if self.greys and grey_range != FULL_RANGE:
@@ -104,7 +106,7 @@ def _window(lowest: int, bits: int) -> GreyRange:
     return first, first + 2 * half - 1
 
 
-def level_notes(levels: np.ndarray, *, has_rounded: bool) -> tuple[str, ...]:
+def level_notes(levels: np.ndarray, *, has_rounded: bool) -> tuple[Note, ...]:
     """Warnings of training images without contrast, or with little left after they were rounded to 8 bits.
 
     Args:
@@ -113,12 +115,13 @@ def level_notes(levels: np.ndarray, *, has_rounded: bool) -> tuple[str, ...]:
     counts = levels.sum(axis=0)
     used = np.flatnonzero(counts)
     if len(used) == 1:
-        return (f"warning: all pixels of all training images are equal ({used[0]} of 255)",)
+        return (Note(f"all pixels of all training images are equal ({used[0]} of 255)", is_warning=True),)
     shares = np.cumsum(counts) / counts.sum()
     low, high = (int(np.searchsorted(shares, share)) for share in (0.0005, 0.9995))
     if not has_rounded or high - low >= _FEWEST_LEVELS:
         return ()
-    return (
-        f"warning: 99.9 % of the training pixels lie between {low} and {high} of 255 after rounding to 8 bits, which "
-        f"leaves them {high - low + 1} levels: scale the values before they are read",
+    text = (
+        f"99.9 % of the training pixels lie between {low} and {high} of 255 after rounding to 8 bits, which "
+        f"leaves them {high - low + 1} levels: scale the values before they are read"
     )
+    return (Note(text, is_warning=True),)

@@ -13,6 +13,7 @@ from raysubset.data.findings import FULL_RANGE, GreyRange
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
+from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
 
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
@@ -34,9 +35,14 @@ class FullSet:
     mean: tuple[float, ...]  # per channel, of the training split's pixels in [0, 1]
     std: tuple[float, ...]  # likewise; at least one grey level
     augmentation: Augmentation
-    notes: tuple[str, ...]  # what was decided for the user, a sentence each
+    advice: tuple[Note, ...]  # what was decided for the user, and warnings
     grey_range: GreyRange = FULL_RANGE  # the values of pixels of more than 8 bits that are black and white
     fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of what it was read from
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The advice as a person reads it, a line each."""
+        return tuple(map(str, self.advice))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

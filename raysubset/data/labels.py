@@ -11,6 +11,7 @@ from raysubset.config import nearest
 from raysubset.data.image_columns import rows_of
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 UNLABELLED = -1  # where there is no label, as the `datasets` library writes it
 
@@ -52,7 +53,7 @@ def is_string(type_: pa.DataType) -> bool:
     return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
-def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[str, ...]]:
+def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
     """Return the labels of each split, int64 [N] from 0 to num_classes - 1, the name of each class, and notes.
 
     The training split decides what classes there are. Without names they are those up to its largest label. Where
@@ -63,7 +64,7 @@ def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[s
         ValueError: for labels that no class of the training split has, gaps between unnamed classes, or one class only.
     """
     splits: Source = {}
-    notes: list[str] = []
+    notes: list[Note] = []
     for name, split in source.items():
         if not _is_unlabelled(split.labels):
             splits[name], changed = _composed(split, name)
@@ -74,10 +75,11 @@ def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[s
                 f"no example of the train split{of} has a label: all {len(split.labels)} are -1 or null; give some"
             )
         else:
-            notes.append(
-                f"warning: the {name} split is left out, since none of its {len(split.labels)} examples has a label "
+            text = (
+                f"the {name} split is left out, since none of its {len(split.labels)} examples has a label "
                 f"(all are -1 or null): --data.ignored {name} leaves it unread"
             )
+            notes.append(Note(text, is_warning=True))
     train = splits["train"]
     present = train.labels.unique()
     if len(present) < 2:
@@ -93,7 +95,7 @@ def _is_unlabelled(labels: pa.ChunkedArray) -> bool:
     return pa.types.is_integer(labels.type) and labels.unique().to_pylist() == [UNLABELLED]
 
 
-def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[str, ...]]:
+def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[Note, ...]]:
     """The split with class names in Unicode's composed form, and a note where some were not."""
     found = split.labels.unique().to_pylist() if is_string(split.labels.type) else []
     changed = {each: composed for each in (*found, *(split.class_names or ())) if (composed := _nfc(each)) != each}
@@ -105,7 +107,7 @@ def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[s
         class_names = class_names and tuple(dict.fromkeys(class_names))  # a dictionary may have both forms of a name
     listed = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
     note = f"class names of the {name} split that Unicode writes in several ways are read as composed (NFC): {listed}"
-    return dataclasses.replace(split, labels=labels, class_names=class_names), (note,)
+    return dataclasses.replace(split, labels=labels, class_names=class_names), (Note(note),)
 
 
 def _nfc(name: str) -> str:
@@ -117,17 +119,17 @@ def _renamed(labels: pa.ChunkedArray) -> Iterator[pa.Array]:
         yield pa.array([_nfc(name) for name in chunk.dictionary.to_pylist()], pa.string()).take(chunk.indices)
 
 
-def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[str]:
+def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[Note]:
     """What is said of splits that order or name their classes otherwise than the training split."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        yield f"warning: several classes have one name: {', '.join(twice[:_MOST_LISTED])}"
+        yield Note(f"several classes have one name: {', '.join(twice[:_MOST_LISTED])}", is_warning=True)
     for name, split in source.items():
         if is_string(split.labels.type) or name == "train":
             continue
         if split.class_names and split.class_names != names:
-            yield f"the {name} split orders its classes unlike the train split: its labels are taken by name"
+            yield Note(f"the {name} split orders its classes unlike the train split: its labels are taken by name")
         if not split.class_names and source["train"].class_names:
-            yield f"the {name} split does not name its classes: its labels are taken as the train split's numbers"
+            yield Note(f"the {name} split does not name its classes: its labels are taken as the train split's numbers")
 
 
 def _names(labels: pa.Array) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from urllib.parse import unquote
 
 from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 # As the `datasets` library takes them out of file and folder names.
 _SPLIT_WORDS: dict[str, SplitName] = {
@@ -178,7 +179,7 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
     return layout
 
 
-def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[str, ...]:
+def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:
     """A warning if all classes hold the same folders: those may be the classes, and the folders around them splits.
 
     Raises:
@@ -194,7 +195,8 @@ def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[str, ...]:
             text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
             if any(re.search(_ANY_WORD, name.lower()) for name in inner):
                 _refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
-            return (f"warning: {text}: if those are the classes, give data.name a folder that holds them directly",)
+            text += ": if those are the classes, give data.name a folder that holds them directly"
+            return (Note(text, is_warning=True),)
     return ()
 
 

@@ -22,6 +22,7 @@ from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve
 from raysubset.data.streamed import StreamedSplit
+from raysubset.events import Note
 
 # Where a shifted or mirrored image shows the same thing: not digits.
 _AUGMENTED_NAMES = ("cifar10", "cifar100")
@@ -32,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_full_set(config: DataConfig, *, known: pa.Table | None = None) -> FullSet:
-    """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `notes`.
+    """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
 
     Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
 
@@ -80,7 +81,7 @@ def load_full_set(config: DataConfig, *, known: pa.Table | None = None) -> FullS
         mean=mean,
         std=std,
         augmentation=auto if config.augmentation == "auto" else config.augmentation,
-        notes=tuple(notes),
+        advice=tuple(notes),
         grey_range=decoded.grey_range,
     )
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
@@ -118,7 +119,7 @@ def _with_origin(source: Source, origin: str) -> Source:
     """The source with a line a split that says how many examples were read of what; read_path() says it itself."""
     return {
         name: dataclasses.replace(
-            split, notes=(f"{name} split: {len(split.labels)} examples of {origin}", *split.notes)
+            split, notes=(Note(f"{name} split: {len(split.labels)} examples of {origin}"), *split.notes)
         )
         for name, split in source.items()
     }
@@ -126,20 +127,22 @@ def _with_origin(source: Source, origin: str) -> Source:
 
 def _rows(
     source: Source, labels: dict[SplitName, np.ndarray], config: DataConfig
-) -> tuple[dict[SplitName, np.ndarray], list[str]]:
+) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
     """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off."""
-    notes: list[str] = []
+    notes: list[Note] = []
     rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in labels.items()}
     if "test" not in source:
         rows["train"], rows["test"] = _carve("test", config.test_fraction, labels["train"], rows["train"], config)
         num, share = len(rows["test"]), config.test_fraction
-        notes.append(f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing")
+        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing"
+        notes.append(Note(text))
     if "validation" not in source:
         fraction = config.validation_fraction
         rows["train"], rows["validation"] = _carve("validation", fraction, labels["train"], rows["train"], config)
     else:
         num = len(rows["validation"])
-        notes.append(f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply")
+        text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
+        notes.append(Note(text))
     return rows, notes
 
 
@@ -151,14 +154,14 @@ def _carve(
     return rows[kept], rows[carved]
 
 
-def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[str]:
+def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
     """Notes on splits that lack classes, with which."""
     for name, numbers in labels.items():
         absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
         if len(absent):
             listed = ", ".join(class_names[number] for number in absent[:_MOST_LISTED])
             more = f" and {len(absent) - _MOST_LISTED} more" if len(absent) > _MOST_LISTED else ""
-            yield f"warning: the {name} split has no example of class {listed}{more}"
+            yield Note(f"the {name} split has no example of class {listed}{more}", is_warning=True)
 
 
 def _of_one_shape(source: Source) -> Source:
@@ -181,7 +184,7 @@ def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
         images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
     else:
         images = np.repeat(images, 3, axis=3)
-    return dataclasses.replace(split, images=images, notes=(*split.notes, note))
+    return dataclasses.replace(split, images=images, notes=(*split.notes, Note(note)))
 
 
 def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
@@ -216,10 +219,10 @@ def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
     return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}
 
 
-def _streaming_note(train: StreamedSplit, num_held: int) -> str:
+def _streaming_note(train: StreamedSplit, num_held: int) -> Note:
     groups = train.groups
     size = len(train) * train.num_bytes_per_example / 1e6
-    return (
+    return Note(
         f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
         f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their labels and "
         f"{num_held / 1e6:,.0f} MB of validation and test examples"

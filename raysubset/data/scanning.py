@@ -12,6 +12,7 @@ from raysubset.data.full_set import count_levels
 from raysubset.data.images import DamagedImages
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 _SLICE_ROWS = 1024  # decoded at a time
 
@@ -27,7 +28,7 @@ class Scan:
     levels: np.ndarray  # int64 [C, 256], pixels of each grey level
     kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
     findings: Findings
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
@@ -72,15 +73,16 @@ def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.
     )
 
 
-def size_notes(num_bytes_of_largest: int, where: str) -> tuple[str, ...]:
+def size_notes(num_bytes_of_largest: int, where: str) -> tuple[Note, ...]:
     """A warning of row groups too large to be read at a time."""
     if num_bytes_of_largest <= LARGE_ROW_GROUP_BYTES:
         return ()
     size, limit = num_bytes_of_largest / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
-    return (
-        f"warning: a row group of {where} takes {size:.1f} GB decoded, and is held whole while it is read: write the "
-        f"files with fewer rows a group (row_group_size of pyarrow's write_table), {limit:.1f} GB at most",
+    text = (
+        f"a row group of {where} takes {size:.1f} GB decoded, and is held whole while it is read: write the "
+        f"files with fewer rows a group (row_group_size of pyarrow's write_table), {limit:.1f} GB at most"
     )
+    return (Note(text, is_warning=True),)
 
 
 def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:

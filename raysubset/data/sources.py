@@ -9,6 +9,7 @@ from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SourceSplit:
     labels: pa.ChunkedArray  # [N], integers or class names, without nulls
     class_names: tuple[str, ...] | None = None  # in the order of the labels, where the source gives them
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
-    notes: tuple[str, ...] = ()  # what was decided for the user
+    notes: tuple[Note, ...] = ()  # what was decided for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
     where: str = ""  # names it in messages
 

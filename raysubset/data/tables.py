@@ -16,6 +16,7 @@ from raysubset.data.labels import UNLABELLED, as_labels, is_string, renumbered
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import SourceSplit
 from raysubset.data.split import RESERVED_COLUMNS
+from raysubset.events import Note
 
 
 def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[str]:
@@ -53,7 +54,7 @@ class JoinedTables:
 
     table: pa.Table
     class_names: tuple[str, ...] | None  # that integer labels number, where a file's metadata has them
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> JoinedTables:
@@ -68,14 +69,14 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
     Raises:
         ValueError: for files that do not go together, or no rows.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     declared: dict[str, tuple[str, ...]] = {}
     for path, table in tables.items():
         names, problem = _declared_names(table.schema, config.label_column)
         if names:
             declared[path] = names
         if problem:
-            notes.append(f"warning: metadata of {path} is passed over: {problem}")
+            notes.append(Note(f"metadata of {path} is passed over: {problem}", is_warning=True))
     longest = max(declared, key=lambda path: len(declared[path]), default=None)
     class_names = declared[longest] if longest else None
     alike = {}
@@ -85,10 +86,11 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
         if class_names and longest and pa.types.is_integer(labels.type):
             names = declared.get(path)
             if names is None:
-                notes.append(f"{path} does not name its classes: its labels are taken as numbers of {longest}'s")
+                text = f"{path} does not name its classes: its labels are taken as numbers of {longest}'s"
+                notes.append(Note(text))
             elif names != class_names:
                 labels = _by_name(labels, names, class_names, path, longest)
-                notes.append(f"{path} orders its classes unlike {longest}: its labels are taken by name")
+                notes.append(Note(f"{path} orders its classes unlike {longest}: its labels are taken by name"))
                 place = table.column_names.index(config.label_column)
                 table = table.set_column(place, config.label_column, labels)
         alike[path] = table
@@ -163,7 +165,7 @@ def with_scalars(
     notes = joined.notes
     clashing = [name for name in further if name in RESERVED_COLUMNS]
     if clashing:
-        notes += (f"{where}: column {', '.join(clashing)} left out, since the full set has its own",)
+        notes += (Note(f"{where}: column {', '.join(clashing)} left out, since the full set has its own"),)
     columns = {name: table.column(name) for name in further if name not in clashing}
     return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
 

@@ -8,6 +8,7 @@ write_files() does so for a sweep or a comparison too, whose sections are sweep_
 comparison_sections(record). Of several runs side by side: several_sections(records), write_several(directories, path).
 """
 
+from raysubset.report.commands import Command
 from raysubset.report.comparisons import advice_sections, comparison_sections
 from raysubset.report.files import write_files
 from raysubset.report.page import Section, sections
@@ -16,6 +17,7 @@ from raysubset.report.several import read_several, several_sections, write_sever
 from raysubset.report.sweeps import sweep_sections
 
 __all__ = [
+    "Command",
     "Section",
     "sections",
     "read_report",

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import Config, flatten
@@ -20,6 +21,16 @@ _OF_SUBSET_PRETRAINING = (
     "minimize.target_loss",
     "actors.quorum",
 )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line for the user to copy."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"  {self.text}"
 
 
 def command(config: Mapping[str, Any]) -> str:

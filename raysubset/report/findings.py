@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from raysubset.report.commands import conventional_beside, subset_pretraining_beside
+from raysubset.events import Note
+from raysubset.report.commands import Command, conventional_beside, subset_pretraining_beside
 from raysubset.report.figures import (
     NOISE_ERRORS,
     Record,
@@ -14,10 +15,10 @@ from raysubset.report.figures import (
 from raysubset.training import Metrics
 
 
-def findings(record: Record) -> Iterator[str]:
+def findings(record: Record) -> Iterator[str | Note]:
     """One sentence or two a line; nothing is claimed that lies within the noise."""
     stages, rounds = record["stages"], record["stages"].get("rounds") or []
-    yield from (line for line in record["advice"] if line.startswith("warning"))
+    yield from (note for note in map(Note.from_json, record["advice"]) if note.is_warning)
     if rounds:
         yield from _of_minima(record, rounds[-1]["minima"])
         yield from _of_aggregation(rounds[-1])
@@ -35,7 +36,7 @@ def findings(record: Record) -> Iterator[str]:
     )
 
 
-def _of_minima(record: Record, minima: list[Record]) -> Iterator[str]:
+def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
     ratios = [minimum["overdetermination_ratio"] for minimum in minima]
     parts = [(Metrics.from_dict(m["training"]), Metrics.from_dict(m["validation"])) for m in minima]
     gap = sum(held_out.loss - own.loss for own, held_out in parts) / len(parts)
@@ -45,15 +46,14 @@ def _of_minima(record: Record, minima: list[Record]) -> Iterator[str]:
     yield f"{text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
     cut = len(record["overdetermination_ratio"]["subsets"])
     if cut > len(minima):
-        yield f"warning: {cut - len(minima)} of {cut} subsets failed for good; the result was made without them."
+        text = f"{cut - len(minima)} of {cut} subsets failed for good; the result was made without them."
+        yield Note(text, is_warning=True)
     if diverged := sum(minimum["outcome"] == "diverged" for minimum in minima):
-        yield (
-            f"warning: {diverged} of {len(minima)} minima diverged and stand at their best earlier epoch: lower "
-            "--minimize.learning-rate."
-        )
+        text = f"{diverged} of {len(minima)} minima diverged and stand at their best earlier epoch: lower "
+        yield Note(f"{text}--minimize.learning-rate.", is_warning=True)
 
 
-def _of_aggregation(last: Record) -> Iterator[str]:
+def _of_aggregation(last: Record) -> Iterator[str | Note]:
     made, minima = last["aggregation"], last["minima"]
     if len(minima) == 1:
         return
@@ -70,7 +70,8 @@ def _of_aggregation(last: Record) -> Iterator[str]:
         )
     barrier = made["barrier"]
     if barrier is None or not math.isfinite(barrier):
-        yield "warning: the plain mean has no finite loss: the minima lie too far apart to be averaged."
+        text = "the plain mean has no finite loss: the minima lie too far apart to be averaged."
+        yield Note(text, is_warning=True)
     elif barrier > 0:
         yield (
             f"The plain mean's loss is {barrier:.4f} above the mean member's: the minima lie too far apart. Try more "
@@ -106,15 +107,15 @@ def _of_batch_norm(record: Record) -> Iterator[str]:
             )
 
 
-def next_commands(record: Record) -> Iterator[str]:
+def next_commands(record: Record) -> Iterator[str | Command]:
     """What would show whether this paid."""
     if record["method"] == "conventional":
         yield "Compare with subset pretraining on the same data, over several seeds:"
-        yield f"  {subset_pretraining_beside(record)}"
+        yield Command(subset_pretraining_beside(record))
         return
     yield "Whether this paid, only a comparison over seeds tells. Conventional runs of the same cost, all counted:"
     for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
         passes = record["cost"][what]
         words = "in total" if what == "passes" else "on the critical path"
         yield f"{passes:.2f} passes {words}:"
-        yield f"  {conventional_beside(record, passes, suffix)}"
+        yield Command(conventional_beside(record, passes, suffix))

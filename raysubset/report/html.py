@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raysubset.events import Note
+from raysubset.report.commands import Command
 from raysubset.report.mistakes import Picture
-from raysubset.report.page import Section
+from raysubset.report.page import Line, Section
 from raysubset.report.plots import Plot
 
 PAGE_PATH = "report/report.html"
@@ -26,7 +28,7 @@ class Page:
     """A whole report."""
 
     title: str
-    verdict: tuple[str, ...]  # the result in a sentence, on top
+    verdict: tuple[Line, ...]  # the result in a sentence, on top
     facts: tuple[tuple[str, str], ...]  # what was run, on what, when, by which version
     parts: tuple[Part, ...]
 
@@ -46,5 +48,7 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.tests["command"] = lambda line: isinstance(line, Command)
+    environment.tests["warning"] = lambda line: isinstance(line, Note) and line.is_warning
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template("page.html").render(page=page)

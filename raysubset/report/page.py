@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysubset.errors import listed
+from raysubset.events import Note
+from raysubset.report.commands import Command
 from raysubset.report.figures import Record, standard_error, trained_passes
 from raysubset.report.findings import findings, next_commands
 from raysubset.training import Metrics, bytes_in_words
@@ -17,6 +19,8 @@ MOST_ROWS = 12  # minima or rounds that get a row each
 _NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
 _TEXT = re.compile(r"[A-Za-z]{4,}")
 
+Line = str | Note | Command
+
 
 @dataclass(frozen=True)
 class Section:
@@ -25,7 +29,7 @@ class Section:
     title: str
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
-    lines: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()
     subject: str = ""  # what it is about, by which a page puts plots beside it; a title may carry numbers
 
     @property
@@ -74,7 +78,7 @@ def _final_model(record: Record) -> Section:
         )
     )
     columns = ("on", "examples", "loss", "accuracy ± standard error")
-    return Section("Final model", columns, rows, tuple(record["data"]["notes"]), "final_model")
+    return Section("Final model", columns, rows, tuple(map(Note.from_json, record["data"]["notes"])), "final_model")
 
 
 def _stages(record: Record) -> Section:
@@ -222,14 +226,16 @@ def _aggregation(record: Record, last: Record) -> Section:
         used += ", weighted " + ", ".join(f"{share:.3f}" for share in made["coefficients"])
     if made["tried"]:
         used += f"; {len(made['tried'])} candidates were scored on validation data"
-    lines = [f"{used}. Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."]
+    barrier = f"Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."
+    lines: list[Line] = [f"{used}. {barrier}"]
     if aligned := made["alignment"]:
         before, after = (_number(aligned[key], "+.4f") for key in ("barrier_before", "barrier_after"))
         lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
     if made["of_first"]:
         lines.append(f"Not averaged, from subset {made['subset_ids'][0]}: {listed(made['of_first'])}.")
     if not made["shared_start"]:
-        lines.append("warning: the members share no start, so that a plain mean of them need not make sense.")
+        text = "the members share no start, so that a plain mean of them need not make sense."
+        lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
     return Section(title, ("on validation data", "loss", "accuracy"), tuple(rows), tuple(lines), "aggregation")
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from raysubset.config import flatten
+from raysubset.events import Note
 from raysubset.report.figures import Record, difference, standard_error, trainings
 from raysubset.report.html import Page, Part, to_html
-from raysubset.report.page import Section
+from raysubset.report.page import Line, Section
 from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
 from raysubset.report.reading import read_report
 from raysubset.training import Metrics
@@ -61,14 +62,16 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
     """What a user reads of several runs: a column a run."""
     names = _names(records)
     rows = tuple((title, *(cell(record) for record in records)) for title, cell in _ROWS)
-    lines = [
+    lines: list[Line] = [
         "± standard error of sampling the test examples. Each is one run: what another seed would give is not in it; "
         "raysubset compare tells whether a difference holds."
     ]
     if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
-        lines.insert(0, "warning: the runs are on different data, so that neither accuracies nor passes compare.")
+        text = "the runs are on different data, so that neither accuracies nor passes compare."
+        lines.insert(0, Note(text, is_warning=True))
     if len({r["config"]["minimize"]["loss"] for r in records}) > 1:
-        lines.insert(0, "warning: the runs minimize different losses, so that these do not compare; accuracies do.")
+        text = "the runs minimize different losses, so that these do not compare; accuracies do."
+        lines.insert(0, Note(text, is_warning=True))
     configs = [flatten(record["config"]) for record in records]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_THE_PLACE)
     different = tuple(

@@ -1,8 +1,8 @@
 """The types of the values that JSON files hold, whoever wrote them: checked whenever one is read.
 
 An object has the keys of a dict, "name?" where it may be missing and "*" for any name, and others that nobody reads; a
-list has items of one shape; a tuple's one shape may be null; counts are of a range. Numbers are finite: others have
-become null in JSON.
+list has items of one shape, or of a last one where they are objects; a tuple's one shape may be null; counts are of a
+range. Numbers are finite: others have become null in JSON.
 """
 
 from fnmatch import fnmatchcase
@@ -45,11 +45,13 @@ _SLOT = {"kind": str, "speed": _NUMBER}
 _OUTER_STEP = _all(_NUMBER, "outer_learning_rate outer_momentum")
 _CONFIG = {"name": (str,), "minimize": {"loss": str}, "model": {"name": str}}
 
+_NOTES = [str, {"text": str, "is_warning": bool}]  # a text in reports of earlier versions
+
 _REPORT = (
     _HEAD
-    | {"method": str, "config": _CONFIG | {"fine_tuning": {"start": str}, "rounds": _OUTER_STEP}, "advice": [str]}
+    | {"method": str, "config": _CONFIG | {"fine_tuning": {"start": str}, "rounds": _OUTER_STEP}, "advice": _NOTES}
     | {"environment": (_ENVIRONMENT,), "decisions": {"slots?": [_SLOT]}}
-    | {"data": _DATA | {"num_validation": int, "notes": [str]}, "model": _MODEL | {"name": str}}
+    | {"data": _DATA | {"num_validation": int, "notes": _NOTES}, "model": _MODEL | {"name": str}}
     | {"overdetermination_ratio": _RATIOS, "planned_passes": _NUMBER, "test": _METRICS, "validation": _METRICS}
     | {"stages": _all((_STAGE,), "trunk? fine_tuning? conventional?") | {"rounds?": [_ROUND]}, "seconds": _SECONDS}
     | {"cost": _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")}
@@ -137,7 +139,7 @@ def _check(value: Any, shape: Any, name: str) -> None:
                     raise ValueError(f"{name}.{word} is missing".lstrip("."))
     elif isinstance(shape, list) and isinstance(value, list):
         for number, item in enumerate(value):
-            _check(item, shape[0], f"{name}[{number}]")
+            _check(item, shape[-1 if isinstance(item, dict) else 0], f"{name}[{number}]")
     else:
         kind = int if isinstance(shape, range) else type(shape) if isinstance(shape, dict | list) else shape
         is_sound = isinstance(value, kind) and (not isinstance(value, int | float) or -_MOST < value < _MOST)

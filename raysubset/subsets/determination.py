@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raysubset.events import Note
 from raysubset.subsets.cutting import Subset, listed
 
 _MOST_WARNED = 4  # subsets that get a line of their own
@@ -25,8 +26,8 @@ def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tup
     return tuple(np.flatnonzero(counts == 0).tolist())
 
 
-def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[str]:
-    """What a user should know of Q before the run, a line each; those on Q < 1 begin with "warning:".
+def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[Note]:
+    """What a user should know of Q before the run; Q < 1 is a warning.
 
     Args:
         num_examples: in the full set.
@@ -44,22 +45,25 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
     ]
     if unused := num_examples - sum(sizes):
         lines.append(f"{unused} of the full set's {num_examples} examples are in no subset")
+    notes = [Note(line) for line in lines]
     num_below = sum(ratio < 1 for ratio in ratios)
     if full < 1:
-        lines.append(
-            f"warning: even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
+        text = (
+            f"even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
             f"subsets do so less, and their minima need not be near the full set's; a smaller model would help"
         )
+        notes.append(Note(text, is_warning=True))
     elif num_below:
-        lines.append(
-            f"warning: {num_below} of {_count(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
+        text = (
+            f"{num_below} of {_count(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
             f"need not be near the full set's; give subsets at least {needed} examples, or take a smaller model"
         )
-    return lines
+        notes.append(Note(text, is_warning=True))
+    return notes
 
 
-def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[str]:
-    """Lines that begin with "warning:" on subsets that lack classes which the full set has, with which."""
+def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[Note]:
+    """Warnings of subsets that lack classes which the full set has, with which."""
     counts = np.bincount(labels, minlength=num_classes)
     num_present = np.count_nonzero(counts)
     lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
@@ -67,14 +71,14 @@ def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_cl
     for subset in lacking[:_MOST_WARNED]:
         missing = [c for c in missing_classes(subset, labels, num_classes) if counts[c]]
         size = _count(len(subset.indices), "example")
-        lines.append(f"warning: {_title(subset)} of {size} lacks {listed(missing, 'class', 'classes')}")
+        lines.append(f"{_title(subset)} of {size} lacks {listed(missing, 'class', 'classes')}")
     if len(lacking) > _MOST_WARNED:
         fewest = min(lacking, key=lambda subset: subset.num_classes_seen)
         lines.append(
-            f"warning: {len(lacking)} of {len(subsets)} subsets lack classes; "
+            f"{len(lacking)} of {len(subsets)} subsets lack classes; "
             f"{_title(fewest)} sees fewest, {fewest.num_classes_seen} of {num_present}"
         )
-    return lines
+    return [Note(line, is_warning=True) for line in lines]
 
 
 def _title(subset: Subset) -> str:

@@ -28,7 +28,7 @@ from raysubset.config import Config, DataConfig, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent
+from raysubset.events import Event, OnEvent, note_event
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
@@ -112,8 +112,8 @@ def sweep(
     for data in dict.fromkeys(trial.config.data for trial in trials):
         full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
     identity = identify((trial.config for trial in trials), full_sets, known)
-    for line in places_notes(identity):
-        tell(Event("note", line))
+    for note in places_notes(identity):
+        tell(note_event(note))
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
     # refuses what no trial of the setting can be
     share_of = {one: make_plan(one, full_sets[one.data]).forward_share for one in settings}

@@ -176,7 +176,9 @@ def test_measuring_rounds_less_often_changes_no_parameter_and_spares_what_it_cos
     write_several([often.uri, seldom.uri], str(tmp_path / "both.html"))
     rows = RunDirectory.at(seldom.uri).read_bytes("progress.csv").decode().splitlines()
     assert len(rows) == 1 + 3 * 2
-    assert "evaluate-every 3" in " ".join(often.record["advice"])  # they cost more to measure than to train
+    assert "evaluate-every 3" in " ".join(
+        note["text"] for note in often.record["advice"]
+    )  # they cost more to measure than to train
 
 
 def test_whole_subset_optimizers_go_through_rounds_with_their_state_reset(tmp_path: Path) -> None:
