@@ -38,7 +38,6 @@ from raysubset.aggregation import Minimum, Scorer, barrier, make
 from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model
-from raysubset.planning import cut_subsample, cut_subsets
 from raysubset.training import (
     Cost,
     Metrics,
@@ -51,7 +50,7 @@ from raysubset.training import (
     place,
     predict,
 )
-from raysubset.work import calibration_examples
+from raysubset.work import calibration_examples, cut_subsample, cut_subsets
 
 EPOCHS = 3.0  # of each subset; the trunk is one epoch of the full set
 SHARED = (

@@ -13,9 +13,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
-
-from raysubset.aggregation import shrink_perturb
 from raysubset.cluster import connected, get_shared, put_once, reached
 from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
@@ -25,7 +22,7 @@ from raysubset.events import Event, Note, OnEvent, note_event, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
-from raysubset.models import new_model, trainable_names
+from raysubset.models import new_model
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
@@ -53,7 +50,7 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece, Run
+from raysubset.work import Piece, Run, perturbed
 
 T = TypeVar("T")
 
@@ -293,7 +290,8 @@ class _Stages:
             weights, record = self._train("conventional", self._fresh_weights(), num_workers)
         else:
             with self._pool() as pool:
-                weights, record = self._minimize_full_set(pool, Piece("conventional", epochs=epochs))
+                piece = Piece(self._config, self._directory, "conventional", epochs=epochs)
+                weights, record = self._minimize_full_set(pool, piece)
         return self._report(weights, record["validation"], conventional=record)
 
     def _trunk(self, pool: ActorPool) -> tuple[Weights, dict[str, Any]]:
@@ -304,7 +302,7 @@ class _Stages:
         )
         if num_workers > 1:
             return self._train("trunk", self._fresh_weights(), num_workers)
-        return self._minimize_full_set(pool, Piece("trunk"))
+        return self._minimize_full_set(pool, Piece(self._config, self._directory, "trunk"))
 
     def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
         """One actor, all examples; it is kept for the subsets."""
@@ -320,12 +318,10 @@ class _Stages:
         text = f"{tuning.epochs:g} epochs on the full set by Ray Train, {num_workers} worker(s), {tuning.start} start"
         self._tell(stage_event("fine_tuning", text))
         weights = aggregate
-        if tuning.start != "warm":
-            fresh = self._fresh_network("fine_tuning")
-            weights = fresh.state_dict()
-            if tuning.start == "shrink_perturb":
-                names, factors = trainable_names(fresh), {"shrink": tuning.shrink, "perturb": tuning.perturb}
-                weights = shrink_perturb(aggregate, weights, **factors, parameter_names=names)
+        if tuning.start == "reinit":
+            weights = self._fresh_weights("fine_tuning")
+        elif tuning.start == "shrink_perturb":
+            weights = perturbed(self._config, self._full_set, aggregate)
         folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
         return self._train("fine_tuning", weights, num_workers, teachers=folders if tuning.distillation else ())
 
@@ -424,7 +420,5 @@ class _Stages:
 
     def _fresh_weights(self, *path: str) -> Weights:
         """Seeded initial weights: those a shared start means, or others by a path of their own."""
-        return self._fresh_network(*path).state_dict()
-
-    def _fresh_network(self, *path: str) -> nn.Module:
-        return new_model(self._config.model, self._full_set, seed=derive_seed(self._config.seed, "start", *path))
+        seed = derive_seed(self._config.seed, "start", *path)
+        return new_model(self._config.model, self._full_set, seed=seed).state_dict()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from raysubset.events import Note
 from raysubset.fingerprints import digest
 from raysubset.models import has_batch_norm, new_model, num_parameters
 from raysubset.soundness import findings, most_workers
-from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio, split_into_subsets
+from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.training import (
     EXACT_OUTPUTS,
     SAMPLED_TERMS,
@@ -28,7 +27,7 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
-from raysubset.work import CALIBRATION_EXAMPLES
+from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
@@ -229,34 +228,6 @@ def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
         held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
     shape, num_validation = full_set.image_shape, len(full_set.validation)
     return held + minimizing_bytes(model, config.minimize, image_shape=shape, num_examples=num_validation)
-
-
-def cut_subsets(
-    config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
-) -> tuple[Subset, ...]:
-    """The subsets of a round: a pure function of config, data, round and the shares of the subsets, if not equal."""
-    train, seed = full_set.train, derive_seed(config.seed, "subsets", round)
-    return tuple(
-        split_into_subsets(
-            train.labels,
-            config.subsets,
-            seed,
-            num_classes=full_set.num_classes,
-            attributes=train.table,
-            shares=shares,
-        )
-    )
-
-
-def subsample_size(config: Config, num_examples: int) -> int:
-    """Examples of a subset that savgm minimizes on once more."""
-    return max(1, round(config.aggregation.savgm_fraction * num_examples))
-
-
-def cut_subsample(config: Config, subset: Subset, round: int) -> np.ndarray:
-    """The part of a subset that savgm minimizes on once more, drawn without replacement: sorted int64 positions."""
-    generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset.id))
-    return np.sort(generator.choice(subset.indices, subsample_size(config, len(subset.indices)), replace=False))
 
 
 def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:

@@ -4,29 +4,28 @@ import dataclasses
 import logging
 from typing import Any
 
-from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
+from raysubset.aggregation import Aggregation, Unmeasured, mean_optimizer_state
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import Event, stage_event
 from raysubset.node_speeds import slot_of
-from raysubset.planning import Plan, cut_subsample, cut_subsets, manifest
+from raysubset.planning import Plan, manifest
 from raysubset.run_directory import (
     CorruptFile,
+    RunDirectory,
     aggregate_path,
     aggregate_weights_path,
     mean_optimizer_path,
     minimum_folder,
-    minimum_path,
     momentum_path,
     optimizer_path,
-    subsample_folder,
     subsets_path,
 )
 from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Weights
-from raysubset.work import Piece, Round, Run
+from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +58,20 @@ class Rounds:
             stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {config.minimize.epochs:g} epochs each")
         )
         pieces = [self._piece(round, subset, start_id) for subset in subsets]
-        twice = config.aggregation.method == "savgm"
-        minima = self._find_minima(pool, pieces, start, more_to_come=twice)
+        twice, parts = config.aggregation.method == "savgm", []
+        pieces = self._find_minima(pool, pieces, start, more_to_come=twice)
         if twice:
-            minima = self._with_subsamples(pool, minima, subsets, pieces, start)
-        return self._aggregate(round, minima, start)
+            parts = self._on_subsamples(pool, subsets, pieces, start)
+            done = {part.subset_id for part in parts}
+            pieces = [piece for piece in pieces if piece.subset_id in done]
+        return self._aggregate(round, pieces, parts, start)
 
     def _find_minima(
         self, pool: ActorPool, pieces: list[Piece], start: Weights, *, more_to_come: bool = False
-    ) -> list[Minimum]:
+    ) -> list[Piece]:
+        """Those whose minima are found: all, but with a quorum."""
         config, is_last = self._config, pieces[0].round + 1 == self._config.rounds.num
-        return find_minima(
+        minima = find_minima(
             pool,
             pieces,
             None if config.subsets.start == "independent" else start,
@@ -77,25 +79,21 @@ class Rounds:
             quorum=config.actors.quorum,
             per_actor=self._decisions.per_actor(pool, pieces),
         )
+        found = {minimum.subset_id for minimum in minima}
+        return [piece for piece in pieces if piece.subset_id in found]
 
-    def _with_subsamples(
-        self,
-        pool: ActorPool,
-        minima: list[Minimum],
-        subsets: tuple[Subset, ...],
-        pieces: list[Piece],
-        start: Weights,
-    ) -> list[Minimum]:
-        """Minimize on a part of each subset too, from the same start; those of the minima whose part was done."""
-        fraction, ids = self._config.aggregation.savgm_fraction, {minimum.subset_id for minimum in minima}
-        self._tell(stage_event("subsamples", f"{fraction:g} of each of {len(minima)} subsets once more"))
+    def _on_subsamples(
+        self, pool: ActorPool, subsets: tuple[Subset, ...], pieces: list[Piece], start: Weights
+    ) -> list[Piece]:
+        """Minimize on a part of each subset too, from the same start; those that are done."""
+        fraction, by_id = self._config.aggregation.savgm_fraction, {subset.id: subset for subset in subsets}
+        self._tell(stage_event("subsamples", f"{fraction:g} of each of {len(pieces)} subsets once more"))
         parts = []
-        for piece, subset in zip(pieces, subsets, strict=True):
-            if subset.id in ids:
-                indices = cut_subsample(self._config, subset, piece.round)
-                parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True))
-        ids = {minimum.subset_id for minimum in self._find_minima(pool, parts, start)}
-        return [minimum for minimum in minima if minimum.subset_id in ids]
+        for piece in pieces:
+            assert piece.subset_id is not None
+            indices = cut_subsample(self._config, by_id[piece.subset_id], piece.round)
+            parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True))
+        return self._find_minima(pool, parts, start)
 
     def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
         """The work on one subset."""
@@ -103,6 +101,8 @@ class Rounds:
         independent = self._config.subsets.start == "independent"
         slots = self._decisions.slots
         return Piece(
+            self._config,
+            self._directory,
             "subsets",
             subset_id=subset.id,
             round=round,
@@ -110,25 +110,25 @@ class Rounds:
             schedule_span=(round / num_rounds, (round + 1) / num_rounds),
             start_id=f"independent-{subset.id}" if independent else start_id,
             node_speed=slot_of(slots, subset.id).speed if slots else None,
-            optimizer_path=self._optimizer_path(round, subset.id) if round else None,
+            optimizer=self._optimizer(round, subset.id) if round else None,
             statistics=self._plan.statistics,
             measures=MEASURES if self._config.rounds.evaluated(round) else (),
         )
 
-    def _optimizer_path(self, round: int, subset_id: int) -> str | None:
+    def _optimizer(self, round: int, subset_id: int) -> tuple[RunDirectory, str] | None:
         """The optimizer state that a member of a later round begins with: its predecessor's, the mean, or none."""
         directory, which = self._directory, self._config.rounds.optimizer_state
         if which == "reset":
             return None
         if which == "keep":
             path = optimizer_path(minimum_folder(round - 1, subset_id))
-            return path if path in self._optimizers(round - 1) else None
+            return (directory, path) if path in self._optimizers(round - 1) else None
         path = mean_optimizer_path(round - 1)
         if not directory.exists(path):
             members = self._optimizers(round - 1)
             states = (directory.read_checkpoint(member)["optimizer"] for member in members)
             directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)})
-        return path
+        return directory, path
 
     def _optimizers(self, round: int) -> list[str]:
         """The files that a round's members left of their optimizers, in order of subset id; those of its aggregate.
@@ -143,29 +143,37 @@ class Rounds:
         self._directory.check_lengths(left)
         return list(left)
 
-    def _momentum(self, round: int) -> Weights:
-        """The outer step's, after a round."""
-        files = self._directory.read_json(aggregate_path(round))["files"]
-        return self._directory.read_weights(momentum_path(round), files)
+    def _aggregate(
+        self, round: int, pieces: list[Piece], parts: list[Piece], start: Weights
+    ) -> tuple[Weights, dict[str, Any]]:
+        """One set of weights of a round's minima; written down before it is used.
 
-    def _aggregate(self, round: int, minima: list[Minimum], start: Weights) -> tuple[Weights, dict[str, Any]]:
-        """One set of weights of a round's minima; written down before it is used."""
+        Args:
+            pieces: whose minima they are; parts on a part of the same subsets, for savgm.
+        """
         config, directory = self._config, self._directory
-        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(minima)} minima"))
+        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima"))
         num_classes, num_parameters = self._full_set.num_classes, self._plan.num_parameters
-        records = [
-            directory.read_json(minimum_path(minimum_folder(round, minimum.subset_id)))
-            | {"overdetermination_ratio": overdetermination_ratio(minimum.num_examples, num_classes, num_parameters)}
-            for minimum in minima
-        ]
-        members: dict[str, Any] = {"minima": records}
-        if config.aggregation.method == "savgm":
-            folders = [subsample_folder(round, minimum.subset_id) for minimum in minima]
-            members["subsamples"] = [directory.read_json(minimum_path(folder)) for folder in folders]
-        carried = bool(round) and config.rounds.has_outer_step()
-        momentum = self._momentum(round - 1) if carried else {}
-        measures = MEASURES if config.rounds.evaluated(round) else ()
-        made, record = self._scoring.aggregate(Round(round, minima, start, momentum, measures, members))
+        records, others = (
+            [directory.read_json(piece.output.record_path) for piece in of_kind] for of_kind in (pieces, parts)
+        )
+        for record in records:
+            ratio = overdetermination_ratio(record["num_examples"], num_classes, num_parameters)
+            record["overdetermination_ratio"] = ratio
+        momentum = None
+        if round and config.rounds.has_outer_step():
+            momentum = Output(directory, aggregate_path(round - 1), momentum_path(round - 1))
+        piece = AggregatePiece(
+            config,
+            directory,
+            tuple(dataclasses.replace(piece, indices=None) for piece in pieces),
+            round,
+            parts=tuple(dataclasses.replace(part, indices=None) for part in parts),
+            momentum=momentum,
+            measures=MEASURES if config.rounds.evaluated(round) else (),
+            more={"minima": records} | ({"subsamples": others} if parts else {}),
+        )
+        made, record = self._scoring.aggregate(piece, start)
         self._tell_of(made, round)
         return made.aggregate.weights, record
 

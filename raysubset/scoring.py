@@ -9,7 +9,7 @@ from raysubset.aggregation import Aggregation, Unmeasured
 from raysubset.cluster import call_on_cluster, own_address
 from raysubset.run_directory import Seal
 from raysubset.training import Metrics, Weights
-from raysubset.work import Round, Run, leave_aggregate, leave_test
+from raysubset.work import AggregatePiece, Run, leave_aggregate, leave_test
 
 
 class ScoringPlace:
@@ -20,28 +20,26 @@ class ScoringPlace:
         """num_gpus 0 means the driver's CPU, with as many threads as an actor."""
         self._run, self._num_gpus = run, num_gpus
 
-    def aggregate(self, of: Round) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
+    def aggregate(self, piece: AggregatePiece, start: Weights) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
         """leave_aggregate(), there."""
-        return self._call(_aggregate, of)
+        return self._call(_aggregate, piece, start)
 
     def test(self, weights: Weights) -> tuple[Metrics, dict[str, Seal]]:
         """leave_test(), there. To be called once, at the end."""
-        return self._call(_test, weights)
+        return self._call(_test, self._run.config, self._run.directory, weights)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         run = self._run
         if not self._num_gpus:
             num_threads = torch.get_num_threads()
             try:
-                return function(run.full_set, 0, run.config, run.directory, *arguments)
+                return function(run.full_set, 0, *arguments)
             finally:
                 torch.set_num_threads(num_threads)  # the process is the caller's
         return call_on_cluster(
             function,
             run.full_set_ref,
             self._num_gpus,
-            run.config,
-            run.directory,
             *arguments,
             request={"CPU": run.config.actors.num_cpus, "GPU": self._num_gpus},
             on_event=run.tell,

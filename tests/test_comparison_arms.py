@@ -13,21 +13,29 @@ from raysubset.comparison import advise
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.legs import Leg, closure, critical_path
 from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
-from raysubset.comparison.running import LegFolder
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.planning import make_plan, subsample_size
-from raysubset.run_directory import minimum_path, weights_path
+from raysubset.planning import make_plan
+from raysubset.work import subsample_size
 from tests.test_report import minimum
 
 SIZES, NUM_TRAIN = (250, 250, 250, 250), 1000
 
 
-def leg(key: str, budget: float = 4.0, *, seed: int = 0, rate: float = 0.1, overrides: Mapping[str, Any] = {}) -> Leg:
+def leg(
+    key: str,
+    budget: float = 4.0,
+    *,
+    seed: int = 0,
+    rate: float = 0.1,
+    overrides: Mapping[str, Any] = {},
+    legs_path: str = "legs",
+) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
     left = config.aggregation.statistics(shared_start=True)
-    return final_leg(arm, config, budget, sizes=SIZES, statistics=left, num_train=NUM_TRAIN, num_workers=4)
+    shape = {"sizes": SIZES, "num_train": NUM_TRAIN, "num_workers": 4}
+    return final_leg(arm, config, budget, statistics=left, legs_path=legs_path, **shape)
 
 
 def trained(one: Leg) -> float:
@@ -63,24 +71,26 @@ def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_
 
 
 def test_a_leg_that_is_damaged_is_not_done_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    folder = LegFolder(str(tmp_path), next(one for one in closure(leg("G")) if one.subset == 1))
-    assert not folder.is_done()
-    path = weights_path(folder.folder)
-    files = {path: folder.run.write_weights(path, {"a": torch.zeros(3)})}
-    folder.run.write_json(minimum_path(folder.folder), minimum(1) | {"files": files})
-    assert folder.is_done()
+    output = next(one for one in closure(leg("G", legs_path=str(tmp_path))) if one.subset == 1).output
+
+    def is_done() -> bool:
+        return output.record(whole=True) is not None
+
+    assert not is_done()
+    path, run = output.weights_path, output.directory
+    files = {path: run.write_weights(path, {"a": torch.zeros(3)})}
+    run.write_json(output.record_path, minimum(1) | {"files": files})
+    assert is_done()
     assert caplog.messages == []
-    weights = folder.run.read_bytes(path)
+    weights = run.read_bytes(path)
     for damage in (weights[:-1], weights[:-1] + b"?", None):
-        folder.run.delete(path) if damage is None else folder.run.write_bytes(path, damage)
-        assert not folder.is_done()
+        run.delete(path) if damage is None else run.write_bytes(path, damage)
+        assert not is_done()
         (line,) = caplog.messages
-        assert line.startswith(f"{path} in {folder.run.uri} is damaged: ")
+        assert line.startswith(f"{path} in {run.uri} is damaged: ")
         caplog.clear()
-    folder.run.write_bytes(path, weights)
-    assert folder.is_done()
-    folder.forget()
-    assert not folder.is_done()
+    run.write_bytes(path, weights)
+    assert is_done()
 
 
 def test_rounds_are_a_chain_whose_schedule_is_one():

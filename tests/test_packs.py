@@ -2,13 +2,17 @@
 
 import numpy as np
 
-from raysubset.subset_actors import Pack
-from raysubset.subset_actors.packs import Backlog, in_packs
-from raysubset.work import Piece
+from raysubset.config import Config
+from raysubset.run_directory import RunDirectory
+from raysubset.subset_actors import Backlog, Pack, name_of
+from raysubset.subset_actors.packs import in_packs
+from raysubset.work import AnyPiece, Piece
+
+CONFIG, DIRECTORY = Config(), RunDirectory("storage", "run")
 
 
 def pieces(num: int) -> list[Piece]:
-    return [Piece("subsets", subset_id=i, indices=np.arange(3)) for i in range(num)]
+    return [Piece(CONFIG, DIRECTORY, "subsets", subset_id=i, indices=np.arange(3)) for i in range(num)]
 
 
 def test_packs_are_even_in_order_and_no_larger_than_asked() -> None:
@@ -26,7 +30,7 @@ def test_packs_are_even_in_order_and_no_larger_than_asked() -> None:
 
 
 def test_a_pack_names_its_subsets_and_the_entries_of_its_ledger() -> None:
-    assert Pack((Piece("trunk"),)).label == "trunk"
+    assert Pack((Piece(CONFIG, DIRECTORY, "trunk"),)).label == "trunk"
     assert Pack(tuple(pieces(2))).label == "subsets 0, 1"
     assert Pack(tuple(pieces(2))).keys == [("subsets", 0, 0), ("subsets", 0, 1)]
     assert Pack(tuple(pieces(2)), is_trial=True).keys == [("measuring", 0, None)]
@@ -42,3 +46,27 @@ def test_losses_are_counted_by_piece_also_when_a_pack_has_shrunk() -> None:
     assert backlog.take() is None  # not due yet
     assert len(backlog) == 1
     assert backlog.count_lost(rest) == 2
+
+
+def test_what_needs_others_is_given_out_when_they_are_done_and_given_up_with_one_that_failed() -> None:
+    a, b, c, d, e = pieces(5)
+    needs = {name_of(c): [name_of(a), name_of(b)], name_of(d): [name_of(c)]}
+    backlog = Backlog([Pack((piece,)) for piece in (a, b, c, d, e)], needs)
+
+    def taken() -> list[AnyPiece]:
+        return [due[0].pieces[0] for _ in range(9) if (due := backlog.take())]
+
+    assert taken() == [a, b, e]
+    assert backlog.num_waiting == 2
+    backlog.note_done(e)
+    backlog.note_done(a)
+    assert taken() == []
+    backlog.note_done(b)
+    assert taken() == [c]
+    assert backlog.drop_dependents(e) == []
+    assert backlog.drop_dependents(c) == [d]
+    assert (len(backlog), backlog.num_waiting) == (0, 0)
+    backlog = Backlog([Pack((piece,)) for piece in (a, b, c, d)], needs)
+    assert backlog.drop_dependents(a) == [c, d]
+    backlog.note_done(b)  # which c would have needed too
+    assert taken() == [a, b]

@@ -40,7 +40,6 @@ from raysubset.cluster.tasks import (
     get_shared,
     preferably_on,
     put_once,
-    stop_tasks,
 )
 
 __all__ = [
@@ -62,7 +61,6 @@ __all__ = [
     "get_shared",
     "preferably_on",
     "put_once",
-    "stop_tasks",
     "ASK_FOR_LESS",
     "WAIT_NOTICE_S",
     "NodeType",

@@ -118,18 +118,3 @@ def call_on_cluster(
         ray.cancel(result_refs, force=True)
         raise
     return result
-
-
-def stop_tasks(result_refs: Sequence[ray.ObjectRef], *, grace_s: float = STOP_GRACE_S) -> None:
-    """Have tasks that run stop as Ctrl-C would, by SIGINT's handler in their processes, and never begin the others.
-
-    Those that have not ended after grace_s are ended, processes and all; so are all at once where this is interrupted.
-    """
-    try:
-        for result_ref in result_refs:
-            ray.cancel(result_ref)
-        if result_refs:
-            ray.wait(list(result_refs), num_returns=len(result_refs), timeout=grace_s)
-    finally:  # also when a second Ctrl-C cuts the grace short
-        for result_ref in result_refs:
-            ray.cancel(result_ref, force=True)

@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from raysubset.comparison.legs import Leg, Start
 from raysubset.config import Config, parse_value
-from raysubset.planning import subsample_size
+from raysubset.work import subsample_size
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
 Role = Literal["baseline", "control", "candidate"]
@@ -120,6 +121,7 @@ def final_leg(
     statistics: tuple[str, ...],
     num_train: int,
     num_workers: int,
+    legs_path: str,
 ) -> Leg:
     """The last leg of an arm, which leads back to all others.
 
@@ -131,12 +133,13 @@ def final_leg(
         statistics: kinds that the members of G and H leave for the aggregation.
         num_train: examples of the full set.
         num_workers: of I.
+        legs_path: where legs have their directories.
     """
-    fresh = Start("fresh")
+    fresh, new_leg = Start("fresh"), partial(Leg, legs_path)
     if arm.letter in ("A", "B", "C"):
-        return Leg("minimize", config, "conventional", budget, fresh)
+        return new_leg("minimize", config, "conventional", budget, fresh)
     if arm.letter == "I":
-        return Leg("train", config, "conventional", budget, fresh, num_workers=num_workers)
+        return new_leg("train", config, "conventional", budget, fresh, num_workers=num_workers)
     trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
     used = range(len(sizes)) if arm.letter in "GH" else range(1)
     rounds = config.rounds.num if arm.letter in "GH" else 1
@@ -146,14 +149,14 @@ def final_leg(
     scale = budget / total
     start = fresh
     if trunk:
-        start = Start("warm", Leg("minimize", config, "trunk", trunk * scale, fresh))
+        start = Start("warm", new_leg("minimize", config, "trunk", trunk * scale, fresh))
     members: tuple[Leg, ...] = ()
     parts: tuple[Leg, ...] = ()
     for round in range(rounds):
         is_measured = rounds == 1 or config.rounds.evaluated(round)
         keeps = round > 0 and config.rounds.optimizer_state == "keep"
         members = tuple(
-            Leg(
+            new_leg(
                 "minimize",
                 config,
                 "subsets",
@@ -173,7 +176,7 @@ def final_leg(
         last = (
             members[0]
             if arm.letter in "DEF"
-            else Leg(
+            else new_leg(
                 "aggregate",
                 config,
                 "subsets",
@@ -189,4 +192,4 @@ def final_leg(
         assert start.leg is not None
         return start.leg
     kind = config.fine_tuning.start
-    return Leg("minimize", config, "fine_tuning", tuning * scale, dataclasses.replace(start, kind=kind))
+    return new_leg("minimize", config, "fine_tuning", tuning * scale, dataclasses.replace(start, kind=kind))

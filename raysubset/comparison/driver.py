@@ -13,7 +13,7 @@ from raysubset.comparison.legs import Leg
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
-from raysubset.data import FullSet, load_full_set
+from raysubset.data import load_full_set
 from raysubset.events import Event, OnEvent, note_event
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.planning import Plan, make_plan
@@ -21,6 +21,7 @@ from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunD
 from raysubset.run_report import Sessions, environment
 from raysubset.tracking import refuse_missing, track_comparison
 from raysubset.user_functions import refuse_import
+from raysubset.work import Run
 
 LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -121,7 +122,8 @@ def compare(
         with connected(config.cluster):
             sessions.started_up()
             decided = _decide(directory, config, len(plan.subsets), num_workers, tell)
-            work = _Comparison(config, full_set, directory, decided, plans, seeds, budgets, tell)
+            run = Run(config, directory, full_set, put_once(full_set), tell)
+            work = _Comparison(run, decided, plans, seeds, budgets)
             rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
             work.refuse_unplaceable(chosen, rates, sizes)
             settings, tuning = work.tune(chosen, rates, sizes)
@@ -138,7 +140,6 @@ def compare(
                 tuning,
                 plan,
                 full_set,
-                work.legs_path,
                 work.runner.failed,
                 tuning_legs=work.tuning_legs,
                 seeds=seeds,
@@ -236,24 +237,15 @@ class _Comparison:
     """Legs of all arms, made and run."""
 
     def __init__(
-        self,
-        config: Config,
-        full_set: FullSet,
-        directory: RunDirectory,
-        decided: Record,
-        plans: Mapping[str, Plan],
-        seeds: Sequence[int],
-        budgets: Sequence[float],
-        tell: OnEvent,
+        self, run: Run, decided: Record, plans: Mapping[str, Plan], seeds: Sequence[int], budgets: Sequence[float]
     ) -> None:
         """plans: by the arms' keys."""
-        self._config, self._num_train, self._plans, self._tell = config, len(full_set.train), plans, tell
+        self._config, self._num_train, self._plans, self._tell = run.config, len(run.full_set.train), plans, run.tell
         self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # a leg's name would tell 2 from 2.0
         self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
-        self.legs_path = directory.below("legs")
-        full_set_ref = put_once(full_set)
+        self._legs_path = run.directory.below("legs")
         self.tuning_legs: list[Leg] = []
-        self.runner = LegRunner(config, full_set_ref, self.legs_path, num_gpus=decided["num_gpus"], on_event=tell)
+        self.runner = LegRunner(run, num_gpus=decided["num_gpus"])
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """An arm's last leg."""
@@ -266,6 +258,7 @@ class _Comparison:
             statistics=plan.statistics,
             num_train=self._num_train,
             num_workers=self._num_workers,
+            legs_path=self._legs_path,
         )
 
     def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
@@ -298,7 +291,7 @@ class _Comparison:
         grid = [Settings(rate, size) for rate in rates]
         tuning = [self.leg(arm, one, *self._tuned_at()) for one in grid if len(grid) > 1]
         finals = [[leg for by_seed in self._finals(arm, one).values() for leg in by_seed.values()] for one in grid]
-        return any(all(self.runner.folder(leg).is_done() for leg in tuning + own) for own in finals)
+        return any(all(leg.output.record(whole=True) is not None for leg in tuning + own) for own in finals)
 
     def tune(
         self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]
@@ -336,7 +329,8 @@ class _Comparison:
             for one in grid:
                 leg = legs[arm.key, one]
                 is_lost = leg in self.runner.failed
-                loss = None if is_lost else self.runner.folder(leg).record()["validation"]["loss"]
+                validation = None if is_lost else leg.validation()
+                loss = validation["loss"] if validation else None
                 losses[one] = math.inf if loss is None else loss
                 own = dataclasses.asdict(one)
                 tried.append({"arm": arm.key, **own, "budget": budget, "validation_loss": loss, "leg": leg.key})

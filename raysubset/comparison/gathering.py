@@ -15,7 +15,6 @@ from raysubset.comparison.network import (
     wall_times,
 )
 from raysubset.comparison.records import Record
-from raysubset.comparison.running import TEST_PATH, LegFolder
 from raysubset.comparison.statistics import (
     Interval,
     SpeedUp,
@@ -43,7 +42,6 @@ def gather(
     tuning: Sequence[Record],
     plan: Plan,
     full_set: FullSet,
-    legs_path: str,
     failed: Mapping[Leg, str],
     *,
     tuning_legs: Sequence[Leg],
@@ -60,7 +58,7 @@ def gather(
         margin: of non-inferiority, in accuracy.
         num_workers: of arm I.
     """
-    legs = _Legs(legs_path, len(full_set.train), plan, failed)
+    legs = _Legs(len(full_set.train), plan, failed)
     arms = [_arm(arm, by_budget, settings, legs) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
@@ -137,16 +135,13 @@ def _leg_records(finals: Finals) -> Record:
 class _Legs:
     """What legs cost and came to, each ledger read once."""
 
-    def __init__(self, legs_path: str, num_train: int, plan: Plan, failed: Mapping[Leg, str]) -> None:
-        self._legs_path, self._num_train, self._plan, self.failed = legs_path, num_train, plan, failed
+    def __init__(self, num_train: int, plan: Plan, failed: Mapping[Leg, str]) -> None:
+        self._num_train, self._plan, self.failed = num_train, plan, failed
         self._works: dict[str, list[Work]] = {}
-
-    def folder(self, leg: Leg) -> LegFolder:
-        return LegFolder(self._legs_path, leg)
 
     def works(self, leg: Leg) -> list[Work]:
         if leg.key not in self._works:
-            self._works[leg.key] = self.folder(leg).works()
+            self._works[leg.key] = leg.works()
         return self._works[leg.key]
 
     def passes(self, leg: Leg) -> float:
@@ -175,8 +170,8 @@ class _Legs:
             "critical_path_s": critical_path(leg, lambda one: sum(work.wall_s for work in self.works(one))),
             "num_network_bytes": sum(work.num_network_bytes for work in works),
             "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
-            "validation": self.folder(leg).record()["validation"],
-            "test": self.folder(leg).run.read_json(TEST_PATH),
+            "validation": leg.validation(),
+            "test": leg.tested(),
         }
 
 

@@ -8,6 +8,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from raysubset.config import Config, TrainingStage, flatten, shapes_result
+from raysubset.ledger import Ledger, Work
+from raysubset.run_directory import RunDirectory, momentum_path, optimizer_path
+from raysubset.training import Measure
+from raysubset.work import TEST_PATH, AggregatePiece, Output, Piece, TestPiece
 
 StartKind = Literal["fresh", "warm", "shrink_perturb", "reinit"]
 
@@ -29,6 +33,7 @@ class Start:
 class Leg:
     """A minimization in one process, an aggregation, or a Ray Train job."""
 
+    legs_path: str  # where it has a run directory of its own, as all others do
     kind: Literal["minimize", "aggregate", "train"]
     config: Config
     stage: TrainingStage
@@ -85,6 +90,83 @@ class Leg:
         if name.startswith("rounds.outer") and self.kind != "aggregate":
             return False
         return name.partition(".")[0] in rooms
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        """Where it leaves what it makes."""
+        return RunDirectory(self.legs_path, self.key)
+
+    @cached_property
+    def piece(self) -> Piece | AggregatePiece:
+        """What a process is told to do; of a Ray Train job, what its one worker would be told."""
+        return self._aggregation() if self.kind == "aggregate" else self._minimization()
+
+    def _minimization(self) -> Piece:
+        seed_id = {"fresh": "initial", "reinit": "fine_tuning"}.get(self.start.kind)
+        start = None if seed_id else self.start.leg
+        before = self.predecessor and self.predecessor._minimization()
+        return Piece(
+            self.config,
+            self.directory,
+            self.stage,
+            subset_id=self.subset,
+            round=self.round,
+            epochs=self.epochs,
+            schedule_span=self.span,
+            start=start and start.output,
+            is_perturbed=self.start.kind == "shrink_perturb",
+            start_id=seed_id or (start.key if start else ""),
+            optimizer=before and (before.directory, optimizer_path(before.folder)),
+            statistics=self.statistics,
+            measures=self._measures,
+            is_subsample=self.is_subsample,
+            name=self.key,
+        )
+
+    def _aggregation(self) -> AggregatePiece:
+        start, momentum = self.start.leg and self.start.leg.output, None
+        if start and self.round and self.config.rounds.has_outer_step():
+            momentum = Output(start.directory, start.record_path, momentum_path(self.round - 1))
+        return AggregatePiece(
+            self.config,
+            self.directory,
+            tuple(member._minimization() for member in self.members if not member.is_subsample),
+            self.round,
+            parts=tuple(member._minimization() for member in self.members if member.is_subsample),
+            start=start,
+            momentum=momentum,
+            measures=self._measures,
+            name=self.key,
+        )
+
+    @property
+    def _measures(self) -> tuple[Measure, ...]:
+        return ("validation",) if self.is_measured else ()
+
+    @property
+    def output(self) -> Output:
+        if self.kind == "aggregate":
+            return Output.of_aggregate(self.directory, self.round)
+        named = Piece(self.config, self.directory, self.stage, self.subset, self.round, is_subsample=self.is_subsample)
+        return named.output
+
+    @property
+    def test(self) -> TestPiece:
+        """The reading of the test split by its weights."""
+        return TestPiece(self.config, self.output, f"test of {self.key}")
+
+    def validation(self) -> dict[str, Any] | None:
+        """Its metrics on validation data, once it is done; None where they are not measured."""
+        record = self.directory.read_json(self.output.record_path)
+        return (record["aggregation"] if self.kind == "aggregate" else record)["validation"]
+
+    def tested(self) -> dict[str, Any] | None:
+        """Its metrics on the test split; None if that was not read."""
+        return self.directory.read_json_or_none(TEST_PATH)
+
+    def works(self) -> list[Work]:
+        """Its ledger: every attempt."""
+        return Ledger(self.directory).read()
 
     @property
     def inputs(self) -> "tuple[Leg, ...]":

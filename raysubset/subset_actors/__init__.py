@@ -8,17 +8,18 @@ behind is a pure function of the piece, so it does not matter which actor does i
 """
 
 from raysubset.subset_actors.cards import memory_warning
-from raysubset.subset_actors.minima import find_minima, read_minimum
+from raysubset.subset_actors.minima import find_minima
 from raysubset.subset_actors.packing import packing_decision, packing_note
-from raysubset.subset_actors.packs import Pack
+from raysubset.subset_actors.packs import Backlog, Pack, name_of
 from raysubset.subset_actors.pool import ActorPool, SubsetFailed
 
 __all__ = [
     "find_minima",
-    "read_minimum",
     "memory_warning",
     "ActorPool",
     "Pack",
+    "Backlog",
+    "name_of",
     "SubsetFailed",
     "packing_decision",
     "packing_note",

@@ -4,19 +4,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
 
 from raysubset.cluster import get_shared, own_address
-from raysubset.config import Config
-from raysubset.pulse import Pulse, pulse
+from raysubset.data import FullSet
+from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
 from raysubset.training import DivergedError, card_bytes
 from raysubset.user_code import Workplace
-from raysubset.work import Minimizer, Piece, Report
+from raysubset.work import AggregatePiece, AnyPiece, Minimizer, Piece, Report, TestPiece, leave_aggregate, leave_metrics
 
 
 class _Damages(logging.Handler):
@@ -37,25 +37,18 @@ class _Damages(logging.Handler):
 
 
 class SubsetActor:
-    """A Minimizer on the device that Ray gave this process.
+    """Pieces of work of any run on one full set, done on the device that Ray gave this process.
 
     If its process or node dies, the pool notices at its pending call and gives the work to another actor, which goes
     on from the last checkpoints. A second thread answers report() and request_stop() meanwhile.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        full_set_ref: Sequence[ray.ObjectRef],
-        run: RunDirectory,
-        num_gpus: float,
-        workplace: Workplace,
-    ) -> None:
+    def __init__(self, full_set_ref: Sequence[ray.ObjectRef], num_gpus: float, workplace: Workplace) -> None:
         """The workplace is the driver's."""
         workplace.enter()
         self._num_gpus = num_gpus
-        load = partial(get_shared, full_set_ref)
-        self._minimizer = Minimizer(config, load, run, num_gpus=num_gpus, node=own_address())
+        self._load_full_set: Callable[[], FullSet] = partial(get_shared, full_set_ref)
+        self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
 
@@ -80,17 +73,28 @@ class SubsetActor:
         else:
             sys.exit(128 + number)
 
-    def minimize(
+    def do(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[AnyPiece],
         start_ref: Sequence[ray.ObjectRef] | None,
         *,
         attempts: Sequence[int],
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
-        """Minimizer.minimize(), with the start weights in the object store."""
-        start = None if start_ref is None else get_shared(start_ref)
-        return self._minimizer.minimize(pieces, start, attempts=attempts, waited_s=waited_s)
+        """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind."""
+        minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
+        if minimizations:
+            start = None if start_ref is None else get_shared(start_ref)
+            return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
+        begin()
+        records, full_set = [], self._load_full_set()
+        for piece in pieces:
+            if isinstance(piece, AggregatePiece):
+                place = {"node": own_address(), "waited_s": waited_s}
+                records.append(leave_aggregate(full_set, self._num_gpus, piece, **place)[1])
+            elif isinstance(piece, TestPiece):
+                records.append(leave_metrics(full_set, self._num_gpus, piece))
+        return records
 
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
         """Minimizer.try_packing()."""

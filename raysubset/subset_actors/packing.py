@@ -25,7 +25,7 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
     """
     asked, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
     model = new_model(run.config.model, run.full_set)
-    first = in_packs(pieces, asked)[0].pieces
+    first = pieces[: len(in_packs(pieces, asked)[0].pieces)]
     reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
     if reason is not None:
         return {"per_actor": asked, "taken": False, "reason": reason}

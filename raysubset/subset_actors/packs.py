@@ -1,20 +1,25 @@
 """Packs: the pieces of work that one actor does at once, and those that are not given out yet."""
 
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysubset.data import even_sizes
 from raysubset.ledger import Stage
-from raysubset.work import Piece
+from raysubset.work import AnyPiece, Piece
+
+
+def name_of(piece: AnyPiece) -> str:
+    """What tells a piece from all others."""
+    return f"{piece.directory.name}/{piece.folder}"
 
 
 @dataclass(frozen=True)
 class Pack:
     """Pieces for one actor at a time: usually one, several where packing was decided on."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[AnyPiece, ...]
     is_trial: bool = False  # their steps are to be timed, packed and one by one, and nothing else
 
     @property
@@ -22,7 +27,7 @@ class Pack:
         """Stage, round and subset of each ledger entry that it makes."""
         if self.is_trial:
             return [("measuring", 0, None)]
-        return [(piece.ledger_stage, piece.round, piece.subset_id) for piece in self.pieces]
+        return [piece.ledger_key for piece in self.pieces]
 
     @property
     def node_speed(self) -> float | None:
@@ -35,7 +40,7 @@ class Pack:
             return f"packing trial of {len(self.pieces)} subsets"
         if len(self.pieces) == 1:
             return self.pieces[0].label
-        return f"subsets {', '.join(str(piece.subset_id) for piece in self.pieces)}"
+        return f"subsets {', '.join(str(subset_id) for _, _, subset_id in self.keys)}"
 
 
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
@@ -46,15 +51,50 @@ def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
 
 
 class Backlog:
-    """Packs not given out yet, each with the moment it is due, and how often each piece was lost."""
+    """Packs not given out yet, each with the moment it is due or what it waits for, and how often pieces were lost."""
 
-    def __init__(self, packs: Sequence[Pack]) -> None:
-        now = time.monotonic()
-        self._due: deque[tuple[float, Pack]] = deque((now, pack) for pack in packs)
-        self._num_lost: dict[Piece, int] = {}
+    def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
+        """`needs` are, by name, the pieces among these that must be done before one is given out, alone in its pack."""
+        self._due: deque[tuple[float, Pack]] = deque()
+        self._num_lost: dict[str, int] = {}
+        self._waiting: dict[str, Pack] = {}
+        self._num_missing: dict[str, int] = {}
+        self._dependents: dict[str, list[str]] = defaultdict(list)
+        for pack in packs:
+            name = name_of(pack.pieces[0])
+            if missing := (needs or {}).get(name):
+                self._waiting[name], self._num_missing[name] = pack, len(missing)
+                for before in missing:
+                    self._dependents[before].append(name)
+            else:
+                self.put_back(pack)
 
     def __len__(self) -> int:
+        """How many could be given out now, or after a pause."""
         return len(self._due)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many wait for others."""
+        return len(self._waiting)
+
+    def note_done(self, piece: AnyPiece) -> None:
+        """Have what waited for this piece alone given out."""
+        for name in self._dependents.pop(name_of(piece), ()):
+            self._num_missing[name] -= 1
+            if not self._num_missing[name] and name in self._waiting:
+                self.put_back(self._waiting.pop(name))
+
+    def drop_dependents(self, piece: AnyPiece) -> list[AnyPiece]:
+        """Give up what needs this piece, directly or not; what that is, in the order of need."""
+        dropped: list[AnyPiece] = []
+        names = deque([name_of(piece)])
+        while names:
+            for name in self._dependents.pop(names.popleft(), ()):
+                if pack := self._waiting.pop(name, None):
+                    dropped += pack.pieces
+                    names.append(name)
+        return dropped
 
     def take(self, speed: float | None = None) -> tuple[Pack, float] | None:
         """The first pack that is due, and the seconds it has been; None if none is.
@@ -79,6 +119,7 @@ class Backlog:
 
         As a piece gets further only so often, one that always dies is given up in the end.
         """
-        for piece in pack.pieces:
-            self._num_lost[piece] = 0 if got_further else self._num_lost.get(piece, 0) + 1
-        return max(self._num_lost[piece] for piece in pack.pieces)
+        names = [name_of(piece) for piece in pack.pieces]
+        for name in names:
+            self._num_lost[name] = 0 if got_further else self._num_lost.get(name, 0) + 1
+        return max(self._num_lost[name] for name in names)

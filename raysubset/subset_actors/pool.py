@@ -27,15 +27,15 @@ from raysubset.cluster import (
 )
 from raysubset.errors import one_line
 from raysubset.events import Event
-from raysubset.ledger import Work
+from raysubset.ledger import Ledger, Work
 from raysubset.pulse import Watch
-from raysubset.run_directory import CorruptFile, checkpoint_path, minimum_path
+from raysubset.run_directory import CorruptFile, checkpoint_path
 from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Cost, Weights
 from raysubset.user_code import Workplace
-from raysubset.work import Piece, Report, Run
+from raysubset.work import AnyPiece, Piece, Report, Run
 
 WAIT_S = 0.25  # at most, between two looks at everything
 ANSWER_S = 5.0  # for an actor that is up and idle to report
@@ -128,7 +128,6 @@ class ActorPool:
             "num_cpus": run.config.actors.num_cpus,
             "num_gpus": num_gpus,
         }
-        self._ledger = run.ledger
         self._slots: list[_Slot] = []
         self._num_failed_starts = 0  # since an actor last came up; of actors asked for together one counts
         self._start_after = -math.inf
@@ -157,7 +156,7 @@ class ActorPool:
         *,
         release: bool = True,
         min_done: int | None = None,
-    ) -> Iterator[tuple[Piece, dict[str, Any]]]:
+    ) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
         """Do the pieces, in any order, and yield each with its record as it is done.
 
         Args:
@@ -173,16 +172,14 @@ class ActorPool:
         """
         start_ref = None if start is None else put_once(start)
         num_left = sum(len(pack.pieces) for pack in packs)
-        for pack, results in self._results(packs, start_ref, release=release):
-            done = [(piece, result) for piece, result in zip(pack.pieces, results, strict=True) if result is not None]
-            for piece, result in sorted(done, key=lambda item: isinstance(item[1], Exception)):  # failures last
-                if not isinstance(result, Exception):
-                    yield piece, result
-                    continue
-                num_left -= 1
-                if min_done is None or num_left < min_done:
-                    raise result
-                self._tell("warning", f"going on without {piece.label}: {result}")
+        for piece, result in self.results(Backlog(packs), start_ref, release=release):
+            if not isinstance(result, Exception):
+                yield piece, result
+                continue
+            num_left -= 1
+            if min_done is None or num_left < min_done:
+                raise result
+            self._tell("warning", f"going on without {piece.label}: {result}")
 
     def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Have the first actor that comes up time these pieces' steps, packed and one by one; it stays for run().
@@ -193,21 +190,40 @@ class ActorPool:
         Raises:
             SubsetFailed, ValueError, TimeoutError: as run(). A trial whose actor dies is tried again likewise.
         """
-        ((_, (result,)),) = self._results([Pack(tuple(pieces), is_trial=True)], None, release=False)
+        ((_, result),) = self.results(Backlog([Pack(tuple(pieces), is_trial=True)]), None, release=False)
         if isinstance(result, Exception):
             raise result
-        assert result is not None
         return result
 
+    def results(
+        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None = None, *, release: bool = True
+    ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
+        """Do what the backlog holds; each piece with its record, or with why it, or what it needs, failed for good.
+
+        Of a trial, the first piece with the trial's record.
+
+        Raises:
+            TimeoutError: as run().
+            CorruptFile: if a file that a piece needs is damaged.
+        """
+        for pack, results in self._results(backlog, start_ref, release=release):
+            ended = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
+            for piece, result in sorted(ended, key=lambda item: isinstance(item[1], Exception)):  # failures last
+                yield piece, result
+                if not isinstance(result, Exception):
+                    backlog.note_done(piece)
+                    continue
+                for dependent in backlog.drop_dependents(piece):
+                    yield dependent, result
+
     def _results(
-        self, packs: Sequence[Pack], start_ref: Sequence[ray.ObjectRef] | None, *, release: bool
+        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, release: bool
     ) -> Iterator[tuple[Pack, list[Result]]]:
         """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
-        backlog = Backlog(packs)
         self._idle_since = self._noticed_at = time.monotonic()
         self._waits_told.clear()
         while backlog or any(slot.pack for slot in self._slots):
-            self._ask_for_actors(len(backlog), release=release)
+            self._ask_for_actors(len(backlog), num_waiting=backlog.num_waiting, release=release)
             self._assign(backlog, start_ref)
             self._wait()
             for slot in list(self._slots):
@@ -226,8 +242,11 @@ class ActorPool:
     def _tell(self, kind: str, text: str, **data: Any) -> None:
         self.opened.tell(Event(kind, text, data))
 
-    def _ask_for_actors(self, num_queued: int, *, release: bool) -> None:
-        """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first."""
+    def _ask_for_actors(self, num_queued: int, *, num_waiting: int = 0, release: bool) -> None:
+        """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first.
+
+        Actors that are up stay for packs that wait for others.
+        """
         wanted = sum(1 for slot in self._slots if slot.pack) + num_queued
         wanted = min(wanted, self._config.actors.max_num or wanted)
         while len(self._slots) < wanted and time.monotonic() >= self._start_after:
@@ -235,12 +254,12 @@ class ActorPool:
             place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
             strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
             actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
-            own = (self._config, self.opened.full_set_ref, self.opened.directory, self._num_gpus, self._workplace)
-            actor = actor_class.remote(*own)
+            actor = actor_class.remote(self.opened.full_set_ref, self._num_gpus, self._workplace)
             self._slots.append(_Slot(actor, actor.where.remote(), time.monotonic(), place))
         if release and len(self._slots) > wanted:
-            idle = sorted((s for s in self._slots if not s.pack), key=lambda slot: slot.where is not None)
-            for slot in idle[: len(self._slots) - wanted]:
+            unplaced = [slot for slot in self._slots if slot.where is None]
+            idle = [slot for slot in self._slots if slot.where is not None and slot.pack is None]
+            for slot in (unplaced + idle[num_waiting:])[: len(self._slots) - wanted]:
                 self._release(slot)
 
     def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
@@ -250,11 +269,12 @@ class ActorPool:
             pack, waited_s = due
             slot.pack, slot.reports, slot.watch = pack, {}, Watch(self._config.actors.stall_s)
             slot.submitted_at, slot.asked_at = time.time(), time.monotonic()
-            slot.attempts = [self._ledger.next_attempt(*key) for key in pack.keys]
+            ledger = Ledger(pack.pieces[0].directory)
+            slot.attempts = [ledger.next_attempt(*key) for key in pack.keys]
             if pack.is_trial:
                 slot.result_ref = slot.actor.try_packing.remote(pack.pieces, attempt=slot.attempts[0])
                 continue
-            call = slot.actor.minimize.remote
+            call = slot.actor.do.remote
             slot.result_ref = call(pack.pieces, start_ref, attempts=slot.attempts, waited_s=waited_s)
             for place, piece in enumerate(pack.pieces):
                 self._tell("start", f"{piece.label} starts on {slot.ip}", **self._data(slot, place))
@@ -374,7 +394,7 @@ class ActorPool:
         """The records of the minima that an actor has left although its call failed; None where there is none."""
         if pack.is_trial:
             return [None]
-        return [self.opened.directory.read_record(minimum_path(piece.folder)) for piece in pack.pieces]
+        return [piece.record() for piece in pack.pieces]
 
     def _leave_draining_nodes(self) -> None:
         """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""
@@ -399,17 +419,18 @@ class ActorPool:
         """
         pack = slot.pack
         assert pack is not None
-        got_further = False
+        got_further, ledger = False, Ledger(pack.pieces[0].directory)
         for place, (key, attempt) in enumerate(zip(pack.keys, slot.attempts, strict=True)):
             begun = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
-            entry = self._ledger.latest(begun)  # as it began, if it died before it could say so
+            entry = ledger.latest(begun)  # as it began, if it died before it could say so
             if entry.outcome != "running":  # closed by the actor itself
                 continue
             if not pack.is_trial:
-                got_further |= self.opened.directory.exists(checkpoint_path(pack.pieces[place].folder, attempt))
+                piece = pack.pieces[place]
+                got_further |= piece.directory.exists(checkpoint_path(piece.folder, attempt))
             told = slot.reports[place].cost if place in slot.reports else Cost()
             cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
-            self._ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
+            ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
         return got_further
 
     def _release(self, slot: _Slot) -> None:

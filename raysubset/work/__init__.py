@@ -1,28 +1,38 @@
 """The work itself, done in this process and left in a run directory: no Ray, so it is tested without.
 
-minimizer = Minimizer(config, lambda: full_set, directory, num_gpus=0, node="here")
-(record,) = minimizer.minimize([piece], start, attempts=[0], waited_s=0.0)
-aggregation, record = leave_aggregate(full_set, 0, config, directory, Round(0, minima, …), node="here")
+minimizer = Minimizer(lambda: full_set, num_gpus=0, node="here")
+(record,) = minimizer.minimize([Piece(config, directory, "trunk")], None, attempts=[0], waited_s=0.0)
+aggregation, record = leave_aggregate(full_set, 0, AggregatePiece(config, directory, members), node="here")
 metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregate.weights, node="here")
 """
 
-from raysubset.work.aggregating import Round, leave_aggregate
+from raysubset.work.aggregating import leave_aggregate
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
+from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
 from raysubset.work.minimizing import Minimizer
-from raysubset.work.pieces import Piece, Report
+from raysubset.work.pieces import TEST_PATH, AggregatePiece, AnyPiece, Output, Piece, Report, TestPiece, perturbed
 from raysubset.work.run import Run
-from raysubset.work.testing import leave_test, pick_mistakes, tabulate_predictions, test_weights
+from raysubset.work.testing import leave_metrics, leave_test, pick_mistakes, tabulate_predictions, test_weights
 
 __all__ = [
     "Run",
     "Minimizer",
     "Piece",
+    "AggregatePiece",
+    "TestPiece",
+    "TEST_PATH",
+    "AnyPiece",
+    "Output",
     "Report",
-    "Round",
+    "perturbed",
+    "cut_subsets",
+    "cut_subsample",
+    "subsample_size",
     "CALIBRATION_EXAMPLES",
     "calibration_examples",
     "leave_aggregate",
     "leave_test",
+    "leave_metrics",
     "test_weights",
     "tabulate_predictions",
     "pick_mistakes",

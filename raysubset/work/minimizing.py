@@ -70,12 +70,12 @@ class Minimizer:
     last checkpoint. Other threads may ask for reports() and request_stop() meanwhile.
     """
 
-    def __init__(
-        self, config: Config, load_full_set: Callable[[], FullSet], run: RunDirectory, *, num_gpus: float, node: str
-    ) -> None:
+    _config: Config  # of the pieces in hand
+    _run: RunDirectory
+
+    def __init__(self, load_full_set: Callable[[], FullSet], *, num_gpus: float, node: str) -> None:
         """`node` is this node's address, for the ledger."""
-        self._config, self._load_full_set, self._run = config, load_full_set, run
-        self._num_gpus, self._node = num_gpus, node
+        self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
@@ -102,8 +102,8 @@ class Minimizer:
         """Do pieces of work at once, each from its newest checkpoint, and leave their minima in the run directory.
 
         Args:
-            pieces: what to do; several are packed (training.minimize_packed), and of one stage and round.
-            start: the start weights; None: the model's seeded initialisation.
+            pieces: what to do; several are packed (training.minimize_packed), and of one run, stage and round.
+            start: the start weights; None: those that the piece names, or the model's seeded initialisation.
             attempts: name these attempts' files.
             waited_s: how long the pieces waited for an actor, for the ledger.
 
@@ -111,15 +111,14 @@ class Minimizer:
             Of each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; of one
             among several whose loss was never finite, the error.
         """
-        device = self._begin()
-        works = [
-            self._work(p.ledger_stage, p.round, p.subset_id, n, device) for p, n in zip(pieces, attempts, strict=True)
-        ]
+        device = self._begin(pieces)
+        works = [self._work(*p.ledger_key, n, device) for p, n in zip(pieces, attempts, strict=True)]
         works = [replace(work, waited_s=waited_s) for work in works]
         for work in works:
             Ledger(self._run).write(work)
         jobs: list[_Job] = []
         try:
+            start = pieces[0].start_weights(self._load_full_set()) if start is None else start
             jobs += [self._prepare(p, start, work, device) for p, work in zip(pieces, works, strict=True)]
             results = self._minimize(jobs)
             costs = [
@@ -149,7 +148,7 @@ class Minimizer:
         Returns:
             One record: of the trial, or {"refused": why the network cannot be packed}, with the device's name.
         """
-        device = self._begin()
+        device = self._begin(pieces)
         work = self._work("measuring", 0, None, attempt, device)
         Ledger(self._run).write(work)
         cost = Cost()
@@ -169,8 +168,9 @@ class Minimizer:
         self._close(work, "done", replace(cost, device_s=time.perf_counter() - self._started))
         return [record | {"device": work.device}]
 
-    def _begin(self) -> torch.device:
+    def _begin(self, pieces: Sequence[Piece]) -> torch.device:
         begin()
+        self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
 
@@ -198,9 +198,12 @@ class Minimizer:
         if start is not None:
             model.load_state_dict(start)
         model = place(model, device, channels_last=config.minimize.channels_last)
-        examples = full_set.examples("train", piece.indices, device=device, augment=True)
+        examples = full_set.examples("train", piece.positions(full_set), device=device, augment=True)
         newest = run.newest_checkpoint(folder)
-        optimizer_state = run.read_checkpoint(piece.optimizer_path)["optimizer"] if piece.optimizer_path else None
+        optimizer_state = None
+        if piece.optimizer:
+            of, path = piece.optimizer
+            optimizer_state = of.read_checkpoint(path)["optimizer"]
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         last_step = newest[1]["position"][1] if newest else 0
@@ -213,8 +216,8 @@ class Minimizer:
         config, first = self._config, jobs[0].piece
         recipe = config.stage(first.stage, epochs=first.epochs)
         seeds = [
-            derive_seed(config.seed, "minimize", job.piece.ledger_stage, job.piece.round, job.piece.subset_id or 0)
-            for job in jobs
+            derive_seed(config.seed, "minimize", stage, round, subset_id or 0)
+            for stage, round, subset_id in (job.piece.ledger_key for job in jobs)
         ]
 
         def on_step(progress: Mapping[int, Progress]) -> bool:

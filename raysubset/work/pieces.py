@@ -1,38 +1,93 @@
-"""Pieces of work: what an actor is given, and what it says of it meanwhile."""
+"""Pieces of work, each complete: beside the full set, the process that does one needs nothing else."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from raysubset.config import TrainingStage
+from raysubset.aggregation import Minimum, shrink_perturb
+from raysubset.config import Config, TrainingStage, derive_seed
+from raysubset.data import FullSet
 from raysubset.ledger import Stage
-from raysubset.run_directory import minimum_folder, subsample_folder
-from raysubset.training import MEASURES, Cost, Measure, Progress
+from raysubset.models import new_model, trainable_names
+from raysubset.run_directory import (
+    RunDirectory,
+    Seal,
+    aggregate_path,
+    aggregate_weights_path,
+    minimum_folder,
+    minimum_path,
+    outputs_path,
+    statistics_path,
+    subsample_folder,
+    weights_path,
+)
+from raysubset.training import MEASURES, Cost, Measure, Progress, Weights
+from raysubset.work.cutting import cut_subsample, cut_subsets
+
+TEST_PATH = "test.json"  # in the directory of a TestPiece
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a piece of work leaves weights, and the record that names them, which is written last."""
+
+    directory: RunDirectory
+    record_path: str
+    weights_path: str
+
+    @classmethod
+    def of_minimum(cls, directory: RunDirectory, folder: str) -> "Output":
+        """That of a minimization, or of a Ray Train job."""
+        return cls(directory, minimum_path(folder), weights_path(folder))
+
+    @classmethod
+    def of_aggregate(cls, directory: RunDirectory, round: int) -> "Output":
+        """That of a round's aggregation."""
+        return cls(directory, aggregate_path(round), aggregate_weights_path(round))
+
+    def record(self, *, whole: bool = False) -> dict[str, Any] | None:
+        """What the record says; None, with a warning, if it or a file that it names is damaged or gone."""
+        return self.directory.read_record(self.record_path, whole=whole)
+
+    def files(self) -> dict[str, Seal]:
+        """The seals of what was left, by path."""
+        return self.directory.read_json(self.record_path)["files"]
+
+    def weights(self) -> Weights:
+        """What was left; CorruptFile if it is damaged."""
+        return self.directory.read_weights(self.weights_path, self.files())
 
 
 @dataclass(frozen=True)
 class Piece:
     """One minimization: on a subset, or on the full set by a single actor (a trunk, a conventional run)."""
 
+    config: Config = field(repr=False)
+    directory: RunDirectory
     stage: TrainingStage
     subset_id: int | None = None
     round: int = 0
-    indices: np.ndarray | None = field(
-        default=None, repr=False, compare=False
-    )  # int64, of the training split; None: all
+    indices: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """int64, of the training split; None: all, or where a subset is meant, what config and round say it has."""
     epochs: float | None = None  # instead of the recipe's
     schedule_span: tuple[float, float] = (0.0, 1.0)
+    start: Output | None = None  # what it starts from; None: weights that it is given, or seeded by start_id
+    is_perturbed: bool = False  # the start is shrunk and perturbed first (fine_tuning.start)
     start_id: str = "initial"
-    optimizer_path: str | None = None  # the optimizer state to go on with
+    optimizer: tuple[RunDirectory, str] | None = None  # the checkpoint of the optimizer state that it begins with
     node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
     statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
+    name: str = ""  # what it is called, if not by its subset or stage
 
     @property
-    def ledger_stage(self) -> Stage:
-        return "subsamples" if self.is_subsample else self.stage
+    def ledger_key(self) -> tuple[Stage, int, int | None]:
+        """Stage, round and subset of its ledger entries."""
+        return "subsamples" if self.is_subsample else self.stage, self.round, self.subset_id
 
     @property
     def folder(self) -> str:
@@ -43,9 +98,144 @@ class Piece:
         return self.stage if self.subset_id is None else minimum_folder(self.round, self.subset_id)
 
     @property
+    def output(self) -> Output:
+        return Output.of_minimum(self.directory, self.folder)
+
+    @property
     def label(self) -> str:
         part = "a part of " if self.is_subsample else ""
-        return self.stage if self.subset_id is None else f"{part}subset {self.subset_id}"
+        return self.name or (self.stage if self.subset_id is None else f"{part}subset {self.subset_id}")
+
+    def record(self) -> dict[str, Any] | None:
+        """What it has left; None if it is not done."""
+        return self.output.record()
+
+    def positions(self, full_set: FullSet) -> np.ndarray | None:
+        """The examples it minimizes on, int64 positions in the training split; None: all."""
+        if self.indices is not None or self.subset_id is None:
+            return self.indices
+        subset = cut_subsets(self.config, full_set, self.round)[self.subset_id]
+        return cut_subsample(self.config, subset, self.round) if self.is_subsample else subset.indices
+
+    def start_weights(self, full_set: FullSet) -> Weights | None:
+        """What its start left, shrunk and perturbed where it is to be; None where it begins from a seed."""
+        if self.start is None:
+            return None
+        weights = self.start.weights()
+        return perturbed(self.config, full_set, weights) if self.is_perturbed else weights
+
+    def minimum(self, record: dict[str, Any], part: "Piece | None" = None) -> Minimum:
+        """The minimum that its record tells of; weights and all else that is large are read when asked for.
+
+        Args:
+            part: the same on a part of the subset, where that was minimized on too.
+        """
+        files = record["files"]
+        return Minimum.from_dict(
+            record,
+            load_weights=partial(self.directory.read_weights, self.output.weights_path, files),
+            load_outputs=lambda: self.directory.read_weights(outputs_path(self.folder), files)["outputs"],
+            load_statistics=partial(self._statistics, files, part),
+        )
+
+    def _statistics(self, files: Mapping[str, Seal], part: "Piece | None", kind: str) -> Weights:
+        if kind == "subsample" and part is not None:
+            return part.output.weights()
+        if (path := statistics_path(self.folder, kind)) in files:
+            return self.directory.read_weights(path, files)
+        raise ValueError(f"the minimum of {self.label} has no {kind} statistics: it was made for another method")
+
+
+@dataclass(frozen=True)
+class AggregatePiece:
+    """The aggregation of a round's minima."""
+
+    config: Config = field(repr=False)
+    directory: RunDirectory
+    members: tuple[Piece, ...]
+    round: int = 0
+    parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in their order, where savgm needs them
+    start: Output | None = None  # what the members started from; None: weights that it is given, or the seeded ones
+    momentum: Output | None = None  # of the round before, whose outer step left it
+    measures: Collection[Measure] = MEASURES
+    more: Mapping[str, Any] = field(default_factory=dict)  # what its record says beside
+    name: str = ""
+    node_speed: None = None
+
+    @property
+    def ledger_key(self) -> tuple[Stage, int, None]:
+        return "aggregation", self.round, None
+
+    @property
+    def folder(self) -> str:
+        return f"rounds/{self.round:04d}"
+
+    @property
+    def output(self) -> Output:
+        return Output.of_aggregate(self.directory, self.round)
+
+    @property
+    def label(self) -> str:
+        return self.name or f"aggregation of round {self.round}"
+
+    def record(self) -> dict[str, Any] | None:
+        """What it has left; None if it is not done."""
+        return self.output.record()
+
+    def minima(self) -> list[Minimum]:
+        """Those of its members."""
+        parts = self.parts or (None,) * len(self.members)
+        return [
+            member.minimum(member.directory.read_json(member.output.record_path), part)
+            for member, part in zip(self.members, parts, strict=True)
+        ]
+
+    def start_weights(self, full_set: FullSet) -> Weights:
+        """What its members started from."""
+        if self.start is not None:
+            return self.start.weights()
+        config = self.config
+        return new_model(config.model, full_set, seed=derive_seed(config.seed, "start")).state_dict()
+
+
+@dataclass(frozen=True)
+class TestPiece:
+    """One reading of the test split, by weights that another piece of work left."""
+
+    __test__ = False  # pytest would take it for one of its own
+
+    config: Config = field(repr=False)
+    of: Output
+    label: str
+    node_speed: None = None
+
+    @property
+    def directory(self) -> RunDirectory:
+        return self.of.directory
+
+    @property
+    def ledger_key(self) -> tuple[Stage, int, None]:
+        return "test", 0, None
+
+    @property
+    def folder(self) -> str:
+        return "test"
+
+    def record(self) -> dict[str, Any] | None:
+        """The metrics; None if the split was not read yet."""
+        return self.directory.read_json_or_none(TEST_PATH)
+
+
+AnyPiece = Piece | AggregatePiece | TestPiece
+
+
+def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
+    """The weights shrunk and perturbed (arXiv:1910.08475) by fresh ones, as fine_tuning.shrink and .perturb say."""
+    fresh = new_model(config.model, full_set, seed=derive_seed(config.seed, "start", "fine_tuning"))
+    tuning, names = config.fine_tuning, trainable_names(fresh)
+    return shrink_perturb(
+        weights, fresh.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from raysubset.ledger import Ledger
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
 from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict, use_device
 from raysubset.work.aggregating import placed_model
+from raysubset.work.pieces import TEST_PATH, TestPiece
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
 _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
@@ -42,6 +44,13 @@ def leave_test(
         close(tested.cost)
     tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
     return tested.metrics, {path: directory.write_table(path, table) for path, table in tables.items()}
+
+
+def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:
+    """Score weights that another piece of work left on the test split, and leave the metrics beside them."""
+    record = test_weights(full_set, num_gpus, piece.config, piece.of.weights()).metrics.to_dict()
+    piece.directory.write_json(TEST_PATH, record)
+    return record
 
 
 def test_weights(full_set: FullSet, num_gpus: float, config: Config, weights: Weights) -> Tested:

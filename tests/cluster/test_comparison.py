@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import threading
@@ -15,13 +16,15 @@ import pytest
 from raysubset import Config, compare
 from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
-from raysubset.comparison.arms import Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.legs import Leg
 from raysubset.comparison.running import LegRunner
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path
+from raysubset.work import Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
 
@@ -155,64 +158,73 @@ def test_an_arm_that_can_never_be_placed_is_refused_before_anything_is_run_unles
     arm = parse_arm("I")
     for run in runs(report, "B"):
         own = arm_config(arm, config, Settings(0.1, 64), seed=run["seed"], num_workers=9)
-        leg = final_leg(arm, own, 2.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=9)
+        leg = baseline(own, 2.0, arm=arm, num_workers=9)
         shutil.copytree(tmp_path / "digits/legs" / run["leg"], tmp_path / "digits/legs" / leg.key)
     assert runs(again(), "I")[0]["passes"] == runs(report, "B")[0]["passes"]  # nine are remembered
     with pytest.raises(ValueError, match="arm I ask for 8 × 1 CPU"):
         again(num_workers=8)
 
 
+def baseline(
+    config: Config, budget: float, *, arm: Arm | None = None, num_workers: int = 2, legs_path: str = ""
+) -> Leg:
+    """The one leg of arm B, or of another with one."""
+    shape = {"sizes": (), "statistics": (), "num_train": NUM_TRAIN, "num_workers": num_workers}
+    return final_leg(arm or parse_arm("B"), config, budget, legs_path=legs_path, **shape)
+
+
+def runner_of(config: Config, tell: OnEvent) -> LegRunner:
+    full_set = load_full_set(config.data)
+    run = Run(config, RunDirectory(config.storage_path, "comparison"), full_set, put_once(full_set), tell)
+    return LegRunner(run, num_gpus=0.0)
+
+
 def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_attempt(tmp_path: Path):
     overrides = {"model.width": 4, "actors.max_attempts": 2, "actors.checkpoint_epochs": 1.0}
-    config, arm = Config(storage_path=str(tmp_path)).with_overrides(overrides), parse_arm("B")
-    own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
-    leg = final_leg(arm, own, 150.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
+    config = Config(storage_path=str(tmp_path)).with_overrides(overrides)
+    own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
+    leg = baseline(own, 150.0, legs_path=str(tmp_path))
     events: list[Event] = []
-    runner = LegRunner(
-        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=events.append
-    )
-    folder = runner.folder(leg).run
+    runner = runner_of(config, events.append)
 
     def strike() -> None:
         for attempt, blow in enumerate((signal.SIGTERM, signal.SIGKILL)):
-            while not folder.exists(checkpoint_path("conventional", attempt)):
+            while not leg.directory.exists(checkpoint_path("conventional", attempt)):
                 time.sleep(0.01)
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "ray::_minimize" in " ".join(process.cmdline()):
+                    if "ray::SubsetActor" in " ".join(process.cmdline()):
                         process.send_signal(blow)
 
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
     runner.run([leg])
     striking.join(timeout=1)
-    works = runner.folder(leg).works()
+    works = leg.works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
     assert works[2].cost.num_steps < 150 * 21  # it went on from a checkpoint
     retries = [event.text for event in events if event.kind == "retry"]
-    assert "stopped by a signal" in retries[0]
-    assert "attempt 2 of 2" in retries[1]
+    assert re.search(rf"{leg.key} left node .* with a checkpoint written", retries[0])
+    assert f"{leg.key} was lost" in retries[1]
 
 
 def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
     overrides = {"model.width": 4, "actors.checkpoint_epochs": 1e6, "actors.checkpoint_s": 1e6}
-    config, arm = Config(storage_path=str(tmp_path)).with_overrides(overrides), parse_arm("B")
-    own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
-    leg = final_leg(arm, own, 1e4, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
-    runner = LegRunner(
-        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=lambda event: None
-    )
+    config = Config(storage_path=str(tmp_path)).with_overrides(overrides)
+    own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
+    leg = baseline(own, 1e4, legs_path=str(tmp_path))
+    runner = runner_of(config, lambda event: None)
 
     def press() -> None:
-        while not runner.folder(leg).works():
+        while not leg.works():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         runner.run([leg])
-    (work,) = runner.folder(leg).works()
+    (work,) = leg.works()
     assert work.outcome == "interrupted"
-    newest = runner.folder(leg).run.newest_checkpoint("conventional")
+    newest = leg.directory.newest_checkpoint("conventional")
     assert newest is not None
     assert newest[1]["position"][1] == work.cost.num_steps > 0

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 
 from raysubset import Config
 from raysubset.cluster import put_once
@@ -105,8 +104,8 @@ def do(
     full_set = load_full_set(config.data)
     opened = Run(config, Storage(str(folder), "run", act), full_set, put_once(full_set), events.append)
     with ActorPool(opened, num_gpus=0.0) as pool:
-        pieces = [Piece("subsets", subset_id=0, indices=np.arange(200))]
-        return list(pool.run([Pack(tuple(pieces))], None)), events
+        piece = Piece(config, opened.directory, "subsets", subset_id=0, indices=np.arange(200))
+        return list(pool.run([Pack((piece,))], None)), events
 
 
 def outcomes(folder: Path) -> list[str]:
@@ -193,17 +192,18 @@ def refuse_to_be_read(folder: str) -> None:
     raise ImportError("no module of that name on this node")
 
 
-class Unreadable(RunDirectory):
-    """One that no actor can unpickle."""
+class Unreadable(list[Any]):
+    """A reference that no actor can unpickle."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return refuse_to_be_read, (self.storage_path,)
+        return refuse_to_be_read, (self[0],)
 
 
 def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_told(tmp_path: Path) -> None:
     config = Config(name="run", storage_path=str(tmp_path)).with_overrides({"actors.max_attempts": 2})
-    opened = Run(config, Unreadable(str(tmp_path), "run"), load_full_set(config.data), [ray.put(None)], print)
-    packs = [Pack((Piece("subsets", subset_id=i, indices=np.arange(9)),)) for i in range(2)]
+    directory = RunDirectory(str(tmp_path), "run")
+    opened = Run(config, directory, load_full_set(config.data), Unreadable([str(tmp_path)]), print)
+    packs = [Pack((Piece(config, directory, "subsets", subset_id=i),)) for i in range(2)]
     told = r"actors do not come up: .*no module of that name on this node"
     with pytest.raises(SubsetFailed, match=told), ActorPool(opened, num_gpus=0.0) as pool:
         list(pool.run(packs, None))

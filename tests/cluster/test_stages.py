@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from raysubset import Config, RunReport, load_model, run
-from raysubset.cluster import call_on_cluster, put_once, stop_tasks, tasks
+from raysubset.cluster import call_on_cluster, put_once, tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event
@@ -242,38 +241,6 @@ def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
     with pytest.raises(TimeoutError, match=r"a task of 4 CPU did not end in 0.1 s: the cluster is busy"):
         call_on_cluster(work, put_once(1e6), request={"CPU": 4}, on_event=lambda event: None, timeout_s=0.1)
     assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=lambda event: None) == 3  # it left
-
-
-def test_a_task_that_does_not_stop_is_ended_when_its_grace_is_over_and_at_once_by_a_second_ctrl_c(
-    tmp_path: Path,
-) -> None:
-    @ray.remote(num_cpus=1, max_retries=0)
-    def deaf(begun: Path, asked: Path) -> None:
-        signal.signal(signal.SIGINT, lambda *_: asked.touch())
-        begun.touch()
-        while True:
-            time.sleep(0.01)
-
-    def started(begun: Path, asked: Path) -> Any:
-        result_ref = deaf.remote(begun, asked)
-        while not begun.exists():
-            time.sleep(0.01)
-        return result_ref
-
-    def press_when(asked: Path) -> None:
-        while not asked.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    patient = started(tmp_path / "a", tmp_path / "a asked")
-    stop_tasks([patient], grace_s=0.1)
-    hasty = started(tmp_path / "b", tmp_path / "b asked")
-    threading.Thread(target=press_when, args=[tmp_path / "b asked"], daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        stop_tasks([hasty], grace_s=1e6)
-    for result_ref in (patient, hasty):
-        with pytest.raises(ray.exceptions.TaskCancelledError):
-            ray.get(result_ref, timeout=60)
 
 
 def test_rounds_redraw_the_subsets_and_keep_the_optimizer(tmp_path: Path) -> None:

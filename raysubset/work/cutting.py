@@ -1,0 +1,37 @@
+"""Which examples a subset of a round has: pure functions of config, data and round."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raysubset.config import Config, derive_seed
+from raysubset.data import FullSet
+from raysubset.subsets import Subset, split_into_subsets
+
+
+def cut_subsets(
+    config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
+) -> tuple[Subset, ...]:
+    """The subsets of a round: a pure function of config, data, round and the shares of the subsets, if not equal."""
+    train, seed = full_set.train, derive_seed(config.seed, "subsets", round)
+    return tuple(
+        split_into_subsets(
+            train.labels,
+            config.subsets,
+            seed,
+            num_classes=full_set.num_classes,
+            attributes=train.table,
+            shares=shares,
+        )
+    )
+
+
+def subsample_size(config: Config, num_examples: int) -> int:
+    """Examples of a subset that savgm minimizes on once more."""
+    return max(1, round(config.aggregation.savgm_fraction * num_examples))
+
+
+def cut_subsample(config: Config, subset: Subset, round: int) -> np.ndarray:
+    """The part of a subset that savgm minimizes on once more, drawn without replacement: sorted int64 positions."""
+    generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset.id))
+    return np.sort(generator.choice(subset.indices, subsample_size(config, len(subset.indices)), replace=False))
