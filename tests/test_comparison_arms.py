@@ -70,6 +70,15 @@ def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_
     assert not set(parts) & set(closure(fraction))
 
 
+def test_stages_on_the_full_set_have_the_workers_that_the_config_gives_them():
+    overrides = {"trunk.num_workers": 2, "fine_tuning.num_workers": 3}
+    by_stage = {one.stage: (one.kind, one.num_workers) for one in closure(leg("H", overrides=overrides))}
+    assert by_stage["trunk"] == ("train", 2)
+    assert by_stage["fine_tuning"] == ("train", 3)
+    assert {one.kind for one in closure(leg("H"))} == {"minimize", "aggregate"}
+    assert leg("B", overrides=overrides).kind == "minimize"
+
+
 def test_a_leg_that_is_damaged_is_not_done_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     output = next(one for one in closure(leg("G", legs_path=str(tmp_path))) if one.subset == 1).output
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from raysubset.comparison.legs import Leg, Start
-from raysubset.config import Config, parse_value
+from raysubset.config import Config, TrainingStage, parse_value
 from raysubset.work import subsample_size
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
@@ -125,7 +125,9 @@ def final_leg(
 ) -> Leg:
     """The last leg of an arm, which leads back to all others.
 
-    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total.
+    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total. Stages on
+    the full set are done as in a run: by Ray Train where the config gives them several workers. Where it leaves their
+    number open one actor fine-tunes, so that the legs of several arms are done side by side.
 
     Args:
         config: arm_config()'s.
@@ -136,8 +138,13 @@ def final_leg(
         legs_path: where legs have their directories.
     """
     fresh, new_leg = Start("fresh"), partial(Leg, legs_path)
+
+    def on_full_set(stage: TrainingStage, epochs: float, start: Start, num_workers: int) -> Leg:
+        kind = "train" if num_workers > 1 else "minimize"
+        return new_leg(kind, config, stage, epochs, start, num_workers=num_workers)
+
     if arm.letter in ("A", "B", "C"):
-        return new_leg("minimize", config, "conventional", budget, fresh)
+        return on_full_set("conventional", budget, fresh, 1)
     if arm.letter == "I":
         return new_leg("train", config, "conventional", budget, fresh, num_workers=num_workers)
     trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
@@ -149,7 +156,7 @@ def final_leg(
     scale = budget / total
     start = fresh
     if trunk:
-        start = Start("warm", new_leg("minimize", config, "trunk", trunk * scale, fresh))
+        start = Start("warm", on_full_set("trunk", trunk * scale, fresh, config.trunk.num_workers))
     members: tuple[Leg, ...] = ()
     parts: tuple[Leg, ...] = ()
     for round in range(rounds):
@@ -191,5 +198,5 @@ def final_leg(
     if not tuning:
         assert start.leg is not None
         return start.leg
-    kind = config.fine_tuning.start
-    return new_leg("minimize", config, "fine_tuning", tuning * scale, dataclasses.replace(start, kind=kind))
+    start = dataclasses.replace(start, kind=config.fine_tuning.start)
+    return on_full_set("fine_tuning", tuning * scale, start, config.fine_tuning.num_workers or 1)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
-from raysubset.comparison.legs import Leg
+from raysubset.comparison.legs import Leg, closure
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
@@ -271,7 +271,7 @@ class _Comparison:
         return self._budgets[(len(self._budgets) - 1) // 2], derive_seed(min(self._seeds), "tuning") % 2**31
 
     def refuse_unplaceable(self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]) -> None:
-        """Stop before anything is run if a data-parallel arm has work left that the cluster can never place.
+        """Stop before anything is run if an arm has data-parallel work left that the cluster can never place.
 
         It has none if all its legs are there: those of its tuning, and those of a setting it may have been tuned to.
 
@@ -279,13 +279,16 @@ class _Comparison:
             ValueError: with the way out.
         """
         for arm in arms:
-            if arm.letter == "I" and not any(self._has_all(arm, rates, size) for size in sizes):
+            last = self.leg(arm, Settings(rates[0], sizes[0]), *self._tuned_at())
+            num_workers = max(leg.num_workers for leg in closure(last))
+            if num_workers > 1 and not any(self._has_all(arm, rates, size) for size in sizes):
+                flag = "--num-workers" if arm.letter == "I" else "--fine-tuning.num-workers, --trunk.num-workers"
                 way_out = (
-                    "Give it fewer (--num-workers), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
+                    f"Give it fewer ({flag}), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
                     "it out of --arms,"
                 )
                 request = {"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus}
-                refuse_unplaceable(request, f"workers of arm {arm.key}", num=self._num_workers, way_out=way_out)
+                refuse_unplaceable(request, f"workers of arm {arm.key}", num=num_workers, way_out=way_out)
 
     def _has_all(self, arm: Arm, rates: Sequence[float], size: int) -> bool:
         grid = [Settings(rate, size) for rate in rates]

@@ -68,27 +68,36 @@ class LegRunner:
             done = {leg for leg, is_done in zip(legs, threads.map(_is_done, legs), strict=True) if is_done}
         if done:
             self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
-        missing = {name_of(leg.piece): leg for leg in legs if leg not in done and leg.kind != "train"}
-        needs = {name: [name_of(one.piece) for one in leg.inputs if one not in done] for name, leg in missing.items()}
-        if missing:
-            self._do_by_actors(missing, needs, num_done=len(done), num_all=len(legs))
-        for leg in legs:  # Ray Train takes the whole cluster: one job after the other, when the actors are gone
-            if leg.kind == "train" and leg not in done:
-                refuse_changed_files(self._run.full_set)
-                self._train(leg)
+        todo = [leg for leg in legs if leg not in done]
+        while todo:
+            blocked: set[Leg] = set()  # by what Ray Train has to do first; inputs come before what needs them
+            for leg in todo:
+                if leg.kind == "train" or not blocked.isdisjoint(leg.inputs):
+                    blocked.add(leg)
+            if by_actors := [leg for leg in todo if leg not in blocked]:
+                self._do_by_actors(by_actors, done, num_all=len(legs))
+            for leg in todo:  # Ray Train takes the whole cluster: one job after the other, when the actors are gone
+                if leg.kind == "train" and done.issuperset(leg.inputs):
+                    refuse_changed_files(self._run.full_set)
+                    self._train(leg, done, num_all=len(legs))
+            for leg in todo:
+                if failed := next((one for one in leg.inputs if one in self.failed), None):
+                    self.failed[leg] = self.failed[failed]
+            todo = [leg for leg in todo if leg not in done and leg not in self.failed]
 
-    def _do_by_actors(
-        self, missing: dict[str, Leg], needs: dict[str, list[str]], *, num_done: int, num_all: int
-    ) -> None:
-        backlog = Backlog([Pack((leg.piece,)) for leg in missing.values()], needs)
+    def _do_by_actors(self, legs: Sequence[Leg], done: set[Leg], *, num_all: int) -> None:
+        by_name = {name_of(leg.piece): leg for leg in legs}
+        needs = {name: [name_of(one.piece) for one in leg.inputs if one not in done] for name, leg in by_name.items()}
+        backlog = Backlog([Pack((leg.piece,)) for leg in legs], needs)
         with ActorPool(self._of_legs, num_gpus=self._num_gpus) as pool:
             for piece, result in pool.results(backlog):
-                leg = missing[name_of(piece)]
-                if isinstance(result, Exception):
-                    self._fail(leg, one_line(result), of_another=bool(self.failed.keys() & set(leg.inputs)))
-                    continue
-                num_done += 1
-                self._tell_of(leg, f" ({num_done} of {num_all} legs)")
+                leg = by_name[name_of(piece)]
+                if not isinstance(result, Exception):
+                    self._note_done(leg, done, num_all=num_all)
+                elif self.failed.keys().isdisjoint(leg.inputs):
+                    self._fail(leg, one_line(result))
+                else:
+                    self.failed[leg] = one_line(result)
 
     def test(self, finals: Sequence[Leg]) -> None:
         """Read the test split, once for each leg: to be called when every choice is made; raises as run() does."""
@@ -99,37 +108,40 @@ class LegRunner:
                 for _ in pool.run([Pack((leg.test,)) for leg in todo], None):
                     pass
 
-    def _tell_of(self, leg: Leg, count: str = "") -> None:
+    def _note_done(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
+        done.add(leg)
         self._told_at, self._notice_s = time.monotonic(), WAIT_NOTICE_S
         metrics = leg.validation()
         text = "not measured"
         if metrics is not None:
             loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             text = f"{loss} and {metrics['accuracy']:.2%}"
-        self._tell(Event("leg", f"{leg.key}: validation {text}{count}", {"leg": leg.key}))
+        self._tell(Event("leg", f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", {"leg": leg.key}))
 
-    def _fail(self, leg: Leg, reason: str, *, of_another: bool = False) -> None:
+    def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
-        if not of_another:
-            self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
+        self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
 
-    def _train(self, leg: Leg) -> None:
-        """Data-parallel training from fresh weights by Ray Train."""
-        config, full_set = leg.config, self._run.full_set
-        model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
+    def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
+        """Data-parallel training by Ray Train."""
+        config, full_set, piece = leg.config, self._run.full_set, leg.piece
+        weights = piece.start_weights(full_set)
+        if weights is None:
+            path = ("start", *(["fine_tuning"] if leg.start.kind == "reinit" else []))
+            weights = new_model(config.model, full_set, seed=derive_seed(config.seed, *path)).state_dict()
         try:
             fine_tune(
                 replace(self._of_legs, config=config, directory=leg.directory),
-                model.state_dict(),
+                weights,
                 num_workers=leg.num_workers,
                 num_gpus=self._num_gpus,
-                stage="conventional",
+                stage=leg.stage,
                 epochs=leg.epochs,
             )
         except (ValueError, RuntimeError) as error:
             self._fail(leg, one_line(error))
             return
-        self._tell_of(leg)
+        self._note_done(leg, done, num_all=num_all)
 
 
 def _is_done(leg: Leg) -> bool:

@@ -173,7 +173,7 @@ class _Worker:
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
 
-        seed = derive_seed(self._config.seed, "minimize", self._stage)
+        seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's
         try:
             result = minimize(
                 self._model,

@@ -13,18 +13,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+import raysubset
 from raysubset import Config, compare
 from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.legs import Leg
+from raysubset.comparison.legs import Leg, closure
 from raysubset.comparison.running import LegRunner
 from raysubset.data import load_full_set
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Ledger
+from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
-from raysubset.run_directory import RunDirectory, checkpoint_path
+from raysubset.run_directory import RunDirectory, checkpoint_path, weights_path
 from raysubset.work import Run
+from tests.tiny import same_bits, stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
 
@@ -95,6 +98,26 @@ def test_savgm_pays_for_the_halves_of_subsets_after_their_minima(report: Compari
     around = (round(scale * 21) + round(2 * scale * 21)) / 21 + 2 * forward(NUM_VALIDATION)
     assert run["passes"] == pytest.approx(around + 2 * (2 * (subset + part) + aggregation), rel=5e-3)
     assert run["critical_path_passes"] == pytest.approx(around + 2 * (subset + part + aggregation), rel=5e-3)
+
+
+def test_an_arm_ends_at_the_bits_of_a_run_with_its_settings(report: ComparisonReport, storage: Path, tmp_path: Path):
+    arm, (result, _) = parse_arm(SAVGM), runs(report, SAVGM)
+    base = Config(name="digits", storage_path=str(tmp_path))
+    config = arm_config(arm, base, Settings(0.1, 64), seed=result["seed"], num_workers=2)
+    sizes = [len(subset.indices) for subset in make_plan(config, load_full_set(config.data)).subsets]
+    shape = {"sizes": sizes, "statistics": (), "num_train": NUM_TRAIN, "num_workers": 2}
+    last = final_leg(arm, config, 2.0, legs_path=f"{storage}/digits/legs", **shape)
+    assert last.key == result["leg"]
+    epochs = {
+        f"{'minimize' if leg.stage == 'subsets' else leg.stage}.epochs": leg.epochs
+        for leg in closure(last)
+        if leg.kind == "minimize"
+    }
+    run = raysubset.run(config.with_overrides(epochs | {"fine_tuning.num_workers": 1}))
+    assert same_bits(stored_weights(RunDirectory.at(run.uri), weights_path("fine_tuning")), last.output.weights())
+    tested = last.tested()
+    assert tested is not None
+    assert run.test.to_dict() == tested
 
 
 def test_what_an_arm_is_made_of_is_in_the_record(report: ComparisonReport):
