@@ -58,6 +58,8 @@ def user_references(config: Config) -> Iterator[str]:
         yield config.data.name
     if ":" in config.model.name:
         yield config.model.name
+    if ":" in config.aggregation.method:
+        yield config.aggregation.method
     if config.subsets.function is not None:
         yield config.subsets.function
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from raysubset.aggregation import candidates_of_auto
+from raysubset.aggregation import Forward, method_of, methods_tried, refuse_contradictions, statistics_of
 from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
@@ -65,7 +65,9 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     quorum = config.actors.quorum
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
-    least = subsample_size(config, min(sizes)) if config.aggregation.method == "savgm" else min(sizes)
+    refuse_contradictions(config)
+    twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
+    least = subsample_size(config, min(sizes)) if twice else min(sizes)
     most = most_workers(config, full_set, model, least_subset=least)
     found = findings(config, full_set, model)
     statistics, lines = _statistics(config, full_set, model)
@@ -74,9 +76,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         missing = missing_class_warnings(subsets, labels, num_classes)
         measuring = _measuring_advice(config, full_set, sizes, model, share)
         lines = [*advice(num_train, sizes, num_classes, num), *missing, *measuring, *lines]
-    worked = sizes
-    if config.aggregation.method == "savgm":
-        worked = [size + subsample_size(config, size) for size in sizes]  # one after the other, on one device
+    worked = [size + subsample_size(config, size) for size in sizes] if twice else sizes
     epochs = config.rounds.num * config.minimize.epochs / num_train
     around = config.trunk.epochs + config.fine_tuning.epochs
     if config.fine_tuning.distillation:  # every minimum of the last round passes all batches forward
@@ -110,7 +110,7 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
         ValueError: if the Fisher that was asked for cannot be taken of this network; auto goes without.
     """
     aggregation = config.aggregation
-    kinds = aggregation.statistics(shared_start=config.subsets.start == "shared")
+    kinds = statistics_of(config)
     if "fisher" not in kinds:
         return kinds, []
     height, width, channels = full_set.image_shape
@@ -121,7 +121,9 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
         cause = first_line(error)
         if aggregation.method != "auto":
-            raise ValueError(f"aggregation.method=fisher cannot be used with {config.model.name}: {cause}") from error
+            raise ValueError(
+                f"aggregation.method={aggregation.method} cannot be used with {config.model.name}: {cause}"
+            ) from error
         return tuple(kind for kind in kinds if kind != "fisher"), [Note(f"auto goes without fisher: {cause}")]
     by_true_labels = config.minimize.loss == "cross_entropy" and aggregation.fisher_labels == "true"
     if full_set.num_classes <= EXACT_OUTPUTS or by_true_labels:
@@ -144,7 +146,7 @@ def _evaluation(
     num_train, num_validation = len(full_set.train), len(full_set.validation)
     sample, aggregation = min(CALIBRATION_EXAMPLES, num_train), _aggregation_forward(config, full_set, sizes, model)
     recipe, parts = config.stage("subsets"), sizes
-    if config.aggregation.method == "savgm":
+    if method_of(config.aggregation).needs.parts:
         parts = [*sizes, *(subsample_size(config, size) for size in sizes)]
     num_measured = sum(map(config.rounds.evaluated, range(config.rounds.num)))
     forward = num_measured * (sum(size + num_validation for size in parts) + aggregation) + len(full_set.test)
@@ -168,19 +170,14 @@ def _evaluation(
 
 def _aggregation_forward(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module) -> int:
     """Examples that the aggregation of a round that is measured passes forward, counted as in _evaluation()."""
-    num_validation, num = len(full_set.validation), len(sizes)
-    sample = min(CALIBRATION_EXAMPLES, len(full_set.train))
-    refreshed = sample * has_batch_norm(model)
-    mean = refreshed + num_validation
-    by_method = {"select_best": num_validation, "greedy_soup": num * mean, "aligned_soup": 2 * num * sample + mean}
-    method, shared = config.aggregation.method, config.subsets.start == "shared"
-    tried = candidates_of_auto(shared_start=shared) if method == "auto" else (method,)
-    forward = sample + num_validation
-    if num > 1:
-        forward = sample + sum(by_method.get(one, mean) for one in tried)
-        forward += mean * ("uniform_soup" not in tried)  # which is always reported
+    num_validation, sample = len(full_set.validation), min(CALIBRATION_EXAMPLES, len(full_set.train))
+    one = Forward(sample, sample * has_batch_norm(model), num_validation)
+    tried, forward = methods_tried(config), sample + num_validation
+    if len(sizes) > 1:
+        forward = sample + sum(method.needs.forward(len(sizes), one) for method in tried.values())
+        forward += (one.refreshing + num_validation) * ("uniform_soup" not in tried)  # which is always reported
     if config.rounds.has_outer_step():
-        forward += refreshed + num_validation
+        forward += one.refreshing + num_validation
     return forward
 
 
@@ -189,7 +186,7 @@ def _measuring_advice(
 ) -> list[Note]:
     """Whether measuring every round costs much beside its training, and how to do it less often."""
     rounds, num_train = config.rounds, len(full_set.train)
-    if rounds.num == 1 or config.aggregation.needs_validation():
+    if rounds.num == 1 or method_of(config.aggregation).needs.validation:
         return []
     forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, sizes, model)
     measured, trained = (

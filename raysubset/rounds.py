@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from raysubset.aggregation import Aggregation, Unmeasured, mean_optimizer_state
+from raysubset.aggregation import Aggregation, Unmeasured, mean_optimizer_state, method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import Event, stage_event
@@ -58,7 +58,7 @@ class Rounds:
             stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {config.minimize.epochs:g} epochs each")
         )
         pieces = [self._piece(round, subset, start_id) for subset in subsets]
-        twice, parts = config.aggregation.method == "savgm", []
+        twice, parts = method_of(config.aggregation).needs.parts, []
         pieces = self._find_minima(pool, pieces, start, more_to_come=twice)
         if twice:
             parts = self._on_subsamples(pool, subsets, pieces, start)
@@ -149,7 +149,7 @@ class Rounds:
         """One set of weights of a round's minima; written down before it is used.
 
         Args:
-            pieces: whose minima they are; parts on a part of the same subsets, for savgm.
+            pieces: whose minima they are; parts on a part of the same subsets, if any.
         """
         config, directory = self._config, self._directory
         self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima"))
@@ -189,7 +189,7 @@ class Rounds:
         if of_first := made.aggregate.of_first:
             text = f"not averaged, as members of subset {made.aggregate.subset_ids[0]} have it: {listed(of_first)}"
             self._tell(Event("note", text))
-        if not made.aggregate.shared_start and self._config.aggregation.needs_shared_start():
+        if not made.aggregate.shared_start and method_of(self._config.aggregation).needs.shared_start:
             self._tell(
                 Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
             )

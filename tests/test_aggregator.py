@@ -284,7 +284,7 @@ def test_an_aligned_soup_comes_repaired_or_is_refreshed_and_its_work_is_counted(
     apart = [replace(minimum, start_id=str(minimum.subset_id)) for minimum in minima]
     config = AggregationConfig(method="aligned_soup", matching="weights", repair=repair)
     made = aggregate(apart, config, scorer())
-    assert made.alignment == {"barrier_before": 2.0, "barrier_after": 0.5, "num_forward": 77}
+    assert made.aggregate.alignment == {"barrier_before": 2.0, "barrier_after": 0.5, "num_forward": 77}
     best = select_best(minima).weights
     assert same_bits(made.aggregate.weights, weights(refreshed(best)) if num_refreshed else best)
     num_refreshed += 2  # of the plain mean beside it; and for the training loss
@@ -296,7 +296,7 @@ def test_auto_looks_only_at_what_independent_starts_allow(minima, fake_alignment
     made = aggregate(apart, AggregationConfig(method="auto", matching="weights"), scorer())
     assert [one.method for one in made.candidates] == ["select_best", "aligned_soup"]
     assert made.aggregate.method == "select_best"  # of equal ones the first
-    assert made.alignment is None
+    assert made.aggregate.alignment is None
 
 
 def test_auto_without_any_usable_candidate_says_why(minima):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from raysubset.aggregation import statistics_of
 from raysubset.cli import call
 from raysubset.comparison import advise
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
@@ -33,7 +34,7 @@ def leg(
 ) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
-    left = config.aggregation.statistics(shared_start=True)
+    left = statistics_of(config)
     shape = {"sizes": SIZES, "num_train": NUM_TRAIN, "num_workers": 4}
     return final_leg(arm, config, budget, statistics=left, legs_path=legs_path, **shape)
 

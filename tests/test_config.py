@@ -308,7 +308,6 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
     [
         (INDEPENDENT | {"trunk.epochs": 1.0}, "a trunk contradict each other: set trunk.epochs to 0"),
         (INDEPENDENT | {"rounds.num": 2}, "subsets.start must be shared"),
-        (INDEPENDENT | {"aggregation.method": "uniform_soup"}, "gives a useless mean: use subsets.start=shared"),
         ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
         ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
@@ -317,11 +316,6 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
 def test_parts_that_contradict_each_other_are_refused_with_a_way_out(overrides, message):
     with pytest.raises(ValueError, match=message):
         Config().with_overrides(overrides)
-
-
-def test_independent_starts_are_averaged_where_the_user_insists():
-    Config().with_overrides(INDEPENDENT)
-    Config().with_overrides(INDEPENDENT | {"aggregation.method": "greedy_soup", "aggregation.allow_independent": True})
 
 
 def test_seeds_are_hashes_of_their_path():

@@ -264,8 +264,8 @@ def test_aligned_soup_keeps_frozen_layers_in_place_and_as_they_are():
     made = make("aligned_soup", members, config, scorer_of(network(1)), start=None, seed=0)
     for name in ("0.weight", "0.bias"):
         assert torch.equal(made.aggregate.weights[name], members[0].load_weights()[name])
-    assert made.alignment is not None
-    assert list(made.alignment["moved"]) == ["2"]
+    assert made.aggregate.alignment is not None
+    assert list(made.aggregate.alignment["moved"]) == ["2"]
 
 
 def a_complex_network(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

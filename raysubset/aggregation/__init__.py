@@ -6,7 +6,16 @@ aggregation = aggregate(minima, config.aggregation, scorer)    # with what is al
 
 from raysubset.aggregation.aggregator import Aggregation, Candidate, Unmeasured, aggregate, aggregate_round
 from raysubset.aggregation.curvature import fisher_merge, regmean
-from raysubset.aggregation.methods import candidates_of_auto, make
+from raysubset.aggregation.methods import (
+    candidates_of_auto,
+    make,
+    method_of,
+    methods,
+    methods_tried,
+    refuse_contradictions,
+    statistics_of,
+)
+from raysubset.aggregation.needs import Context, Forward, Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum, Score
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import (
@@ -28,6 +37,15 @@ __all__ = [
     "Unmeasured",
     "Candidate",
     "candidates_of_auto",
+    "Method",
+    "Needs",
+    "Context",
+    "Forward",
+    "methods",
+    "method_of",
+    "methods_tried",
+    "statistics_of",
+    "refuse_contradictions",
     "make",
     "Scorer",
     "Minimum",

@@ -49,7 +49,6 @@ class Aggregation:
     barrier: float
     cost: Cost
     candidates: tuple[Candidate, ...] = ()  # of auto, in the order tried
-    alignment: dict[str, Any] | None = None  # aligned_soup's report
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
@@ -65,7 +64,7 @@ class Aggregation:
             "barrier": self.barrier,
             "cost": self.cost.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "alignment": self.alignment,
+            "alignment": self.aggregate.alignment,
         }
 
 
@@ -75,7 +74,6 @@ class Unmeasured:
 
     aggregate: Aggregate
     cost: Cost
-    alignment: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Aggregation's, with null for what was not measured."""
@@ -85,7 +83,7 @@ class Unmeasured:
             **dict.fromkeys((*measured, "mean_member_loss", "mean_member_accuracy", "barrier")),
             "cost": self.cost.to_dict(),
             "candidates": [],
-            "alignment": self.alignment,
+            "alignment": self.aggregate.alignment,
         }
 
 
@@ -132,7 +130,6 @@ def aggregate(
         barrier=barrier(mean, minima),
         cost=scorer.cost(),
         candidates=candidates,
-        alignment=made.alignment,
     )
 
 
@@ -186,8 +183,8 @@ def aggregate_round(
         made = aggregate(minima, config.aggregation, scorer, start=start, seed=seed, measure_training=ends_here)
     else:
         method = config.aggregation.method
-        combined, alignment = combine(method, minima, config.aggregation, scorer, start=start, seed=seed)
-        made = Unmeasured(combined, scorer.cost(), alignment)
+        combined = combine(method, minima, config.aggregation, scorer, start=start, seed=seed)
+        made = Unmeasured(combined, scorer.cost())
     if not config.rounds.has_outer_step():
         return made, {}
     stepped, momentum = outer_step(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from raysubset.aggregation.needs import Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
     RunningMean,
@@ -18,10 +19,25 @@ from raysubset.aggregation.streaming import (
     wide,
     zeros,
 )
+from raysubset.config import AggregationConfig
 from raysubset.training import Weights
 
 FISHER_FLOOR = 1e-6  # Matena and Raffel's number; here of a member's mean, our choice
 RIDGE = 1e-6  # of a Gram matrix's trace, added where it is singular: above float32's rounding; our choice
+
+
+def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
+    """The means that are weighted by curvature, as the config has them."""
+    independent = {"allow_independent": config.allow_independent}
+    return {
+        "fisher": Method(
+            lambda minima, _: fisher_merge(minima, floor=FISHER_FLOOR, **independent), Needs(statistics=("fisher",))
+        ),
+        "regmean": Method(
+            lambda minima, _: regmean(minima, factor=config.regmean_factor, **independent),
+            Needs(statistics=("gram",)),
+        ),
+    }
 
 
 def fisher_merge(

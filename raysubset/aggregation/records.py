@@ -90,10 +90,11 @@ class Aggregate:
     method: str
     weights: Weights = field(repr=False)
     subset_ids: tuple[int, ...]  # members that went in, in the order they did
-    coefficients: tuple[float, ...]  # of the members, summing to one
+    coefficients: tuple[float, ...]  # of the members, summing to one; none of a user's method
     shared_start: bool  # False labels a mean of minima that share no start
     tried: tuple[tuple[tuple[int, ...], float], ...] = ()  # (members, validation loss) of each candidate scored
     of_first: tuple[str, ...] = ()  # keys in which members differ and of which no mean is made: the first member's
+    alignment: dict[str, Any] | None = None  # aligned_soup's report
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""

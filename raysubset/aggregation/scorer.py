@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from raysubset.aggregation.needs import Context
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.soups import ensemble_outputs
-from raysubset.config import MinimizeConfig
+from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import trainable_names
 from raysubset.training import Cost, Metrics, Weights, evaluate, metrics_of_outputs, recompute_batch_norm
@@ -63,17 +65,18 @@ class Scorer:
         labels = self._validation.labels.cpu()
         return metrics_of_outputs(ensemble_outputs(minima, self._minimize.loss), labels, self._minimize)
 
-    def aligned_soup(
-        self, minima: Sequence[Minimum], *, matching: str, repair: bool
-    ) -> tuple[Aggregate, dict[str, Any]]:
-        """aligned_soup() on the calibration examples; its report as a record."""
-        from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+    def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:
+        """What a method has in hand, with this scorer's score."""
 
-        made, report = aligned_soup(
-            minima, self._model, self._calibration, self._minimize, matching=matching, repair=repair
-        )
-        self._num_forward += report.num_forward
-        return made, report.to_dict()
+        def align(minima: Sequence[Minimum]) -> Aggregate:
+            from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+
+            options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
+            made, report = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
+            self._num_forward += report.num_forward
+            return replace(made, alignment=report.to_dict())
+
+        return Context(start, self.parameter_names, self.score, align, seed)
 
     @property
     def parameter_names(self) -> frozenset[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from raysubset.aggregation.needs import Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum, Score
 from raysubset.aggregation.streaming import (
     CURE,
@@ -15,7 +16,24 @@ from raysubset.aggregation.streaming import (
     refuse_not_finite,
     shares_start,
 )
+from raysubset.config import AggregationConfig
 from raysubset.training import Metrics, mean_prediction
+
+
+def soup_methods(config: AggregationConfig) -> dict[str, Method]:
+    """The plain means and choices, as the config has them."""
+    independent = {"allow_independent": config.allow_independent}
+    by_loss = Needs(validation=config.weight_by == "validation_loss")
+    greedy = Needs(validation=True, forward=lambda num, one: num * (one.refreshing + one.validation))
+    best = Needs(shared_start=False, validation=True, forward=lambda num, one: one.validation)
+    return {
+        "uniform_soup": Method(lambda minima, _: uniform_soup(minima, **independent)),
+        "weighted_soup": Method(
+            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by, **independent), by_loss
+        ),
+        "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score, **independent), greedy),
+        "select_best": Method(lambda minima, _: select_best(minima), best),
+    }
 
 
 def select_best(minima: Sequence[Minimum]) -> Aggregate:

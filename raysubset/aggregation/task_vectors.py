@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raysubset.aggregation.needs import Context, Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
     BLOCK,
@@ -23,10 +25,34 @@ from raysubset.aggregation.streaming import (
     refuse_other_architecture,
     zeros,
 )
-from raysubset.config import derive_seed
+from raysubset.config import AggregationConfig, derive_seed
 from raysubset.training import Weights
 
 STRIDE = 127  # of the sample that bounds ties()'s limit; prime, so that it meets all places of a filter alike
+
+
+def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
+    """The methods that work on what members moved by, or moved by twice, as the config has them."""
+
+    def by_ties(minima: Sequence[Minimum], context: Context) -> Aggregate:
+        options = {"density": config.ties_density, "scale": config.task_scale}
+        return ties(minima, _start("ties", context), parameter_names=context.parameter_names, **options)
+
+    def by_dare(minima: Sequence[Minimum], context: Context) -> Aggregate:
+        options: dict[str, Any] = {"drop": config.dare_drop, "scale": config.task_scale, "seed": context.seed}
+        return dare(minima, _start("dare", context), parameter_names=context.parameter_names, **options)
+
+    def by_savgm(minima: Sequence[Minimum], context: Context) -> Aggregate:
+        options: dict[str, Any] = {"fraction": config.savgm_fraction, "allow_independent": config.allow_independent}
+        return savgm(minima, parameter_names=context.parameter_names, **options)
+
+    return {"ties": Method(by_ties), "dare": Method(by_dare), "savgm": Method(by_savgm, Needs(parts=True))}
+
+
+def _start(method: str, context: Context) -> Weights:
+    if context.start is None:
+        raise ValueError(f"{method} needs the weights that the minima started from")
+    return context.start
 
 
 def ties(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from raysubset.aggregation import method_of
 from raysubset.comparison.legs import Leg, Start
 from raysubset.config import Config, TrainingStage, parse_value
 from raysubset.work import subsample_size
@@ -150,7 +151,7 @@ def final_leg(
     trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
     used = range(len(sizes)) if arm.letter in "GH" else range(1)
     rounds = config.rounds.num if arm.letter in "GH" else 1
-    twice = config.aggregation.method == "savgm" and arm.letter in "GH"  # on a part of each subset once more
+    twice = method_of(config.aggregation).needs.parts and arm.letter in "GH"  # on a part of each subset once more
     worked = sum(sizes[i] + (subsample_size(config, sizes[i]) if twice else 0) for i in used)
     total = trunk + tuning + rounds * config.minimize.epochs * worked / num_train
     scale = budget / total

@@ -19,6 +19,7 @@ from raysubset.config.places import ActorsConfig, ClusterConfig
 from raysubset.config.run import Config
 from raysubset.config.seeds import derive_seed
 from raysubset.config.stages import (
+    AGGREGATIONS,
     AggregationConfig,
     ConventionalConfig,
     FineTuningConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "TrunkConfig",
     "RoundsConfig",
     "AggregationConfig",
+    "AGGREGATIONS",
     "FineTuningConfig",
     "ConventionalConfig",
     "ActorsConfig",

@@ -65,18 +65,6 @@ class Config:
             not (several and independent),
             "rounds.num > 1 starts every round from the last mean: subsets.start must be shared",
         )
-        refused = independent and self.aggregation.needs_shared_start() and not self.aggregation.allow_independent
-        need(
-            not refused,
-            f"aggregation.method={self.aggregation.method} averages minima that share no start, which gives a useless "
-            "mean: use subsets.start=shared, aggregation.method=aligned_soup or select_best, or "
-            "aggregation.allow_independent to do it all the same",
-        )
-        need(
-            not (several and self.rounds.evaluate_every > 1 and self.aggregation.needs_validation()),
-            f"aggregation.method={self.aggregation.method} chooses by validation in every round: set "
-            "rounds.evaluate_every to 1",
-        )
         whole = self.minimize.optimizer in WHOLE_SUBSET
         need(
             not (several and whole and self.rounds.optimizer_state != "reset"),

@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import check_fields, nearest, need
+
+AGGREGATIONS = (
+    *("uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare", "savgm"),
+    *("aligned_soup", "auto"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +63,11 @@ class RoundsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    method: Literal[
-        "uniform_soup",
-        "weighted_soup",
-        "greedy_soup",
-        "select_best",
-        "fisher",
-        "regmean",
-        "ties",
-        "dare",
-        "savgm",
-        "aligned_soup",
-        "auto",
-    ] = "uniform_soup"
-    """What becomes of the minima: their mean, a weighted mean, a mean of those that help, the best one; means weighted
-    by curvature (fisher, regmean); of task vectors (ties, dare); without the subset bias (savgm); after permuting
-    units (aligned_soup, the one for independent starts); or whichever of these validates best (auto)."""
+    method: str = "uniform_soup"
+    """What becomes of the minima: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that help
+    (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors (ties,
+    dare); without the subset bias (savgm); after permuting units (aligned_soup, the one for independent starts);
+    whichever of these validates best (auto); or your own, package.module:function of minima and context."""
     weight_by: Literal["examples", "validation_loss"] = "examples"
     """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss."""
     allow_independent: bool = False
@@ -101,6 +95,11 @@ class AggregationConfig:
     """GPUs of the task that scores candidates; 0: the driver scores them. By default as actors.num_gpus (recorded)."""
 
     def __post_init__(self) -> None:
+        need(
+            self.method in AGGREGATIONS or ":" in self.method,
+            f"aggregation.method = {self.method!r} is none of {', '.join(AGGREGATIONS)}, nor a package.module:function"
+            f"{nearest(self.method, AGGREGATIONS)}",
+        )
         check_fields(
             self,
             "aggregation.",
@@ -112,25 +111,6 @@ class AggregationConfig:
             savgm_fraction="(0, 1)",
             num_gpus="[0, 1]",
         )
-
-    def statistics(self, *, shared_start: bool) -> tuple[str, ...]:
-        """Kinds of statistics that actors leave beside a minimum for it; auto looks at none that cost a second run."""
-        match self.method:
-            case "fisher":
-                return ("fisher",)
-            case "regmean":
-                return ("gram",)
-            case "auto" if shared_start:
-                return ("fisher", "gram")
-        return ()
-
-    def needs_shared_start(self) -> bool:
-        return self.method not in ("select_best", "aligned_soup", "auto")
-
-    def needs_validation(self) -> bool:
-        """Whether the method goes by what the minima validate at."""
-        by_loss = self.method == "weighted_soup" and self.weight_by == "validation_loss"
-        return by_loss or self.method in ("greedy_soup", "select_best", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
