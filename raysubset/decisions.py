@@ -32,10 +32,6 @@ def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> 
         if directory is None or not directory.exists(done):
             what = "subset actors" if stage == "subsets" else f"{stage} workers"
             refuse_unplaceable(request, what, num=num, types=types)
-    scoring = num_gpus if config.aggregation.num_gpus is None else config.aggregation.num_gpus
-    out = "Ask for less (--aggregation.num-gpus, --actors.num-cpus)"
-    asked = {"CPU": config.actors.num_cpus, "GPU": scoring} if scoring else {}
-    refuse_unplaceable(asked, "the tasks that score aggregates", way_out=out, types=types)
 
 
 def workers_of_stages(config: Config) -> dict[str, int]:
@@ -74,11 +70,6 @@ class Decisions:
     def num_workers(self) -> int:
         """Of fine-tuning."""
         return self._record["num_workers"]
-
-    @property
-    def aggregation_num_gpus(self) -> float:
-        """Of the task that scores aggregates; 0: the driver does."""
-        return self._record["aggregation_num_gpus"]
 
     @property
     def shares(self) -> list[float] | None:
@@ -134,12 +125,7 @@ class Decisions:
             num_workers = max(1, num_workers)
         if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
             refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, not after the subsets
-        scoring = config.aggregation.num_gpus
-        return {
-            "num_gpus": num_gpus,
-            "num_workers": num_workers,
-            "aggregation_num_gpus": num_gpus if scoring is None else scoring,
-        }
+        return {"num_gpus": num_gpus, "num_workers": num_workers}
 
     def _write(self) -> None:
         self._run.directory.write_json(DECISIONS_PATH, self._record)

@@ -7,13 +7,16 @@ report.test.accuracy, report.passes, report.critical_path_passes
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from raysubset.cluster import connected, get_shared, put_once, reached
+import torch
+
+from raysubset.cluster import call_on_cluster, connected, get_shared, own_address, put_once, reached
 from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
@@ -44,13 +47,12 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment
-from raysubset.scoring import ScoringPlace
 from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
-from raysubset.training import Weights
+from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece, Run, perturbed
+from raysubset.work import Piece, Run, leave_test, perturbed
 
 T = TypeVar("T")
 
@@ -217,7 +219,6 @@ class _Stages:
         self._run, self._plan = run, plan
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._decisions = Decisions(run, plan)
-        self._scoring = ScoringPlace(run, num_gpus=self._decisions.aggregation_num_gpus)
 
     def run(self) -> dict[str, Any]:
         """All stages; the report's record."""
@@ -267,7 +268,7 @@ class _Stages:
             if config.trunk.epochs:
                 weights, trunk = self._trunk(pool)
                 start_id = "trunk"
-            rounds_of_run = Rounds(self._run, self._plan, self._decisions, self._scoring)
+            rounds_of_run = Rounds(self._run, self._plan, self._decisions)
             for round in range(config.rounds.num):
                 refuse_changed_files(self._full_set)
                 weights, record = rounds_of_run.run(pool, round, weights, start_id)
@@ -306,7 +307,7 @@ class _Stages:
 
     def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
         """One actor, all examples; it is kept for the subsets."""
-        (minimum,) = find_minima(pool, [piece], None, release=False)
+        (minimum,) = find_minima(pool, [piece], None, keep=math.inf)
         return minimum.load_weights(), self._directory.read_json(minimum_path(piece.folder))
 
     def _fine_tune(self, aggregate: Weights, minima: Sequence[dict[str, Any]]) -> tuple[Weights, dict[str, Any]]:
@@ -344,7 +345,7 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         refuse_changed_files(full_set)
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
-        test, files = self._scoring.test(weights)
+        test, files = self._test(weights)
         files |= self._leave_model(weights)
         return {
             "name": config.run_name(),
@@ -374,6 +375,24 @@ class _Stages:
             ),
             "files": files,
         }
+
+    def _test(self, weights: Weights) -> tuple[Metrics, dict[str, Seal]]:
+        """leave_test(), on the driver, or in a task where actors have GPUs: what dies there is run again by Ray."""
+        run, num_gpus = self._run, self._decisions.num_gpus
+        if num_gpus:
+            return call_on_cluster(
+                _leave_test,
+                run.full_set_ref,
+                *(num_gpus, run.config, run.directory, weights),
+                request={"CPU": run.config.actors.num_cpus, "GPU": num_gpus},
+                on_event=run.tell,
+                stall_s=run.config.actors.stall_s,
+            )
+        num_threads = torch.get_num_threads()
+        try:
+            return _leave_test(run.full_set, 0, run.config, run.directory, weights)
+        finally:
+            torch.set_num_threads(num_threads)  # the process is the caller's
 
     def _leave_model(self, weights: Weights) -> dict[str, Seal]:
         """Leave the run's model, and say where it needs the user's code; the seals of its files."""
@@ -422,3 +441,7 @@ class _Stages:
         """Seeded initial weights: those a shared start means, or others by a path of their own."""
         seed = derive_seed(self._config.seed, "start", *path)
         return new_model(self._config.model, self._full_set, seed=seed).state_dict()
+
+
+def _leave_test(*arguments: Any) -> tuple[Metrics, dict[str, Seal]]:
+    return leave_test(*arguments, node=own_address())

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
-from raysubset.aggregation import Aggregation, Unmeasured, mean_optimizer_state, method_of
+from raysubset.aggregation import mean_optimizer_state, method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import Event, stage_event
@@ -21,8 +22,7 @@ from raysubset.run_directory import (
     optimizer_path,
     subsets_path,
 )
-from raysubset.scoring import ScoringPlace
-from raysubset.subset_actors import ActorPool, find_minima
+from raysubset.subset_actors import ActorPool, Pack, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Weights
 from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 class Rounds:
     """The rounds of one run."""
 
-    def __init__(self, run: Run, plan: Plan, decisions: Decisions, scoring: ScoringPlace) -> None:
+    def __init__(self, run: Run, plan: Plan, decisions: Decisions) -> None:
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
-        self._plan, self._decisions, self._scoring = plan, decisions, scoring
+        self._plan, self._decisions = plan, decisions
 
     def run(self, pool: ActorPool, round: int, start: Weights, start_id: str) -> tuple[Weights, dict[str, Any]]:
         """Subset minima in parallel, then their aggregate: weights and record, read back where they are there.
@@ -58,24 +58,23 @@ class Rounds:
             stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {config.minimize.epochs:g} epochs each")
         )
         pieces = [self._piece(round, subset, start_id) for subset in subsets]
-        twice, parts = method_of(config.aggregation).needs.parts, []
-        pieces = self._find_minima(pool, pieces, start, more_to_come=twice)
-        if twice:
+        parts: list[Piece] = []
+        pieces = self._find_minima(pool, pieces, start)
+        if method_of(config.aggregation).needs.parts:
             parts = self._on_subsamples(pool, subsets, pieces, start)
             done = {part.subset_id for part in parts}
             pieces = [piece for piece in pieces if piece.subset_id in done]
-        return self._aggregate(round, pieces, parts, start)
+        return self._aggregate(pool, round, pieces, parts, start)
 
-    def _find_minima(
-        self, pool: ActorPool, pieces: list[Piece], start: Weights, *, more_to_come: bool = False
-    ) -> list[Piece]:
+    def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights) -> list[Piece]:
         """Those whose minima are found: all, but with a quorum."""
-        config, is_last = self._config, pieces[0].round + 1 == self._config.rounds.num
+        config, round = self._config, pieces[0].round
+        parts_follow = method_of(config.aggregation).needs.parts and not pieces[0].is_subsample
         minima = find_minima(
             pool,
             pieces,
             None if config.subsets.start == "independent" else start,
-            release=not more_to_come and (is_last or self._decisions.aggregation_num_gpus > 0),
+            keep=math.inf if parts_follow or round + 1 < config.rounds.num else 1,  # which aggregates
             quorum=config.actors.quorum,
             per_actor=self._decisions.per_actor(pool, pieces),
         )
@@ -144,9 +143,9 @@ class Rounds:
         return list(left)
 
     def _aggregate(
-        self, round: int, pieces: list[Piece], parts: list[Piece], start: Weights
+        self, pool: ActorPool, round: int, pieces: list[Piece], parts: list[Piece], start: Weights
     ) -> tuple[Weights, dict[str, Any]]:
-        """One set of weights of a round's minima; written down before it is used.
+        """One set of weights of a round's minima, by an actor; written down before it is used.
 
         Args:
             pieces: whose minima they are; parts on a part of the same subsets, if any.
@@ -173,23 +172,24 @@ class Rounds:
             measures=MEASURES if config.rounds.evaluated(round) else (),
             more={"minima": records} | ({"subsamples": others} if parts else {}),
         )
-        made, record = self._scoring.aggregate(piece, start)
-        self._tell_of(made, round)
-        return made.aggregate.weights, record
+        ((_, record),) = pool.run([Pack((piece,))], start, keep=math.inf if round + 1 < config.rounds.num else 0)
+        self._tell_of(record["aggregation"], round)
+        return piece.output.weights(), record
 
-    def _tell_of(self, made: Aggregation | Unmeasured, round: int) -> None:
-        members = ", ".join(map(str, made.aggregate.subset_ids))
-        text = f"{made.aggregate.method} of subsets {members}"
-        if isinstance(made, Aggregation):
+    def _tell_of(self, made: dict[str, Any], round: int) -> None:
+        text = f"{made['method']} of subsets {', '.join(map(str, made['subset_ids']))}"
+        if validation := made["validation"]:
+            best, ensemble = (f"{made[name]['accuracy']:.2%}" for name in ("best_member", "ensemble"))
+            losses = [math.nan if loss is None else loss for loss in (validation["loss"], made["barrier"])]
             text += (
-                f": validation {made.validation.loss:.4f} and {made.validation.accuracy:.2%}; best member "
-                f"{made.best_member.accuracy:.2%}, ensemble {made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
+                f": validation {losses[0]:.4f} and {validation['accuracy']:.2%}; best member {best}, ensemble "
+                f"{ensemble}, barrier {losses[1]:+.4f}"
             )
-        self._tell(Event("aggregate", text, {"round": round, "record": made.to_dict()}))
-        if of_first := made.aggregate.of_first:
-            text = f"not averaged, as members of subset {made.aggregate.subset_ids[0]} have it: {listed(of_first)}"
+        self._tell(Event("aggregate", text, {"round": round, "record": made}))
+        if of_first := made["of_first"]:
+            text = f"not averaged, as members of subset {made['subset_ids'][0]} have it: {listed(of_first)}"
             self._tell(Event("note", text))
-        if not made.aggregate.shared_start and method_of(self._config.aggregation).needs.shared_start:
+        if not made["shared_start"] and method_of(self._config.aggregation).needs.shared_start:
             self._tell(
                 Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
             )

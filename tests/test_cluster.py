@@ -56,7 +56,6 @@ def small_sweep(config: Config) -> Any:
             "subset actors ask for 3 CPU; this cluster can never place that: it has 1 × this",
         ),
         (run, {"actors.num_gpus": 1.0}, "subset actors ask for 1 CPU + 1 GPU"),
-        (run, {"aggregation.num_gpus": 1.0}, "the tasks that score aggregates ask for 1 CPU + 1 GPU"),
         (run, {"trunk.num_workers": 3}, "trunk workers ask for 3 × 1 CPU"),
         (run, {"fine_tuning.num_workers": 3}, "fine_tuning workers ask for 3 × 1 CPU"),
         (run, {"method": "conventional", "conventional.num_workers": 3}, "conventional workers ask for 3 × 1 CPU"),

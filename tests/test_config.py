@@ -17,7 +17,6 @@ import pytest
 
 from raysubset.config import (
     ActorsConfig,
-    AggregationConfig,
     ClusterConfig,
     Config,
     ConventionalConfig,
@@ -207,7 +206,6 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (RoundsConfig, {"num": 0}, "rounds.num = 0"),
     (RoundsConfig, {"outer_learning_rate": 0.0}, "rounds.outer_learning_rate = 0.0"),
     (RoundsConfig, {"outer_momentum": 1.0}, "rounds.outer_momentum = 1.0"),
-    (AggregationConfig, {"num_gpus": -1.0}, "aggregation.num_gpus = -1.0"),
     (FineTuningConfig, {"epochs": -1.0}, "fine_tuning.epochs = -1.0"),
     (FineTuningConfig, {"shrink": 1.5}, "fine_tuning.shrink = 1.5"),
     (FineTuningConfig, {"perturb": -0.5}, "fine_tuning.perturb = -0.5"),

@@ -37,7 +37,7 @@ def run(tmp_path) -> RunDirectory:
     run = RunDirectory(str(tmp_path), "run")
     identity = Identity({"data": fingerprint([Entry("a", 1, "0")])}, {})
     run.open(Config().to_dict(), {}, identity)
-    run.write_json("decisions.json", {"num_gpus": 0.0, "num_workers": 2, "aggregation_num_gpus": 0.0})
+    run.write_json("decisions.json", {"num_gpus": 0.0, "num_workers": 2})
     run.write_json("sessions.json", {"sessions": [{"started_at": 1.0, "startup_s": 2.0, "wall_s": 3.0}]})
     files = {weights_path(MINIMUM): run.write_weights(weights_path(MINIMUM), {"a": torch.arange(50.0)})}
     run.write_json(minimum_path(MINIMUM), minimum(1) | {"files": files})

@@ -111,7 +111,7 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
         },
         "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0] * 4},
-        "decisions": {"num_gpus": 0.0, "num_workers": 2, "aggregation_num_gpus": 0.0},
+        "decisions": {"num_gpus": 0.0, "num_workers": 2},
         "advice": [Note("Q of 4 subsets: 3").to_dict(), Note("subset 3 lacks class 7", is_warning=True).to_dict()],
         "planned_passes": 10.0,
         "stages": {"trunk": None, "rounds": [round_of([minimum(n) for n in range(4)])], "fine_tuning": tuned},

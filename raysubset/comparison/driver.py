@@ -226,7 +226,6 @@ def _decide(
         decided = {
             "num_gpus": num_gpus,
             "num_workers": max(2, min(num_subsets, most)),
-            "aggregation_num_gpus": num_gpus,
         }
     decided |= {"num_workers": num_workers or decided["num_workers"]}
     directory.write_json(DECISIONS_PATH, decided)

@@ -83,7 +83,7 @@ class Leg:
             rooms |= {self.stage}
         if name in ("minimize.epochs", "trunk.epochs", "fine_tuning.epochs", "rounds.num", "rounds.evaluate_every"):
             return False  # `epochs`, `round`, `span` and `is_measured` stand for them
-        if name in ("aggregation.num_gpus", "actors.num_gpus", "actors.quorum"):
+        if name in ("actors.num_gpus", "actors.quorum"):
             return False
         if name.startswith("aggregation.") and self.kind != "aggregate":
             return bool(self.statistics) or (self.is_subsample and name == "aggregation.savgm_fraction")

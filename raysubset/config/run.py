@@ -190,6 +190,10 @@ class Config:
         Raises:
             ValueError: for unknown fields or values of the wrong type.
         """
+        aggregation = tree.get("aggregation") if isinstance(tree, Mapping) else None
+        if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
+            aggregation = {key: value for key, value in aggregation.items() if key != "num_gpus"}
+            tree = {**tree, "aggregation": aggregation}
         return from_tree(cls, tree, "")
 
 

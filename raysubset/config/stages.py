@@ -91,8 +91,6 @@ class AggregationConfig:
     """How aligned_soup finds which units of two minima correspond; weights did at least as well on MNIST (n = 2)."""
     repair: bool = True
     """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
-    num_gpus: float | None = None
-    """GPUs of the task that scores candidates; 0: the driver scores them. By default as actors.num_gpus (recorded)."""
 
     def __post_init__(self) -> None:
         need(
@@ -109,7 +107,6 @@ class AggregationConfig:
             dare_drop="[0, 1)",
             task_scale="(0, ∞)",
             savgm_fraction="(0, 1)",
-            num_gpus="[0, 1]",
         )
 
 

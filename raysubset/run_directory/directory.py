@@ -181,8 +181,10 @@ class RunDirectory:
         data = self.read_bytes(path)
         with self._corrupt(path, ValueError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
             record = json.loads(data)
-        if isinstance(record, dict) and record.pop(_DIGEST, None) is not None and (flaw := flaw_by_itself(data)):
-            raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
+        if isinstance(record, dict) and (MARK in data or _DIGEST in record):  # of which either may be damaged
+            if flaw := flaw_by_itself(data):
+                raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
+            del record[_DIGEST]
         try:
             refuse_other_values(path, record)
         except ValueError as error:

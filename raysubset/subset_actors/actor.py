@@ -82,16 +82,16 @@ class SubsetActor:
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
         """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind."""
+        start = None if start_ref is None else get_shared(start_ref)
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
-            start = None if start_ref is None else get_shared(start_ref)
             return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
         begin()
         records, full_set = [], self._load_full_set()
         for piece in pieces:
             if isinstance(piece, AggregatePiece):
                 place = {"node": own_address(), "waited_s": waited_s}
-                records.append(leave_aggregate(full_set, self._num_gpus, piece, **place)[1])
+                records.append(leave_aggregate(full_set, self._num_gpus, piece, start, **place)[1])
             elif isinstance(piece, TestPiece):
                 records.append(leave_metrics(full_set, self._num_gpus, piece))
         return records

@@ -15,7 +15,7 @@ def find_minima(
     pieces: Sequence[Piece],
     start: Weights | None,
     *,
-    release: bool = True,
+    keep: float = 0,
     quorum: int | None = None,
     per_actor: int = 1,
 ) -> list[Minimum]:
@@ -34,7 +34,7 @@ def find_minima(
     if found and todo:
         tell(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
     min_done = None if quorum is None else max(0, quorum - len(found))
-    for piece, record in pool.run(todo, start, release=release, min_done=min_done):
+    for piece, record in pool.run(todo, start, keep=keep, min_done=min_done):
         assert isinstance(piece, Piece)
         minimum = found[piece.folder] = piece.minimum(record)
         told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []

@@ -154,7 +154,7 @@ class ActorPool:
         packs: Sequence[Pack],
         start: Weights | None,
         *,
-        release: bool = True,
+        keep: float = 0,
         min_done: int | None = None,
     ) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
         """Do the pieces, in any order, and yield each with its record as it is done.
@@ -162,7 +162,7 @@ class ActorPool:
         Args:
             packs: what to do.
             start: the weights all of them start from; None: their seeded initialisations.
-            release: hand actors back as soon as there is no pack left for them; else they stay for the next call.
+            keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
             min_done: go on without pieces that failed for good as long as this many can still be done; default: all.
 
         Raises:
@@ -172,7 +172,7 @@ class ActorPool:
         """
         start_ref = None if start is None else put_once(start)
         num_left = sum(len(pack.pieces) for pack in packs)
-        for piece, result in self.results(Backlog(packs), start_ref, release=release):
+        for piece, result in self.results(Backlog(packs), start_ref, keep=keep):
             if not isinstance(result, Exception):
                 yield piece, result
                 continue
@@ -190,13 +190,13 @@ class ActorPool:
         Raises:
             SubsetFailed, ValueError, TimeoutError: as run(). A trial whose actor dies is tried again likewise.
         """
-        ((_, result),) = self.results(Backlog([Pack(tuple(pieces), is_trial=True)]), None, release=False)
+        ((_, result),) = self.results(Backlog([Pack(tuple(pieces), is_trial=True)]), keep=math.inf)
         if isinstance(result, Exception):
             raise result
         return result
 
     def results(
-        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None = None, *, release: bool = True
+        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None = None, *, keep: float = 0
     ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
         """Do what the backlog holds; each piece with its record, or with why it, or what it needs, failed for good.
 
@@ -206,7 +206,7 @@ class ActorPool:
             TimeoutError: as run().
             CorruptFile: if a file that a piece needs is damaged.
         """
-        for pack, results in self._results(backlog, start_ref, release=release):
+        for pack, results in self._results(backlog, start_ref, keep=keep):
             ended = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
             for piece, result in sorted(ended, key=lambda item: isinstance(item[1], Exception)):  # failures last
                 yield piece, result
@@ -217,13 +217,13 @@ class ActorPool:
                     yield dependent, result
 
     def _results(
-        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, release: bool
+        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
     ) -> Iterator[tuple[Pack, list[Result]]]:
         """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
         self._idle_since = self._noticed_at = time.monotonic()
         self._waits_told.clear()
         while backlog or any(slot.pack for slot in self._slots):
-            self._ask_for_actors(len(backlog), num_waiting=backlog.num_waiting, release=release)
+            self._ask_for_actors(len(backlog), keep=backlog.num_waiting + keep)
             self._assign(backlog, start_ref)
             self._wait()
             for slot in list(self._slots):
@@ -237,15 +237,15 @@ class ActorPool:
             self._hear_reports()
             self._leave_draining_nodes()
             self._tell_of_waiting(len(backlog))
-        self._ask_for_actors(0, release=release)  # what comes next may want the last one's GPU
+        self._ask_for_actors(0, keep=keep)  # what comes next may want the last one's GPU
 
     def _tell(self, kind: str, text: str, **data: Any) -> None:
         self.opened.tell(Event(kind, text, data))
 
-    def _ask_for_actors(self, num_queued: int, *, num_waiting: int = 0, release: bool) -> None:
+    def _ask_for_actors(self, num_queued: int, *, keep: float) -> None:
         """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first.
 
-        Actors that are up stay for packs that wait for others.
+        Of those that are up so many are kept.
         """
         wanted = sum(1 for slot in self._slots if slot.pack) + num_queued
         wanted = min(wanted, self._config.actors.max_num or wanted)
@@ -256,11 +256,11 @@ class ActorPool:
             actor_class = self._actor_class.options(**self._options, scheduling_strategy=strategy)
             actor = actor_class.remote(self.opened.full_set_ref, self._num_gpus, self._workplace)
             self._slots.append(_Slot(actor, actor.where.remote(), time.monotonic(), place))
-        if release and len(self._slots) > wanted:
-            unplaced = [slot for slot in self._slots if slot.where is None]
-            idle = [slot for slot in self._slots if slot.where is not None and slot.pack is None]
-            for slot in (unplaced + idle[num_waiting:])[: len(self._slots) - wanted]:
-                self._release(slot)
+        unplaced = [slot for slot in self._slots if slot.where is None]
+        idle = [slot for slot in self._slots if slot.where is not None and slot.pack is None]
+        spare = unplaced + idle[int(min(keep, len(idle))) :]
+        for slot in spare[: max(0, len(self._slots) - wanted)]:
+            self._release(slot)
 
     def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
         for slot in self._slots:

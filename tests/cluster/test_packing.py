@@ -30,9 +30,7 @@ def decide(config: Config, *, taken: bool) -> None:
     directory = RunDirectory(config.storage_path, config.run_name())
     directory.open(config.to_dict(), {}, identify([config], {}, None))
     packing = {"per_actor": config.subsets.per_actor, "taken": taken}
-    directory.write_json(
-        DECISIONS_PATH, {"num_gpus": 0.0, "num_workers": 1, "aggregation_num_gpus": 0.0, "packing": packing}
-    )
+    directory.write_json(DECISIONS_PATH, {"num_gpus": 0.0, "num_workers": 1, "packing": packing})
 
 
 def minima(report: RunReport) -> list[dict[str, torch.Tensor]]:
