@@ -7,7 +7,7 @@ from typing import Any
 from raysubset.aggregation import Aggregation, Minimum, Unmeasured, mean_optimizer_state
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
-from raysubset.events import Event, stage_event
+from raysubset.events import AggregateDone, Note, stage_event
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, cut_subsample, cut_subsets, manifest
 from raysubset.run_directory import (
@@ -177,14 +177,13 @@ class Rounds:
                 f": validation {made.validation.loss:.4f} and {made.validation.accuracy:.2%}; best member "
                 f"{made.best_member.accuracy:.2%}, ensemble {made.ensemble.accuracy:.2%}, barrier {made.barrier:+.4f}"
             )
-        self._tell(Event("aggregate", text, {"round": round, "record": made.to_dict()}))
+        self._tell(AggregateDone(text, round, made.to_dict()))
         if of_first := made.aggregate.of_first:
             text = f"not averaged, as members of subset {made.aggregate.subset_ids[0]} have it: {listed(of_first)}"
-            self._tell(Event("note", text))
+            self._tell(Note(text))
         if not made.aggregate.shared_start and self._config.aggregation.needs_shared_start():
-            self._tell(
-                Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
-            )
+            text = "this mean is of minima that share no start, as aggregation.allow_independent asked"
+            self._tell(Note(text, is_warning=True))
 
     def _write_manifest(self, round: int, subsets: tuple[Subset, ...]) -> None:
         """Write which examples each subset has, or compare with what was written.

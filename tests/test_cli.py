@@ -371,7 +371,7 @@ def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pyt
     monkeypatch.setenv("TERM", "xterm")
     print_sections(parts)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()
-    commands = [str(line) for part in parts for line in part.lines if isinstance(line, Command)]
+    commands = [f"  {line}" for part in parts for line in part.lines if isinstance(line, Command)]
     assert commands
     assert set(commands) <= set(lines)
     assert all(len(line) <= 80 for line in lines if line not in commands)

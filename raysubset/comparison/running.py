@@ -30,7 +30,7 @@ from raysubset.comparison.legs import Leg, closure
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet, refuse_changed_files
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent
+from raysubset.events import Event, LegDone, Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger, Work
 from raysubset.models import new_model, trainable_names
@@ -252,7 +252,7 @@ class LegRunner:
             are_done = pool.map(lambda leg: self.folder(leg).is_done(), legs)
             done = {leg for leg, is_done in zip(legs, are_done, strict=True) if is_done}
         if done:
-            self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
+            self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
         self._run_tasks([leg for leg in legs if leg.kind != "train" and leg not in done], done, len(legs))
         for leg in legs:  # Ray Train takes the whole cluster: one job after the other, when the tasks are through
             if leg.kind == "train" and leg not in done:
@@ -326,7 +326,7 @@ class LegRunner:
                     if self._collect(leg, result_ref, num_lost):
                         done.add(leg)
                         text = f"{leg.key}: validation {self._validation(leg)} ({len(done)} of {num_all} legs)"
-                        self._tell(Event("leg", text, {"leg": leg.key}))
+                        self._tell(LegDone(text, leg.key))
                     elif leg not in self.failed:
                         submit(leg)
                 if ended:
@@ -335,7 +335,7 @@ class LegRunner:
                     told_at, notice_s = time.monotonic(), min(2 * notice_s, MOST_NOTICE_S)
                     free = f"free are {free_resources(self._request)}{autoscaler_activity()}"
                     text = f"{len(running)} legs of {describe(self._request)} each are running or queued; {free}"
-                    self._tell(Event("waiting", text))
+                    self._tell(Waiting(text))
         except BaseException:
             stop_tasks(list(running))
             raise
@@ -357,19 +357,19 @@ class LegRunner:
             if num_lost[leg] >= most:
                 self._fail(leg, f"lost {num_lost[leg]} times, last: {text}")
             else:
-                self._tell(Event("retry", f"{leg.key} was lost ({text}); attempt {num_lost[leg] + 1} of {most}"))
+                self._tell(Retry(f"{leg.key} was lost ({text}); attempt {num_lost[leg] + 1} of {most}"))
             return False
         except RayTaskError as error:
             self._fail(leg, one_line(error.cause))
             return False
         if not is_done:
-            self._tell(Event("retry", f"{leg.key} was stopped by a signal; it goes on from its checkpoint"))
+            self._tell(Retry(f"{leg.key} was stopped by a signal; it goes on from its checkpoint"))
         return is_done
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
         Ledger(self.folder(leg).run).close_lost()
-        self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
+        self._tell(Note(f"{leg.key} failed: {reason}; what needs it is left out", is_warning=True))
 
     def _train(self, leg: Leg) -> None:
         """Data-parallel training from fresh weights by Ray Train."""
@@ -390,9 +390,10 @@ class LegRunner:
         except (ValueError, RuntimeError) as error:
             self._fail(leg, one_line(error))
             return
-        self._tell(Event("leg", f"{leg.key}: validation {self._validation(leg)}", {"leg": leg.key}))
+        self._tell(LegDone(f"{leg.key}: validation {self._validation(leg)}", leg.key))
 
 
 def _ignore_all_but_warnings(tell: OnEvent, event: Event) -> None:
-    if event.kind in ("warning", "retry", "waiting"):
-        tell(event)
+    match event:
+        case Note(is_warning=True) | Retry() | Waiting():
+            tell(event)

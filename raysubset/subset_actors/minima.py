@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.aggregation import Minimum
-from raysubset.events import Event
+from raysubset.events import MinimumDone, Note
 from raysubset.run_directory import (
     RunDirectory,
     Seal,
@@ -43,7 +43,7 @@ def find_minima(
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:
-        tell(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
+        tell(Note(f"{len(found)} of {len(pieces)} minima are already there"))
     min_done = None if quorum is None else max(0, quorum - len(found))
     for piece, record in pool.run(todo, start, release=release, min_done=min_done):
         minimum = found[piece.folder] = read_minimum(directory, piece, record)
@@ -53,9 +53,7 @@ def find_minima(
         if minimum.outcome != "epochs":
             told.append(minimum.outcome)
         text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"
-        tell(
-            Event("minimum", f"{text} ({len(found)} of {len(pieces)})", {"stage": piece.ledger_stage, "record": record})
-        )
+        tell(MinimumDone(f"{text} ({len(found)} of {len(pieces)})", piece.ledger_stage, record))
     return [found[piece.folder] for piece in pieces if piece.folder in found]
 
 

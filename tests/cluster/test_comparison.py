@@ -18,7 +18,7 @@ from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.running import LegRunner
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, LegDone, Retry
 from raysubset.ledger import Ledger
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path
@@ -135,7 +135,7 @@ def test_going_on_does_only_what_is_new(report: ComparisonReport, storage: Path)
     events: list[Event] = []
     config = Config(name="digits", storage_path=str(storage))
     again = compare(config, seeds=2, budgets=[2], arms=["B", "G"], learning_rates=[0.1], on_event=events.append)
-    assert [event.text for event in events if event.kind == "leg"] == []
+    assert not [event for event in events if isinstance(event, LegDone)]
     assert any("legs are already there" in event.text for event in events)
     assert runs(again, "G") == runs(report, "G")
     assert again.record["seconds"]["num_sessions"] == 2
@@ -189,7 +189,7 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     works = runner.folder(leg).works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
     assert works[2].cost.num_steps < 150 * 21  # it went on from a checkpoint
-    retries = [event.text for event in events if event.kind == "retry"]
+    retries = [event.text for event in events if isinstance(event, Retry)]
     assert "stopped by a signal" in retries[0]
     assert "attempt 2 of 2" in retries[1]
 

@@ -10,7 +10,7 @@ import torch
 from raysubset import Config, run
 from raysubset.aggregation import mean_optimizer_state
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, MinimumDone, Stage
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.report import write_files
@@ -56,9 +56,9 @@ class Enough(Exception):
     """Stands for a driver that dies."""
 
 
-def stop_at(kind: str, text: str):
+def stop_at(kind: type[Event], text: str):
     def listen(event: Event) -> None:
-        if event.kind == kind and text in event.text:
+        if isinstance(event, kind) and text in event.text:
             raise Enough
 
     return listen
@@ -121,7 +121,7 @@ def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Pa
         by_hand = by_hand + (own - 0.25 * part) / 0.75 / 2
     torch.testing.assert_close(aggregate(directory)["head.weight"], by_hand)
     with pytest.raises(Enough):
-        run(config(tmp_path, "broken", **savgm), on_event=stop_at("minimum", "a part of subset"))
+        run(config(tmp_path, "broken", **savgm), on_event=stop_at(MinimumDone, "a part of subset"))
     broken = run(config(tmp_path, "broken", **savgm))
     assert same_bits(aggregate(RunDirectory.at(broken.uri)), aggregate(directory))
 
@@ -136,7 +136,7 @@ def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resumi
     assert same_bits(mean, mean_optimizer_state(states))
     assert not same_bits(mean, states[0])
     with pytest.raises(Enough):
-        run(config(tmp_path, "broken", **rounds), on_event=stop_at("stage", "round 2 of 2"))
+        run(config(tmp_path, "broken", **rounds), on_event=stop_at(Stage, "round 2 of 2"))
     broken = RunDirectory.at(run(config(tmp_path, "broken", **rounds)).uri)
     assert same_bits(aggregate(broken, 1), aggregate(whole, 1))
     others = []
