@@ -47,7 +47,7 @@ from raysubset.run_directory import (
 from raysubset.subset_actors import read_minimum
 from raysubset.training import Weights
 from raysubset.user_code import as_here
-from raysubset.work import Minimizer, Piece, Round, Run, leave_aggregate, test_weights
+from raysubset.work import Minimizer, Piece, Round, Run, leave_aggregate, placed_model, test_weights
 
 TEST_PATH = "test.json"  # in a leg's folder
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
@@ -219,7 +219,8 @@ def _test(legs: Sequence[Leg], legs_path: str, full_set_ref: Sequence[Any], num_
     full_set = get_shared(full_set_ref)
     for leg in legs:
         folder = LegFolder(legs_path, leg)
-        metrics = test_weights(full_set, num_gpus, leg.config, folder.weights()).metrics
+        placed = placed_model(full_set, num_gpus, leg.config)
+        metrics = test_weights(full_set, placed, leg.config, folder.weights()).metrics
         folder.run.write_json(TEST_PATH, metrics.to_dict())
 
 

@@ -6,7 +6,7 @@ aggregation, record = leave_aggregate(full_set, 0, config, directory, Round(0, m
 metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregate.weights, node="here")
 """
 
-from raysubset.work.aggregating import Round, leave_aggregate
+from raysubset.work.aggregating import Round, leave_aggregate, placed_model
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.minimizing import Minimizer
 from raysubset.work.pieces import Piece, Report
@@ -23,6 +23,7 @@ __all__ = [
     "calibration_examples",
     "leave_aggregate",
     "leave_test",
+    "placed_model",
     "test_weights",
     "tabulate_predictions",
     "pick_mistakes",
