@@ -15,8 +15,11 @@ from raysubset.cli import call, parse_config, run_job
 from raysubset.cli.screen import print_sections
 from raysubset.config import Config
 from raysubset.report import Command, Section, sections
-from raysubset.run_directory import REPORT_PATH, RunDirectory
+from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
 from tests.test_report import a_record
+
+# isort: split
+import ray
 
 
 def exit_of(arguments: str | list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str, str]:
@@ -302,6 +305,16 @@ def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[st
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "imported: []"
+
+
+def test_a_second_driver_of_the_same_name_is_refused_before_ray_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with Lease(RunDirectory(str(tmp_path), "run")):
+        code, out, err = exit_of(["run", "--storage-path", str(tmp_path), "--name", "run"], capsys)
+    assert (code, out) == (2, "")
+    assert f"is being written by process {os.getpid()}" in err
+    assert not ray.is_initialized()
 
 
 # Report
