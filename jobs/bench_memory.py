@@ -77,7 +77,7 @@ def bare(answers: "multiprocessing.Queue[float]", stop: "threading.Event") -> No
 def in_actor(size: int) -> float:
     """Private bytes of a subset actor in the middle of its work."""
     from raysubset import Config, run
-    from raysubset.events import Event
+    from raysubset.events import Event, Progress
 
     measured: list[float] = []
 
@@ -85,8 +85,8 @@ def in_actor(size: int) -> float:
         pass
 
     def listen(event: Event) -> None:
-        if event.kind == "progress" and event.data["epoch"] > 0.2:
-            measured.append(private_bytes(event.data["pid"]))
+        if isinstance(event, Progress) and event.epoch > 0.2:
+            measured.append(private_bytes(event.attempt.pid))
             raise Enough
 
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
-from raysubset.events import Event
+from raysubset.events import Note
 from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
@@ -110,7 +110,7 @@ class Decisions:
         if (decision := self._record.get("packing")) is None:
             decision = self._record["packing"] = packing_decision(self._run, pool, pieces)
             self._write()
-        self._run.tell(Event("note", packing_note(decision), {"packing": decision}))
+        self._run.tell(Note(packing_note(decision)))
         return asked if decision["taken"] else 1
 
     def _first(self, plan: Plan) -> dict[str, Any]:

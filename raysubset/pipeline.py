@@ -21,7 +21,7 @@ from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
-from raysubset.events import Event, Note, OnEvent, note_event, stage_event
+from raysubset.events import Note, OnEvent, Stage, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
@@ -92,7 +92,7 @@ def run(
     full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
     record = None if fresh else _finished(REPORT_PATH, directory, config, full_sets, accept_changed_code)
     if record is not None:
-        tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+        tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     with _begun(
@@ -115,7 +115,7 @@ def run(
         record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
         directory.write_json(REPORT_PATH, record)
         Ledger(directory).compact()
-    tell(Event("result", f"report: {directory.uri}"))
+    tell(Note(f"report: {directory.uri}"))
     return RunReport.from_dict(record)
 
 
@@ -165,7 +165,7 @@ def _begun(
     full_set, identity = full_sets[config.data], identify([config], full_sets, known)
     plan = make_plan(config, full_set)
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
-        tell(note_event(note))
+        tell(note)
     directory.check_writable()
     with ExitStack() as stack:
         stack.enter_context(reached(config.cluster))
@@ -175,7 +175,7 @@ def _begun(
         resumed = directory.open(
             shown.to_dict(), environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code
         )
-        tell(Event("stage", f"{'going on with' if resumed else 'run'} {directory.uri}", {"resumed": resumed}))
+        tell(Stage(f"{'going on with' if resumed else 'run'} {directory.uri}"))
         if resumed:
             Ledger(directory).close_lost()
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
@@ -244,7 +244,7 @@ class _Stages:
                 if error.path in found:
                     raise
                 found.add(error.path)
-                self._tell(Event("warning", f"{error}; it is made again"))
+                self._tell(Note(f"{error}; it is made again", is_warning=True))
                 self._directory.forget(error.path)
 
     def take_over_trunk(self, made: RunDirectory) -> None:
@@ -409,7 +409,7 @@ class _Stages:
         files, flaw = save_model(self._directory, weights, record)
         if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
-            self._tell(Event("note", f"{text} for that: its network's graph could not be kept ({flaw})"))
+            self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))
         return files
 
     def _plan_by_speed(self) -> Plan:
@@ -424,7 +424,7 @@ class _Stages:
         plan = dataclasses.replace(plan, advice=(*plan.advice, Note(in_words(self._decisions.slots, sizes))))
         for note in plan.advice:
             if note not in self._plan.advice:
-                self._tell(note_event(note))
+                self._tell(note)
         return plan
 
     def _pool(self) -> ActorPool:

@@ -8,7 +8,7 @@ from typing import Any
 from raysubset.aggregation import mean_optimizer_state, method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
-from raysubset.events import Event, stage_event
+from raysubset.events import AggregateDone, Note, stage_event
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
 from raysubset.run_directory import (
@@ -185,14 +185,13 @@ class Rounds:
                 f": validation {losses[0]:.4f} and {validation['accuracy']:.2%}; best member {best}, ensemble "
                 f"{ensemble}, barrier {losses[1]:+.4f}"
             )
-        self._tell(Event("aggregate", text, {"round": round, "record": made}))
+        self._tell(AggregateDone(text, round, made))
         if of_first := made["of_first"]:
             text = f"not averaged, as members of subset {made['subset_ids'][0]} have it: {listed(of_first)}"
-            self._tell(Event("note", text))
+            self._tell(Note(text))
         if not made["shared_start"] and method_of(self._config.aggregation).needs.shared_start:
-            self._tell(
-                Event("warning", "this mean is of minima that share no start, as aggregation.allow_independent asked")
-            )
+            text = "this mean is of minima that share no start, as aggregation.allow_independent asked"
+            self._tell(Note(text, is_warning=True))
 
     def _write_manifest(self, round: int, subsets: tuple[Subset, ...]) -> None:
         """Write which examples each subset has, or compare with what was written.

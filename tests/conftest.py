@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
+os.environ.update(RAY_worker_niceness="0")  # by default 15: any busy process beside Ray's would starve all workers
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children

@@ -15,8 +15,11 @@ from raysubset.cli import call, parse_config, run_job
 from raysubset.cli.screen import print_sections
 from raysubset.config import Config
 from raysubset.report import Command, Section, sections
-from raysubset.run_directory import REPORT_PATH, RunDirectory
+from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
 from tests.test_report import a_record
+
+# isort: split
+import ray
 
 
 def exit_of(arguments: str | list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str, str]:
@@ -304,6 +307,16 @@ def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[st
     assert done.stderr.splitlines()[-1] == "imported: []"
 
 
+def test_a_second_driver_of_the_same_name_is_refused_before_ray_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with Lease(RunDirectory(str(tmp_path), "run")):
+        code, out, err = exit_of(["run", "--storage-path", str(tmp_path), "--name", "run"], capsys)
+    assert (code, out) == (2, "")
+    assert f"is being written by process {os.getpid()}" in err
+    assert not ray.is_initialized()
+
+
 # Report
 
 
@@ -371,7 +384,7 @@ def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pyt
     monkeypatch.setenv("TERM", "xterm")
     print_sections(parts)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()
-    commands = [str(line) for part in parts for line in part.lines if isinstance(line, Command)]
+    commands = [f"  {line}" for part in parts for line in part.lines if isinstance(line, Command)]
     assert commands
     assert set(commands) <= set(lines)
     assert all(len(line) <= 80 for line in lines if line not in commands)

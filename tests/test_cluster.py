@@ -15,7 +15,7 @@ from raysubset import compare, run, sweep
 from raysubset.cluster import NodeType, connected, connection, num_gpus_of, reached, resources
 from raysubset.config import ActorsConfig, ClusterConfig, Config
 from raysubset.decisions import refuse_what_has_no_place
-from raysubset.events import Event
+from raysubset.events import Event, Note
 from raysubset.run_directory import RunDirectory, minimum_path
 
 CPUS, GPUS = NodeType("alive", {"CPU": 4.0}, 1, 0), NodeType("gpu.spot", {"CPU": 8.0, "GPU": 1.0}, 0, 3)
@@ -40,7 +40,7 @@ def test_actors_ask_for_gpus_where_there_may_be_some_and_the_user_hears_where_th
     events: list[Event] = []
     assert num_gpus_of(ActorsConfig(num_gpus=asked), events.append) == num
     assert len(events) == bool(told)
-    assert all(event.kind == "warning" and told in event.text for event in events)
+    assert all(isinstance(event, Note) and event.is_warning and told in event.text for event in events)
 
 
 def small_sweep(config: Config) -> Any:

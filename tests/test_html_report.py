@@ -234,7 +234,7 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     config = Config()
     shape, num = full_set.image_shape, full_set.num_classes
     model = build_model(config.model, num_classes=num, image_shape=shape, seed=1)
-    tested = work.test_weights(full_set, 0, config, model.state_dict())
+    tested = work.test_weights(full_set, work.placed_model(full_set, 0, config), config, model.state_dict())
     expected = evaluate(model, full_set.examples("test"), config.minimize)
     assert tested.metrics.num_correct == expected.num_correct
     assert tested.metrics.loss == pytest.approx(expected.loss, rel=1e-6)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raysubset import run_report
-from raysubset.events import Event
+from raysubset.events import Note
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions
 
@@ -60,6 +60,6 @@ def test_a_driver_whose_lease_is_lost_stops_at_its_next_event_and_leaves_the_ses
         tell = session.listener(events.append)
         lease.lost = "another driver has taken over the run"
         with pytest.raises(RuntimeError, match="another driver has taken over"):
-            tell(Event("note", "never told"))
+            tell(Note("never told"))
     assert not events
     assert not directory.exists(SESSIONS_PATH)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raysubset.config import Config, TrackingConfig
-from raysubset.events import Event
+from raysubset.events import AggregateDone, Attempt, EpochDone, Event, MinimumDone, Note, Progress, Stage
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked
@@ -49,18 +49,17 @@ def opened(config: Config) -> RunDirectory:
 
 
 def progress(epoch: float, loss: float | None) -> Event:
-    where = {"stage": "subsets", "round": 0, "subset": 3, "num_epochs": 8.0, "examples_per_s": 100.0}
-    return Event("progress", "", {**where, "epoch": epoch, "loss": loss})
+    return Progress("", Attempt("subsets", 0, 3, 0, "node", "ip", 1), epoch, 8.0, loss, examples_per_s=100.0)
 
 
-def tuned(epoch: int) -> Event:
+def tuned(epoch: int) -> EpochDone:
     """Training loss 1 / epoch, validation loss 0.3 - epoch / 10."""
     entry = {**history(epoch)[-1], "validation": metrics(0.3 - epoch / 10, 40, 50)}
-    return Event("epoch", "", {"stage": "fine_tuning", **entry})
+    return EpochDone("", "fine_tuning", entry)
 
 
-MINIMUM = Event("minimum", "", {"stage": "subsets", "record": minimum(3, round=1)})  # of 8 epochs, in the second round
-AGGREGATE = Event("aggregate", "", {"round": 1, "record": {"validation": metrics(0.2, 33, 50), "barrier": -0.03}})
+MINIMUM = MinimumDone("", "subsets", minimum(3, round=1))  # of 8 epochs, in the second round
+AGGREGATE = AggregateDone("", 1, {"validation": metrics(0.2, 33, 50), "barrier": -0.03})
 
 
 def finish(directory: RunDirectory) -> None:
@@ -100,21 +99,20 @@ def test_epochs_of_a_later_round_follow_those_of_the_rounds_before() -> None:
 
 
 def test_what_was_not_measured_brings_no_point() -> None:
-    record = MINIMUM.data["record"] | {"validation": None}
-    told = points(Event("minimum", "", {"stage": "subsets", "record": record}))
+    told = points(MinimumDone("", "subsets", {**MINIMUM.record, "validation": None}))
     assert len(told) == 8
     assert all("loss" in point.values for point in told)
     made = {"validation": None, "barrier": None}
-    assert points(Event("aggregate", "", {"round": 0, "record": made})) == []
+    assert points(AggregateDone("", 0, made)) == []
 
 
 def test_a_loss_that_was_not_finite_is_left_out() -> None:
-    (_, end) = points(Event("epoch", "", tuned(1).data | {"validation": {"loss": None, "accuracy": 0.1}}))
+    (_, end) = points(EpochDone("", "fine_tuning", {**tuned(1).record, "validation": {"loss": None, "accuracy": 0.1}}))
     assert end.values == {"validation_accuracy": 0.1}
 
 
 def test_other_events_bring_no_numbers() -> None:
-    assert points(Event("stage", "", {"resumed": False}), Event("note", ""), Event("warning", "")) == []
+    assert points(Stage(""), Note(""), Note("", is_warning=True)) == []
 
 
 # Who is told, and what becomes of failures
@@ -161,9 +159,9 @@ def test_a_failing_tracker_is_warned_of_once_and_the_run_goes_on(tmp_path: Path,
             tell(event)
             time.sleep(0.02)  # for the thread to fail
         finish(directory)
-    warnings = [event.text for event in heard if event.kind == "warning"]
-    assert warnings == [f"mlflow is told nothing more of {directory.uri}, which goes on: ConnectionError: nobody"]
-    assert [event for event in heard if event.kind != "warning"] == [tuned(1), tuned(2), AGGREGATE]
+    text = f"mlflow is told nothing more of {directory.uri}, which goes on: ConnectionError: nobody"
+    assert [event for event in heard if isinstance(event, Note)] == [Note(text, is_warning=True)]
+    assert [event for event in heard if not isinstance(event, Note)] == [tuned(1), tuned(2), AGGREGATE]
     assert directory.read_json(REPORT_PATH) == a_record()
 
 
@@ -184,8 +182,9 @@ def test_a_tracker_that_hangs_holds_up_no_event_and_not_the_end(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert time.monotonic() - started < 20
-    assert [event.kind for event in heard] == ["epoch", "warning"]
-    assert "no answer within 2 s" in heard[-1].text
+    _, warning = heard
+    assert isinstance(warning, Note)
+    assert "no answer within 2 s" in warning.text
 
 
 @pytest.mark.parametrize(("error", "outcome"), [(ValueError, "failed"), (KeyboardInterrupt, "stopped")])
@@ -286,7 +285,7 @@ def check_mlflow(config: Config, uri: str, tmp_path: Path) -> None:
 
 
 def _only_events(event: Event) -> None:
-    assert event.kind != "warning", event.text
+    assert not isinstance(event, Note), event.text
 
 
 def _fail_after(event: Event, config: Config, directory: RunDirectory) -> None:

@@ -1,6 +1,6 @@
 """The methods by name, the user's own among them, and which of them auto chooses among."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -150,7 +150,7 @@ def _users(config: AggregationConfig) -> Method:
         independent = config.allow_independent or not needs.shared_start
         shared = check_start(name, minima, allow_independent=independent)
         weights = call_function(_FIELD, name, minima, context)
-        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError(
                 f"{_FIELD} = {name!r} should return weights, tensors by name, not {type(weights).__name__}"
             )

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,7 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
         default: the job's config.
         description: heads the job's --help.
     """
-
-    def job() -> int:
-        command = parse(Run, arguments, default, prog=Path(sys.argv[0]).name, description=description)
-        return _run(command)
-
-    return _guarded(job, again="the same command goes on")
+    return _job(Run, arguments, default, description)
 
 
 def run_sweep_job(
@@ -94,12 +90,7 @@ def run_sweep_job(
         seeds: runs of each size.
         description: heads the job's --help.
     """
-
-    def job() -> int:
-        prog, swept = Path(sys.argv[0]).name, {"sizes": tuple(sizes), "seeds": seeds}
-        return _sweep(parse(Sweep, arguments, default, prog=prog, description=description, **swept))
-
-    return _guarded(job, again="the same command goes on")
+    return _job(Sweep, arguments, default, description, sizes=tuple(sizes), seeds=seeds)
 
 
 def run_comparison_job(
@@ -113,12 +104,17 @@ def run_comparison_job(
         description: heads the job's --help.
         options: defaults of compare()'s: seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers.
     """
+    return _job(Compare, arguments, default, description, **options)
 
+
+def _job(
+    kind: type[Command], arguments: Sequence[str], default: Config, description: str | None, **options: Any
+) -> int:
     def job() -> int:
         prog = Path(sys.argv[0]).name
-        return _compare(parse(Compare, arguments, default, prog=prog, description=description, **options))
+        return _dispatch(parse(kind, arguments, default, prog=prog, description=description, **options))
 
-    return _guarded(job, again="the same command goes on")
+    return _guarded(job, again="the same command resumes")
 
 
 def _guarded(work: Callable[[], int], *, again: str) -> int:
@@ -266,26 +262,24 @@ def _report(command: Report) -> int:
         )
     if command.to and not (folder := Path(command.to).expanduser().parent).is_dir():
         raise ValueError(f"--to {command.to}: there is no folder {folder}: choose another")
-    return _report_one(command) if len(command.directories) == 1 else _report_several(command)
+    from raysubset import report
 
-
-def _report_one(command: Report) -> int:
-    from raysubset.report import comparison_sections, read_report, sections, sweep_sections, write_files
-
-    (directory,) = command.directories
-    record = read_report(directory)
-    read = {"sweep": sweep_sections, "comparison": comparison_sections}.get(record.get("kind", ""), sections)
-    match command.format:
-        case "html":
-            with _damaged(directory):
-                page = write_files(directory)
-            print(page)
-        case "json":
-            print(json.dumps(record, indent=1))
-        case "text":
-            with _damaged(directory):
-                parts = read(record)
-            print_sections(parts)
+    if len(command.directories) == 1:
+        (directory,) = command.directories
+        record: Any = report.read_report(directory)
+        kinds = {"sweep": report.sweep_sections, "comparison": report.comparison_sections}
+        read, write = kinds.get(record.get("kind", ""), report.sections), partial(report.write_files, directory)
+    else:
+        record, read = report.read_several(command.directories), report.several_sections
+        write = partial(report.write_several, command.directories, command.to or "report.html")
+    with _damaged(", ".join(command.directories)):
+        match command.format:
+            case "html":
+                print(write())
+            case "json":
+                print(json.dumps(record, indent=1))
+            case "text":
+                print_sections(read(record))
     return DONE
 
 
@@ -310,24 +304,6 @@ def _write_page(uri: str) -> str:
             return f"Page: {write_files(uri)}"
     except OSError as error:
         return f"No page, as it cannot be written: {first_line(error)}"
-
-
-def _report_several(command: Report) -> int:
-    from raysubset.report import read_several, several_sections, write_several
-
-    records, names = read_several(command.directories), ", ".join(command.directories)
-    match command.format:
-        case "html":
-            with _damaged(names):
-                page = write_several(command.directories, command.to or "report.html")
-            print(page)
-        case "json":
-            print(json.dumps(records, indent=1))
-        case "text":
-            with _damaged(names):
-                parts = several_sections(records)
-            print_sections(parts)
-    return DONE
 
 
 def _doctor(config: Config) -> int:

@@ -18,25 +18,30 @@ from raysubset.config import Config, flatten, nearest
 
 _HELP = "Subset pretraining on Ray: minimize on distinct subsets in parallel, aggregate, fine-tune; count every cost."
 
-ConfigFile = Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")]
+
+@dataclasses.dataclass(frozen=True)
+class _OfConfig:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    config_file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
+    is called only with --trust-code, or where a flag names it too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class _Resumed(_OfConfig):
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete what was left behind under this name, and start over."""
+    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Resume though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(_Resumed):
     """Run subset pretraining, or a conventional run, and print its report; goes on with an unfinished run of that name.
 
     Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM, with
     what was done kept: the same command goes on.
     """
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete what a run of this name left behind, and start over."""
-    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,29 +61,20 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Doctor:
+class Doctor(_OfConfig):
     """Check data, model, storage and cluster before a run: what there is, what this config asks for, memory and time.
 
     Exit code 0 when a run can start, 1 when something is wrong. Takes the flags of `run`.
     """
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(_Resumed):
     """Run every combination of the values given, over seeds, as trials of Ray Tune; print a table and a recommendation.
 
     Goes on with an unfinished sweep of that name. Takes the flags of `run`. Exit codes as there; 1 if a trial failed.
     """
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
     sizes: tuple[int, ...] = ()
     """Examples per subset: short for --space subsets.size=…"""
     space: tuple[str, ...] = ()
@@ -87,23 +83,15 @@ class Sweep:
     """Runs of each combination, with seeds from --seed on."""
     prune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete what a sweep of this name left behind, and start over."""
-    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Compare(_Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
     Goes on with an unfinished comparison of that name. Takes the flags of `run`. Exit codes as there; 1 if work failed.
     """
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
     seeds: int | None = None
     """Runs of each arm and budget, with seeds from --seed on; by default 5. A verdict needs 5."""
     budgets: tuple[float, ...] = ()
@@ -121,23 +109,15 @@ class Compare:
     """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete what a comparison of this name left behind, and start over."""
-    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Advise:
+class Advise(_OfConfig):
     """Say what to expect of subset pretraining, data-parallel training and one device, with the formulas; no training.
 
     The speed of this machine is measured for a few seconds. Takes the flags of `run`.
     """
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: ConfigFile = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
     num_workers: int = 4
     """Devices to train with."""
     against: str | None = None
@@ -237,55 +217,30 @@ def _tyro(kind: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> 
     return command
 
 
-_EVERYDAY = {  # what other programs call our fields, or their last parts
-    "lr": "learning-rate",
-    "num-epochs": "epochs",
-    "max-epochs": "epochs",
-    "bs": "batch-size",
-    "wd": "weight-decay",
-    "opt": "optimizer",
-    "data": "data.name",
-    "dataset": "data.name",
-    "data-path": "data.name",
-    "data-dir": "data.root",
-    "img-size": "image-size",
-    "model": "model.name",
-    "arch": "model.name",
-    "network": "model.name",
-    "subsets": "subsets.num",
-    "num-subsets": "subsets.num",
-    "rounds": "rounds.num",
-    "num-rounds": "rounds.num",
-    "seeds": "seed",
-    "workers": "num-workers",
-    "n-workers": "num-workers",
-    "gpus": "actors.num-gpus",
-    "num-gpus": "actors.num-gpus",
-    "cpus": "actors.num-cpus",
-    "num-cpus": "actors.num-cpus",
-    "amp": "precision",
-    "bf16": "precision",
-    "output": "storage-path",
-    "output-dir": "storage-path",
-    "out": "storage-path",
-    "out-dir": "storage-path",
-    "outdir": "storage-path",
-    "save-dir": "storage-path",
-    "log-dir": "storage-path",
-    "logdir": "storage-path",
-    "storage": "storage-path",
-    "run-name": "name",
-    "ray-address": "cluster.address",
-    "mlflow": "tracking.to",
-    "wandb": "tracking.to",
-    "overwrite": "fresh",
-    "force": "fresh",
+_EVERYDAY = {  # a field's name, or its last part, and what other programs call it
+    "learning-rate": "lr",
+    "epochs": "num-epochs max-epochs",
+    "batch-size": "bs",
+    "weight-decay": "wd",
+    "optimizer": "opt",
+    "precision": "amp bf16",
+    "data.name": "data dataset data-path",
+    "data.root": "data-dir",
+    "image-size": "img-size",
+    "model.name": "model arch network",
+    "subsets.num": "subsets num-subsets",
+    "rounds.num": "rounds num-rounds",
+    "seed": "seeds",
+    "num-workers": "workers n-workers",
+    "actors.num-gpus": "gpus num-gpus",
+    "actors.num-cpus": "cpus num-cpus",
+    "cluster.address": "ray-address",
+    "storage-path": "output output-dir out out-dir outdir save-dir log-dir logdir storage",
+    "name": "run-name",
+    "tracking.to": "mlflow wandb",
+    "fresh": "overwrite force",
 }
-_FIRST = (
-    "minimize.",
-    "fine-tuning.",
-    "actors.",
-)  # parts of a config whose fields are meant before others of the same last name
+_FIRST = ("minimize.", "fine-tuning.", "actors.")  # whose fields are meant before others of the same last name
 _MOST_MEANT = 3
 
 
@@ -293,11 +248,8 @@ def _flags_of(kind: Any) -> list[str]:
     """A command's own flags, without dashes, and those of the config that it takes."""
     names = [field.name for field in dataclasses.fields(kind) if tyro.conf.Positional not in _marks(field)]
     if "config" in names:
-        names = [
-            *flatten(Config().to_dict()),
-            *(name for name in names if name not in ("config", "config_file")),
-            "config",
-        ]
+        own = [name for name in names if name not in ("config", "config_file")]
+        names = [*flatten(Config().to_dict()), *own, "config"]
     return [name.replace("_", "-") for name in names]
 
 
@@ -314,7 +266,7 @@ def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
     if flag in ("--resume", "--continue"):
         return f"there is no flag {flag}, and no need of one: the same command under the same --name resumes; {see}"
     name, known = flag.lstrip("-").replace("_", "-").lower(), _flags_of(kind)
-    meant = _EVERYDAY.get(name, name)
+    meant = next((field for field, others in _EVERYDAY.items() if name in others.split()), name)
     found = [meant] if meant in known else [one for one in known if one.endswith(f".{meant}")]
     if found:
         found.sort(key=lambda one: (one.count("."), not one.startswith(_FIRST)))

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from raysubset import events
+
 if TYPE_CHECKING:
-    from raysubset.events import Event, OnEvent
     from raysubset.report import Section
 
 
@@ -85,7 +86,8 @@ def print_sections(parts: "Sequence[Section]") -> None:
             console.print(table)
         for line in part.lines:
             is_command = isinstance(line, Command)  # to be copied: without line breaks of ours
-            console.print(visible(str(line)), soft_wrap=is_command or not is_terminal)
+            words = f"  {visible(line)}" if is_command else visible(str(line))
+            console.print(words, soft_wrap=is_command or not is_terminal)
 
 
 def _visible_section(part: "Section") -> "Section":
@@ -139,7 +141,7 @@ def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
 
 
 @contextmanager
-def listener() -> "Iterator[OnEvent]":
+def listener() -> Iterator[events.OnEvent]:
     """A listener that draws live progress on a terminal, and writes plain lines elsewhere; both to stderr."""
     console = console_of(sys.stderr)
     if not console.is_terminal:
@@ -157,16 +159,15 @@ class _PlainLines:
     def __init__(self) -> None:
         self._told: dict[Any, float] = {}
 
-    def __call__(self, event: "Event") -> None:
-        if event.kind == "start":
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.Start):
             return
-        if event.kind in ("progress", "leg"):
-            key, now = (event.data.get("stage"), event.data.get("subset")), time.monotonic()
+        if isinstance(event, events.Progress | events.LegDone):
+            key, now = _row(event.attempt) if isinstance(event, events.Progress) else None, time.monotonic()
             if now - self._told.setdefault(key, now) < self.EVERY_S:
                 return
             self._told[key] = now
-        mark = "warning: " if event.kind == "warning" else ""
-        print(f"{time.strftime('%H:%M:%S')} {mark}{visible(event.text)}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {visible(str(event))}", file=sys.stderr, flush=True)
 
 
 class _LiveTable:
@@ -174,25 +175,22 @@ class _LiveTable:
 
     def __init__(self, console: Console, live: Live) -> None:
         self._console, self._live = console, live
-        self._rows: dict[Any, tuple[str, ...]] = {}
+        self._rows: dict[tuple[str, int | None], tuple[str, ...]] = {}
 
-    def __call__(self, event: "Event") -> None:
-        data = event.data
-        key = (data.get("stage"), data.get("subset"))
-        if event.kind in ("start", "progress"):
-            name = data["stage"] if data["subset"] is None else f"subset {data['subset']}"
-            epochs = f"{data['epoch']:.1f} / {data['num_epochs']:g}" if data["num_epochs"] else "starting"
-            loss = "" if data["loss"] is None else f"{data['loss']:.4f}"
-            speed = "" if data["examples_per_s"] is None else f"{data['examples_per_s']:,.0f}"
-            self._rows[key] = (name, epochs, loss, speed, data.get("ip", ""))
-        else:
-            if event.kind == "minimum":
-                self._rows.pop((data["stage"], data["record"]["subset_id"]), None)
-            elif event.kind == "retry":
-                self._rows.pop(key, None)
-            elif event.kind == "stage":
+    def __call__(self, event: events.Event) -> None:
+        style = {events.Retry: "yellow", events.Stage: "bold", events.Waiting: "dim"}.get(type(event))
+        match event:
+            case events.Start(attempt=attempt) | events.Progress(attempt=attempt):
+                self._rows[_row(attempt)] = _cells(event)
+            case events.MinimumDone(stage=stage, record=record):
+                self._rows.pop((stage, record["subset_id"]), None)
+            case events.Retry(attempt=events.Attempt() as attempt):
+                self._rows.pop(_row(attempt), None)
+            case events.Stage():
                 self._rows.clear()
-            style = {"warning": "yellow", "retry": "yellow", "stage": "bold", "waiting": "dim"}.get(event.kind)
+            case events.Note(is_warning=True):
+                style = "yellow"
+        if not isinstance(event, events.Start | events.Progress):
             self._console.print(visible(event.text), style=style)
         self._live.update(self._table() if self._rows else "")
 
@@ -203,3 +201,16 @@ class _LiveTable:
         for key in sorted(self._rows, key=lambda key: (key[0], -1 if key[1] is None else key[1])):
             table.add_row(*self._rows[key])
         return table
+
+
+def _row(attempt: events.Attempt) -> tuple[str, int | None]:
+    return attempt.stage, attempt.subset
+
+
+def _cells(event: events.Start | events.Progress) -> tuple[str, ...]:
+    attempt = event.attempt
+    name = attempt.stage if attempt.subset is None else f"subset {attempt.subset}"
+    if isinstance(event, events.Start):
+        return name, "starting", "", "", attempt.ip
+    loss = "" if event.loss is None else f"{event.loss:.4f}"
+    return name, f"{event.epoch:.1f} / {event.num_epochs:g}", loss, f"{event.examples_per_s:,.0f}", attempt.ip

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster.private_ray import internal_kv
 from raysubset.cluster.resources import own_address
-from raysubset.events import Event, OnEvent
+from raysubset.events import Note, OnEvent, Retry
 from raysubset.pulse import Pulse, Watch, begin, pulse
 
 _EVERY_S = 1.0
@@ -102,9 +102,9 @@ class Lookout:
             match watch.look():
                 case "stalled":
                     more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                    self._on_event(Event("warning", f"{text}; {more}"))
+                    self._on_event(Note(f"{text}; {more}", is_warning=True))
                 case "lost":
-                    self._on_event(Event("retry", f"{text}; it was killed (actors.stall_s)"))
+                    self._on_event(Retry(f"{text}; it was killed (actors.stall_s)"))
                     kill_processes([process])
                     forget(self.prefix + name)
                     del self._watches[name]

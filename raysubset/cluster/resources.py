@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raysubset.config import ActorsConfig, ClusterConfig
-from raysubset.events import Event, OnEvent
+from raysubset.events import Note, OnEvent
 
 _MEMORIES = ("memory", "object_store_memory")  # a node's own affair, in bytes
 _TYPE_RESOURCE = "accelerator_type:"
@@ -177,7 +177,7 @@ def num_gpus_of(config: ActorsConfig, tell: OnEvent, *, types: Sequence[NodeType
             "no GPU is up and nobody has said what nodes the autoscaler can start, so actors ask for CPUs alone: if it "
             "can start GPUs give --actors.num-gpus=1, or publish its node types (clusters/publish_node_types.py)"
         )
-        tell(Event("warning", text))
+        tell(Note(text, is_warning=True))
     return float(has_gpus)
 
 

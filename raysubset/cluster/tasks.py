@@ -17,7 +17,7 @@ from raysubset.cluster.resources import (
     free_resources,
     refuse_unplaceable,
 )
-from raysubset.events import Event, OnEvent
+from raysubset.events import OnEvent, Waiting
 from raysubset.user_code import Workplace
 
 LOOK_S = 1.0  # between two looks at a task that works
@@ -112,7 +112,7 @@ def call_on_cluster(
                     lookout.look()
                 else:
                     free = f"free are {free_resources(request)}{autoscaler_activity()}"
-                    on_event(Event("waiting", f"{task} waits for a place; {free}"))
+                    on_event(Waiting(f"{task} waits for a place; {free}"))
             result = ray.get(next(result_refs))
     except BaseException:
         ray.cancel(result_refs, force=True)

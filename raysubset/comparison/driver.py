@@ -14,7 +14,7 @@ from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
-from raysubset.events import Event, OnEvent, note_event
+from raysubset.events import Note, OnEvent, Stage
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
@@ -98,7 +98,7 @@ def compare(
     plans = {arm.key: plan for arm in chosen}
     plans |= {a.key: make_plan(config.with_overrides(dict(a.overrides)), full_set) for a in chosen if a.overrides}
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
-        tell(note_event(note))
+        tell(note)
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     with ExitStack() as stack:
@@ -118,7 +118,7 @@ def compare(
         )
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
-        tell(Event("stage", f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
+        tell(Stage(f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
             sessions.started_up()
             decided = _decide(directory, config, len(plan.subsets), num_workers, tell)
@@ -151,7 +151,7 @@ def compare(
         record["seconds"] = sessions.seconds()
         directory.write_json(COMPARISON_PATH, record)
         track_comparison(config, directory, directory.read_json(COMPARISON_PATH), tell)
-    tell(Event("result", f"report: {directory.uri}"))
+    tell(Note(f"report: {directory.uri}"))
     return ComparisonReport.from_dict(directory.read_json(COMPARISON_PATH))
 
 
@@ -305,7 +305,7 @@ class _Comparison:
         budget, seed = self._tuned_at()
         baseline = next(arm for arm in arms if arm.key == "B")
         tried: list[Record] = []
-        self._tell(Event("stage", f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
+        self._tell(Stage(f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
         grid = [Settings(rate, size) for size in sizes for rate in rates]
         settings = {"B": self._best({baseline: grid}, budget, seed, tried)["B"]}
         others = {
@@ -338,13 +338,13 @@ class _Comparison:
                 tried.append({"arm": arm.key, **own, "budget": budget, "validation_loss": loss, "leg": leg.key})
             found = best[arm.key] = min(grid, key=lambda one: losses[one])
             if losses[found] == math.inf:
-                self._tell(Event("warning", f"{arm.key} diverged or failed at every learning rate of the grid"))
+                self._tell(Note(f"{arm.key} diverged or failed at every learning rate of the grid", is_warning=True))
                 continue
             rates = {one.learning_rate for one in grid}
             edge = len(rates) > 1 and found.learning_rate in (min(rates), max(rates))
             note = ", at the edge of the grid" if edge else ""
             text = f"{arm.key}: learning rate {found.learning_rate:g}{note}, batch {found.batch_size}"
-            self._tell(Event("note", text))
+            self._tell(Note(text))
         return best
 
     def run(self, arms: Sequence[Arm], settings: Mapping[str, Settings]) -> dict[Arm, dict[float, dict[int, Leg]]]:
@@ -352,8 +352,8 @@ class _Comparison:
         finals = {arm: self._finals(arm, settings[arm.key]) for arm in arms}
         flat = [leg for of_arm in finals.values() for of_budget in of_arm.values() for leg in of_budget.values()]
         shape = f"{len(arms)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
-        self._tell(Event("stage", shape))
+        self._tell(Stage(shape))
         self.runner.run(flat)
-        self._tell(Event("stage", "test: every choice is made, the test split is read"))
+        self._tell(Stage("test: every choice is made, the test split is read"))
         self.runner.test(flat)
         return finals

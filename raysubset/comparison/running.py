@@ -10,7 +10,7 @@ from raysubset.comparison.legs import Leg, closure
 from raysubset.config import derive_seed
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
-from raysubset.events import Event
+from raysubset.events import Event, LegDone, Note, Progress, Retry, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import new_model
@@ -54,11 +54,12 @@ class LegRunner:
 
     def _hear(self, event: Event) -> None:
         """Tell what is told of one leg among hundreds: troubles, and now and then that there is progress."""
-        if event.kind in ("warning", "retry", "waiting"):
-            self._tell(event)
-        elif event.kind == "progress" and time.monotonic() - self._told_at >= self._notice_s:
-            self._told_at, self._notice_s = time.monotonic(), min(2 * self._notice_s, MOST_NOTICE_S)
-            self._tell(Event("waiting", f"at work: {event.text}"))
+        match event:
+            case Note(is_warning=True) | Retry() | Waiting():
+                self._tell(event)
+            case Progress() if time.monotonic() - self._told_at >= self._notice_s:
+                self._told_at, self._notice_s = time.monotonic(), min(2 * self._notice_s, MOST_NOTICE_S)
+                self._tell(Waiting(f"at work: {event.text}"))
 
     def _do_missing(self, legs: Sequence[Leg]) -> None:
         refuse_changed_files(self._run.full_set)
@@ -67,7 +68,7 @@ class LegRunner:
         with ThreadPoolExecutor(NUM_READERS) as threads:
             done = {leg for leg, is_done in zip(legs, threads.map(_is_done, legs), strict=True) if is_done}
         if done:
-            self._tell(Event("note", f"{len(done)} of {len(legs)} legs are already there"))
+            self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
         todo = [leg for leg in legs if leg not in done]
         while todo:
             blocked: set[Leg] = set()  # by what Ray Train has to do first; inputs come before what needs them
@@ -116,11 +117,11 @@ class LegRunner:
         if metrics is not None:
             loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             text = f"{loss} and {metrics['accuracy']:.2%}"
-        self._tell(Event("leg", f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", {"leg": leg.key}))
+        self._tell(LegDone(f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", leg.key))
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
-        self._tell(Event("warning", f"{leg.key} failed: {reason}; what needs it is left out"))
+        self._tell(Note(f"{leg.key} failed: {reason}; what needs it is left out", is_warning=True))
 
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         """Data-parallel training by Ray Train."""

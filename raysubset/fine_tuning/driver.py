@@ -15,7 +15,7 @@ import ray.train
 from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
 from raysubset.config import TrainingStage
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent
+from raysubset.events import Note, OnEvent, Retry
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.snapshots import mend_snapshot
@@ -96,7 +96,7 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
     while True:
         num_epochs = lookout.num_epochs
         if mended := mend_snapshot(run, f"{stage}/{_JOB}"):
-            on_event(Event("warning", mended, {"stage": stage}))
+            on_event(Note(mended, is_warning=True))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
         try:
@@ -121,7 +121,7 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
             if num_lost >= most:
                 raise FineTuningFailed(text) from error
-            on_event(Event("retry", f"{text}; it starts from its last checkpoint", {"stage": stage}))
+            on_event(Retry(f"{text}; it starts from its last checkpoint"))
             lookout.begin()
     lookout.tell_epochs()
     if diverged:

@@ -21,7 +21,7 @@ from raysubset.cluster import (
     node_types,
     offers,
 )
-from raysubset.events import Event, OnEvent
+from raysubset.events import EpochDone, Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning.worker import Job
 from raysubset.pulse import Pulse, Watch
 from raysubset.run_directory import history_path
@@ -84,8 +84,8 @@ class TrainLookout:
         for entry in entries[self.num_epochs :]:
             self.num_epochs += 1
             validation = Metrics.from_dict(entry["validation"])
-            text = f"epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
-            self._tell("epoch", f"{text} and {validation.accuracy:.2%}", stage=stage, **entry)
+            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
+            self._on_event(EpochDone(f"{text} and {validation.accuracy:.2%}", stage, entry))
 
     def _history(self) -> list[dict[str, Any]]:
         return self._job.run.read_json_or_none(history_path(self._job.stage)) or []
@@ -95,14 +95,15 @@ class TrainLookout:
         usual = max((worker.pulse.usual_s for worker in workers if worker.pulse.usual_s is not None), default=None)
         num_beats, watch = sum(worker.pulse.num_beats for worker in workers), self._watch
         watch.hear(Pulse(num_beats, usual), frozenset(worker.pid for worker in workers))
-        where = f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
+        stage, where = self._job.stage, f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
         match watch.look():
             case "stalled":
                 more = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                self._tell("warning", f"{where} stand still: {watch.in_words()}; {more}")
+                text = f"{stage}: {where} stand still: {watch.in_words()}; {more}"
+                self._on_event(Note(text, is_warning=True))
             case "lost":
                 self.stalled = f"{watch.in_words()} on {where}: killed (actors.stall_s)"
-                self._tell("retry", f"{self.stalled}; it starts from its last checkpoint")
+                self._on_event(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
                 kill_processes(workers)
                 forget(self.key)
                 self.begin()
@@ -111,13 +112,10 @@ class TrainLookout:
         if now - self._noticed_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
             return
         self._noticed_at, waited_s = now, now - self._placed_at
-        waiting = f"{self._num_workers} × {describe(self._request)} wait for a place"
+        waiting = f"{self._job.stage}: {self._num_workers} × {describe(self._request)} wait for a place"
         if waited_s > self._job.config.cluster.wait_timeout_s:
             raise TimeoutError(
-                f"{self._job.stage}: {waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
+                f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
                 f"{offers(node_types())}. {ASK_FOR_LESS}, or run the same command when it has more"
             )
-        self._tell("waiting", f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}")
-
-    def _tell(self, kind: str, text: str, **data: Any) -> None:
-        self._on_event(Event(kind, f"{self._job.stage}: {text}", data))
+        self._on_event(Waiting(f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}"))

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import Config, flatten
@@ -23,14 +22,8 @@ _OF_SUBSET_PRETRAINING = (
 )
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(str):
     """A command line for the user to copy."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return f"  {self.text}"
 
 
 def command(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.report.commands import Command
 from raysubset.report.figures import Record, standard_error, trained_passes
 from raysubset.report.findings import findings, next_commands
 from raysubset.training import Metrics, bytes_in_words
@@ -19,7 +18,7 @@ MOST_ROWS = 12  # minima or rounds that get a row each
 _NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
 _TEXT = re.compile(r"[A-Za-z]{4,}")
 
-Line = str | Note | Command
+Line = str | Note  # a str may be a Command
 
 
 @dataclass(frozen=True)

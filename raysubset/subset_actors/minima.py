@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from raysubset.aggregation import Minimum
-from raysubset.events import Event
+from raysubset.events import MinimumDone, Note
 from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
@@ -32,7 +32,7 @@ def find_minima(
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:
-        tell(Event("note", f"{len(found)} of {len(pieces)} minima are already there"))
+        tell(Note(f"{len(found)} of {len(pieces)} minima are already there"))
     min_done = None if quorum is None else max(0, quorum - len(found))
     for piece, record in pool.run(todo, start, keep=keep, min_done=min_done):
         assert isinstance(piece, Piece)
@@ -44,5 +44,5 @@ def find_minima(
             told.append(minimum.outcome)
         text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"
         text += f" ({len(found)} of {len(pieces)})"
-        tell(Event("minimum", text, {"stage": piece.ledger_key[0], "record": record}))
+        tell(MinimumDone(text, piece.ledger_key[0], record))
     return [found[piece.folder] for piece in pieces if piece.folder in found]

@@ -26,7 +26,7 @@ from raysubset.cluster import (
     refuse_unplaceable,
 )
 from raysubset.errors import one_line
-from raysubset.events import Event
+from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
 from raysubset.ledger import Ledger, Work
 from raysubset.pulse import Watch
 from raysubset.run_directory import CorruptFile, checkpoint_path
@@ -113,7 +113,7 @@ class ActorPool:
         Raises:
             ValueError: if no node has, or could be started with, room for one actor.
         """
-        self.opened, self._config, self._num_gpus = run, run.config, num_gpus
+        self.opened, self._config, self._num_gpus, self._tell = run, run.config, num_gpus, run.tell
         self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
         self._nodes_told_of: set[str] = set()
         self.request = {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
@@ -179,7 +179,7 @@ class ActorPool:
             num_left -= 1
             if min_done is None or num_left < min_done:
                 raise result
-            self._tell("warning", f"going on without {piece.label}: {result}")
+            self._tell(Note(f"going on without {piece.label}: {result}", is_warning=True))
 
     def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Have the first actor that comes up time these pieces' steps, packed and one by one; it stays for run().
@@ -239,9 +239,6 @@ class ActorPool:
             self._tell_of_waiting(len(backlog))
         self._ask_for_actors(0, keep=keep)  # what comes next may want the last one's GPU
 
-    def _tell(self, kind: str, text: str, **data: Any) -> None:
-        self.opened.tell(Event(kind, text, data))
-
     def _ask_for_actors(self, num_queued: int, *, keep: float) -> None:
         """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first.
 
@@ -277,7 +274,7 @@ class ActorPool:
             call = slot.actor.do.remote
             slot.result_ref = call(pack.pieces, start_ref, attempts=slot.attempts, waited_s=waited_s)
             for place, piece in enumerate(pack.pieces):
-                self._tell("start", f"{piece.label} starts on {slot.ip}", **self._data(slot, place))
+                self._tell(Start(f"{piece.label} starts on {slot.ip}", self._attempt(slot, place)))
 
     def _wait(self) -> None:
         """Until an actor is up or a piece is done, or for a moment."""
@@ -316,7 +313,7 @@ class ActorPool:
         )
         if warning:
             self._nodes_told_of.add(where["node"])
-            self._tell("warning", f"node {where['ip']}: {warning}")
+            self._tell(Note(f"node {where['ip']}: {warning}", is_warning=True))
 
     def _collect(self, slot: _Slot, backlog: Backlog) -> list[Result]:
         """What a finished call gave each piece; pieces to be done again are put back."""
@@ -346,7 +343,7 @@ class ActorPool:
         again = tuple(piece for piece, result in zip(pack.pieces, results, strict=False) if result is None)
         if again:  # it was asked to stop, by us or by a signal: no failure, but not to be asked again
             stopped = Pack(again)
-            self._tell("retry", f"{stopped.label} left node {slot.ip} with a checkpoint written", **self._data(slot))
+            self._tell(Retry(f"{stopped.label} left node {slot.ip} with a checkpoint written", self._attempt(slot)))
             self._release(slot)
             backlog.put_back(stopped)
         slot.pack = slot.result_ref = slot.report_ref = None
@@ -363,7 +360,7 @@ class ActorPool:
             case "stalled":
                 text = f"{slot.pack.label} on node {slot.ip} stands still: {watch.in_words()}"
                 more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                self._tell("warning", f"{text}; {more}", **self._data(slot))
+                self._tell(Note(f"{text}; {more}", is_warning=True))
         return None
 
     def _put_back_lost(self, slot: _Slot, backlog: Backlog, error: Exception) -> list[Result]:
@@ -385,9 +382,9 @@ class ActorPool:
             return [failure if record is None else record for record in records]
         wait_s = _backoff_s(num_lost - 1)
         backlog.put_back(rest, in_s=wait_s)
-        text = f"{rest.label} was lost on node {slot.ip} ({one_line(error)})"
         count = "" if got_further else f", {num_lost} of {most} times"
-        self._tell("retry", f"{text}{count}; it starts from its last checkpoint in {wait_s:g} s", **self._data(slot))
+        text = f"{rest.label} was lost on node {slot.ip} ({one_line(error)}){count}"
+        self._tell(Retry(f"{text}; it starts from its last checkpoint in {wait_s:g} s", self._attempt(slot)))
         return records
 
     def _left(self, pack: Pack) -> list[Result]:
@@ -409,7 +406,7 @@ class ActorPool:
             elif not slot.is_leaving:
                 slot.is_leaving = True
                 slot.actor.request_stop.remote(preempted=True)
-                self._tell("retry", f"node {slot.ip} will go: {slot.pack.label} is to leave it", **self._data(slot))
+                self._tell(Retry(f"node {slot.ip} will go: {slot.pack.label} is to leave it", self._attempt(slot)))
 
     def _write_lost(self, slot: _Slot, error: Exception) -> bool:
         """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do.
@@ -451,9 +448,11 @@ class ActorPool:
                 self._hear(slot, report_ref)
                 for place, report in slot.reports.items():
                     epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
-                    loss = f", loss {report.loss:.4f}" if math.isfinite(report.loss) else ""
-                    text = f"{slot.pack.pieces[place].label}: {epochs}{loss}, {report.examples_per_s:,.0f} examples/s"
-                    self._tell("progress", text, **self._data(slot, place))
+                    loss = report.loss if math.isfinite(report.loss) else None
+                    told = "" if loss is None else f", loss {loss:.4f}"
+                    text = f"{slot.pack.pieces[place].label}: {epochs}{told}, {report.examples_per_s:,.0f} examples/s"
+                    numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s)
+                    self._tell(Progress(text, self._attempt(slot, place), *numbers))
 
     def _hear(self, slot: _Slot, report_ref: ray.ObjectRef) -> None:
         """Take in a report; of an actor that was lost there is none, and the call for its work will tell."""
@@ -462,24 +461,14 @@ class ActorPool:
             assert slot.watch is not None
             slot.watch.hear(pulse)
             for text in damages:
-                self._tell("warning", f"on node {slot.ip}, {text}")
+                self._tell(Note(f"on node {slot.ip}, {text}", is_warning=True))
 
-    def _data(self, slot: _Slot, place: int = 0) -> dict[str, Any]:
-        """What a listener may want to know of a slot, and of one of its pieces."""
-        report = slot.reports.get(place)
+    def _attempt(self, slot: _Slot, place: int = 0) -> Attempt:
+        """The attempt at a piece of the slot's pack."""
         assert slot.pack is not None
-        stage, round, subset_id = slot.pack.keys[place]
-        return {
-            "stage": stage,
-            "round": round,
-            "subset": subset_id,
-            "attempt": slot.attempts[place],
-            "epoch": report.epoch if report else 0.0,
-            "num_epochs": report.num_epochs if report else None,
-            "loss": report.loss if report and math.isfinite(report.loss) else None,
-            "examples_per_s": report.examples_per_s if report else None,
-            **(slot.where or {}),
-        }
+        assert slot.where is not None
+        where = slot.where
+        return Attempt(*slot.pack.keys[place], slot.attempts[place], where["node"], where["ip"], where["pid"])
 
     def _tell_of_waiting(self, num_queued: int) -> None:
         """Say every few seconds what is waited for, while no actor that was asked for has a place.
@@ -508,7 +497,7 @@ class ActorPool:
                 return
             self._waits_told.add(num_up)
         text = f"{waiting}; work not begun: {num_queued}, actors up: {num_up}, {free}"
-        self._tell("waiting", text, num_queued=num_queued, num_up=num_up)
+        self._tell(Waiting(text))
 
 
 def _backoff_s(num_before: int) -> float:

@@ -28,7 +28,7 @@ from raysubset.config import Config, DataConfig, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent, note_event
+from raysubset.events import Event, Note, OnEvent, Stage, TrialReport
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run_trunk
@@ -107,13 +107,13 @@ def sweep(
     if not fresh and (record := _finished(directory, header, trials)) is not None:
         identity = identify((trial.config for trial in trials), full_sets, known)
         directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
-        tell(Event("note", f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+        tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     for data in dict.fromkeys(trial.config.data for trial in trials):
         full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
     identity = identify((trial.config for trial in trials), full_sets, known)
     for note in places_notes(identity):
-        tell(note_event(note))
+        tell(note)
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
     # refuses what no trial of the setting can be
     share_of = {one: make_plan(one, full_sets[one.data]).forward_share for one in settings}
@@ -129,12 +129,12 @@ def sweep(
         resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.listener(tell)
-        tell(Event("stage", f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
+        tell(Stage(f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster))
         sessions.started_up()
         full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
-        tell(Event("note", f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
+        tell(Note(f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
         trunks = _make_trunks(
             trials, full_set_refs, directory, most_at_once=at_once, accept_changed_code=accept_changed_code, tell=tell
         )
@@ -159,7 +159,7 @@ def sweep(
         sessions.write()
         record["seconds"] = sessions.seconds()
         directory.write_json(SWEEP_PATH, record)
-    tell(Event("result", f"report: {directory.uri}"))
+    tell(Note(f"report: {directory.uri}"))
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
 
 
@@ -218,13 +218,14 @@ def _make_trunks(
             trunk = _with_room(configs[name], 1)
             options = {"accept_changed_code": accept_changed_code, "full_set_ref": full_set_refs[trunk.data]}
             running[run_remotely.remote(trunk, **options)] = name
-            tell(Event("stage", f"trunk {name}: {len(made) + len(running)} of {len(configs)} that trials share"))
+            tell(Stage(f"trunk {name}: {len(made) + len(running)} of {len(configs)} that trials share"))
         (done,), _ = ray.wait(list(running), num_returns=1)
         name = running.pop(done)
         try:
             made[name] = ray.get(done)
         except (RayTaskError, *SYSTEM_ERRORS) as error:
-            tell(Event("warning", f"trunk {name} failed, so that each of its trials runs its own: {one_line(error)}"))
+            text = f"trunk {name} failed, so that each of its trials runs its own: {one_line(error)}"
+            tell(Note(text, is_warning=True))
     return {trial: made[trunk.run_name()] for trial, trunk in shared.items() if trunk.run_name() in made}
 
 
@@ -305,25 +306,22 @@ class _Telling(tune.Callback):
         return _Telling, (_nobody,)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(Event("stage", f"{_trial_name(trial)} starts", {"trial": _trial_name(trial)}))
+        self._tell(Stage(f"{_trial_name(trial)} starts"))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "validation_loss" in result:
             text = f"{_trial_name(trial)}: {result['stage']}, {result['passes']:.2f} passes, validation loss"
-            data = {"trial": _trial_name(trial), **result}
-            self._tell(Event("epoch", f"{text} {result['validation_loss']:.4f}", data))
+            self._tell(TrialReport(f"{text} {result['validation_loss']:.4f}", _trial_name(trial), result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        text = f"{_trial_name(trial)} ends after {trial.last_result.get('passes', 0.0):.2f} passes"
-        self._tell(Event("note", text, {"trial": _trial_name(trial)}))
+        self._tell(Note(f"{_trial_name(trial)} ends after {trial.last_result.get('passes', 0.0):.2f} passes"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        data = {"trial": _trial_name(trial)}
         cause = trial.get_pickled_error()
         why = f" ({one_line(cause)})" if cause else ""
-        self._tell(Event("warning", f"{_trial_name(trial)} failed{why}; the others go on", data))
+        self._tell(Note(f"{_trial_name(trial)} failed{why}; the others go on", is_warning=True))
 
 
 def _gather(

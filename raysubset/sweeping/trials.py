@@ -10,7 +10,7 @@ from ray import tune
 
 from raysubset.cluster import get_shared
 from raysubset.config import Config
-from raysubset.events import Event
+from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run
 from raysubset.run_directory import RunDirectory
@@ -73,37 +73,35 @@ class Reports:
         self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
 
     def __call__(self, event: Event) -> None:
-        data = event.data
-        if event.kind == "warning":  # which may come while a Ray Train job runs
+        if isinstance(event, Note) and event.is_warning:  # which may come while a Ray Train job runs
             return
-        if event.kind == "epoch":
-            self._kept.append(self._epoch_of_train(data))
+        if isinstance(event, EpochDone):
+            self._kept.append(self._epoch_of_train(event.stage, event.record))
             return
         self.flush()
-        if event.kind == "progress":
-            key, epoch = (data["stage"], data["round"], data["subset"]), int(data["epoch"])
-            if epoch > self._epochs.get(key, 0):
-                self._epochs[key] = epoch
-                self._tell(data["stage"], epoch=epoch, subset=data["subset"], training_loss=data["loss"])
-        elif event.kind == "minimum":
-            record = data["record"]
-            minima = self._minima.setdefault((data["stage"], record["round"]), [])
-            if record["validation"]:
-                minima.append(Metrics.from_dict(record["validation"]))
-            mean = sum(minima, Metrics(0.0, 0, 0)) if minima else None
-            self._tell(data["stage"], mean, subset=record["subset_id"])
-        elif event.kind == "aggregate":
-            validation = data["record"]["validation"]
-            self._tell("aggregation", validation and Metrics.from_dict(validation))
+        match event:
+            case Progress(attempt=attempt):
+                key, epoch = (attempt.stage, attempt.round, attempt.subset), int(event.epoch)
+                if epoch > self._epochs.get(key, 0):
+                    self._epochs[key] = epoch
+                    self._tell(attempt.stage, epoch=epoch, subset=attempt.subset, training_loss=event.loss)
+            case MinimumDone(stage=stage, record=record):
+                minima = self._minima.setdefault((stage, record["round"]), [])
+                if record["validation"]:
+                    minima.append(Metrics.from_dict(record["validation"]))
+                mean = sum(minima, Metrics(0.0, 0, 0)) if minima else None
+                self._tell(stage, mean, subset=record["subset_id"])
+            case AggregateDone(record=record):
+                self._tell("aggregation", record["validation"] and Metrics.from_dict(record["validation"]))
 
-    def _epoch_of_train(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _epoch_of_train(self, stage: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """The report of an epoch, which is heard of a moment later: its passes are counted, the ledger may be ahead."""
-        stage, epoch, validation = data["stage"], data["epoch"], Metrics.from_dict(data["validation"])
+        epoch, validation = record["epoch"], Metrics.from_dict(record["validation"])
         before = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
         num_trained = round(epoch * self._num_train)
         num_forward = num_trained + math.ceil(epoch) * validation.num_examples
         passes = self._passes(before + Cost(num_forward=num_forward, num_backward=num_trained))
-        return self._report(stage, validation, epoch=epoch, training_loss=data["loss"]) | {"passes": passes}
+        return self._report(stage, validation, epoch=epoch, training_loss=record["loss"]) | {"passes": passes}
 
     def flush(self) -> None:
         """Tell what was kept back."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
-from raysubset.events import Event, OnEvent
+from raysubset.events import Event, Note, OnEvent
 from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
 from raysubset.tracking.mlflow_runs import MLflowRun
 from raysubset.tracking.records import (
@@ -146,7 +146,7 @@ class _Following:
             if follower.failure is not None and follower.name not in self._warned:
                 self._warned.add(follower.name)
                 text = f"{follower.name} is told nothing more of {self._directory.uri}, which goes on: "
-                self._tell(Event("warning", text + follower.failure))
+                self._tell(Note(text + follower.failure, is_warning=True))
 
 
 def _record_path(name: str) -> str:

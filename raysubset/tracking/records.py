@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raysubset.config import Config
-from raysubset.events import Event
+from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Progress
 
 Record = Mapping[str, Any]
 Outcome = Literal["finished", "failed", "stopped"]
@@ -52,29 +52,28 @@ class Curves:
 
     def points(self, event: Event) -> Iterator[Point]:
         """Those that the event brings; what has been told before a run was resumed comes in no event."""
-        data = event.data
-        if event.kind == "progress" and data["loss"] is not None:
-            name = _series(data["stage"], data["subset"])
-            step = self._step(data["stage"], data["round"], int(data["epoch"]))
-            if step > self._told.get(name, 0):
-                self._told[name] = step
-                yield _point(name, step, running_loss=data["loss"], examples_per_s=data["examples_per_s"])
-        elif event.kind == "minimum":
-            stage, record = data["stage"], data["record"]
-            name, last = _series(stage, record["subset_id"]), 0
-            for last, epoch in enumerate(record["history"], 1):
-                step = self._step(stage, record["round"], last)
-                yield _point(name, step, loss=epoch["loss"], learning_rate=epoch["learning_rate"])
-            yield from _validated(name, self._step(stage, record["round"], last), record["validation"])
-        elif event.kind == "epoch":
-            step = math.ceil(data["epoch"])
-            yield _point(data["stage"], step, loss=data["loss"], learning_rate=data["learning_rate"])
-            yield from _validated(data["stage"], step, data["validation"])
-        elif event.kind == "aggregate":
-            record, step = data["record"], data["round"] + 1
-            yield from _validated("aggregate", step, record["validation"])
-            if record["validation"] is not None:
-                yield _point("aggregate", step, barrier=record["barrier"])
+        match event:
+            case Progress(attempt=attempt, loss=float()):
+                name = _series(attempt.stage, attempt.subset)
+                step = self._step(attempt.stage, attempt.round, int(event.epoch))
+                if step > self._told.get(name, 0):
+                    self._told[name] = step
+                    yield _point(name, step, running_loss=event.loss, examples_per_s=event.examples_per_s)
+            case MinimumDone(stage=stage, record=record):
+                name, last = _series(stage, record["subset_id"]), 0
+                for last, epoch in enumerate(record["history"], 1):
+                    step = self._step(stage, record["round"], last)
+                    yield _point(name, step, loss=epoch["loss"], learning_rate=epoch["learning_rate"])
+                yield from _validated(name, self._step(stage, record["round"], last), record["validation"])
+            case EpochDone(stage=stage, record=record):
+                step = math.ceil(record["epoch"])
+                yield _point(stage, step, loss=record["loss"], learning_rate=record["learning_rate"])
+                yield from _validated(stage, step, record["validation"])
+            case AggregateDone(record=record):
+                step = event.round + 1
+                yield from _validated("aggregate", step, record["validation"])
+                if record["validation"] is not None:
+                    yield _point("aggregate", step, barrier=record["barrier"])
 
     def _step(self, stage: str, round: int, epoch: int) -> int:
         return epoch + (round * self._epochs_a_round if stage in ("subsets", "subsamples") else 0)

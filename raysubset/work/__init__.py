@@ -6,7 +6,7 @@ aggregation, record = leave_aggregate(full_set, 0, AggregatePiece(config, direct
 metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregate.weights, node="here")
 """
 
-from raysubset.work.aggregating import leave_aggregate
+from raysubset.work.aggregating import leave_aggregate, placed_model
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
 from raysubset.work.minimizing import Minimizer
@@ -33,6 +33,7 @@ __all__ = [
     "leave_aggregate",
     "leave_test",
     "leave_metrics",
+    "placed_model",
     "test_weights",
     "tabulate_predictions",
     "pick_mistakes",

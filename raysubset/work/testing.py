@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
-from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict, use_device
+from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
 from raysubset.work.aggregating import placed_model
 from raysubset.work.pieces import TEST_PATH, TestPiece
 
@@ -38,9 +39,9 @@ def leave_test(
     Returns:
         The metrics, and the seals of the tables by path.
     """
-    device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    with Ledger(directory).recorded("test", 0, device=device_name(device), node=node) as close:
-        tested = test_weights(full_set, num_gpus, config, weights)
+    placed = placed_model(full_set, num_gpus, config)
+    with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), node=node) as close:
+        tested = test_weights(full_set, placed, config, weights)
         close(tested.cost)
     tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
     return tested.metrics, {path: directory.write_table(path, table) for path, table in tables.items()}
@@ -48,15 +49,15 @@ def leave_test(
 
 def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:
     """Score weights that another piece of work left on the test split, and leave the metrics beside them."""
-    record = test_weights(full_set, num_gpus, piece.config, piece.of.weights()).metrics.to_dict()
+    placed = placed_model(full_set, num_gpus, piece.config)
+    record = test_weights(full_set, placed, piece.config, piece.of.weights()).metrics.to_dict()
     piece.directory.write_json(TEST_PATH, record)
     return record
 
 
-def test_weights(full_set: FullSet, num_gpus: float, config: Config, weights: Weights) -> Tested:
-    """Metrics and predictions on the test split, by the device Ray gave this process."""
-    started = time.perf_counter()
-    model, device = placed_model(full_set, num_gpus, config)
+def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], config: Config, weights: Weights) -> Tested:
+    """Metrics and predictions on the test split, by a placed_model()."""
+    started, (model, device) = time.perf_counter(), placed
     model.load_state_dict(weights)
     outputs = predict(model, full_set.examples("test", device=device), config.minimize)
     images, labels = full_set.test.take()

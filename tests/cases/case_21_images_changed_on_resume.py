@@ -5,6 +5,7 @@ are compared. Kind: TensorAuto/OpenTau#502, NVIDIA-NeMo/RL#2519. Starts a local 
 from common import *
 import ray
 from raysubset import Config, run as run_
+from raysubset.events import Stage
 
 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", num_cpus=2)
 
@@ -19,7 +20,7 @@ class Stop(Exception):
 
 
 def stop(event):
-    if event.kind == "stage" and "round 2" in event.text:
+    if isinstance(event, Stage) and "round 2" in event.text:
         raise Stop
 
 

@@ -27,7 +27,7 @@ import torch
 
 from raysubset import Config, run
 from raysubset.cluster import ray
-from raysubset.events import Event
+from raysubset.events import Attempt, Event, Note, Progress, Retry
 
 FLAGS = {
     "subsets.num": 2,
@@ -163,9 +163,13 @@ class _Stop(KeyboardInterrupt):
 
 
 def _stop_in_the_second_round(event: Event) -> None:
-    at = event.data
-    if event.kind == "progress" and (at.get("round"), at.get("subset")) == (1, 1) and at["epoch"] > 9:
-        raise _Stop
+    match event:
+        case Progress(attempt=Attempt(round=1, subset=1), epoch=epoch) if epoch > 9:
+            raise _Stop
+
+
+def is_warning(event: Event) -> bool:
+    return isinstance(event, Retry) or (isinstance(event, Note) and event.is_warning)
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def _warnings(words: list[str]) -> Iterator[Callable[[Event], None]]:
     keeper = Keeper(WARNING)
     getLogger().addHandler(keeper)
     try:
-        yield lambda event: words.append(event.text) if event.kind in ("warning", "retry") else None
+        yield lambda event: words.append(event.text) if is_warning(event) else None
     finally:
         getLogger().removeHandler(keeper)
 

@@ -12,6 +12,7 @@ SCRIPT = """
 import os, subprocess, sys
 from raysubset import Config, run
 from raysubset.cluster import ray
+from raysubset.events import Progress
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import pool
@@ -26,9 +27,9 @@ head = ray.get_runtime_context().get_node_id()
 drained = []
 
 def drain_the_other_node(event):
-    if event.kind == "progress" and not drained and event.data["node"] != head and event.data["epoch"] >= 2:
-        drained.append(event.data["subset"])
-        command = ["drain-node", "--address", cluster.address, "--node-id", event.data["node"], "--reason",
+    if isinstance(event, Progress) and not drained and event.attempt.node != head and event.epoch >= 2:
+        drained.append(event.attempt.subset)
+        command = ["drain-node", "--address", cluster.address, "--node-id", event.attempt.node, "--reason",
                    "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "100"]
         subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
 

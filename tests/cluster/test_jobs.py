@@ -13,8 +13,11 @@ import tempfile
 import time
 import urllib.request
 import venv
+import warnings
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 import psutil
 import pytest
@@ -41,6 +44,14 @@ FLAGS = [
 ]
 
 
+START_S = 90  # for both nodes; alone on two cores it takes 15
+LOGS = ["ray_start.log", "gcs_server.out", "raylet.out", "monitor.log", "dashboard*.log", "*_agent.log", "ray_process*"]
+
+
+class DidNotComeUpError(Exception):
+    """A cluster whose dashboard did not name its nodes in time; says what is known of why."""
+
+
 class Cluster:
     """A head that takes no work and a worker node of two CPUs, on loopback; killed at the end with all they started."""
 
@@ -56,19 +67,20 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_path),
             "RAY_TMPDIR": str(self.folder),
+            "RAY_worker_niceness": "0",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",  # of three by default, which a machine under load may not end within
             "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
         }
 
     def start(self) -> None:
-        port = free_port()
+        port, until = free_port(), time.monotonic() + START_S
         head = ["--head", f"--port={port}", "--num-cpus=0", f"--ray-client-server-port={free_port()}"]
         dashboard_port = self._dashboard.rpartition(":")[2]
         self._start_node(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}")
-        self._wait_for(lambda nodes: len(nodes) == 1)
+        self._wait_for(1, until)
         # in a folder shared with the head it would delete the working directory under the driver, to unpack it anew
         self._start_node(f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--temp-dir={self.folder / 'worker'}")
-        self._wait_for(lambda nodes: len(nodes) == 2)
+        self._wait_for(2, until)
 
     def _start_node(self, *flags: str) -> None:
         common = ["--block", "--node-ip-address=127.0.0.1", "--num-gpus=0", "--disable-usage-stats"]
@@ -78,15 +90,30 @@ class Cluster:
         with (self.folder / "ray_start.log").open("a") as log:
             self._processes.append(psutil.Popen(command, env=self._env, stdout=log, stderr=subprocess.STDOUT))
 
-    def _wait_for(self, reached: Callable[[list[dict]], bool]) -> None:
-        until = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                if reached(self.nodes()):
+    def _wait_for(self, num_nodes: int, until: float) -> None:
+        answer = "nothing"
+        while time.monotonic() < until:
+            try:
+                answer = f"{self.get('/nodes?view=summary')}"
+                if len(self.nodes()) == num_nodes:
                     return
-            in_time = time.monotonic() < until and all(process.is_running() for process in self._processes)
-            assert in_time, (self.folder / "ray_start.log").read_text()[-3000:]
+            except (OSError, HTTPException, ValueError) as error:
+                answer = f"{error!r} {error.read() if isinstance(error, HTTPError) else ''}"
             time.sleep(0.3)
+        what = f"not {num_nodes} node(s) within {START_S} s; the dashboard said last: {answer[:2000]}"
+        raise DidNotComeUpError(f"{what}\n{self._state()}")
+
+    def _state(self) -> str:
+        """The processes, and the ends of what they wrote."""
+        lines = []
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for each in [process, *process.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        lines.append(f"{each.pid} {each.status()} {' '.join(each.cmdline())[:150]}")
+        for path in sorted({path for pattern in LOGS for path in self.folder.rglob(pattern)}):
+            lines.append(f"--- {path}\n{path.read_text(errors='replace')[-1500:]}")
+        return "\n".join(lines)
 
     def nodes(self) -> list[dict]:
         """Those alive: isHeadNode and nodeId."""
@@ -136,6 +163,10 @@ class Cluster:
         psutil.wait_procs(started, timeout=20)
         self._processes.clear()
 
+    def end(self) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 @pytest.fixture(scope="module")
 def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -153,15 +184,28 @@ def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@contextlib.contextmanager
-def running(python: Path) -> Iterator[Cluster]:
+def started(python: Path) -> Cluster:
     cluster = Cluster(python)
     try:
         cluster.start()
+    except BaseException:
+        cluster.end()
+        raise
+    return cluster
+
+
+@contextlib.contextmanager
+def running(python: Path) -> Iterator[Cluster]:
+    """One that does not come up is started once more: another process may have taken a port that was free before."""
+    try:
+        cluster = started(python)
+    except DidNotComeUpError as first:
+        warnings.warn(f"started once more, as it did not come up: {first}", stacklevel=1)
+        cluster = started(python)
+    try:
         yield cluster
     finally:
-        cluster.kill()
-        shutil.rmtree(cluster.folder, ignore_errors=True)
+        cluster.end()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Aggregations through run(): what actors leave for them, what it costs, and that resuming changes no bit."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,8 @@ import torch
 
 from raysubset import Config, run
 from raysubset.aggregation import mean_optimizer_state
-from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, MinimumDone, Stage
 from raysubset.ledger import Ledger
-from raysubset.planning import make_plan
 from raysubset.report import write_files
 from raysubset.report.page import sections
 from raysubset.report.several import write_several
@@ -22,7 +19,6 @@ from raysubset.run_directory import (
     mean_optimizer_path,
     minimum_folder,
     optimizer_path,
-    statistics_path,
     subsample_folder,
     weights_path,
 )
@@ -56,61 +52,23 @@ class Enough(Exception):
     """Stands for a driver that dies."""
 
 
-def stop_at(kind: str, text: str):
+def stop_at(kind: type[Event], text: str):
     def listen(event: Event) -> None:
-        if event.kind == kind and text in event.text:
+        if isinstance(event, kind) and text in event.text:
             raise Enough
 
     return listen
 
 
-RECIPES = {  # with passes of their own, for the running statistics of averages of weights
-    "ties": {"minimize__epochs": 2.0, "minimize__averaging__kind": "pswa", "minimize__averaging__stages": "subsets"},
-    "dare": {"minimize__averaging__kind": "ema", "minimize__averaging__stages": "subsets"},
-}
-
-
-@pytest.mark.parametrize(
-    ("method", "kinds"),
-    [("fisher", {"fisher"}), ("regmean", {"gram"}), ("ties", set()), ("dare", set()), ("select_best", set())],
-)
-def test_actors_leave_what_the_method_needs_and_the_plan_knows_what_it_costs(
-    tmp_path: Path, method: str, kinds: set[str]
-) -> None:
-    wanted = config(tmp_path, method, aggregation__method=method, **RECIPES.get(method, {}))
-    report = run(wanted)
-    directory = RunDirectory.at(report.uri)
-    made = report.record["stages"]["rounds"][0]["aggregation"]
-    assert made["method"] == method
-    assert made["subset_ids"] in ([[0], [1]] if method == "select_best" else [[0, 1]])
-    for kind in ("fisher", "gram"):
-        assert directory.exists(statistics_path(minimum_folder(0, 1), kind)) == (kind in kinds)
-    full_set = load_full_set(wanted.data)
-    conventional = make_plan(dataclasses.replace(wanted, method="conventional"), full_set)
-    own = len(full_set.train) + len(full_set.validation) + len(full_set.test)
-    assert report.passes == pytest.approx(conventional.passes + own * conventional.forward_share / len(full_set.train))
-
-
-def test_auto_scores_every_candidate_and_shows_them(tmp_path: Path) -> None:
-    report = run(config(tmp_path, "auto", aggregation__method="auto"))
-    made = report.record["stages"]["rounds"][0]["aggregation"]
-    losses = {one["method"]: one["validation"]["loss"] for one in made["candidates"]}
-    assert set(losses) == {
-        "uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare"
-    }  # fmt: skip
-    assert made["validation"]["loss"] == min(losses.values()) == losses[made["method"]]
-    (table,) = [section for section in sections(report.record) if section.title == "Candidates"]
-    assert [row[0].removesuffix(", taken") for row in table.rows] == list(losses)
-    (work,) = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.stage == "aggregation"]
-    assert work.cost.num_forward > sum(one["cost"]["num_forward"] for one in made["candidates"]) > 0
-
-
 def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Path) -> None:
     savgm = {"aggregation__method": "savgm", "minimize__epochs": 2.0}
-    whole = run(config(tmp_path, "unbroken", **savgm))
+    with pytest.raises(Enough):
+        run(config(tmp_path, "broken", **savgm), on_event=stop_at(MinimumDone, "a part of subset"))
+    whole = run(config(tmp_path, "broken", **savgm))
     directory = RunDirectory.at(whole.uri)
     works = Ledger(directory).read()
-    assert sorted(work.subset for work in works if work.stage == "subsamples") == [0, 1]
+    done = [(work.stage, work.subset) for work in works if work.outcome == "done" and work.subset is not None]
+    assert sorted(done) == [("subsamples", 0), ("subsamples", 1), ("subsets", 0), ("subsets", 1)]  # nothing twice
     record = whole.record["stages"]["rounds"][0]
     assert [part["num_examples"] for part in record["subsamples"]] == [50, 50]
     assert whole.record["planned_passes"] == pytest.approx(2 * 2 * 250 / whole.record["data"]["num_train"])
@@ -120,10 +78,6 @@ def test_savgm_minimizes_on_a_part_of_each_subset_and_resumes_there(tmp_path: Pa
         part = stored_weights(directory, weights_path(subsample_folder(0, subset)))["head.weight"]
         by_hand = by_hand + (own - 0.25 * part) / 0.75 / 2
     torch.testing.assert_close(aggregate(directory)["head.weight"], by_hand)
-    with pytest.raises(Enough):
-        run(config(tmp_path, "broken", **savgm), on_event=stop_at("minimum", "a part of subset"))
-    broken = run(config(tmp_path, "broken", **savgm))
-    assert same_bits(aggregate(RunDirectory.at(broken.uri)), aggregate(directory))
 
 
 def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resuming_changes_no_bit(
@@ -136,7 +90,7 @@ def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resumi
     assert same_bits(mean, mean_optimizer_state(states))
     assert not same_bits(mean, states[0])
     with pytest.raises(Enough):
-        run(config(tmp_path, "broken", **rounds), on_event=stop_at("stage", "round 2 of 2"))
+        run(config(tmp_path, "broken", **rounds), on_event=stop_at(Stage, "round 2 of 2"))
     broken = RunDirectory.at(run(config(tmp_path, "broken", **rounds)).uri)
     assert same_bits(aggregate(broken, 1), aggregate(whole, 1))
     others = []

@@ -13,6 +13,7 @@ SCRIPT = """
 import json, sys
 from raysubset import Config, run
 from raysubset.cluster import ray
+from raysubset.events import Start
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
 from ray.cluster_utils import Cluster
@@ -31,9 +32,10 @@ class Interrupted(Exception):
 
 def interrupt_in_the_second_round(event):
     notes.append(event.text)
-    if event.kind == "start":
-        starts.append([event.data["round"], event.data["subset"], kind_of_node[event.data["node"]]])
-        if event.data["round"] == 1 and starts[-2][0] == 1:
+    if isinstance(event, Start):
+        attempt = event.attempt
+        starts.append([attempt.round, attempt.subset, kind_of_node[attempt.node]])
+        if attempt.round == 1 and starts[-2][0] == 1:
             raise Interrupted
 
 def told(config, **more):

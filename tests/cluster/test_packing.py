@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysubset import Config, RunReport, run
-from raysubset.events import Event
+from raysubset.events import Event, Note, Progress
 from raysubset.identity import identify
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
@@ -49,13 +49,13 @@ def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_o
 
     def kill_once(event: Event) -> None:
         events.append(event)
-        if event.kind == "progress" and not killed and event.data["epoch"] >= 2:
-            killed.append(event.data["pid"])
-            os.kill(event.data["pid"], signal.SIGKILL)
+        if isinstance(event, Progress) and not killed and event.epoch >= 2:
+            killed.append(event.attempt.pid)
+            os.kill(event.attempt.pid, signal.SIGKILL)
 
     together = run(packed, on_event=kill_once)
     assert killed
-    assert any("packing: 3 subsets at once" in event.text for event in events if event.kind == "note")
+    assert any("packing: 3 subsets at once" in event.text for event in events if isinstance(event, Note))
     works = [work for work in Ledger(RunDirectory.at(together.uri)).read() if work.stage == "subsets"]
     assert sorted((work.subset, work.attempt, work.outcome) for work in works) == [
         (subset, attempt, outcome) for subset in range(3) for attempt, outcome in ((0, "lost"), (1, "done"))
@@ -76,9 +76,8 @@ def test_packing_that_is_slower_is_not_taken_and_the_run_says_so(tmp_path: Path)
     events: list[Event] = []
     wide = {"model__name": "mlp", "model__width": 512, "minimize__epochs": 1.0, "subsets__per_actor": 3}
     report = run(config(tmp_path, "decided", **wide), on_event=events.append)
-    (note,) = [event for event in events if "packing" in event.data]
+    (note,) = [event for event in events if event.text.startswith("packing: ")]
     decision = RunDirectory.at(report.uri).read_json(DECISIONS_PATH)["packing"]
-    assert decision == note.data["packing"]
     assert decision["ratio"] > 0.9
     assert not decision["taken"]
     assert "packing: subsets one by one; a step of 3 takes" in note.text
@@ -91,7 +90,7 @@ def test_packing_that_is_slower_is_not_taken_and_the_run_says_so(tmp_path: Path)
 def test_a_recipe_that_cannot_be_packed_is_done_one_by_one_and_says_so(tmp_path: Path) -> None:
     notes: list[str] = []
     asked = config(tmp_path, "lbfgs", subsets__per_actor=3, minimize__optimizer="lbfgs", minimize__epochs=2.0)
-    run(asked, on_event=lambda event: notes.append(event.text) if event.kind == "note" else None)
+    run(asked, on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     assert "packing: subsets one by one, since lbfgs searches a line for each subset" in notes
 
 

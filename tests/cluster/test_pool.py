@@ -17,7 +17,7 @@ import pytest
 from raysubset import Config
 from raysubset.cluster import put_once
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, Note, Retry
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
@@ -128,7 +128,7 @@ def test_attempts_that_leave_further_checkpoints_are_not_counted(tmp_path: Path)
     ((_, record),), events = do(tmp_path, die_after_two_checkpoints)  # with max_attempts=2
     assert record["attempt"] == 2
     assert outcomes(tmp_path) == ["lost", "lost", "done"]
-    assert len([event for event in events if event.kind == "retry"]) == 2
+    assert len([event for event in events if isinstance(event, Retry)]) == 2
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert sum(work.cost.num_backward for work in works) == 3 * 200  # what checkpoints hold is counted, once
 
@@ -145,7 +145,7 @@ def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -
     ((_, record),), events = do(tmp_path, fail_one_checkpoint)
     assert record["attempt"] == 1
     assert outcomes(tmp_path) == ["failed", "done"]
-    (told,) = [event.text for event in events if event.kind == "retry"]
+    (told,) = [event.text for event in events if isinstance(event, Retry)]
     assert "OSError: the storage does not answer), 1 of 2 times; it starts from its last checkpoint" in told
 
 
@@ -160,9 +160,9 @@ def test_a_stopped_actor_is_told_of_killed_and_its_piece_goes_on_elsewhere(tmp_p
     assert record["attempt"] == done.attempt == len(lost) >= 1  # on a busy machine the next may seem to stand still too
     assert {work.outcome for work in lost} == {"lost"}
     assert sum(work.cost.num_backward for work in [*lost, done]) == 3 * 200
-    warning = next(event.text for event in events if event.kind == "warning")
+    warning = next(event.text for event in events if isinstance(event, Note) and event.is_warning)
     assert re.match(r"subset 0 on node [\d.]+ stands still: no step for \d+ s.*--actors.stall-s", warning)
-    retry = next(event.text for event in events if event.kind == "retry")
+    retry = next(event.text for event in events if isinstance(event, Retry))
     assert "StalledError: no step for" in retry
     pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
     while _lives(pid):
@@ -180,7 +180,7 @@ def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path:
     overrides = {"actors.stall_s": 2.0, "model.name": "tests.cluster.endless:network", "model.width": None}
     with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*StalledError: no step for"):
         do(tmp_path, do_nothing, overrides=overrides, events=(events := []))
-    assert [event.kind for event in events if event.kind in ("warning", "retry")] == ["warning", "retry", "warning"]
+    assert [type(event) for event in events if isinstance(event, Note | Retry)] == [Note, Retry, Note]
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert [work.outcome for work in works] == ["lost", "lost"]
     assert all(work.cost.num_steps == NUM_STEPS for work in works)  # by what the actors reported

@@ -18,7 +18,7 @@ from raysubset import Config, RunReport, load_model, run
 from raysubset.cluster import call_on_cluster, put_once, tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import Event, Note, Progress, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
 from raysubset.models import build_model
@@ -71,7 +71,7 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
     )
     report = run(made, on_event=events.append)
 
-    assert [e.data["stage"] for e in events if e.kind == "stage" and "stage" in e.data] == [
+    assert [event.stage for event in events if isinstance(event, Stage) and event.stage] == [
         "trunk",
         "subsets",
         "aggregation",
@@ -130,10 +130,10 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunRepor
     killed: list[int] = []
 
     def kill_once(event: Event) -> None:
-        if event.kind == "progress" and not killed and event.data["epoch"] >= 2:
-            killed.append(event.data["subset"])
-            os.kill(event.data["pid"], signal.SIGKILL)
-        if event.kind == "retry":  # an actor that outlives its node's raylet may still write a heartbeat
+        if isinstance(event, Progress) and not killed and event.epoch >= 2:
+            killed.append(event.attempt.subset)
+            os.kill(event.attempt.pid, signal.SIGKILL)
+        if isinstance(event, Retry):  # an actor that outlives its node's raylet may still write a heartbeat
             ledger = Ledger(RunDirectory(str(tmp_path), "broken"))
             (lost,) = (work for work in ledger.read() if work.outcome == "lost")
             ledger.write(replace(lost, outcome="running", ended_at=None))
@@ -157,9 +157,9 @@ def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
     warned: list[int] = []
 
     def terminate_once(event: Event) -> None:
-        if event.kind == "progress" and not warned and event.data["epoch"] >= 2:
-            warned.append(event.data["subset"])
-            os.kill(event.data["pid"], signal.SIGTERM)
+        if isinstance(event, Progress) and not warned and event.epoch >= 2:
+            warned.append(event.attempt.subset)
+            os.kill(event.attempt.pid, signal.SIGTERM)
 
     moved = run(config(tmp_path, "moved", **LONG, **once), on_event=terminate_once)
     assert warned
@@ -229,7 +229,7 @@ def test_a_task_that_makes_no_step_is_told_of_killed_and_run_again(tmp_path: Pat
 
     events: list[Event] = []
     call_on_cluster(work, put_once(str(tmp_path)), request={"CPU": 1}, on_event=events.append, stall_s=3.0)
-    told = [event.text for event in events if event.kind in ("warning", "retry")]
+    told = [event.text for event in events if isinstance(event, Note | Retry)]
     assert re.match(r"work on node [\d.]+ stands still: no step for \d+ s .*it is killed in", told[0])
     assert told[1].endswith("it was killed (actors.stall_s)")
 
@@ -332,7 +332,7 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
             num_workers=2,
             num_gpus=0.0,
         )
-    warnings = [event.text for event in events if event.kind == "warning"]
+    warnings = [event.text for event in events if isinstance(event, Note) and event.is_warning]
     assert any("stand still: no step for" in warning for warning in warnings), (
         warnings
     )  # on a busy machine more than once
@@ -364,7 +364,7 @@ def test_without_a_quorum_a_subset_that_fails_ends_the_run_and_is_named(tmp_path
 def test_a_quorum_goes_on_without_a_subset_that_fails_for_good(tmp_path: Path, model: str) -> None:
     poisoned = config(tmp_path, "quorum", actors__quorum=2, model__name=f"{__name__}:{model}", **POISONED)
     warnings: list[str] = []
-    listen: Callable[[Event], None] = lambda e: warnings.append(e.text) if e.kind == "warning" else None  # noqa: E731
+    listen: Callable[[Event], None] = lambda e: warnings.append(e.text) if isinstance(e, Note) else None  # noqa: E731
     report = run(poisoned, on_event=listen)
     assert report.record["stages"]["rounds"][0]["aggregation"]["subset_ids"] == [0, 2]
     assert any("going on without subset 1" in text for text in warnings)

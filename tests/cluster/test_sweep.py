@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysubset import Config, run
-from raysubset.events import Event
+from raysubset.events import Event, TrialReport
 from raysubset.ledger import Ledger
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path
@@ -47,7 +47,7 @@ def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tm
     assert report.trials[2]["error"].startswith("ValueError: ")
     assert "subsets.size-300_seed-0 holds a run of another config" in report.trials[2]["error"]
     assert report.recommended is not None
-    told = {event.data["stage"] for event in events if event.kind == "epoch"}
+    told = {event.report["stage"] for event in events if isinstance(event, TrialReport)}
     assert told >= {"subsets", "aggregation", "done"}
 
     # the trunk was run once, by itself; each trial's own cost has it in full, the sweep's once
@@ -115,6 +115,7 @@ def test_a_pruned_trial_leaves_the_cluster_to_one_that_trains_on_all_of_it(tmp_p
     report, events = a_sweep(tmp_path, [200, 100], overrides=whole, scheduler=StopOne())
     assert report.record["at_once"] == {"trials": 1, "slots_each": 4}
     assert [trial["state"] for trial in report.trials] == ["pruned", "done"]
-    epochs = [e.data for e in events if e.kind == "epoch" and e.data["stage"] == "fine_tuning"]
-    assert [data["epoch"] for data in epochs] == [1.0, 2.0]
+    reports = [event.report for event in events if isinstance(event, TrialReport)]
+    epochs = [report for report in reports if report["stage"] == "fine_tuning"]
+    assert [report["epoch"] for report in epochs] == [1.0, 2.0]
     assert epochs[0]["passes"] < epochs[1]["passes"] < report.trials[1]["passes"] < report.passes

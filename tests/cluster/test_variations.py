@@ -8,7 +8,7 @@ import pytest
 
 from raysubset import Config, RunReport, run
 from raysubset.data import load_full_set
-from raysubset.events import Event
+from raysubset.events import EpochDone, Event
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, weights_path
 from tests.tiny import same_bits, stored_weights
@@ -51,8 +51,8 @@ def test_extrapolation_skipping_and_distillation_survive_deaths_to_the_bit_and_a
     heard: list[float] = []
 
     def kill_then_raise(event: Event) -> None:
-        if event.kind == "epoch":
-            heard.append(event.data["epoch"])
+        if isinstance(event, EpochDone):
+            heard.append(event.record["epoch"])
             if len(heard) == 1:
                 kill_a_train_worker()
             if len(heard) == 4:
