@@ -9,10 +9,10 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -54,8 +54,6 @@ from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
 from raysubset.work import Piece, Run, leave_test, perturbed
 
-T = TypeVar("T")
-
 
 def run(
     config: Config,
@@ -77,7 +75,7 @@ def run(
         fresh: delete what a run of this name left behind, and start over.
         accept_changed_code: go on with a run whose user's code has changed since; what it has done stays as it is.
         full_set_ref: config.data's full set where it was put already (put_once()); by default it is loaded and put.
-        trunk: what run_trunk() left for an equal trunk: taken over, its cost counted here in full.
+        trunk: where an equal trunk lies, as a sweep's leg leaves it: taken over, its cost counted here in full.
 
     Raises:
         ValueError: the user's mistake, with the way out.
@@ -90,74 +88,11 @@ def run(
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
     full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
-    record = None if fresh else _finished(REPORT_PATH, directory, config, full_sets, accept_changed_code)
+    record = None if fresh else _finished(directory, config, full_sets, accept_changed_code)
     if record is not None:
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
-    with _begun(
-        config,
-        directory,
-        full_sets,
-        full_set_ref,
-        began=began,
-        tell=tell,
-        fresh=fresh,
-        accept_changed_code=accept_changed_code,
-    ) as (stages, sessions):
-        sessions.started_up()
-        if trunk is not None:
-            stages.take_over_trunk(trunk)
-        record = stages.run()
-        sessions.write()
-        record["seconds"] = sessions.seconds()
-        result = {key: record[key] for key in ("name", "test", "validation", "cost")}
-        record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
-        directory.write_json(REPORT_PATH, record)
-        Ledger(directory).compact()
-    tell(Note(f"report: {directory.uri}"))
-    return RunReport.from_dict(record)
-
-
-def run_trunk(
-    config: Config,
-    *,
-    on_event: OnEvent | None = None,
-    accept_changed_code: bool = False,
-    full_set_ref: Sequence[Any] | None = None,
-) -> RunDirectory:
-    """Run the trunk alone, or go on with it, for runs that share it; resumes and raises as run() does."""
-    began, directory = time.perf_counter(), RunDirectory(config.storage_path, config.run_name())
-    full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
-    if _finished(minimum_path("trunk"), directory, config, full_sets, accept_changed_code) is not None:
-        return directory
-    tell: OnEvent = on_event or (lambda event: None)
-    with _begun(
-        config,
-        directory,
-        full_sets,
-        full_set_ref,
-        began=began,
-        tell=tell,
-        accept_changed_code=accept_changed_code,
-    ) as (stages, _):
-        stages.run_trunk()
-    return directory
-
-
-@contextmanager
-def _begun(
-    config: Config,
-    directory: RunDirectory,
-    full_sets: dict[DataConfig, FullSet],
-    full_set_ref: Sequence[Any] | None,
-    *,
-    began: float,
-    tell: OnEvent,
-    fresh: bool = False,
-    accept_changed_code: bool = False,
-) -> "Iterator[tuple[_Stages, Sessions]]":
-    """The stages of a run whose directory is opened and whose lease is held, and its sessions with this one."""
     # mistakes in the data are told before Ray is started
     known = None if fresh else directory.read_identity()
     if config.data not in full_sets:
@@ -182,25 +117,32 @@ def _begun(
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
         tell = sessions.listener(tell)
-        run = Run(config, directory, full_set, full_set_ref or put_once(full_set), tell)
-        yield _Stages(run, plan), sessions
+        stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), tell), plan)
+        sessions.started_up()
+        if trunk is not None:
+            stages.take_over_trunk(trunk)
+        record = stages.run()
+        sessions.write()
+        record["seconds"] = sessions.seconds()
+        result = {key: record[key] for key in ("name", "test", "validation", "cost")}
+        record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
+        directory.write_json(REPORT_PATH, record)
+        Ledger(directory).compact()
+    (on_event or (lambda event: None))(Note(f"report: {directory.uri}"))
+    return RunReport.from_dict(record)
 
 
 def _finished(
-    path: str,
-    directory: RunDirectory,
-    config: Config,
-    full_sets: dict[DataConfig, FullSet],
-    accept_changed_code: bool,
+    directory: RunDirectory, config: Config, full_sets: dict[DataConfig, FullSet], accept_changed_code: bool
 ) -> dict[str, Any] | None:
-    """The record at a path in a run of this config. None if there is none, it or a file that it names is damaged or
+    """The report of a finished run of this config. None if there is none, it or a file that it names is damaged or
     gone (with a warning), or opening the run will have to refuse.
 
     Raises:
         ValueError: if it was of other data or code.
     """
     try:
-        found = directory.exists(path)
+        found = directory.exists(REPORT_PATH)
     except StorageLost:
         raise
     except OSError as error:
@@ -209,7 +151,7 @@ def _finished(
         return None
     identity = identify([config], full_sets, directory.read_identity())
     directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
-    return directory.read_record(path, whole=True)
+    return directory.read_record(REPORT_PATH, whole=True)
 
 
 class _Stages:
@@ -221,25 +163,11 @@ class _Stages:
         self._decisions = Decisions(run, plan)
 
     def run(self) -> dict[str, Any]:
-        """All stages; the report's record."""
-        is_conventional = self._config.method == "conventional"
-        return self._mended(self._conventional if is_conventional else self._subset_pretraining)
-
-    def run_trunk(self) -> None:
-        """The trunk and nothing else."""
-
-        def trunk() -> None:
-            with self._pool() as pool:
-                self._trunk(pool)
-
-        self._mended(trunk)
-
-    def _mended(self, stages: Callable[[], T]) -> T:
-        """What stages return. What they find damaged is made again, as its records go, once each."""
+        """All stages; the report's record. What they find damaged is made again, as its records go, once each."""
         found: set[str] = set()
         while True:
             try:
-                return stages()
+                return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
             except CorruptFile as error:
                 if error.path in found:
                     raise

@@ -12,10 +12,10 @@ from raysubset.aggregation import statistics_of
 from raysubset.cli import call
 from raysubset.comparison import advise
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.legs import Leg, closure, critical_path
 from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import make_plan
 from raysubset.work import subsample_size
 from tests.test_report import minimum

@@ -19,8 +19,8 @@ from raysubset.data import file_fingerprint, load_full_set, refuse_changed_files
 from raysubset.doctor import examine
 from raysubset.fingerprints import Entry, Identity, changes, digest, entries, fingerprint, in_words
 from raysubset.identity import identify, places_notes
-from raysubset.pipeline import run, run_trunk
-from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory, minimum_path
+from raysubset.pipeline import run
+from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
 from raysubset.user_code import Workplace, as_here, code_fingerprint
 from raysubset.user_functions import load_function
 from tests.test_report import a_record
@@ -294,12 +294,10 @@ def project(modules) -> Path:
 
 
 def finish(config: Config) -> RunDirectory:
-    """Leave what tells that a run of the config, and its trunk, are done."""
+    """Leave what tells that a run of the config is done."""
     directory = RunDirectory(config.storage_path, config.run_name())
     directory.open(config.to_dict(), {}, identify([config], {}, None))
-    report = a_record()
-    directory.write_json(REPORT_PATH, report | {"name": "r", "files": {}})
-    directory.write_json(minimum_path("trunk"), report["stages"]["fine_tuning"] | {"files": {}})
+    directory.write_json(REPORT_PATH, a_record() | {"name": "r", "files": {}})
     return directory
 
 
@@ -308,7 +306,6 @@ class TestRuns:
         config = config_of(project)
         finish(config)
         assert run(config).name == "r"
-        assert run_trunk(config).name == "r"
 
     @pytest.mark.parametrize(
         ("change", "told"),
@@ -326,9 +323,8 @@ class TestRuns:
         config = config_of(project)
         finish(config)
         change(project)
-        for again in (run, run_trunk):
-            with pytest.raises(ValueError, match=rf"{told}\): choose another --name, or start over with --fresh"):
-                again(config)
+        with pytest.raises(ValueError, match=rf"{told}\): choose another --name, or start over with --fresh"):
+            run(config)
         check = next(check for check in examine(config) if check.name == "earlier run")
         assert check.ok is False
         assert re.search(told, check.text)
@@ -359,7 +355,7 @@ class TestRuns:
 
     def test_relative_names_are_told_with_what_they_stand_for(self, project):
         (note,) = places_notes(identify([config_of(project)], {}, None))
-        assert note == f"set.parquet is {project}/set.parquet, net is {project}/net.py"
+        assert note.text == f"set.parquet is {project}/set.parquet, net is {project}/net.py"
         absolute = config_of(project, **{"data.name": str(project / "set.parquet"), "model.name": "cnn"})
         assert places_notes(identify([absolute], {}, None)) == []
 

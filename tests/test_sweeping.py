@@ -21,11 +21,12 @@ from raysubset.sweeping.plan import (
     divide,
     plan_trials,
     shared_trunks,
-    trunk_config,
+    trunk_leg,
     widest_stage,
 )
 from raysubset.sweeping.records import recommend, recommendation, settings_of
 from raysubset.training import Cost
+from raysubset.work import Piece
 from tests.test_html_report import check_self_contained
 from tests.test_report import a_record
 
@@ -95,9 +96,9 @@ def test_mistakes_in_a_space_are_told_before_anything_runs(space: dict[str, Any]
 
 def test_trials_of_one_seed_share_a_trunk_whatever_their_subsets() -> None:
     trials = planned({"subsets.size": [100, 200], "minimize.epochs": [1.0, 2.0]}, seeds=[0, 1])
-    shared = shared_trunks(trials, storage_path="/runs/sweep/trunks")
+    shared = shared_trunks(trials, "/runs/sweep/trunks")
     assert shared.keys() == {trial.name for trial in trials}
-    assert len({trunk.run_name() for trunk in shared.values()}) == 2
+    assert len({trunk.key for trunk in shared.values()}) == 2
 
 
 @pytest.mark.parametrize(
@@ -118,19 +119,24 @@ def test_trials_of_one_seed_share_a_trunk_whatever_their_subsets() -> None:
     ],
 )
 def test_a_trunk_is_shared_exactly_where_all_it_depends_on_is_equal(key: str, value: Any, matters: bool) -> None:
-    a, b = Config(), Config().with_overrides({key: value})
-    names = [trunk_config(config, storage_path="/runs").run_name() for config in (a, b)]
-    assert (names[0] != names[1]) == matters
+    a, b = (trunk_leg(config, "/runs") for config in (Config(), Config().with_overrides({key: value})))
+    assert (a != b) == matters
 
 
-def test_the_trunk_run_does_what_each_trials_trunk_would() -> None:
+def test_a_shared_trunk_is_what_each_trials_trunk_would_be() -> None:
     config = Config(seed=3).with_overrides({"trunk.learning_rate": 0.02, "minimize.epochs": 3.0, "trunk.epochs": 2.0})
-    assert trunk_config(config, storage_path="/runs").stage("trunk") == config.stage("trunk")
+    leg = trunk_leg(config, "/runs")
+    assert leg.config.stage("trunk", epochs=leg.epochs) == config.stage("trunk")
+    assert isinstance(leg.piece, Piece)
+    own = Piece(config, leg.directory, "trunk")
+    assert (leg.piece.folder, leg.piece.start_id, leg.piece.measures) == (own.folder, own.start_id, own.measures)
+    several = trunk_leg(config.with_overrides({"trunk.num_workers": 2}), "/runs")
+    assert (several.kind, several.num_workers) == ("train", 2)
 
 
 def test_a_trunk_of_a_single_trial_is_left_to_it() -> None:
-    assert shared_trunks(planned({"subsets.size": [100]}), storage_path="/runs") == {}
-    assert shared_trunks(planned({"subsets.size": [100, 200]}, trunk__epochs=0.0), storage_path="/runs") == {}
+    assert shared_trunks(planned({"subsets.size": [100]}), "/runs") == {}
+    assert shared_trunks(planned({"subsets.size": [100, 200]}, trunk__epochs=0.0), "/runs") == {}
 
 
 # Room

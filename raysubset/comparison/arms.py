@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, Literal
 
 from raysubset.aggregation import method_of
-from raysubset.comparison.legs import Leg, Start
 from raysubset.config import Config, TrainingStage, parse_value
+from raysubset.legs import Leg, Start
 from raysubset.work import subsample_size
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
@@ -161,7 +161,7 @@ def final_leg(
     members: tuple[Leg, ...] = ()
     parts: tuple[Leg, ...] = ()
     for round in range(rounds):
-        is_measured = rounds == 1 or config.rounds.evaluated(round)
+        measures = ("validation",) if rounds == 1 or config.rounds.evaluated(round) else ()
         keeps = round > 0 and config.rounds.optimizer_state == "keep"
         members = tuple(
             new_leg(
@@ -175,7 +175,7 @@ def final_leg(
                 span=(round / rounds, (round + 1) / rounds),
                 predecessor=members[subset] if keeps else None,
                 statistics=statistics if arm.letter in "GH" else (),
-                is_measured=is_measured,
+                measures=measures,
             )
             for subset in used
         )
@@ -192,7 +192,7 @@ def final_leg(
                 start,
                 round=round,
                 members=members + parts,
-                is_measured=is_measured,
+                measures=measures,
             )
         )
         start = Start("warm", last)

@@ -9,13 +9,12 @@ from contextlib import ExitStack
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
-from raysubset.comparison.legs import Leg, closure
 from raysubset.comparison.records import ComparisonReport, Record
-from raysubset.comparison.running import LegRunner
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Note, OnEvent, Stage
 from raysubset.identity import identify, known_fingerprint, places_notes
+from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment

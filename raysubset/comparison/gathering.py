@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from raysubset.comparison.arms import Arm, Settings
-from raysubset.comparison.legs import Leg, closure, critical_path
 from raysubset.comparison.network import (
     BANDWIDTHS,
     Communication,
@@ -26,6 +25,7 @@ from raysubset.comparison.statistics import (
 from raysubset.comparison.verdict import TENTH, CheapPoint, judge
 from raysubset.data import FullSet
 from raysubset.ledger import Work, total_cost
+from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import Plan
 from raysubset.run_report import data_record
 

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,18 +21,17 @@ os.environ.setdefault(
 
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import SYSTEM_ERRORS, connected, num_gpus_of, num_slots, put_once, reached
-from raysubset.config import Config, DataConfig, check_number
+from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached
+from raysubset.config import ActorsConfig, Config, DataConfig, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event, Note, OnEvent, Stage, TrialReport
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
-from raysubset.pipeline import run_trunk
+from raysubset.legs import Leg, LegRunner
 from raysubset.planning import make_plan
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment
@@ -48,6 +48,7 @@ from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
 from raysubset.user_code import as_here
 from raysubset.user_functions import refuse_import
+from raysubset.work import Run
 
 # A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the
 # head, which is the last node to go
@@ -135,9 +136,7 @@ def sweep(
         full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
         tell(Note(f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
-        trunks = _make_trunks(
-            trials, full_set_refs, directory, most_at_once=at_once, accept_changed_code=accept_changed_code, tell=tell
-        )
+        trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {
             trial.name: Task(
                 _with_room(trial.config, slots_each),
@@ -193,40 +192,27 @@ def _with_room(config: Config, num_slots: int) -> Config:
     return config.with_overrides({"actors.max_num": min(num_slots, config.actors.max_num or num_slots)})
 
 
-def _make_trunks(
+def _run_trunks(
     trials: Sequence[Trial],
-    full_set_refs: Mapping[Any, Sequence[ray.ObjectRef]],
+    full_sets: Mapping[DataConfig, FullSet],
+    full_set_refs: Mapping[DataConfig, Sequence[ray.ObjectRef]],
     directory: RunDirectory,
-    *,
-    most_at_once: int,
-    accept_changed_code: bool,
     tell: OnEvent,
 ) -> dict[str, RunDirectory]:
-    """Run each trunk that trials share, once; trial names to where it lies.
-
-    A trunk that fails is left out: its trials run it themselves, and fail by name if it fails again.
-    """
-    shared = shared_trunks(trials, storage_path=directory.below("trunks"))
-    configs = {trunk.run_name(): trunk for trunk in shared.values()}
-    remote: Any = ray.remote(as_here(run_trunk))
-    run_remotely = remote.options(num_cpus=0, resources=PLACE_OF_TRIAL, max_retries=0)
-    made: dict[str, RunDirectory] = {}
-    queued, running = list(configs), {}
-    while queued or running:
-        while queued and len(running) < most_at_once:
-            name = queued.pop(0)
-            trunk = _with_room(configs[name], 1)
-            options = {"accept_changed_code": accept_changed_code, "full_set_ref": full_set_refs[trunk.data]}
-            running[run_remotely.remote(trunk, **options)] = name
-            tell(Stage(f"trunk {name}: {len(made) + len(running)} of {len(configs)} that trials share"))
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        name = running.pop(done)
-        try:
-            made[name] = ray.get(done)
-        except (RayTaskError, *SYSTEM_ERRORS) as error:
-            text = f"trunk {name} failed, so that each of its trials runs its own: {one_line(error)}"
-            tell(Note(text, is_warning=True))
-    return {trial: made[trunk.run_name()] for trial, trunk in shared.items() if trunk.run_name() in made}
+    """Run each trunk that trials share, once; trial names to where it lies. One that fails is left out."""
+    shared = shared_trunks(trials, directory.below("trunks"))
+    groups: dict[tuple[DataConfig, ActorsConfig], list[Leg]] = defaultdict(list)
+    for leg in dict.fromkeys(shared.values()):
+        groups[leg.config.data, leg.config.actors].append(leg)
+    if groups:
+        tell(Stage(f"trunks: {len(set(shared.values()))} that trials share"))
+    failed: set[Leg] = set()
+    for (data, actors), legs in groups.items():
+        run = Run(legs[0].config, directory, full_sets[data], full_set_refs[data], tell)
+        runner = LegRunner(run, num_gpus=num_gpus_of(actors, tell), then="each of its trials runs its own")
+        runner.run(legs)
+        failed |= runner.failed.keys()
+    return {name: leg.directory for name, leg in shared.items() if leg not in failed}
 
 
 def _tune(

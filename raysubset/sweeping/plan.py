@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
+from raysubset.legs import Leg, Start
+from raysubset.training import MEASURES
 
 _OWN = ("name", "storage_path", "seed", "method", "cluster.")  # of the sweep as a whole
 
@@ -102,8 +104,8 @@ def _name(values: Mapping[str, Any]) -> str:
     return "_".join(f"{key}-{word(value)}" for key, value in values.items())
 
 
-def trunk_config(config: Config, *, storage_path: str) -> Config:
-    """A config of the trunk alone: equal, and so of one run_name(), where all that a trunk depends on is equal."""
+def trunk_leg(config: Config, legs_path: str) -> Leg:
+    """The trunk of a config as a leg: equal where all that a trunk depends on is equal."""
     default = MinimizeConfig()
     recipe = dataclasses.replace(
         config.minimize,
@@ -113,8 +115,7 @@ def trunk_config(config: Config, *, storage_path: str) -> Config:
         target_loss=None,
         learning_rate=config.stage("trunk").learning_rate,
     )
-    return Config(
-        storage_path=storage_path,
+    alone = Config(
         seed=config.seed,
         data=config.data,
         model=config.model,
@@ -124,13 +125,17 @@ def trunk_config(config: Config, *, storage_path: str) -> Config:
         actors=dataclasses.replace(config.actors, quorum=None, max_num=None),
         cluster=config.cluster,
     )
+    trunk, kind = config.trunk, "train" if config.trunk.num_workers > 1 else "minimize"
+    return Leg(
+        legs_path, kind, alone, "trunk", trunk.epochs, Start("fresh"), num_workers=trunk.num_workers, measures=MEASURES
+    )
 
 
-def shared_trunks(trials: Sequence[Trial], *, storage_path: str) -> dict[str, Config]:
-    """Trial names to the config of their trunk, where a trial shares it with another."""
-    trunks = {t.name: trunk_config(t.config, storage_path=storage_path) for t in trials if t.config.trunk.epochs}
-    num = Counter(trunk.run_name() for trunk in trunks.values())
-    return {name: trunk for name, trunk in trunks.items() if num[trunk.run_name()] > 1}
+def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:
+    """Trial names to their trunk, where a trial shares it with another."""
+    trunks = {trial.name: trunk_leg(trial.config, legs_path) for trial in trials if trial.config.trunk.epochs}
+    num = Counter(trunks.values())
+    return {name: trunk for name, trunk in trunks.items() if num[trunk] > 1}
 
 
 def widest_stage(config: Config) -> int:

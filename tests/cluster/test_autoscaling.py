@@ -117,7 +117,7 @@ def local_cluster() -> Iterator[LocalCluster]:
             up.send_signal(signal.SIGINT)  # as a person ends it
             up.wait(timeout=60)
             gone, left = psutil.wait_procs(started, timeout=10)
-            assert not left, f"left behind: {[p.info for p in left]}"
+            assert not left, f"left behind: {left}"
             assert len(gone) == len(started)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):

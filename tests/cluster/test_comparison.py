@@ -18,11 +18,10 @@ from raysubset import Config, compare
 from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.legs import Leg, closure
-from raysubset.comparison.running import LegRunner
 from raysubset.data import load_full_set
 from raysubset.events import Event, LegDone, OnEvent, Retry
 from raysubset.ledger import Ledger
+from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path, weights_path

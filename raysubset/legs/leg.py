@@ -47,7 +47,7 @@ class Leg:
     num_workers: int = 1
     statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
     is_subsample: bool = False  # on a part of the subset, as savgm needs it
-    is_measured: bool = True  # on validation data
+    measures: tuple[Measure, ...] = ("validation",)
 
     @cached_property
     def key(self) -> str:
@@ -69,8 +69,8 @@ class Leg:
         }
         if self.is_subsample:
             own["is_subsample"] = True
-        if not self.is_measured:
-            own["is_measured"] = False
+        if self.measures != ("validation",):  # as keys were before
+            own |= {"measures": self.measures} if self.measures else {"is_measured": False}
         text = json.dumps(own | {"config": shaping}, sort_keys=True)
         return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
@@ -82,7 +82,7 @@ class Leg:
         if self.stage in ("trunk", "fine_tuning"):
             rooms |= {self.stage}
         if name in ("minimize.epochs", "trunk.epochs", "fine_tuning.epochs", "rounds.num", "rounds.evaluate_every"):
-            return False  # `epochs`, `round`, `span` and `is_measured` stand for them
+            return False  # `epochs`, `round`, `span` and `measures` stand for them
         if name in ("actors.num_gpus", "actors.quorum"):
             return False
         if name.startswith("aggregation.") and self.kind != "aggregate":
@@ -118,7 +118,7 @@ class Leg:
             start_id=seed_id or (start.key if start else ""),
             optimizer=before and (before.directory, optimizer_path(before.folder)),
             statistics=self.statistics,
-            measures=self._measures,
+            measures=self.measures,
             is_subsample=self.is_subsample,
             name=self.key,
         )
@@ -135,13 +135,9 @@ class Leg:
             parts=tuple(member._minimization() for member in self.members if member.is_subsample),
             start=start,
             momentum=momentum,
-            measures=self._measures,
+            measures=self.measures,
             name=self.key,
         )
-
-    @property
-    def _measures(self) -> tuple[Measure, ...]:
-        return ("validation",) if self.is_measured else ()
 
     @property
     def output(self) -> Output:

@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from raysubset.cluster import WAIT_NOTICE_S
-from raysubset.comparison.legs import Leg, closure
 from raysubset.config import derive_seed
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, LegDone, Note, Progress, Retry, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
+from raysubset.legs.leg import Leg, closure
 from raysubset.models import new_model
 from raysubset.run_directory import CorruptFile
 from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
@@ -28,11 +28,11 @@ class LegRunner:
     What fails for good, and what needs it, is left out and named. If the driver dies, the next one finds what is done.
     """
 
-    def __init__(self, run: Run, *, num_gpus: float) -> None:
-        """`run` is the comparison; num_gpus of an actor."""
+    def __init__(self, run: Run, *, num_gpus: float, then: str = "what needs it is left out") -> None:
+        """`run` is the comparison or sweep; num_gpus of an actor; `then` says what comes of a leg that failed."""
         self._run, self._num_gpus, self._tell = run, num_gpus, run.tell
         self._of_legs = replace(run, tell=self._hear)
-        self._told_at, self._notice_s = time.monotonic(), WAIT_NOTICE_S
+        self._told_at, self._notice_s, self._then = time.monotonic(), WAIT_NOTICE_S, then
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:
@@ -121,7 +121,7 @@ class LegRunner:
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
-        self._tell(Note(f"{leg.key} failed: {reason}; what needs it is left out", is_warning=True))
+        self._tell(Note(f"{leg.key} failed: {reason}; {self._then}", is_warning=True))
 
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         """Data-parallel training by Ray Train."""
