@@ -116,9 +116,9 @@ def test_rounds_are_measured_as_the_config_says_and_share_what_that_does_not_cha
         {one for one in closure(leg(f"G:rounds.num=4,rounds.evaluate_every={n}", 8.0)) if one.stage == "subsets"}
         for n in (1, 2, 3)
     )
-    assert all(one.is_measured for one in every)
-    assert {one.round for one in second if one.is_measured} == {1, 3}
-    assert {one.round for one in third if one.is_measured} == {2, 3}
+    assert all(one.measures for one in every)
+    assert {one.round for one in second if one.measures} == {1, 3}
+    assert {one.round for one in third if one.measures} == {2, 3}
     assert leg("G:rounds.evaluate_every=3", 8.0) == leg("G", 8.0)
     # the first round is measured in neither of the two, and they part where one of them is
     assert {(one.kind, one.round) for one in second & third} == {("minimize", 0), ("aggregate", 0)}
