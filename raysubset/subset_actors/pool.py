@@ -37,6 +37,7 @@ from raysubset.training import Cost, Weights
 from raysubset.user_code import Workplace
 from raysubset.work import AnyPiece, Piece, Report, Run
 
+MOST_UNPLACED = 32  # actors, until more than that are up
 WAIT_S = 0.25  # at most, between two looks at everything
 ANSWER_S = 5.0  # for an actor that is up and idle to report
 POLL_S = 1.0  # between two questions to each actor about its progress
@@ -225,12 +226,12 @@ class ActorPool:
         while backlog or any(slot.pack for slot in self._slots):
             self._ask_for_actors(len(backlog), keep=backlog.num_waiting + keep)
             self._assign(backlog, start_ref)
-            self._wait()
+            ready = self._wait()
             for slot in list(self._slots):
                 pack = slot.pack
                 if slot.where is None:
-                    self._welcome(slot)
-                elif pack is not None and ray.wait([slot.result_ref], timeout=0)[0]:
+                    self._welcome(slot, is_up=slot.where_ref in ready)
+                elif pack is not None and slot.result_ref in ready:
                     yield pack, self._collect(slot, backlog)
                 elif pack is not None and (stalled := self._stalled(slot)):
                     yield pack, self._put_back_lost(slot, backlog, stalled)
@@ -242,10 +243,12 @@ class ActorPool:
     def _ask_for_actors(self, num_queued: int, *, keep: float) -> None:
         """As many actors as there are packs, given out or not; those beyond are handed back, unplaced ones first.
 
-        Of those that are up so many are kept.
+        Of those that are up so many are kept. No more wait for a place than are up, or MOST_UNPLACED: of a thousand
+        packs on two cores each look at the others would cost more than a small subset.
         """
+        num_up = sum(1 for slot in self._slots if slot.where)
         wanted = sum(1 for slot in self._slots if slot.pack) + num_queued
-        wanted = min(wanted, self._config.actors.max_num or wanted)
+        wanted = min(wanted, self._config.actors.max_num or wanted, num_up + max(num_up, MOST_UNPLACED))
         while len(self._slots) < wanted and time.monotonic() >= self._start_after:
             taken = {slot.place for slot in self._slots}
             place = next((place for place in range(len(self._preferred_nodes)) if place not in taken), None)
@@ -276,17 +279,18 @@ class ActorPool:
             for place, piece in enumerate(pack.pieces):
                 self._tell(Start(f"{piece.label} starts on {slot.ip}", self._attempt(slot, place)))
 
-    def _wait(self) -> None:
-        """Until an actor is up or a piece is done, or for a moment."""
+    def _wait(self) -> set[ray.ObjectRef]:
+        """Until an actor is up or a piece is done, or for a moment; what has come of all that is waited for."""
         refs = [slot.result_ref or slot.where_ref for slot in self._slots if slot.result_ref or not slot.where]
-        if refs:
-            ray.wait(refs, num_returns=1, timeout=WAIT_S)
-        else:
+        if not refs:
             time.sleep(WAIT_S / 5)  # all that is left waits for its next attempt
+            return set()
+        ray.wait(refs, num_returns=1, timeout=WAIT_S)
+        return set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
 
-    def _welcome(self, slot: _Slot) -> None:
+    def _welcome(self, slot: _Slot, *, is_up: bool) -> None:
         """Note where a new actor came up; one that could not is replaced by the next _ask_for_actors()."""
-        if not ray.wait([slot.where_ref], timeout=0)[0]:
+        if not is_up:
             if time.monotonic() - slot.made_at > MOST_START_S:
                 self._release(slot)
             return
