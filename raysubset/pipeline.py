@@ -182,7 +182,7 @@ def _begun(
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
         run = Run(config, directory, full_set, full_set_ref or put_once(full_set), tell)
         yield _Stages(run, plan), sessions
 

@@ -44,7 +44,7 @@ class ScoringPlace:
             run.directory,
             *arguments,
             request={"CPU": run.config.actors.num_cpus, "GPU": self._num_gpus},
-            on_event=run.tell,
+            tell=run.tell,
             stall_s=run.config.actors.stall_s,
         )
 

@@ -116,7 +116,7 @@ def compare(
             accept_changed_code=accept_changed_code,
         )
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
         tell(Stage(f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
             sessions.started_up()
@@ -253,7 +253,7 @@ class _Comparison:
         self.legs_path = directory.below("legs")
         full_set_ref = put_once(full_set)
         self.tuning_legs: list[Leg] = []
-        self.runner = LegRunner(config, full_set_ref, self.legs_path, num_gpus=decided["num_gpus"], on_event=tell)
+        self.runner = LegRunner(config, full_set_ref, self.legs_path, num_gpus=decided["num_gpus"], tell=tell)
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """An arm's last leg."""

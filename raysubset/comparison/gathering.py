@@ -7,13 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from raysubset.comparison.arms import Arm, Settings
 from raysubset.comparison.legs import Leg, closure, critical_path
-from raysubset.comparison.network import (
-    BANDWIDTHS,
-    Communication,
-    all_reduce_bytes,
-    exchange_bytes,
-    wall_times,
-)
+from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, exchange_bytes, wall_times
 from raysubset.comparison.records import Record
 from raysubset.comparison.running import TEST_PATH, LegFolder
 from raysubset.comparison.statistics import (

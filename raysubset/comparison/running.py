@@ -231,14 +231,14 @@ class LegRunner:
     exception, it lets its tasks write checkpoints first. If the driver dies, the next one finds what is done."""
 
     def __init__(
-        self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, on_event: OnEvent
+        self, config: Config, full_set_ref: Sequence[Any], legs_path: str, *, num_gpus: float, tell: OnEvent
     ) -> None:
         """Raises: ValueError: if a task can never be placed."""
         self._config, self._full_set_ref, self._legs_path = config, full_set_ref, legs_path
-        self._num_gpus, self._tell = num_gpus, on_event
+        self._num_gpus, self._tell = num_gpus, tell
         self._request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
         refuse_unplaceable(self._request, "legs of a comparison")
-        self._lookout = Lookout(stall_s=config.actors.stall_s, on_event=on_event)
+        self._lookout = Lookout(stall_s=config.actors.stall_s, tell=tell)
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:

@@ -18,13 +18,7 @@ from raysubset.config.minimizing import (
 from raysubset.config.places import ActorsConfig, ClusterConfig
 from raysubset.config.run import Config
 from raysubset.config.seeds import derive_seed
-from raysubset.config.stages import (
-    AggregationConfig,
-    ConventionalConfig,
-    FineTuningConfig,
-    RoundsConfig,
-    TrunkConfig,
-)
+from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_number, differences, flatten, from_tree, nearest, parse_value, shapes_result
 

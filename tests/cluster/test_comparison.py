@@ -168,9 +168,7 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
     leg = final_leg(arm, own, 150.0, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
     events: list[Event] = []
-    runner = LegRunner(
-        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=events.append
-    )
+    runner = LegRunner(config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, tell=events.append)
     folder = runner.folder(leg).run
 
     def strike() -> None:
@@ -200,7 +198,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
     own = arm_config(arm, config, Settings(0.1, 64), seed=0, num_workers=2)
     leg = final_leg(arm, own, 1e4, sizes=(), statistics=(), num_train=NUM_TRAIN, num_workers=2)
     runner = LegRunner(
-        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, on_event=lambda event: None
+        config, put_once(load_full_set(config.data)), str(tmp_path), num_gpus=0.0, tell=lambda event: None
     )
 
     def press() -> None:

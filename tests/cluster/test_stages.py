@@ -192,7 +192,7 @@ def test_scoring_can_be_done_in_a_task_of_its_own() -> None:
     def work(value: list[int], more: int) -> tuple[int, int]:
         return sum(value) + more, os.getpid()
 
-    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1}, on_event=lambda event: None)
+    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1}, tell=lambda event: None)
     assert total == 10
     assert pid != os.getpid()
 
@@ -211,7 +211,7 @@ def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.Monke
             ray.kill(holder)
 
     monkeypatch.setattr(tasks, "WAIT_NOTICE_S", 0.05)
-    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=make_room) == 3
+    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=make_room) == 3
     assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
     assert told[1].endswith(" of 4 CPU")
 
@@ -229,7 +229,7 @@ def test_a_task_that_makes_no_step_is_told_of_killed_and_run_again(tmp_path: Pat
         return os.getpid()
 
     events: list[Event] = []
-    call_on_cluster(work, put_once(str(tmp_path)), request={"CPU": 1}, on_event=events.append, stall_s=3.0)
+    call_on_cluster(work, put_once(str(tmp_path)), request={"CPU": 1}, tell=events.append, stall_s=3.0)
     told = [event.text for event in events if isinstance(event, Note | Retry)]
     assert re.match(r"work on node [\d.]+ stands still: no step for \d+ s .*it is killed in", told[0])
     assert told[1].endswith("it was killed (actors.stall_s)")
@@ -240,8 +240,8 @@ def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
         time.sleep(seconds)
 
     with pytest.raises(TimeoutError, match=r"a task of 4 CPU did not end in 0.1 s: the cluster is busy"):
-        call_on_cluster(work, put_once(1e6), request={"CPU": 4}, on_event=lambda event: None, timeout_s=0.1)
-    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, on_event=lambda event: None) == 3  # it left
+        call_on_cluster(work, put_once(1e6), request={"CPU": 4}, tell=lambda event: None, timeout_s=0.1)
+    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=lambda event: None) == 3  # it left
 
 
 def test_a_task_that_does_not_stop_is_ended_when_its_grace_is_over_and_at_once_by_a_second_ctrl_c(
