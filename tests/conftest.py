@@ -23,12 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: tests go one by one to who is free, and last all that start Ray to one process and its cluster."""
+    """`pytest -n 2`: files go one by one to who is free, and last all that start Ray to one process and its cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ClusterLast(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "Ray" if nodeid.startswith(LAST) else nodeid
+            return "Ray" if nodeid.startswith(LAST) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False  # it would begin with the largest
     return ClusterLast(config, log)
