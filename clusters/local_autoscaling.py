@@ -111,12 +111,11 @@ def _environment(config: dict[str, Any]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """One outside 10002 to 19999, which Ray takes for its workers."""
+    """One that nobody takes before Ray listens: its workers have 10002 to 19999, Linux for connections from 32768."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if not 10_000 <= port < 20_000:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
             return port
 
 

@@ -97,7 +97,7 @@ class Decisions:
             num_gpus=self.num_gpus,
             num_subsets=num_subsets,
             ledger=run.ledger,
-            on_event=run.tell,
+            tell=run.tell,
         )
         self._record |= {"slots": [slot.to_dict() for slot in slots], "shares": shares(slots, num_subsets)}
         self._write()

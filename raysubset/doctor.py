@@ -251,7 +251,7 @@ def _time(
             indices,
             num_gpus,
             request=request,
-            on_event=lambda event: None,
+            tell=lambda event: None,
             timeout_s=MEASURE_TIMEOUT_S,
         )
     except TimeoutError as error:

@@ -44,13 +44,7 @@ _WORDS: dict[str, Any] = {
 }
 _OPERATOR_NAME = re.compile(r"aten\.([a-z][a-z0-9_]*|_[a-z][a-z0-9_]*)\.([A-Za-z][A-Za-z0-9_]*)")
 _REFUSED = ("empty", "empty_strided", "_local_scalar_dense", "_embedding_bag", "sym_storage_offset")
-_ALSO = (
-    "adaptive_max_pool2d",
-    "im2col",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "unfold",
-)  # no less pure
+_ALSO = ("adaptive_max_pool2d", "im2col", "pixel_shuffle", "pixel_unshuffle", "unfold")  # no less pure
 
 
 def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
@@ -193,12 +187,7 @@ class GraphNetwork(nn.Module):
     """A network in evaluation mode, computed call by call; its state dict has the names of the traced network's."""
 
     def __init__(
-        self,
-        graph: Any,
-        tensors: Mapping[str, Tensor],
-        *,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
+        self, graph: Any, tensors: Mapping[str, Tensor], *, image_shape: tuple[int, int, int], num_classes: int
     ) -> None:
         """Check the graph on stand-ins, which take no memory.
 

@@ -88,7 +88,7 @@ def decide_slots(
     num_gpus: float,
     num_subsets: int,
     ledger: Ledger,
-    on_event: OnEvent,
+    tell: OnEvent,
 ) -> list[Slot]:
     """The slots that the subsets are meant for, the fastest first, as subsets.shares says: weighted or measured.
 
@@ -99,7 +99,7 @@ def decide_slots(
         num_gpus: of an actor.
         num_subsets: more slots are not wanted.
         ledger: what measuring costs is written there.
-        on_event: told while measuring waits for a place.
+        tell: told while measuring waits for a place.
 
     Raises:
         ValueError: if an actor can never be placed, or there is no node to weigh or measure.
@@ -112,9 +112,7 @@ def decide_slots(
         return weighted_slots(node_types(), request, speeds, most=most)
 
     def measure(kind: NodeType) -> float:
-        return _measure_kind(
-            config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger, on_event=on_event
-        )
+        return _measure_kind(config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger, tell=tell)
 
     return measured_slots(node_types(), request, measure, most=most)
 
@@ -216,7 +214,7 @@ def _measure_kind(
     *,
     request: Mapping[str, float],
     ledger: Ledger,
-    on_event: OnEvent,
+    tell: OnEvent,
 ) -> float:
     """Examples per second of one actor on a node of the kind, with its entry in the ledger."""
     node_id = kind.node_ids[0]
@@ -231,7 +229,7 @@ def _measure_kind(
             indices,
             num_gpus,
             request=request,
-            on_event=on_event,
+            tell=tell,
             stall_s=config.actors.stall_s,
             timeout_s=config.cluster.wait_timeout_s,
             node_id=node_id,

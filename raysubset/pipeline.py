@@ -116,7 +116,7 @@ def run(
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
         stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), tell), plan)
         sessions.started_up()
         if trunk is not None:
@@ -313,7 +313,7 @@ class _Stages:
                 run.full_set_ref,
                 *(num_gpus, run.config, run.directory, weights),
                 request={"CPU": run.config.actors.num_cpus, "GPU": num_gpus},
-                on_event=run.tell,
+                tell=run.tell,
                 stall_s=run.config.actors.stall_s,
             )
         num_threads = torch.get_num_threads()

@@ -55,7 +55,7 @@ class Sessions:
     """How long a run, sweep or comparison took, over all its drivers; what was between them is not counted.
 
     with Sessions(directory, lease, began=began) as sessions:      # its seconds are written down however it is left
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
 
     This driver's seconds are also written down as it tells of events, every WRITE_S at most, so that little is lost if
     it is killed.
@@ -78,7 +78,7 @@ class Sessions:
             with suppress(OSError):  # must not hide why the run ends
                 self.write()
 
-    def listener(self, tell: OnEvent) -> OnEvent:
+    def checked(self, tell: OnEvent) -> OnEvent:
         """`tell`, with a heartbeat at each event; RuntimeError instead where another driver has taken over."""
 
         def checked_tell(event: Event) -> None:

@@ -147,7 +147,7 @@ def model_record(
 
 
 def save_model(
-    run: RunDirectory, weights: Weights, record: ModelRecord, *, network: nn.Module | None = None
+    directory: RunDirectory, weights: Weights, record: ModelRecord, *, network: nn.Module | None = None
 ) -> tuple[dict[str, Seal], str | None]:
     """Write the weights, of a user's own network the graph that stands for its code, then the record that names them.
 
@@ -159,7 +159,7 @@ def save_model(
         The seals of what was written, by path; and why its graph could not be kept, so that load_model() will need its
         code, None where none is needed.
     """
-    files, flaw = {WEIGHTS_PATH: run.write_weights(WEIGHTS_PATH, weights)}, None
+    files, flaw = {WEIGHTS_PATH: directory.write_weights(WEIGHTS_PATH, weights)}, None
     if record.model.is_function:
         network = network or new_model(record.model, record)
         network.load_state_dict(weights)
@@ -168,9 +168,9 @@ def save_model(
         except ValueError as error:
             flaw = str(error)
         else:
-            files[CONSTANTS_PATH] = run.write_weights(CONSTANTS_PATH, constants)
-            files[GRAPH_PATH] = run.write_json(GRAPH_PATH, graph)
-    return {**files, RECORD_PATH: run.write_json(RECORD_PATH, record.to_dict() | {"files": files})}, flaw
+            files[CONSTANTS_PATH] = directory.write_weights(CONSTANTS_PATH, constants)
+            files[GRAPH_PATH] = directory.write_json(GRAPH_PATH, graph)
+    return {**files, RECORD_PATH: directory.write_json(RECORD_PATH, record.to_dict() | {"files": files})}, flaw
 
 
 def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: bool = False) -> TrainedModel:
@@ -188,28 +188,30 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     Raises:
         ValueError: if there is no finished run, it is damaged, a newer version made it, or its network needs code.
     """
-    run = RunDirectory.at(path)
-    if not run.exists(RECORD_PATH):
+    directory = RunDirectory.at(path)
+    if not directory.exists(RECORD_PATH):
         raise ValueError(
-            f"{run.uri} holds no {RECORD_PATH}: it is no run directory, or one that is not finished: give another"
+            f"{directory.uri} holds no {RECORD_PATH}: it is no run directory, or one that is not finished: give another"
         )
-    stored = run.read_json(RECORD_PATH)
+    stored = directory.read_json(RECORD_PATH)
     files = stored.pop("files", None) if isinstance(stored, dict) else None
     files = files if isinstance(files, dict) else {}
     try:
         record = ModelRecord.from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"{RECORD_PATH} in {run.uri} cannot be used: {error}") from error
-    weights = run.read_weights(WEIGHTS_PATH, files)
+        raise ValueError(f"{RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
+    weights = directory.read_weights(WEIGHTS_PATH, files)
     try:
-        network = _network(run, record, weights, files, trust_code=trust_code)
+        network = _network(directory, record, weights, files, trust_code=trust_code)
     except RuntimeError as error:
-        raise ValueError(f"{WEIGHTS_PATH} in {run.uri} are not of {record.model.name}: {first_line(error)}") from error
+        raise ValueError(
+            f"{WEIGHTS_PATH} in {directory.uri} are not of {record.model.name}: {first_line(error)}"
+        ) from error
     return TrainedModel(network, record).eval().to(device)
 
 
 def _network(
-    run: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
+    directory: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
 ) -> nn.Module:
     """The network that the record describes, with the weights.
 
@@ -223,21 +225,21 @@ def _network(
         network = new_model(record.model, record)
         network.load_state_dict(weights)
         return network
-    if not run.exists(GRAPH_PATH):
+    if not directory.exists(GRAPH_PATH):
         height, width, channels = record.image_shape
         module, _, function = record.model.name.partition(":")
         raise ValueError(
-            f"the network of {run.uri} is code that it only names: load_model() would import {module!r} from "
+            f"the network of {directory.uri} is code that it only names: load_model() would import {module!r} from "
             f"{os.getcwd()} or what is installed, and call its {function!r} with ({record.num_classes}, ({channels}, "
             f"{height}, {width})). If you trust whoever made this directory, give trust_code=True or --trust-code"
         )
-    tensors = {**weights, **run.read_weights(CONSTANTS_PATH, files)}
+    tensors = {**weights, **directory.read_weights(CONSTANTS_PATH, files)}
     try:
         return GraphNetwork(
-            run.read_json(GRAPH_PATH), tensors, image_shape=record.image_shape, num_classes=record.num_classes
+            directory.read_json(GRAPH_PATH), tensors, image_shape=record.image_shape, num_classes=record.num_classes
         )
     except ValueError as error:
-        raise ValueError(f"{GRAPH_PATH} in {run.uri} cannot be used: {error}") from error
+        raise ValueError(f"{GRAPH_PATH} in {directory.uri} cannot be used: {error}") from error
 
 
 def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Module:

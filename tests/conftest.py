@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,26 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
 os.environ.update(RAY_worker_niceness="0")  # by default 15: any busy process beside Ray's would starve all workers
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
+LAST = ("tests/cluster/", "tests/gpu/")  # these start Ray
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need no Ray come first: what they say of Ray holds where none runs, and they fail sooner."""
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
+    items.sort(key=lambda item: item.nodeid.startswith(LAST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: files go one by one to who is free, and last all that start Ray to one process and its cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ClusterLast(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "Ray" if nodeid.startswith(LAST) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # it would begin with the largest
+    return ClusterLast(config, log)
 
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.live import Live
+from rich.table import Table
 
 from raysubset.cli import call, parse_config, run_job
-from raysubset.cli.screen import print_sections
+from raysubset.cli.screen import print_sections, telling
 from raysubset.config import Config
+from raysubset.events import Attempt, MinimumDone, Note, Progress, Start
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
 from tests.test_report import a_record
@@ -369,11 +372,41 @@ def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture
     assert json.loads(out) == {key: value for key, value in written.items() if key != "digest"}  # the file's own
 
 
-def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pytest.MonkeyPatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def tell_of_a_subset(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    attempt = Attempt("subsets", 0, 3, 0, "node", "10.0.0.7", 1)
+    with telling() as tell:
+        tell(Note("few examples", is_warning=True))
+        tell(Start("subset 3 starts", attempt))
+        tell(Progress("subset 3: epoch 1.0", attempt, 1.0, 8.0, None, examples_per_s=100.0))
+        tell(MinimumDone("subset 3: loss 0.1", "subsets", {"subset_id": 3}))
+    return stream.getvalue()
+
+
+def test_a_log_marks_warnings_and_has_no_line_of_each_second(monkeypatch: pytest.MonkeyPatch):
+    lines = tell_of_a_subset(io.StringIO(), monkeypatch).splitlines()
+    assert [line.partition(" ")[2] for line in lines] == ["warning: few examples", "subset 3: loss 0.1"]
+
+
+def test_a_terminal_has_a_row_an_actor_until_its_minimum_is_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    rows: list[list[str]] = []
+    monkeypatch.setattr(Live, "update", lambda live, table: rows.append([] if not table else cells(table)))
+    assert "few examples" in tell_of_a_subset(Terminal(), monkeypatch)
+    name = "subset 3"
+    assert rows == [[], [name, "starting", "", "", "10.0.0.7"], [name, "1.0 / 8", "", "100", "10.0.0.7"], []]
+
+
+def cells(table: Table) -> list[str]:
+    return [str(cell) for column in table.columns for cell in column.cells]
+
+
+def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pytest.MonkeyPatch):
     record = a_record()
     parts = sections(record)
     whole = {len(part.rows[0]) for part in parts if part.columns}

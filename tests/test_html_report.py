@@ -290,11 +290,11 @@ def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_pat
         seal = run.write_weights(path, model.state_dict())
         record["stages"]["rounds"][-1]["minima"][subset]["files"] = {path: seal}
         expected.append(evaluate(model, full_set.examples("validation"), MinimizeConfig()).loss)
-    line = line_between_minima(run.uri, record)
+    line = line_between_minima(run, record)
     assert [point["share"] for point in line] == pytest.approx([n / 10 for n in range(11)])
     assert [line[0]["loss"], line[-1]["loss"]] == pytest.approx(expected)
     run.delete(weights_path(minimum_folder(0, 0)))
-    assert line_between_minima(run.uri, record) == line
+    assert line_between_minima(run, record) == line
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_pat
 def test_a_line_that_cannot_be_measured_says_why(tmp_path: Path, changes: dict[str, Any], why: str):
     record = a_record(**changes)
     with pytest.raises(ValueError, match=why):
-        line_between_minima(a_directory(tmp_path, record).uri, record)
+        line_between_minima(a_directory(tmp_path, record), record)
 
 
 def test_the_page_says_why_no_line_was_measured(page: Path):

@@ -73,7 +73,7 @@ def test_a_measurement_that_fails_is_closed_in_the_ledger(monkeypatch: pytest.Mo
     monkeypatch.setattr(node_speeds, "address_of", lambda node_id: "10.0.0.1")
     config, ledger = Config().with_overrides({"subsets.shares": "measured"}), Ledger(RunDirectory(str(tmp_path), "run"))
     with pytest.raises(TimeoutError):
-        decide_slots(config, [], np.arange(4), num_gpus=0.5, num_subsets=2, ledger=ledger, on_event=lambda event: None)
+        decide_slots(config, [], np.arange(4), num_gpus=0.5, num_subsets=2, ledger=ledger, tell=lambda event: None)
     (work,) = ledger.read()
     assert (work.stage, work.outcome, work.error) == ("measuring", "failed", "TimeoutError: the cluster is busy")
 

@@ -57,7 +57,7 @@ def test_a_driver_whose_lease_is_lost_stops_at_its_next_event_and_leaves_the_ses
     directory = RunDirectory(str(tmp_path), "run")
     lease, events = Lease(directory), []
     with Sessions(directory, lease, began=0.0) as session:
-        tell = session.listener(events.append)
+        tell = session.checked(events.append)
         lease.lost = "another driver has taken over the run"
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             tell(Note("never told"))

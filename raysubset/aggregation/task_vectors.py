@@ -98,13 +98,7 @@ def ties(
 
 
 def dare(
-    minima: Sequence[Minimum],
-    start: Weights,
-    *,
-    drop: float,
-    scale: float,
-    seed: int,
-    parameter_names: Collection[str],
+    minima: Sequence[Minimum], start: Weights, *, drop: float, scale: float, seed: int, parameter_names: Collection[str]
 ) -> Aggregate:
     """Drop elements of task vectors at random and rescale the rest (DARE, Yu et al. 2024, arXiv:2311.03099).
 
@@ -138,11 +132,7 @@ def dare(
 
 
 def savgm(
-    minima: Sequence[Minimum],
-    *,
-    fraction: float,
-    parameter_names: Collection[str],
-    allow_independent: bool = False,
+    minima: Sequence[Minimum], *, fraction: float, parameter_names: Collection[str], allow_independent: bool = False
 ) -> Aggregate:
     """(mean θ_i - r mean θ_i') / (1 - r), θ_i' the minimum on a share r of subset i (Zhang et al., JMLR 2013).
 

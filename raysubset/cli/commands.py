@@ -32,7 +32,7 @@ from raysubset.cli.flags import (
     parse,
     parse_command,
 )
-from raysubset.cli.screen import console_of, listener, open_screen, print_sections, visible
+from raysubset.cli.screen import console_of, open_screen, print_sections, telling, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import CorruptFile, first_line, one_line
 from raysubset.uris import without_secrets
@@ -74,12 +74,7 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
 
 
 def run_sweep_job(
-    arguments: Sequence[str],
-    *,
-    default: Config,
-    sizes: Sequence[int],
-    seeds: int,
-    description: str | None = None,
+    arguments: Sequence[str], *, default: Config, sizes: Sequence[int], seeds: int, description: str | None = None
 ) -> int:
     """What a job file of a sweep does: parse, sweep, print the report; the exit code. Flags as `raysubset sweep`'s.
 
@@ -185,11 +180,11 @@ def _run(command: Run) -> int:
     from raysubset.report import sections
     from raysubset.tracking import track_page
 
-    with listener() as listen:
+    with telling() as tell:
         changed = command.accept_changed_code
-        report = run(command.config, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
+        report = run(command.config, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
         page = _write_page(report.uri)
-        track_page(command.config, report.uri, listen)
+        track_page(command.config, report.uri, tell)
     print(page)
     print_sections(sections(report.to_dict()))
     return DONE
@@ -201,13 +196,13 @@ def _sweep(command: Sweep) -> int:
     from raysubset.sweeping import sweep
 
     scheduler = "asha" if command.prune else None
-    with listener() as listen:
+    with telling() as tell:
         report = sweep(
             command.config,
             space,
             seeds=command.seeds,
             scheduler=scheduler,
-            on_event=listen,
+            on_event=tell,
             fresh=command.fresh,
             accept_changed_code=command.accept_changed_code,
         )
@@ -225,11 +220,11 @@ def _compare(command: Compare) -> int:
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers"):
         if (given := getattr(command, name)) not in (None, ()):
             options[name] = given
-    with listener() as listen:
+    with telling() as tell:
         changed = command.accept_changed_code
-        report = compare(command.config, **options, on_event=listen, fresh=command.fresh, accept_changed_code=changed)
+        report = compare(command.config, **options, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
         page = _write_page(report.uri)
-        track_page(command.config, report.uri, listen)
+        track_page(command.config, report.uri, tell)
     print(page)
     print_sections(comparison_sections(report.to_dict()))
     return FAILED if report.record["failed"] else DONE

@@ -141,8 +141,8 @@ def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
 
 
 @contextmanager
-def listener() -> Iterator[events.OnEvent]:
-    """A listener that draws live progress on a terminal, and writes plain lines elsewhere; both to stderr."""
+def telling() -> Iterator[events.OnEvent]:
+    """A `tell` that draws live progress on a terminal, and writes plain lines elsewhere; both to stderr."""
     console = console_of(sys.stderr)
     if not console.is_terminal:
         yield _PlainLines()

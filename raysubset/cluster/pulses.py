@@ -85,12 +85,12 @@ def forget(prefix: str) -> None:
 class Lookout:
     """Watches the tasks that publish under a prefix; kills those that stand still, which Ray or the caller tries again.
 
-    The name that follows the prefix in a task's key is what the listener is told.
+    The name that follows the prefix in a task's key is what is told.
     """
 
-    def __init__(self, *, stall_s: float, on_event: OnEvent) -> None:
+    def __init__(self, *, stall_s: float, tell: OnEvent) -> None:
         self.prefix = f"{uuid.uuid4().hex}/"
-        self._stall_s, self._on_event = stall_s, on_event
+        self._stall_s, self._tell = stall_s, tell
         self._watches: dict[str, Watch] = {}
 
     def look(self) -> None:
@@ -102,9 +102,9 @@ class Lookout:
             match watch.look():
                 case "stalled":
                     more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                    self._on_event(Note(f"{text}; {more}", is_warning=True))
+                    self._tell(Note(f"{text}; {more}", is_warning=True))
                 case "lost":
-                    self._on_event(Retry(f"{text}; it was killed (actors.stall_s)"))
+                    self._tell(Retry(f"{text}; it was killed (actors.stall_s)"))
                     kill_processes([process])
                     forget(self.prefix + name)
                     del self._watches[name]

@@ -10,13 +10,7 @@ from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raysubset.cluster.pulses import Lookout, published
-from raysubset.cluster.resources import (
-    WAIT_NOTICE_S,
-    autoscaler_activity,
-    describe,
-    free_resources,
-    refuse_unplaceable,
-)
+from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
 from raysubset.events import OnEvent, Waiting
 from raysubset.user_code import Workplace
 
@@ -62,14 +56,14 @@ def call_on_cluster(
     value_ref: Sequence[ray.ObjectRef],
     *arguments: Any,
     request: Mapping[str, float],
-    on_event: OnEvent,
+    tell: OnEvent,
     stall_s: float = math.inf,
     timeout_s: float | None = None,
     node_id: str | None = None,
 ) -> Any:
     """function(value, *arguments) in a task with these resources; the value is read from the object store there.
 
-    It runs on the node of that id, or on any; while it waits for a place the listener is told so, every WAIT_NOTICE_S.
+    It runs on the node of that id, or on any; while it waits for a place `tell` is told so, every WAIT_NOTICE_S.
     A task whose process or node dies, or that is killed as it makes no step (actors.stall_s), is run again
     by Ray, three times at most; one that must run on a node that has gone fails. With the driver it ends.
 
@@ -97,7 +91,7 @@ def call_on_cluster(
         yield result
 
     refuse_unplaceable(request, "scoring tasks")
-    lookout = Lookout(stall_s=stall_s, on_event=on_event)
+    lookout = Lookout(stall_s=stall_s, tell=tell)
     result_refs: Any = call.remote(value_ref, f"{lookout.prefix}{function.__name__}", *arguments)
     task, result = f"a task of {describe(request)}", None
     ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
@@ -112,7 +106,7 @@ def call_on_cluster(
                     lookout.look()
                 else:
                     free = f"free are {free_resources(request)}{autoscaler_activity()}"
-                    on_event(Waiting(f"{task} waits for a place; {free}"))
+                    tell(Waiting(f"{task} waits for a place; {free}"))
             result = ray.get(next(result_refs))
     except BaseException:
         ray.cancel(result_refs, force=True)

@@ -11,11 +11,4 @@ from raysubset.comparison.arms import ALL_ARMS
 from raysubset.comparison.driver import compare
 from raysubset.comparison.records import ComparisonReport
 
-__all__ = [
-    "compare",
-    "ComparisonReport",
-    "advise",
-    "Advice",
-    "measured_lines",
-    "ALL_ARMS",
-]
+__all__ = ["compare", "ComparisonReport", "advise", "Advice", "measured_lines", "ALL_ARMS"]

@@ -116,7 +116,7 @@ def compare(
             accept_changed_code=accept_changed_code,
         )
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
         tell(Stage(f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster):
             sessions.started_up()

@@ -128,13 +128,7 @@ class SubsetsConfig:
 
     def __post_init__(self) -> None:
         check_fields(
-            self,
-            "subsets.",
-            num="[1, ∞)",
-            size="[1, ∞)",
-            fraction="(0, 1]",
-            alpha="(0, ∞)",
-            per_actor="[1, ∞)",
+            self, "subsets.", num="[1, ∞)", size="[1, ∞)", fraction="(0, 1]", alpha="(0, ∞)", per_actor="[1, ∞)"
         )
         given = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
         need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")

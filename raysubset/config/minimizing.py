@@ -69,12 +69,7 @@ class AveragingConfig:
 
     def __post_init__(self) -> None:
         check_fields(
-            self,
-            "minimize.averaging.",
-            period="(0, ∞)",
-            num_samples="[1, ∞)",
-            decay="[0, 1)",
-            swa_start="[0, 1)",
+            self, "minimize.averaging.", period="(0, ∞)", num_samples="[1, ∞)", decay="[0, 1)", swa_start="[0, 1)"
         )
         need(
             not (self.kind in ("ema", "swa") and self.feedback == "restart"),

@@ -10,13 +10,7 @@ from typing import Any, Literal
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
 from raysubset.config.places import ActorsConfig, ClusterConfig
-from raysubset.config.stages import (
-    AggregationConfig,
-    ConventionalConfig,
-    FineTuningConfig,
-    RoundsConfig,
-    TrunkConfig,
-)
+from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
 

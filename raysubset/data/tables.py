@@ -148,10 +148,7 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
 
 
 def with_scalars(
-    images: np.ndarray | EncodedImages | RowGroups,
-    joined: JoinedTables,
-    config: DataConfig,
-    where: str,
+    images: np.ndarray | EncodedImages | RowGroups, joined: JoinedTables, config: DataConfig, where: str
 ) -> SourceSplit:
     """A split of these images, and of the labels and further columns of tables that may lack the images.
 

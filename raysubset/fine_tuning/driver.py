@@ -82,21 +82,21 @@ def fine_tune(
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
         refs, here = (run.full_set_ref, start_ref), Workplace.here()
         job = Job(config, recipe, directory, stage, *refs, num_gpus, tuple(teachers), here)
-        _fit(job, num_workers=num_workers, on_event=run.tell)
+        _fit(job, num_workers=num_workers, tell=run.tell)
         record = directory.read_json(minimum_path(stage))
     return directory.read_weights(weights_path(stage), record["files"]), record
 
 
-def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
+def _fit(job: Job, *, num_workers: int, tell: OnEvent) -> None:
     """Run the job to its end, again where its controller dies."""
-    run, stage, most = job.run, job.stage, job.config.actors.max_attempts
+    run, stage, most = job.directory, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, on_event=on_event)
+    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, tell=tell)
     num_lost = 0
     while True:
         num_epochs = lookout.num_epochs
         if mended := mend_snapshot(run, f"{stage}/{_JOB}"):
-            on_event(Note(mended, is_warning=True))
+            tell(Note(mended, is_warning=True))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
         try:
@@ -121,7 +121,7 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
             text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
             if num_lost >= most:
                 raise FineTuningFailed(text) from error
-            on_event(Retry(f"{text}; it starts from its last checkpoint"))
+            tell(Retry(f"{text}; it starts from its last checkpoint"))
             lookout.begin()
     lookout.tell_epochs()
     if diverged:
@@ -129,7 +129,7 @@ def _fit(job: Job, *, num_workers: int, on_event: OnEvent) -> None:
 
 
 def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
-    config, run, stage, num_gpus = job.config, job.run, job.stage, job.num_gpus
+    config, run, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
     storage_path, filesystem = run.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:

@@ -37,9 +37,9 @@ class TrainLookout:
     Ray Train tries again from the last checkpoint when workers are killed, and counts that as a failure.
     """
 
-    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, on_event: OnEvent) -> None:
+    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, tell: OnEvent) -> None:
         self._is_elastic = is_elastic
-        self._job, self._num_workers, self._on_event = job, num_workers, on_event
+        self._job, self._num_workers, self._tell = job, num_workers, tell
         self._request = {"CPU": job.config.actors.num_cpus, "GPU": job.num_gpus}
         self.key = uuid.uuid4().hex  # of the workers' pulses
         self.num_epochs = len(self._history())  # that were told of
@@ -56,7 +56,7 @@ class TrainLookout:
 
         Raises:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
-            Whatever the listener raises, as where another driver has taken the run over.
+            Whatever `tell` raises, as where another driver has taken the run over.
         """
         self.tell_epochs()
         groups = groups_of(controller)
@@ -85,10 +85,10 @@ class TrainLookout:
             self.num_epochs += 1
             validation = Metrics.from_dict(entry["validation"])
             text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
-            self._on_event(EpochDone(f"{text} and {validation.accuracy:.2%}", stage, entry))
+            self._tell(EpochDone(f"{text} and {validation.accuracy:.2%}", stage, entry))
 
     def _history(self) -> list[dict[str, Any]]:
-        return self._job.run.read_json_or_none(history_path(self._job.stage)) or []
+        return self._job.directory.read_json_or_none(history_path(self._job.stage)) or []
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
         """Say when no worker has made a step for too long, and kill them after as long again."""
@@ -100,10 +100,10 @@ class TrainLookout:
             case "stalled":
                 more = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
                 text = f"{stage}: {where} stand still: {watch.in_words()}; {more}"
-                self._on_event(Note(text, is_warning=True))
+                self._tell(Note(text, is_warning=True))
             case "lost":
                 self.stalled = f"{watch.in_words()} on {where}: killed (actors.stall_s)"
-                self._on_event(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
+                self._tell(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
                 kill_processes(workers)
                 forget(self.key)
                 self.begin()
@@ -118,4 +118,4 @@ class TrainLookout:
                 f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
                 f"{offers(node_types())}. {ASK_FOR_LESS}, or run the same command when it has more"
             )
-        self._on_event(Waiting(f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}"))
+        self._tell(Waiting(f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}"))

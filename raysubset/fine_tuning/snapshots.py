@@ -11,7 +11,7 @@ from raysubset.run_directory import CorruptFile, RunDirectory
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def mend_snapshot(run: RunDirectory, folder: str) -> str | None:
+def mend_snapshot(directory: RunDirectory, folder: str) -> str | None:
     """Have a Ray Train job resume from its newest sound checkpoint, or from the start where none is.
 
     To be called while the job does not run. A checkpoint is complete where it has as many files as any other.
@@ -23,29 +23,29 @@ def mend_snapshot(run: RunDirectory, folder: str) -> str | None:
         What was damaged and what the job resumes from; None if nothing was.
     """
     path = f"{folder}/{_SNAPSHOT}"
-    if not run.exists(path):
+    if not directory.exists(path):
         return None
     files: dict[str, list[str]] = {}
-    for file in run.list(folder, recursive=True):
+    for file in directory.list(folder, recursive=True):
         if file.endswith(".pt"):
             files.setdefault(file.split("/")[-2], []).append(file)
-    flaw = _flaw(run, path, files)
+    flaw = _flaw(directory, path, files)
     if flaw is None:
         return None
     most = max(map(len, files.values()), default=0)
     complete = [name for name in sorted(files, reverse=True) if len(files[name]) == most]
-    newest = next((name for name in complete if _damage(run, files[name]) is None), None)
+    newest = next((name for name in complete if _damage(directory, files[name]) is None), None)
     if newest is None:
-        run.delete(folder)
+        directory.delete(folder)
         return f"{flaw}; no checkpoint of {folder} is sound: it starts from the beginning"
-    run.write_bytes(path, json.dumps(_snapshot(newest)).encode())
+    directory.write_bytes(path, json.dumps(_snapshot(newest)).encode())
     return f"{flaw}; it starts from {newest}"
 
 
-def _flaw(run: RunDirectory, path: str, files: dict[str, list[str]]) -> str | None:
+def _flaw(directory: RunDirectory, path: str, files: dict[str, list[str]]) -> str | None:
     """What keeps Ray Train from resuming by its snapshot."""
     try:
-        snapshot = json.loads(run.read_bytes(path))
+        snapshot = json.loads(directory.read_bytes(path))
         names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
         latest = snapshot["latest_checkpoint_result"]
         newest = latest and latest["checkpoint_dir_name"]
@@ -53,17 +53,17 @@ def _flaw(run: RunDirectory, path: str, files: dict[str, list[str]]) -> str | No
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         names, newest, whole = [], None, False
     if not whole:
-        return f"{path} in {run.uri} is damaged"
+        return f"{path} in {directory.uri} is damaged"
     for name in names:
         if name not in files:
-            return f"the checkpoint {name} that {path} in {run.uri} names is gone"
-    return _damage(run, files[newest]) if newest else None
+            return f"the checkpoint {name} that {path} in {directory.uri} names is gone"
+    return _damage(directory, files[newest]) if newest else None
 
 
-def _damage(run: RunDirectory, files: Sequence[str]) -> str | None:
+def _damage(directory: RunDirectory, files: Sequence[str]) -> str | None:
     try:
         for file in files:
-            run.read_checkpoint(file)
+            directory.read_checkpoint(file)
     except CorruptFile as error:
         return str(error)
     return None

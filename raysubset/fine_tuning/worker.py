@@ -60,7 +60,7 @@ class Job:
 
     config: Config
     recipe: MinimizeConfig
-    run: RunDirectory
+    directory: RunDirectory
     stage: TrainingStage
     full_set_ref: Sequence[ray.ObjectRef]
     start_ref: Sequence[ray.ObjectRef]
@@ -88,7 +88,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     except DivergedError as error:  # of all workers at the same step: they share their losses and weights
         return one_line(error)
     except LeftOutError:
-        job.run.write_json(left_out_path(job.stage), {"leaves_out": True})
+        job.directory.write_json(left_out_path(job.stage), {"leaves_out": True})
         raise
     except Exception as error:
         if _may_pass(error):
@@ -123,7 +123,7 @@ class _Worker:
 
     def __init__(self, job: Job, shard: Shard) -> None:
         config, full_set = job.config, ray.get(job.full_set_ref[0])
-        self._config, self._run, self._recipe, self._shard = config, job.run, job.recipe, shard
+        self._config, self._directory, self._recipe, self._shard = config, job.directory, job.recipe, shard
         self._stage: TrainingStage = job.stage
         self._full_set: FullSet = full_set
         self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
@@ -135,7 +135,7 @@ class _Worker:
         self._model = model
         self._distillation = None
         if job.teachers:
-            teachers = [self._network(_weights_of(job.run, folder)) for folder in job.teachers]
+            teachers = [self._network(_weights_of(job.directory, folder)) for folder in job.teachers]
             share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
             self._distillation = Distillation(teachers, share=share, temperature=temperature)
         examples = full_set.examples("train", device=device, augment=True)
@@ -188,7 +188,7 @@ class _Worker:
         except DivergedError as error:
             if self._work is not None:
                 failed = replace(self._work, outcome="failed", ended_at=time.time(), error=one_line(error))
-                Ledger(self._run).write(replace(failed, cost=self._cost(so_far)))
+                Ledger(self._directory).write(replace(failed, cost=self._cost(so_far)))
             raise
         if self._shard.rank == 0:
             self._leave_result(result.outcome, result.cost)
@@ -198,7 +198,7 @@ class _Worker:
         config, shard = self._config, self._shard
         if shard.num == 1 or ":" not in config.model.name:
             return False
-        found = self._run.exists(left_out_path(self._stage))
+        found = self._directory.exists(left_out_path(self._stage))
         if not found:
             shape, num_classes = self._full_set.image_shape, self._full_set.num_classes
             trial = try_training(copied(model).cpu(), self._recipe, num_classes=num_classes, image_shape=shape)
@@ -231,7 +231,7 @@ class _Worker:
                 self._best["model"] = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
         self._history.append({**progress.history[-1].to_dict(), "validation": validation.to_dict()})
         if self._shard.rank == 0:
-            self._run.write_json(history_path(self._stage), self._history)
+            self._directory.write_json(history_path(self._stage), self._history)
 
     def _validate(self) -> Metrics:
         """Validation metrics, each worker scoring a part with rank 0's running statistics."""
@@ -247,7 +247,7 @@ class _Worker:
 
     def _beat_if_due(self, work: Work, progress: Progress) -> None:
         """Write how far the work is: what is lost if we die is counted."""
-        now, ledger = time.perf_counter(), Ledger(self._run)
+        now, ledger = time.perf_counter(), Ledger(self._directory)
         if now - self._heard_at >= ledger.heartbeat_s:
             self._heard_at = now
             ledger.write(replace(work, cost=self._cost(progress.cost)))
@@ -262,7 +262,7 @@ class _Worker:
                 state = progress.capture() | {"validated": self._history, "best_validated": self._best}
                 _write(folder, STATE_FILE, state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                Ledger(self._run).write(replace(self._work, cost=self._cost(progress.cost)))
+                Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))
             elif own := progress.capture()["own"]:
                 _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -287,18 +287,18 @@ class _Worker:
             "outcome": outcome,
             "num_workers": self._shard.num,
             "recomputed_batch_norm": num_refreshed > 0,
-            "files": {weights_path(self._stage): self._run.write_weights(weights_path(self._stage), weights)},
+            "files": {weights_path(self._stage): self._directory.write_weights(weights_path(self._stage), weights)},
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
         # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
         sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
         cost = self._cost(minimized)
         work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
-        Ledger(self._run).write(work)  # before the record, without which all of this would be done again
-        self._run.write_json(minimum_path(self._stage), record)
+        Ledger(self._directory).write(work)  # before the record, without which all of this would be done again
+        self._directory.write_json(minimum_path(self._stage), record)
 
     def _open_ledger(self) -> None:
-        ledger = Ledger(self._run)
+        ledger = Ledger(self._directory)
         ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
         self._work = Work(
             stage=self._stage,
@@ -323,9 +323,9 @@ def _write(folder: str, name: str, state: dict[str, Any]) -> None:
         Path(folder, name).write_bytes(buffer.getvalue())
 
 
-def _weights_of(run: RunDirectory, folder: str) -> Weights:
+def _weights_of(directory: RunDirectory, folder: str) -> Weights:
     """Those of a minimum that is done."""
-    return run.read_weights(weights_path(folder), run.read_json(minimum_path(folder))["files"])
+    return directory.read_weights(weights_path(folder), directory.read_json(minimum_path(folder))["files"])
 
 
 def _part(num_examples: int, shard: Shard) -> np.ndarray:

@@ -29,7 +29,7 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
-def write_files(directory: str) -> str:
+def write_files(path: str) -> str:
     """Write the page and its plots into a finished directory, in place of older ones; of a run, other tools' files too.
 
     If this process dies, files are old or new, none is half, and `raysubset report DIR --format html` makes them again.
@@ -40,23 +40,22 @@ def write_files(directory: str) -> str:
     Raises:
         ValueError: as read_report() does.
     """
-    record = read_report(directory)
+    directory, record = RunDirectory.at(path), read_report(path)
     if "kind" not in record:
         _write_for_tools(directory, record)
-    return write_page(directory)
+    return write_page(directory, record)
 
 
-def _write_for_tools(directory: str, record: Record) -> None:
-    run = RunDirectory.at(directory)
+def _write_for_tools(directory: RunDirectory, record: Record) -> None:
     rows = list(_rows(record))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS))
     writer.writeheader()
     writer.writerows(rows)
-    run.write_bytes(PROGRESS_PATH, text.getvalue().encode())
+    directory.write_bytes(PROGRESS_PATH, text.getvalue().encode())
     started_at = (record["environment"] or {}).get("started_at", 0.0)
     # One name for a run however often this is called; TensorBoard takes any that begins like this
-    run.write_bytes(f"events.out.tfevents.{int(started_at)}.raysubset", _events(record, rows, started_at))
+    directory.write_bytes(f"events.out.tfevents.{int(started_at)}.raysubset", _events(record, rows, started_at))
 
 
 def _rows(record: Record) -> Iterator[dict[str, Any]]:

@@ -5,13 +5,7 @@ from collections.abc import Iterator
 
 from raysubset.events import Note
 from raysubset.report.commands import Command, conventional_beside, subset_pretraining_beside
-from raysubset.report.figures import (
-    NOISE_ERRORS,
-    Record,
-    difference,
-    mean_metrics,
-    trained_passes,
-)
+from raysubset.report.figures import NOISE_ERRORS, Record, difference, mean_metrics, trained_passes
 from raysubset.training import Metrics
 
 

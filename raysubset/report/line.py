@@ -20,7 +20,7 @@ _MOST_EXAMPLES = 1000  # of validation, and of training for batch-norm statistic
 _MOST_PARAMETERS = 1_000_000  # a second or two on a CPU
 
 
-def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
+def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[str, Any]]:
     """Validation loss at points between the first two minima of the last round, weights mixed linearly.
 
     Measured once, on up to 1000 validation examples, and kept in the run directory. Batch-norm statistics are
@@ -32,8 +32,7 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
     Raises:
         ValueError: why it was not measured: the network is too large, or weights or data are not at hand.
     """
-    run = RunDirectory.at(directory)
-    if (kept := run.read_json_or_none(LINE_PATH)) is not None:
+    if (kept := directory.read_json_or_none(LINE_PATH)) is not None:
         return kept
     config, minima = Config.from_dict(record["config"]), record["stages"]["rounds"][-1]["minima"][:2]
     folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
@@ -43,16 +42,16 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
         raise ValueError(f"it is for networks of up to {_MOST_PARAMETERS:,} parameters, as it costs forward passes")
     if config.data.name not in DATA_NAMES:
         raise ValueError(f"it is measured on data that load at once: {', '.join(DATA_NAMES)}")
-    if not all(run.exists(weights_path(folder)) for folder in folders):
+    if not all(directory.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
     config = config.with_overrides({"data.download": False})
     full_set = load_full_set(config.data)
     identity = identify([config], {config.data: full_set}, None)
-    if found := identity.changed(run.read_identity() or identity):
+    if found := identity.changed(directory.read_identity() or identity):
         raise ValueError("; ".join(found))
     model = new_model(config.model, full_set)
     files = minima[0]["files"] | minima[1]["files"]
-    first, second = (run.read_weights(weights_path(folder), files) for folder in folders)
+    first, second = (directory.read_weights(weights_path(folder), files) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))
     training = full_set.examples("train", _spread(len(full_set.train)))
     points, averaged = [], averaged_names(model)
@@ -69,7 +68,7 @@ def line_between_minima(directory: str, record: Record) -> list[dict[str, Any]]:
         loss = metrics.loss if math.isfinite(metrics.loss) else None
         num = metrics.num_examples
         points.append({"share": share, "loss": loss, "accuracy": metrics.accuracy, "num_examples": num})
-    run.write_json(LINE_PATH, points)
+    directory.write_json(LINE_PATH, points)
     return points
 
 

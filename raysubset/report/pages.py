@@ -1,4 +1,4 @@
-"""The HTML report of a run, a comparison or a sweep: which sections and plots it has, from its directory alone."""
+"""The HTML report of a run, comparison or sweep: which sections and plots it has, from its directory and record."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ from raysubset.report.line import line_between_minima
 from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, pictures
 from raysubset.report.page import Section, sections
 from raysubset.report.plots import Plot
-from raysubset.report.reading import leg_records, leg_works, read_report, trial_records, trial_works
+from raysubset.report.reading import leg_records, leg_works, trial_records, trial_works
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -38,42 +38,28 @@ from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS
 from raysubset.trained_model import RECORD_PATH
 
 
-def write_page(directory: str) -> str:
+def write_page(directory: RunDirectory, record: Record) -> str:
     """Write report/report.html and its plots as PNGs into a finished run's, sweep's or comparison's directory.
 
     Returns:
         The page's path or URI.
-
-    Raises:
-        ValueError: as read_report() does.
     """
-    page, run = make_page(directory), RunDirectory.at(directory)
+    make = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
+    page = make(directory, record)
     for plot in page.plots:
-        run.write_bytes(plot.path, plot.png)
-    run.write_bytes(PAGE_PATH, to_html(page).encode())
-    return _below(run, PAGE_PATH)
+        directory.write_bytes(plot.path, plot.png)
+    directory.write_bytes(PAGE_PATH, to_html(page).encode())
+    return _below(directory, PAGE_PATH)
 
 
-def _below(run: RunDirectory, path: str) -> str:
-    address, mark, query = run.uri.partition("?") if run.local_path is None else (run.uri, "", "")
+def _below(directory: RunDirectory, path: str) -> str:
+    address, mark, query = directory.uri.partition("?") if directory.local_path is None else (directory.uri, "", "")
     return f"{address}/{path}{mark}{query}"
 
 
-def make_page(directory: str) -> Page:
-    """The report of what lies in a directory.
-
-    Raises:
-        ValueError: as read_report() does.
-    """
-    record = read_report(directory)
-    make = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
-    return make(directory, record)
-
-
-def _run_page(directory: str, record: Record) -> Page:
-    run = RunDirectory.at(directory)
+def _run_page(directory: RunDirectory, record: Record) -> Page:
     result, *rest = sections(record)
-    works = Ledger(run).read()
+    works = Ledger(directory).read()
     rounds = record["stages"].get("rounds")
     plots: dict[str, list[Plot]] = {
         "stages": [training_curves(record)],
@@ -97,17 +83,17 @@ def _run_page(directory: str, record: Record) -> Page:
         found = dataclasses.replace(section, lines=(*section.lines, *notes.get(section.subject, ())))
         parts.append(Part(found, tuple(plots.get(section.subject, ()))))
         if section.subject == "final_model":
-            parts += _mistakes(run)
+            parts += _mistakes(directory)
         if section.subject == "costs" and (bad := troubles({"": works})):
             parts.append(Part(bad))
-    return Page(f"Run {record['name']}", result.lines, (*_run_facts(record), *_facts(run, record)), tuple(parts))
+    return Page(f"Run {record['name']}", result.lines, (*_run_facts(record), *_facts(directory, record)), tuple(parts))
 
 
-def _mistakes(run: RunDirectory) -> Iterator[Part]:
+def _mistakes(directory: RunDirectory) -> Iterator[Part]:
     """What the final model gets wrong; nothing where the run kept no predictions."""
-    if not (run.exists(PREDICTIONS_PATH) and run.exists(RECORD_PATH)):
+    if not (directory.exists(PREDICTIONS_PATH) and directory.exists(RECORD_PATH)):
         return
-    model, predictions = run.read_json(RECORD_PATH), run.read_table(PREDICTIONS_PATH)
+    model, predictions = directory.read_json(RECORD_PATH), directory.read_table(PREDICTIONS_PATH)
     names = model["class_names"]
     counts = confusion(predictions, len(names))
     wrong = int(counts.sum() - counts.trace())
@@ -118,7 +104,11 @@ def _mistakes(run: RunDirectory) -> Iterator[Part]:
     elif wrong:
         section = confused_pairs(counts, names)
     yield Part(section, plots)
-    shown = pictures(run.read_table(MISTAKES_PATH), model["image_shape"], names) if run.exists(MISTAKES_PATH) else []
+    shown = (
+        pictures(directory.read_table(MISTAKES_PATH), model["image_shape"], names)
+        if directory.exists(MISTAKES_PATH)
+        else []
+    )
     if shown:
         lines = (
             f"{len(shown)} of {wrong:,}: those where the predicted class's output exceeds the label's by most. Some "
@@ -139,10 +129,10 @@ def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
     yield "data", f"{data['name']}: {', '.join(splits)}"
 
 
-def _facts(run: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
+def _facts(directory: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
     """Where it lies, when it ran, by which versions and command."""
     yield "directory", record["uri"]
-    environment: dict[str, Any] = record.get("environment") or run.read_json_or_none(ENVIRONMENT_PATH) or {}
+    environment: dict[str, Any] = record.get("environment") or directory.read_json_or_none(ENVIRONMENT_PATH) or {}
     if "started_at" in environment:
         yield "begun", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(environment["started_at"]))
     if wall := (seconds := record.get("seconds") or {}).get("wall"):
@@ -156,36 +146,36 @@ def _facts(run: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
         yield "command", command(record["config"])
 
 
-def _comparison_page(directory: str, record: Record) -> Page:
+def _comparison_page(directory: RunDirectory, record: Record) -> Page:
     result, *rest = comparison_sections(record)
     plots: dict[str, list[Plot]] = {"arms": quality_against_cost(record), "network": [wall_by_network(record)]}
     if found := speed_ups(record):
         plots["speed_ups"] = [found]
-    run, data = RunDirectory.at(directory), record["data"]
+    data = record["data"]
     facts = (
         ("data", f"{data['name']}: {data['num_train']:,} train, {data['num_test']:,} test"),
         ("model", f"{record['config']['model']['name']}, {record['model']['num_parameters']:,} parameters"),
         ("seeds", ", ".join(map(str, record["seeds"]))),
-        *_facts(run, record),
+        *_facts(directory, record),
     )
     num_verdicts = len(record["verdicts"])
     parts: list[Part] = []
     for section in rest:
         parts.append(Part(section, tuple(plots.get(section.subject, ()))))
         if section.subject == "network":
-            parts += _legs(run, record)
+            parts += _legs(directory, record)
     basis = Part(Section("What it rests on", lines=result.lines[num_verdicts:]))
     return Page(result.title, result.lines[:num_verdicts], facts, (basis, *parts))
 
 
-def _legs(run: RunDirectory, record: Record) -> Iterator[Part]:
+def _legs(directory: RunDirectory, record: Record) -> Iterator[Part]:
     """How the arms trained, and what was done when and where; nothing of legs that were not kept."""
     if "legs" not in record:
         line = "Made by a version that did not note which legs an arm consists of: the same command again adds that."
         yield Part(Section("Training", lines=(line,)))
-    elif drawn := training_of_arms(record, partial(leg_records, run)):
+    elif drawn := training_of_arms(record, partial(leg_records, directory)):
         yield Part(Section("Training"), (drawn,))
-    if ledgers := leg_works(run):
+    if ledgers := leg_works(directory):
         works = [work for own in ledgers.values() for work in own]
         more = ": tuning too, and arms that are compared no more. Reading the test split is not shown"
         lines = tuple(work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more))
@@ -194,20 +184,19 @@ def _legs(run: RunDirectory, record: Record) -> Iterator[Part]:
             yield Part(bad)
 
 
-def _sweep_page(directory: str, record: Record) -> Page:
+def _sweep_page(directory: RunDirectory, record: Record) -> Page:
     table, *others, verdict = sweep_sections(record)
     drawn = sweep_plot(record)
     settings = dataclasses.replace(table, title="Settings")
-    run = RunDirectory.at(directory)
-    parts = (Part(settings, (drawn,) if drawn else ()), *map(Part, others), *_trials(run, record))
+    parts = (Part(settings, (drawn,) if drawn else ()), *map(Part, others), *_trials(directory, record))
     facts = (("varied", "; ".join(f"{key}: {_values(values)}" for key, values in record["space"].items())),)
-    return Page(table.title, verdict.lines, (*facts, *_facts(run, record)), parts)
+    return Page(table.title, verdict.lines, (*facts, *_facts(directory, record)), parts)
 
 
-def _trials(run: RunDirectory, record: Record) -> Iterator[Part]:
+def _trials(directory: RunDirectory, record: Record) -> Iterator[Part]:
     """How the settings trained, and what was done when and where; with the trials of which that is not known."""
     names = {trial["name"]: trial["state"] for trial in record["trials"]}
-    found, ledgers = trial_records(run, list(names)), trial_works(run, list(names))
+    found, ledgers = trial_records(directory, list(names)), trial_works(directory, list(names))
     drawn = training_of_settings(record, found)
     states = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in names.items()}
     without = ", ".join(told for name, told in states.items() if name not in found)

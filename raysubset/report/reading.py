@@ -30,49 +30,52 @@ _LEGS = "legs"  # the folder of a comparison's
 _TRIALS, _TRUNKS = "trials", "trunks"  # those of a sweep's
 
 
-def read_report(directory: str) -> dict[str, Any]:
+def read_report(path: str) -> dict[str, Any]:
     """report.json of a run directory, sweep.json of a sweep's, comparison.json of a comparison's; a path or a URI.
 
     Raises:
         ValueError: if this is no run directory, one of a newer version, or the run is not finished; then with how far
             it is and how to go on.
     """
-    run = RunDirectory.at(directory)
-    config = run.read_config() if run.exists(CONFIG_PATH) else None
-    for path in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
-        if run.exists(path):
-            return run.read_json(path) | {"uri": run.uri}  # it may have been moved
-    if not run.exists(CONFIG_PATH):
-        what = f"it has no {CONFIG_PATH}" if run.exists("") else "nothing is there"
-        raise ValueError(f"{run.uri} is no run directory: {what}; give the path of one")
+    directory = RunDirectory.at(path)
+    config = directory.read_config() if directory.exists(CONFIG_PATH) else None
+    for kept in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
+        if directory.exists(kept):
+            return directory.read_json(kept) | {"uri": directory.uri}  # it may have been moved
+    if not directory.exists(CONFIG_PATH):
+        what = f"it has no {CONFIG_PATH}" if directory.exists("") else "nothing is there"
+        raise ValueError(f"{directory.uri} is no run directory: {what}; give the path of one")
     if config is None:
-        raise ValueError(f"{run.uri} holds nothing: its deletion was begun by --fresh and not completed")
+        raise ValueError(f"{directory.uri} holds nothing: its deletion was begun by --fresh and not completed")
     if config.get("kind") == "sweep":
-        finished = [path for path in run.list(_TRIALS, recursive=True) if path.endswith(f"/{REPORT_PATH}")]
+        finished = [path for path in directory.list(_TRIALS, recursive=True) if path.endswith(f"/{REPORT_PATH}")]
         done = f"{len(finished)} trials are done"
-        raise ValueError(f"the sweep {run.uri} is not finished: {done}. To go on, give the same command again")
+        raise ValueError(f"the sweep {directory.uri} is not finished: {done}. To go on, give the same command again")
     if config.get("kind") == "comparison":
         finished = [
-            path for path in run.list(_LEGS, recursive=True) if path.endswith(("minimum.json", "aggregate.json"))
+            path for path in directory.list(_LEGS, recursive=True) if path.endswith(("minimum.json", "aggregate.json"))
         ]
         done = f"{len(finished)} legs are done"
-        raise ValueError(f"the comparison {run.uri} is not finished: {done}. To go on, give the same command again")
+        raise ValueError(
+            f"the comparison {directory.uri} is not finished: {done}. To resume, give the same command again"
+        )
     try:
-        made = Config.from_dict(config | {"storage_path": run.shown_storage_path})  # it may have been moved, or renamed
+        place = {"storage_path": directory.shown_storage_path}  # it may have been moved, or renamed
+        made = Config.from_dict(config | place)
     except ValueError as error:
-        raise ValueError(f"{CONFIG_PATH} in {run.uri} cannot be used: {error}") from error
-    again = command(made.to_dict() | ({} if made.run_name() == run.name else {"name": run.name}))
-    raise ValueError(f"{run.uri} is not finished: {_how_far(run, made)}. To go on: {again}")
+        raise ValueError(f"{CONFIG_PATH} in {directory.uri} cannot be used: {error}") from error
+    again = command(made.to_dict() | ({} if made.run_name() == directory.name else {"name": directory.name}))
+    raise ValueError(f"{directory.uri} is not finished: {_how_far(directory, made)}. To go on: {again}")
 
 
-def _how_far(run: RunDirectory, config: Config) -> str:
+def _how_far(directory: RunDirectory, config: Config) -> str:
     """What the directory holds of each stage, in words."""
     if config.method == "conventional":
-        return _training_done(run, "conventional") or "no stage is done"
+        return _training_done(directory, "conventional") or "no stage is done"
     done = []
-    if config.trunk.epochs and (trunk := _training_done(run, "trunk")):
+    if config.trunk.epochs and (trunk := _training_done(directory, "trunk")):
         done.append(trunk)
-    files = run.list("rounds", recursive=True)
+    files = directory.list("rounds", recursive=True)
     for round in range(len(files)):  # a round that is begun has one
         which = f"round {round + 1} of {config.rounds.num}"
         minima = [path for path in files if path.startswith(f"rounds/{round:04d}/") and path.endswith("/minimum.json")]
@@ -81,26 +84,26 @@ def _how_far(run: RunDirectory, config: Config) -> str:
                 done.append(f"{which} done")
         elif minima:
             done.append(f"{which} has {len(minima)} minima and no aggregate")
-    if tuned := _training_done(run, "fine_tuning"):
+    if tuned := _training_done(directory, "fine_tuning"):
         done.append(tuned)
     return ", ".join(done) or "no stage is done"
 
 
-def _training_done(run: RunDirectory, stage: str) -> str:
-    if run.exists(minimum_path(stage)):
+def _training_done(directory: RunDirectory, stage: str) -> str:
+    if directory.exists(minimum_path(stage)):
         return f"{stage} done"
-    history = run.read_json_or_none(history_path(stage)) if run.exists(history_path(stage)) else None
+    history = directory.read_json_or_none(history_path(stage)) if directory.exists(history_path(stage)) else None
     return f"{stage} is {history[-1]['epoch']:g} epochs far" if history else ""
 
 
-def leg_works(run: RunDirectory) -> dict[str, list[Work]]:
+def leg_works(directory: RunDirectory) -> dict[str, list[Work]]:
     """The ledgers of a finished comparison's legs by their names, tuning's too; none where it was moved without them.
 
     What still claims to run was lost with a driver: nothing runs any more.
     """
-    paths = [path for path in run.list(_LEGS, recursive=True) if "/ledger/" in path]
+    paths = [path for path in directory.list(_LEGS, recursive=True) if "/ledger/" in path]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = list(pool.map(run.read_json_or_none, paths))
+        records = list(pool.map(directory.read_json_or_none, paths))
     found: dict[str, list[Work]] = defaultdict(list)
     for path, record in zip(paths, records, strict=True):
         if record is not None:
@@ -112,7 +115,7 @@ def _ended(work: Work) -> Work:
     return replace(work, outcome="lost") if work.outcome == "running" else work
 
 
-def leg_records(run: RunDirectory, legs: Record) -> dict[str, Record]:
+def leg_records(directory: RunDirectory, legs: Record) -> dict[str, Record]:
     """What some legs of a comparison came to, by their names: minimum.json, or aggregate.json; those that are there.
 
     Args:
@@ -120,7 +123,7 @@ def leg_records(run: RunDirectory, legs: Record) -> dict[str, Record]:
     """
     paths = [f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()]
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = pool.map(run.read_json_or_none, paths)
+        records = pool.map(directory.read_json_or_none, paths)
         return {key: record for key, record in zip(legs, records, strict=True) if record is not None}
 
 
@@ -133,25 +136,25 @@ def _leg_path(leg: Record) -> str:
     return minimum_path(folder(leg["round"], leg["subset"]))
 
 
-def trial_records(run: RunDirectory, names: Sequence[str]) -> dict[str, Record]:
+def trial_records(directory: RunDirectory, names: Sequence[str]) -> dict[str, Record]:
     """The reports of a sweep's trials by their names; of those that have one."""
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = pool.map(run.read_json_or_none, [f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names])
+        records = pool.map(directory.read_json_or_none, [f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names])
         return {name: record for name, record in zip(names, records, strict=True) if record is not None}
 
 
-def trial_works(run: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:
+def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:
     """The ledgers of a finished sweep's trials and of the trunks they share, by their names; none that is not there.
 
     A shared trunk's work, which stands in each trial's ledger too, is the trunk's alone.
     """
-    trunks = dict.fromkeys(path.split("/")[1] for path in run.list(_TRUNKS, recursive=True))
+    trunks = dict.fromkeys(path.split("/")[1] for path in directory.list(_TRUNKS, recursive=True))
     places = [*((_TRUNKS, name) for name in trunks), *((_TRIALS, name) for name in names)]
 
     def read(place: tuple[str, str]) -> list[Work]:
         folder, name = place
         try:
-            return [_ended(work) for work in Ledger(RunDirectory(run.below(folder), name)).read()]
+            return [_ended(work) for work in Ledger(RunDirectory(directory.below(folder), name)).read()]
         except CorruptFile:
             return []
 

@@ -5,16 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raysubset.report.figures import Record, trainings
-from raysubset.report.plots import (
-    BAD,
-    COLOURS,
-    GOOD,
-    Plot,
-    draw_plot,
-    finite,
-    legend_outside,
-    log_where_wide,
-)
+from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, finite, legend_outside, log_where_wide
 
 TRAINING, VALIDATION = COLOURS[0], COLOURS[1]  # of losses on either, in every plot
 

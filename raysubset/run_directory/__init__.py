@@ -1,24 +1,19 @@
 """Everything a run leaves behind, written atomically on a local path or any pyarrow.fs URI; what resuming reads.
 
-    run = RunDirectory("s3://bucket/results?endpoint_override=host:9000&scheme=http", "cifar10-cnn")
-    run.check_writable()
-    with Lease(run) as lease:                            # refuses a second driver
-        resumed = run.open(config.to_dict(), environment)
+    directory = RunDirectory("s3://bucket/results?endpoint_override=host:9000&scheme=http", "cifar10-cnn")
+    directory.check_writable()
+    with Lease(directory) as lease:                      # refuses a second driver
+        resumed = directory.open(config.to_dict(), environment)
         folder = minimum_folder(0, 7)
-        run.write_weights(weights_path(folder), weights)
-        run.write_json(minimum_path(folder), record)     # last: a record stands for weights that are there
+        directory.write_weights(weights_path(folder), weights)
+        directory.write_json(minimum_path(folder), record)  # last: a record stands for weights that are there
 
 Paths are relative to the run, with "/". A reader sees the old content of a file or the new, never a part of it: a
 process that dies while writing leaves the old one. Remote storage that does not answer for a while is asked again.
 """
 
 from raysubset.errors import CorruptFile
-from raysubset.run_directory.directory import (
-    FORMAT,
-    RunDirectory,
-    load_checkpoint,
-    save_checkpoint,
-)
+from raysubset.run_directory.directory import FORMAT, RunDirectory, load_checkpoint, save_checkpoint
 from raysubset.run_directory.lease import Lease
 from raysubset.run_directory.paths import (
     COMPARISON_PATH,

@@ -50,11 +50,13 @@ class Lease:
     the other finds `lost` set at its next renewal and should stop.
     """
 
-    def __init__(self, run: RunDirectory, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, directory: RunDirectory, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time
+    ) -> None:
         self.lost: str | None = None  # why it is: another driver has it, or the run's folder is gone
-        self._run, self._renew_s, self._clock = run, renew_s, clock
+        self._directory, self._renew_s, self._clock = directory, renew_s, clock
         self._stop = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name=f"lease of {run.name}", daemon=True)
+        self._keeper = threading.Thread(target=self._keep, name=f"lease of {directory.name}", daemon=True)
         self._record = {
             "driver": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -70,7 +72,7 @@ class Lease:
         Raises:
             ValueError: if another driver holds it.
         """
-        with _alone(self._run.local_path) as alone:
+        with _alone(self._directory.local_path) as alone:
             holder = self._holder()
             if holder is not None and self._lives(holder):
                 self._refuse(holder)
@@ -87,31 +89,31 @@ class Lease:
         self._stop.set()
         self._keeper.join()
         try:
-            if self._run.exists(LEASE_PATH) or self._run.exists(CONFIG_PATH):
+            if self._directory.exists(LEASE_PATH) or self._directory.exists(CONFIG_PATH):
                 self._give_back()
             else:  # the folder was deleted: what this driver's workers made of it again would pass for no run
                 for path in _OF_WORKERS:
-                    self._run.delete(path)
+                    self._directory.delete(path)
         except OSError as error:  # must not hide why the block was left
-            logger.warning("the lease of %s could not be given back and ends by itself: %s", self._run.uri, error)
+            logger.warning("the lease of %s could not be given back and ends by itself: %s", self._directory.uri, error)
 
     def _give_back(self) -> None:
-        with _alone(self._run.local_path):
+        with _alone(self._directory.local_path):
             holder = self._holder()
             if holder is not None and holder["driver"] == self._record["driver"]:
-                self._run.delete(LEASE_PATH)
+                self._directory.delete(LEASE_PATH)
 
     def renew(self) -> None:
         """Say that the holder lives; sets `lost` instead where the lease is another's or the run's folder is gone."""
-        if self._run.exists(LEASE_PATH):  # not the folder, which actors make again where it is deleted under them
-            with _alone(self._run.local_path):
+        if self._directory.exists(LEASE_PATH):  # not the folder, which actors make again where it is deleted under them
+            with _alone(self._directory.local_path):
                 holder = self._holder()
                 if holder is None or holder["driver"] == self._record["driver"]:  # none: the file was damaged
                     self._write()
                     return
-            self.lost = f"another driver has taken over {self._run.uri}"
+            self.lost = f"another driver has taken over {self._directory.uri}"
         else:
-            self.lost = f"{self._run.uri} is gone, deleted or no longer mounted"
+            self.lost = f"{self._directory.uri} is gone, deleted or no longer mounted"
         logger.error("%s; this driver stops", self.lost)
 
     def _keep(self) -> None:
@@ -119,19 +121,19 @@ class Lease:
             try:
                 self.renew()
             except OSError as error:
-                logger.warning("the lease of %s could not be renewed, trying again: %s", self._run.uri, error)
+                logger.warning("the lease of %s could not be renewed, trying again: %s", self._directory.uri, error)
 
     def _holder(self) -> dict[str, Any] | None:
         """What the file says; None where there is none, or none that says it."""
-        record = self._run.read_json_or_none(LEASE_PATH)
+        record = self._directory.read_json_or_none(LEASE_PATH)
         try:
             return None if record is None else dataclasses.asdict(from_tree(_Holder, record, noun="value of a lease"))
         except ValueError as error:
-            logger.warning("%s in %s is damaged: %s; it holds nobody off", LEASE_PATH, self._run.uri, error)
+            logger.warning("%s in %s is damaged: %s; it holds nobody off", LEASE_PATH, self._directory.uri, error)
             return None
 
     def _write(self) -> None:
-        self._run.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
+        self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
 
     def _lives(self, holder: Mapping[str, Any]) -> bool:
         if holder["process_space"] == self._record["process_space"]:
@@ -146,7 +148,7 @@ class Lease:
         if holder["process_space"] != self._record["process_space"]:  # only its renewals tell
             ends_in_s = max(0.0, DEAD_AFTER_S - (self._clock() - holder["renewed_at"]))
             by += f" (if that has died, its lease ends in {ends_in_s:.0f} s)"
-        raise ValueError(f"{self._run.uri} is being written by {by}; wait for it, or choose another --name")
+        raise ValueError(f"{self._directory.uri} is being written by {by}; wait for it, or choose another --name")
 
 
 def _process_space() -> str:

@@ -129,7 +129,7 @@ def sweep(
         lease = stack.enter_context(Lease(directory))
         resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell = sessions.listener(tell)
+        tell = sessions.checked(tell)
         tell(Stage(f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster))
         sessions.started_up()

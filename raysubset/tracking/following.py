@@ -161,7 +161,7 @@ def _is_finished(directory: RunDirectory, name: str) -> bool:
 def tracked(
     config: Config, directory: RunDirectory, tell: OnEvent, *, make: OpenTracker = open_tracker
 ) -> Iterator[OnEvent]:
-    """A listener that tells the trackers asked for, then `tell`; when the block is left, they get the report.
+    """A `tell` for the trackers asked for, and then the given one; when the block is left, they get the report.
 
     A run that is gone on with goes on in the same runs of its trackers, whose ids are kept in the run directory; in
     one that is finished for a tracker, nothing changes. No tracker's failure reaches the run: it is warned of once. If
@@ -175,12 +175,12 @@ def tracked(
     following = _Following(directory, header, tell, _makers(config, names, make))
     curves = Curves(config)
 
-    def listener(event: Event) -> None:
+    def tell_all(event: Event) -> None:
         following.log(list(curves.points(event)))
         tell(event)
 
     try:
-        yield listener
+        yield tell_all
     except Exception:
         following.end(Result("failed"))
         raise

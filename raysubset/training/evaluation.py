@@ -27,50 +27,50 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def summed_loss(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Tensor:
+def summed_loss(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Tensor:
     """The recipe's loss summed over examples: outputs float [N, M], labels int64 [N]."""
-    if config.loss == "cross_entropy":
-        return F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=config.label_smoothing)
+    if recipe.loss == "cross_entropy":
+        return F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=recipe.label_smoothing)
     targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)
     return F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
 
 
-def plain_loss(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Tensor:
+def plain_loss(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Tensor:
     """The loss that is reported, summed: as summed_loss(), without label smoothing."""
-    if config.loss == "cross_entropy":
+    if recipe.loss == "cross_entropy":
         return F.cross_entropy(outputs, labels, reduction="sum")
-    return summed_loss(outputs, labels, config)
+    return summed_loss(outputs, labels, recipe)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Metrics:
+def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Metrics:
     """Loss and accuracy in evaluation mode and the model's own precision; its mode is left as it was."""
     loss = torch.zeros((), dtype=torch.float64)
     num_correct = 0
-    for outputs, labels in _outputs(model, examples, config):
-        loss += plain_loss(outputs, labels, config).cpu()
+    for outputs, labels in _outputs(model, examples, recipe):
+        loss += plain_loss(outputs, labels, recipe).cpu()
         num_correct += int((outputs.argmax(1) == labels).sum())
     return Metrics(float(loss), num_correct, len(examples))
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Tensor:
+def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tensor:
     """The network's outputs on the CPU, in evaluation mode: [N, M], logits for cross-entropy."""
-    return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, config)])
+    return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
 
 
-def metrics_of_outputs(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Metrics:
+def metrics_of_outputs(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Metrics:
     """Loss and accuracy of what predict() gave, or of an ensemble's outputs."""
     num_correct = int((outputs.argmax(1) == labels).sum())
-    return Metrics(float(plain_loss(outputs.double(), labels, config)), num_correct, len(labels))
+    return Metrics(float(plain_loss(outputs.double(), labels, recipe)), num_correct, len(labels))
 
 
-def _outputs(model: nn.Module, examples: Batches, config: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
     dtype = next(model.parameters()).dtype
     with evaluation_mode(model):
         sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
         sizes += [rest] if (rest := len(examples) % EVALUATION_BATCH) else []
-        for images, labels in examples.in_order(sizes, channels_last=config.channels_last, dtype=dtype):
+        for images, labels in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
             yield widened(model(images)), labels
 
 
@@ -101,7 +101,7 @@ def mean_prediction(outputs: Iterable[Tensor], loss: str) -> Tensor:
     return total - math.log(num) if loss == "cross_entropy" else total / num
 
 
-def recompute_batch_norm(model: nn.Module, examples: Batches, config: MinimizeConfig) -> int:
+def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
     """Set running statistics to the mean over batches of these examples; a mean of weights needs it (SWA, §3.2).
 
     Batch norms that training leaves alone keep theirs. The vectors of spectral norms are made those of the weights.
@@ -115,7 +115,7 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, config: MinimizeCo
     """
     sizes = even_sizes(len(examples), math.ceil(len(examples) / EVALUATION_BATCH))
     dtype = next(model.parameters()).dtype
-    batches = examples.in_order(sizes, channels_last=config.channels_last, dtype=dtype)
+    batches = examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype)
     return set_running_statistics(model, (images for images, _ in batches))
 
 

@@ -21,7 +21,7 @@ from raysubset.training.techniques import Distillation, Techniques
 def minimize_by_batches(
     model: nn.Module,
     examples: Batches,
-    config: MinimizeConfig,
+    recipe: MinimizeConfig,
     *,
     seed: int,
     state: dict[str, Any] | None,
@@ -34,19 +34,19 @@ def minimize_by_batches(
     """Minimize by steps of a batch each: minimize() of sgd, adam and adamw, with its arguments and errors."""
     started = time.perf_counter()
     device, dtype = examples.device, next(model.parameters()).dtype
-    per_epoch = num_steps_per_epoch(len(examples), config)
-    batch_sizes = even_sizes(len(examples), per_epoch)[: max(1, round(config.epoch_fraction * per_epoch))]
+    per_epoch = num_steps_per_epoch(len(examples), recipe)
+    batch_sizes = even_sizes(len(examples), per_epoch)[: max(1, round(recipe.epoch_fraction * per_epoch))]
     per_turn = len(batch_sizes)  # an epoch's steps, unless epoch_fraction cuts it short
     if batch_sizes[-1] < shard.num:
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
-    progress = Progress(max(1, round(config.epochs * per_epoch)), per_epoch)
-    optimizer = make_optimizer(model, config)
+    progress = Progress(max(1, round(recipe.epochs * per_epoch)), per_epoch)
+    optimizer = make_optimizer(model, recipe)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
-    techniques = Techniques(model, examples, config, optimizer, **steps, seed=seed, shard=shard)
+    techniques = Techniques(model, examples, recipe, optimizer, **steps, seed=seed, shard=shard)
     network = techniques.data_parallel(device)
-    forward = torch.compile(network) if config.compile else network
-    precision = mixed_precision(device, dtype, config.precision)
+    forward = torch.compile(network) if recipe.compile else network
+    precision = mixed_precision(device, dtype, recipe.precision)
     sum_dtype = torch.float32 if device.type == "mps" else torch.float64
     loss_sum = torch.zeros((), dtype=sum_dtype, device=device)
     num_summed = 0  # examples in loss_sum, over all shards
@@ -88,7 +88,7 @@ def minimize_by_batches(
         elif optimizer_state is not None:
             load_optimizer_state(optimizer, optimizer_state)
         model.train()
-        outcome = reached(config, progress) if progress.step and not num_summed else None
+        outcome = reached(recipe, progress) if progress.step and not num_summed else None
         while outcome is None and progress.step < progress.num_steps:
             turn, batch = divmod(progress.step, per_turn)
             if batches is None or batch == 0:
@@ -99,11 +99,11 @@ def minimize_by_batches(
                     first=batch,
                     rank=shard.rank,
                     num_workers=shard.num,
-                    channels_last=config.channels_last,
+                    channels_last=recipe.channels_last,
                     dtype=dtype,
                 )
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
-            rate = learning_rate_at(config, progress.step, num_steps=progress.num_steps, span=schedule_span)
+            rate = learning_rate_at(recipe, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -112,10 +112,10 @@ def minimize_by_batches(
             with precision:
                 outputs = forward(images)
                 if distillation is not None:
-                    targets = distillation.targets(images, config.loss)
-            loss = summed_loss(widened(outputs), labels, config)
+                    targets = distillation.targets(images, recipe.loss)
+            loss = summed_loss(widened(outputs), labels, recipe)
             if distillation is not None and targets is not None:
-                loss = distillation.mixed(loss, widened(outputs), targets, config)
+                loss = distillation.mixed(loss, widened(outputs), targets, recipe)
             for parameter in parameters:
                 parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
             # Where shards are, their gradients are averaged.
@@ -137,11 +137,11 @@ def minimize_by_batches(
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
                 loss_sum.zero_()
                 num_summed = 0
-                outcome = reached(config, progress)
+                outcome = reached(recipe, progress)
                 if outcome == "diverged":
-                    _restore(model, best, mean, config)
+                    _restore(model, best, mean, recipe)
                     techniques.close()
-                    optimizer = make_optimizer(model, config)  # the old one's moments may be NaN
+                    optimizer = make_optimizer(model, recipe)  # the old one's moments may be NaN
                 else:
                     techniques.end_epoch(progress.step, last=bool(outcome) or progress.step == progress.num_steps)
                     if not best or mean < best["loss"]:
@@ -162,9 +162,9 @@ def _is_finite(model: nn.Module) -> bool:
     return bool(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf).isfinite())
 
 
-def _restore(model: nn.Module, best: dict[str, Any], loss: float, config: MinimizeConfig) -> None:
+def _restore(model: nn.Module, best: dict[str, Any], loss: float, recipe: MinimizeConfig) -> None:
     if not best:
-        raise diverged_at_once(loss, config)
+        raise diverged_at_once(loss, recipe)
     model.load_state_dict(best["model"])
 
 

@@ -32,7 +32,7 @@ def bytes_in_words(num: float) -> str:
 
 
 def minimizing_bytes(
-    model: nn.Module, config: MinimizeConfig, *, image_shape: tuple[int, int, int], num_examples: int
+    model: nn.Module, recipe: MinimizeConfig, *, image_shape: tuple[int, int, int], num_examples: int
 ) -> int:
     """Memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without what torch itself holds.
 
@@ -42,22 +42,22 @@ def minimizing_bytes(
 
     Args:
         model: on the CPU; left as it is.
-        config: batch size, optimizer and precision. With precision=auto float32 is counted: bfloat16 takes about half.
+        recipe: batch size, optimizer and precision. With precision=auto float32 is counted: bfloat16 takes about half.
         image_shape: (H, W, C).
         num_examples: that are on the device at a time, to train and to validate on.
     """
     height, width, channels = image_shape
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    copies = 2 * weights + (1 + _OPTIMIZER_COPIES[config.optimizer]) * parameters
-    batch = config.batch_size * (CHUNK_BATCHES if config.optimizer in WHOLE_SUBSET else 1)
-    (few, _), (more, largest) = (_saved_bytes(model, config, num, (channels, height, width)) for num in _PROBED)
+    copies = 2 * weights + (1 + _OPTIMIZER_COPIES[recipe.optimizer]) * parameters
+    batch = recipe.batch_size * (CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1)
+    (few, _), (more, largest) = (_saved_bytes(model, recipe, num, (channels, height, width)) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
     activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)
     return num_examples * (height * width * channels + 8) + copies + activations
 
 
-def _saved_bytes(model: nn.Module, config: MinimizeConfig, num: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, shape: tuple[int, int, int]) -> tuple[int, int]:
     """(all, the largest by example) of what a forward pass of `num` examples saves for the backward pass, in bytes.
 
     Autograd's own hooks tell it, so that functions called within forward() count like modules do.
@@ -81,7 +81,7 @@ def _saved_bytes(model: nn.Module, config: MinimizeConfig, num: int, shape: tupl
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
-        mixed_precision(images.device, dtype, config.precision),
+        mixed_precision(images.device, dtype, recipe.precision),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         outputs = probe(images)  # held until all is counted, so that no storage is used twice

@@ -17,7 +17,7 @@ from raysubset.training.whole_subset import minimize_whole
 def minimize(
     model: nn.Module,
     examples: Batches,
-    config: MinimizeConfig,
+    recipe: MinimizeConfig,
     *,
     seed: int,
     state: dict[str, Any] | None = None,
@@ -35,7 +35,7 @@ def minimize(
     Args:
         model: on the examples' device; every worker has one of its own, with the same weights.
         examples: every worker holds or streams all of them, and computes its share of each batch.
-        config: the recipe; whole-subset optimizers go to minimize_whole().
+        recipe: the recipe; whole-subset optimizers go to minimize_whole().
         seed: of order, augmentation, dropout and noise.
         state: what Progress.capture() gave, to go on from there.
         optimizer_state: momenta to start with when there is no `state` (a member's next round).
@@ -55,23 +55,23 @@ def minimize(
             fit, or streamed examples cannot be read.
     """
     shard = shard or Shard()
-    if config.optimizer in WHOLE_SUBSET:
+    if recipe.optimizer in WHOLE_SUBSET:
         assert optimizer_state is None, "whole-subset optimizers keep no state over rounds"
         assert distillation is None, "whole-subset optimizers minimize the recipe's loss alone"
         if shard.num > 1:
             raise ValueError(
-                f"{config.optimizer} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd"
+                f"{recipe.optimizer} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd"
             )
         if not isinstance(examples, Examples):
             raise ValueError(
-                f"{config.optimizer} passes over all {len(examples)} examples at every step, and they are streamed: "
+                f"{recipe.optimizer} passes over all {len(examples)} examples at every step, and they are streamed: "
                 "use sgd, adam or adamw, or leave --data.streamed out"
             )
-        return minimize_whole(model, examples, config, state=state, on_step=on_step)
+        return minimize_whole(model, examples, recipe, state=state, on_step=on_step)
     return minimize_by_batches(
         model,
         examples,
-        config,
+        recipe,
         seed=seed,
         state=state,
         optimizer_state=optimizer_state,

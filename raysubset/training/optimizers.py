@@ -11,17 +11,17 @@ from raysubset.config import MinimizeConfig
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR starts there and ends at 4e-6)
 
 
-def make_optimizer(model: nn.Module, config: MinimizeConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
     """The optimizer by name; weight decay spares biases and normalisation parameters (tensors of one dimension).
 
     cg and gauss_newton are no optimizers of torch's kind: training.whole_subset makes their steps.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rate = config.peak_learning_rate()
-    if config.optimizer == "lbfgs":
+    rate = recipe.peak_learning_rate()
+    if recipe.optimizer == "lbfgs":
         least, change = 1e-7, 1e-9  # torch's own
-        if config.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
-            least, change = config.gradient_tolerance, 0.0
+        if recipe.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
+            least, change = recipe.gradient_tolerance, 0.0
         return torch.optim.LBFGS(
             parameters,
             lr=rate,
@@ -31,21 +31,21 @@ def make_optimizer(model: nn.Module, config: MinimizeConfig) -> torch.optim.Opti
             tolerance_change=change,
         )
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    match config.optimizer:
+    match recipe.optimizer:
         case "sgd":
-            nesterov = config.momentum > 0 and config.extrapolation.kind == "none"  # which looks ahead by itself
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
-            return _with_all_moments(optimizer, ("momentum_buffer",) if config.momentum else ())
+            nesterov = recipe.momentum > 0 and recipe.extrapolation.kind == "none"  # which looks ahead by itself
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
+            return _with_all_moments(optimizer, ("momentum_buffer",) if recipe.momentum else ())
         case "adam":
             return _with_all_moments(torch.optim.Adam(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "adamw":
             return _with_all_moments(torch.optim.AdamW(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "cg" | "gauss_newton":
-            raise AssertionError(f"training.whole_subset makes the steps of {config.optimizer}")
+            raise AssertionError(f"training.whole_subset makes the steps of {recipe.optimizer}")
         case _ as unknown:
             assert_never(unknown)
 
@@ -91,7 +91,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def learning_rate_at(
-    config: MinimizeConfig, step: int, *, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
+    recipe: MinimizeConfig, step: int, *, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
 ) -> float:
     """Return the learning rate of a step.
 
@@ -104,11 +104,11 @@ def learning_rate_at(
         num_steps: that make the span together.
         span: the part of the schedule they cover, as shares of it in [0, 1].
     """
-    peak, warm = config.peak_learning_rate(), config.warmup_fraction
+    peak, warm = recipe.peak_learning_rate(), recipe.warmup_fraction
     low, high = span
     progress = low + (high - low) * step / num_steps
     rest = (progress - warm) / (1 - warm)
-    match config.schedule:
+    match recipe.schedule:
         case "constant":
             return peak
         case "cosine":

@@ -25,16 +25,16 @@ from raysubset.training.stack import Stack
 OnPackedStep = Callable[[Mapping[int, Progress]], bool | None]
 
 
-def why_not_packed(model: nn.Module, config: MinimizeConfig) -> str | None:
+def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
     """Why this recipe cannot step several members at once, in a few words; None where it can."""
-    if config.optimizer in WHOLE_SUBSET:
-        return f"{config.optimizer} searches a line for each subset"
+    if recipe.optimizer in WHOLE_SUBSET:
+        return f"{recipe.optimizer} searches a line for each subset"
     for name in ("extrapolation", "averaging", "skipping"):
-        if (kind := getattr(config, name).kind) != "none":
+        if (kind := getattr(recipe, name).kind) != "none":
             return f"minimize.{name}.kind={kind} is done one by one"
-    if config.epoch_fraction < 1:
+    if recipe.epoch_fraction < 1:
         return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
-    if config.compile:
+    if recipe.compile:
         return "minimize.compile is for one network"
     if has_dropout(model):
         return "the network has dropout, whose noise is each subset's own"
@@ -46,7 +46,7 @@ def why_not_packed(model: nn.Module, config: MinimizeConfig) -> str | None:
 def minimize_packed(
     models: Sequence[nn.Module],
     examples: Sequence[Examples],
-    config: MinimizeConfig,
+    recipe: MinimizeConfig,
     *,
     seeds: Sequence[int],
     states: Sequence[dict[str, Any] | None] | None = None,
@@ -63,7 +63,7 @@ def minimize_packed(
     Args:
         models: of one architecture, on the examples' device.
         examples: of each member; a joint copy of them is held meanwhile.
-        config: a recipe that why_not_packed() has nothing against.
+        recipe: a recipe that why_not_packed() has nothing against.
         seeds: of each member, as minimize() takes them.
         states: what Progress.capture() gave, here or in minimize(), to go on from there.
         optimizer_states: momenta to start with where there is no state.
@@ -78,7 +78,7 @@ def minimize_packed(
     Raises:
         RuntimeError: torch's, if vmap cannot do the network.
     """
-    pack = _Pack(models, examples, config, seeds, states, optimizer_states)
+    pack = _Pack(models, examples, recipe, seeds, states, optimizer_states)
     while pack.running:
         pack.step(schedule_span)
         stop = bool(on_step and on_step(pack.progress()))
@@ -91,11 +91,11 @@ def minimize_packed(
 class _Member:
     """Where one member stands; its weights are a row of the stack."""
 
-    def __init__(self, examples: Examples, config: MinimizeConfig, *, seed: int, state: dict[str, Any] | None) -> None:
-        self.num_per_epoch = num_steps_per_epoch(len(examples), config)
+    def __init__(self, examples: Examples, recipe: MinimizeConfig, *, seed: int, state: dict[str, Any] | None) -> None:
+        self.num_per_epoch = num_steps_per_epoch(len(examples), recipe)
         self.examples, self.seed = examples, seed
         self.batch_sizes = even_sizes(len(examples), self.num_per_epoch)
-        self.progress = Progress(max(1, round(config.epochs * self.num_per_epoch)), self.num_per_epoch)
+        self.progress = Progress(max(1, round(recipe.epochs * self.num_per_epoch)), self.num_per_epoch)
         self.batches: Sequence[Tensor] = ()  # of the epoch: positions in the joint examples
         self.num_summed = 0  # examples in the loss sum
         self.best_loss: float | None = None
@@ -107,7 +107,7 @@ class _Member:
             self.num_summed = state["num_summed"]
             self.best_loss = state["best"].get("loss")
             if self.progress.step and not self.num_summed:
-                self.outcome = reached(config, self.progress)
+                self.outcome = reached(recipe, self.progress)
 
     @property
     def batch_size(self) -> int:
@@ -125,12 +125,12 @@ class _Pack:
         self,
         models: Sequence[nn.Module],
         examples: Sequence[Examples],
-        config: MinimizeConfig,
+        recipe: MinimizeConfig,
         seeds: Sequence[int],
         states: Sequence[dict[str, Any] | None] | None,
         optimizer_states: Sequence[dict[str, Any] | None] | None,
     ) -> None:
-        num, self._config, self._models = len(models), config, models
+        num, self._recipe, self._models = len(models), recipe, models
         self._last_at = time.perf_counter()
         states, begun = list(states or [None] * num), list(optimizer_states or [None] * num)
         for model, state in zip(models, states, strict=True):
@@ -139,17 +139,17 @@ class _Pack:
                 model.load_state_dict(state["model"])
         optimizers = [begun[i] if state is None else state["optimizer"] for i, state in enumerate(states)]
         self.members = [
-            _Member(own, config, seed=seed, state=state)
+            _Member(own, recipe, seed=seed, state=state)
             for own, seed, state in zip(examples, seeds, states, strict=True)
         ]
         self._joint = joined(examples)
         self._first_positions = [sum(len(e) for e in examples[:i]) for i in range(num)]
         draws = [own.draw(0) for own in examples]
         self._draws = None if draws[0] is None else torch.cat([d for d in draws if d is not None])
-        self._stack = Stack(models, config, optimizers)
+        self._stack = Stack(models, recipe, optimizers)
         device, dtype = examples[0].device, next(models[0].parameters()).dtype
         self._dtype = dtype
-        self._precision: AbstractContextManager[object] = mixed_precision(device, dtype, config.precision)
+        self._precision: AbstractContextManager[object] = mixed_precision(device, dtype, recipe.precision)
         sum_dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
         self._loss_sums = torch.tensor(sums, dtype=sum_dtype).to(device)
@@ -168,7 +168,7 @@ class _Pack:
         """One step of every running member."""
         members = [self.members[number] for number in self.running]
         progresses = [member.progress for member in members]
-        rates = [learning_rate_at(self._config, p.step, num_steps=p.num_steps, span=schedule_span) for p in progresses]
+        rates = [learning_rate_at(self._recipe, p.step, num_steps=p.num_steps, span=schedule_span) for p in progresses]
         rows_of: dict[int, list[int]] = {}
         for row, member in enumerate(members):
             rows_of.setdefault(member.batch_size, []).append(row)
@@ -196,14 +196,14 @@ class _Pack:
             torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
         )
         images = images.unflatten(0, (size, len(rows)))  # [N, k, C, H, W] in the memory of [N, k, H, W, C]
-        if self._config.channels_last:  # cloned, as contiguous() would keep the strides of a single channel
+        if self._recipe.channels_last:  # cloned, as contiguous() would keep the strides of a single channel
             pixels = images.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
             images = pixels.permute(0, 3, 4, 1, 2)
         else:
             images = images.clone(memory_format=torch.contiguous_format)
         with self._precision:
             outputs = self._stack.outputs(images, rows)
-        of_one = partial(summed_loss, config=self._config)
+        of_one = partial(summed_loss, recipe=self._recipe)
         losses = vmap(of_one, in_dims=1)(widened(outputs), labels.unflatten(0, (size, len(rows))))
         losses.backward(torch.full_like(losses, 1 / size))
         numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
@@ -245,10 +245,10 @@ class _Pack:
             progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
             self._loss_sums[number] = 0
             member.num_summed = 0
-            member.outcome = reached(self._config, progress)
+            member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
                 if member.best_loss is None:
-                    member.result = diverged_at_once(mean, self._config)
+                    member.result = diverged_at_once(mean, self._recipe)
                 else:
                     self._stack.go_back(row)
             elif member.best_loss is None or mean < member.best_loss:

@@ -46,24 +46,24 @@ class PackingTrial:
         return {**asdict(self), "ratio": self.ratio, "pays": self.pays}
 
 
-def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], config: MinimizeConfig) -> PackingTrial:
+def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recipe: MinimizeConfig) -> PackingTrial:
     """Time some steps one by one and packed, in turns, on copies of the models.
 
     Args:
         models: the members', on the device.
         examples: the members'.
-        config: the recipe, one that why_not_packed() has nothing against.
+        recipe: one that why_not_packed() has nothing against.
 
     Raises:
         ValueError: if the network cannot be packed, with the reason: vmap cannot do it, it does not fit into memory, or
             a parameter has no part in the loss, which single steps leave alone and packed ones would decay.
     """
-    if (unused := _unused_parameter(models[0], examples[0], config)) is not None:
+    if (unused := _unused_parameter(models[0], examples[0], recipe)) is not None:
         raise ValueError(f"the loss does not depend on the parameter {unused}")
     steps = _NUM_WARM + _NUM_TIMED
-    epochs = max(steps / num_steps_per_epoch(len(own), config) for own in examples) + 1
+    epochs = max(steps / num_steps_per_epoch(len(own), recipe) for own in examples) + 1
     recipe = replace(  # at a rate that moves nothing, so that the trial cannot diverge
-        config, epochs=epochs, learning_rate=1e-9, schedule="constant", tolerance=None, target_loss=None
+        recipe, epochs=epochs, learning_rate=1e-9, schedule="constant", tolerance=None, target_loss=None
     )
     seeds, total, singles, packs = list(range(len(models))), Cost(), [], []
     for _ in range(_NUM_REPEATS):
@@ -113,11 +113,11 @@ class _Watch:
         return self._clock()
 
 
-def _unused_parameter(model: nn.Module, examples: Examples, config: MinimizeConfig) -> str | None:
+def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> str | None:
     """The name of a parameter that gets no gradient, if there is one."""
     tried = copy.deepcopy(model).train()
     indices = torch.arange(min(4, len(examples)), device=examples.device)
     dtype = next(tried.parameters()).dtype
-    images, labels = examples.batch(indices, channels_last=config.channels_last, dtype=dtype)
-    summed_loss(tried(images), labels, config).backward()
+    images, labels = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
+    summed_loss(tried(images), labels, recipe).backward()
     return next((name for name, p in tried.named_parameters() if p.requires_grad and p.grad is None), None)

@@ -43,26 +43,26 @@ class Progress:
 OnStep = Callable[[Progress], bool | None]
 
 
-def num_steps_per_epoch(num_examples: int, config: MinimizeConfig) -> int:
+def num_steps_per_epoch(num_examples: int, recipe: MinimizeConfig) -> int:
     """Batches an epoch is cut into: all but equal in size, so that none is too small for batch normalisation."""
-    return math.ceil(num_examples / config.batch_size)
+    return math.ceil(num_examples / recipe.batch_size)
 
 
-def reached(config: MinimizeConfig, progress: Progress) -> str | None:
+def reached(recipe: MinimizeConfig, progress: Progress) -> str | None:
     """The outcome that the last epoch's loss calls for, if any."""
     losses = [record.loss for record in progress.history]
     if not math.isfinite(losses[-1]) or losses[-1] > DIVERGENCE * max(losses[0], 1e-12):
         return "diverged"
-    if config.target_loss is not None and losses[-1] <= config.target_loss:
+    if recipe.target_loss is not None and losses[-1] <= recipe.target_loss:
         return "target"
-    if config.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < config.tolerance * losses[-2]:
+    if recipe.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < recipe.tolerance * losses[-2]:
         return "tolerance"
     return None
 
 
-def diverged_at_once(loss: float, config: MinimizeConfig) -> DivergedError:
+def diverged_at_once(loss: float, recipe: MinimizeConfig) -> DivergedError:
     """What there is to say when there are no weights to go back to."""
     return DivergedError(
-        f"the loss became {loss:g} in epoch 1 with a peak learning rate of {config.peak_learning_rate():g}: lower "
+        f"the loss became {loss:g} in epoch 1 with a peak learning rate of {recipe.peak_learning_rate():g}: lower "
         "the learning rate, or use --minimize.schedule=warmup_linear"
     )

@@ -44,9 +44,7 @@ class Metrics:
 
     def __add__(self, other: "Metrics") -> "Metrics":
         return Metrics(
-            self.loss_sum + other.loss_sum,
-            self.num_correct + other.num_correct,
-            self.num_examples + other.num_examples,
+            self.loss_sum + other.loss_sum, self.num_correct + other.num_correct, self.num_examples + other.num_examples
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,16 +23,16 @@ class Stack:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], config: MinimizeConfig, optimizer_states: Sequence[dict[str, Any] | None]
+        self, models: Sequence[nn.Module], recipe: MinimizeConfig, optimizer_states: Sequence[dict[str, Any] | None]
     ) -> None:
         """Copy the members' tensors; the modules are left alone.
 
         Args:
             models: of one architecture, on one device.
-            config: the recipe, of sgd, adam or adamw.
+            recipe: the recipe, of sgd, adam or adamw.
             optimizer_states: state dicts to go on with; None: fresh ones.
         """
-        self._config, first = config, models[0]
+        self._recipe, first = recipe, models[0]
         trained = [(name, p) for name, p in first.named_parameters() if p.requires_grad]
         trained.sort(key=lambda item: item[1].ndim <= 1)  # as make_optimizer() has them: decayed first
         self._names = [name for name, _ in trained]
@@ -42,10 +42,10 @@ class Stack:
         self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
         self._moment_names = ("exp_avg", "exp_avg_sq")
-        if config.optimizer == "sgd":
-            self._moment_names = ("momentum_buffer",) if config.momentum else ()
+        if recipe.optimizer == "sgd":
+            self._moment_names = ("momentum_buffer",) if recipe.momentum else ()
         self._models = list(models)
-        self._rates = [config.peak_learning_rate()] * len(models)
+        self._rates = [recipe.peak_learning_rate()] * len(models)
         self._steps = [0] * len(models)  # of each member's optimizer
         with torch.no_grad():
             tensors = [self._tensors(model) for model in models]
@@ -66,7 +66,7 @@ class Stack:
 
     def _read_optimizer(self, row: int, state: dict[str, Any] | None) -> list[Tensor]:
         """A member's moments, each as one vector; its step count is noted."""
-        optimizer = make_optimizer(self._models[row], self._config)
+        optimizer = make_optimizer(self._models[row], self._recipe)
         if state is not None:
             load_optimizer_state(optimizer, state)
         own = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
@@ -97,20 +97,20 @@ class Stack:
     @torch.no_grad()
     def update(self, rates: Sequence[float]) -> None:
         """An optimizer step of all members with the gradients that backward() left, which are cleared."""
-        config, weights = self._config, self._now[_WEIGHTS]
+        recipe, weights = self._recipe, self._now[_WEIGHTS]
         gradient = weights.grad
         assert gradient is not None
         self._rates, self._steps = list(rates), [step + 1 for step in self._steps]
-        if config.optimizer == "adamw":
-            decays = self._column([1 - rate * config.weight_decay for rate in rates])
+        if recipe.optimizer == "adamw":
+            decays = self._column([1 - rate * recipe.weight_decay for rate in rates])
             weights[:, : self._num_decayed].mul_(decays)
-        elif config.weight_decay:
-            gradient[:, : self._num_decayed].add_(weights[:, : self._num_decayed], alpha=config.weight_decay)
-        if config.optimizer == "sgd":
-            if config.momentum:
+        elif recipe.weight_decay:
+            gradient[:, : self._num_decayed].add_(weights[:, : self._num_decayed], alpha=recipe.weight_decay)
+        if recipe.optimizer == "sgd":
+            if recipe.momentum:
                 (momentum,) = self._moments
-                momentum.mul_(config.momentum).add_(gradient)
-                gradient.add_(momentum, alpha=config.momentum)
+                momentum.mul_(recipe.momentum).add_(gradient)
+                gradient.add_(momentum, alpha=recipe.momentum)
             weights.addcmul_(gradient, self._column(rates), value=-1)
         else:
             mean, square = self._moments
@@ -150,7 +150,7 @@ class Stack:
             value[row] = self._best[name][row]
         for moment in self._moments:
             moment[row] = 0
-        self._steps[row], self._rates[row] = 0, self._config.peak_learning_rate()
+        self._steps[row], self._rates[row] = 0, self._recipe.peak_learning_rate()
 
     @torch.no_grad()
     def weights(self, row: int, *, best: bool = False) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class Stack:
 
     def optimizer_state(self, row: int) -> dict[str, Any]:
         """A member's optimizer as torch.optim's own state dict; in memory of its own."""
-        optimizer, step = make_optimizer(self._models[row], self._config), self._steps[row]
+        optimizer, step = make_optimizer(self._models[row], self._recipe), self._steps[row]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = self._rates[row]
@@ -179,7 +179,7 @@ class Stack:
             for name, moment in zip(self._moment_names, self._moments, strict=True):
                 for p, part in zip(parameters, moment[row].split(self._sizes), strict=True):
                     optimizer.state[p][name] = torch.empty_like(p, requires_grad=False).copy_(part.view(p.shape))
-            if self._config.optimizer != "sgd":
+            if self._recipe.optimizer != "sgd":
                 for p in parameters:
                     optimizer.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
         return optimizer.state_dict()

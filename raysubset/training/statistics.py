@@ -24,7 +24,7 @@ CPU_EXAMPLES = 16  # whose gradients a CPU takes at a time: a quarter of the tim
 def diagonal_fisher(
     model: nn.Module,
     examples: Examples,
-    config: MinimizeConfig,
+    recipe: MinimizeConfig,
     *,
     labels: str = "model",
     num_examples: int | None = None,
@@ -76,10 +76,10 @@ def diagonal_fisher(
     num_used, num_outputs = 0, 0
     most = CPU_EXAMPLES if examples.device.type == "cpu" else EVALUATION_BATCH
     with evaluation_mode(model), torch.no_grad():
-        for images, true in _sampled_batches(model, examples, config, num_examples, seed):
+        for images, true in _sampled_batches(model, examples, recipe, num_examples, seed):
             outputs = widened(model(images))
             num_used, num_outputs = num_used + len(images), outputs.shape[1]
-            terms = _terms(outputs, true, config, labels, generator)
+            terms = _terms(outputs, true, recipe, labels, generator)
             per_call = _terms_per_call(terms.shape[1], num_parameters)
             chunk = max(1, min(most, MOST_ELEMENTS // (num_parameters * per_call)))
             for some_images, some_terms in zip(images.split(chunk), terms.split(chunk), strict=True):
@@ -87,7 +87,7 @@ def diagonal_fisher(
                     for name, squares in vmap(squared_gradients)(some_images, block).items():
                         sums[name] += squares.sum(0)
     means = {id(p): (sums[name] / num_used).cpu() for name, p in model.named_parameters() if p.requires_grad}
-    cost = fisher_cost(num_used, num_outputs, num_parameters, config, labels=labels)
+    cost = fisher_cost(num_used, num_outputs, num_parameters, recipe, labels=labels)
     return (
         {name: means[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad},
         cost + Cost(device_s=time.perf_counter() - started),
@@ -95,23 +95,18 @@ def diagonal_fisher(
 
 
 def fisher_cost(
-    num_examples: int, num_outputs: int, num_parameters: int, config: MinimizeConfig, *, labels: str
+    num_examples: int, num_outputs: int, num_parameters: int, recipe: MinimizeConfig, *, labels: str
 ) -> Cost:
     """What diagonal_fisher() works: a backward pass a term, a forward pass for the terms and for each block of them."""
     num_terms = num_outputs if num_outputs <= EXACT_OUTPUTS else SAMPLED_TERMS
-    if config.loss == "cross_entropy" and labels == "true":
+    if recipe.loss == "cross_entropy" and labels == "true":
         num_terms = 1
     num_blocks = math.ceil(num_terms / _terms_per_call(num_terms, num_parameters))
     return Cost(num_forward=num_examples * (1 + num_blocks), num_backward=num_examples * num_terms)
 
 
 def gram_matrices(
-    model: nn.Module,
-    examples: Examples,
-    config: MinimizeConfig,
-    *,
-    num_examples: int | None = None,
-    seed: int = 0,
+    model: nn.Module, examples: Examples, recipe: MinimizeConfig, *, num_examples: int | None = None, seed: int = 0
 ) -> tuple[dict[str, Tensor], Cost]:
     """XᵀX of the inputs of every linear and convolution layer, over the number of examples (RegMean, arXiv:2212.09849).
 
@@ -140,7 +135,7 @@ def gram_matrices(
     num_used = 0
     try:
         with evaluation_mode(model), torch.no_grad():
-            for images, _ in _sampled_batches(model, examples, config, num_examples, seed):
+            for images, _ in _sampled_batches(model, examples, recipe, num_examples, seed):
                 model(images)
                 num_used += len(images)
     finally:
@@ -154,21 +149,21 @@ def gram_matrices(
 
 
 def _sampled_batches(
-    model: nn.Module, examples: Examples, config: MinimizeConfig, num_examples: int | None, seed: int
+    model: nn.Module, examples: Examples, recipe: MinimizeConfig, num_examples: int | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of a sample of the examples, in the order in which they lie."""
     num = len(examples) if num_examples is None else min(num_examples, len(examples))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     for indices in order[:num].sort().values.to(examples.device).split(EVALUATION_BATCH):
-        yield examples.batch(indices, channels_last=config.channels_last, dtype=next(model.parameters()).dtype)
+        yield examples.batch(indices, channels_last=recipe.channels_last, dtype=next(model.parameters()).dtype)
 
 
-def _terms(outputs: Tensor, true: Tensor, config: MinimizeConfig, labels: str, generator: torch.Generator) -> Tensor:
+def _terms(outputs: Tensor, true: Tensor, recipe: MinimizeConfig, labels: str, generator: torch.Generator) -> Tensor:
     """[n, T, M]: directions in the space of outputs [n, M], the squares of whose gradients sum up to the diagonal."""
     num, num_outputs = outputs.shape
     exact = num_outputs <= EXACT_OUTPUTS
     unit = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device)
-    if config.loss == "squared_error":
+    if recipe.loss == "squared_error":
         scale = math.sqrt(2 / num_outputs)
         if exact:
             return scale * unit.expand(num, -1, -1)

@@ -30,7 +30,7 @@ class Trial:
 
 
 def try_training(
-    model: nn.Module, config: MinimizeConfig, *, num_classes: int, image_shape: tuple[int, int, int]
+    model: nn.Module, recipe: MinimizeConfig, *, num_classes: int, image_shape: tuple[int, int, int]
 ) -> Trial:
     """Train a copy for a few steps at a rate that moves nothing, in an actor's mode, layout, precision and techniques.
 
@@ -38,15 +38,15 @@ def try_training(
 
     Args:
         model: on the CPU.
-        config: the recipe of a stage.
+        recipe: that of a stage.
         num_classes: of the outputs.
         image_shape: (H, W, C).
     """
     height, width, channels = image_shape
-    size = max(2, min(_MOST_EXAMPLES, config.batch_size, _MOST_PIXELS // (height * width * channels)))
+    size = max(2, min(_MOST_EXAMPLES, recipe.batch_size, _MOST_PIXELS // (height * width * channels)))
     examples = _random_examples(_NUM_STEPS * size, num_classes, image_shape)
     recipe = replace(
-        config,
+        recipe,
         epochs=1.0,
         batch_size=size,
         learning_rate=1e-9,
@@ -61,7 +61,7 @@ def try_training(
     started = time.perf_counter()
 
     def on_step(_: Progress) -> bool:
-        if config.optimizer not in WHOLE_SUBSET:
+        if recipe.optimizer not in WHOLE_SUBSET:
             left_out.update(name for name, p in network.named_parameters() if p.requires_grad and p.grad is None)
         return time.perf_counter() - started > _MOST_S
 

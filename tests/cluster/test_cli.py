@@ -101,7 +101,7 @@ def test_a_run_by_its_command_is_there_for_the_others(tmp_path: Path, capsys: py
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--storage-path", str(tmp_path), *FLAGS, "--minimize.epochs", "300", "--fine-tuning.epochs", "0"]
+    flags = ["--storage-path", str(tmp_path), *FLAGS, "--minimize.epochs", "120", "--fine-tuning.epochs", "0"]
     run = RunDirectory(str(tmp_path), "run")
     with started("run", *flags) as process:
         until = time.monotonic() + 120
@@ -132,4 +132,4 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, capsy
     assert sorted(w["subset"] for w in subsets if w["outcome"] == "done") == [0, 1]
     assert "interrupted" in {w["outcome"] for w in subsets}
     trained = sum(w["cost"]["num_steps"] for w in subsets)
-    assert trained == 2 * 300 * 11  # 647 examples in batches of 64
+    assert trained == 2 * 120 * 11  # 647 examples in batches of 64

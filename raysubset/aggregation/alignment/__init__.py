@@ -3,13 +3,7 @@
 aggregate, report = aligned_soup(minima, model, examples, config.minimize, matching="activations", repair=True)
 """
 
-from raysubset.aggregation.alignment.matching import (
-    Match,
-    Merged,
-    match_activations,
-    match_weights,
-    merge_many,
-)
+from raysubset.aggregation.alignment.matching import Match, Merged, match_activations, match_weights, merge_many
 from raysubset.aggregation.alignment.repairing import layer_statistics, mean_statistics, repair
 from raysubset.aggregation.alignment.soup import AlignmentReport, aligned_soup
 from raysubset.aggregation.alignment.tracing import (

@@ -108,12 +108,7 @@ def aligned_soup(
     barrier_after = work.loss(weights, refresh=False) - mean_loss
 
     aggregate = Aggregate(
-        "aligned_soup",
-        weights,
-        plain.subset_ids,
-        plain.coefficients,
-        shares_start(minima),
-        of_first=mean.of_first,
+        "aligned_soup", weights, plain.subset_ids, plain.coefficients, shares_start(minima), of_first=mean.of_first
     )
     report = AlignmentReport(
         barrier_before=barrier_before,

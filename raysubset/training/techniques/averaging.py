@@ -27,22 +27,22 @@ class Averaging:
     hold the same weights all do the same arithmetic, so they still hold the same afterwards.
     """
 
-    def __init__(self, config: AveragingConfig, model: nn.Module, *, num_steps: int, num_steps_per_epoch: int) -> None:
-        self._config, self._parameters = config, list(model.parameters())
-        self._period = 1 if config.kind == "ema" else max(1, round(config.period * num_steps_per_epoch))
-        self._first_end = config.swa_start * num_steps  # SWA takes the epochs that end later
+    def __init__(self, recipe: AveragingConfig, model: nn.Module, *, num_steps: int, num_steps_per_epoch: int) -> None:
+        self._recipe, self._parameters = recipe, list(model.parameters())
+        self._period = 1 if recipe.kind == "ema" else max(1, round(recipe.period * num_steps_per_epoch))
+        self._first_end = recipe.swa_start * num_steps  # SWA takes the epochs that end later
         self._update = (
-            get_ema_multi_avg_fn(config.decay_or_default())
-            if config.kind in ("pswm", "ema")
+            get_ema_multi_avg_fn(recipe.decay_or_default())
+            if recipe.kind in ("pswm", "ema")
             else get_swa_multi_avg_fn()
         )
-        self._samples: deque[list[Tensor]] = deque(maxlen=config.num_samples)  # PWALKS
+        self._samples: deque[list[Tensor]] = deque(maxlen=recipe.num_samples)  # PWALKS
         self._average: list[Tensor] = []  # the others
         self._num_averaged = 0
 
     def after_step(self, step: int) -> None:
         """Take a sample if one is due after so many steps."""
-        if self._config.kind != "swa" and step % self._period == 0:
+        if self._recipe.kind != "swa" and step % self._period == 0:
             self._sample()
 
     def end_epoch(self, step: int, *, last: bool) -> bool:
@@ -52,22 +52,22 @@ class Averaging:
             step: steps done.
             last: whether the minimization ends here.
         """
-        if self._config.kind == "swa" and step > self._first_end:
+        if self._recipe.kind == "swa" and step > self._first_end:
             self._sample()
-        if self._config.restarts():
+        if self._recipe.restarts():
             due = self._num_averaged > 0
         else:
             due = last and bool(self._average or self._samples)  # PSWA's of the epoch before, if this has no sample
         if due:
             self._apply()
-        if self._config.kind == "pswa":
+        if self._recipe.kind == "pswa":
             self._num_averaged = 0
         return due
 
     @torch.no_grad()
     def _sample(self) -> None:
         current = [p.detach() for p in self._parameters]
-        if self._config.kind == "pwalks":
+        if self._recipe.kind == "pwalks":
             self._samples.append([p.clone() for p in current])  # .cpu() would alias the weights that go on moving
         elif self._num_averaged == 0:
             self._average = [p.clone() for p in current]
@@ -78,7 +78,7 @@ class Averaging:
     @torch.no_grad()
     def _apply(self) -> None:
         average = self._average
-        if self._config.kind == "pwalks":
+        if self._recipe.kind == "pwalks":
             average = [p.clone() for p in self._samples[0]]
             for num, sample in enumerate(list(self._samples)[1:], start=1):
                 self._update(average, sample, num)
@@ -91,7 +91,7 @@ class Averaging:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, which may be on another device or in another memory layout."""
-        self._samples = deque(map(self._placed, state["samples"]), maxlen=self._config.num_samples)
+        self._samples = deque(map(self._placed, state["samples"]), maxlen=self._recipe.num_samples)
         self._average, self._num_averaged = self._placed(state["average"]), state["num_averaged"]
 
     def _placed(self, values: list[Tensor]) -> list[Tensor]:

@@ -30,7 +30,7 @@ class Techniques:
         self,
         model: nn.Module,
         examples: Batches,
-        config: MinimizeConfig,
+        recipe: MinimizeConfig,
         optimizer: torch.optim.Optimizer,
         *,
         num_steps: int,
@@ -38,17 +38,17 @@ class Techniques:
         seed: int,
         shard: Shard,
     ) -> None:
-        self._model, self._examples, self._config, self._seed, self._shard = model, examples, config, seed, shard
+        self._model, self._examples, self._recipe, self._seed, self._shard = model, examples, recipe, seed, shard
         self.num_forward = self.num_skipped = 0
         self._extrapolation = self._averaging = self._skipping = None
-        if config.extrapolation.kind != "none":
-            self._extrapolation = Extrapolation(config.extrapolation, optimizer, seed=seed, rank=shard.rank)
-        if config.averaging.kind != "none":
+        if recipe.extrapolation.kind != "none":
+            self._extrapolation = Extrapolation(recipe.extrapolation, optimizer, seed=seed, rank=shard.rank)
+        if recipe.averaging.kind != "none":
             self._averaging = Averaging(
-                config.averaging, model, num_steps=num_steps, num_steps_per_epoch=num_steps_per_epoch
+                recipe.averaging, model, num_steps=num_steps, num_steps_per_epoch=num_steps_per_epoch
             )
-        if config.skipping.kind != "none":
-            self._skipping = Skipping(config.skipping, model, shard, num_steps_per_epoch=num_steps_per_epoch)
+        if recipe.skipping.kind != "none":
+            self._skipping = Skipping(recipe.skipping, model, shard, num_steps_per_epoch=num_steps_per_epoch)
         self._averages_gradients = shard.num > 1 and (
             self._skipping is not None or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
         )
@@ -101,7 +101,7 @@ class Techniques:
                 order_seed=seed,
                 augmentation_seed=seed,
                 batch_sizes=even_sizes(num, math.ceil(num / EVALUATION_BATCH)),
-                channels_last=self._config.channels_last,
+                channels_last=self._recipe.channels_last,
                 dtype=next(self._model.parameters()).dtype,
             )
             self.num_forward += self._shard.num * set_running_statistics(self._model, (images for images, _ in batches))

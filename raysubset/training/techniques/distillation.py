@@ -36,16 +36,16 @@ class Distillation:
         """The ensemble's outputs [n, M] for a batch: log-probabilities for cross-entropy."""
         return mean_prediction((widened(teacher(images)) for teacher in self._teachers), loss)
 
-    def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, config: MinimizeConfig) -> Tensor:
+    def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, recipe: MinimizeConfig) -> Tensor:
         """The loss, like `loss` summed over the batch.
 
         Args:
             loss: the recipe's own, summed.
             outputs: the model's [n, M].
             targets: targets() of the same images.
-            config: the recipe.
+            recipe: the recipe.
         """
-        if config.loss == "cross_entropy":
+        if recipe.loss == "cross_entropy":
             student, teacher = ((values / self._temperature).log_softmax(1) for values in (outputs, targets))
             distance = F.kl_div(student, teacher, reduction="sum", log_target=True) * self._temperature**2
         else:

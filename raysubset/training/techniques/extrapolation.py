@@ -25,8 +25,8 @@ class Extrapolation:
     that needs no gradient stays where it is, and its last gradient is forgotten.
     """
 
-    def __init__(self, config: ExtrapolationConfig, optimizer: torch.optim.Optimizer, *, seed: int, rank: int) -> None:
-        self._config, self._optimizer, self._seed, self._rank = config, optimizer, seed, rank
+    def __init__(self, recipe: ExtrapolationConfig, optimizer: torch.optim.Optimizer, *, seed: int, rank: int) -> None:
+        self._recipe, self._optimizer, self._seed, self._rank = recipe, optimizer, seed, rank
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self._buffers: dict[int, Tensor] = {}  # by position in the parameters
@@ -35,7 +35,7 @@ class Extrapolation:
     @property
     def differs_by_worker(self) -> bool:
         """Whether each worker has a w½ of its own."""
-        return self._config.kind != "past_global"
+        return self._recipe.kind != "past_global"
 
     @torch.no_grad()
     def look_ahead(self, rate: float, step: int) -> None:
@@ -46,18 +46,18 @@ class Extrapolation:
             step: steps done, which the noise is drawn by.
         """
         moved = [i for i, p in enumerate(self._parameters) if p.requires_grad]
-        if self._config.kind.startswith("past"):
+        if self._recipe.kind.startswith("past"):
             self._buffers = {i: buffer for i, buffer in self._buffers.items() if self._parameters[i].requires_grad}
         else:
             self._buffers = self._noise(moved, step)
-        distance = self._config.rate * rate
+        distance = self._recipe.rate * rate
         for i in moved:
             parameter, buffer = self._parameters[i], self._buffers.get(i)
             if buffer is None:  # no gradient yet
                 buffer = self._buffers[i] = torch.zeros_like(parameter)
             velocity = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
             ahead = torch.add(parameter, buffer.mul_(-distance), out=buffer)
-            if self._config.accelerated and velocity is not None:
+            if self._recipe.accelerated and velocity is not None:
                 ahead.sub_(velocity, alpha=rate * self._optimizer.param_groups[0]["momentum"])
             self._exchange(i)
         self._moved = moved
@@ -89,7 +89,7 @@ class Extrapolation:
 
     def state_dict(self) -> dict[str, Any]:
         """The last gradients, by position in the optimizer; each worker's own unless the kind is past_global."""
-        return {"gradients": self._buffers if self._config.kind.startswith("past") else {}}
+        return {"gradients": self._buffers if self._recipe.kind.startswith("past") else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._buffers = {
@@ -106,7 +106,7 @@ class Extrapolation:
         device = self._parameters[0].device
         generator = torch.Generator(device).manual_seed(derive_seed(self._seed, "extrapolation", self._rank, step))
         buffers = {i: torch.empty_like(self._parameters[i]).normal_(generator=generator) for i in moved}
-        if self._config.kind == "filter_scaled":
+        if self._recipe.kind == "filter_scaled":
             for i, noise in buffers.items():
                 noise.mul_(_length(self._parameters[i]) / _length(noise))
         return buffers

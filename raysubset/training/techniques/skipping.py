@@ -30,18 +30,18 @@ class Skipping:
         ValueError: if the model has nothing that could go on moving.
     """
 
-    def __init__(self, config: SkippingConfig, model: nn.Module, shard: Shard, *, num_steps_per_epoch: int) -> None:
+    def __init__(self, recipe: SkippingConfig, model: nn.Module, shard: Shard, *, num_steps_per_epoch: int) -> None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._weights = [p for p in trainable if p.ndim > 1]
         if len(self._weights) == len(trainable):
             raise ValueError(
-                f"minimize.skipping.kind={config.kind} moves biases and normalisation parameters alone, and the "
+                f"minimize.skipping.kind={recipe.kind} moves biases and normalisation parameters alone, and the "
                 "network has none"
             )
         self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
-        self._config, self._shard = config, shard
-        self._window = max(1, round(config.window * num_steps_per_epoch))
-        self._num_frozen_steps = max(1, round(config.epochs * num_steps_per_epoch))
+        self._recipe, self._shard = recipe, shard
+        self._window = max(1, round(recipe.window * num_steps_per_epoch))
+        self._num_frozen_steps = max(1, round(recipe.epochs * num_steps_per_epoch))
         self._num_correct = torch.zeros((), dtype=torch.int64, device=trainable[0].device)  # of this worker's examples
         self._num_examples = 0  # of all workers
         self._window_start = 0  # in steps
@@ -57,7 +57,7 @@ class Skipping:
     @property
     def rate_scale(self) -> float:
         """What the learning rate is to be multiplied by."""
-        return self._config.decay**self._num_freezes if self._config.kind == "wus_lr" else 1.0
+        return self._recipe.decay**self._num_freezes if self._recipe.kind == "wus_lr" else 1.0
 
     def after_step(self, step: int, outputs: Tensor, labels: Tensor, num_examples: int) -> None:
         """Count, and decide at a window's end.
@@ -79,10 +79,10 @@ class Skipping:
 
     def _end_window(self, step: int, accuracy: float) -> None:
         if self._frozen_at is not None:
-            if accuracy < self._reference - self._config.drop:
+            if accuracy < self._reference - self._recipe.drop:
                 self._frozen_at = None
                 self.thaw()
-        elif self._previous is not None and accuracy - self._previous < self._config.threshold:
+        elif self._previous is not None and accuracy - self._previous < self._recipe.threshold:
             self._frozen_at, self._reference = step, accuracy
             self._num_freezes += 1
             self.freeze()

@@ -38,7 +38,7 @@ class Stepper(Protocol):
 def minimize_whole(
     model: nn.Module,
     examples: Examples,
-    config: MinimizeConfig,
+    recipe: MinimizeConfig,
     *,
     state: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
@@ -66,26 +66,26 @@ def minimize_whole(
     """
     if has_dropout(model):
         raise ValueError(
-            f"{config.optimizer} needs a loss without noise, but the network has dropout: use sgd, adam or adamw"
+            f"{recipe.optimizer} needs a loss without noise, but the network has dropout: use sgd, adam or adamw"
         )
     if examples.augmentation != "none":
-        raise ValueError(f"{config.optimizer} needs a loss without noise: set --data.augmentation=none")
+        raise ValueError(f"{recipe.optimizer} needs a loss without noise: set --data.augmentation=none")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with evaluation_mode(model):
-        return _minimize(model, examples, config, state, on_step)
+        return _minimize(model, examples, recipe, state, on_step)
 
 
 def _minimize(
-    model: nn.Module, examples: Examples, config: MinimizeConfig, state: dict[str, Any] | None, on_step: OnStep | None
+    model: nn.Module, examples: Examples, recipe: MinimizeConfig, state: dict[str, Any] | None, on_step: OnStep | None
 ) -> MinimizeResult:
     started = time.perf_counter()
-    objective = Objective(model, examples, config)
-    stepper = _stepper(objective, model, config)
-    progress = Progress(max(1, round(3 * config.epochs)), 3, epoch_ended=True)
+    objective = Objective(model, examples, recipe)
+    stepper = _stepper(objective, model, recipe)
+    progress = Progress(max(1, round(3 * recipe.epochs)), 3, epoch_ended=True)
     first_third = first_gradient = 0  # done before this call
     outcome = None
     if state is None:
-        objective.num_forward += recompute_batch_norm(model, examples, config)
+        objective.num_forward += recompute_batch_norm(model, examples, recipe)
         at = objective.evaluate()
         if not at.is_finite:
             raise DivergedError(
@@ -119,14 +119,14 @@ def _minimize(
         }
 
     progress.capture = capture
-    smallest = config.gradient_tolerance or 0.0
-    least = config.tolerance or (LEAST_DECREASE if config.gradient_tolerance is None else 0.0)
+    smallest = recipe.gradient_tolerance or 0.0
+    least = recipe.tolerance or (LEAST_DECREASE if recipe.gradient_tolerance is None else 0.0)
     while outcome is None and (progress.step < progress.num_steps or not progress.history):
         if at.largest_slope > smallest:
             at = stepper.step(at, progress.num_steps - progress.step)
         progress.step = first_third + objective.thirds
         num_gradients = first_gradient + objective.num_gradients
-        progress.history.append(EpochRecord(progress.epoch, at.loss, config.peak_learning_rate(), num_gradients))
+        progress.history.append(EpochRecord(progress.epoch, at.loss, recipe.peak_learning_rate(), num_gradients))
         decrease = (best["loss"] - at.loss) / max(best["loss"], 1e-30)
         if decrease >= 0 and at.is_finite:
             best = {"loss": at.loss, "weights": objective.weights()}
@@ -134,7 +134,7 @@ def _minimize(
             objective.move_to(best["weights"])
         if not at.is_finite:
             outcome = "diverged"
-        elif config.target_loss is not None and at.loss <= config.target_loss:
+        elif recipe.target_loss is not None and at.loss <= recipe.target_loss:
             outcome = "target"
         elif decrease >= 0 and at.largest_slope <= smallest:
             outcome = "gradient"
@@ -147,15 +147,15 @@ def _minimize(
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), stepper.state_dict())
 
 
-def _stepper(objective: Objective, model: nn.Module, config: MinimizeConfig) -> Stepper:
-    match config.optimizer:
+def _stepper(objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> Stepper:
+    match recipe.optimizer:
         case "lbfgs":
-            return LBFGS(objective, model, config)
+            return LBFGS(objective, model, recipe)
         case "cg":
-            return ConjugateGradient(objective, first_scale=config.peak_learning_rate())
+            return ConjugateGradient(objective, first_scale=recipe.peak_learning_rate())
         case "gauss_newton":
-            return GaussNewton(objective, scale=config.peak_learning_rate())
+            return GaussNewton(objective, scale=recipe.peak_learning_rate())
         case "sgd" | "adam" | "adamw":
-            raise AssertionError(f"{config.optimizer} uses batches: minimize() itself is its loop")
+            raise AssertionError(f"{recipe.optimizer} uses batches: minimize() itself is its loop")
         case _ as unknown:
             assert_never(unknown)

@@ -19,8 +19,8 @@ class _NotFinite(Exception):
 class LBFGS:
     """Limited-memory BFGS (Liu & Nocedal 1989): torch.optim.LBFGS with twenty pairs of changes."""
 
-    def __init__(self, objective: Objective, model: nn.Module, config: MinimizeConfig) -> None:
-        self._objective, self._optimizer = objective, make_optimizer(model, config)
+    def __init__(self, objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> None:
+        self._objective, self._optimizer = objective, make_optimizer(model, recipe)
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
         """Ten iterations, fewer where the budget ends; a loss of NaN where one was met on the way."""

@@ -48,17 +48,17 @@ class Objective:
     gradient forward and backward; a Gauss-Newton product twice forward (outputs and their change) and once backward.
     """
 
-    def __init__(self, model: nn.Module, examples: Examples, config: MinimizeConfig) -> None:
+    def __init__(self, model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> None:
         """Go on from the weights in the model, which must be in evaluation mode; they change with move_to()."""
         self.num_forward = 0  # examples
         self.num_backward = 0  # examples
         self.num_gradients = 0
-        self._model, self._examples, self._config = model, examples, config
-        self._forward = torch.compile(model) if config.compile else model
+        self._model, self._examples, self._recipe = model, examples, recipe
+        self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._named.values()]
         self._dtype = next(model.parameters()).dtype
-        self._chunks = torch.arange(len(examples), device=examples.device).split(config.batch_size * CHUNK_BATCHES)
+        self._chunks = torch.arange(len(examples), device=examples.device).split(recipe.batch_size * CHUNK_BATCHES)
         self._last: tuple[Tensor, Evaluation] | None = None  # where the gradient was last taken
 
     @property
@@ -149,7 +149,7 @@ class Objective:
                 raise ValueError(
                     f"gauss_newton cannot differentiate this network: use lbfgs or cg ({reason})"
                 ) from error
-            (products,) = pull_back(_curvature(outputs, moved, self._config) / len(self._examples))
+            (products,) = pull_back(_curvature(outputs, moved, self._recipe) / len(self._examples))
             total += torch.cat([products[name].reshape(-1) for name in parameters])
         self.num_forward += 2 * len(self._examples)
         self.num_backward += len(self._examples)
@@ -157,19 +157,19 @@ class Objective:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self._chunks:
-            yield self._examples.batch(indices, channels_last=self._config.channels_last, dtype=self._dtype)
+            yield self._examples.batch(indices, channels_last=self._recipe.channels_last, dtype=self._dtype)
 
     def _share(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """What a chunk adds to the mean loss."""
-        return summed_loss(widened(outputs), labels, self._config) / len(self._examples)
+        return summed_loss(widened(outputs), labels, self._recipe) / len(self._examples)
 
 
-def _curvature(outputs: Tensor, change: Tensor, config: MinimizeConfig) -> Tensor:
+def _curvature(outputs: Tensor, change: Tensor, recipe: MinimizeConfig) -> Tensor:
     """H u for each example: H [M, M] the second derivative of its loss by its outputs, u [N, M] a change of these.
 
     Cross-entropy: diag(p) − ppᵀ with p the softmax, whatever the targets, smoothed ones too. Squared error: 2/M.
     """
-    match config.loss:
+    match recipe.loss:
         case "cross_entropy":
             weighted = F.softmax(outputs, dim=1) * change
             return weighted - F.softmax(outputs, dim=1) * weighted.sum(1, keepdim=True)
