@@ -68,7 +68,7 @@ def test_a_finished_run_of_which_an_artefact_is_damaged_or_gone_has_work_left_an
 ):
     assert finished.local_path is not None
     damage(finished.local_path / path)
-    assert _finished(REPORT_PATH, finished, config(finished), {}, False) is None
+    assert _finished(finished, config(finished), {}, False) is None
     (line,) = caplog.messages
     assert line.startswith(f"{path} in {finished.uri} is damaged: ")
     assert line.endswith("; what it stands for is made again")
