@@ -100,6 +100,7 @@ def test_a_run_by_its_command_is_there_for_the_others(tmp_path: Path, capsys: py
     assert "minimize.epochs: 1.0 → 2.0" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--storage-path", str(tmp_path), *FLAGS, "--minimize.epochs", "120", "--fine-tuning.epochs", "0"]
     run = RunDirectory(str(tmp_path), "run")
@@ -121,7 +122,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, capsy
     assert call(["report", run.uri]) == 2
     assert "is not finished" in capsys.readouterr().err
 
-    code, out, err = raysubset("run", *flags)
+    code, (out, err) = call(["run", *flags]), capsys.readouterr()  # in this process, on the session's Ray
     assert code == 0, err
     assert f"going on with {run.uri}" in err
     assert "Test accuracy" in out

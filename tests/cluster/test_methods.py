@@ -32,7 +32,7 @@ SMALL = {
     "fine_tuning.epochs": 0.0,
     "minimize.epochs": 1.0,
     "minimize.batch_size": 32,
-    "actors.max_num": 2,
+    "actors.max_num": 1,
     "subsets.num": 2,
     "subsets.size": 200,
     "aggregation.statistics_examples": 40,

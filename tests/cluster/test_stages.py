@@ -21,7 +21,7 @@ from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Progress, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
-from raysubset.models import build_model
+from raysubset.models import build_model, new_model
 from raysubset.planning import make_plan
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
@@ -179,10 +179,10 @@ def test_a_trunk_of_two_train_workers_ends_where_that_of_one_does(tmp_path: Path
     assert report.record["stages"]["trunk"]["num_workers"] == 2
     assert {w.num_workers for w in Ledger(directory).read() if w.stage == "trunk"} == {2}
 
-    full_set, seed = load_full_set(made.data), derive_seed(made.seed, "start")
-    fresh = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=seed).state_dict()
+    full_set = load_full_set(made.data)
+    fresh = new_model(made.model, full_set, seed=derive_seed(made.seed, "start")).state_dict()
     opened = Run(made, alone, full_set, put_once(full_set), lambda event: None)
-    ends, record = fine_tune(opened, fresh, num_workers=1, num_gpus=0.0, stage="trunk")
+    ends, record = fine_tune(opened, fresh, num_workers=0, num_gpus=0.0, stage="trunk")  # one, in this process
     assert record["num_workers"] == 1
     for key, value in stored_weights(directory, weights_path("trunk")).items():
         torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
