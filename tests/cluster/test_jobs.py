@@ -287,7 +287,7 @@ def test_the_same_command_goes_on_after_a_stop_and_on_another_cluster_after_the_
     bare_cluster.submit("stopped", tmp_path, *flags, wait=False)
     wait_for_a_checkpoint(bare_cluster, "stopped", run, beside=set())
     log = bare_cluster.stop("stopped")
-    assert log.endswith("raysubset: stopped; what was done is kept, the same command goes on\n")
+    assert log.endswith("raysubset: stopped; what was done is kept, the same command resumes\n")
     assert not run.exists("report.json")
 
     before = checkpoints(run)
