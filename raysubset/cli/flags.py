@@ -40,7 +40,7 @@ class Run(_Resumed):
     """Run subset pretraining, or a conventional run, and print its report; goes on with an unfinished run of that name.
 
     Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM, with
-    what was done kept: the same command goes on.
+    what was done kept: the same command resumes.
     """
 
 
