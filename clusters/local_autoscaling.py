@@ -121,10 +121,11 @@ def free_port() -> int:
 
 def _wait_for_dashboard(process: subprocess.Popen[Any], url: str, token: str, work_dir: Path) -> None:
     request = urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"})
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to this machine, whatever proxies are set
     until = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < until:
         try:
-            urllib.request.urlopen(request, timeout=5).close()
+            directly.open(request, timeout=5).close()
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import tracemalloc
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def test_a_damaged_file_is_told_from_a_missing_one(tmp_path: Path):
 def test_a_failing_download_is_one_line_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(urllib.request, "_opener", None)  # else the process keeps these proxies, or has kept others
     with pytest.raises(ValueError, match=r"mnist could not be downloaded \(.*\): put .* by hand") as caught:
         load("mnist", root=str(tmp_path), download=True)
     assert "\n" not in str(caught.value)
