@@ -54,11 +54,11 @@ class Stage(Event):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at minimizing on a subset or on the full set, and the process that makes it."""
+    """One attempt at minimizing on a subset or on the full set, or at an aggregate, and the process that makes it."""
 
     stage: str
     round: int
-    subset: int | None  # None: the full set
+    subset: int | None  # None: the full set, or a round's aggregate
     number: int
     node: str  # Ray's id
     ip: str

@@ -32,7 +32,7 @@ class Interrupted(Exception):
 
 def interrupt_in_the_second_round(event):
     notes.append(event.text)
-    if isinstance(event, Start):
+    if isinstance(event, Start) and event.attempt.stage == "subsets":
         attempt = event.attempt
         starts.append([attempt.round, attempt.subset, kind_of_node[attempt.node]])
         if attempt.round == 1 and starts[-2][0] == 1:
