@@ -407,7 +407,7 @@ def _check_ledger(a: Path, b: Path, report: dict[str, Any], outcome: Outcome) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=False)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -425,6 +425,8 @@ def main() -> None:
     if options.keep_cluster:
         keep_cluster(options.keep_cluster, 2)
         return
+    if options.out is None:
+        parser.error("--out: name a folder for the runs")
     sys.exit(punish(options))
 
 
