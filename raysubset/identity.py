@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -34,7 +34,7 @@ def identify(configs: Iterable[Config], full_sets: dict[DataConfig, FullSet], kn
                 found = full_sets[own].fingerprint
             data[name] = found
             places |= _data_place(own)
-        for reference in user_references(config):
+        for reference in config.functions().values():
             if reference not in code:
                 code[reference] = code_fingerprint(reference)
                 places |= _code_place(reference.partition(":")[0])
@@ -50,18 +50,6 @@ def places_notes(identity: Identity) -> list[Note]:
 def known_fingerprint(known: Identity | None, config: DataConfig) -> pa.Table | None:
     """What an earlier identity says of a set."""
     return known.data.get(_data_name(config)) if known else None
-
-
-def user_references(config: Config) -> Iterator[str]:
-    """Every package.module:function that a config names."""
-    if kind_of(config.data.name) == "function":
-        yield config.data.name
-    if ":" in config.model.name:
-        yield config.model.name
-    if ":" in config.aggregation.method:
-        yield config.aggregation.method
-    if config.subsets.function is not None:
-        yield config.subsets.function
 
 
 def _is_of_arrays(config: DataConfig) -> bool:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
-from raysubset.config import Config, SubsetsConfig, derive_seed, from_tree
+from raysubset.config import Config, SubsetsConfig, from_tree
 from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import OnEvent
 from raysubset.ledger import Ledger, Work
-from raysubset.models import new_model
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
+from raysubset.work import seeded_model
 
 MEASURE_S = 3.0  # of training to tell the speed by
 _ENDLESS_EPOCHS = 1e6
@@ -244,7 +244,7 @@ def _measure_kind(
 def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gpus: float) -> MeasuredSpeed:
     """Train on a subset for a few seconds, on the device of this process, as an actor would."""
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
+    model = seeded_model(config, full_set)
     model = place(model, device, channels_last=config.minimize.channels_last)
     examples = full_set.examples("train", indices, device=device, augment=True)
     since, num_before = time.perf_counter(), 0

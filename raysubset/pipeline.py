@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from raysubset.cluster import call_on_cluster, connected, get_shared, own_address, put_once, reached
-from raysubset.config import Config, DataConfig, TrainingStage, derive_seed
+from raysubset.config import Config, DataConfig, TrainingStage
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
@@ -25,7 +25,6 @@ from raysubset.events import Note, OnEvent, Stage, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
-from raysubset.models import new_model
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
@@ -52,7 +51,7 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece, Run, leave_test, perturbed
+from raysubset.work import Piece, Run, leave_test, perturbed, seeded_model
 
 
 def run(
@@ -114,10 +113,10 @@ def run(
         if resumed:
             Ledger(directory).close_lost()
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell = stack.enter_context(tracked(config, directory, tell))
+        tell_trackers_too = stack.enter_context(tracked(config, directory, tell))
         stack.enter_context(connected(config.cluster))
-        tell = sessions.checked(tell)
-        stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), tell), plan)
+        heard = sessions.checked(tell_trackers_too)
+        stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), heard), plan)
         sessions.started_up()
         if trunk is not None:
             stages.take_over_trunk(trunk)
@@ -128,7 +127,7 @@ def run(
         record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
         directory.write_json(REPORT_PATH, record)
         Ledger(directory).compact()
-    (on_event or (lambda event: None))(Note(f"report: {directory.uri}"))
+    tell(Note(f"report: {directory.uri}"))
     return RunReport.from_dict(record)
 
 
@@ -235,8 +234,8 @@ class _Stages:
 
     def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
         """One actor, all examples; it is kept for the subsets."""
-        (minimum,) = find_minima(pool, [piece], None, keep=math.inf)
-        return minimum.load_weights(), self._directory.read_json(minimum_path(piece.folder))
+        find_minima(pool, [piece], None, keep=math.inf)
+        return piece.output.weights(), self._directory.read_json(piece.output.record_path)
 
     def _fine_tune(self, aggregate: Weights, minima: Sequence[dict[str, Any]]) -> tuple[Weights, dict[str, Any]]:
         """Ray Train on the full set, from the aggregate, a shrunk and perturbed aggregate, or fresh weights.
@@ -365,10 +364,8 @@ class _Stages:
             actor_bytes=actor_bytes(self._config, self._full_set, self._plan) if num_gpus else None,
         )
 
-    def _fresh_weights(self, *path: str) -> Weights:
-        """Seeded initial weights: those a shared start means, or others by a path of their own."""
-        seed = derive_seed(self._config.seed, "start", *path)
-        return new_model(self._config.model, self._full_set, seed=seed).state_dict()
+    def _fresh_weights(self, start_id: str = "initial") -> Weights:
+        return seeded_model(self._config, self._full_set, start_id).state_dict()
 
 
 def _leave_test(*arguments: Any) -> tuple[Metrics, dict[str, Seal]]:

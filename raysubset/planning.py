@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from raysubset.aggregation import Forward, method_of, methods_tried, refuse_contradictions, statistics_of
-from raysubset.config import Config, MinimizeConfig, derive_seed
+from raysubset.config import Config, MinimizeConfig
 from raysubset.data import Examples, FullSet
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.fingerprints import digest
-from raysubset.models import has_batch_norm, new_model, num_parameters
+from raysubset.models import has_batch_norm, num_parameters
 from raysubset.soundness import findings, most_workers
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.training import (
@@ -27,7 +27,7 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
-from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, subsample_size
+from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
@@ -58,7 +58,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
             training fails on a copy of it, or batches are too small for it or for the workers that share them.
     """
     num_train, num_classes = len(full_set.train), full_set.num_classes
-    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
+    model = seeded_model(config, full_set)
     num, share = num_parameters(model), forward_share(model, full_set.image_shape)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
@@ -217,7 +217,7 @@ def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Modu
 
 def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
     """What the tensors of an actor that holds the most examples take on its card (see minimizing_bytes())."""
-    model = new_model(config.model, full_set, seed=derive_seed(config.seed, "start"))
+    model = seeded_model(config, full_set)
     alone = config.trunk.epochs and config.trunk.num_workers == 1
     if config.method == "conventional" or alone:
         held = full_set.examples_num_bytes("train")

@@ -70,7 +70,7 @@ class Rounds:
         """Those whose minima are found: all, but with a quorum."""
         config, round = self._config, pieces[0].round
         parts_follow = method_of(config.aggregation).needs.parts and not pieces[0].is_subsample
-        minima = find_minima(
+        return find_minima(
             pool,
             pieces,
             None if config.subsets.start == "independent" else start,
@@ -78,8 +78,6 @@ class Rounds:
             quorum=config.actors.quorum,
             per_actor=self._decisions.per_actor(pool, pieces),
         )
-        found = {minimum.subset_id for minimum in minima}
-        return [piece for piece in pieces if piece.subset_id in found]
 
     def _on_subsamples(
         self, pool: ActorPool, subsets: tuple[Subset, ...], pieces: list[Piece], start: Weights

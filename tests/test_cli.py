@@ -73,6 +73,7 @@ def test_config_of_a_run_can_be_passed_back_in(tmp_path: Path):
         ({"model": {"name": "os:execv"}}, ["--model.name", "cnn"]),
         ({"data": {"name": "os:abort"}}, ["--data.name=digits"]),
         ({"subsets": {"scheme": "function", "function": "os:abort"}}, ["--subsets.function", "own:cut"]),
+        ({"aggregation": {"method": "os:abort"}}, ["--aggregation.method", "fisher"]),
     ],
 )
 def test_a_function_that_a_file_names_is_called_only_where_the_user_says_so(

@@ -50,10 +50,8 @@ def methods_tried(config: Config) -> dict[str, Method]:
     where plain means are useless: after a shared start units correspond as they stand.
     """
     if config.aggregation.method == "auto":
-        return {
-            name: methods(config.aggregation)[name]
-            for name in candidates_of_auto(shared_start=config.subsets.start == "shared")
-        }
+        known = methods(config.aggregation)
+        return {name: known[name] for name in candidates_of_auto(shared_start=config.subsets.start == "shared")}
     return {config.aggregation.method: method_of(config.aggregation)}
 
 

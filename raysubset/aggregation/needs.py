@@ -23,9 +23,7 @@ class Needs:
     shared_start: bool = True  # it averages: of minima that share no start the result is useless
     validation: bool = False  # it goes by what minima validate at
     statistics: tuple[str, ...] = ()  # that actors take of their minimum: "fisher", "gram"
-    parts: bool = (
-        False  # a minimum on a part of each subset too (aggregation.savgm_fraction), as "subsample" statistics
-    )
+    parts: bool = False  # minima on parts of the subsets too (aggregation.savgm_fraction), as "subsample" statistics
     forward: Callable[[int, Forward], int] = lambda num, one: one.refreshing + one.validation
     """Examples that it passes forward, with so many members, until its result is measured: for the planned cost."""
 

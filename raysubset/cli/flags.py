@@ -32,7 +32,7 @@ class _Resumed(_OfConfig):
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what was left behind under this name, and start over."""
     accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Resume though the code of model.name, data.name or subsets.function has changed: what is done stays as it is."""
+    """Resume though the code of a function that the config names has changed: what is done stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,11 +336,10 @@ def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], 
 
 def _refuse_code(file: str, config: Config, default: Config, flags: Sequence[str]) -> None:
     """ValueError where a config from a file, which may be a stranger's, names a function that no flag names as well."""
-    given, before = flatten(config.to_dict()), flatten(default.to_dict())
-    for field in ("data.name", "model.name", "subsets.function"):
-        name, flag = given[field], f"--{field}"
-        is_function = isinstance(name, str) and ":" in name and "/" not in name
-        if is_function and name != before[field] and not any(word.partition("=")[0] == flag for word in flags):
+    before = default.functions()
+    for field, name in config.functions().items():
+        flag = f"--{field}"
+        if name != before.get(field) and not any(word.partition("=")[0] == flag for word in flags):
             raise ValueError(
                 f"--config {file} names code: {field} = {name} would be imported from {os.getcwd()} or what is "
                 f"installed, and called. If you trust whoever made the file, add --trust-code, or give {flag} yourself"

@@ -137,6 +137,16 @@ class Config:
         )
         return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
 
+    def functions(self) -> dict[str, str]:
+        """The user's own code that a run of it calls: each package.module:function, by the field that names it."""
+        named = {
+            "data.name": self.data.name,
+            "model.name": self.model.name,
+            "subsets.function": self.subsets.function or "",
+            "aggregation.method": self.aggregation.method,
+        }
+        return {field: name for field, name in named.items() if ":" in name and "/" not in name}
+
     def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
         """The recipe of one stage: `minimize` with its own epochs (or those given), learning rate and schedule."""
         base = self.minimize.for_stage(stage)

@@ -141,10 +141,7 @@ class Leg:
 
     @property
     def output(self) -> Output:
-        if self.kind == "aggregate":
-            return Output.of_aggregate(self.directory, self.round)
-        named = Piece(self.config, self.directory, self.stage, self.subset, self.round, is_subsample=self.is_subsample)
-        return named.output
+        return self.piece.output
 
     @property
     def test(self) -> TestPiece:

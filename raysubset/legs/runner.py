@@ -6,17 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from raysubset.cluster import WAIT_NOTICE_S
-from raysubset.config import derive_seed
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, LegDone, Note, Progress, Retry, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.legs.leg import Leg, closure
-from raysubset.models import new_model
 from raysubset.run_directory import CorruptFile
 from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
-from raysubset.work import Run
+from raysubset.work import Piece, Run, seeded_model
 
 NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
@@ -126,10 +124,10 @@ class LegRunner:
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         """Data-parallel training by Ray Train."""
         config, full_set, piece = leg.config, self._run.full_set, leg.piece
+        assert isinstance(piece, Piece)
         weights = piece.start_weights(full_set)
         if weights is None:
-            path = ("start", *(["fine_tuning"] if leg.start.kind == "reinit" else []))
-            weights = new_model(config.model, full_set, seed=derive_seed(config.seed, *path)).state_dict()
+            weights = seeded_model(config, full_set, piece.start_id).state_dict()
         try:
             fine_tune(
                 replace(self._of_legs, config=config, directory=leg.directory),

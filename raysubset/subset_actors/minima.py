@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from raysubset.aggregation import Minimum
 from raysubset.events import MinimumDone, Note
 from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
@@ -18,17 +17,14 @@ def find_minima(
     keep: float = 0,
     quorum: int | None = None,
     per_actor: int = 1,
-) -> list[Minimum]:
-    """The minima of all pieces, in order of subset id: those the run directory holds, and the others as they are done.
+) -> list[Piece]:
+    """The pieces whose minima are there, in their order: those that were, and the others as they are done.
 
     Args, raises and what happens when processes die: as ActorPool.run(). With a quorum, fewer than asked may come back.
     Up to `per_actor` pieces are done at once by an actor.
     """
     tell = pool.opened.tell
-    found: dict[str, Minimum] = {}
-    for piece in pieces:
-        if (record := piece.record()) is not None:
-            found[piece.folder] = piece.minimum(record)
+    found = {piece.folder for piece in pieces if piece.record() is not None}
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:
@@ -36,7 +32,8 @@ def find_minima(
     min_done = None if quorum is None else max(0, quorum - len(found))
     for piece, record in pool.run(todo, start, keep=keep, min_done=min_done):
         assert isinstance(piece, Piece)
-        minimum = found[piece.folder] = piece.minimum(record)
+        found.add(piece.folder)
+        minimum = piece.minimum(record)
         told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []
         if validation := minimum.validation:
             told.append(f"validation {validation.loss:.4f} and {validation.accuracy:.2%}")
@@ -45,4 +42,4 @@ def find_minima(
         text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"
         text += f" ({len(found)} of {len(pieces)})"
         tell(MinimumDone(text, piece.ledger_key[0], record))
-    return [found[piece.folder] for piece in pieces if piece.folder in found]
+    return [piece for piece in pieces if piece.folder in found]

@@ -32,7 +32,8 @@ class Pack:
     @property
     def node_speed(self) -> float | None:
         """Of the node its first piece is sized for, where sizes are by speed."""
-        return self.pieces[0].node_speed
+        first = self.pieces[0]
+        return first.node_speed if isinstance(first, Piece) else None
 
     @property
     def label(self) -> str:

@@ -10,7 +10,17 @@ from raysubset.work.aggregating import leave_aggregate, placed_model
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
 from raysubset.work.minimizing import Minimizer
-from raysubset.work.pieces import TEST_PATH, AggregatePiece, AnyPiece, Output, Piece, Report, TestPiece, perturbed
+from raysubset.work.pieces import (
+    TEST_PATH,
+    AggregatePiece,
+    AnyPiece,
+    Output,
+    Piece,
+    Report,
+    TestPiece,
+    perturbed,
+    seeded_model,
+)
 from raysubset.work.run import Run
 from raysubset.work.testing import leave_metrics, leave_test, pick_mistakes, tabulate_predictions, test_weights
 
@@ -25,6 +35,7 @@ __all__ = [
     "Output",
     "Report",
     "perturbed",
+    "seeded_model",
     "cut_subsets",
     "cut_subsample",
     "subsample_size",

@@ -12,7 +12,6 @@ from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
-from raysubset.models import new_model
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
@@ -43,7 +42,7 @@ from raysubset.training import (
     try_packing,
     use_device,
 )
-from raysubset.work.pieces import Piece, Report
+from raysubset.work.pieces import Piece, Report, seeded_model
 
 
 @dataclass
@@ -193,8 +192,7 @@ class Minimizer:
         """The piece's model and examples on the device, and what its newest checkpoint holds."""
         config, run, folder = self._config, self._run, piece.folder
         full_set = self._load_full_set()
-        seed_path = ("start",) if piece.start_id == "initial" else ("start", piece.start_id)
-        model = new_model(config.model, full_set, seed=derive_seed(config.seed, *seed_path))
+        model = seeded_model(config, full_set, piece.start_id)
         if start is not None:
             model.load_state_dict(start)
         model = place(model, device, channels_last=config.minimize.channels_last)

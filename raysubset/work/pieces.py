@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from raysubset.aggregation import Minimum, shrink_perturb
 from raysubset.config import Config, TrainingStage, derive_seed
@@ -160,7 +161,6 @@ class AggregatePiece:
     measures: Collection[Measure] = MEASURES
     more: Mapping[str, Any] = field(default_factory=dict)  # what its record says beside
     name: str = ""
-    node_speed: None = None
 
     @property
     def ledger_key(self) -> tuple[Stage, int, None]:
@@ -194,8 +194,7 @@ class AggregatePiece:
         """What its members started from."""
         if self.start is not None:
             return self.start.weights()
-        config = self.config
-        return new_model(config.model, full_set, seed=derive_seed(config.seed, "start")).state_dict()
+        return seeded_model(self.config, full_set).state_dict()
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,6 @@ class TestPiece:
     config: Config = field(repr=False)
     of: Output
     label: str
-    node_speed: None = None
 
     @property
     def directory(self) -> RunDirectory:
@@ -229,9 +227,15 @@ class TestPiece:
 AnyPiece = Piece | AggregatePiece | TestPiece
 
 
+def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
+    """The config's network with seeded initial weights: those of a shared start, or others by a name of their own."""
+    path = ("start",) if start_id == "initial" else ("start", start_id)
+    return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
+
+
 def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
     """The weights shrunk and perturbed (arXiv:1910.08475) by fresh ones, as fine_tuning.shrink and .perturb say."""
-    fresh = new_model(config.model, full_set, seed=derive_seed(config.seed, "start", "fine_tuning"))
+    fresh = seeded_model(config, full_set, "fine_tuning")
     tuning, names = config.fine_tuning, trainable_names(fresh)
     return shrink_perturb(
         weights, fresh.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names

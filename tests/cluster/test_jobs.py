@@ -13,7 +13,6 @@ import tempfile
 import time
 import urllib.request
 import venv
-import warnings
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -47,10 +46,6 @@ FLAGS = [
 
 START_S = 90  # for both nodes; alone on two cores it takes 15
 LOGS = ["ray_start.log", "gcs_server.out", "raylet.out", "monitor.log", "dashboard*.log", "*_agent.log", "ray_process*"]
-
-
-class DidNotComeUpError(Exception):
-    """A cluster whose dashboard did not name its nodes in time; says what is known of why."""
 
 
 class Cluster:
@@ -102,7 +97,7 @@ class Cluster:
                 answer = f"{error!r} {error.read() if isinstance(error, HTTPError) else ''}"
             time.sleep(0.3)
         what = f"not {num_nodes} node(s) within {START_S} s; the dashboard said last: {answer[:2000]}"
-        raise DidNotComeUpError(f"{what}\n{self._state()}")
+        pytest.fail(f"{what}\n{self._state()}")
 
     def _state(self) -> str:
         """The processes, and the ends of what they wrote."""
@@ -185,25 +180,11 @@ def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def started(python: Path) -> Cluster:
+@contextlib.contextmanager
+def running(python: Path) -> Iterator[Cluster]:
     cluster = Cluster(python)
     try:
         cluster.start()
-    except BaseException:
-        cluster.end()
-        raise
-    return cluster
-
-
-@contextlib.contextmanager
-def running(python: Path) -> Iterator[Cluster]:
-    """One that does not come up is started once more: another process may have taken a port that was free before."""
-    try:
-        cluster = started(python)
-    except DidNotComeUpError as first:
-        warnings.warn(f"started once more, as it did not come up: {first}", stacklevel=1)
-        cluster = started(python)
-    try:
         yield cluster
     finally:
         cluster.end()
