@@ -62,8 +62,8 @@ class Scorer:
 
     def ensemble(self, minima: Sequence[Minimum]) -> Metrics:
         """Validation metrics of the mean of the members' predictions, which they left behind: no forward work."""
-        labels = self._validation.labels.cpu()
-        return metrics_of_outputs(ensemble_outputs(minima, self._minimize.loss), labels, self._minimize)
+        task, targets = self._validation.task, self._validation.targets().cpu()
+        return metrics_of_outputs(ensemble_outputs(minima, task), targets, task)
 
     def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:
         """What a method has in hand, with this scorer's score."""

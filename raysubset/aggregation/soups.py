@@ -118,12 +118,9 @@ def _rank(minimum: Minimum) -> tuple[float, int]:
     return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
 
 
-def ensemble_outputs(minima: Sequence[Minimum], loss: str) -> torch.Tensor:
-    """The mean of the members' predictions, float64 [num_validation, num_classes]: a reference, not a single model.
-
-    For cross-entropy the logarithm of the mean of the members' probabilities; for squared error the mean of outputs.
-    """
-    return mean_prediction((minimum.load_outputs().double() for minimum in minima), loss)
+def ensemble_outputs(minima: Sequence[Minimum], task: Task) -> torch.Tensor:
+    """The members' predictions combined as the task does, float64 [num_validation, …]: a reference, no single model."""
+    return task.combine(minimum.load_outputs().double() for minimum in minima)
 
 
 def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:

@@ -26,12 +26,16 @@ from raysubset.config.stages import (
     RoundsConfig,
     TrunkConfig,
 )
+from raysubset.config.task import TASK_NAMES, LossName, TaskConfig
 from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_number, differences, flatten, from_tree, nearest, parse_value, shapes_result
 
 __all__ = [
     "Config",
     "DataConfig",
+    "TaskConfig",
+    "TASK_NAMES",
+    "LossName",
     "ModelConfig",
     "SubsetsConfig",
     "MinimizeConfig",

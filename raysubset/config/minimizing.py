@@ -148,10 +148,6 @@ class MinimizeConfig:
     """Learning rate over the stage (over all rounds): cosine to 0; one-cycle; warm-up, then linearly to 0."""
     warmup_fraction: float = 0.1
     """Share of the steps in which one_cycle and warmup_linear rise."""
-    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
-    """squared_error is the mean over examples and outputs of (output - one-hot)²."""
-    label_smoothing: float = 0.0
-    """Of cross-entropy, in [0, 1)."""
     tolerance: float | None = None
     """Stop when an epoch (an iteration of cg or gauss_newton, ten of lbfgs) lowers the subset's own loss by less than
     this share of it."""
@@ -180,7 +176,6 @@ class MinimizeConfig:
             epochs="(0, ∞)",
             epoch_fraction="(0, 1]",
             warmup_fraction="(0, 1)",
-            label_smoothing="[0, 1)",
             tolerance="(0, ∞)",
             gradient_tolerance="(0, ∞)",
             target_loss="[0, ∞)",
@@ -225,8 +220,6 @@ class MinimizeConfig:
                 f"{'fewer than two samples' if kind == 'pswa' else 'no sample'} to average at the end of some epochs: "
                 f"give at most {most:g}",
             )
-        smooth_ok = self.loss == "cross_entropy" or not self.label_smoothing
-        need(smooth_ok, "minimize.label_smoothing belongs to cross_entropy: leave it at 0 with squared_error")
 
     def peak_learning_rate(self) -> float:
         """The learning rate with the optimizer's default filled in."""

@@ -11,6 +11,7 @@ from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
 from raysubset.config.places import ActorsConfig, ClusterConfig
 from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
+from raysubset.config.task import TaskConfig
 from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
 
@@ -30,6 +31,7 @@ class Config:
     method: Literal["subset_pretraining", "conventional"] = "subset_pretraining"
     """conventional: one plain run on the full set, of equal total cost, to compare with."""
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     subsets: SubsetsConfig = field(default_factory=SubsetsConfig)
     minimize: MinimizeConfig = field(default_factory=MinimizeConfig)
@@ -137,10 +139,16 @@ class Config:
         )
         return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
 
+    @property
+    def learned(self) -> "tuple[DataConfig, TaskConfig]":
+        """What a full set is read by: runs that agree in it share one."""
+        return self.data, self.task
+
     def functions(self) -> dict[str, str]:
         """The user's own code that a run of it calls: each package.module:function, by the field that names it."""
         named = {
             "data.name": self.data.name,
+            "task.name": self.task.name,
             "model.name": self.model.name,
             "subsets.function": self.subsets.function or "",
             "aggregation.method": self.aggregation.method,
@@ -194,11 +202,22 @@ class Config:
         Raises:
             ValueError: for unknown fields or values of the wrong type.
         """
-        aggregation = tree.get("aggregation") if isinstance(tree, Mapping) else None
-        if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
-            aggregation = {key: value for key, value in aggregation.items() if key != "num_gpus"}
-            tree = {**tree, "aggregation": aggregation}
-        return from_tree(cls, tree, "")
+        return from_tree(cls, _of_now(tree) if isinstance(tree, Mapping) else tree, "")
+
+
+def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of before as it would be written now."""
+    new = dict(tree)
+    aggregation, minimize = tree.get("aggregation"), tree.get("minimize")
+    if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
+        new["aggregation"] = {key: value for key, value in aggregation.items() if key != "num_gpus"}
+    if isinstance(minimize, Mapping) and "task" not in tree:  # the loss was the recipe's
+        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}
+        new["minimize"] = {key: value for key, value in minimize.items() if key not in moved}
+        if moved.get("loss") == "cross_entropy":
+            moved["loss"] = "auto"
+        new |= {"task": moved} if moved else {}
+    return new
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -68,13 +68,15 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
 
 
 def array_fingerprint(full_set: FullSet) -> pa.Table:
-    """Digests of what a full set holds: images, labels and further columns of each split."""
-    found = [Entry("classes", len(full_set.class_names), _digest("\0".join(full_set.class_names).encode()))]
+    """Digests of what a full set holds: tensors and further columns of each split."""
+    names = full_set.task.class_names
+    found = [Entry("classes", len(names), _digest("\0".join(names).encode()))]
     for name in ("train", "validation", "test"):
         split = getattr(full_set, name)
+        tensors = split.arrays()
         for column in split.table.column_names:
-            if column == "image":
-                values = split.images
+            if column in tensors:
+                values = tensors[column]
             elif pa.types.is_primitive(split.table.schema.field(column).type):
                 values = split.table.column(column).to_numpy()
             else:

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raysubset.events import Note
-
-GreyRange = tuple[int, int]
-"""The values of a deep grey pixel (of more than 8 bits) that are taken as black and as white."""
-
-FULL_RANGE: GreyRange = (0, 65535)
+from raysubset.tasks import FULL_RANGE, GreyRange
 
 _OFFSET_BITS = 3  # as many levels, 1 of 8, must be won by black being another value than 0
 

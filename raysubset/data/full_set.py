@@ -1,4 +1,4 @@
-"""The full set: three splits, and the constants that come from them."""
+"""The full set: three splits, and the task that is learned from them."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raysubset.data.examples import Augmentation, Examples
-from raysubset.data.findings import FULL_RANGE, GreyRange
+from raysubset.data.examples import Examples
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
+from raysubset.quality import Quality
+from raysubset.tasks import Spec, Task
 
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
 _SMALLEST_STD = 1 / 255
@@ -30,13 +31,8 @@ class FullSet:
     train: Split | StreamedSplit
     validation: Split
     test: Split
-    num_classes: int
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, of the training split's pixels in [0, 1]
-    std: tuple[float, ...]  # likewise; at least one grey level
-    augmentation: Augmentation
+    task: Task  # what is learned from it, fitted on the training split
     advice: tuple[Note, ...]  # what was decided for the user, and warnings
-    grey_range: GreyRange = FULL_RANGE  # the values of pixels of more than 8 bits that are black and white
     fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of what it was read from
 
     @property
@@ -45,9 +41,24 @@ class FullSet:
         return tuple(map(str, self.advice))
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
-        return self.train.image_shape
+    def spec(self) -> Spec:
+        """What a network takes and gives of one example."""
+        return self.task.spec()
+
+    @property
+    def quality(self) -> Quality:
+        """The metric that verdicts go by."""
+        return self.task.measured_by
+
+    @property
+    def task_name(self) -> str:
+        return self.task.name
+
+    @property
+    def strata(self) -> np.ndarray:
+        """Which training examples stratified cuts keep in proportion: int64 [N] from 0 on."""
+        strata = self.task.strata(self.train.arrays())
+        return np.zeros(len(self.train), dtype=np.int64) if strata is None else strata
 
     @overload
     def examples(
@@ -83,15 +94,12 @@ class FullSet:
             split: which split.
             indices: int [n], positions in the split; None for all (on the CPU without a copy).
             device: where the tensors are put.
-            augment: whether batches may be augmented as this set is; for training.
+            augment: whether epochs draw the task's augmentation; for training.
         """
         chosen = self._split(split)
-        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
-        augmentation = self.augmentation if augment else "none"
         if indices is None and isinstance(chosen, StreamedSplit):
-            return StreamedExamples(chosen, mean, std, augmentation)
-        images, labels = chosen.take(indices)
-        return Examples(images, labels, mean, std, augmentation).to(device)
+            return StreamedExamples(chosen, self.task, torch.device(device), augment)
+        return Examples(chosen.take(indices), self.task, augment).to(device)
 
     def examples_num_bytes(self, split: SplitName, num: int | None = None) -> int:
         """What examples() of so many examples of a split, or of all, come to hold."""

@@ -1,4 +1,4 @@
-"""A split in memory: an Arrow table of images, labels and the source's own columns."""
+"""A split in memory: an Arrow table of named tensors, a row an example, and the source's own columns."""
 
 import math
 from collections.abc import Mapping
@@ -14,29 +14,33 @@ SplitName = Literal["train", "validation", "test"]
 
 RESERVED_COLUMNS = ("image", "label", "row")
 
+Shapes = Mapping[str, tuple[int, ...]]  # of one example, by the tensor's name
+
 
 @dataclass(frozen=True)
 class Split:
     """One split: an Arrow table of one chunk a column, read without copying.
 
-    Columns: image, fixed_size_list<uint8>[H*W*C] in the order H, W, C; label, int64; row, int64, the row number in the
-    source's split; and the source's own columns of integers, truth values and strings.
+    Columns: the tensors, numbers or flat fixed-size lists of them; row, int64, the row number in the source's split;
+    and the source's own columns of integers, truth values and strings.
     """
 
     table: pa.Table
-    image_shape: tuple[int, int, int]  # (H, W, C)
+    shapes: Shapes
 
     @classmethod
     def from_arrays(
-        cls, images: np.ndarray, labels: np.ndarray, rows: np.ndarray, columns: Mapping[str, pa.Array]
+        cls, tensors: Mapping[str, np.ndarray], rows: np.ndarray, columns: Mapping[str, pa.Array]
     ) -> "Split":
-        """Wrap arrays without copying: images uint8 [N, H, W, C] contiguous, labels and rows int64 [N]."""
-        assert images.dtype == np.uint8
-        assert images.flags.c_contiguous
-        _, height, width, channels = images.shape
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), height * width * channels)
-        own = {"image": flat, "label": pa.array(labels), "row": pa.array(rows)}
-        return cls(pa.table(own | dict(columns)), (height, width, channels))
+        """Wrap arrays without copying: tensors [N, …] contiguous, rows int64 [N]."""
+        own: dict[str, pa.Array] = {}
+        for name, values in tensors.items():
+            assert values.flags.c_contiguous
+            flat = pa.array(values.reshape(-1))
+            is_list = values.ndim > 1
+            own[name] = pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:])) if is_list else flat
+        shapes = {name: values.shape[1:] for name, values in tensors.items()}
+        return cls(pa.table(own | {"row": pa.array(rows)} | dict(columns)), shapes)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -48,31 +52,27 @@ class Split:
 
     @property
     def num_bytes_per_example(self) -> int:
-        """Of an image and its label as tensors."""
-        return math.prod(self.image_shape) + 8
+        """Of an example's tensors."""
+        types = (self._values(name).type for name in self.shapes)
+        return sum(math.prod(s) * t.bit_width // 8 for s, t in zip(self.shapes.values(), types, strict=True))
 
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]: the table's own memory, read-only."""
-        return self._values("label").to_numpy()
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors, [N, …] each: the table's own memory, read-only."""
+        return {name: self._values(name).to_numpy().reshape(-1, *shape) for name, shape in self.shapes.items()}
 
-    @property
-    def images(self) -> np.ndarray:
-        """uint8 [N, H, W, C]: the table's own memory, read-only."""
-        return self._values("image").to_numpy().reshape(-1, *self.image_shape)
-
-    def take(self, indices: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return images, uint8 [n, H, W, C], and labels, int64 [n], of some examples as a copy on the CPU.
+    def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Return the tensors [n, …] of some examples as a copy on the CPU.
 
         Without indices: of all, in the table's own memory. It may be shared by other processes: never write to it.
         """
         # Arrow's own DLPack, since torch.from_numpy warns of read-only memory.
-        images = torch.from_dlpack(self._values("image")).view(-1, *self.image_shape)
-        labels = torch.from_dlpack(self._values("label"))
+        tensors = {
+            name: torch.from_dlpack(self._values(name)).view(-1, *shape) for name, shape in self.shapes.items()
+        }
         if indices is None:
-            return images, labels
+            return tensors
         chosen = torch.tensor(indices, dtype=torch.int64)
-        return images.index_select(0, chosen), labels.index_select(0, chosen)
+        return {name: values.index_select(0, chosen) for name, values in tensors.items()}
 
     def _values(self, name: str) -> pa.Array:
         (chunk,) = self.table.column(name).chunks

@@ -1,4 +1,4 @@
-"""A split whose images stay in Parquet files: labels in memory, images read by row group when they are wanted."""
+"""A split whose images stay in Parquet files: targets in memory, images read by row group when they are wanted."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from raysubset.data.row_groups import RowGroups
+from raysubset.data.split import Split
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
-    """One split, of which only the labels and the source's own columns are held: it pickles without a pixel.
+    """One split, of which only the targets and the source's own columns are held: it pickles without a pixel."""
 
-    Columns: as Split's, without image.
-    """
-
-    table: pa.Table
+    held: Split  # without image
     groups: RowGroups
+
+    @property
+    def table(self) -> pa.Table:
+        """As Split's, without image."""
+        return self.held.table
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -38,16 +41,15 @@ class StreamedSplit:
 
     @property
     def num_bytes_per_example(self) -> int:
-        """Of an image and its label as tensors."""
-        return math.prod(self.image_shape) + 8
+        """Of an example's tensors."""
+        return math.prod(self.image_shape) + self.held.num_bytes_per_example
 
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]: the table's own memory, read-only."""
-        return self._values("label")
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors that are held, [N, …] each: the table's own memory, read-only."""
+        return self.held.arrays()
 
-    def take(self, indices: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return images, uint8 [n, H, W, C], and labels, int64 [n], of some examples, or of all, on the CPU.
+    def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Return the tensors of some examples, or of all, on the CPU, as Split.take() does.
 
         Row groups that hold none of them are not opened, the others one at a time: memory is the result and one row
         group. Each is read whole, so examples that lie scattered cost the reading, not the decoding, of all files.
@@ -58,11 +60,11 @@ class StreamedSplit:
         positions = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
         images = np.empty((len(positions), *self.image_shape), dtype=np.uint8)
         ascending = np.argsort(positions, kind="stable")
-        groups = self.groups.of_rows(self._values("row")[positions[ascending]])
+        groups = self.groups.of_rows(self._rows[positions[ascending]])
         places = np.split(ascending, np.flatnonzero(np.diff(groups)) + 1) if len(positions) else []
         for place, part in zip(places, self.read([positions[place] for place in places]), strict=True):
             images[place] = part
-        return torch.from_numpy(images), torch.from_numpy(self.labels[positions])
+        return {"image": torch.from_numpy(images), **self.held.take(positions)}
 
     def read(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Images, uint8 [n, H, W, C], of one part after another; raises as take() does.
@@ -74,13 +76,14 @@ class StreamedSplit:
 
     def group_bounds(self) -> np.ndarray:
         """int64 [G + 1]: examples from bounds[g] to bounds[g + 1] lie in row group g."""
-        return np.searchsorted(self._values("row"), self.groups.starts)
+        return np.searchsorted(self._rows, self.groups.starts)
 
     def _in_group(self, part: np.ndarray) -> tuple[int, np.ndarray]:
-        rows = self._values("row")[part]
+        rows = self._rows[part]
         group = int(self.groups.of_rows(rows[:1])[0])
         return group, rows - self.groups.starts[group]
 
-    def _values(self, name: str) -> np.ndarray:
-        (chunk,) = self.table.column(name).chunks
+    @property
+    def _rows(self) -> np.ndarray:
+        (chunk,) = self.table.column("row").chunks
         return chunk.to_numpy()

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysubset.data.examples import Augmentation, Examples, draw_augmentation
+from raysubset.data.examples import Examples
 from raysubset.data.streamed import StreamedSplit
+from raysubset.tasks import Task
 
 # Of images: shuffled together, and held twice, one window being trained on while the next is read.
 WINDOW_BYTES = 2**28
@@ -32,23 +33,19 @@ class StreamedExamples:
 
     An epoch takes the row groups in random order, shuffles the examples of a window of them, and cuts the stream into
     batches, across windows too. So examples far apart in the files meet in a batch only by their row groups' order: a
-    set whose rows are sorted, by class say, wants shuffling before it is written. Normalisation and augmentation are
-    Examples' own. The order is a pure function of seed, split and window_bytes, whatever reads.
+    set whose rows are sorted, by class say, wants shuffling before it is written. Batches are made by the task as
+    Examples' are. The order is a pure function of seed, split and window_bytes, whatever reads.
     """
 
     split: StreamedSplit
-    mean: Tensor  # float32 [C], of pixels in [0, 1]
-    std: Tensor  # float32 [C], of pixels in [0, 1]
-    augmentation: Augmentation = "none"
+    task: Task
+    device: torch.device = torch.device("cpu")  # of the batches
+    augment: bool = False  # whether epochs draw the task's augmentation
     read: Reader = read_here
     window_bytes: int = WINDOW_BYTES
 
     def __len__(self) -> int:
         return len(self.split)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
 
     def epoch(
         self,
@@ -75,9 +72,7 @@ class StreamedExamples:
         groups = _ranges(self.split.group_bounds())[generator.permutation(self._num_groups)]
         shares = [_num_dealt(len(self), worker, num_workers) for worker in range(num_workers)]
         groups = _stretch(groups, sum(shares[:rank]), sum(shares[: rank + 1]))
-        draws = None
-        if self.augmentation != "none":
-            draws = draw_augmentation(len(self), self.split.image_shape, augmentation_seed)
+        draws = self.task.draw(len(self), augmentation_seed) if self.augment else None
         windows = [_Window(ranges, generator.permutation(_num(ranges))) for ranges in self._windows(groups)]
         sizes = part_sizes(batch_sizes, rank, num_workers)
         return self._batches(windows, sizes, first=first, draws=draws, channels_last=channels_last, dtype=dtype)
@@ -86,7 +81,7 @@ class StreamedExamples:
         self, batch_sizes: Sequence[int], *, channels_last: bool = True, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of all examples as they lie, without augmentation."""
-        plain = dataclasses.replace(self, augmentation="none")
+        plain = dataclasses.replace(self, augment=False)
         ranges = self._windows(_ranges(self.split.group_bounds()))
         windows = [_Window(each, np.arange(_num(each))) for each in ranges]
         return plain._batches(windows, batch_sizes, first=0, draws=None, channels_last=channels_last, dtype=dtype)
@@ -147,10 +142,9 @@ class StreamedExamples:
             cut = int(ends[num - 1]) - at if num > first else 0
             if cut:
                 chosen = positions[:cut]
-                labels = torch.from_numpy(self.split.labels[chosen])
                 own = None if draws is None else draws[torch.from_numpy(chosen)].to(self.device)
-                images = torch.from_numpy(pixels[:cut]).to(self.device)
-                examples = Examples(images, labels.to(self.device), self.mean, self.std, self.augmentation)
+                rows = {"image": torch.from_numpy(pixels[:cut]), **self.split.held.take(chosen)}
+                examples = Examples(rows, self.task, self.augment).to(self.device)
                 yield examples, own, list(sizes[first:num])
             pixels, positions, at, first = pixels[cut:].copy(), positions[cut:], at + cut, num
 

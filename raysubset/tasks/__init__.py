@@ -1,8 +1,41 @@
 """What is learned: what a network takes and gives, its loss, and how good it is. No data sets, no training.
 
-DESIGN: everything that is not the same for every kind of learning is in this room.
+task = Classification(ImageInputs((28, 28, 1), mean, std), class_names=("0", "1"))
+inputs, targets = task.batch(rows, draws=None)
+loss, found = task.loss(network(inputs), targets), task.measure(network(inputs), targets)
+
+Everything that is not the same for every kind of learning is in this room.
 """
 
+from raysubset.tasks.classification import Classification, balanced_weights
+from raysubset.tasks.images import FULL_RANGE, Augmentation, GreyRange, ImageInputs, crop_and_flip
+from raysubset.tasks.losses import EXACT_OUTPUTS, SAMPLED_TERMS, AbsoluteError, CrossEntropy, Huber, Loss, SquaredError
+from raysubset.tasks.regression import Regression
 from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import Rows, Task, added, sums_of
+from raysubset.tasks.tensors import TensorInputs, fit_tensors
 
-__all__ = ["Spec"]
+__all__ = [
+    "Task",
+    "Rows",
+    "Spec",
+    "Classification",
+    "balanced_weights",
+    "Regression",
+    "ImageInputs",
+    "TensorInputs",
+    "fit_tensors",
+    "crop_and_flip",
+    "Augmentation",
+    "GreyRange",
+    "FULL_RANGE",
+    "Loss",
+    "CrossEntropy",
+    "SquaredError",
+    "AbsoluteError",
+    "Huber",
+    "EXACT_OUTPUTS",
+    "SAMPLED_TERMS",
+    "added",
+    "sums_of",
+]

@@ -5,7 +5,7 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
 from raysubset.training.devices import card_bytes, device_name, place, use_device
-from raysubset.training.evaluation import evaluate, mean_prediction, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training.evaluation import evaluate, metrics_of_outputs, predict, recompute_batch_norm
 from raysubset.training.flops import forward_share
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.minimizing import minimize
@@ -22,9 +22,10 @@ from raysubset.training.records import (
     Metrics,
     MinimizeResult,
     Weights,
+    mean_metrics,
 )
 from raysubset.training.shards import Shard
-from raysubset.training.statistics import EXACT_OUTPUTS, SAMPLED_TERMS, diagonal_fisher, fisher_cost, gram_matrices
+from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_matrices
 from raysubset.training.techniques import Distillation
 from raysubset.training.trial import Trial, are_probabilities, least_batch, try_training
 
@@ -41,15 +42,12 @@ __all__ = [
     "are_probabilities",
     "evaluate",
     "predict",
-    "mean_prediction",
     "metrics_of_outputs",
     "recompute_batch_norm",
     "diagonal_fisher",
     "fisher_cost",
     "forward_share",
-    "EXACT_OUTPUTS",
     "MEASURES",
-    "SAMPLED_TERMS",
     "gram_matrices",
     "use_device",
     "device_name",
@@ -64,6 +62,7 @@ __all__ = [
     "Weights",
     "Measure",
     "Metrics",
+    "mean_metrics",
     "Cost",
     "EpochRecord",
     "MinimizeResult",

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -16,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, even_sizes
 from raysubset.models import learning_batch_norms, modules_in_training
+from raysubset.tasks import Task, added, sums_of
 from raysubset.training.records import Metrics
 
 EVALUATION_BATCH = 500  # examples a forward pass; more does not help a CPU and less does not fill a GPU
@@ -27,42 +27,26 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def summed_loss(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Tensor:
-    """The recipe's loss summed over examples: outputs float [N, M], labels int64 [N]."""
-    if recipe.loss == "cross_entropy":
-        return F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=recipe.label_smoothing)
-    targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)
-    return F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
-
-
-def plain_loss(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Tensor:
-    """The loss that is reported, summed: as summed_loss(), without label smoothing."""
-    if recipe.loss == "cross_entropy":
-        return F.cross_entropy(outputs, labels, reduction="sum")
-    return summed_loss(outputs, labels, recipe)
-
-
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Metrics:
-    """Loss and accuracy in evaluation mode and the model's own precision; its mode is left as it was."""
-    loss = torch.zeros((), dtype=torch.float64)
-    num_correct = 0
-    for outputs, labels in _outputs(model, examples, recipe):
-        loss += plain_loss(outputs, labels, recipe).cpu()
-        num_correct += int((outputs.argmax(1) == labels).sum())
-    return Metrics(float(loss), num_correct, len(examples))
+    """Loss and qualities in evaluation mode and the model's own precision; its mode is left as it was."""
+    loss, sums = torch.zeros((), dtype=torch.float64), dict[str, Any]()
+    for outputs, targets in _outputs(model, examples, recipe):
+        loss += examples.task.reported_loss(outputs, targets).cpu()
+        sums = added(sums, sums_of(examples.task, outputs, targets))
+    return Metrics.of_sums(examples.task, float(loss), sums, len(examples))
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tensor:
-    """The network's outputs on the CPU, in evaluation mode: [N, M], logits for cross-entropy."""
+    """The network's outputs on the CPU, in evaluation mode: [N, …], logits for cross-entropy."""
     return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
 
 
-def metrics_of_outputs(outputs: Tensor, labels: Tensor, recipe: MinimizeConfig) -> Metrics:
-    """Loss and accuracy of what predict() gave, or of an ensemble's outputs."""
-    num_correct = int((outputs.argmax(1) == labels).sum())
-    return Metrics(float(plain_loss(outputs.double(), labels, recipe)), num_correct, len(labels))
+def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
+    """Loss and qualities of what predict() gave, or of an ensemble's outputs."""
+    loss = float(task.reported_loss(outputs.double(), targets))
+    return Metrics.of_sums(task, loss, sums_of(task, outputs, targets), len(targets))
 
 
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,8 +54,8 @@ def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Ite
     with evaluation_mode(model):
         sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
         sizes += [rest] if (rest := len(examples) % EVALUATION_BATCH) else []
-        for images, labels in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
-            yield widened(model(images)), labels
+        for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
+            yield widened(model(inputs)), targets
 
 
 @contextmanager
@@ -84,21 +68,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
-
-
-def mean_prediction(outputs: Iterable[Tensor], loss: str) -> Tensor:
-    """The prediction of an ensemble from its members' outputs [n, M], one at a time.
-
-    For cross-entropy the logarithm of the mean of the members' probabilities; for squared error the mean of outputs.
-    """
-    total, num = torch.empty(0), 0
-    for num, output in enumerate(outputs, start=1):
-        if loss == "cross_entropy":
-            output = output.log_softmax(1)
-            total = output if num == 1 else torch.logaddexp(total, output)
-        else:
-            total = output if num == 1 else total + output
-    return total - math.log(num) if loss == "cross_entropy" else total / num
 
 
 def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
@@ -116,11 +85,11 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeCo
     sizes = even_sizes(len(examples), math.ceil(len(examples) / EVALUATION_BATCH))
     dtype = next(model.parameters()).dtype
     batches = examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype)
-    return set_running_statistics(model, (images for images, _ in batches))
+    return set_running_statistics(model, (inputs for inputs, _ in batches))
 
 
 def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """As recompute_batch_norm(), from batches of images; they are not asked for where there are no statistics."""
+    """As recompute_batch_norm(), from batches of inputs; they are not asked for where there are no statistics."""
     _iterate_spectral_norms(model)
     layers = learning_batch_norms(model)
     if not layers:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""f(parameters and buffers by name [K, …], images [N, K, C, H, W]) -> outputs [N, K, M]."""
+"""f(parameters and buffers by name [K, …], inputs [N, K, …]) -> outputs [N, K, …]."""
 
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity)
 _ELEMENTWISE_FUNCTIONS = (F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.add, operator.add)
@@ -135,7 +135,9 @@ def _group_norm(layer: nn.GroupNorm, images: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """[N, K, F] -> [N, K, M]."""
+    """[N, K, …, F] -> [N, K, …, M]."""
     rows, factors = features.transpose(0, 1), layer.weight.transpose(1, 2)
+    between = rows.shape[1:-1]
+    rows = rows if len(between) == 1 else rows.flatten(1, -2)
     products = torch.bmm(rows, factors) if layer.bias is None else torch.baddbmm(layer.bias[:, None], rows, factors)
-    return products.transpose(0, 1)
+    return (products if len(between) == 1 else products.unflatten(1, between)).transpose(0, 1)

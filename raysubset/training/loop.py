@@ -10,7 +10,7 @@ from torch import nn
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
-from raysubset.training.evaluation import summed_loss, widened
+from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import Cost, EpochRecord, MinimizeResult
@@ -33,7 +33,7 @@ def minimize_by_batches(
 ) -> MinimizeResult:
     """Minimize by steps of a batch each: minimize() of sgd, adam and adamw, with its arguments and errors."""
     started = time.perf_counter()
-    device, dtype = examples.device, next(model.parameters()).dtype
+    device, task, dtype = examples.device, examples.task, next(model.parameters()).dtype
     per_epoch = num_steps_per_epoch(len(examples), recipe)
     batch_sizes = even_sizes(len(examples), per_epoch)[: max(1, round(recipe.epoch_fraction * per_epoch))]
     per_turn = len(batch_sizes)  # an epoch's steps, unless epoch_fraction cuts it short
@@ -51,7 +51,7 @@ def minimize_by_batches(
     loss_sum = torch.zeros((), dtype=sum_dtype, device=device)
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
-    batches, targets = None, None
+    batches, taught = None, None
     num_seen = first_step = 0
 
     def capture() -> dict[str, Any]:
@@ -107,15 +107,15 @@ def minimize_by_batches(
             rate *= techniques.rate_scale
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            images, labels = next(batches)
+            inputs, targets = next(batches)
             techniques.before_forward(rate, progress.step)
             with precision:
-                outputs = forward(images)
+                outputs = forward(inputs)
                 if distillation is not None:
-                    targets = distillation.targets(images, recipe.loss)
-            loss = summed_loss(widened(outputs), labels, recipe)
-            if distillation is not None and targets is not None:
-                loss = distillation.mixed(loss, widened(outputs), targets, recipe)
+                    taught = distillation.targets(inputs, task)
+            loss = task.loss(widened(outputs), targets)
+            if distillation is not None and taught is not None:
+                loss = distillation.mixed(loss, widened(outputs), taught, task)
             for parameter in parameters:
                 parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
             # Where shards are, their gradients are averaged.
@@ -128,7 +128,7 @@ def minimize_by_batches(
             num_summed += batch_sizes[batch]
             num_seen += batch_sizes[batch]
             progress.step += 1
-            techniques.after_step(progress.step, outputs.detach(), labels, batch_sizes[batch])
+            techniques.after_step(progress.step, outputs.detach(), targets, batch_sizes[batch])
             progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed

@@ -27,7 +27,7 @@ def minimize(
     distillation: Distillation | None = None,
     on_step: OnStep | None = None,
 ) -> MinimizeResult:
-    """Minimize the recipe's loss over the examples, changing the model in place.
+    """Minimize the task's loss over the examples, changing the model in place.
 
     Order, augmentation and dropout depend on the seed and the epoch alone, so the same call gives the same bits on one
     device type and thread count, also when it was stopped and resumed in the middle of an epoch.
@@ -57,7 +57,7 @@ def minimize(
     shard = shard or Shard()
     if recipe.optimizer in WHOLE_SUBSET:
         assert optimizer_state is None, "whole-subset optimizers keep no state over rounds"
-        assert distillation is None, "whole-subset optimizers minimize the recipe's loss alone"
+        assert distillation is None, "whole-subset optimizers minimize the task's loss alone"
         if shard.num > 1:
             raise ValueError(
                 f"{recipe.optimizer} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd"

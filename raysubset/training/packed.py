@@ -16,7 +16,7 @@ from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.data import Examples, even_sizes, joined
 from raysubset.models import has_dropout
 from raysubset.training.devices import mixed_precision
-from raysubset.training.evaluation import summed_loss, widened
+from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.progress import Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
@@ -54,7 +54,7 @@ def minimize_packed(
     schedule_span: tuple[float, float] = (0.0, 1.0),
     on_step: OnPackedStep | None = None,
 ) -> list[MinimizeResult | DivergedError]:
-    """Minimize the recipe's loss for each member over its own examples, changing the models in place.
+    """Minimize the task's loss for each member over its own examples, changing the models in place.
 
     Each member has the order, augmentation, learning rate, running statistics and end that minimize() would have given
     it, and agrees with it to rounding; states are interchangeable with minimize()'s in both directions. In one step the
@@ -192,19 +192,19 @@ class _Pack:
     def _forward_and_backward(self, rows: list[int], size: int) -> None:
         """Add the gradients of members whose batches are of one size, and their losses."""
         batches = [self._next_batch(self.running[row]) for row in rows]
-        images, labels = self._joint.batch(
+        inputs, targets = self._joint.batch(
             torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
         )
-        images = images.unflatten(0, (size, len(rows)))  # [N, k, C, H, W] in the memory of [N, k, H, W, C]
-        if self._recipe.channels_last:  # cloned, as contiguous() would keep the strides of a single channel
-            pixels = images.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
-            images = pixels.permute(0, 3, 4, 1, 2)
+        inputs = inputs.unflatten(0, (size, len(rows)))  # of images [N, k, C, H, W] in the memory of [N, k, H, W, C]
+        if self._recipe.channels_last and inputs.ndim == 5:  # cloned: contiguous() keeps the strides of one channel
+            pixels = inputs.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
+            inputs = pixels.permute(0, 3, 4, 1, 2)
         else:
-            images = images.clone(memory_format=torch.contiguous_format)
+            inputs = inputs.clone(memory_format=torch.contiguous_format)
         with self._precision:
-            outputs = self._stack.outputs(images, rows)
-        of_one = partial(summed_loss, recipe=self._recipe)
-        losses = vmap(of_one, in_dims=1)(widened(outputs), labels.unflatten(0, (size, len(rows))))
+            outputs = self._stack.outputs(inputs, rows)
+        targets = targets.unflatten(0, (size, len(rows)))
+        losses = vmap(self._joint.task.loss, in_dims=1)(widened(outputs), targets)
         losses.backward(torch.full_like(losses, 1 / size))
         numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
         self._loss_sums.index_add_(0, numbers, losses.detach().to(self._loss_sums.dtype))

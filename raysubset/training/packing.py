@@ -12,7 +12,6 @@ from torch import nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
-from raysubset.training.evaluation import summed_loss
 from raysubset.training.minimizing import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.progress import num_steps_per_epoch
@@ -118,6 +117,6 @@ def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConf
     tried = copy.deepcopy(model).train()
     indices = torch.arange(min(4, len(examples)), device=examples.device)
     dtype = next(tried.parameters()).dtype
-    images, labels = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
-    summed_loss(tried(images), labels, recipe).backward()
+    inputs, targets = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
+    examples.task.loss(tried(inputs), targets).backward()
     return next((name for name, p in tried.named_parameters() if p.requires_grad and p.grad is None), None)

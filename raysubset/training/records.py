@@ -1,12 +1,14 @@
 """What the loop returns: weights, metrics as sums, and costs as counts."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from raysubset.config import from_tree
+from raysubset.tasks import Task
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
 
@@ -26,11 +28,17 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Metrics:
-    """Sums over examples, divided once: metrics of parts may be added."""
+    """Sums over examples, and what follows from them."""
 
     loss_sum: float
-    num_correct: int
     num_examples: int
+    sums: dict[str, Any]  # tasks.sums_of(): num_x and x_sum, numbers or lists
+    values: dict[str, float]  # the task's qualities by name: its values()
+
+    @classmethod
+    def of_sums(cls, task: Task, loss_sum: float, sums: dict[str, Any], num_examples: int) -> "Metrics":
+        """Metrics whose qualities the task makes of the sums."""
+        return cls(loss_sum, num_examples, sums, task.values(sums, num_examples))
 
     @property
     def loss(self) -> float:
@@ -39,23 +47,33 @@ class Metrics:
 
     @property
     def accuracy(self) -> float:
-        """Top-1, in [0, 1]."""
-        return self.num_correct / self.num_examples
-
-    def __add__(self, other: "Metrics") -> "Metrics":
-        return Metrics(
-            self.loss_sum + other.loss_sum, self.num_correct + other.num_correct, self.num_examples + other.num_examples
-        )
+        """The accuracy, in [0, 1], of a task that has one."""
+        return self.values["accuracy"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums, and the two quotients for the reader of the JSON."""
-        return {**asdict(self), "loss": self.loss, "accuracy": self.accuracy}
+        """The sums, and the quotients for the reader of the JSON."""
+        head = {"loss_sum": self.loss_sum, **self.sums, "num_examples": self.num_examples}
+        return {**head, "loss": self.loss, **self.values}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Metrics":
-        """The inverse of to_dict(); a loss that was not finite has become null in JSON and is NaN again."""
-        loss_sum = record["loss_sum"]
-        return cls(math.nan if loss_sum is None else loss_sum, record["num_correct"], record["num_examples"])
+    def from_dict(cls, record: Mapping[str, Any]) -> "Metrics":
+        """The inverse of to_dict(); what was not finite has become null in JSON and is NaN again."""
+        numbers = {key: math.nan if value is None else value for key, value in record.items()}
+        head = ("loss_sum", "num_examples", "loss")
+        sums = {key: value for key, value in numbers.items() if _is_sum(key) and key not in head}
+        values = {key: value for key, value in numbers.items() if key not in (*head, *sums)}
+        return cls(numbers["loss_sum"], record["num_examples"], sums, values)
+
+
+def _is_sum(key: str) -> bool:
+    return key.startswith("num_") or key.endswith("_sum")
+
+
+def mean_metrics(parts: Sequence[Metrics]) -> Metrics:
+    """Metrics of several models on the same examples, their qualities being the means of theirs."""
+    num = len(parts)
+    values = {key: sum(part.values[key] for part in parts) / num for key in parts[0].values}
+    return Metrics(sum(part.loss_sum for part in parts) / num, parts[0].num_examples, {}, values)
 
 
 @dataclass(frozen=True)

@@ -80,15 +80,15 @@ class Stack:
 
     # Steps
 
-    def outputs(self, images: Tensor, rows: Sequence[int]) -> Tensor:
-        """The networks' outputs [N, k, M] in train mode on images [N, k, C, H, W], of members given by row."""
+    def outputs(self, inputs: Tensor, rows: Sequence[int]) -> Tensor:
+        """The networks' outputs [N, k, …] in train mode on inputs [N, k, …], of members given by row."""
         every = len(rows) == len(self)
         index = self._index(rows)
         chosen = self._now if every else {name: value[index] for name, value in self._now.items()}
         parts = chosen[_WEIGHTS].split(self._sizes, dim=1)
         tensors = {name: p.view(-1, *s) for name, p, s in zip(self._names, parts, self._shapes, strict=True)}
         buffers = {name: value for name, value in chosen.items() if name != _WEIGHTS}
-        outputs = self._forward(tensors | buffers, images)
+        outputs = self._forward(tensors | buffers, inputs)
         if not every:
             for name, value in buffers.items():
                 self._now[name][index] = value

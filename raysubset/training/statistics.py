@@ -12,11 +12,10 @@ from torch.func import functional_call, vjp, vmap
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import has_dropout
+from raysubset.tasks import Task
 from raysubset.training.evaluation import EVALUATION_BATCH, evaluation_mode, widened
 from raysubset.training.records import Cost
 
-EXACT_OUTPUTS = 100  # the Fisher's sum over outputs is exact up to this many of them
-SAMPLED_TERMS = 16  # drawn an example, where there are more
 MOST_ELEMENTS = 2**24  # of per-example gradients, or of unfolded inputs, held at a time
 CPU_EXAMPLES = 16  # whose gradients a CPU takes at a time: a quarter of the time that 300 take each (MNIST CNN)
 
@@ -52,42 +51,43 @@ def diagonal_fisher(
         the cost: fisher_cost().
 
     Raises:
-        ValueError: if the network has dropout, or the examples are augmented: the curvature would be of another loss.
+        ValueError: if the network has dropout, or the examples are augmented: the curvature would be of another loss;
+            or if the task does not say how its loss curves.
     """
     started = time.perf_counter()
     if has_dropout(model):
         raise ValueError("the Fisher needs a loss without noise, but the network has dropout: use regmean or a soup")
-    if examples.augmentation != "none":
+    if examples.is_augmented:
         raise ValueError("the Fisher needs a loss without noise, but the examples are augmented")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     num_parameters = sum(p.numel() for p in parameters.values())
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
 
-    def squared_gradients(image: Tensor, terms: Tensor) -> dict[str, Tensor]:
-        """Of one example: image [C, H, W], terms [T, M]."""
+    def squared_gradients(example: Tensor, terms: Tensor) -> dict[str, Tensor]:
+        """Of one example's inputs, and its terms [T, …]."""
 
         def outputs_at(values: dict[str, Tensor]) -> Tensor:
-            return widened(functional_call(model, values, (image.unsqueeze(0),)))[0]
+            return widened(functional_call(model, values, (example.unsqueeze(0),)))[0]
 
         (gradients,) = vmap(vjp(outputs_at, parameters)[1])(terms)
         return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
 
-    num_used, num_outputs = 0, 0
+    num_used, task = 0, examples.task
     most = CPU_EXAMPLES if examples.device.type == "cpu" else EVALUATION_BATCH
     with evaluation_mode(model), torch.no_grad():
-        for images, true in _sampled_batches(model, examples, recipe, num_examples, seed):
-            outputs = widened(model(images))
-            num_used, num_outputs = num_used + len(images), outputs.shape[1]
-            terms = _terms(outputs, true, recipe, labels, generator)
+        for inputs, targets in _sampled_batches(model, examples, recipe, num_examples, seed):
+            outputs = widened(model(inputs))
+            num_used += len(inputs)
+            terms = task.fisher_terms(outputs, targets, labels=labels, generator=generator)
             per_call = _terms_per_call(terms.shape[1], num_parameters)
             chunk = max(1, min(most, MOST_ELEMENTS // (num_parameters * per_call)))
-            for some_images, some_terms in zip(images.split(chunk), terms.split(chunk), strict=True):
+            for some_inputs, some_terms in zip(inputs.split(chunk), terms.split(chunk), strict=True):
                 for block in some_terms.split(per_call, dim=1):
-                    for name, squares in vmap(squared_gradients)(some_images, block).items():
+                    for name, squares in vmap(squared_gradients)(some_inputs, block).items():
                         sums[name] += squares.sum(0)
     means = {id(p): (sums[name] / num_used).cpu() for name, p in model.named_parameters() if p.requires_grad}
-    cost = fisher_cost(num_used, num_outputs, num_parameters, recipe, labels=labels)
+    cost = fisher_cost(num_used, num_parameters, task, labels=labels)
     return (
         {name: means[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad},
         cost + Cost(device_s=time.perf_counter() - started),
@@ -95,12 +95,10 @@ def diagonal_fisher(
 
 
 def fisher_cost(
-    num_examples: int, num_outputs: int, num_parameters: int, recipe: MinimizeConfig, *, labels: str
+    num_examples: int, num_parameters: int, task: Task, *, labels: str
 ) -> Cost:
     """What diagonal_fisher() works: a backward pass a term, a forward pass for the terms and for each block of them."""
-    num_terms = num_outputs if num_outputs <= EXACT_OUTPUTS else SAMPLED_TERMS
-    if recipe.loss == "cross_entropy" and labels == "true":
-        num_terms = 1
+    num_terms = task.num_fisher_terms(labels=labels)
     num_blocks = math.ceil(num_terms / _terms_per_call(num_terms, num_parameters))
     return Cost(num_forward=num_examples * (1 + num_blocks), num_backward=num_examples * num_terms)
 
@@ -135,9 +133,9 @@ def gram_matrices(
     num_used = 0
     try:
         with evaluation_mode(model), torch.no_grad():
-            for images, _ in _sampled_batches(model, examples, recipe, num_examples, seed):
-                model(images)
-                num_used += len(images)
+            for inputs, _ in _sampled_batches(model, examples, recipe, num_examples, seed):
+                model(inputs)
+                num_used += len(inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -151,31 +149,11 @@ def gram_matrices(
 def _sampled_batches(
     model: nn.Module, examples: Examples, recipe: MinimizeConfig, num_examples: int | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of a sample of the examples, in the order in which they lie."""
+    """Inputs and targets of a sample of the examples, in the order in which they lie."""
     num = len(examples) if num_examples is None else min(num_examples, len(examples))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     for indices in order[:num].sort().values.to(examples.device).split(EVALUATION_BATCH):
         yield examples.batch(indices, channels_last=recipe.channels_last, dtype=next(model.parameters()).dtype)
-
-
-def _terms(outputs: Tensor, true: Tensor, recipe: MinimizeConfig, labels: str, generator: torch.Generator) -> Tensor:
-    """[n, T, M]: directions in the space of outputs [n, M], the squares of whose gradients sum up to the diagonal."""
-    num, num_outputs = outputs.shape
-    exact = num_outputs <= EXACT_OUTPUTS
-    unit = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device)
-    if recipe.loss == "squared_error":
-        scale = math.sqrt(2 / num_outputs)
-        if exact:
-            return scale * unit.expand(num, -1, -1)
-        signs = torch.randint(2, (num, SAMPLED_TERMS, num_outputs), generator=generator).to(outputs) * 2 - 1
-        return signs * scale / math.sqrt(SAMPLED_TERMS)
-    p = outputs.softmax(1)
-    if labels == "true":
-        return (unit[true] - p).unsqueeze(1)
-    if exact:
-        return p.sqrt().unsqueeze(2) * (unit - p.unsqueeze(1))
-    drawn = p.cpu().multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(outputs.device)
-    return (unit[drawn] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
 
 
 def _terms_per_call(num_terms: int, num_parameters: int) -> int:

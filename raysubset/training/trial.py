@@ -1,5 +1,6 @@
-"""What a network and a recipe do in a few steps of training: tried on copies, with random images, before a run."""
+"""What a network and a recipe do in a few steps of training: tried on copies, before a run."""
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import copied, generators_restored
+from raysubset.tasks import Spec
 from raysubset.training.minimizing import minimize
 from raysubset.training.progress import Progress
 from raysubset.training.records import DivergedError
 
 _NUM_STEPS = 4  # so that layers left out at random are, in one of them
-_MOST_EXAMPLES = 16  # of a step, and no more than so many pixels
-_MOST_PIXELS = 200_000
+_MOST_EXAMPLES = 16  # of a step, and no more than so many numbers in their inputs
+_MOST_NUMBERS = 200_000
 _MOST_S = 1.0  # after which no further step is tried
 _WIDE = 3.0  # standard deviation of weights for which only a bounded function is in [0, 1] everywhere
 
@@ -29,9 +31,7 @@ class Trial:
     ends_in: str | None  # softmax, log_softmax or sigmoid, if the outputs are a function's that is none of logits
 
 
-def try_training(
-    model: nn.Module, recipe: MinimizeConfig, *, num_classes: int, image_shape: tuple[int, int, int]
-) -> Trial:
+def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> Trial:
     """Train a copy for a few steps at a rate that moves nothing, in an actor's mode, layout, precision and techniques.
 
     The model and all generators are left as they were; what the network or the recipe's check raises passes through.
@@ -39,12 +39,11 @@ def try_training(
     Args:
         model: on the CPU.
         recipe: that of a stage.
-        num_classes: of the outputs.
-        image_shape: (H, W, C).
+        sample: some examples on the CPU, taken again and again where there are too few.
     """
-    height, width, channels = image_shape
-    size = max(2, min(_MOST_EXAMPLES, recipe.batch_size, _MOST_PIXELS // (height * width * channels)))
-    examples = _random_examples(_NUM_STEPS * size, num_classes, image_shape)
+    num_numbers = math.prod(sample.task.spec().inputs)
+    size = max(2, min(_MOST_EXAMPLES, recipe.batch_size, _MOST_NUMBERS // num_numbers))
+    examples = sample.select(torch.arange(_NUM_STEPS * size) % len(sample))
     recipe = replace(
         recipe,
         epochs=1.0,
@@ -73,27 +72,23 @@ def try_training(
     return Trial(tuple(name for name, _ in model.named_parameters() if name in left_out), ends_in)
 
 
-def least_batch(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def least_batch(model: nn.Module, spec: Spec) -> int:
     """The fewest examples that a step takes: 2 where batch normalisation would see a single value a channel of one."""
-    height, width, channels = image_shape
-    network = copied(model).train()
+    network, one = copied(model).train(), spec.zeros(1)
+    if one.is_floating_point():
+        one = one.to(next(network.parameters()).dtype)
     with generators_restored(), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            outputs = network(torch.zeros(1, channels, height, width, dtype=next(network.parameters()).dtype))
+            outputs = network(one)
         except Exception:  # what it does with more was tried before
             return 2
-    return 1 if outputs.ndim == 2 else 2
-
-
-def _random_examples(num: int, num_classes: int, image_shape: tuple[int, int, int]) -> Examples:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (num, *image_shape), dtype=torch.uint8, generator=generator)
-    half = torch.full((image_shape[2],), 0.5)
-    return Examples(images, torch.arange(num) % num_classes, half, half / 2)
+    return 1 if tuple(outputs.shape[1:]) == spec.outputs else 2
 
 
 def _function_at_the_end(network: nn.Module, outputs: Tensor, examples: Examples) -> str | None:
-    """Which function gave outputs [n, M] that no logits are."""
+    """Which function gave outputs [n, M] that no logits are; None of outputs of other dimensions."""
+    if outputs.ndim != 2:
+        return None
     if are_probabilities(outputs, tolerance=1e-2):
         return "softmax"
     if bool((outputs <= 0).all()) and are_probabilities(outputs.exp(), tolerance=1e-2):
@@ -101,12 +96,12 @@ def _function_at_the_end(network: nn.Module, outputs: Tensor, examples: Examples
     if not _is_within_0_and_1(outputs):
         return None
     parameters = [p for p in network.parameters() if p.requires_grad]
-    images, _ = examples.batch(torch.arange(min(len(examples), _MOST_EXAMPLES)), dtype=parameters[0].dtype)
+    inputs, _ = examples.batch(torch.arange(min(len(examples), _MOST_EXAMPLES)), dtype=parameters[0].dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for parameter in parameters:
             parameter.normal_(0, _WIDE, generator=generator)
-        return "sigmoid" if _is_within_0_and_1(network.eval()(images)) else None
+        return "sigmoid" if _is_within_0_and_1(network.eval()(inputs)) else None
 
 
 def are_probabilities(outputs: Tensor, *, tolerance: float = 1e-5) -> bool:

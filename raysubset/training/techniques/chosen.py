@@ -48,7 +48,9 @@ class Techniques:
                 recipe.averaging, model, num_steps=num_steps, num_steps_per_epoch=num_steps_per_epoch
             )
         if recipe.skipping.kind != "none":
-            self._skipping = Skipping(recipe.skipping, model, shard, num_steps_per_epoch=num_steps_per_epoch)
+            self._skipping = Skipping(
+                recipe.skipping, model, examples.task, shard, num_steps_per_epoch=num_steps_per_epoch
+            )
         self._averages_gradients = shard.num > 1 and (
             self._skipping is not None or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
         )
@@ -81,13 +83,13 @@ class Techniques:
         if self._averages_gradients:
             self._shard.average_gradients(self._model.parameters())
 
-    def after_step(self, step: int, outputs: Tensor, labels: Tensor, num_examples: int) -> None:
+    def after_step(self, step: int, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         """Args as Skipping.after_step()."""
         if self._averaging:
             self._averaging.after_step(step)
         if self._skipping:
             self.num_skipped += num_examples * self._skipping.is_frozen
-            self._skipping.after_step(step, outputs, labels, num_examples)
+            self._skipping.after_step(step, outputs, targets, num_examples)
 
     def end_epoch(self, step: int, *, last: bool) -> None:
         """Average if it is time, and recompute the statistics that belong to the averaged weights.
@@ -104,7 +106,7 @@ class Techniques:
                 channels_last=self._recipe.channels_last,
                 dtype=next(self._model.parameters()).dtype,
             )
-            self.num_forward += self._shard.num * set_running_statistics(self._model, (images for images, _ in batches))
+            self.num_forward += self._shard.num * set_running_statistics(self._model, (inputs for inputs, _ in batches))
 
     def close(self) -> None:
         """Leave a model whose parameters all learn."""

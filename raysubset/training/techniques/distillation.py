@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysubset.config import MinimizeConfig
-from raysubset.training.evaluation import mean_prediction, widened
+from raysubset.tasks import Task
+from raysubset.training.evaluation import widened
 
 
 class Distillation:
-    """The loss (1 − share) · recipe's + share · distance from the teachers' mean prediction.
+    """The loss (1 − share) · task's + share · distance from the teachers' mean prediction.
 
     Under cross-entropy the distance is T² · KL(ensemble ‖ model), both at temperature T; the ensemble's prediction is
     the mean of its members' probabilities. Under squared error it is the squared distance from their mean outputs, as
-    the recipe's loss is from the labels.
+    the task's loss is from the targets.
 
     Args:
         teachers: networks on the device of the examples; put into evaluation mode. Every one costs a forward pass.
@@ -32,22 +31,17 @@ class Distillation:
         return len(self._teachers)
 
     @torch.no_grad()
-    def targets(self, images: Tensor, loss: str) -> Tensor:
-        """The ensemble's outputs [n, M] for a batch: log-probabilities for cross-entropy."""
-        return mean_prediction((widened(teacher(images)) for teacher in self._teachers), loss)
+    def targets(self, inputs: Tensor, task: Task) -> Tensor:
+        """The ensemble's outputs [n, …] for a batch: log-probabilities for cross-entropy."""
+        return task.combine(widened(teacher(inputs)) for teacher in self._teachers)
 
-    def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, recipe: MinimizeConfig) -> Tensor:
+    def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
         """The loss, like `loss` summed over the batch.
 
         Args:
-            loss: the recipe's own, summed.
-            outputs: the model's [n, M].
-            targets: targets() of the same images.
-            recipe: the recipe.
+            loss: the task's own, summed.
+            outputs: the model's [n, …].
+            targets: targets() of the same inputs.
+            task: what is learned.
         """
-        if recipe.loss == "cross_entropy":
-            student, teacher = ((values / self._temperature).log_softmax(1) for values in (outputs, targets))
-            distance = F.kl_div(student, teacher, reduction="sum", log_target=True) * self._temperature**2
-        else:
-            distance = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
-        return (1 - self._share) * loss + self._share * distance
+        return (1 - self._share) * loss + self._share * task.distance(outputs, targets, temperature=self._temperature)

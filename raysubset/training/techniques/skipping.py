@@ -1,7 +1,7 @@
 """Weight Update Skipping, WUS and WUS+LR (arXiv:2012.02792): while accuracy hardly improves, only biases move.
 
-From the abstract, which has the principle; the rule is our own. Training accuracy is that of the batches as they come,
-over windows that follow one another and begin anew at every change:
+From the abstract, which has the principle; the rule is our own. Training accuracy - of other tasks what their watched()
+says - is that of the batches as they come, over windows that follow one another and begin anew at every change:
 
     moving   a window that is less than `threshold` better than the one before freezes the weights
     frozen   for `epochs`; or until a window is worse than the one that froze them by more than `drop`
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import SkippingConfig
+from raysubset.tasks import Task
 from raysubset.training.shards import Shard
 
 
@@ -30,7 +31,9 @@ class Skipping:
         ValueError: if the model has nothing that could go on moving.
     """
 
-    def __init__(self, recipe: SkippingConfig, model: nn.Module, shard: Shard, *, num_steps_per_epoch: int) -> None:
+    def __init__(
+        self, recipe: SkippingConfig, model: nn.Module, task: Task, shard: Shard, *, num_steps_per_epoch: int
+    ) -> None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._weights = [p for p in trainable if p.ndim > 1]
         if len(self._weights) == len(trainable):
@@ -39,10 +42,12 @@ class Skipping:
                 "network has none"
             )
         self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
-        self._recipe, self._shard = recipe, shard
+        self._recipe, self._task, self._shard = recipe, task, shard
         self._window = max(1, round(recipe.window * num_steps_per_epoch))
         self._num_frozen_steps = max(1, round(recipe.epochs * num_steps_per_epoch))
-        self._num_correct = torch.zeros((), dtype=torch.int64, device=trainable[0].device)  # of this worker's examples
+        device = trainable[0].device
+        sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._watched_sum = torch.zeros((), dtype=sum_dtype, device=device)  # of this worker's examples
         self._num_examples = 0  # of all workers
         self._window_start = 0  # in steps
         self._previous: float | None = None  # accuracy of the window before
@@ -59,19 +64,19 @@ class Skipping:
         """What the learning rate is to be multiplied by."""
         return self._recipe.decay**self._num_freezes if self._recipe.kind == "wus_lr" else 1.0
 
-    def after_step(self, step: int, outputs: Tensor, labels: Tensor, num_examples: int) -> None:
+    def after_step(self, step: int, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         """Count, and decide at a window's end.
 
         Args:
             step: steps done.
-            outputs: of this worker's part of the batch, [n, M].
-            labels: int64 [n].
+            outputs: of this worker's part of the batch, [n, …].
+            targets: likewise, [n, …].
             num_examples: in the whole batch.
         """
-        self._num_correct += (outputs.argmax(1) == labels).sum()
+        self._watched_sum += self._task.watched(outputs, targets).sum()
         self._num_examples += num_examples
         if step - self._window_start == self._window:
-            self._end_window(step, int(self._shard.sum(self._num_correct)) / self._num_examples)
+            self._end_window(step, self._shard.sum(self._watched_sum).item() / self._num_examples)
         if self._frozen_at is not None and step - self._frozen_at >= self._num_frozen_steps:
             self._frozen_at = None
             self._begin_window(step)
@@ -90,7 +95,7 @@ class Skipping:
         self._begin_window(step)
 
     def _begin_window(self, step: int) -> None:
-        self._num_correct.zero_()
+        self._watched_sum.zero_()
         self._num_examples, self._window_start = 0, step
 
     def freeze(self) -> None:
@@ -119,7 +124,7 @@ class Skipping:
 
     def own_state_dict(self) -> dict[str, Any]:
         """This worker's own."""
-        return {"num_correct": int(self._num_correct)}
+        return {"watched_sum": self._watched_sum.item()}
 
     def load_state_dict(self, state: dict[str, Any], own: dict[str, Any] | None, step: int) -> None:
         """Go on; with no state of this worker's own, because there were others, the window in hand begins anew."""
@@ -128,7 +133,7 @@ class Skipping:
         self._begin_window(step)
         if own is not None:
             self._num_examples, self._window_start = state["num_examples"], state["window_start"]
-            self._num_correct.fill_(own["num_correct"])
+            self._watched_sum.fill_(own["watched_sum"])
         if self.is_frozen:
             self.freeze()
 

@@ -68,7 +68,7 @@ def minimize_whole(
         raise ValueError(
             f"{recipe.optimizer} needs a loss without noise, but the network has dropout: use sgd, adam or adamw"
         )
-    if examples.augmentation != "none":
+    if examples.is_augmented:
         raise ValueError(f"{recipe.optimizer} needs a loss without noise: set --data.augmentation=none")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with evaluation_mode(model):

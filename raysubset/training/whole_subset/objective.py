@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
-from raysubset.training.evaluation import summed_loss, widened
+from raysubset.training.evaluation import widened
 
 CHUNK_BATCHES = 16  # a chunk of the subset is this many batches, so that memory stays bounded
 
@@ -89,8 +88,8 @@ class Objective:
     def loss(self) -> float:
         """The loss here. A third of a pass."""
         total = torch.zeros((), dtype=_wide(self.device), device=self.device)
-        for images, labels in self._batches():
-            total += self._share(self._forward(images), labels)
+        for inputs, targets in self._batches():
+            total += self._share(self._forward(inputs), targets)
         self.num_forward += len(self._examples)
         return total.item()
 
@@ -103,8 +102,8 @@ class Objective:
             parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros((), dtype=_wide(self.device), device=self.device)
         with torch.enable_grad():
-            for images, labels in self._batches():
-                loss = self._share(self._forward(images), labels)
+            for inputs, targets in self._batches():
+                loss = self._share(self._forward(inputs), targets)
                 loss.backward()
                 total += loss.detach()
         self.num_forward += len(self._examples)
@@ -131,16 +130,16 @@ class Objective:
         as it is, also where it is compiled for losses and gradients.
 
         Raises:
-            ValueError: if some operation of the network has no forward-mode derivative.
+            ValueError: if some operation of the network has no forward-mode derivative, or the loss no curvature.
         """
         parameters = {name: p.detach() for name, p in self._named.items()}
         parts = zip(parameters.items(), vector.split(self._sizes), strict=True)
         change = {name: part.view_as(p) for (name, p), part in parts}
         total = torch.zeros_like(vector)
-        for images, _ in self._batches():  # the curvature of our losses does not depend on the labels
+        for inputs, targets in self._batches():
 
-            def moving(weights: dict[str, Tensor], images: Tensor = images) -> tuple[Tensor, Tensor]:
-                return jvp(lambda w: widened(functional_call(self._model, w, (images,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
+            def moving(weights: dict[str, Tensor], inputs: Tensor = inputs) -> tuple[Tensor, Tensor]:
+                return jvp(lambda w: widened(functional_call(self._model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
 
             try:
                 outputs, pull_back, moved = vjp(moving, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
@@ -149,7 +148,7 @@ class Objective:
                 raise ValueError(
                     f"gauss_newton cannot differentiate this network: use lbfgs or cg ({reason})"
                 ) from error
-            (products,) = pull_back(_curvature(outputs, moved, self._recipe) / len(self._examples))
+            (products,) = pull_back(self._examples.task.curvature(outputs, moved, targets) / len(self._examples))
             total += torch.cat([products[name].reshape(-1) for name in parameters])
         self.num_forward += 2 * len(self._examples)
         self.num_backward += len(self._examples)
@@ -159,22 +158,9 @@ class Objective:
         for indices in self._chunks:
             yield self._examples.batch(indices, channels_last=self._recipe.channels_last, dtype=self._dtype)
 
-    def _share(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def _share(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What a chunk adds to the mean loss."""
-        return summed_loss(widened(outputs), labels, self._recipe) / len(self._examples)
-
-
-def _curvature(outputs: Tensor, change: Tensor, recipe: MinimizeConfig) -> Tensor:
-    """H u for each example: H [M, M] the second derivative of its loss by its outputs, u [N, M] a change of these.
-
-    Cross-entropy: diag(p) − ppᵀ with p the softmax, whatever the targets, smoothed ones too. Squared error: 2/M.
-    """
-    match recipe.loss:
-        case "cross_entropy":
-            weighted = F.softmax(outputs, dim=1) * change
-            return weighted - F.softmax(outputs, dim=1) * weighted.sum(1, keepdim=True)
-        case "squared_error":
-            return change * (2 / outputs.shape[1])
+        return self._examples.task.loss(widened(outputs), targets) / len(self._examples)
 
 
 def _wide(device: torch.device) -> torch.dtype:

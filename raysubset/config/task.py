@@ -1,0 +1,63 @@
+"""What is learned: the task, and the loss that stands for it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raysubset.config.trees import check_fields, need
+
+TASK_NAMES = ("classification", "regression", "segmentation", "next_token")
+
+LossName = Literal["auto", "cross_entropy", "squared_error", "absolute_error", "huber"]
+
+_LOSSES: dict[str, tuple[LossName, ...]] = {
+    "classification": ("cross_entropy", "squared_error"),
+    "regression": ("squared_error", "absolute_error", "huber"),
+    "segmentation": ("cross_entropy",),
+    "next_token": ("cross_entropy",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    name: str = "auto"
+    """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of your own.
+    auto: what a named set is for, and classification elsewhere. --task is short for it."""
+    loss: LossName = "auto"
+    """auto: cross_entropy of classes, squared_error of numbers. squared_error of classes is the mean over examples and
+    outputs of (output - one-hot)²; of numbers, as absolute_error and huber, of standardised targets."""
+    label_smoothing: float = 0.0
+    """Of cross-entropy, in [0, 1)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: cross-entropy counts a class by the inverse of its share of the training set."""
+    ignored: int | None = None
+    """segmentation: a value of masks that counts nowhere."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "task.", label_smoothing="[0, 1)", ignored="[0, 255]")
+        known = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
+        need(
+            self.loss == "auto" or self.loss in known,
+            f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(known)}",
+        )
+        need(
+            self.name in ("auto", *TASK_NAMES) or ":" in self.name,
+            f"task.name = {self.name!r} is not one of {', '.join(TASK_NAMES)}, nor package.module:Class",
+        )
+        of_classes = self.loss in ("auto", "cross_entropy")
+        need(
+            of_classes or not self.label_smoothing,
+            f"task.label_smoothing belongs to cross_entropy: leave it at 0 with {self.loss}",
+        )
+        need(
+            of_classes or self.class_weights == "none",
+            f"task.class_weights belongs to cross_entropy: leave it out with {self.loss}",
+        )
+        need(
+            self.ignored is None or self.name in ("auto", "segmentation") or self.is_class,
+            f"task.ignored is a value of masks, which {self.name} has none of: leave it out",
+        )
+
+    @property
+    def is_class(self) -> bool:
+        """Whether it is the user's own: package.module:Class."""
+        return ":" in self.name

@@ -1,0 +1,98 @@
+"""Classification: of images, of a table's rows, of any tensors, into classes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from raysubset.tasks.images import ImageInputs
+from raysubset.tasks.losses import CrossEntropy, SquaredError
+from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import LossTask, Rows
+from raysubset.tasks.tensors import TensorInputs
+
+# What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
+_MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Classification(LossTask):
+    """One class an example. Stored rows are the inputs' column and "label", int64 [N]."""
+
+    inputs: ImageInputs | TensorInputs
+    class_names: tuple[str, ...]
+    objective: CrossEntropy | SquaredError = CrossEntropy()
+
+    name = "classification"
+    quality = "accuracy"
+    is_share = True
+
+    @property
+    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inputs.augmentation
+
+    def spec(self) -> Spec:
+        return Spec(tuple(self.inputs.shape), (len(self.class_names),), getattr(self.inputs, "num_values", None))
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.inputs.batch(rows, draws), rows["label"]
+
+    def targets(self, rows: Rows) -> Tensor:
+        return rows["label"]
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        return self.inputs.draw(num, seed)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"correct": outputs.argmax(1) == targets}
+
+    def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
+        return {"accuracy": sums["num_correct"] / num}
+
+    def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.argmax(1) == targets
+
+    def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        return rows["label"]
+
+    @property
+    def loss_name(self) -> str:
+        return self.objective.name
+
+    def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+        """label and predicted, int64, and margin, float32: the predicted class's output less the label's."""
+        predicted = outputs.argmax(1)
+        margin = (outputs.gather(1, predicted[:, None]) - outputs.gather(1, targets[:, None])).squeeze(1).float()
+        return {"label": targets.numpy(), "predicted": predicted.numpy(), "margin": margin.numpy()}
+
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+        """The images that are wrong by the largest margins, uint8 of H*W*C in that order, as binary."""
+        if not isinstance(self.inputs, ImageInputs):
+            return None
+        images = rows["image"]
+        labels, predicted = (predictions.column(name).to_numpy() for name in ("label", "predicted"))
+        margins = predictions.column("margin").to_numpy()
+        most = min(_MOST_MISTAKES, _MISTAKES_BYTES // max(1, images[:1].numel()))
+        wrong = np.flatnonzero(labels != predicted)
+        worst = wrong[np.argsort(-margins[wrong], kind="stable")[:most]]
+        pixels = pa.array([images[int(position)].numpy().tobytes() for position in worst], pa.binary())
+        return predictions.take(pa.array(worst)).append_column("image", pixels)
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"num_classes": len(self.class_names)}
+        if isinstance(self.inputs, ImageInputs):
+            return described | {"image_shape": list(self.inputs.image_shape), "augmentation": self.augmentation}
+        return described | {"inputs": list(self.inputs.shape)}
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """Weights of classes inverse to their share of the labels, whose mean over the examples is 1.
+
+    A class without an example has weight 0.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    num_present = np.count_nonzero(counts)
+    return tuple(float(len(labels) / (num_present * count)) if count else 0.0 for count in counts)

@@ -1,0 +1,110 @@
+"""Images as a network's inputs: normalisation and augmentation on the device, without a loop over examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Augmentation = Literal["none", "crop_flip"]
+GreyRange = tuple[int, int]  # the values of pixels of more than 8 bits that are black and white
+FULL_RANGE: GreyRange = (0, 65535)
+
+# Zero padding on each side, and so the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
+_SIDES_PER_PADDING = 8
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images uint8 [N, H, W, C] as they are stored, made float32 [N, C, H, W] with a mean of 0 and a deviation of 1."""
+
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    mean: tuple[float, ...]  # of each channel, of the training split's pixels in [0, 1]
+    std: tuple[float, ...]  # likewise; at least one grey level
+    augmentation: Augmentation = "none"  # of training batches
+    grey_range: GreyRange = FULL_RANGE
+
+    column = "image"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W): what a network takes of one image."""
+        height, width, channels = self.image_shape
+        return channels, height, width
+
+    def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
+        """Normalise some images: float32 [n, C, H, W], a view of NHWC memory.
+
+        Whole images are rows to the arithmetic: broadcasting over [H*W*C] rather than [C] takes 1/6 of the time on
+        CIFAR-10 (batch 64, one thread), the same on MNIST.
+
+        Args:
+            rows: "image", uint8 [n, H, W, C]; read-only memory is not written to.
+            draws: draw()'s rows of these images; None leaves them as they are.
+        """
+        images = rows["image"]
+        height, width, channels = self.image_shape
+        pixels = (images if draws is None else crop_and_flip(images, draws)).flatten(1)
+        scale, shift = self._constants(images.device)
+        normalised = torch.addcmul(shift, pixels.to(torch.float32), scale)
+        return normalised.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        """Draw the augmentation of so many images: int64 [num, 3] on the CPU, a row (dy, dx, flip) each; None without."""
+        return None if self.augmentation == "none" else draw_augmentation(num, self.image_shape, seed)
+
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """(shift, scale), float32 [1, C, 1, 1]: what a pixel in [0, 1] is lessened by and then divided by."""
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """float32 [H*W*C] each: what a uint8 pixel is multiplied by, and what is added after that."""
+        if device not in self._by_device:
+            mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
+            num = self.image_shape[0] * self.image_shape[1]
+            self._by_device[device] = (1 / (255 * std)).repeat(num), (-mean / std).repeat(num)
+        return self._by_device[device]
+
+    @cached_property
+    def _by_device(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_by_device"}
+
+
+def draw_augmentation(num: int, image_shape: Sequence[int], seed: int) -> Tensor:
+    """ImageInputs.draw() for so many images [H, W, C], on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = image_shape[:2]
+    ranges = (2 * (height // _SIDES_PER_PADDING) + 1, 2 * (width // _SIDES_PER_PADDING) + 1, 2)
+    return torch.stack([torch.randint(high, (num,), generator=generator) for high in ranges], dim=1)
+
+
+def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Crop each image out of itself padded with black by an eighth of its side, then mirror it where drawn.
+
+    One gather with computed indices; a batch of 64 CIFAR images takes 0.15 ms on one CPU thread.
+
+    Args:
+        images: uint8 [n, H, W, C], contiguous.
+        draws: int64 [n, 3] of (dy, dx, flip): the crop's upper left corner in the padded image; 1 to mirror.
+
+    Returns:
+        uint8 [n, H, W, C], in memory of its own.
+    """
+    num, height, width, channels = images.shape
+    border_y, border_x = height // _SIDES_PER_PADDING, width // _SIDES_PER_PADDING
+    padded = pad(images, (0, 0, border_x, border_x, border_y, border_y))
+    padded_height, padded_width = padded.shape[1:3]
+    dy, dx, flip = draws[:, :, None].unbind(1)  # each [n, 1]
+    x = torch.arange(width, device=images.device)
+    columns = torch.where(flip == 1, width - 1 - x, x) + dx  # [n, W]
+    first_rows = torch.arange(num, device=images.device)[:, None] * padded_height
+    rows = first_rows + torch.arange(height, device=images.device) + dy  # [n, H], of all images below one another
+    pixels = rows[:, :, None] * padded_width + columns[:, None, :]
+    return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)

@@ -1,0 +1,253 @@
+"""Losses by name: what is minimized, how far a student is from a teacher, and how the loss curves in the outputs.
+
+A loss is of outputs float [n, …] and targets [n, …]. An example's loss is the mean over its positions (tokens, pixels)
+or numbers; a batch's is the sum over its examples. What has no derivative that a method needs refuses it in a line.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EXACT_OUTPUTS = 100  # the Fisher's sum over outputs is exact up to this many of them
+SAMPLED_TERMS = 16  # drawn an example, where there are more
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy over classes, of an example or of each of its positions."""
+
+    label_smoothing: float = 0.0
+    class_dim: int = 1  # of outputs [n, M], [n, M, H, W]; 2 of [n, T, M]
+    ignored: int | None = None  # a target that counts nowhere
+    class_weights: tuple[float, ...] | None = None  # of the loss that is minimized, not of the one that is reported
+
+    name = "cross-entropy, nats"
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is minimized, summed over examples."""
+        weight = self._weight(outputs)
+        return self._summed(outputs, targets, weight=weight, label_smoothing=self.label_smoothing)
+
+    def reported(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is reported, summed: without label smoothing or class weights."""
+        return self._summed(outputs, targets)
+
+    def _summed(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
+        if outputs.ndim == 2 and self.ignored is None:
+            return F.cross_entropy(outputs, targets, reduction="sum", **options)  # pyright: ignore[reportArgumentType]
+        return self._by_example(outputs, targets, **options).sum()
+
+    def _by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
+        """[n]: the mean over the positions that count; 0 where none does."""
+        each = F.cross_entropy(
+            outputs.movedim(self.class_dim, 1),
+            targets,
+            reduction="none",
+            ignore_index=-100 if self.ignored is None else self.ignored,
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+        if self.ignored is None:
+            return each.flatten(1).mean(1) if each.ndim > 1 else each
+        counted = (targets != self.ignored).reshape(len(targets), -1).sum(1)
+        return each.reshape(len(targets), -1).sum(1) / counted.clamp(min=1)
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        """An ensemble's outputs: the logarithm of the mean of its members' probabilities."""
+        total, num = torch.empty(0), 0
+        for num, output in enumerate(outputs, start=1):
+            output = output.log_softmax(self.class_dim)
+            total = output if num == 1 else torch.logaddexp(total, output)
+        return total - math.log(num)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        """T² · KL(teacher ‖ student), both at temperature T, summed over examples: the mean over positions of each."""
+        student, wanted = (
+            (values / temperature).log_softmax(self.class_dim) for values in (outputs, teacher)
+        )
+        positions = outputs[0].numel() // outputs.shape[self.class_dim]
+        return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2 / positions
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        """H u of each example, H the second derivative of its loss by its outputs, u their change [n, …].
+
+        At each position w (diag(p) − ppᵀ) / positions, p the softmax and w the target's class weight, 1 without.
+        """
+        p = F.softmax(outputs, dim=self.class_dim)
+        weighted = p * change
+        product = weighted - p * weighted.sum(self.class_dim, keepdim=True)
+        if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
+            return product
+        return product * self._scale(outputs, targets)
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
+        """[n, T, …]: directions in the space of outputs, the squares of whose gradients sum up to the Fisher's diagonal.
+
+        Args:
+            labels: "model": expected over labels that the model predicts, exactly for one position and EXACT_OUTPUTS
+                classes at most, else from SAMPLED_TERMS draws; "true": at the targets (the empirical Fisher).
+        """
+        moved = outputs.movedim(self.class_dim, -1)  # [n, …, M]
+        p = moved.softmax(-1)
+        unit = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        if labels == "true":
+            known = targets if self.ignored is None else targets.clamp(min=0)
+            terms = (unit[known] - p).unsqueeze(1)
+        elif outputs.ndim == 2 and p.shape[-1] <= EXACT_OUTPUTS:
+            terms = p.sqrt().unsqueeze(2) * (unit - p.unsqueeze(1))
+        else:
+            flat = p.reshape(-1, p.shape[-1]).cpu()
+            drawn = flat.multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(p.device)
+            drawn = drawn.view(*p.shape[:-1], SAMPLED_TERMS).movedim(-1, 1)  # [n, T, …]
+            terms = (unit[drawn] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
+        if outputs.ndim == 2 and self.ignored is None:
+            return terms
+        plain = CrossEntropy(class_dim=self.class_dim, ignored=self.ignored)
+        scale = plain._scale(outputs, targets).movedim(self.class_dim, -1)
+        return (terms * scale.sqrt().unsqueeze(1)).movedim(-1, self.class_dim + 1)
+
+    def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
+        """T of fisher_terms(), of a network with these outputs for one example."""
+        if labels == "true":
+            return 1
+        return outputs[0] if len(outputs) == 1 and outputs[0] <= EXACT_OUTPUTS else SAMPLED_TERMS
+
+    def _weight(self, outputs: Tensor) -> Tensor | None:
+        return None if self.class_weights is None else torch.tensor(self.class_weights).to(outputs)
+
+    def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What each position counts in its example's loss: [n, …] with a dimension of 1 for the classes."""
+        counted = torch.ones_like(targets, dtype=outputs.dtype)
+        if self.ignored is not None:
+            counted = (targets != self.ignored).to(outputs.dtype)
+        share = counted
+        if targets.ndim > 1:
+            share = counted / counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
+        if self.class_weights is not None:
+            weight = torch.tensor(self.class_weights).to(outputs)
+            share = share * weight[targets if self.ignored is None else targets.clamp(min=0)]
+        return share.unsqueeze(self.class_dim)
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """The squared error, the mean over an example's outputs; of classes from one-hot targets."""
+
+    is_one_hot: bool = False
+
+    name = "squared error"
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, summed over examples."""
+        if self.is_one_hot:
+            targets = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
+        return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
+
+    reported = summed
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        """An ensemble's outputs: the mean of its members'."""
+        return mean_outputs(outputs)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        """The squared distance from the teacher's outputs, as the loss is from the targets; no temperature."""
+        return F.mse_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        """H u of each example: 2/M times its change."""
+        return change * (2 / outputs[0].numel())
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
+        """As CrossEntropy's; they sum up to the loss's Gauss-Newton diagonal, 2/M Σ_m (∂f_m/∂θ)², whatever the labels.
+
+        Exact up to EXACT_OUTPUTS; beyond from random signs (Hutchinson).
+        """
+        return _terms_of_squares(outputs, math.sqrt(2 / outputs[0].numel()), generator)
+
+    def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
+        num = math.prod(outputs)
+        return num if num <= EXACT_OUTPUTS else SAMPLED_TERMS
+
+
+@dataclass(frozen=True)
+class Huber:
+    """Huber's loss of differences r, the mean over an example's outputs: r²/2 up to a difference of 1, then |r| − 1/2."""
+
+    name = "Huber's loss"
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, summed over examples."""
+        return F.huber_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
+
+    reported = summed
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        return mean_outputs(outputs)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        return F.huber_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        """H u of each example: 1/M times its change where a difference is at most 1, else 0."""
+        return change * ((outputs - targets).abs() <= 1) / outputs[0].numel()
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
+        """As SquaredError's, of the curvature where a difference is at most 1."""
+        terms = _terms_of_squares(outputs, math.sqrt(1 / outputs[0].numel()), generator)
+        return terms * ((outputs - targets).abs() <= 1).unsqueeze(1)
+
+    num_fisher_terms = SquaredError.num_fisher_terms
+
+
+@dataclass(frozen=True)
+class AbsoluteError:
+    """The absolute error, the mean over an example's outputs."""
+
+    name = "absolute error"
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss, summed over examples."""
+        return F.l1_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
+
+    reported = summed
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        return mean_outputs(outputs)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        return F.l1_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
+        raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
+
+    num_fisher_terms = SquaredError.num_fisher_terms
+
+
+Loss = CrossEntropy | SquaredError | Huber | AbsoluteError
+
+
+def mean_outputs(outputs: Iterable[Tensor]) -> Tensor:
+    """The mean of several members' outputs, one at a time."""
+    total, num = torch.empty(0), 0
+    for num, output in enumerate(outputs, start=1):
+        total = output if num == 1 else total + output
+    return total / num
+
+
+def _terms_of_squares(outputs: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """[n, T, …] whose outer products sum up to scale² times the identity."""
+    num, shape = len(outputs), outputs.shape[1:]
+    num_outputs = shape.numel()
+    if num_outputs <= EXACT_OUTPUTS:
+        unit = torch.eye(num_outputs, dtype=outputs.dtype, device=outputs.device)
+        terms = scale * unit.expand(num, -1, -1)
+    else:
+        signs = torch.randint(2, (num, SAMPLED_TERMS, num_outputs), generator=generator).to(outputs) * 2 - 1
+        terms = signs * scale / math.sqrt(SAMPLED_TERMS)
+    return terms.unflatten(2, shape)

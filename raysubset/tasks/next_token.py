@@ -1,0 +1,76 @@
+"""Next-token prediction: a sequence, and itself shifted by one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysubset.tasks.losses import CrossEntropy
+from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import LossTask, Rows
+from raysubset.tasks.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class NextToken(LossTask):
+    """The token after each token of a window. Stored rows are "tokens", integers [N, T + 1].
+
+    The loss is in nats a token: the mean over an example's T tokens.
+    """
+
+    vocabulary: Vocabulary
+    window: int  # T
+    objective: CrossEntropy = CrossEntropy(class_dim=2)
+
+    name = "next_token"
+    quality = "bits"
+    higher_is_better = False
+
+    @property
+    def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "bits a byte" if self.vocabulary.kind == "bytes" else "bits a character"
+
+    def spec(self) -> Spec:
+        size = self.vocabulary.size
+        return Spec((self.window,), (self.window, size), size)
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = rows["tokens"].long()
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Bits a token, the share of tokens that were likeliest, and the words that end in each window."""
+        nats = CrossEntropy(class_dim=2)._by_example(outputs, targets)
+        is_space = torch.isin(targets, torch.tensor(self.vocabulary.spaces, device=targets.device))
+        ends = is_space[:, 1:] & ~is_space[:, :-1]
+        right = (outputs.argmax(2) == targets).double().mean(1)
+        return {"bits": nats.double() / math.log(2), "accuracy": right, "words": ends.sum(1)}
+
+    def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
+        """bits a token, accuracy, and the perplexity of a word: exp of the nats a word that ended takes."""
+        bits = sums["bits_sum"] / num
+        nats_a_word = sums["bits_sum"] * math.log(2) * self.window / max(1, sums["num_words"])
+        return {
+            "bits": bits,
+            "accuracy": sums["accuracy_sum"] / num,
+            "word_perplexity": math.exp(nats_a_word) if nats_a_word < 700 else math.inf,
+        }
+
+    def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of each window's tokens that were likeliest."""
+        return (outputs.argmax(2) == targets).double().mean(1)
+
+    @property
+    def loss_name(self) -> str:
+        return "cross-entropy, nats a token"
+
+    def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+        """bits, float64: a token's, of each window."""
+        return {"bits": self.measure(outputs, targets)["bits"].numpy()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"window": self.window, "vocabulary": self.vocabulary.kind, "num_tokens": self.vocabulary.size}

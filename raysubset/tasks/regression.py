@@ -1,0 +1,104 @@
+"""Regression: numbers of an example, by squared, absolute or Huber's error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysubset.tasks.images import ImageInputs
+from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
+from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import LossTask, Rows, root
+from raysubset.tasks.tensors import TensorInputs
+
+_NUM_STRATA = 10
+
+
+@dataclass(frozen=True)
+class Regression(LossTask):
+    """K numbers an example. Stored rows are the inputs' column and "target", float32 [N, K], standardised.
+
+    The loss is of standardised targets, so that no rate depends on their unit; qualities are in their own units.
+    """
+
+    inputs: ImageInputs | TensorInputs
+    target_names: tuple[str, ...]
+    mean: tuple[float, ...]  # of each target, over the training split
+    std: tuple[float, ...]  # likewise
+    objective: SquaredError | AbsoluteError | Huber = SquaredError()
+
+    name = "regression"
+    quality = "r2"
+
+    @property
+    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inputs.augmentation
+
+    def spec(self) -> Spec:
+        return Spec(tuple(self.inputs.shape), (len(self.target_names),), getattr(self.inputs, "num_values", None))
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.inputs.batch(rows, draws), rows["target"]
+
+    def targets(self, rows: Rows) -> Tensor:
+        return rows["target"]
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        return self.inputs.draw(num, seed)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Of each standardised target: the error squared and absolute, the target and its square, [n, K]."""
+        error, wide = outputs.double() - targets.double(), targets.double()
+        return {
+            "error_squared": error.square(),
+            "error_absolute": error.abs(),
+            "target": wide,
+            "target_squared": wide.square(),
+        }
+
+    def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
+        """r2, the mean over targets of the share of their variance that is explained; rmse and mae in their units."""
+        names = ("error_squared", "error_absolute", "target", "target_squared")
+        squared, absolute, total, total_squared = (np.array(sums[f"{name}_sum"]) for name in names)
+        spread, std = total_squared - total**2 / num, np.array(self.std)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r2 = float(np.mean(1 - squared / spread))
+        return {
+            "r2": r2,
+            "rmse": root(float(np.mean(squared / num * std**2))),
+            "mae": float(np.mean(absolute / num * std)),
+        }
+
+    def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1 less the squared error of standardised targets: the share of the training variance explained."""
+        return 1 - (outputs - targets).square().mean(1)
+
+    def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Tenths of the first target's values."""
+        first = rows["target"].reshape(len(rows["target"]), -1)[:, 0]
+        edges = np.unique(np.quantile(first, np.arange(1, _NUM_STRATA) / _NUM_STRATA))
+        return np.searchsorted(edges, first, side="right").astype(np.int64)
+
+    @property
+    def loss_name(self) -> str:
+        return f"{self.objective.name} of standardised targets"
+
+    def scaling_of_outputs(self) -> tuple[Tensor, Tensor]:
+        """(shift, scale), float32 [K]: outputs times scale, plus shift, are in the targets' units."""
+        return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+
+    def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+        """target and prediction, float64 in the targets' units; with several targets target_0, prediction_0, …"""
+        mean, std = torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
+        columns = {}
+        for name, values in (("target", targets), ("prediction", outputs)):
+            own = (values.double() * std + mean).numpy()
+            for number in range(own.shape[1]):
+                columns[name if own.shape[1] == 1 else f"{name}_{number}"] = own[:, number]
+        return columns
+
+    def describe(self) -> dict[str, Any]:
+        return {"targets": list(self.target_names), "inputs": list(self.inputs.shape)}

@@ -1,0 +1,111 @@
+"""Segmentation: the class of every pixel of an image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raysubset.tasks.images import ImageInputs, crop_and_flip
+from raysubset.tasks.losses import CrossEntropy
+from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import LossTask, Rows
+
+_MOST_MISTAKES = 12
+
+
+@dataclass(frozen=True)
+class Segmentation(LossTask):
+    """A mask an image. Stored rows are "image", uint8 [N, H, W, C], and "mask", uint8 [N, H, W].
+
+    The loss is the mean over an image's pixels, those of the ignored class left out.
+    """
+
+    inputs: ImageInputs
+    class_names: tuple[str, ...]
+    ignored: int | None = None  # a value of masks that counts nowhere
+    objective: CrossEntropy = CrossEntropy()
+
+    name = "segmentation"
+    quality = "iou"
+    is_share = True
+
+    @property
+    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inputs.augmentation
+
+    def spec(self) -> Spec:
+        height, width, _ = self.inputs.image_shape
+        return Spec(self.inputs.shape, (len(self.class_names), height, width))
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A crop's black border is of the ignored class, or where there is none of the first."""
+        mask = rows["mask"]
+        if draws is not None:
+            shifted = crop_and_flip(mask.to(torch.int16).unsqueeze(3) + 1, draws).squeeze(3) - 1
+            mask = torch.where(shifted < 0, self.ignored or 0, shifted)
+        return self.inputs.batch(rows, draws), mask.long()
+
+    def targets(self, rows: Rows) -> Tensor:
+        return rows["mask"].long()
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        return self.inputs.draw(num, seed)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Pixels that count and those that are right, [n]; of each class intersection and union, [n, M]."""
+        predicted = outputs.argmax(1)
+        counts = torch.ones_like(targets, dtype=torch.bool) if self.ignored is None else targets != self.ignored
+        both, either = [], []
+        for number in range(len(self.class_names)):
+            is_class, is_predicted = (targets == number) & counts, (predicted == number) & counts
+            both.append((is_class & is_predicted).flatten(1).sum(1))
+            either.append((is_class | is_predicted).flatten(1).sum(1))
+        right = ((predicted == targets) & counts).flatten(1).sum(1)
+        return {
+            "pixels": counts.flatten(1).sum(1),
+            "right": right,
+            "intersection": torch.stack(both, 1),
+            "union": torch.stack(either, 1),
+        }
+
+    def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
+        """iou, the mean over classes that occur of intersection over union, of all pixels; and pixel_accuracy."""
+        pairs = zip(sums["num_intersection"], sums["num_union"], strict=True)
+        shares = [both / either for both, either in pairs if either]
+        return {
+            "iou": sum(shares) / len(shares) if shares else 0.0,
+            "pixel_accuracy": sums["num_right"] / max(1, sums["num_pixels"]),
+        }
+
+    def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of each image's pixels that are right."""
+        return (outputs.argmax(1) == targets).flatten(1).double().mean(1)
+
+    @property
+    def loss_name(self) -> str:
+        return "cross-entropy, nats a pixel"
+
+    def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+        """pixel_accuracy of each image, float64."""
+        measured = self.measure(outputs, targets)
+        return {"pixel_accuracy": (measured["right"].double() / measured["pixels"].clamp(min=1)).numpy()}
+
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+        """The images with the smallest share of right pixels, their masks and the predicted ones, as flat lists."""
+        worst = np.argsort(predictions.column("pixel_accuracy").to_numpy(), kind="stable")[:_MOST_MISTAKES]
+        chosen = torch.from_numpy(worst)
+        drawn = {"image": rows["image"], "mask": rows["mask"], "predicted": outputs.argmax(1).to(torch.uint8)}
+        found = predictions.take(pa.array(worst))
+        for name, values in drawn.items():
+            flat = values.index_select(0, chosen).flatten(1)
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy().reshape(-1)), flat.shape[1])
+            found = found.append_column(name, lists)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        shape = list(self.inputs.image_shape)
+        return {"num_classes": len(self.class_names), "image_shape": shape, "augmentation": self.augmentation}

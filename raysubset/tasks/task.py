@@ -1,0 +1,223 @@
+"""Task: what is learned, with defaults for all that a user's own task need not say."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from raysubset.quality import Quality
+from raysubset.tasks.losses import Loss, mean_outputs
+from raysubset.tasks.spec import Spec
+
+Rows = Mapping[str, Tensor]  # of some examples: named tensors [n, …], as they are stored
+
+
+class Task:
+    """Says what a network takes and gives, what is minimized, and how good it is: everything that is not the same for
+    every kind of learning.
+
+    A user's own is a class "package.module:Class" made without arguments, which gives `quality`, fit(), spec(),
+    batch(), loss() and measure(); what fit() leaves in its attributes is kept in model.json, so these are numbers,
+    words, lists and dicts. It is used in every actor: it must not change after fit().
+
+    Attributes:
+        name: as config.task.name has it.
+        quality: the metric that verdicts go by, a key of values().
+        margin: of non-inferiority, in the quality's units; None: the user gives it.
+        class_names: where there are classes that subsets should see all of.
+        augmentation: what is drawn anew in each epoch; "none" for nothing.
+    """
+
+    name: str = "task"
+    quality: str = ""
+    higher_is_better: bool = True
+    is_share: bool = False  # the quality is in [0, 1], shown in per cent
+    unit: str = ""
+    margin: float | None = None
+    class_names: tuple[str, ...] = ()
+    augmentation: str = "none"
+
+    # What every task says
+
+    def fit(self, train: Mapping[str, np.ndarray]) -> "Task":
+        """Take from the training rows what they alone decide: numbering of classes, mean and deviation, vocabulary."""
+        return self
+
+    def spec(self) -> Spec:
+        """What a network takes and gives of one example."""
+        raise NotImplementedError
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Make some stored rows, on whatever device, a network's inputs [n, *spec.inputs] and targets [n, …].
+
+        Args:
+            rows: read-only memory may be among them: never write to it.
+            draws: draw()'s rows of these examples; None: without augmentation.
+        """
+        raise NotImplementedError
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is minimized, summed over examples: outputs float [n, *spec.outputs], targets as batch()'s."""
+        raise NotImplementedError
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """One number an example, [n], or a vector, [n, k], by name; truth values are counted."""
+        raise NotImplementedError
+
+    # What has a default
+
+    def reported_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is reported, summed over examples: without smoothing and the like."""
+        return self.loss(outputs, targets)
+
+    def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
+        """Qualities by name, given the sums of measure() over `num` examples: x_sum, or num_x of a truth value."""
+        return {
+            key.removesuffix("_sum").removeprefix("num_"): total / num
+            for key, total in sums.items()
+            if not isinstance(total, list)
+        }
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        """Draw an epoch's augmentation: a row an example, on the CPU; None without."""
+        return None
+
+    def targets(self, rows: Rows) -> Tensor:
+        """The targets of some rows alone."""
+        return self.batch(rows, None)[1]
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        """An ensemble's outputs from its members', one at a time: their mean."""
+        return mean_outputs(outputs)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        """How far outputs are from a teacher's, summed over examples, for distillation: the squared error."""
+        return F.mse_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        """H u of each example, [n, …]: H the second derivative of its loss by its outputs, positive semi-definite.
+
+        Raises:
+            ValueError: for a task that does not say it.
+        """
+        raise ValueError(f"the task {self.name} does not say how its loss curves: give it curvature(), or use lbfgs")
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: Generator) -> Tensor:
+        """[n, T, …]: directions of outputs whose gradients' squares sum up to the curvature's diagonal.
+
+        Raises:
+            ValueError: for a task that does not say them.
+        """
+        raise ValueError(f"the task {self.name} does not give fisher_terms(): use another aggregation.method")
+
+    def num_fisher_terms(self, *, labels: str) -> int:
+        """T of fisher_terms()."""
+        return 1
+
+    def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n]: what weight update skipping watches, at most 1, more being better.
+
+        Raises:
+            ValueError: for a task that does not say it.
+        """
+        raise ValueError(f"the task {self.name} does not say what to watch: give it watched(), or leave skipping out")
+
+    def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Which examples stratified cuts keep in proportion: int64 [N] from 0 on; None: all are alike."""
+        return None
+
+    def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+        """Columns of the table of predictions on the test split, [N] each."""
+        return {}
+
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+        """Rows of the table that a report shows, with what it needs to draw them; None for none."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the data, for JSON."""
+        spec = self.spec()
+        return {"inputs": list(spec.inputs), "outputs": list(spec.outputs)}
+
+    @property
+    def loss_name(self) -> str:
+        """The loss in words, with its unit."""
+        return "loss"
+
+    @property
+    def measured_by(self) -> Quality:
+        """The quality with its direction and how it reads."""
+        return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What model.json holds of it, all that another process needs to know it by.
+
+        Raises:
+            ValueError: for an attribute of a user's task that JSON cannot hold.
+        """
+        for key, value in vars(self).items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                kind = type(value).__name__
+                raise ValueError(f"{self.name}.{key} is a {kind}, which JSON cannot hold: keep a list ({error})") from error
+        return {"name": self.name, "state": {key: value for key, value in vars(self).items() if key != "name"}}
+
+
+class LossTask(Task):
+    """A task whose loss is one of losses.py, which knows all that methods ask of a loss."""
+
+    objective: Loss
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.objective.summed(outputs, targets)
+
+    def reported_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.objective.reported(outputs, targets)
+
+    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
+        return self.objective.combine(outputs)
+
+    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+        return self.objective.distance(outputs, teacher, temperature=temperature)
+
+    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+        return self.objective.curvature(outputs, change, targets)
+
+    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: Generator) -> Tensor:
+        return self.objective.fisher_terms(outputs, targets, labels=labels, generator=generator)
+
+    def num_fisher_terms(self, *, labels: str) -> int:
+        return self.objective.num_fisher_terms(self.spec().outputs, labels=labels)
+
+
+def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    """task.measure() summed over a batch: num_x for truth values, x_sum else; lists for vectors."""
+    sums: dict[str, Any] = {}
+    for name, each in task.measure(outputs, targets).items():
+        if each.dtype.is_floating_point:
+            total = each.cpu().double().sum(0).tolist()
+        else:
+            total = each.sum(0).tolist()
+        sums[f"{name}_sum" if each.dtype.is_floating_point else f"num_{name}"] = total
+    return sums
+
+
+def added(sums: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """sums_of() two batches, of both together."""
+    if not sums:
+        return dict(more)
+    return {
+        key: [a + b for a, b in zip(total, more[key], strict=True)] if isinstance(total, list) else total + more[key]
+        for key, total in sums.items()
+    }
+
+
+def root(value: float) -> float:
+    """The square root of a mean square; NaN of NaN."""
+    return math.sqrt(value) if value >= 0 else math.nan
