@@ -15,6 +15,7 @@ from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
+from raysubset.quality import ACCURACY, Quality
 
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
 _SMALLEST_STD = 1 / 255
@@ -43,6 +44,16 @@ class FullSet:
     def notes(self) -> tuple[str, ...]:
         """The advice as a person reads it, a line each."""
         return tuple(map(str, self.advice))
+
+    @property
+    def quality(self) -> Quality:
+        """What verdicts go by."""
+        return ACCURACY
+
+    @property
+    def task_name(self) -> str:
+        """What is learned, in a word of the config."""
+        return "classification"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
