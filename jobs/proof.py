@@ -122,6 +122,7 @@ UNTOLD = {  # what tells of time, place or machine, and words
     "started_at",
     "startup_s",
     "storage_path",
+    "task",
     "trial",
     "uri",
     "waited_s",

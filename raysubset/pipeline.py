@@ -45,7 +45,7 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
-from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment
+from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
 from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import model_record, save_model
@@ -113,7 +113,7 @@ def run(
         if resumed:
             Ledger(directory).close_lost()
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell_trackers_too = stack.enter_context(tracked(config, directory, tell))
+        tell_trackers_too = stack.enter_context(tracked(config, directory, tell, quality=full_set.quality))
         stack.enter_context(connected(config.cluster))
         heard = sessions.checked(tell_trackers_too)
         stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), heard), plan)
@@ -281,6 +281,7 @@ class _Stages:
             "config": self._directory.read_config(),
             "environment": self._directory.read_json_or_none(ENVIRONMENT_PATH),
             "decisions": self._decisions.to_dict(),
+            "task": task_record(full_set),
             "data": data_record(full_set),
             "model": {
                 "name": config.model.name,

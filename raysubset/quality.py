@@ -20,24 +20,62 @@ class Quality:
         """The value so that more is better: itself, or its negative."""
         return value if self.higher_is_better else -value
 
-    def show(self, value: float | None) -> str:
-        """'97.31 %', '1.8342 bits a token'; '-' where there is none."""
+    def number(self, value: float | None, *, sign: str = "") -> str:
+        """The value in the unit of label and change_label: '97.31', '1.834'; '-' where there is none."""
         if value is None or not math.isfinite(value):
             return "-"
-        if self.is_share:
-            return f"{value:.2%}".replace("%", " %")
-        return f"{value:.4g} {self.unit}".rstrip()
+        return format(100 * value, f"{sign}.2f") if self.is_share else format(value, f"{sign}.4g")
+
+    def show(self, value: float | None) -> str:
+        """The value with its unit: '97.31%', '1.834 bits a token'; '-' where there is none."""
+        number = self.number(value)
+        return number if number == "-" else f"{number}%" if self.is_share else f"{number} {self.unit}".rstrip()
+
+    def cell(self, value: float | None) -> str:
+        """The value in a column headed by `heading`: '97.31%', '1.834'."""
+        return self.show(value) if self.is_share else self.number(value)
+
+    def phrase(self, value: float | None) -> str:
+        """The value with its name: 'accuracy 97.31%', 'rmse 53.2 mg/dl', '1.834 bits a token'."""
+        return self.show(value) if self._is_named_by_unit else f"{self.name} {self.show(value)}"
+
+    def change(self, value: float | None) -> str:
+        """A difference of two values, raw, whatever the direction: '+2.40 points', '-0.012 bits a token'."""
+        unit = "points" if self.is_share else self.unit
+        return f"{self.number(value, sign='+')} {unit}".rstrip()
+
+    @property
+    def _is_named_by_unit(self) -> bool:
+        return self.unit.startswith(self.name)
 
     @property
     def label(self) -> str:
-        """An axis's or column's title: 'accuracy, %', 'bits a token'."""
-        return f"{self.name}, %" if self.is_share else self.unit or self.name
+        """An axis's or column's title: 'accuracy, %', 'rmse, mg/dl', 'bits a token'."""
+        unit = "%" if self.is_share else self.unit
+        return self.unit if self._is_named_by_unit else f"{self.name}, {unit}" if unit else self.name
+
+    @property
+    def heading(self) -> str:
+        """The title of a column of cell()s: 'accuracy', 'bits a token'."""
+        return self.name if self.is_share else self.label
+
+    @property
+    def change_label(self) -> str:
+        """The title of a column of differences: 'points', 'bits a token'."""
+        return "points" if self.is_share else self.label
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 ACCURACY = Quality("accuracy", is_share=True)
+
+
+def metrics_in_words(metrics: Mapping[str, Any], quality: Quality) -> str:
+    """'loss 0.1234, accuracy 97.31%', of a metrics record."""
+    loss = metrics["loss"]  # null in JSON where it was not finite
+    text = "loss not finite" if loss is None or not math.isfinite(loss) else f"loss {loss:.4f}"
+    return text + ("" if quality.name == "loss" else f", {quality.phrase(metrics[quality.name])}")
 
 
 def quality_of(record: Mapping[str, Any]) -> Quality:

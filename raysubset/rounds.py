@@ -11,6 +11,7 @@ from raysubset.errors import listed
 from raysubset.events import AggregateDone, Note, stage_event
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
+from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (
     CorruptFile,
     RunDirectory,
@@ -177,11 +178,12 @@ class Rounds:
     def _tell_of(self, made: dict[str, Any], round: int) -> None:
         text = f"{made['method']} of subsets {', '.join(map(str, made['subset_ids']))}"
         if validation := made["validation"]:
-            best, ensemble = (f"{made[name]['accuracy']:.2%}" for name in ("best_member", "ensemble"))
-            losses = [math.nan if loss is None else loss for loss in (validation["loss"], made["barrier"])]
+            quality = self._full_set.quality
+            best, ensemble = (quality.show(made[name][quality.name]) for name in ("best_member", "ensemble"))
+            barrier = "not finite" if made["barrier"] is None else f"{made['barrier']:+.4f}"
             text += (
-                f": validation {losses[0]:.4f} and {validation['accuracy']:.2%}; best member {best}, ensemble "
-                f"{ensemble}, barrier {losses[1]:+.4f}"
+                f": validation {metrics_in_words(validation, quality)}; best member {best}, ensemble {ensemble}, "
+                f"barrier {barrier}"
             )
         self._tell(AggregateDone(text, round, made))
         if of_first := made["of_first"]:

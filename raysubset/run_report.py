@@ -128,6 +128,11 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
     }
 
 
+def task_record(full_set: FullSet) -> dict[str, Any]:
+    """What is learned, and what verdicts go by: quality_of() reads it."""
+    return {"name": full_set.task_name, "quality": full_set.quality.to_dict()}
+
+
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:
     """Stage, round and subset of the work that a report's stages are made of."""
     alone: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")

@@ -93,8 +93,8 @@ def test_a_uniform_soup_is_reported_beside_its_members(minima):
     assert made.validation == made.uniform_mean == evaluate(model, VALIDATION, RECIPE)
     assert made.training == evaluate(model, CALIBRATION, RECIPE)
     losses = [m.validation.loss for m in minima]
-    assert made.mean_member_loss == pytest.approx(sum(losses) / 3)
-    assert made.mean_member_accuracy == pytest.approx(sum(m.validation.accuracy for m in minima) / 3)
+    assert made.mean_member["loss"] == pytest.approx(sum(losses) / 3)
+    assert made.to_dict()["mean_member_accuracy"] == pytest.approx(sum(m.validation.accuracy for m in minima) / 3)
     assert made.best_member.loss == min(losses)
     assert made.barrier == pytest.approx(made.validation.loss - sum(losses) / 3)
     probabilities = torch.stack([m.load_outputs().softmax(1) for m in minima]).mean(0)

@@ -1,7 +1,7 @@
 """aggregate(): the configured method with what is always reported beside it, on one device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
 from raysubset.aggregation.steps import outer_step
 from raysubset.aggregation.streaming import shares_start
 from raysubset.config import AggregationConfig, Config
+from raysubset.quality import ACCURACY, Quality
 from raysubset.training import Cost, Metrics, Weights
 
 
@@ -44,8 +45,7 @@ class Aggregation:
     uniform_mean: Metrics  # of the plain mean of all members, whatever the method: NaN where one holds NaN or infinity
     ensemble: Metrics
     best_member: Metrics
-    mean_member_loss: float
-    mean_member_accuracy: float
+    mean_member: Mapping[str, float]  # the mean of the members' losses, and of their qualities by its name
     barrier: float
     cost: Cost
     candidates: tuple[Candidate, ...] = ()  # of auto, in the order tried
@@ -59,8 +59,7 @@ class Aggregation:
             "uniform_mean": self.uniform_mean.to_dict(),
             "ensemble": self.ensemble.to_dict(),
             "best_member": self.best_member.to_dict(),
-            "mean_member_loss": self.mean_member_loss,
-            "mean_member_accuracy": self.mean_member_accuracy,
+            **{f"mean_member_{name}": mean for name, mean in self.mean_member.items()},
             "barrier": self.barrier,
             "cost": self.cost.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
@@ -74,13 +73,14 @@ class Unmeasured:
 
     aggregate: Aggregate
     cost: Cost
+    quality: Quality = ACCURACY
 
     def to_dict(self) -> dict[str, Any]:
         """Aggregation's, with null for what was not measured."""
         measured = ("training", "validation", "uniform_mean", "ensemble", "best_member")
         return {
             **self.aggregate.to_dict(),
-            **dict.fromkeys((*measured, "mean_member_loss", "mean_member_accuracy", "barrier")),
+            **dict.fromkeys((*measured, "mean_member_loss", f"mean_member_{self.quality.name}", "barrier")),
             "cost": self.cost.to_dict(),
             "candidates": [],
             "alignment": self.aggregate.alignment,
@@ -95,6 +95,7 @@ def aggregate(
     start: Weights | None = None,
     seed: int = 0,
     measure_training: bool = True,
+    quality: Quality = ACCURACY,
 ) -> Aggregation:
     """Make one set of weights of the minima by the configured method, and measure it beside its members.
 
@@ -105,6 +106,7 @@ def aggregate(
         start: the weights the minima started from, for methods that work on differences from them.
         seed: of what a method draws at random.
         measure_training: False: not on training data, even if the scorer would.
+        quality: whose mean over the members is recorded beside that of their losses.
 
     Raises:
         ValueError: as the method does; see uniform_soup().
@@ -118,6 +120,7 @@ def aggregate(
     mean = made.validation if len(minima) == 1 else measured.get("uniform_soup")
     if mean is None:
         mean = scorer.score(plain_mean(minima, [1.0] * len(minima)).weights())  # of NaN where a member holds some
+    records, names = [minimum.validated().to_dict() for minimum in minima], ("loss", quality.name)
     return Aggregation(
         aggregate=made.aggregate,
         training=scorer.training(made.aggregate.weights) if measure_training else None,
@@ -125,8 +128,7 @@ def aggregate(
         uniform_mean=mean,
         ensemble=scorer.ensemble(minima),
         best_member=by_validation_loss(minima)[0].validated(),
-        mean_member_loss=sum(m.validated().loss for m in minima) / len(minima),
-        mean_member_accuracy=sum(m.validated().accuracy for m in minima) / len(minima),
+        mean_member={name: sum(record[name] for record in records) / len(records) for name in names},
         barrier=barrier(mean, minima),
         cost=scorer.cost(),
         candidates=candidates,
@@ -165,6 +167,7 @@ def aggregate_round(
     momentum: Weights,
     seed: int = 0,
     measured: bool = True,
+    quality: Quality = ACCURACY,
 ) -> tuple[Aggregation | Unmeasured, Weights]:
     """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
 
@@ -173,6 +176,7 @@ def aggregate_round(
         momentum: the outer step's, as the last round returned it; empty in the first.
         seed: of what a method draws at random.
         measured: False: make the weights alone, without any forward work but what the method itself needs.
+        quality: as for aggregate().
 
     Returns:
         The aggregation, and the momentum for the next round: empty without an outer step.
@@ -180,11 +184,12 @@ def aggregate_round(
     made: Aggregation | Unmeasured
     if measured:
         ends_here = not config.rounds.has_outer_step()
-        made = aggregate(minima, config.aggregation, scorer, start=start, seed=seed, measure_training=ends_here)
+        options: dict[str, Any] = {"seed": seed, "measure_training": ends_here, "quality": quality}
+        made = aggregate(minima, config.aggregation, scorer, start=start, **options)
     else:
         method = config.aggregation.method
         combined = combine(method, minima, config.aggregation, scorer, start=start, seed=seed)
-        made = Unmeasured(combined, scorer.cost())
+        made = Unmeasured(combined, scorer.cost(), quality)
     if not config.rounds.has_outer_step():
         return made, {}
     stepped, momentum = outer_step(

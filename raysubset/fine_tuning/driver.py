@@ -21,6 +21,7 @@ from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.snapshots import mend_snapshot
 from raysubset.fine_tuning.trainer import WatchedTrainer
 from raysubset.fine_tuning.worker import Job, MistakeError, train_loop
+from raysubset.quality import Quality
 from raysubset.run_directory import minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Weights
@@ -82,16 +83,16 @@ def fine_tune(
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
         refs, here = (run.full_set_ref, start_ref), Workplace.here()
         job = Job(config, recipe, directory, stage, *refs, num_gpus, tuple(teachers), here)
-        _fit(job, num_workers=num_workers, tell=run.tell)
+        _fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)
         record = directory.read_json(minimum_path(stage))
     return directory.read_weights(weights_path(stage), record["files"]), record
 
 
-def _fit(job: Job, *, num_workers: int, tell: OnEvent) -> None:
+def _fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
     """Run the job to its end, again where its controller dies."""
     run, stage, most = job.directory, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, tell=tell)
+    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
     num_lost = 0
     while True:
         num_epochs = lookout.num_epochs

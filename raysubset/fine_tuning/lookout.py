@@ -24,8 +24,8 @@ from raysubset.cluster import (
 from raysubset.events import EpochDone, Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning.worker import Job
 from raysubset.pulse import Pulse, Watch
+from raysubset.quality import Quality, metrics_in_words
 from raysubset.run_directory import history_path
-from raysubset.training import Metrics
 
 MOST_START_S = 900.0  # for workers that have their places to begin: their processes start, and read the full set
 _ELASTIC_S = 60.0  # after which a controller that is free in the number of workers, and asks for none, finds no places
@@ -37,8 +37,8 @@ class TrainLookout:
     Ray Train tries again from the last checkpoint when workers are killed, and counts that as a failure.
     """
 
-    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, tell: OnEvent) -> None:
-        self._is_elastic = is_elastic
+    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, quality: Quality, tell: OnEvent) -> None:
+        self._is_elastic, self._quality = is_elastic, quality
         self._job, self._num_workers, self._tell = job, num_workers, tell
         self._request = {"CPU": job.config.actors.num_cpus, "GPU": job.num_gpus}
         self.key = uuid.uuid4().hex  # of the workers' pulses
@@ -83,9 +83,8 @@ class TrainLookout:
         stage = self._job.stage
         for entry in entries[self.num_epochs :]:
             self.num_epochs += 1
-            validation = Metrics.from_dict(entry["validation"])
-            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation {validation.loss:.4f}"
-            self._tell(EpochDone(f"{text} and {validation.accuracy:.2%}", stage, entry))
+            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation "
+            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), stage, entry))
 
     def _history(self) -> list[dict[str, Any]]:
         return self._job.directory.read_json_or_none(history_path(self._job.stage)) or []

@@ -12,6 +12,7 @@ from raysubset.events import Event, LegDone, Note, Progress, Retry, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.legs.leg import Leg, closure
+from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
 from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
 from raysubset.work import Piece, Run, seeded_model
@@ -113,8 +114,7 @@ class LegRunner:
         metrics = leg.validation()
         text = "not measured"
         if metrics is not None:
-            loss = "loss not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
-            text = f"{loss} and {metrics['accuracy']:.2%}"
+            text = metrics_in_words(metrics, self._run.full_set.quality)
         self._tell(LegDone(f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", leg.key))
 
     def _fail(self, leg: Leg, reason: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from raysubset.events import MinimumDone, Note
+from raysubset.quality import metrics_in_words
 from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
@@ -35,8 +36,8 @@ def find_minima(
         found.add(piece.folder)
         minimum = piece.minimum(record)
         told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []
-        if validation := minimum.validation:
-            told.append(f"validation {validation.loss:.4f} and {validation.accuracy:.2%}")
+        if record["validation"]:
+            told.append(f"validation {metrics_in_words(record['validation'], pool.opened.full_set.quality)}")
         if minimum.outcome != "epochs":
             told.append(minimum.outcome)
         text = f"{piece.label}: {', '.join([*told, f'{minimum.cost.device_s:.1f} s'])}"

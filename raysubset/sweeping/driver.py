@@ -33,8 +33,9 @@ from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.legs import Leg, LegRunner
 from raysubset.planning import make_plan
+from raysubset.quality import quality_of
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
-from raysubset.run_report import Sessions, environment
+from raysubset.run_report import Sessions, environment, task_record
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -112,6 +113,9 @@ def sweep(
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     for data in dict.fromkeys(trial.config.data for trial in trials):
         full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
+    if len(qualities := {full_set.quality for full_set in full_sets.values()}) > 1:
+        names = ", ".join(sorted(quality.name for quality in qualities))
+        raise ValueError(f"the trials learn different things ({names}), which nothing can compare: sweep over one task")
     identity = identify((trial.config for trial in trials), full_sets, known)
     for note in places_notes(identity):
         tell(note)
@@ -153,7 +157,8 @@ def sweep(
             )
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, tell=tell)
         num_train = {trial.name: len(full_sets[trial.config.data].train) for trial in trials}
-        record = _gather(directory, config, space, seeds, trials, errors, num_train, shares)
+        task = task_record(full_sets[trials[0].config.data])
+        record = _gather(directory, config, space, seeds, trials, errors, num_train, shares, task)
         record["at_once"] = {"trials": at_once, "slots_each": slots_each}
         sessions.write()
         record["seconds"] = sessions.seconds()
@@ -319,6 +324,7 @@ def _gather(
     errors: Mapping[str, str],
     num_train: Mapping[str, int],
     shares: Mapping[str, float],
+    task: Record,
 ) -> Record:
     """sweep.json: what the trials' run directories and ledgers say."""
     gathered = []
@@ -333,12 +339,13 @@ def _gather(
         else:
             own |= {"state": "pruned"}
         gathered.append(own)
-    settings = settings_of(gathered)
+    settings = settings_of(gathered, quality_of({"task": task}))
     return {
         "kind": "sweep",
         "name": directory.name,
         "uri": directory.uri,
         "config": config.to_dict() | {"storage_path": directory.shown_storage_path},
+        "task": task,
         "space": {key: list(dict.fromkeys(trial.overrides[key] for trial in trials)) for key in space},
         "seeds": list(seeds),
         "trials": gathered,

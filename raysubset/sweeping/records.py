@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raysubset.quality import ACCURACY, Quality, quality_of
+
 Record = dict[str, Any]
 
-MEASURES = ("validation_loss", "validation_accuracy", "passes", "critical_path_passes")
+
+def measures(quality: Quality) -> tuple[str, ...]:
+    """The names of what a setting has means of, and errors."""
+    return tuple(dict.fromkeys(("validation_loss", f"validation_{quality.name}", "passes", "critical_path_passes")))
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,27 @@ class SweepReport:
 
 def trial_measures(report: Mapping[str, Any]) -> Record:
     """What a sweep keeps of a finished run's report. Not its test result: no choice may read that."""
-    minima = report["stages"]["rounds"][-1]["minima"]
+    minima, quality = report["stages"]["rounds"][-1]["minima"], quality_of(report)
     return {
         "num_subsets": len(minima),
         "subset_size": statistics.mean(minimum["num_examples"] for minimum in minima),
         "overdetermination_ratio": statistics.mean(minimum["overdetermination_ratio"] for minimum in minima),
         "validation_loss": report["validation"]["loss"],
-        "validation_accuracy": report["validation"]["accuracy"],
+        f"validation_{quality.name}": report["validation"][quality.name],
         "passes": report["cost"]["passes"],
         "critical_path_passes": report["cost"]["critical_path_passes"],
     }
 
 
-def settings_of(trials: Sequence[Record]) -> list[Record]:
+def settings_of(trials: Sequence[Record], quality: Quality = ACCURACY) -> list[Record]:
     """One record a setting, in the order of the trials: means over the seeds that finished, with standard errors."""
     groups: dict[str, list[Record]] = {}
     for trial in trials:
         groups.setdefault(json.dumps(trial["overrides"], sort_keys=True), []).append(trial)
-    return [_setting(group) for group in groups.values()]
+    return [_setting(group, quality) for group in groups.values()]
 
 
-def _setting(group: Sequence[Record]) -> Record:
+def _setting(group: Sequence[Record], quality: Quality) -> Record:
     done = [trial for trial in group if trial["state"] == "done"]
     setting: Record = {
         "overrides": group[0]["overrides"],
@@ -76,7 +81,7 @@ def _setting(group: Sequence[Record]) -> Record:
     }
     for key in ("num_subsets", "subset_size", "overdetermination_ratio"):
         setting[key] = statistics.mean(trial[key] for trial in done) if done else None
-    for key in MEASURES:
+    for key in measures(quality):
         values = [trial[key] for trial in done]
         setting[key] = None if not values or None in values else _spread(values)  # JSON has null where a loss diverged
     return setting

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import ray
@@ -13,8 +14,9 @@ from raysubset.config import Config
 from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run
+from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory
-from raysubset.training import Cost, Metrics
+from raysubset.training import Cost
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> No
     """The function that Tune calls. If its process dies, the trial has failed; sweeping again goes on with its run."""
     task = tasks[parameters["trial"]["name"]]
     directory = RunDirectory(task.config.storage_path, task.config.run_name())
-    num_train = len(get_shared(task.full_set_ref).train)
-    reports = Reports(directory, num_train=num_train, forward_share=task.forward_share)
+    full_set = get_shared(task.full_set_ref)
+    quality, num_train = full_set.quality, len(full_set.train)
+    reports = Reports(directory, quality, num_train=num_train, forward_share=task.forward_share)
     report = run(
         task.config,
         on_event=reports,
@@ -47,8 +50,7 @@ def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> No
             "stage": "done",
             "passes": report.passes,
             "critical_path_passes": report.critical_path_passes,
-            "validation_loss": report.validation.loss,
-            "validation_accuracy": report.validation.accuracy,
+            **_measured(report.record["validation"], quality),
         }
     )
 
@@ -66,10 +68,11 @@ class Reports:
     subsets and before fine-tuning, never within a Ray Train job.
     """
 
-    def __init__(self, directory: RunDirectory, *, num_train: int, forward_share: float) -> None:
+    def __init__(self, directory: RunDirectory, quality: Quality, *, num_train: int, forward_share: float) -> None:
         self._directory, self._num_train, self._forward_share = directory, num_train, forward_share
+        self._quality = quality
         self._epochs: dict[Any, int] = {}  # whole epochs told of each piece of work
-        self._minima: dict[Any, list[Metrics]] = {}  # of each stage and round
+        self._minima: dict[Any, list[dict[str, float]]] = {}  # of each stage and round, what they validate at
         self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
 
     def __call__(self, event: Event) -> None:
@@ -88,35 +91,41 @@ class Reports:
             case MinimumDone(stage=stage, record=record):
                 minima = self._minima.setdefault((stage, record["round"]), [])
                 if record["validation"]:
-                    minima.append(Metrics.from_dict(record["validation"]))
-                mean = sum(minima, Metrics(0.0, 0, 0)) if minima else None
-                self._tell(stage, mean, subset=record["subset_id"])
+                    minima.append(_measured(record["validation"], self._quality))
+                mean = {name: fmean(one[name] for one in minima) for name in (minima[0] if minima else ())}
+                self._tell(stage, subset=record["subset_id"], **mean)
             case AggregateDone(record=record):
-                self._tell("aggregation", record["validation"] and Metrics.from_dict(record["validation"]))
+                self._tell("aggregation", **_measured(record["validation"], self._quality))
 
     def _epoch_of_train(self, stage: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """The report of an epoch, which is heard of a moment later: its passes are counted, the ledger may be ahead."""
-        epoch, validation = record["epoch"], Metrics.from_dict(record["validation"])
+        epoch, validation = record["epoch"], record["validation"]
         before = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
         num_trained = round(epoch * self._num_train)
-        num_forward = num_trained + math.ceil(epoch) * validation.num_examples
+        num_forward = num_trained + math.ceil(epoch) * validation["num_examples"]
         passes = self._passes(before + Cost(num_forward=num_forward, num_backward=num_trained))
-        return self._report(stage, validation, epoch=epoch, training_loss=record["loss"]) | {"passes": passes}
+        measured = _measured(validation, self._quality)
+        return self._report(stage, epoch=epoch, training_loss=record["loss"], **measured) | {"passes": passes}
 
     def flush(self) -> None:
         """Tell what was kept back."""
         while self._kept:
             tune.report(self._kept.pop(0))
 
-    def _tell(self, stage: str, validation: Metrics | None = None, **values: Any) -> None:
-        tune.report(self._report(stage, validation, **values))
+    def _tell(self, stage: str, **values: Any) -> None:
+        tune.report(self._report(stage, **values))
 
     def _passes(self, cost: Cost) -> float:
         return cost.passes(self._num_train, self._forward_share)
 
-    def _report(self, stage: str, validation: Metrics | None, **values: Any) -> dict[str, Any]:
+    def _report(self, stage: str, **values: Any) -> dict[str, Any]:
         cost = total_cost(Ledger(self._directory).read())
-        told: dict[str, Any] = {"stage": stage, "passes": self._passes(cost), **values}
-        if validation is not None:
-            told |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
-        return told
+        return {"stage": stage, "passes": self._passes(cost), **values}
+
+
+def _measured(validation: Mapping[str, Any] | None, quality: Quality) -> dict[str, float]:
+    """Loss and quality by Tune's names for them; nothing where nothing was measured."""
+    if validation is None:
+        return {}
+    values = {f"validation_{key}": validation[key] for key in ("loss", quality.name)}
+    return {key: math.nan if value is None else value for key, value in values.items()}  # JSON has no NaN

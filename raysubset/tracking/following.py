@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
 from raysubset.events import Event, Note, OnEvent
+from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
 from raysubset.tracking.mlflow_runs import MLflowRun
 from raysubset.tracking.records import (
@@ -159,7 +160,12 @@ def _is_finished(directory: RunDirectory, name: str) -> bool:
 
 @contextlib.contextmanager
 def tracked(
-    config: Config, directory: RunDirectory, tell: OnEvent, *, make: OpenTracker = open_tracker
+    config: Config,
+    directory: RunDirectory,
+    tell: OnEvent,
+    *,
+    quality: Quality = ACCURACY,
+    make: OpenTracker = open_tracker,
 ) -> Iterator[OnEvent]:
     """A `tell` for the trackers asked for, and then the given one; when the block is left, they get the report.
 
@@ -173,7 +179,7 @@ def tracked(
         return
     header = _header(config, directory, {"raysubset.method": config.method})
     following = _Following(directory, header, tell, _makers(config, names, make))
-    curves = Curves(config)
+    curves = Curves(config, quality)
 
     def tell_all(event: Event) -> None:
         following.log(list(curves.points(event)))

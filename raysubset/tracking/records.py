@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from raysubset.config import Config
 from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Progress
+from raysubset.quality import ACCURACY, Quality, quality_of
 
 Record = Mapping[str, Any]
 Outcome = Literal["finished", "failed", "stopped"]
@@ -46,8 +47,8 @@ class Result:
 class Curves:
     """Makes points of a run's events. Of progress, which comes every second, one an epoch."""
 
-    def __init__(self, config: Config) -> None:
-        self._epochs_a_round = math.ceil(config.minimize.epochs)
+    def __init__(self, config: Config, quality: Quality = ACCURACY) -> None:
+        self._epochs_a_round, self._quality = math.ceil(config.minimize.epochs), quality
         self._told: dict[str, int] = {}
 
     def points(self, event: Event) -> Iterator[Point]:
@@ -64,19 +65,23 @@ class Curves:
                 for last, epoch in enumerate(record["history"], 1):
                     step = self._step(stage, record["round"], last)
                     yield _point(name, step, loss=epoch["loss"], learning_rate=epoch["learning_rate"])
-                yield from _validated(name, self._step(stage, record["round"], last), record["validation"])
+                yield from self._validated(name, self._step(stage, record["round"], last), record["validation"])
             case EpochDone(stage=stage, record=record):
                 step = math.ceil(record["epoch"])
                 yield _point(stage, step, loss=record["loss"], learning_rate=record["learning_rate"])
-                yield from _validated(stage, step, record["validation"])
+                yield from self._validated(stage, step, record["validation"])
             case AggregateDone(record=record):
                 step = event.round + 1
-                yield from _validated("aggregate", step, record["validation"])
+                yield from self._validated("aggregate", step, record["validation"])
                 if record["validation"] is not None:
                     yield _point("aggregate", step, barrier=record["barrier"])
 
     def _step(self, stage: str, round: int, epoch: int) -> int:
         return epoch + (round * self._epochs_a_round if stage in ("subsets", "subsamples") else 0)
+
+    def _validated(self, series: str, step: int, metrics: Record | None) -> Iterator[Point]:
+        if metrics is not None:
+            yield _point(series, step, **_measured(metrics, "validation", self._quality))
 
 
 def _series(stage: str, subset: int | None) -> str:
@@ -88,9 +93,9 @@ def _point(series: str, step: int, **values: float | None) -> Point:
     return Point(series, step, _known(values))
 
 
-def _validated(series: str, step: int, metrics: Record | None) -> Iterator[Point]:
-    if metrics is not None:
-        yield _point(series, step, validation_loss=metrics["loss"], validation_accuracy=metrics["accuracy"])
+def _measured(metrics: Record, split: str, quality: Quality) -> dict[str, float | None]:
+    """Loss and quality by the names trackers have them under: validation_loss, validation_accuracy."""
+    return {f"{split}_{_plain(key)}": metrics[key] for key in ("loss", quality.name)}
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:
@@ -102,7 +107,9 @@ def run_summary(record: Record) -> dict[str, float]:
     """The numbers of report.json that runs are compared by."""
     cost = record["cost"]
     values: dict[str, float | None] = {
-        f"result/{split}_{key}": record[split][key] for split in ("validation", "test") for key in ("loss", "accuracy")
+        f"result/{key}": value
+        for split in ("validation", "test")
+        for key, value in _measured(record[split], split, quality_of(record)).items()
     }
     for key in ("passes", "critical_path_passes", "lost_passes", "device_s", "num_network_bytes"):
         values[f"cost/{key}"] = cost[key]
@@ -113,12 +120,13 @@ def run_summary(record: Record) -> dict[str, float]:
 
 def comparison_points(record: Record) -> Iterator[Point]:
     """Each arm's means over seeds at each budget, budgets counted from 1."""
+    keys = (f"test_{quality_of(record).name}", "validation_loss", *("passes", "critical_path_passes", "device_s"))
     for arm in record["arms"]:
         for step, point in enumerate(arm["points"], 1):
             mean = point["mean"]
             if mean is not None:
-                keys = ("test_accuracy", "validation_loss", "passes", "critical_path_passes", "device_s")
-                yield _point(f"arm_{_plain(arm['key'])}", step, budget=point["budget"], **{k: mean[k] for k in keys})
+                means = {_plain(key): mean[key] for key in keys}
+                yield _point(f"arm_{_plain(arm['key'])}", step, budget=point["budget"], **means)
 
 
 def comparison_summary(record: Record) -> tuple[dict[str, float], dict[str, str]]:
@@ -134,5 +142,5 @@ def comparison_summary(record: Record) -> tuple[dict[str, float], dict[str, str]
 
 
 def _plain(key: str) -> str:
-    """An arm's key without what names of metrics may not hold: G:aggregation.method=fisher."""
+    """A name without what names of metrics may not hold, as an arm's key has: G:aggregation.method=fisher."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in key)

@@ -55,6 +55,7 @@ def leave_aggregate(
             momentum=piece.momentum.weights() if piece.momentum else {},
             seed=derive_seed(config.seed, "aggregation", round),
             measured="validation" in piece.measures,
+            quality=full_set.quality,
         )
         path = piece.output.weights_path
         files = {path: directory.write_weights(path, made.aggregate.weights)}

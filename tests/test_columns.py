@@ -1,0 +1,196 @@
+"""A table's columns as features and targets: against scikit-learn's encoders, and numbers checked by hand."""
+
+import datetime
+import json
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
+
+
+def test_numbers_are_standardised_as_scikit_learn_does():
+    generator = np.random.default_rng(0)
+    training, further = (generator.normal(5, 3, (num, 3)) for num in (40, 7))
+    names = ["a", "b", "c"]
+    inputs, notes = fit_columns(pa.table(dict(zip(names, training.T, strict=True))), names, missing="refuse")
+    found, more = inputs.encode(pa.table(dict(zip(names, further.T, strict=True))))
+    assert (notes, more) == ((), ())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, StandardScaler().fit(training).transform(further), rtol=1e-6)
+
+
+def test_texts_become_one_feature_a_value_as_scikit_learn_does():
+    colours, sizes = ["red", "blue", "red", "green"] * 3, ["s", "m", "m", "s"] * 3
+    table = pa.table({"colour": pa.array(colours).dictionary_encode(), "size": pa.array(sizes, pa.large_string())})
+    inputs, _ = fit_columns(table, ["size", "colour"], missing="refuse")
+    reference = OneHotEncoder(sparse_output=False).fit(np.array([sizes, colours]).T)
+    assert inputs.feature_names == ("size=m", "size=s", "colour=blue", "colour=green", "colour=red")
+    np.testing.assert_array_equal(inputs.encode(table)[0], reference.transform(np.array([sizes, colours]).T))
+
+
+def test_every_kind_of_number_and_time_is_read():
+    day = datetime.date(1970, 1, 2)
+    columns: dict[str, Any] = {
+        "small": pa.array([1, 3], pa.uint8()),
+        "half": pa.array([1, 3], pa.float16()),
+        "truth": [False, True],
+        "money": [Decimal("1.50"), Decimal("2.50")],
+        "day": [day, day + datetime.timedelta(days=2)],
+        "milli": pa.array([86_400_000, 86_400_000 * 3], pa.date64()),
+        "moment": pa.array([10**9, 3 * 10**9], pa.timestamp("ns", "Europe/Paris")),
+        "clock": pa.array([1000, 3000], pa.time32("ms")),
+        "span": pa.array([1, 3], pa.duration("s")),
+    }
+    inputs, notes = fit_columns(pa.table(columns), list(columns), missing="refuse")
+    np.testing.assert_allclose(inputs.encode(pa.table(columns))[0], [[-1] * 9, [1] * 9])
+    means = {column.name: column.mean for column in inputs.columns}
+    assert means == {
+        **{"small": 2, "half": 2, "truth": 0.5, "money": 2, "day": 2 * 86400, "milli": 2 * 86400},
+        **{"moment": 2, "clock": 2, "span": 2},
+    }
+    assert [str(note) for note in notes] == [
+        "dates and times are read as numbers of seconds: day, milli, moment, clock, span"
+    ]
+
+
+def test_a_column_that_does_not_vary_is_left_out_with_a_note():
+    table = pa.table({"a": [1.0, 2.0], "same": [0.3, 0.1 + 0.2], "text": ["x", "x"], "none": pa.nulls(2)})
+    inputs, notes = fit_columns(table, table.column_names, missing="mean")
+    assert inputs.feature_names == ("a",)
+    assert "left out: same, text, none" in str(notes[0])
+    assert inputs.encode(pa.table({"a": [3.0]}))[0].tolist() == [[3.0]]  # the others need not be there
+    with pytest.raises(ValueError, match=r"no column of the table tells its rows apart \(same, text\)"):
+        fit_columns(table, ["same", "text"], missing="refuse")
+
+
+def test_missing_values_are_refused_with_row_and_way_out():
+    for absent in (None, float("nan")):
+        table = pa.table({"age": pa.array([1.0, 2.0, absent, 3.0, absent])})
+        with pytest.raises(
+            ValueError, match=r"column age has no value in row 12 of people, and in 1 more rows: --data.missing mean"
+        ):
+            fit_columns(table, ["age"], missing="refuse", where="people", rows=np.arange(10, 15))
+    inputs, _ = fit_columns(pa.table({"age": [1, 2], "sex": ["f", "m"]}).take([0, 1, 1]), ["age"], missing="refuse")
+    with pytest.raises(ValueError, match=r"column age has no value in row 1 of the table: --data.missing mean"):
+        inputs.encode(pa.table({"age": [1, None]}))
+
+
+def test_missing_values_are_filled_as_asked():
+    table = pa.table({"age": [1.0, 3.0, None, float("nan")], "sex": ["f", None, "m", "f"]})
+    inputs, notes = fit_columns(table, ["age", "sex"], missing="mean")
+    found, more = inputs.encode(table)
+    assert found.tolist() == [[-1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
+    assert str(notes[0]).endswith("filled with the mean: age (2), sex (1, a category of their own)")
+    assert str(more[0]).endswith("filled with the training mean: age (2)")
+    whole, _ = fit_columns(pa.table({"sex": ["f", "m", "f"]}), ["sex"], missing="mean")
+    found, more = whole.encode(pa.table({"sex": [None, "m"]}))
+    assert found.tolist() == [[0, 0], [0, 1]]
+    assert "sex (1, such as a missing one)" in str(more[0])
+
+
+def test_a_category_that_training_lacks_is_none_with_a_warning():
+    inputs, _ = fit_columns(pa.table({"c": ["a", "b", "a"]}), ["c"], missing="refuse")
+    found, (note,) = inputs.encode(pa.table({"c": ["z", "b", "z"]}), where="test.csv")
+    assert found.tolist() == [[0, 0], [0, 1], [0, 0]]
+    assert str(note) == "warning: values of test.csv that no training row has count as no category: c (2, such as 'z')"
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([1.0, float("inf"), 2.0], r"column x is inf in row 1 of the table"),
+        (["a", "b", "c"], r"column x of the table has another text in each row \(such as 'a'\).*--data.columns"),
+        (["1", "2", "?"], r"among numbers stands '\?' in row 2 of the table, .*: mend it"),
+        ([[1], [2], [3]], r"column x of the table holds list<.*int64>, which is no number.*--data.image-column"),
+        ([b"a", b"b", b"a"], r"column x of the table holds binary"),
+        ([1e308, -1e308, 1e308], r"runs from -1e\+308 to 1e\+308, which 64-bit floats cannot standardise"),
+    ],
+)
+def test_a_column_that_can_be_no_feature_is_refused_in_a_line(column: Any, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        fit_columns(pa.table({"x": column}), ["x"], missing="mean")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_of_more_values_than_a_hundred_is_refused():
+    hundred = [str(number % 100) + "x" for number in range(300)]
+    assert fit_columns(pa.table({"x": hundred}), ["x"], missing="refuse")[0].num_features == 100
+    with pytest.raises(ValueError, match="has 101 different texts"):
+        fit_columns(pa.table({"x": [*hundred, "more"]}), ["x"], missing="refuse")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"agee": [1]}, "rows has no column age, only agee; did you mean agee"),
+        ({"age": ["x"], "sex": ["f"]}, "column age of rows holds string, such as 'x'; in training it was numbers"),
+        ({"age": [1], "sex": [1]}, "column sex of rows holds int64; in training it was text"),
+        ({"age": [datetime.date.today()], "sex": ["f"]}, "column age of rows holds date32.* it was numbers"),
+        ({"age": [1e200], "sex": ["f"]}, r"column age in row 0 of rows is 1e\+200, too far from the training rows'"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_training_rows_is_refused(table: Any, message: str):
+    inputs, _ = fit_columns(pa.table({"age": [1, 2, 3], "sex": ["f", "m", "f"]}), ["age", "sex"], missing="refuse")
+    with pytest.raises(ValueError, match=message):
+        inputs.encode(pa.table(table), where="rows")
+
+
+def test_an_encoder_read_back_from_json_encodes_alike():
+    table = pa.table({"age": [0.1, 2.7, None], "sex": ["f", None, "f"], "day": pa.array([1, 2, 3], pa.date32())})
+    inputs, _ = fit_columns(table, table.column_names, missing="mean")
+    again = TableInputs.from_dict(json.loads(json.dumps(inputs.to_dict())))
+    assert again == inputs
+    np.testing.assert_array_equal(again.encode(table)[0], inputs.encode(table)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deviation": 0.0}, "deviation of 0"),
+        ({"deviation": "1"}, r"inputs.columns\[0\].deviation = '1' should be float"),
+        ({"mean": float("nan")}, "is no finite number"),
+        ({"kind": "nummer"}, "'nummer' is not one of number, time, category; did you mean number"),
+        ({"kind": "category", "values": ["b", "a"]}, "no list of distinct, sorted values"),
+        ({"kind": "category"}, "no list of distinct, sorted values"),
+        ({"strange": 1}, r"there is no field inputs.columns\[0\].strange"),
+    ],
+)
+def test_a_strangers_encoder_is_refused_in_a_line(changes: dict[str, Any], message: str):
+    tree = {"columns": [{"name": "a", "kind": "number", "mean": 0.0, "deviation": 1.0, **changes}], "missing": "mean"}
+    with pytest.raises(ValueError, match=message):
+        TableInputs.from_dict(tree)
+    with pytest.raises(ValueError, match="different names"):
+        TableInputs.from_dict({"columns": [], "missing": "mean"})
+
+
+def test_targets_are_numbers_as_they_stand():
+    table = pa.table({"a": [1, 2], "b": [0.5, -0.5], "truth": [True, False]})
+    assert target_numbers(table, ["b", "a", "truth"]).tolist() == [[0.5, 1, 1], [-0.5, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["a", "b"], "target x of prices is text, such as 'a': regression needs numbers, .*--task classification"),
+        ([1.0, None], "column x has no value in row 1 of prices: leave such rows out, a target cannot be filled in"),
+        ([float("nan"), 1.0], "column x has no value in row 0 of prices"),
+        ([1.0, float("-inf")], "column x is -inf in row 1 of prices"),
+        ([[1], [2]], "target x of prices holds list"),
+    ],
+)
+def test_a_target_that_is_no_number_is_refused(column: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        target_numbers(pa.table({"x": column}), ["x"], where="prices")
+
+
+def test_a_constant_target_is_refused():
+    refuse_constant(np.array([[1.0, 2.0], [1.5, 3.0]]), ["a", "b"])
+    with pytest.raises(ValueError, match="the target b is 2 in all 2 training examples: there is nothing to learn"):
+        refuse_constant(np.array([[1.0, 2.0], [3.0, 2.0]]), ["a", "b"])
+    with pytest.raises(ValueError, match="has no column pric, only price; did you mean price"):
+        target_numbers(pa.table({"price": [1]}), ["pric"])
