@@ -98,13 +98,13 @@ def _examine(config: Config) -> Iterator[Check]:
 
 def _data(config: Config) -> Generator[Check, None, FullSet | None]:
     try:
-        full_set = load_full_set(config.data)
+        full_set = load_full_set(*config.learned)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         yield Check("data", False, _why(error))
         return None
     sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
-    shape = " × ".join(map(str, full_set.image_shape))
-    yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.num_classes} classes, images of {shape}")
+    found = ", ".join(f"{name} {value}" for name, value in full_set.task.describe().items())
+    yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.task.name}: {found}".replace("_", " "))
     for note in full_set.notes:
         yield Check("data", None, note)
     return full_set
@@ -150,7 +150,7 @@ def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | No
         out = "choose another --name, or start over with --fresh"
         return Check("earlier run", False, f"{directory.uri} holds a run of another config ({told}): {out}")
     if full_set is not None:
-        directory.refuse_changed(identify([config], {config.data: full_set}, directory.read_identity()))
+        directory.refuse_changed(identify([config], {config.learned: full_set}, directory.read_identity()))
     if directory.exists(REPORT_PATH):
         return Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
     return Check("earlier run", True, "unfinished: `raysubset run` would go on with it")

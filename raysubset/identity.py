@@ -8,14 +8,14 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from raysubset.config import DATA_NAMES, Config, DataConfig, flatten, shapes_result
+from raysubset.config import DATA_NAMES, Config, DataConfig, Learned, flatten, shapes_result
 from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.user_code import code_fingerprint, source_files
 
 
-def identify(configs: Iterable[Config], full_sets: dict[DataConfig, FullSet], known: Identity | None) -> Identity:
+def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known: Identity | None) -> Identity:
     """What the names in these configs stand for. Sets that are not read from files are loaded, and added to full_sets.
 
     Args:
@@ -24,16 +24,16 @@ def identify(configs: Iterable[Config], full_sets: dict[DataConfig, FullSet], kn
     """
     data, code, places = {}, {}, {}
     for config in configs:
-        name, own = _data_name(config.data), config.data
+        name, own = _data_name(config), config.learned
         if name not in data:
-            earlier = known_fingerprint(known, own)
-            found = None if own in full_sets else file_fingerprint(own, earlier)
+            earlier = known_fingerprint(known, config)
+            found = None if own in full_sets else file_fingerprint(config.data, earlier)
             if found is None:
                 if own not in full_sets:
-                    full_sets[own] = load_full_set(own, known=earlier)
+                    full_sets[own] = load_full_set(*own, known=earlier)
                 found = full_sets[own].fingerprint
             data[name] = found
-            places |= _data_place(own)
+            places |= _data_place(config.data)
         for reference in config.functions().values():
             if reference not in code:
                 code[reference] = code_fingerprint(reference)
@@ -47,8 +47,8 @@ def places_notes(identity: Identity) -> list[Note]:
     return [Note(places)] if places else []
 
 
-def known_fingerprint(known: Identity | None, config: DataConfig) -> pa.Table | None:
-    """What an earlier identity says of a set."""
+def known_fingerprint(known: Identity | None, config: Config) -> pa.Table | None:
+    """What an earlier identity says of a config's set."""
     return known.data.get(_data_name(config)) if known else None
 
 
@@ -56,12 +56,13 @@ def _is_of_arrays(config: DataConfig) -> bool:
     return kind_of(config.name) == "function" or config.name == "digits"
 
 
-def _data_name(config: DataConfig) -> str:
-    """Of a set in an identity: what is made of arrays depends on how they were cut, too."""
-    if _is_of_arrays(config):
-        options = {key: value for key, value in flatten({"data": asdict(config)}).items() if shapes_result(key)}
-        return f"{config.name} {hashlib.blake2b(json.dumps(options).encode(), digest_size=4).hexdigest()}"
-    return config.name
+def _data_name(config: Config) -> str:
+    """Of a set in an identity: what is made of arrays depends on how they were read and cut, too."""
+    if not _is_of_arrays(config.data):
+        return config.data.name
+    tree = {"data": asdict(config.data), "task": asdict(config.task)}
+    options = {key: value for key, value in flatten(tree).items() if shapes_result(key)}
+    return f"{config.data.name} {hashlib.blake2b(json.dumps(options).encode(), digest_size=4).hexdigest()}"
 
 
 def _data_place(config: DataConfig) -> dict[str, str]:

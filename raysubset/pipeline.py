@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from raysubset.cluster import call_on_cluster, connected, get_shared, own_address, put_once, reached
-from raysubset.config import Config, DataConfig, TrainingStage
+from raysubset.config import Config, Learned, TrainingStage
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
@@ -48,7 +48,7 @@ from raysubset.run_directory import (
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
 from raysubset.subset_actors import ActorPool, find_minima
 from raysubset.tracking import refuse_missing, track_finished, tracked
-from raysubset.trained_model import model_record, save_model
+from raysubset.trained_model import ModelRecord, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
 from raysubset.work import Piece, Run, leave_test, perturbed, seeded_model
@@ -86,7 +86,7 @@ def run(
     refuse_old_ray_train()
     tell: OnEvent = on_event or (lambda event: None)
     directory = RunDirectory(config.storage_path, config.run_name())
-    full_sets = {} if full_set_ref is None else {config.data: get_shared(full_set_ref)}
+    full_sets = {} if full_set_ref is None else {config.learned: get_shared(full_set_ref)}
     record = None if fresh else _finished(directory, config, full_sets, accept_changed_code)
     if record is not None:
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
@@ -94,9 +94,9 @@ def run(
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     # mistakes in the data are told before Ray is started
     known = None if fresh else directory.read_identity()
-    if config.data not in full_sets:
-        full_sets[config.data] = load_full_set(config.data, known=known_fingerprint(known, config.data))
-    full_set, identity = full_sets[config.data], identify([config], full_sets, known)
+    if config.learned not in full_sets:
+        full_sets[config.learned] = load_full_set(*config.learned, known=known_fingerprint(known, config))
+    full_set, identity = full_sets[config.learned], identify([config], full_sets, known)
     plan = make_plan(config, full_set)
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
@@ -132,7 +132,7 @@ def run(
 
 
 def _finished(
-    directory: RunDirectory, config: Config, full_sets: dict[DataConfig, FullSet], accept_changed_code: bool
+    directory: RunDirectory, config: Config, full_sets: dict[Learned, FullSet], accept_changed_code: bool
 ) -> dict[str, Any] | None:
     """The report of a finished run of this config. None if there is none, it or a file that it names is damaged or
     gone (with a warning), or opening the run will have to refuse.
@@ -325,16 +325,7 @@ class _Stages:
     def _leave_model(self, weights: Weights) -> dict[str, Seal]:
         """Leave the run's model, and say where it needs the user's code; the seals of its files."""
         config, full_set = self._config, self._full_set
-        record = model_record(
-            config.model,
-            num_classes=full_set.num_classes,
-            class_names=full_set.class_names,
-            image_shape=full_set.image_shape,
-            mean=full_set.mean,
-            std=full_set.std,
-            grey_range=full_set.grey_range,
-        )
-        files, flaw = save_model(self._directory, weights, record)
+        files, flaw = save_model(self._directory, weights, ModelRecord(config.model, full_set.task))
         if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))

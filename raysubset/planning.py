@@ -4,22 +4,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
-import torch
 from torch import nn
 
 from raysubset.aggregation import Forward, method_of, methods_tried, refuse_contradictions, statistics_of
 from raysubset.config import Config, MinimizeConfig
-from raysubset.data import Examples, FullSet
+from raysubset.data import FullSet
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.fingerprints import digest
 from raysubset.models import has_batch_norm, num_parameters
-from raysubset.soundness import findings, most_workers
+from raysubset.soundness import findings, most_workers, refuse_unfit_methods
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
+from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
 from raysubset.training import (
-    EXACT_OUTPUTS,
-    SAMPLED_TERMS,
     Cost,
     diagonal_fisher,
     fisher_cost,
@@ -57,25 +56,27 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         ValueError: if the subsets cannot be cut, the model does not fit images, classes and aggregation, a step of
             training fails on a copy of it, or batches are too small for it or for the workers that share them.
     """
-    num_train, num_classes = len(full_set.train), full_set.num_classes
+    num_train, num_outputs = len(full_set.train), full_set.spec.num_outputs
     model = seeded_model(config, full_set)
-    num, share = num_parameters(model), forward_share(model, full_set.image_shape)
+    num, share = num_parameters(model), forward_share(model, full_set.spec)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
     quorum = config.actors.quorum
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
+    refuse_unfit_methods(config, full_set)
     twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
     least = subsample_size(config, min(sizes)) if twice else min(sizes)
     most = most_workers(config, full_set, model, least_subset=least)
     found = findings(config, full_set, model)
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
-        labels = full_set.train.labels
-        missing = missing_class_warnings(subsets, labels, num_classes)
+        missing = list[Note]()
+        if names := full_set.task.class_names:
+            missing = missing_class_warnings(subsets, full_set.strata, len(names))
         measuring = _measuring_advice(config, full_set, sizes, model, share)
-        lines = [*advice(num_train, sizes, num_classes, num), *missing, *measuring, *lines]
+        lines = [*advice(num_train, sizes, num_outputs, num), *missing, *measuring, *lines]
     worked = [size + subsample_size(config, size) for size in sizes] if twice else sizes
     epochs = config.rounds.num * config.minimize.epochs / num_train
     around = config.trunk.epochs + config.fine_tuning.epochs
@@ -93,8 +94,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         num_parameters=num,
         num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         forward_share=share,
-        full_set_ratio=overdetermination_ratio(num_train, num_classes, num),
-        subset_ratios=tuple(overdetermination_ratio(size, num_classes, num) for size in sizes),
+        full_set_ratio=overdetermination_ratio(num_train, num_outputs, num),
+        subset_ratios=tuple(overdetermination_ratio(size, num_outputs, num) for size in sizes),
         advice=(*found, *lines),
         statistics=statistics,
         passes=passes,
@@ -113,11 +114,8 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     kinds = statistics_of(config)
     if "fisher" not in kinds:
         return kinds, []
-    height, width, channels = full_set.image_shape
-    one = torch.ones(channels)
-    example = Examples(torch.zeros(1, height, width, channels, dtype=torch.uint8), torch.zeros(1).long(), one, one)
     try:
-        diagonal_fisher(model, example, config.minimize, labels="true")
+        diagonal_fisher(model, full_set.examples("validation", np.arange(1)), config.minimize, labels="true")
     except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
         cause = first_line(error)
         if aggregation.method != "auto":
@@ -125,10 +123,9 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
                 f"aggregation.method={aggregation.method} cannot be used with {config.model.name}: {cause}"
             ) from error
         return tuple(kind for kind in kinds if kind != "fisher"), [Note(f"auto goes without fisher: {cause}")]
-    by_true_labels = config.minimize.loss == "cross_entropy" and aggregation.fisher_labels == "true"
-    if full_set.num_classes <= EXACT_OUTPUTS or by_true_labels:
+    num, labels = full_set.spec.num_outputs, aggregation.fisher_labels
+    if num <= EXACT_OUTPUTS or full_set.task.num_fisher_terms(labels=labels) != SAMPLED_TERMS:
         return kinds, []
-    num = full_set.num_classes
     return kinds, [Note(f"the Fisher's sum over {num} outputs is estimated from {SAMPLED_TERMS} draws an example")]
 
 
@@ -163,8 +160,8 @@ def _evaluation(
         if "gram" in statistics:
             total += Cost(num_forward=taken)
         if "fisher" in statistics:
-            labels, classes = config.aggregation.fisher_labels, full_set.num_classes
-            total += fisher_cost(taken, classes, num_parameters(model), config.minimize, labels=labels)
+            labels = config.aggregation.fisher_labels
+            total += fisher_cost(taken, num_parameters(model), full_set.task, labels=labels)
     return total
 
 
@@ -233,14 +230,15 @@ def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
     A digest of the data stands in its metadata.
     """
     train = full_set.train
+    labels = train.arrays().get("label")
     parts = [
         pa.table(
             {
                 "subset": pa.array([subset.id] * len(subset.indices), pa.int32()),
                 "position": subset.indices,
                 "row": train.table["row"].to_numpy()[subset.indices],
-                "label": train.labels[subset.indices],
             }
+            | ({} if labels is None else {"label": labels[subset.indices]})
         )
         for subset in subsets
     ]

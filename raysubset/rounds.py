@@ -151,12 +151,12 @@ class Rounds:
         """
         config, directory = self._config, self._directory
         self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima"))
-        num_classes, num_parameters = self._full_set.num_classes, self._plan.num_parameters
+        num_outputs, num_parameters = self._full_set.spec.num_outputs, self._plan.num_parameters
         records, others = (
             [directory.read_json(piece.output.record_path) for piece in of_kind] for of_kind in (pieces, parts)
         )
         for record in records:
-            ratio = overdetermination_ratio(record["num_examples"], num_classes, num_parameters)
+            ratio = overdetermination_ratio(record["num_examples"], num_outputs, num_parameters)
             record["overdetermination_ratio"] = ratio
         momentum = None
         if round and config.rounds.has_outer_step():

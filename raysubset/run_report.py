@@ -121,9 +121,7 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
         "num_train": len(full_set.train),
         "num_validation": len(full_set.validation),
         "num_test": len(full_set.test),
-        "num_classes": full_set.num_classes,
-        "image_shape": list(full_set.image_shape),
-        "augmentation": full_set.augmentation,
+        **full_set.task.describe(),
         "notes": [note.to_dict() for note in full_set.advice],
     }
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import nn
 
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
@@ -10,7 +12,10 @@ from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import Note
 from raysubset.models import has_dropout, needs_default_layout
+from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import least_batch, try_training
+
+MOST_SAMPLED = 64  # validation examples that a network is tried on
 
 
 def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_subset: int) -> int:
@@ -23,7 +28,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         ValueError: if a stage's smallest batch is too small for the network or for the workers that are asked for, or
             its optimizer cannot minimize the network's loss.
     """
-    most, needed = 1, least_batch(model, full_set.image_shape)
+    most, needed = 1, least_batch(model, full_set.spec)
     for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
         recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
         is_whole = recipe.optimizer in WHOLE_SUBSET
@@ -53,6 +58,20 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
     return most
 
 
+def refuse_unfit_methods(config: Config, full_set: FullSet) -> None:
+    """Stop where a method asks of the task what it does not say: how its loss curves, or what is to be watched.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    task, example = full_set.task, full_set.examples("validation", np.arange(1))
+    outputs, targets = torch.zeros(1, *full_set.spec.outputs), example.targets()
+    if config.minimize.optimizer == "gauss_newton":
+        task.curvature(outputs, outputs, targets)
+    if config.minimize.skipping.kind != "none":
+        task.watched(outputs, targets)
+
+
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:
     """(stage, examples, workers asked for) of each."""
     if config.method == "conventional":
@@ -71,13 +90,14 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     Raises:
         ValueError: if the steps fail.
     """
-    name, loss = config.model.name, config.minimize.loss
+    name, objective = config.model.name, getattr(full_set.task, "objective", None)
     if ":" not in name:
         return []
     notes, left_out, ends_in = list[Note](), {}, None
+    sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
     for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
         try:
-            trial = try_training(model, recipe, num_classes=full_set.num_classes, image_shape=full_set.image_shape)
+            trial = try_training(model, recipe, sample)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         except Exception as error:  # the user's forward() may raise anything
@@ -94,16 +114,16 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     if left_out:
         text = f"{name} leaves parameters out of some steps or all, which do not move them: {_some(list(left_out))}"
         notes.append(Note(text))
-    if ends_in in ("softmax", "sigmoid") and loss == "cross_entropy":
+    if ends_in in ("softmax", "sigmoid") and isinstance(objective, CrossEntropy):
         text = (
             f"{name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly "
-            "learns: have it return logits, or set --minimize.loss squared_error"
+            "learns: have it return logits, or set --task.loss squared_error"
         )
         notes.append(Note(text, is_warning=True))
-    if ends_in == "log_softmax" and loss == "squared_error":
+    if ends_in == "log_softmax" and isinstance(objective, SquaredError):
         text = (
             f"{name} ends in a log_softmax, which squared error compares with 0 and 1: have it return "
-            "logits, or set --minimize.loss cross_entropy"
+            "logits, or set --task.loss cross_entropy"
         )
         notes.append(Note(text, is_warning=True))
     return notes

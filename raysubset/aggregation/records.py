@@ -28,7 +28,7 @@ class Minimum:
     validation: Metrics | None  # likewise
     cost: Cost  # of the attempt that finished
     load_weights: Callable[[], Weights] = field(repr=False)
-    load_outputs: Callable[[], Tensor] = field(repr=False)  # [num_validation, num_classes], predict()'s
+    load_outputs: Callable[[], Tensor] = field(repr=False)  # [num_validation, …], predict()'s
     load_statistics: Callable[[str], Weights] = field(default=_no_statistics, repr=False)
     """What its actor left of a kind; ValueError where there is nothing. By parameter, "fisher": diagonal_fisher(); by
     layer, "gram": gram_matrices(); "subsample": the weights of the minimum on a part of the subset."""

@@ -17,7 +17,8 @@ from raysubset.aggregation.streaming import (
     shares_start,
 )
 from raysubset.config import AggregationConfig
-from raysubset.training import Metrics, mean_prediction
+from raysubset.tasks import Task
+from raysubset.training import Metrics
 
 
 def soup_methods(config: AggregationConfig) -> dict[str, Method]:

@@ -330,7 +330,7 @@ def _advise(command: Advise) -> int:
     held_against = command.against and read_report(command.against)
     if held_against and held_against.get("kind") != "comparison":
         raise ValueError(f"--against {command.against}: that is no comparison: give the directory of one")
-    full_set = load_full_set(config.data)
+    full_set = load_full_set(*config.learned)
     plan, num_train = make_plan(config, full_set), len(full_set.train)
     measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))
     per_s = measured.examples_per_s

@@ -90,9 +90,9 @@ def compare(
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     known = None if fresh else directory.read_identity()
-    full_set = load_full_set(config.data, known=known_fingerprint(known, config.data))
+    full_set = load_full_set(*config.learned, known=known_fingerprint(known, config))
     configs = [config.with_overrides(dict(arm.overrides)) for arm in chosen]
-    identity = identify([config, *configs], {config.data: full_set}, known)
+    identity = identify([config, *configs], {config.learned: full_set}, known)
     plan = make_plan(config, full_set)
     plans = {arm.key: plan for arm in chosen}
     plans |= {a.key: make_plan(config.with_overrides(dict(a.overrides)), full_set) for a in chosen if a.overrides}

@@ -19,6 +19,8 @@ UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # of a file's name, on all usual file systems
 _NAME_CHARACTERS = 60  # of data and of model, in a name that is made
 
+Learned = tuple[DataConfig, TaskConfig]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -140,7 +142,7 @@ class Config:
         return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
 
     @property
-    def learned(self) -> "tuple[DataConfig, TaskConfig]":
+    def learned(self) -> "Learned":
         """What a full set is read by: runs that agree in it share one."""
         return self.data, self.task
 

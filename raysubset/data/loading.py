@@ -32,12 +32,15 @@ _MOST_LISTED = 10  # classes named in one line
 _logger = logging.getLogger(__name__)
 
 
-def load_full_set(config: DataConfig, *, known: pa.Table | None = None) -> FullSet:
+def load_full_set(
+    config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None
+) -> FullSet:
     """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
 
     Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
 
     Args:
+        task: what is to be learned from it; by default what the data are for.
         known: an earlier fingerprint of it, whose files need not be digested again where they are as they were.
 
     Raises:

@@ -3,7 +3,7 @@
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from raysubset.run_directory import (
     save_checkpoint,
     weights_path,
 )
+from raysubset.soundness import MOST_SAMPLED
 from raysubset.streaming import read_by_ray_data
 from raysubset.training import (
     Cost,
@@ -200,8 +201,8 @@ class _Worker:
             return False
         found = self._directory.exists(left_out_path(self._stage))
         if not found:
-            shape, num_classes = self._full_set.image_shape, self._full_set.num_classes
-            trial = try_training(copied(model).cpu(), self._recipe, num_classes=num_classes, image_shape=shape)
+            sample = self._full_set.examples("validation", np.arange(min(len(self._full_set.validation), MOST_SAMPLED)))
+            trial = try_training(copied(model).cpu(), self._recipe, sample)
             found = bool(trial.left_out)
         return bool(shard.sum(torch.tensor(float(found), device=self._device)).item())
 
@@ -240,10 +241,10 @@ class _Worker:
                 torch.distributed.broadcast(buffer, src=0)
         part = evaluate(self._model, self._validation, self._recipe)
         on = self._device if self._device.type == "cuda" else "cpu"
-        sums = torch.tensor([part.loss_sum, part.num_correct, part.num_examples], dtype=torch.float64, device=on)
-        loss_sum, num_correct, num_examples = self._shard.sum(sums).tolist()
+        flat = [part.loss_sum, part.num_examples, *_flat(part.sums)]
+        loss_sum, num_examples, *rest = self._shard.sum(torch.tensor(flat, dtype=torch.float64, device=on)).tolist()
         self._measured += Cost(num_forward=int(num_examples))
-        return Metrics(loss_sum, int(num_correct), int(num_examples))
+        return Metrics.of_sums(self._full_set.task, loss_sum, _unflat(rest, part.sums), int(num_examples))
 
     def _beat_if_due(self, work: Work, progress: Progress) -> None:
         """Write how far the work is: what is lost if we die is counted."""
@@ -314,6 +315,21 @@ class _Worker:
             num_workers=self._shard.num,
         )
         ledger.write(self._work)
+
+
+def _flat(sums: Mapping[str, Any]) -> list[float]:
+    """All numbers of tasks.sums_of() in a row."""
+    return [number for total in sums.values() for number in (total if isinstance(total, list) else [total])]
+
+
+def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of _flat() for sums like these: what was counted is whole."""
+    left, found = iter(numbers), {}
+    for name, total in sums.items():
+        kind = int if name.startswith("num_") else float
+        own = [kind(next(left)) for _ in (total if isinstance(total, list) else [total])]
+        found[name] = own if isinstance(total, list) else own[0]
+    return found
 
 
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ class Leg:
 
     def _depends_on(self, name: str) -> bool:
         """Whether a field can matter to this leg, beyond what its start and members stand for already."""
-        rooms = {"seed", "data", "model", "minimize", "actors"}
+        rooms = {"seed", "data", "task", "model", "minimize", "actors"}
         if self.subset is not None or self.kind == "aggregate":
             rooms |= {"subsets", "rounds", "aggregation"}
         if self.stage in ("trunk", "fine_tuning"):

@@ -45,8 +45,8 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     if not all(directory.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
     config = config.with_overrides({"data.download": False})
-    full_set = load_full_set(config.data)
-    identity = identify([config], {config.data: full_set}, None)
+    full_set = load_full_set(*config.learned)
+    identity = identify([config], {config.learned: full_set}, None)
     if found := identity.changed(directory.read_identity() or identity):
         raise ValueError("; ".join(found))
     model = new_model(config.model, full_set)
@@ -67,7 +67,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
         metrics = evaluate(model, held_out, config.minimize)
         loss = metrics.loss if math.isfinite(metrics.loss) else None
         num = metrics.num_examples
-        points.append({"share": share, "loss": loss, "accuracy": metrics.accuracy, "num_examples": num})
+        points.append({"share": share, "loss": loss, full_set.quality.name: metrics.values[full_set.quality.name], "num_examples": num})
     directory.write_json(LINE_PATH, points)
     return points
 

@@ -24,7 +24,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached
-from raysubset.config import ActorsConfig, Config, DataConfig, check_number
+from raysubset.config import ActorsConfig, Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
@@ -105,14 +105,14 @@ def sweep(
     opened = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
     known = None if fresh else directory.read_identity()
-    full_sets: dict[DataConfig, FullSet] = {}
+    full_sets: dict[Learned, FullSet] = {}
     if not fresh and (record := _finished(directory, header, trials)) is not None:
         identity = identify((trial.config for trial in trials), full_sets, known)
         directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
-    for data in dict.fromkeys(trial.config.data for trial in trials):
-        full_sets[data] = load_full_set(data, known=known_fingerprint(known, data))
+    for one in {trial.config.learned: trial.config for trial in trials}.values():
+        full_sets[one.learned] = load_full_set(*one.learned, known=known_fingerprint(known, one))
     if len(qualities := {full_set.quality for full_set in full_sets.values()}) > 1:
         names = ", ".join(sorted(quality.name for quality in qualities))
         raise ValueError(f"the trials learn different things ({names}), which nothing can compare: sweep over one task")
@@ -121,7 +121,7 @@ def sweep(
         tell(note)
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
     # refuses what no trial of the setting can be
-    share_of = {one: make_plan(one, full_sets[one.data]).forward_share for one in settings}
+    share_of = {one: make_plan(one, full_sets[one.learned]).forward_share for one in settings}
     shares = {trial.name: share_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
     directory.check_writable()
     with contextlib.ExitStack() as stack:
@@ -137,14 +137,14 @@ def sweep(
         tell(Stage(f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster))
         sessions.started_up()
-        full_set_refs = {data: put_once(full_set) for data, full_set in full_sets.items()}
+        full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
         tell(Note(f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {
             trial.name: Task(
                 _with_room(trial.config, slots_each),
-                full_set_refs[trial.config.data],
+                full_set_refs[trial.config.learned],
                 trunks.get(trial.name),
                 shares[trial.name],
                 accept_changed_code,
@@ -156,8 +156,8 @@ def sweep(
                 time_attr="passes", max_t=MOST_PASSES, grace_period=FIRST_JUDGED_PASSES, reduction_factor=FEWER
             )
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, tell=tell)
-        num_train = {trial.name: len(full_sets[trial.config.data].train) for trial in trials}
-        task = task_record(full_sets[trials[0].config.data])
+        num_train = {trial.name: len(full_sets[trial.config.learned].train) for trial in trials}
+        task = task_record(full_sets[trials[0].config.learned])
         record = _gather(directory, config, space, seeds, trials, errors, num_train, shares, task)
         record["at_once"] = {"trials": at_once, "slots_each": slots_each}
         sessions.write()
@@ -199,21 +199,21 @@ def _with_room(config: Config, num_slots: int) -> Config:
 
 def _run_trunks(
     trials: Sequence[Trial],
-    full_sets: Mapping[DataConfig, FullSet],
-    full_set_refs: Mapping[DataConfig, Sequence[ray.ObjectRef]],
+    full_sets: Mapping[Learned, FullSet],
+    full_set_refs: Mapping[Learned, Sequence[ray.ObjectRef]],
     directory: RunDirectory,
     tell: OnEvent,
 ) -> dict[str, RunDirectory]:
     """Run each trunk that trials share, once; trial names to where it lies. One that fails is left out."""
     shared = shared_trunks(trials, directory.below("trunks"))
-    groups: dict[tuple[DataConfig, ActorsConfig], list[Leg]] = defaultdict(list)
+    groups: dict[tuple[Learned, ActorsConfig], list[Leg]] = defaultdict(list)
     for leg in dict.fromkeys(shared.values()):
-        groups[leg.config.data, leg.config.actors].append(leg)
+        groups[leg.config.learned, leg.config.actors].append(leg)
     if groups:
         tell(Stage(f"trunks: {len(set(shared.values()))} that trials share"))
     failed: set[Leg] = set()
-    for (data, actors), legs in groups.items():
-        run = Run(legs[0].config, directory, full_sets[data], full_set_refs[data], tell)
+    for (learned, actors), legs in groups.items():
+        run = Run(legs[0].config, directory, full_sets[learned], full_set_refs[learned], tell)
         runner = LegRunner(run, num_gpus=num_gpus_of(actors, tell), then="each of its trials runs its own")
         runner.run(legs)
         failed |= runner.failed.keys()

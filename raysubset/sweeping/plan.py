@@ -118,6 +118,7 @@ def trunk_leg(config: Config, legs_path: str) -> Leg:
     alone = Config(
         seed=config.seed,
         data=config.data,
+        task=config.task,
         model=config.model,
         minimize=recipe,
         trunk=dataclasses.replace(config.trunk, learning_rate=None),

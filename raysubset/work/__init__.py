@@ -22,7 +22,7 @@ from raysubset.work.pieces import (
     seeded_model,
 )
 from raysubset.work.run import Run
-from raysubset.work.testing import leave_metrics, leave_test, pick_mistakes, tabulate_predictions, test_weights
+from raysubset.work.testing import leave_metrics, leave_test, test_weights
 
 __all__ = [
     "Run",
@@ -46,6 +46,4 @@ __all__ = [
     "leave_metrics",
     "placed_model",
     "test_weights",
-    "tabulate_predictions",
-    "pick_mistakes",
 ]

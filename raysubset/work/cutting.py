@@ -13,14 +13,14 @@ def cut_subsets(
     config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
 ) -> tuple[Subset, ...]:
     """The subsets of a round: a pure function of config, data, round and the shares of the subsets, if not equal."""
-    train, seed = full_set.train, derive_seed(config.seed, "subsets", round)
+    strata, seed = full_set.strata, derive_seed(config.seed, "subsets", round)
     return tuple(
         split_into_subsets(
-            train.labels,
+            strata,
             config.subsets,
             seed,
-            num_classes=full_set.num_classes,
-            attributes=train.table,
+            num_classes=len(full_set.task.class_names) or int(strata.max()) + 1,
+            attributes=full_set.train.table,
             shares=shares,
         )
     )

@@ -315,7 +315,7 @@ class Minimizer:
     ) -> tuple[dict[str, Any], Cost]:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
         recipe, run, folder = self._config.minimize, self._run, piece.folder
-        own = replace(examples, augmentation="none")  # the same tensors, or files: no second copy of the subset
+        own = replace(examples, augment=False)  # the same tensors, or files: no second copy of the subset
         weights = {k: v.cpu() for k, v in model.state_dict().items()}
         files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
         training = validation = None
@@ -324,7 +324,7 @@ class Minimizer:
             held_out = full_set.examples("validation", device=examples.device)
             outputs = predict(model, held_out, recipe)
             files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
-            validation = metrics_of_outputs(outputs, held_out.labels.cpu(), recipe).to_dict()
+            validation = metrics_of_outputs(outputs, held_out.targets().cpu(), held_out.task).to_dict()
             measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
             training = evaluate(model, own, recipe).to_dict()

@@ -84,8 +84,7 @@ def aligned_soup(
             f"aligned_soup aligns at least two minima; there are {len(minima)}: use aggregation.method=select_best"
         )
     plain = uniform_soup(minima, allow_independent=True)
-    height, width, channels = examples.images.shape[1:]
-    structure = _without_frozen(trace_units(model, (channels, height, width)), averaged_names(model))
+    structure = _without_frozen(trace_units(model, examples.task.spec()), averaged_names(model))
     sample = _sample(examples)
     work = _Work(model, structure, sample, minimize)
 
@@ -191,8 +190,8 @@ def _without_frozen(structure: UnitStructure, averaged: frozenset[str]) -> UnitS
 
 
 def _sample(examples: Examples) -> Examples:
-    num = max(1, min(_MOST_EXAMPLES, _MOST_PIXELS // examples.images[0].numel()))
-    return dataclasses.replace(examples, images=examples.images[:num], labels=examples.labels[:num])
+    num = max(1, min(_MOST_EXAMPLES, _MOST_PIXELS // math.prod(examples.task.spec().inputs)))
+    return examples.select(torch.arange(min(num, len(examples)), device=examples.device))
 
 
 def _state(model: nn.Module) -> Weights:
