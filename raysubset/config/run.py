@@ -198,6 +198,11 @@ class Config:
         if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
             aggregation = {key: value for key, value in aggregation.items() if key != "num_gpus"}
             tree = {**tree, "aggregation": aggregation}
+        data = tree.get("data") if isinstance(tree, Mapping) else None
+        if isinstance(data, Mapping) and "label_column" in data and "target" not in data:  # its name of before
+            label = data["label_column"]
+            data = {key: value for key, value in data.items() if key != "label_column"}
+            tree = {**tree, "data": data if label == "label" else {**data, "target": label}}
         return from_tree(cls, tree, "")
 
 
