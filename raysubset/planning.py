@@ -59,7 +59,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     """
     num_train, num_classes = len(full_set.train), full_set.num_classes
     model = seeded_model(config, full_set)
-    num, share = num_parameters(model), forward_share(model, full_set.image_shape)
+    num, share = num_parameters(model), forward_share(model, full_set.spec)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
     quorum = config.actors.quorum
@@ -223,8 +223,7 @@ def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
         held = full_set.examples_num_bytes("train")
     else:
         held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
-    shape, num_validation = full_set.image_shape, len(full_set.validation)
-    return held + minimizing_bytes(model, config.minimize, image_shape=shape, num_examples=num_validation)
+    return held + minimizing_bytes(model, config.minimize, full_set.spec, num_examples=len(full_set.validation))
 
 
 def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:

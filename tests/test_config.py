@@ -424,8 +424,9 @@ def test_the_runs_name_changes_exactly_with_what_shapes_the_result():
 def test_a_runs_name_tells_data_model_and_method():
     config = Config(data=DataConfig(name="s3://bucket/photos v2.parquet"), method="conventional")
     assert len(Config(data=DataConfig(name="x" * 300)).run_name()) < 100
+    assert Config(model=ModelConfig(name="cnn")).run_name().startswith("digits-cnn-")
     name = config.run_name()
-    assert name.startswith("photos-v2.parquet-cnn-conventional-")
+    assert name.startswith("photos-v2.parquet-conventional-")
     assert Config(name=name).name == name  # a plain folder name
 
 

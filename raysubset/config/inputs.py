@@ -84,9 +84,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str = "cnn"
-    """cnn, lenet5, mlp, cifar_resnet, any classification network of torchvision, or package.module:function called
-    with (num_classes, (C, H, W)) and returning an nn.Module that maps float [N, C, H, W] to [N, num_classes]."""
+    name: str = "auto"
+    """auto (cnn for images, mlp for other numbers), cnn, lenet5, mlp, cifar_resnet, any classification network of
+    torchvision, or package.module:function called with a raysubset.tasks.Spec, or with (num_classes, (C, H, W)) if it
+    takes two arguments, and returning an nn.Module that maps [N, *spec.inputs] to float [N, *spec.outputs]."""
     width: int | None = None
     """Channels of the first block (cnn: 8, cifar_resnet: 16) or units of a hidden layer (mlp: 64)."""
     depth: int | None = None
@@ -96,12 +97,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
-        sizes = _MODEL_SIZES.get(self.name)
         for name in ("width", "depth"):
-            value = getattr(self, name)
-            need(value is None or sizes is not None, f"model.{name} does not apply to {self.name}: leave it out")
-        own = self.name in ("cnn", "cifar_resnet")
-        need(self.norm == "batch" or own, f"model.norm does not apply to {self.name}: leave it out")
+            has_size = self.name in ("auto", *_MODEL_SIZES)
+            need(has_size or getattr(self, name) is None, f"model.{name} does not apply to {self.name}: leave it out")
+        has_norm = self.name in ("auto", "cnn", "cifar_resnet")
+        need(has_norm or self.norm == "batch", f"model.norm does not apply to {self.name}: leave it out")
         if self.name == "cifar_resnet":
             depth = self.size()[1]
             need(
@@ -114,7 +114,7 @@ class ModelConfig:
         return ":" in self.name
 
     def size(self) -> tuple[int, int]:
-        """(width, depth) with the architecture's defaults filled in."""
+        """(width, depth) with the architecture's defaults filled in; of a network by name, not of auto."""
         width, depth = _MODEL_SIZES[self.name]
         return self.width or width, self.depth or depth
 

@@ -22,7 +22,7 @@ _NAME_CHARACTERS = 60  # of data and of model, in a name that is made
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str | None = None
-    """Name of the run: running again under it resumes. By default made of data, model and the config's digest."""
+    """Name of the run: running again under it resumes. By default made of data, model (if named) and digest."""
     storage_path: str = "~/ray_results"
     """Path or URI (pyarrow.fs: s3://…, gs://…) that holds the run directories; shared by all nodes of a cluster."""
     seed: int = 0
@@ -126,16 +126,16 @@ class Config:
         )
 
     def run_name(self) -> str:
-        """The run directory's name: `name`, or data, model and a digest of all that shapes the result."""
+        """The run directory's name: `name`, or data, model if named, and a digest of all that shapes the result."""
         if self.name:
             return self.name
         shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
         digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
-        names = (self.data.name.rstrip("/").rsplit("/", 1)[-1], self.model.name)
-        data, model = (
-            "".join(c if c.isalnum() or c in "._-" else "-" for c in name[:_NAME_CHARACTERS]) for name in names
-        )
-        return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
+        names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
+        names += [self.model.name] if self.model.name != "auto" else []
+        names += ["conventional"] if self.method == "conventional" else []
+        plain = ("".join(c if c.isalnum() or c in "._-" else "-" for c in name[:_NAME_CHARACTERS]) for name in names)
+        return "-".join([*plain, digest])
 
     def functions(self) -> dict[str, str]:
         """The user's own code that a run of it calls: each package.module:function, by the field that names it."""

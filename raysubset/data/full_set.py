@@ -16,6 +16,7 @@ from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
 from raysubset.quality import ACCURACY, Quality
+from raysubset.tasks import Spec
 
 # A channel that never varies would be divided by zero: one grey level of 256 is the least.
 _SMALLEST_STD = 1 / 255
@@ -59,6 +60,12 @@ class FullSet:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of every image."""
         return self.train.image_shape
+
+    @property
+    def spec(self) -> Spec:
+        """What a network takes and gives."""
+        height, width, channels = self.image_shape
+        return Spec((channels, height, width), (self.num_classes,))
 
     @overload
     def examples(

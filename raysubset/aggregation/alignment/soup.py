@@ -20,6 +20,7 @@ from raysubset.aggregation.streaming import mean_of, shares_start
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
 from raysubset.models import averaged_names
+from raysubset.tasks import Spec
 from raysubset.training import Weights, evaluate, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
@@ -85,7 +86,7 @@ def aligned_soup(
         )
     plain = uniform_soup(minima, allow_independent=True)
     height, width, channels = examples.images.shape[1:]
-    structure = _without_frozen(trace_units(model, (channels, height, width)), averaged_names(model))
+    structure = _without_frozen(trace_units(model, Spec((channels, height, width), ())), averaged_names(model))
     sample = _sample(examples)
     work = _Work(model, structure, sample, minimize)
 
