@@ -90,7 +90,7 @@ def minimum(
 
 def network(config: Config, full_set: FullSet, weights: Weights | None = None, *path: str) -> torch.nn.Module:
     seed = derive_seed(config.seed, "start", *path)
-    model = build_model(config.model, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=seed)
+    model = build_model(config.model, full_set.spec, seed=seed)
     if weights is not None:
         model.load_state_dict(weights)
     return model

@@ -61,6 +61,7 @@ from raysubset.aggregation import (
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Spec
 from raysubset.training import Cost, Metrics, Weights
 
 MIB = 2**20
@@ -82,8 +83,7 @@ READ = {  # of each member
 def member(seed: int) -> Member:
     generator = torch.Generator().manual_seed(seed)
     model, part = (
-        build_model(ModelConfig(name="resnet18"), num_classes=10, image_shape=(32, 32, 3), seed=s)
-        for s in (seed, seed + 100)
+        build_model(ModelConfig(name="resnet18"), Spec((3, 32, 32), (10,)), seed=s) for s in (seed, seed + 100)
     )
     fisher = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
     inputs = torch.rand(1, 513, 513, generator=generator)

@@ -31,6 +31,7 @@ from torch import nn
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, derive_seed
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 from raysubset.training import Progress, minimize
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -100,8 +101,7 @@ def actors_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, se
 
 def seconds(loop: Callable[..., None], examples: Examples, config: MinimizeConfig, depth: int) -> tuple[float, float]:
     """Time of one run, and the sum of the weights' magnitudes it ends at: CPU time on a CPU, which others use too."""
-    shape = (28, 28, 1)
-    model = build_model(ModelConfig(width=16, depth=depth), num_classes=10, image_shape=shape, seed=0)
+    model = build_model(ModelConfig(width=16, depth=depth), Spec((1, 28, 28), (10,)), seed=0)
     model.to(device=examples.images.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     clock = time.process_time if examples.images.device.type == "cpu" else time.perf_counter
     started = clock()

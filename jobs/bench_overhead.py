@@ -38,8 +38,8 @@ def bare() -> None:
     use_device(num_gpus=0, num_threads=1)
     config = Config().with_overrides(OVERRIDES)
     data = load_full_set(config.data)
-    shape, num_classes = data.image_shape, data.num_classes
-    model = build_model(config.model, num_classes=num_classes, image_shape=shape, seed=0)
+    num_classes = data.num_classes
+    model = build_model(config.model, data.spec, seed=0)
     model = model.to(memory_format=torch.channels_last)
     minimize(model, data.examples("train", augment=True), config.stage("trunk"), seed=0)
     trunk = {key: value.clone() for key, value in model.state_dict().items()}

@@ -41,10 +41,7 @@ def main() -> None:
     print(f"{name}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}; MNIST, batch 64, sgd")
     for model_config in (ModelConfig(width=16, depth=2), ModelConfig(name="mlp", width=32)):
         for num in options.members:
-            models = [
-                build_model(model_config, num_classes=10, image_shape=full_set.image_shape, seed=seed)
-                for seed in range(num)
-            ]
+            models = [build_model(model_config, full_set.spec, seed=seed) for seed in range(num)]
             models = [place(model, device, channels_last=True) for model in models]
             subsets = [np.arange(SIZE) + SIZE * i for i in range(num)]
             examples = [full_set.examples("train", subset, device=device, augment=True) for subset in subsets]

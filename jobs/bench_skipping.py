@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from raysubset.config import ModelConfig, SkippingConfig
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 from raysubset.training import Shard
 from raysubset.training.techniques.skipping import Skipping
 
@@ -49,9 +50,9 @@ class Steps:
     """Forward and backward passes of one network on one batch, its weights moving or frozen."""
 
     def __init__(self, case: Case, device: str) -> None:
-        model = build_model(case.model, num_classes=10, image_shape=case.image_shape, seed=0).to(device)
-        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         height, width, channels = case.image_shape
+        model = build_model(case.model, Spec((channels, height, width), (10,)), seed=0).to(device)
+        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         images = torch.randn(BATCH, channels, height, width, device=device)
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(BATCH, device=device) % 10

@@ -109,8 +109,7 @@ def run_one(full_set: FullSet, name: str, recipe: MinimizeConfig, seed: int) -> 
     """Minimize from the seed's start, looking at both losses now and then."""
     examples = subset(full_set, SIZES[name], seed)
     validation = full_set.examples("validation", np.arange(min(NUM_VALIDATION, len(full_set.validation))))
-    shape = full_set.image_shape
-    model = build_model(MODEL, num_classes=full_set.num_classes, image_shape=shape, seed=derive_seed(seed, "start"))
+    model = build_model(MODEL, full_set.spec, seed=derive_seed(seed, "start"))
     points: list[Point] = []
     looking_s = 0.0
 
@@ -211,7 +210,7 @@ def main() -> None:
     all_chosen = {}
     for name in arguments.sets:
         full_set, started = load_full_set(DataConfig(name=name, root=arguments.root)), time.perf_counter()
-        network = build_model(MODEL, num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=0)
+        network = build_model(MODEL, full_set.spec, seed=0)
         ratio = SIZES[name] * full_set.num_classes / num_parameters(network)
         print(f"\n{name}: {SIZES[name]} examples, {num_parameters(network)} parameters, Q = {ratio:.2g}")
         all_chosen[name] = run_set(full_set, name, arguments.seeds)

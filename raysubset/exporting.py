@@ -1,7 +1,7 @@
 """A trained model for others: torch.export and ONNX files that take raw images, and predictions of image files.
 
-export_model("~/ray_results/digits-cnn-1a2b3c4d", "model.onnx", format="onnx")
-for prediction in predict_files("~/ray_results/digits-cnn-1a2b3c4d", ["photo.png"]): ...
+export_model("~/ray_results/digits-1a2b3c4d", "model.onnx", format="onnx")
+for prediction in predict_files("~/ray_results/digits-1a2b3c4d", ["photo.png"]): ...
 """
 
 import json

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from raysubset.config import DATA_NAMES, Config, DataConfig, Learned, flatten, shapes_result
+from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, Config, DataConfig, Learned, flatten, shapes_result
 from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
@@ -53,7 +53,7 @@ def known_fingerprint(known: Identity | None, config: Config) -> pa.Table | None
 
 
 def _is_of_arrays(config: DataConfig) -> bool:
-    return kind_of(config.name) == "function" or config.name == "digits"
+    return kind_of(config.name) == "function" or config.name in EMBEDDED_NAMES
 
 
 def _data_name(config: Config) -> str:

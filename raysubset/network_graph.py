@@ -1,8 +1,8 @@
 """A network as a graph of torch's core operators, in JSON: what a run keeps of a user's own network, so that its model
 is loaded without calling the user's code. No files.
 
-graph, constants = trace(network, image_shape=(8, 8, 1))
-same = GraphNetwork(graph, network.state_dict() | constants, image_shape=(8, 8, 1), num_classes=10)
+graph, constants = trace(network, spec)
+same = GraphNetwork(graph, network.state_dict() | constants, spec)
 
 torch's own file of an exported program (.pt2) would not do: loading one unpickles what it holds. A graph of unknown
 origin calls nothing but the operators that `_operator` lets through, on tensors and plain numbers.
@@ -24,11 +24,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from raysubset.errors import first_line
+from raysubset.tasks import Spec
 
 _FORMAT = 1
 _TOLERANCE = 1e-4  # between the graph's outputs and the network's
-_NUM_TRIED = (2, 32)  # images that a graph is tried on, with stand-ins for tensors
-_MOST_VALUES = 2**27  # of one tensor, an image of a batch: half a GiB of float32
+_NUM_TRIED = (2, 32)  # examples that a graph is tried on, with stand-ins for tensors
+_MOST_VALUES = 2**27  # of one tensor, an example of a batch: half a GiB of float32
 
 # A size is an int, or torch's stand-in for one while a graph is traced again
 _ON_SIZES: dict[str, Callable[..., Any]] = {
@@ -48,7 +49,7 @@ _ALSO = ("adaptive_max_pool2d", "im2col", "pixel_shuffle", "pixel_unshuffle", "u
 
 
 def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
-    """torch's exported program, for any number of images.
+    """torch's exported program, for any number of examples.
 
     Raises:
         ValueError: if torch.export cannot trace the network.
@@ -65,27 +66,24 @@ def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
         log.setLevel(level)
 
 
-def trace(network: nn.Module, *, image_shape: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def trace(network: nn.Module, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The network's graph in evaluation mode, a tree for JSON, and the tensors it needs that its state dict lacks.
 
     Args:
-        network: on the CPU; takes float [N, C, H, W].
-        image_shape: (H, W, C).
+        network: on the CPU.
+        spec: what it takes and gives.
 
     Raises:
-        ValueError: if torch.export cannot trace it, or it is no function of its images by core operators alone.
+        ValueError: if torch.export cannot trace it, or it is no function of its inputs by core operators alone.
     """
-    height, width, channels = image_shape
     network, was_training = network.eval(), network.training
-    sample = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(0))
+    sample = spec.random(3, torch.Generator().manual_seed(0))
     try:
         program = export(network, sample).run_decompositions()
         graph, constants = _record(program)
         with torch.no_grad():
             expected = network(sample)
-            same = GraphNetwork(
-                graph, {**network.state_dict(), **constants}, image_shape=image_shape, num_classes=expected.shape[1]
-            )
+            same = GraphNetwork(graph, {**network.state_dict(), **constants}, spec)
             difference = float((same(sample) - expected).abs().max())
         if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(f"the traced network's outputs differ by {difference:g}")
@@ -145,7 +143,7 @@ def _encoded(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
         case None | bool() | int() | float() | str():
             return value
         case torch.device():
-            return {"device": "of the images"}
+            return {"device": "of the inputs"}
     name = str(value).removeprefix("torch.")
     if name not in _WORDS:
         raise ValueError(f"the network's graph holds {value!r}")
@@ -186,17 +184,16 @@ class _Call:
 class GraphNetwork(nn.Module):
     """A network in evaluation mode, computed call by call; its state dict has the names of the traced network's."""
 
-    def __init__(
-        self, graph: Any, tensors: Mapping[str, Tensor], *, image_shape: tuple[int, int, int], num_classes: int
-    ) -> None:
+    def __init__(self, graph: Any, tensors: Mapping[str, Tensor], spec: Spec) -> None:
         """Check the graph on stand-ins, which take no memory.
 
         Args:
             graph: what trace() gave, or anything else.
             tensors: the weights and constants it names.
+            spec: what the network takes and gives.
 
         Raises:
-            ValueError: if this is no graph from images to float [N, num_classes], or it needs more memory than a
+            ValueError: if this is no graph from inputs to outputs of these shapes, or it needs more memory than a
                 network's would.
         """
         super().__init__()
@@ -206,15 +203,13 @@ class GraphNetwork(nn.Module):
             self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
             self._outputs = int(graph["outputs"])
             self._calls = self._parsed(graph["calls"])
-            height, width, channels = image_shape
             stand_ins = [getattr(owner, name).to("meta") for owner, name in self._tensors]
             for num in _NUM_TRIED:
-                images = torch.empty(num, channels, height, width, device="meta")
-                outputs = self._run([images, *stand_ins], limit=num * _MOST_VALUES)
-                if tuple(outputs.shape) != (num, num_classes) or not outputs.is_floating_point():
-                    raise ValueError(f"it gives {outputs.dtype} {list(outputs.shape)} for {num} images")
+                outputs = self._run([spec.zeros(num).to("meta"), *stand_ins], limit=num * _MOST_VALUES)
+                if tuple(outputs.shape) != (num, *spec.outputs) or not outputs.is_floating_point():
+                    raise ValueError(f"it gives {outputs.dtype} {list(outputs.shape)} for {num} examples")
         except Exception as error:  # a graph of unknown origin makes any line above raise anything
-            raise ValueError(f"it holds no network of {num_classes} classes: {first_line(error)}") from error
+            raise ValueError(f"it holds no network with outputs {list(spec.outputs)}: {first_line(error)}") from error
 
     def _hold(self, name: str, tensors: Mapping[str, Tensor], is_parameter: bool) -> tuple[nn.Module, str]:
         """Register a tensor under a dotted name; where it is then found."""
@@ -243,11 +238,11 @@ class GraphNetwork(nn.Module):
             parsed.append(_Call(function, name == "item" or name in _ON_SIZES, arguments, named, unneeded))
         return parsed
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self._run([images, *(getattr(owner, name) for owner, name in self._tensors)])
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._run([inputs, *(getattr(owner, name) for owner, name in self._tensors)])
 
     def _run(self, values: list[Any], *, limit: int | None = None) -> Any:
-        """The outputs, of images and tensors; ValueError where a tensor has more values than the limit."""
+        """The outputs, of inputs and tensors; ValueError where a tensor has more values than the limit."""
         device = values[0].device
         for call in self._calls:
             arguments = [_decoded(argument, values, device) for argument in call.arguments]
@@ -258,7 +253,7 @@ class GraphNetwork(nn.Module):
             if limit is not None:
                 for tensor in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(tensor, Tensor) and tensor.numel() > limit:
-                        raise ValueError(f"a tensor of {tensor.numel()} values for {len(values[0])} images")
+                        raise ValueError(f"a tensor of {tensor.numel()} values for {len(values[0])} examples")
             values.append(value)
             for number in call.unneeded:
                 values[number] = None

@@ -25,6 +25,7 @@ from raysubset.events import Note, OnEvent, Stage, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
+from raysubset.models import architecture
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.planning import (
     Plan,
@@ -284,7 +285,7 @@ class _Stages:
             "task": task_record(full_set),
             "data": data_record(full_set),
             "model": {
-                "name": config.model.name,
+                "name": architecture(config.model, full_set.spec).name,
                 "num_parameters": plan.num_parameters,
                 "num_bytes": plan.num_bytes,
                 "forward_share": plan.forward_share,
@@ -325,7 +326,7 @@ class _Stages:
     def _leave_model(self, weights: Weights) -> dict[str, Seal]:
         """Leave the run's model, and say where it needs the user's code; the seals of its files."""
         config, full_set = self._config, self._full_set
-        files, flaw = save_model(self._directory, weights, ModelRecord(config.model, full_set.task))
+        files, flaw = save_model(self._directory, weights, ModelRecord(architecture(config.model, full_set.spec), full_set.task))
         if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))

@@ -220,8 +220,7 @@ def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
         held = full_set.examples_num_bytes("train")
     else:
         held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
-    shape, num_validation = full_set.image_shape, len(full_set.validation)
-    return held + minimizing_bytes(model, config.minimize, image_shape=shape, num_examples=num_validation)
+    return held + minimizing_bytes(model, config.minimize, full_set.spec, num_examples=len(full_set.validation))
 
 
 def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:

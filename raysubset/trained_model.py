@@ -1,6 +1,6 @@
 """The trained model as others use it: an nn.Module with its normalisation and class names, from safetensors and JSON.
 
-model = load_model("~/ray_results/digits-cnn-1a2b3c4d")
+model = load_model("~/ray_results/digits-1a2b3c4d")
 labels = [model.class_names[i] for i in model(images).argmax(1)]        # images uint8 [N, C, H, W]
 """
 
@@ -19,6 +19,7 @@ from raysubset.errors import first_line
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
 from raysubset.run_directory import RunDirectory, Seal
+from raysubset.tasks import Spec
 from raysubset.training import Weights
 
 WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
@@ -39,6 +40,12 @@ class ModelRecord:
     mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
     std: tuple[float, ...]
     grey_range: GreyRange  # the values of pixels of more than 8 bits that are black and white
+
+    @property
+    def spec(self) -> Spec:
+        """What the network takes and gives."""
+        height, width, channels = self.image_shape
+        return Spec((channels, height, width), (self.num_classes,))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -164,7 +171,7 @@ def save_model(
         network = network or new_model(record.model, record)
         network.load_state_dict(weights)
         try:
-            graph, constants = trace(network, image_shape=record.image_shape)
+            graph, constants = trace(network, record.spec)
         except ValueError as error:
             flaw = str(error)
         else:
@@ -235,9 +242,7 @@ def _network(
         )
     tensors = {**weights, **directory.read_weights(CONSTANTS_PATH, files)}
     try:
-        return GraphNetwork(
-            directory.read_json(GRAPH_PATH), tensors, image_shape=record.image_shape, num_classes=record.num_classes
-        )
+        return GraphNetwork(directory.read_json(GRAPH_PATH), tensors, record.spec)
     except ValueError as error:
         raise ValueError(f"{GRAPH_PATH} in {directory.uri} cannot be used: {error}") from error
 

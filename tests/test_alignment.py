@@ -26,6 +26,7 @@ from raysubset.aggregation.alignment import (
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 from raysubset.training import Cost, Metrics, Weights, evaluate, minimize
 from tests.tiny import same_bits, weights
 
@@ -38,10 +39,12 @@ NETWORKS = {
     "mlp": ModelConfig(name="mlp", width=24, depth=2),
 }
 
+DIGITS = Spec((1, 8, 8), (10,))
+
 
 def network(config: ModelConfig, *, seed: int = 0, num_classes: int = 5) -> nn.Module:
     """In evaluation mode, with statistics and norms of which no two channels are alike."""
-    model = build_model(config, num_classes=num_classes, image_shape=(8, 8, 1), seed=seed).eval()
+    model = build_model(config, Spec((1, 8, 8), (num_classes,)), seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point():
@@ -55,7 +58,7 @@ def images(num: int = 64, *, seed: int = 5) -> Tensor:
 
 def matcher(config: ModelConfig, matching: str) -> Match:
     ours, theirs = network(config), network(config)
-    structure = trace_units(ours, (1, 8, 8))
+    structure = trace_units(ours, DIGITS)
 
     def by_weights(target: Weights, own: Weights) -> tuple[Tensor, ...]:
         names = [name for name, _ in ours.named_parameters()]
@@ -74,7 +77,7 @@ def matcher(config: ModelConfig, matching: str) -> Match:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_matching_undoes_a_permutation_exactly(name, matching):
     model = network(NETWORKS[name])
-    groups = trace_units(model, (1, 8, 8)).groups
+    groups = trace_units(model, DIGITS).groups
     own = weights(model)
     shuffled = permuted(own, groups, random_permutations(groups, torch.Generator().manual_seed(1)))
     assert not same_bits(shuffled, own)
@@ -85,7 +88,7 @@ def test_matching_undoes_a_permutation_exactly(name, matching):
 def test_weight_matching_of_one_group_is_the_best_of_all_permutations():
     config = ModelConfig(name="mlp", width=5, depth=1)
     first, second = weights(network(config, seed=1)), weights(network(config, seed=2))
-    groups = trace_units(network(config), (1, 8, 8)).groups
+    groups = trace_units(network(config), DIGITS).groups
 
     def agreement(order: tuple[int, ...]) -> float:
         moved = permuted(second, groups, (torch.tensor(order),))
@@ -110,7 +113,7 @@ def test_units_that_are_constant_are_matched_to_what_is_left():
     config = ModelConfig(name="mlp", width=5, depth=1)
     own = weights(network(config))
     own["hidden0.weight"][2] = 0.0
-    shuffled = permuted(own, trace_units(network(config), (1, 8, 8)).groups, (torch.tensor([4, 2, 0, 1, 3]),))
+    shuffled = permuted(own, trace_units(network(config), DIGITS).groups, (torch.tensor([4, 2, 0, 1, 3]),))
     (found,) = matcher(config, "activations")(own, shuffled)
     assert found.tolist() == [2, 3, 1, 4, 0]
 
@@ -118,7 +121,7 @@ def test_units_that_are_constant_are_matched_to_what_is_left():
 @pytest.mark.parametrize("matching", ["weights", "activations"])
 def test_merging_permuted_copies_of_one_network_gives_that_network(matching):
     config = NETWORKS["cnn"]
-    groups = (structure := trace_units(network(config), (1, 8, 8))).groups
+    groups = (structure := trace_units(network(config), DIGITS)).groups
     own, generator = weights(network(config)), torch.Generator().manual_seed(4)
     copies = [permuted(own, groups, random_permutations(groups, generator)) for _ in range(4)]
     loaders: list[Callable[[], Weights]] = [lambda copy=copy: copy for copy in copies]
@@ -130,7 +133,7 @@ def test_merging_permuted_copies_of_one_network_gives_that_network(matching):
 
 
 def statistics_close(model: nn.Module, other: nn.Module, *, std_only: bool = False) -> None:
-    structure = trace_units(model, (1, 8, 8))
+    structure = trace_units(model, DIGITS)
     batches = images().split(32)
     ours, theirs = (layer_statistics(m, structure, batches) for m in (model, other))
     assert ours
@@ -144,7 +147,7 @@ def statistics_close(model: nn.Module, other: nn.Module, *, std_only: bool = Fal
 def test_repair_restores_a_network_whose_activations_were_shrunk(name):
     config = NETWORKS.get(name) or ModelConfig(name="cifar_resnet", width=8, depth=8, norm="none")
     model, shrunk = network(config), network(config)
-    structure = trace_units(model, (1, 8, 8))
+    structure = trace_units(model, DIGITS)
     for layer in structure.layers:
         module = shrunk.get_submodule(layer.module)
         module.weight.data *= 0.3
@@ -162,7 +165,7 @@ def test_repair_of_batch_norm_resets_statistics_and_restores_its_outputs(name):
     for key, value in shrunk.state_dict().items():
         if "running" in key or key.endswith(("norm.weight", "norm0.weight", "norm1.weight")):
             value *= 0.4
-    structure, batches = trace_units(model, (1, 8, 8)), list(images().split(32))
+    structure, batches = trace_units(model, DIGITS), list(images().split(32))
     repair(shrunk, structure, layer_statistics(model, structure, batches), batches)
     statistics_close(shrunk, model)
     norm = "block0.norm" if name == "cnn" else "norm"
@@ -181,14 +184,14 @@ def test_repair_of_a_layer_without_bias_restores_its_standard_deviation_only():
     with torch.random.fork_rng():
         model, shrunk = tiny(), tiny()
     shrunk[0].weight.data *= torch.linspace(0.2, 0.8, 6).view(-1, 1, 1, 1)
-    structure, batches = trace_units(model, (1, 8, 8)), list(images().split(32))
+    structure, batches = trace_units(model, DIGITS), list(images().split(32))
     repair(shrunk, structure, layer_statistics(model, structure, batches), batches)
     statistics_close(shrunk, model, std_only=True)
 
 
 def test_repair_leaves_the_scale_of_a_channel_that_does_not_vary():
     model = network(ModelConfig(name="mlp", width=4, depth=1))
-    structure, batches = trace_units(model, (1, 8, 8)), list(images().split(32))
+    structure, batches = trace_units(model, DIGITS), list(images().split(32))
     targets = layer_statistics(model, structure, batches)
     model.hidden0.weight.data[1] = 0.0
     repair(model, structure, targets, batches)
@@ -242,7 +245,7 @@ def strangers() -> Strangers:
 
 
 def trained_model(norm: Literal["batch", "none"], *, seed: int = 9) -> nn.Module:
-    return build_model(ModelConfig(width=8, depth=2, norm=norm), num_classes=10, image_shape=(8, 8, 1), seed=seed)
+    return build_model(ModelConfig(width=8, depth=2, norm=norm), Spec((1, 8, 8), (10,)), seed=seed)
 
 
 @pytest.mark.parametrize(("norm", "matching"), [("batch", "weights"), ("batch", "activations"), ("none", "weights")])
@@ -291,7 +294,7 @@ def test_all_forward_work_of_an_alignment_is_counted(strangers, matching, fix, p
 def test_an_aligned_soup_of_copies_is_the_network_they_are_copies_of(strangers):
     model = trained_model("none")
     own = strangers("none")[0].load_weights()
-    groups = trace_units(model, (1, 8, 8)).groups
+    groups = trace_units(model, DIGITS).groups
     shuffled = permuted(own, groups, random_permutations(groups, torch.Generator().manual_seed(1)))
     made, report = aligned_soup(
         [minimum(0, own), minimum(1, shuffled)], model, digits(), RECIPE, matching="activations", repair=False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from raysubset.aggregation.alignment import UnitStructure, permuted, random_permutations, trace_units
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 
 OWN = {
     "cnn": ModelConfig(name="cnn", width=8, depth=2),
@@ -56,7 +57,7 @@ def permuted_outputs(model: nn.Module, structure: UnitStructure, images: Tensor)
 
 def assert_unchanged(model: nn.Module, shape: tuple[int, int, int]) -> UnitStructure:
     model = scattered(model)
-    structure = trace_units(model, shape)
+    structure = trace_units(model, Spec(shape, (5,)))
     images = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     before, after = permuted_outputs(model, structure, images)
     assert float((before - after).abs().max()) <= 1e-6 * float((before - before.mean(1, keepdim=True)).abs().max())
@@ -66,7 +67,7 @@ def assert_unchanged(model: nn.Module, shape: tuple[int, int, int]) -> UnitStruc
 @pytest.mark.parametrize("name", OWN)
 def test_permuting_units_leaves_the_outputs_of_our_own_networks_unchanged(name):
     side = 28 if name == "lenet5" else 8
-    model = build_model(OWN[name], num_classes=5, image_shape=(side, side, 1), seed=0)
+    model = build_model(OWN[name], Spec((1, side, side), (5,)), seed=0)
     structure = assert_unchanged(model, (1, side, side))
     assert (structure.num_fixed_groups, structure.held_by) == (0, ())
 
@@ -163,8 +164,8 @@ def test_units_that_meet_each_other_crosswise_stay_in_place():
 
 
 def test_a_residual_stream_that_widens_by_zeros_is_permuted_by_parts():
-    model = build_model(OWN["cifar_resnet"], num_classes=5, image_shape=(8, 8, 3), seed=0)
-    groups = {group.name: group for group in trace_units(model, (3, 8, 8)).groups}
+    model = build_model(OWN["cifar_resnet"], Spec((3, 8, 8), (5,)), seed=0)
+    groups = {group.name: group for group in trace_units(model, Spec((3, 8, 8), (5,))).groups}
     stream = {axis.names[0]: axis.positions.flatten().tolist() for axis in groups["conv"].axes if axis.axis == 1}
     assert stream["stage2.0.conv0.weight"] == list(range(8))
     assert groups["conv"].size == 8
@@ -188,7 +189,7 @@ def test_a_layer_of_which_nothing_is_known_is_refused_by_name():
         return net.attention(tokens, tokens, tokens)[0].permute(1, 2, 0).unsqueeze(-1)
 
     with pytest.raises(ValueError, match=r"nothing is known of attention \(MultiheadAttention\); use subsets.start"):
-        trace_units(Network(attend, 6, attention=attention), (3, 8, 8))
+        trace_units(Network(attend, 6, attention=attention), Spec((3, 8, 8), (5,)))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_torchvisions_transformers_are_refused(name, refused):
 
     options = {"image_size": 32} if name == "vit_b_32" else {}
     with pytest.raises(ValueError, match=f"units cannot be aligned: nothing is known of .*{refused}"):
-        trace_units(models.get_model(name, weights=None, num_classes=5, **options), (3, 32, 32))
+        trace_units(models.get_model(name, weights=None, num_classes=5, **options), Spec((3, 32, 32), (5,)))
 
 
 def test_a_forward_pass_that_depends_on_its_data_is_refused_with_the_module_named():
@@ -208,17 +209,24 @@ def test_a_forward_pass_that_depends_on_its_data_is_refused_with_the_module_name
             return x if x.sum() > 0 else -x
 
     with pytest.raises(ValueError, match=r"torch\.fx cannot trace branch \(Branching\): symbolically traced variables"):
-        trace_units(Network(lambda net, x: net.branch(x), 6, branch=Branching()), (3, 8, 8))
+        trace_units(Network(lambda net, x: net.branch(x), 6, branch=Branching()), Spec((3, 8, 8), (5,)))
+
+
+def test_units_over_a_table_are_permuted_and_tokens_refused():
+    model = build_model(OWN["mlp"], Spec((7,), (2,)), seed=0)
+    assert [group.size for group in trace_units(model, Spec((7,), (2,))).groups] == [16, 16]
+    with pytest.raises(ValueError, match=r"cannot be aligned: its inputs are tokens.*use subsets\.start=shared"):
+        trace_units(nn.Embedding(9, 2), Spec((7,), (7, 2), num_values=9))
 
 
 def test_a_network_without_hidden_units_is_refused():
     with pytest.raises(ValueError, match=r"units cannot be aligned: none are hidden; use subsets\.start=shared"):
-        trace_units(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2))
+        trace_units(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), Spec((3, 2, 2), (5,)))
 
 
 def test_a_network_whose_units_are_all_held_is_refused_with_the_operation_named():
     with pytest.raises(ValueError, match="all are kept in place by cumsum in"):
-        trace_units(Network(lambda net, x: x.cumsum(1)), (3, 8, 8))
+        trace_units(Network(lambda net, x: x.cumsum(1)), Spec((3, 8, 8), (5,)))
 
 
 def test_a_wrong_structure_does_not_pass_the_check(monkeypatch):
@@ -227,13 +235,13 @@ def test_a_wrong_structure_does_not_pass_the_check(monkeypatch):
 
     monkeypatch.setattr(operations, "MIXING", frozenset({"cumsum"}))
     with pytest.raises(AssertionError, match="permuted units change the outputs"):
-        trace_units(Network(lambda net, x: torch.cumsum(x, 1)), (3, 8, 8))
+        trace_units(Network(lambda net, x: torch.cumsum(x, 1)), Spec((3, 8, 8), (5,)))
 
 
 def test_tracing_leaves_the_model_as_it_is():
-    model = build_model(OWN["cnn"], num_classes=5, image_shape=(8, 8, 1), seed=0)
+    model = build_model(OWN["cnn"], Spec((1, 8, 8), (5,)), seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trace_units(model, (1, 8, 8))
+    trace_units(model, Spec((1, 8, 8), (5,)))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert next(model.parameters()).dtype == torch.float32

@@ -57,6 +57,11 @@ def test_fields_left_out_keep_their_defaults():
     assert Config.from_dict({"data": {"name": "mnist"}}) == Config(data=DataConfig(name="mnist"))
 
 
+def test_a_config_of_before_names_its_target_as_label_column():
+    assert Config.from_dict({"data": {"label_column": "label"}}) == Config()
+    assert Config.from_dict({"data": {"label_column": "fine"}}).data == DataConfig(target="fine")
+
+
 def test_overrides_set_single_fields_by_dotted_name():
     changed = Config(seed=3).with_overrides({"data.name": "mnist", "subsets.size": 5000, "minimize.epochs": 2})
     assert changed == Config(
@@ -385,6 +390,8 @@ WORDS = (
     "wandb",
     "float32",
     "select_best",
+    "mean",
+    "characters",
 )
 VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
 
@@ -417,8 +424,9 @@ def test_the_runs_name_changes_exactly_with_what_shapes_the_result():
 def test_a_runs_name_tells_data_model_and_method():
     config = Config(data=DataConfig(name="s3://bucket/photos v2.parquet"), method="conventional")
     assert len(Config(data=DataConfig(name="x" * 300)).run_name()) < 100
+    assert Config(model=ModelConfig(name="cnn")).run_name().startswith("digits-cnn-")
     name = config.run_name()
-    assert name.startswith("photos-v2.parquet-cnn-conventional-")
+    assert name.startswith("photos-v2.parquet-conventional-")
     assert Config(name=name).name == name  # a plain folder name
 
 

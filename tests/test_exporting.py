@@ -14,6 +14,7 @@ from raysubset.config import ModelConfig
 from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Spec
 from raysubset.trained_model import TrainedModel, model_record, save_model
 from tests.tiny import stored_weights
 
@@ -22,7 +23,7 @@ NAMES = ("cat", "a\ndog", "é, el")
 
 def saved(folder: Path, model: ModelConfig, shape: tuple[int, int, int]) -> str:
     """A run directory that holds a model with batch-norm statistics other than the initial ones."""
-    network = build_model(model, num_classes=3, image_shape=shape, seed=1)
+    network = build_model(model, Spec((shape[2], *shape[:2]), (3,)), seed=1)
     network.train()(torch.randn(16, shape[2], *shape[:2]))
     channels = shape[2]
     record = model_record(

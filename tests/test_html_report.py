@@ -232,8 +232,7 @@ def test_a_plot_takes_the_pages_ink_and_has_no_dollar_mathematics():
 def test_predictions_and_metrics_are_those_of_one_evaluation():
     full_set = load_full_set(Config().data)
     config = Config()
-    shape, num = full_set.image_shape, full_set.num_classes
-    model = build_model(config.model, num_classes=num, image_shape=shape, seed=1)
+    model = build_model(config.model, full_set.spec, seed=1)
     tested = work.test_weights(full_set, work.placed_model(full_set, 0, config), config, model.state_dict())
     expected = evaluate(model, full_set.examples("test"), config.minimize)
     assert tested.metrics.num_correct == expected.num_correct
@@ -241,6 +240,7 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     assert tested.cost.num_forward == len(full_set.test)
     table = tested.predictions
     assert table.column("row").to_pylist() == full_set.test.table.column("row").to_pylist()
+    num = full_set.num_classes
     counts = confusion(table, num)
     assert counts.trace() == expected.num_correct
     assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.labels, minlength=num).tolist()
@@ -280,12 +280,11 @@ def test_a_lost_attempt_is_told_with_how_its_work_ended(tmp_path: Path):
 def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_path: Path):
     config = Config().with_overrides({"model.name": "mlp"})  # without batch norm, whose statistics are recomputed
     full_set = load_full_set(config.data)
-    shape, num = full_set.image_shape, full_set.num_classes
     record = a_record(config)
     run = a_directory(tmp_path, record)
     expected = []
     for subset in (0, 1):
-        model = build_model(config.model, num_classes=num, image_shape=shape, seed=subset)
+        model = build_model(config.model, full_set.spec, seed=subset)
         path = weights_path(minimum_folder(0, subset))
         seal = run.write_weights(path, model.state_dict())
         record["stages"]["rounds"][-1]["minima"][subset]["files"] = {path: seal}

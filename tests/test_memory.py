@@ -1,11 +1,15 @@
 """Memory of a minimization against counts by hand, and the warning it leads to by fake numbers."""
 
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.subset_actors.cards import PROCESS_BYTES, memory_warning
-from raysubset.training import minimizing_bytes
+from raysubset.tasks import Spec
+from raysubset.training import forward_share, minimizing_bytes
 from tests.tiny import linear, same_bits, weights
 
 SGD_COPIES = 4  # weights, gradient, momentum, best
@@ -14,7 +18,7 @@ SGD_COPIES = 4  # weights, gradient, momentum, best
 def test_an_mlp_saves_its_inputs_and_hidden_units():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.ReLU(inplace=True), nn.Linear(1000, 10))
     num_weights = 64 * 1000 + 1000 + 1000 * 10 + 10
-    needed = minimizing_bytes(model, MinimizeConfig(batch_size=2000), image_shape=(8, 8, 1), num_examples=300)
+    needed = minimizing_bytes(model, MinimizeConfig(batch_size=2000), Spec((1, 8, 8), (3,)), num_examples=300)
     # an image of 64 bytes and an int64 label; the input of each linear layer, which is the output of ReLU too
     assert needed == 300 * (64 + 8) + SGD_COPIES * 4 * num_weights + 2000 * 4 * (64 + 1000)
 
@@ -25,7 +29,7 @@ def test_a_cnn_saves_what_each_layer_needs_for_its_gradient():
     )
     num_weights = 3 * 5 * 9 + 5 + 5 * 16 * 10 + 10
     config = MinimizeConfig(batch_size=2000, optimizer="adam")
-    needed = minimizing_bytes(model, config, image_shape=(8, 8, 3), num_examples=0)
+    needed = minimizing_bytes(model, config, Spec((3, 8, 8), (3,)), num_examples=0)
     # images, ReLU's output, where each maximum was (int64), and the pooled maps that the linear layer reads
     saved = 4 * 3 * 64 + 4 * 5 * 64 + 8 * 5 * 16 + 4 * 5 * 16
     assert needed == 5 * 4 * num_weights + 2000 * saved
@@ -41,16 +45,35 @@ def test_functions_called_in_forward_count_like_modules():
             return torch.nn.functional.softplus(self.head(images.flatten(1)))
 
     config = MinimizeConfig(batch_size=3000)
-    called = minimizing_bytes(Called(), config, image_shape=(8, 8, 1), num_examples=0)
+    called = minimizing_bytes(Called(), config, Spec((1, 8, 8), (3,)), num_examples=0)
     assert called == SGD_COPIES * 4 * (65 * 1000) + 3000 * 4 * (64 + 1000)
 
 
 def test_batches_of_evaluation_count_where_they_are_larger_than_those_of_training():
-    model, shape = linear(64), (8, 8, 1)
-    small = minimizing_bytes(model, MinimizeConfig(batch_size=1), image_shape=shape, num_examples=0)
+    model, spec = linear(64), Spec((1, 8, 8), (3,))
+    small = minimizing_bytes(model, MinimizeConfig(batch_size=1), spec, num_examples=0)
     assert small == SGD_COPIES * 4 * (65 * 3) + 2 * 500 * 4 * 64  # a layer's input and as much output
-    assert small == minimizing_bytes(model, MinimizeConfig(batch_size=999), image_shape=shape, num_examples=0)
-    assert small < minimizing_bytes(model, MinimizeConfig(batch_size=1001), image_shape=shape, num_examples=0)
+    assert small == minimizing_bytes(model, MinimizeConfig(batch_size=999), spec, num_examples=0)
+    assert small < minimizing_bytes(model, MinimizeConfig(batch_size=1001), spec, num_examples=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_bytes"),
+    [
+        (Spec((3, 8, 8), (10,)), 3 * 64 + 8),  # pixels of one byte
+        (Spec((3, 8, 8), (2, 8, 8)), 3 * 64 + 8 * 64),
+        (Spec((30,), (1,)), 4 * 30 + 8),
+        (Spec((16,), (16, 50), num_values=50), 8 * 16 + 8 * 16),
+    ],
+)
+def test_examples_count_by_what_they_are(spec, num_bytes):
+    if spec.num_values is None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(spec.inputs), spec.num_outputs))
+    else:
+        model = nn.Embedding(spec.num_values, spec.outputs[-1])
+    none, some = (minimizing_bytes(model, MinimizeConfig(), spec, num_examples=num) for num in (0, 7))
+    assert some - none == 7 * num_bytes
+    assert 0 < forward_share(model, spec) < 1
 
 
 def test_mixed_precision_halves_what_is_saved_and_its_cast_weights_are_no_examples():
@@ -59,7 +82,7 @@ def test_mixed_precision_halves_what_is_saved_and_its_cast_weights_are_no_exampl
         minimizing_bytes(
             model,
             MinimizeConfig(batch_size=batch_size, precision=precision),
-            image_shape=(8, 8, 1),
+            Spec((1, 8, 8), (3,)),
             num_examples=0,
         )
         for precision in ("float32", "bfloat16")
@@ -73,7 +96,7 @@ def test_the_estimate_leaves_the_model_and_the_generator_alone():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(2 * 36, 3))
     model.eval()
     before, state = weights(model), torch.get_rng_state()
-    minimizing_bytes(model, MinimizeConfig(), image_shape=(8, 8, 1), num_examples=0)
+    minimizing_bytes(model, MinimizeConfig(), Spec((1, 8, 8), (3,)), num_examples=0)
     assert same_bits(weights(model), before)
     assert not model.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,5 +1,8 @@
 """Networks: sizes counted by hand, seeds, torchvision's demands on images, and the user's own functions."""
 
+import dataclasses
+import json
+import math
 import random
 import sys
 
@@ -9,7 +12,16 @@ import torch
 from torch import nn
 
 from raysubset.config import MinimizeConfig, ModelConfig
-from raysubset.models import build_model, has_batch_norm, has_dropout, needs_default_layout, num_parameters
+from raysubset.models import (
+    architecture,
+    build_model,
+    has_batch_norm,
+    has_dropout,
+    needs_default_layout,
+    num_parameters,
+)
+from raysubset.network_graph import GraphNetwork, trace
+from raysubset.tasks import Spec
 from raysubset.training import evaluate, minimize, place
 from tests.tiny import examples, weights
 
@@ -18,7 +30,8 @@ DIGITS, MNIST, CIFAR = (8, 8, 1), (28, 28, 1), (32, 32, 3)
 
 def build(name: str = "cnn", *, num_classes: int = 10, image_shape=CIFAR, seed: int = 0, **knobs) -> nn.Module:
     config = ModelConfig(name=name, **knobs)
-    return build_model(config, num_classes=num_classes, image_shape=image_shape, seed=seed)
+    height, width, channels = image_shape
+    return build_model(config, Spec((channels, height, width), (num_classes,)), seed=seed)
 
 
 def logits(model: nn.Module, image_shape=CIFAR, num: int = 3) -> torch.Tensor:
@@ -197,6 +210,26 @@ class ArgMax(nn.Module):
 
 def text(num_classes, image_shape):
     return "a network"
+
+def of_spec(spec, width=8):
+    if spec.num_values is not None:
+        first = nn.Sequential(nn.Embedding(spec.num_values, width), nn.Flatten(), nn.LazyLinear(width))
+    else:
+        first = nn.Sequential(nn.Flatten(), nn.LazyLinear(width))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(width, spec.num_outputs), nn.Unflatten(1, spec.outputs))
+
+class InPlace(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.head = nn.Linear(*spec.inputs, *spec.outputs)
+
+    def forward(self, rows):
+        rows -= 1
+        return self.head(rows)
+
+class NoBatch(InPlace):
+    def forward(self, rows):
+        return self.head(rows).mean(0)
 """
 
 
@@ -228,11 +261,11 @@ def test_lazy_modules_are_materialised_under_the_seed(users_module):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("one_class_short", r"gave float32 \[2, 9\] for two images; it should give float logits \[2, 10\]"),
+        ("one_class_short", r"gave float32 \[2, 9\] for two images; it should give float outputs \[2, 10\]"),
         ("predicted_class", r"gave int64 \[2\] for two images"),
         ("other_images", r"cannot take images of shape \[2, 3, 32, 32\] \[N, C, H, W\]: .*mat1 and mat2"),
         ("frozen", "has no trainable parameters"),
-        ("pair", "gave a tuple; it should give logits"),
+        ("pair", "gave a tuple; it should give outputs"),
         ("text", "returned a str; it should return an nn.Module"),
         ("liner", "has no function liner; did you mean linear"),
     ],
@@ -240,6 +273,60 @@ def test_lazy_modules_are_materialised_under_the_seed(users_module):
 def test_a_users_function_of_no_use_is_refused_with_what_it_gave(users_module, function, message):
     with pytest.raises(ValueError, match=message):
         build(f"{users_module}:{function}")
+
+
+TABLE, TEXT = Spec((5,), (2,)), Spec((6,), (6, 9), num_values=9)
+MASK = Spec((3, 4, 5), (2, 4, 5))
+
+
+@pytest.mark.parametrize("spec", [TABLE, TEXT, MASK, Spec((3, 4, 5), (7,))])
+def test_a_users_function_of_one_argument_gets_the_spec(users_module, spec):
+    model = build_model(ModelConfig(name=f"{users_module}:of_spec"), spec, seed=0)
+    assert model(spec.zeros(3)).shape == (3, *spec.outputs)
+    graph, constants = trace(model, spec)
+    same = GraphNetwork(json.loads(json.dumps(graph)), model.state_dict() | constants, spec)
+    inputs = spec.random(4, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(same(inputs), model.eval()(inputs))
+    with pytest.raises(ValueError, match=r"it holds no network with outputs \[1\]"):
+        GraphNetwork(graph, model.state_dict() | constants, dataclasses.replace(spec, outputs=(1,)))
+
+
+@pytest.mark.parametrize("spec", [TABLE, TEXT, MASK])
+def test_a_users_function_of_two_arguments_is_for_images_and_classes(users_module, spec):
+    with pytest.raises(ValueError, match=r"linear takes \(num_classes, .*, but .* of one argument, a raysubset"):
+        build_model(ModelConfig(name=f"{users_module}:linear"), spec, seed=0)
+
+
+def test_networks_over_tables_are_tried_as_those_over_images(users_module):
+    model = build_model(ModelConfig(name=f"{users_module}:InPlace"), TABLE, seed=0)
+    rows = torch.zeros(3, 5)
+    model(rows)
+    assert not rows.any()
+    assert not needs_default_layout(model)
+    with pytest.raises(ValueError, match=r"gave float32 \[2\] for two inputs; it should give float outputs \[2, 2\]"):
+        build_model(ModelConfig(name=f"{users_module}:NoBatch"), TABLE, seed=0)
+    with pytest.raises(ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: "):
+        build_model(ModelConfig(name=f"{users_module}:InPlace"), dataclasses.replace(TEXT, outputs=(2,)), seed=0)
+
+
+def test_auto_is_the_network_that_fits_inputs_and_outputs():
+    specs = {"cnn": Spec((3, 32, 32), (10,)), "unet": MASK, "mlp": TABLE, "transformer": TEXT}
+    for name, spec in specs.items():
+        assert architecture(ModelConfig(), spec) == ModelConfig(name=name)
+    assert architecture(ModelConfig(name="resnet18"), TABLE).name == "resnet18"
+    with pytest.raises(ValueError, match="norm does not apply to mlp"):
+        architecture(ModelConfig(norm="group"), TABLE)
+    with pytest.raises(ValueError, match=r"cnn takes .*; inputs are floats \[5\] and outputs \[2\] .*model.name=mlp"):
+        build_model(ModelConfig(name="cnn"), TABLE, seed=0)
+    with pytest.raises(ValueError, match=r"mlp takes floats; inputs are tokens \[6\] .*model.name=transformer"):
+        build_model(ModelConfig(name="mlp"), TEXT, seed=0)
+
+
+def test_an_mlp_takes_any_floats_and_gives_any_shape():
+    for spec in (TABLE, MASK, Spec((4, 2), (1,))):
+        model = build_model(ModelConfig(name="mlp", width=4), spec, seed=0)
+        assert model(spec.zeros(3)).shape == (3, *spec.outputs)
+        assert num_parameters(model) == (math.prod(spec.inputs) + 1) * 4 + 5 * spec.num_outputs
 
 
 def test_a_missing_module_is_told_apart_from_one_that_it_imports(users_module):
@@ -373,9 +460,9 @@ def test_a_network_that_changes_its_images_in_place_is_given_copies(networks):
     ("name", "message"),
     [
         ("Squeezing", r"gave float32 \[10\] for one image; .* flatten\(1\) does not"),
-        ("Pair", "gave a tuple in train mode; it should give logits .*: leave its auxiliary heads out"),
+        ("Pair", "gave a tuple in train mode; it should give outputs .*: leave its auxiliary heads out"),
         ("Dictionary", "gave a dict in train mode"),
-        ("Wide", r"gave float32 \[2, 20\] for two images in train mode; it should give float logits \[2, 10\]"),
+        ("Wide", r"gave float32 \[2, 20\] for two images in train mode; it should give float outputs \[2, 10\]"),
         ("Complex", r"gave complex64 \[2, 10\] for two images in train mode"),
         ("WithoutGradient", r"outputs in train mode that have no gradient: leave no_grad\(\)"),
         ("Misspelt", r"cannot take images of shape .*AttributeError: 'Misspelt' object has no attribute 'haed'"),

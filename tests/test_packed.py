@@ -17,6 +17,7 @@ from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.config.minimizing import AveragingConfig, ExtrapolationConfig, SkippingConfig
 from raysubset.data import Examples
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 from raysubset.training import (
     DivergedError,
     MinimizeResult,
@@ -58,7 +59,7 @@ def build(name: str, seed: int) -> nn.Module:
             return Untraceable()
     norm: Any = "group" if name == "group_cnn" else "batch"
     config = ModelConfig(name=name.removeprefix("group_"), norm=norm, **options[name.removeprefix("group_")])
-    model = build_model(config, num_classes=3, image_shape=(8, 8, 1), seed=seed)
+    model = build_model(config, Spec((1, 8, 8), (3,)), seed=seed)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

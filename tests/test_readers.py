@@ -463,13 +463,13 @@ def test_strings_and_dictionaries_name_the_classes(tmp_path: Path):
 def test_columns_can_be_named_otherwise(tmp_path: Path):
     table = encoded_table(random_images(40), np.arange(40) % 2, row=["x"] * 40).rename_columns(["img", "fine", "row"])
     pq.write_table(table, tmp_path / "set.parquet")
-    full_set = load(tmp_path / "set.parquet", image_column="img", label_column="fine")
+    full_set = load(tmp_path / "set.parquet", image_column="img", target="fine")
     assert full_set.train.table.column_names == ["image", "label", "row"]
     assert any("column row left out" in note for note in full_set.notes)
     with pytest.raises(ValueError, match=r"has no column image: set --data.image_column to one of .*did you mean img"):
         load(tmp_path / "set.parquet")
-    with pytest.raises(ValueError, match=r"set.parquet has no column fin: set --data.label_column .*did you mean fine"):
-        load(tmp_path / "set.parquet", image_column="img", label_column="fin")
+    with pytest.raises(ValueError, match=r"set.parquet has no column fin: set --data.target .*did you mean fine"):
+        load(tmp_path / "set.parquet", image_column="img", target="fin")
 
 
 def write_bad_table(path: Path, image: Any, label: Any) -> None:

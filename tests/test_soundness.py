@@ -13,6 +13,7 @@ from raysubset.config import Config, MinimizeConfig
 from raysubset.data import even_sizes, load_full_set
 from raysubset.models import build_model, copied
 from raysubset.planning import Plan, make_plan
+from raysubset.tasks import Spec
 from raysubset.training import are_probabilities, try_training
 from tests.tiny import weights
 
@@ -167,7 +168,7 @@ def test_batches_too_small_for_the_workers_are_refused_and_for_one_fit_whatever_
 
 
 def test_trying_leaves_model_and_generators_alone():
-    model = build_model(Config().model, num_classes=3, image_shape=(8, 8, 1), seed=0)
+    model = build_model(Config().model, Spec((1, 8, 8), (3,)), seed=0)
     before, states = weights(model), (torch.random.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
     try_training(model, MinimizeConfig(), num_classes=3, image_shape=(8, 8, 1))
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())

@@ -24,6 +24,7 @@ from raysubset.data.scanning import LARGE_ROW_GROUP_BYTES, size_notes
 from raysubset.data.streamed_examples import WINDOW_BYTES, part_sizes
 from raysubset.models import build_model
 from raysubset.planning import make_plan, manifest
+from raysubset.tasks import Spec
 from raysubset.training import evaluate, minimize
 from tests import tiny
 
@@ -156,7 +157,7 @@ def test_a_subsets_minimum_has_the_same_bits(sets: tuple[FullSet, FullSet]) -> N
     minima = []
     indices = np.random.default_rng(0).permutation(len(sets[0].train))[:60]
     for full_set in sets:
-        model = build_model(ModelConfig(width=4, depth=1), num_classes=4, image_shape=(SIDE, SIDE, 3), seed=0)
+        model = build_model(ModelConfig(width=4, depth=1), Spec((3, SIDE, SIDE), (4,)), seed=0)
         minimize(model, full_set.examples("train", indices), MinimizeConfig(epochs=2.0, batch_size=20), seed=1)
         minima.append(model.state_dict())
     assert tiny.same_bits(*minima)
@@ -359,6 +360,7 @@ import dataclasses, json, resource, sys
 import numpy as np, torch
 from raysubset.config import DataConfig
 from raysubset.data import load_full_set
+from raysubset.tasks import Spec
 
 torch.set_num_threads(1)
 peaks = []

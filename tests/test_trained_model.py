@@ -10,6 +10,7 @@ from raysubset import load_model
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Spec
 from raysubset.trained_model import GRAPH_PATH, RECORD_PATH, ModelRecord, TrainedModel, model_record, save_model
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
@@ -19,7 +20,7 @@ NAMES = ("cat", "dog")
 
 @pytest.fixture
 def network() -> nn.Module:
-    network = build_model(CONFIG, num_classes=2, image_shape=SHAPE, seed=1)
+    network = build_model(CONFIG, Spec((3, 6, 5), (2,)), seed=1)
     network.train()(torch.randn(16, 3, 6, 5))  # batch-norm statistics other than the initial ones
     return network.eval()
 

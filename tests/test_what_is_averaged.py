@@ -15,6 +15,7 @@ from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.streaming import first_not_finite
 from raysubset.config import AggregationConfig, MinimizeConfig, ModelConfig
 from raysubset.models import averaged_names, build_model, has_batch_norm, trainable_names
+from raysubset.tasks import Spec
 from raysubset.training import Weights, diagonal_fisher, gram_matrices, minimize, predict, recompute_batch_norm
 from tests.test_aggregation import minimum
 from tests.tiny import examples, weights
@@ -295,8 +296,8 @@ def a_network_with_a_complex_buffer(num_classes: int, image_shape: tuple[int, in
 
 def test_complex_parameters_are_refused_and_complex_buffers_kept():
     here = "tests.test_what_is_averaged"
-    options = {"num_classes": 3, "image_shape": (8, 8, 1), "seed": 0}
+    spec = Spec((1, 8, 8), (3,))
     with pytest.raises(ValueError, match=r"parameter w is complex.*view_as_complex"):
-        build_model(ModelConfig(name=f"{here}:a_complex_network"), **options)  # type: ignore[arg-type]
-    model = build_model(ModelConfig(name=f"{here}:a_network_with_a_complex_buffer"), **options)  # type: ignore[arg-type]
+        build_model(ModelConfig(name=f"{here}:a_complex_network"), spec, seed=0)
+    model = build_model(ModelConfig(name=f"{here}:a_network_with_a_complex_buffer"), spec, seed=0)
     assert weights(model)["phase"].item() == 1 + 2j

@@ -12,6 +12,7 @@ from raysubset.config import ModelConfig
 from raysubset.data import Examples
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Spec
 
 
 def examples(
@@ -27,7 +28,7 @@ def examples(
 
 def cnn(norm: Literal["batch", "group", "none"] = "batch", *, seed: int = 0) -> nn.Module:
     """Two convolutions of 4 and 8 channels, channels-last."""
-    model = build_model(ModelConfig(width=4, depth=2, norm=norm), num_classes=3, image_shape=(8, 8, 1), seed=seed)
+    model = build_model(ModelConfig(width=4, depth=2, norm=norm), Spec((1, 8, 8), (3,)), seed=seed)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 

@@ -6,7 +6,7 @@
 A string after a field is its documentation and its `--help`.
 """
 
-from raysubset.config.inputs import DATA_NAMES, NUM_SUBSETS, DataConfig, ModelConfig, SubsetsConfig
+from raysubset.config.inputs import DATA_NAMES, EMBEDDED_NAMES, NUM_SUBSETS, DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import (
     WHOLE_SUBSET,
     AveragingConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "WHOLE_SUBSET",
     "NUM_SUBSETS",
     "DATA_NAMES",
+    "EMBEDDED_NAMES",
     "derive_seed",
     "check_number",
     "nearest",

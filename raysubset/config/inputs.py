@@ -7,7 +7,9 @@ from typing import Literal
 from raysubset.config.trees import check_fields, need
 from raysubset.uris import holds_secret
 
-DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+# Sets that scikit-learn and Python bring along: of images, of columns, and of texts.
+EMBEDDED_NAMES = ("digits", "breast_cancer", "wine", "iris", "diabetes", "python_docs")
+DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 
 # (width, depth) where the user names none. The CNN's keep Q of four quarter subsets of digits above one (Q = 2.2).
 _MODEL_SIZES = {"cnn": (8, 2), "mlp": (64, 1), "cifar_resnet": (16, 20)}
@@ -18,9 +20,10 @@ NUM_SUBSETS = 4  # that share the training set, where neither number nor size is
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     name: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10 or cifar100; the path or URI of a Parquet/Arrow file, or of a folder
-    of them or with one folder of images per class, whose splits are told by words in names (train, val, test); or
-    package.module:function returning Arrow tables or (images, labels)."""
+    """Images: digits, mnist, fashion_mnist, cifar10, cifar100. Tables: breast_cancer, wine, iris, diabetes. Text:
+    python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, or of a folder of them or with one folder of
+    images per class, whose splits are told by words in names (train, val, test); or package.module:function returning
+    Arrow tables, (inputs, targets), dicts of arrays, or a torch Dataset."""
     root: str = "~/.cache/raysubset/data"
     """Where torchvision's files of a named set lie, or are downloaded to."""
     download: bool = False
@@ -31,9 +34,19 @@ class DataConfig:
     image_size: int | None = None
     """Side in pixels that every image is resized (shorter side) and centre-cropped to. Needed where shapes differ."""
     image_column: str = "image"
-    """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape."""
-    label_column: str = "label"
-    """The Parquet/Arrow column with the labels: integers from 0 to num_classes - 1, or class names."""
+    """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
+    A table without it is learned from its other columns."""
+    target: str | None = None
+    """The column to learn: integers, class names, or numbers for regression (several with commas between). By default
+    label beside images, and target or label in other tables."""
+    columns: str | None = None
+    """The columns to learn from, with commas between. By default all but the target."""
+    missing: Literal["refuse", "mean"] = "refuse"
+    """Missing values of these columns: refused, or filled with the training mean (texts: a category of their own)."""
+    window: int = 128
+    """Tokens in one example of a text."""
+    vocabulary: Literal["bytes", "characters"] = "bytes"
+    """Tokens of a text: its UTF-8 bytes, or the characters of training text and one for all others."""
     validation_fraction: float = 0.1
     """Share of the training split held out for every choice; stratified. Ignored where the set has its own split."""
     test_fraction: float = 0.2
@@ -60,14 +73,21 @@ class DataConfig:
             validation_fraction="(0, 1)",
             test_fraction="(0, 1)",
             split_seed="(-∞, ∞)",
+            window="[1, ∞)",
         )
+
+    @property
+    def label_column(self) -> str:
+        """The target of images."""
+        return self.target or "label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str = "cnn"
-    """cnn, lenet5, mlp, cifar_resnet, any classification network of torchvision, or package.module:function called
-    with (num_classes, (C, H, W)) and returning an nn.Module that maps float [N, C, H, W] to [N, num_classes]."""
+    name: str = "auto"
+    """auto (cnn for images, mlp for other numbers), cnn, lenet5, mlp, cifar_resnet, any classification network of
+    torchvision, or package.module:function called with a raysubset.tasks.Spec, or with (num_classes, (C, H, W)) if it
+    takes two arguments, and returning an nn.Module that maps [N, *spec.inputs] to float [N, *spec.outputs]."""
     width: int | None = None
     """Channels of the first block (cnn: 8, cifar_resnet: 16) or units of a hidden layer (mlp: 64)."""
     depth: int | None = None
@@ -77,12 +97,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
-        sizes = _MODEL_SIZES.get(self.name)
         for name in ("width", "depth"):
-            value = getattr(self, name)
-            need(value is None or sizes is not None, f"model.{name} does not apply to {self.name}: leave it out")
-        own = self.name in ("cnn", "cifar_resnet")
-        need(self.norm == "batch" or own, f"model.norm does not apply to {self.name}: leave it out")
+            has_size = self.name in ("auto", *_MODEL_SIZES)
+            need(has_size or getattr(self, name) is None, f"model.{name} does not apply to {self.name}: leave it out")
+        has_norm = self.name in ("auto", "cnn", "cifar_resnet")
+        need(has_norm or self.norm == "batch", f"model.norm does not apply to {self.name}: leave it out")
         if self.name == "cifar_resnet":
             depth = self.size()[1]
             need(
@@ -95,7 +114,7 @@ class ModelConfig:
         return ":" in self.name
 
     def size(self) -> tuple[int, int]:
-        """(width, depth) with the architecture's defaults filled in."""
+        """(width, depth) with the architecture's defaults filled in; of a network by name, not of auto."""
         width, depth = _MODEL_SIZES[self.name]
         return self.width or width, self.depth or depth
 

@@ -25,7 +25,7 @@ Learned = tuple[DataConfig, TaskConfig]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str | None = None
-    """Name of the run: running again under it resumes. By default made of data, model and the config's digest."""
+    """Name of the run: running again under it resumes. By default made of data, model (if named) and digest."""
     storage_path: str = "~/ray_results"
     """Path or URI (pyarrow.fs: s3://…, gs://…) that holds the run directories; shared by all nodes of a cluster."""
     seed: int = 0
@@ -130,16 +130,16 @@ class Config:
         )
 
     def run_name(self) -> str:
-        """The run directory's name: `name`, or data, model and a digest of all that shapes the result."""
+        """The run directory's name: `name`, or data, model if named, and a digest of all that shapes the result."""
         if self.name:
             return self.name
         shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
         digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
-        names = (self.data.name.rstrip("/").rsplit("/", 1)[-1], self.model.name)
-        data, model = (
-            "".join(c if c.isalnum() or c in "._-" else "-" for c in name[:_NAME_CHARACTERS]) for name in names
-        )
-        return f"{data}-{model}-{'conventional-' if self.method == 'conventional' else ''}{digest}"
+        names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
+        names += [self.model.name] if self.model.name != "auto" else []
+        names += ["conventional"] if self.method == "conventional" else []
+        plain = ("".join(c if c.isalnum() or c in "._-" else "-" for c in name[:_NAME_CHARACTERS]) for name in names)
+        return "-".join([*plain, digest])
 
     @property
     def learned(self) -> "Learned":
@@ -219,6 +219,11 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
         if moved.get("loss") == "cross_entropy":
             moved["loss"] = "auto"
         new |= {"task": moved} if moved else {}
+    data = tree.get("data")
+    if isinstance(data, Mapping) and "label_column" in data and "target" not in data:  # its name of before
+        new["data"] = {key: value for key, value in data.items() if key != "label_column"}
+        if (label := data["label_column"]) != "label":
+            new["data"]["target"] = label
     return new
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from raysubset.config import DATA_NAMES, DataConfig, nearest
+from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
 from raysubset.data.finding import TABLE_SUFFIXES, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.locations import locate
@@ -35,7 +35,7 @@ def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Ta
         ValueError: for what kind_of() and find_files() refuse.
         OSError: what the storage raises.
     """
-    if (kind := kind_of(config.name)) == "function" or config.name == "digits":
+    if (kind := kind_of(config.name)) == "function" or config.name in EMBEDDED_NAMES:
         return None
     if kind == "named":
         system, root = fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(config.root))

@@ -25,8 +25,7 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
     Raises:
         ValueError: for a missing image or label column, with the nearest one, or two columns of one name.
     """
-    for option in ("image_column", "label_column"):
-        column = getattr(config, option)
+    for option, column in (("image_column", config.image_column), ("target", config.label_column)):
         if column not in schema.names:
             known = ", ".join(schema.names)
             hint = nearest(column, schema.names)

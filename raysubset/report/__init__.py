@@ -1,8 +1,8 @@
 """What a finished run tells: the page a user reads, and the files that other tools do. From the run directory alone.
 
-record = read_report("~/ray_results/digits-cnn-1a2b3c4d")     # report.json
+record = read_report("~/ray_results/digits-1a2b3c4d")     # report.json
 for section in sections(record): ...
-write_files("~/ray_results/digits-cnn-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
+write_files("~/ray_results/digits-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
 
 write_files() does so for a sweep or a comparison too, whose sections are sweep_sections(record) and
 comparison_sections(record). Of several runs side by side: several_sections(records), write_several(directories, path).

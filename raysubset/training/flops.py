@@ -4,43 +4,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raysubset.tasks import Spec
 from raysubset.training.records import FORWARD_SHARE
 
-_NUM_IMAGES = 2  # batch norm in training mode takes no fewer
+_NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
 _SMALL = 2**22  # parameters: a step of fewer takes less time than torch needs to get its meta device ready
 
 
-def forward_share(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+def forward_share(model: nn.Module, spec: Spec) -> float:
     """Return the forward pass's share of the operations of forward and backward pass together, in (0, 1).
 
     About a third for deep networks: a backward pass has a product for each layer's weights and one for its inputs. A
     half for shallow dense ones, whose first layer needs no gradient of its input, and more where layers are frozen.
     Matrix products and convolutions count (torch.utils.flop_counter); a network without any is given FORWARD_SHARE.
     Large networks run on torch's meta device, where nothing is computed; small ones, and those that cannot, make a step
-    on two images of zeros.
+    on two examples of zeros.
 
     Args:
         model: on the CPU; left as it is.
-        image_shape: (H, W, C).
+        spec: what it takes.
     """
-    height, width, channels = image_shape
-    shape = (_NUM_IMAGES, channels, height, width)
     was_training = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]):
             model.train()
             is_small = sum(p.numel() for p in model.parameters()) <= _SMALL
             try:
-                forward, backward = _operations(model, shape, "cpu" if is_small else "meta")
+                forward, backward = _operations(model, spec, "cpu" if is_small else "meta")
             except Exception:  # constants of a user's on the CPU, or values that decide the way
-                forward, backward = _operations(model, shape, "cpu")
+                forward, backward = _operations(model, spec, "cpu")
     finally:
         for module, mode in was_training:
             module.training = mode
     return forward / (forward + backward) if forward and backward else FORWARD_SHARE
 
 
-def _operations(model: nn.Module, shape: tuple[int, ...], device: str) -> tuple[int, int]:
+def _operations(model: nn.Module, spec: Spec, device: str) -> tuple[int, int]:
     """Floating-point operations of a forward pass on zeros, and of the backward pass of the outputs' sum."""
 
     def stand_in(tensor: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def _operations(model: nn.Module, shape: tuple[int, ...], device: str) -> tuple[
 
     tensors = {name: stand_in(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     with FlopCounterMode(display=False) as forward:
-        outputs = torch.func.functional_call(model, tensors, (torch.zeros(shape, device=device),))
+        outputs = torch.func.functional_call(model, tensors, (spec.zeros(_NUM_EXAMPLES).to(device),))
     with FlopCounterMode(display=False) as backward:
         outputs.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()

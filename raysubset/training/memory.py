@@ -1,10 +1,13 @@
 """How much of a device's memory a minimization takes: an estimate from one forward pass on the CPU."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.models import copied
+from raysubset.tasks import Spec
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import EVALUATION_BATCH
 from raysubset.training.whole_subset.objective import CHUNK_BATCHES
@@ -31,33 +34,37 @@ def bytes_in_words(num: float) -> str:
     return f"{num:.3g} TB"
 
 
-def minimizing_bytes(
-    model: nn.Module, recipe: MinimizeConfig, *, image_shape: tuple[int, int, int], num_examples: int
-) -> int:
+def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, num_examples: int) -> int:
     """Memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without what torch itself holds.
 
-    Examples as uint8 and their labels, weights with gradient, best epoch and optimizer state, and the greater of what a
-    batch saves for its backward pass and what evaluation passes from layer to layer. Gradients of activations, the
-    allocator's gaps and further copies that variations of the recipe hold (averages) come on top.
+    Examples (images as uint8) and their targets, weights with gradient, best epoch and optimizer state, and the greater
+    of what a batch saves for its backward pass and what evaluation passes from layer to layer. Gradients of
+    activations, the allocator's gaps and further copies that variations of the recipe hold (averages) come on top.
 
     Args:
         model: on the CPU; left as it is.
         recipe: batch size, optimizer and precision. With precision=auto float32 is counted: bfloat16 takes about half.
-        image_shape: (H, W, C).
+        spec: what the network takes and gives.
         num_examples: that are on the device at a time, to train and to validate on.
     """
-    height, width, channels = image_shape
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     copies = 2 * weights + (1 + _OPTIMIZER_COPIES[recipe.optimizer]) * parameters
     batch = recipe.batch_size * (CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1)
-    (few, _), (more, largest) = (_saved_bytes(model, recipe, num, (channels, height, width)) for num in _PROBED)
+    (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
     activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)
-    return num_examples * (height * width * channels + 8) + copies + activations
+    return num_examples * _example_bytes(spec) + copies + activations
 
 
-def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+def _example_bytes(spec: Spec) -> int:
+    """Of an example's inputs, and of its target: a number where outputs are [M], one a token or pixel beyond that."""
+    inputs = spec.zeros(1).to(torch.uint8) if spec.is_image else spec.zeros(1)
+    num_targets = math.prod(spec.outputs[1:]) if spec.is_image else math.prod(spec.outputs[:-1])
+    return inputs.nbytes + 8 * num_targets
+
+
+def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, spec: Spec) -> tuple[int, int]:
     """(all, the largest by example) of what a forward pass of `num` examples saves for the backward pass, in bytes.
 
     Autograd's own hooks tell it, so that functions called within forward() count like modules do.
@@ -77,13 +84,13 @@ def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, shape: tupl
         return tensor
 
     dtype = next(probe.parameters()).dtype
-    images = torch.zeros(num, *shape, dtype=dtype)
+    inputs = spec.zeros(num).to(dtype) if spec.num_values is None else spec.zeros(num)
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
-        mixed_precision(images.device, dtype, recipe.precision),
+        mixed_precision(inputs.device, dtype, recipe.precision),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        outputs = probe(images)  # held until all is counted, so that no storage is used twice
+        outputs = probe(inputs)  # held until all is counted, so that no storage is used twice
     del outputs
     return sum(saved.values()), largest // num

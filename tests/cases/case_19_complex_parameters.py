@@ -4,6 +4,7 @@ stderr, the run goes on with half the parameters. Kind: pytorch/pytorch#95337 #4
 from common import *
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 
 module(
     "net",
@@ -16,7 +17,7 @@ def make(k, s): return Net(k, s)
 """,
 )
 try:
-    kind = str(build_model(ModelConfig(name="net:make"), num_classes=3, image_shape=(8, 8, 1), seed=0).w.dtype)
+    kind = str(build_model(ModelConfig(name="net:make"), Spec((1, 8, 8), (3,)), seed=0).w.dtype)
     check("a complex parameter stays complex, or is refused", kind == "torch.complex64", kind)
 except ValueError:
     check("a complex parameter stays complex, or is refused", True)

@@ -7,12 +7,13 @@ import json, torch
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Spec
 from raysubset.trained_model import model_record, save_model
 
 
 def save(name, model, shape, scale=1.0):
     config = ModelConfig(name=model)
-    network = build_model(config, num_classes=3, image_shape=shape, seed=0)
+    network = build_model(config, Spec((shape[2], *shape[:2]), (3,)), seed=0)
     run = RunDirectory(f"{DIR}/store", name)
     save_model(
         run,

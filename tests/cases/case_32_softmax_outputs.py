@@ -8,12 +8,13 @@ from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.trained_model import model_record, save_model
 from raysubset.exporting import predict_files
+from raysubset.tasks import Spec
 
 module("net", "def make(k, s): return nn.Sequential(nn.Flatten(), nn.Linear(s[0]*s[1]*s[2], k), nn.Softmax(1))\n")
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     try:
-        network = build_model(ModelConfig(name="net:make"), num_classes=3, image_shape=(8, 8, 1), seed=0)
+        network = build_model(ModelConfig(name="net:make"), Spec((1, 8, 8), (3,)), seed=0)
     except ValueError:
         check("outputs that sum to 1 are refused", True)
         sys.exit()

@@ -109,9 +109,7 @@ def minima(model, *, num=2, optimizer="sgd", epochs=3.0, layout=True, **recipe):
     )
     weights = []
     for part in range(num):
-        network = build_model(
-            ModelConfig(name=model), num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=5
-        )
+        network = build_model(ModelConfig(name=model), full_set.spec, seed=5)
         network = place(network, torch.device("cpu"), channels_last=layout)
         minimize(network, full_set.examples("train", np.arange(part, len(full_set.train), num)), config, seed=part)
         weights.append({k: v.detach().clone() for k, v in network.state_dict().items()})
@@ -129,9 +127,7 @@ def aggregate(model, weights, config, full_set):
     mean = RunningMean()
     for one in weights:
         mean.add(one)
-    network = build_model(
-        ModelConfig(name=model), num_classes=full_set.num_classes, image_shape=full_set.image_shape, seed=0
-    )
+    network = build_model(ModelConfig(name=model), full_set.spec, seed=0)
     scorer = Scorer(
         network, calibration=full_set.examples("train"), validation=full_set.examples("validation"), minimize=config
     )

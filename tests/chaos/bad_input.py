@@ -340,7 +340,7 @@ def cases_of_files(place: Path) -> Iterator[Case]:
     )
     yield Case(
         "a column that is not there",
-        run("--data.name", str(place / "good.parquet"), "--data.label-column", "labl"),
+        run("--data.name", str(place / "good.parquet"), "--data.target", "labl"),
         "labl",
     )
     yield Case("a subset column that is not there", run("--subsets.scheme", "column", "--subsets.column", "who"), "who")

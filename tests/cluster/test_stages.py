@@ -306,7 +306,7 @@ def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
 def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_path: Path) -> None:
     made = config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none")
     full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "nan")
-    weights = build_model(made.model, num_classes=10, image_shape=full_set.image_shape, seed=0).state_dict()
+    weights = build_model(made.model, full_set.spec, seed=0).state_dict()
     with pytest.raises(ValueError, match=r"conventional: DivergedError: .*lower the learning rate"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), lambda event: None),

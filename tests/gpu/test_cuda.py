@@ -11,6 +11,7 @@ from raysubset import Config, run
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
+from raysubset.tasks import Spec
 from raysubset.training import Progress, Weights, evaluate, minimize, minimize_packed, place, try_packing, use_device
 
 pytestmark = [
@@ -24,7 +25,7 @@ def minimized(
     recipe: MinimizeConfig, device: torch.device, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Weights:
     full_set = load_full_set(DataConfig())
-    model = build_model(ModelConfig(), num_classes=10, image_shape=full_set.image_shape, seed=0).to(dtype)
+    model = build_model(ModelConfig(), full_set.spec, seed=0).to(dtype)
     model = place(model, device, channels_last=recipe.channels_last)
     minimize(model, full_set.examples("train", device=device), recipe, seed=1, **options)
     return {key: value.cpu() for key, value in model.state_dict().items()}
@@ -61,7 +62,7 @@ def test_mixed_precision_minimizes(compiled: bool) -> None:
         MinimizeConfig(epochs=4.0, precision="bfloat16", compile=compiled),
     )
     full_set = load_full_set(DataConfig())
-    model = build_model(ModelConfig(), num_classes=10, image_shape=full_set.image_shape, seed=0)
+    model = build_model(ModelConfig(), full_set.spec, seed=0)
     model.load_state_dict(minimized(recipe, device))
     assert evaluate(model, full_set.examples("validation"), recipe).accuracy > 0.8
 
@@ -72,7 +73,7 @@ def test_a_few_packed_steps_in_float64_agree_with_one_by_one() -> None:
     examples = full_set.examples("train", device=device)
     models = [
         place(
-            build_model(ModelConfig(), num_classes=10, image_shape=full_set.image_shape, seed=0),
+            build_model(ModelConfig(), full_set.spec, seed=0),
             device,
             channels_last=True,
         )
@@ -96,7 +97,7 @@ def test_members_of_the_mnist_cnn_cost_little_more_than_one(num: int, most: floa
     images = torch.randint(0, 256, (1664, 28, 28, 1), dtype=torch.uint8, generator=generator)
     labels, constant = torch.arange(1664) % 10, torch.full((1,), 0.5)
     examples = Examples(images, labels, constant, constant).to(device)
-    models = [build_model(ModelConfig(), num_classes=10, image_shape=(28, 28, 1), seed=seed) for seed in range(num)]
+    models = [build_model(ModelConfig(), Spec((1, 28, 28), (10,)), seed=seed) for seed in range(num)]
     models = [place(model, device, channels_last=True) for model in models]
     trial = try_packing(models, [examples] * num, MinimizeConfig())
     assert trial.packed_s <= most * trial.single_s

@@ -13,12 +13,13 @@ from raysubset.aggregation.alignment.operations import refusal
 from raysubset.aggregation.alignment.sites import Layer
 from raysubset.aggregation.alignment.unit_tracer import UnitTracer
 from raysubset.errors import first_line
+from raysubset.tasks import Spec
 from raysubset.training import Weights
 
 Permutations = tuple[Tensor, ...]
 """int64 [n] on the CPU for each group of n units: which unit comes to each place."""
 
-_NUM_IMAGES = 2  # of random pixels, to trace and to check with
+_NUM_EXAMPLES = 2  # of random numbers, to trace and to check with
 _TOLERANCE = 1e-6  # relative, in float64
 
 
@@ -94,34 +95,36 @@ def permuted(weights: Weights, groups: Sequence[UnitGroup], permutations: Permut
     return weights
 
 
-def trace_units(model: nn.Module, image_shape: tuple[int, int, int]) -> UnitStructure:
+def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
     """Find which units of a network may be permuted, by following each through torch.fx's graph of its evaluation mode.
 
     A unit is a channel or neuron with all that moves with it: filters, biases, statistics, the columns of the layers
     that read it. Units that meet an operation which is not understood stay in place. The result is checked: a
-    random permutation must leave the outputs for random images as they are, in float64.
+    random permutation must leave the outputs for random inputs as they are, in float64.
 
     Args:
         model: any device and type; it is copied, and left as it is.
-        image_shape: (C, H, W), as small as the network takes.
+        spec: what it takes, inputs as small as it can.
 
     Raises:
         ValueError: if torch.fx cannot trace the network, nothing is known of one of its layers (attention, recurrent
-            ones), or no units may change places.
+            ones), its inputs are tokens, or no units may change places.
     """
+    if spec.num_values is not None:
+        raise refusal("its inputs are tokens, and nothing is known of embeddings")
     model = copy.deepcopy(model).to("cpu", torch.float64).eval()
     network = fx.GraphModule(model, _graph(model))
     _randomize(model)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_NUM_IMAGES, *image_shape, dtype=torch.float64, generator=generator)
+    inputs = torch.randn(_NUM_EXAMPLES, *spec.inputs, dtype=torch.float64, generator=generator)
     names: dict[int, tuple[str, ...]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names[id(tensor)] = (*names.get(id(tensor), ()), name)
     tracer = UnitTracer(network, names)
     with torch.no_grad():
-        expected = tracer.run(images)
+        expected = tracer.run(inputs)
         structure = _structure(tracer, network.graph)
-        _check(network, structure, images, expected, generator)
+        _check(network, structure, inputs, expected, generator)
     network.graph.owning_module = None  # else the structure would keep the copy alive
     return structure
 
@@ -240,11 +243,11 @@ def _randomize(model: nn.Module) -> None:
 
 
 def _check(
-    network: fx.GraphModule, structure: UnitStructure, images: Tensor, expected: Tensor, generator: torch.Generator
+    network: fx.GraphModule, structure: UnitStructure, inputs: Tensor, expected: Tensor, generator: torch.Generator
 ) -> None:
     orders = random_permutations(structure.groups, generator)
     weights = permuted(network.state_dict(), structure.groups, orders)
-    outputs = torch.func.functional_call(network, weights, (images,))
+    outputs = torch.func.functional_call(network, weights, (inputs,))
     scale = float((expected - expected.mean(1, keepdim=True)).abs().max())
     error = float((outputs - expected).abs().max())
     assert error <= _TOLERANCE * scale, f"permuted units change the outputs by {error:g} of {scale:g}"

@@ -1,0 +1,123 @@
+"""CSV files as Arrow tables: a header, commas (.csv) or tabs (.tsv), UTF-8; what is damaged is named by its line."""
+
+import csv
+import io
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_LARGEST_BLOCK = 2**31 - 1  # bytes
+_MOST_SHOWN = 60  # characters of a damaged line
+
+
+def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table:
+    """Read a file; empty cells and NA, NaN, null and the like are nulls, in columns of texts too.
+
+    Args:
+        data: the file's bytes.
+        path: decides the delimiter by its suffix, and names the file in messages.
+        texts: columns that are texts, whatever they look like.
+
+    Raises:
+        ValueError: for a line with more or fewer values than the header, no header, or bytes that are no UTF-8.
+    """
+    delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
+    # Types are inferred from the first block alone: so the file is one.
+    read = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
+    convert = pa_csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(texts, pa.string()))
+    try:
+        parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        table = pa_csv.read_csv(pa.BufferReader(data), read, parse, convert)
+        _check_header(table.column_names, delimiter, path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the first line of {path} is not UTF-8: save the file as UTF-8") from error
+    except pa.ArrowInvalid:
+        _refuse_damaged_row(data, delimiter, path)
+        raise
+    if data.count(b'"') % 2:
+        _refuse_open_quote(data, delimiter, path)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_binary(column.type):
+            row = next(row for row, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value))
+            raise ValueError(f"column {name} of {path} is not UTF-8 in row {row}: save the file as UTF-8")
+    return table
+
+
+def _check_header(names: list[str], delimiter: str, path: str) -> None:
+    numbers = [name for name in names if _is_number(name)]
+    if numbers and (len(numbers) == len(names) or not all(name.isdigit() for name in numbers)):
+        raise ValueError(
+            f"the first line of {path} should name the columns, and holds {', '.join(names[:5])}: write a header there"
+        )
+    others = [other for other in _NAMES if other != delimiter and other in names[0]]
+    if len(names) == 1 and others:
+        raise ValueError(
+            f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, parted by {_NAMES[others[0]]}: .csv is read by "
+            "commas, .tsv by tabs; write it so, or as Parquet"
+        )
+
+
+def _refuse_damaged_row(data: bytes, delimiter: str, path: str) -> None:
+    """Refuse the first row whose number of values is not the header's, if there is one."""
+    damaged: list[pa_csv.InvalidRow] = []
+
+    def note(row: pa_csv.InvalidRow) -> str:
+        damaged.append(row)
+        return "skip"
+
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
+    pa_csv.read_csv(pa.BufferReader(data), pa_csv.ReadOptions(use_threads=False), parse)  # rows have numbers so
+    if damaged:
+        row = damaged[0]
+        assert row.number is not None
+        line, num, due = _line_of(row.number, data, delimiter), row.actual_columns, row.expected_columns
+        raise ValueError(
+            f"line {line} of {path} has {num} value{'s' if num != 1 else ''} where the header has {due} "
+            f"({row.text[:_MOST_SHOWN]!r}): mend the line, or put values that hold the delimiter in quotes"
+        )
+
+
+def _line_of(row: int, data: bytes, delimiter: str) -> int:
+    """The line that a row ends in; the header is row 1, and empty lines are no rows."""
+    reader, number = csv.reader(_lines(data), delimiter=delimiter), 0
+    for values in reader:
+        number += bool(values)
+        if number == row:
+            break
+    return reader.line_num
+
+
+def _refuse_open_quote(data: bytes, delimiter: str, path: str) -> None:
+    """Refuse a quote that is never closed: all that follows would be one value."""
+    reader, line = csv.reader(_lines(data), delimiter=delimiter, strict=True), 0
+    try:
+        for _ in reader:
+            line = reader.line_num
+    except csv.Error as error:
+        text = (
+            f"a quote that line {line + 1} of {path} opens is not closed: close it, and double quotes inside of values"
+        )
+        raise ValueError(text) from error
+
+
+def _lines(data: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace", newline="")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

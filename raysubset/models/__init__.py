@@ -1,0 +1,35 @@
+"""Networks by name: small ones whose Q can exceed one, torchvision's, and the user's own. No training, no files.
+
+model = build_model(ModelConfig(), Spec(inputs=(1, 8, 8), outputs=(10,)), seed=0)
+"""
+
+from raysubset.models.building import Described, architecture, build_model, new_model
+from raysubset.models.properties import (
+    averaged_names,
+    copied,
+    generators_restored,
+    has_batch_norm,
+    has_dropout,
+    learning_batch_norms,
+    modules_in_training,
+    num_parameters,
+    trainable_names,
+)
+from raysubset.models.trying import needs_default_layout
+
+__all__ = [
+    "Described",
+    "architecture",
+    "averaged_names",
+    "build_model",
+    "copied",
+    "generators_restored",
+    "has_batch_norm",
+    "has_dropout",
+    "learning_batch_norms",
+    "modules_in_training",
+    "needs_default_layout",
+    "new_model",
+    "num_parameters",
+    "trainable_names",
+]

@@ -1,0 +1,93 @@
+"""torchvision's classification networks, without pretrained weights."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import nearest
+from raysubset.tasks import Spec
+
+_NUM_SIDES_TRIED = 512
+
+
+class _GreyToRGB(nn.Module):
+    """Repeats one channel three times, without a copy."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+
+def check_name(name: str, others: Sequence[str]) -> None:
+    """Refuse a name that torchvision does not know.
+
+    Args:
+        others: names that are known besides.
+
+    Raises:
+        ValueError: with the nearest name that is known.
+    """
+    from torchvision import models  # 1 s to import: only for those who ask for it
+
+    names = models.list_models(module=models)
+    if name not in names:
+        known = [*others, *names]
+        raise ValueError(
+            f"there is no model {name}{nearest(name, known)}; known are {', '.join(others)}, the {len(names)} "
+            f"classification networks of torchvision, and package.module:function"
+        )
+
+
+def network(name: str, spec: Spec) -> nn.Module:
+    """A torchvision classification network without pretrained weights or auxiliary heads; grey images are repeated.
+
+    Raises:
+        ValueError: for images it cannot take, with the smallest size from theirs up that it can.
+    """
+    from torchvision import models
+
+    channels, height, width = spec.inputs
+    if channels not in (1, 3):
+        raise ValueError(f"{name} takes images of 1 or 3 channels, not {channels}")
+
+    def built(height: int, width: int) -> nn.Module:
+        options: dict[str, Any] = {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": True}
+        elif name.startswith("vit_"):
+            options = {"image_size": height}
+        elif name == "maxvit_t":
+            options = {"input_size": (height, width)}
+        return models.get_model(name, weights=None, num_classes=spec.num_outputs, **options)
+
+    any_size = None if name.startswith("vit_") or name == "maxvit_t" else built(height, width)
+
+    def fits(height: int, width: int) -> bool:
+        try:
+            with torch.device("meta"):
+                tried = any_size or built(height, width)
+            return _meta_output_shape(tried, (2, 3, height, width)) == (2, *spec.outputs)
+        except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
+            return False
+
+    if not fits(height, width):
+        largest = max(height, width)
+        side = next((side for side in range(largest, largest + _NUM_SIDES_TRIED) if fits(side, side)), None)
+        assert side is not None, f"{name} does not run on the meta device"
+        raise ValueError(
+            f"{name} cannot take images of {height}×{width}; the smallest it takes from there up are {side}×{side}: "
+            f"set data.image_size={side}"
+        )
+    model = any_size or built(height, width)
+    return nn.Sequential(OrderedDict(grey_to_rgb=_GreyToRGB(), network=model)) if channels == 1 else model
+
+
+def _meta_output_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the outputs in eval mode, found with stand-ins for the weights: no arithmetic, nothing changes."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    stand_ins = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    with torch.no_grad():
+        images = torch.empty(shape, device="meta")
+        return tuple(torch.func.functional_call(model.eval(), stand_ins, (images,)).shape)
