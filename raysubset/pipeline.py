@@ -326,7 +326,8 @@ class _Stages:
     def _leave_model(self, weights: Weights) -> dict[str, Seal]:
         """Leave the run's model, and say where it needs the user's code; the seals of its files."""
         config, full_set = self._config, self._full_set
-        files, flaw = save_model(self._directory, weights, ModelRecord(architecture(config.model, full_set.spec), full_set.task))
+        record = ModelRecord(architecture(config.model, full_set.spec), full_set.task)
+        files, flaw = save_model(self._directory, weights, record)
         if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))

@@ -1,32 +1,38 @@
-"""The trained model as others use it: an nn.Module with its normalisation and class names, from safetensors and JSON.
+"""The trained model as others use it: an nn.Module with its scaling and names inside, from safetensors and JSON.
 
 model = load_model("~/ray_results/digits-1a2b3c4d")
 labels = [model.class_names[i] for i in model(images).argmax(1)]        # images uint8 [N, C, H, W]
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
-from raysubset.data import FULL_RANGE, GreyRange
 from raysubset.errors import first_line
+from raysubset.events import Note
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
 from raysubset.run_directory import RunDirectory, Seal
-from raysubset.tasks import Spec
+from raysubset.tasks import (
+    ImageInputs,
+    NextToken,
+    Regression,
+    Spec,
+    TableInputs,
+    Task,
+    task_from_dict,
+    task_to_dict,
+)
 from raysubset.training import Weights
 
 WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
-
-_MOST_PIXELS = 2**28  # of an image: 16,384×16,384
-_LARGE = 1e6  # for a mean or a standard deviation of pixels in [0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,123 +40,135 @@ class ModelRecord:
     """model.json: what load_model() needs beside the weights."""
 
     model: ModelConfig
-    num_classes: int
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # (H, W, C)
-    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1]
-    std: tuple[float, ...]
-    grey_range: GreyRange  # the values of pixels of more than 8 bits that are black and white
+    task: Task
 
     @property
     def spec(self) -> Spec:
         """What the network takes and gives."""
-        height, width, channels = self.image_shape
-        return Spec((channels, height, width), (self.num_classes,))
+        return self.task.spec()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain values; ValueError for a user's task that JSON cannot hold."""
+        return {"model": dataclasses.asdict(self.model), **task_to_dict(self.task)}
 
     @classmethod
-    def from_dict(cls, record: Any) -> "ModelRecord":
+    def from_dict(cls, record: Any, *, trust_code: bool = False) -> "ModelRecord":
         """The record that a file holds, which may be anything.
 
         Raises:
             ValueError: if a value is missing, or of another type or range than a model's.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
+        of_task = ("num_classes", "class_names", "image_shape", "mean", "std", "grey_range")
+        fields = {"model", "task"} if isinstance(record, dict) and "task" in record else {"model", *of_task}
         if not isinstance(record, dict) or not isinstance(record.get("model"), dict) or fields - record.keys():
             raise ValueError("it is no record of a model")
         words = {field.name for field in dataclasses.fields(ModelConfig)}
         if unknown := [*(f"model.{name}" for name in sorted(record["model"].keys() - words)), *record.keys() - fields]:
             raise ValueError(f"it has {', '.join(unknown)}, which this version lacks: update raysubset")
-        shape, names, num_classes = record["image_shape"], record["class_names"], record["num_classes"]
-        if not _is_list(shape, int, 3) or min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
-            raise ValueError(f"image_shape = {_shown(shape)} is no [H, W, C]")
-        if type(num_classes) is not int or not _is_list(names, str, num_classes) or not names:
-            raise ValueError(f"num_classes = {_shown(num_classes)} is not the number of class_names")
-        statistics = {}
-        for name in ("mean", "std"):
-            values = record[name]
-            if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
-                raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
-            statistics[name] = tuple(map(float, values))
-        grey_range = record["grey_range"]
-        if not _is_list(grey_range, int, 2) or not -_LARGE < grey_range[0] < grey_range[1] < _LARGE:
-            raise ValueError(f"grey_range = {_shown(grey_range)} should be black and white, of pixels of over 8 bits")
-        if min(statistics["std"]) <= 0:
-            raise ValueError(f"std = {list(statistics['std'])} must be positive")
-        return model_record(
-            ModelConfig(**record["model"]),
-            num_classes=num_classes,
-            class_names=tuple(names),
-            image_shape=tuple(shape),
-            grey_range=tuple(grey_range),
-            **statistics,
-        )
-
-
-def _is_list(value: Any, kind: type | tuple[type, ...], length: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == length
-        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
-    )
-
-
-def _shown(value: Any) -> str:
-    """A value from a file in a few words."""
-    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
+        task = task_from_dict(record, trust_code=trust_code)
+        return cls(ModelConfig(**record["model"]), task)
 
 
 class TrainedModel(nn.Module):
-    """A network that normalises its images itself."""
-
-    mean: Tensor
-    std: Tensor
+    """A network that takes raw inputs and gives outputs in the targets' units: scaling is inside."""
 
     def __init__(self, network: nn.Module, record: ModelRecord) -> None:
         super().__init__()
-        self.network = network
-        self.class_names = record.class_names
-        self.image_shape = record.image_shape  # (H, W, C)
-        self.record = record
-        for name, values in (("mean", record.mean), ("std", record.std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.network, self.record, self.spec = network, record, record.spec
+        task = record.task
+        self.class_names = task.class_names
+        self.inputs = getattr(task, "inputs", None)
+        if isinstance(self.inputs, ImageInputs):
+            self.image_shape = self.inputs.image_shape  # (H, W, C)
+        scaling = {}
+        if self.inputs is not None and self.spec.num_values is None:
+            scaling["mean"], scaling["std"] = self.inputs.scaling()
+        if isinstance(task, Regression):
+            scaling["target_mean"], scaling["target_std"] = task.scaling_of_outputs()
+        for name, values in scaling.items():
+            self.register_buffer(name, values, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Outputs float32 [N, num_classes] (logits, for cross-entropy).
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs float32 [N, *spec.outputs]: logits for cross-entropy, numbers in the targets' units for regression.
 
         Args:
-            images: [N, C, H, W] of the training images' size; uint8, or float in [0, 1].
+            inputs: [N, *spec.inputs]. Images of the training images' size, uint8 or float in [0, 1]; features of a
+                table as they are, in the order of its feature_names, NaN where one is missing and data.missing=mean,
+                categories as 0 and 1; integers of tokens.
 
         Raises:
             ValueError: if the shape or the type is another.
         """
-        height, width, channels = self.image_shape
-        if images.ndim != 4 or tuple(images.shape[1:]) != (channels, height, width):
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}; this model takes [N, {channels}, {height}, {width}]"
-            )
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; this model takes uint8, or floats in [0, 1]")
-        scaled = images.to(self.mean.dtype)
-        if images.dtype == torch.uint8:
-            scaled = scaled / 255
-        return self.network((scaled - self.mean) / self.std)
+        wanted, noun = list(self.spec.inputs), "images" if isinstance(self.inputs, ImageInputs) else "inputs"
+        if list(inputs.shape[1:]) != wanted:
+            listed = ", ".join(map(str, wanted))
+            raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {listed}]")
+        if self.spec.num_values is not None:
+            if inputs.is_floating_point() or inputs.is_complex():
+                raise ValueError(
+                    f"inputs are {inputs.dtype}; this model takes integers from 0 to {self.spec.num_values - 1}"
+                )
+            return self.network(inputs.long())
+        is_image = isinstance(self.inputs, ImageInputs)
+        if not inputs.is_floating_point() and not (is_image and inputs.dtype == torch.uint8):
+            takes = "uint8, or floats in [0, 1]" if is_image else "floats"
+            raise ValueError(f"{noun} are {inputs.dtype}; this model takes {takes}")
+        if is_image:
+            scaled = inputs.to(torch.float32)
+            if inputs.dtype == torch.uint8:
+                scaled = scaled / 255
+        else:
+            scaled = inputs
+        if self.inputs is not None:
+            scaled = ((scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)).to(torch.float32)
+        if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
+            scaled = torch.nan_to_num(scaled, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        return self._in_units(self.network(scaled))
 
+    def of_table(self, table: pa.Table) -> tuple[Tensor, tuple[Note, ...]]:
+        """Outputs for the rows of a table with the training table's columns, as forward()'s, and notes on them.
 
-def model_record(
-    model: ModelConfig,
-    *,
-    num_classes: int,
-    class_names: tuple[str, ...],
-    image_shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    grey_range: GreyRange = FULL_RANGE,
-) -> ModelRecord:
-    """What load_model() needs beside the weights."""
-    return ModelRecord(model, num_classes, class_names, image_shape, mean, std, grey_range)
+        Raises:
+            ValueError: for a model of no table, a column that is not there, or values that it cannot take.
+        """
+        if not isinstance(self.inputs, TableInputs):
+            raise ValueError("this model was not trained on a table's columns: give it what it was trained on")
+        features, notes = self.inputs.encode(table)
+        device = next(self.network.parameters()).device
+        return self._in_units(self.network(torch.from_numpy(features).to(device))), notes
+
+    def generate(self, text: str, num_tokens: int = 200, *, seed: int = 0, temperature: float = 0.8) -> str:
+        """Go on with a text, token by token, each drawn from the model's prediction.
+
+        Args:
+            text: the beginning; of more tokens than the window the last count.
+            temperature: outputs are divided by it; 0 takes the likeliest token.
+
+        Raises:
+            ValueError: for a model that predicts no tokens, or an empty text.
+        """
+        task = self.record.task
+        if not isinstance(task, NextToken):
+            raise ValueError(f"this model's task is {task.name}, not next_token: it goes on with no text")
+        tokens, generator = task.vocabulary.encode(text).tolist(), torch.Generator().manual_seed(seed)
+        if not tokens:
+            raise ValueError("an empty text has nothing to go on with: give a few characters")
+        num_given, device = len(tokens), next(self.network.parameters()).device
+        with torch.inference_mode():
+            for _ in range(num_tokens):
+                seen = tokens[-task.window :]
+                padded = torch.tensor([seen + [0] * (task.window - len(seen))], device=device)
+                outputs = self.network(padded)[0, len(seen) - 1].float().cpu()
+                if (unknown := task.vocabulary.unknown) is not None:
+                    outputs[unknown] = -torch.inf
+                if temperature:
+                    tokens.append(int((outputs / temperature).softmax(0).multinomial(1, generator=generator)))
+                else:
+                    tokens.append(int(outputs.argmax()))
+        return task.vocabulary.decode(tokens[num_given:])
+
+    def _in_units(self, outputs: Tensor) -> Tensor:
+        return outputs * self.target_std + self.target_mean if isinstance(self.record.task, Regression) else outputs
 
 
 def save_model(
@@ -204,7 +222,7 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     files = stored.pop("files", None) if isinstance(stored, dict) else None
     files = files if isinstance(files, dict) else {}
     try:
-        record = ModelRecord.from_dict(stored)
+        record = ModelRecord.from_dict(stored, trust_code=trust_code)
     except ValueError as error:
         raise ValueError(f"{RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
     weights = directory.read_weights(WEIGHTS_PATH, files)
@@ -233,12 +251,11 @@ def _network(
         network.load_state_dict(weights)
         return network
     if not directory.exists(GRAPH_PATH):
-        height, width, channels = record.image_shape
         module, _, function = record.model.name.partition(":")
         raise ValueError(
             f"the network of {directory.uri} is code that it only names: load_model() would import {module!r} from "
-            f"{os.getcwd()} or what is installed, and call its {function!r} with ({record.num_classes}, ({channels}, "
-            f"{height}, {width})). If you trust whoever made this directory, give trust_code=True or --trust-code"
+            f"{os.getcwd()} or what is installed, and call its {function!r}. If you trust whoever made this "
+            "directory, give trust_code=True or --trust-code"
         )
     tensors = {**weights, **directory.read_weights(CONSTANTS_PATH, files)}
     try:
@@ -255,8 +272,9 @@ def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Mod
     """
     if (record.model.depth or 0) > len(weights):
         raise RuntimeError(f"depth = {record.model.depth}, and there are {len(weights)} tensors")
-    if not any(record.num_classes in tensor.shape for tensor in weights.values()):
-        raise RuntimeError(f"num_classes = {record.num_classes}, and no tensor has as many")
+    num = record.spec.outputs[-1] if record.spec.num_values else record.spec.outputs[0]
+    if not any(num in tensor.shape for tensor in weights.values()):
+        raise RuntimeError(f"outputs = {list(record.spec.outputs)}, and no tensor has {num}")
     try:
         with torch.device("meta"):
             network = new_model(record.model, record)

@@ -20,8 +20,8 @@ _LOSSES: dict[str, tuple[LossName, ...]] = {
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     name: str = "auto"
-    """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of your own.
-    auto: what a named set is for, and classification elsewhere. --task is short for it."""
+    """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of
+    your own. auto: what a named set is for, and classification elsewhere. --task is short for it."""
     loss: LossName = "auto"
     """auto: cross_entropy of classes, squared_error of numbers. squared_error of classes is the mean over examples and
     outputs of (output - one-hot)²; of numbers, as absolute_error and huber, of standardised targets."""

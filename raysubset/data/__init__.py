@@ -1,14 +1,13 @@
 """The full set: read once from wherever it lies into Arrow tables, handed out as tensors on a device.
 
-full_set = load_full_set(config.data)
+full_set = load_full_set(*config.learned)
 examples = full_set.examples("train", subset.indices, device="cuda", augment=True)
 draws = examples.draw(seed=epoch)
-images, labels = examples.batch(indices, draws=draws)
+inputs, targets = examples.batch(indices, draws=draws)
 """
 
 from raysubset.data.contents import file_fingerprint, kind_of, refuse_changed_files
-from raysubset.data.examples import Batches, Examples, crop_and_flip, even_sizes, joined
-from raysubset.data.findings import FULL_RANGE, GreyRange
+from raysubset.data.examples import Batches, Examples, even_sizes, joined
 from raysubset.data.full_set import FullSet
 from raysubset.data.images import decode_images
 from raysubset.data.loading import load_full_set
@@ -31,10 +30,7 @@ __all__ = [
     "Reader",
     "read_here",
     "cut_ranges",
-    "crop_and_flip",
     "even_sizes",
     "joined",
     "decode_images",
-    "FULL_RANGE",
-    "GreyRange",
 ]

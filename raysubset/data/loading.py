@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig, derive_seed
+from raysubset.config import DataConfig, TaskConfig, derive_seed
 from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
 from raysubset.data.decoding import decode_source
 from raysubset.data.files import not_streamed, read_path
@@ -23,6 +23,7 @@ from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note
+from raysubset.tasks import ImageInputs, classification
 
 # Where a shifted or mirrored image shows the same thing: not digits.
 _AUGMENTED_NAMES = ("cifar10", "cifar100")
@@ -32,9 +33,7 @@ _MOST_LISTED = 10  # classes named in one line
 _logger = logging.getLogger(__name__)
 
 
-def load_full_set(
-    config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None
-) -> FullSet:
+def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None) -> FullSet:
     """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
 
     Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
@@ -47,7 +46,7 @@ def load_full_set(
         ValueError: for whatever cannot be read or trained on, in one line with the way out; and where files change
             while they are read.
     """
-    start_s = time.perf_counter()
+    start_s, task = time.perf_counter(), task or TaskConfig()
     before = file_fingerprint(config, known)
     read = _read(config)
     labels, class_names, naming = number_classes(read)
@@ -66,7 +65,7 @@ def load_full_set(
     notes += _lacking({name: labels[name if name in source else "train"][rows[name]] for name in rows}, class_names)
     if scanned is None:
         train = build("train")
-        levels = count_levels(train.images)
+        levels = count_levels(train.arrays()["image"])
     else:
         train = _build_streamed(source["train"], labels["train"], rows["train"])
         levels = _repeated(scanned.levels, train.image_shape[2], axis=0)
@@ -74,19 +73,15 @@ def load_full_set(
     notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
     mean, std = statistics_of_levels(levels)
     auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
-    full_set = FullSet(
-        name=config.name,
-        train=train,
-        validation=validation,
-        test=test,
-        num_classes=len(class_names),
-        class_names=class_names,
+    inputs = ImageInputs(
+        image_shape=train.shapes["image"] if isinstance(train, Split) else train.image_shape,
         mean=mean,
         std=std,
         augmentation=auto if config.augmentation == "auto" else config.augmentation,
-        advice=tuple(notes),
         grey_range=decoded.grey_range,
     )
+    learned = classification(inputs, class_names, task, train.arrays()["label"])
+    full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
     sizes = " + ".join(str(len(rows[name])) for name in ("train", "validation", "test"))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
@@ -208,13 +203,12 @@ def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.n
         is_whole = len(rows) == len(labels)
         images = source.images if is_whole else source.images[rows]
         labels = np.ascontiguousarray(labels) if is_whole else labels[rows]
-    return Split.from_arrays(images, labels, rows, _columns(source, rows))
+    return Split.from_arrays({"image": images, "label": labels}, rows, _columns(source, rows))
 
 
 def _build_streamed(source: SourceSplit, labels: np.ndarray, rows: np.ndarray) -> StreamedSplit:
     assert isinstance(source.images, RowGroups)
-    own = {"label": pa.array(labels[rows]), "row": pa.array(rows)}
-    return StreamedSplit(pa.table(own | _columns(source, rows)), source.images)
+    return StreamedSplit(Split.from_arrays({"label": labels[rows]}, rows, _columns(source, rows)), source.images)
 
 
 def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:

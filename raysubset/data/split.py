@@ -66,9 +66,7 @@ class Split:
         Without indices: of all, in the table's own memory. It may be shared by other processes: never write to it.
         """
         # Arrow's own DLPack, since torch.from_numpy warns of read-only memory.
-        tensors = {
-            name: torch.from_dlpack(self._values(name)).view(-1, *shape) for name, shape in self.shapes.items()
-        }
+        tensors = {name: torch.from_dlpack(self._values(name)).view(-1, *shape) for name, shape in self.shapes.items()}
         if indices is None:
             return tensors
         chosen = torch.tensor(indices, dtype=torch.int64)

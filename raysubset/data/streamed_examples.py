@@ -39,7 +39,7 @@ class StreamedExamples:
 
     split: StreamedSplit
     task: Task
-    device: torch.device = torch.device("cpu")  # of the batches
+    device: torch.device  # of the batches
     augment: bool = False  # whether epochs draw the task's augmentation
     read: Reader = read_here
     window_bytes: int = WINDOW_BYTES

@@ -67,7 +67,14 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
         metrics = evaluate(model, held_out, config.minimize)
         loss = metrics.loss if math.isfinite(metrics.loss) else None
         num = metrics.num_examples
-        points.append({"share": share, "loss": loss, full_set.quality.name: metrics.values[full_set.quality.name], "num_examples": num})
+        points.append(
+            {
+                "share": share,
+                "loss": loss,
+                full_set.quality.name: metrics.values[full_set.quality.name],
+                "num_examples": num,
+            }
+        )
     directory.write_json(LINE_PATH, points)
     return points
 

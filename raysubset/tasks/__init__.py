@@ -7,13 +7,18 @@ loss, found = task.loss(network(inputs), targets), task.measure(network(inputs),
 Everything that is not the same for every kind of learning is in this room.
 """
 
-from raysubset.tasks.classification import Classification, balanced_weights
+from raysubset.tasks.classification import Classification, balanced_weights, classification
+from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
 from raysubset.tasks.images import FULL_RANGE, Augmentation, GreyRange, ImageInputs, crop_and_flip
 from raysubset.tasks.losses import EXACT_OUTPUTS, SAMPLED_TERMS, AbsoluteError, CrossEntropy, Huber, Loss, SquaredError
+from raysubset.tasks.next_token import NextToken
+from raysubset.tasks.records import own_task, task_from_dict, task_to_dict
 from raysubset.tasks.regression import Regression
+from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import Rows, Task, added, sums_of
 from raysubset.tasks.tensors import TensorInputs, fit_tensors
+from raysubset.tasks.vocabulary import Vocabulary, fit_vocabulary, windows_of
 
 __all__ = [
     "Task",
@@ -21,7 +26,20 @@ __all__ = [
     "Spec",
     "Classification",
     "balanced_weights",
+    "classification",
     "Regression",
+    "NextToken",
+    "Segmentation",
+    "TableInputs",
+    "fit_columns",
+    "target_numbers",
+    "refuse_constant",
+    "Vocabulary",
+    "fit_vocabulary",
+    "windows_of",
+    "own_task",
+    "task_to_dict",
+    "task_from_dict",
     "ImageInputs",
     "TensorInputs",
     "fit_tensors",

@@ -1,13 +1,15 @@
 """Classification: of images, of a table's rows, of any tensors, into classes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from raysubset.config import TaskConfig
+from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import CrossEntropy, SquaredError
 from raysubset.tasks.spec import Spec
@@ -22,9 +24,9 @@ _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
 class Classification(LossTask):
     """One class an example. Stored rows are the inputs' column and "label", int64 [N]."""
 
-    inputs: ImageInputs | TensorInputs
+    inputs: ImageInputs | TableInputs | TensorInputs
     class_names: tuple[str, ...]
-    objective: CrossEntropy | SquaredError = CrossEntropy()
+    objective: CrossEntropy | SquaredError = field(default_factory=CrossEntropy)
 
     name = "classification"
     quality = "accuracy"
@@ -96,3 +98,16 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     counts = np.bincount(labels, minlength=num_classes)
     num_present = np.count_nonzero(counts)
     return tuple(float(len(labels) / (num_present * count)) if count else 0.0 for count in counts)
+
+
+def classification(
+    inputs: ImageInputs | TableInputs | TensorInputs,
+    class_names: tuple[str, ...],
+    config: TaskConfig,
+    labels: np.ndarray,
+) -> Classification:
+    """The task as the config has it, given the training labels, int64 [N]."""
+    if config.loss == "squared_error":
+        return Classification(inputs, class_names, SquaredError(is_one_hot=True))
+    weights = balanced_weights(labels, len(class_names)) if config.class_weights == "balanced" else None
+    return Classification(inputs, class_names, CrossEntropy(config.label_smoothing, class_weights=weights))

@@ -1,12 +1,14 @@
 """A table's columns as numbers: features fitted on training rows, and targets of regression. No files are read."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from raysubset.config import from_tree, nearest
 from raysubset.events import Note
@@ -57,6 +59,31 @@ class TableInputs:
 
     columns: tuple[InputColumn, ...]
     missing: Missing
+
+    column = "inputs"
+    augmentation = "none"
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(F,): what a network takes of one row."""
+        return (self.num_features,)
+
+    def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
+        """[n, F]: stored rows are encoded already."""
+        return rows[self.column]
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        return None
+
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """(shift, scale), float64 [F]: what a feature is lessened by and then divided by; categories are 0 or 1."""
+        numbers = [
+            (column.mean, column.deviation) if column.kind != "category" else (0.0, 1.0)
+            for column in self.columns
+            for _ in column.feature_names
+        ]
+        shift, scale = torch.tensor(numbers, dtype=torch.float64).unbind(1)
+        return shift, scale
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Images as a network's inputs: normalisation and augmentation on the device, without a loop over examples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class ImageInputs:
         return normalised.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
     def draw(self, num: int, seed: int) -> Tensor | None:
-        """Draw the augmentation of so many images: int64 [num, 3] on the CPU, a row (dy, dx, flip) each; None without."""
+        """Draw the augmentation of so many images: int64 [num, 3] on the CPU, (dy, dx, flip) each; None without."""
         return None if self.augmentation == "none" else draw_augmentation(num, self.image_shape, seed)
 
     def scaling(self) -> tuple[Tensor, Tensor]:

@@ -65,9 +65,7 @@ class CrossEntropy:
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
         """T² · KL(teacher ‖ student), both at temperature T, summed over examples: the mean over positions of each."""
-        student, wanted = (
-            (values / temperature).log_softmax(self.class_dim) for values in (outputs, teacher)
-        )
+        student, wanted = ((values / temperature).log_softmax(self.class_dim) for values in (outputs, teacher))
         positions = outputs[0].numel() // outputs.shape[self.class_dim]
         return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2 / positions
 
@@ -84,7 +82,7 @@ class CrossEntropy:
         return product * self._scale(outputs, targets)
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
-        """[n, T, …]: directions in the space of outputs, the squares of whose gradients sum up to the Fisher's diagonal.
+        """[n, T, …]: directions in the space of outputs whose gradients' squares sum up to the Fisher's diagonal.
 
         Args:
             labels: "model": expected over labels that the model predicts, exactly for one position and EXACT_OUTPUTS
@@ -174,7 +172,7 @@ class SquaredError:
 
 @dataclass(frozen=True)
 class Huber:
-    """Huber's loss of differences r, the mean over an example's outputs: r²/2 up to a difference of 1, then |r| − 1/2."""
+    """Huber's loss of differences r, the mean over an example's outputs: r²/2 up to |r| = 1, then |r| − 1/2."""
 
     name = "Huber's loss"
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class NextToken(LossTask):
 
     vocabulary: Vocabulary
     window: int  # T
-    objective: CrossEntropy = CrossEntropy(class_dim=2)
+    objective: CrossEntropy = field(default_factory=lambda: CrossEntropy(class_dim=2))
 
     name = "next_token"
     quality = "bits"
@@ -35,7 +35,7 @@ class NextToken(LossTask):
         return "bits a byte" if self.vocabulary.kind == "bytes" else "bits a character"
 
     def spec(self) -> Spec:
-        size = self.vocabulary.size
+        size = len(self.vocabulary)
         return Spec((self.window,), (self.window, size), size)
 
     def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,4 +73,4 @@ class NextToken(LossTask):
         return {"bits": self.measure(outputs, targets)["bits"].numpy()}
 
     def describe(self) -> dict[str, Any]:
-        return {"window": self.window, "vocabulary": self.vocabulary.kind, "num_tokens": self.vocabulary.size}
+        return {"window": self.window, "vocabulary": self.vocabulary.kind, "num_tokens": len(self.vocabulary)}

@@ -1,13 +1,14 @@
 """Regression: numbers of an example, by squared, absolute or Huber's error."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
 from raysubset.tasks.spec import Spec
@@ -24,11 +25,11 @@ class Regression(LossTask):
     The loss is of standardised targets, so that no rate depends on their unit; qualities are in their own units.
     """
 
-    inputs: ImageInputs | TensorInputs
+    inputs: ImageInputs | TableInputs | TensorInputs
     target_names: tuple[str, ...]
     mean: tuple[float, ...]  # of each target, over the training split
     std: tuple[float, ...]  # likewise
-    objective: SquaredError | AbsoluteError | Huber = SquaredError()
+    objective: SquaredError | AbsoluteError | Huber = field(default_factory=SquaredError)
 
     name = "regression"
     quality = "r2"

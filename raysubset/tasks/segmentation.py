@@ -1,7 +1,7 @@
 """Segmentation: the class of every pixel of an image."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Segmentation(LossTask):
     inputs: ImageInputs
     class_names: tuple[str, ...]
     ignored: int | None = None  # a value of masks that counts nowhere
-    objective: CrossEntropy = CrossEntropy()
+    objective: CrossEntropy = field(default_factory=CrossEntropy)
 
     name = "segmentation"
     quality = "iou"

@@ -165,7 +165,9 @@ class Task:
                 json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
                 kind = type(value).__name__
-                raise ValueError(f"{self.name}.{key} is a {kind}, which JSON cannot hold: keep a list ({error})") from error
+                raise ValueError(
+                    f"{self.name}.{key} is a {kind}, which JSON cannot hold: keep a list ({error})"
+                ) from error
         return {"name": self.name, "state": {key: value for key, value in vars(self).items() if key != "name"}}
 
 

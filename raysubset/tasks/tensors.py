@@ -44,7 +44,9 @@ def fit_tensors(values: np.ndarray) -> TensorInputs:
     """Statistics of training inputs [N, …]: of each feature of [N, F], of all numbers else; integers are counted."""
     if values.dtype.kind in "iu" and values.ndim == 2:
         if values.min() < 0:
-            raise ValueError(f"integer inputs run from {values.min()}: tokens are numbered from 0; give floats otherwise")
+            raise ValueError(
+                f"integer inputs run from {values.min()}: tokens are numbered from 0; give floats otherwise"
+            )
         return TensorInputs(values.shape[1:], num_values=int(values.max()) + 1)
     wide = values.astype(np.float64)
     axis = 0 if values.ndim == 2 else None

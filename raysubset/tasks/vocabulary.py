@@ -33,6 +33,12 @@ class Vocabulary:
         return None if self.kind == "bytes" else len(self.characters)
 
     @property
+    def spaces(self) -> tuple[int, ...]:
+        """The tokens that end a word: white space."""
+        texts = map(chr, range(128)) if self.kind == "bytes" else self.characters
+        return tuple(number for number, text in enumerate(texts) if text.isspace())
+
+    @property
     def dtype(self) -> np.dtype:
         """The smallest that numbers every token: uint8, uint16 or int32."""
         return np.dtype(np.uint8 if len(self) <= 2**8 else np.uint16 if len(self) <= 2**16 else np.int32)

@@ -94,9 +94,7 @@ def diagonal_fisher(
     )
 
 
-def fisher_cost(
-    num_examples: int, num_parameters: int, task: Task, *, labels: str
-) -> Cost:
+def fisher_cost(num_examples: int, num_parameters: int, task: Task, *, labels: str) -> Cost:
     """What diagonal_fisher() works: a backward pass a term, a forward pass for the terms and for each block of them."""
     num_terms = task.num_fisher_terms(labels=labels)
     num_blocks = math.ceil(num_terms / _terms_per_call(num_terms, num_parameters))

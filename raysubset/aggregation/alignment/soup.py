@@ -20,7 +20,6 @@ from raysubset.aggregation.streaming import mean_of, shares_start
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
 from raysubset.models import averaged_names
-from raysubset.tasks import Spec
 from raysubset.training import Weights, evaluate, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 

@@ -1,0 +1,207 @@
+"""Tasks as model.json holds them: to JSON and back, where a stranger's file may hold anything."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raysubset.config import from_tree
+from raysubset.tasks.classification import Classification
+from raysubset.tasks.columns import TableInputs
+from raysubset.tasks.images import FULL_RANGE, ImageInputs
+from raysubset.tasks.next_token import NextToken
+from raysubset.tasks.regression import Regression
+from raysubset.tasks.segmentation import Segmentation
+from raysubset.tasks.task import Task
+from raysubset.tasks.tensors import TensorInputs
+from raysubset.tasks.vocabulary import Vocabulary
+from raysubset.user_functions import load_function
+
+_MOST_PIXELS = 2**28  # of an image: 16,384×16,384
+_MOST_NAMES = 2**20
+_LARGE = 1e6  # for a mean or a standard deviation of pixels in [0, 1]
+_INPUTS = {"images": ImageInputs, "table": TableInputs, "tensors": TensorInputs}
+
+
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """A task as JSON holds it: all that its inputs and outputs mean. Losses are not among it.
+
+    Raises:
+        ValueError: for a user's task with an attribute that JSON cannot hold.
+    """
+    match task:
+        case Classification(inputs=ImageInputs()):  # as files of before tasks have it
+            inputs = dataclasses.asdict(task.inputs)
+            del inputs["augmentation"]
+            return {"num_classes": len(task.class_names), "class_names": task.class_names, **inputs}
+        case Classification() | Segmentation():
+            own: dict[str, Any] = {"class_names": task.class_names}
+        case Regression():
+            own = {"target_names": task.target_names, "mean": task.mean, "std": task.std}
+        case NextToken():
+            own = {"vocabulary": task.vocabulary.to_dict(), "window": task.window}
+        case _:
+            return {"task": task.to_dict()}
+    if not isinstance(task, NextToken):
+        (kind,) = (name for name, cls in _INPUTS.items() if isinstance(task.inputs, cls))
+        own["inputs"] = {"kind": kind, **dataclasses.asdict(task.inputs)}
+    return {"task": {"name": task.name, **own}}
+
+
+def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Task:
+    """The inverse of task_to_dict().
+
+    Args:
+        trust_code: import the module of a user's own task.
+
+    Raises:
+        ValueError: if a value is missing, of another type or range, or a user's task is not to be trusted.
+    """
+    if "task" not in record:
+        return _image_classification(record)
+    tree = record["task"]
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+        raise ValueError("its task has no name")
+    name, own = tree["name"], {key: value for key, value in tree.items() if key != "name"}
+    if ":" in name:
+        if not trust_code:
+            raise ValueError(
+                f"its task is code that it only names, {name}: if you trust whoever made this directory, give "
+                "trust_code=True or --trust-code"
+            )
+        return own_task(name, own.get("state") or {})
+    readers: dict[str, Callable[[dict[str, Any]], Task]] = {
+        "classification": _classification,
+        "regression": _regression,
+        "segmentation": _segmentation,
+        "next_token": _next_token,
+    }
+    if name not in readers:
+        raise ValueError(f"its task {name!r} is none that this version knows: update raysubset")
+    return readers[name](own)
+
+
+def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:
+    """A user's task, of class package.module:Class, with the attributes that fit() left.
+
+    Raises:
+        ValueError: if there is no such class, or it is no Task.
+    """
+    task = load_function("task.name", name)()
+    if not isinstance(task, Task):
+        raise ValueError(f"task.name = {name!r} made a {type(task).__name__}: it should be a raysubset.tasks.Task")
+    vars(task).update(state or {})
+    vars(task)["name"] = name
+    return task
+
+
+@dataclasses.dataclass(frozen=True)
+class _ClassesRecord:
+    class_names: tuple[str, ...]
+    inputs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _NumbersRecord:
+    target_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    inputs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokensRecord:
+    vocabulary: dict[str, Any]
+    window: int
+
+
+def _classification(tree: dict[str, Any]) -> Task:
+    record = from_tree(_ClassesRecord, tree, "task.", noun="field")
+    return Classification(_inputs(record.inputs), _names(record.class_names))
+
+
+def _segmentation(tree: dict[str, Any]) -> Task:
+    record = from_tree(_ClassesRecord, tree, "task.", noun="field")
+    inputs = _inputs(record.inputs)
+    if not isinstance(inputs, ImageInputs):
+        raise ValueError("task.inputs of a segmentation should be images")
+    return Segmentation(inputs, _names(record.class_names))
+
+
+def _regression(tree: dict[str, Any]) -> Task:
+    record = from_tree(_NumbersRecord, tree, "task.", noun="field")
+    num = len(_names(record.target_names))
+    if len(record.mean) != num or len(record.std) != num or min(record.std) <= 0:
+        raise ValueError(f"task.mean and task.std should be {num} numbers, deviations positive")
+    return Regression(_inputs(record.inputs), record.target_names, record.mean, record.std)
+
+
+def _next_token(tree: dict[str, Any]) -> Task:
+    record = from_tree(_TokensRecord, tree, "task.", noun="field")
+    if not 1 <= record.window < 2**20:
+        raise ValueError(f"task.window = {record.window} is no number of tokens")
+    return NextToken(Vocabulary.from_dict(record.vocabulary), record.window)
+
+
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not 0 < len(names) <= _MOST_NAMES:
+        raise ValueError(f"task has {len(names)} names")
+    return names
+
+
+def _inputs(tree: dict[str, Any]) -> ImageInputs | TableInputs | TensorInputs:
+    kind, own = tree.get("kind"), {key: value for key, value in tree.items() if key != "kind"}
+    if kind == "images":
+        return _images(own | {"augmentation": "none"})
+    if kind == "table":
+        return TableInputs.from_dict(own)
+    if kind != "tensors":
+        raise ValueError(f"task.inputs.kind = {kind!r} is not one of {', '.join(_INPUTS)}")
+    inputs = from_tree(TensorInputs, own, "task.inputs.", noun="field")
+    fitting = (1, inputs.shape[0]) if len(inputs.shape) == 1 else (1,)
+    sizes = inputs.shape and min(inputs.shape) > 0 and math.prod(inputs.shape) <= _MOST_PIXELS
+    if not sizes or len(inputs.mean) not in fitting or len(inputs.std) != len(inputs.mean) or min(inputs.std) <= 0:
+        raise ValueError("task.inputs holds no shape with its means and positive deviations")
+    if inputs.num_values is not None and not 0 < inputs.num_values <= _MOST_NAMES:
+        raise ValueError(f"task.inputs.num_values = {inputs.num_values} is out of range")
+    return inputs
+
+
+def _image_classification(record: Mapping[str, Any]) -> Classification:
+    """The task of a file that names none."""
+    names, num_classes = record["class_names"], record["num_classes"]
+    inputs = _images({key: record[key] for key in ("image_shape", "mean", "std", "grey_range")})
+    if type(num_classes) is not int or not _is_list(names, str, num_classes) or not names:
+        raise ValueError(f"num_classes = {_shown(num_classes)} is not the number of class_names")
+    return Classification(inputs, tuple(names))
+
+
+def _images(record: Mapping[str, Any]) -> ImageInputs:
+    shape = record.get("image_shape")
+    if not _is_list(shape, int, 3) or min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
+        raise ValueError(f"image_shape = {_shown(shape)} is no [H, W, C]")
+    statistics = {}
+    for name in ("mean", "std"):
+        values = record.get(name)
+        if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
+            raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
+        statistics[name] = tuple(map(float, values))
+    grey_range = record.get("grey_range", list(FULL_RANGE))
+    if not _is_list(grey_range, int, 2) or not -_LARGE < grey_range[0] < grey_range[1] < _LARGE:
+        raise ValueError(f"grey_range = {_shown(grey_range)} should be black and white, of pixels of over 8 bits")
+    if min(statistics["std"]) <= 0:
+        raise ValueError(f"std = {list(statistics['std'])} must be positive")
+    return ImageInputs(tuple(shape), **statistics, grey_range=tuple(grey_range))
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...], length: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == length
+        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a few words."""
+    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
