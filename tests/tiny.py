@@ -2,6 +2,7 @@
 
 import io
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import safetensors.torch
@@ -12,18 +13,42 @@ from raysubset.config import ModelConfig
 from raysubset.data import Examples
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import Spec
+from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
 
 
 def examples(
-    num: int = 30, side: int = 8, *, augmentation: Literal["none", "crop_flip"] = "none", seed: int = 0
+    num: int = 30,
+    side: int = 8,
+    *,
+    augmentation: Literal["none", "crop_flip"] = "none",
+    objective: CrossEntropy | SquaredError = CrossEntropy(),
+    seed: int = 0,
 ) -> Examples:
     """Random grey pixels, labels of three classes that depend on them."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num, side, side, 1), dtype=torch.uint8, generator=generator)
     labels = images[:, : side // 2].float().mean((1, 2, 3)).argsort().argsort() * 3 // num
-    constant = torch.full((1,), 0.5)
-    return Examples(images, labels, constant, constant, augmentation)
+    return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective)
+
+
+def image_examples(
+    images: Tensor,
+    labels: Tensor,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    augmentation: Literal["none", "crop_flip"] = "none",
+    *,
+    objective: CrossEntropy | SquaredError = CrossEntropy(),
+    num_classes: int | None = None,
+) -> Examples:
+    """Images uint8 [N, H, W, C] and their classes, int64 [N], to be augmented as they say."""
+    height, width, channels = images.shape[1:]
+    mean, std = (
+        tuple([values] * channels) if isinstance(values, float) else tuple(map(float, values)) for values in (mean, std)
+    )
+    names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
+    task = Classification(ImageInputs((height, width, channels), mean, std, augmentation), names, objective)
+    return Examples({"image": images, "label": labels}, task, augment=True)
 
 
 def cnn(norm: Literal["batch", "group", "none"] = "batch", *, seed: int = 0) -> nn.Module:
