@@ -27,7 +27,7 @@ from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Spec
-from raysubset.training import Cost, Metrics, Weights, evaluate, minimize
+from raysubset.training import Cost, Weights, evaluate, minimize
 from tests.tiny import same_bits, weights
 
 CPU = torch.device("cpu")
@@ -214,8 +214,8 @@ def minimum(subset_id: int, own: Weights) -> Minimum:
         num_examples=600,
         start_id=f"start {subset_id}",
         outcome="epochs",
-        training=Metrics(1.0, 1, 2),
-        validation=Metrics(1.0, 1, 2),
+        training=metrics(1.0, 1, 2),
+        validation=metrics(1.0, 1, 2),
         cost=Cost(),
         load_weights=lambda: own,
         load_outputs=lambda: torch.zeros(0),

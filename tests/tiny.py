@@ -3,6 +3,7 @@
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import safetensors.torch
@@ -14,6 +15,9 @@ from raysubset.data import Examples
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
+from raysubset.training import Metrics
+
+CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
 
 
 def examples(
@@ -21,14 +25,14 @@ def examples(
     side: int = 8,
     *,
     augmentation: Literal["none", "crop_flip"] = "none",
-    objective: CrossEntropy | SquaredError = CrossEntropy(),
+    objective: CrossEntropy | SquaredError = CROSS_ENTROPY,
     seed: int = 0,
 ) -> Examples:
     """Random grey pixels, labels of three classes that depend on them."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num, side, side, 1), dtype=torch.uint8, generator=generator)
     labels = images[:, : side // 2].float().mean((1, 2, 3)).argsort().argsort() * 3 // num
-    return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective)
+    return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective, num_classes=3)
 
 
 def image_examples(
@@ -38,7 +42,7 @@ def image_examples(
     std: float | Sequence[float] = 1.0,
     augmentation: Literal["none", "crop_flip"] = "none",
     *,
-    objective: CrossEntropy | SquaredError = CrossEntropy(),
+    objective: CrossEntropy | SquaredError = CROSS_ENTROPY,
     num_classes: int | None = None,
 ) -> Examples:
     """Images uint8 [N, H, W, C] and their classes, int64 [N], to be augmented as they say."""
@@ -49,6 +53,15 @@ def image_examples(
     names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
     task = Classification(ImageInputs((height, width, channels), mean, std, augmentation), names, objective)
     return Examples({"image": images, "label": labels}, task, augment=True)
+
+
+def with_labels(examples: Examples, labels: Tensor) -> Examples:
+    return replace(examples, rows={**examples.rows, "label": labels})
+
+
+def metrics(loss_sum: float, num_correct: int, num_examples: int) -> Metrics:
+    """Of classification."""
+    return Metrics.of_sums(examples(1).task, loss_sum, {"num_correct": num_correct}, num_examples)
 
 
 def cnn(norm: Literal["batch", "group", "none"] = "batch", *, seed: int = 0) -> nn.Module:
