@@ -20,7 +20,7 @@ from raysubset.data.named import read_named
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName
-from raysubset.data.splitting import carve
+from raysubset.data.splitting import carve_splits
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, classification
@@ -51,7 +51,7 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     read = _read(config)
     labels, class_names, naming = number_classes(read)
     source: Source = {name: split for name, split in read.items() if name in labels}
-    rows, carving = _rows(source, labels, config)
+    rows, carving = carve_splits(labels, config)
     decoded = decode_source(source, rows, config.image_size)
     source, scanned = _of_one_shape(decoded.splits), decoded.scan
 
@@ -121,35 +121,6 @@ def _with_origin(source: Source, origin: str) -> Source:
         )
         for name, split in source.items()
     }
-
-
-def _rows(
-    source: Source, labels: dict[SplitName, np.ndarray], config: DataConfig
-) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
-    """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off."""
-    notes: list[Note] = []
-    rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in labels.items()}
-    if "test" not in source:
-        rows["train"], rows["test"] = _carve("test", config.test_fraction, labels["train"], rows["train"], config)
-        num, share = len(rows["test"]), config.test_fraction
-        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing"
-        notes.append(Note(text))
-    if "validation" not in source:
-        fraction = config.validation_fraction
-        rows["train"], rows["validation"] = _carve("validation", fraction, labels["train"], rows["train"], config)
-    else:
-        num = len(rows["validation"])
-        text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
-        notes.append(Note(text))
-    return rows, notes
-
-
-def _carve(
-    name: SplitName, fraction: float, labels: np.ndarray, rows: np.ndarray, config: DataConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that remain for training, and those carved off for another split."""
-    kept, carved = carve(labels[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
-    return rows[kept], rows[carved]
 
 
 def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
