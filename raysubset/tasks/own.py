@@ -75,11 +75,13 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
 
 def _called(task: Task, method: str, *arguments: Any) -> Any:
     """What a method gives; a line where it raises or is missing."""
-    with in_a_line("task.name", task.name):
-        try:
+    try:
+        with in_a_line("task.name", task.name):
             return getattr(task, method)(*arguments)
-        except NotImplementedError as error:
+    except ValueError as error:
+        if isinstance(error.__cause__, NotImplementedError):
             raise _misfit(task.name, f"it has no {method}()") from error
+        raise
 
 
 def _misfit(name: str, text: str) -> ValueError:

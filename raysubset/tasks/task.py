@@ -154,6 +154,14 @@ class Task:
         """The quality with its direction and how it reads."""
         return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
 
+    def __reduce__(self) -> Any:
+        """Pickle a user's task by its name, so that a process that loads it looks for the module where this one did."""
+        if ":" not in self.name:
+            return super().__reduce_ex__(4)
+        from raysubset.tasks.records import own_task  # which knows all tasks, and so this file
+
+        return own_task, (self.name, {key: value for key, value in vars(self).items() if key != "name"})
+
     def to_dict(self) -> dict[str, Any]:
         """What model.json holds of it, all that another process needs to know it by.
 
