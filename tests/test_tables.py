@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+from sklearn import datasets
 
 from raysubset.config import DataConfig
-from raysubset.data import file_fingerprint
+from raysubset.data import file_fingerprint, kind_of
 from raysubset.data.columns import class_numbers, is_of_columns, read_rows, read_tables
 from raysubset.data.finding import find_files
 from raysubset.data.loading import load_full_set
+from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named_table, read_named_texts
 from raysubset.data.texts import read_texts
 from raysubset.fingerprints import entries
-from raysubset.tasks.columns import fit_columns
+from raysubset.tasks.columns import fit_columns, target_numbers
 
 TABLE = pa.table({"age": [1, 2, 3], "sex": ["f", "m", "f"], "price": [0.5, 1.5, 2.5]})
 CSV = "age,sex,price\n1,f,0.5\n2,m,1.5\n3,f,2.5\n"
@@ -223,3 +226,30 @@ def test_dates_of_a_csv_file_become_seconds(tmp_path: Path):
     table = read_tables(of(tmp_path / "a.csv")).splits["train"]
     assert table.column("day").to_pylist()[0] == datetime.date(1970, 1, 1)
     assert fit_columns(table, ["day"], missing="refuse")[0].columns[0].mean == 86400
+
+
+@pytest.mark.parametrize("name", TABLE_NAMES)
+def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
+    loaded: Any = getattr(datasets, f"load_{name}")(**({"scaled": False} if name == "diabetes" else {}))
+    tables = read_named_table(DataConfig(name=name))
+    assert (tables.features, tables.targets) == (tuple(loaded.feature_names), ("target",))
+    table = tables.splits["train"]
+    np.testing.assert_array_equal([table.column(feature).to_numpy() for feature in tables.features], loaded.data.T)
+    if name == "diabetes":
+        assert target_numbers(table, ["target"])[:, 0].tolist() == loaded.target.tolist()
+    else:
+        labels, names, _ = class_numbers(tables)
+        assert (labels["train"].tolist(), names) == (loaded.target.tolist(), tuple(loaded.target_names))
+    inputs, _ = fit_columns(table, tables.features, missing="refuse")
+    assert inputs.num_features == loaded.data.shape[1]
+    assert kind_of(name) == "named"
+    assert file_fingerprint(DataConfig(name=name)) is None
+
+
+def test_pythons_help_is_parted_by_topics():
+    texts, notes = read_named_texts(DataConfig(name=TEXT_NAMES[0]))
+    assert sorted(texts["train"] + texts["test"]) == sorted(topics.topics.values())
+    assert len(texts["test"]) == round(len(topics.topics) / 10)
+    assert texts == read_named_texts(DataConfig(name="python_docs"))[0]
+    assert f"of {len(texts['test'])} of the {len(topics.topics)} help topics of Python 3." in texts_of(notes)
+    assert [*read_named_texts(DataConfig(name="python_docs", ignored="test"))[0]] == ["train"]
