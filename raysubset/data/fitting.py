@@ -96,7 +96,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     return _full_set(config, splits, learned, notes)
 
 
-def of_texts(texts: Mapping[SplitName, Sequence[str]], config: DataConfig, notes: Sequence[Note]) -> FullSet:
+def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], config: DataConfig) -> FullSet:
     """The full set of windows of texts, of which the next tokens are learned.
 
     Raises:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.decoding import decode_source

@@ -10,21 +10,21 @@ from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import is_of_columns, read_tables
 from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
 from raysubset.data.files import not_streamed, read_path
-from raysubset.data.fitting import of_arrays, of_tables, of_texts
+from raysubset.data.finding import TEXT_SUFFIXES
+from raysubset.data.fitting import of_tables, of_texts
 from raysubset.data.full_set import FullSet
 from raysubset.data.functions import read_function
 from raysubset.data.image_sets import of_images
-from raysubset.data.named import read_named
+from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
+from raysubset.data.split import SplitName
 from raysubset.data.texts import read_texts
 from raysubset.events import Note
 
 _logger = logging.getLogger(__name__)
 
 
-def load_full_set(
-    config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None
-) -> FullSet:
+def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None) -> FullSet:
     """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
 
     Args:
@@ -54,19 +54,41 @@ def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None)
     return after
 
 
-def _read(config: DataConfig) -> Source:
-    name = config.name
-    match kind_of(name):
-        case "path":
-            return read_path(config)
-        case "function" if config.streamed:
-            raise not_streamed(f"{name} is a function")
-        case "function":
-            return _with_origin(read_function(config), f"what {name} returned")
-        case "named" if config.streamed:
-            raise not_streamed(f"{name} is a named set")
-        case "named":
-            return _with_origin(read_named(config), f"the named set {name}")
+def _load(config: DataConfig, task: TaskConfig) -> FullSet:
+    """The full set by the way its source is read: texts, tables learned by their columns, images, or arrays."""
+    kind, name = kind_of(config.name), config.name
+    task = dataclasses.replace(task, name=_task_name(config, task))
+    if config.streamed and kind != "path":
+        raise not_streamed(f"{name} is a {'function' if kind == 'function' else 'named set'}")
+    if task.name == "next_token":
+        return of_texts(*(read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)), config)
+    if name in TABLE_NAMES:
+        return of_tables(read_named_table(config), config, task)
+    if name in TEXT_NAMES:
+        raise ValueError(f"{name} is text: its --task is next_token, not {task.name}")
+    if kind == "named":
+        return of_images(_with_origin(read_named(config), f"the named set {name}"), config, task)
+    if kind == "function":
+        return of_images(_with_origin(read_function(config), f"what {name} returned"), config, task)
+    if is_of_columns(config):
+        return of_tables(read_tables(config), config, task)
+    return of_images(read_path(config), config, task)
+
+
+def _task_name(config: DataConfig, task: TaskConfig) -> str:
+    """The task's name, with what data are for where the config leaves it open."""
+    if task.name != "auto":
+        return task.name
+    if config.name in TEXT_NAMES or config.name.lower().endswith(TEXT_SUFFIXES):
+        return "next_token"
+    return "regression" if config.name == "diabetes" else "classification"
+
+
+def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    if kind_of(config.name) != "path" or config.streamed:
+        what = "streamed" if config.streamed else config.name
+        raise ValueError(f"next_token is learned from text files and python_docs, not from {what}: give a path of text")
+    return read_texts(config)
 
 
 def _with_origin(source: Source, origin: str) -> Source:
