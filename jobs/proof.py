@@ -184,7 +184,8 @@ def write_digits(folder: Path) -> Path:
     digits = load_full_set(DataConfig())
     for name, split in (("train", digits.train), ("test", digits.test)):
         assert isinstance(split, Split)
-        images, labels = split.take()
+        rows = split.take()
+        images, labels = rows["image"], rows["label"]
         pixels = pa.FixedSizeListArray.from_arrays(pa.array(images.numpy().reshape(-1)), images[0].numel())
         tensors = pa.FixedShapeTensorArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), images.shape[1:]), pixels)
         folder.mkdir(exist_ok=True)

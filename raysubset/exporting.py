@@ -1,4 +1,4 @@
-"""A trained model for others: torch.export and ONNX files that take raw images, and predictions of image files.
+"""A trained model for others: torch.export and ONNX files that take raw inputs, and predictions from files.
 
 export_model("~/ray_results/digits-1a2b3c4d", "model.onnx", format="onnx")
 for prediction in predict_files("~/ray_results/digits-1a2b3c4d", ["photo.png"]): ...
@@ -9,16 +9,18 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from raysubset.data import decode_images
+from raysubset.data import decode_images, read_rows
+from raysubset.errors import first_line
 from raysubset.network_graph import export
-from raysubset.trained_model import ModelRecord, TrainedModel, load_model
+from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, TableInputs
+from raysubset.trained_model import TrainedModel, load_model
 from raysubset.training import are_probabilities
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -34,8 +36,9 @@ _BATCH_PIXELS = 2**20  # … and of no more values: an activation is some times 
 def export_model(directory: str, path: str | None = None, *, format: ExportFormat, trust_code: bool = False) -> Path:
     """Write the final model of a run as one file with normalisation inside, and check that it computes the same.
 
-    Its input is float32 [N, C, H, W] in [0, 1], N free; its output float32 [N, num_classes]. Class names and image
-    shape (H, W, C) travel along as JSON: in extra files of a .pt2, in the metadata of ONNX.
+    Its input is float32 [N, C, H, W] in [0, 1] of images, float32 [N, F] of a table's features, or int64 [N, T] of
+    tokens, N free; its output float32, of classes [N, num_classes]. Class names and image shape (H, W, C), or names of
+    features and targets, travel along as JSON: in extra files of a .pt2, in the metadata of ONNX.
 
     Args:
         directory: the run directory, a path or a URI.
@@ -56,14 +59,20 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {target.parent} ({error.strerror}): choose another --to") from error
-    height, width, channels = model.image_shape
-    sample = torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(model.inputs, ImageInputs):
+        sample = torch.rand(3, *model.spec.inputs, generator=generator)
+    else:
+        sample = model.spec.random(3, generator)
     (_write_torch if format == "torch-export" else _write_onnx)(model, sample, target)
     return target
 
 
 def _described(model: TrainedModel) -> dict[str, str]:
-    return {"class_names": json.dumps(model.class_names), "image_shape": json.dumps(model.image_shape)}
+    described = {"class_names": model.class_names, "image_shape": getattr(model, "image_shape", None)}
+    described |= {"inputs": getattr(model.inputs, "feature_names", None)}
+    described |= {"targets": getattr(model.record.task, "target_names", None)}
+    return {key: json.dumps(value) for key, value in described.items() if value}
 
 
 def _write_torch(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
@@ -110,84 +119,131 @@ def _check_same(target: Path, outputs: np.ndarray, model: TrainedModel, sample: 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one image file."""
+    """What the model makes of one image file, one row of a table, or one text."""
 
     path: str
     classes: tuple[str, ...] = ()  # the most probable first; none where there is an error
     probabilities: tuple[float, ...] = ()  # softmax of the outputs, or these if they are such; not calibrated
     error: str | None = None  # why there is no answer, the file named
+    row: int | None = None  # of a table, from 0
+    values: dict[str, float] = field(default_factory=dict)  # of regression, by the target's name
+    text: str = ""  # what a text goes on with
+
+    def __str__(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        found = [f"{name} {share:.1%}" for name, share in pairs]
+        found += [f"{name} {value:.6g}" for name, value in self.values.items()]
+        place = self.path if self.row is None else f"{self.path}, row {self.row}"
+        return f"{place}: {self.error or ', '.join(found) or self.text}"
 
 
 def predict_files(
     directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
 ) -> list[Prediction]:
-    """Classify image files by the final model of a run; predictions() in a list."""
+    """Apply the final model of a run to files; predictions() in a list."""
     return list(predictions(directory, paths, num_classes=num_classes, trust_code=trust_code))
 
 
 def predictions(
     directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
 ) -> Iterator[Prediction]:
-    """Classify image files by the final model of a run, a batch at a time: memory does not grow with their number.
+    """Apply the final model of a run to files, a batch of images or a table at a time.
 
     Images are resized (shorter side) and centre-cropped to the training images' size, and made grey or coloured as
-    those were. A file that cannot be read has its error for an answer.
+    those were. Tables have the training table's columns, by name. A text is gone on with. A file that cannot be read
+    has its error for an answer.
 
     Args:
         directory: the run directory, a path or a URI.
-        paths: image files.
+        paths: image files, tables, or text files, as the model takes them.
         num_classes: the most probable classes to give for each.
         trust_code: as load_model()'s.
 
     Raises:
-        ValueError: if there are no files or no finished run, or the run's model cannot be loaded.
+        ValueError: if there are no files or no finished run, the run's model cannot be loaded, or it takes what no
+            file holds.
     """
     if not paths:
-        raise ValueError("give image files to classify")
+        raise ValueError("give files to predict from")
     model = load_model(directory, trust_code=trust_code)
+    task = model.record.task
+    if isinstance(task, NextToken):
+        yield from (_go_on(model, path) for path in paths)
+    elif isinstance(model.inputs, TableInputs):
+        for path in paths:
+            yield from _of_table(model, path, num_classes)
+    elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression):
+        yield from _of_images(model, paths, num_classes)
+    else:
+        shape = list(model.spec.inputs)
+        raise ValueError(f"this model's task is {task.name}, and it takes tensors of {shape}: load_model(directory)(x)")
+
+
+def _go_on(model: TrainedModel, path: str) -> Prediction:
+    try:
+        return Prediction(path, text=model.generate(Path(path).expanduser().read_text(encoding="utf-8")))
+    except OSError as error:
+        return Prediction(path, error=f"{path}: {error.strerror}; give text files")
+    except ValueError as error:  # UnicodeDecodeError too
+        return Prediction(path, error=f"{path}: {first_line(error)}")
+
+
+def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Prediction]:
+    assert isinstance(model.inputs, TableInputs)
+    try:
+        table = read_rows(path, model.inputs)
+        with torch.inference_mode():
+            outputs, _ = model.of_table(table)
+    except ValueError as error:
+        yield Prediction(path, error=str(error) if path in str(error) else f"{path}: {error}")
+        return
+    for row, answer in enumerate(_answers(model, outputs, num_classes)):
+        yield Prediction(path, row=row, **answer)
+
+
+def _of_images(model: TrainedModel, paths: Sequence[str], num_classes: int) -> Iterator[Prediction]:
     num = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // math.prod(model.image_shape)))
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), num):
             batch = paths[start : start + num]
-            images = list(pool.map(lambda path: _read_image(path, model.record), batch))
-            answers = iter(_classify(model, [image for image in images if not isinstance(image, str)], num_classes))
+            images = list(pool.map(lambda path: _read_image(path, model.inputs), batch))
+            readable, answers = [image for image in images if not isinstance(image, str)], iter(())
+            if readable:
+                with torch.inference_mode():
+                    outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
+                answers = iter(_answers(model, outputs, num_classes))
             for path, image in zip(batch, images, strict=True):
-                if isinstance(image, str):
-                    yield Prediction(path, error=image)
-                    continue
-                classes, probabilities = next(answers)
-                if all(map(math.isfinite, probabilities)):
-                    yield Prediction(path, classes, probabilities)
-                else:
-                    yield Prediction(path, error=f"{path}: the network's outputs are NaN or infinite")
+                yield Prediction(path, error=image) if isinstance(image, str) else Prediction(path, **next(answers))
 
 
-def _classify(
-    model: TrainedModel, images: Sequence[np.ndarray], num_classes: int
-) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
-    """(classes, probabilities) of each image, the most probable first."""
-    if not images:
-        return []
-    with torch.inference_mode():
-        outputs = model(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+def _answers(model: TrainedModel, outputs: torch.Tensor, num_classes: int) -> Iterator[dict[str, Any]]:
+    """What each row of outputs says: its classes, the most probable first, or its numbers by name."""
+    task = model.record.task
+    if isinstance(task, Regression):
+        for values in outputs.tolist():
+            yield _finite({"values": dict(zip(task.target_names, values, strict=True))}, values)
+        return
     probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
     shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
-    return [
-        (tuple(model.class_names[i] for i in classes), tuple(values))
-        for classes, values in zip(order.tolist(), shares.tolist(), strict=True)
-    ]
+    for classes, values in zip(order.tolist(), shares.tolist(), strict=True):
+        answer = {"classes": tuple(task.class_names[i] for i in classes), "probabilities": tuple(values)}
+        yield _finite(answer, values)
 
 
-def _read_image(path: str, record: ModelRecord) -> np.ndarray | str:
+def _finite(answer: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
+    return answer if all(map(math.isfinite, values)) else {"error": "the network's outputs are NaN or infinite"}
+
+
+def _read_image(path: str, inputs: ImageInputs) -> np.ndarray | str:
     """uint8 [H, W, C] of the model's shape, read as its training images were; or why not, in a line."""
-    height, width, channels = record.image_shape
+    height, width, channels = inputs.image_shape
     image_size = height if height == width else None
 
     def read(_: int) -> bytes:
         return Path(path).expanduser().read_bytes()
 
     try:
-        (image,) = decode_images(1, read, lambda _: path, image_size=image_size, grey_range=record.grey_range)
+        (image,) = decode_images(1, read, lambda _: path, image_size=image_size, grey_range=inputs.grey_range)
     except OSError as error:
         return f"{path}: {error.strerror}; give image files"
     except ValueError as error:

@@ -26,7 +26,7 @@ def call_function(field: str, reference: str, *arguments: Any) -> Any:
             user's file.
     """
     function = load_function(field, reference)
-    with _in_a_line(field, reference):
+    with in_a_line(field, reference):
         return function(*arguments)
 
 
@@ -47,7 +47,7 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
     search_here()
     _imported.append(module_name)
     try:
-        with _in_a_line(field, reference):
+        with in_a_line(field, reference):
             module = importlib.import_module(module_name)
     except ValueError as error:
         missing = error.__cause__
@@ -84,7 +84,7 @@ class _NoMainGuard(ValueError):
 
 
 @contextlib.contextmanager
-def _in_a_line(field: str, reference: str) -> Iterator[None]:
+def in_a_line(field: str, reference: str) -> Iterator[None]:
     """Make a ValueError of whatever the user's code raises, of the process's end, and of flags read from our argv."""
     parse_error = argparse.ArgumentParser.error
     argparse.ArgumentParser.error = _refuse_flags  # which would print the user's usage for our flags

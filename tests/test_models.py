@@ -312,7 +312,7 @@ def test_networks_over_tables_are_tried_as_those_over_images(users_module):
 def test_auto_is_the_network_that_fits_inputs_and_outputs():
     specs = {"cnn": Spec((3, 32, 32), (10,)), "unet": MASK, "mlp": TABLE, "transformer": TEXT}
     for name, spec in specs.items():
-        assert architecture(ModelConfig(), spec) == ModelConfig(name=name)
+        assert architecture(ModelConfig(width=7), spec) == ModelConfig(name=name, width=7)
     assert architecture(ModelConfig(name="resnet18"), TABLE).name == "resnet18"
     with pytest.raises(ValueError, match="norm does not apply to mlp"):
         architecture(ModelConfig(norm="group"), TABLE)

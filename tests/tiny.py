@@ -25,7 +25,7 @@ def examples(
     side: int = 8,
     *,
     augmentation: Literal["none", "crop_flip"] = "none",
-    objective: CrossEntropy | SquaredError = CROSS_ENTROPY,
+    objective: CrossEntropy | SquaredError | None = None,
     seed: int = 0,
 ) -> Examples:
     """Random grey pixels, labels of three classes that depend on them."""
@@ -42,7 +42,7 @@ def image_examples(
     std: float | Sequence[float] = 1.0,
     augmentation: Literal["none", "crop_flip"] = "none",
     *,
-    objective: CrossEntropy | SquaredError = CROSS_ENTROPY,
+    objective: CrossEntropy | SquaredError | None = None,
     num_classes: int | None = None,
 ) -> Examples:
     """Images uint8 [N, H, W, C] and their classes, int64 [N], to be augmented as they say."""
@@ -51,7 +51,9 @@ def image_examples(
         tuple([values] * channels) if isinstance(values, float) else tuple(map(float, values)) for values in (mean, std)
     )
     names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
-    task = Classification(ImageInputs((height, width, channels), mean, std, augmentation), names, objective)
+    task = Classification(
+        ImageInputs((height, width, channels), mean, std, augmentation), names, objective or CrossEntropy()
+    )
     return Examples({"image": images, "label": labels}, task, augment=True)
 
 

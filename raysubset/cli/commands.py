@@ -354,15 +354,15 @@ def _predict(command: Predict) -> int:
     from raysubset.exporting import predictions
 
     code = DONE
-    for prediction in predictions(command.directory, command.images, trust_code=command.trust_code):
+    for prediction in predictions(command.directory, command.files, trust_code=command.trust_code):
         if prediction.error:
             code = MISTAKE
             _error(prediction.error)
         if command.format == "json":
-            print(json.dumps({key: value for key, value in dataclasses.asdict(prediction).items() if value}))
+            tree = dataclasses.asdict(prediction)
+            print(json.dumps({key: value for key, value in tree.items() if value or (key == "row" and value == 0)}))
         elif not prediction.error:
-            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
-            print(f"{prediction.path}: {', '.join(f'{name} {share:.1%}' for name, share in pairs)}")
+            print(prediction)
     return code
 
 

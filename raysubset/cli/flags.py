@@ -141,15 +141,16 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify image files by the model of a finished run: a line each, the most probable classes first.
+    """Apply the model of a finished run: to image files, a line each; to the rows of a table; or to a text's end.
 
-    A file that cannot be read is named on stderr, and the exit code is 2; the others have their lines.
+    Classes come with the most probable first, numbers in the units of the training data; text is gone on with. A file
+    that cannot be read is named on stderr, and the exit code is 2; the others have their lines.
     """
 
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
     """The run directory: a path or URI."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
-    """Image files."""
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE …")]
+    """Image files, tables with the training table's columns, or text files, as the model takes them."""
     format: Literal["text", "json"] = "text"
     trust_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
@@ -197,6 +198,7 @@ def parse(
     """
     if kind in _PLAIN:
         return _tyro(kind, arguments, prog=prog)
+    arguments = [re.sub(r"^--task(?==|$)", "--task.name", word) for word in arguments]
     rest, base = _config_file(arguments, default)
     return _tyro(kind, rest, prog=prog, default=kind(base, **defaults), description=description)
 

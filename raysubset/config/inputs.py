@@ -12,7 +12,9 @@ EMBEDDED_NAMES = ("digits", "breast_cancer", "wine", "iris", "diabetes", "python
 DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 
 # (width, depth) where the user names none. The CNN's keep Q of four quarter subsets of digits above one (Q = 2.2).
-_MODEL_SIZES = {"cnn": (8, 2), "mlp": (64, 1), "cifar_resnet": (16, 20)}
+_MODEL_SIZES = {"cnn": (8, 2), "vgg": (8, 3), "cifar_resnet": (16, 20), "unet": (8, 2), "mlp": (64, 1)}
+_MODEL_SIZES |= {"lstm": (64, 1), "transformer": (64, 2)}
+_NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
 
 NUM_SUBSETS = 4  # that share the training set, where neither number nor size is given
 
@@ -85,22 +87,25 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "auto"
-    """auto (cnn for images, mlp for other numbers), cnn, lenet5, mlp, cifar_resnet, any classification network of
-    torchvision, or package.module:function called with a raysubset.tasks.Spec, or with (num_classes, (C, H, W)) if it
-    takes two arguments, and returning an nn.Module that maps [N, *spec.inputs] to float [N, *spec.outputs]."""
+    """cnn, vgg, cifar_resnet or lenet5 for images, any classification network of torchvision, unet for masks, mlp for
+    other numbers, lstm or transformer for tokens; auto: cnn, unet, mlp or transformer. Or package.module:function,
+    called with a raysubset.tasks.Spec, or with (num_classes, (C, H, W)) if it takes two arguments, and returning an
+    nn.Module that maps [N, *spec.inputs] to float [N, *spec.outputs]."""
     width: int | None = None
-    """Channels of the first block (cnn: 8, cifar_resnet: 16) or units of a hidden layer (mlp: 64)."""
+    """Channels of the first block (cnn, vgg, unet: 8, cifar_resnet: 16), or units of a layer (mlp, lstm and
+    transformer: 64)."""
     depth: int | None = None
-    """Convolution blocks (cnn: 2), hidden layers (mlp: 1), or layers, 6n + 2 (cifar_resnet: 20)."""
+    """Blocks (cnn: 2, vgg: 3, transformer: 2), halvings (unet: 2), hidden layers (mlp, lstm: 1), or layers, 6n + 2
+    (cifar_resnet: 20)."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Normalisation inside cnn and cifar_resnet."""
+    """Normalisation inside cnn, vgg, cifar_resnet and unet."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
         for name in ("width", "depth"):
             has_size = self.name in ("auto", *_MODEL_SIZES)
             need(has_size or getattr(self, name) is None, f"model.{name} does not apply to {self.name}: leave it out")
-        has_norm = self.name in ("auto", "cnn", "cifar_resnet")
+        has_norm = self.name in ("auto", *_NORMED)
         need(has_norm or self.norm == "batch", f"model.norm does not apply to {self.name}: leave it out")
         if self.name == "cifar_resnet":
             depth = self.size()[1]

@@ -213,14 +213,16 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     aggregation, minimize = tree.get("aggregation"), tree.get("minimize")
     if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
         new["aggregation"] = {key: value for key, value in aggregation.items() if key != "num_gpus"}
-    if isinstance(minimize, Mapping) and "task" not in tree:  # the loss was the recipe's
-        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}
+    moved: dict[str, Any] = {}
+    if isinstance(minimize, Mapping):
+        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}  # once the recipe's
+    if moved and isinstance(minimize, Mapping):
         new["minimize"] = {key: value for key, value in minimize.items() if key not in moved}
         if moved.get("loss") == "cross_entropy":
             moved["loss"] = "auto"
-        new |= {"task": moved} if moved else {}
+        new["task"] = {**tree.get("task", {}), **moved}
     data = tree.get("data")
-    if isinstance(data, Mapping) and "label_column" in data and "target" not in data:  # its name of before
+    if isinstance(data, Mapping) and "label_column" in data and data.get("target") is None:  # its name of before
         new["data"] = {key: value for key, value in data.items() if key != "label_column"}
         if (label := data["label_column"]) != "label":
             new["data"]["target"] = label

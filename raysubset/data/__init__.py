@@ -6,6 +6,7 @@ draws = examples.draw(seed=epoch)
 inputs, targets = examples.batch(indices, draws=draws)
 """
 
+from raysubset.data.columns import read_rows
 from raysubset.data.contents import file_fingerprint, kind_of, refuse_changed_files
 from raysubset.data.examples import Batches, Examples, even_sizes, joined
 from raysubset.data.full_set import FullSet
@@ -17,6 +18,7 @@ from raysubset.data.streamed_examples import Reader, StreamedExamples, cut_range
 
 __all__ = [
     "load_full_set",
+    "read_rows",
     "file_fingerprint",
     "kind_of",
     "refuse_changed_files",

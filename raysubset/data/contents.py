@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
-from raysubset.data.finding import TABLE_SUFFIXES, find_files
+from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.locations import locate
 from raysubset.data.named import torchvision_files
@@ -59,7 +59,11 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
         return "named"
     if "://" not in name and "/" not in name and ":" in name:
         return "function"
-    if "/" in name or name.lower().endswith(TABLE_SUFFIXES) or os.path.exists(os.path.expanduser(name)):
+    if (
+        "/" in name
+        or name.lower().endswith((*TABLE_SUFFIXES, *TEXT_SUFFIXES))
+        or os.path.exists(os.path.expanduser(name))
+    ):
         return "path"
     raise ValueError(
         f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"

@@ -1,9 +1,9 @@
-"""Data sets by path or URI: Parquet and Arrow files, or a folder with one folder of images per class."""
+"""Data sets by path or URI: Parquet, Arrow and CSV files, or a folder with one folder of images per class."""
 
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
-from raysubset.data.finding import DataFiles, find_files
+from raysubset.data.csv_files import DELIMITERS, read_csv
+from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
@@ -19,6 +20,8 @@ from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
 from raysubset.events import Note
+
+Needed = Callable[[pa.Schema, str], Sequence[str]]  # the columns worth reading of a file, by its path
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
@@ -30,6 +33,8 @@ def read_path(config: DataConfig) -> Source:
         ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
     """
     files = find_files(config)
+    if files.kind == "texts":
+        raise no_table(files)
     if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
     source: Source = {}
@@ -38,16 +43,25 @@ def read_path(config: DataConfig) -> Source:
         if files.kind == "images":
             read, origin = _read_images(files, members, where), _describe_classes(members)
         elif split == "train" and config.streamed:
-            read, origin = _read_streamed(files, members, config, where), _describe_tables(files, members)
+            read, origin = _read_streamed(files, members, config, where), describe_files(files, members)
         else:
-            read, origin = _read_tables(files, members, config, where), _describe_tables(files, members)
+            read, origin = _read_tables(files, members, config, where), describe_files(files, members)
         note = Note(f"{split} split: {len(read.labels)} examples of {origin}")
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
 
 
-def _describe_tables(files: DataFiles, members: Sequence[Placed]) -> str:
+def no_table(files: DataFiles) -> ValueError:
+    """The refusal of text files where tables or images should be."""
+    path = files.full_path(files.layout["train"][0])
+    return ValueError(
+        f"{path} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder; text is learned by --task next_token"
+    )
+
+
+def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
+    """'2 files (a.parquet, b.parquet)'."""
     names = some(member.path or files.root.rpartition("/")[2] for member in members)
     return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
 
@@ -70,12 +84,12 @@ def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConf
     paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{others[0]} is none")
-    kinds = _column_kinds(files)
+    kinds = column_kinds(files)
     tables, num_rows = [], []
     for path, member in zip(paths, members, strict=True):
-        with _opened(files.system, path) as file:
+        with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = _needed(parquet.schema_arrow, member, kinds, config, path)
+            names = _needed(parquet.schema_arrow, member, kinds, _needed_for_images(config), path)
             table = parquet.read([name for name in names if name != config.image_column])
             tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata
@@ -85,12 +99,17 @@ def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConf
 
 
 def _read_tables(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
-    kinds = _column_kinds(files)
-    tables = {files.full_path(member): _read_table(files, member, kinds, config) for member in members}
+    kinds = column_kinds(files)
+    needed = _needed_for_images(config)
+    tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
     return from_tables(tables, config, where)
 
 
-def _column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
+def _needed_for_images(config: DataConfig) -> Needed:
+    return lambda schema, path: needed_columns(schema, config, path)
+
+
+def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
     """Types of the columns that hive folders name, key=value: integers if all their values are, else strings."""
     values: defaultdict[str, set[str]] = defaultdict(set)
     for members in files.layout.values():
@@ -104,12 +123,16 @@ def _column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
 
 
 def _needed(
-    schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType], config: DataConfig, path: str
+    schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, path: str
 ) -> list[str]:
     """The columns worth reading of a file, given those that its folders name, which it may lack."""
+    return [name for name in needed(with_folder_fields(schema, member, kinds), path) if name in schema.names]
+
+
+def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    """A file's schema with the columns that its folders name."""
     named = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
-    needed = needed_columns(pa.schema([*schema, *named]), config, path)
-    return [name for name in needed if name in schema.names]
+    return pa.schema([*schema, *named], schema.metadata)
 
 
 def _with_folder_columns(table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Table:
@@ -120,24 +143,50 @@ def _with_folder_columns(table: pa.Table, member: Placed, kinds: Mapping[str, pa
     return table
 
 
-def _read_table(files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], config: DataConfig) -> pa.Table:
-    """Read the columns that are of use."""
+def read_table(
+    files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, *, texts: tuple[str, ...] = ()
+) -> pa.Table:
+    """Read the columns that are of use; `texts` are texts in a CSV file, whatever they look like.
+
+    Raises:
+        ValueError: for what is damaged, with the file.
+    """
     path = files.full_path(member)
-    with _opened(files.system, path) as file:
+    with opened(files.system, path) as file:
         if path.lower().endswith(".parquet"):
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            table = parquet.read(_needed(parquet.schema_arrow, member, kinds, config, path))
+            table = parquet.read(_needed(parquet.schema_arrow, member, kinds, needed, path))
+        elif path.lower().endswith(tuple(DELIMITERS)):
+            table = read_csv(file.read(), path, texts=texts)
+            table = table.select([*dict.fromkeys(_needed(table.schema, member, kinds, needed, path))])
         else:
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            reader = ipc.open_file(file) if is_file else ipc.open_stream(file)  # `datasets` caches streams
-            table = reader.read_all().select(_needed(reader.schema, member, kinds, config, path))
+            reader = _arrow_reader(file)
+            table = reader.read_all().select(_needed(reader.schema, member, kinds, needed, path))
         table.validate(full=True)  # IPC is taken as it is: damaged offsets would end in a segmentation fault
         return _with_folder_columns(table, member, kinds)
 
 
+def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
+    """The columns of a Parquet or Arrow file, and those that its folders name.
+
+    Raises:
+        ValueError: for what is damaged, with the file.
+    """
+    path = files.full_path(member)
+    with opened(files.system, path) as file:
+        is_parquet = path.lower().endswith(".parquet")
+        schema = pq.ParquetFile(file).schema_arrow if is_parquet else _arrow_reader(file).schema
+        return with_folder_fields(schema, member, column_kinds(files))
+
+
+def _arrow_reader(file: pa.NativeFile) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    return ipc.open_file(file) if is_file else ipc.open_stream(file)  # `datasets` caches streams
+
+
 @contextmanager
-def _opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
+def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     """The file; what goes wrong while it is read is told as a ValueError that names it."""
     try:
         with system.open_input_file(path) as file:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from pyarrow import fs
 
 from raysubset.config import DataConfig
+from raysubset.data.csv_files import DELIMITERS
 from raysubset.data.ignored import Ignored
 from raysubset.data.layout import (
     Layout,
@@ -28,7 +29,9 @@ from raysubset.data.split import SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
 
-TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+ARROW_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+TABLE_SUFFIXES = (*ARROW_SUFFIXES, *DELIMITERS)
+TEXT_SUFFIXES = (".txt",)
 
 # Folders that systems leave behind: a Mac's file attributes, thumbnails, byte code, what the check of a disk found.
 _LITTER = ("__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information")
@@ -43,6 +46,10 @@ _LOGGED = {
     "an Iceberg table": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
 }
 _MOST_REASONS = 8  # in one line
+_DANGLING = "links to nothing"
+
+# Of links to nothing that would have been read; images' and Arrow's are refused in any folder.
+_SUFFIXES = {"tables": tuple(DELIMITERS), "images": (), "texts": TEXT_SUFFIXES}
 
 LeftOut = defaultdict[str, list[str]]  # paths by the reason
 
@@ -53,7 +60,7 @@ class DataFiles:
 
     system: fs.FileSystem
     root: str  # in that file system
-    kind: Literal["tables", "images"]
+    kind: Literal["tables", "images", "texts"]
     layout: Layout
     listed: Mapping[str, ListedFile]  # size and time of each file of the layout, by its path
     notes: tuple[Note, ...]
@@ -88,11 +95,10 @@ def find_files(config: DataConfig) -> DataFiles:
         )
         raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
     if info.type == fs.FileType.File:
-        if not root.lower().endswith(TABLE_SUFFIXES):
-            raise ValueError(f"{root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder")
         Ignored(config).refuse_unmet([])
         listed = {"": ListedFile("", info.size or 0, info.mtime_ns)}
-        return DataFiles(system, root, "tables", {"train": [Placed("")]}, listed, ())
+        kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"
+        return DataFiles(system, root, kind, {"train": [Placed("")]}, listed, ())
     return _find_in_folder(system, root, config)
 
 
@@ -117,15 +123,21 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     listing = list_folder(system, root)
     left_out: LeftOut = defaultdict(list)
     found = _sift(listing, ignored, where, left_out)
-    tables = _sift_tables(found.files, left_out)
-    suffixes = image_suffixes()
-    images = [path for path in found.files if path.lower().endswith(suffixes)]
-    _refuse_nothing_or_both(tables, images, found, left_out, where, ignored)
-    read = tables or images
+    images = [path for path in found.files if path.lower().endswith(image_suffixes())]
+    in_folders = [path for path in images if "/" in path]
+    tables = _sift_tables(found.files, left_out, ARROW_SUFFIXES)
+    if not tables and not in_folders:  # beside those, CSV and text files describe them
+        tables = _sift_tables(found.files, left_out, tuple(DELIMITERS))
+    texts = [] if tables or images else [path for path in found.files if path.lower().endswith(TEXT_SUFFIXES)]
+    _refuse_nothing_or_both(tables, in_folders, [*images, *texts], found, left_out, where, ignored)
+    read = tables or images or texts
+    kind: Literal["tables", "images", "texts"] = "tables" if tables else "images" if images else "texts"
     refuse_copies({path: found.files[path].size for path in read}, where=where)
-    if tables:
+    if lost := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
+        raise _links_to_nothing(where, lost)
+    if kind != "images":
         _refuse_logged([*found.folders, *found.files, *left_out["hidden"]], where)
-        layout = lay_out_tables(tables, where=where, label_column=config.label_column)
+        layout = lay_out_tables(read, where=where, label_column=config.label_column)
     else:
         innermost = {path.rpartition("/")[0] for path in images}
         holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
@@ -136,15 +148,15 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     chosen = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen for file in layout[split]]
     ignored.refuse_unmet([*layout, *found.folders, *found.files])
-    notes = () if tables else folders_shared_by_classes(chosen, where=where)
+    notes = folders_shared_by_classes(chosen, where=where) if kind == "images" else ()
     told = _in_words(left_out, found.files.keys() - {*read})
     if "train" not in chosen:
-        what, rest = "training files" if tables else "train folder", f"; left out: {told}" if told else ""
-        raise ValueError(f"data.name = {where}: no {what}, only {some(tables or chosen)}{rest}")
+        what, rest = "train folder" if kind == "images" else "training files", f"; left out: {told}" if told else ""
+        raise ValueError(f"data.name = {where}: no {what}, only {some(chosen if kind == 'images' else read)}{rest}")
     return DataFiles(
         system=system,
         root=root,
-        kind="tables" if tables else "images",
+        kind=kind,
         layout=chosen,
         listed={placed.path: found.files[placed.path] for members in chosen.values() for placed in members},
         notes=(Note(f"left out: {told}"), *notes) if told else notes,
@@ -171,12 +183,16 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     )
     left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
     left_out["links back to a folder they lie in"] += circles
-    left_out["links to nothing"] += dangling
-    suffixes = ("", *TABLE_SUFFIXES, *image_suffixes())
+    left_out[_DANGLING] += dangling
+    suffixes = ("", *ARROW_SUFFIXES, *image_suffixes())
     visible = [link for link in dangling if not _is_hidden(link)]
     if lost := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
-        raise ValueError(f"data.name = {where}: links to nothing, {some(lost)}: fetch what they stand for")
+        raise _links_to_nothing(where, lost)
     return _Found(files, [folder for folder in folders if not _is_hidden(folder)])
+
+
+def _links_to_nothing(where: str, links: Sequence[str]) -> ValueError:
+    return ValueError(f"data.name = {where}: links to nothing, {some(links)}: fetch what they stand for")
 
 
 def _refuse_logged(paths: Iterable[str], where: str) -> None:
@@ -194,12 +210,12 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part.lower() in _LITTER for part in path.split("/"))
 
 
-def _sift_tables(files: Iterable[str], left_out: LeftOut) -> list[str]:
-    """Tables, without those that other programs left beside them."""
+def _sift_tables(files: Iterable[str], left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
+    """Tables of these suffixes, without those that other programs left beside them."""
     tables = []
     for path in files:
         parts = path.split("/")
-        if not path.lower().endswith(TABLE_SUFFIXES):
+        if not path.lower().endswith(suffixes):
             continue
         if _CACHE.fullmatch(parts[-1]):
             left_out["caches of the datasets library"].append(path)
@@ -211,20 +227,25 @@ def _sift_tables(files: Iterable[str], left_out: LeftOut) -> list[str]:
 
 
 def _refuse_nothing_or_both(
-    tables: Sequence[str], images: Sequence[str], found: _Found, left_out: LeftOut, where: str, ignored: Ignored
+    tables: Sequence[str],
+    in_folders: Sequence[str],
+    others: Sequence[str],
+    found: _Found,
+    left_out: LeftOut,
+    where: str,
+    ignored: Ignored,
 ) -> None:
-    in_folders = [path for path in images if "/" in path]
     if tables and in_folders:
         raise ValueError(
             f"data.name = {where} holds tables ({some(tables)}) and folders of images ({some(in_folders)}): leave one "
             f"of them out, as with --data.ignored '*{PurePosixPath(tables[0]).suffix}'"
         )
-    if not tables and not images:
+    if not tables and not others:
         ignored.refuse_unmet([*found.folders, *found.files])
         held = _in_words(left_out, found.files)
         raise ValueError(
-            f"data.name = {where}: the folder holds neither {', '.join(TABLE_SUFFIXES)} files nor folders of images"
-            f"{f', only {held}' if held else ''}: give the path of either"
+            f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
+            f"folders of images{f', only {held}' if held else ''}: give the path of either"
         )
 
 

@@ -1,42 +1,31 @@
-"""One door to every data set: find its reader, number its classes, carve the splits it lacks, make the FullSet."""
+"""One door to every data set: find its reader, and make the FullSet of what it reads."""
 
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 
-import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig, TaskConfig, derive_seed
+from raysubset.config import DataConfig, TaskConfig
+from raysubset.data.columns import is_of_columns, read_tables
 from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
-from raysubset.data.decoding import decode_source
 from raysubset.data.files import not_streamed, read_path
-from raysubset.data.findings import level_notes
-from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
+from raysubset.data.finding import TEXT_SUFFIXES
+from raysubset.data.fitting import of_tables, of_texts
+from raysubset.data.full_set import FullSet
 from raysubset.data.functions import read_function
-from raysubset.data.labels import number_classes
-from raysubset.data.named import read_named
-from raysubset.data.row_groups import RowGroups
-from raysubset.data.sources import Source, SourceSplit
-from raysubset.data.split import Split, SplitName
-from raysubset.data.splitting import carve
-from raysubset.data.streamed import StreamedSplit
+from raysubset.data.image_sets import of_images
+from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
+from raysubset.data.sources import Source
+from raysubset.data.split import SplitName
+from raysubset.data.texts import read_texts
 from raysubset.events import Note
-from raysubset.tasks import ImageInputs, classification
-
-# Where a shifted or mirrored image shows the same thing: not digits.
-_AUGMENTED_NAMES = ("cifar10", "cifar100")
-
-_MOST_LISTED = 10  # classes named in one line
 
 _logger = logging.getLogger(__name__)
 
 
 def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None) -> FullSet:
     """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
-
-    Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
 
     Args:
         task: what is to be learned from it; by default what the data are for.
@@ -46,44 +35,11 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
         ValueError: for whatever cannot be read or trained on, in one line with the way out; and where files change
             while they are read.
     """
-    start_s, task = time.perf_counter(), task or TaskConfig()
+    start_s = time.perf_counter()
     before = file_fingerprint(config, known)
-    read = _read(config)
-    labels, class_names, naming = number_classes(read)
-    source: Source = {name: split for name, split in read.items() if name in labels}
-    rows, carving = _rows(source, labels, config)
-    decoded = decode_source(source, rows, config.image_size)
-    source, scanned = _of_one_shape(decoded.splits), decoded.scan
-
-    def build(name: SplitName) -> Split:
-        origin: SplitName = name if name in source else "train"
-        kept = scanned.kept.get(name) if scanned else None
-        return _build(source[origin], labels[origin], rows[name], kept)
-
-    validation, test = build("validation"), build("test")
-    notes = [*(note for split in source.values() for note in split.notes), *naming, *carving]
-    notes += _lacking({name: labels[name if name in source else "train"][rows[name]] for name in rows}, class_names)
-    if scanned is None:
-        train = build("train")
-        levels = count_levels(train.arrays()["image"])
-    else:
-        train = _build_streamed(source["train"], labels["train"], rows["train"])
-        levels = _repeated(scanned.levels, train.image_shape[2], axis=0)
-        notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
-    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
-    mean, std = statistics_of_levels(levels)
-    auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
-    inputs = ImageInputs(
-        image_shape=train.shapes["image"] if isinstance(train, Split) else train.image_shape,
-        mean=mean,
-        std=std,
-        augmentation=auto if config.augmentation == "auto" else config.augmentation,
-        grey_range=decoded.grey_range,
-    )
-    learned = classification(inputs, class_names, task, train.arrays()["label"])
-    full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
+    full_set = _load(config, task or TaskConfig())
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
-    sizes = " + ".join(str(len(rows[name])) for name in ("train", "validation", "test"))
+    sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
     return full_set
 
@@ -98,19 +54,41 @@ def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None)
     return after
 
 
-def _read(config: DataConfig) -> Source:
-    name = config.name
-    match kind_of(name):
-        case "path":
-            return read_path(config)
-        case "function" if config.streamed:
-            raise not_streamed(f"{name} is a function")
-        case "function":
-            return _with_origin(read_function(config), f"what {name} returned")
-        case "named" if config.streamed:
-            raise not_streamed(f"{name} is a named set")
-        case "named":
-            return _with_origin(read_named(config), f"the named set {name}")
+def _load(config: DataConfig, task: TaskConfig) -> FullSet:
+    """The full set by the way its source is read: texts, tables learned by their columns, images, or arrays."""
+    kind, name = kind_of(config.name), config.name
+    task = dataclasses.replace(task, name=_task_name(config, task))
+    if config.streamed and kind != "path":
+        raise not_streamed(f"{name} is a {'function' if kind == 'function' else 'named set'}")
+    if task.name == "next_token":
+        return of_texts(*(read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)), config)
+    if name in TABLE_NAMES:
+        return of_tables(read_named_table(config), config, task)
+    if name in TEXT_NAMES:
+        raise ValueError(f"{name} is text: its --task is next_token, not {task.name}")
+    if kind == "named":
+        return of_images(_with_origin(read_named(config), f"the named set {name}"), config, task)
+    if kind == "function":
+        return of_images(_with_origin(read_function(config), f"what {name} returned"), config, task)
+    if is_of_columns(config):
+        return of_tables(read_tables(config), config, task)
+    return of_images(read_path(config), config, task)
+
+
+def _task_name(config: DataConfig, task: TaskConfig) -> str:
+    """The task's name, with what data are for where the config leaves it open."""
+    if task.name != "auto":
+        return task.name
+    if config.name in TEXT_NAMES or config.name.lower().endswith(TEXT_SUFFIXES):
+        return "next_token"
+    return "regression" if config.name == "diabetes" else "classification"
+
+
+def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    if kind_of(config.name) != "path" or config.streamed:
+        what = "streamed" if config.streamed else config.name
+        raise ValueError(f"next_token is learned from text files and python_docs, not from {what}: give a path of text")
+    return read_texts(config)
 
 
 def _with_origin(source: Source, origin: str) -> Source:
@@ -121,106 +99,3 @@ def _with_origin(source: Source, origin: str) -> Source:
         )
         for name, split in source.items()
     }
-
-
-def _rows(
-    source: Source, labels: dict[SplitName, np.ndarray], config: DataConfig
-) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
-    """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off."""
-    notes: list[Note] = []
-    rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in labels.items()}
-    if "test" not in source:
-        rows["train"], rows["test"] = _carve("test", config.test_fraction, labels["train"], rows["train"], config)
-        num, share = len(rows["test"]), config.test_fraction
-        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing"
-        notes.append(Note(text))
-    if "validation" not in source:
-        fraction = config.validation_fraction
-        rows["train"], rows["validation"] = _carve("validation", fraction, labels["train"], rows["train"], config)
-    else:
-        num = len(rows["validation"])
-        text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
-        notes.append(Note(text))
-    return rows, notes
-
-
-def _carve(
-    name: SplitName, fraction: float, labels: np.ndarray, rows: np.ndarray, config: DataConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that remain for training, and those carved off for another split."""
-    kept, carved = carve(labels[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
-    return rows[kept], rows[carved]
-
-
-def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
-    """Notes on splits that lack classes, with which."""
-    for name, numbers in labels.items():
-        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
-        if len(absent):
-            listed = ", ".join(class_names[number] for number in absent[:_MOST_LISTED])
-            more = f" and {len(absent) - _MOST_LISTED} more" if len(absent) > _MOST_LISTED else ""
-            yield Note(f"the {name} split has no example of class {listed}{more}", is_warning=True)
-
-
-def _of_one_shape(source: Source) -> Source:
-    """The source with grey splits repeated to three channels where another split has colours.
-
-    Raises:
-        ValueError: if the splits' images differ in height or width.
-    """
-    shapes = {name: split.decoded.shape[1:] for name, split in source.items()}
-    if len({shape[:2] for shape in shapes.values()}) > 1:
-        listed = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
-        raise ValueError(f"the splits' images differ in shape ({listed}): give --data.image-size to resize them")
-    channels = max(shape[2] for shape in shapes.values())
-    return {name: split if shapes[name][2] == channels else _coloured(name, split) for name, split in source.items()}
-
-
-def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
-    note = f"the {name} split is grey, others have colours: repeated to three channels"
-    if isinstance(images := split.decoded, RowGroups):
-        images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
-    else:
-        images = np.repeat(images, 3, axis=3)
-    return dataclasses.replace(split, images=images, notes=(*split.notes, Note(note)))
-
-
-def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
-    """The values of one channel for each of so many, unless there are as many already."""
-    return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
-
-
-def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.ndarray | None) -> Split:
-    """A split of some of the source's rows, in memory of its own unless it is all of them.
-
-    Args:
-        kept: the images of these rows, uint8 [n, H, W, 1 or C], where the source's are streamed.
-    """
-    if kept is not None:
-        images, labels = _repeated(kept, source.decoded.shape[3], axis=3), labels[rows]
-    else:
-        assert isinstance(source.images, np.ndarray)
-        is_whole = len(rows) == len(labels)
-        images = source.images if is_whole else source.images[rows]
-        labels = np.ascontiguousarray(labels) if is_whole else labels[rows]
-    return Split.from_arrays({"image": images, "label": labels}, rows, _columns(source, rows))
-
-
-def _build_streamed(source: SourceSplit, labels: np.ndarray, rows: np.ndarray) -> StreamedSplit:
-    assert isinstance(source.images, RowGroups)
-    return StreamedSplit(Split.from_arrays({"label": labels[rows]}, rows, _columns(source, rows)), source.images)
-
-
-def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
-    # take() copies: a slice's buffers would bring the whole column along when the table is pickled.
-    return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}
-
-
-def _streaming_note(train: StreamedSplit, num_held: int) -> Note:
-    groups = train.groups
-    size = len(train) * train.num_bytes_per_example / 1e6
-    return Note(
-        f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
-        f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their labels and "
-        f"{num_held / 1e6:,.0f} MB of validation and test examples"
-    )

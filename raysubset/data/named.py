@@ -1,5 +1,7 @@
-"""Data sets by name: scikit-learn's embedded digits and torchvision's readers."""
+"""Data sets by name: those that scikit-learn and Python bring along, and torchvision's readers."""
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,67 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
+from raysubset.data.columns import Tables, choose_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+from raysubset.events import Note
+
+TABLE_NAMES = ("breast_cancer", "wine", "iris", "diabetes")
+TEXT_NAMES = ("python_docs",)
+
+_TEST_SEED, _TEST_SHARE = 0, 0.1  # of python_docs' topics
+
+
+def read_named_table(config: DataConfig) -> Tables:
+    """Read one of TABLE_NAMES, with scikit-learn's names of columns and classes; none has a test split.
+
+    Raises:
+        ValueError: for a column that is not there.
+    """
+    from sklearn import datasets
+
+    Ignored(config).refuse_unmet(())
+    options = {"scaled": False} if config.name == "diabetes" else {}
+    loaded: Any = getattr(datasets, f"load_{config.name}")(**options)
+    columns = {str(name): pa.array(values) for name, values in zip(loaded.feature_names, loaded.data.T, strict=True)}
+    target = pa.array(loaded.target)
+    if "target_names" in loaded:
+        names = pa.array([str(name) for name in loaded.target_names])
+        target = pa.DictionaryArray.from_arrays(target.cast(pa.int32()), names)
+    table = pa.table({**columns, "target": target})
+    tables = choose_columns({"train": {config.name: table}}, config)
+    note = Note(f"train split: {table.num_rows} examples of the named set {config.name}")
+    return dataclasses.replace(tables, notes=(note, *tables.notes))
+
+
+def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    """Read one of TEXT_NAMES, and notes: Python's own help, a document a topic, of which some are for testing."""
+    from pydoc_data import topics  # type: ignore[import-untyped]
+
+    texts: list[str] = [topics.topics[name] for name in sorted(topics.topics)]
+    is_test = np.random.default_rng(_TEST_SEED).permutation(len(texts)) < round(len(texts) * _TEST_SHARE)
+    splits: dict[SplitName, list[str]] = {
+        "train": [text for text, test in zip(texts, is_test, strict=True) if not test],
+        "test": [text for text, test in zip(texts, is_test, strict=True) if test],
+    }
+    ignored = Ignored(config)
+    chosen = ignored.without(splits)
+    ignored.refuse_unmet(splits)
+    version = ".".join(map(str, sys.version_info[:2]))
+    notes = [
+        Note(
+            f"{name} split: {sum(map(len, found))} characters of {len(found)} of the {len(texts)} help topics of "
+            f"Python {version}{', drawn by chance' if name == 'test' else ''}"
+        )
+        for name, found in chosen.items()
+    ]
+    return chosen, tuple(notes)
 
 
 def read_named(config: DataConfig) -> Source:
-    """Read one of config.DATA_NAMES.
+    """Read one of config.DATA_NAMES that is of images.
 
     Raises:
         ValueError: if its files are missing, damaged, or cannot be downloaded.

@@ -1,6 +1,10 @@
-"""Carve a stratified share of examples off: by index, seeded, with a training example left to every class."""
+"""Carve stratified shares of examples off for the splits that a source lacks: by index, seeded."""
 
 import numpy as np
+
+from raysubset.config import DataConfig, derive_seed
+from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 
 def carve(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,3 +35,36 @@ def carve(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[np.concatenate(carved)] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def carve_splits(
+    strata: dict[SplitName, np.ndarray], config: DataConfig
+) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
+    """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off.
+
+    Args:
+        strata: of each split that the source has, int64 [N]: what is kept in proportion.
+    """
+    notes: list[Note] = []
+    rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in strata.items()}
+    if "test" not in strata:
+        rows["train"], rows["test"] = _carve("test", config.test_fraction, strata["train"], rows["train"], config)
+        num, share = len(rows["test"]), config.test_fraction
+        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing"
+        notes.append(Note(text))
+    if "validation" not in strata:
+        fraction = config.validation_fraction
+        rows["train"], rows["validation"] = _carve("validation", fraction, strata["train"], rows["train"], config)
+    else:
+        num = len(rows["validation"])
+        text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
+        notes.append(Note(text))
+    return rows, notes
+
+
+def _carve(
+    name: SplitName, fraction: float, strata: np.ndarray, rows: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that remain for training, and those carved off for another split."""
+    kept, carved = carve(strata[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
+    return rows[kept], rows[carved]

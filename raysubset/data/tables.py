@@ -32,7 +32,7 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
             raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {known}{hint}")
     wanted = (config.image_column, config.label_column)
     for field in schema:
-        if field.name in wanted and _unpickles(field.type):
+        if field.name in wanted and unpickles(field.type):
             raise ValueError(f"column {field.name} of {where} holds pickled Python objects, whose reading runs code")
     needed = [field.name for field in schema if field.name in wanted or _is_scalar(field.type)]
     if twice := [name for name in needed if needed.count(name) > 1]:
@@ -40,11 +40,11 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
     return needed
 
 
-def _unpickles(kind: pa.DataType) -> bool:
+def unpickles(kind: pa.DataType) -> bool:
     """Whether a value of the type may be unpickled when it is looked at: ray.data's objects, within others too."""
     if isinstance(kind, pa.BaseExtensionType):
-        return "pickle" in kind.extension_name or _unpickles(kind.storage_type)
-    return any(_unpickles(kind.field(number).type) for number in range(kind.num_fields))
+        return "pickle" in kind.extension_name or unpickles(kind.storage_type)
+    return any(unpickles(kind.field(number).type) for number in range(kind.num_fields))
 
 
 @dataclass(frozen=True)

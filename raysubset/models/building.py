@@ -1,17 +1,16 @@
 """build_model(): a network by its config and the Spec of what it takes and gives."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from raysubset.config import ModelConfig
-from raysubset.models import dense, images, torchvision
+from raysubset.models import dense, images, masks, tokens, torchvision
 from raysubset.models.users import users_network
 from raysubset.tasks import Spec
-
-_OWN = ("cnn", "lenet5", "mlp", "cifar_resnet")
 
 
 def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
@@ -69,8 +68,22 @@ def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
     elif not spec.is_image:
         name = "mlp"
     else:
-        name = {1: "cnn", 3: "unet"}.get(len(spec.outputs), "mlp")
+        name = "cnn" if len(spec.outputs) == 1 else "unet" if spec.outputs[1:] == spec.inputs[1:] else "mlp"
     return dataclasses.replace(config, name=name)
+
+
+_FIXED: dict[str, Callable[[Spec], nn.Module]] = {"lenet5": images.lenet5}
+_SIZED: dict[str, Callable[[Spec, int, int], nn.Module]] = {
+    "mlp": dense.mlp,
+    "lstm": tokens.LSTM,
+    "transformer": tokens.Transformer,
+}
+_NORMED: dict[str, Callable[[Spec, int, int, str], nn.Module]] = {
+    "cnn": images.cnn,
+    "vgg": images.vgg,
+    "cifar_resnet": images.CifarResNet,
+    "unet": masks.UNet,
+}
 
 
 def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
@@ -79,24 +92,39 @@ def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
     Raises:
         ValueError: for an unknown name, or inputs and outputs that are not the network's.
     """
-    if config.name not in _OWN:
-        torchvision.check_name(config.name, _OWN)
-    takes_any = config.name == "mlp"
-    if spec.num_values is not None or not (takes_any or (spec.is_image and len(spec.outputs) == 1)):
-        takes = "floats" if takes_any else "images and gives a vector"
-        kind = "floats" if spec.num_values is None else "tokens"
+    name = config.name
+    is_own = name in (*_FIXED, *_SIZED, *_NORMED)
+    if not is_own:
+        torchvision.check_name(name, (*_NORMED, *_FIXED, *_SIZED))
+    _refuse_other_inputs(name, spec)
+    if name in _NORMED:
+        return _NORMED[name](spec, *config.size(), config.norm)
+    if name in _SIZED:
+        return _SIZED[name](spec, *config.size())
+    return _FIXED[name](spec) if is_own else torchvision.network(name, spec)
+
+
+def _refuse_other_inputs(name: str, spec: Spec) -> None:
+    """Refuse inputs and outputs that a network by this name is not for.
+
+    Raises:
+        ValueError: with the network that is.
+    """
+    inputs, outputs, is_text = spec.inputs, spec.outputs, spec.num_values is not None
+    if name == "mlp":
+        takes, fits = "floats", not is_text
+    elif name in ("lstm", "transformer"):
+        takes = "tokens [T] and gives [M], or [T, V]"
+        fits = is_text and len(inputs) == 1 and (len(outputs) == 1 or (len(outputs) == 2 and outputs[0] == inputs[0]))
+    elif name == "unet":
+        takes = "images [C, H, W] and gives [M, H, W]"
+        fits = spec.is_image and not is_text and len(outputs) == 3 and outputs[1:] == inputs[1:]
+    else:
+        takes, fits = "images [C, H, W] and gives [M]", spec.is_image and not is_text and len(outputs) == 1
+    if not fits:
         fitting = architecture(ModelConfig(), spec).name
         raise ValueError(
-            f"{config.name} takes {takes}; inputs are {kind} {list(spec.inputs)} and outputs {list(spec.outputs)} an "
-            f"example: set model.name={fitting}"
+            f"{name} takes {takes}; inputs are {'tokens' if is_text else 'floats'} {list(inputs)} and outputs "
+            f"{list(outputs)} an example: "
+            + (f"set model.name={fitting}" if fitting != name else "write a network of your own, as module:function")
         )
-    if config.name == "lenet5":
-        return images.lenet5(spec)
-    if config.name not in _OWN:
-        return torchvision.network(config.name, spec)
-    width, depth = config.size()
-    if config.name == "mlp":
-        return dense.mlp(spec, width, depth)
-    if config.name == "cnn":
-        return images.cnn(spec, width, depth, config.norm)
-    return images.CifarResNet(spec, width, depth, config.norm)

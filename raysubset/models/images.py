@@ -1,4 +1,4 @@
-"""Networks that classify small images: a plain CNN, LeNet-5, and the ResNets of CIFAR."""
+"""Networks that give some numbers for a small image: a plain CNN, LeNet-5, VGGs, and the ResNets of CIFAR."""
 
 import math
 from collections import OrderedDict
@@ -44,6 +44,42 @@ def cnn(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def two_convolutions(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
+    """Twice conv3x3 - norm - ReLU, with initial convolutions as in He et al. 2015 (arXiv:1502.01852)."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, channels in enumerate((in_channels, out_channels)):
+        layers |= {f"conv{i}": conv3x3(channels, out_channels, norm), f"norm{i}": normalisation(norm, out_channels)}
+        layers[f"relu{i}"] = nn.ReLU(inplace=True)
+    block = nn.Sequential(layers)
+    _as_he_et_al(block)
+    return block
+
+
+def _as_he_et_al(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
+def vgg(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
+    """A VGG (Simonyan and Zisserman 2015, arXiv:1409.1556) for small images: blocks of two convolutions and max-pool.
+
+    Block i has width·2^i channels; it is pooled while the shorter side is at least 2. A hidden layer of twice the last
+    block's channels and the head follow, dense.
+    """
+    channels, *sides = spec.inputs
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i in range(depth):
+        layers[f"block{i}"] = two_convolutions(channels, width * 2**i, norm)
+        channels = width * 2**i
+        if min(sides) > 1:
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+            sides = [side // 2 for side in sides]
+    layers |= {"flatten": nn.Flatten(), "hidden": nn.Linear(channels * math.prod(sides), 2 * channels)}
+    layers |= {"relu": nn.ReLU(inplace=True), "head": nn.Linear(2 * channels, spec.num_outputs)}
+    return nn.Sequential(layers)
+
+
 def lenet5(spec: Spec) -> nn.Module:
     """LeNet-5 (LeCun et al. 1998) for 28×28 (padded by 2) or 32×32 images: 61,706 parameters for ten grey digits.
 
@@ -86,9 +122,7 @@ class CifarResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.head = nn.Linear(4 * width, spec.num_outputs)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        _as_he_et_al(self)
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, num_blocks: int, norm: str) -> nn.Sequential:

@@ -12,8 +12,9 @@ from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, t
 from raysubset.tasks.images import FULL_RANGE, Augmentation, GreyRange, ImageInputs, crop_and_flip
 from raysubset.tasks.losses import EXACT_OUTPUTS, SAMPLED_TERMS, AbsoluteError, CrossEntropy, Huber, Loss, SquaredError
 from raysubset.tasks.next_token import NextToken
+from raysubset.tasks.own import fit_own_task
 from raysubset.tasks.records import own_task, task_from_dict, task_to_dict
-from raysubset.tasks.regression import Regression
+from raysubset.tasks.regression import Regression, regression, strata_of_numbers
 from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import Rows, Task, added, sums_of
@@ -28,6 +29,9 @@ __all__ = [
     "balanced_weights",
     "classification",
     "Regression",
+    "regression",
+    "strata_of_numbers",
+    "fit_own_task",
     "NextToken",
     "Segmentation",
     "TableInputs",

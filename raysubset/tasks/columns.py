@@ -198,8 +198,8 @@ def fit_columns(
         values = _column(table, name, where)
         if _is_any(values.type, _TEXTS):
             column = _fit_category(values, name, missing, place)
-        elif pa.types.is_null(values.type) or _is_any(values.type, _NUMBERS) or pa.types.is_temporal(values.type):
-            kind = "time" if pa.types.is_temporal(values.type) else "number"
+        elif pa.types.is_null(values.type) or _is_any(values.type, _NUMBERS) or is_time(values.type):
+            kind = "time" if is_time(values.type) else "number"
             column = _fit_number(values, name, kind, missing, place)
         else:
             raise ValueError(
@@ -297,6 +297,11 @@ def _column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             raise ValueError(f"{where} has no column {name}, only {_listed(known)}{nearest(name, known)}")
         case _:
             raise ValueError(f"{where} has several columns {name}: give each a name of its own")
+
+
+def is_time(type_: pa.DataType) -> bool:
+    """Whether values are dates, times or spans of time, which are numbers of seconds; months are none."""
+    return pa.types.is_temporal(type_) and not pa.types.is_interval(type_)
 
 
 def _is_any(type_: pa.DataType, kinds: Sequence[Callable[[pa.DataType], bool]]) -> bool:
@@ -403,7 +408,7 @@ def _numbers(values: pa.ChunkedArray, name: str, kind: Literal["number", "time"]
     type_ = values.type
     if pa.types.is_null(type_):
         return np.full(len(values), np.nan)
-    if (kind == "time") != pa.types.is_temporal(type_) or not (kind == "time" or _is_any(type_, _NUMBERS)):
+    if (kind == "time") != is_time(type_) or not (kind == "time" or _is_any(type_, _NUMBERS)):
         due = "dates or times" if kind == "time" else "numbers"
         raise ValueError(f"column {name} of {place.where} holds {type_}{_such_as(values)}; in training it was {due}")
     if kind == "time":

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysubset.config import TaskConfig
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
@@ -78,10 +79,11 @@ class Regression(LossTask):
         return 1 - (outputs - targets).square().mean(1)
 
     def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Tenths of the first target's values."""
-        first = rows["target"].reshape(len(rows["target"]), -1)[:, 0]
-        edges = np.unique(np.quantile(first, np.arange(1, _NUM_STRATA) / _NUM_STRATA))
-        return np.searchsorted(edges, first, side="right").astype(np.int64)
+        return strata_of_numbers(rows["target"])
+
+    def standardised(self, values: np.ndarray) -> np.ndarray:
+        """Stored targets, float32 [N, K], of raw ones."""
+        return np.ascontiguousarray((values - np.array(self.mean)) / np.array(self.std), dtype=np.float32)
 
     @property
     def loss_name(self) -> str:
@@ -103,3 +105,19 @@ class Regression(LossTask):
 
     def describe(self) -> dict[str, Any]:
         return {"targets": list(self.target_names), "inputs": list(self.inputs.shape)}
+
+
+def regression(
+    inputs: ImageInputs | TableInputs | TensorInputs, names: tuple[str, ...], config: TaskConfig, train: np.ndarray
+) -> Regression:
+    """The task as the config has it, given the training targets, float64 [N, K], none of them constant."""
+    losses = {"absolute_error": AbsoluteError(), "huber": Huber()}
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    return Regression(inputs, names, tuple(mean.tolist()), tuple(std.tolist()), losses.get(config.loss, SquaredError()))
+
+
+def strata_of_numbers(targets: np.ndarray) -> np.ndarray:
+    """Tenths of the first target's values: int64 [N]."""
+    first = targets.reshape(len(targets), -1)[:, 0]
+    edges = np.unique(np.quantile(first, np.arange(1, _NUM_STRATA) / _NUM_STRATA))
+    return np.searchsorted(edges, first, side="right").astype(np.int64)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +153,14 @@ class Task:
     def measured_by(self) -> Quality:
         """The quality with its direction and how it reads."""
         return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Pickle a user's task by its name, so that a process that loads it looks for the module where this one did."""
+        if ":" not in self.name:
+            return super().__reduce_ex__(protocol)
+        from raysubset.tasks.records import own_task  # which knows all tasks, and so this file
+
+        return own_task, (self.name, {key: value for key, value in vars(self).items() if key != "name"})
 
     def to_dict(self) -> dict[str, Any]:
         """What model.json holds of it, all that another process needs to know it by.

@@ -1,0 +1,303 @@
+"""Tables whose columns are learned from: which columns are features, which the target, and the target's classes."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.config import DataConfig, nearest
+from raysubset.data.csv_files import DELIMITERS
+from raysubset.data.files import (
+    column_kinds,
+    describe_files,
+    no_table,
+    not_streamed,
+    read_schema,
+    read_table,
+)
+from raysubset.data.finding import find_files
+from raysubset.data.labels import UNLABELLED, as_labels, is_string, number_classes
+from raysubset.data.layout import some
+from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import SplitName
+from raysubset.data.tables import JoinedTables, join_tables, unpickles
+from raysubset.events import Note
+from raysubset.tasks.columns import TableInputs, is_time
+
+_TARGETS = ("target", "label")  # what a target is called where data.target names none
+
+# Row numbers that pandas writes beside a table: an index without a name, in CSV and in Parquet.
+_ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+_MOST_COLUMNS = 50  # in one line
+_MOST_INTEGERS = 100  # of a target that are taken as the names of classes
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A data set of tables: what is learned from which columns."""
+
+    splits: Mapping[SplitName, pa.Table]  # with the features, the targets, and further scalars
+    features: tuple[str, ...]
+    targets: tuple[str, ...]  # several of regression only
+    notes: tuple[Note, ...]
+
+
+def is_of_columns(config: DataConfig) -> bool:
+    """Whether a path is learned from a table's columns: there is no image column, or data.columns says so.
+
+    Raises:
+        ValueError: for what find_files() refuses, or a first file that is damaged.
+    """
+    files = find_files(config)
+    if files.kind != "tables" or config.columns is not None:
+        return files.kind == "tables"
+    first = files.layout["train"][0]
+    return files.full_path(first).lower().endswith(tuple(DELIMITERS)) or not holds_images(
+        read_schema(files, first), config
+    )
+
+
+def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
+    """Whether a table is read as images: it has the image column, or one that only an image could be in.
+
+    So a slip in data.image_column is told as one, and does not turn a set of images into one of its other columns.
+    """
+    if config.columns is not None:
+        return False
+    is_named = config.image_column in schema.names or config.image_column != DataConfig.image_column
+    return is_named or not all(_is_plain(field.type) for field in schema)
+
+
+def read_tables(config: DataConfig) -> Tables:
+    """Read the files that a path stands for as tables of columns.
+
+    Raises:
+        ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
+    """
+    files = find_files(config)
+    if files.kind != "tables":
+        raise no_table(files) if files.kind == "texts" else _no_columns(config)
+    if config.streamed:
+        raise not_streamed(f"{config.name} is a table without images")
+    kinds, notes = column_kinds(files), []
+    read: dict[SplitName, dict[str, pa.Table]] = {}
+    for split, members in files.layout.items():
+
+        def needed(schema: pa.Schema, path: str) -> list[str]:
+            return _needed(schema, config, path)
+
+        read[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+        num = sum(table.num_rows for table in read[split].values())
+        notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
+    tables = choose_columns(read, config)
+    return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
+
+
+def _no_columns(config: DataConfig) -> ValueError:
+    return ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
+
+
+def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) -> pa.Table:
+    """The columns that inputs encode, of a file or a folder of tables, with the targets if they are there.
+
+    In CSV files a column that was text in training is text, whatever it looks like.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    files = find_files(DataConfig(name=path))
+    if files.kind != "tables":
+        raise no_table(files) if files.kind == "texts" else _no_columns(DataConfig(name=path))
+    names = [column.name for column in inputs.columns]
+    texts = tuple(column.name for column in inputs.columns if column.kind == "category")
+    kinds, tables = column_kinds(files), []
+
+    def needed(schema: pa.Schema, path: str) -> list[str]:
+        _refuse_absent(names, schema.names, path)
+        wanted = [name for name in schema.names if name in {*names, *targets}]
+        _refuse_doubles(wanted, path)
+        return wanted
+
+    for members in files.layout.values():
+        tables += [read_table(files, member, kinds, needed, texts=texts) for member in members]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def choose_columns(read: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig) -> Tables:
+    """Join the tables of each split, and decide which columns are targets and features.
+
+    Args:
+        read: tables by the name of their file, by split; that of "train" decides.
+
+    Raises:
+        ValueError: for a column that is not there, with the nearest name, and tables that do not go together.
+    """
+    path, first = next(iter(read["train"].items()))
+    targets, notes = _targets(first.column_names, config, path)
+    features, more = _features(first.column_names, targets, config, path)
+    notes += more
+    splits: dict[SplitName, pa.Table] = {}
+    for split, files in read.items():
+        where = f"the {split} split of {config.name}"
+        for path, table in files.items():
+            _refuse_absent((*targets, *features), table.column_names, path, is_train=split == "train")
+        joined = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
+        notes += joined.notes
+        splits[split] = _with_class_names(joined, targets[0], where)
+    return Tables(splits, features, targets, tuple(notes))
+
+
+def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
+    """The target as classes: number_classes()' labels, int64 [N] from 0 to num_classes - 1, class names and notes.
+
+    Truth values are the classes false and true, in this order. Integers that do not run from 0 without gaps are names,
+    in their order.
+
+    Raises:
+        ValueError: for several targets, numbers that are no classes, and what number_classes() refuses.
+    """
+    target, *others = tables.targets
+    if others:
+        raise ValueError(f"classification learns one column, and data.target names {', '.join(tables.targets)}")
+    columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
+    names = _integer_names(columns["train"], target)
+    source: Source = {}
+    for split, values in columns.items():
+        where = f"the {split} split"
+        type_ = values.type
+        if pa.types.is_boolean(type_):
+            values = _dictionary(values.cast(pa.int64()), ("false", "true"))
+        elif names is not None and pa.types.is_integer(type_):
+            values = values.cast(pa.int64()).cast(pa.string())
+        elif pa.types.is_floating(type_) or pa.types.is_decimal(type_):
+            raise ValueError(
+                f"the target {target} holds {type_}, such as {_example(values)}, and classes are integers or names: "
+                "use --task regression, or name another column with --data.target"
+            )
+        labels, found = as_labels(values, where)
+        nothing = np.empty((len(labels), 0, 0, 0), np.uint8)
+        source[split] = SourceSplit(nothing, labels, names if is_string(labels.type) and names else found, where=where)
+    return number_classes(source)
+
+
+def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
+    """The columns worth reading: those that are named, and all numbers, texts and times."""
+    named = {*_split_names(config.target, schema.names), *_split_names(config.columns, schema.names)}
+    for field in schema:
+        if unpickles(field.type) and field.name in named:
+            raise ValueError(f"column {field.name} of {path} holds pickled Python objects, whose reading runs code")
+    needed = [field.name for field in schema if field.name in named or _is_plain(field.type)]
+    _refuse_doubles(needed, path)
+    return needed
+
+
+def _refuse_doubles(names: Sequence[str], path: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} has several columns {twice[0]!r}: give each a name of its own")
+
+
+def _is_plain(type_: pa.DataType) -> bool:
+    kinds = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if pa.types.is_dictionary(type_):
+        return _is_plain(type_.value_type)
+    return is_string(type_) or is_time(type_) or any(kind(type_) for kind in kinds)
+
+
+def _split_names(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Names with commas between; a column that has commas in its name is meant as a whole."""
+    if text is None or text in known:
+        return () if text is None else (text,)
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
+    if named := _split_names(config.target, known):
+        _refuse_absent(named, known, path, option="--data.target")
+        return named, []
+    present = [name for name in _TARGETS if name in known]
+    if len(present) != 1:
+        what = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(_TARGETS)}"
+        raise ValueError(
+            f"{path} has {what}: name the one to learn with --data.target, one of {some(known, most=_MOST_COLUMNS)}"
+        )
+    return (present[0],), [Note(f"the column {present[0]} is learned; --data.target names another")]
+
+
+def _features(
+    known: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
+) -> tuple[tuple[str, ...], list[Note]]:
+    if named := _split_names(config.columns, known):
+        _refuse_absent(named, known, path, option="--data.columns")
+        if both := [name for name in named if name in targets]:
+            raise ValueError(f"{both[0]} is in --data.columns and --data.target: it cannot be learned from itself")
+        return named, []
+    others = [name for name in known if name not in targets]
+    numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
+    features = tuple(name for name in others if name not in numbers)
+    if not features:
+        raise ValueError(
+            f"{path} has no columns beside {', '.join((*targets, *numbers))}: there is nothing to learn from"
+        )
+    if not numbers:
+        return features, []
+    text = (
+        f"row numbers that pandas wrote are left out: {some(repr(name) for name in numbers)}; --data.columns names them"
+    )
+    return features, [Note(text)]
+
+
+def _refuse_absent(
+    names: Sequence[str], known: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
+) -> None:
+    if absent := [name for name in names if name not in known]:
+        hint = nearest(absent[0], known)
+        if option:
+            raise ValueError(
+                f"{path} has no column {absent[0]}: set {option} to some of {some(known, most=_MOST_COLUMNS)}{hint}"
+            )
+        out = "" if is_train else "; or leave the split out with --data.ignored"
+        raise ValueError(f"{path} has no column {absent[0]}, only {some(known, most=_MOST_COLUMNS)}{hint}{out}")
+
+
+def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:
+    """The table with integer targets as a dictionary of the names that its files' metadata give them."""
+    values = joined.table.column(target)
+    if joined.class_names is None or not pa.types.is_integer(values.type):
+        return joined.table
+    numbers, names = values.fill_null(UNLABELLED).cast(pa.int64()).to_numpy(), joined.class_names
+    wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
+    if len(wrong):
+        raise ValueError(
+            f"label {numbers[wrong[0]]} in row {wrong[0]} of {where} is out of range: {len(names)} are named"
+        )
+    named = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), names)
+    return joined.table.set_column(joined.table.column_names.index(target), target, named)
+
+
+def _dictionary(numbers: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
+    """Numbers, int64, as texts of a dictionary."""
+    indices = numbers.combine_chunks() if numbers.num_chunks != 1 else numbers.chunk(0)
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))])
+
+
+def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | None:
+    """Names of the classes where training targets are integers, in their order, unless they run from 0 without gaps."""
+    if not pa.types.is_integer(values.type):
+        return None
+    present = sorted(values.drop_null().unique().to_pylist())
+    if present in ([], [UNLABELLED]) or present == list(range(len(present))):
+        return None
+    if len(present) > min(_MOST_INTEGERS, len(values) // 2):
+        raise ValueError(
+            f"the target {target} has {len(present)} different integers in {len(values)} training rows, from "
+            f"{present[0]} to {present[-1]}: use --task regression, or number classes from 0 without gaps"
+        )
+    return tuple(map(str, present))
+
+
+def _example(values: pa.ChunkedArray) -> str:
+    there = values.drop_null()
+    return repr(there[0].as_py()) if len(there) else "null"

@@ -1,0 +1,275 @@
+"""Full sets of tables, texts and arrays: a task fitted on training rows, and the splits of what it stores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.config import DataConfig, TaskConfig
+from raysubset.data.columns import Tables, class_numbers
+from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
+from raysubset.data.labels import is_string
+from raysubset.data.split import Split, SplitName
+from raysubset.data.splitting import carve_splits
+from raysubset.events import Note
+from raysubset.tasks import (
+    Augmentation,
+    CrossEntropy,
+    ImageInputs,
+    NextToken,
+    Regression,
+    Segmentation,
+    TableInputs,
+    Task,
+    TensorInputs,
+    Vocabulary,
+    classification,
+    fit_columns,
+    fit_own_task,
+    fit_tensors,
+    fit_vocabulary,
+    refuse_constant,
+    regression,
+    strata_of_numbers,
+    target_numbers,
+    windows_of,
+)
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What is learned of every row of the source's splits."""
+
+    values: dict[SplitName, np.ndarray]  # int64 [N] of classes, float64 [N, K] of numbers
+    names: tuple[str, ...]  # of the classes, or of the numbers
+    is_of_classes: bool
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def strata(self) -> dict[SplitName, np.ndarray]:
+        if self.is_of_classes:
+            return self.values
+        return {split: strata_of_numbers(values) for split, values in self.values.items()}
+
+    def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
+        """The task of these inputs, given the training rows' values."""
+        if self.is_of_classes:
+            return classification(inputs, self.names, config, train)
+        refuse_constant(train, self.names)
+        return regression(inputs, self.names, config, train)
+
+    def stored(self, split: SplitName, rows: np.ndarray, task: Task) -> dict[str, np.ndarray]:
+        """The column that a split holds of some rows."""
+        values = self.values[split][rows]
+        if isinstance(task, Regression):
+            return {"target": task.standardised(values)}
+        return {"label": np.ascontiguousarray(values)}
+
+
+def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
+    """The full set of tables learned by their columns.
+
+    Raises:
+        ValueError: for columns that cannot be features or targets, with the way out.
+    """
+    targets = _targets_of_tables(tables, config, task)
+    rows, carving = carve_splits(targets.strata, config)
+    inputs, fitted = fit_columns(
+        tables.splits["train"].take(pa.array(rows["train"])),
+        tables.features,
+        missing=config.missing,
+        where="the train split",
+        rows=rows["train"],
+    )
+    learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
+    splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
+    for split in SPLITS:
+        origin = _origin(split, tables.splits)
+        table = tables.splits[origin].take(pa.array(rows[split]))
+        features, found = inputs.encode(table, where=f"the {split} split", rows=rows[split])
+        notes += found
+        tensors = {"inputs": features, **targets.stored(origin, rows[split], learned)}
+        splits[split] = Split.from_arrays(tensors, rows[split], _attributes(table, tensors))
+    return _full_set(config, splits, learned, notes)
+
+
+def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], config: DataConfig) -> FullSet:
+    """The full set of windows of texts, of which the next tokens are learned.
+
+    Raises:
+        ValueError: for texts shorter than a window.
+    """
+    vocabulary, windows, found = fit_vocabulary(config.vocabulary, texts["train"]), dict[SplitName, np.ndarray](), []
+    for split, documents in texts.items():
+        windows[split], more = windows_of(documents, vocabulary, config.window, where=f"the {split} split")
+        found += more
+    alike: dict[SplitName, np.ndarray] = {split: np.zeros(len(ids), dtype=np.int64) for split, ids in windows.items()}
+    rows, carving = carve_splits(alike, config)
+    vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])
+    splits = {}
+    for split in SPLITS:
+        tokens = table[windows[_origin(split, windows)][rows[split]]]
+        splits[split] = Split.from_arrays({"tokens": np.ascontiguousarray(tokens)}, rows[split], {})
+    return _full_set(config, splits, NextToken(vocabulary, config.window), [*notes, *found, *carving])
+
+
+def _of_training(vocabulary: Vocabulary, windows: np.ndarray) -> tuple[Vocabulary, np.ndarray]:
+    """The vocabulary without characters that no training window has, and the new number of each old one."""
+    kind = np.uint8 if len(vocabulary) <= 2**8 else np.int32
+    if vocabulary.kind == "bytes":
+        return vocabulary, np.arange(len(vocabulary), dtype=kind)
+    present = np.unique(windows)
+    present = present[present < len(vocabulary.characters)]
+    fitted = Vocabulary("characters", "".join(vocabulary.characters[number] for number in present))
+    table = np.full(len(vocabulary), len(present), dtype=kind)
+    table[present] = np.arange(len(present))
+    return fitted, table
+
+
+def of_arrays(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig, notes: Sequence[Note]
+) -> FullSet:
+    """The full set of named arrays, [N, …] each: for a user's own task as they are, for others by their names.
+
+    Those are "inputs" (floats, or integers of tokens) or "image" (uint8 [N, H, W, C]), and "label" of classes, "target"
+    of numbers, or "mask" of pixels.
+
+    Raises:
+        ValueError: for arrays that the task cannot use.
+    """
+    train = arrays["train"]
+    if task.is_class:
+        alike = {split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()}
+        rows, carving = carve_splits(alike, config)
+        learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
+        return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
+    column = "image" if "image" in train else "inputs"
+    if column not in train:
+        raise ValueError(
+            f"{config.name} gives {', '.join(train)}, and {task.name} takes inputs or image beside label, target or "
+            "mask: name one so, or give --task package.module:Class"
+        )
+    if "mask" in train or task.name == "segmentation":
+        return _of_masks(arrays, config, task, notes)
+    targets = _targets_of_arrays(arrays, config, task)
+    rows, carving = carve_splits(targets.strata, config)
+    values = train[column][rows["train"]]
+    inputs = _fit_images(values, config) if column == "image" else fit_tensors(values)
+    learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
+    splits = {}
+    for split in SPLITS:
+        origin = _origin(split, arrays)
+        own = arrays[origin][column][rows[split]]
+        own = np.ascontiguousarray(own) if isinstance(inputs, ImageInputs) else inputs.standardised(own)
+        tensors = {column: own, **targets.stored(origin, rows[split], learned)}
+        splits[split] = Split.from_arrays(tensors, rows[split], {})
+    return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
+
+
+def _of_masks(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig, notes: Sequence[Note]
+) -> FullSet:
+    largest = 0
+    for split, own in arrays.items():
+        if missing := [name for name in ("image", "mask") if name not in own]:
+            raise ValueError(f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too")
+        image, mask = own["image"], own["mask"]
+        if image.ndim != 4 or image.dtype != np.uint8:
+            raise ValueError(
+                f"image of the {split} split is {image.dtype} {list(image.shape)}: give uint8 [N, H, W, C]"
+            )
+        if mask.dtype.kind not in "iub" or mask.shape != image.shape[:3]:
+            text = f"mask of the {split} split is {mask.dtype} {list(mask.shape)}"
+            raise ValueError(f"{text}: give a class for each pixel of images {list(image.shape[:3])}")
+        counted = mask if task.ignored is None else mask[mask != task.ignored]
+        if counted.size and not 0 <= counted.min() <= counted.max() < 255:
+            raise ValueError(
+                f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes"
+            )
+        largest = max(largest, int(counted.max()) if counted.size and split == "train" else 0)
+    for split, own in arrays.items():
+        unknown = own["mask"][own["mask"] > largest]
+        if task.ignored is not None:
+            unknown = unknown[unknown != task.ignored]
+        if unknown.size:
+            raise ValueError(f"class {unknown[0]} of the {split} split's masks is in no training mask")
+    alike = {split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()}
+    rows, carving = carve_splits(alike, config)
+    inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
+    names = tuple(map(str, range(largest + 1)))
+    learned = Segmentation(inputs, names, task.ignored, CrossEntropy(task.label_smoothing, ignored=task.ignored))
+    masks = {split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()}
+    return _full_set(config, _as_they_are(masks, rows), learned, [*notes, *carving])
+
+
+def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> _Targets:
+    if task.name == "regression":
+        values = {
+            split: target_numbers(table, tables.targets, where=f"the {split} split")
+            for split, table in tables.splits.items()
+        }
+        return _Targets(values, tables.targets, is_of_classes=False)
+    if task.name != "classification":
+        raise ValueError(
+            f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "
+            "or regression"
+        )
+    labels, names, notes = class_numbers(tables)
+    return _Targets(labels, names, is_of_classes=True, notes=notes)
+
+
+def _targets_of_arrays(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig
+) -> _Targets:
+    """Targets by their name: as those of a table that has nothing else."""
+    train = arrays["train"]
+    name = "target" if "target" in train else "label"
+    if name not in train:
+        raise ValueError(f"{config.name} gives {', '.join(train)}: name what is to be learned label or target")
+    flat: dict[SplitName, np.ndarray] = {split: own[name] for split, own in arrays.items()}
+    num = 1 if train[name].ndim == 1 else train[name].shape[1]
+    names = (name,) if num == 1 else tuple(f"{name}_{number}" for number in range(num))
+    tables = {
+        split: pa.table({key: values.reshape(len(values), num)[:, k] for k, key in enumerate(names)})
+        for split, values in flat.items()
+    }
+    return _targets_of_tables(Tables(tables, (), names, ()), config, task)
+
+
+def _fit_images(images: np.ndarray, config: DataConfig) -> ImageInputs:
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"image of {config.name} is {images.dtype} {list(images.shape)}: give uint8 [N, H, W, C]")
+    mean, std = statistics_of_levels(count_levels(images))
+    augmentation: Augmentation = "none" if config.augmentation == "auto" else config.augmentation
+    height, width, channels = images.shape[1:]
+    return ImageInputs((height, width, channels), mean, std, augmentation)
+
+
+def _as_they_are(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], rows: Mapping[SplitName, np.ndarray]
+) -> dict[SplitName, Split]:
+    splits = {}
+    for split in SPLITS:
+        own = arrays[_origin(split, arrays)]
+        tensors = {name: np.ascontiguousarray(values[rows[split]]) for name, values in own.items()}
+        splits[split] = Split.from_arrays(tensors, rows[split], {})
+    return splits
+
+
+def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:
+    """The split of the source that a split's rows are of."""
+    return split if split in source else "train"
+
+
+def _attributes(table: pa.Table, tensors: Mapping[str, object]) -> dict[str, pa.Array]:
+    """The table's integers, truth values and texts, which subsets can be cut by."""
+    kinds = (pa.types.is_integer, pa.types.is_boolean, is_string)
+    names = [field.name for field in table.schema if any(kind(field.type) for kind in kinds)]
+    return {name: table.column(name).combine_chunks() for name in names if name not in {*tensors, "row"}}
+
+
+def _full_set(config: DataConfig, splits: Mapping[SplitName, Split], task: Task, notes: Sequence[Note]) -> FullSet:
+    return FullSet(config.name, splits["train"], splits["validation"], splits["test"], task, tuple(notes))

@@ -1,0 +1,88 @@
+"""A user's own task, fitted and tried on a few training rows before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysubset.tasks.records import own_task
+from raysubset.tasks.spec import Spec
+from raysubset.tasks.task import Task, sums_of
+from raysubset.user_functions import in_a_line
+
+_NUM_TRIED = 4  # rows
+
+
+def fit_own_task(name: str, train: Mapping[str, np.ndarray]) -> Task:
+    """A task of class package.module:Class, fitted on training rows, [N, …] by name.
+
+    Raises:
+        ValueError: for a class that is missing, lacks a method, or gives what does not fit, in one line.
+    """
+    task = own_task(name)
+    with in_a_line("task.name", name):
+        fitted = task.fit(train)
+    if not isinstance(fitted, Task):
+        raise _misfit(name, f"fit() returned a {type(fitted).__name__}: it should return the task")
+    vars(fitted)["name"] = name
+    fitted.to_dict()  # refuses what model.json could not hold
+    rows = {key: torch.from_numpy(np.array(values[:_NUM_TRIED])) for key, values in train.items()}
+    _try(fitted, rows)
+    return fitted
+
+
+def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
+    num = len(next(iter(rows.values())))
+    spec = _called(task, "spec")
+    if not isinstance(spec, Spec):
+        raise _misfit(task.name, f"spec() returned a {type(spec).__name__}: it should be a raysubset.tasks.Spec")
+    draws = task.draw(num, 0)
+    pair = _called(task, "batch", rows, draws)
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise _misfit(task.name, "batch() should return (inputs, targets), two tensors")
+    inputs, targets = pair
+    if tuple(inputs.shape) != (num, *spec.inputs) or inputs.is_floating_point() != (spec.num_values is None):
+        kind = "float" if spec.num_values is None else "integer"
+        text = f"batch() gave inputs {inputs.dtype} {list(inputs.shape)}, where spec() says {kind} {list(spec.inputs)}"
+        raise _misfit(task.name, f"{text} for each of {num} examples")
+    if not len(targets) == num:
+        raise _misfit(task.name, f"batch() gave targets {list(targets.shape)} for {num} examples: one an example")
+    outputs = torch.randn(num, *spec.outputs, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = _called(task, "loss", outputs, targets)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        raise _misfit(task.name, "loss() should return one number, a tensor that depends on the outputs")
+    twice = _called(task, "loss", torch.cat([outputs, outputs]), torch.cat([targets, targets]))
+    if torch.isfinite(loss) and not torch.isclose(twice, 2 * loss, rtol=1e-3, atol=1e-6):
+        text = f"loss() of a batch is {float(loss):g} and of the batch twice {float(twice):g}"
+        raise _misfit(task.name, f"{text}: it should be summed over the examples, not their mean")
+    with torch.no_grad():
+        measured = _called(task, "measure", outputs, targets)
+    if not isinstance(measured, Mapping) or not measured:
+        raise _misfit(task.name, "measure() should return a dict of tensors, one number an example each")
+    for key, each in measured.items():
+        if not isinstance(each, Tensor) or each.ndim not in (1, 2) or len(each) != num:
+            shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise _misfit(task.name, f"measure() gave {shape} for {key} of {num} examples: one number an example")
+    if not task.quality:
+        raise _misfit(task.name, f"quality is not set: name one of {', '.join(measured)}")
+    with torch.no_grad():
+        values = _called(task, "values", sums_of(task, outputs, targets), num)
+    if task.quality not in values:
+        raise _misfit(task.name, f"quality is {task.quality!r}, and values() gives {', '.join(values)}")
+
+
+def _called(task: Task, method: str, *arguments: Any) -> Any:
+    """What a method gives; a line where it raises or is missing."""
+    try:
+        with in_a_line("task.name", task.name):
+            return getattr(task, method)(*arguments)
+    except ValueError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            raise _misfit(task.name, f"it has no {method}()") from error
+        raise
+
+
+def _misfit(name: str, text: str) -> ValueError:
+    return ValueError(f"task.name = {name!r}: {text}")
