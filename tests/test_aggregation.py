@@ -34,7 +34,7 @@ from raysubset.aggregation import (
     weighted_soup,
 )
 from raysubset.training import Cost, Metrics, Weights
-from tests.tiny import cnn, metrics, same_bits, weights
+from tests.tiny import SQUARED_ERROR, cnn, examples, metrics, same_bits, weights
 
 
 def minimum(
@@ -312,7 +312,9 @@ def test_the_ensemble_is_the_mean_of_predictions():
     mean = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
     torch.testing.assert_close(ensemble_outputs(logits, examples(1).task).exp(), mean, rtol=1e-6, atol=0)
     outputs = [minimum(0, {}, predictions=one), minimum(1, {}, predictions=two)]
-    torch.testing.assert_close(ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR).task), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR).task), mean, rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(one, torch.tensor([[0.2, 0.8]]))
 
 

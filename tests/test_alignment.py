@@ -28,7 +28,7 @@ from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Spec
 from raysubset.training import Cost, Weights, evaluate, minimize
-from tests.tiny import same_bits, weights
+from tests.tiny import metrics, same_bits, weights
 
 CPU = torch.device("cpu")
 RECIPE = MinimizeConfig(epochs=20, batch_size=64)

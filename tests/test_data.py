@@ -18,8 +18,8 @@ from raysubset.data.labels import as_labels, number_classes
 from raysubset.data.sources import SourceSplit
 from raysubset.data.splitting import carve
 from raysubset.events import Note
-from raysubset.tasks import Classification, ImageInputs, crop_and_flip
-from tests.tiny import image_examples
+from raysubset.tasks import crop_and_flip
+from tests.tiny import image_examples, inputs_of
 
 REAL_DATA = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -51,12 +51,6 @@ def crop_and_flip_one_by_one(images: np.ndarray, draws: np.ndarray) -> np.ndarra
         crop = np.pad(image, ((border_y, border_y), (border_x, border_x), (0, 0)))[dy : dy + height, dx : dx + width]
         results.append(crop[:, ::-1] if flip else crop)
     return np.stack(results)
-
-
-def inputs_of(data: FullSet | Examples) -> ImageInputs:
-    assert isinstance(data.task, Classification)
-    assert isinstance(data.task.inputs, ImageInputs)
-    return data.task.inputs
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from raysubset.aggregation import (
 )
 from raysubset.config import AGGREGATIONS, AggregationConfig
 from raysubset.training import Cost, Weights
+from tests.tiny import metrics
 
 INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0}
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
-from raysubset.data import Examples
+from raysubset.data import Examples, FullSet
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
+from raysubset.trained_model import ModelRecord
 from raysubset.training import Metrics
 
 CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
@@ -59,6 +60,21 @@ def image_examples(
 
 def with_labels(examples: Examples, labels: Tensor) -> Examples:
     return replace(examples, rows={**examples.rows, "label": labels})
+
+
+def inputs_of(data: Examples | FullSet) -> ImageInputs:
+    """What a classification of images is learned from."""
+    assert isinstance(data.task, Classification)
+    assert isinstance(data.task.inputs, ImageInputs)
+    return data.task.inputs
+
+
+def image_record(
+    model: ModelConfig, class_names: tuple[str, ...], image_shape: tuple[int, int, int], mean: float, std: float
+) -> ModelRecord:
+    """model.json of a classification of images whose channels have one mean and deviation."""
+    inputs = ImageInputs(image_shape, (mean,) * image_shape[2], (std,) * image_shape[2])
+    return ModelRecord(model, Classification(inputs, class_names))
 
 
 def metrics(loss_sum: float, num_correct: int, num_examples: int) -> Metrics:
