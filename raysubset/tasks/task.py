@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -15,6 +15,7 @@ from raysubset.tasks.losses import Loss, mean_outputs
 from raysubset.tasks.spec import Spec
 
 Rows = Mapping[str, Tensor]  # of some examples: named tensors [n, …], as they are stored
+OutputsOf = Callable[[np.ndarray], Tensor]  # a network's outputs [n, …] for examples at some positions, int64 [n]
 
 
 class Task:
@@ -135,7 +136,7 @@ class Task:
         """Columns of the table of predictions on the test split, [N] each."""
         return {}
 
-    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
         """Rows of the table that a report shows, with what it needs to draw them; None for none."""
         return None
 
