@@ -79,18 +79,6 @@ def read_returned(config: DataConfig) -> Returned:
     return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
 
 
-def read_function(config: DataConfig) -> Source:
-    """The images that the function of data.name returns.
-
-    Raises:
-        ValueError: as read_returned() does, and for anything but images.
-    """
-    returned = read_returned(config)
-    if isinstance(returned, Tables | Arrays):
-        raise ValueError(f"{config.name} returned no images with labels")
-    return returned
-
-
 def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:
     """What a function returned, by split, train first, with a name for messages; all is training data if not parted."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
