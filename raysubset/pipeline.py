@@ -48,8 +48,9 @@ from raysubset.run_directory import (
 )
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
 from raysubset.subset_actors import ActorPool, find_minima
+from raysubset.tasks import NextToken
 from raysubset.tracking import refuse_missing, track_finished, tracked
-from raysubset.trained_model import ModelRecord, save_model
+from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
 from raysubset.work import Piece, Run, leave_test, perturbed, seeded_model
@@ -331,6 +332,8 @@ class _Stages:
         if flaw:
             text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
             self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))
+        if isinstance(full_set.task, NextToken):
+            files |= leave_samples(self._directory, weights, record, full_set.test.take())
         return files
 
     def _plan_by_speed(self) -> Plan:

@@ -20,11 +20,16 @@ class Quality:
         """The value so that more is better: itself, or its negative."""
         return value if self.higher_is_better else -value
 
+    @property
+    def scale(self) -> int:
+        """What a value is multiplied by where it is drawn over `label`."""
+        return 100 if self.is_share else 1
+
     def number(self, value: float | None, *, sign: str = "") -> str:
         """The value in the unit of label and change_label: '97.31', '1.834'; '-' where there is none."""
         if value is None or not math.isfinite(value):
             return "-"
-        return format(100 * value, f"{sign}.2f") if self.is_share else format(value, f"{sign}.4g")
+        return format(self.scale * value, f"{sign}.2f" if self.is_share else f"{sign}.4g")
 
     def show(self, value: float | None) -> str:
         """The value with its unit: '97.31%', '1.834 bits a token'; '-' where there is none."""
@@ -40,9 +45,9 @@ class Quality:
         return self.show(value) if self._is_named_by_unit else f"{self.name} {self.show(value)}"
 
     def change(self, value: float | None) -> str:
-        """A difference of two values, raw, whatever the direction: '+2.40 points', '-0.012 bits a token'."""
+        """A difference of two values, raw, with its name: 'accuracy +2.40 points', '-0.012 bits a token'."""
         unit = "points" if self.is_share else self.unit
-        return f"{self.number(value, sign='+')} {unit}".rstrip()
+        return f"{'' if self._is_named_by_unit else self.name} {self.number(value, sign='+')} {unit}".strip()
 
     @property
     def _is_named_by_unit(self) -> bool:

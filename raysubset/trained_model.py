@@ -18,11 +18,12 @@ from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
-from raysubset.run_directory import RunDirectory, Seal
+from raysubset.run_directory import SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
     ImageInputs,
     NextToken,
     Regression,
+    Rows,
     Spec,
     TableInputs,
     Task,
@@ -32,6 +33,7 @@ from raysubset.tasks import (
 from raysubset.training import Weights
 
 WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
+_NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 
 
@@ -196,6 +198,22 @@ def save_model(
             files[CONSTANTS_PATH] = directory.write_weights(CONSTANTS_PATH, constants)
             files[GRAPH_PATH] = directory.write_json(GRAPH_PATH, graph)
     return {**files, RECORD_PATH: directory.write_json(RECORD_PATH, record.to_dict() | {"files": files})}, flaw
+
+
+def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord, rows: Rows) -> dict[str, Seal]:
+    """Write how a next-token model goes on with the first half of some windows, a list of {"prompt", "text"}.
+
+    Args:
+        rows: of the test split.
+    """
+    network, task = new_model(record.model, record), record.task
+    assert isinstance(task, NextToken)
+    network.load_state_dict(weights)
+    model = TrainedModel(network, record).eval()
+    halves = [tokens[: task.window // 2 + 1].numpy() for tokens in rows["tokens"][:_NUM_SAMPLES]]
+    prompts = [task.vocabulary.decode(tokens) for tokens in halves]
+    samples = [{"prompt": prompt, "text": model.generate(prompt, _NUM_SAMPLED_TOKENS)} for prompt in prompts]
+    return {SAMPLES_PATH: directory.write_json(SAMPLES_PATH, samples)}
 
 
 def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: bool = False) -> TrainedModel:

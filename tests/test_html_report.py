@@ -49,7 +49,7 @@ from raysubset.run_directory import (
 )
 from raysubset.training import Cost, evaluate
 from raysubset.work import pick_mistakes, tabulate_predictions
-from tests.test_report import a_record, conventional_record, metrics, minimum, round_of
+from tests.test_report import BITS, a_record, conventional_record, metrics, minimum, of_task, round_of
 
 
 class Read(HTMLParser):
@@ -544,6 +544,22 @@ def test_a_dearer_run_within_the_noise_of_the_cheapest_is_told_so(tmp_path: Path
     read = Read(Path(write_several([run.uri for run in runs], str(tmp_path / "both.html"))).read_text())
     paid = "b paid least, 12.00 passes, for 89.00 ± 3.13 %, which is within the noise."
     assert read.verdict == [f"a has the highest test accuracy, 90.00 ± 3.00 %, for 20.00 passes; {paid}"]
+
+
+def test_of_several_runs_of_another_task_the_one_with_the_lowest_is_named_where_less_is_better(tmp_path: Path):
+    runs = [
+        a_directory(
+            tmp_path, of_task(a_record(cost=cost, test=metrics(0.5, right, 100)), "next_token", BITS), name=name
+        )
+        for name, right in (("a", 80), ("b", 90))
+        for cost in [a_record()["cost"] | {"passes": 20.0 - right / 10}]
+    ]
+    table, _ = several_sections(read_several([run.uri for run in runs]))
+    assert ("test bits a token", "1.4", "1.2") in table.rows
+    read = Read(Path(write_several([run.uri for run in runs], str(tmp_path / "both.html"))).read_text())
+    assert read.verdict == ["b has the lowest test bits, 1.2 bits a token, for 11.00 passes, the fewest of all."]
+    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
+        read_several([runs[0].uri, a_directory(tmp_path, name="c").uri])
 
 
 def test_runs_of_one_name_are_told_apart_and_different_data_warned_of(tmp_path: Path):

@@ -14,7 +14,8 @@ R2 = Quality("r2")
 def test_a_share_is_shown_in_per_cent_and_others_in_their_unit():
     assert [q.show(0.25) for q in (ACCURACY, BITS, RMSE, R2)] == ["25.00%", "0.25 bits a token", "0.25 mg/dl", "0.25"]
     assert [q.number(0.25) for q in (ACCURACY, BITS)] == ["25.00", "0.25"]
-    assert [q.change(-0.25) for q in (ACCURACY, BITS, R2)] == ["-25.00 points", "-0.25 bits a token", "-0.25"]
+    changes = [q.change(-0.25) for q in (ACCURACY, BITS, RMSE, R2)]
+    assert changes == ["accuracy -25.00 points", "-0.25 bits a token", "rmse -0.25 mg/dl", "r2 -0.25"]
     assert ACCURACY.show(None) == R2.show(math.nan) == "-"
 
 

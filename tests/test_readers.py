@@ -173,13 +173,11 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 3", "is a int: it should return an Arrow table or a pair"),
-        ("return images", "is a ndarray: it should return an Arrow table or a pair"),
+        ("return 3", "is a int: it should return an Arrow table, a pair"),
+        ("return images", "is a ndarray: it should return an Arrow table, a pair"),
         ("return dict(trian=(images, labels))", "returned a split 'trian'.*did you mean train"),
         ("return dict(test=(images, labels))", "returned no train split, only test"),
         ("return images, labels[:5]", r"has 40 images but labels of shape \(5,\)"),
-        ("return images, np.eye(4)[labels]", r"has 40 images but labels of shape \(40, 4\)"),
-        ("return images, labels * 1.5", "are double, such as 0.0: they must be integers"),
         ("return images, np.array([1, 'a'] * 20, dtype=object)", "must be integers or class names"),
         ("return images, np.zeros(40, int)", "all 40 training examples of data.name are of class 0"),
         ("return images.astype(int), labels", "are int64: they must be uint8, or floats"),
@@ -189,7 +187,6 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
             "x = images / 255\nx[7, 2, 3] = np.nan\nreturn x, labels",
             "image 7 of own_data:load has pixels that are NaN",
         ),
-        ("return images.reshape(40, -1), labels", r"have shape \(40, 36\): they must be \[N, H, W\]"),
         ("return np.zeros((40, 3, 6, 6), np.uint8), np.arange(40) % 4", r"have shape \(40, 3, 6, 6\)"),
         ("return np.zeros((0, 6, 6), np.uint8), np.arange(0)", "holds no images"),
         ("return [np.zeros((6, 6)), np.zeros((6, 7))], [0, 1]", "does not make one array, as where images differ"),

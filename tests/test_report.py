@@ -11,9 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raysubset.cli import parse_config
 from raysubset.config import Config
 from raysubset.events import Note
+from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, conventional_beside
 from raysubset.report.figures import difference, standard_error
+from raysubset.report.run_plots import loss_name
 from raysubset.run_directory import (
     REPORT_PATH,
     RunDirectory,
@@ -138,6 +140,30 @@ def conventional_record() -> dict[str, Any]:
     return a_record(Config(method="conventional"), cost=cost, **changes)
 
 
+BITS = Quality("bits", higher_is_better=False, unit="bits a token")
+R2 = Quality("r2")
+
+
+def of_task(record: Any, name: str, quality: Quality) -> Any:
+    """A record of images as one of another task: accuracy a is 3 - 2a bits, or an r2 of 2a - 1."""
+
+    def turned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [turned(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for key, one in value.items():
+            if key.endswith("accuracy") and isinstance(one, float):
+                one = 2 * one - 1 if quality.higher_is_better else 3 - 2 * one
+            found[key.replace("accuracy", quality.name)] = turned(one)
+        found.pop("num_correct", None)
+        return found
+
+    found = turned(record)
+    return found if isinstance(record, list) else found | {"task": {"name": name, "quality": quality.to_dict()}}
+
+
 def one(parts: list[Section], title: str) -> Section:
     (found,) = [part for part in parts if part.title == title]
     return found
@@ -163,9 +189,13 @@ def test_first_sentence_is_the_result_with_its_error_and_cost():
 
 
 def test_standard_error_is_binomial_and_never_zero():
-    assert standard_error(Metrics(1.0, 90, 100)) == pytest.approx(math.sqrt(0.9 * 0.1 / 100))
-    one_wrong = pytest.approx(math.sqrt(0.99 * 0.01 / 100))
-    assert standard_error(Metrics(1.0, 100, 100)) == one_wrong == standard_error(Metrics(1.0, 0, 100))
+    def error(num_correct: int) -> float | None:
+        return standard_error(metrics(1.0, num_correct, 100), ACCURACY)
+
+    assert error(90) == pytest.approx(math.sqrt(0.9 * 0.1 / 100))
+    one_otherwise = pytest.approx(math.sqrt(0.99 * 0.01 / 100))
+    assert error(100) == one_otherwise
+    assert error(0) == one_otherwise
 
 
 def test_every_row_has_a_cell_for_every_column():
@@ -267,11 +297,11 @@ def test_lost_attempts_and_resuming_are_told():
 
 def test_a_difference_is_noise_below_two_errors():
     # 33 and 30 of 50: 6 points, with errors of 6.70 and 6.93 points
-    small = difference(Metrics(1.0, 33, 50), Metrics(1.0, 30, 50))
+    small = difference(metrics(1.0, 33, 50), metrics(1.0, 30, 50), ACCURACY)
     assert small.value == pytest.approx(0.06)
     assert small.error == pytest.approx(math.hypot(math.sqrt(0.66 * 0.34 / 50), math.sqrt(0.6 * 0.4 / 50)))
     assert small.is_noise
-    assert not difference(Metrics(1.0, 45, 50), Metrics(1.0, 30, 50)).is_noise
+    assert not difference(metrics(1.0, 45, 50), metrics(1.0, 30, 50), ACCURACY).is_noise
 
 
 def test_noise_is_called_noise_and_harm_harm():
@@ -283,6 +313,59 @@ def test_noise_is_called_noise_and_harm_harm():
     record = a_record()
     record["stages"]["fine_tuning"] |= {"validation": metrics(0.9, 10, NUM_VALIDATION)}
     assert "(it did harm)" in text(sections(record))
+
+
+def test_another_tasks_report_says_its_quality_in_its_direction_and_unit():
+    record = of_task(a_record(), "next_token", BITS)
+    refuse_other_values("report.json", record)
+    parts = sections(record)
+    assert str(parts[0].lines[0]).startswith("Test 1.2 bits a token, loss 0.1200, with cnn")  # 3 - 2 * 0.90
+    assert row(one(parts, "Final model"), "test, read once at the end")[2:] == ("0.1200", "1.2")
+    stages = one(parts, "Stages")
+    assert stages.columns[2] == stages.columns[4] == "bits a token"
+    assert row(stages, "subsets, mean of 4")[4] == "1.74"  # 0.63
+    assert (row(stages, "least")[4], row(stages, "greatest")[4]) == ("1.68", "1.8")
+    page = text(parts)
+    # 66 and then 90 % right, were it accuracy: fewer bits are better
+    assert "Fine-tuning, against the aggregate: -0.48 bits a token (it helped), loss -0.0800" in page
+    assert "accuracy" not in page
+    assert "±" not in page  # as nobody knows its error
+    better = of_task(a_record(), "regression", R2)
+    assert "Fine-tuning, against the aggregate: r2 +0.48 (it helped), loss -0.0800" in text(sections(better))
+    better["stages"]["fine_tuning"]["validation"] |= {"r2": 0.3}
+    assert "r2 -0.02 (it did harm)" in text(sections(better))
+
+
+def test_an_error_that_the_metrics_tell_is_shown_and_bounds_the_noise():
+    record = of_task(a_record(), "next_token", BITS)
+    for metrics in (record["test"], record["stages"]["fine_tuning"]["validation"]):
+        metrics["bits_error"] = 0.25
+    record["stages"]["rounds"][-1]["aggregation"]["validation"]["bits_error"] = 0.25
+    page = text(sections(record))
+    assert "Test 1.2 bits a token ± 0.25, loss" in page
+    assert "-0.48 bits a token ± 0.3536 (within the noise)" in page  # of sqrt(2) / 4
+
+
+def test_a_quality_that_is_not_finite_leaves_a_page():
+    record = of_task(a_record(), "regression", R2)
+    record["test"]["r2"] = record["stages"]["fine_tuning"]["validation"]["r2"] = None
+    refuse_other_values("report.json", record)
+    page = text(sections(record))
+    assert "Test r2 -, loss 0.1200" in page
+    assert "r2 - (not finite)" in page
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"minimize": {"loss": "cross_entropy"}}, "cross-entropy, nats"),  # of before tasks
+        ({"minimize": {}, "task": {"loss": "squared_error"}}, "squared error"),
+        ({"minimize": {}, "task": {"loss": "auto"}}, "loss"),
+        ({"minimize": {}, "task": {}}, "loss"),
+    ],
+)
+def test_a_losss_axis_says_its_name_where_the_config_tells_it(config: dict[str, Any], name: str):
+    assert loss_name({"config": config}) == name
 
 
 def test_warnings_of_the_run_are_repeated():
@@ -429,6 +512,21 @@ def test_tensorboard_reads_the_events_back_and_once(finished: RunDirectory):
     assert [e.value for e in events.Scalars("fine_tuning/validation_loss")] == pytest.approx([0.2, 0.1])
     assert [e.step for e in events.Scalars("aggregate/validation_loss")] == [1, 2]
     assert events.Scalars("result/test_accuracy")[0].value == pytest.approx(0.9)
+
+
+def test_files_for_tools_have_the_quality_by_its_name(tmp_path: Path):
+    run = RunDirectory(str(tmp_path), "a-run")
+    run.write_json(REPORT_PATH, of_task(a_record(), "next_token", BITS))
+    write_files(run.uri)
+    rows = list(csv.DictReader(io.StringIO(run.read_bytes("progress.csv").decode())))
+    assert float(rows[7]["validation_bits"]) == pytest.approx(1.8)  # 30 of 50 right
+    assert not [name for name in rows[0] if "accuracy" in name]
+    (path,) = tmp_path.glob("a-run/events.out.tfevents.*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    assert events.Scalars("result/test_bits")[0].value == pytest.approx(1.2)
+    assert [event.value for event in events.Scalars("aggregate/validation_bits")] == pytest.approx([1.68])
+    assert "accuracy" not in (tmp_path / "a-run/report/report.html").read_text()
 
 
 def test_sizes_by_speed_are_told_with_the_speeds_and_what_measuring_them_cost():

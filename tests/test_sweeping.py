@@ -28,7 +28,7 @@ from raysubset.sweeping.records import recommend, recommendation, settings_of
 from raysubset.training import Cost
 from raysubset.work import Piece
 from tests.test_html_report import check_self_contained
-from tests.test_report import a_record
+from tests.test_report import BITS, a_record, of_task
 
 # isort: split
 from ray import cloudpickle, tune  # after raysubset.cluster, which sets what Ray reads when it is imported
@@ -279,6 +279,17 @@ def test_the_report_has_a_row_a_setting_the_failed_trial_and_the_recommendation(
     assert len(table.columns) == len(table.rows[0])
     assert lost.rows == (("5000-0", "failed", "ValueError: planted"),)
     assert "within one standard error of the best: 100 examples" in told.lines[0]
+
+
+def test_a_sweep_of_another_task_has_its_quality_in_its_table_and_plot(tmp_path: Path) -> None:
+    record = RunDirectory.at(a_sweep(tmp_path)).read_json(SWEEP_PATH)
+    trials = of_task(record["trials"], "next_token", BITS)
+    record = of_task(record, "next_token", BITS) | {"trials": trials, "settings": settings_of(trials, BITS)}
+    RunDirectory.at(str(tmp_path / "a-sweep")).write_json(SWEEP_PATH, record)
+    table, *_ = sweep_sections(read_report(str(tmp_path / "a-sweep")))
+    assert table.columns[5] == "bits a token"
+    assert table.rows[1][5] == "1.2 ± 0"  # 3 - 2 * 0.9
+    assert "accuracy" not in Path(write_files(str(tmp_path / "a-sweep"))).read_text()
 
 
 def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked
 from raysubset.tracking.following import PAGE_PATH
-from raysubset.tracking.records import Curves, Header, Point, Result, comparison_points, comparison_summary
+from raysubset.tracking.records import Curves, Header, Point, Result, comparison_points, comparison_summary, run_summary
 from raysubset.tracking.wandb_runs import has_key
-from tests.test_report import a_record, history, metrics, minimum
+from tests.test_report import BITS, a_record, history, metrics, minimum, of_task
 
 ALONE = {  # no account, no network, nothing told to their makers
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -96,6 +96,16 @@ def test_epochs_of_a_later_round_follow_those_of_the_rounds_before() -> None:
     assert [p.step for p in epochs] == list(range(9, 17))  # rounds of 7.5 epochs have 8 entries
     assert [p.values["loss"] for p in epochs] == [1 / n for n in range(1, 9)]
     assert end == Point("subset_0003", 16, {"validation_loss": pytest.approx(0.23), "validation_accuracy": 33 / 50})
+
+
+def test_another_tasks_quality_is_told_by_its_name() -> None:
+    record = of_task(a_record(), "next_token", BITS)
+    curves = Curves(Config(), BITS)
+    *_, end = curves.points(EpochDone("", "fine_tuning", record["stages"]["fine_tuning"]["history"][-1]))
+    assert end.values == {"validation_loss": pytest.approx(0.1), "validation_bits": pytest.approx(1.4)}
+    assert run_summary(record)["result/test_bits"] == pytest.approx(1.2)
+    (point,) = comparison_points(of_task(a_comparison(), "next_token", BITS))
+    assert point.values["test_bits"] == pytest.approx(1.2)
 
 
 def test_what_was_not_measured_brings_no_point() -> None:

@@ -13,7 +13,15 @@ from raysubset.aggregation.soups import ensemble_outputs
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import trainable_names
-from raysubset.training import Cost, Metrics, Weights, evaluate, metrics_of_outputs, recompute_batch_norm
+from raysubset.training import (
+    Cost,
+    Metrics,
+    Weights,
+    ensemble_sample,
+    evaluate,
+    metrics_of_outputs,
+    recompute_batch_norm,
+)
 
 
 class Scorer:
@@ -62,7 +70,7 @@ class Scorer:
 
     def ensemble(self, minima: Sequence[Minimum]) -> Metrics:
         """Validation metrics of the mean of the members' predictions, which they left behind: no forward work."""
-        task, targets = self._validation.task, self._validation.targets().cpu()
+        task, targets = self._validation.task, ensemble_sample(self._validation).targets().cpu()
         return metrics_of_outputs(ensemble_outputs(minima, task), targets, task)
 
     def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:

@@ -104,7 +104,8 @@ class Compare(_Resumed):
     batch_sizes: tuple[int, ...] = ()
     """The grid tried for B, whose best all arms take; by default --minimize.batch-size alone."""
     margin: float | None = None
-    """Of non-inferiority, in accuracy; by default 0.001 on MNIST, 0.005 on CIFAR-10, 0.01 on CIFAR-100, 0.005 else."""
+    """Of non-inferiority, in the quality's units; by default, in accuracy, 0.001 on MNIST, 0.005 on CIFAR-10, 0.01 on
+    CIFAR-100, 0.005 else; of other qualities what the task says."""
     num_workers: int | None = None
     """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -8,6 +8,7 @@ from typing import Any
 from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, exchange_bytes
 from raysubset.config import Config
 from raysubset.planning import Plan
+from raysubset.quality import quality_of
 
 Q_BELOW = 1.0  # subsets under it do not determine the network
 
@@ -139,7 +140,7 @@ def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
     Args:
         record: comparison.json of a comparison of the same data and model.
     """
-    per_pass = record["network"]["s_per_pass"]
+    per_pass, quality = record["network"]["s_per_pass"], quality_of(record)
     yield f"A pass took {per_pass:.3g} s there, {advice.s_per_pass:.3g} s here and now."
     for arm in record["arms"]:
         point = max(arm["points"], key=lambda point: point["budget"])
@@ -150,5 +151,5 @@ def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
         speed_up = "" if found is None else f"; speed-up at equal quality {found['interval']['estimate']:.2f}"
         yield (
             f"{arm['key']} at {point['budget']:g} passes: critical path computed {computed:.3g} s, measured "
-            f"{measured:.3g} s; {mean['test_accuracy']:.2%} on test{speed_up}."
+            f"{measured:.3g} s; {quality.phrase(mean[f'test_{quality.name}'])} on test{speed_up}."
         )

@@ -16,6 +16,7 @@ from raysubset.events import Note, OnEvent, Stage
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import Plan, make_plan
+from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment
 from raysubset.tracking import refuse_missing, track_comparison
@@ -25,7 +26,7 @@ from raysubset.work import Run
 LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
-MARGIN = 0.005  # of non-inferiority, in accuracy, for other data
+MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; other qualities have one of their task's, or none
 
 COMMON = ("name", "storage_path", "seed", "method", "data", "model", "cluster", "tracking")  # no arm's own
 OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
@@ -63,7 +64,8 @@ def compare(
         learning_rates: the grid tried for each arm (for I times num_workers); by default LEARNING_RATES times the
             recipe's own.
         batch_sizes: the grid tried for B; by default the config's alone.
-        margin: of non-inferiority, in accuracy; by default that of MARGINS for the data, else MARGIN.
+        margin: of non-inferiority, in the units of the task's quality; by default its own, and of accuracy that of
+            MARGINS for the data, else MARGIN.
         num_workers: of arm I; by default the number of subsets, as far as the cluster has room (recorded).
         on_event: told of legs as they are done, lost and retried.
         fresh: delete what a comparison of this name left behind, and start over.
@@ -83,14 +85,13 @@ def compare(
     chosen = _checked(config, seeds, budgets, arms, learning_rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
-    if margin is not None:
-        check_number("--margin", margin, "[0, 1)")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     known = None if fresh else directory.read_identity()
     full_set = load_full_set(*config.learned, known=known_fingerprint(known, config))
+    margin = _margin(margin, full_set.quality, config.data.name)
     configs = [config.with_overrides(dict(arm.overrides)) for arm in chosen]
     identity = identify([config, *configs], {config.learned: full_set}, known)
     plan = make_plan(config, full_set)
@@ -142,7 +143,7 @@ def compare(
                 work.runner.failed,
                 tuning_legs=work.tuning_legs,
                 seeds=seeds,
-                margin=margin if margin is not None else MARGINS.get(config.data.name, MARGIN),
+                margin=margin,
                 num_workers=decided["num_workers"],
             ),
         }
@@ -212,6 +213,26 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
     ):
         if is_set:
             raise ValueError(f"arm {arm.key}: a comparison {words}")
+
+
+def _margin(given: float | None, quality: Quality, data_name: str) -> float:
+    """The margin of non-inferiority, in the quality's units.
+
+    Raises:
+        ValueError: if it is out of range, or none is given for a quality that has none.
+    """
+    if given is not None:
+        check_number("--margin", given, "[0, 1)" if quality.is_share else "[0, ∞)")
+        return given
+    is_accuracy = quality.name == ACCURACY.name
+    if is_accuracy and data_name in MARGINS:
+        return MARGINS[data_name]
+    if quality.margin is None and not is_accuracy:
+        raise ValueError(
+            f"how much worse in {quality.label} may a model be and still count as good? No margin of non-inferiority "
+            "is known for it: give --margin"
+        )
+    return MARGIN if quality.margin is None else quality.margin
 
 
 def _decide(

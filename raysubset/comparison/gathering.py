@@ -27,7 +27,8 @@ from raysubset.data import FullSet
 from raysubset.ledger import Work, total_cost
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import Plan
-from raysubset.run_report import data_record
+from raysubset.quality import Quality
+from raysubset.run_report import data_record, task_record
 
 CLOCKS = ("total", "critical_path")
 _FIELD = {"total": "passes", "critical_path": "critical_path_passes"}
@@ -55,36 +56,44 @@ def gather(
         finals: of every arm.
         tuning: what was tried before; tuning_legs are its last legs.
         failed: legs that could not be done, with the reason.
-        margin: of non-inferiority, in accuracy.
+        margin: of non-inferiority, in the quality's units.
         num_workers: of arm I.
+
+    Raises:
+        ValueError: where the conventional run has no quality to hold the arms against.
     """
+    quality = full_set.quality
     legs = _Legs(len(full_set.train), plan, failed)
-    arms = [_arm(arm, by_budget, settings, legs) for arm, by_budget in finals.items()]
+    arms = [_arm(arm, by_budget, settings, legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
     budget = cheapest_within_error({b: [math.nan if x is None else x for x in v] for b, v in losses.items()})
     conventional = next(point for point in baseline if point["budget"] == budget)
-    reference = {run["seed"]: run["test"]["accuracy"] for run in conventional["runs"]}
+    reference = _gains(conventional["runs"], quality)
     target = statistics.fmean(reference.values()) - margin
+    if not math.isfinite(target):
+        raise ValueError(f"the conventional run of {budget:g} passes has no finite {quality.name} on test data")
     for arm in arms:
         for point in arm["points"]:
-            own = {run["seed"]: run["test"]["accuracy"] for run in point["runs"] if run["error"] is None}
-            found = paired_difference(own, reference)
-            point["difference"] = None if found is None else found.to_dict()
-            point["is_non_inferior"] = None if found is None else found.low > -margin
-    found_ups = {clock: _speed_ups(arms, baseline, target, clock) for clock in CLOCKS}
+            gain = paired_difference(_gains(point["runs"], quality), reference)
+            point["difference"] = None if gain is None else _turned(gain, quality).to_dict()
+            point["is_non_inferior"] = None if gain is None else gain.low > -margin
+    found_ups = {clock: _speed_ups(arms, baseline, target, clock, quality) for clock in CLOCKS}
     candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
     verdicts = {}
     for clock in CLOCKS:
         passes = conventional["mean"][_FIELD[clock]]
         verdicts[clock] = judge(
-            _cheap_points(arms, candidates, clock, TENTH * passes),
+            _cheap_points(arms, candidates, clock, TENTH * passes, quality),
             {key: one for key, one in found_ups[clock].items() if key in candidates},
             conventional_passes=passes,
             margin=margin,
+            quality=quality,
             num_seeds=len(seeds),
         ).to_dict()
+    test = f"test_{quality.name}"
     return {
+        "task": task_record(full_set),
         "data": data_record(full_set),
         "model": {
             "num_parameters": plan.num_parameters,
@@ -103,16 +112,27 @@ def gather(
         "conventional": {
             "budget": budget,
             "passes": conventional["mean"]["passes"],
-            "test_accuracy": conventional["mean"]["test_accuracy"],
-            "target_accuracy": target,
+            test: conventional["mean"][test],
+            f"target_{quality.name}": quality.gain(target),
         },
         "speed_ups": {c: {key: one.to_dict() for key, one in found_ups[c].items()} for c in CLOCKS},
         "verdicts": verdicts,
         "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
-        "network": _network(arms, finals, legs, plan, num_workers),
+        "network": _network(arms, finals, legs, plan, num_workers, test),
         "failed": {leg.key: reason for leg, reason in failed.items()},
         "legs": _leg_records(finals),
     }
+
+
+def _gains(runs: Sequence[Record], quality: Quality) -> dict[int, float]:
+    """Of the runs that finished, test quality by seed so that more is better; NaN where it is not finite."""
+    values = {run["seed"]: run["test"][quality.name] for run in runs if run["error"] is None}
+    return {seed: math.nan if value is None else quality.gain(value) for seed, value in values.items()}
+
+
+def _turned(difference: Interval, quality: Quality) -> Interval:
+    """Of a difference of gains, that of the qualities themselves, and the other way round."""
+    return difference if quality.higher_is_better else difference.negative()
 
 
 def _leg_records(finals: Finals) -> Record:
@@ -176,12 +196,17 @@ class _Legs:
 
 
 def _arm(
-    arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Mapping[str, Settings], legs: _Legs
+    arm: Arm,
+    by_budget: Mapping[float, Mapping[int, Leg]],
+    settings: Mapping[str, Settings],
+    legs: _Legs,
+    quality: Quality,
 ) -> Record:
     points = []
     for budget, by_seed in by_budget.items():
         runs = [legs.run(leg, seed) for seed, leg in by_seed.items()]
-        points.append({"budget": budget, "runs": runs, "mean": _means([run for run in runs if run["error"] is None])})
+        mean = _means([run for run in runs if run["error"] is None], quality)
+        points.append({"budget": budget, "runs": runs, "mean": mean})
     return {
         "key": arm.key,
         "title": arm.title,
@@ -192,18 +217,18 @@ def _arm(
     }
 
 
-def _means(runs: Sequence[Record]) -> Record | None:
-    """Means over the seeds that finished, with Student's t intervals of the two qualities; None where none did."""
+def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
+    """Means over the seeds that finished, with Student's t interval of the test quality; None where none did."""
     if not runs:
         return None
     names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
     means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
     losses = [math.nan if run["validation"]["loss"] is None else run["validation"]["loss"] for run in runs]
-    accuracy = t_interval([run["test"]["accuracy"] for run in runs])
+    tested = _turned(t_interval(list(_gains(runs, quality).values())), quality)
     return means | {
         "num_seeds": len(runs),
-        "test_accuracy": accuracy.estimate,
-        "test_accuracy_interval": accuracy.to_dict(),
+        f"test_{quality.name}": tested.estimate,
+        f"test_{quality.name}_interval": tested.to_dict(),
         "validation_loss": statistics.fmean(losses),
     }
 
@@ -212,37 +237,42 @@ def _complete(point: Record, seeds: Sequence[int]) -> bool:
     return len([run for run in point["runs"] if run["error"] is None]) == len(seeds)
 
 
-def _curves(points: Sequence[Record], clock: str) -> dict[int, list[tuple[float, float]]]:
-    """Cost curves by seed, of the runs that finished."""
+def _curves(points: Sequence[Record], clock: str, quality: Quality) -> dict[int, list[tuple[float, float]]]:
+    """Cost curves by seed, of the runs that finished with a finite quality."""
     curves: dict[int, list[tuple[float, float]]] = {}
     for point in points:
+        gains = _gains(point["runs"], quality)
         for run in point["runs"]:
-            if run["error"] is None:
-                curves.setdefault(run["seed"], []).append((run[_FIELD[clock]], run["test"]["accuracy"]))
+            if math.isfinite(gain := gains.get(run["seed"], math.nan)):
+                curves.setdefault(run["seed"], []).append((run[_FIELD[clock]], gain))
     return curves
 
 
-def _speed_ups(arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str) -> dict[str, SpeedUp]:
-    """S of each arm that finished with any seed, but the baseline itself."""
-    base = _curves(baseline, clock)
+def _speed_ups(
+    arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str, quality: Quality
+) -> dict[str, SpeedUp]:
+    """S of each arm that finished with any seed, but the baseline itself, at a target that is a gain."""
+    base = _curves(baseline, clock, quality)
     found = {}
     for arm in arms:
-        own = _curves(arm["points"], clock)
+        own = _curves(arm["points"], clock, quality)
         if arm["role"] != "baseline" and own:
             found[arm["key"]] = speed_up(base, own, target)
     return found
 
 
-def _cheap_points(arms: Sequence[Record], candidates: set[str], clock: str, most: float) -> list[CheapPoint]:
+def _cheap_points(
+    arms: Sequence[Record], candidates: set[str], clock: str, most: float, quality: Quality
+) -> list[CheapPoint]:
     return [
-        CheapPoint(arm["key"], point["mean"][_FIELD[clock]], Interval(**point["difference"]))
+        CheapPoint(arm["key"], point["mean"][_FIELD[clock]], _turned(Interval(**point["difference"]), quality))
         for arm in arms
         for point in arm["points"]
         if arm["key"] in candidates and point["difference"] is not None and point["mean"][_FIELD[clock]] <= most
     ]
 
 
-def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, num_workers: int) -> Record:
+def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, num_workers: int, test: str) -> Record:
     """Bytes on the critical path of each arm, beside those of data-parallel training, and wall times made of them.
 
     The time of a pass is the baseline's, as measured here; wall times at a bandwidth are computed, not measured.
@@ -271,7 +301,7 @@ def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, nu
                     "budget": budget,
                     "num_bytes": sent,
                     "num_exchanges": num_exchanges,
-                    "test_accuracy": mean["test_accuracy"],
+                    test: mean[test],
                     "wall_s": wall_times(one, s_per_pass=s_per_pass),
                 }
             )

@@ -1,8 +1,8 @@
 """What runs over seeds tell: paired intervals, the passes a quality takes, and speed-ups with censoring.
 
-Definitions: METHODS.md §4 of this project. A cost curve is accuracy against passes over the budgets of one arm and one
-seed; it is made monotone (isotonic regression) before it is read, for every arm alike, so that a lucky budget does not
-count as a crossing.
+Definitions: METHODS.md §4 of this project. Qualities are given as gains, of which more is better: Quality.gain(). A
+cost curve is gain against passes over the budgets of one arm and one seed; it is made monotone (isotonic regression)
+before it is read, for every arm alike, so that a lucky budget does not count as a crossing.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, Literal
 COVERAGE = 0.95
 
 Bound = Literal["exact", "at_least", "at_most", "unknown"]
-Curve = Sequence[tuple[float, float]]  # (passes, accuracy), one a budget
+Curve = Sequence[tuple[float, float]]  # (passes, gain), one a budget
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,16 @@ class Interval:
     coverage: float  # of [low, high]
     num: int  # seeds
 
+    def negative(self) -> "Interval":
+        """The interval of the negatives."""
+        return Interval(-self.estimate, -self.high, -self.low, self.coverage, self.num)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interval:
-    """The mean with Student's t interval; of a single value nothing is known: (-inf, inf).
+    """The mean with Student's t interval; of a single value, or where one is not finite, nothing is known: (-inf, inf).
 
     Raises:
         ValueError: if there is no value.
@@ -42,8 +46,8 @@ def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interv
     if not values:
         raise ValueError("an interval needs at least one value")
     mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Interval(mean, -math.inf, math.inf, coverage, 1)
+    if len(values) == 1 or not math.isfinite(mean):
+        return Interval(mean, -math.inf, math.inf, coverage, len(values))
     half = stats.t.ppf((1 + coverage) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - float(half), mean + float(half), coverage, len(values))
 
@@ -55,7 +59,7 @@ def range_interval(values: Sequence[float]) -> Interval:
 
 
 def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
-    """The passes at which a cost curve reaches the target, linear in log passes between budgets.
+    """The passes at which a cost curve reaches the target, a gain, linear in log passes between budgets.
 
     Returns:
         (passes, "exact"); (the least budget's, "at_most") where that reaches it already; (the largest budget's,
@@ -63,8 +67,8 @@ def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
     """
     from sklearn.isotonic import isotonic_regression
 
-    costs, accuracy = zip(*sorted(curve), strict=True)
-    fitted = [float(value) for value in isotonic_regression(accuracy)]
+    costs, gains = zip(*sorted(curve), strict=True)
+    fitted = [float(value) for value in isotonic_regression(gains)]
     if fitted[0] >= target:
         return costs[0], "at_most"
     if fitted[-1] < target:
@@ -92,7 +96,7 @@ class SpeedUp:
 
 
 def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: float) -> SpeedUp:
-    """S of an arm at a quality, for each seed of the baseline.
+    """S of an arm at a quality, given as a gain, for each seed of the baseline.
 
     An arm that misses the quality, or has no curve for a seed, has S = 0 there. Where the baseline misses it, S is at
     least what its largest budget gives; where the arm has it at its smallest budget, likewise; where the baseline has

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from raysubset.comparison.statistics import Interval, SpeedUp
+from raysubset.quality import ACCURACY, Quality
 
 TENTH = 0.1  # of the conventional run's cost: the claim
 VACUOUS_BELOW = 2.0  # a speed-up that cannot reach this is cheap only against an over-long baseline
@@ -21,7 +22,7 @@ class CheapPoint:
 
     arm: str
     passes: float  # mean over seeds
-    difference: Interval  # of its test accuracy from the conventional run's, paired by seed
+    gain: Interval  # of its test quality over the conventional run's, paired by seed: more is better
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ def judge(
     *,
     conventional_passes: float,
     margin: float,
+    quality: Quality = ACCURACY,
     num_seeds: int,
 ) -> Verdict:
     """The rule of METHODS.md §4, in its order.
 
-    1. Every arm tried at no more than a tenth of the conventional cost is inferior, the interval of its difference
-       wholly below the margin: refuted.
+    1. Every arm tried at no more than a tenth of the conventional cost is inferior, the interval of its gain wholly
+       below the margin: refuted.
     2. No arm's speed-up can reach 2: vacuous.
     3. An arm is non-inferior at no more than a tenth, and its speed-up with its whole interval at least 10: confirmed.
     4. Else: inconclusive.
@@ -58,7 +60,8 @@ def judge(
         cheap: arms of subset pretraining at budgets of at most a tenth of the conventional cost.
         speed_ups: of the arms of subset pretraining that finished with any seed; a seed that failed has S = 0.
         conventional_passes: C_conv: of the cheapest conventional run within one standard error of the best.
-        margin: of non-inferiority, in accuracy.
+        margin: of non-inferiority, in the quality's units.
+        quality: what arms are judged by.
         num_seeds: of the comparison.
     """
     smoke = num_seeds < FEWEST_SEEDS
@@ -74,14 +77,13 @@ def judge(
         found = speed_ups[arm].interval if arm is not None else None
         return Verdict(word, prefix + text, arm, found, smoke)
 
-    if cheap and all(point.difference.high < -margin for point in cheap):
+    if cheap and all(point.gain.high < -margin for point in cheap):
         names = ", ".join(sorted({point.arm for point in cheap}))
-        return verdict(
-            "refuted", f"no arm is as good at {limit}: {names} fall short by more than {margin:.2%}; {of_best}.", best
-        )
+        short = f"{names} fall short by more than {quality.show(margin)}"
+        return verdict("refuted", f"no arm is as good at {limit}: {short}; {of_best}.", best)
     if all(one.interval.high < VACUOUS_BELOW for one in speed_ups.values()):
         return verdict("vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}.", best)
-    good = {point.arm for point in cheap if point.difference.low > -margin}
+    good = {point.arm for point in cheap if point.gain.low > -margin}
     able = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
     if able:
         arm = max(able, key=lambda name: speed_ups[name].interval.estimate)

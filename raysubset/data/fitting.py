@@ -140,6 +140,9 @@ def of_arrays(
     Raises:
         ValueError: for arrays that the task cannot use.
     """
+    arrays = {
+        split: {name: _storable(each, name, config) for name, each in own.items()} for split, own in arrays.items()
+    }
     train = arrays["train"]
     if task.is_class:
         alike = {split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()}
@@ -167,6 +170,14 @@ def of_arrays(
         tensors = {column: own, **targets.stored(origin, rows[split], learned)}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
+
+
+def _storable(values: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
+    """An array in a type that torch takes examples of by index; texts are for labels alone."""
+    if values.dtype.kind == "U" and name not in ("label", "target"):
+        raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made")
+    wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
+    return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 
 
 def _of_masks(

@@ -1,38 +1,93 @@
 """Data sets out of the user's own `package.module:function`."""
 
+import dataclasses
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
+from raysubset.data.columns import Tables, choose_columns, holds_images
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import as_labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables
+from raysubset.errors import first_line
+from raysubset.events import Note
 from raysubset.user_functions import call_function
 
+_WANTED = "an Arrow table, a pair (inputs, targets) or a dict of arrays, a torch Dataset, or a dict of splits of these"
 
-def read_function(config: DataConfig) -> Source:
-    """Call the function that data.name names, without arguments, and read what it returns.
 
-    That is an Arrow table, a pair (images, labels) of arrays, a dict with "train" and perhaps "validation" and "test"
-    of either, or a pair of pairs, train and test, as Keras gives them.
+@dataclass(frozen=True)
+class Arrays:
+    """A data set of named arrays, [N, …] each, which are no images with their labels."""
+
+    splits: Mapping[SplitName, Mapping[str, np.ndarray]]  # of numbers or texts, finite, contiguous; alike in all splits
+    notes: tuple[Note, ...]
+
+
+Returned = Source | Tables | Arrays
+_Split = SourceSplit | pa.Table | dict[str, np.ndarray]
+
+
+def read_returned(config: DataConfig) -> Returned:
+    """Call the function that data.name names, without arguments, and tell what it returns.
+
+    That is one of these, or a dict with "train" and perhaps "validation" and "test" of them, or a pair of pairs, train
+    and test, as Keras gives them:
+
+    - an Arrow table, or another library's frame: of images if it has an image column, else of columns;
+    - a pair of arrays: images and their labels, else inputs and targets, named "inputs" ("image" where they are uint8
+      images) and "target" ("mask" where there is an integer for each pixel);
+    - a dict of arrays, which have its names;
+    - a torch Dataset with a length, whose items are such pairs or dicts.
 
     Raises:
         ValueError: for a name that does not lead to a function, what it raises, or anything else returned.
     """
-    returned = call_function("data.name", config.name)
-    if _is_pair(returned) and all(map(_is_labelled, returned)):
+    found: dict[SplitName, _Split] = {}
+    for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
+        found[name] = _tell(value, config, where)
+        if (kind := _kind(found[name])) != (first := _kind(found["train"])):
+            text = f"{config.name} returned {first} as its train split and {kind} as its {name} split"
+            raise ValueError(f"{text}: give all splits alike")
+    images: Source = {}
+    tables: dict[SplitName, dict[str, pa.Table]] = {}
+    arrays: dict[SplitName, dict[str, np.ndarray]] = {}
+    notes: list[Note] = []
+    for name, split in found.items():
+        if isinstance(split, SourceSplit):
+            images[name] = split
+            continue
+        if isinstance(split, dict):
+            arrays[name], num = split, len(next(iter(split.values())))
+        else:
+            tables[name], num = {f"the {name} split that {config.name} returned": split}, split.num_rows
+        notes.append(Note(f"{name} split: {num} examples of what {config.name} returned"))
+    if images:
+        return images
+    if arrays:
+        _refuse_unlike(arrays, config)
+        return Arrays(arrays, tuple(notes))
+    chosen = choose_columns(tables, config)
+    return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
+
+
+def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:
+    """What a function returned, by split, train first, with a name for messages; all is training data if not parted."""
+    if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
         returned = dict(zip(("train", "test"), returned, strict=True))
-    ignored = Ignored(config)
-    if not isinstance(returned, Mapping):
+    ignored, known = Ignored(config), get_args(SplitName)
+    if not isinstance(returned, Mapping) or (returned and not {*returned} & {*known} and _are_arrays(returned)):
         ignored.refuse_unmet(())
-        return {"train": _split(returned, config, config.name)}
-    known, splits = get_args(SplitName), ignored.without(returned)
+        return {"train": (returned, config.name)}
+    splits = ignored.without(returned)
     ignored.refuse_unmet(returned)
     for name in splits:
         if name not in known:
@@ -41,31 +96,64 @@ def read_function(config: DataConfig) -> Source:
             )
     if "train" not in splits:
         raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
-    return {name: _split(value, config, f"{config.name}'s {name} split") for name, value in splits.items()}
+    return {name: (splits[name], f"{config.name}'s {name} split") for name in known if name in splits}
+
+
+def _kind(split: _Split) -> str:
+    if isinstance(split, SourceSplit):
+        return "images with labels"
+    return "a table" if isinstance(split, pa.Table) else "arrays"
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
-def _is_labelled(value: Any) -> bool:
-    """Whether it is a pair of arrays, of images and their labels."""
-    return _is_pair(value) and [getattr(part, "ndim", 0) for part in value] in ([3, 1], [4, 1], [3, 2], [4, 2])
+def _is_pair_of_arrays(value: Any) -> bool:
+    """Whether it is a pair of arrays of one length, as inputs and their targets are."""
+    return _is_pair(value) and all(getattr(part, "ndim", 0) for part in value) and len(value[0]) == len(value[1])
 
 
-def _split(value: Any, config: DataConfig, where: str) -> SourceSplit:
+def _are_arrays(values: Mapping[Any, Any]) -> bool:
+    return all(isinstance(value, list) or getattr(value, "ndim", 0) for value in values.values())
+
+
+def _tell(value: Any, config: DataConfig, where: str) -> _Split:
+    """Images with labels, a table of columns, or arrays."""
+    if _is_dataset(value):
+        value = _stacked(value, where)
+    if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
+        value = pa.table(value)
     if isinstance(value, pa.Table):
-        return from_tables({where: value}, config, where)
-    if not isinstance(value, tuple | list) or len(value) != 2:
+        return from_tables({where: value}, config, where) if holds_images(value.schema, config) else value
+    if isinstance(value, Mapping):
+        return _named_arrays(value, where)
+    if not _is_pair(value):
+        raise ValueError(f"{where} is a {type(value).__name__}: it should return {_WANTED}")
+    inputs, targets = (_array(part, where) for part in value)
+    if not inputs.ndim or targets.shape[:1] != inputs.shape[:1]:
         raise ValueError(
-            f"{where} is a {type(value).__name__}: it should return an Arrow table or a pair (images, labels)"
+            f"{where} has {len(inputs) if inputs.ndim else 'no'} {'images' if inputs.ndim in (3, 4) else 'inputs'} but "
+            f"labels of shape {targets.shape}: give one for each"
         )
-    pixels, numbers = (_array(part, where) for part in value)
-    images, findings = as_images(pixels, where, config.image_size)
-    if numbers.ndim == 2 and numbers.shape[1] == 1:  # as Keras has CIFAR's
+    if inputs.ndim in (3, 4) and targets.dtype.kind in "iuUSOb" and (targets.ndim == 1 or targets.shape[1:] == (1,)):
+        return _images(inputs, targets, config, where)
+    is_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
+    is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
+    if is_image:
+        inputs, _ = as_images(inputs, where, None if is_mask else config.image_size)
+    return _named_arrays({"image" if is_image else "inputs": inputs, "mask" if is_mask else "target": targets}, where)
+
+
+def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: str) -> SourceSplit:
+    try:
+        images, findings = as_images(pixels, where, config.image_size)
+    except ValueError as error:
+        if pixels.dtype == np.uint8:
+            raise
+        raise ValueError(f"{error}; arrays that are no images go by name: dict(inputs=…, label=…)") from error
+    if numbers.ndim == 2:  # as Keras has CIFAR's
         numbers = numbers[:, 0]
-    if numbers.ndim != 1 or len(numbers) != len(images):
-        raise ValueError(f"{where} has {len(images)} images but labels of shape {numbers.shape}: give one an image")
     try:
         found = pa.chunked_array([pa.array(numbers)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
@@ -74,9 +162,121 @@ def _split(value: Any, config: DataConfig, where: str) -> SourceSplit:
     return SourceSplit(images, labels, class_names, findings=findings, where=where)
 
 
+def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
+    """The arrays, contiguous and in the machine's byte order, truth values as uint8.
+
+    Raises:
+        ValueError: for arrays of differing length, without rows, of objects, or with values that are not finite.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not name.isidentifier() or name == "row":
+            raise ValueError(f"{where} names an array {name!r}: give it the name of a Python variable, other than row")
+        array = _array(value, f"{name} of {where}")
+        if not array.ndim or not len(array):
+            raise ValueError(f"{name} of {where} has shape {array.shape}: give one entry an example, and one example")
+        if array.dtype.kind not in "biufU":
+            raise ValueError(f"{name} of {where} has type {array.dtype}: it must be numbers or texts")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
+            bad = array[row].ravel()[~np.isfinite(array[row].ravel())][0]
+            raise ValueError(f"{name} of {where} has {bad} in row {row}: leave such rows out, or fill them in")
+        kind = np.uint8 if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
+        arrays[name] = np.ascontiguousarray(array, dtype=kind)
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len({*lengths.values()}) != 1:
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "no arrays"
+        raise ValueError(f"the arrays of {where} differ in length ({listed}): give one row an example in each")
+    return arrays
+
+
+def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig) -> None:
+    """Refuse splits whose arrays differ in names, in the shape of an example or in the kind of their numbers."""
+    train = arrays["train"]
+    for split, others in arrays.items():
+        if {*others} != {*train}:
+            raise ValueError(
+                f"{config.name} returned {', '.join(train)} as train split and {', '.join(others)} as {split} split: "
+                "give all splits alike"
+            )
+        for name, array in train.items():
+            (ours, theirs) = ((each.shape[1:], each.dtype.kind) for each in (array, others[name]))
+            if ours != theirs:
+                raise ValueError(
+                    f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(others[name])} in the "
+                    f"{split} split: give all splits alike"
+                )
+
+
+def _shown(array: np.ndarray) -> str:
+    return f"{array.dtype} [{', '.join(('N', *map(str, array.shape[1:])))}]"
+
+
+def _is_dataset(value: Any) -> bool:
+    torch = sys.modules.get("torch.utils.data")  # there is no Dataset where it was not imported
+    return torch is not None and isinstance(value, torch.Dataset)
+
+
+def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[str, np.ndarray]:
+    """All items of a torch Dataset, read once: a pair of arrays, or a dict of them.
+
+    Raises:
+        ValueError: for a dataset without a length, what reading an item raises, and items that differ in shape.
+    """
+    try:
+        num = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(f"{where} is a {type(dataset).__name__} without a length: give a map-style Dataset") from error
+    columns: dict[Any, list[np.ndarray]] = {}
+    is_pair = False
+    for number in range(num):
+        try:
+            item = dataset[number]
+        except Exception as error:
+            text = f"item {number} of {where} raised {type(error).__name__}: {first_line(error)}"
+            raise ValueError(text) from error
+        is_pair = _is_pair(item)
+        if not is_pair and not isinstance(item, Mapping):
+            raise ValueError(
+                f"item {number} of {where} is a {type(item).__name__}: it should be a pair (input, target) or a dict"
+            )
+        named = dict(enumerate(item)) if is_pair else item
+        if number and [*named] != [*columns]:
+            raise ValueError(f"item {number} of {where} has {[*named]}, those before it {[*columns]}: give all alike")
+        for key, value in named.items():
+            array = _array(value, f"item {number} of {where}")
+            first = columns.setdefault(key, [])
+            if first and first[0].shape != array.shape:
+                what = ("input", "target")[key] if is_pair else key
+                raise ValueError(
+                    f"the {what} of item {number} of {where} has shape {array.shape}, others have {first[0].shape}: "
+                    "pad, cut or resize them to one"
+                )
+            first.append(array)
+    if not num:
+        raise ValueError(f"{where} has no items: give at least one")
+    stacked = {key: np.stack(values) for key, values in columns.items()}
+    return (stacked[0], stacked[1]) if is_pair else stacked
+
+
 def _array(values: Any, where: str) -> np.ndarray:
     """A numpy array of numpy arrays, tensors or lists, without copying where that can be."""
     try:
-        return np.asarray(values)
+        return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     except ValueError as error:  # numpy's, for nested sequences of differing lengths
-        raise ValueError(f"{where} does not make one array, as where images differ in shape: {error}") from error
+        unlike = _first_unlike(values)
+        raise ValueError(
+            f"{where} does not make one array, as where images differ in shape{unlike or f': {first_line(error)}'}"
+        ) from error
+    except TypeError as error:  # torch's, for a type that numpy lacks: bfloat16
+        raise ValueError(f"{where} does not make an array of numpy's: {first_line(error)}") from error
+
+
+def _first_unlike(values: Any) -> str:
+    """': row 3 has shape (5,), row 0 (4,)' of a list of arrays or lists, else ''."""
+    try:
+        shapes = [np.shape(value) for value in values]
+    except ValueError:
+        return ""
+    row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
+    return "" if row is None else f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; pad or cut them to one"

@@ -7,13 +7,13 @@ import time
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
-from raysubset.data.columns import is_of_columns, read_tables
+from raysubset.data.columns import Tables, is_of_columns, read_tables
 from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
 from raysubset.data.files import not_streamed, read_path
 from raysubset.data.finding import TEXT_SUFFIXES
-from raysubset.data.fitting import of_tables, of_texts
+from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
-from raysubset.data.functions import read_function
+from raysubset.data.functions import Arrays, read_returned
 from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
@@ -69,7 +69,13 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
     if kind == "named":
         return of_images(_with_origin(read_named(config), f"the named set {name}"), config, task)
     if kind == "function":
-        return of_images(_with_origin(read_function(config), f"what {name} returned"), config, task)
+        match read_returned(config):
+            case Tables() as tables:
+                return of_tables(tables, config, task)
+            case Arrays(splits=splits, notes=notes):
+                return of_arrays(splits, config, task, notes)
+            case images:
+                return of_images(_with_origin(images, f"what {name} returned"), config, task)
     if is_of_columns(config):
         return of_tables(read_tables(config), config, task)
     return of_images(read_path(config), config, task)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysubset.report.comparisons import CLOCKS, largest_rows
-from raysubset.report.figures import Record, trainings
-from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.quality import quality_of
+from raysubset.report.comparisons import CLOCKS, largest_rows, mean_and_half
+from raysubset.report.figures import Record, finite, trainings
+from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, legend_outside, log_where_wide
 from raysubset.report.run_plots import VALIDATION, loss_name
 
 _MARKERS = "os^"
@@ -19,39 +20,43 @@ _COST = {"total": "passes", "critical_path": "critical_path_passes"}
 
 
 def quality_against_cost(record: Record) -> list[Plot]:
-    """Test accuracy over passes, a curve an arm: in total, and on the critical path."""
+    """Test quality over passes, a curve an arm: in total, and on the critical path."""
     return [_quality(record, clock) for clock in CLOCKS]
 
 
 def _quality(record: Record, clock: str) -> Plot:
+    quality = quality_of(record)
+
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         styles = _styles(record)
-        costs = []
+        costs, reached = [], []
         for arm in record["arms"]:
             points = sorted((point["mean"][_COST[clock]], point["mean"]) for point in arm["points"] if point["mean"])
             if not points:
                 continue
             costs += [cost for cost, _ in points]
-            values = [100 * mean["test_accuracy"] for _, mean in points]
-            halves = [100 * _half(mean["test_accuracy_interval"]) for _, mean in points]
+            measured = [[quality.scale * value for value in mean_and_half(mean, quality)] for _, mean in points]
+            values, halves = zip(*measured, strict=True)
+            halves = [half if math.isfinite(half) else 0.0 for half in halves]
+            reached += [value for value in values if math.isfinite(value)]
             style = styles[arm["key"]] | {"ls": "-" if arm["role"] == "candidate" else "--"}
             axes.errorbar([c for c, _ in points], values, halves, label=arm["key"], capsize=2, elinewidth=0.8, **style)
-        target = 100 * record["conventional"]["target_accuracy"]
+        target = quality.scale * record["conventional"][f"target_{quality.name}"]
         axes.axhline(target, linestyle=":", linewidth=1, color="grey", label="as good")
         log_where_wide(axes, "x", costs)
-        means = [p["mean"]["test_accuracy"] for arm in record["arms"] for p in arm["points"] if p["mean"]]
-        low, high = 100 * min(means), 100 * max(means)
-        axes.set_ylim(max(-2, low - 0.15 * (high - low) - 1), min(102, high + 0.25 * (high - low) + 1))
+        low, high = min(reached, default=0), max(reached, default=1)
+        more, least, most = (1, -2, 102) if quality.is_share else (0.05 * (high - low or 1), -math.inf, math.inf)
+        axes.set_ylim(max(least, low - 0.15 * (high - low) - more), min(most, high + 0.25 * (high - low) + more))
         axes.set_xlabel(CLOCKS[clock])
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test {quality.label}")
         axes.grid(True)
         legend_outside(figure, axes, columns=6)
 
     caption = (
-        f"Test accuracy over {CLOCKS[clock]}, a curve an arm, n = {len(record['seeds'])} seeds; bars: 95 % intervals "
-        "by Student's t, cut at the plot's edge; dashed: baselines and controls; dotted: what counts as good as the "
-        "long conventional run."
+        f"Test {quality.name} over {CLOCKS[clock]}, a curve an arm, n = {len(record['seeds'])} seeds; bars: 95 % "
+        "intervals by Student's t, cut at the plot's edge; dashed: baselines and controls; dotted: what counts as good "
+        "as the long conventional run."
     )
     return draw_plot(f"quality_{clock}", caption, draw, size=(5.2, 3.9))
 
@@ -63,10 +68,6 @@ def _styles(record: Record) -> dict[str, dict[str, Any]]:
         key: {"color": colour, "marker": _MARKERS[number // len(COLOURS) % len(_MARKERS)], "markersize": 4}
         for number, (key, colour) in enumerate(colours.items())
     }
-
-
-def _half(interval: Record) -> float:
-    return 0.0 if interval["high"] is None else interval["high"] - interval["estimate"]
 
 
 def speed_ups(record: Record) -> Plot | None:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from raysubset.report.figures import Record
+from raysubset.quality import Quality, quality_of
+from raysubset.report.figures import Record, finite
 from raysubset.report.page import Section
 from raysubset.training import bytes_in_words
 
@@ -32,6 +33,8 @@ def _verdicts(record: Record) -> Iterator[str]:
         verdict = record["verdicts"][clock]
         yield f"A tenth of the cost, counting {words}: {verdict['word']}. {verdict['text']}"
     regime, data, conventional = record["regime"], record["data"], record["conventional"]
+    quality = quality_of(record)
+    reached, target = (quality.show(conventional[f"{of}_{quality.name}"]) for of in ("test", "target"))
     ratio = regime["overdetermination_ratio"]
     yield (
         f"Found for {data['name']}, {data['num_train']} training examples, {regime['num_parameters']} parameters, Q = "
@@ -40,8 +43,8 @@ def _verdicts(record: Record) -> Iterator[str]:
     )
     yield (
         f"The conventional run it is held against trains for {conventional['budget']:g} passes, the cheapest within "
-        f"one standard error of the best validation loss: {conventional['test_accuracy']:.2%} on test. As good means "
-        f"no worse than that by {record['margin']:.2%}: {conventional['target_accuracy']:.2%}."
+        f"one standard error of the best validation loss: {reached} on test. As good means no worse than that by "
+        f"{quality.show(record['margin'])}: {target}."
     )
 
 
@@ -50,14 +53,14 @@ def _budgets(record: Record) -> list[float]:
 
 
 def _points(record: Record) -> Section:
-    rows = []
+    rows, quality = [], quality_of(record)
     for arm in record["arms"]:
         for point in arm["points"]:
             mean, difference = point["mean"], point["difference"]
             if mean is None:
                 rows.append((arm["key"], f"{point['budget']:g}", *["–"] * 6, "failed"))
                 continue
-            half = _half_width(mean["test_accuracy_interval"])
+            reached, half = (quality.number(value) for value in mean_and_half(mean, quality))
             rows.append(
                 (
                     arm["key"],
@@ -66,34 +69,37 @@ def _points(record: Record) -> Section:
                     f"{mean['passes']:.2f}",
                     f"{mean['critical_path_passes']:.2f}",
                     f"{mean['device_s']:.1f}",
-                    f"{100 * mean['test_accuracy']:.2f}" + (f" ± {100 * half:.2f}" if math.isfinite(half) else ""),
+                    reached if half == "-" else f"{reached} ± {half}",
                     "not finite" if mean["validation_loss"] is None else f"{mean['validation_loss']:.4f}",
-                    _compared(difference, point["is_non_inferior"]),
+                    _compared(difference, point["is_non_inferior"], quality),
                 )
             )
     lines = tuple(
         f"{arm['key']}: {arm['title']}; learning rate {_settings(arm)}{_edge(record, arm['key'], arm['settings'])}"
         for arm in record["arms"]
     )
-    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s", "test accuracy, %", "validation loss")
+    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s", f"test {quality.label}")
+    columns += ("validation loss", f"against conventional, {quality.change_label}")
+    less = "" if quality.higher_is_better else f" Of {quality.name}, less is better."
     explained = (
         "Budgets are passes of training; passes count evaluation too, each arm's own work in full also where it was "
-        "shared. ± and the brackets: 95 % intervals by Student's t, differences paired by seed.",
+        f"shared. ± and the brackets: 95 % intervals by Student's t, differences paired by seed.{less}",
     )
-    return Section("Arms", (*columns, "against conventional, points"), tuple(rows), explained + lines, "arms")
+    return Section("Arms", columns, tuple(rows), explained + lines, "arms")
 
 
-def _half_width(interval: Record) -> float:
-    high = interval["high"]
-    return math.inf if high is None else high - interval["estimate"]
+def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
+    """The mean test quality, and half the width of its interval, NaN where that has no end."""
+    interval = mean[f"test_{quality.name}_interval"]
+    return finite(mean[f"test_{quality.name}"]), finite(interval["high"]) - finite(interval["estimate"])
 
 
-def _compared(difference: Record | None, is_non_inferior: bool | None) -> str:
+def _compared(difference: Record | None, is_non_inferior: bool | None, quality: Quality) -> str:
     if difference is None:
         return "–"
-    low, high = difference["low"], difference["high"]
-    span = "" if low is None or high is None else f" [{100 * low:+.2f}, {100 * high:+.2f}]"
-    return f"{100 * difference['estimate']:+.2f}{span}{' as good' if is_non_inferior else ''}"
+    estimate, low, high = (quality.number(difference[key], sign="+") for key in ("estimate", "low", "high"))
+    span = "" if "-" in (low, high) else f" [{low}, {high}]"
+    return f"{estimate}{span}{' as good' if is_non_inferior else ''}"
 
 
 def _settings(arm: Record) -> str:
@@ -139,13 +145,13 @@ def largest_rows(network: Record) -> list[Record]:
 
 
 def _network(record: Record) -> Section:
-    network = record["network"]
+    network, quality = record["network"], quality_of(record)
     names = [f"{speed:g} Gbit/s" for speed in network["bandwidths"]]
     rows = tuple(
         (
             row["arm"],
             f"{row['budget']:g}",
-            f"{100 * row['test_accuracy']:.2f}",
+            quality.number(row[f"test_{quality.name}"]),
             f"{row['num_exchanges']:,}",
             bytes_in_words(row["num_bytes"]),
             *(f"{row['wall_s'][f'{speed:g}']:.4g}" for speed in network["bandwidths"]),
@@ -160,7 +166,7 @@ def _network(record: Record) -> Section:
         f"through one link; data-parallel training of {workers} workers sends {each} a step and worker (ring "
         "all-reduce), nothing overlapped.",
     )
-    columns = ("arm", "budget", "test accuracy, %", "exchanges", "sent", *names)
+    columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, "network")
 
 

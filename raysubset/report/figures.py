@@ -1,47 +1,74 @@
 """What a report computes of a run's record: training passes, errors of measurement, differences and their noise."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from raysubset.training import Metrics
+from raysubset.quality import Quality
 
 Record = Mapping[str, Any]
 
 NOISE_ERRORS = 2.0  # a difference of fewer standard errors than this is called noise
 
 
-def standard_error(metrics: Metrics) -> float:
-    """Of an accuracy, binomial; where none or all are right, as if one example were otherwise."""
-    num = metrics.num_examples
-    share = min(max(metrics.num_correct, 1), max(num - 1, 1)) / num
+def finite(value: float | None) -> float:
+    """Return the number, or NaN where a record has null: JSON has no NaN."""
+    return math.nan if value is None else value
+
+
+def standard_error(metrics: Record, quality: Quality) -> float | None:
+    """Return the quality's error of sampling the examples, or None where the metrics tell none.
+
+    It is the metrics' own, accuracy_error of accuracy. An accuracy without one has the binomial error of its examples
+    that were right; where none or all were, as if one were otherwise.
+    """
+    if (error := metrics.get(f"{quality.name}_error")) is not None:
+        return error
+    if quality.name != "accuracy" or "num_correct" not in metrics:
+        return None
+    num = metrics["num_examples"]
+    share = min(max(metrics["num_correct"], 1), max(num - 1, 1)) / num
     return math.sqrt(share * (1 - share) / num)
+
+
+def with_error(metrics: Record, quality: Quality, show: Callable[[float | None], str]) -> str:
+    """The quality as `show` has it, and its error where that is known: '90.00% ± 3.00', '1.834 ± 0.012'."""
+    error = standard_error(metrics, quality)
+    return show(metrics[quality.name]) + ("" if error is None else f" ± {quality.number(error)}")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two accuracies measured on the same examples."""
+    """Of a quality, measured twice on the same examples."""
 
     value: float
-    error: float  # standard error
+    error: float | None  # standard error; None: not known
 
     @property
     def is_noise(self) -> bool:
-        return abs(self.value) < NOISE_ERRORS * self.error
+        return self.error is not None and abs(self.value) < NOISE_ERRORS * self.error
 
 
-def difference(new: Metrics, old: Metrics) -> Difference:
-    """New minus old accuracy. Its error is that of independent samples: if anything too large on the same examples."""
-    error = math.hypot(standard_error(new), standard_error(old))
-    return Difference(new.accuracy - old.accuracy, error)
+def difference(new: Record, old: Record, quality: Quality) -> Difference:
+    """New minus old quality. Its error is that of independent samples: if anything too large on the same examples."""
+    errors = [error for metrics in (new, old) if (error := standard_error(metrics, quality)) is not None]
+    value = finite(new[quality.name]) - finite(old[quality.name])
+    return Difference(value, math.hypot(*errors) if len(errors) == 2 else None)
 
 
-def mean_metrics(parts: list[Metrics]) -> Metrics:
-    """The mean of several models' metrics on the same examples; the number of right ones is rounded."""
-    num = len(parts)
-    loss_sum, num_correct = sum(m.loss_sum for m in parts) / num, round(sum(m.num_correct for m in parts) / num)
-    return Metrics(loss_sum, num_correct, parts[0].num_examples)
+def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
+    """The means of several models' losses, qualities and what their errors are made of, on as many examples."""
+    keys = [key for key in ("loss", quality.name, f"{quality.name}_error", "num_correct") if key in parts[0]]
+    means = {key: fmean(finite(part[key]) for part in parts) for key in keys}
+    return {"num_examples": parts[0]["num_examples"], **means}
+
+
+def loss_of(record: Record) -> str:
+    """The loss that was minimized, by its name in the config; "auto" where the task chose it."""
+    config = record["config"]
+    return config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
 
 
 def trained_passes(record: Record) -> float:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raysubset.quality import quality_of
 from raysubset.report.figures import Record, trainings
 from raysubset.report.pages import write_page
 from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
 
 PROGRESS_PATH = "progress.csv"
-COLUMNS: tuple[str, ...] = (
+COLUMNS: tuple[str, ...] = (  # "validation_{}" is of the quality, by its name
     "stage",
     "round",
     "subset",
@@ -24,7 +25,7 @@ COLUMNS: tuple[str, ...] = (
     "loss",  # mean over the epoch while training
     "learning_rate",
     "validation_loss",  # of an actor's work: at its end only
-    "validation_accuracy",
+    "validation_{}",
     "passes",  # of training so far in this stage, round and subset, over the full set
 )
 
@@ -47,19 +48,21 @@ def write_files(path: str) -> str:
 
 
 def _write_for_tools(directory: RunDirectory, record: Record) -> None:
-    rows = list(_rows(record))
+    quality = quality_of(record).name
+    rows = list(_rows(record, quality))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS))
+    writer = csv.DictWriter(text, list(dict.fromkeys(column.format(quality) for column in COLUMNS)))
     writer.writeheader()
     writer.writerows(rows)
     directory.write_bytes(PROGRESS_PATH, text.getvalue().encode())
     started_at = (record["environment"] or {}).get("started_at", 0.0)
     # One name for a run however often this is called; TensorBoard takes any that begins like this
-    directory.write_bytes(f"events.out.tfevents.{int(started_at)}.raysubset", _events(record, rows, started_at))
+    name = f"events.out.tfevents.{int(started_at)}.raysubset"
+    directory.write_bytes(name, _events(record, rows, started_at, quality))
 
 
-def _rows(record: Record) -> Iterator[dict[str, Any]]:
-    """A row an epoch of each training."""
+def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
+    """A row an epoch of each training; the quality by its name."""
     num_train = record["data"]["num_train"]
     for stage, round, subset, work in trainings(record):
         share = work.get("num_examples", num_train) / num_train
@@ -77,15 +80,16 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
                 "loss": epoch["loss"],
                 "learning_rate": epoch["learning_rate"],
                 "validation_loss": validation.get("loss"),
-                "validation_accuracy": validation.get("accuracy"),
+                f"validation_{quality}": validation.get(quality),
                 "passes": epoch["epoch"] * share,
             }
 
 
-def _events(record: Record, rows: list[dict[str, Any]], started_at: float) -> bytes:
+def _events(record: Record, rows: list[dict[str, Any]], started_at: float, quality: str) -> bytes:
     """A TensorBoard event file: a run's curves over optimizer steps, aggregates over rounds, the result at step 0."""
     from tensorboardX import SummaryWriter
 
+    measured = tuple(dict.fromkeys(("loss", quality)))
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
 
@@ -98,17 +102,17 @@ def _events(record: Record, rows: list[dict[str, Any]], started_at: float) -> by
                 kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
                 name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
                 step = before[name] + row["num_steps"]
-                for key in ("loss", "learning_rate", "validation_loss", "validation_accuracy"):
+                for key in ("loss", "learning_rate", *(f"validation_{key}" for key in measured)):
                     add(f"{name}/{key}", row[key], step)
                 if following is None or following["training_iteration"] == 1:
                     before[name] = step
             for round in record["stages"].get("rounds", ()):
                 made = round["aggregation"]
-                for key in ("loss", "accuracy") if made["validation"] else ():
+                for key in measured if made["validation"] else ():
                     add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
                 add("aggregate/barrier", made["barrier"], round["round"] + 1)
             for split in ("validation", "test"):
-                for key in ("loss", "accuracy"):
+                for key in measured:
                     add(f"result/{split}_{key}", record[split][key], 0)
         (path,) = Path(folder).glob("events.out.tfevents.*")
         return path.read_bytes()

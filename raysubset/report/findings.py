@@ -4,36 +4,47 @@ import math
 from collections.abc import Iterator
 
 from raysubset.events import Note
+from raysubset.quality import Quality, quality_of
 from raysubset.report.commands import Command, conventional_beside, subset_pretraining_beside
-from raysubset.report.figures import NOISE_ERRORS, Record, difference, mean_metrics, trained_passes
-from raysubset.training import Metrics
+from raysubset.report.figures import (
+    NOISE_ERRORS,
+    Record,
+    difference,
+    finite,
+    mean_metrics,
+    standard_error,
+    trained_passes,
+)
 
 
 def findings(record: Record) -> Iterator[str | Note]:
     """One sentence or two a line; nothing is claimed that lies within the noise."""
-    stages, rounds = record["stages"], record["stages"].get("rounds") or []
+    stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
     yield from (note for note in map(Note.from_json, record["advice"]) if note.is_warning)
     if rounds:
         yield from _of_minima(record, rounds[-1]["minima"])
-        yield from _of_aggregation(rounds[-1])
+        yield from _of_aggregation(rounds[-1], quality)
         if tuned := stages.get("fine_tuning"):
-            before = Metrics.from_dict(rounds[-1]["aggregation"]["validation"])
-            yield _compared("Fine-tuning", Metrics.from_dict(tuned["validation"]), before, "the aggregate")
+            before = rounds[-1]["aggregation"]["validation"]
+            yield _compared("Fine-tuning", tuned["validation"], before, "the aggregate", quality)
             if record["config"]["fine_tuning"]["start"] == "reinit":
                 yield "Fine-tuning started from fresh weights: the subset stage did not go into the final model."
         yield from _of_passes(record)
     yield from _of_batch_norm(record)
     num = record["validation"]["num_examples"]
-    yield (
-        f"Errors are those of sampling {num:,} validation examples, taken as independent and so rather too large; less "
-        f"than {NOISE_ERRORS:g} errors is called noise. They do not tell what another seed would give: this is one run."
-    )
+    if standard_error(record["validation"], quality) is None:
+        yield "No errors are known of this quality, and this is one run: small differences may be noise."
+    else:
+        yield (
+            f"Errors are those of sampling {num:,} validation examples, taken as independent and so rather too large; "
+            f"less than {NOISE_ERRORS:g} errors is called noise. They do not tell what another seed would give: this "
+            "is one run."
+        )
 
 
 def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
     ratios = [minimum["overdetermination_ratio"] for minimum in minima]
-    parts = [(Metrics.from_dict(m["training"]), Metrics.from_dict(m["validation"])) for m in minima]
-    gap = sum(held_out.loss - own.loss for own, held_out in parts) / len(parts)
+    gap = sum(finite(m["validation"]["loss"]) - finite(m["training"]["loss"]) for m in minima) / len(minima)
     q = f"{min(ratios):.3g}" if max(ratios) - min(ratios) < 0.01 else f"{min(ratios):.3g} to {max(ratios):.3g}"
     side = "above" if gap >= 0 else "below"
     text = f"Subsets of Q = {q}: a minimum's validation loss is {abs(gap):.4f} {side} that on its own subset"
@@ -47,15 +58,13 @@ def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
         yield Note(f"{text}--minimize.learning-rate.", is_warning=True)
 
 
-def _of_aggregation(last: Record) -> Iterator[str | Note]:
+def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
     made, minima = last["aggregation"], last["minima"]
     if len(minima) == 1:
         return
-    made_of = Metrics.from_dict(made["validation"])
-    member = mean_metrics([Metrics.from_dict(minimum["validation"]) for minimum in minima])
-    yield _compared("Aggregation", made_of, member, "the mean member")
-    best = Metrics.from_dict(made["best_member"])
-    text = _compared("Aggregation", made_of, best, "the best member")
+    member = mean_metrics([minimum["validation"] for minimum in minima], quality)
+    yield _compared("Aggregation", made["validation"], member, "the mean member", quality)
+    text = _compared("Aggregation", made["validation"], made["best_member"], "the best member", quality)
     yield f"{text} The best was picked on the same examples, which flatters it."
     if made["candidates"]:
         yield (
@@ -73,14 +82,14 @@ def _of_aggregation(last: Record) -> Iterator[str | Note]:
         )
 
 
-def _compared(what: str, new: Metrics, old: Metrics, than: str) -> str:
-    """One sentence on accuracy and loss of the new against the old, on the same validation examples."""
-    gain, loss = difference(new, old), new.loss - old.loss
-    verdict = "within the noise" if gain.is_noise else "it helped" if gain.value > 0 else "it did harm"
-    return (
-        f"{what}, against {than}: accuracy {100 * gain.value:+.2f} points ± {100 * gain.error:.2f} ({verdict}), "
-        f"loss {loss:+.4f}."
-    )
+def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) -> str:
+    """One sentence on quality and loss of the new against the old, on the same validation examples."""
+    found, loss = difference(new, old, quality), finite(new["loss"]) - finite(old["loss"])
+    verdict = "within the noise" if found.is_noise else "it helped" if quality.gain(found.value) > 0 else "it did harm"
+    if not math.isfinite(found.value):
+        verdict = "not finite"
+    error = "" if found.error is None else f" ± {quality.number(found.error)}"
+    return f"{what}, against {than}: {quality.change(found.value)}{error} ({verdict}), loss {loss:+.4f}."
 
 
 def _of_passes(record: Record) -> Iterator[str]:

@@ -27,7 +27,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     recomputed at each point on up to 1000 training examples (Jordan et al. 2023, arXiv:2211.08403).
 
     Returns:
-        A row a point: share (of the second minimum, 0 to 1), loss, accuracy, num_examples.
+        A row a point: share (of the second minimum, 0 to 1), loss, num_examples.
 
     Raises:
         ValueError: why it was not measured: the network is too large, or weights or data are not at hand.
@@ -66,15 +66,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
         recompute_batch_norm(model, training, config.minimize)
         metrics = evaluate(model, held_out, config.minimize)
         loss = metrics.loss if math.isfinite(metrics.loss) else None
-        num = metrics.num_examples
-        points.append(
-            {
-                "share": share,
-                "loss": loss,
-                full_set.quality.name: metrics.values[full_set.quality.name],
-                "num_examples": num,
-            }
-        )
+        points.append({"share": share, "loss": loss, "num_examples": metrics.num_examples})
     directory.write_json(LINE_PATH, points)
     return points
 

@@ -3,15 +3,17 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.report.figures import Record, standard_error, trained_passes
+from raysubset.quality import Quality, quality_of
+from raysubset.report.figures import Record, finite, loss_of, mean_metrics, standard_error, trained_passes, with_error
 from raysubset.report.findings import findings, next_commands
-from raysubset.training import Metrics, bytes_in_words
+from raysubset.training import bytes_in_words
 
 MOST_ROWS = 12  # minima or rounds that get a row each
 
@@ -48,10 +50,10 @@ def sections(record: Record) -> list[Section]:
     rounds = record["stages"].get("rounds") or []
     if rounds:
         if len(rounds) > 1:
-            parts.append(_rounds(rounds))
+            parts.append(_rounds(rounds, quality_of(record)))
         parts += [_minima(record, rounds), _aggregation(record, rounds[-1])]
         if rounds[-1]["aggregation"]["candidates"]:
-            parts.append(_candidates(rounds[-1]["aggregation"]))
+            parts.append(_candidates(rounds[-1]["aggregation"], quality_of(record)))
     parts.append(_costs(record))
     parts.append(Section("What this tells", lines=tuple(findings(record))))
     parts.append(Section("Next", lines=tuple(next_commands(record))))
@@ -59,9 +61,9 @@ def sections(record: Record) -> list[Section]:
 
 
 def _result(record: Record) -> Section:
-    test, cost, model = Metrics.from_dict(record["test"]), record["cost"], record["model"]
+    test, cost, model = record["test"], record["cost"], record["model"]
     sentence = (
-        f"Test accuracy {_accuracy(test)}, loss {test.loss:.4f}, with {model['name']} of "
+        f"Test {_counted(test, quality_of(record))}, loss {_number(test['loss'])}, with {model['name']} of "
         f"{model['num_parameters']:,} parameters, for {cost['passes']:.2f} passes over the training set in total, "
         f"{cost['critical_path_passes']:.2f} of them on the critical path."
     )
@@ -69,21 +71,24 @@ def _result(record: Record) -> Section:
 
 
 def _final_model(record: Record) -> Section:
+    quality = quality_of(record)
     rows = tuple(
-        (name, f"{metrics.num_examples:,}", f"{metrics.loss:.4f}", _accuracy(metrics))
+        (name, f"{metrics['num_examples']:,}", _number(metrics["loss"]), _counted(metrics, quality, quality.cell))
         for name, metrics in (
-            ("test, read once at the end", Metrics.from_dict(record["test"])),
-            ("validation, read for every choice", Metrics.from_dict(record["validation"])),
+            ("test, read once at the end", record["test"]),
+            ("validation, read for every choice", record["validation"]),
         )
     )
-    columns = ("on", "examples", "loss", "accuracy ± standard error")
+    error = "" if standard_error(record["test"], quality) is None else " ± standard error"
+    columns = ("on", "examples", "loss", f"{quality.heading}{error}")
     return Section("Final model", columns, rows, tuple(map(Note.from_json, record["data"]["notes"])), "final_model")
 
 
 def _stages(record: Record) -> Section:
-    stages, rounds = record["stages"], record["stages"].get("rounds") or []
+    stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
     cost = {row["stage"]: row for row in record["cost"]["stages"]}
     rows: list[tuple[str, ...]] = []
+    measured = ("loss", quality.name)
 
     def add(name: str, training: Any, validation: Any, costs: str | None = None) -> None:
         paid = ("",) * 4
@@ -91,7 +96,7 @@ def _stages(record: Record) -> Section:
             row = cost[costs]
             paid = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
             paid += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
-        rows.append((name, *_pair(training), *_pair(validation), *paid))
+        rows.append((name, *_pair(training, quality), *_pair(validation, quality), *paid))
 
     for stage in ("conventional", "trunk"):
         if work := stages.get(stage):
@@ -99,10 +104,13 @@ def _stages(record: Record) -> Section:
     if rounds:
         minima, made = rounds[-1]["minima"], rounds[-1]["aggregation"]
         count = "" if len(minima) == 1 else f", mean of {len(minima)}"
-        add(f"subsets{count}", _mean(minima, "training"), _mean(minima, "validation"), "subsets")
+        splits = [[minimum[split] for minimum in minima] for split in ("training", "validation")]
+        training, validation = (mean_metrics(own, quality) for own in splits)
+        add(f"subsets{count}", training, validation, "subsets")
         if len(minima) > 1:
             for name, pick in (("least", min), ("greatest", max)):
-                add(f"  {name}", _extreme(minima, "training", pick), _extreme(minima, "validation", pick))
+                training, validation = ({k: pick(finite(one[k]) for one in own) for k in measured} for own in splits)
+                add(f"  {name}", training, validation)
         add(f"aggregate, {made['method']}", made["training"], made["validation"], "aggregation")
         if len(minima) > 1:
             add("  ensemble, for reference", None, made["ensemble"])
@@ -122,12 +130,12 @@ def _stages(record: Record) -> Section:
             "without augmentation."
         )
     if len(rounds) > 1:
-        lines.insert(0, f"Costs are of all rounds, losses and accuracies of round {len(rounds)}.")
-    columns = ("stage", "training loss", "accuracy", "validation loss", "accuracy", "passes", "critical path")
+        lines.insert(0, f"Costs are of all rounds, what was measured is of round {len(rounds)}.")
+    columns = ("stage", "training loss", quality.heading, "validation loss", quality.heading, "passes", "critical path")
     return Section("Stages", (*columns, "device s", "wall s"), tuple(rows), tuple(lines), "stages")
 
 
-def _rounds(rounds: Sequence[Record]) -> Section:
+def _rounds(rounds: Sequence[Record], quality: Quality) -> Section:
     rows = []
     measured = [round for round in rounds if round["aggregation"]["validation"]]
     for round in measured[-MOST_ROWS:]:
@@ -136,9 +144,9 @@ def _rounds(rounds: Sequence[Record]) -> Section:
             (
                 f"{round['round'] + 1}",
                 _number(made["mean_member_loss"]),
-                f"{made['mean_member_accuracy']:.2%}",
-                *_pair(made["ensemble"]),
-                *_pair(made["validation"]),
+                quality.cell(made[f"mean_member_{quality.name}"]),
+                *_pair(made["ensemble"], quality),
+                *_pair(made["validation"], quality),
                 _number(made["barrier"], "+.4f"),
             )
         )
@@ -147,28 +155,28 @@ def _rounds(rounds: Sequence[Record]) -> Section:
         lines.append(f"The first {left_out} of the rounds that were measured are in report.json.")
     if unmeasured := len(rounds) - len(measured):
         lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured, as rounds.evaluate_every asked.")
-    columns = ("round", "mean member", "accuracy", "ensemble", "accuracy", "aggregate", "accuracy", "barrier")
-    return Section("Rounds, validation loss and accuracy", columns, tuple(rows), tuple(lines), "rounds")
+    names = [name for of in ("mean member", "ensemble", "aggregate") for name in (of, quality.heading)]
+    title = f"Rounds, validation loss and {quality.name}"
+    return Section(title, ("round", *names, "barrier"), tuple(rows), tuple(lines), "rounds")
 
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
-    minima = rounds[-1]["minima"]
-    squared = record["config"]["minimize"]["loss"] == "squared_error"
-    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", "accuracy", "ended by")
+    minima, quality = rounds[-1]["minima"], quality_of(record)
+    squared = loss_of(record) == "squared_error"
+    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", quality.heading, "ended by")
     if squared:
         columns += ("validation / own loss", "(Q+1)/(Q-1)")
     if len(minima) <= MOST_ROWS:
-        rows = [_minimum_row(f"{minimum['subset_id']}", _figures(minimum), squared) for minimum in minima]
+        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), squared, quality) for m in minima]
         for index, minimum in enumerate(minima):
             rows[index] = (*rows[index][:7], minimum["outcome"], *rows[index][7:])
     else:
-        figures = [_figures(minimum) for minimum in minima]
+        figures = [_figures(minimum, quality) for minimum in minima]
         outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
         rows = []
-        for name, pick in (("mean", _average), ("least", min), ("greatest", max)):
-            row = _minimum_row(
-                f"{name} of {len(minima)}", [pick(values) for values in zip(*figures, strict=True)], squared
-            )
+        for name, pick in (("mean", fmean), ("least", min), ("greatest", max)):
+            picked = [pick(values) for values in zip(*figures, strict=True)]
+            row = _minimum_row(f"{name} of {len(minima)}", picked, squared, quality)
             rows.append((*row[:7], outcomes if name == "mean" else "", *row[7:]))
     title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
     lines = [
@@ -190,35 +198,35 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
     return Section(title, columns, tuple(rows), tuple(lines), "minima")
 
 
-def _figures(minimum: Record) -> list[float]:
-    """Q, examples, own loss, validation loss, gap, accuracy, ratio of the losses, what least squares would give."""
-    own, held_out = Metrics.from_dict(minimum["training"]), Metrics.from_dict(minimum["validation"])
+def _figures(minimum: Record, quality: Quality) -> list[float]:
+    """Q, examples, own loss, validation loss, gap, quality, ratio of the losses, what least squares would give."""
+    own, held_out = finite(minimum["training"]["loss"]), finite(minimum["validation"]["loss"])
     q = minimum["overdetermination_ratio"]
-    ratio = held_out.loss / own.loss if own.loss else float("inf")
+    ratio = held_out / own if own else float("inf")
     law = (q + 1) / (q - 1) if q > 1 else float("inf")
-    gap = held_out.loss - own.loss
-    return [q, minimum["num_examples"], own.loss, held_out.loss, gap, held_out.accuracy, ratio, law]
+    reached = finite(minimum["validation"][quality.name])
+    return [q, minimum["num_examples"], own, held_out, held_out - own, reached, ratio, law]
 
 
-def _minimum_row(name: str, figures: Sequence[float], squared: bool) -> tuple[str, ...]:
-    q, num, own, held_out, gap, accuracy, ratio, law = figures
-    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}", f"{accuracy:.2%}")
+def _minimum_row(name: str, figures: Sequence[float], squared: bool, quality: Quality) -> tuple[str, ...]:
+    q, num, own, held_out, gap, reached, ratio, law = figures
+    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}", quality.cell(reached))
     return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if squared else row
 
 
 def _aggregation(record: Record, last: Record) -> Section:
-    made, minima = last["aggregation"], last["minima"]
+    made, minima, quality = last["aggregation"], last["minima"], quality_of(record)
     outer = record["config"]["rounds"]
     has_outer_step = (outer["outer_learning_rate"], outer["outer_momentum"]) != (1.0, 0.0)
     rows = [
-        ("best member", *_pair(made["best_member"])),
-        ("mean member", _number(made["mean_member_loss"]), f"{made['mean_member_accuracy']:.2%}"),
-        ("ensemble of predictions", *_pair(made["ensemble"])),
+        ("best member", *_pair(made["best_member"], quality)),
+        ("mean member", _number(made["mean_member_loss"]), quality.cell(made[f"mean_member_{quality.name}"])),
+        ("ensemble of predictions", *_pair(made["ensemble"], quality)),
     ]
     if made["method"] != "uniform_soup" or has_outer_step:
-        rows.append(("plain mean of all", *_pair(made["uniform_mean"])))
+        rows.append(("plain mean of all", *_pair(made["uniform_mean"], quality)))
     step = ", then the outer step" if has_outer_step else ""
-    rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"])))
+    rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"], quality)))
     members = ", ".join(map(str, made["subset_ids"]))
     used = f"Members: {members} ({len(made['subset_ids'])} of {len(minima)})"
     if len(set(made["coefficients"])) > 1:
@@ -236,22 +244,22 @@ def _aggregation(record: Record, last: Record) -> Section:
         text = "the members share no start, so that a plain mean of them need not make sense."
         lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
-    return Section(title, ("on validation data", "loss", "accuracy"), tuple(rows), tuple(lines), "aggregation")
+    return Section(title, ("on validation data", "loss", quality.heading), tuple(rows), tuple(lines), "aggregation")
 
 
-def _candidates(made: Record) -> Section:
+def _candidates(made: Record, quality: Quality) -> Section:
     """What auto tried."""
     rows = []
     for one in made["candidates"]:
         cost = (f"{one['cost']['num_forward']:,}", f"{one['cost']['device_s']:.1f}")
-        measured = ("refused", "") if one["validation"] is None else _pair(one["validation"])
+        measured = ("refused", "") if one["validation"] is None else _pair(one["validation"], quality)
         rows.append((f"{one['method']}, taken" if one["method"] == made["method"] else one["method"], *measured, *cost))
     lines = (
         *(f"{one['method']} was refused: {one['error']}" for one in made["candidates"] if one["error"]),
         "Forward examples and seconds are of making and scoring a candidate; the statistics that fisher and regmean "
         "need were taken by the subsets' actors and are counted there.",
     )
-    columns = ("tried by auto", "validation loss", "accuracy", "forward examples", "seconds")
+    columns = ("tried by auto", "validation loss", quality.heading, "forward examples", "seconds")
     return Section("Candidates", columns, tuple(rows), lines)
 
 
@@ -286,29 +294,17 @@ def _costs(record: Record) -> Section:
     return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), "costs")
 
 
-def _accuracy(metrics: Metrics) -> str:
-    count = f"{metrics.num_correct} of {metrics.num_examples}"
-    return f"{metrics.accuracy:.2%} ± {100 * standard_error(metrics):.2f} ({count})"
+def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:
+    """The quality with its error, and of an accuracy how many are right: 'accuracy 90.00% ± 3.00 (90 of 100)'."""
+    text = with_error(metrics, quality, show or quality.phrase)
+    is_count = quality.name == "accuracy" and "num_correct" in metrics
+    return f"{text} ({metrics['num_correct']} of {metrics['num_examples']})" if is_count else text
 
 
-def _pair(metrics: Record | None) -> tuple[str, str]:
-    """Loss and accuracy."""
-    return ("", "") if metrics is None else (_number(metrics["loss"]), f"{metrics['accuracy']:.2%}")
+def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
+    """Loss and quality."""
+    return ("", "") if metrics is None else (_number(metrics["loss"]), quality.cell(metrics[quality.name]))
 
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return "not finite" if value is None or not math.isfinite(value) else format(value, form)  # JSON has no NaN
-
-
-def _mean(minima: Sequence[Record], split: str) -> dict[str, float]:
-    parts = [Metrics.from_dict(minimum[split]) for minimum in minima]
-    return {key: _average([getattr(part, key) for part in parts]) for key in ("loss", "accuracy")}
-
-
-def _extreme(minima: Sequence[Record], split: str, pick: Any) -> dict[str, float]:
-    parts = [Metrics.from_dict(minimum[split]) for minimum in minima]
-    return {key: pick(getattr(part, key) for part in parts) for key in ("loss", "accuracy")}
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

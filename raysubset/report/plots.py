@@ -85,11 +85,6 @@ def _inline(text: str, name: str, caption: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="{style}"', 1)
 
 
-def finite(value: float | None) -> float:
-    """JSON has no NaN: what is null there is not drawn here."""
-    return math.nan if value is None else value
-
-
 def colour_of(names: Iterable[str]) -> dict[str, str]:
     """A colour a name, in their order; the ninth is the first's again."""
     return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.report.figures import Record, trainings
-from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.report.figures import Record, finite, loss_of, trainings
+from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, legend_outside, log_where_wide
 
 TRAINING, VALIDATION = COLOURS[0], COLOURS[1]  # of losses on either, in every plot
 
@@ -47,7 +47,14 @@ def minima_losses(record: Record) -> Plot:
 
 
 def loss_name(record: Record) -> str:
-    return "squared error" if record["config"]["minimize"]["loss"] == "squared_error" else "cross-entropy, nats"
+    """An axis's title; "loss" where the config does not tell which, or a name of the user's own."""
+    names = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
+    names |= {"absolute_error": "absolute error", "huber": "Huber loss"}
+    return names.get(loss_of(record), "loss")
+
+
+def _validation_label(record: Record) -> str:
+    return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
 
 
 def loss_of_minima(record: Record) -> str:
@@ -58,7 +65,7 @@ def loss_of_minima(record: Record) -> str:
 def gap_over_q(record: Record) -> Plot:
     """Of all minima measured: validation loss over own loss against Q; (Q+1)/(Q−1) where the loss is squared error."""
     minima = [minimum for round in record["stages"]["rounds"] for minimum in round["minima"]]
-    squared = record["config"]["minimize"]["loss"] == "squared_error"
+    squared = loss_of(record) == "squared_error"
     points = [
         (minimum["overdetermination_ratio"], finite(minimum["validation"]["loss"]) / minimum["training"]["loss"])
         for minimum in minima
@@ -78,7 +85,7 @@ def gap_over_q(record: Record) -> Plot:
             axes.set_ylim(0, 1.1 * max([1.0, *(ratio for _, ratio in points)]))
         axes.axhline(1, color="grey", linestyle=":", linewidth=1)
         axes.set_xlim(low, high)
-        axes.set_xlabel("Q = examples × classes / parameters")
+        axes.set_xlabel("Q = examples × outputs / parameters")
         axes.set_ylabel("validation loss / own loss")
         axes.grid(True)
         legend_outside(figure, axes)
@@ -86,7 +93,7 @@ def gap_over_q(record: Record) -> Plot:
     law = (
         " The line is what least squares at its exact minimum and fixed inputs would give: (Q+1)/(Q−1)."
         if squared
-        else " For cross-entropy there is no law to draw: (Q+1)/(Q−1) is of least squares."
+        else f" For {loss_name(record).partition(',')[0]} there is no law to draw: (Q+1)/(Q−1) is of least squares."
     )
     what = f"Validation loss of each of {len(points)} minima over the loss on its own subset, by Q; dotted: no gap."
     return draw_plot("gap", what + law, draw)
@@ -118,7 +125,7 @@ def aggregation_losses(record: Record) -> Plot:
         axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.margins(x=0.25)
-        axes.set_xlabel(f"validation loss, {loss_name(record)}")
+        axes.set_xlabel(_validation_label(record))
         axes.grid(True)
 
     caption = (
@@ -144,7 +151,7 @@ def rounds_losses(record: Record) -> Plot:
             axes.plot(numbers, values, "o-", markersize=4, color=colour, label=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("round")
-        axes.set_ylabel(f"validation loss, {loss_name(record)}")
+        axes.set_ylabel(_validation_label(record))
         axes.grid(True)
         legend_outside(figure, axes)
 
@@ -244,7 +251,7 @@ def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int])
         axes.axvline(0.5, color=BAD, linewidth=0.8, alpha=0.5)
         axes.set_xticks([0, 0.5, 1], [f"subset {subset_ids[0]}", "halfway", f"subset {subset_ids[1]}"])
         axes.set_xlim(-0.15, 1.15)
-        axes.set_ylabel(f"validation loss, {loss_name(record)}")
+        axes.set_ylabel(_validation_label(record))
         axes.grid(True)
         legend_outside(figure, axes)
 

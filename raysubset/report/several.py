@@ -7,12 +7,12 @@ from typing import Any
 
 from raysubset.config import flatten
 from raysubset.events import Note
-from raysubset.report.figures import Record, difference, standard_error, trainings
+from raysubset.quality import quality_of
+from raysubset.report.figures import Record, difference, finite, loss_of, standard_error, trainings, with_error
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.page import Line, Section
-from raysubset.report.plots import Plot, colour_of, draw_plot, finite, legend_outside, log_where_wide
+from raysubset.report.plots import Plot, colour_of, draw_plot, legend_outside, log_where_wide
 from raysubset.report.reading import read_report
-from raysubset.training import Metrics
 
 _OF_THE_PLACE = ("name", "storage_path")  # told by the runs' names
 
@@ -25,9 +25,9 @@ _ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("Q, least", lambda r: f"{min(r['overdetermination_ratio']['subsets'], default=0):.3g}" if _rounds(r) else "–"),
     ("rounds", lambda r: f"{_rounds(r)}" if _rounds(r) else "–"),
     ("aggregate", lambda r: r["stages"]["rounds"][-1]["aggregation"]["method"] if _rounds(r) else "–"),
-    ("test accuracy, %", lambda r: _accuracy(Metrics.from_dict(r["test"]))),
-    ("test loss", lambda r: f"{Metrics.from_dict(r['test']).loss:.4f}"),
-    ("validation loss", lambda r: f"{Metrics.from_dict(r['validation']).loss:.4f}"),
+    ("test {}", lambda r: _reached(r)),
+    ("test loss", lambda r: f"{finite(r['test']['loss']):.4f}"),
+    ("validation loss", lambda r: f"{finite(r['validation']['loss']):.4f}"),
     ("passes in total", lambda r: f"{r['cost']['passes']:.2f}"),
     ("passes on the critical path", lambda r: f"{r['cost']['critical_path_passes']:.2f}"),
     ("device-seconds", lambda r: f"{r['cost']['device_s']:.1f}"),
@@ -39,15 +39,18 @@ def _rounds(record: Record) -> int:
     return len(record["stages"].get("rounds") or ())
 
 
-def _accuracy(metrics: Metrics) -> str:
-    return f"{100 * metrics.accuracy:.2f} ± {100 * standard_error(metrics):.2f}"
+def _reached(record: Record) -> str:
+    """The test quality with its error, in the unit of its label."""
+    quality = quality_of(record)
+    return with_error(record["test"], quality, quality.number)
 
 
 def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
     """The records of several finished runs.
 
     Raises:
-        ValueError: as read_report() does, for a run given twice, and for a sweep's or comparison's directory.
+        ValueError: as read_report() does, for a run given twice, for a sweep's or comparison's directory, and for runs
+            that learn different things.
     """
     records = [read_report(directory) for directory in directories]
     if len(different := {record["uri"] for record in records}) < len(records):
@@ -55,22 +58,26 @@ def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
     for directory, record in zip(directories, records, strict=True):
         if kind := record.get("kind"):
             raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
+    if len(names := {quality_of(record).name for record in records}) > 1:
+        told = ", ".join(sorted(names))
+        raise ValueError(f"the runs learn different things ({told}), which nothing compares: give those of one task")
     return records
 
 
 def several_sections(records: Sequence[Record]) -> list[Section]:
     """What a user reads of several runs: a column a run."""
-    names = _names(records)
-    rows = tuple((title, *(cell(record) for record in records)) for title, cell in _ROWS)
+    names, quality = _names(records), quality_of(records[0])
+    rows = tuple((title.format(quality.label), *(cell(record) for record in records)) for title, cell in _ROWS)
     lines: list[Line] = [
-        "± standard error of sampling the test examples. Each is one run: what another seed would give is not in it; "
-        "raysubset compare tells whether a difference holds."
+        "Each is one run, without what another seed would give: raysubset compare tells whether a difference holds."
     ]
+    if standard_error(records[0]["test"], quality) is not None:
+        lines[0] = f"± standard error of sampling the test examples. {lines[0]}"
     if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
-        text = "the runs are on different data, so that neither accuracies nor passes compare."
+        text = f"the runs are on different data, so that neither {quality.name} nor passes compare."
         lines.insert(0, Note(text, is_warning=True))
-    if len({r["config"]["minimize"]["loss"] for r in records}) > 1:
-        text = "the runs minimize different losses, so that these do not compare; accuracies do."
+    if len({loss_of(record) for record in records}) > 1:
+        text = f"the runs minimize different losses, so that these do not compare; {quality.name} does."
         lines.insert(0, Note(text, is_warning=True))
     configs = [flatten(record["config"]) for record in records]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_THE_PLACE)
@@ -119,39 +126,45 @@ def write_several(directories: Sequence[str], path: str) -> str:
 
 
 def _verdict(records: Sequence[Record]) -> str:
-    named = list(zip(_names(records), records, strict=True))
-    best, most = max(named, key=lambda one: one[1]["test"]["accuracy"])
+    named, quality = list(zip(_names(records), records, strict=True)), quality_of(records[0])
+    key, unit = quality.name, "%" if quality.is_share else quality.unit
+    gains = {name: quality.gain(record["test"][key]) for name, record in named if record["test"][key] is not None}
+    if not gains:
+        return f"No run has a finite test {key}."
+    best, most = max((one for one in named if one[0] in gains), key=lambda one: gains[one[0]])
     cheapest, least = min(named, key=lambda one: one[1]["cost"]["passes"])
-    high, low = Metrics.from_dict(most["test"]), Metrics.from_dict(least["test"])
-    text = f"{best} has the highest test accuracy, {_accuracy(high)} %, for {most['cost']['passes']:.2f} passes"
+    high, low = (f"{_reached(record)} {unit}".rstrip() for record in (most, least))
+    extreme = "highest" if quality.higher_is_better else "lowest"
+    text = f"{best} has the {extreme} test {key}, {high}, for {most['cost']['passes']:.2f} passes"
     if most is least:
         return f"{text}, the fewest of all."
-    noise = ", which is within the noise" if difference(high, low).is_noise else ""
-    return f"{text}; {cheapest} paid least, {least['cost']['passes']:.2f} passes, for {_accuracy(low)} %{noise}."
+    noise = ", which is within the noise" if difference(most["test"], least["test"], quality).is_noise else ""
+    return f"{text}; {cheapest} paid least, {least['cost']['passes']:.2f} passes, for {low}{noise}."
 
 
 def _quality(records: Sequence[Record]) -> Plot:
-    names = _names(records)
+    names, quality = _names(records), quality_of(records[0])
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         colours = colour_of(names)
         costs: list[float] = []
         for name, record in zip(names, records, strict=True):
-            metrics = Metrics.from_dict(record["test"])
             x = [record["cost"]["critical_path_passes"], record["cost"]["passes"]]
             costs += x
-            y, error = 100 * metrics.accuracy, 100 * standard_error(metrics)
+            y = quality.scale * finite(record["test"][quality.name])
+            error = quality.scale * (standard_error(record["test"], quality) or 0)
             axes.plot(x, [y, y], "-", color=colours[name], linewidth=0.8)
             axes.plot(x[:1], [y], "o", color=colours[name], fillstyle="none")
             axes.errorbar(x[1:], [y], [error], marker="o", color=colours[name], capsize=2, label=name)
         log_where_wide(axes, "x", costs)
         axes.set_xlabel("passes")
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test {quality.label}")
         axes.grid(True)
         legend_outside(figure, axes, columns=2)
 
-    caption = "Test accuracy (bars: standard error) over passes: filled in total, hollow on the critical path."
+    bars = "" if standard_error(records[0]["test"], quality) is None else " (bars: standard error)"
+    caption = f"Test {quality.name}{bars} over passes: filled in total, hollow on the critical path."
     return draw_plot("runs_quality", caption, draw, size=(5.2, 3.6 + 0.1 * len(records)))
 
 

@@ -1,9 +1,11 @@
 """What a finished sweep tells: its table, its plot, and the recommendation."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from raysubset.quality import quality_of
 from raysubset.report.figures import Record
 from raysubset.report.page import Section
 from raysubset.report.plots import GOOD, Plot, draw_plot, log_where_wide
@@ -22,7 +24,7 @@ def sweep_sections(record: Record) -> list[Section]:
 
 
 def _settings(record: Record) -> Section:
-    others = [key for key in record["space"] if key not in _SIZES]
+    others, quality = [key for key in record["space"] if key not in _SIZES], quality_of(record)
     rows = tuple(
         (
             _number(setting["subset_size"] or setting["overrides"].get("subsets.size"), "g"),
@@ -30,15 +32,15 @@ def _settings(record: Record) -> Section:
             _number(setting["num_subsets"], "g"),
             _number(setting["overdetermination_ratio"], ".2f"),
             _state(setting),
-            _spread(setting["validation_loss"], ".4f"),
-            _spread(setting["validation_accuracy"], ".2f", scale=100),
-            _spread(setting["passes"], ".2f"),
-            _spread(setting["critical_path_passes"], ".2f"),
+            _spread(setting["validation_loss"], "{:.4f}".format),
+            _spread(setting[f"validation_{quality.name}"], quality.number),
+            _spread(setting["passes"], "{:.2f}".format),
+            _spread(setting["critical_path_passes"], "{:.2f}".format),
             "←" if number == record["recommended"] else "",
         )
         for number, setting in enumerate(record["settings"])
     )
-    columns = ("subset size", *others, "subsets", "Q", "seeds", "validation loss", "accuracy, %", "passes")
+    columns = ("subset size", *others, "subsets", "Q", "seeds", "validation loss", quality.label, "passes")
     cost = record["cost"]
     lines = (
         "Means and, with ±, their standard errors over seeds. A pass is forward and backward over as many examples as "
@@ -60,15 +62,15 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _spread(value: Record | None, form: str, *, scale: float = 1) -> str:
+def _spread(value: Record | None, show: Callable[[float], str]) -> str:
     if value is None:
         return "–"
     error = value["standard_error"]
-    return format(scale * value["mean"], form) + ("" if error is None else f" ± {format(scale * error, form)}")
+    return show(value["mean"]) + ("" if error is None else f" ± {show(error)}")
 
 
 def sweep_plot(record: Record) -> Plot | None:
-    """Loss, accuracy, passes and Q against subset size; None if no trial has a result."""
+    """Loss, quality, passes and Q against subset size; None if no trial has a result."""
     drawn = [setting for setting in record["settings"] if setting["validation_loss"]]
     if not drawn:
         return None
@@ -80,27 +82,26 @@ def sweep_plot(record: Record) -> Plot | None:
 
 def _draw(figure: Any, record: Record, drawn: Sequence[Record]) -> None:
     """A line for each combination of what else was swept."""
-    axes = figure.subplots(2, 2, sharex=True).flat
+    axes, of = figure.subplots(2, 2, sharex=True).flat, quality_of(record)
     lines: dict[str, list[Record]] = {}
     for setting in sorted(drawn, key=lambda one: one["subset_size"]):
         others = [f"{key}={value}" for key, value in setting["overrides"].items() if key not in _SIZES]
         lines.setdefault(", ".join(others), []).append(setting)
-    loss, accuracy, passes, ratio = axes
+    loss, quality, passes, ratio = axes
     for label, settings in lines.items():
         sizes = [setting["subset_size"] for setting in settings]
         _line(loss, sizes, settings, "validation_loss", label)
-        _line(accuracy, sizes, settings, "validation_accuracy", label, scale=100)
+        _line(quality, sizes, settings, f"validation_{of.name}", label, scale=of.scale)
         total = _line(passes, sizes, settings, "passes", f"{label} total".strip())
         _line(passes, sizes, settings, "critical_path_passes", f"{label} critical path".strip(), like=total)
     ratios = {setting["subset_size"]: setting["overdetermination_ratio"] for setting in drawn}
     ratio.plot(list(ratios), list(ratios.values()), "o-")
     ratio.axhline(1, color="grey", linestyle=":", label="below, a subset does not determine the network")
     if (chosen := record["recommended"]) is not None:
-        for axis in (loss, accuracy, passes, ratio):
+        for axis in (loss, quality, passes, ratio):
             axis.axvline(record["settings"][chosen]["subset_size"], color=GOOD, alpha=0.3, linewidth=6, zorder=0)
-    for axis, title in zip(
-        (loss, accuracy, passes, ratio), ("validation loss", "validation accuracy, %", "passes", "Q"), strict=True
-    ):
+    titles = ("validation loss", f"validation {of.label}", "passes", "Q")
+    for axis, title in zip((loss, quality, passes, ratio), titles, strict=True):
         axis.set_title(title)
         axis.grid(True)
         if axis.get_legend_handles_labels()[0]:
@@ -121,8 +122,9 @@ def _line(
     like: Any = None,
 ) -> Any:
     """A line with error bars; dashed and in the colour of another where it belongs to that."""
-    values = [scale * setting[key]["mean"] for setting in settings]
-    errors = [scale * (setting[key]["standard_error"] or 0.0) for setting in settings]
+    spreads = [setting[key] or {"mean": math.nan, "standard_error": None} for setting in settings]  # of a quality
+    values = [scale * spread["mean"] for spread in spreads]
+    errors = [scale * (spread["standard_error"] or 0.0) for spread in spreads]
     style = {} if like is None else {"linestyle": "--", "color": like}
     line = axis.errorbar(sizes, values, errors, marker="o", capsize=3, label=label or None, **style)
     return line[0].get_color()

@@ -1,7 +1,8 @@
 """The types of the values that JSON files hold, whoever wrote them: checked whenever one is read.
 
-An object has the keys of a dict, "name?" where it may be missing and "*" for any name, and others that nobody reads; a
-list has items of one shape, or of a last one where they are objects; a tuple's one shape may be null; counts are of a
+An object has the keys of a dict, "name?" where it may be missing and "*" for any name, and others that nobody reads;
+"{}" stands for the name of the task's quality, where the record tells it, and other records need no such key. A list
+has items of one shape, or of a last one where they are objects; a tuple's one shape may be null; counts are of a
 range. Numbers are finite: others have become null in JSON.
 """
 
@@ -18,7 +19,8 @@ def _all(shape: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), shape)
 
 
-_METRICS = _all(_LOSS, "loss_sum loss") | {"accuracy": _NUMBER, "num_correct": int, "num_examples": _COUNT}
+_METRICS = _all(_LOSS, "loss_sum loss {} {}_error?") | {"num_examples": _COUNT}
+_METRICS |= {"accuracy?": _NUMBER, "num_correct?": int}  # of classification
 _EPOCH = _all(_NUMBER, "epoch learning_rate") | {"loss": _LOSS, "num_steps": int, "validation?": (_METRICS,)}
 _STAGE = _all((_METRICS,), "training validation") | _all(_COUNT, "num_examples? num_workers?")
 _STAGE |= {"history": [_EPOCH], "outcome": str}
@@ -27,7 +29,7 @@ _MINIMUM = _STAGE | _all(int, "subset_id round") | {"start_id": str, "cost": _CO
 _CANDIDATE = {"method": str, "validation": (_METRICS,), "cost": _COST, "error": (str,)}
 _AGGREGATION = (
     _all((_METRICS,), "training validation uniform_mean ensemble best_member")
-    | _all(_LOSS, "mean_member_loss mean_member_accuracy barrier")
+    | _all(_LOSS, "mean_member_loss mean_member_{} barrier")
     | {"method": str, "subset_ids": [int], "coefficients": [_NUMBER], "shared_start": bool, "tried": [dict]}
     | {"of_first": [str], "candidates": [_CANDIDATE], "alignment": (_all(_LOSS, "barrier_before barrier_after"),)}
 )
@@ -38,12 +40,14 @@ _STAGE_PAID = _PAID | {"stage": str, "wall_s": _NUMBER} | _all(int, "num_attempt
 _ENVIRONMENT = {"started_at?": _NUMBER, "packages?": {"*": (str,)}}
 _RATIOS = {"full_set": _NUMBER, "subsets": [_NUMBER]}
 _SECONDS = _all(_NUMBER, "startup wall num_sessions")
-_HEAD = _all(str, "name uri") | {"seconds?": _SECONDS}
+_QUALITY = _all(str, "name unit?") | _all(bool, "higher_is_better? is_share?") | {"margin?": (_NUMBER,)}
+_TASK = {"name": str, "quality": _QUALITY}
+_HEAD = _all(str, "name uri") | {"seconds?": _SECONDS, "task?": _TASK}
 _DATA = {"name": str} | _all(_COUNT, "num_train num_test")
 _MODEL = {"num_parameters": int, "forward_share": _NUMBER}
 _SLOT = {"kind": str, "speed": _NUMBER}
 _OUTER_STEP = _all(_NUMBER, "outer_learning_rate outer_momentum")
-_CONFIG = {"name": (str,), "minimize": {"loss": str}, "model": {"name": str}}
+_CONFIG = {"name": (str,), "minimize": {"loss?": str}, "task?": {"loss?": str}, "model": {"name": str}}
 
 _NOTES = [str, {"text": str, "is_warning": bool}]  # a text in reports of earlier versions
 
@@ -62,7 +66,7 @@ _SPREAD = ({"mean": _NUMBER, "standard_error": _LOSS},)
 _SETTING = (
     _all(int, "num_seeds num_pruned num_failed")
     | _all(_LOSS, "num_subsets subset_size overdetermination_ratio")
-    | _all(_SPREAD, "validation_loss validation_accuracy passes critical_path_passes")
+    | _all(_SPREAD, "validation_loss validation_{} passes critical_path_passes")
     | {"overrides": dict}
 )
 _SWEEP = (
@@ -71,14 +75,14 @@ _SWEEP = (
     | {"recommended": (int,), "recommendation": str, "cost": _all(_NUMBER, "passes device_s")}
 )
 
-_INTERVAL = _all(_NUMBER, "estimate coverage") | _all(_LOSS, "low high")
-_MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s test_accuracy") | {"validation_loss": _LOSS}
+_INTERVAL = {"coverage": _NUMBER} | _all(_LOSS, "estimate low high")
+_MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s") | _all(_LOSS, "validation_loss test_{}")
 _RUN = {"leg": str, "error": (str,)}
 _POINT = {"budget": _NUMBER, "runs?": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
-_POINT["mean"] = (_MEAN | {"test_accuracy_interval": _INTERVAL},)
+_POINT["mean"] = (_MEAN | {"test_{}_interval": _INTERVAL},)
 _SETTINGS = {"learning_rate": _NUMBER, "batch_size": int}
 _ARM = _all(str, "key title role") | {"settings": _SETTINGS, "points": [_POINT]}
-_ON_NETWORK = {"arm": str, "wall_s": {"*": _LOSS}} | _all(_NUMBER, "budget num_bytes num_exchanges test_accuracy")
+_ON_NETWORK = {"arm": str, "wall_s": {"*": _LOSS}, "test_{}": _LOSS} | _all(_NUMBER, "budget num_bytes num_exchanges")
 _NETWORK = {"bandwidths": [_NUMBER], "rows": [_ON_NETWORK]} | _all(_NUMBER, "s_per_pass data_parallel_bytes_a_step")
 _LEG = _all(str, "kind stage") | {"round": int, "subset": (int,), "num_workers": _COUNT, "inputs": [str]}
 _COMPARISON = (
@@ -86,7 +90,7 @@ _COMPARISON = (
     | {"config": _CONFIG, "environment": (_ENVIRONMENT,), "data": _DATA, "model": _MODEL, "seeds": [int]}
     | {"regime": {"overdetermination_ratio": _RATIOS} | _all(int, "num_subsets num_parameters num_workers")}
     | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs?": {"*": _LEG}, "network": _NETWORK}
-    | {"conventional": _all(_NUMBER, "budget test_accuracy target_accuracy")}
+    | {"conventional": _all(_NUMBER, "budget test_{} target_{}")}
     | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}
     | {"verdicts": _all(_all(str, "word text"), "total critical_path")}
     | {"tuning": {"tried": [_SETTINGS | {"arm": str, "validation_loss": _LOSS}], "passes": _NUMBER}}
@@ -123,23 +127,34 @@ def refuse_other_values(path: str, record: Any) -> None:
         raise ValueError("it holds nothing but null")
     for pattern, shape in _SHAPES.items():
         if fnmatchcase(path, pattern):
-            _check(record, shape, "")
+            _check(record, shape, "", _quality_name(record) if "task?" in shape else None)
 
 
-def _check(value: Any, shape: Any, name: str) -> None:
+def _quality_name(record: Any) -> str:
+    """By which a report has its task's quality; records of before tasks are all of accuracy."""
+    if isinstance(record, dict) and "task" in record:
+        _check(record["task"], _TASK, "task", None)
+        return record["task"]["quality"]["name"]
+    return "accuracy"
+
+
+def _check(value: Any, shape: Any, name: str, quality: str | None) -> None:
+    """`quality` is what "{}" stands for; None: the record does not tell."""
     if isinstance(shape, tuple):
         if value is not None:
-            _check(value, shape[0], name)
+            _check(value, shape[0], name, quality)
     elif isinstance(shape, dict) and isinstance(value, dict):
         for key, part in shape.items():
-            for word in value if key == "*" else [key.rstrip("?")]:
+            if "{}" in key and quality is None:
+                continue
+            for word in value if key == "*" else [key.rstrip("?").replace("{}", quality or "")]:
                 if word in value:
-                    _check(value[word], part, f"{name}.{word}")
+                    _check(value[word], part, f"{name}.{word}", quality)
                 elif not key.endswith("?"):
                     raise ValueError(f"{name}.{word} is missing".lstrip("."))
     elif isinstance(shape, list) and isinstance(value, list):
         for number, item in enumerate(value):
-            _check(item, shape[-1 if isinstance(item, dict) else 0], f"{name}[{number}]")
+            _check(item, shape[-1 if isinstance(item, dict) else 0], f"{name}[{number}]", quality)
     else:
         kind = int if isinstance(shape, range) else type(shape) if isinstance(shape, dict | list) else shape
         is_sound = isinstance(value, kind) and (not isinstance(value, int | float) or -_MOST < value < _MOST)

@@ -113,9 +113,9 @@ def sweep(
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     for one in {trial.config.learned: trial.config for trial in trials}.values():
         full_sets[one.learned] = load_full_set(*one.learned, known=known_fingerprint(known, one))
-    if len(qualities := {full_set.quality for full_set in full_sets.values()}) > 1:
-        names = ", ".join(sorted(quality.name for quality in qualities))
-        raise ValueError(f"the trials learn different things ({names}), which nothing can compare: sweep over one task")
+    if len(names := {full_set.quality.name for full_set in full_sets.values()}) > 1:
+        told = ", ".join(sorted(names))
+        raise ValueError(f"the trials learn different things ({told}), which nothing compares: sweep over one task")
     identity = identify((trial.config for trial in trials), full_sets, known)
     for note in places_notes(identity):
         tell(note)

@@ -17,7 +17,7 @@ from raysubset.tasks.records import own_task, task_from_dict, task_to_dict
 from raysubset.tasks.regression import Regression, regression, strata_of_numbers
 from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import Rows, Task, added, sums_of
+from raysubset.tasks.task import Rows, Task, added, errors_of, sums_of
 from raysubset.tasks.tensors import TensorInputs, fit_tensors
 from raysubset.tasks.vocabulary import Vocabulary, fit_vocabulary, windows_of
 
@@ -60,4 +60,5 @@ __all__ = [
     "SAMPLED_TERMS",
     "added",
     "sums_of",
+    "errors_of",
 ]

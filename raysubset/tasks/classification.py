@@ -13,7 +13,7 @@ from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import CrossEntropy, SquaredError
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import LossTask, Rows
+from raysubset.tasks.task import LossTask, OutputsOf, Rows
 from raysubset.tasks.tensors import TensorInputs
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
@@ -70,7 +70,7 @@ class Classification(LossTask):
         margin = (outputs.gather(1, predicted[:, None]) - outputs.gather(1, targets[:, None])).squeeze(1).float()
         return {"label": targets.numpy(), "predicted": predicted.numpy(), "margin": margin.numpy()}
 
-    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
         """The images that are wrong by the largest margins, uint8 of H*W*C in that order, as binary."""
         if not isinstance(self.inputs, ImageInputs):
             return None

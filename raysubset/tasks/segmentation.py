@@ -12,7 +12,7 @@ from torch import Tensor
 from raysubset.tasks.images import ImageInputs, crop_and_flip
 from raysubset.tasks.losses import CrossEntropy
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import LossTask, Rows
+from raysubset.tasks.task import LossTask, OutputsOf, Rows
 
 _MOST_MISTAKES = 12
 
@@ -94,14 +94,14 @@ class Segmentation(LossTask):
         measured = self.measure(outputs, targets)
         return {"pixel_accuracy": (measured["right"].double() / measured["pixels"].clamp(min=1)).numpy()}
 
-    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
         """The images with the smallest share of right pixels, their masks and the predicted ones, as flat lists."""
         worst = np.argsort(predictions.column("pixel_accuracy").to_numpy(), kind="stable")[:_MOST_MISTAKES]
         chosen = torch.from_numpy(worst)
-        drawn = {"image": rows["image"], "mask": rows["mask"], "predicted": outputs.argmax(1).to(torch.uint8)}
+        drawn = {"image": rows["image"], "mask": rows["mask"], "predicted": outputs_of(worst).argmax(1).to(torch.uint8)}
         found = predictions.take(pa.array(worst))
         for name, values in drawn.items():
-            flat = values.index_select(0, chosen).flatten(1)
+            flat = (values if name == "predicted" else values.index_select(0, chosen)).flatten(1)
             lists = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy().reshape(-1)), flat.shape[1])
             found = found.append_column(name, lists)
         return found

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -15,6 +15,8 @@ from raysubset.tasks.losses import Loss, mean_outputs
 from raysubset.tasks.spec import Spec
 
 Rows = Mapping[str, Tensor]  # of some examples: named tensors [n, …], as they are stored
+_SQUARES = "_squares_sum"
+OutputsOf = Callable[[np.ndarray], Tensor]  # a network's outputs [n, …] for examples at some positions, int64 [n]
 
 
 class Task:
@@ -80,7 +82,7 @@ class Task:
         return {
             key.removesuffix("_sum").removeprefix("num_"): total / num
             for key, total in sums.items()
-            if not isinstance(total, list)
+            if not isinstance(total, list) and not key.endswith(_SQUARES)
         }
 
     def draw(self, num: int, seed: int) -> Tensor | None:
@@ -135,7 +137,7 @@ class Task:
         """Columns of the table of predictions on the test split, [N] each."""
         return {}
 
-    def mistakes(self, predictions: pa.Table, rows: Rows, outputs: Tensor) -> pa.Table | None:
+    def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
         """Rows of the table that a report shows, with what it needs to draw them; None for none."""
         return None
 
@@ -207,15 +209,31 @@ class LossTask(Task):
 
 
 def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    """task.measure() summed over a batch: num_x for truth values, x_sum else; lists for vectors."""
+    """task.measure() summed over a batch: num_x of truth values and counts, x_sum and x_squares_sum else.
+
+    Vectors have lists, and no squares.
+    """
     sums: dict[str, Any] = {}
     for name, each in task.measure(outputs, targets).items():
-        if each.dtype.is_floating_point:
-            total = each.cpu().double().sum(0).tolist()
-        else:
-            total = each.sum(0).tolist()
-        sums[f"{name}_sum" if each.dtype.is_floating_point else f"num_{name}"] = total
+        if not each.dtype.is_floating_point:
+            sums[f"num_{name}"] = each.sum(0).tolist()
+            continue
+        wide = each.cpu().double()
+        sums[f"{name}_sum"] = wide.sum(0).tolist()
+        if wide.ndim == 1:
+            sums[f"{name}{_SQUARES}"] = wide.square().sum().item()
     return sums
+
+
+def errors_of(sums: Mapping[str, Any], num: int) -> dict[str, float]:
+    """x_error of each x whose sum and squares there are: the standard error of its mean over `num` examples."""
+    errors = {}
+    for key, squares in sums.items():
+        name = key.removesuffix(_SQUARES)
+        if name != key and num > 1:
+            variance = max(squares / num - (sums[f"{name}_sum"] / num) ** 2, 0.0) * num / (num - 1)
+            errors[f"{name}_error"] = math.sqrt(variance / num)
+    return errors
 
 
 def added(sums: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

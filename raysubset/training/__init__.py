@@ -5,7 +5,14 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
 from raysubset.training.devices import card_bytes, device_name, place, use_device
-from raysubset.training.evaluation import evaluate, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training.evaluation import (
+    MOST_OUTPUT_BYTES,
+    ensemble_sample,
+    evaluate,
+    metrics_of_outputs,
+    predict,
+    recompute_batch_norm,
+)
 from raysubset.training.flops import forward_share
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.minimizing import minimize
@@ -43,6 +50,8 @@ __all__ = [
     "evaluate",
     "predict",
     "metrics_of_outputs",
+    "ensemble_sample",
+    "MOST_OUTPUT_BYTES",
     "recompute_batch_norm",
     "diagonal_fisher",
     "fisher_cost",

@@ -13,11 +13,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from raysubset.config import MinimizeConfig
-from raysubset.data import Batches, even_sizes
+from raysubset.data import Batches, Examples, even_sizes
 from raysubset.models import learning_batch_norms, modules_in_training
 from raysubset.tasks import Task, added, sums_of
 from raysubset.training.records import Metrics
 
+MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
 EVALUATION_BATCH = 500  # examples a forward pass; more does not help a CPU and less does not fill a GPU
 SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
 
@@ -41,6 +42,15 @@ def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Met
 def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tensor:
     """The network's outputs on the CPU, in evaluation mode: [N, …], logits for cross-entropy."""
     return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
+
+
+def ensemble_sample(examples: Examples) -> Examples:
+    """The examples whose outputs members leave for their ensemble: all, or an even sample of what MOST_OUTPUT_BYTES
+    holds of them."""
+    most = max(1, MOST_OUTPUT_BYTES // (4 * examples.task.spec().num_outputs))
+    if len(examples) <= most:
+        return examples
+    return examples.select(torch.linspace(0, len(examples) - 1, most, device=examples.device).long())
 
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from raysubset.config import from_tree
-from raysubset.tasks import Task
+from raysubset.tasks import Task, errors_of
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
 
@@ -33,12 +33,12 @@ class Metrics:
     loss_sum: float
     num_examples: int
     sums: dict[str, Any]  # tasks.sums_of(): num_x and x_sum, numbers or lists
-    values: dict[str, float]  # the task's qualities by name: its values()
+    values: dict[str, float]  # the task's qualities by name, its values(), and x_error of a mean x
 
     @classmethod
     def of_sums(cls, task: Task, loss_sum: float, sums: dict[str, Any], num_examples: int) -> "Metrics":
         """Metrics whose qualities the task makes of the sums."""
-        return cls(loss_sum, num_examples, sums, task.values(sums, num_examples))
+        return cls(loss_sum, num_examples, sums, task.values(sums, num_examples) | errors_of(sums, num_examples))
 
     @property
     def loss(self) -> float:

@@ -31,6 +31,7 @@ from raysubset.training import (
     Weights,
     device_name,
     diagonal_fisher,
+    ensemble_sample,
     evaluate,
     gram_matrices,
     metrics_of_outputs,
@@ -322,10 +323,16 @@ class Minimizer:
         measured = Cost()
         if "validation" in piece.measures:
             held_out = full_set.examples("validation", device=examples.device)
-            outputs = predict(model, held_out, recipe)
+            sample = ensemble_sample(held_out)
+            outputs = predict(model, sample, recipe)
             files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
-            validation = metrics_of_outputs(outputs, held_out.targets().cpu(), held_out.task).to_dict()
-            measured += Cost(num_forward=len(held_out))
+            measured += Cost(num_forward=len(sample))
+            if sample is held_out:
+                metrics = metrics_of_outputs(outputs, held_out.targets().cpu(), held_out.task)
+            else:
+                metrics = evaluate(model, held_out, recipe)
+                measured += Cost(num_forward=len(held_out))
+            validation = metrics.to_dict()
         if "training" in piece.measures:
             training = evaluate(model, own, recipe).to_dict()
             measured += Cost(num_forward=len(own))

@@ -4,15 +4,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
-from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
+from raysubset.tasks import added
+from raysubset.training import MOST_OUTPUT_BYTES, Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
 from raysubset.work.aggregating import placed_model
 from raysubset.work.pieces import TEST_PATH, TestPiece
 
@@ -54,12 +56,23 @@ def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[
 
 def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], config: Config, weights: Weights) -> Tested:
     """Metrics and predictions on the test split, by a placed_model()."""
-    started, (model, device) = time.perf_counter(), placed
+    started, (model, device), task = time.perf_counter(), placed, full_set.task
     model.load_state_dict(weights)
-    outputs = predict(model, full_set.examples("test", device=device), config.minimize)
-    rows, task = full_set.test.take(), full_set.task
-    targets = task.targets(rows)
-    metrics = metrics_of_outputs(outputs, targets, task)
-    cost = Cost(num_forward=metrics.num_examples, device_s=time.perf_counter() - started)
-    predictions = pa.table({"row": full_set.test.table.column("row"), **task.tabulate(outputs, targets)})
-    return Tested(metrics, cost, predictions, task.mistakes(predictions, rows, outputs))
+    num, loss_sum, sums, tables = len(full_set.test), 0.0, dict[str, Any](), list[pa.Table]()
+    size = max(1, MOST_OUTPUT_BYTES // (4 * full_set.spec.num_outputs))
+
+    def outputs_of(positions: np.ndarray) -> Tensor:
+        return predict(model, full_set.examples("test", positions, device=device), config.minimize)
+
+    for start in range(0, num, size):
+        positions = np.arange(start, min(start + size, num))
+        outputs, targets = outputs_of(positions), task.targets(full_set.test.take(positions))
+        part = metrics_of_outputs(outputs, targets, task)
+        loss_sum, sums = loss_sum + part.loss_sum, added(sums, part.sums)
+        tables.append(pa.table(task.tabulate(outputs, targets)))
+    cost = Cost(num_forward=num, device_s=time.perf_counter() - started)
+    found = pa.concat_tables(tables)
+    columns = {name: found.column(name) for name in found.column_names}
+    predictions = pa.table({"row": full_set.test.table.column("row"), **columns}).combine_chunks()
+    mistakes = task.mistakes(predictions, full_set.test.take(), outputs_of)
+    return Tested(Metrics.of_sums(task, loss_sum, sums, num), cost, predictions, mistakes)

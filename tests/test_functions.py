@@ -1,0 +1,177 @@
+"""What a user's function returns is told apart: images, tables, and arrays, each checked before it is learned from."""
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raysubset.config import DataConfig
+from raysubset.data.columns import Tables
+from raysubset.data.functions import Arrays, read_returned
+
+MODULE = """
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+features = np.arange(12.0).reshape(6, 2)
+labels = np.arange(6) % 2
+images = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4)
+numbers = features[:, :1] * 2
+
+class Items(Dataset):
+    def __init__(self, items):
+        self.items = items
+    def __len__(self):
+        return len(self.items)
+    def __getitem__(self, number):
+        return self.items[number] if self.items[number] is not None else 1 / 0
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield 1, 2
+
+def load():
+"""
+
+
+@pytest.fixture
+def returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Reads what a function of this body returns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def read(body: str, **settings: Any) -> Any:
+        (tmp_path / "own_rows.py").write_text(MODULE + textwrap.indent(body, "    "))
+        monkeypatch.delitem(sys.modules, "own_rows", raising=False)
+        importlib.invalidate_caches()
+        return read_returned(DataConfig(name="own_rows:load", **settings))
+
+    return read
+
+
+FEATURES = np.arange(12.0).reshape(6, 2)
+LABELS = np.arange(6) % 2
+
+
+def assert_holds(arrays: Any, **expected: np.ndarray) -> None:
+    assert isinstance(arrays, Arrays)
+    for split in arrays.splits.values():
+        assert split.keys() == expected.keys()
+        for name, values in expected.items():
+            assert split[name].flags.c_contiguous
+            np.testing.assert_array_equal(split[name], values, strict=True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return features, labels",
+        "return torch.tensor(features, requires_grad=True), torch.tensor(labels)",
+        "return features.tolist(), labels.tolist()",
+        "return np.asfortranarray(features), labels",
+        "return features.astype('>f8'), labels",
+        "return TensorDataset(torch.tensor(features), torch.tensor(labels))",
+        "return Items([(features[n], int(labels[n])) for n in range(6)])",
+        "return dict(train=(features, labels), test=(features, labels))",
+        "return (features, labels), (features, labels)",
+        "data = Items(list(zip(features, labels)))\nreturn data, data",
+    ],
+)
+def test_a_pair_of_arrays_that_are_no_images_is_inputs_and_targets(returned: Callable[..., Any], body: str):
+    found = returned(body)
+    assert_holds(found, inputs=FEATURES, target=LABELS)
+    assert str(found.notes[0]) == "train split: 6 examples of what own_rows:load returned"
+
+
+def test_a_dict_of_arrays_keeps_its_names(returned: Callable[..., Any]):
+    scene = "image=images, boxes=features.astype(np.float32), seen=labels == 1"
+    expected = {
+        "image": np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4),
+        "boxes": FEATURES.astype(np.float32),
+        "seen": (LABELS == 1).astype(np.uint8),
+    }
+    assert_holds(returned(f"return dict({scene})"), **expected)
+    assert_holds(returned(f"return dict(train=dict({scene}), validation=dict({scene}))"), **expected)
+    items = "[dict(image=images[n], boxes=features[n].astype(np.float32), seen=labels[n] == 1) for n in range(6)]"
+    assert_holds(returned(f"return Items({items})"), **expected)
+    ignored = returned(f"return dict(train=dict({scene}), test=3)", ignored="test")
+    assert [*ignored.splits] == ["train"]
+
+
+def test_images_with_other_targets_than_classes_are_arrays(returned: Callable[..., Any]):
+    images = np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4, 1)
+    assert_holds(returned("return images, numbers"), image=images, target=FEATURES[:, :1] * 2)
+    assert_holds(returned("return images, labels / 2"), image=images, target=LABELS / 2)
+    masks = images[..., 0] > 50
+    assert_holds(returned("return images, images > 50"), image=images, mask=masks.astype(np.uint8))
+    assert_holds(
+        returned("return images / 255 - 1, numbers"), inputs=images[..., 0] / 255 - 1, target=FEATURES[:, :1] * 2
+    )
+
+
+def test_images_with_their_classes_are_images(returned: Callable[..., Any]):
+    for body in ("return images, labels", "return Items(list(zip(images, labels)))", "return images, labels[:, None]"):
+        found = returned(body)
+        assert found["train"].labels.to_pylist() == LABELS.tolist()
+        assert found["train"].images.shape == (6, 4, 4, 1)
+
+
+def test_a_table_without_images_is_one_of_columns(returned: Callable[..., Any]):
+    table = "pa.table(dict(a=features[:, 0], target=labels))"
+    for body in (f"return {table}", f"return dict(train={table}, test={table})"):
+        found = returned(body)
+        assert isinstance(found, Tables)
+        assert (found.features, found.targets) == (("a",), ("target",))
+        assert str(found.notes[0]) == "train split: 6 examples of what own_rows:load returned"
+    with pytest.raises(ValueError, match=r"train split that own_rows:load returned has no column aa: .*did you mean a"):
+        returned(f"return {table}", target="target", columns="aa")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return features", "is a ndarray: it should return an Arrow table, a pair"),
+        ("return features, labels[:5]", r"has 6 inputs but labels of shape \(5,\)"),
+        ("return dict(a=features, b=labels[:5])", r"arrays of own_rows:load differ in length \(a 6, b 5\)"),
+        ("return dict(a=features, b=[1, [2]])", "b of own_rows:load does not make one array"),
+        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"row 1 has shape \(1,\), row 0 \(2,\); pad or cut them to one"),
+        ("features[4, 1] = np.nan\nreturn features, labels", "inputs of own_rows:load has nan in row 4"),
+        ("numbers[2] = -np.inf\nreturn features, numbers", "target of own_rows:load has -inf in row 2"),
+        (
+            "return features, np.array([1, 'a'] * 3, dtype=object)",
+            "target of own_rows:load has type object: it must be",
+        ),
+        ("return features[:0], labels[:0]", r"inputs of own_rows:load has shape \(0, 2\)"),
+        ("return dict(row=labels)", "names an array 'row'"),
+        ("return torch.zeros(6, 2, dtype=torch.bfloat16), labels", "does not make an array of numpy's: .*BFloat16"),
+        ("return features[:, :, None], labels", r"floats must lie in .*go by name: dict\(inputs=…, label=…\)"),
+        ("return Endless()", "is a Endless without a length: give a map-style Dataset"),
+        ("return Items([])", "has no items"),
+        ("return Items([(1, 2), None])", "item 1 of own_rows:load raised ZeroDivisionError: division by zero"),
+        ("return Items([3])", "item 0 of own_rows:load is a int: it should be a pair"),
+        ("return Items([(images[0], 1), (images[0, 1:], 1)])", r"input of item 1 of .* \(3, 4\), others have \(4, 4\)"),
+        ("return Items([dict(a=1), dict(b=1)])", r"item 1 of own_rows:load has \['b'\], those before it \['a'\]"),
+        (
+            "return dict(train=(features, labels), test=dict(inputs=features))",
+            "inputs, target as train split and inputs",
+        ),
+        (
+            "return dict(train=(features, labels), test=(features[:, :1], labels))",
+            r"float64 \[N, 1\] in the test split",
+        ),
+        ("return dict(train=(features, labels), test=(images, labels))", "images with labels as its test split"),
+        ("return dict(tset=(features, labels))", "returned a split 'tset', not one of .*; did you mean test"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_in_a_line(returned: Callable[..., Any], body: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        returned(body)
+    assert "\n" not in str(caught.value)
