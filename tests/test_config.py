@@ -393,6 +393,8 @@ WORDS = (
     "select_best",
     "mean",
     "characters",
+    "regression",
+    "balanced",
 )
 VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
 

@@ -91,7 +91,7 @@ def _networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def plan(name: str, **overrides: Any) -> Plan:
     model = name if ":" in name or name in ("cnn", "mlp", "resnet18") else f"sound_networks:{name}"
     config = Config().with_overrides({"model.name": model} | {k.replace("__", "."): v for k, v in overrides.items()})
-    return make_plan(config, load_full_set(config.data))
+    return make_plan(config, load_full_set(*config.learned))
 
 
 def lines(name: str, **overrides: Any) -> list[str]:

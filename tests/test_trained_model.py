@@ -128,9 +128,7 @@ def test_a_records_function_is_called_only_where_the_user_says_so(
     (tmp_path / "evil_net.py").write_text("open('imported', 'w')\ndef net(*shape):\n    open('called', 'w')\n")
     monkeypatch.chdir(tmp_path)
     run.write_json(RECORD_PATH, run.read_json(RECORD_PATH) | {"model": {"name": "evil_net:net"}})
-    with pytest.raises(
-        ValueError, match=r"import 'evil_net' from .* call its 'net' with \(2, \(3, 6, 5\)\).*--trust-code"
-    ):
+    with pytest.raises(ValueError, match=r"import 'evil_net' from .* call its 'net'\. If you trust .*--trust-code"):
         load_model(run.uri)
     assert not (tmp_path / "imported").exists()
     with pytest.raises(ValueError, match="evil_net:net returned a NoneType"):
