@@ -574,7 +574,7 @@ def test_files_that_do_not_go_together_are_refused(tmp_path: Path):
         ("nowhere/set.parquet", "there is no file or folder .*/nowhere/set.parquet"),
         ("set.parquet", "there is no file or folder .*/set.parquet"),
         ("nosuchscheme://bucket/set.parquet", "is no URI that pyarrow can open"),
-        ("./notes.txt", "notes.txt should end in .parquet"),
+        ("./notes.pdf", "notes.pdf should end in .parquet"),
         ("./empty", "the folder holds neither .parquet"),
         ("./only_test", "no training files, only test.parquet"),
     ],
@@ -583,7 +583,7 @@ def test_a_path_to_nothing_readable_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.pdf").write_text("hello")
     (tmp_path / "empty").mkdir()
     (tmp_path / "only_test").mkdir()
     (tmp_path / "only_test" / "test.parquet").write_text("")
