@@ -85,7 +85,7 @@ def minimum(
     validation = full_set.examples("validation")
     outputs = predict(model, validation, recipe)
     weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    return weights, metrics_of_outputs(outputs, validation.labels, recipe), outputs, result.cost
+    return weights, metrics_of_outputs(outputs, validation.targets(), validation.task), outputs, result.cost
 
 
 def network(config: Config, full_set: FullSet, weights: Weights | None = None, *path: str) -> torch.nn.Module:
@@ -142,7 +142,7 @@ def compare(data_root: str, start: str, seeds: Sequence[int]) -> None:
     found: dict[str, list[tuple[float, float, float]]] = {}
     for seed in seeds:
         config = config_of(data_root, start, seed)
-        full_set = load_full_set(config.data)
+        full_set = load_full_set(*config.learned)
         num_train, test = len(full_set.train), full_set.examples("test")
         minima, begun, extra = members(config, full_set)
         networks = [network(config, full_set, one.load_weights()) for one in minima]

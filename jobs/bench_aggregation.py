@@ -92,7 +92,7 @@ def member(seed: int) -> Member:
 
 
 def minimum(subset_id: int, load: Callable[[str], Weights]) -> Minimum:
-    metrics = Metrics(1.0, 1, 2)
+    metrics = Metrics(1.0, 2, {"num_correct": 1}, {"accuracy": 0.5})
     return Minimum(
         subset_id=subset_id,
         num_examples=10,

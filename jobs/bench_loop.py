@@ -31,7 +31,7 @@ from torch import nn
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, derive_seed
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
-from raysubset.tasks import Spec
+from raysubset.tasks import Classification, Spec
 from raysubset.training import Progress, minimize
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -46,17 +46,23 @@ def mnist_or_digits(device: str) -> tuple[Examples, str]:
         return full_set.examples("train", indices, device=device, augment=True), "MNIST"
     full_set = load_full_set(DataConfig())
     own = full_set.examples("train", indices % len(full_set.train), device=device)
-    enlarged = F.interpolate(own.images.permute(0, 3, 1, 2).float(), size=(28, 28)).permute(0, 2, 3, 1)
-    return replace(own, images=enlarged.to(torch.uint8).contiguous()), f"digits enlarged to 28×28 (no {DATA_ROOT})"
+    task, images = own.task, own.rows["image"]
+    assert isinstance(task, Classification)
+    enlarged = F.interpolate(images.permute(0, 3, 1, 2).float(), size=(28, 28)).permute(0, 2, 3, 1)
+    rows = {**own.rows, "image": enlarged.to(torch.uint8).contiguous()}
+    task = replace(task, inputs=replace(task.inputs, image_shape=(28, 28, 1)))
+    return replace(own, rows=rows, task=task), f"digits enlarged to 28×28 (no {DATA_ROOT})"
 
 
 def bare_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, seed: int) -> None:
     """What minimize() does, as one writes it for this case alone: no resume, no history, no guard."""
-    device = examples.images.device
-    num, height, width, channels = examples.images.shape
-    pixels, labels = examples.images.flatten(1), examples.labels
-    scale = (1 / (255 * examples.std)).repeat(height * width)
-    shift = (-examples.mean / examples.std).repeat(height * width)
+    device, images, labels = examples.device, examples.rows["image"], examples.rows["label"]
+    num, height, width, channels = images.shape
+    pixels = images.flatten(1)
+    assert isinstance(examples.task, Classification)
+    mean, std = (values.to(device).flatten() for values in examples.task.inputs.scaling())
+    scale = (1 / (255 * std)).repeat(height * width)
+    shift = (-mean / std).repeat(height * width)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -102,8 +108,8 @@ def actors_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, se
 def seconds(loop: Callable[..., None], examples: Examples, config: MinimizeConfig, depth: int) -> tuple[float, float]:
     """Time of one run, and the sum of the weights' magnitudes it ends at: CPU time on a CPU, which others use too."""
     model = build_model(ModelConfig(width=16, depth=depth), Spec((1, 28, 28), (10,)), seed=0)
-    model.to(device=examples.images.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    clock = time.process_time if examples.images.device.type == "cpu" else time.perf_counter
+    model.to(device=examples.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    clock = time.process_time if examples.device.type == "cpu" else time.perf_counter
     started = clock()
     loop(model, examples, config, 1)
     took = clock() - started
@@ -112,7 +118,7 @@ def seconds(loop: Callable[..., None], examples: Examples, config: MinimizeConfi
 
 def compare(examples: Examples, *, depth: int, batch_size: int, num_pairs: int, num_epochs: int) -> str:
     """Interleaved pairs, A B B A, so that a drift of the machine's speed cancels."""
-    precision = "bfloat16" if examples.images.device.type == "cuda" else "float32"
+    precision = "bfloat16" if examples.device.type == "cuda" else "float32"
     config = MinimizeConfig(batch_size=batch_size, epochs=num_epochs, precision=precision)
     for loop in (bare_loop, actors_loop):  # warm up
         seconds(loop, examples, config, depth)

@@ -56,14 +56,16 @@ def bare(answers: "multiprocessing.Queue[float]", stop: "threading.Event") -> No
     from raysubset import Config
     from raysubset.data import Examples
     from raysubset.models import build_model
-    from raysubset.tasks import Spec
+    from raysubset.tasks import Classification, ImageInputs, Spec
     from raysubset.training import minimize, place, use_device
 
     device = use_device(num_gpus=0, num_threads=1)
     config = Config().with_overrides(OVERRIDES)
     num = config.minimize.batch_size
     images, labels = torch.randint(256, (num, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (num,))
-    examples = Examples(images, labels, torch.full((3,), 0.5), torch.full((3,), 0.25), "crop_flip")
+    inputs = ImageInputs((32, 32, 3), (0.5,) * 3, (0.25,) * 3, "crop_flip")
+    task = Classification(inputs, tuple(map(str, range(10))))
+    examples = Examples({"image": images, "label": labels}, task, augment=True)
     network = build_model(config.model, Spec((3, 32, 32), (10,)), seed=0)
     model = place(network, device, channels_last=config.minimize.channels_last)
 

@@ -37,14 +37,14 @@ def bare() -> None:
 
     use_device(num_gpus=0, num_threads=1)
     config = Config().with_overrides(OVERRIDES)
-    data = load_full_set(config.data)
-    num_classes = data.num_classes
+    data = load_full_set(*config.learned)
+    num_classes = len(data.task.class_names)
     model = build_model(config.model, data.spec, seed=0)
     model = model.to(memory_format=torch.channels_last)
     minimize(model, data.examples("train", augment=True), config.stage("trunk"), seed=0)
     trunk = {key: value.clone() for key, value in model.state_dict().items()}
     mean = RunningMean()
-    for subset in split_into_subsets(data.train.labels, config.subsets, 0, num_classes=num_classes):
+    for subset in split_into_subsets(data.strata, config.subsets, 0, num_classes=num_classes):
         model.load_state_dict(trunk)
         minimize(model, data.examples("train", subset.indices, augment=True), config.stage("subsets"), seed=subset.id)
         mean.add(model.state_dict())

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from raysubset.config import ModelConfig, SkippingConfig
 from raysubset.models import build_model
-from raysubset.tasks import Spec
+from raysubset.tasks import Classification, ImageInputs, Spec
 from raysubset.training import Shard
 from raysubset.training.techniques.skipping import Skipping
 
@@ -57,7 +57,9 @@ class Steps:
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(BATCH, device=device) % 10
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True)
-        self.skipping = Skipping(SkippingConfig(kind="wus"), model, Shard(), num_steps_per_epoch=1)
+        inputs = ImageInputs(case.image_shape, (0.0,) * channels, (1.0,) * channels)
+        task = Classification(inputs, tuple(map(str, range(10))))
+        self.skipping = Skipping(SkippingConfig(kind="wus"), model, task, Shard(), num_steps_per_epoch=1)
 
     def moving(self) -> None:
         self._step()

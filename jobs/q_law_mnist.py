@@ -35,7 +35,7 @@ CONFIG = Config().with_overrides(
         "model.name": "mlp",
         "model.width": 34,
         "trunk.epochs": 0.0,
-        "minimize.loss": "squared_error",
+        "task.loss": "squared_error",
         "minimize.optimizer": "lbfgs",
         "minimize.epochs": 150.0,
         "aggregation.method": "select_best",

@@ -211,7 +211,7 @@ def main() -> None:
     for name in arguments.sets:
         full_set, started = load_full_set(DataConfig(name=name, root=arguments.root)), time.perf_counter()
         network = build_model(MODEL, full_set.spec, seed=0)
-        ratio = SIZES[name] * full_set.num_classes / num_parameters(network)
+        ratio = SIZES[name] * full_set.spec.num_outputs / num_parameters(network)
         print(f"\n{name}: {SIZES[name]} examples, {num_parameters(network)} parameters, Q = {ratio:.2g}")
         all_chosen[name] = run_set(full_set, name, arguments.seeds)
         tell(name, all_chosen[name])

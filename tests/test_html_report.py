@@ -203,7 +203,7 @@ def test_losses_that_are_not_finite_leave_a_page(tmp_path: Path):
 
 
 def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none(page: Path):
-    squared = a_record(Config().with_overrides({"minimize.loss": "squared_error"}))
+    squared = a_record(Config().with_overrides({"task.loss": "squared_error"}))
     assert "fixed inputs would give: (Q+1)/(Q−1)" in gap_over_q(squared).caption
     assert "For cross-entropy there is no law to draw" in page.read_text()
 

@@ -16,7 +16,7 @@ check(
 )
 check(
     "class _background_ is read, refused or told of",
-    isinstance(f, ValueError) or "_background_" in f.class_names or told(f, "_background_"),
+    isinstance(f, ValueError) or "_background_" in f.task.class_names or told(f, "_background_"),
     f"classes {getattr(f, 'class_names', f)}",
 )
 for i in range(10):
@@ -29,6 +29,6 @@ f = load("s")
 for name in ("fox", "owl", "empty"):
     check(
         f"class folder {name} is read, refused or told of",
-        isinstance(f, ValueError) or name in f.class_names or told(f, name),
+        isinstance(f, ValueError) or name in f.task.class_names or told(f, name),
         f"classes {getattr(f, 'class_names', f)}",
     )

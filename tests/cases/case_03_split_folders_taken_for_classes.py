@@ -21,6 +21,6 @@ for root in "abc":
     f = load(root)
     check(
         f"{sorted(os.listdir(root))}",
-        isinstance(f, ValueError) or set(f.class_names) == {"cat", "dog"} or told(f, "folder", "train"),
+        isinstance(f, ValueError) or set(f.task.class_names) == {"cat", "dog"} or told(f, "folder", "train"),
         f"classes {getattr(f, 'class_names', f)}",
     )

@@ -10,7 +10,7 @@ deep = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
 for i in range(20):
     put(f"x/{'ab'[i % 2]}/{i}.png", encoded(deep))
 f = load("x")
-levels = len(np.unique(f.train.images))
+levels = len(np.unique(f.train.arrays()["image"]))
 check(
     "4096 levels in 16-bit files: at least 200 are kept, or it is told",
     levels >= 200 or told(f, "bit"),

@@ -10,6 +10,6 @@ for i in range(20):
 f = load("t")
 check(
     "images that are all equal, or have transparency, are told of",
-    isinstance(f, ValueError) or f.train.images.std() > 0 or any("warning" in n for n in f.notes),
-    f"all pixels {np.unique(f.train.images)}, std {f.std}, notes {getattr(f, 'notes', '')}",
+    isinstance(f, ValueError) or f.train.arrays()["image"].std() > 0 or any("warning" in n for n in f.notes),
+    f"all pixels {np.unique(f.train.arrays()['image'])}, std {f.task.inputs.std}, notes {getattr(f, 'notes', '')}",
 )

@@ -7,8 +7,8 @@ import json, torch
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import Spec
-from raysubset.trained_model import model_record, save_model
+from raysubset.tasks import Classification, ImageInputs, Spec
+from raysubset.trained_model import ModelRecord, save_model
 
 
 def save(name, model, shape, scale=1.0):
@@ -18,14 +18,7 @@ def save(name, model, shape, scale=1.0):
     save_model(
         run,
         {k: v * scale if v.is_floating_point() else v for k, v in network.state_dict().items()},
-        model_record(
-            config,
-            num_classes=3,
-            class_names=("a", "b", "c"),
-            image_shape=shape,
-            mean=(0.5,) * shape[2],
-            std=(0.2,) * shape[2],
-        ),
+        ModelRecord(config, Classification(ImageInputs(shape, (0.5,) * shape[2], (0.2,) * shape[2]), ("a", "b", "c"))),
     )
     return run.uri
 

@@ -6,9 +6,9 @@ import torch
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.trained_model import model_record, save_model
+from raysubset.trained_model import ModelRecord, save_model
 from raysubset.exporting import predict_files
-from raysubset.tasks import Spec
+from raysubset.tasks import Classification, ImageInputs, Spec
 
 module("net", "def make(k, s): return nn.Sequential(nn.Flatten(), nn.Linear(s[0]*s[1]*s[2], k), nn.Softmax(1))\n")
 with warnings.catch_warnings(record=True) as told:
@@ -23,14 +23,7 @@ network[1].weight.data.mul_(1000)
 save_model(
     run_,
     network.state_dict(),
-    model_record(
-        ModelConfig(name="net:make"),
-        num_classes=3,
-        class_names=("a", "b", "c"),
-        image_shape=(8, 8, 1),
-        mean=(0.5,),
-        std=(0.2,),
-    ),
+    ModelRecord(ModelConfig(name="net:make"), Classification(ImageInputs((8, 8, 1), (0.5,), (0.2,)), ("a", "b", "c"))),
 )
 put("p.png", encoded(pixels(8, 8, 1)))
 sure = predict_files(run_.uri, ["p.png"])[0].probabilities[0]

@@ -128,7 +128,7 @@ def cases_of_flags() -> Iterator[Case]:
         ("--minimize.averaging.kind", "SWA"),
         ("--tracking.to", "tensorboard"),
         ("--model.norm", "layer"),
-        ("--minimize.loss", "mse"),
+        ("--task.loss", "mse"),
     ]:
         yield Case(
             f"{flag} {value!r}", run(flag, value), re.escape(flag.lstrip("-").split(".")[-1]).replace(r"\-", "[-_]")
@@ -207,7 +207,7 @@ def cases_of_flags() -> Iterator[Case]:
         "scheme without function": ("--subsets.scheme", "function"),
         "min_workers above num_workers": ("--fine-tuning.num-workers", "1", "--fine-tuning.min-workers", "2"),
         "distillation without fine-tuning": ("--fine-tuning.epochs", "0", "--fine-tuning.distillation", "0.5"),
-        "smoothing of squared error": ("--minimize.loss", "squared_error", "--minimize.label-smoothing", "0.1"),
+        "smoothing of squared error": ("--task.loss", "squared_error", "--task.label-smoothing", "0.1"),
         "rounds and tolerance": ("--rounds.num", "2", "--minimize.tolerance", "0.1"),
         "cluster address and CPUs": ("--cluster.address", "127.0.0.1:1", "--cluster.num-cpus", "2"),
         "width of a torchvision network": ("--model.name", "resnet18", "--model.width", "4"),

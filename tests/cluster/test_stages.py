@@ -98,9 +98,9 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
     assert [w.num_workers for w in works if w.stage == "fine_tuning"] == [2]
 
     model = load_model(report.uri)
-    images, labels = full_set.test.take()
-    predicted = model(images.permute(0, 3, 1, 2)).argmax(1)
-    assert int((predicted == labels).sum()) == report.test.num_correct
+    rows = full_set.test.take()
+    predicted = model(rows["image"].permute(0, 3, 1, 2)).argmax(1)
+    assert int((predicted == rows["label"]).sum()) == report.test.sums["num_correct"]
     assert report.test.accuracy > 0.8
 
 
@@ -329,7 +329,7 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
         fine_tune(
             Run(made, RunDirectory(str(tmp_path), "endless"), full_set, put_once(full_set), events.append),
-            endless.network(10, full_set.image_shape).state_dict(),
+            endless.network(10, full_set.spec.inputs).state_dict(),
             num_workers=2,
             num_gpus=0.0,
         )

@@ -9,10 +9,11 @@ import torch
 
 from raysubset import Config, run
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
-from raysubset.data import Examples, load_full_set
+from raysubset.data import load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Spec
 from raysubset.training import Progress, Weights, evaluate, minimize, minimize_packed, place, try_packing, use_device
+from tests.tiny import image_examples
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,8 +96,7 @@ def test_members_of_the_mnist_cnn_cost_little_more_than_one(num: int, most: floa
     device = use_device(num_gpus=1, num_threads=1)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (1664, 28, 28, 1), dtype=torch.uint8, generator=generator)
-    labels, constant = torch.arange(1664) % 10, torch.full((1,), 0.5)
-    examples = Examples(images, labels, constant, constant).to(device)
+    examples = image_examples(images, torch.arange(1664) % 10, 0.5, 0.5).to(device)
     models = [build_model(ModelConfig(), Spec((1, 28, 28), (10,)), seed=seed) for seed in range(num)]
     models = [place(model, device, channels_last=True) for model in models]
     trial = try_packing(models, [examples] * num, MinimizeConfig())
