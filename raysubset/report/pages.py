@@ -94,7 +94,9 @@ def _mistakes(directory: RunDirectory) -> Iterator[Part]:
     if not (directory.exists(PREDICTIONS_PATH) and directory.exists(RECORD_PATH)):
         return
     model, predictions = directory.read_json(RECORD_PATH), directory.read_table(PREDICTIONS_PATH)
-    names = model["class_names"]
+    names = model.get("class_names") or model["task"].get("class_names")
+    if not names or "predicted" not in predictions.column_names:
+        return
     counts = confusion(predictions, len(names))
     wrong = int(counts.sum() - counts.trace())
     section = Section("What it gets wrong", lines=(f"{wrong:,} of {int(counts.sum()):,} test examples are wrong.",))
