@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,8 +133,11 @@ class Prediction:
         pairs = zip(self.classes, self.probabilities, strict=True)
         found = [f"{name} {share:.1%}" for name, share in pairs]
         found += [f"{name} {value:.6g}" for name, value in self.values.items()]
-        place = self.path if self.row is None else f"{self.path}, row {self.row}"
-        return f"{place}: {self.error or ', '.join(found) or self.text}"
+        return self.error or f"{self.place}: {', '.join(found) or self.text}"
+
+    @property
+    def place(self) -> str:
+        return self.path if self.row is None else f"{self.path}, row {self.row}"
 
 
 def predict_files(
@@ -198,7 +201,7 @@ def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Pred
         yield Prediction(path, error=str(error) if path in str(error) else f"{path}: {error}")
         return
     for row, answer in enumerate(_answers(model, outputs, num_classes)):
-        yield Prediction(path, row=row, **answer)
+        yield _prediction(path, answer, row=row)
 
 
 def _of_images(model: TrainedModel, paths: Sequence[str], num_classes: int) -> Iterator[Prediction]:
@@ -213,7 +216,13 @@ def _of_images(model: TrainedModel, paths: Sequence[str], num_classes: int) -> I
                     outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
                 answers = iter(_answers(model, outputs, num_classes))
             for path, image in zip(batch, images, strict=True):
-                yield Prediction(path, error=image) if isinstance(image, str) else Prediction(path, **next(answers))
+                yield Prediction(path, error=image) if isinstance(image, str) else _prediction(path, next(answers))
+
+
+def _prediction(path: str, answer: dict[str, Any], *, row: int | None = None) -> Prediction:
+    """Of one of _answers(), whose error names no place."""
+    prediction = Prediction(path, row=row, **answer)
+    return replace(prediction, error=f"{prediction.place}: {prediction.error}") if prediction.error else prediction
 
 
 def _answers(model: TrainedModel, outputs: torch.Tensor, num_classes: int) -> Iterator[dict[str, Any]]:

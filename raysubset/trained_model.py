@@ -116,13 +116,13 @@ class TrainedModel(nn.Module):
             takes = "uint8, or floats in [0, 1]" if is_image else "floats"
             raise ValueError(f"{noun} are {inputs.dtype}; this model takes {takes}")
         if is_image:
-            scaled = inputs.to(torch.float32)
+            scaled = inputs.to(self.mean.dtype)
             if inputs.dtype == torch.uint8:
                 scaled = scaled / 255
         else:
             scaled = inputs
         if self.inputs is not None:
-            scaled = ((scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)).to(torch.float32)
+            scaled = ((scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)).to(self.mean.dtype)
         if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
             scaled = torch.nan_to_num(scaled, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         return self._in_units(self.network(scaled))

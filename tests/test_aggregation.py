@@ -34,7 +34,7 @@ from raysubset.aggregation import (
     weighted_soup,
 )
 from raysubset.training import Cost, Metrics, Weights
-from tests.tiny import cnn, same_bits, weights
+from tests.tiny import SQUARED_ERROR, cnn, examples, metrics, same_bits, weights
 
 
 def minimum(
@@ -52,8 +52,8 @@ def minimum(
         num_examples=num_examples,
         start_id=start_id,
         outcome="epochs",
-        training=Metrics(1.0, 1, 2),
-        validation=Metrics(10 * loss, 5, 10),
+        training=metrics(1.0, 1, 2),
+        validation=metrics(10 * loss, 5, 10),
         cost=Cost(),
         load_weights=load or (lambda: own),
         load_outputs=lambda: torch.zeros(0) if predictions is None else predictions,
@@ -177,7 +177,7 @@ START = {"w": torch.zeros(SIZE)}
 STREAMED: dict[str, tuple[Callable[[Sequence[Minimum]], Aggregate], int, float]] = {  # with reads, and sizes held
     "uniform_soup": (uniform_soup, 1, 1 + 1),
     "weighted_soup": (lambda minima: weighted_soup(minima, weight_by="examples"), 1, 1 + 1),
-    "greedy_soup": (lambda minima: greedy_soup(minima, lambda _: Metrics(0.0, 0, 1)), 1, 2 + 1),
+    "greedy_soup": (lambda minima: greedy_soup(minima, lambda _: metrics(0.0, 0, 1)), 1, 2 + 1),
     # beside a member's weights the next one's, or the statistics of both
     "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 3),
     "regmean": (lambda minima: regmean(minima, factor=0.9), 1, 1 + 2),
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_number_of_members(name):
 
 
 def scores(by_value: dict[float, float]) -> Callable[[Weights], Metrics]:
-    return lambda own: Metrics(by_value[round(own["w"].item(), 6)], 0, 1)
+    return lambda own: metrics(by_value[round(own["w"].item(), 6)], 0, 1)
 
 
 def test_greedy_adds_in_order_of_validation_loss_what_does_not_make_the_mean_worse():
@@ -255,7 +255,7 @@ def test_the_best_of_independent_starts_is_labelled_and_allowed():
 AVERAGES = {
     "uniform_soup": uniform_soup,
     "weighted_soup": lambda minima, **options: weighted_soup(minima, weight_by="examples", **options),
-    "greedy_soup": lambda minima, **options: greedy_soup(minima, lambda _: Metrics(0.0, 0, 1), **options),
+    "greedy_soup": lambda minima, **options: greedy_soup(minima, lambda _: metrics(0.0, 0, 1), **options),
 }
 
 
@@ -303,16 +303,18 @@ def test_losses_that_are_no_numbers_are_refused_where_they_decide():
 
 
 def test_the_barrier_is_the_means_loss_less_the_mean_loss():
-    assert barrier(Metrics(30.0, 0, 10), points(0.0, 0.0, losses=[1.0, 2.0])) == pytest.approx(3.0 - 1.5)
+    assert barrier(metrics(30.0, 0, 10), points(0.0, 0.0, losses=[1.0, 2.0])) == pytest.approx(3.0 - 1.5)
 
 
 def test_the_ensemble_is_the_mean_of_predictions():
     one, two = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])
     logits = [minimum(0, {}, predictions=one.log() + 3), minimum(1, {}, predictions=two.log() - 5)]
     mean = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
-    torch.testing.assert_close(ensemble_outputs(logits, "cross_entropy").exp(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ensemble_outputs(logits, examples(1).task).exp(), mean, rtol=1e-6, atol=0)
     outputs = [minimum(0, {}, predictions=one), minimum(1, {}, predictions=two)]
-    torch.testing.assert_close(ensemble_outputs(outputs, "squared_error"), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR).task), mean, rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(one, torch.tensor([[0.2, 0.8]]))
 
 

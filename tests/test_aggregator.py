@@ -36,7 +36,7 @@ from raysubset.training import (
     predict,
     recompute_batch_norm,
 )
-from tests.tiny import cnn, examples, same_bits, weights
+from tests.tiny import cnn, examples, metrics, same_bits, weights
 
 RECIPE = MinimizeConfig(epochs=6, batch_size=16, learning_rate=0.05)
 VALIDATION, CALIBRATION = examples(90, seed=1), examples(120, seed=2)
@@ -50,8 +50,8 @@ def minimum_of(model: nn.Module, subset_id: int, *, start_id: str = "initial", n
         num_examples=num_examples,
         start_id=start_id,
         outcome="epochs",
-        training=Metrics(1.0, 1, 2),
-        validation=metrics_of_outputs(predictions, VALIDATION.labels, RECIPE),
+        training=metrics(1.0, 1, 2),
+        validation=metrics_of_outputs(predictions, VALIDATION.targets(), VALIDATION.task),
         cost=minimize(cnn(), examples(2), replace(RECIPE, epochs=0.1), seed=0).cost,
         load_weights=lambda: own,
         load_outputs=lambda: predictions,
@@ -98,9 +98,9 @@ def test_a_uniform_soup_is_reported_beside_its_members(minima):
     assert made.best_member.loss == min(losses)
     assert made.barrier == pytest.approx(made.validation.loss - sum(losses) / 3)
     probabilities = torch.stack([m.load_outputs().softmax(1) for m in minima]).mean(0)
-    expected = F.nll_loss(probabilities.log(), VALIDATION.labels, reduction="sum").item()
+    expected = F.nll_loss(probabilities.log(), VALIDATION.targets(), reduction="sum").item()
     assert made.ensemble.loss_sum == pytest.approx(expected, rel=1e-5)
-    assert made.ensemble.num_correct == (probabilities.argmax(1) == VALIDATION.labels).sum()
+    assert made.ensemble.sums["num_correct"] == (probabilities.argmax(1) == VALIDATION.targets()).sum()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_aggregate_of_one_minimum_is_that_minimum(minima, method):
 
 
 def test_a_member_whose_loss_is_no_number_is_never_the_best(minima):
-    lost = replace(minima[0], validation=Metrics(math.nan, 0, NUM_VALIDATION))
+    lost = replace(minima[0], validation=metrics(math.nan, 0, NUM_VALIDATION))
     made = aggregate([lost, *minima[1:]], AggregationConfig(), scorer())
     assert made.best_member == min((m.validation for m in minima[1:]), key=lambda m: m.loss)
 
@@ -164,7 +164,7 @@ def test_a_member_whose_loss_is_no_number_is_never_the_best(minima):
 @pytest.mark.parametrize("method", ["select_best", "auto"])
 def test_beside_a_member_that_holds_nan_the_best_can_be_taken_and_the_plain_mean_is_reported_as_nan(minima, method):
     spoilt = {k: v * math.nan if v.is_floating_point() else v for k, v in minima[0].load_weights().items()}
-    lost = replace(minima[0], validation=Metrics(math.nan, 0, NUM_VALIDATION), load_weights=lambda: spoilt)
+    lost = replace(minima[0], validation=metrics(math.nan, 0, NUM_VALIDATION), load_weights=lambda: spoilt)
     made = aggregate([lost, *minima[1:]], AggregationConfig(method=method), scorer(), start=START)
     assert made.aggregate.method == "select_best"
     best = min(minima[1:], key=lambda m: m.validation.loss)

@@ -27,8 +27,8 @@ from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Spec
-from raysubset.training import Cost, Metrics, Weights, evaluate, minimize
-from tests.tiny import same_bits, weights
+from raysubset.training import Cost, Weights, evaluate, minimize
+from tests.tiny import metrics, same_bits, weights
 
 CPU = torch.device("cpu")
 RECIPE = MinimizeConfig(epochs=20, batch_size=64)
@@ -214,8 +214,8 @@ def minimum(subset_id: int, own: Weights) -> Minimum:
         num_examples=600,
         start_id=f"start {subset_id}",
         outcome="epochs",
-        training=Metrics(1.0, 1, 2),
-        validation=Metrics(1.0, 1, 2),
+        training=metrics(1.0, 1, 2),
+        validation=metrics(1.0, 1, 2),
         cost=Cost(),
         load_weights=lambda: own,
         load_outputs=lambda: torch.zeros(0),
@@ -235,7 +235,7 @@ def strangers() -> Strangers:
         if norm not in found:
             found[norm] = []
             for k in range(2):
-                half = Examples(data.images[k::2], data.labels[k::2], data.mean, data.std)
+                half = data.select(torch.arange(k, len(data), 2))
                 model = trained_model(norm, seed=k)
                 minimize(model, half, RECIPE, seed=k)
                 found[norm].append(minimum(k, weights(model)))
@@ -284,7 +284,7 @@ def test_without_norm_layers_repair_makes_the_difference(strangers):
 )
 def test_all_forward_work_of_an_alignment_is_counted(strangers, matching, fix, passes):
     data = digits()
-    calibration = Examples(data.images[:300], data.labels[:300], data.mean, data.std)
+    calibration = data.select(torch.arange(300))
     model = trained_model("batch")
     _, report = aligned_soup(strangers("batch"), model, calibration, RECIPE, matching=matching, repair=fix)
     assert report.num_forward == passes * 300

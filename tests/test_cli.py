@@ -61,7 +61,7 @@ def test_config_file_gives_defaults_that_flags_override(tmp_path: Path, wrapped:
 
 
 def test_config_of_a_run_can_be_passed_back_in(tmp_path: Path):
-    config = Config(storage_path=str(tmp_path)).with_overrides({"rounds.num": 2, "minimize.label_smoothing": 0.1})
+    config = Config(storage_path=str(tmp_path)).with_overrides({"rounds.num": 2, "task.label_smoothing": 0.1})
     run = RunDirectory(str(tmp_path), "a-run")
     run.open(config.to_dict(), {})
     assert parse_config(["--config", f"{tmp_path}/a-run/config.json"]) == config

@@ -26,6 +26,7 @@ from raysubset.config import (
     ModelConfig,
     RoundsConfig,
     SubsetsConfig,
+    TaskConfig,
     TrackingConfig,
     TrunkConfig,
     derive_seed,
@@ -196,7 +197,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (MinimizeConfig, {"learning_rate": float("nan")}, "learning_rate = nan"),
     (MinimizeConfig, {"momentum": 1.0}, "minimize.momentum = 1.0"),
     (MinimizeConfig, {"weight_decay": -1.0}, "minimize.weight_decay = -1.0"),
-    (MinimizeConfig, {"label_smoothing": 1.0}, "minimize.label_smoothing = 1.0"),
+    (TaskConfig, {"label_smoothing": 1.0}, "task.label_smoothing = 1.0"),
     (MinimizeConfig, {"warmup_fraction": 1.0}, "minimize.warmup_fraction = 1.0"),
     (MinimizeConfig, {"tolerance": 0.0}, "minimize.tolerance = 0.0"),
     (
@@ -205,7 +206,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "takes that share of its full step, at most 1",
     ),
     (MinimizeConfig, {"optimizer": "cg", "precision": "bfloat16"}, "cg needs more digits .*minimize.precision=float32"),
-    (MinimizeConfig, {"loss": "squared_error", "label_smoothing": 0.1}, "label_smoothing belongs to cross_entropy"),
+    (TaskConfig, {"loss": "squared_error", "label_smoothing": 0.1}, "label_smoothing belongs to cross_entropy"),
     (TrunkConfig, {"epochs": -1.0}, "trunk.epochs = -1.0"),
     (TrunkConfig, {"num_workers": 0}, "trunk.num_workers = 0"),
     (RoundsConfig, {"num": 0}, "rounds.num = 0"),
@@ -392,6 +393,8 @@ WORDS = (
     "select_best",
     "mean",
     "characters",
+    "regression",
+    "balanced",
 )
 VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
 

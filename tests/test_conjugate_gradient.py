@@ -13,9 +13,9 @@ from raysubset.data import Examples
 from raysubset.training import minimize
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.objective import Objective
-from tests.tiny import examples, linear
+from tests.tiny import SQUARED_ERROR, examples, linear, with_labels
 
-RECIPE = MinimizeConfig(optimizer="cg", loss="squared_error", epochs=500)
+RECIPE = MinimizeConfig(optimizer="cg", epochs=500)
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -36,7 +36,7 @@ def quadratic(model: nn.Module, data: Examples) -> tuple[Tensor, Tensor]:
 
 
 def test_with_exact_searches_it_is_linear_conjugate_gradients_step_for_step():
-    data, model = examples(60, side=3), linear(9, dtype=torch.float64)
+    data, model = examples(60, side=3, objective=SQUARED_ERROR), linear(9, dtype=torch.float64)
     hessian, gradient = quadratic(model, data)
     weights, residual, direction = flat(model), -gradient, -gradient
     objective = Objective(model.eval(), data, RECIPE)
@@ -52,7 +52,7 @@ def test_with_exact_searches_it_is_linear_conjugate_gradients_step_for_step():
 
 def test_a_quadratic_of_d_parameters_takes_about_d_steps():
     """30 parameters, whose Hessian has ten values three times each: the same minimum in some ten steps."""
-    data, model = examples(60, side=3), linear(9, dtype=torch.float64)
+    data, model = examples(60, side=3, objective=SQUARED_ERROR), linear(9, dtype=torch.float64)
     hessian, gradient = quadratic(model, data)
     closed_form = flat(model) - torch.linalg.solve(hessian, gradient)
     objective = Objective(model.eval(), data, RECIPE)
@@ -65,8 +65,8 @@ def test_a_quadratic_of_d_parameters_takes_about_d_steps():
 def test_scipys_conjugate_gradients_end_at_the_same_minimum():
     """Logistic regression; its minimum is finite, as each image stands there with two labels."""
     data, model = examples(20, side=3), linear(9, dtype=torch.float64)
-    labels = torch.cat([data.labels, data.labels, (data.labels + 1) % 3])
-    data = replace(data, images=data.images.repeat(3, 1, 1, 1), labels=labels)
+    labels = torch.cat([data.targets(), data.targets(), (data.targets() + 1) % 3])
+    data = with_labels(data.select(torch.arange(20).repeat(3)), labels)
     images = data.batch(torch.arange(60), dtype=torch.float64)[0]
 
     def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -78,7 +78,7 @@ def test_scipys_conjugate_gradients_end_at_the_same_minimum():
         ).numpy()
 
     theirs = optimize.minimize(loss_and_gradient, flat(model).numpy(), jac=True, method="CG", options={"gtol": 1e-7})
-    recipe = replace(RECIPE, loss="cross_entropy", gradient_tolerance=1e-7)
+    recipe = replace(RECIPE, gradient_tolerance=1e-7)
     result = minimize(model, data, recipe, seed=0)
     assert result.outcome == "gradient"
     assert result.history[-1].loss == pytest.approx(theirs.fun, rel=1e-9)
@@ -97,7 +97,7 @@ class Rosenbrock(nn.Module):
 
 
 def test_a_bent_valley_is_followed_to_its_end():
-    data = replace(examples(4), labels=torch.zeros(4, dtype=torch.long))
+    data = with_labels(examples(4, objective=SQUARED_ERROR), torch.zeros(4, dtype=torch.long))
     model = Rosenbrock()
     result = minimize(model, data, replace(RECIPE, gradient_tolerance=1e-8), seed=0)
     assert result.outcome == "gradient"
@@ -106,7 +106,7 @@ def test_a_bent_valley_is_followed_to_its_end():
 
 
 def test_a_direction_uphill_is_left_for_the_gradients():
-    data, model = examples(60, side=3), linear(9, dtype=torch.float64)
+    data, model = examples(60, side=3, objective=SQUARED_ERROR), linear(9, dtype=torch.float64)
     objective = Objective(model.eval(), data, RECIPE)
     stepper, at = ConjugateGradient(objective), objective.evaluate()
     second = stepper.step(at, 10**6)

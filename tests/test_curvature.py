@@ -13,9 +13,9 @@ from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.training import Weights, diagonal_fisher, gram_matrices
 from tests.test_aggregation import minimum, networks
-from tests.tiny import cnn, examples, same_bits, weights
+from tests.tiny import cnn, examples, image_examples, same_bits, weights
 
-RECIPE = MinimizeConfig(loss="squared_error")
+RECIPE = MinimizeConfig()
 FLOOR = 1e-30
 
 
@@ -78,8 +78,7 @@ def test_where_no_member_has_curvature_the_floor_makes_it_the_mean():
 def regression(seed: int, num: int, side: int = 3) -> tuple[Examples, Tensor]:
     """Random pixels, and targets of their own for a least-squares problem."""
     images = torch.randint(256, (num, side, side, 1), dtype=torch.uint8, generator=generator(seed))
-    half = torch.full((1,), 0.5)
-    data = Examples(images, torch.zeros(num, dtype=torch.int64), half, half)
+    data = image_examples(images, torch.zeros(num, dtype=torch.int64), 0.5, 0.5)
     return data, torch.randn(num, 2, generator=generator(seed + 100), dtype=torch.float64)
 
 
@@ -133,7 +132,7 @@ def test_for_convolutions_it_is_the_least_squares_fit_to_all_members_outputs(lay
     for subset_id in range(2):
         own = {key: torch.randn(v.shape, generator=generated, dtype=v.dtype) for key, v in model.state_dict().items()}
         images = torch.randint(256, (12, 5, 5, 2), dtype=torch.uint8, generator=generated)
-        part = Examples(images, torch.zeros(12).long(), torch.ones(2), torch.ones(2))
+        part = image_examples(images, torch.zeros(12).long(), 1.0, 1.0)
         grams, _ = gram_matrices(model, part, RECIPE)
         minima.append(with_statistics(minimum(subset_id, own), gram=grams))
         data.append((part.batch(torch.arange(12), dtype=torch.float64)[0], own))

@@ -4,7 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from raysubset.config import DataConfig
-from raysubset.data import Examples, FullSet, Split, crop_and_flip, load_full_set
+from raysubset.data import Examples, FullSet, Split, load_full_set
 from raysubset.data.full_set import count_levels, statistics_of_levels
 from raysubset.data.labels import as_labels, number_classes
 from raysubset.data.sources import SourceSplit
 from raysubset.data.splitting import carve
 from raysubset.events import Note
+from raysubset.tasks import crop_and_flip
+from tests.tiny import image_examples, inputs_of
 
 REAL_DATA = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -28,14 +30,16 @@ def random_images(num: int, height: int = 8, width: int = 8, channels: int = 3, 
 
 def make_split(num: int = 20, **shape: int) -> Split:
     images = random_images(num, **shape)
-    return Split.from_arrays(images, np.arange(num) % 4, np.arange(num), {"sensor": pa.array(["a", "b"] * (num // 2))})
+    tensors = {"image": images, "label": np.arange(num) % 4}
+    return Split.from_arrays(tensors, np.arange(num), {"sensor": pa.array(["a", "b"] * (num // 2))})
 
 
-def make_examples(num: int = 20, augmentation: str = "none", **shape: int) -> Examples:
+def make_examples(num: int = 20, augmentation: Literal["none", "crop_flip"] = "none", **shape: int) -> Examples:
     images = torch.from_numpy(random_images(num, **shape))
     channels = images.shape[3]
-    mean, std = torch.tensor([0.3, 0.4, 0.5][:channels]), torch.tensor([0.2, 0.25, 0.3][:channels])
-    return Examples(images, torch.arange(num), mean, std, augmentation)  # pyright: ignore[reportArgumentType]
+    return image_examples(
+        images, torch.arange(num), [0.3, 0.4, 0.5][:channels], [0.2, 0.25, 0.3][:channels], augmentation
+    )
 
 
 def crop_and_flip_one_by_one(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -59,36 +63,36 @@ def digits() -> FullSet:
 
 def test_from_arrays_shares_memory_with_its_images():
     images = random_images(20)
-    split = Split.from_arrays(images, np.arange(20), np.arange(20), {})
-    assert np.shares_memory(split.images, images)
-    assert np.array_equal(split.images, images)
+    split = Split.from_arrays({"image": images, "label": np.arange(20)}, np.arange(20), {})
+    assert np.shares_memory(split.arrays()["image"], images)
+    assert np.array_equal(split.arrays()["image"], images)
 
 
 def test_a_split_is_read_only_and_in_place():
     split = make_split()
-    assert split.images.shape == (20, 8, 8, 3)
-    assert np.shares_memory(split.images, split.images)
-    assert np.shares_memory(split.labels, split.labels)
-    assert not split.images.flags.writeable
-    assert not split.labels.flags.writeable
+    first, again = split.arrays(), split.arrays()
+    assert first["image"].shape == (20, 8, 8, 3)
+    for name, values in first.items():
+        assert np.shares_memory(values, again[name])
+        assert not values.flags.writeable
     assert split.table.column("sensor").to_pylist() == ["a", "b"] * 10
 
 
 def test_taking_everything_copies_nothing():
     split = make_split()
-    images, labels = split.take()
-    assert images.data_ptr() == split.images.ctypes.data
-    assert labels.data_ptr() == split.labels.ctypes.data
-    assert images.shape == (20, 8, 8, 3)
+    taken, arrays = split.take(), split.arrays()
+    assert taken["image"].data_ptr() == arrays["image"].ctypes.data
+    assert taken["label"].data_ptr() == arrays["label"].ctypes.data
+    assert taken["image"].shape == (20, 8, 8, 3)
 
 
 def test_taking_some_copies_them_in_order():
     split = make_split()
-    images, labels = split.take(np.array([5, 3, 3]))
-    assert np.array_equal(images.numpy(), split.images[[5, 3, 3]])
-    assert labels.tolist() == [1, 3, 3]
-    images.zero_()
-    assert split.images.any()
+    taken = split.take(np.array([5, 3, 3]))
+    assert np.array_equal(taken["image"].numpy(), split.arrays()["image"][[5, 3, 3]])
+    assert taken["label"].tolist() == [1, 3, 3]
+    taken["image"].zero_()
+    assert split.arrays()["image"].any()
 
 
 def test_pickle_carries_the_splits_out_of_band_and_without_slack(digits: FullSet):
@@ -107,7 +111,7 @@ def test_a_restored_split_reads_the_buffers_it_was_given(digits: FullSet):
     stream = pickle.dumps(digits.test, protocol=5, buffer_callback=buffers.append)
     stored = [np.frombuffer(bytes(buffer.raw()), np.uint8) for buffer in buffers]
     restored: Split = pickle.loads(stream, buffers=stored)
-    assert any(np.shares_memory(restored.images, buffer) for buffer in stored)
+    assert any(np.shares_memory(restored.arrays()["image"], buffer) for buffer in stored)
 
 
 # Constants
@@ -126,8 +130,9 @@ def test_constant_images_have_a_deviation_of_one_grey_level():
 
 
 def test_constants_come_from_the_training_split(digits: FullSet):
-    assert digits.mean == pytest.approx([(digits.train.images / 255).mean()], rel=1e-12)
-    assert digits.std == pytest.approx([(digits.train.images / 255).std()], rel=1e-12)
+    pixels, inputs = digits.train.arrays()["image"] / 255, inputs_of(digits)
+    assert inputs.mean == pytest.approx([pixels.mean()], rel=1e-12)
+    assert inputs.std == pytest.approx([pixels.std()], rel=1e-12)
 
 
 # Examples
@@ -141,8 +146,8 @@ def test_a_batch_is_torchvisions_normalisation(channels: int, channels_last: boo
     examples = make_examples(channels=channels)
     indices = torch.tensor([7, 2, 2, 19])
     images, labels = examples.batch(indices, channels_last=channels_last)
-    as_floats = examples.images[indices].permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(images, functional.normalize(as_floats, examples.mean.tolist(), examples.std.tolist()))
+    as_floats, inputs = examples.rows["image"][indices].permute(0, 3, 1, 2) / 255, inputs_of(examples)
+    torch.testing.assert_close(images, functional.normalize(as_floats, list(inputs.mean), list(inputs.std)))
     assert labels.tolist() == [7, 2, 2, 19]
     size = 8 * 8 * channels
     strides = (size, 1, 8 * channels, channels) if channels_last else (size, 64, 8, 1)
@@ -166,8 +171,8 @@ def test_crop_and_flip_is_pad_slice_and_mirror_of_each_image(shape: tuple[int, i
     examples = make_examples(50, "crop_flip", height=height, width=width, channels=channels)
     draws = examples.draw(seed=1)
     assert draws is not None
-    found = crop_and_flip(examples.images, draws)
-    assert np.array_equal(found.numpy(), crop_and_flip_one_by_one(examples.images.numpy(), draws.numpy()))
+    found = crop_and_flip(examples.rows["image"], draws)
+    assert np.array_equal(found.numpy(), crop_and_flip_one_by_one(examples.rows["image"].numpy(), draws.numpy()))
 
 
 def test_crop_and_flip_is_torchvisions_crop_and_flip():
@@ -176,8 +181,10 @@ def test_crop_and_flip_is_torchvisions_crop_and_flip():
     examples = make_examples(30, "crop_flip", height=32, width=32)
     draws = examples.draw(seed=2)
     assert draws is not None
-    found = crop_and_flip(examples.images, draws).permute(0, 3, 1, 2)
-    for image, result, (dy, dx, flip) in zip(examples.images.permute(0, 3, 1, 2), found, draws.tolist(), strict=True):
+    found = crop_and_flip(examples.rows["image"], draws).permute(0, 3, 1, 2)
+    for image, result, (dy, dx, flip) in zip(
+        examples.rows["image"].permute(0, 3, 1, 2), found, draws.tolist(), strict=True
+    ):
         crop = functional.crop(functional.pad(image, [4]), dy, dx, 32, 32)
         assert torch.equal(result, functional.hflip(crop) if flip else crop)
 
@@ -214,24 +221,27 @@ def test_without_augmentation_nothing_is_drawn():
 
 def test_a_batch_writes_nothing_to_the_images():
     examples = make_examples(20, "crop_flip")
-    before = examples.images.clone()
+    before = examples.rows["image"].clone()
     images, _ = examples.batch(torch.arange(20), draws=examples.draw(0))
     images.zero_()
-    assert torch.equal(examples.images, before)
+    assert torch.equal(examples.rows["image"], before)
 
 
 def test_examples_of_a_whole_split_share_its_memory(digits: FullSet):
     examples = digits.examples("train")
-    assert examples.images.data_ptr() == digits.train.images.ctypes.data
+    assert examples.rows["image"].data_ptr() == digits.train.arrays()["image"].ctypes.data
     assert len(examples) == len(digits.train)
     assert len(digits.examples("test", np.array([4, 2]))) == 2
 
 
 def test_examples_are_augmented_only_where_asked_and_the_set_is():
     full_set = load_full_set(DataConfig(augmentation="crop_flip"))
-    assert full_set.examples("train", augment=True).augmentation == "crop_flip"
-    assert full_set.examples("train").augmentation == "none"
-    assert load_full_set(DataConfig()).examples("train", augment=True).augmentation == "none"
+    asked, unasked = (full_set.examples("train", np.arange(3), augment=augment) for augment in (True, False))
+    assert asked.is_augmented
+    assert asked.draw(0) is not None
+    assert not unasked.is_augmented
+    assert unasked.draw(0) is None
+    assert not load_full_set(DataConfig()).examples("train", np.arange(3), augment=True).is_augmented
 
 
 # Carving
@@ -281,8 +291,8 @@ def test_rows_are_disjoint_and_name_the_sources_examples(digits: FullSet):
     rows = [split.table.column("row").to_numpy() for split in splits]
     assert sorted(np.concatenate(rows)) == list(range(1797))
     for split, chosen in zip(splits, rows, strict=True):
-        assert np.array_equal(split.labels, loaded.target[chosen])
-        assert np.array_equal(split.images[..., 0], np.rint(loaded.images[chosen] * 255 / 16))
+        assert np.array_equal(split.arrays()["label"], loaded.target[chosen])
+        assert np.array_equal(split.arrays()["image"][..., 0], np.rint(loaded.images[chosen] * 255 / 16))
 
 
 def test_a_carved_test_split_is_noted(digits: FullSet):
@@ -424,7 +434,7 @@ def test_two_unicode_forms_of_a_name_are_one_class():
 
 @pytest.mark.parametrize("name", ["mnits", "no_such_set"])
 def test_an_unknown_name_lists_the_known(name: str):
-    with pytest.raises(ValueError, match="digits, mnist, fashion_mnist, cifar10, cifar100") as caught:
+    with pytest.raises(ValueError, match=r"digits, .*, mnist, fashion_mnist, cifar10, cifar100") as caught:
         load_full_set(DataConfig(name=name))
     assert ("did you mean mnist?" in str(caught.value)) == (name == "mnits")
 
@@ -438,14 +448,14 @@ def test_cifar10_is_torchvisions():
 
     full_set = load_full_set(DataConfig(name="cifar10", root=str(REAL_DATA)))
     theirs = CIFAR10(REAL_DATA, train=False)
-    assert np.array_equal(full_set.test.images, theirs.data)
-    assert full_set.test.labels.tolist() == theirs.targets
-    assert full_set.class_names == tuple(theirs.classes)
-    assert full_set.augmentation == "crop_flip"
-    assert np.bincount(full_set.train.labels).tolist() == [4500] * 10
-    assert np.bincount(full_set.validation.labels).tolist() == [500] * 10
-    assert full_set.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)  # as published for all 50,000
-    assert full_set.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=1e-3)
+    assert np.array_equal(full_set.test.arrays()["image"], theirs.data)
+    assert full_set.test.arrays()["label"].tolist() == theirs.targets
+    assert full_set.task.class_names == tuple(theirs.classes)
+    assert full_set.task.augmentation == "crop_flip"
+    assert np.bincount(full_set.train.arrays()["label"]).tolist() == [4500] * 10
+    assert np.bincount(full_set.validation.arrays()["label"]).tolist() == [500] * 10
+    assert inputs_of(full_set).mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)  # as published for all 50,000
+    assert inputs_of(full_set).std == pytest.approx((0.2470, 0.2435, 0.2616), abs=1e-3)
     buffers: list[pickle.PickleBuffer] = []
     assert len(pickle.dumps(full_set, protocol=5, buffer_callback=buffers.append)) < 10_000
     own = 60_000 * (3072 + 8 + 8) + full_set.fingerprint.get_total_buffer_size()
@@ -459,9 +469,9 @@ def test_mnist_is_torchvisions():
     full_set = load_full_set(DataConfig(name="mnist", root=str(REAL_DATA)))
     theirs = MNIST(REAL_DATA, train=True)
     rows = full_set.train.table.column("row").to_numpy()
-    assert np.array_equal(full_set.train.images[..., 0], theirs.data.numpy()[rows])
-    assert np.array_equal(full_set.train.labels, theirs.targets.numpy()[rows])
-    assert full_set.train.image_shape == (28, 28, 1)
-    assert full_set.augmentation == "none"
-    assert full_set.class_names == tuple("0123456789")
+    assert np.array_equal(full_set.train.arrays()["image"][..., 0], theirs.data.numpy()[rows])
+    assert np.array_equal(full_set.train.arrays()["label"], theirs.targets.numpy()[rows])
+    assert full_set.train.arrays()["image"].shape[1:] == inputs_of(full_set).image_shape == (28, 28, 1)
+    assert full_set.task.augmentation == "none"
+    assert full_set.task.class_names == tuple("0123456789")
     assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (54000, 6000, 10000)

@@ -9,17 +9,18 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
-from raysubset.training import Cost, Metrics, evaluate, metrics_of_outputs, predict, recompute_batch_norm
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, weights
+from raysubset.tasks import CrossEntropy, SquaredError
+from raysubset.training import Cost, Metrics, evaluate, mean_metrics, metrics_of_outputs, predict, recompute_batch_norm
+from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
-CROSS_ENTROPY = MinimizeConfig()
-SQUARED_ERROR = MinimizeConfig(loss="squared_error")
+RECIPE = MinimizeConfig()
+CROSS_ENTROPY = CrossEntropy()
 
 
-def two_pixels() -> tuple[nn.Module, Examples]:
+def two_pixels(objective: CrossEntropy | SquaredError = CROSS_ENTROPY) -> tuple[nn.Module, Examples]:
     """Pixels 0 and 255 become inputs 0 and 1; logits are (x, 0) and so for label 0 p = 1/2 and e/(e+1)."""
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    data = Examples(images, torch.tensor([1, 0]), torch.tensor([0.0]), torch.tensor([1.0]))
+    data = image_examples(images, torch.tensor([1, 0]), objective=objective)
     model = linear(1, 2)
     model[1].weight.data = torch.tensor([[1.0], [0.0]])  # type: ignore[index]
     model[1].bias.data.zero_()  # type: ignore[index]
@@ -27,82 +28,81 @@ def two_pixels() -> tuple[nn.Module, Examples]:
 
 
 def test_cross_entropy_and_accuracy_by_hand():
-    metrics = evaluate(*two_pixels(), CROSS_ENTROPY)
+    metrics = evaluate(*two_pixels(), RECIPE)
     assert metrics.loss_sum == pytest.approx(math.log(2) + math.log(1 + math.exp(-1)))
-    assert (metrics.num_correct, metrics.num_examples) == (1, 2)  # a tie goes to the first class
+    assert (metrics.sums["num_correct"], metrics.num_examples) == (1, 2)  # a tie goes to the first class
     assert metrics.accuracy == 0.5
     assert metrics.loss == metrics.loss_sum / 2
 
 
 def test_squared_error_by_hand():
-    metrics = evaluate(*two_pixels(), SQUARED_ERROR)
+    metrics = evaluate(*two_pixels(SQUARED_ERROR), RECIPE)
     assert metrics.loss_sum == pytest.approx((0 + 1) / 2 + 0)  # outputs (0, 0) for (0, 1), and (1, 0) for (1, 0)
 
 
 def test_the_reported_loss_is_without_label_smoothing():
-    smooth = MinimizeConfig(label_smoothing=0.3)
-    assert evaluate(*two_pixels(), smooth) == evaluate(*two_pixels(), CROSS_ENTROPY)
+    model, smooth = two_pixels(CrossEntropy(label_smoothing=0.3))
+    assert evaluate(model, smooth, RECIPE) == evaluate(*two_pixels(), RECIPE)
+    inputs, labels = smooth.batch(torch.arange(2))
+    assert smooth.task.loss(model(inputs), labels) > smooth.task.reported_loss(model(inputs), labels)
 
 
 def test_metrics_of_chunks_are_those_of_the_whole_in_evaluation_mode():
     model, data = noisy_network(), examples(1203)
-    recompute_batch_norm(model, data, CROSS_ENTROPY)
-    metrics = evaluate(model, data, CROSS_ENTROPY)
+    recompute_batch_norm(model, data, RECIPE)
+    metrics = evaluate(model, data, RECIPE)
     with torch.no_grad():
         outputs = model.eval()(data.batch(torch.arange(1203))[0])
-    assert metrics.loss_sum == pytest.approx(F.cross_entropy(outputs, data.labels, reduction="sum").item(), rel=1e-5)
-    assert metrics.num_correct == (outputs.argmax(1) == data.labels).sum()
+    assert metrics.loss_sum == pytest.approx(F.cross_entropy(outputs, data.targets(), reduction="sum").item(), rel=1e-5)
+    assert metrics.sums["num_correct"] == (outputs.argmax(1) == data.targets()).sum()
 
 
-@pytest.mark.parametrize("recipe", [CROSS_ENTROPY, SQUARED_ERROR])
-def test_metrics_of_outputs_are_those_of_the_model(recipe):
-    model, data = cnn(), examples(600)
-    outputs = predict(model, data, recipe)
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, SQUARED_ERROR])
+def test_metrics_of_outputs_are_those_of_the_model(objective):
+    model, data = cnn(), examples(600, objective=objective)
+    outputs = predict(model, data, RECIPE)
     assert outputs.dtype == torch.float32
-    from_outputs = metrics_of_outputs(outputs, data.labels, recipe)
-    from_model = evaluate(model, data, recipe)
+    from_outputs = metrics_of_outputs(outputs, data.targets(), data.task)
+    from_model = evaluate(model, data, RECIPE)
     assert from_outputs.loss == pytest.approx(from_model.loss, rel=1e-5)
-    assert from_outputs.num_correct == from_model.num_correct
+    assert from_outputs.sums == from_model.sums
+    assert from_outputs.accuracy == from_model.accuracy
 
 
 def test_a_confident_mistake_is_not_made_to_look_better_than_it_is():
-    metrics = metrics_of_outputs(torch.tensor([[0.0, 1e6]]), torch.tensor([0]), CROSS_ENTROPY)
+    metrics = metrics_of_outputs(torch.tensor([[0.0, 1e6]]), torch.tensor([0]), two_pixels()[1].task)
     assert metrics.loss == pytest.approx(1e6)
 
 
 def test_a_float64_model_is_measured_in_float64():
     data = examples(40)
     model = cnn().to(torch.float64)
-    assert recompute_batch_norm(model, data, CROSS_ENTROPY) == 40
+    assert recompute_batch_norm(model, data, RECIPE) == 40
     with torch.no_grad():
         outputs = model.eval()(data.batch(torch.arange(40), dtype=torch.float64)[0])
-    expected = F.cross_entropy(outputs, data.labels, reduction="sum").item()
-    assert evaluate(model, data, CROSS_ENTROPY).loss_sum == pytest.approx(expected, rel=1e-14)
-
-
-def test_no_examples_have_no_loss_to_add():
-    assert evaluate(cnn(), examples(0), CROSS_ENTROPY) == Metrics(0.0, 0, 0)
+    expected = F.cross_entropy(outputs, data.targets(), reduction="sum").item()
+    assert evaluate(model, data, RECIPE).loss_sum == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("measure", [evaluate, predict, recompute_batch_norm])
 def test_every_modules_mode_is_left_as_it_was(measure):
     model = noisy_network().train()
     model.dropout.eval()  # type: ignore[union-attr]
-    measure(model, examples(), CROSS_ENTROPY)
+    measure(model, examples(), RECIPE)
     assert {name for name, module in model.named_modules() if not module.training} == {"dropout"}
 
 
 def test_the_mode_is_left_as_it_was_when_a_network_fails():
     model = nn.Sequential(linear(64), nn.Linear(4, 4)).train()
     with pytest.raises(RuntimeError):
-        evaluate(model, examples(), CROSS_ENTROPY)
+        evaluate(model, examples(), RECIPE)
     assert all(module.training for module in model.modules())
 
 
 def test_batch_norm_statistics_are_those_of_torchs_update_bn_on_equal_batches():
     data = examples(1000)
     ours, torchs = cnn(), cnn()
-    assert recompute_batch_norm(ours, data, CROSS_ENTROPY) == 1000
+    assert recompute_batch_norm(ours, data, RECIPE) == 1000
     batches = [data.batch(indices)[0] for indices in torch.arange(1000).split(500)]
     torch.optim.swa_utils.update_bn(batches, torchs)
     for name, value in weights(torchs).items():
@@ -113,7 +113,7 @@ def test_batch_norm_statistics_are_those_of_torchs_update_bn_on_equal_batches():
 
 def test_a_single_left_over_example_is_no_batch_of_its_own():
     data, model = examples(501), cnn()
-    recompute_batch_norm(model, data, CROSS_ENTROPY)
+    recompute_batch_norm(model, data, RECIPE)
     with torch.no_grad():
         maps = model.block0.conv(data.batch(torch.arange(501))[0])  # type: ignore[union-attr, operator]
     expected = torch.stack([part.var((0, 2, 3)) for part in (maps[:251], maps[251:])]).mean(0)
@@ -125,7 +125,7 @@ def test_recomputing_batch_norm_leaves_all_but_the_statistics_alone():
     model.norm.momentum = 0.3  # type: ignore[union-attr]
     model.norm.num_batches_tracked.fill_(17)  # type: ignore[union-attr, operator]
     before = weights(model)
-    recompute_batch_norm(model, examples(), CROSS_ENTROPY)
+    recompute_batch_norm(model, examples(), RECIPE)
     assert model.norm.momentum == 0.3  # type: ignore[union-attr]
     changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert changed == {"norm.running_mean", "norm.running_var"}
@@ -134,22 +134,30 @@ def test_recomputing_batch_norm_leaves_all_but_the_statistics_alone():
 def test_recomputing_batch_norm_does_not_turn_dropout_on():
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)]
     with_dropout = nn.Sequential(nn.Dropout(0.9), *layers).train()
-    recompute_batch_norm(with_dropout, examples(), CROSS_ENTROPY)
+    recompute_batch_norm(with_dropout, examples(), RECIPE)
     once = weights(with_dropout)
-    recompute_batch_norm(nn.Sequential(nn.Identity(), *layers), examples(), CROSS_ENTROPY)
+    recompute_batch_norm(nn.Sequential(nn.Identity(), *layers), examples(), RECIPE)
     assert same_bits(weights(with_dropout), once)
 
 
 def test_a_network_without_running_statistics_costs_nothing_to_recompute():
-    assert recompute_batch_norm(cnn("group"), examples(), CROSS_ENTROPY) == 0
+    assert recompute_batch_norm(cnn("group"), examples(), RECIPE) == 0
 
 
-def test_metrics_add_up_and_survive_json():
-    whole = Metrics(3.0, 2, 4) + Metrics(1.0, 1, 1)
-    assert whole == Metrics(4.0, 3, 5)
+def test_metrics_divide_sums_once_and_survive_json():
+    whole = Metrics.of_sums(examples().task, 4.0, {"num_correct": 3}, 5)
     assert (whole.loss, whole.accuracy) == (0.8, 0.6)
-    assert Metrics.from_dict(whole.to_dict()) == whole
+    record = whole.to_dict()
+    assert list(record) == ["loss_sum", "num_correct", "num_examples", "loss", "accuracy"]
+    assert Metrics.from_dict(record) == whole
     assert math.isnan(Metrics.from_dict({"loss_sum": None, "num_correct": 0, "num_examples": 1}).loss)
+
+
+def test_mean_metrics_are_the_mean_loss_and_the_mean_qualities_of_several_models():
+    parts = [Metrics.of_sums(examples().task, loss, {"num_correct": num}, 5) for loss, num in ((3.0, 2), (1.0, 5))]
+    mean = mean_metrics(parts)
+    assert (mean.loss, mean.accuracy, mean.num_examples) == (pytest.approx(0.4), pytest.approx(0.7), 5)
+    assert Metrics.from_dict(mean.to_dict()) == mean
 
 
 def test_costs_add_up_and_weigh_forward_work_a_third():

@@ -15,8 +15,8 @@ from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Spec
-from raysubset.trained_model import TrainedModel, model_record, save_model
-from tests.tiny import stored_weights
+from raysubset.trained_model import TrainedModel, save_model
+from tests.tiny import image_record, stored_weights
 
 NAMES = ("cat", "a\ndog", "é, el")
 
@@ -25,12 +25,8 @@ def saved(folder: Path, model: ModelConfig, shape: tuple[int, int, int]) -> str:
     """A run directory that holds a model with batch-norm statistics other than the initial ones."""
     network = build_model(model, Spec((shape[2], *shape[:2]), (3,)), seed=1)
     network.train()(torch.randn(16, shape[2], *shape[:2]))
-    channels = shape[2]
-    record = model_record(
-        model, num_classes=3, class_names=NAMES, image_shape=shape, mean=(0.1,) * channels, std=(0.5,) * channels
-    )
     run = RunDirectory(str(folder), "a-run")
-    save_model(run, network.state_dict(), record)
+    save_model(run, network.state_dict(), image_record(model, NAMES, shape, 0.1, 0.5))
     return run.uri
 
 
@@ -163,14 +159,7 @@ def test_files_are_predicted_a_batch_at_a_time(directory: str, tmp_path: Path, m
 def test_a_users_network_is_exported_and_predicts_without_its_code(tmp_path: Path):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     run = RunDirectory(str(tmp_path), "a-run")
-    record = model_record(
-        ModelConfig(name="their_net:net"),
-        num_classes=3,
-        class_names=NAMES,
-        image_shape=(8, 8, 1),
-        mean=(0.1,),
-        std=(0.5,),
-    )
+    record = image_record(ModelConfig(name="their_net:net"), NAMES, (8, 8, 1), 0.1, 0.5)
     save_model(run, network.state_dict(), record, network=network)
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
     (prediction,) = predict_files(run.uri, [str(tmp_path / "a.png")])

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 from raysubset.config import MinimizeConfig
+from raysubset.tasks import CrossEntropy
 from raysubset.training import minimize
 from raysubset.training.whole_subset.gauss_newton import GaussNewton, conjugate_gradients
 from raysubset.training.whole_subset.objective import Objective
-from tests.tiny import cnn, examples, linear
+from tests.tiny import SQUARED_ERROR, cnn, examples, linear, with_labels
 
 RECIPE = MinimizeConfig(optimizer="gauss_newton", epochs=200)
-LEAST_SQUARES = replace(RECIPE, loss="squared_error")
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -37,21 +37,21 @@ def dense(model: nn.Module, images: Tensor, labels: Tensor, loss) -> Tensor:
 
 
 LOSSES = {
-    "cross_entropy": (RECIPE, lambda o, y: nn.functional.cross_entropy(o, y)),
+    "cross_entropy": (CrossEntropy(), lambda o, y: nn.functional.cross_entropy(o, y)),
     "smoothed": (
-        replace(RECIPE, label_smoothing=0.2),
+        CrossEntropy(label_smoothing=0.2),
         lambda o, y: nn.functional.cross_entropy(o, y, label_smoothing=0.2),
     ),
-    "squared_error": (LEAST_SQUARES, lambda o, y: (o - nn.functional.one_hot(y, 3)).square().mean()),
+    "squared_error": (SQUARED_ERROR, lambda o, y: (o - nn.functional.one_hot(y, 3)).square().mean()),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
 def test_products_are_those_of_the_dense_matrix_and_never_negative(loss, norm):
-    data, model = examples(20), cnn(norm).double().eval()
-    recipe, of_outputs = LOSSES[loss]
-    objective = Objective(model, data, replace(recipe, batch_size=1))  # chunks of 16 and 4
+    minimized, of_outputs = LOSSES[loss]
+    data, model = examples(20, objective=minimized), cnn(norm).double().eval()
+    objective = Objective(model, data, replace(RECIPE, batch_size=1))  # chunks of 16 and 4
     matrix = dense(model, *data.batch(torch.arange(20), dtype=torch.float64), of_outputs)
     for seed in range(3):
         vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -77,11 +77,11 @@ def test_frozen_parameters_have_no_part_in_it():
 
 
 def test_one_undamped_step_on_a_linear_model_is_least_squares():
-    data, model = examples(60, side=4), linear(16, dtype=torch.float64)
+    data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
     images, labels = data.batch(torch.arange(60), dtype=torch.float64)
     inputs = np.hstack([images.flatten(1).numpy(), np.ones((60, 1))])
     expected = np.linalg.lstsq(inputs, np.eye(3)[labels], rcond=None)[0]
-    objective = Objective(model.eval(), data, LEAST_SQUARES)
+    objective = Objective(model.eval(), data, RECIPE)
     stepper = GaussNewton(objective, damping=0.0, max_products=200, relative_progress=0.0)
     stepper.step(objective.evaluate(), 10**6)
     np.testing.assert_allclose(model[1].weight.detach().numpy().T, expected[:-1], atol=1e-6)  # type: ignore[index]
@@ -111,8 +111,8 @@ class Arctangent(nn.Module):
 
 
 def test_a_step_that_leads_up_is_halved_and_the_damping_doubled():
-    data = replace(examples(4), labels=torch.zeros(4, dtype=torch.long))
-    objective = Objective(model := Arctangent(), data, LEAST_SQUARES)
+    data = with_labels(examples(4, objective=SQUARED_ERROR), torch.zeros(4, dtype=torch.long))
+    objective = Objective(model := Arctangent(), data, RECIPE)
     stepper, at = GaussNewton(objective, damping=1e-9), objective.evaluate()
     below = stepper.step(at, 10**6)
     assert model.place.item() == pytest.approx(
@@ -124,8 +124,8 @@ def test_a_step_that_leads_up_is_halved_and_the_damping_doubled():
 
 
 def test_where_the_model_is_right_the_damping_falls_to_a_third():
-    data, model = examples(60, side=4), linear(16, dtype=torch.float64)
-    objective = Objective(model.eval(), data, LEAST_SQUARES)
+    data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
+    objective = Objective(model.eval(), data, RECIPE)
     stepper = GaussNewton(objective, damping=0.3)
     stepper.step(objective.evaluate(), 10**6)  # a quadratic: ρ = 1
     assert stepper.state_dict() == {"damping": pytest.approx(0.1), "growth": 2.0}

@@ -48,8 +48,8 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.training import Cost, evaluate
-from raysubset.work import pick_mistakes, tabulate_predictions
 from tests.test_report import BITS, a_record, conventional_record, metrics, minimum, of_task, round_of
+from tests.tiny import image_examples
 
 
 class Read(HTMLParser):
@@ -125,9 +125,10 @@ def a_directory(folder: Path, record: dict[str, Any] | None = None, *, name: str
     outputs = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.5], [0.0, 0.25, 1.0], [4.0, 0.0, 1.0]])
     labels, rows = torch.tensor([0, 1, 1, 2]), pa.chunked_array([pa.array([7, 8, 9, 10])])
     images = torch.arange(4 * 6, dtype=torch.uint8).view(4, 2, 3, 1)
-    predictions = tabulate_predictions(outputs, labels, rows)
+    examples = image_examples(images, labels)
+    predictions = pa.table({"row": rows, **examples.task.tabulate(outputs, labels)})
     run.write_table(PREDICTIONS_PATH, predictions)
-    run.write_table(MISTAKES_PATH, pick_mistakes(predictions, images))
+    run.write_table(MISTAKES_PATH, examples.task.mistakes(predictions, examples.rows, outputs))
     run.write_json("model.json", {"class_names": ["<b>bold</b>", "$x$ & y", "ok"], "image_shape": [2, 3, 1]})
     return run
 
@@ -235,15 +236,15 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     model = build_model(config.model, full_set.spec, seed=1)
     tested = work.test_weights(full_set, work.placed_model(full_set, 0, config), config, model.state_dict())
     expected = evaluate(model, full_set.examples("test"), config.minimize)
-    assert tested.metrics.num_correct == expected.num_correct
+    assert tested.metrics.sums == expected.sums
     assert tested.metrics.loss == pytest.approx(expected.loss, rel=1e-6)
     assert tested.cost.num_forward == len(full_set.test)
     table = tested.predictions
     assert table.column("row").to_pylist() == full_set.test.table.column("row").to_pylist()
-    num = full_set.num_classes
+    num = len(full_set.task.class_names)
     counts = confusion(table, num)
-    assert counts.trace() == expected.num_correct
-    assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.labels, minlength=num).tolist()
+    assert counts.trace() == expected.sums["num_correct"]
+    assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.arrays()["label"], minlength=num).tolist()
     wrong = [row["margin"] for row in table.to_pylist() if row["label"] != row["predicted"]]
     assert tested.mistakes.column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
 

@@ -14,9 +14,11 @@ from PIL import Image
 
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, decode_images, load_full_set
-from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey_range, level_notes
+from raysubset.data.findings import Findings, choose_grey_range, level_notes
 from raysubset.data.images import DamagedImages, EncodedImages, as_images, decode
 from raysubset.events import Note
+from raysubset.tasks import FULL_RANGE, GreyRange
+from tests.tiny import inputs_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -98,12 +100,12 @@ def test_twelve_bits_in_sixteen_keep_their_levels_alike_in_all_splits(tmp_path: 
         write(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", encode(ramp))
         write(tmp_path / "test" / "ab"[number % 2] / f"{number}.png", encode(ramp // 4))  # darker, with the same white
     full_set = load(tmp_path)
-    assert full_set.grey_range == (0, 4095)
-    assert np.array_equal(full_set.train.images[0, ..., 0], np.rint(ramp / (4095 / 255)))
-    assert np.array_equal(full_set.test.images[0, ..., 0], np.rint(ramp // 4 / (4095 / 255)))
+    assert inputs_of(full_set).grey_range == (0, 4095)
+    assert np.array_equal(full_set.train.arrays()["image"][0, ..., 0], np.rint(ramp / (4095 / 255)))
+    assert np.array_equal(full_set.test.arrays()["image"][0, ..., 0], np.rint(ramp // 4 / (4095 / 255)))
     assert noted(full_set, "run from 0 to 4095: read as 12 bits, 0 as black, 4095 as white")
-    again = decode_images(1, lambda _: encode(ramp), str, None, full_set.grey_range)
-    assert np.array_equal(again[0], full_set.train.images[0])
+    again = decode_images(1, lambda _: encode(ramp), str, None, inputs_of(full_set).grey_range)
+    assert np.array_equal(again[0], full_set.train.arrays()["image"][0])
 
 
 def test_sixteen_bits_in_use_stay_as_they_were(tmp_path: Path):
@@ -111,8 +113,8 @@ def test_sixteen_bits_in_use_stay_as_they_were(tmp_path: Path):
     for number in range(20):
         write(tmp_path / "ab"[number % 2] / f"{number}.png", encode(ramp))
     full_set = load(tmp_path)
-    assert full_set.grey_range == FULL_RANGE
-    assert np.array_equal(full_set.train.images[0, ..., 0], np.rint(ramp / 257))
+    assert inputs_of(full_set).grey_range == FULL_RANGE
+    assert np.array_equal(full_set.train.arrays()["image"][0, ..., 0], np.rint(ramp / 257))
     assert not noted(full_set, " bits")
 
 

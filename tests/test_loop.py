@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raysubset.config import ExtrapolationConfig, MinimizeConfig, derive_seed
 from raysubset.data import Examples
+from raysubset.tasks import Classification, CrossEntropy, SquaredError
 from raysubset.training import (
     Cost,
     DivergedError,
@@ -23,7 +24,7 @@ from raysubset.training import (
     num_steps_per_epoch,
 )
 from raysubset.training.optimizers import learning_rate_at
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import SQUARED_ERROR, cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
 
 
 def optimizer_by_hand(model: nn.Module, config: MinimizeConfig) -> torch.optim.Optimizer:
@@ -36,16 +37,17 @@ def optimizer_by_hand(model: nn.Module, config: MinimizeConfig) -> torch.optim.O
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, fused=True)
 
 
-def loss_by_hand(outputs: Tensor, labels: Tensor, config: MinimizeConfig) -> Tensor:
+def loss_by_hand(outputs: Tensor, labels: Tensor, objective: CrossEntropy | SquaredError) -> Tensor:
     """Summed over the examples."""
-    if config.loss == "squared_error":
+    if isinstance(objective, SquaredError):
         targets = torch.eye(outputs.shape[1], dtype=outputs.dtype)[labels]
         return (outputs - targets).square().sum() / outputs.shape[1]
-    return F.cross_entropy(outputs, labels, label_smoothing=config.label_smoothing, reduction="sum")
+    return F.cross_entropy(outputs, labels, label_smoothing=objective.label_smoothing, reduction="sum")
 
 
 def loop_by_hand(model: nn.Module, data: Examples, config: MinimizeConfig, seed: int) -> list[float]:
     """An epoch's order and augmentation come from its number, a step's dropout from the step's; returns mean losses."""
+    assert isinstance(data.task, Classification)
     optimizer = optimizer_by_hand(model, config)
     per_epoch = math.ceil(len(data) / config.batch_size)
     num_steps, losses, step = round(config.epochs * per_epoch), [], 0
@@ -62,7 +64,7 @@ def loop_by_hand(model: nn.Module, data: Examples, config: MinimizeConfig, seed:
             images, labels = data.batch(indices, draws=draws, channels_last=config.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
                 outputs = model(images)
-            loss = loss_by_hand(outputs.float(), labels, config)
+            loss = loss_by_hand(outputs.float(), labels, data.task.objective)
             optimizer.zero_grad()
             (loss * (1 / len(indices))).backward()
             optimizer.step()
@@ -90,8 +92,10 @@ RECIPES = [
 )
 @pytest.mark.parametrize("network", [cnn, noisy_network])
 def test_the_loop_equals_one_written_by_hand_to_the_last_bit(network, recipe):
-    config = MinimizeConfig(epochs=2.5, batch_size=8, **recipe)
-    data = examples(30, augmentation="crop_flip")
+    changes = dict(recipe)
+    objective = CrossEntropy(label_smoothing=changes.pop("label_smoothing", 0.0))
+    config = MinimizeConfig(epochs=2.5, batch_size=8, **changes)
+    data = examples(30, augmentation="crop_flip", objective=objective)
     ours, by_hand = network(), network()
     result = minimize(ours, data, config, seed=3)
     losses = loop_by_hand(by_hand, data, config, seed=3)
@@ -101,10 +105,10 @@ def test_the_loop_equals_one_written_by_hand_to_the_last_bit(network, recipe):
 
 
 def test_squared_error_is_the_mean_over_examples_and_outputs():
-    config = MinimizeConfig(epochs=2, batch_size=8, loss="squared_error", learning_rate=0.01)
+    config, data = MinimizeConfig(epochs=2, batch_size=8, learning_rate=0.01), examples(objective=SQUARED_ERROR)
     ours, by_hand = cnn(), cnn()
-    result = minimize(ours, examples(), config, seed=3)
-    losses = loop_by_hand(by_hand, examples(), config, seed=3)
+    result = minimize(ours, data, config, seed=3)
+    losses = loop_by_hand(by_hand, data, config, seed=3)
     assert [record.loss for record in result.history] == pytest.approx(losses, rel=1e-5)
     for name, value in weights(by_hand).items():
         torch.testing.assert_close(weights(ours)[name], value)
@@ -157,16 +161,14 @@ def test_fractions_of_epochs_stop_within_one(epochs, num_steps, epochs_seen):
 
 
 def test_divergence_restores_the_best_epochs_weights_and_forgets_the_moments():
-    recipe = MinimizeConfig(
-        epochs=20, batch_size=64, learning_rate=50, loss="squared_error", momentum=0.9, schedule="constant"
-    )
-    model, best = linear(64), linear(64)
-    result = minimize(model, examples(), recipe, seed=1)
+    recipe = MinimizeConfig(epochs=20, batch_size=64, learning_rate=50, momentum=0.9, schedule="constant")
+    data, model, best = examples(objective=SQUARED_ERROR), linear(64), linear(64)
+    result = minimize(model, data, recipe, seed=1)
     losses = [record.loss for record in result.history]
     assert result.outcome == "diverged"
     assert losses[-1] > 10 * losses[0]
     assert max(losses[:-1]) <= 10 * losses[0]
-    minimize(best, examples(), replace(recipe, epochs=1 + losses.index(min(losses))), seed=1)
+    minimize(best, data, replace(recipe, epochs=1 + losses.index(min(losses))), seed=1)
     assert same_bits(weights(model), weights(best))
     assert not result.optimizer["state"]
 
@@ -201,7 +203,7 @@ class Recorded(Examples):
 
 def recorded(num: int) -> Recorded:
     data = examples(num)
-    return Recorded(data.images, data.labels, data.mean, data.std)
+    return Recorded(data.rows, data.task)
 
 
 @pytest.mark.parametrize("num", [1, 7, 8, 9, 17, 30])

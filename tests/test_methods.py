@@ -17,7 +17,8 @@ from raysubset.aggregation import (
     statistics_of,
 )
 from raysubset.config import AGGREGATIONS, AggregationConfig
-from raysubset.training import Cost, Metrics, Weights
+from raysubset.training import Cost, Weights
+from tests.tiny import metrics
 
 INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0}
 
@@ -64,10 +65,10 @@ def test_actors_take_the_statistics_of_the_method_or_of_all_that_auto_tries() ->
 
 def minima(*values: float, start_id: str = "trunk") -> list[Minimum]:
     def one(subset_id: int, value: float) -> Minimum:
-        metrics = Metrics(value, 0, 1)
+        measured = metrics(value, 0, 1)
         weights = {"w": torch.tensor([value]), "n": torch.tensor(3)}
         return Minimum(
-            subset_id, 1, start_id.format(subset_id), "epochs", metrics, metrics, Cost(), lambda: weights, weights.get
+            subset_id, 1, start_id.format(subset_id), "epochs", measured, measured, Cost(), lambda: weights, weights.get
         )
 
     return [one(subset_id, value) for subset_id, value in enumerate(values)]
@@ -78,7 +79,7 @@ def never(*_: object) -> None:
 
 
 def context(start: Weights | None = None) -> Context:
-    return Context(start, frozenset({"w"}), lambda weights: Metrics(0.0, 0, 1), never, seed=0)
+    return Context(start, frozenset({"w"}), lambda weights: metrics(0.0, 0, 1), never, seed=0)
 
 
 @pytest.fixture

@@ -5,23 +5,24 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
+from raysubset.tasks import CrossEntropy
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.objective import Objective, dot
-from tests.tiny import cnn, examples, weights
+from tests.tiny import SQUARED_ERROR, cnn, examples, weights
 
 RECIPE = MinimizeConfig(optimizer="cg", batch_size=1)  # chunks of 16
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, MinimizeConfig(optimizer="cg", loss="squared_error", batch_size=1)])
-def test_chunks_add_up_to_the_loss_and_gradient_of_one_batch(recipe):
-    data, model = examples(50), cnn("batch").double().eval()
+@pytest.mark.parametrize("minimized", [CrossEntropy(), SQUARED_ERROR])
+def test_chunks_add_up_to_the_loss_and_gradient_of_one_batch(minimized):
+    data, model = examples(50, objective=minimized), cnn("batch").double().eval()
     images, labels = data.batch(torch.arange(50), dtype=torch.float64)
-    if recipe.loss == "cross_entropy":
+    if minimized == CrossEntropy():
         loss = nn.functional.cross_entropy(model(images), labels)
     else:
         loss = (model(images) - nn.functional.one_hot(labels, 3)).square().mean()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    objective = Objective(model, data, recipe)
+    objective = Objective(model, data, RECIPE)
     found = objective.evaluate()
     assert found.loss == pytest.approx(loss.item(), rel=1e-12)
     torch.testing.assert_close(found.gradient, gradient)

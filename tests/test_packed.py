@@ -17,7 +17,7 @@ from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.config.minimizing import AveragingConfig, ExtrapolationConfig, SkippingConfig
 from raysubset.data import Examples
 from raysubset.models import build_model
-from raysubset.tasks import Spec
+from raysubset.tasks import CrossEntropy, Spec, SquaredError
 from raysubset.training import (
     DivergedError,
     MinimizeResult,
@@ -27,7 +27,17 @@ from raysubset.training import (
     try_packing,
     why_not_packed,
 )
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import (
+    CROSS_ENTROPY,
+    SQUARED_ERROR,
+    cnn,
+    examples,
+    linear,
+    noisy_network,
+    same_bits,
+    through_a_file,
+    weights,
+)
 
 RECIPE = MinimizeConfig(epochs=3.0, batch_size=8, learning_rate=0.05)
 
@@ -70,12 +80,16 @@ class Members:
     sizes: Sequence[int] = (30, 30, 30)
     augmentation: Any = "crop_flip"
     network: Callable[[int], nn.Module] = field(default=lambda seed: cnn(seed=seed))
+    objective: CrossEntropy | SquaredError = CROSS_ENTROPY
 
     def models(self) -> list[nn.Module]:
         return [self.network(seed).double() for seed in range(len(self.sizes))]
 
     def examples(self) -> list[Examples]:
-        return [examples(size, augmentation=self.augmentation, seed=i) for i, size in enumerate(self.sizes)]
+        return [
+            examples(size, augmentation=self.augmentation, objective=self.objective, seed=i)
+            for i, size in enumerate(self.sizes)
+        ]
 
     def one_by_one(
         self, config: MinimizeConfig, **options: Sequence[Any]
@@ -136,15 +150,16 @@ def test_packed_equals_one_by_one_for_every_kind_of_network(name: str) -> None:
         {"optimizer": "adam", "learning_rate": 0.01},
         {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1},
         {"momentum": 0.0, "weight_decay": 0.0},
-        {"loss": "squared_error"},
-        {"label_smoothing": 0.1, "schedule": "one_cycle"},
+        {"objective": SQUARED_ERROR},
+        {"objective": CrossEntropy(label_smoothing=0.1), "schedule": "one_cycle"},
         {"channels_last": False, "schedule": "warmup_linear"},
         {"epochs": 2.4},
     ],
 )
 def test_packed_equals_one_by_one_for_every_recipe(changes: dict[str, Any]) -> None:
-    config = MinimizeConfig(**({"epochs": 3.0, "batch_size": 8, "learning_rate": 0.05} | changes))
-    members = Members()
+    recipe: dict[str, Any] = {"epochs": 3.0, "batch_size": 8, "learning_rate": 0.05} | changes
+    members = Members(objective=recipe.pop("objective", CROSS_ENTROPY))
+    config = MinimizeConfig(**recipe)
     assert_same_results(members.packed(config), members.one_by_one(config))
 
 
@@ -165,8 +180,10 @@ def test_each_member_stops_at_its_own_loss(changes: dict[str, float]) -> None:
 
 
 def test_a_member_that_diverges_goes_back_to_its_best_weights_and_the_others_go_on() -> None:
-    config = MinimizeConfig(epochs=10.0, batch_size=8, learning_rate=0.05, schedule="one_cycle", loss="squared_error")
-    members = Members(network=lambda seed: Scaled(4.0 if seed == 1 else 1.0))  # 16 times the curvature of the others
+    config = MinimizeConfig(epochs=10.0, batch_size=8, learning_rate=0.05, schedule="one_cycle")
+    members = Members(
+        network=lambda seed: Scaled(4.0 if seed == 1 else 1.0), objective=SQUARED_ERROR
+    )  # 16 times the curvature
     packed = members.packed(config)
     assert [result.outcome for result in packed[1]] == ["epochs", "diverged", "epochs"]
     assert_same_results(packed, members.one_by_one(config))

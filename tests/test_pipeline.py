@@ -13,8 +13,9 @@ from raysubset.models import build_model
 from raysubset.pipeline import _finished, run
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, REPORT_PATH, RESULT_PATH, RunDirectory
 from raysubset.tasks import Spec
-from raysubset.trained_model import model_record, save_model
+from raysubset.trained_model import save_model
 from tests.test_report import a_record
+from tests.tiny import image_record
 
 FINAL = ("model.safetensors", "model.json", PREDICTIONS_PATH, MISTAKES_PATH, RESULT_PATH)
 
@@ -26,7 +27,7 @@ def finished(tmp_path: Path) -> RunDirectory:
     directory.open(config(directory).to_dict(), {}, identify([config(directory)], {}, None))
     model = ModelConfig(width=2, depth=1)
     network = build_model(model, Spec((1, 8, 8), (2,)), seed=0)
-    made = model_record(model, num_classes=2, class_names=("a", "b"), image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))
+    made = image_record(model, ("a", "b"), (8, 8, 1), 0.5, 0.5)
     files, _ = save_model(directory, network.state_dict(), made)
     table = pa.table({"label": [0, 1], "predicted": [1, 1], "image": [bytes(64)] * 2})
     files |= {path: directory.write_table(path, table) for path in (PREDICTIONS_PATH, MISTAKES_PATH)}

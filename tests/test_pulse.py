@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from raysubset import pulse as pulse_module
-from raysubset.data import Examples
 from raysubset.pulse import Pulse, Watch, beat, begin, limit_s, pulse
+from tests.tiny import image_examples
 
 
 class Clock:
@@ -86,7 +86,7 @@ def test_the_usual_time_between_beats_leaves_out_the_first_and_each_piece_of_wor
 
 def test_each_batch_of_training_and_of_evaluation_is_a_beat() -> None:
     images, labels = torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
-    examples = Examples(images, labels, torch.zeros(1), torch.ones(1))
+    examples = image_examples(images, labels)
     begin()
     list(examples.epoch(order_seed=0, augmentation_seed=0, batch_sizes=[4, 4, 2]))
     list(examples.in_order([5, 5]))

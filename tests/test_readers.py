@@ -48,7 +48,7 @@ def by_row(full_set: FullSet) -> np.ndarray:
     """All images of a source without a test split, in its own order."""
     splits = (full_set.train, full_set.validation, full_set.test)
     rows = np.concatenate([split.table.column("row").to_numpy() for split in splits])
-    return np.concatenate([split.images for split in splits])[np.argsort(rows)]
+    return np.concatenate([split.arrays()["image"] for split in splits])[np.argsort(rows)]
 
 
 def load(path: Path | str, **settings: Any) -> FullSet:
@@ -114,7 +114,7 @@ def test_a_failing_download_is_one_line_with_the_way_out(tmp_path: Path, monkeyp
 
 
 def test_named_sets_are_resized_too():
-    assert load("digits", image_size=12).train.image_shape == (12, 12, 1)
+    assert load("digits", image_size=12).train.shapes["image"] == (12, 12, 1)
 
 
 # By function
@@ -134,14 +134,14 @@ def test_named_sets_are_resized_too():
 def test_a_function_may_return_arrays(own_data: Callable[[str], str], images: str):
     full_set = load(own_data(f"return {images}, labels"))
     assert np.array_equal(by_row(full_set)[..., 0], OWN_IMAGES)
-    assert full_set.num_classes == 4
+    assert len(full_set.task.class_names) == 4
     assert any("rounded to 8 bits" in note for note in full_set.notes) == ("255" in images)
 
 
 def test_a_function_may_return_torch_labels_or_class_names(own_data: Callable[[str], str]):
-    assert load(own_data("return images, torch.arange(40) % 4")).class_names == ("0", "1", "2", "3")
-    assert load(own_data("return images, np.array(['cat', 'ant'] * 20)")).class_names == ("ant", "cat")
-    assert load(own_data("return images, ['cat', 'ant'] * 20")).class_names == ("ant", "cat")
+    assert load(own_data("return images, torch.arange(40) % 4")).task.class_names == ("0", "1", "2", "3")
+    assert load(own_data("return images, np.array(['cat', 'ant'] * 20)")).task.class_names == ("ant", "cat")
+    assert load(own_data("return images, ['cat', 'ant'] * 20")).task.class_names == ("ant", "cat")
 
 
 def test_a_function_may_return_splits(own_data: Callable[[str], str]):
@@ -165,8 +165,8 @@ def test_a_function_may_return_a_table(own_data: Callable[[str], str]):
 def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[str], str]):
     table = "table = pa.table(dict(image=column, label=labels, word=['w' * 1000] * 40))"
     full_set = load(own_data(f"{table}\nreturn dict(train=table, test=table.slice(4, 8))"))
-    assert full_set.test.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert np.array_equal(full_set.test.images[..., 0], OWN_IMAGES[4:12])
+    assert full_set.test.arrays()["label"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert np.array_equal(full_set.test.arrays()["image"][..., 0], OWN_IMAGES[4:12])
     assert full_set.test.table.get_total_buffer_size() < 10_000
 
 
@@ -281,12 +281,12 @@ def test_hugging_faces_layout_gives_splits_classes_and_images(tmp_path: Path):
         pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
     (tmp_path / "README.md").write_text("a card")
     full_set = load(tmp_path)
-    assert full_set.class_names == ("cat", "dog", "emu")
-    assert full_set.num_classes == 3
-    assert np.array_equal(full_set.test.images, images[20:])
+    assert full_set.task.class_names == ("cat", "dog", "emu")
+    assert len(full_set.task.class_names) == 3
+    assert np.array_equal(full_set.test.arrays()["image"], images[20:])
     assert len(full_set.train) + len(full_set.validation) == 20
     rows = full_set.train.table.column("row").to_numpy()
-    assert np.array_equal(full_set.train.images, images[:20][rows])
+    assert np.array_equal(full_set.train.arrays()["image"], images[:20][rows])
 
 
 def test_a_uri_reads_like_a_path(tmp_path: Path):
@@ -406,13 +406,13 @@ def test_hive_folders_name_splits_labels_and_columns(tmp_path: Path, streamed: b
         part = [encode(image) for image in images[number * 15 : number * 15 + 15]]
         pq.write_table(pa.table({"image": part}), folder / "part-0.parquet", row_group_size=5)
     full_set = load(tmp_path, streamed=streamed)
-    assert full_set.class_names == ("cat", "dog ")
-    assert np.array_equal(full_set.test.images, images[30:])
-    assert full_set.test.labels.tolist() == [0] * 15 + [1] * 15
+    assert full_set.task.class_names == ("cat", "dog ")
+    assert np.array_equal(full_set.test.arrays()["image"], images[30:])
+    assert full_set.test.arrays()["label"].tolist() == [0] * 15 + [1] * 15
     assert full_set.test.table["year"].to_pylist() == [2022] * 15 + [2023] * 15
     rows = full_set.train.table.column("row").to_numpy()
-    assert full_set.train.labels.tolist() == [int(row >= 15) for row in rows]
-    assert np.array_equal(full_set.train.take()[0].numpy(), images[:30][rows])
+    assert full_set.train.arrays()["label"].tolist() == [int(row >= 15) for row in rows]
+    assert np.array_equal(full_set.train.take()["image"].numpy(), images[:30][rows])
 
 
 def test_hive_labels_are_integers_only_if_all_are(tmp_path: Path):
@@ -422,7 +422,7 @@ def test_hive_labels_are_integers_only_if_all_are(tmp_path: Path):
             folder.mkdir(parents=True)
             pq.write_table(pa.table({"image": [encode(i) for i in random_images(10)]}), folder / "0.parquet")
         full_set = load(tmp_path / labels[0])
-        assert full_set.class_names == names
+        assert full_set.task.class_names == names
 
 
 def test_a_split_or_file_that_is_ignored_is_not_opened(tmp_path: Path):
@@ -452,9 +452,9 @@ def test_a_split_of_a_function_or_named_set_can_be_ignored(own_data: Callable[[s
 def test_strings_and_dictionaries_name_the_classes(tmp_path: Path):
     words = ["dog", "cat"] * 20
     pq.write_table(encoded_table(random_images(40), words), tmp_path / "strings.parquet")
-    assert load(tmp_path / "strings.parquet").class_names == ("cat", "dog")
+    assert load(tmp_path / "strings.parquet").task.class_names == ("cat", "dog")
     feather.write_feather(encoded_table(random_images(40), pa.array(words).dictionary_encode()), tmp_path / "d.feather")
-    assert load(tmp_path / "d.feather").class_names == ("dog", "cat")
+    assert load(tmp_path / "d.feather").task.class_names == ("dog", "cat")
 
 
 def test_columns_can_be_named_otherwise(tmp_path: Path):
@@ -574,7 +574,7 @@ def test_files_that_do_not_go_together_are_refused(tmp_path: Path):
         ("nowhere/set.parquet", "there is no file or folder .*/nowhere/set.parquet"),
         ("set.parquet", "there is no file or folder .*/set.parquet"),
         ("nosuchscheme://bucket/set.parquet", "is no URI that pyarrow can open"),
-        ("./notes.txt", "notes.txt should end in .parquet"),
+        ("./notes.pdf", "notes.pdf should end in .parquet"),
         ("./empty", "the folder holds neither .parquet"),
         ("./only_test", "no training files, only test.parquet"),
     ],
@@ -583,7 +583,7 @@ def test_a_path_to_nothing_readable_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.pdf").write_text("hello")
     (tmp_path / "empty").mkdir()
     (tmp_path / "only_test").mkdir()
     (tmp_path / "only_test" / "test.parquet").write_text("")
@@ -612,7 +612,7 @@ def test_a_folder_per_class(tmp_path: Path):
     (tmp_path / "cat" / ".hidden.png").write_text("not an image")
     (tmp_path / "cat" / "notes.txt").write_text("not an image")
     full_set = load(tmp_path)
-    assert full_set.class_names == ("cat", "dog")
+    assert full_set.task.class_names == ("cat", "dog")
     assert np.array_equal(by_row(full_set), np.concatenate([random_images(10, seed=2), random_images(10, seed=1)]))
     rows = full_set.train.table.column("row").to_numpy()
     assert full_set.train.table.column("file").to_pylist() == [
@@ -631,7 +631,7 @@ def test_names_that_begin_with_an_underscore_and_every_suffix_of_pillow_are_read
     (tmp_path / "dog" / "000.png").rename(tmp_path / "dog" / "_DSC0001.png")
     full_set = load(tmp_path)
     assert len(by_row(full_set)) == 13
-    assert full_set.class_names == ("_background_", "dog")
+    assert full_set.task.class_names == ("_background_", "dog")
 
 
 def test_videos_and_what_systems_leave_behind_are_no_images(tmp_path: Path):
@@ -648,7 +648,7 @@ def test_videos_and_what_systems_leave_behind_are_no_images(tmp_path: Path):
         (tmp_path / litter).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / litter).write_bytes(b"?")
     full_set = load(tmp_path)
-    assert full_set.class_names == ("cat", "dog")
+    assert full_set.task.class_names == ("cat", "dog")
     assert "left out: hidden (3: __MACOSX/cat/._000.png, cat/@eaDir/000.png/THUMB.jpg, …)" in full_set.notes[1]
     assert ".zip (1: a.zip), .db (1: cat/Thumbs.db), .mpg (1: cat/a.mpg)" in full_set.notes[1]
 
@@ -666,7 +666,7 @@ def test_a_class_folder_without_images_is_refused_as_torchvision_does(tmp_path: 
         ImageFolder(classes)
     with pytest.raises(ValueError, match=rf"folder {emptied} holds no image: .*--data.ignored {emptied}$"):
         load(tmp_path)
-    assert load(tmp_path, ignored=emptied).class_names == ("cat", "dog")
+    assert load(tmp_path, ignored=emptied).task.class_names == ("cat", "dog")
 
 
 def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
@@ -674,7 +674,7 @@ def test_folders_of_splits_hold_folders_of_classes(tmp_path: Path):
         write_images(tmp_path / part, random_images(4, seed=number))
     full_set = load(tmp_path)
     assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (8, 4, 8)
-    assert np.array_equal(full_set.validation.images, random_images(4, seed=4))
+    assert np.array_equal(full_set.validation.arrays()["image"], random_images(4, seed=4))
 
 
 def layout_of(*folders: str, empty: tuple[str, ...] = ()) -> dict[str, list[str]]:
@@ -777,7 +777,7 @@ def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):
         write_images(tmp_path / part, random_images(5))
     with pytest.raises(ValueError, match=r"pets holds cat/000.png, .* once more, .*--data.ignored pets$"):
         load(tmp_path)
-    assert load(tmp_path, ignored="pets").class_names == ("cat", "dog")
+    assert load(tmp_path, ignored="pets").task.class_names == ("cat", "dog")
 
 
 def test_tables_beside_folders_of_images_are_refused(tmp_path: Path):
@@ -885,7 +885,7 @@ def test_two_images_of_differing_shapes_are_named_and_image_size_cures_it(tmp_pa
     write_images(tmp_path / "dog", random_images(5, height=12, width=8))
     with pytest.raises(ValueError, match=r"cat/000.png is 6x6, dog/000.png 12x8: give --data.image-size"):
         load(tmp_path)
-    assert load(tmp_path, image_size=4).train.image_shape == (4, 4, 3)
+    assert load(tmp_path, image_size=4).train.shapes["image"] == (4, 4, 3)
 
 
 def test_a_grey_split_is_repeated_where_another_has_colours(tmp_path: Path):
@@ -893,7 +893,7 @@ def test_a_grey_split_is_repeated_where_another_has_colours(tmp_path: Path):
         write_images(tmp_path / "train" / name, random_images(5))
         write_images(tmp_path / "test" / name, random_images(5, channels=1))
     full_set = load(tmp_path)
-    assert np.array_equal(full_set.test.images[:5], np.stack([random_images(5, channels=1)] * 3, axis=3))
+    assert np.array_equal(full_set.test.arrays()["image"][:5], np.stack([random_images(5, channels=1)] * 3, axis=3))
     assert any("the test split is grey" in note for note in full_set.notes)
 
 
@@ -993,10 +993,10 @@ def test_files_that_order_their_classes_otherwise_are_taken_by_name(tmp_path: Pa
     pq.write_table(class_labels(shaded([0, 2] * 10, [20, 0, 10]), ["bee", "cow", "ant"]), tmp_path / "train-1.parquet")
     pq.write_table(class_labels(shaded([0, 1] * 10, [20, 10]), ["bee", "ant"]), tmp_path / "test.parquet")
     full_set = load(tmp_path, streamed=streamed)
-    assert full_set.class_names == ("bee", "cow", "ant")
+    assert full_set.task.class_names == ("bee", "cow", "ant")
     for split in (full_set.train, full_set.validation, full_set.test):
-        images, labels = split.take()
-        assert set(zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True)) == {(10, 2), (20, 0)}
+        taken = split.take()
+        assert set(zip(taken["image"][:, 0, 0, 0].tolist(), taken["label"].tolist(), strict=True)) == {(10, 2), (20, 0)}
     assert any("train-0.parquet orders its classes unlike" in note for note in full_set.notes)
     pq.write_table(class_labels(shaded([0, 1] * 10, [20, 10]), ["bee", "dog"]), tmp_path / "train-2.parquet")
     with pytest.raises(ValueError, match=r"train-2.parquet names classes that .*train-1.parquet does not: dog"):
@@ -1007,7 +1007,7 @@ def test_a_file_without_class_names_beside_one_with_is_said(tmp_path: Path):
     pq.write_table(shaded([0, 1] * 10, [10, 20]), tmp_path / "a.parquet")
     pq.write_table(class_labels(shaded([0, 1] * 10, [10, 20]), ["bee", "ant"]), tmp_path / "b.parquet")
     full_set = load(tmp_path)
-    assert full_set.class_names == ("bee", "ant")
+    assert full_set.task.class_names == ("bee", "ant")
     assert any("a.parquet does not name its classes" in note for note in full_set.notes)
 
 
@@ -1028,7 +1028,7 @@ def test_metadata_that_says_nothing_is_passed_over(tmp_path: Path, text: str, is
     table = encoded_table(random_images(20), [0, 1] * 10).replace_schema_metadata({"huggingface": text})
     pq.write_table(table, tmp_path / "a.parquet")
     full_set = load(tmp_path / "a.parquet")
-    assert full_set.class_names == ("0", "1")
+    assert full_set.task.class_names == ("0", "1")
     assert any("a.parquet is passed over" in note for note in full_set.notes) == is_told
 
 
@@ -1053,7 +1053,7 @@ def test_arrows_other_layouts_of_texts_and_bytes_are_read(tmp_path: Path):
         with pa.ipc.new_file(tmp_path / f"{name}.arrow", table.schema) as writer:
             writer.write_table(table)
         full_set = load(tmp_path / f"{name}.arrow")
-        assert full_set.class_names == ("cat", "dog")
+        assert full_set.task.class_names == ("cat", "dog")
         assert np.array_equal(by_row(full_set), images)
         assert full_set.train.table["site"].to_pylist()[0] in ("a", "b")
     (tmp_path / "dictionary.arrow").unlink()
@@ -1099,7 +1099,7 @@ def test_tensors_of_ray_data_are_read_without_it(tmp_path: Path, name: str, stre
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=16)
     full_set = load(tmp_path / "a.parquet", streamed=streamed)
     rows = full_set.train.table["row"].to_numpy()
-    assert np.array_equal(full_set.train.take()[0], images[rows])
+    assert np.array_equal(full_set.train.take()["image"], images[rows])
 
 
 def test_tensors_of_ray_data_that_differ_in_shape_are_resized_or_refused(tmp_path: Path):
@@ -1122,7 +1122,7 @@ def test_tensors_of_ray_data_that_differ_in_shape_are_resized_or_refused(tmp_pat
 def test_a_pair_of_pairs_is_train_and_test_as_keras_returns_them(own_data: Callable[[str], str]):
     full_set = load(own_data("return (images, labels[:, None]), (images[:8], labels[:8, None])"))
     assert (len(full_set.train) + len(full_set.validation), len(full_set.test)) == (40, 8)
-    assert full_set.test.labels.tolist() == [0, 1, 2, 3] * 2
+    assert full_set.test.arrays()["label"].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_floats_that_use_few_levels_are_warned_of(own_data: Callable[[str], str]):

@@ -24,14 +24,14 @@ from raysubset.run_directory import (
     minimum_path,
 )
 from raysubset.run_directory.shapes import refuse_other_values
-from raysubset.training import Metrics
+from tests import tiny
 
 # A training set of 100, 50 to validate and 100 to test on: every number below can be worked out by hand.
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 100, 50, 100
 
 
 def metrics(loss: float, num_correct: int, num_examples: int) -> dict[str, Any]:
-    return Metrics(loss * num_examples, num_correct, num_examples).to_dict()
+    return tiny.metrics(loss * num_examples, num_correct, num_examples).to_dict()
 
 
 def history(num_epochs: int, *, num_steps: int = 2) -> list[dict[str, Any]]:
@@ -227,14 +227,14 @@ def test_gap_is_validation_less_own_loss():
 
 
 def test_squared_error_shows_the_ratio_beside_what_least_squares_would_give():
-    config = Config().with_overrides({"minimize.loss": "squared_error"})
+    config = Config().with_overrides({"task.loss": "squared_error"})
     part = one(sections(a_record(config)), "Minima")
     assert row(part, "0")[-2:] == ("2.00", "2.00")  # 0.2 / 0.1, and (3 + 1) / (3 - 1)
     assert "(Q+1)/(Q-1)" not in text(sections(a_record()))
 
 
 def test_law_is_not_stated_where_it_does_not_hold():
-    config = Config().with_overrides({"minimize.loss": "squared_error"})
+    config = Config().with_overrides({"task.loss": "squared_error"})
     record = a_record(config)
     record["stages"]["rounds"] = [round_of([minimum(0, overdetermination_ratio=0.5), minimum(1)])]
     assert row(one(sections(record), "Minima"), "0")[-1] == "none: Q ≤ 1"

@@ -8,7 +8,7 @@ from torch import nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.training import Progress, minimize
-from tests.tiny import examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import CROSS_ENTROPY, SQUARED_ERROR, examples, linear, noisy_network, same_bits, through_a_file, weights
 
 
 def stopped_at(step: int, model: nn.Module, data: Examples, config: MinimizeConfig, **options) -> tuple:
@@ -56,18 +56,19 @@ def test_a_run_that_ended_early_ends_likewise_when_resumed_from_its_last_checkpo
     recipe = {
         "tolerance": {"tolerance": 0.9},
         "target": {"target_loss": 100.0},
-        "diverged": {"learning_rate": 50.0, "loss": "squared_error", "momentum": 0.0},
+        "diverged": {"learning_rate": 50.0, "momentum": 0.0},
     }[ending]
     config = MinimizeConfig(epochs=9, batch_size=64, schedule="constant", **recipe)
+    data = examples(objective=SQUARED_ERROR if ending == "diverged" else CROSS_ENTROPY)
     states, model = [], linear(64)
 
     def on_step(progress: Progress) -> None:
         states.append(through_a_file(progress.capture()))
 
-    result = minimize(model, examples(), config, seed=1, on_step=on_step)
+    result = minimize(model, data, config, seed=1, on_step=on_step)
     assert result.outcome == ending
     resumed = linear(64, seed=9)
-    again = minimize(resumed, examples(), config, seed=1, state=states[-1])
+    again = minimize(resumed, data, config, seed=1, state=states[-1])
     assert again.outcome == ending
     assert again.history == result.history
     assert again.cost.num_steps == 0

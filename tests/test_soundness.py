@@ -15,7 +15,7 @@ from raysubset.models import build_model, copied
 from raysubset.planning import Plan, make_plan
 from raysubset.tasks import Spec
 from raysubset.training import are_probabilities, try_training
-from tests.tiny import weights
+from tests.tiny import examples, weights
 
 NETWORKS = """
 import threading
@@ -91,7 +91,7 @@ def _networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def plan(name: str, **overrides: Any) -> Plan:
     model = name if ":" in name or name in ("cnn", "mlp", "resnet18") else f"sound_networks:{name}"
     config = Config().with_overrides({"model.name": model} | {k.replace("__", "."): v for k, v in overrides.items()})
-    return make_plan(config, load_full_set(config.data))
+    return make_plan(config, load_full_set(*config.learned))
 
 
 def lines(name: str, **overrides: Any) -> list[str]:
@@ -108,9 +108,9 @@ def test_outputs_that_are_no_logits_are_warned_of_where_the_loss_wants_logits():
     for name in ("softmax", "sigmoid"):
         (line,) = lines(name)
         assert line.startswith(f"warning: sound_networks:{name} ends in a {name}, and cross-entropy takes a softmax")
-        assert lines(name, minimize__loss="squared_error") == []
+        assert lines(name, task__loss="squared_error") == []
     assert lines("log_softmax") == []  # whose softmax is that of the logits
-    (line,) = lines("log_softmax", minimize__loss="squared_error")
+    (line,) = lines("log_softmax", task__loss="squared_error")
     assert line.startswith("warning: sound_networks:log_softmax ends in a log_softmax")
 
 
@@ -170,7 +170,7 @@ def test_batches_too_small_for_the_workers_are_refused_and_for_one_fit_whatever_
 def test_trying_leaves_model_and_generators_alone():
     model = build_model(Config().model, Spec((1, 8, 8), (3,)), seed=0)
     before, states = weights(model), (torch.random.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002
-    try_training(model, MinimizeConfig(), num_classes=3, image_shape=(8, 8, 1))
+    try_training(model, MinimizeConfig(), examples())
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002

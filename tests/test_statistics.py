@@ -10,10 +10,12 @@ from torch import Tensor, nn
 import raysubset.training.statistics as statistics_module
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
-from raysubset.training import EXACT_OUTPUTS, diagonal_fisher, fisher_cost, gram_matrices
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, weights
+from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS, CrossEntropy, SquaredError
+from raysubset.tasks import losses as losses_module
+from raysubset.training import diagonal_fisher, fisher_cost, gram_matrices
+from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
-CROSS_ENTROPY, SQUARED = MinimizeConfig(), MinimizeConfig(loss="squared_error")
+RECIPE, CROSS_ENTROPY = MinimizeConfig(), CrossEntropy()
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -52,16 +54,16 @@ def of_outputs(outputs: Tensor, label: Tensor):
 
 
 @pytest.mark.parametrize(
-    ("config", "labels", "loss"),
+    ("objective", "labels", "loss"),
     [
         (CROSS_ENTROPY, "model", under_the_model),
         (CROSS_ENTROPY, "true", at_the_true_label),
-        (SQUARED, "model", of_outputs),
+        (SQUARED_ERROR, "model", of_outputs),
     ],
 )
-def test_the_fisher_is_the_mean_of_each_examples_squared_gradients(config, labels, loss):
-    model, data = network(), examples(40)
-    fisher, cost = diagonal_fisher(model, data, config, labels=labels)
+def test_the_fisher_is_the_mean_of_each_examples_squared_gradients(objective, labels, loss):
+    model, data = network(), examples(40, objective=objective)
+    fisher, cost = diagonal_fisher(model, data, RECIPE, labels=labels)
     expected = by_example(model, data, loss)
     assert fisher.keys() == expected.keys()
     for name, value in expected.items():
@@ -73,14 +75,14 @@ def test_the_fisher_is_the_mean_of_each_examples_squared_gradients(config, label
 
 def test_the_fisher_of_convolutions_and_batch_norm_too():
     model, data = cnn(seed=1), examples(6)
-    fisher, _ = diagonal_fisher(model, data, CROSS_ENTROPY)
+    fisher, _ = diagonal_fisher(model, data, RECIPE)
     for name, value in by_example(model, data, under_the_model).items():
         torch.testing.assert_close(fisher[name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_under_squared_error_it_is_the_diagonal_of_a_linear_models_hessian():
-    model, data = linear(64, dtype=torch.float64), examples(30)
-    fisher, _ = diagonal_fisher(model, data, SQUARED)
+    model, data = linear(64, dtype=torch.float64), examples(30, objective=SQUARED_ERROR)
+    fisher, _ = diagonal_fisher(model, data, RECIPE)
     images, labels = data.batch(torch.arange(30), dtype=torch.float64)
     targets = F.one_hot(labels, 3).double()
 
@@ -99,55 +101,61 @@ def test_a_network_that_has_fitted_its_subset_has_no_empirical_fisher_left():
     with torch.no_grad():
         model[1].bias.zero_()  # pyright: ignore
         model[1].weight.copy_((torch.linalg.pinv(images.flatten(1)) @ targets).T)  # pyright: ignore
-    fisher, _ = diagonal_fisher(model, data, CROSS_ENTROPY, labels="true")
+    fisher, _ = diagonal_fisher(model, data, RECIPE, labels="true")
     assert max(value.max() for value in fisher.values()) < 1e-12
 
 
-@pytest.mark.parametrize("config", [CROSS_ENTROPY, SQUARED])
-def test_memory_is_bounded_by_blocks_of_examples_and_terms_that_change_only_the_counted_work(config, monkeypatch):
-    model, data = network(), examples(20)
-    whole, cost = diagonal_fisher(model, data, config)
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, SQUARED_ERROR])
+def test_memory_is_bounded_by_blocks_of_examples_and_terms_that_change_only_the_counted_work(objective, monkeypatch):
+    model, data = network(), examples(20, objective=objective)
+    whole, cost = diagonal_fisher(model, data, RECIPE)
     num_parameters = sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(statistics_module, "MOST_ELEMENTS", 2 * num_parameters)  # two gradients at a time
-    blocks, more = diagonal_fisher(model, data, config)
+    blocks, more = diagonal_fisher(model, data, RECIPE)
     for name, value in whole.items():
         torch.testing.assert_close(blocks[name], value)
     assert (cost.num_forward, more.num_forward) == (20 * 2, 20 * 3)
     assert cost.num_backward == more.num_backward == 20 * 3
 
 
-@pytest.mark.parametrize("config", [CROSS_ENTROPY, SQUARED])
-def test_with_many_outputs_it_is_estimated_without_bias(config, monkeypatch):
-    model, data = network(), examples(30)
-    exact, _ = diagonal_fisher(model, data, config)
-    monkeypatch.setattr(statistics_module, "EXACT_OUTPUTS", 2)
-    monkeypatch.setattr(statistics_module, "SAMPLED_TERMS", 500)
-    estimate, cost = diagonal_fisher(model, data, config, seed=3)
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, SQUARED_ERROR])
+def test_with_many_outputs_it_is_estimated_without_bias(objective, monkeypatch):
+    model, data = network(), examples(30, objective=objective)
+    exact, _ = diagonal_fisher(model, data, RECIPE)
+    monkeypatch.setattr(losses_module, "EXACT_OUTPUTS", 2)
+    monkeypatch.setattr(losses_module, "SAMPLED_TERMS", 500)
+    estimate, cost = diagonal_fisher(model, data, RECIPE, seed=3)
     assert cost.num_backward == 500 * 30
     for name, value in exact.items():
         if value.sum() > 1e-12:
             assert (estimate[name].sum() / value.sum()).item() == pytest.approx(1, abs=0.05)
-    assert same_bits(diagonal_fisher(model, data, config, seed=3)[0], estimate)
-    assert not same_bits(diagonal_fisher(model, data, config, seed=4)[0], estimate)
+    assert same_bits(diagonal_fisher(model, data, RECIPE, seed=3)[0], estimate)
+    assert not same_bits(diagonal_fisher(model, data, RECIPE, seed=4)[0], estimate)
 
 
 def test_work_is_known_beforehand():
-    assert fisher_cost(50, 10, 1000, CROSS_ENTROPY, labels="model").num_backward == 500
-    assert fisher_cost(50, 10, 1000, CROSS_ENTROPY, labels="true").num_backward == 50
-    assert fisher_cost(50, 10, 1000, SQUARED, labels="true").num_backward == 500
-    many = fisher_cost(50, EXACT_OUTPUTS + 1, 1000, CROSS_ENTROPY, labels="model")
-    assert many.num_backward == 50 * statistics_module.SAMPLED_TERMS
+    def num_backward(objective: CrossEntropy | SquaredError, num_classes: int, labels: str) -> int:
+        task = image_examples(
+            torch.zeros(1, 8, 8, 1), torch.zeros(1), objective=objective, num_classes=num_classes
+        ).task
+        return fisher_cost(50, 1000, task, labels=labels).num_backward
+
+    assert num_backward(CROSS_ENTROPY, 10, "model") == 500
+    assert num_backward(CROSS_ENTROPY, 10, "true") == 50
+    assert num_backward(SQUARED_ERROR, 10, "true") == 500
+    assert num_backward(CROSS_ENTROPY, EXACT_OUTPUTS + 1, "model") == 50 * SAMPLED_TERMS
+    assert num_backward(SQUARED_ERROR, EXACT_OUTPUTS + 1, "model") == 50 * SAMPLED_TERMS
 
 
 @pytest.mark.parametrize("take", [diagonal_fisher, gram_matrices])
 def test_a_sample_is_a_mean_over_a_part_and_the_model_stays_as_it_was(take):
     model, data = cnn().train(), examples(30)
     before = weights(model)
-    taken, cost = take(model, data, CROSS_ENTROPY, num_examples=7, seed=5)
+    taken, cost = take(model, data, RECIPE, num_examples=7, seed=5)
     assert cost.num_forward in (7, 14)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(5))[:7]
-    part = Examples(data.images[order], data.labels[order], data.mean, data.std)
-    again, _ = take(model, part, CROSS_ENTROPY)
+    part = data.select(order)
+    again, _ = take(model, part, RECIPE)
     for name, value in taken.items():
         torch.testing.assert_close(value, again[name])
     assert same_bits(weights(model), before)
@@ -157,9 +165,9 @@ def test_a_sample_is_a_mean_over_a_part_and_the_model_stays_as_it_was(take):
 
 def test_the_fisher_refuses_noise():
     with pytest.raises(ValueError, match="the network has dropout"):
-        diagonal_fisher(noisy_network(), examples(), CROSS_ENTROPY)
+        diagonal_fisher(noisy_network(), examples(), RECIPE)
     with pytest.raises(ValueError, match="the examples are augmented"):
-        diagonal_fisher(cnn(), examples(augmentation="crop_flip"), CROSS_ENTROPY)
+        diagonal_fisher(cnn(), examples(augmentation="crop_flip"), RECIPE)
 
 
 class Tied(nn.Module):
@@ -178,18 +186,18 @@ class Tied(nn.Module):
 
 def test_tied_layers_stand_under_each_of_their_names():
     model, data = Tied(), examples(10)
-    fisher, _ = diagonal_fisher(model, data, CROSS_ENTROPY)
+    fisher, _ = diagonal_fisher(model, data, RECIPE)
     assert set(fisher) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert torch.equal(fisher["first.weight"], fisher["again.weight"])
     assert not fisher["unused.weight"].any()
-    grams, _ = gram_matrices(model, data, CROSS_ENTROPY)
+    grams, _ = gram_matrices(model, data, RECIPE)
     assert set(grams) == {"first", "again", "head"}
     assert grams["first"][0, -1, -1] == 2  # the constant input's square, of two calls an example
 
 
 def test_a_linear_layers_gram_is_that_of_its_inputs_and_a_constant():
     data = examples(30)
-    grams, cost = gram_matrices(linear(64, dtype=torch.float64), data, CROSS_ENTROPY)
+    grams, cost = gram_matrices(linear(64, dtype=torch.float64), data, RECIPE)
     inputs = data.batch(torch.arange(30), dtype=torch.float64)[0].flatten(1)
     inputs = torch.cat([inputs, torch.ones(30, 1)], dim=1)
     torch.testing.assert_close(grams["1"], (inputs.T @ inputs / 30).unsqueeze(0))
@@ -210,9 +218,9 @@ def test_a_linear_layers_gram_is_that_of_its_inputs_and_a_constant():
 def test_a_convolutions_gram_gives_the_sum_of_squares_of_its_outputs(layer, most_elements, monkeypatch):
     monkeypatch.setattr(statistics_module, "MOST_ELEMENTS", most_elements)
     layer = layer.double()
-    data = Examples(torch.randint(256, (9, 8, 8, 4), dtype=torch.uint8), torch.zeros(9).long(), *[torch.ones(4)] * 2)
+    data = image_examples(torch.randint(256, (9, 8, 8, 4), dtype=torch.uint8), torch.zeros(9).long(), 1.0, 1.0)
     model = nn.Sequential(layer)
-    (gram,) = gram_matrices(model, data, CROSS_ENTROPY)[0].values()
+    (gram,) = gram_matrices(model, data, RECIPE)[0].values()
     rows = layer.weight.flatten(1)
     rows = rows if layer.bias is None else torch.cat([rows, layer.bias[:, None]], dim=1)
     rows = rows.unflatten(0, (layer.groups, -1))
@@ -223,6 +231,6 @@ def test_a_convolutions_gram_gives_the_sum_of_squares_of_its_outputs(layer, most
 
 def test_hooks_are_gone_afterwards():
     model = cnn()
-    gram_matrices(model, examples(), CROSS_ENTROPY)
+    gram_matrices(model, examples(), RECIPE)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert math.isfinite(model(torch.zeros(1, 1, 8, 8)).sum().item())

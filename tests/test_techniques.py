@@ -18,7 +18,17 @@ from raysubset.training import Distillation, MinimizeResult, Progress, Shard, mi
 from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import (
+    SQUARED_ERROR,
+    cnn,
+    examples,
+    linear,
+    noisy_network,
+    same_bits,
+    through_a_file,
+    weights,
+    with_labels,
+)
 
 STEADY = MinimizeConfig(batch_size=8, epochs=3, learning_rate=0.02, schedule="constant")  # 4 steps an epoch of 30
 
@@ -313,7 +323,7 @@ def feed(skipping: Skipping, step: int, num_correct: int) -> None:
 
 def frozen_after(accuracies: list[int], config: SkippingConfig) -> list[bool]:
     """Whether weights are frozen after each window of one step, from its correct predictions of ten."""
-    skipping = Skipping(config, cnn(), Shard(), num_steps_per_epoch=1)
+    skipping = Skipping(config, cnn(), examples().task, Shard(), num_steps_per_epoch=1)
     found = []
     for step, num_correct in enumerate(accuracies, start=1):
         feed(skipping, step, num_correct)
@@ -333,7 +343,9 @@ def test_a_fall_of_accuracy_ends_a_freeze_early():
 
 
 def test_windows_average_their_steps():
-    skipping = Skipping(SkippingConfig(kind="wus", threshold=0.1, window=2), cnn(), Shard(), num_steps_per_epoch=1)
+    skipping = Skipping(
+        SkippingConfig(kind="wus", threshold=0.1, window=2), cnn(), examples().task, Shard(), num_steps_per_epoch=1
+    )
     for step, num_correct in enumerate([1, 5, 5, 2], start=1):  # 3 and 3.5 of ten
         feed(skipping, step, num_correct)
         assert skipping.is_frozen == (step == 4)
@@ -381,7 +393,7 @@ def test_wus_lr_decays_the_learning_rate_at_each_freeze_for_good():
 def test_convolutions_add_their_biases_outside_while_frozen_and_compute_the_same():
     model = cnn("none").double()
     images, labels = next(iter(examples().in_order([30], dtype=torch.float64)))
-    skipping = Skipping(replace(ALTERNATING, window=1.0), model, Shard(), num_steps_per_epoch=1)
+    skipping = Skipping(replace(ALTERNATING, window=1.0), model, examples().task, Shard(), num_steps_per_epoch=1)
 
     def outputs_and_gradients() -> tuple[Tensor, list[Tensor]]:
         outputs = model(images)
@@ -424,7 +436,7 @@ def test_every_turn_draws_its_examples_anew():
             drawn.append(indices.tolist())
             return super().batch(indices, **options)
 
-    recorded = Recorded(data.images, data.labels, data.mean, data.std)
+    recorded = Recorded(data.rows, data.task)
     minimize(linear(64), recorded, replace(STEADY, epoch_fraction=0.5, epochs=20), seed=0)
     turns = [set(a) | set(b) for a, b in zip(drawn[::2], drawn[1::2], strict=True)]
     assert all(len(turn) == 16 for turn in turns)
@@ -442,19 +454,19 @@ def test_under_cross_entropy_it_is_t_squared_times_the_divergence_from_the_mean_
     tempered = ensemble**0.5 / (ensemble**0.5).sum(1, keepdim=True)  # T = 2
     expected = 4 * (tempered * (tempered.log() - (student / 2).log_softmax(1))).sum()
     distillation = Distillation([Constant(t) for t in teachers], share=0.3, temperature=2.0)
-    targets = distillation.targets(torch.zeros(5, 1), "cross_entropy")
+    targets = distillation.targets(torch.zeros(5, 1), examples().task)
     torch.testing.assert_close(targets.exp(), ensemble)
-    loss = distillation.mixed(torch.tensor(7.0, dtype=torch.float64), student, targets, MinimizeConfig())
+    loss = distillation.mixed(torch.tensor(7.0, dtype=torch.float64), student, targets, examples().task)
     torch.testing.assert_close(loss, 0.7 * 7.0 + 0.3 * expected)
 
 
 def test_under_squared_error_it_is_the_distance_from_the_mean_outputs():
     student, teachers = torch.tensor([[1.0, 2.0]]), [torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 5.0]])]
     distillation = Distillation([Constant(t) for t in teachers], share=0.5, temperature=2.0)
-    targets = distillation.targets(torch.zeros(1, 1), "squared_error")
+    task = examples(objective=SQUARED_ERROR).task
+    targets = distillation.targets(torch.zeros(1, 1), task)
     assert targets.tolist() == [[1.0, 3.0]]
-    config = MinimizeConfig(loss="squared_error")
-    assert distillation.mixed(torch.tensor(4.0), student, targets, config).item() == 0.5 * 4 + 0.5 * (0 + 1) / 2
+    assert distillation.mixed(torch.tensor(4.0), student, targets, task).item() == 0.5 * 4 + 0.5 * (0 + 1) / 2
 
 
 class Constant(nn.Module):
@@ -475,10 +487,10 @@ def test_a_share_of_nothing_changes_no_bit():
 
 def test_labels_do_not_matter_when_all_of_the_loss_is_the_ensembles():
     data, ends = examples(), []
-    for labels in (data.labels, (data.labels + 1) % 3):
+    for labels in (data.targets(), (data.targets() + 1) % 3):
         model = cnn()
         teachers = Distillation([cnn(seed=1), cnn(seed=2)], share=1.0, temperature=2.0)
-        minimize(model, replace(data, labels=labels), STEADY, seed=0, distillation=teachers)
+        minimize(model, with_labels(data, labels), STEADY, seed=0, distillation=teachers)
         ends.append(weights(model))
     assert same_bits(*ends)
 

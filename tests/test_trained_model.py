@@ -10,12 +10,13 @@ from raysubset import load_model
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import Spec
-from raysubset.trained_model import GRAPH_PATH, RECORD_PATH, ModelRecord, TrainedModel, model_record, save_model
+from raysubset.tasks import Classification, ImageInputs, Spec
+from raysubset.trained_model import GRAPH_PATH, RECORD_PATH, ModelRecord, TrainedModel, save_model
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
 SHAPE, MEAN, STD = (6, 5, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
 NAMES = ("cat", "dog")
+TASK = Classification(ImageInputs(SHAPE, MEAN, STD), NAMES)
 
 
 @pytest.fixture
@@ -28,8 +29,7 @@ def network() -> nn.Module:
 @pytest.fixture
 def run(tmp_path: Path, network: nn.Module) -> RunDirectory:
     run = RunDirectory(str(tmp_path), "a-run")
-    record = model_record(CONFIG, num_classes=2, class_names=NAMES, image_shape=SHAPE, mean=MEAN, std=STD)
-    save_model(run, network.state_dict(), record)
+    save_model(run, network.state_dict(), ModelRecord(CONFIG, TASK))
     return run
 
 
@@ -37,9 +37,7 @@ def run(tmp_path: Path, network: nn.Module) -> RunDirectory:
 def users_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Of a network of the user's own, whose module is gone: had it been imported, it would have left a file."""
     run = RunDirectory(str(tmp_path_factory.mktemp("users")), "a-run")
-    record = model_record(
-        ModelConfig(name="their_net:net"), num_classes=2, class_names=NAMES, image_shape=SHAPE, mean=MEAN, std=STD
-    )
+    record = ModelRecord(ModelConfig(name="their_net:net"), TASK)
     network = UsersNetwork().eval()
     assert save_model(run, network.state_dict(), record, network=network)[1] is None
     return run
@@ -130,9 +128,7 @@ def test_a_records_function_is_called_only_where_the_user_says_so(
     (tmp_path / "evil_net.py").write_text("open('imported', 'w')\ndef net(*shape):\n    open('called', 'w')\n")
     monkeypatch.chdir(tmp_path)
     run.write_json(RECORD_PATH, run.read_json(RECORD_PATH) | {"model": {"name": "evil_net:net"}})
-    with pytest.raises(
-        ValueError, match=r"import 'evil_net' from .* call its 'net' with \(2, \(3, 6, 5\)\).*--trust-code"
-    ):
+    with pytest.raises(ValueError, match=r"import 'evil_net' from .* call its 'net'\. If you trust .*--trust-code"):
         load_model(run.uri)
     assert not (tmp_path / "imported").exists()
     with pytest.raises(ValueError, match="evil_net:net returned a NoneType"):

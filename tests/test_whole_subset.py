@@ -15,10 +15,20 @@ from raysubset.subsets import overdetermination_ratio
 from raysubset.training import DivergedError, Progress, evaluate, minimize, recompute_batch_norm
 from raysubset.training.whole_subset.lbfgs import ITERATIONS_PER_STEP
 from raysubset.training.whole_subset.objective import Objective
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import (
+    SQUARED_ERROR,
+    cnn,
+    examples,
+    linear,
+    noisy_network,
+    same_bits,
+    through_a_file,
+    weights,
+    with_labels,
+)
 
 RECIPE = MinimizeConfig(optimizer="lbfgs", epochs=60)
-LEAST_SQUARES = replace(RECIPE, loss="squared_error", epochs=200)
+LONG = replace(RECIPE, epochs=200)
 
 
 def design(data: Examples) -> Tensor:
@@ -29,18 +39,18 @@ def design(data: Examples) -> Tensor:
 
 def least_squares(data: Examples, num_classes: int = 3) -> Tensor:
     """Float64 [pixels + 1, M]: the closed form of what a linear model ends at."""
-    targets = torch.eye(num_classes, dtype=torch.float64)[data.labels]
+    targets = torch.eye(num_classes, dtype=torch.float64)[data.targets()]
     return torch.linalg.lstsq(design(data), targets).solution
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])  # four chunks of 16 examples, or one
 def test_a_linear_models_minimum_is_the_closed_form_of_least_squares(batch_size):
-    data, model = examples(60, side=4), linear(16, dtype=torch.float64)
-    result = minimize(model, data, replace(LEAST_SQUARES, batch_size=batch_size), seed=0)
+    data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
+    result = minimize(model, data, replace(LONG, batch_size=batch_size), seed=0)
     expected = least_squares(data)
     torch.testing.assert_close(model[1].weight.detach().T, expected[:-1], rtol=0, atol=1e-4)  # type: ignore[index]
     torch.testing.assert_close(model[1].bias.detach(), expected[-1], rtol=0, atol=1e-4)  # type: ignore[index]
-    residuals = design(data) @ expected - torch.eye(3, dtype=torch.float64)[data.labels]
+    residuals = design(data) @ expected - torch.eye(3, dtype=torch.float64)[data.targets()]
     assert result.history[-1].loss == pytest.approx(residuals.square().mean().item(), rel=1e-8)
     assert result.outcome == "tolerance"
 
@@ -75,10 +85,11 @@ def test_lbfgs_equals_torchs_run_by_hand_to_the_last_bit():
 def test_lbfgs_goes_on_until_the_gradient_is_within_its_tolerance(tolerance: float):
     """torch's tolerance_change ended it at a gradient of 1e-5, whatever was asked for."""
     model = linear(64, dtype=torch.float64)
-    recipe = replace(RECIPE, loss="squared_error", epochs=3000, gradient_tolerance=tolerance, channels_last=False)
-    result = minimize(model, examples(200), recipe, seed=0)
+    recipe = replace(RECIPE, epochs=3000, gradient_tolerance=tolerance, channels_last=False)
+    data = examples(200, objective=SQUARED_ERROR)
+    result = minimize(model, data, recipe, seed=0)
     assert result.outcome == "gradient"
-    assert Objective(model, examples(200), recipe).evaluate().largest_slope <= tolerance
+    assert Objective(model, data, recipe).evaluate().largest_slope <= tolerance
 
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
@@ -135,8 +146,8 @@ def test_a_target_stops_it(optimizer):
 
 @pytest.mark.parametrize("optimizer", ["cg", "gauss_newton"])
 def test_a_small_relative_decrease_stops_it(optimizer):
-    recipe = replace(LEAST_SQUARES, optimizer=optimizer, tolerance=0.02)
-    result = minimize(linear(16), examples(60, side=4), recipe, seed=0)
+    recipe = replace(LONG, optimizer=optimizer, tolerance=0.02)
+    result = minimize(linear(16), examples(60, side=4, objective=SQUARED_ERROR), recipe, seed=0)
     losses = [r.loss for r in result.history]
     decreases = [1 - after / before for before, after in pairwise(losses)]
     assert result.outcome == "tolerance"
@@ -146,12 +157,12 @@ def test_a_small_relative_decrease_stops_it(optimizer):
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 def test_a_small_gradient_stops_it(optimizer):
-    data, model = examples(60, side=4), linear(16, dtype=torch.float64)
-    recipe = replace(LEAST_SQUARES, optimizer=optimizer, gradient_tolerance=1e-3)
+    data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
+    recipe = replace(LONG, optimizer=optimizer, gradient_tolerance=1e-3)
     result = minimize(model, data, recipe, seed=0)
     assert result.outcome == "gradient"
     loss = nn.functional.mse_loss(
-        model(data.batch(torch.arange(60), dtype=torch.float64)[0]), torch.eye(3)[data.labels]
+        model(data.batch(torch.arange(60), dtype=torch.float64)[0]), torch.eye(3)[data.targets()]
     )
     slopes = torch.autograd.grad(loss, list(model.parameters()))
     assert max(slope.abs().max().item() for slope in slopes) <= 1e-3
@@ -225,10 +236,10 @@ def test_divergence_gives_the_start_back(optimizer):
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 def test_at_the_edge_of_the_void_the_best_weights_are_kept(optimizer):
     """The minimum, each class's share of a third, lies beyond the edge of what has a number."""
-    data, model = examples(31), Cliff(0.3)
-    start = evaluate(model, data, LEAST_SQUARES).loss
-    result = minimize(model, data, replace(LEAST_SQUARES, optimizer=optimizer, epochs=60), seed=0)
-    end = evaluate(model, data, LEAST_SQUARES).loss
+    data, model = examples(31, objective=SQUARED_ERROR), Cliff(0.3)
+    start = evaluate(model, data, LONG).loss
+    result = minimize(model, data, replace(LONG, optimizer=optimizer, epochs=60), seed=0)
+    end = evaluate(model, data, LONG).loss
     assert model.offset.abs().max() <= 0.3
     if optimizer == "lbfgs":  # torch's line search does not shorten steps that end without a number
         assert (result.outcome, end) == ("diverged", start)
@@ -239,7 +250,7 @@ def test_at_the_edge_of_the_void_the_best_weights_are_kept(optimizer):
 
 
 def test_one_example_has_a_minimum():
-    result = minimize(linear(64, dtype=torch.float64), examples(1), LEAST_SQUARES, seed=0)
+    result = minimize(linear(64, dtype=torch.float64), examples(1, objective=SQUARED_ERROR), LONG, seed=0)
     assert result.history[-1].loss == pytest.approx(0, abs=1e-10)
 
 
@@ -270,14 +281,14 @@ def test_fresh_noise_costs_least_squares_what_the_overdetermination_ratio_says(r
 
 def test_minima_of_the_loop_obey_the_law_of_overdetermination():
     """Random labels are noise: the minimum of one draw is scored on another at the same inputs."""
-    data, losses = examples(48, side=3, seed=7), []
+    data, losses = examples(48, side=3, objective=SQUARED_ERROR, seed=7), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         draws = torch.randint(0, 3, (2, 48), generator=generator)
-        own, fresh = (replace(data, labels=labels) for labels in draws)
+        own, fresh = (with_labels(data, labels) for labels in draws)
         model = linear(9, dtype=torch.float64)
-        minimize(model, own, LEAST_SQUARES, seed=0)
-        losses.append([evaluate(model, part, LEAST_SQUARES).loss for part in (own, fresh)])
+        minimize(model, own, LONG, seed=0)
+        losses.append([evaluate(model, part, LONG).loss for part in (own, fresh)])
     ratio = overdetermination_ratio(48, 3, 10 * 3)
     assert ratio == 4.8
     assert standard_errors_off(*np.array(losses).T, ratio) < 4

@@ -176,7 +176,7 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
     assert leave_metrics(full_set, 0, test) == test.record() == metrics.to_dict()
     model = new_model(CONFIG.model, full_set)
     model.load_state_dict(made.aggregate.weights)
-    assert metrics.num_correct == evaluate(model, full_set.examples("test"), CONFIG.minimize).num_correct
+    assert metrics.sums == evaluate(model, full_set.examples("test"), CONFIG.minimize).sums
     assert all(directory.exists(path) for path in files)
     works = {work.stage: work for work in Ledger(directory).read()}
     assert {(works[stage].node, works[stage].device) for stage in ("aggregation", "test")} == {("there", "cpu")}

@@ -3,6 +3,7 @@
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import safetensors.torch
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import ModelConfig
-from raysubset.data import Examples
+from raysubset.data import Examples, FullSet
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
+from raysubset.trained_model import ModelRecord
+from raysubset.training import Metrics
+
+CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
 
 
 def examples(
@@ -28,7 +33,7 @@ def examples(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (num, side, side, 1), dtype=torch.uint8, generator=generator)
     labels = images[:, : side // 2].float().mean((1, 2, 3)).argsort().argsort() * 3 // num
-    return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective)
+    return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective, num_classes=3)
 
 
 def image_examples(
@@ -51,6 +56,30 @@ def image_examples(
         ImageInputs((height, width, channels), mean, std, augmentation), names, objective or CrossEntropy()
     )
     return Examples({"image": images, "label": labels}, task, augment=True)
+
+
+def with_labels(examples: Examples, labels: Tensor) -> Examples:
+    return replace(examples, rows={**examples.rows, "label": labels})
+
+
+def inputs_of(data: Examples | FullSet) -> ImageInputs:
+    """What a classification of images is learned from."""
+    assert isinstance(data.task, Classification)
+    assert isinstance(data.task.inputs, ImageInputs)
+    return data.task.inputs
+
+
+def image_record(
+    model: ModelConfig, class_names: tuple[str, ...], image_shape: tuple[int, int, int], mean: float, std: float
+) -> ModelRecord:
+    """model.json of a classification of images whose channels have one mean and deviation."""
+    inputs = ImageInputs(image_shape, (mean,) * image_shape[2], (std,) * image_shape[2])
+    return ModelRecord(model, Classification(inputs, class_names))
+
+
+def metrics(loss_sum: float, num_correct: int, num_examples: int) -> Metrics:
+    """Of classification."""
+    return Metrics.of_sums(examples(1).task, loss_sum, {"num_correct": num_correct}, num_examples)
 
 
 def cnn(norm: Literal["batch", "group", "none"] = "batch", *, seed: int = 0) -> nn.Module:
