@@ -163,7 +163,7 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
     with pytest.raises(ValueError, match="has 3 different integers in 4 training rows, from 5 to 900: use --task regr"):
         numbers([5, 70, 900, 5], [5])
     tables = read_tables(of(tmp_path))
-    with pytest.raises(ValueError, match=r"classification learns one column, and data.target names target, a"):
+    with pytest.raises(ValueError, match=r"classification learns one column, not target, a: name one"):
         class_numbers(dataclasses.replace(tables, targets=("target", "a")))
 
 

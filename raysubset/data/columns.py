@@ -161,7 +161,10 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
     """
     target, *others = tables.targets
     if others:
-        raise ValueError(f"classification learns one column, and data.target names {', '.join(tables.targets)}")
+        raise ValueError(
+            f"classification learns one column, not {some(tables.targets)}: name one with --data.target, or use --task "
+            "regression"
+        )
     columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
     names = _integer_names(columns["train"], target)
     source: Source = {}

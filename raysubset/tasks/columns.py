@@ -166,7 +166,7 @@ def fit_columns(
     columns: list[InputColumn] = []
     constant: list[str] = []
     times: list[str] = []
-    filled: list[str] = []
+    own: list[str] = []
     for name in dict.fromkeys(names):
         values = _column(table, name, where)
         if _is_any(values.type, _TEXTS):
@@ -185,15 +185,15 @@ def fit_columns(
         columns.append(column)
         if column.kind == "time":
             times.append(name)
-        if num := _num_missing(values):
-            filled.append(f"{name} ({num}{', a category of their own' if column.has_missing else ''})")
+        if column.has_missing:
+            own.append(f"{name} ({_texts(values).null_count})")
     notes = []
     if constant:
         notes.append(Note(f"columns that are the same in all training rows are left out: {_listed(constant)}"))
     if times:
         notes.append(Note(f"dates and times are read as numbers of seconds: {_listed(times)}"))
-    if filled:
-        notes.append(Note(f"missing values of training rows filled with the mean: {_listed(filled)}"))
+    if own:
+        notes.append(Note(f"missing texts of training rows are a category of their own: {_listed(own)}"))
     if not columns:
         raise ValueError(
             f"no column of {where} tells its rows apart ({_listed(constant) or 'none is left'}): name others with "
@@ -409,12 +409,6 @@ def _seconds(values: pa.ChunkedArray) -> np.ndarray:
 def _float64(values: pa.ChunkedArray) -> np.ndarray:
     """A copy, NaN for nulls."""
     return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
-
-
-def _num_missing(values: pa.ChunkedArray) -> int:
-    if pa.types.is_floating(values.type):
-        return int(np.isnan(_float64(values)).sum())
-    return values.null_count
 
 
 def _such_as(values: pa.ChunkedArray) -> str:
