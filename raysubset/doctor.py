@@ -26,6 +26,7 @@ from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event
 from raysubset.identity import identify
+from raysubset.models import architecture
 from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
@@ -116,7 +117,8 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
     except (ValueError, RuntimeError, ImportError) as error:
         yield Check("model and subsets", False, _why(error))
         return None
-    yield Check("model", True, f"{config.model.name} builds, {plan.num_parameters:,} parameters")
+    name = architecture(config.model, full_set.spec).name
+    yield Check("model", True, f"{name} builds, {plan.num_parameters:,} parameters")
     for note in plan.advice:
         yield Check("subsets", None, str(note))
     return plan

@@ -85,7 +85,7 @@ def test_missing_values_are_filled_as_asked():
     inputs, notes = fit_columns(table, ["age", "sex"], missing="mean")
     found, more = inputs.encode(table)
     assert found.tolist() == [[-1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
-    assert str(notes[0]).endswith("filled with the mean: age (2), sex (1, a category of their own)")
+    assert [str(note) for note in notes] == ["missing texts of training rows are a category of their own: sex (1)"]
     assert str(more[0]).endswith("filled with the training mean: age (2)")
     whole, _ = fit_columns(pa.table({"sex": ["f", "m", "f"]}), ["sex"], missing="mean")
     found, more = whole.encode(pa.table({"sex": [None, "m"]}))
@@ -105,7 +105,7 @@ def test_a_category_that_training_lacks_is_none_with_a_warning():
     [
         ([1.0, float("inf"), 2.0], r"column x is inf in row 1 of the table"),
         (["a", "b", "c"], r"column x of the table has another text in each row \(such as 'a'\).*--data.columns"),
-        (["1", "2", "?"], r"among numbers stands '\?' in row 2 of the table, .*: mend it"),
+        (["1", "2", "?"], r"\('\?' in row 2 of the table stands among numbers\), .*: mend it"),
         ([[1], [2], [3]], r"column x of the table holds list<.*int64>, which is no number.*--data.image-column"),
         ([b"a", b"b", b"a"], r"column x of the table holds binary"),
         ([1e308, -1e308, 1e308], r"runs from -1e\+308 to 1e\+308, which 64-bit floats cannot standardise"),
@@ -115,6 +115,16 @@ def test_a_column_that_can_be_no_feature_is_refused_in_a_line(column: Any, messa
     with pytest.raises(ValueError, match=message) as caught:
         fit_columns(pa.table({"x": column}), ["x"], missing="mean")
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_among_numbers_is_said():
+    column = ["3", "4", "?", "3", "4", "3"]
+    inputs, (note,) = fit_columns(pa.table({"x": column}), ["x"], missing="refuse")
+    assert inputs.feature_names == ("x=3", "x=4", "x=?")
+    assert str(note) == (
+        "warning: column x is read as 3 categories, not as numbers: '?' in row 2 of the table stands among numbers"
+    )
+    assert fit_columns(pa.table({"x": ["3", "4", "3", "4"]}), ["x"], missing="refuse")[1] == ()
 
 
 def test_a_text_of_more_values_than_a_hundred_is_refused():

@@ -12,7 +12,7 @@ import pytest
 
 from raysubset.config import DataConfig
 from raysubset.data.columns import Tables
-from raysubset.data.functions import Arrays, read_returned
+from raysubset.data.functions import Arrays, read_returned, read_returned_texts
 
 MODULE = """
 import numpy as np
@@ -48,11 +48,11 @@ def returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def read(body: str, **settings: Any) -> Any:
+    def read(body: str, reader: Callable[[DataConfig], Any] = read_returned, **settings: Any) -> Any:
         (tmp_path / "own_rows.py").write_text(MODULE + textwrap.indent(body, "    "))
         monkeypatch.delitem(sys.modules, "own_rows", raising=False)
         importlib.invalidate_caches()
-        return read_returned(DataConfig(name="own_rows:load", **settings))
+        return reader(DataConfig(name="own_rows:load", **settings))
 
     return read
 
@@ -133,6 +133,21 @@ def test_a_table_without_images_is_one_of_columns(returned: Callable[..., Any]):
         assert str(found.notes[0]) == "train split: 6 examples of what own_rows:load returned"
     with pytest.raises(ValueError, match=r"train split that own_rows:load returned has no column aa: .*did you mean a"):
         returned(f"return {table}", target="target", columns="aa")
+
+
+def test_a_function_may_return_texts(returned: Callable[..., Any]):
+    assert returned("return 'one text'", read_returned_texts)[0] == {"train": ["one text"]}
+    texts, notes = returned("return dict(test='c', train=['a', 'bé'])", read_returned_texts)
+    assert (texts, [*texts]) == ({"train": ["a", "bé"], "test": ["c"]}, ["train", "test"])
+    assert str(notes[0]) == "train split: 3 characters of what own_rows:load returned"
+    for body in ("return features, labels", "return [b'a']", "return []"):
+        with pytest.raises(
+            ValueError, match=r"own_rows:load is a (tuple|list): for --task next_token it should return"
+        ):
+            returned(body, read_returned_texts)
+    for body in ("return 'a'", "return ['a', 'b']"):
+        with pytest.raises(ValueError, match="own_rows:load is text: learn its next tokens with --task next_token"):
+            returned(body)
 
 
 @pytest.mark.parametrize(

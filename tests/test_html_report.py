@@ -31,9 +31,10 @@ from raysubset.report import (
 from raysubset.report.comparison_plots import arm_stages, run_stages
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.line import line_between_minima
-from raysubset.report.mistakes import confused_pairs, confusion
+from raysubset.report.mistakes import confused_pairs, confusion, masks
 from raysubset.report.page import Section
 from raysubset.report.plots import draw_plot
+from raysubset.report.residuals import outputs_of, worst_predictions
 from raysubset.report.run_plots import gap_over_q
 from raysubset.report.timeline import lanes, time_line, troubles, waiting
 from raysubset.run_directory import (
@@ -43,12 +44,13 @@ from raysubset.run_directory import (
     MISTAKES_PATH,
     PREDICTIONS_PATH,
     REPORT_PATH,
+    SAMPLES_PATH,
     RunDirectory,
     minimum_folder,
     weights_path,
 )
 from raysubset.training import Cost, evaluate
-from tests.test_report import BITS, a_record, conventional_record, metrics, minimum, of_task, round_of
+from tests.test_report import BITS, R2, a_record, conventional_record, metrics, minimum, of_task, round_of
 from tests.tiny import image_examples
 
 
@@ -247,6 +249,70 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.arrays()["label"], minlength=num).tolist()
     wrong = [row["margin"] for row in table.to_pylist() if row["label"] != row["predicted"]]
     assert tested.mistakes.column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
+
+
+def test_the_page_of_a_regression_has_its_residuals_and_the_ten_worst_examples(tmp_path: Path):
+    run = a_directory(tmp_path, of_task(a_record(), "regression", R2))
+    run.delete(MISTAKES_PATH)
+    truth = np.arange(12.0)
+    errors = np.array([0, 1, -2, 3, -4, 5, -6, 7, -8, 9, -10, np.nan])
+    columns = {"row": np.arange(12) + 100, "target": truth, "prediction": truth + errors}
+    run.write_table(PREDICTIONS_PATH, pa.table(columns))
+    path = Path(write_files(run.uri))
+    read = check_self_contained(path.read_text())
+    assert path.with_name("residuals.png").exists()
+    assert not path.with_name("confusion.png").exists()
+    first = read.cells.index("111")  # what is not finite is the worst
+    assert read.cells[first + 4 : first + 12] == ["110", "10", "0", "-10", "109", "9", "18", "+9"]
+    assert "The 10 of 12 test examples with the largest errors, by their row" in read.words
+    assert "101" not in read.cells
+    assert "it gets wrong" not in read.words
+
+
+def test_errors_of_several_outputs_are_compared_by_each_outputs_spread():
+    targets = {"target_0": [0.0, 1.0], "target_1": [0.0, 100.0]}  # standard deviations 0.5 and 50
+    table = pa.table({"row": [7, 8], **targets, "prediction_0": [0.5, 1.0], "prediction_1": [0.0, 120.0]})
+    outputs = outputs_of(table)
+    assert outputs == ["_0", "_1"]
+    section = worst_predictions(table, outputs)
+    assert section.columns == ("row", "output", "truth", "prediction", "error")
+    assert section.rows == (("7", "0", "0", "0.5", "+0.5"), ("8", "1", "100", "120", "+20"))
+    assert outputs_of(pa.table({"row": [1], "label": [0], "predicted": [1]})) == []
+
+
+def test_masks_are_drawn_beside_their_image_and_the_truth(tmp_path: Path):
+    run = a_directory(tmp_path, of_task(a_record(), "segmentation", R2))
+    image, mask = np.arange(12).reshape(2, 2, 3), np.array([[0, 1], [255, 2]])
+
+    def fixed(values: np.ndarray) -> Any:
+        array = pa.array(values.reshape(-1), pa.uint8())
+        for size in reversed(values.shape):
+            array = pa.FixedSizeListArray.from_arrays(array, size)
+        return array
+
+    parts = {"image": fixed(image), "mask": fixed(mask), "predicted": fixed(np.ones((2, 2), int))}
+    run.write_table(MISTAKES_PATH, pa.table(parts))
+    run.delete(PREDICTIONS_PATH)
+    (picture,) = masks(run.read_table(MISTAKES_PATH))
+    pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
+    blue, orange = [0x3B, 0x82, 0xC4], [0xD9, 0x82, 0x2B]  # of the first class after the background, and the second
+    assert pixels.shape == (2, 8, 3)
+    assert pixels[:, :2].tolist() == image.tolist()
+    assert pixels[:, 3:5].tolist() == [[[0, 0, 0], blue], [[128] * 3, orange]]
+    assert pixels[:, 6:].tolist() == [[blue, blue], [blue, blue]]
+    assert picture.text == "75.0% of its pixels differ"
+    read = check_self_contained(Path(write_files(run.uri)).read_text())
+    assert "Masks it gets wrong" in read.words
+
+
+def test_texts_that_the_model_writes_are_shown_as_they_stand(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = a_directory(tmp_path, of_task(a_record(), "next_token", BITS))
+    run.write_json(SAMPLES_PATH, [{"prompt": "def f(", "text": "x):\n    return <b>x</b>"}])
+    page = Path(write_files(run.uri)).read_text()
+    assert "<pre>def f(│x):\n    return &lt;b&gt;x&lt;/b&gt;</pre>" in page
+    run.write_json(SAMPLES_PATH, [{"prompt": None, "text": ""}])
+    assert "What it writes" not in Path(write_files(run.uri)).read_text()
+    assert "prompt = None should be a text; going on as if it were not there" in caplog.text
 
 
 def test_many_classes_give_the_pairs_most_often_confused():

@@ -67,6 +67,24 @@ def test_parameters_are_as_many_as_the_formula_says(name, spec, expected):
     assert num_parameters(build(name, spec)) == expected
 
 
+CIFAR = Spec((3, 32, 32), (10,))
+# as others count them: VGGs with 2,752 and 4,224 biases of convolutions, which batch normalisation makes idle
+CUT_DOWN = {"alexnet_32": 2_472_266, "vgg11_32": 9_231_114 - 2_752, "vgg16_32": 14_728_266 - 4_224,
+            "resnet18_32": 11_173_962}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "expected"), CUT_DOWN.items())
+def test_imagenets_networks_are_cut_down_to_cifar(name, expected):
+    model = build_model(ModelConfig(name=name), CIFAR, seed=0)
+    assert num_parameters(model) == expected
+    outputs = model(inputs(CIFAR, num=2))
+    assert outputs.shape == (2, 10)
+    outputs.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+    with pytest.raises(ValueError, match=rf"{name} takes images of 32×32, not 28×28: set data.image_size=32"):
+        build_model(ModelConfig(name=name), Spec((1, 28, 28), (10,)), seed=0)
+
+
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_a_seed_decides_the_bits_every_parameter_has_a_gradient_and_a_step_lowers_the_loss(name, spec):
     model, same = build(name, spec, seed=3), build(name, spec, seed=3)

@@ -100,6 +100,7 @@ def test_the_target_is_named_or_found(tmp_path: Path):
         (CSV, {"target": "prise"}, "has no column prise: set --data.target to some of .*; did you mean price"),
         (CSV, {"target": "price", "columns": "age,sexx"}, "no column sexx: set --data.columns to .*did you mean sex"),
         (CSV, {"target": "price", "columns": "age,price"}, "price is in --data.columns and --data.target"),
+        (CSV, {"target": "price", "columns": " ,"}, "data.columns = ' ,' names no column: set it to some of age, sex"),
         ("target\n1\n", {}, "has no columns beside target: there is nothing to learn from"),
         ("a,a,target\n1,1,1\n", {}, "has several columns 'a'"),
         ("a,target\n", {}, "has no rows"),
@@ -163,8 +164,17 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
     with pytest.raises(ValueError, match="has 3 different integers in 4 training rows, from 5 to 900: use --task regr"):
         numbers([5, 70, 900, 5], [5])
     tables = read_tables(of(tmp_path))
-    with pytest.raises(ValueError, match=r"classification learns one column, and data.target names target, a"):
+    with pytest.raises(ValueError, match=r"classification learns one column, not target, a: name one"):
         class_numbers(dataclasses.replace(tables, targets=("target", "a")))
+
+
+def test_a_target_that_is_no_class_is_refused(tmp_path: Path):
+    pq.write_table(pa.table({"a": [1, 2], "target": [[1], [2]]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"labels of the train split are list.*: they must be integers or class names"):
+        class_numbers(read_tables(of(tmp_path / "a.parquet")))
+    pq.write_table(pa.table({"a": [1, 2], "target": pa.nulls(2)}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no example of the train split has a label: all 2 are -1 or null"):
+        class_numbers(read_tables(of(tmp_path / "a.parquet")))
 
 
 def test_class_names_of_hugging_faces_metadata_are_kept(tmp_path: Path):

@@ -87,10 +87,11 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "auto"
-    """cnn, vgg, cifar_resnet or lenet5 for images, any classification network of torchvision, unet for masks, mlp for
-    other numbers, lstm or transformer for tokens; auto: cnn, unet, mlp or transformer. Or package.module:function,
-    called with a raysubset.tasks.Spec, or with (num_classes, (C, H, W)) if it takes two arguments, and returning an
-    nn.Module that maps [N, *spec.inputs] to float [N, *spec.outputs]."""
+    """cnn, vgg, cifar_resnet or lenet5 for images; alexnet_32, vgg11_32, vgg16_32 or resnet18_32 for those of 32×32;
+    any classification network of torchvision; unet for masks; mlp for other numbers; lstm or transformer for tokens.
+    auto: cnn, unet, mlp or transformer. Or package.module:function, called with a raysubset.tasks.Spec, or with
+    (num_classes, (C, H, W)) if it takes two arguments, and returning an nn.Module from [N, *spec.inputs] to float
+    [N, *spec.outputs]."""
     width: int | None = None
     """Channels of the first block (cnn, vgg, unet: 8, cifar_resnet: 16), or units of a layer (mlp, lstm and
     transformer: 64)."""

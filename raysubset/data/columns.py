@@ -161,7 +161,10 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
     """
     target, *others = tables.targets
     if others:
-        raise ValueError(f"classification learns one column, and data.target names {', '.join(tables.targets)}")
+        raise ValueError(
+            f"classification learns one column, not {some(tables.targets)}: name one with --data.target, or use --task "
+            "regression"
+        )
     columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
     names = _integer_names(columns["train"], target)
     source: Source = {}
@@ -179,13 +182,14 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
             )
         labels, found = as_labels(values, where)
         nothing = np.empty((len(labels), 0, 0, 0), np.uint8)
-        source[split] = SourceSplit(nothing, labels, names if is_string(labels.type) and names else found, where=where)
+        source[split] = SourceSplit(nothing, labels, names if is_string(labels.type) and names else found)
     return number_classes(source)
 
 
 def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
     """The columns worth reading: those that are named, and all numbers, texts and times."""
-    named = {*_split_names(config.target, schema.names), *_split_names(config.columns, schema.names)}
+    targets = _split_names("target", config.target, schema.names) or _TARGETS
+    named = {*targets, *_split_names("columns", config.columns, schema.names)}
     for field in schema:
         if unpickles(field.type) and field.name in named:
             raise ValueError(f"column {field.name} of {path} holds pickled Python objects, whose reading runs code")
@@ -206,15 +210,20 @@ def _is_plain(type_: pa.DataType) -> bool:
     return is_string(type_) or is_time(type_) or any(kind(type_) for kind in kinds)
 
 
-def _split_names(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """Names with commas between; a column that has commas in its name is meant as a whole."""
+def _split_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """An option's names with commas between; a column that has commas in its name is meant as a whole."""
     if text is None or text in known:
         return () if text is None else (text,)
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(
+            f"data.{option} = {text!r} names no column: set it to some of {some(known, most=_MOST_COLUMNS)}"
+        )
+    return names
 
 
 def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
-    if named := _split_names(config.target, known):
+    if named := _split_names("target", config.target, known):
         _refuse_absent(named, known, path, option="--data.target")
         return named, []
     present = [name for name in _TARGETS if name in known]
@@ -229,7 +238,7 @@ def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple
 def _features(
     known: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
 ) -> tuple[tuple[str, ...], list[Note]]:
-    if named := _split_names(config.columns, known):
+    if named := _split_names("columns", config.columns, known):
         _refuse_absent(named, known, path, option="--data.columns")
         if both := [name for name in named if name in targets]:
             raise ValueError(f"{both[0]} is in --data.columns and --data.target: it cannot be learned from itself")

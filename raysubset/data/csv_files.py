@@ -1,5 +1,6 @@
 """CSV files as Arrow tables: a header, commas (.csv) or tabs (.tsv), UTF-8; what is damaged is named by its line."""
 
+import codecs
 import csv
 import io
 from pathlib import PurePosixPath
@@ -24,6 +25,8 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     Raises:
         ValueError: for a line with more or fewer values than the header, no header, or bytes that are no UTF-8.
     """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16: save the file as UTF-8")
     delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
     # Types are inferred from the first block alone: so the file is one.
     read = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)

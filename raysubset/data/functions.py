@@ -79,6 +79,25 @@ def read_returned(config: DataConfig) -> Returned:
     return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
 
 
+def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    """Call the function that data.name names for texts: one, a list of documents, or a dict of splits of these.
+
+    Raises:
+        ValueError: as read_returned() does, and for anything but texts.
+    """
+    texts: dict[SplitName, list[str]] = {}
+    for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
+        if not _is_text(value):
+            raise ValueError(
+                f"{where} is a {type(value).__name__}: for --task next_token it should return a text, a list of texts, "
+                "or a dict of splits of these"
+            )
+        texts[name] = [value] if isinstance(value, str) else [*value]
+    counts = {name: sum(map(len, documents)) for name, documents in texts.items()}
+    notes = (f"{name} split: {num} characters of what {config.name} returned" for name, num in counts.items())
+    return texts, tuple(map(Note, notes))
+
+
 def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:
     """What a function returned, by split, train first, with a name for messages; all is training data if not parted."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
@@ -109,6 +128,12 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a text, or some."""
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, tuple | list) and bool(texts) and all(isinstance(text, str) for text in texts)
+
+
 def _is_pair_of_arrays(value: Any) -> bool:
     """Whether it is a pair of arrays of one length, as inputs and their targets are."""
     return _is_pair(value) and all(getattr(part, "ndim", 0) for part in value) and len(value[0]) == len(value[1])
@@ -128,6 +153,8 @@ def _tell(value: Any, config: DataConfig, where: str) -> _Split:
         return from_tables({where: value}, config, where) if holds_images(value.schema, config) else value
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
+    if _is_text(value):
+        raise ValueError(f"{where} is text: learn its next tokens with --task next_token")
     if not _is_pair(value):
         raise ValueError(f"{where} is a {type(value).__name__}: it should return {_WANTED}")
     inputs, targets = (_array(part, where) for part in value)

@@ -13,7 +13,7 @@ from raysubset.data.files import not_streamed, read_path
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
-from raysubset.data.functions import Arrays, read_returned
+from raysubset.data.functions import Arrays, read_returned, read_returned_texts
 from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
@@ -91,10 +91,11 @@ def _task_name(config: DataConfig, task: TaskConfig) -> str:
 
 
 def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
-    if kind_of(config.name) != "path" or config.streamed:
-        what = "streamed" if config.streamed else config.name
+    kind = kind_of(config.name)
+    if kind == "named" or config.streamed:
+        what = f"streamed {config.name}" if config.streamed else config.name
         raise ValueError(f"next_token is learned from text files and python_docs, not from {what}: give a path of text")
-    return read_texts(config)
+    return read_returned_texts(config) if kind == "function" else read_texts(config)
 
 
 def _with_origin(source: Source, origin: str) -> Source:

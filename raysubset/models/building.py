@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raysubset.config import ModelConfig
-from raysubset.models import dense, images, masks, tokens, torchvision
+from raysubset.models import cifar, dense, images, masks, tokens, torchvision
 from raysubset.models.users import users_network
 from raysubset.tasks import Spec
 
@@ -72,7 +72,13 @@ def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
     return dataclasses.replace(config, name=name)
 
 
-_FIXED: dict[str, Callable[[Spec], nn.Module]] = {"lenet5": images.lenet5}
+_FIXED: dict[str, Callable[[Spec], nn.Module]] = {
+    "lenet5": images.lenet5,
+    "alexnet_32": cifar.alexnet_32,
+    "vgg11_32": cifar.vgg11_32,
+    "vgg16_32": cifar.vgg16_32,
+    "resnet18_32": cifar.resnet18_32,
+}
 _SIZED: dict[str, Callable[[Spec, int, int], nn.Module]] = {
     "mlp": dense.mlp,
     "lstm": tokens.LSTM,

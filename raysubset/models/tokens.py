@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert spec.num_values is not None
         self.embedding = _embedding(spec.num_values, width)
-        self.positions = _embedding(*spec.inputs, width)
+        self.positions = _embedding(spec.inputs[0], width)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = _Head(spec, width)

@@ -22,7 +22,11 @@ _OF_SUBSET_PRETRAINING = (
 )
 
 
-class Command(str):
+class Preformatted(str):
+    """A text that is shown as it stands, with its spaces and line breaks."""
+
+
+class Command(Preformatted):
     """A command line for the user to copy."""
 
 

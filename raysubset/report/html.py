@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysubset.events import Note
-from raysubset.report.commands import Command
+from raysubset.report.commands import Preformatted
 from raysubset.report.mistakes import Picture
 from raysubset.report.page import Line, Section
 from raysubset.report.plots import Plot
@@ -48,7 +48,7 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.tests["command"] = lambda line: isinstance(line, Command)
+    environment.tests["preformatted"] = lambda line: isinstance(line, Preformatted)
     environment.tests["warning"] = lambda line: isinstance(line, Note) and line.is_warning
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template("page.html").render(page=page)

@@ -1,4 +1,5 @@
-"""What the final model gets wrong on the test split: the confusion matrix and some examples, from the run directory."""
+"""What the final model gets wrong on the test split: the confusion matrix, some images and masks, from the run
+directory."""
 
 import io
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.report.page import Section
-from raysubset.report.plots import BAD, GOOD, Plot, draw_plot
+from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot
 
 MOST_CLASSES = 20  # of a matrix that can be read
 _MOST_PAIRS = 12
@@ -79,17 +80,49 @@ def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
 
 
 def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
-    """The examples of test_mistakes.parquet; of images that are neither grey nor RGB, the first channel."""
-    from PIL import Image
-
-    height, width, channels = image_shape
+    """The examples of a classifier's test_mistakes.parquet."""
     found = []
     for row in mistakes.to_pylist():
-        pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(height, width, channels)
-        image = Image.fromarray(pixels if channels == 3 else np.ascontiguousarray(pixels[:, :, 0]))
-        file = io.BytesIO()
-        image.save(file, format="png")
-        shown = width * max(1, round(_LEAST_SIDE / width))
-        text = f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"
-        found.append(Picture(file.getvalue(), shown, text))
+        pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape)
+        found.append(_picture(pixels, f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"))
     return found
+
+
+def masks(mistakes: pa.Table) -> list[Picture]:
+    """The examples of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side."""
+    found = []
+    for row in mistakes.to_pylist():
+        image, mask, predicted = (np.asarray(row[name]) for name in ("image", "mask", "predicted"))
+        own = _in_colour(image.astype(np.uint8).reshape(*mask.shape, -1))
+        gap = np.full((len(mask), max(1, mask.shape[1] // 16), 3), 255, dtype=np.uint8)
+        truth, guess = (_MASK_COLOURS[classes % 256] for classes in (mask, predicted))
+        pixels = np.concatenate([own, gap, truth, gap, guess], axis=1)
+        found.append(_picture(pixels, f"{np.mean(mask != predicted):.1%} of its pixels differ", of=3))
+    return found
+
+
+def _mask_colours() -> np.ndarray:
+    """uint8 [256, 3]: black of class 0, a colour of each after it, grey of what is ignored: -1, -100, 255."""
+    colours = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in COLOURS], np.uint8)
+    found = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(colours, (255, 3))])
+    found[[255, 256 - 100]] = 128
+    return found
+
+
+_MASK_COLOURS = _mask_colours()
+
+
+def _in_colour(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] of an image; of one that is not RGB, the first channel in grey."""
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[:, :, :1], 3, axis=2)
+
+
+def _picture(pixels: np.ndarray, text: str, *, of: int = 1) -> Picture:
+    """A PNG of uint8 [H, W, C], at least as wide on the page as can be seen for each of its `of` parts."""
+    from PIL import Image
+
+    channels, width = pixels.shape[2], pixels.shape[1]
+    image = Image.fromarray(pixels if channels == 3 else np.ascontiguousarray(pixels[:, :, 0]))
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return Picture(file.getvalue(), width * max(1, round(of * _LEAST_SIDE / width)), text)

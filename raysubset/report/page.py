@@ -20,7 +20,7 @@ MOST_ROWS = 12  # minima or rounds that get a row each
 _NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
 _TEXT = re.compile(r"[A-Za-z]{4,}")
 
-Line = str | Note  # a str may be a Command
+Line = str | Note  # a str may be Preformatted
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+
 from raysubset.ledger import Ledger
-from raysubset.report.commands import command
+from raysubset.report.commands import Preformatted, command
 from raysubset.report.comparison_plots import (
     quality_against_cost,
     speed_ups,
@@ -19,10 +21,11 @@ from raysubset.report.comparisons import comparison_sections
 from raysubset.report.figures import Record
 from raysubset.report.html import PAGE_PATH, Page, Part, to_html
 from raysubset.report.line import line_between_minima
-from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, pictures
+from raysubset.report.mistakes import MOST_CLASSES, confused_pairs, confusion, confusion_plot, masks, pictures
 from raysubset.report.page import Section, sections
 from raysubset.report.plots import Plot
 from raysubset.report.reading import leg_records, leg_works, trial_records, trial_works
+from raysubset.report.residuals import outputs_of, residuals_plot, worst_predictions
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -34,7 +37,7 @@ from raysubset.report.run_plots import (
 )
 from raysubset.report.sweeps import sweep_plot, sweep_sections
 from raysubset.report.timeline import time_line, troubles, work_lines
-from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory
+from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
 from raysubset.trained_model import RECORD_PATH
 
 
@@ -90,11 +93,33 @@ def _run_page(directory: RunDirectory, record: Record) -> Page:
 
 
 def _mistakes(directory: RunDirectory) -> Iterator[Part]:
-    """What the final model gets wrong; nothing where the run kept no predictions."""
-    if not (directory.exists(PREDICTIONS_PATH) and directory.exists(RECORD_PATH)):
-        return
-    model, predictions = directory.read_json(RECORD_PATH), directory.read_table(PREDICTIONS_PATH)
-    names = model["class_names"]
+    """What the final model makes of test examples, by what its task left of them."""
+    predictions, mistakes = (
+        directory.read_table(path) if directory.exists(path) else pa.table({})
+        for path in (PREDICTIONS_PATH, MISTAKES_PATH)
+    )
+    model = directory.read_json(RECORD_PATH) if directory.exists(RECORD_PATH) else {}
+    if {"label", "predicted"}.issubset(predictions.column_names) and (names := _class_names(model)):
+        yield from _mistaken_classes(names, model.get("image_shape"), predictions, mistakes)
+    if (outputs := outputs_of(predictions)) and len(predictions):
+        yield Part(worst_predictions(predictions, outputs), (residuals_plot(predictions, outputs),))
+    if "mask" in mistakes.column_names and len(mistakes):
+        lines = ("The image, its mask and the predicted one; grey is not counted.",)
+        yield Part(Section("Masks it gets wrong", lines=lines), pictures=tuple(masks(mistakes)))
+    if samples := directory.read_json_or_none(SAMPLES_PATH):
+        texts = (Preformatted(f"{sample['prompt']}│{sample['text']}") for sample in samples)
+        lines = ("The final model goes on from what stands before │.", *texts)
+        yield Part(Section("What it writes", lines=lines))
+
+
+def _class_names(model: Record) -> Sequence[str]:
+    """Those of a classifier, by what model.json says."""
+    return model.get("class_names") or model.get("task", {}).get("class_names") or ()
+
+
+def _mistaken_classes(
+    names: Sequence[str], image_shape: Sequence[int] | None, predictions: pa.Table, mistakes: pa.Table
+) -> Iterator[Part]:
     counts = confusion(predictions, len(names))
     wrong = int(counts.sum() - counts.trace())
     section = Section("What it gets wrong", lines=(f"{wrong:,} of {int(counts.sum()):,} test examples are wrong.",))
@@ -104,12 +129,7 @@ def _mistakes(directory: RunDirectory) -> Iterator[Part]:
     elif wrong:
         section = confused_pairs(counts, names)
     yield Part(section, plots)
-    shown = (
-        pictures(directory.read_table(MISTAKES_PATH), model["image_shape"], names)
-        if directory.exists(MISTAKES_PATH)
-        else []
-    )
-    if shown:
+    if image_shape and "image" in mistakes.column_names and (shown := pictures(mistakes, image_shape, names)):
         lines = (
             f"{len(shown)} of {wrong:,}: those where the predicted class's output exceeds the label's by most. Some "
             "labels may be wrong.",

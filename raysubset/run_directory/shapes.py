@@ -110,6 +110,7 @@ _SHAPES = {
     "*comparison.json": _COMPARISON,
     "*test.json": _METRICS,
     "*line.json": [{"share": _NUMBER, "loss": _LOSS, "num_examples": int}],
+    "samples.json": [_all(str, "prompt text")],
     "environment.json": _ENVIRONMENT,
     "decisions.json": _DECISIONS,
     "sessions.json": {"sessions": [_all(_NUMBER, "started_at startup_s wall_s")]},

@@ -193,11 +193,15 @@ def fit_columns(
     columns: list[InputColumn] = []
     constant: list[str] = []
     times: list[str] = []
-    filled: list[str] = []
+    own: list[str] = []
+    notes: list[Note] = []
     for name in dict.fromkeys(names):
         values = _column(table, name, where)
         if _is_any(values.type, _TEXTS):
             column = _fit_category(values, name, missing, place)
+            if column and (stray := _stray_text(_texts(values), place)):
+                text = f"column {name} is read as {len(column.values)} categories, not as numbers: {stray}"
+                notes.append(Note(text, is_warning=True))
         elif pa.types.is_null(values.type) or _is_any(values.type, _NUMBERS) or is_time(values.type):
             kind = "time" if is_time(values.type) else "number"
             column = _fit_number(values, name, kind, missing, place)
@@ -212,15 +216,14 @@ def fit_columns(
         columns.append(column)
         if column.kind == "time":
             times.append(name)
-        if num := _num_missing(values):
-            filled.append(f"{name} ({num}{', a category of their own' if column.has_missing else ''})")
-    notes = []
+        if column.has_missing:
+            own.append(f"{name} ({_texts(values).null_count})")
     if constant:
         notes.append(Note(f"columns that are the same in all training rows are left out: {_listed(constant)}"))
     if times:
         notes.append(Note(f"dates and times are read as numbers of seconds: {_listed(times)}"))
-    if filled:
-        notes.append(Note(f"missing values of training rows filled with the mean: {_listed(filled)}"))
+    if own:
+        notes.append(Note(f"missing texts of training rows are a category of their own: {_listed(own)}"))
     if not columns:
         raise ValueError(
             f"no column of {where} tells its rows apart ({_listed(constant) or 'none is left'}): name others with "
@@ -347,19 +350,19 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
         what = f"{len(found)} different texts" if len(found) < num else "another text in each row"
         out = f"{'mend it, or ' if stray else ''}leave the column out with --data.columns"
         raise ValueError(
-            f"column {name} of {place.where} has {what}{stray or f' (such as {found[0]!r})'}, and texts become a "
+            f"column {name} of {place.where} has {what} ({stray or f'such as {found[0]!r}'}), and texts become a "
             f"feature each, of at most {MOST_VALUES} that come again: {out}"
         )
     return InputColumn(name, "category", values=tuple(found), has_missing=has_missing)
 
 
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
-    """'; among numbers stands '?' in row 7 of …' where half of the texts, at least, are numbers, else ''."""
+    """ "'?' in row 7 of … stands among numbers" where half of the texts, at least, are numbers, else ""."""
     listed = texts.to_pylist()
     stray = [number for number, text in enumerate(listed) if text is not None and not _is_number(text)]
     if not stray or len(stray) > len(listed) / 2:
         return ""
-    return f"; among numbers stands {listed[stray[0]]!r} {place.of(stray[0])}"
+    return f"{listed[stray[0]]!r} {place.of(stray[0])} stands among numbers"
 
 
 def _is_number(text: str) -> bool:
@@ -436,12 +439,6 @@ def _seconds(values: pa.ChunkedArray) -> np.ndarray:
 def _float64(values: pa.ChunkedArray) -> np.ndarray:
     """A copy, NaN for nulls."""
     return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
-
-
-def _num_missing(values: pa.ChunkedArray) -> int:
-    if pa.types.is_floating(values.type):
-        return int(np.isnan(_float64(values)).sum())
-    return values.null_count
 
 
 def _such_as(values: pa.ChunkedArray) -> str:
