@@ -137,7 +137,7 @@ def test_a_text_of_more_values_than_a_hundred_is_refused():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"agee": [1]}, "rows has no column age, only agee; did you mean agee"),
+        ({"agee": [1]}, "rows should have a column age, and has agee; did you mean agee"),
         ({"age": ["x"], "sex": ["f"]}, "column age of rows holds string, such as 'x'; in training it was numbers"),
         ({"age": [1], "sex": [1]}, "column sex of rows holds int64; in training it was text"),
         ({"age": [datetime.date.today()], "sex": ["f"]}, "column age of rows holds date32.* it was numbers"),
@@ -202,5 +202,5 @@ def test_a_constant_target_is_refused():
     refuse_constant(np.array([[1.0, 2.0], [1.5, 3.0]]), ["a", "b"])
     with pytest.raises(ValueError, match="the target b is 2 in all 2 training examples: there is nothing to learn"):
         refuse_constant(np.array([[1.0, 2.0], [3.0, 2.0]]), ["a", "b"])
-    with pytest.raises(ValueError, match="has no column pric, only price; did you mean price"):
+    with pytest.raises(ValueError, match="should have a column pric, and has price; did you mean price"):
         target_numbers(pa.table({"price": [1]}), ["pric"])

@@ -38,7 +38,7 @@ def test_columns_of_texts_stay_texts():
         (b'a,b\n"x\ny",2\n\n3\n4,5\n', r"line 5 of x.csv has 1 value where the header has 2 \('3'\)"),
         (b"a,b\n1,2\n1,2,3\n", r"line 3 of x.csv has 3 values where the header has 2 \('1,2,3'\)"),
         (b'a,b\n1,2\n3,"x\n4,5\n6,7\n', "a quote that line 3 of x.csv opens is not closed"),
-        (b"a,b\n1,caf\xc3\xa9\n2,caf\xe9\n", "column b of x.csv is not UTF-8 in row 1: save the file as UTF-8"),
+        (b"a,b\n1,caf\xc3\xa9\n2,caf\xe9\n", "column b of x.csv is not UTF-8 in row 1: write it as UTF-8"),
         (b"a,caf\xe9\n1,2\n", "the first line of x.csv is not UTF-8"),
         (
             b"5.1,3.5,setosa\n4.9,3.0,setosa\n",

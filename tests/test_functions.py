@@ -146,7 +146,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ):
             returned(body, read_returned_texts)
     for body in ("return 'a'", "return ['a', 'b']"):
-        with pytest.raises(ValueError, match="own_rows:load is text: learn its next tokens with --task next_token"):
+        with pytest.raises(ValueError, match="own_rows:load is text: use --task next_token"):
             returned(body)
 
 
@@ -157,7 +157,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return features, labels[:5]", r"has 6 inputs but labels of shape \(5,\)"),
         ("return dict(a=features, b=labels[:5])", r"arrays of own_rows:load differ in length \(a 6, b 5\)"),
         ("return dict(a=features, b=[1, [2]])", "b of own_rows:load does not make one array"),
-        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"row 1 has shape \(1,\), row 0 \(2,\); pad or cut them to one"),
+        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"row 1 has shape \(1,\), row 0 \(2,\); give all one shape"),
         ("features[4, 1] = np.nan\nreturn features, labels", "inputs of own_rows:load has nan in row 4"),
         ("numbers[2] = -np.inf\nreturn features, numbers", "target of own_rows:load has -inf in row 2"),
         (

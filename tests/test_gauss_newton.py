@@ -61,6 +61,28 @@ def test_products_are_those_of_the_dense_matrix_and_never_negative(loss, norm):
     assert (objective.num_forward, objective.num_backward, objective.thirds) == (3 * 2 * 20, 3 * 20, 3 * 4)
 
 
+class Attention(nn.Module):
+    """Attention of an image's rows to those above them, by torch's own function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head = nn.Linear(8, 3 * 2), linear(16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        query, key, value = self.heads(images[:, 0]).unsqueeze(1).chunk(3, -1)
+        return self.head(nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).flatten(1))
+
+
+def test_products_go_through_attention():
+    torch.manual_seed(0)
+    data, model = examples(8), Attention().double().eval()
+    recipe, of_outputs = LOSSES["cross_entropy"]
+    matrix = dense(model, *data.batch(torch.arange(8), dtype=torch.float64), of_outputs)
+    vector = torch.ones(len(matrix), dtype=torch.float64)
+    product = Objective(model, data, recipe).gauss_newton_product(vector)
+    torch.testing.assert_close(product, matrix @ vector, rtol=1e-9, atol=1e-12)
+
+
 def test_frozen_parameters_have_no_part_in_it():
     data, model = examples(20), cnn("none").double().eval()
     whole = Objective(model, data, RECIPE).gauss_newton_product(torch.ones(len(flat(model)), dtype=torch.float64))

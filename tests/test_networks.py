@@ -1,17 +1,21 @@
 """Networks over tokens and masks, VGGs: parameters by formula, what an output may depend on, and a step of training."""
 
+import json
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysubset.aggregation.alignment import trace_units
 from raysubset.config import ModelConfig
 from raysubset.models import build_model, has_batch_norm, num_parameters
-from raysubset.network_graph import export
+from raysubset.network_graph import GraphNetwork, export, trace
 from raysubset.tasks import Spec
+from raysubset.training.grouped import forward_of_all
 
 NEXT, WHOLE, TAGS = (Spec((7,), outputs, num_values=11) for outputs in ((7, 11), (3,), (7, 4)))
 IMAGE, MASK = Spec((3, 13, 18), (5,)), Spec((3, 13, 18), (4, 13, 18))
@@ -194,6 +198,63 @@ def test_channels_last_gives_the_same_outputs():
 def test_networks_are_exported_for_any_number_of_examples(name, spec):
     model = build(name, spec).eval()
     torch.testing.assert_close(export(model, inputs(spec, num=3)).module()(inputs(spec)), model(inputs(spec)))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])  # likewise
+def test_recurrent_layers_are_one_call_of_a_graph(kind):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(11, 3), kind(3, 4, batch_first=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(self.embedding(tokens))[0]
+
+    network, spec = Network(), Spec((3,), (3, 4), num_values=11)
+    graph, constants = trace(network, spec)
+    assert sum(kind.__name__.lower() in name for name, *_ in graph["calls"]) == 1
+    assert len(graph["calls"]) < 8
+    same = GraphNetwork(json.loads(json.dumps(graph)), network.state_dict() | constants, spec)
+    torch.testing.assert_close(same(inputs(spec)), network(inputs(spec)))
+
+
+@pytest.mark.parametrize(("name", "spec"), CASES)
+def test_networks_with_stacked_weights_give_what_each_gives_alone(name, spec):
+    models = [build(name, spec, seed=seed) for seed in range(3)]
+    stacked = {key: torch.stack([model.state_dict()[key] for model in models]) for key in models[0].state_dict()}
+    batches = torch.stack([inputs(spec, seed=seed) for seed in range(3)], 1)
+    forward = forward_of_all(models[0])
+    if name == "lstm":
+        with pytest.raises(RuntimeError, match="Batching rule not implemented for aten::lstm"):
+            forward(stacked, batches)
+        return
+    outputs = forward(stacked, batches)
+    for k, model in enumerate(models):
+        torch.testing.assert_close(outputs[:, k], model(batches[:, k]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "spec"), [case for case in CASES if case[0] != "lstm"])
+def test_gradients_of_each_example_sum_to_the_batchs(name, spec):
+    model = build(name, spec).eval()
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], example: Tensor) -> Tensor:
+        return functional_call(model, values, (example.unsqueeze(0),)).square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, inputs(spec))
+    model(inputs(spec)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[key].sum(0), parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "spec"), CASES)
+def test_a_network_of_stand_ins_takes_a_states_tensors(name, spec):
+    model = build(name, spec, seed=5).eval()
+    with torch.device("meta"):
+        other = build(name, spec).eval()
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(inputs(spec)), model(inputs(spec)))
 
 
 @pytest.mark.parametrize(("name", "spec", "num"), [("vgg", IMAGE, 5), ("unet", MASK, 10)])

@@ -16,6 +16,7 @@ from sklearn import datasets
 from raysubset.config import DataConfig
 from raysubset.data import file_fingerprint, kind_of
 from raysubset.data.columns import class_numbers, is_of_columns, read_rows, read_tables
+from raysubset.data.contents import unused_settings
 from raysubset.data.finding import find_files
 from raysubset.data.loading import load_full_set
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named_table, read_named_texts
@@ -94,14 +95,14 @@ def test_the_target_is_named_or_found(tmp_path: Path):
         (
             CSV,
             {},
-            "has neither a column target nor label: name the one to learn with --data.target, one of age, sex, p",
+            "has neither a column target nor label: set --data.target to the one to learn, of age, sex, p",
         ),
-        ("target,label,a\n1,1,1\n", {}, "has both columns target and label: name the one"),
+        ("target,label,a\n1,1,1\n", {}, "has both columns target and label: set --data.target"),
         (CSV, {"target": "prise"}, "has no column prise: set --data.target to some of .*; did you mean price"),
         (CSV, {"target": "price", "columns": "age,sexx"}, "no column sexx: set --data.columns to .*did you mean sex"),
         (CSV, {"target": "price", "columns": "age,price"}, "price is in --data.columns and --data.target"),
         (CSV, {"target": "price", "columns": " ,"}, "data.columns = ' ,' names no column: set it to some of age, sex"),
-        ("target\n1\n", {}, "has no columns beside target: there is nothing to learn from"),
+        ("target\n1\n", {}, "has no columns beside target: give it some to learn from"),
         ("a,a,target\n1,1,1\n", {}, "has several columns 'a'"),
         ("a,target\n", {}, "has no rows"),
         (CSV, {"target": "price", "streamed": True}, "data.streamed reads row groups .* is a table without images"),
@@ -143,6 +144,15 @@ def test_images_stay_images(tmp_path: Path):
     assert find_files(of(tmp_path / "pets")).kind == "images"
 
 
+def test_settings_that_do_not_apply_are_said():
+    config = DataConfig(columns="a", window=64, image_size=8)
+    assert texts_of(unused_settings(config, "images")) == (
+        "warning: digits is read as images, to which data.columns, data.window does not apply"
+    )
+    assert "to which data.image_size, data.columns does" in texts_of(unused_settings(config, "texts"))
+    assert unused_settings(DataConfig(augmentation="none", validation_fraction=0.3), "columns") == ()
+
+
 def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
     def numbers(train: Any, test: Any) -> tuple[list[int], list[int], tuple[str, ...]]:
         for name, column in (("train", train), ("test", test)):
@@ -164,7 +174,7 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
     with pytest.raises(ValueError, match="has 3 different integers in 4 training rows, from 5 to 900: use --task regr"):
         numbers([5, 70, 900, 5], [5])
     tables = read_tables(of(tmp_path))
-    with pytest.raises(ValueError, match=r"classification learns one column, not target, a: name one"):
+    with pytest.raises(ValueError, match=r"classification learns one column, not target, a: set --data.target to one"):
         class_numbers(dataclasses.replace(tables, targets=("target", "a")))
 
 
@@ -212,10 +222,12 @@ def test_texts_are_documents_by_split(tmp_path: Path):
 
 def test_text_that_is_none_is_refused_in_a_line(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff three")
-    with pytest.raises(ValueError, match=r"byte 8 of .*a.txt, in line 2, is not UTF-8 \(0xff\): save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"byte 8 of .*a.txt, in line 2, is not UTF-8 \(0xff\): write it as UTF-8"):
         read_texts(of(tmp_path / "a.txt"))
-    with pytest.raises(ValueError, match=r"a.txt should end in .parquet.*; text is learned by --task next_token"):
+    with pytest.raises(ValueError, match=r"a.txt should end in .parquet.*; use --task next_token to learn text"):
         load_full_set(of(tmp_path / "a.txt"))
+    with pytest.raises(ValueError, match=r"holds no tables or images, only a.txt: use --task next_token to learn text"):
+        load_full_set(of(tmp_path))
     (tmp_path / "b.csv").write_text(CSV)
     with pytest.raises(ValueError, match=r"holds tables \(b.csv\), and text is read from .txt files: .*--data.ignored"):
         read_texts(of(tmp_path))

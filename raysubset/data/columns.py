@@ -162,7 +162,7 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
     target, *others = tables.targets
     if others:
         raise ValueError(
-            f"classification learns one column, not {some(tables.targets)}: name one with --data.target, or use --task "
+            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, or use --task "
             "regression"
         )
     columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
@@ -178,7 +178,7 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
         elif pa.types.is_floating(type_) or pa.types.is_decimal(type_):
             raise ValueError(
                 f"the target {target} holds {type_}, such as {_example(values)}, and classes are integers or names: "
-                "use --task regression, or name another column with --data.target"
+                "use --task regression, or set --data.target to another column"
             )
         labels, found = as_labels(values, where)
         nothing = np.empty((len(labels), 0, 0, 0), np.uint8)
@@ -230,7 +230,7 @@ def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple
     if len(present) != 1:
         what = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(_TARGETS)}"
         raise ValueError(
-            f"{path} has {what}: name the one to learn with --data.target, one of {some(known, most=_MOST_COLUMNS)}"
+            f"{path} has {what}: set --data.target to the one to learn, of {some(known, most=_MOST_COLUMNS)}"
         )
     return (present[0],), [Note(f"the column {present[0]} is learned; --data.target names another")]
 
@@ -247,9 +247,7 @@ def _features(
     numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
     features = tuple(name for name in others if name not in numbers)
     if not features:
-        raise ValueError(
-            f"{path} has no columns beside {', '.join((*targets, *numbers))}: there is nothing to learn from"
-        )
+        raise ValueError(f"{path} has no columns beside {', '.join((*targets, *numbers))}: give it some to learn from")
     if not numbers:
         return features, []
     text = (

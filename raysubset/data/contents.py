@@ -17,10 +17,22 @@ from raysubset.data.full_set import FullSet
 from raysubset.data.locations import locate
 from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
+from raysubset.events import Note
 from raysubset.fingerprints import Entry, changes, entries, fingerprint, in_words
 
 _SETTLED_NS = 2 * 10**9  # a file changed within this time may be changed again and have the same times
 _NUM_READERS = 16
+
+# The kinds of data that a setting says something of.
+_SETTINGS = {
+    "image_size": ("images",),
+    "image_column": ("images",),
+    "target": ("images", "columns"),
+    "columns": ("columns",),
+    "missing": ("columns",),
+    "window": ("texts",),
+    "vocabulary": ("texts",),
+}
 _PART_BYTES = 2**22
 
 
@@ -69,6 +81,14 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
         f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
         f"{nearest(name, DATA_NAMES)}"
     )
+
+
+def unused_settings(config: DataConfig, kind: Literal["images", "columns", "texts", "arrays"]) -> tuple[Note, ...]:
+    """A warning of settings that say how data of other kinds are read."""
+    names = [name for name, kinds in _SETTINGS.items() if getattr(config, name) != getattr(DataConfig, name)]
+    if unused := [f"data.{name}" for name in names if kind not in _SETTINGS[name]]:
+        return (Note(f"{config.name} is read as {kind}, to which {', '.join(unused)} does not apply", is_warning=True),)
+    return ()
 
 
 def array_fingerprint(full_set: FullSet) -> pa.Table:

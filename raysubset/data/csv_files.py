@@ -26,7 +26,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
         ValueError: for a line with more or fewer values than the header, no header, or bytes that are no UTF-8.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16: save the file as UTF-8")
+        raise ValueError(f"{path} is UTF-16: write it as UTF-8")
     delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
     # Types are inferred from the first block alone: so the file is one.
     read = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
@@ -36,7 +36,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
         table = pa_csv.read_csv(pa.BufferReader(data), read, parse, convert)
         _check_header(table.column_names, delimiter, path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"the first line of {path} is not UTF-8: save the file as UTF-8") from error
+        raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8") from error
     except pa.ArrowInvalid:
         _refuse_damaged_row(data, delimiter, path)
         raise
@@ -45,7 +45,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_binary(column.type):
             row = next(row for row, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value))
-            raise ValueError(f"column {name} of {path} is not UTF-8 in row {row}: save the file as UTF-8")
+            raise ValueError(f"column {name} of {path} is not UTF-8 in row {row}: write it as UTF-8")
     return table
 
 
@@ -100,9 +100,7 @@ def _refuse_open_quote(data: bytes, delimiter: str, path: str) -> None:
         for _ in reader:
             line = reader.line_num
     except csv.Error as error:
-        text = (
-            f"a quote that line {line + 1} of {path} opens is not closed: close it, and double quotes inside of values"
-        )
+        text = f"a quote that line {line + 1} of {path} opens is not closed: write quotes inside of values twice"
         raise ValueError(text) from error
 
 

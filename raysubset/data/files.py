@@ -54,9 +54,12 @@ def read_path(config: DataConfig) -> Source:
 
 def no_table(files: DataFiles) -> ValueError:
     """The refusal of text files where tables or images should be."""
-    path = files.full_path(files.layout["train"][0])
+    first = files.layout["train"][0]
+    if first.path:
+        listed = some(member.path for member in files.layout["train"])
+        return ValueError(f"{files.root} holds no tables or images, only {listed}: use --task next_token to learn text")
     return ValueError(
-        f"{path} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder; text is learned by --task next_token"
+        f"{files.root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder; use --task next_token to learn text"
     )
 
 

@@ -154,7 +154,7 @@ def _tell(value: Any, config: DataConfig, where: str) -> _Split:
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
     if _is_text(value):
-        raise ValueError(f"{where} is text: learn its next tokens with --task next_token")
+        raise ValueError(f"{where} is text: use --task next_token to learn it")
     if not _is_pair(value):
         raise ValueError(f"{where} is a {type(value).__name__}: it should return {_WANTED}")
     inputs, targets = (_array(part, where) for part in value)
@@ -277,7 +277,7 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
                 what = ("input", "target")[key] if is_pair else key
                 raise ValueError(
                     f"the {what} of item {number} of {where} has shape {array.shape}, others have {first[0].shape}: "
-                    "pad, cut or resize them to one"
+                    "give all one shape"
                 )
             first.append(array)
     if not num:
@@ -296,7 +296,9 @@ def _array(values: Any, where: str) -> np.ndarray:
             f"{where} does not make one array, as where images differ in shape{unlike or f': {first_line(error)}'}"
         ) from error
     except TypeError as error:  # torch's, for a type that numpy lacks: bfloat16
-        raise ValueError(f"{where} does not make an array of numpy's: {first_line(error)}") from error
+        raise ValueError(
+            f"{where} does not make an array of numpy's: {first_line(error)}: give another type"
+        ) from error
 
 
 def _first_unlike(values: Any) -> str:
@@ -306,4 +308,4 @@ def _first_unlike(values: Any) -> str:
     except ValueError:
         return ""
     row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
-    return "" if row is None else f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; pad or cut them to one"
+    return "" if row is None else f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; give all one shape"

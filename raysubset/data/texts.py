@@ -45,5 +45,5 @@ def _decoded(data: bytes, path: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"byte {error.start} of {path}, in line {line}, is not UTF-8 (0x{data[error.start]:02x}): save it as UTF-8"
+            f"byte {error.start} of {path}, in line {line}, is not UTF-8 (0x{data[error.start]:02x}): write it as UTF-8"
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from raysubset.quality import quality_of
 from raysubset.report.comparisons import CLOCKS, largest_rows, mean_and_half
-from raysubset.report.figures import Record, finite, trainings
+from raysubset.report.figures import Record, finite, passes_by_epoch, trainings
 from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, legend_outside, log_where_wide
 from raysubset.report.run_plots import VALIDATION, loss_name
 
@@ -242,8 +242,7 @@ def _of_run(record: Record) -> Iterator[tuple[tuple[str, int], _Training]]:
 
 
 def _training(record: Record, begun: float, num_train: int, num_workers: int) -> _Training:
-    share = record.get("num_examples", num_train) / num_train / num_workers
-    passes = tuple(begun + epoch["epoch"] * share for epoch in record["history"])
+    passes = tuple(begun + done / num_workers for done in passes_by_epoch(record, num_train))
     losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
     return _Training(passes, losses, _validation_loss(record))
 

@@ -74,11 +74,13 @@ def loss_of(record: Record) -> str:
 def trained_passes(record: Record) -> float:
     """Passes of the training that led to the result: without evaluation, and without what was lost and done again."""
     num_train = record["data"]["num_train"]
-    return sum(
-        work["history"][-1]["epoch"] * work.get("num_examples", num_train) / num_train
-        for *_, work in trainings(record)
-        if work["history"]
-    )
+    return sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in trainings(record))
+
+
+def passes_by_epoch(work: Record, num_train: int) -> list[float]:
+    """The passes over the full set that a training had done at the end of each of its epochs."""
+    share = work.get("num_examples", num_train) / num_train
+    return [epoch["epoch"] * share for epoch in work["history"]]
 
 
 def trainings(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record, trainings
+from raysubset.report.figures import Record, passes_by_epoch, trainings
 from raysubset.report.pages import write_page
 from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
@@ -65,8 +65,8 @@ def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
     """A row an epoch of each training; the quality by its name."""
     num_train = record["data"]["num_train"]
     for stage, round, subset, work in trainings(record):
-        share = work.get("num_examples", num_train) / num_train
-        for number, epoch in enumerate(work["history"], 1):
+        trained = passes_by_epoch(work, num_train)
+        for number, (epoch, passes) in enumerate(zip(work["history"], trained, strict=True), 1):
             # The minimum was measured where the last epoch ended, unless an earlier one was restored
             at_end = number == len(work["history"]) and work["outcome"] != "diverged"
             validation = epoch.get("validation") or (work["validation"] if at_end else None) or {}
@@ -81,7 +81,7 @@ def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
                 "learning_rate": epoch["learning_rate"],
                 "validation_loss": validation.get("loss"),
                 f"validation_{quality}": validation.get(quality),
-                "passes": epoch["epoch"] * share,
+                "passes": passes,
             }
 
 

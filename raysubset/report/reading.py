@@ -2,7 +2,7 @@
 left."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -102,13 +102,17 @@ def leg_works(directory: RunDirectory) -> dict[str, list[Work]]:
     What still claims to run was lost with a driver: nothing runs any more.
     """
     paths = [path for path in directory.list(_LEGS, recursive=True) if "/ledger/" in path]
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = list(pool.map(directory.read_json_or_none, paths))
     found: dict[str, list[Work]] = defaultdict(list)
-    for path, record in zip(paths, records, strict=True):
-        if record is not None:
-            found[path.split("/")[1]].append(_ended(Work.from_dict(record)))
+    for path, record in _read({path: path for path in paths}, directory).items():
+        found[path.split("/")[1]].append(_ended(Work.from_dict(record)))
     return dict(found)
+
+
+def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:
+    """The JSON files that are there, by the keys of their paths."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        records = list(pool.map(directory.read_json_or_none, paths.values()))
+    return {key: record for key, record in zip(paths, records, strict=True) if record is not None}
 
 
 def _ended(work: Work) -> Work:
@@ -121,10 +125,7 @@ def leg_records(directory: RunDirectory, legs: Record) -> dict[str, Record]:
     Args:
         legs: those of comparison.json's `legs` that are wanted.
     """
-    paths = [f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()]
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = pool.map(directory.read_json_or_none, paths)
-        return {key: record for key, record in zip(legs, records, strict=True) if record is not None}
+    return _read({key: f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()}, directory)
 
 
 def _leg_path(leg: Record) -> str:
@@ -138,9 +139,7 @@ def _leg_path(leg: Record) -> str:
 
 def trial_records(directory: RunDirectory, names: Sequence[str]) -> dict[str, Record]:
     """The reports of a sweep's trials by their names; of those that have one."""
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = pool.map(directory.read_json_or_none, [f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names])
-        return {name: record for name, record in zip(names, records, strict=True) if record is not None}
+    return _read({name: f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names}, directory)
 
 
 def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:

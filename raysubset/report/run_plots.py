@@ -1,10 +1,11 @@
 """The plots of a run: its minima, what was made of them, its training curves and where passes and seconds went."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.report.figures import Record, finite, loss_of, trainings
+from raysubset.report.figures import Record, finite, loss_of, passes_by_epoch, trainings
 from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, legend_outside, log_where_wide
 
 TRAINING, VALIDATION = COLOURS[0], COLOURS[1]  # of losses on either, in every plot
@@ -168,31 +169,28 @@ def training_curves(record: Record) -> Plot:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         begun, told, losses = 0.0, set(), []
-        for number, (stage, round, _, work) in enumerate(works):
-            share = work.get("num_examples", num_train) / num_train
-            passes = [begun + epoch["epoch"] * share / work.get("num_workers", 1) for epoch in work["history"]]
-            values = [finite(epoch["loss"]) for epoch in work["history"]]
+        for (stage, _), group in itertools.groupby(works, key=lambda one: one[:2]):
+            ends = [begun]
             many = len(works) > 6 and stage in ("subsets", "subsamples")
             style = {"linewidth": 0.9, "alpha": 0.6} if many else {}
-            label = None if stage in told else stage.replace("_", " ")
-            marker = "." if len(values) < 3 else None
-            axes.plot(passes, values, color=colours[stage], label=label, marker=marker, **style)
-            told.add(stage)
-            losses += values
-            measured = [
-                (p, e["validation"]) for p, e in zip(passes, work["history"], strict=True) if e.get("validation")
-            ]
-            measured = measured or [(p, work["validation"]) for p in passes[-1:] if work["validation"]]
-            held_out = [finite(validation["loss"]) for _, validation in measured]
-            losses += held_out
-            label = None if "validation" in told else "validation"
-            places = [place for place, _ in measured]
-            axes.plot(places, held_out, "s:", markersize=3, linewidth=1, color=VALIDATION, label=label)
-            told.add("validation")
-            following = works[number + 1] if number + 1 < len(works) else None
-            if following and (following[0], following[1]) != (stage, round):
-                same = [w for w in works if (w[0], w[1]) == (stage, round)]
-                begun += max(_length(one, num_train) for *_, one in same)
+            for *_, work in group:
+                passes = [begun + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)]
+                values = [finite(epoch["loss"]) for epoch in work["history"]]
+                label = None if stage in told else stage.replace("_", " ")
+                marker = "." if len(values) < 3 else None
+                axes.plot(passes, values, color=colours[stage], label=label, marker=marker, **style)
+                measured = [
+                    (p, e["validation"]) for p, e in zip(passes, work["history"], strict=True) if e.get("validation")
+                ]
+                measured = measured or [(p, work["validation"]) for p in passes[-1:] if work["validation"]]
+                held_out = [finite(validation["loss"]) for _, validation in measured]
+                label = None if "validation" in told else "validation"
+                places = [place for place, _ in measured]
+                axes.plot(places, held_out, "s:", markersize=3, linewidth=1, color=VALIDATION, label=label)
+                told |= {stage, "validation"}
+                losses += values + held_out
+                ends += passes[-1:]
+            begun = max(ends)
         log_where_wide(axes, "y", losses)
         axes.set_xlabel("passes of training, one after the other")
         axes.set_ylabel(loss_name(record))
@@ -204,14 +202,6 @@ def training_curves(record: Record) -> Plot:
         "validation loss (squares) where it was measured; the minima of a round run beside one another."
     )
     return draw_plot("training", caption, draw, size=(5.2, 3.9))
-
-
-def _length(work: Record, num_train: int) -> float:
-    """Passes on the critical path that a training took."""
-    if not work["history"]:
-        return 0.0
-    share = work.get("num_examples", num_train) / num_train
-    return work["history"][-1]["epoch"] * share / work.get("num_workers", 1)
 
 
 def costs_by_stage(record: Record) -> Plot:

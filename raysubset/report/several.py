@@ -8,7 +8,16 @@ from typing import Any
 from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record, difference, finite, loss_of, standard_error, trainings, with_error
+from raysubset.report.figures import (
+    Record,
+    difference,
+    finite,
+    loss_of,
+    passes_by_epoch,
+    standard_error,
+    trainings,
+    with_error,
+)
 from raysubset.report.html import Page, Part, to_html
 from raysubset.report.page import Line, Section
 from raysubset.report.plots import Plot, colour_of, draw_plot, legend_outside, log_where_wide
@@ -195,8 +204,7 @@ def _validation(record: Record) -> list[tuple[float, float]]:
     rounds = record["stages"].get("rounds") or ()
     points = {}
     for stage, round, _, work in trainings(record):
-        share = work.get("num_examples", num_train) / num_train
-        passes += work["history"][-1]["epoch"] * share if work["history"] else 0.0
+        passes += sum(passes_by_epoch(work, num_train)[-1:])
         is_of_round = stage in ("subsets", "subsamples")
         validation = rounds[round]["aggregation"]["validation"] if is_of_round else work["validation"]
         if validation:

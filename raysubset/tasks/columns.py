@@ -226,8 +226,8 @@ def fit_columns(
         notes.append(Note(f"missing texts of training rows are a category of their own: {_listed(own)}"))
     if not columns:
         raise ValueError(
-            f"no column of {where} tells its rows apart ({_listed(constant) or 'none is left'}): name others with "
-            "--data.columns"
+            f"no column of {where} tells its rows apart ({_listed(constant) or 'none is left'}): set "
+            "--data.columns to others"
         )
     return TableInputs(tuple(columns), missing), tuple(notes)
 
@@ -247,10 +247,10 @@ def target_numbers(
         if _is_any(values.type, _TEXTS):
             raise ValueError(
                 f"the target {name} of {where} is text{_such_as(values)}: regression needs numbers, and texts are "
-                "classes: use --task classification, or name another column with --data.target"
+                "classes: use --task classification, or set --data.target to another column"
             )
         if not (_is_any(values.type, _NUMBERS) or pa.types.is_null(values.type)):
-            raise ValueError(f"the target {name} of {where} holds {values.type}: regression needs numbers")
+            raise ValueError(f"the target {name} of {where} holds {values.type}: give numbers for regression")
         targets[:, number] = _numbers(values, name, "number", place)
         if (absent := np.isnan(targets[:, number])).any():
             raise place.missing(name, absent, out="leave such rows out, a target cannot be filled in")
@@ -268,7 +268,7 @@ def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
         if len(values) and values.min() == values.max():
             raise ValueError(
                 f"the target {name} is {values[0]:g} in all {len(values)} training examples: there is nothing to "
-                "learn; name another column with --data.target"
+                "learn; set --data.target to another column"
             )
 
 
@@ -297,7 +297,7 @@ def _column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             return table.column(name)
         case 0:
             known = table.column_names
-            raise ValueError(f"{where} has no column {name}, only {_listed(known)}{nearest(name, known)}")
+            raise ValueError(f"{where} should have a column {name}, and has {_listed(known)}{nearest(name, known)}")
         case _:
             raise ValueError(f"{where} has several columns {name}: give each a name of its own")
 

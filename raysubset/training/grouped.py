@@ -6,6 +6,7 @@ takes a graph of known operations, as torch.fx traces it; any other network goes
 moves members beside examples around every layer: four of the small CNN then take three times as long on a CPU thread.
 """
 
+import contextlib
 import copy
 import operator
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """f(parameters and buffers by name [K, …], inputs [N, K, …]) -> outputs [N, K, …]."""
@@ -37,7 +39,13 @@ def forward_of_all(network: nn.Module) -> Forward:
         return functional_call(network, tensors, (images,))
 
     mapped = vmap(forward_of_one, in_dims=(0, 1), out_dims=1, randomness="error")
-    return lambda tensors, images: mapped(dict(tensors), images)
+
+    def forward(tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        fused = images.device.type != "cpu"  # on a CPU vmap would take members' attention one by one
+        with contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+            return mapped(dict(tensors), images)
+
+    return forward
 
 
 def _folded(network: nn.Module) -> nn.Module | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
@@ -75,7 +76,7 @@ def diagonal_fisher(
 
     num_used, task = 0, examples.task
     most = CPU_EXAMPLES if examples.device.type == "cpu" else EVALUATION_BATCH
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # vmap takes other attention one by one
         for inputs, targets in _sampled_batches(model, examples, recipe, num_examples, seed):
             outputs = widened(model(inputs))
             num_used += len(inputs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
@@ -142,7 +143,8 @@ class Objective:
                 return jvp(lambda w: widened(functional_call(self._model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
 
             try:
-                outputs, pull_back, moved = vjp(moving, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
+                with sdpa_kernel(SDPBackend.MATH):  # other attention has no forward-mode derivative
+                    outputs, pull_back, moved = vjp(moving, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
             except NotImplementedError as error:
                 reason = first_line(error)
                 raise ValueError(
