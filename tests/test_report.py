@@ -14,8 +14,7 @@ from raysubset.events import Note
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, conventional_beside
-from raysubset.report.figures import difference, standard_error
-from raysubset.report.run_plots import loss_name
+from raysubset.report.figures import difference, loss_name, standard_error
 from raysubset.run_directory import (
     REPORT_PATH,
     RunDirectory,
@@ -356,16 +355,16 @@ def test_a_quality_that_is_not_finite_leaves_a_page():
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("record", "name"),
     [
-        ({"minimize": {"loss": "cross_entropy"}}, "cross-entropy, nats"),  # of before tasks
-        ({"minimize": {}, "task": {"loss": "squared_error"}}, "squared error"),
-        ({"minimize": {}, "task": {"loss": "auto"}}, "loss"),
-        ({"minimize": {}, "task": {}}, "loss"),
+        ({"config": {"minimize": {"loss": "cross_entropy"}}}, "cross-entropy, nats"),  # of before tasks
+        ({"config": {"task": {"loss": "squared_error"}}}, "squared error"),
+        ({"config": {"task": {"loss": "auto"}}, "task": {"name": "pkg:Boxes"}}, "loss"),
+        ({"config": {"task": {}}, "task": {"name": "next_token", "loss": "nats a token"}}, "nats a token"),
     ],
 )
-def test_a_losss_axis_says_its_name_where_the_config_tells_it(config: dict[str, Any], name: str):
-    assert loss_name({"config": config}) == name
+def test_a_losss_axis_says_its_name_where_the_record_tells_it(record: dict[str, Any], name: str):
+    assert loss_name(record) == name
 
 
 def test_warnings_of_the_run_are_repeated():

@@ -65,10 +65,23 @@ def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
     return {"num_examples": parts[0]["num_examples"], **means}
 
 
-def loss_of(record: Record) -> str:
-    """The loss that was minimized, by its name in the config; "auto" where the task chose it."""
-    config = record["config"]
-    return config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
+_LOSSES = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
+_LOSSES |= {"absolute_error": "absolute error", "huber": "Huber loss"}
+
+
+def loss_name(record: Record) -> str:
+    """The loss that was minimized, in words: what the task says of it, or the config; "loss" where neither tells."""
+    task, config = record.get("task") or {}, record["config"]
+    if "loss" in task:
+        return task["loss"]
+    name = config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
+    if name == "auto" and task.get("name", "classification") == "classification":
+        name = "cross_entropy"
+    return _LOSSES.get(name, "loss")
+
+
+def is_least_squares(record: Record) -> bool:
+    return loss_name(record).startswith("squared error")
 
 
 def trained_passes(record: Record) -> float:
