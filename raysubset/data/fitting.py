@@ -87,7 +87,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
     for split in SPLITS:
-        origin = _origin(split, tables.splits)
+        origin = _origin(split, targets.values)  # without splits of which nothing has a label
         table = tables.splits[origin].take(pa.array(rows[split]))
         features, found = inputs.encode(table, where=f"the {split} split", rows=rows[split])
         notes += found
@@ -164,7 +164,7 @@ def of_arrays(
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits = {}
     for split in SPLITS:
-        origin = _origin(split, arrays)
+        origin = _origin(split, targets.values)
         own = arrays[origin][column][rows[split]]
         own = np.ascontiguousarray(own) if isinstance(inputs, ImageInputs) else inputs.standardised(own)
         tensors = {column: own, **targets.stored(origin, rows[split], learned)}
