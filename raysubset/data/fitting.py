@@ -145,7 +145,9 @@ def of_arrays(
     }
     train = arrays["train"]
     if task.is_class:
-        alike = {split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()}
+        alike: dict[SplitName, np.ndarray] = {
+            split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()
+        }
         rows, carving = carve_splits(alike, config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
@@ -207,18 +209,22 @@ def _of_masks(
             unknown = unknown[unknown != task.ignored]
         if unknown.size:
             raise ValueError(f"class {unknown[0]} of the {split} split's masks is in no training mask")
-    alike = {split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()}
+    alike: dict[SplitName, np.ndarray] = {
+        split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()
+    }
     rows, carving = carve_splits(alike, config)
     inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
     names = tuple(map(str, range(largest + 1)))
     learned = Segmentation(inputs, names, task.ignored, CrossEntropy(task.label_smoothing, ignored=task.ignored))
-    masks = {split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()}
+    masks: dict[SplitName, dict[str, np.ndarray]] = {
+        split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()
+    }
     return _full_set(config, _as_they_are(masks, rows), learned, [*notes, *carving])
 
 
 def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> _Targets:
     if task.name == "regression":
-        values = {
+        values: dict[SplitName, np.ndarray] = {
             split: target_numbers(table, tables.targets, where=f"the {split} split")
             for split, table in tables.splits.items()
         }
@@ -243,7 +249,7 @@ def _targets_of_arrays(
     flat: dict[SplitName, np.ndarray] = {split: own[name] for split, own in arrays.items()}
     num = 1 if train[name].ndim == 1 else train[name].shape[1]
     names = (name,) if num == 1 else tuple(f"{name}_{number}" for number in range(num))
-    tables = {
+    tables: dict[SplitName, pa.Table] = {
         split: pa.table({key: values.reshape(len(values), num)[:, k] for k, key in enumerate(names)})
         for split, values in flat.items()
     }
