@@ -161,14 +161,22 @@ def of_arrays(
         return _of_masks(arrays, config, task, notes)
     targets = _targets_of_arrays(arrays, config, task)
     rows, carving = carve_splits(targets.strata, config)
-    values = train[column][rows["train"]]
-    inputs = _fit_images(values, config) if column == "image" else fit_tensors(values)
+    if column == "image":
+        inputs = _fit_images(train[column][rows["train"]], config)
+    else:
+        inputs = fit_tensors(train[column], rows["train"])
+        if inputs.num_values is not None:
+            text = f"integers are tokens, here {inputs.num_values} of them: give floats if they are numbers"
+            carving = [*carving, Note(text)]
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits = {}
     for split in SPLITS:
         origin = _origin(split, targets.values)
         own = arrays[origin][column][rows[split]]
-        own = np.ascontiguousarray(own) if isinstance(inputs, ImageInputs) else inputs.standardised(own)
+        if isinstance(inputs, ImageInputs):
+            own = np.ascontiguousarray(own)
+        else:
+            own = inputs.standardised(own, where=f"the {split} split", rows=rows[split])
         tensors = {column: own, **targets.stored(origin, rows[split], learned)}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
@@ -203,6 +211,10 @@ def _of_masks(
                 f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes"
             )
         largest = max(largest, int(counted.max()) if counted.size and split == "train" else 0)
+    if not largest:
+        raise ValueError(
+            f"all pixels of {config.name}'s training masks are of class 0: at least two classes are needed"
+        )
     for split, own in arrays.items():
         unknown = own["mask"][own["mask"] > largest]
         if task.ignored is not None:
