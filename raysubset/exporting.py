@@ -176,7 +176,7 @@ def predictions(
         for path in paths:
             yield from _of_table(model, path, num_classes)
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression):
-        yield from _of_images(model, paths, num_classes)
+        yield from _of_images(model, model.inputs, paths, num_classes)
     else:
         shape = list(model.spec.inputs)
         raise ValueError(f"this model's task is {task.name}, and it takes tensors of {shape}: load_model(directory)(x)")
@@ -204,12 +204,14 @@ def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Pred
         yield _prediction(path, answer, row=row)
 
 
-def _of_images(model: TrainedModel, paths: Sequence[str], num_classes: int) -> Iterator[Prediction]:
+def _of_images(
+    model: TrainedModel, inputs: ImageInputs, paths: Sequence[str], num_classes: int
+) -> Iterator[Prediction]:
     num = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // math.prod(model.image_shape)))
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), num):
             batch = paths[start : start + num]
-            images = list(pool.map(lambda path: _read_image(path, model.inputs), batch))
+            images = list(pool.map(lambda path: _read_image(path, inputs), batch))
             readable, answers = [image for image in images if not isinstance(image, str)], iter(())
             if readable:
                 with torch.inference_mode():

@@ -62,9 +62,10 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
         notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
     notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
     mean, std = statistics_of_levels(levels)
+    height, width, channels = train.shapes["image"] if isinstance(train, Split) else train.image_shape
     auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
     inputs = ImageInputs(
-        image_shape=train.shapes["image"] if isinstance(train, Split) else train.image_shape,
+        image_shape=(height, width, channels),
         mean=mean,
         std=std,
         augmentation=auto if config.augmentation == "auto" else config.augmentation,

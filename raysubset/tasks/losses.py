@@ -43,13 +43,14 @@ class CrossEntropy:
 
     def _by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
         """[n]: the mean over the positions that count; 0 where none does."""
+        positions = outputs.movedim(self.class_dim, -1)  # flat, as on CUDA that of [n, M, H, W] is not deterministic
         each = F.cross_entropy(
-            outputs.movedim(self.class_dim, 1),
-            targets,
+            positions.reshape(-1, positions.shape[-1]),
+            targets.reshape(-1),
             reduction="none",
             ignore_index=-100 if self.ignored is None else self.ignored,
             **options,  # pyright: ignore[reportArgumentType]
-        )
+        ).view(targets.shape)
         if self.ignored is None:
             return each.flatten(1).mean(1) if each.ndim > 1 else each
         counted = (targets != self.ignored).reshape(len(targets), -1).sum(1)
