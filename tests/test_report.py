@@ -111,6 +111,7 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "num_test": NUM_TEST,
             "notes": [Note("no test split: some carved off").to_dict()],
         },
+        "task": {"name": "classification", "quality": ACCURACY.to_dict()},
         "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0] * 4},
         "decisions": {"num_gpus": 0.0, "num_workers": 2},
@@ -366,6 +367,19 @@ def test_a_quality_that_is_not_finite_leaves_a_page():
 )
 def test_a_losss_axis_says_its_name_where_the_config_tells_it(config: dict[str, Any], name: str):
     assert loss_name({"config": config}) == name
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("classification", "cross-entropy, nats"),
+        ("regression", "squared error"),
+        ("next_token", "cross-entropy, nats"),
+        ("own:Task", "loss"),
+    ],
+)
+def test_a_losss_axis_says_its_name_where_the_task_chose_it(task: str, name: str):
+    assert loss_name({"config": {"minimize": {}, "task": {"loss": "auto"}}, "task": {"name": task}}) == name
 
 
 def test_warnings_of_the_run_are_repeated():

@@ -12,6 +12,13 @@ Record = Mapping[str, Any]
 
 NOISE_ERRORS = 2.0  # a difference of fewer standard errors than this is called noise
 
+_LOSSES = {  # that "auto" stands for
+    "classification": "cross_entropy",
+    "regression": "squared_error",
+    "segmentation": "cross_entropy",
+    "next_token": "cross_entropy",
+}
+
 
 def finite(value: float | None) -> float:
     """Return the number, or NaN where a record has null: JSON has no NaN."""
@@ -66,9 +73,10 @@ def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
 
 
 def loss_of(record: Record) -> str:
-    """The loss that was minimized, by its name in the config; "auto" where the task chose it."""
-    config = record["config"]
-    return config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
+    """The loss that was minimized, by its name in the config; "auto" where a task of the user's own chose it."""
+    config, task = record["config"], record.get("task") or {}
+    name = config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
+    return _LOSSES.get(task.get("name"), name) if name == "auto" else name
 
 
 def trained_passes(record: Record) -> float:
