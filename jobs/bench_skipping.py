@@ -39,9 +39,9 @@ class Case:
 
 
 CASES = (
-    Case(ModelConfig(width=16, depth=2, norm="none"), (28, 28, 1)),
-    Case(ModelConfig(width=16, depth=3, norm="none"), (32, 32, 3)),
-    Case(ModelConfig(width=16, depth=3, norm="batch"), (32, 32, 3)),
+    Case(ModelConfig(name="cnn", width=16, depth=2, norm="none"), (28, 28, 1)),
+    Case(ModelConfig(name="cnn", width=16, depth=3, norm="none"), (32, 32, 3)),
+    Case(ModelConfig(name="cnn", width=16, depth=3, norm="batch"), (32, 32, 3)),
     Case(ModelConfig(name="lenet5"), (28, 28, 1)),
 )
 

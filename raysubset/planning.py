@@ -14,7 +14,7 @@ from raysubset.data import FullSet
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.fingerprints import digest
-from raysubset.models import has_batch_norm, num_parameters
+from raysubset.models import architecture, has_batch_norm, num_parameters
 from raysubset.soundness import findings, most_workers, refuse_unfit_methods
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
@@ -65,7 +65,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
-    refuse_unfit_methods(config, full_set)
+    refuse_unfit_methods(config, full_set, model)
     twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
     least = subsample_size(config, min(sizes)) if twice else min(sizes)
     most = most_workers(config, full_set, model, least_subset=least)
@@ -117,11 +117,11 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     try:
         diagonal_fisher(model, full_set.examples("validation", np.arange(1)), config.minimize, labels="true")
     except (ValueError, RuntimeError) as error:  # what vmap cannot follow is a RuntimeError
-        cause = first_line(error)
+        cause = first_line(error) if isinstance(error, ValueError) else f"vmap cannot follow it ({first_line(error)})"
         if aggregation.method != "auto":
-            raise ValueError(
-                f"aggregation.method={aggregation.method} cannot be used with {config.model.name}: {cause}"
-            ) from error
+            name = architecture(config.model, full_set.spec).name
+            text = f"aggregation.method={aggregation.method} cannot be used with {name}: {cause}"
+            raise ValueError(f"{text}; use a soup or ties") from error
         return tuple(kind for kind in kinds if kind != "fisher"), [Note(f"auto goes without fisher: {cause}")]
     num, labels = full_set.spec.num_outputs, aggregation.fisher_labels
     if num <= EXACT_OUTPUTS or full_set.task.num_fisher_terms(labels=labels) != SAMPLED_TERMS:

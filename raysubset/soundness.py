@@ -11,9 +11,11 @@ from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import Note
-from raysubset.models import has_dropout, needs_default_layout
+from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import least_batch, try_training
+from raysubset.training.evaluation import evaluation_mode
+from raysubset.training.whole_subset.objective import Objective
 
 MOST_SAMPLED = 64  # validation examples that a network is tried on
 
@@ -28,12 +30,12 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         ValueError: if a stage's smallest batch is too small for the network or for the workers that are asked for, or
             its optimizer cannot minimize the network's loss.
     """
-    most, needed = 1, least_batch(model, full_set.spec)
+    most, needed, name = 1, least_batch(model, full_set.spec), architecture(config.model, full_set.spec).name
     for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
         recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
         is_whole = recipe.optimizer in WHOLE_SUBSET
         if is_whole and has_dropout(model):
-            noise = f"needs a loss without noise, but {config.model.name} has dropout"
+            noise = f"needs a loss without noise, but {name} has dropout"
             raise ValueError(f"{recipe.optimizer} {noise}: use sgd, adam or adamw")
         if is_whole and num_workers > 1:
             raise ValueError(f"{recipe.optimizer} works in one process: set {flag} 1, or use sgd")
@@ -42,7 +44,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
         if smallest < each:
             raise ValueError(
-                f"{config.model.name} cannot be trained on one example alone, as batch normalisation needs two, and "
+                f"{name} cannot be trained on one example alone, as batch normalisation needs two, and "
                 f"{stage} would: it has {num_examples} example(s) in batches of at most {recipe.batch_size}. Give a "
                 "larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
             )
@@ -58,8 +60,8 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
     return most
 
 
-def refuse_unfit_methods(config: Config, full_set: FullSet) -> None:
-    """Stop where a method asks of the task what it does not say: how its loss curves, or what is to be watched.
+def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> None:
+    """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units.
 
     Raises:
         ValueError: with the way out.
@@ -68,6 +70,19 @@ def refuse_unfit_methods(config: Config, full_set: FullSet) -> None:
     outputs, targets = torch.zeros(1, *full_set.spec.outputs), example.targets()
     if config.minimize.optimizer == "gauss_newton":
         task.curvature(outputs, outputs, targets)
+        with evaluation_mode(model):
+            objective = Objective(model, example, config.minimize)
+            objective.gauss_newton_product(torch.zeros(num_parameters(model)))
+    method, name = config.aggregation.method, architecture(config.model, full_set.spec).name
+    if config.method == "subset_pretraining" and method == "aligned_soup":
+        from raysubset.aggregation.alignment import trace_units  # scipy is slow to import, and seldom needed
+
+        trace_units(model, full_set.spec)
+    if method == "regmean" and not any(isinstance(module, nn.Linear | nn.Conv2d) for module in model.modules()):
+        raise ValueError(
+            f"aggregation.method=regmean goes by the inputs of linear and convolution layers, and {name} has none: set "
+            "--aggregation.method uniform_soup"
+        )
     if config.minimize.skipping.kind != "none":
         task.watched(outputs, targets)
 

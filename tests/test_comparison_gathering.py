@@ -149,7 +149,7 @@ def test_a_margin_is_the_one_given_the_datas_the_qualitys_or_asked_for():
 def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(driver, "load_full_set", lambda data, known: SimpleNamespace(quality=R2))
+    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: SimpleNamespace(quality=R2))
     with pytest.raises(ValueError, match=r"how much worse in r2 may a model be .* give --margin"):
         compare(Config(storage_path=str(tmp_path)))
     assert not ray.is_initialized()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from raysubset.config import DataConfig
+from raysubset.data import load_full_set
 from raysubset.data.columns import Tables
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts
 
@@ -115,6 +116,33 @@ def test_images_with_other_targets_than_classes_are_arrays(returned: Callable[..
     assert_holds(
         returned("return images / 255 - 1, numbers"), inputs=images[..., 0] / 255 - 1, target=FEATURES[:, :1] * 2
     )
+
+
+def test_inputs_of_one_number_or_of_truth_values_are_features(returned: Callable[..., Any]):
+    assert_holds(returned("return features[:, 0], labels"), inputs=FEATURES[:, :1], target=LABELS)
+    assert_holds(returned("return features > 5, labels"), inputs=(FEATURES > 5).astype(np.float32), target=LABELS)
+
+
+def test_tokens_are_counted_in_the_whole_train_split(returned: Callable[..., Any], tmp_path: Path):
+    tokens = "np.arange(120).reshape(40, 3) % 50"
+    returned(f"return dict(inputs={tokens}, label=np.arange(40) % 2)")
+    full_set = load_full_set(DataConfig(name="own_rows:load"))
+    assert full_set.task.spec().num_values == 50
+    assert "integers are tokens, here 50 of them: give floats if they are numbers" in full_set.notes
+    returned(
+        f"data = dict(inputs={tokens}, label=np.arange(40) % 2)\n"
+        "return dict(train=data, test=dict(data, inputs=data['inputs'] + 9))"
+    )
+    with pytest.raises(
+        ValueError, match=r"inputs of the test split have token 50 in row 13: the train split's are 0 to 49"
+    ):
+        load_full_set(DataConfig(name="own_rows:load"))
+
+
+def test_masks_of_one_class_are_refused(returned: Callable[..., Any]):
+    returned("return np.zeros((30, 4, 4, 3), np.uint8), np.zeros((30, 4, 4), int)")
+    with pytest.raises(ValueError, match="all pixels of own_rows:load's training masks are of class 0"):
+        load_full_set(DataConfig(name="own_rows:load"))
 
 
 def test_images_with_their_classes_are_images(returned: Callable[..., Any]):

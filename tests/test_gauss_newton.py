@@ -76,10 +76,10 @@ class Attention(nn.Module):
 def test_products_go_through_attention():
     torch.manual_seed(0)
     data, model = examples(8), Attention().double().eval()
-    recipe, of_outputs = LOSSES["cross_entropy"]
+    _, of_outputs = LOSSES["cross_entropy"]
     matrix = dense(model, *data.batch(torch.arange(8), dtype=torch.float64), of_outputs)
     vector = torch.ones(len(matrix), dtype=torch.float64)
-    product = Objective(model, data, recipe).gauss_newton_product(vector)
+    product = Objective(model, data, RECIPE).gauss_newton_product(vector)
     torch.testing.assert_close(product, matrix @ vector, rtol=1e-9, atol=1e-12)
 
 

@@ -285,16 +285,14 @@ def test_masks_are_drawn_beside_their_image_and_the_truth(tmp_path: Path):
     run = a_directory(tmp_path, of_task(a_record(), "segmentation", R2))
     image, mask = np.arange(12).reshape(2, 2, 3), np.array([[0, 1], [255, 2]])
 
-    def fixed(values: np.ndarray) -> Any:
-        array = pa.array(values.reshape(-1), pa.uint8())
-        for size in reversed(values.shape):
-            array = pa.FixedSizeListArray.from_arrays(array, size)
-        return array
+    def flat(values: np.ndarray) -> Any:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.uint8()), values.size)
 
-    parts = {"image": fixed(image), "mask": fixed(mask), "predicted": fixed(np.ones((2, 2), int))}
+    parts = {"image": flat(image), "mask": flat(mask), "predicted": flat(np.ones((2, 2), int))}
     run.write_table(MISTAKES_PATH, pa.table(parts))
+    run.write_json("model.json", {"task": {"name": "segmentation", "inputs": {"image_shape": [2, 2, 3]}}})
     run.delete(PREDICTIONS_PATH)
-    (picture,) = masks(run.read_table(MISTAKES_PATH))
+    (picture,) = masks(run.read_table(MISTAKES_PATH), (2, 2, 3))
     pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
     blue, orange = [0x3B, 0x82, 0xC4], [0xD9, 0x82, 0x2B]  # of the first class after the background, and the second
     assert pixels.shape == (2, 8, 3)

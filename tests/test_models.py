@@ -227,6 +227,9 @@ class InPlace(nn.Module):
         rows -= 1
         return self.head(rows)
 
+def classes_before_tokens(spec):
+    return nn.Sequential(of_spec(spec), nn.Flatten(), nn.Unflatten(1, spec.outputs[::-1]))
+
 class NoBatch(InPlace):
     def forward(self, rows):
         return self.head(rows).mean(0)
@@ -305,6 +308,8 @@ def test_networks_over_tables_are_tried_as_those_over_images(users_module):
     assert not needs_default_layout(model)
     with pytest.raises(ValueError, match=r"gave float32 \[2\] for two inputs; it should give float outputs \[2, 2\]"):
         build_model(ModelConfig(name=f"{users_module}:NoBatch"), TABLE, seed=0)
+    with pytest.raises(ValueError, match=r"outputs \[2, 6, 9\]: those dimensions are in another order"):
+        build_model(ModelConfig(name=f"{users_module}:classes_before_tokens"), TEXT, seed=0)
     with pytest.raises(ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: "):
         build_model(ModelConfig(name=f"{users_module}:InPlace"), dataclasses.replace(TEXT, outputs=(2,)), seed=0)
 

@@ -14,8 +14,7 @@ from raysubset.events import Note
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, conventional_beside
-from raysubset.report.figures import difference, standard_error
-from raysubset.report.run_plots import loss_name
+from raysubset.report.figures import difference, loss_name, standard_error
 from raysubset.run_directory import (
     REPORT_PATH,
     RunDirectory,
@@ -111,7 +110,6 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
             "num_test": NUM_TEST,
             "notes": [Note("no test split: some carved off").to_dict()],
         },
-        "task": {"name": "classification", "quality": ACCURACY.to_dict()},
         "model": {"name": "cnn", "num_parameters": 1234, "num_bytes": 5000, "forward_share": 0.35},
         "overdetermination_ratio": {"full_set": 12.0, "subsets": [3.0] * 4},
         "decisions": {"num_gpus": 0.0, "num_workers": 2},
@@ -357,29 +355,16 @@ def test_a_quality_that_is_not_finite_leaves_a_page():
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("record", "name"),
     [
-        ({"minimize": {"loss": "cross_entropy"}}, "cross-entropy, nats"),  # of before tasks
-        ({"minimize": {}, "task": {"loss": "squared_error"}}, "squared error"),
-        ({"minimize": {}, "task": {"loss": "auto"}}, "loss"),
-        ({"minimize": {}, "task": {}}, "loss"),
+        ({"config": {"minimize": {"loss": "cross_entropy"}}}, "cross-entropy, nats"),  # of before tasks
+        ({"config": {"task": {"loss": "squared_error"}}}, "squared error"),
+        ({"config": {"task": {"loss": "auto"}}, "task": {"name": "pkg:Boxes"}}, "loss"),
+        ({"config": {"task": {}}, "task": {"name": "next_token", "loss": "nats a token"}}, "nats a token"),
     ],
 )
-def test_a_losss_axis_says_its_name_where_the_config_tells_it(config: dict[str, Any], name: str):
-    assert loss_name({"config": config}) == name
-
-
-@pytest.mark.parametrize(
-    ("task", "name"),
-    [
-        ("classification", "cross-entropy, nats"),
-        ("regression", "squared error"),
-        ("next_token", "cross-entropy, nats"),
-        ("own:Task", "loss"),
-    ],
-)
-def test_a_losss_axis_says_its_name_where_the_task_chose_it(task: str, name: str):
-    assert loss_name({"config": {"minimize": {}, "task": {"loss": "auto"}}, "task": {"name": task}}) == name
+def test_a_losss_axis_says_its_name_where_the_record_tells_it(record: dict[str, Any], name: str):
+    assert loss_name(record) == name
 
 
 def test_warnings_of_the_run_are_repeated():

@@ -193,3 +193,35 @@ def test_probabilities_are_told_from_logits():
     assert not are_probabilities(logits)
     assert not are_probabilities(logits.log_softmax(1))
     assert not are_probabilities(logits.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"aggregation.method": "regmean", "model.name": "lstm"}, "regmean goes by .* layers, and lstm has none: set"),
+        (
+            {"aggregation.method": "fisher", "model.name": "lstm"},
+            "fisher cannot be used with lstm: vmap cannot follow it",
+        ),
+        (
+            {"aggregation.method": "aligned_soup"},
+            r"cannot be aligned: its inputs are tokens.*use subsets\.start=shared",
+        ),
+        ({"minimize.optimizer": "gauss_newton", "model.name": "lstm"}, "differentiate this network: use lbfgs or cg"),
+    ],
+)
+def test_methods_that_networks_over_tokens_do_not_have_are_refused_before_a_run(overrides, message):
+    config = Config().with_overrides({
+        "data.name": "python_docs", "data.window": 16, "task.name": "next_token", "model.width": 4, "subsets.size": 64,
+        "fine_tuning.epochs": 0.0, **overrides,
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, load_full_set(*config.learned))
+
+
+def test_attention_has_a_fisher_and_curvature():
+    config = Config().with_overrides({
+        "data.name": "python_docs", "data.window": 16, "task.name": "next_token", "model.width": 4, "subsets.size": 64,
+        "minimize.optimizer": "gauss_newton", "aggregation.method": "fisher", "fine_tuning.epochs": 0.0,
+    })  # fmt: skip
+    assert make_plan(config, load_full_set(*config.learned)).statistics == ("fisher",)

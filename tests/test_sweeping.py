@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.events import Event
 from raysubset.ledger import Ledger, Work
+from raysubset.quality import ACCURACY
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.sweeping import driver, sweep
 from raysubset.sweeping.driver import _Telling
 from raysubset.sweeping.plan import (
     Trial,
@@ -89,6 +92,16 @@ def test_distributions_are_drawn_from_the_seed_for_each_combination() -> None:
 def test_mistakes_in_a_space_are_told_before_anything_runs(space: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=re.escape(told)):
         planned(space)
+
+
+def test_trials_that_learn_different_things_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"digits": SimpleNamespace(quality=ACCURACY), "diabetes": SimpleNamespace(quality=BITS)}
+    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: sets[learned[0].name])
+    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
+        sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Trunks

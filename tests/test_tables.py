@@ -153,6 +153,16 @@ def test_settings_that_do_not_apply_are_said():
     assert unused_settings(DataConfig(augmentation="none", validation_fraction=0.3), "columns") == ()
 
 
+def test_a_split_without_labels_is_carved_from_the_others(tmp_path: Path):
+    pq.write_table(pa.table({"a": np.arange(50.0), "label": np.arange(50) % 3}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"a": np.arange(900.0, 909), "label": [-1] * 9}), tmp_path / "test.parquet")
+    full_set = load_full_set(of(tmp_path, window=3))
+    assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (36, 4, 10)
+    assert full_set.test.arrays()["inputs"].max() < 3
+    assert "the test split is left out, since none of its 9 examples has a label" in texts_of(full_set.notes)
+    assert full_set.notes[-1].endswith("is read as columns, to which data.window does not apply")
+
+
 def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
     def numbers(train: Any, test: Any) -> tuple[list[int], list[int], tuple[str, ...]]:
         for name, column in (("train", train), ("test", test)):
@@ -224,8 +234,9 @@ def test_text_that_is_none_is_refused_in_a_line(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff three")
     with pytest.raises(ValueError, match=r"byte 8 of .*a.txt, in line 2, is not UTF-8 \(0xff\): write it as UTF-8"):
         read_texts(of(tmp_path / "a.txt"))
-    with pytest.raises(ValueError, match=r"a.txt should end in .parquet.*; use --task next_token to learn text"):
-        load_full_set(of(tmp_path / "a.txt"))
+    (tmp_path / "a.md").write_text("some")
+    with pytest.raises(ValueError, match=r"a.md should end in .parquet.*; use --task next_token to learn text"):
+        load_full_set(of(tmp_path / "a.md"))
     with pytest.raises(ValueError, match=r"holds no tables or images, only a.txt: use --task next_token to learn text"):
         load_full_set(of(tmp_path))
     (tmp_path / "b.csv").write_text(CSV)

@@ -372,15 +372,15 @@ def test_a_mask_is_shifted_and_mirrored_with_its_image(ignored: int | None):
     assert torch.equal(unmoved, task.targets({"mask": masks}))
 
 
-def test_tensors_are_standardised_by_feature_or_as_a_whole_and_tokens_are_counted():
+def test_tensors_are_standardised_by_training_rows_each_feature_or_as_a_whole_and_tokens_are_counted():
     rows = 3 * normal(50, 4).numpy() + 1
-    inputs = fit_tensors(rows)
-    np.testing.assert_allclose(inputs.standardised(rows), (rows - rows.mean(0)) / rows.std(0), rtol=1e-5, atol=1e-6)
+    train, everywhere = np.arange(40), np.arange(50)
+    found = fit_tensors(rows, train).standardised(rows, where="it", rows=everywhere)
+    np.testing.assert_allclose(found, (rows - rows[:40].mean(0)) / rows[:40].std(0), rtol=1e-5, atol=1e-6)
     grids = normal(50, 2, 3).numpy()
-    np.testing.assert_allclose(
-        fit_tensors(grids).standardised(grids), (grids - grids.mean()) / grids.std(), rtol=1e-5, atol=1e-6
-    )
-    tokens = fit_tensors(integers(9, 50, 4).numpy())
+    found = fit_tensors(grids, train).standardised(grids, where="it", rows=everywhere)
+    np.testing.assert_allclose(found, (grids - grids[:40].mean()) / grids[:40].std(), rtol=1e-5, atol=1e-6)
+    tokens = fit_tensors(integers(9, 50, 4).numpy(), train)
     assert (tokens.num_values, tokens.batch({"inputs": torch.zeros(2, 4, dtype=torch.int32)}, None).dtype) == (
         9,
         torch.int64,

@@ -194,7 +194,7 @@ def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
     try:
         with system.open_input_file(path) as file:
             if not file.size():
-                raise ValueError(f"{path} is empty (0 bytes)")
+                raise ValueError(f"{path} is empty (0 bytes): give files that hold something")
             yield file
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error

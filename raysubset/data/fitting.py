@@ -87,7 +87,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
     for split in SPLITS:
-        origin = _origin(split, tables.splits)
+        origin = _origin(split, targets.values)  # without splits of which nothing has a label
         table = tables.splits[origin].take(pa.array(rows[split]))
         features, found = inputs.encode(table, where=f"the {split} split", rows=rows[split])
         notes += found
@@ -145,7 +145,9 @@ def of_arrays(
     }
     train = arrays["train"]
     if task.is_class:
-        alike = {split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()}
+        alike: dict[SplitName, np.ndarray] = {
+            split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()
+        }
         rows, carving = carve_splits(alike, config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
@@ -159,14 +161,22 @@ def of_arrays(
         return _of_masks(arrays, config, task, notes)
     targets = _targets_of_arrays(arrays, config, task)
     rows, carving = carve_splits(targets.strata, config)
-    values = train[column][rows["train"]]
-    inputs = _fit_images(values, config) if column == "image" else fit_tensors(values)
+    if column == "image":
+        inputs = _fit_images(train[column][rows["train"]], config)
+    else:
+        inputs = fit_tensors(train[column], rows["train"])
+        if inputs.num_values is not None:
+            text = f"integers are tokens, here {inputs.num_values} of them: give floats if they are numbers"
+            carving = [*carving, Note(text)]
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits = {}
     for split in SPLITS:
-        origin = _origin(split, arrays)
+        origin = _origin(split, targets.values)
         own = arrays[origin][column][rows[split]]
-        own = np.ascontiguousarray(own) if isinstance(inputs, ImageInputs) else inputs.standardised(own)
+        if isinstance(inputs, ImageInputs):
+            own = np.ascontiguousarray(own)
+        else:
+            own = inputs.standardised(own, where=f"the {split} split", rows=rows[split])
         tensors = {column: own, **targets.stored(origin, rows[split], learned)}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
@@ -201,24 +211,32 @@ def _of_masks(
                 f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes"
             )
         largest = max(largest, int(counted.max()) if counted.size and split == "train" else 0)
+    if not largest:
+        raise ValueError(
+            f"all pixels of {config.name}'s training masks are of class 0: at least two classes are needed"
+        )
     for split, own in arrays.items():
         unknown = own["mask"][own["mask"] > largest]
         if task.ignored is not None:
             unknown = unknown[unknown != task.ignored]
         if unknown.size:
             raise ValueError(f"class {unknown[0]} of the {split} split's masks is in no training mask")
-    alike = {split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()}
+    alike: dict[SplitName, np.ndarray] = {
+        split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()
+    }
     rows, carving = carve_splits(alike, config)
     inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
     names = tuple(map(str, range(largest + 1)))
     learned = Segmentation(inputs, names, task.ignored, CrossEntropy(task.label_smoothing, ignored=task.ignored))
-    masks = {split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()}
+    masks: dict[SplitName, dict[str, np.ndarray]] = {
+        split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()
+    }
     return _full_set(config, _as_they_are(masks, rows), learned, [*notes, *carving])
 
 
 def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> _Targets:
     if task.name == "regression":
-        values = {
+        values: dict[SplitName, np.ndarray] = {
             split: target_numbers(table, tables.targets, where=f"the {split} split")
             for split, table in tables.splits.items()
         }
@@ -243,7 +261,7 @@ def _targets_of_arrays(
     flat: dict[SplitName, np.ndarray] = {split: own[name] for split, own in arrays.items()}
     num = 1 if train[name].ndim == 1 else train[name].shape[1]
     names = (name,) if num == 1 else tuple(f"{name}_{number}" for number in range(num))
-    tables = {
+    tables: dict[SplitName, pa.Table] = {
         split: pa.table({key: values.reshape(len(values), num)[:, k] for k, key in enumerate(names)})
         for split, values in flat.items()
     }

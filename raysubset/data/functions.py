@@ -165,6 +165,8 @@ def _tell(value: Any, config: DataConfig, where: str) -> _Split:
         )
     if inputs.ndim in (3, 4) and targets.dtype.kind in "iuUSOb" and (targets.ndim == 1 or targets.shape[1:] == (1,)):
         return _images(inputs, targets, config, where)
+    if inputs.ndim == 1:
+        inputs = inputs[:, np.newaxis]
     is_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
     is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
     if is_image:
@@ -190,7 +192,7 @@ def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: 
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
-    """The arrays, contiguous and in the machine's byte order, truth values as uint8.
+    """The arrays, contiguous and in the machine's byte order, truth values as numbers.
 
     Raises:
         ValueError: for arrays of differing length, without rows, of objects, or with values that are not finite.
@@ -208,7 +210,8 @@ def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray
             row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
             bad = array[row].ravel()[~np.isfinite(array[row].ravel())][0]
             raise ValueError(f"{name} of {where} has {bad} in row {row}: leave such rows out, or fill them in")
-        kind = np.uint8 if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
+        truth = np.float32 if name == "inputs" else np.uint8  # integers as inputs are tokens
+        kind = truth if array.dtype.kind == "b" else array.dtype.newbyteorder("=")
         arrays[name] = np.ascontiguousarray(array, dtype=kind)
     lengths = {name: len(array) for name, array in arrays.items()}
     if len({*lengths.values()}) != 1:

@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 import time
+from typing import Literal
 
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, is_of_columns, read_tables
-from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed
+from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
 from raysubset.data.files import not_streamed, read_path
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
@@ -20,6 +21,7 @@ from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.data.texts import read_texts
 from raysubset.events import Note
+from raysubset.tasks import ImageInputs, NextToken, TableInputs, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     start_s = time.perf_counter()
     before = file_fingerprint(config, known)
     full_set = _load(config, task or TaskConfig())
+    unused = unused_settings(config, _kind(full_set.task))
+    full_set = dataclasses.replace(full_set, advice=(*full_set.advice, *unused))
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
     sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
@@ -79,6 +83,14 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
     if is_of_columns(config):
         return of_tables(read_tables(config), config, task)
     return of_images(read_path(config), config, task)
+
+
+def _kind(task: Task) -> Literal["images", "columns", "texts", "arrays"]:
+    """What the task's data are read as."""
+    if isinstance(task, NextToken):
+        return "texts"
+    inputs = getattr(task, "inputs", None)
+    return "images" if isinstance(inputs, ImageInputs) else "columns" if isinstance(inputs, TableInputs) else "arrays"
 
 
 def _task_name(config: DataConfig, task: TaskConfig) -> str:

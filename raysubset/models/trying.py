@@ -92,8 +92,11 @@ def _check_outputs(name: str, outputs: Any, num: int, spec: Spec, when: str) -> 
     if outputs.shape != (num, *spec.outputs) or not outputs.is_floating_point():
         gave = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
         examples = f"two {_kind(spec)}s" if num == 2 else f"one {_kind(spec)}"
-        squeezed = num == 1 and outputs.ndim < 1 + len(spec.outputs)
+        cause = ""
+        if num == 1 and outputs.ndim < 1 + len(spec.outputs):
+            cause = ": squeeze() drops the dimension of the batch too, flatten(1) does not"
+        elif outputs.shape[1:] != spec.outputs and sorted(outputs.shape[1:]) == sorted(spec.outputs):
+            cause = ": those dimensions are in another order, put it right by permute()"
         raise ValueError(
-            f"{name} gave {gave} for {examples}{when}; it should give float outputs [{num}, {wanted}]"
-            + (": squeeze() drops the dimension of the batch too, flatten(1) does not" if squeezed else "")
+            f"{name} gave {gave} for {examples}{when}; it should give float outputs [{num}, {wanted}]{cause}"
         )

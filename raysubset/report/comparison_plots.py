@@ -11,9 +11,9 @@ from typing import Any
 
 from raysubset.quality import quality_of
 from raysubset.report.comparisons import CLOCKS, largest_rows, mean_and_half
-from raysubset.report.figures import Record, finite, passes_by_epoch, trainings
+from raysubset.report.figures import Record, finite, loss_name, passes_by_epoch, trainings
 from raysubset.report.plots import COLOURS, Plot, colour_of, draw_plot, legend_outside, log_where_wide
-from raysubset.report.run_plots import VALIDATION, loss_name
+from raysubset.report.run_plots import VALIDATION
 
 _MARKERS = "os^"
 _COST = {"total": "passes", "critical_path": "critical_path_passes"}

@@ -12,13 +12,6 @@ Record = Mapping[str, Any]
 
 NOISE_ERRORS = 2.0  # a difference of fewer standard errors than this is called noise
 
-_LOSSES = {  # that "auto" stands for
-    "classification": "cross_entropy",
-    "regression": "squared_error",
-    "segmentation": "cross_entropy",
-    "next_token": "cross_entropy",
-}
-
 
 def finite(value: float | None) -> float:
     """Return the number, or NaN where a record has null: JSON has no NaN."""
@@ -72,11 +65,23 @@ def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
     return {"num_examples": parts[0]["num_examples"], **means}
 
 
-def loss_of(record: Record) -> str:
-    """The loss that was minimized, by its name in the config; "auto" where a task of the user's own chose it."""
-    config, task = record["config"], record.get("task") or {}
+_LOSSES = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
+_LOSSES |= {"absolute_error": "absolute error", "huber": "Huber loss"}
+
+
+def loss_name(record: Record) -> str:
+    """The loss that was minimized, in words: what the task says of it, or the config; "loss" where neither tells."""
+    task, config = record.get("task") or {}, record["config"]
+    if "loss" in task:
+        return task["loss"]
     name = config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
-    return _LOSSES.get(task.get("name"), name) if name == "auto" else name
+    if name == "auto" and task.get("name", "classification") == "classification":
+        name = "cross_entropy"
+    return _LOSSES.get(name, "loss")
+
+
+def is_least_squares(record: Record) -> bool:
+    return loss_name(record).startswith("squared error")
 
 
 def trained_passes(record: Record) -> float:

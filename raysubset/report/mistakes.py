@@ -88,12 +88,17 @@ def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequen
     return found
 
 
-def masks(mistakes: pa.Table) -> list[Picture]:
-    """The examples of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side."""
+def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
+    """The examples of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side.
+
+    Args:
+        mistakes: columns image, mask and predicted, lists of the values in the order of rows and columns.
+        image_shape: (H, W, C).
+    """
     found = []
     for row in mistakes.to_pylist():
-        image, mask, predicted = (np.asarray(row[name]) for name in ("image", "mask", "predicted"))
-        own = _in_colour(image.astype(np.uint8).reshape(*mask.shape, -1))
+        own = _in_colour(np.array(row["image"], dtype=np.uint8).reshape(*image_shape))
+        mask, predicted = (np.array(row[name]).reshape(*image_shape[:2]) for name in ("mask", "predicted"))
         gap = np.full((len(mask), max(1, mask.shape[1] // 16), 3), 255, dtype=np.uint8)
         truth, guess = (_MASK_COLOURS[classes % 256] for classes in (mask, predicted))
         pixels = np.concatenate([own, gap, truth, gap, guess], axis=1)

@@ -11,7 +11,15 @@ from typing import Any
 from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
-from raysubset.report.figures import Record, finite, loss_of, mean_metrics, standard_error, trained_passes, with_error
+from raysubset.report.figures import (
+    Record,
+    finite,
+    is_least_squares,
+    mean_metrics,
+    standard_error,
+    trained_passes,
+    with_error,
+)
 from raysubset.report.findings import findings, next_commands
 from raysubset.training import bytes_in_words
 
@@ -162,7 +170,7 @@ def _rounds(rounds: Sequence[Record], quality: Quality) -> Section:
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
     minima, quality = rounds[-1]["minima"], quality_of(record)
-    squared = loss_of(record) == "squared_error"
+    squared = is_least_squares(record)
     columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", quality.heading, "ended by")
     if squared:
         columns += ("validation / own loss", "(Q+1)/(Q-1)")

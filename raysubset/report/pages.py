@@ -105,7 +105,8 @@ def _mistakes(directory: RunDirectory) -> Iterator[Part]:
         yield Part(worst_predictions(predictions, outputs), (residuals_plot(predictions, outputs),))
     if "mask" in mistakes.column_names and len(mistakes):
         lines = ("The image, its mask and the predicted one; grey is not counted.",)
-        yield Part(Section("Masks it gets wrong", lines=lines), pictures=tuple(masks(mistakes)))
+        drawn = masks(mistakes, model["task"]["inputs"]["image_shape"])
+        yield Part(Section("Masks it gets wrong", lines=lines), pictures=tuple(drawn))
     if samples := directory.read_json_or_none(SAMPLES_PATH):
         texts = (Preformatted(f"{sample['prompt']}│{sample['text']}") for sample in samples)
         lines = ("The final model goes on from what stands before │.", *texts)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.report.figures import Record, finite, loss_of, passes_by_epoch, trainings
+from raysubset.report.figures import Record, finite, is_least_squares, loss_name, passes_by_epoch, trainings
 from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, legend_outside, log_where_wide
 
 TRAINING, VALIDATION = COLOURS[0], COLOURS[1]  # of losses on either, in every plot
@@ -47,13 +47,6 @@ def minima_losses(record: Record) -> Plot:
     return draw_plot("minima", caption, draw)
 
 
-def loss_name(record: Record) -> str:
-    """An axis's title; "loss" where the config does not tell which, or a name of the user's own."""
-    names = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
-    names |= {"absolute_error": "absolute error", "huber": "Huber loss"}
-    return names.get(loss_of(record), "loss")
-
-
 def _validation_label(record: Record) -> str:
     return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
 
@@ -66,7 +59,7 @@ def loss_of_minima(record: Record) -> str:
 def gap_over_q(record: Record) -> Plot:
     """Of all minima measured: validation loss over own loss against Q; (Q+1)/(Q−1) where the loss is squared error."""
     minima = [minimum for round in record["stages"]["rounds"] for minimum in round["minima"]]
-    squared = loss_of(record) == "squared_error"
+    squared = is_least_squares(record)
     points = [
         (minimum["overdetermination_ratio"], finite(minimum["validation"]["loss"]) / minimum["training"]["loss"])
         for minimum in minima

@@ -12,7 +12,7 @@ from raysubset.report.figures import (
     Record,
     difference,
     finite,
-    loss_of,
+    loss_name,
     passes_by_epoch,
     standard_error,
     trainings,
@@ -85,7 +85,7 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
     if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
         text = f"the runs are on different data, so that neither {quality.name} nor passes compare."
         lines.insert(0, Note(text, is_warning=True))
-    if len({loss_of(record) for record in records}) > 1:
+    if len({loss_name(record) for record in records}) > 1:
         text = f"the runs minimize different losses, so that these do not compare; {quality.name} does."
         lines.insert(0, Note(text, is_warning=True))
     configs = [flatten(record["config"]) for record in records]

@@ -32,23 +32,40 @@ class TensorInputs:
         """(shift, scale), float32: what a number is lessened by and then divided by."""
         return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
 
-    def standardised(self, values: np.ndarray) -> np.ndarray:
-        """Stored rows of raw ones, [N, …]."""
+    def standardised(self, values: np.ndarray, *, where: str, rows: np.ndarray) -> np.ndarray:
+        """Stored rows of raw ones, [N, …].
+
+        Args:
+            where: names them in messages.
+            rows: int64 [N], numbers that messages show for them.
+
+        Raises:
+            ValueError: for tokens that training rows do not have.
+        """
         if self.num_values is not None:
+            if len(wrong := np.argwhere((values < 0) | (values >= self.num_values))):
+                token, row = values[tuple(wrong[0])], rows[wrong[0][0]]
+                raise ValueError(
+                    f"inputs of {where} have token {token} in row {row}: the train split's are 0 to "
+                    f"{self.num_values - 1}, and there must be no others; give floats if these are numbers"
+                )
             return np.ascontiguousarray(values, dtype=np.int64 if self.num_values > 2**31 else np.int32)
         scaled = (values.astype(np.float64) - np.array(self.mean)) / np.array(self.std)
         return np.ascontiguousarray(scaled, dtype=np.float32)
 
 
-def fit_tensors(values: np.ndarray) -> TensorInputs:
-    """Statistics of training inputs [N, …]: of each feature of [N, F], of all numbers else; integers are counted."""
+def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
+    """Statistics of the training rows of inputs [N, …]: of each feature of [N, F], of all numbers else.
+
+    Integers [N, T] are tokens, which are counted in all rows: any of them may be held out.
+    """
     if values.dtype.kind in "iu" and values.ndim == 2:
         if values.min() < 0:
             raise ValueError(
                 f"integer inputs run from {values.min()}: tokens are numbered from 0; give floats otherwise"
             )
         return TensorInputs(values.shape[1:], num_values=int(values.max()) + 1)
-    wide = values.astype(np.float64)
+    wide = values[rows].astype(np.float64)
     axis = 0 if values.ndim == 2 else None
     mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
     std = np.where(std > 0, std, 1.0)

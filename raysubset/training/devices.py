@@ -28,6 +28,8 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
         # Else deterministic algorithms write NaN to each new tensor first, at the price of a kernel
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
+        # Attention in float32 has a backward pass that only warns; flash attention, in bfloat16, obeys
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")

@@ -331,6 +331,8 @@ def cases_of_files(place: Path) -> Iterator[Case]:
             f"data.name|{re.escape(mine)}" if mine else "data.name",
             codes=(1, 2) if "raises" in label else (2,),
         )
+    for label, (name, flags, named) in MISTAKES_IN_TABLES.items():
+        yield Case(f"data: {label}", run("--data.name", name, *flags), named)
     yield Case("MNIST that is not there", run("--data.name", "mnist", "--data.root", "/nowhere"), "nowhere")
     yield Case("MNIST that is damaged", run("--data.name", "mnist", "--data.root", str(place / "mnist")), "mnist")
     yield Case(
@@ -517,6 +519,7 @@ def make_files(place: Path, finished: Path) -> None:
     pq.write_table(
         good.set_column(0, "image", pa.array([png(8 + i % 2) for i in range(200)])), place / "shapes.parquet"
     )
+    make_tables(place)
     (place / "emptyfolder").mkdir()
     for kind in "ab":
         (place / "texts" / kind).mkdir(parents=True)
@@ -554,7 +557,73 @@ def make_files(place: Path, finished: Path) -> None:
     record["model"]["width"] = 99
     (place / "widemodel" / "model.json").write_text(json.dumps(record))
     (place / "textmodel" / "model.json").write_text("{")
+
+
+def make_tables(place: Path) -> None:
+    """The files and functions of MISTAKES_IN_TABLES."""
+    for name, text in TABLES.items():
+        (place / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (place / "bad_functions.py").write_text(FUNCTIONS)
+
+
+def table(*, x: str = "", target: str = "", num: int = 60) -> str:
+    """A CSV file of columns x, kind and target, whose fortieth row holds something else."""
+    rows = [[str(i), "abc"[i % 3], str(i * 0.5)] for i in range(num)]
+    rows[40] = [x or "40", "a", target or "20"]
+    return "\n".join(map(",".join, [["x", "kind", "target"], *rows]))
+
+
+TABLES: dict[str, str | bytes] = {
+    "good.csv": table(),
+    "nan.csv": table(x="NaN"),
+    "inf.csv": table(x="inf"),
+    "notarget.csv": table(target="NaN"),
+    "inftarget.csv": table(target="-inf"),
+    "stray.csv": table(x="forty"),
+    "constant.csv": "x,target\n" + "".join(f"{i},7\n" for i in range(60)),
+    "damaged.csv": "x,target\n1,2\n3\n4,5\n",
+    "quote.csv": 'x,target\n1,"2\n4,5\n',
+    "headless.csv": "5.1,3.5,a\n4.9,3.0,b\n",
+    "semicolons.csv": "x;target\n1;2\n",
+    "latin.csv": "x,target\ncaf\xe9,1\nthe,2\ncaf\xe9,1\n".encode("latin-1"),
+    "onlytarget.csv": "target\n1\n2\n",
+    "blank.csv": "",
+    "short.txt": "too short",
+    "latin.txt": "caf\xe9 ".encode("latin-1") * 500,
+}
+_REGRESSION, _TEXT = ("--task.name", "regression"), ("--task.name", "next_token")
+# By what is wrong: data.name, further flags, and what the answer should name.
+MISTAKES_IN_TABLES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "no target": ("good.csv", ("--data.target", "prise"), "prise"),
+    "a target that is a feature": ("good.csv", (*_REGRESSION, "--data.columns", "x,target"), "target"),
+    "a feature that is not there": ("good.csv", (*_REGRESSION, "--data.columns", "x,knid"), "did you mean kind"),
+    "numbers as classes": ("good.csv", (), "--task regression"),
+    "texts as numbers": ("good.csv", (*_REGRESSION, "--data.target", "kind"), "kind"),
+    "text among numbers": ("stray.csv", _REGRESSION, "'forty' in row 40"),
+    "NaN": ("nan.csv", _REGRESSION, "column x has no value in row 40"),
+    "infinity": ("inf.csv", _REGRESSION, "column x is inf in row 40"),
+    "a target that is missing": ("notarget.csv", _REGRESSION, "column target has no value in row 40"),
+    "an infinite target": ("inftarget.csv", _REGRESSION, "column target is -inf in row 40"),
+    "a constant target": ("constant.csv", _REGRESSION, "target is 7"),
+    "a damaged line": ("damaged.csv", _REGRESSION, "line 3 of"),
+    "an open quote": ("quote.csv", _REGRESSION, "line 2 of"),
+    "no header": ("headless.csv", (), "5.1, 3.5, a"),
+    "semicolons": ("semicolons.csv", (), "semicolons"),
+    "Latin-1": ("latin.csv", (), "row 0"),
+    "nothing but a target": ("onlytarget.csv", _REGRESSION, "onlytarget"),
+    "an empty file": ("blank.csv", (), "blank.csv"),
+    "a text shorter than a window": ("short.txt", _TEXT, "--data.window"),
+    "a text in Latin-1": ("latin.txt", _TEXT, "byte 3"),
+    "text as a table": ("short.txt", _REGRESSION, "short.txt"),
+    "a table as masks": ("good.csv", ("--task.name", "segmentation"), "segmentation"),
+    "a named table as text": ("iris", _TEXT, "iris"),
+    "names of classes as numbers": ("iris", _REGRESSION, "setosa"),
+    "rows of differing lengths": ("bad_functions:ragged", _REGRESSION, "row 1"),
+    "arrays of differing lengths": ("bad_functions:unequal", _REGRESSION, "inputs 9, target 8"),
+    "NaN in arrays": ("bad_functions:nan_inputs", _REGRESSION, "row 5"),
+    "a set without a length": ("bad_functions:endless", _REGRESSION, "endless"),
+    "items of differing shapes": ("bad_functions:shapes", _REGRESSION, "item 1"),
+}
 
 
 FUNCTIONS = """
@@ -567,6 +636,16 @@ def nan_labels(): return _IMAGES, np.full(200, np.nan)
 def negative(): return _IMAGES, _LABELS - 1
 def float_images(): return np.full((200, 8, 8), np.nan), _LABELS
 def no_examples(): return _IMAGES[:0], _LABELS[:0]
+def ragged(): return [[1.0, 2.0], [1.0]], [0.5, 1.5]
+def unequal(): return dict(inputs=np.ones((9, 2)), target=np.arange(8.0))
+def nan_inputs(): return np.where(np.arange(18).reshape(9, 2) == 10, np.nan, 1.0), np.arange(9.0)
+class _Endless(torch.utils.data.IterableDataset):
+    def __iter__(self): yield 1, 2
+class _Shapes(torch.utils.data.Dataset):
+    def __len__(self): return 9
+    def __getitem__(self, number): return np.ones(4 + number), float(number)
+def endless(): return _Endless()
+def shapes(): return _Shapes()
 def net_raises(num_classes, shape): raise TypeError("the user's own mistake")
 def nothing2(num_classes, shape): return None
 def net_outputs(num_classes, shape): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
