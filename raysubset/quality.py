@@ -25,11 +25,15 @@ class Quality:
         """What a value is multiplied by where it is drawn over `label`."""
         return 100 if self.is_share else 1
 
-    def number(self, value: float | None, *, sign: str = "") -> str:
+    def number(self, value: float | None, *, sign: str = "", digits: int = 4) -> str:
         """The value in the unit of label and change_label: '97.31', '1.834'; '-' where there is none."""
         if value is None or not math.isfinite(value):
             return "-"
-        return format(self.scale * value, f"{sign}.2f" if self.is_share else f"{sign}.4g")
+        return format(self.scale * value, f"{sign}.2f" if self.is_share else f"{sign}.{digits}g")
+
+    def error(self, value: float) -> str:
+        """What follows a value as its error: ' ± 0.12'."""
+        return f" ± {self.number(value, digits=2)}"
 
     def show(self, value: float | None) -> str:
         """The value with its unit: '97.31%', '1.834 bits a token'; '-' where there is none."""

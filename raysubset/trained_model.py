@@ -74,6 +74,11 @@ class ModelRecord:
 class TrainedModel(nn.Module):
     """A network that takes raw inputs and gives outputs in the targets' units: scaling is inside."""
 
+    mean: Tensor
+    std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+
     def __init__(self, network: nn.Module, record: ModelRecord) -> None:
         super().__init__()
         self.network, self.record, self.spec = network, record, record.spec

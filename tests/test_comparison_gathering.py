@@ -122,7 +122,7 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     told = words(record)
     assert "1.702 bits a token on test. As good means no worse than that by 0.01 bits a token: 1.712" in told
     assert "D fall short by more than 0.01 bits a token" in told
-    assert "2.302 ± 0.001963" in told  # scipy.stats.sem(thousandths) * t.ppf(0.975, 4)
+    assert "2.302 ± 0.002" in told  # scipy.stats.sem(thousandths) * t.ppf(0.975, 4)
     assert "+0.6 [+0.6, +0.6]" in told
     assert "accuracy" not in told
     assert "%" not in told.replace("95 %", "").replace("94%", "")

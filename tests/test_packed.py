@@ -150,6 +150,8 @@ def test_packed_equals_one_by_one_for_every_kind_of_network(name: str) -> None:
         {"optimizer": "adam", "learning_rate": 0.01},
         {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1},
         {"momentum": 0.0, "weight_decay": 0.0},
+        {"optimizer": "muon", "weight_decay": 0.1},
+        {"optimizer": "muon", "momentum": 0.0},
         {"objective": SQUARED_ERROR},
         {"objective": CrossEntropy(label_smoothing=0.1), "schedule": "one_cycle"},
         {"channels_last": False, "schedule": "warmup_linear"},
@@ -223,7 +225,7 @@ def test_a_member_without_a_finite_loss_is_an_error_of_its_own() -> None:
         assert_same(weights(models[i]), weights(expected[i]))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 @pytest.mark.parametrize("step", [3, 4, 7])
 def test_a_packed_state_is_the_loops_own_and_goes_on_in_either(optimizer: Any, step: int) -> None:
     config = MinimizeConfig(epochs=3.0, batch_size=8, learning_rate=0.02, optimizer=optimizer)

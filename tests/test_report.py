@@ -342,11 +342,13 @@ def test_an_error_that_the_metrics_tell_is_shown_and_bounds_the_noise():
     record["stages"]["rounds"][-1]["aggregation"]["validation"]["bits_error"] = 0.25
     page = text(sections(record))
     assert "Test 1.2 bits a token ± 0.25, loss" in page
-    assert "-0.48 bits a token ± 0.3536 (within the noise)" in page  # of sqrt(2) / 4
+    assert "-0.48 bits a token ± 0.35 (within the noise)" in page  # of sqrt(2) / 4
 
 
 def test_a_quality_that_is_not_finite_leaves_a_page():
     record = of_task(a_record(), "regression", R2)
+    record["test"] |= {"rmse": 53.21, "error_squared_sum": [1.0, 2.0]}
+    assert str(one(sections(record), "Final model").lines[0]) == "On test data also: rmse 53.21."
     record["test"]["r2"] = record["stages"]["fine_tuning"]["validation"]["r2"] = None
     refuse_other_values("report.json", record)
     page = text(sections(record))

@@ -24,7 +24,7 @@ def stopped_at(step: int, model: nn.Module, data: Examples, config: MinimizeConf
     return states[0], result
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_stopped_after_any_step_and_resumed_from_a_file_it_ends_at_the_same_bits(optimizer):
     data = examples(30, augmentation="crop_flip")
     config = MinimizeConfig(epochs=2.5, batch_size=8, optimizer=optimizer, schedule="one_cycle")

@@ -15,7 +15,15 @@ WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton")  # optimizers whose every step us
 
 _DECAYS = {"pswm": 0.9, "ema": 0.999}
 
-_LEARNING_RATES = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3, "lbfgs": 1.0, "cg": 1.0, "gauss_newton": 1.0}
+_LEARNING_RATES = {
+    "sgd": 0.1,
+    "adam": 2e-3,
+    "adamw": 2e-3,
+    "muon": 0.1,
+    "lbfgs": 1.0,
+    "cg": 1.0,
+    "gauss_newton": 1.0,
+}
 
 
 def _check_stages(stages: str, name: str) -> None:
@@ -125,17 +133,19 @@ class SkippingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MinimizeConfig:
-    optimizer: Literal["sgd", "adam", "adamw", "lbfgs", "cg", "gauss_newton"] = "sgd"
-    """sgd has Nesterov momentum. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe line search) and gauss_newton
-    (conjugate gradients on damped Gauss-Newton products) use the whole subset for every step."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon", "lbfgs", "cg", "gauss_newton"] = "sgd"
+    """sgd has Nesterov momentum. muon makes the momentum of matrices and kernels orthogonal; biases, normalisation
+    parameters and embeddings take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
+    line search) and gauss_newton (conjugate gradients on damped Gauss-Newton products) use the whole subset for every
+    step."""
     learning_rate: float | None = None
-    """Peak learning rate. Defaults: sgd 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of what a line
-    search tries first (cg: of the very first), or the share of a full step."""
+    """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of
+    what a line search tries first (cg: of the very first), or the share of a full step."""
     momentum: float = 0.9
-    """Nesterov momentum of sgd; heavy-ball momentum with extrapolation."""
+    """Nesterov momentum of sgd and muon; heavy-ball momentum with extrapolation."""
     weight_decay: float = 5e-4
-    """L2 penalty (sgd, adam), decoupled (adamw); whole-subset optimizers have none. Biases and normalisation parameters
-    are spared."""
+    """L2 penalty (sgd, adam, muon), decoupled (adamw); whole-subset optimizers have none. Biases and normalisation
+    parameters are spared."""
     batch_size: int = 64
     """Examples per step over all workers. Whole-subset optimizers take this many times 16 per chunk."""
     epochs: float = 8.0
@@ -201,7 +211,8 @@ class MinimizeConfig:
             kind = getattr(self, name).kind
             need(
                 not whole or kind == "none",
-                f"minimize.{name}.kind={kind} varies the steps of sgd, adam and adamw; {self.optimizer} searches lines",
+                f"minimize.{name}.kind={kind} varies the steps of sgd, adam, adamw and muon; {self.optimizer} searches "
+                "lines",
             )
         need(
             self.extrapolation.kind == "none" or self.optimizer == "sgd",

@@ -60,7 +60,7 @@ def _points(record: Record) -> Section:
             if mean is None:
                 rows.append((arm["key"], f"{point['budget']:g}", *["–"] * 6, "failed"))
                 continue
-            reached, half = (quality.number(value) for value in mean_and_half(mean, quality))
+            reached, half = mean_and_half(mean, quality)
             rows.append(
                 (
                     arm["key"],
@@ -69,7 +69,7 @@ def _points(record: Record) -> Section:
                     f"{mean['passes']:.2f}",
                     f"{mean['critical_path_passes']:.2f}",
                     f"{mean['device_s']:.1f}",
-                    reached if half == "-" else f"{reached} ± {half}",
+                    quality.number(reached) + (quality.error(half) if math.isfinite(half) else ""),
                     "not finite" if mean["validation_loss"] is None else f"{mean['validation_loss']:.4f}",
                     _compared(difference, point["is_non_inferior"], quality),
                 )

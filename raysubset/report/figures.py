@@ -36,7 +36,7 @@ def standard_error(metrics: Record, quality: Quality) -> float | None:
 def with_error(metrics: Record, quality: Quality, show: Callable[[float | None], str]) -> str:
     """The quality as `show` has it, and its error where that is known: '90.00% ± 3.00', '1.834 ± 0.012'."""
     error = standard_error(metrics, quality)
-    return show(metrics[quality.name]) + ("" if error is None else f" ± {quality.number(error)}")
+    return show(metrics[quality.name]) + ("" if error is None else quality.error(error))
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) 
     verdict = "within the noise" if found.is_noise else "it helped" if quality.gain(found.value) > 0 else "it did harm"
     if not math.isfinite(found.value):
         verdict = "not finite"
-    error = "" if found.error is None else f" ± {quality.number(found.error)}"
+    error = "" if found.error is None else quality.error(found.error)
     return f"{what}, against {than}: {quality.change(found.value)}{error} ({verdict}), loss {loss:+.4f}."
 
 

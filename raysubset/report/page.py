@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -87,9 +87,20 @@ def _final_model(record: Record) -> Section:
             ("validation, read for every choice", record["validation"]),
         )
     )
+    lines = list(map(Note.from_json, record["data"]["notes"]))
+    if others := list(_other_values(record["test"], quality)):
+        lines.insert(0, Note(f"On test data also: {', '.join(others)}."))
     error = "" if standard_error(record["test"], quality) is None else " ± standard error"
     columns = ("on", "examples", "loss", f"{quality.heading}{error}")
-    return Section("Final model", columns, rows, tuple(map(Note.from_json, record["data"]["notes"])), "final_model")
+    return Section("Final model", columns, rows, tuple(lines), "final_model")
+
+
+def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
+    """What the metrics tell beside loss, quality, sums and errors: 'rmse 53.2'."""
+    for key, value in metrics.items():
+        is_known = key in ("loss", quality.name) or key.startswith("num_") or key.endswith(("_sum", "_error"))
+        if isinstance(value, int | float) and not is_known:
+            yield f"{key.replace('_', ' ')} {value:.4g}"
 
 
 def _stages(record: Record) -> Section:

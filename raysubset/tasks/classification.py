@@ -21,7 +21,7 @@ _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Classification(LossTask):
+class Classification(LossTask[CrossEntropy | SquaredError]):
     """One class an example. Stored rows are the inputs' column and "label", int64 [N]."""
 
     inputs: ImageInputs | TableInputs | TensorInputs

@@ -16,7 +16,7 @@ from raysubset.tasks.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class NextToken(LossTask):
+class NextToken(LossTask[CrossEntropy]):
     """The token after each token of a window. Stored rows are "tokens", integers [N, T + 1].
 
     The loss is in nats a token: the mean over an example's T tokens.

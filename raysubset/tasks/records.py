@@ -177,16 +177,16 @@ def _image_classification(record: Mapping[str, Any]) -> Classification:
 
 
 def _images(record: Mapping[str, Any]) -> ImageInputs:
-    shape = record.get("image_shape")
+    shape: Any = record.get("image_shape")
     if not _is_list(shape, int, 3) or min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
         raise ValueError(f"image_shape = {_shown(shape)} is no [H, W, C]")
     statistics = {}
     for name in ("mean", "std"):
-        values = record.get(name)
+        values: Any = record.get(name)
         if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
             raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
         statistics[name] = tuple(map(float, values))
-    grey_range = record.get("grey_range", list(FULL_RANGE))
+    grey_range: Any = record.get("grey_range", list(FULL_RANGE))
     if not _is_list(grey_range, int, 2) or not -_LARGE < grey_range[0] < grey_range[1] < _LARGE:
         raise ValueError(f"grey_range = {_shown(grey_range)} should be black and white, of pixels of over 8 bits")
     if min(statistics["std"]) <= 0:

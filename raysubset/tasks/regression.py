@@ -20,7 +20,7 @@ _NUM_STRATA = 10
 
 
 @dataclass(frozen=True)
-class Regression(LossTask):
+class Regression(LossTask[SquaredError | AbsoluteError | Huber]):
     """K numbers an example. Stored rows are the inputs' column and "target", float32 [N, K], standardised.
 
     The loss is of standardised targets, so that no rate depends on their unit; qualities are in their own units.

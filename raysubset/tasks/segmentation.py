@@ -18,7 +18,7 @@ _MOST_MISTAKES = 12
 
 
 @dataclass(frozen=True)
-class Segmentation(LossTask):
+class Segmentation(LossTask[CrossEntropy]):
     """A mask an image. Stored rows are "image", uint8 [N, H, W, C], and "mask", uint8 [N, H, W].
 
     The loss is the mean over an image's pixels, those of the ignored class left out.

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, SupportsIndex
+from typing import Any, Generic, SupportsIndex, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from raysubset.quality import Quality
 from raysubset.tasks.losses import Loss, mean_outputs
 from raysubset.tasks.spec import Spec
 
+L = TypeVar("L", bound=Loss)
 Rows = Mapping[str, Tensor]  # of some examples: named tensors [n, …], as they are stored
 _SQUARES = "_squares_sum"
 OutputsOf = Callable[[np.ndarray], Tensor]  # a network's outputs [n, …] for examples at some positions, int64 [n]
@@ -181,10 +182,10 @@ class Task:
         return {"name": self.name, "state": {key: value for key, value in vars(self).items() if key != "name"}}
 
 
-class LossTask(Task):
+class LossTask(Task, Generic[L]):
     """A task whose loss is one of losses.py, which knows all that methods ask of a loss."""
 
-    objective: Loss
+    objective: L
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.objective.summed(outputs, targets)

@@ -31,7 +31,7 @@ def minimize_by_batches(
     distillation: Distillation | None,
     on_step: OnStep | None,
 ) -> MinimizeResult:
-    """Minimize by steps of a batch each: minimize() of sgd, adam and adamw, with its arguments and errors."""
+    """Minimize by steps of a batch each: minimize() of sgd, adam, adamw and muon, with its arguments and errors."""
     started = time.perf_counter()
     device, task, dtype = examples.device, examples.task, next(model.parameters()).dtype
     per_epoch = num_steps_per_epoch(len(examples), recipe)

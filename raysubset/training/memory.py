@@ -19,6 +19,7 @@ _OPTIMIZER_COPIES = {
     "sgd": 1,  # momentum
     "adam": 2,  # two moments
     "adamw": 2,
+    "muon": 1,  # momentum
     "lbfgs": 2 * 20 + 3,  # 20 pairs of vectors; direction, last gradient and line search
     "cg": 3,  # direction, last gradient and line search
     "gauss_newton": 5,  # gradient, solution, residual, direction and product

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
+from raysubset.training.muon import Muon
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR starts there and ends at 4e-6)
 
@@ -44,6 +45,18 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
             return _with_all_moments(torch.optim.Adam(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "adamw":
             return _with_all_moments(torch.optim.AdamW(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
+        case "muon":
+            rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+            decayed, spared = groups
+            matrices = [p for p in decayed["params"] if id(p) not in rows]
+            embeddings = [p for p in decayed["params"] if id(p) in rows]
+            groups = [
+                {**decayed, "params": matrices, "is_matrix": True},
+                {**decayed, "params": embeddings, "is_matrix": False},
+                {**spared, "is_matrix": False},
+            ]
+            optimizer = Muon(groups, lr=rate, momentum=recipe.momentum)
+            return _with_all_moments(optimizer, ("momentum_buffer",) if recipe.momentum else ())
         case "cg" | "gauss_newton":
             raise AssertionError(f"training.whole_subset makes the steps of {recipe.optimizer}")
         case _ as unknown:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.training.grouped import forward_of_all
+from raysubset.training.muon import REST_FACTOR, scaled_polar
 from raysubset.training.optimizers import load_optimizer_state, make_optimizer
 
 _WEIGHTS = "weights"  # the key, among the buffers' names, of all trained parameters
@@ -19,7 +20,7 @@ class Stack:
 
     What goes in and comes out is of one member: the module, state dicts, and torch.optim's own state dict, so members
     may enter and leave between any two steps. Updates are those of torch.optim's SGD with Nesterov momentum, Adam and
-    AdamW, with a learning rate and a step count for each member.
+    AdamW, and of our Muon, with a learning rate and a step count for each member.
     """
 
     def __init__(
@@ -29,20 +30,22 @@ class Stack:
 
         Args:
             models: of one architecture, on one device.
-            recipe: the recipe, of sgd, adam or adamw.
+            recipe: the recipe, of sgd, adam, adamw or muon.
             optimizer_states: state dicts to go on with; None: fresh ones.
         """
         self._recipe, first = recipe, models[0]
-        trained = [(name, p) for name, p in first.named_parameters() if p.requires_grad]
-        trained.sort(key=lambda item: item[1].ndim <= 1)  # as make_optimizer() has them: decayed first
-        self._names = [name for name, _ in trained]
-        self._shapes = [p.shape for _, p in trained]
-        self._sizes = [p.numel() for _, p in trained]
-        self._num_decayed = sum(p.numel() for _, p in trained if p.ndim > 1)
+        groups, names = make_optimizer(first, recipe).param_groups, {p: name for name, p in first.named_parameters()}
+        trained = [p for group in groups for p in group["params"]]  # decayed first, and muon's matrices before these
+        self._names = [names[p] for p in trained]
+        self._shapes = [p.shape for p in trained]
+        self._sizes = [p.numel() for p in trained]
+        self._num_decayed = sum(p.numel() for p in trained if p.ndim > 1)
+        matrices = groups[0]["params"] if recipe.optimizer == "muon" else []
+        self._matrices = [(len(p), p.numel()) for p in matrices]  # their rows and elements
         self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
         self._moment_names = ("exp_avg", "exp_avg_sq")
-        if recipe.optimizer == "sgd":
+        if recipe.optimizer in ("sgd", "muon"):
             self._moment_names = ("momentum_buffer",) if recipe.momentum else ()
         self._models = list(models)
         self._rates = [recipe.peak_learning_rate()] * len(models)
@@ -106,11 +109,13 @@ class Stack:
             weights[:, : self._num_decayed].mul_(decays)
         elif recipe.weight_decay:
             gradient[:, : self._num_decayed].add_(weights[:, : self._num_decayed], alpha=recipe.weight_decay)
-        if recipe.optimizer == "sgd":
+        if recipe.optimizer in ("sgd", "muon"):
             if recipe.momentum:
                 (momentum,) = self._moments
                 momentum.mul_(recipe.momentum).add_(gradient)
                 gradient.add_(momentum, alpha=recipe.momentum)
+            if recipe.optimizer == "muon":
+                self._make_orthogonal(gradient)
             weights.addcmul_(gradient, self._column(rates), value=-1)
         else:
             mean, square = self._moments
@@ -121,6 +126,15 @@ class Stack:
             lengths = self._column([rate / (1 - beta1**step) for rate, step in zip(rates, self._steps, strict=True)])
             weights.addcdiv_(mean * lengths, (square.sqrt() * scales).add_(epsilon), value=-1)
         weights.grad = None
+
+    def _make_orthogonal(self, gradient: Tensor) -> None:
+        """Make Muon's directions of the gradients [K, P] with their momentum, in place."""
+        end = 0
+        for num_rows, size in self._matrices:
+            part = gradient[:, end : end + size]
+            part.copy_(scaled_polar(part.reshape(len(gradient), num_rows, -1)).flatten(1))
+            end += size
+        gradient[:, end:].mul_(REST_FACTOR)
 
     def are_finite(self) -> list[bool]:
         """Of each member, whether all trained parameters are finite numbers."""
@@ -179,7 +193,7 @@ class Stack:
             for name, moment in zip(self._moment_names, self._moments, strict=True):
                 for p, part in zip(parameters, moment[row].split(self._sizes), strict=True):
                     optimizer.state[p][name] = torch.empty_like(p, requires_grad=False).copy_(part.view(p.shape))
-            if self._recipe.optimizer != "sgd":
+            if "exp_avg" in self._moment_names:
                 for p in parameters:
                     optimizer.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
         return optimizer.state_dict()

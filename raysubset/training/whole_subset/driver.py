@@ -155,7 +155,7 @@ def _stepper(objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> 
             return ConjugateGradient(objective, first_scale=recipe.peak_learning_rate())
         case "gauss_newton":
             return GaussNewton(objective, scale=recipe.peak_learning_rate())
-        case "sgd" | "adam" | "adamw":
+        case "sgd" | "adam" | "adamw" | "muon":
             raise AssertionError(f"{recipe.optimizer} uses batches: minimize() itself is its loop")
         case _ as unknown:
             assert_never(unknown)
