@@ -130,7 +130,7 @@ def a_directory(folder: Path, record: dict[str, Any] | None = None, *, name: str
     examples = image_examples(images, labels)
     predictions = pa.table({"row": rows, **examples.task.tabulate(outputs, labels)})
     run.write_table(PREDICTIONS_PATH, predictions)
-    run.write_table(MISTAKES_PATH, examples.task.mistakes(predictions, examples.rows, outputs))
+    run.write_table(MISTAKES_PATH, examples.task.mistakes(predictions, examples.rows, lambda chosen: outputs[chosen]))
     run.write_json("model.json", {"class_names": ["<b>bold</b>", "$x$ & y", "ok"], "image_shape": [2, 3, 1]})
     return run
 
@@ -248,6 +248,7 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     assert counts.trace() == expected.sums["num_correct"]
     assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.arrays()["label"], minlength=num).tolist()
     wrong = [row["margin"] for row in table.to_pylist() if row["label"] != row["predicted"]]
+    assert tested.mistakes is not None
     assert tested.mistakes.column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import datasets
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import file_fingerprint, kind_of
 from raysubset.data.columns import class_numbers, is_of_columns, read_rows, read_tables
 from raysubset.data.contents import unused_settings
@@ -245,6 +245,20 @@ def test_text_that_is_none_is_refused_in_a_line(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a.txt is empty"):
         read_texts(of(tmp_path / "a.txt"))
+
+
+def test_a_text_of_too_few_windows_is_refused_with_how_long_they_may_be(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a" * 200)
+    with pytest.raises(ValueError, match=r"has 1 window\(s\) of 128 tokens, .*: give --data.window 42 or less"):
+        load_full_set(of(tmp_path / "a.txt"))
+    full_set = load_full_set(of(tmp_path / "a.txt", window=42))
+    assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (2, 1, 1)
+
+
+def test_few_rows_of_numbers_are_parted_too(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,target\n" + "".join(f"{n},{n / 2}\n" for n in range(6)))
+    full_set = load_full_set(of(tmp_path / "a.csv"), TaskConfig(name="regression"))
+    assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (4, 1, 1)
 
 
 def test_links_to_nothing_are_refused_where_they_would_be_read(tmp_path: Path):

@@ -106,6 +106,11 @@ def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], co
     for split, documents in texts.items():
         windows[split], more = windows_of(documents, vocabulary, config.window, where=f"the {split} split")
         found += more
+    if (num := len(windows["train"])) < (needed := len(SPLITS) + 1 - len(windows)):
+        raise ValueError(
+            f"the train split has {num} window(s) of {config.window} tokens, too few to hold any out: give "
+            f"--data.window {max(1, config.window * num // needed)} or less, or more text"
+        )
     alike: dict[SplitName, np.ndarray] = {split: np.zeros(len(ids), dtype=np.int64) for split, ids in windows.items()}
     rows, carving = carve_splits(alike, config)
     vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])

@@ -93,8 +93,7 @@ class CrossEntropy:
         p = moved.softmax(-1)
         unit = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
         if labels == "true":
-            known = targets if self.ignored is None else targets.clamp(min=0)
-            terms = (unit[known] - p).unsqueeze(1)
+            terms = (unit[self._labels(targets)] - p).unsqueeze(1)
         elif outputs.ndim == 2 and p.shape[-1] <= EXACT_OUTPUTS:
             terms = p.sqrt().unsqueeze(2) * (unit - p.unsqueeze(1))
         else:
@@ -117,6 +116,10 @@ class CrossEntropy:
     def _weight(self, outputs: Tensor) -> Tensor | None:
         return None if self.class_weights is None else torch.tensor(self.class_weights).to(outputs)
 
+    def _labels(self, targets: Tensor) -> Tensor:
+        """The targets, some class where they are ignored, which may be no class's number."""
+        return targets if self.ignored is None else targets.masked_fill(targets == self.ignored, 0)
+
     def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What each position counts in its example's loss: [n, …] with a dimension of 1 for the classes."""
         counted = torch.ones_like(targets, dtype=outputs.dtype)
@@ -127,7 +130,7 @@ class CrossEntropy:
             share = counted / counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
         if self.class_weights is not None:
             weight = torch.tensor(self.class_weights).to(outputs)
-            share = share * weight[targets if self.ignored is None else targets.clamp(min=0)]
+            share = share * weight[self._labels(targets)]
         return share.unsqueeze(self.class_dim)
 
 
