@@ -127,8 +127,8 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
 
 
 def task_record(full_set: FullSet) -> dict[str, Any]:
-    """What is learned, and what verdicts go by: quality_of() reads it."""
-    return {"name": full_set.task_name, "quality": full_set.quality.to_dict()}
+    """What is learned, by which loss in words, and what verdicts go by: quality_of() reads it."""
+    return {"name": full_set.task.name, "loss": full_set.task.loss_name, "quality": full_set.quality.to_dict()}
 
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:

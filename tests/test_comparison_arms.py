@@ -169,6 +169,7 @@ def test_an_arm_takes_overrides():
         (["--learning-rates", "0"], "--learning-rates = 0.0 must be positive"),
         (["--rounds.optimizer-state", "average"], "set keep or reset"),
         (["--arms", "B", "G:data.name=mnist"], "data.name is the same for all arms"),
+        (["--arms", "B", "G:task.loss=squared_error"], "task.loss is the same for all arms"),
         (["--subsets.start", "independent", "--trunk.epochs", "0", "--aggregation.method", "auto"], "start=shared"),
         (["--fine-tuning.distillation", "0.5"], "a comparison does not distil"),
         (["--fine-tuning.keep", "best"], "set fine_tuning.keep=last"),

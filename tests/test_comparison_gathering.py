@@ -63,7 +63,8 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> 
     """
     plan: Any = SimpleNamespace(num_parameters=10, num_bytes=40, forward_share=1 / 3, subset_ratios=(2.0,))
     plan.full_set_ratio, plan.subsets = 8.0, (None,)
-    full_set: Any = SimpleNamespace(train=range(NUM_TRAIN), quality=quality, task_name="a task")
+    full_set: Any = SimpleNamespace(train=range(NUM_TRAIN), quality=quality)
+    full_set.task = SimpleNamespace(name="a task", loss_name="a loss")
     begin, step = (2.0, -0.1) if quality == BITS else (0.5, 0.1)
 
     def leg(stage: Any, budget: float, seed: int, value: float | None) -> Leg:
@@ -100,7 +101,7 @@ def words(record: dict[str, Any]) -> str:
 @pytest.mark.parametrize(("quality", "good", "bad"), [(BITS, 1.7, 2.3), (R2, 0.8, 0.2)])
 def test_the_verdict_follows_the_qualitys_direction(quality: Quality, good: float, bad: float, compared: Compared):
     record = compared(quality, good)
-    assert record["task"] == {"name": "a task", "quality": quality.to_dict()}
+    assert record["task"] == {"name": "a task", "loss": "a loss", "quality": quality.to_dict()}
     assert record["verdicts"]["total"]["word"] == "confirmed"
     speed_up = record["speed_ups"]["total"]["D"]
     # the baseline comes within 0.01 of what it has at 8 passes at 2^2.9; the arm has that at half a pass

@@ -97,11 +97,19 @@ def test_mistakes_in_a_space_are_told_before_anything_runs(space: dict[str, Any]
 def test_trials_that_learn_different_things_are_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets = {"digits": SimpleNamespace(quality=ACCURACY), "diabetes": SimpleNamespace(quality=BITS)}
+    nats, squares = SimpleNamespace(loss_name="nats"), SimpleNamespace(loss_name="squares")
+    sets = {
+        "digits": SimpleNamespace(quality=ACCURACY, task=nats),
+        "diabetes": SimpleNamespace(quality=BITS, task=squares),
+    }
     monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: sets[learned[0].name])
     with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
         sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1)
     assert list(tmp_path.iterdir()) == []
+    sets["diabetes"].quality = ACCURACY
+    (warning,) = driver._notes_on_tasks(list(sets.values()))
+    assert str(warning).startswith("warning: the trials minimize different losses (nats, squares)")
+    assert driver._notes_on_tasks([sets["digits"]]) == []
 
 
 # Trunks

@@ -28,7 +28,7 @@ BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
 MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; other qualities have one of their task's, or none
 
-COMMON = ("name", "storage_path", "seed", "method", "data", "model", "cluster", "tracking")  # no arm's own
+COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # no arm's own
 OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 

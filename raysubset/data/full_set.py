@@ -51,10 +51,6 @@ class FullSet:
         return self.task.measured_by
 
     @property
-    def task_name(self) -> str:
-        return self.task.name
-
-    @property
     def strata(self) -> np.ndarray:
         """Which training examples stratified cuts keep in proportion: int64 [N] from 0 on."""
         strata = self.task.strata(self.train.arrays())

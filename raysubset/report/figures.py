@@ -66,7 +66,7 @@ def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
 
 
 _LOSSES = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
-_LOSSES |= {"absolute_error": "absolute error", "huber": "Huber loss"}
+_LOSSES |= {"absolute_error": "absolute error", "huber": "Huber's loss"}
 
 
 def loss_name(record: Record) -> str:

@@ -103,7 +103,7 @@ def _mistakes(directory: RunDirectory) -> Iterator[Part]:
         yield from _mistaken_classes(names, model.get("image_shape"), predictions, mistakes)
     if (outputs := outputs_of(predictions)) and len(predictions):
         yield Part(worst_predictions(predictions, outputs), (residuals_plot(predictions, outputs),))
-    if "mask" in mistakes.column_names and len(mistakes):
+    if "mask" in mistakes.column_names and len(mistakes) and model:
         lines = ("The image, its mask and the predicted one; grey is not counted.",)
         drawn = masks(mistakes, model["task"]["inputs"]["image_shape"])
         yield Part(Section("Masks it gets wrong", lines=lines), pictures=tuple(drawn))

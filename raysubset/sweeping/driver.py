@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,9 +113,8 @@ def sweep(
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     for one in {trial.config.learned: trial.config for trial in trials}.values():
         full_sets[one.learned] = load_full_set(*one.learned, known=known_fingerprint(known, one))
-    if len(names := {full_set.quality.name for full_set in full_sets.values()}) > 1:
-        told = ", ".join(sorted(names))
-        raise ValueError(f"the trials learn different things ({told}), which nothing compares: sweep over one task")
+    for note in _notes_on_tasks(full_sets.values()):
+        tell(note)
     identity = identify((trial.config for trial in trials), full_sets, known)
     for note in places_notes(identity):
         tell(note)
@@ -165,6 +164,23 @@ def sweep(
         directory.write_json(SWEEP_PATH, record)
     tell(Note(f"report: {directory.uri}"))
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
+
+
+def _notes_on_tasks(full_sets: Collection[FullSet]) -> list[Note]:
+    """A warning where trials minimize different losses.
+
+    Raises:
+        ValueError: where they learn different things.
+    """
+    qualities, losses = (
+        sorted(set(names))
+        for names in ([one.quality.name for one in full_sets], [one.task.loss_name for one in full_sets])
+    )
+    if len(qualities) > 1:
+        told = ", ".join(qualities)
+        raise ValueError(f"the trials learn different things ({told}), which nothing compares: sweep over one task")
+    text = f"the trials minimize different losses ({', '.join(losses)}): what goes by validation loss tells nothing"
+    return [Note(text, is_warning=True)] if len(losses) > 1 else []
 
 
 def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
