@@ -10,7 +10,7 @@ from torch import nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import Cost, Metrics, evaluate, mean_metrics, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training import Cost, Metrics, evaluate, metrics_of_outputs, predict, recompute_batch_norm
 from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
 RECIPE = MinimizeConfig()
@@ -152,12 +152,6 @@ def test_metrics_divide_sums_once_and_survive_json():
     assert Metrics.from_dict(record) == whole
     assert math.isnan(Metrics.from_dict({"loss_sum": None, "num_correct": 0, "num_examples": 1}).loss)
 
-
-def test_mean_metrics_are_the_mean_loss_and_the_mean_qualities_of_several_models():
-    parts = [Metrics.of_sums(examples().task, loss, {"num_correct": num}, 5) for loss, num in ((3.0, 2), (1.0, 5))]
-    mean = mean_metrics(parts)
-    assert (mean.loss, mean.accuracy, mean.num_examples) == (pytest.approx(0.4), pytest.approx(0.7), 5)
-    assert Metrics.from_dict(mean.to_dict()) == mean
 
 
 def test_costs_add_up_and_weigh_forward_work_a_third():

@@ -112,7 +112,7 @@ def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], co
             f"--data.window {max(1, config.window * num // needed)} or less, or more text"
         )
     alike: dict[SplitName, np.ndarray] = {split: np.zeros(len(ids), dtype=np.int64) for split, ids in windows.items()}
-    rows, carving = carve_splits(alike, config)
+    rows, carving = carve_splits(alike, config, at_end=True)
     vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])
     splits = {}
     for split in SPLITS:

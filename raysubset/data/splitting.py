@@ -38,23 +38,25 @@ def carve(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray
 
 
 def carve_splits(
-    strata: dict[SplitName, np.ndarray], config: DataConfig
+    strata: dict[SplitName, np.ndarray], config: DataConfig, *, at_end: bool = False
 ) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
     """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off.
 
     Args:
         strata: of each split that the source has, int64 [N]: what is kept in proportion.
+        at_end: carve the last examples off instead, where neighbours have too much in common, as windows of a text.
     """
+    end = " from the end" if at_end else ""
     notes: list[Note] = []
     rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in strata.items()}
     if "test" not in strata:
-        rows["train"], rows["test"] = _carve("test", config.test_fraction, strata["train"], rows["train"], config)
+        rows["train"], rows["test"] = _carve("test", config.test_fraction, strata["train"], rows["train"], config, at_end)
         num, share = len(rows["test"]), config.test_fraction
-        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off for testing"
+        text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off{end} for testing"
         notes.append(Note(text))
     if "validation" not in strata:
         fraction = config.validation_fraction
-        rows["train"], rows["validation"] = _carve("validation", fraction, strata["train"], rows["train"], config)
+        rows["train"], rows["validation"] = _carve("validation", fraction, strata["train"], rows["train"], config, at_end)
     else:
         num = len(rows["validation"])
         text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
@@ -63,8 +65,11 @@ def carve_splits(
 
 
 def _carve(
-    name: SplitName, fraction: float, strata: np.ndarray, rows: np.ndarray, config: DataConfig
+    name: SplitName, fraction: float, strata: np.ndarray, rows: np.ndarray, config: DataConfig, at_end: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows that remain for training, and those carved off for another split."""
+    if at_end:
+        num = max(1, round(len(rows) * fraction))
+        return rows[:-num], rows[-num:]
     kept, carved = carve(strata[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
     return rows[kept], rows[carved]

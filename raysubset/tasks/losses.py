@@ -101,10 +101,9 @@ class CrossEntropy:
             drawn = flat.multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(p.device)
             drawn = drawn.view(*p.shape[:-1], SAMPLED_TERMS).movedim(-1, 1)  # [n, T, …]
             terms = (unit[drawn] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
-        if outputs.ndim == 2 and self.ignored is None:
+        if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
             return terms
-        plain = CrossEntropy(class_dim=self.class_dim, ignored=self.ignored)
-        scale = plain._scale(outputs, targets).movedim(self.class_dim, -1)
+        scale = self._scale(outputs, targets).movedim(self.class_dim, -1)
         return (terms * scale.sqrt().unsqueeze(1)).movedim(-1, self.class_dim + 1)
 
     def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:

@@ -82,8 +82,9 @@ class Segmentation(LossTask[CrossEntropy]):
         }
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The share of each image's pixels that are right."""
-        return (outputs.argmax(1) == targets).flatten(1).double().mean(1)
+        """The share of each image's pixels that are right, of those that count."""
+        measured = self.measure(outputs, targets)
+        return measured["right"].double() / measured["pixels"].clamp(min=1)
 
     @property
     def loss_name(self) -> str:

@@ -29,7 +29,6 @@ from raysubset.training.records import (
     Metrics,
     MinimizeResult,
     Weights,
-    mean_metrics,
 )
 from raysubset.training.shards import Shard
 from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_matrices
@@ -71,7 +70,6 @@ __all__ = [
     "Weights",
     "Measure",
     "Metrics",
-    "mean_metrics",
     "Cost",
     "EpochRecord",
     "MinimizeResult",

@@ -1,7 +1,7 @@
 """What the loop returns: weights, metrics as sums, and costs as counts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -67,13 +67,6 @@ class Metrics:
 
 def _is_sum(key: str) -> bool:
     return key.startswith("num_") or key.endswith("_sum")
-
-
-def mean_metrics(parts: Sequence[Metrics]) -> Metrics:
-    """Metrics of several models on the same examples, their qualities being the means of theirs."""
-    num = len(parts)
-    values = {key: sum(part.values[key] for part in parts) / num for key in parts[0].values}
-    return Metrics(sum(part.loss_sum for part in parts) / num, parts[0].num_examples, {}, values)
 
 
 @dataclass(frozen=True)
