@@ -1,11 +1,12 @@
 """From many minima to one set of weights: pure functions of weights and a score. No Ray, no files.
 
-soup = uniform_soup(minima)
+soup = merge([model.state_dict() for model in models])         # of whoever has state dicts
 aggregation = aggregate(minima, config.aggregation, scorer)    # with what is always reported beside it
 """
 
 from raysubset.aggregation.aggregator import Aggregation, Candidate, Unmeasured, aggregate, aggregate_round
 from raysubset.aggregation.curvature import fisher_merge, regmean
+from raysubset.aggregation.merging import merge
 from raysubset.aggregation.methods import (
     candidates_of_auto,
     make,
@@ -24,6 +25,7 @@ from raysubset.aggregation.streaming import RunningMean, shares_start
 from raysubset.aggregation.task_vectors import dare, savgm, ties
 
 __all__ = [
+    "merge",
     "aggregate",
     "aggregate_round",
     "Aggregation",

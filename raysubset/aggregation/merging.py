@@ -1,0 +1,148 @@
+"""merge(): several state dicts made one, for whoever has them at hand. No run, no Ray, no files.
+
+soup = merge([model.state_dict() for model in models])
+best = merge(members, "greedy_soup", score=lambda weights: loss_of(weights))
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.aggregation.methods import method_of
+from raysubset.aggregation.needs import Context
+from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.config import AggregationConfig, MinimizeConfig
+from raysubset.data import Examples
+from raysubset.models import averaged_names, trainable_names
+from raysubset.tasks import Classification, TensorInputs
+from raysubset.training import Cost, Metrics, Weights
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def merge(
+    members: Sequence[Mapping[str, Tensor]],
+    config: AggregationConfig | str = "uniform_soup",
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    sizes: Sequence[int] | None = None,
+    losses: Sequence[float] | None = None,
+    score: Callable[[Weights], float] | None = None,
+    statistics: Sequence[Mapping[str, Weights]] | None = None,
+    network: nn.Module | None = None,
+    examples: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Merge state dicts by a method's name, or by a config of it with its settings.
+
+    Members count as made from one start, but for aligned_soup and select_best. Batch-norm statistics of a mean are
+    means of the members': recompute them on data before you use it (torch.optim.swa_utils.update_bn).
+
+    Args:
+        members: state dicts of one architecture; left as they are.
+        start: what they started from: ties, dare and savgm need it.
+        sizes: examples each member was made from, for weighted_soup; by default all equal.
+        losses: held-out losses of the members, for select_best, greedy_soup and weighted_soup by validation_loss; by
+            default what `score` gives.
+        score: the held-out loss of any weights, for greedy_soup: less is better.
+        statistics: of each member, by kind: {"fisher": diagonal by parameter}, {"gram": XᵀX by layer, [groups, K, K]},
+            {"subsample": the weights of its minimum on a part of its data}.
+        network: of the members' architecture, for aligned_soup; it tells which tensors are trainable, too.
+        examples: (inputs [N, …], labels [N]) for aligned_soup, as the network takes them.
+        seed: of what dare draws.
+
+    Returns:
+        A state dict on the CPU.
+
+    Raises:
+        ValueError: for members that differ in keys or shapes, one that is not finite, or a method that lacks what it
+            needs.
+    """
+    config = AggregationConfig(method=config) if isinstance(config, str) else config
+    if not members:
+        raise ValueError("there are no members to merge")
+    for name, values in (("sizes", sizes), ("losses", losses), ("statistics", statistics)):
+        if values is not None and len(values) != len(members):
+            raise ValueError(f"{name} has {len(values)} entries for {len(members)} members: give one each")
+    weights = [{key: value.detach().cpu() for key, value in member.items()} for member in members]
+    needs = method_of(config).needs
+    if losses is None and score is not None and needs.validation:
+        losses = [score(member) for member in weights]
+    if losses is None and needs.validation:
+        raise ValueError(f"{config.method} goes by held-out losses: give losses, or a score of any weights")
+    averaged = averaged_names(network) if network is not None else None
+    minima = [
+        Minimum(
+            subset_id=number,
+            num_examples=sizes[number] if sizes else 1,
+            start_id="given" if needs.shared_start else str(number),
+            outcome="epochs",
+            training=None,
+            validation=_metrics(losses[number]) if losses is not None else None,
+            cost=Cost(),
+            load_weights=partial(dict, member),
+            load_outputs=_no_outputs,
+            load_statistics=partial(_statistics, statistics[number] if statistics else {}),
+            averaged=averaged,
+        )
+        for number, member in enumerate(weights)
+    ]
+
+    def measured(candidate: Weights) -> Metrics:
+        if score is None:
+            raise ValueError(f"{config.method} tries weights of its own: give score, the held-out loss of any weights")
+        return _metrics(score(candidate))
+
+    names = trainable_names(network) if network is not None else _parameters(weights[0])
+    context = Context(
+        start={key: value.detach().cpu() for key, value in start.items()} if start is not None else None,
+        parameter_names=frozenset(names),
+        score=measured,
+        align=partial(_align, config=config, network=network, examples=examples),
+        seed=seed,
+    )
+    return method_of(config).combine(minima, context).weights
+
+
+def _metrics(loss: float) -> Metrics:
+    return Metrics(float(loss), 1, {}, {})
+
+
+def _parameters(weights: Weights) -> Collection[str]:
+    """Keys of what is trained, where no network tells them: of floating point, but running statistics."""
+    return [key for key, value in weights.items() if value.is_floating_point() and not key.endswith(_STATISTICS)]
+
+
+def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
+    if kind not in given:
+        raise ValueError(f'the method needs {kind} statistics of each member: give statistics=[{{"{kind}": …}}, …]')
+    return given[kind]
+
+
+def _no_outputs() -> NoReturn:
+    raise AssertionError("no method asks for outputs")
+
+
+def _align(
+    minima: Sequence[Minimum],
+    *,
+    config: AggregationConfig,
+    network: nn.Module | None,
+    examples: tuple[Tensor, Tensor] | None,
+) -> Aggregate:
+    from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+
+    if network is None or examples is None:
+        raise ValueError("aligned_soup needs network, and examples=(inputs, labels) that it is aligned on")
+    inputs, labels = examples
+    with torch.no_grad():
+        num_outputs = network(inputs[:2]).shape[1]
+    task = Classification(TensorInputs(tuple(inputs.shape[1:])), tuple(map(str, range(num_outputs))))
+    sample = Examples({"inputs": inputs.to(torch.float32), "label": labels}, task)
+    options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
+    aggregate, report = aligned_soup(minima, network, sample, MinimizeConfig(), **options)
+    return replace(aggregate, alignment=report.to_dict())
