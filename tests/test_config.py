@@ -34,6 +34,7 @@ from raysubset.config import (
     flatten,
     from_tree,
     nearest,
+    of_now,
     parse_value,
     shapes_result,
 )
@@ -464,3 +465,14 @@ def test_a_written_value_is_a_number_a_truth_value_none_or_a_word():
     written = {"100": 100, "0.05": 0.05, "1e-3": 1e-3, "true": True, "False": False, "None": None, "cosine": "cosine"}
     assert {word: parse_value(word) for word in written} == written
     assert type(parse_value("1")) is int
+
+
+def test_a_config_of_before_tasks_is_that_of_now():
+    now = Config(name="x", task=TaskConfig(label_smoothing=0.1)).to_dict()
+    before = {**now, "data": {**now["data"], "label_column": "label"}, "kind": "sweep"}
+    del before["task"]
+    for field in ("target", "columns", "missing", "window", "vocabulary"):
+        del before["data"][field]
+    before["minimize"] = now["minimize"] | {"loss": "cross_entropy", "label_smoothing": 0.1}
+    assert of_now(before) == now | {"kind": "sweep"}
+    assert of_now({"minimize": {"of_tomorrow": 1}}) == {"minimize": {"of_tomorrow": 1}}

@@ -16,7 +16,7 @@ from raysubset.config.minimizing import (
     TrainingStage,
 )
 from raysubset.config.places import ActorsConfig, ClusterConfig
-from raysubset.config.run import Config, Learned
+from raysubset.config.run import Config, Learned, of_now
 from raysubset.config.seeds import derive_seed
 from raysubset.config.stages import (
     AGGREGATIONS,
@@ -33,6 +33,7 @@ from raysubset.config.trees import check_number, differences, flatten, from_tree
 __all__ = [
     "Config",
     "Learned",
+    "of_now",
     "DataConfig",
     "TaskConfig",
     "TASK_NAMES",

@@ -207,6 +207,19 @@ class Config:
         return from_tree(cls, _of_now(tree) if isinstance(tree, Mapping) else tree, "")
 
 
+def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's, comparison's or sweep's recorded config as it would be recorded now: fields since have their defaults.
+
+    One that this version cannot read stays as it is.
+    """
+    names = {each.name for each in dataclasses.fields(Config)}
+    try:
+        config = Config.from_dict({key: value for key, value in tree.items() if key in names}).to_dict()
+    except ValueError:
+        return dict(tree)
+    return {key: value for key, value in tree.items() if key not in names} | config
+
+
 def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of before as it would be written now."""
     new = dict(tree)

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raysubset.config import differences
+from raysubset.config import differences, of_now
 from raysubset.errors import CorruptFile
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
@@ -391,7 +391,8 @@ class RunDirectory:
         if record["format"] != FORMAT:
             found = f"{self.uri} is of format {record['format']!r}; this version of raysubset reads {FORMAT}"
             raise ValueError(f"{found}: use the version that made it, another --name, or start over with --fresh")
-        return record["config"]
+        config = record["config"]
+        return None if config is None else json.loads(_to_json(of_now(config)))
 
     def _check_ours(self, record: Any) -> None:
         if not (isinstance(record, dict) and isinstance(record.get("config", ""), dict | None) and "format" in record):
