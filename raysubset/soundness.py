@@ -42,6 +42,15 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Statistics over all workers' parts are there on CUDA alone, which is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
+        if each > 1 and recipe.accumulation > 1:
+            each *= recipe.accumulation
+            most_parts = smallest // num_workers // needed
+            if most_parts < recipe.accumulation:
+                raise ValueError(
+                    f"minimize.accumulation = {recipe.accumulation} would leave parts of one example of {stage}'s "
+                    f"batches of {smallest} by {num_workers} worker(s), where {config.model.name}'s batch "
+                    f"normalisation needs two: give {max(1, most_parts)} at most, or a larger --minimize.batch-size"
+                )
         if smallest < each:
             raise ValueError(
                 f"{name} cannot be trained on one example alone, as batch normalisation needs two, and "

@@ -316,6 +316,8 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
         (INDEPENDENT | {"rounds.num": 2}, "subsets.start must be shared"),
         ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
         ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
+        ({"minimize.accumulation": 65}, r"65 parts need as many examples, and minimize.batch_size = 64: give at most"),
+        ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "leave minimize.accumulation and minimize.clip_norm"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
     ],
 )

@@ -148,6 +148,11 @@ class MinimizeConfig:
     parameters are spared."""
     batch_size: int = 64
     """Examples per step over all workers. Whole-subset optimizers take this many times 16 per chunk."""
+    accumulation: int = 1
+    """Equal parts in which each worker passes its share of a step's batch, for the memory of one: the gradient is the
+    whole batch's to rounding, but for batch normalisation, which sees a part at a time."""
+    clip_norm: float | None = None
+    """Scale a step's gradient, the whole batch's over all parameters, to this length where it is longer."""
     epochs: float = 8.0
     """Epochs of the subset, per round; for whole-subset optimizers the budget in passes over the subset, a function
     with its gradient being one, a Gauss-Newton product 4/3. Fractions stop within an epoch."""
@@ -183,6 +188,8 @@ class MinimizeConfig:
             momentum="[0, 1)",
             weight_decay="[0, ∞)",
             batch_size="[1, ∞)",
+            accumulation="[1, ∞)",
+            clip_norm="(0, ∞)",
             epochs="(0, ∞)",
             epoch_fraction="(0, 1]",
             warmup_fraction="(0, 1)",
@@ -194,6 +201,16 @@ class MinimizeConfig:
         need(
             self.gradient_tolerance is None or whole,
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
+        )
+        need(
+            self.accumulation <= self.batch_size,
+            f"minimize.accumulation = {self.accumulation} parts need as many examples, and minimize.batch_size = "
+            f"{self.batch_size}: give at most that",
+        )
+        need(
+            not whole or (self.accumulation == 1 and self.clip_norm is None),
+            f"minimize.optimizer={self.optimizer} takes the whole subset's gradient in chunks, and searches how long a "
+            "step is: leave minimize.accumulation and minimize.clip_norm out",
         )
         need(
             not whole or self.epoch_fraction == 1,

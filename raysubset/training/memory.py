@@ -51,7 +51,8 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     copies = 2 * weights + (1 + _OPTIMIZER_COPIES[recipe.optimizer]) * parameters
-    batch = recipe.batch_size * (CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1)
+    batch = math.ceil(recipe.batch_size / recipe.accumulation)
+    batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
     activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)

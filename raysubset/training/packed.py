@@ -34,6 +34,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
             return f"minimize.{name}.kind={kind} is done one by one"
     if recipe.epoch_fraction < 1:
         return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
+    if recipe.accumulation > 1:
+        return "minimize.accumulation passes one network's batch in parts"
     if recipe.compile:
         return "minimize.compile is for one network"
     if has_dropout(model):

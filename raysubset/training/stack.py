@@ -13,6 +13,7 @@ from raysubset.training.muon import REST_FACTOR, scaled_polar
 from raysubset.training.optimizers import load_optimizer_state, make_optimizer
 
 _WEIGHTS = "weights"  # the key, among the buffers' names, of all trained parameters
+_LEAST_LENGTH = 1e-6  # torch.nn.utils.clip_grad_norm_()'s, added to a gradient's length
 
 
 class Stack:
@@ -104,6 +105,9 @@ class Stack:
         gradient = weights.grad
         assert gradient is not None
         self._rates, self._steps = list(rates), [step + 1 for step in self._steps]
+        if recipe.clip_norm is not None:
+            lengths = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((recipe.clip_norm / (lengths + _LEAST_LENGTH)).clamp(max=1))
         if recipe.optimizer == "adamw":
             decays = self._column([1 - rate * recipe.weight_decay for rate in rates])
             weights[:, : self._num_decayed].mul_(decays)
