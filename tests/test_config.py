@@ -84,7 +84,7 @@ def test_overrides_set_single_fields_by_dotted_name():
         (
             "minimize.optimizer",
             "adamm",
-            "'adamm' is not one of sgd, adam, adamw, muon, lbfgs, cg, gauss_newton; did you mean adam",
+            "'adamm' is not one of sgd, adam, adamw, muon, lbfgs, cg, gauss_newton, nor a .*; did you mean adam",
         ),
         ("minimize.epochs", "8", "minimize.epochs = '8' should be float"),
         ("minimize.batch_size", 1.5, "minimize.batch_size = 1.5 should be int"),

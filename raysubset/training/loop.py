@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import Cost, EpochRecord, MinimizeResult
 from raysubset.training.shards import Shard, in_parts
@@ -41,6 +43,9 @@ def minimize_by_batches(
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
     progress = Progress(max(1, round(recipe.epochs * per_epoch)), per_epoch)
     optimizer = make_optimizer(model, recipe)
+    largest_rate, shares = rates_of_groups(optimizer)
+    if recipe.learning_rate is None:
+        recipe = replace(recipe, learning_rate=largest_rate)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
     techniques = Techniques(model, examples, recipe, optimizer, **steps, seed=seed, shard=shard)
@@ -120,8 +125,8 @@ def minimize_by_batches(
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
             rate = learning_rate_at(recipe, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = rate * share
             inputs, targets = next(batches)
             techniques.before_forward(rate, progress.step)
             for parameter in parameters:

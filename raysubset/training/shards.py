@@ -80,7 +80,7 @@ def in_parts(
     num_parts, outputs = min(num_parts, len(inputs)), list[Tensor]()
     parts = zip(inputs.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
     for number, (some, their_targets) in enumerate(parts, start=1):
-        waits = number < num_parts and isinstance(network, nn.parallel.DistributedDataParallel)
-        with network.no_sync() if waits else nullcontext():
+        is_last = number == num_parts or not isinstance(network, nn.parallel.DistributedDataParallel)
+        with nullcontext() if is_last else network.no_sync():
             outputs.append(forward_and_backward(some, their_targets, weight))
     return torch.cat(outputs)

@@ -36,13 +36,12 @@ class Stack:
         """
         self._recipe, first = recipe, models[0]
         groups, names = make_optimizer(first, recipe).param_groups, {p: name for name, p in first.named_parameters()}
-        trained = [p for group in groups for p in group["params"]]  # decayed first, and muon's matrices before these
+        trained = [p for group in groups for p in group["params"]]  # matrices and kernels first
         self._names = [names[p] for p in trained]
         self._shapes = [p.shape for p in trained]
         self._sizes = [p.numel() for p in trained]
         self._num_decayed = sum(p.numel() for p in trained if p.ndim > 1)
-        matrices = groups[0]["params"] if recipe.optimizer == "muon" else []
-        self._matrices = [(len(p), p.numel()) for p in matrices]  # their rows and elements
+        self._matrices = [(len(p), p.numel()) for p in trained if p.ndim > 1]  # rows and elements, for muon
         self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
         self._moment_names = ("exp_avg", "exp_avg_sq")
