@@ -153,7 +153,6 @@ def test_metrics_divide_sums_once_and_survive_json():
     assert math.isnan(Metrics.from_dict({"loss_sum": None, "num_correct": 0, "num_examples": 1}).loss)
 
 
-
 def test_costs_add_up_and_weigh_forward_work_a_third():
     cost = Cost(num_forward=10, num_backward=4, num_steps=1, device_s=0.5) + Cost(num_forward=2, device_s=0.25)
     assert cost == Cost(12, 4, 1, 0.75)

@@ -50,13 +50,17 @@ def carve_splits(
     notes: list[Note] = []
     rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in strata.items()}
     if "test" not in strata:
-        rows["train"], rows["test"] = _carve("test", config.test_fraction, strata["train"], rows["train"], config, at_end)
+        rows["train"], rows["test"] = _carve(
+            "test", config.test_fraction, strata["train"], rows["train"], config, at_end
+        )
         num, share = len(rows["test"]), config.test_fraction
         text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off{end} for testing"
         notes.append(Note(text))
     if "validation" not in strata:
         fraction = config.validation_fraction
-        rows["train"], rows["validation"] = _carve("validation", fraction, strata["train"], rows["train"], config, at_end)
+        rows["train"], rows["validation"] = _carve(
+            "validation", fraction, strata["train"], rows["train"], config, at_end
+        )
     else:
         num = len(rows["validation"])
         text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"

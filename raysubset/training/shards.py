@@ -77,10 +77,10 @@ def in_parts(
 
     The workers exchange gradients once, in the last part's backward pass.
     """
+    alone = network.no_sync if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext
     num_parts, outputs = min(num_parts, len(inputs)), list[Tensor]()
     parts = zip(inputs.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
     for number, (some, their_targets) in enumerate(parts, start=1):
-        is_last = number == num_parts or not isinstance(network, nn.parallel.DistributedDataParallel)
-        with nullcontext() if is_last else network.no_sync():
+        with nullcontext() if number == num_parts else alone():
             outputs.append(forward_and_backward(some, their_targets, weight))
     return torch.cat(outputs)
