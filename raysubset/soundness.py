@@ -13,7 +13,7 @@ from raysubset.errors import one_line
 from raysubset.events import Note
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import least_batch, try_training
+from raysubset.training import least_batch, try_own_optimizer, try_training
 from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.whole_subset.objective import Objective
 
@@ -42,6 +42,15 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Statistics over all workers' parts are there on CUDA alone, which is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
+        if each > 1 and recipe.accumulation > 1:
+            each *= recipe.accumulation
+            most_parts = smallest // num_workers // needed
+            if most_parts < recipe.accumulation:
+                raise ValueError(
+                    f"minimize.accumulation = {recipe.accumulation} would leave parts of one example in batches "
+                    f"of {smallest} by {num_workers} worker(s) of {stage}, where {config.model.name}'s batch "
+                    f"normalisation needs two: give {max(1, most_parts)} at most, or a larger --minimize.batch-size"
+                )
         if smallest < each:
             raise ValueError(
                 f"{name} cannot be trained on one example alone, as batch normalisation needs two, and "
@@ -61,7 +70,8 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
 
 
 def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> None:
-    """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units.
+    """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units; and
+    where an optimizer of the user's own does not work on the network.
 
     Raises:
         ValueError: with the way out.
@@ -85,6 +95,8 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         )
     if config.minimize.skipping.kind != "none":
         task.watched(outputs, targets)
+    if config.minimize.has_own_optimizer:
+        try_own_optimizer(model, config.minimize)
 
 
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:

@@ -85,7 +85,7 @@ def test_overrides_set_single_fields_by_dotted_name():
         (
             "minimize.optimizer",
             "adamm",
-            "'adamm' is not one of sgd, adam, adamw, muon, lbfgs, cg, gauss_newton; did you mean adam",
+            "'adamm' is not one of sgd, adam, adamw, muon, lbfgs, cg, gauss_newton, nor a .*; did you mean adam",
         ),
         ("minimize.epochs", "8", "minimize.epochs = '8' should be float"),
         ("minimize.batch_size", 1.5, "minimize.batch_size = 1.5 should be int"),
@@ -317,6 +317,8 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
         (INDEPENDENT | {"rounds.num": 2}, "subsets.start must be shared"),
         ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
         ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
+        ({"minimize.accumulation": 65}, r"65 parts need as many examples, and minimize.batch_size = 64: give at most"),
+        ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "leave minimize.accumulation and minimize.clip_norm"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
     ],
 )
@@ -471,8 +473,8 @@ def test_a_config_of_before_tasks_is_that_of_now():
     now = Config(name="x", task=TaskConfig(label_smoothing=0.1)).to_dict()
     before = {**now, "data": {**now["data"], "label_column": "label"}, "kind": "sweep"}
     del before["task"]
-    for field in ("target", "columns", "missing", "window", "vocabulary"):
-        del before["data"][field]
+    for name in ("target", "columns", "missing", "window", "vocabulary"):
+        del before["data"][name]
     before["minimize"] = now["minimize"] | {"loss": "cross_entropy", "label_smoothing": 0.1}
     assert of_now(before) == now | {"kind": "sweep"}
     assert of_now({"minimize": {"of_tomorrow": 1}}) == {"minimize": {"of_tomorrow": 1}}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysubset.config import ExtrapolationConfig, MinimizeConfig, derive_seed
+from raysubset.config import ExtrapolationConfig, MinimizeConfig, SkippingConfig, derive_seed
 from raysubset.data import Examples
 from raysubset.tasks import Classification, CrossEntropy, SquaredError
 from raysubset.training import (
@@ -128,6 +128,50 @@ def test_without_gradients_weight_decay_moves_weights_and_spares_biases_and_norm
     torch.testing.assert_close(after["block0.conv.weight"], before["block0.conv.weight"] * (1 - 0.1 * 0.25))
     assert torch.equal(after["block0.norm.weight"], before["block0.norm.weight"])
     assert torch.equal(after["block0.norm.bias"], before["block0.norm.bias"])
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+def test_a_batch_passed_in_parts_has_the_whole_batchs_gradient_and_cost(num_parts):
+    recipe, data = MinimizeConfig(epochs=2.5, batch_size=8), examples(30, augmentation="crop_flip")
+    whole, model = (cnn("none").to(torch.float64) for _ in range(2))
+    expected = minimize(whole, data, recipe, seed=3)
+    result = minimize(model, data, replace(recipe, accumulation=num_parts), seed=3)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=0, atol=1e-11)
+    assert replace(result.cost, device_s=0) == replace(expected.cost, device_s=0)
+    assert [record.loss for record in result.history] == pytest.approx([r.loss for r in expected.history], rel=1e-9)
+
+
+def test_a_part_at_a_time_is_passed_forward_and_what_is_watched_is_the_whole_batch():
+    sizes, watched, data, model = list[int](), list[int](), examples(30), linear(64)
+    model.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+
+    class Watched(Classification):
+        def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            watched.append(len(outputs))
+            return super().watched(outputs, targets)
+
+    assert isinstance(data.task, Classification)
+    data = replace(data, task=Watched(data.task.inputs, data.task.class_names, data.task.objective))
+    recipe = MinimizeConfig(epochs=1, batch_size=8, accumulation=3, skipping=SkippingConfig(kind="wus"))
+    minimize(model, data, recipe, seed=0)
+    assert sizes == [3, 3, 2, 3, 3, 2, 3, 2, 2, 3, 2, 2]
+    assert watched == [8, 8, 7, 7]
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 100.0])
+def test_a_longer_gradient_is_scaled_to_the_length_asked_for_and_a_shorter_one_left(clip_norm):
+    recipe = MinimizeConfig(epochs=1, batch_size=30, learning_rate=0.1, momentum=0, weight_decay=0, schedule="constant")
+    moves = []
+    for changes in ({}, {"clip_norm": clip_norm}):
+        model = linear(64)
+        before = weights(model)
+        minimize(model, examples(), replace(recipe, **changes), seed=0)
+        moves.append(torch.cat([(value - before[key]).flatten() for key, value in weights(model).items()]) / 0.1)
+    plain, clipped = moves
+    assert 0.05 < plain.norm() < 100
+    assert clipped.norm().item() == pytest.approx(min(clip_norm, plain.norm().item()), rel=1e-4)
+    torch.testing.assert_close(clipped / clipped.norm(), plain / plain.norm(), atol=1e-4, rtol=0)
 
 
 def test_a_tolerance_stops_at_the_first_epoch_that_gains_less_than_its_share():

@@ -152,6 +152,7 @@ def test_packed_equals_one_by_one_for_every_kind_of_network(name: str) -> None:
         {"momentum": 0.0, "weight_decay": 0.0},
         {"optimizer": "muon", "weight_decay": 0.1},
         {"optimizer": "muon", "momentum": 0.0},
+        {"clip_norm": 0.3},
         {"objective": SQUARED_ERROR},
         {"objective": CrossEntropy(label_smoothing=0.1), "schedule": "one_cycle"},
         {"channels_last": False, "schedule": "warmup_linear"},

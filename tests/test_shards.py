@@ -65,6 +65,7 @@ VARIATIONS = {
 }
 
 
+IN_PARTS = replace(RECIPE, accumulation=3, clip_norm=0.5)
 LEAVING_OUT = {"parallel": replace(RECIPE, weight_decay=0.1), "averaged": VARIATIONS["global"]}
 
 
@@ -106,6 +107,7 @@ def work(rank: int, folder: Path) -> None:
         found[f"{name} state"] = everyones[0]
     for name, recipe in LEAVING_OUT.items():
         found[f"experts {name}"] = ends_at(experts(), replace(shard, leaves_out=True), recipe)
+    found["in parts"] = ends_at(network(), shard, IN_PARTS)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -153,6 +155,17 @@ def test_two_shards_of_every_batch_equal_one(ranks):
         assert rank["whole"]["losses"] == pytest.approx(one["losses"], rel=1e-12)
         assert (rank["whole"]["num_forward"], rank["whole"]["num_steps"]) == (2 * NUM, 10)
     assert (one["num_forward"], one["num_steps"]) == (2 * NUM, 10)
+
+
+def test_shards_that_pass_their_shares_in_parts_clip_the_gradient_of_the_whole_batch(ranks):
+    one, clipped = (ends_at(network(), Shard(), recipe) for recipe in (IN_PARTS, replace(IN_PARTS, accumulation=1)))
+    assert not torch.allclose(one["weights"]["head.weight"], ends_at(network(), Shard())["weights"]["head.weight"])
+    for found in (*(rank["in parts"] for rank in ranks), clipped):
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=1e-12)
+        assert found["losses"] == pytest.approx(one["losses"], rel=1e-12)
+        assert (found["num_forward"], found["num_backward"], found["num_steps"]) == (2 * NUM, 2 * NUM, 10)
+    assert same_bits(ranks[0]["in parts"], ranks[1]["in parts"])
 
 
 def test_the_shards_hold_the_same_bits(ranks):

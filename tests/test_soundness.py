@@ -167,6 +167,13 @@ def test_batches_too_small_for_the_workers_are_refused_and_for_one_fit_whatever_
     assert plan("mlp", minimize__optimizer="lbfgs").most_workers == 1
 
 
+def test_parts_of_one_example_are_refused_where_batch_normalisation_would_see_them():
+    assert plan("plain", minimize__accumulation=64).most_workers > 1
+    with pytest.raises(ValueError, match=r"parts of one example in batches of 53 by 1 worker.*: give 26 at most"):
+        plan("batch_norm", minimize__accumulation=32)
+    assert plan("batch_norm", minimize__accumulation=8).most_workers == 3
+
+
 def test_trying_leaves_model_and_generators_alone():
     model = build_model(Config().model, Spec((1, 8, 8), (3,)), seed=0)
     before, states = weights(model), (torch.random.get_rng_state(), np.random.get_state()[1].copy())  # noqa: NPY002

@@ -5,12 +5,13 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import check_fields, nearest, need
 
 TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
 TRAINING_STAGES = typing.get_args(TrainingStage)
 
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon", "lbfgs", "cg", "gauss_newton")
 WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton")  # optimizers whose every step uses all examples
 
 _DECAYS = {"pswm": 0.9, "ema": 0.999}
@@ -133,14 +134,15 @@ class SkippingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MinimizeConfig:
-    optimizer: Literal["sgd", "adam", "adamw", "muon", "lbfgs", "cg", "gauss_newton"] = "sgd"
-    """sgd has Nesterov momentum. muon makes the momentum of matrices and kernels orthogonal; biases, normalisation
-    parameters and embeddings take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
+    optimizer: str = "sgd"
+    """sgd has Nesterov momentum. muon makes the momentum of matrices and kernels orthogonal; biases and
+    normalisation parameters take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
     line search) and gauss_newton (conjugate gradients on damped Gauss-Newton products) use the whole subset for every
-    step."""
+    step. Or your own, package.module:function of (parameters, recipe), which gives a torch.optim.Optimizer."""
     learning_rate: float | None = None
     """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of
-    what a line search tries first (cg: of the very first), or the share of a full step."""
+    what a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has
+    its groups' lr for default; one that is given is the largest group's, and the others keep their share of it."""
     momentum: float = 0.9
     """Nesterov momentum of sgd and muon; heavy-ball momentum with extrapolation."""
     weight_decay: float = 5e-4
@@ -148,6 +150,11 @@ class MinimizeConfig:
     parameters are spared."""
     batch_size: int = 64
     """Examples per step over all workers. Whole-subset optimizers take this many times 16 per chunk."""
+    accumulation: int = 1
+    """Equal parts in which each worker passes its share of a step's batch, for the memory of one: the gradient is the
+    whole batch's to rounding, but for batch normalisation, which sees a part at a time."""
+    clip_norm: float | None = None
+    """Scale a step's gradient, the whole batch's over all parameters, to this length where it is longer."""
     epochs: float = 8.0
     """Epochs of the subset, per round; for whole-subset optimizers the budget in passes over the subset, a function
     with its gradient being one, a Gauss-Newton product 4/3. Fractions stop within an epoch."""
@@ -176,6 +183,11 @@ class MinimizeConfig:
     skipping: SkippingConfig = field(default_factory=SkippingConfig)
 
     def __post_init__(self) -> None:
+        need(
+            self.optimizer in OPTIMIZERS or ":" in str(self.optimizer),
+            f"minimize.optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}, nor a "
+            f"package.module:function{nearest(str(self.optimizer), OPTIMIZERS)}",
+        )
         check_fields(
             self,
             "minimize.",
@@ -183,6 +195,8 @@ class MinimizeConfig:
             momentum="[0, 1)",
             weight_decay="[0, ∞)",
             batch_size="[1, ∞)",
+            accumulation="[1, ∞)",
+            clip_norm="(0, ∞)",
             epochs="(0, ∞)",
             epoch_fraction="(0, 1]",
             warmup_fraction="(0, 1)",
@@ -194,6 +208,16 @@ class MinimizeConfig:
         need(
             self.gradient_tolerance is None or whole,
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
+        )
+        need(
+            self.accumulation <= self.batch_size,
+            f"minimize.accumulation = {self.accumulation} parts need as many examples, and minimize.batch_size = "
+            f"{self.batch_size}: give at most that",
+        )
+        need(
+            not whole or (self.accumulation == 1 and self.clip_norm is None),
+            f"minimize.optimizer={self.optimizer} takes the whole subset's gradient in chunks, and searches how long a "
+            "step is: leave minimize.accumulation and minimize.clip_norm out",
         )
         need(
             not whole or self.epoch_fraction == 1,
@@ -233,8 +257,24 @@ class MinimizeConfig:
             )
 
     def peak_learning_rate(self) -> float:
-        """The learning rate with the optimizer's default filled in."""
-        return self.learning_rate if self.learning_rate is not None else _LEARNING_RATES[self.optimizer]
+        """The learning rate with the optimizer's default filled in.
+
+        Raises:
+            ValueError: if an optimizer of the user's own is not made yet, whose groups have the default.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.has_own_optimizer:
+            raise ValueError(
+                f"what is to be scaled or tuned is minimize.learning_rate, which {self.optimizer} chooses by itself: "
+                "give it"
+            )
+        return _LEARNING_RATES[self.optimizer]
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Whether it is the user's: package.module:function."""
+        return ":" in self.optimizer
 
     def for_stage(self, stage: TrainingStage) -> "MinimizeConfig":
         """The recipe without the variations that another stage is to have."""

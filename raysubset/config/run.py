@@ -69,6 +69,11 @@ class Config:
             f"rounds.num > 1 keeps optimizer states over changing subsets, which {self.minimize.optimizer}'s curvature "
             "does not survive: set rounds.optimizer_state=reset, or use sgd, adam or adamw",
         )
+        need(
+            not (several and self.minimize.has_own_optimizer and self.rounds.optimizer_state == "average"),
+            f"rounds.optimizer_state=average is of moments, which not all of {self.minimize.optimizer}'s state may be: "
+            "set keep or reset",
+        )
         on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
         need(
             not (whole and self.data.streamed and on_full_set),
@@ -153,6 +158,7 @@ class Config:
             "task.name": self.task.name,
             "model.name": self.model.name,
             "subsets.function": self.subsets.function or "",
+            "minimize.optimizer": self.minimize.optimizer,
             "aggregation.method": self.aggregation.method,
         }
         return {field: name for field, name in named.items() if ":" in name and "/" not in name}

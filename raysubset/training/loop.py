@@ -2,19 +2,21 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import Cost, EpochRecord, MinimizeResult
-from raysubset.training.shards import Shard
+from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
 
 
@@ -41,6 +43,9 @@ def minimize_by_batches(
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
     progress = Progress(max(1, round(recipe.epochs * per_epoch)), per_epoch)
     optimizer = make_optimizer(model, recipe)
+    largest_rate, shares = rates_of_groups(optimizer)
+    if recipe.learning_rate is None:
+        recipe = replace(recipe, learning_rate=largest_rate)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
     techniques = Techniques(model, examples, recipe, optimizer, **steps, seed=seed, shard=shard)
@@ -51,7 +56,7 @@ def minimize_by_batches(
     loss_sum = torch.zeros((), dtype=sum_dtype, device=device)
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
-    batches, taught = None, None
+    batches, num_parts = None, recipe.accumulation
     num_seen = first_step = 0
 
     def capture() -> dict[str, Any]:
@@ -73,6 +78,21 @@ def minimize_by_batches(
         num_taught = num_seen * distillation.num_teachers if distillation else 0
         num_backward = num_seen - techniques.num_skipped // 2  # half of a backward pass is the weights' gradients
         return Cost(num_seen + num_taught + techniques.num_forward, num_backward, progress.step - first_step, held_s)
+
+    def forward_and_backward(inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
+        """Add the gradients of `weight` times the summed loss, and the loss to loss_sum; return the outputs."""
+        nonlocal loss_sum
+        taught = None
+        with precision:
+            outputs = forward(inputs)
+            if distillation is not None:
+                taught = distillation.targets(inputs, task)
+        loss = task.loss(widened(outputs), targets)
+        if distillation is not None and taught is not None:
+            loss = distillation.mixed(loss, widened(outputs), taught, task)
+        loss.backward(torch.full_like(loss, weight))
+        loss_sum += loss.detach()
+        return outputs.detach()
 
     progress.capture = capture
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -105,30 +125,27 @@ def minimize_by_batches(
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
             rate = learning_rate_at(recipe, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = rate * share
             inputs, targets = next(batches)
             techniques.before_forward(rate, progress.step)
-            with precision:
-                outputs = forward(inputs)
-                if distillation is not None:
-                    taught = distillation.targets(inputs, task)
-            loss = task.loss(widened(outputs), targets)
-            if distillation is not None and taught is not None:
-                loss = distillation.mixed(loss, widened(outputs), taught, task)
             for parameter in parameters:
                 parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
-            # Where shards are, their gradients are averaged.
-            loss.backward(torch.full_like(loss, shard.num / batch_sizes[batch]))
+            weight = shard.num / batch_sizes[batch]  # where shards are, their gradients are averaged
+            if num_parts == 1:
+                outputs = forward_and_backward(inputs, targets, weight)
+            else:
+                outputs = in_parts(forward_and_backward, inputs, targets, weight, num_parts=num_parts, network=network)
             shard.check_gradients(parameters)
             techniques.after_backward()
+            if recipe.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
             optimizer.step()
 
-            loss_sum += loss.detach()
             num_summed += batch_sizes[batch]
             num_seen += batch_sizes[batch]
             progress.step += 1
-            techniques.after_step(progress.step, outputs.detach(), targets, batch_sizes[batch])
+            techniques.after_step(progress.step, outputs, targets, batch_sizes[batch])
             progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed

@@ -24,6 +24,7 @@ _OPTIMIZER_COPIES = {
     "cg": 3,  # direction, last gradient and line search
     "gauss_newton": 5,  # gradient, solution, residual, direction and product
 }
+_OWN_COPIES = 2  # of an optimizer of the user's own: as many moments as adam's
 
 
 def bytes_in_words(num: float) -> str:
@@ -50,8 +51,9 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    copies = 2 * weights + (1 + _OPTIMIZER_COPIES[recipe.optimizer]) * parameters
-    batch = recipe.batch_size * (CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1)
+    copies = 2 * weights + (1 + _OPTIMIZER_COPIES.get(recipe.optimizer, _OWN_COPIES)) * parameters
+    batch = math.ceil(recipe.batch_size / recipe.accumulation)
+    batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
     activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)

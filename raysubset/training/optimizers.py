@@ -1,13 +1,14 @@
 """The optimizer of a recipe, and its learning rate at any point of the schedule."""
 
 import math
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.training.muon import Muon
+from raysubset.training.own_optimizer import own_optimizer
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR starts there and ends at 4e-6)
 
@@ -17,6 +18,8 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
 
     cg and gauss_newton are no optimizers of torch's kind: training.whole_subset makes their steps.
     """
+    if recipe.has_own_optimizer:
+        return own_optimizer(model, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = recipe.peak_learning_rate()
     if recipe.optimizer == "lbfgs":
@@ -46,21 +49,10 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
         case "adamw":
             return _with_all_moments(torch.optim.AdamW(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
         case "muon":
-            rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-            decayed, spared = groups
-            matrices = [p for p in decayed["params"] if id(p) not in rows]
-            embeddings = [p for p in decayed["params"] if id(p) in rows]
-            groups = [
-                {**decayed, "params": matrices, "is_matrix": True},
-                {**decayed, "params": embeddings, "is_matrix": False},
-                {**spared, "is_matrix": False},
-            ]
             optimizer = Muon(groups, lr=rate, momentum=recipe.momentum)
             return _with_all_moments(optimizer, ("momentum_buffer",) if recipe.momentum else ())
-        case "cg" | "gauss_newton":
+        case _:
             raise AssertionError(f"training.whole_subset makes the steps of {recipe.optimizer}")
-        case _ as unknown:
-            assert_never(unknown)
 
 
 def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> torch.optim.Optimizer:

@@ -29,11 +29,15 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
     """Why this recipe cannot step several members at once, in a few words; None where it can."""
     if recipe.optimizer in WHOLE_SUBSET:
         return f"{recipe.optimizer} searches a line for each subset"
+    if recipe.has_own_optimizer:
+        return f"{recipe.optimizer} is an optimizer of one network"
     for name in ("extrapolation", "averaging", "skipping"):
         if (kind := getattr(recipe, name).kind) != "none":
             return f"minimize.{name}.kind={kind} is done one by one"
     if recipe.epoch_fraction < 1:
         return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
+    if recipe.accumulation > 1:
+        return "minimize.accumulation passes one network's batch in parts"
     if recipe.compile:
         return "minimize.compile is for one network"
     if has_dropout(model):

@@ -1,6 +1,7 @@
 """How several workers share every batch of one minimization."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +62,25 @@ class Shard:
         return nn.parallel.DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.leaves_out
         )
+
+
+def in_parts(
+    forward_and_backward: Callable[[Tensor, Tensor, float], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    weight: float,
+    *,
+    num_parts: int,
+    network: nn.Module,
+) -> Tensor:
+    """Pass a worker's share of a batch forward and backward in parts, as even as may be; its outputs, [n, …].
+
+    The workers exchange gradients once, in the last part's backward pass.
+    """
+    alone = network.no_sync if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext
+    num_parts, outputs = min(num_parts, len(inputs)), list[Tensor]()
+    parts = zip(inputs.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
+    for number, (some, their_targets) in enumerate(parts, start=1):
+        with nullcontext() if number == num_parts else alone():
+            outputs.append(forward_and_backward(some, their_targets, weight))
+    return torch.cat(outputs)

@@ -13,6 +13,7 @@ from raysubset.training.muon import REST_FACTOR, scaled_polar
 from raysubset.training.optimizers import load_optimizer_state, make_optimizer
 
 _WEIGHTS = "weights"  # the key, among the buffers' names, of all trained parameters
+_LEAST_LENGTH = 1e-6  # torch.nn.utils.clip_grad_norm_()'s, added to a gradient's length
 
 
 class Stack:
@@ -35,13 +36,12 @@ class Stack:
         """
         self._recipe, first = recipe, models[0]
         groups, names = make_optimizer(first, recipe).param_groups, {p: name for name, p in first.named_parameters()}
-        trained = [p for group in groups for p in group["params"]]  # decayed first, and muon's matrices before these
+        trained = [p for group in groups for p in group["params"]]  # matrices and kernels first
         self._names = [names[p] for p in trained]
         self._shapes = [p.shape for p in trained]
         self._sizes = [p.numel() for p in trained]
         self._num_decayed = sum(p.numel() for p in trained if p.ndim > 1)
-        matrices = groups[0]["params"] if recipe.optimizer == "muon" else []
-        self._matrices = [(len(p), p.numel()) for p in matrices]  # their rows and elements
+        self._matrices = [(len(p), p.numel()) for p in trained if p.ndim > 1]  # rows and elements, for muon
         self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
         self._moment_names = ("exp_avg", "exp_avg_sq")
@@ -104,6 +104,9 @@ class Stack:
         gradient = weights.grad
         assert gradient is not None
         self._rates, self._steps = list(rates), [step + 1 for step in self._steps]
+        if recipe.clip_norm is not None:
+            lengths = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((recipe.clip_norm / (lengths + _LEAST_LENGTH)).clamp(max=1))
         if recipe.optimizer == "adamw":
             decays = self._column([1 - rate * recipe.weight_decay for rate in rates])
             weights[:, : self._num_decayed].mul_(decays)

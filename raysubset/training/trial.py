@@ -48,6 +48,7 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         recipe,
         epochs=1.0,
         batch_size=size,
+        accumulation=min(recipe.accumulation, size // 2),
         learning_rate=1e-9,
         schedule="constant",
         tolerance=None,

@@ -1,0 +1,104 @@
+"""The user's own optimizer, minimize.optimizer=package.module:function of parameters and recipe: made, and tried."""
+
+import io
+import numbers
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.models import copied, generators_restored
+from raysubset.user_functions import call_function, in_a_line
+
+_FIELD = "minimize.optimizer"
+_NUM_STEPS = 2  # before a trial's state is saved, and after it is loaded
+_MOST_NAMED = 3
+
+
+def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
+    """Call the user's function with the trained parameters and the recipe.
+
+    Raises:
+        ValueError: if it gives no optimizer, or one that lacks parameters or a learning rate for the schedule to set.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = call_function(_FIELD, recipe.optimizer, list(named.values()), recipe)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise _misfit(recipe, f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer")
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    missing = [name for name, p in named.items() if not any(p is own for own in grouped)]
+    if missing:
+        some = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
+        raise _misfit(
+            recipe,
+            f"left {len(missing)} of {len(named)} parameters out of its groups: {some}. Give it all of them; those "
+            "that should stay have requires_grad=False in the network",
+        )
+    if len(grouped) > len(named):
+        raise _misfit(recipe, "has parameters in its groups that it was not given")
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if not all(isinstance(rate, numbers.Real | Tensor) and float(rate) >= 0 for rate in rates) or not any(rates):
+        raise _misfit(recipe, f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale")
+    return optimizer
+
+
+def rates_of_groups(optimizer: torch.optim.Optimizer) -> tuple[float, list[float]]:
+    """(the largest lr that an optimizer's groups came with, each group's as a share of it)."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    return max(rates), [rate / max(rates) for rate in rates]
+
+
+def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
+    """Step on a copy of the model, and once more with a checkpoint in between, which must make no difference.
+
+    Raises:
+        ValueError: if it does, or the optimizer raises something.
+    """
+    unbroken, resumed = copied(model), copied(model)
+    with generators_restored(), torch.random.fork_rng(devices=[]):
+        optimizer = own_optimizer(unbroken, recipe)
+        _step(unbroken, optimizer, recipe, first=0)
+        with in_a_line(_FIELD, recipe.optimizer):
+            state = optimizer.state_dict()
+        try:
+            state = _through_a_file(state)
+        except Exception as error:  # torch.save() and load() raise many kinds
+            raise _misfit(
+                recipe,
+                "has a state_dict() that a checkpoint cannot hold: keep tensors, numbers, words, lists and dicts in it",
+            ) from error
+        resumed.load_state_dict(unbroken.state_dict())
+        another = own_optimizer(resumed, recipe)
+        with in_a_line(_FIELD, recipe.optimizer):
+            another.load_state_dict(state)
+        _step(unbroken, optimizer, recipe, first=_NUM_STEPS)
+        _step(resumed, another, recipe, first=_NUM_STEPS)
+    pairs = zip(unbroken.parameters(), resumed.parameters(), strict=True)
+    if not all(torch.equal(p, q) for p, q in pairs if p.isfinite().all()):
+        raise _misfit(
+            recipe,
+            "moves the parameters elsewhere when it is resumed from its state_dict(): keep all that it remembers from "
+            "step to step in self.state and in its groups",
+        )
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: MinimizeConfig, *, first: int) -> None:
+    """A trial's steps along random gradients, each drawn by its number."""
+    for step in range(first, first + _NUM_STEPS):
+        torch.manual_seed(step)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn_like(parameter)
+        with in_a_line(_FIELD, recipe.optimizer):
+            optimizer.step()
+
+
+def _through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def _misfit(recipe: MinimizeConfig, text: str) -> ValueError:
+    return ValueError(f"{_FIELD} = {recipe.optimizer!r} {text}")
