@@ -13,7 +13,7 @@ from raysubset.errors import one_line
 from raysubset.events import Note
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import least_batch, try_own_optimizer, try_training
+from raysubset.training import least_batch, try_own_objective, try_own_optimizer, try_training
 from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.whole_subset.objective import Objective
 
@@ -71,7 +71,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
 
 def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> None:
     """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units; and
-    where an optimizer of the user's own does not work on the network.
+    where an optimizer or objective of the user's own does not work on the network.
 
     Raises:
         ValueError: with the way out.
@@ -97,6 +97,9 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         task.watched(outputs, targets)
     if config.minimize.has_own_optimizer:
         try_own_optimizer(model, config.minimize)
+    if config.minimize.objective:
+        sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
+        try_own_objective(model, config.minimize, sample)
 
 
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:

@@ -139,6 +139,9 @@ class MinimizeConfig:
     normalisation parameters take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
     line search) and gauss_newton (conjugate gradients on damped Gauss-Newton products) use the whole subset for every
     step. Or your own, package.module:function of (parameters, recipe), which gives a torch.optim.Optimizer."""
+    objective: str | None = None
+    """What is minimized in place of the task's loss: package.module:function of (model, inputs, targets, task,
+    generator), which gives (loss summed over the examples, outputs). For mixup, auxiliary heads, contrastive losses."""
     learning_rate: float | None = None
     """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of
     what a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has
@@ -208,6 +211,16 @@ class MinimizeConfig:
         need(
             self.gradient_tolerance is None or whole,
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
+        )
+        need(
+            self.objective is None or ":" in self.objective,
+            f"minimize.objective = {self.objective!r} should be package.module:function; the task's losses are "
+            "task.loss",
+        )
+        need(
+            self.objective is None or not whole,
+            f"minimize.objective is called with batches, and {self.optimizer} minimizes the task's loss over the whole "
+            "subset: use sgd, adam, adamw or muon, or leave it out",
         )
         need(
             self.accumulation <= self.batch_size,

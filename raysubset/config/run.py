@@ -130,6 +130,11 @@ class Config:
             "method=conventional does not have: set it to 0",
         )
         need(
+            not (tuning.distillation and self.minimize.objective),
+            f"fine_tuning.distillation is a share of the task's loss, and minimize.objective={self.minimize.objective} "
+            "stands in its place: leave one of them out",
+        )
+        need(
             not (tuning.distillation and self.minimize.optimizer in WHOLE_SUBSET),
             f"fine_tuning.distillation needs sgd, adam or adamw: {self.minimize.optimizer} minimizes the labels' loss",
         )
@@ -159,6 +164,7 @@ class Config:
             "model.name": self.model.name,
             "subsets.function": self.subsets.function or "",
             "minimize.optimizer": self.minimize.optimizer,
+            "minimize.objective": self.minimize.objective or "",
             "aggregation.method": self.aggregation.method,
         }
         return {field: name for field, name in named.items() if ":" in name and "/" not in name}

@@ -16,6 +16,7 @@ from raysubset.training.evaluation import (
 from raysubset.training.flops import forward_share
 from raysubset.training.memory import bytes_in_words, minimizing_bytes
 from raysubset.training.minimizing import minimize
+from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
@@ -46,6 +47,7 @@ __all__ = [
     "Trial",
     "try_training",
     "try_own_optimizer",
+    "try_own_objective",
     "least_batch",
     "are_probabilities",
     "evaluate",

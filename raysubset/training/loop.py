@@ -13,6 +13,7 @@ from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import Cost, EpochRecord, MinimizeResult
@@ -57,6 +58,7 @@ def minimize_by_batches(
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
     batches, num_parts = None, recipe.accumulation
+    objective = OwnObjective(recipe.objective, device) if recipe.objective else None
     num_seen = first_step = 0
 
     def capture() -> dict[str, Any]:
@@ -76,20 +78,26 @@ def minimize_by_batches(
     def cost() -> Cost:
         held_s = (time.perf_counter() - started) * shard.num
         num_taught = num_seen * distillation.num_teachers if distillation else 0
+        num_further = objective.num_further * shard.num if objective else 0
         num_backward = num_seen - techniques.num_skipped // 2  # half of a backward pass is the weights' gradients
-        return Cost(num_seen + num_taught + techniques.num_forward, num_backward, progress.step - first_step, held_s)
+        num_forward = num_seen + num_taught + num_further + techniques.num_forward
+        return Cost(num_forward, num_backward + num_further, progress.step - first_step, held_s)
 
     def forward_and_backward(inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
         """Add the gradients of `weight` times the summed loss, and the loss to loss_sum; return the outputs."""
         nonlocal loss_sum
         taught = None
-        with precision:
-            outputs = forward(inputs)
-            if distillation is not None:
-                taught = distillation.targets(inputs, task)
-        loss = task.loss(widened(outputs), targets)
-        if distillation is not None and taught is not None:
-            loss = distillation.mixed(loss, widened(outputs), taught, task)
+        if objective is not None:
+            with precision:
+                loss, outputs = objective(forward, inputs, targets, task)
+        else:
+            with precision:
+                outputs = forward(inputs)
+                if distillation is not None:
+                    taught = distillation.targets(inputs, task)
+            loss = task.loss(widened(outputs), targets)
+            if distillation is not None and taught is not None:
+                loss = distillation.mixed(loss, widened(outputs), taught, task)
         loss.backward(torch.full_like(loss, weight))
         loss_sum += loss.detach()
         return outputs.detach()
@@ -123,6 +131,8 @@ def minimize_by_batches(
                     dtype=dtype,
                 )
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
+            if objective is not None:
+                objective.seed(derive_seed(seed, "objective", shard.rank, progress.step))
             rate = learning_rate_at(recipe, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
             for group, share in zip(optimizer.param_groups, shares, strict=True):

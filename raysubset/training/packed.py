@@ -31,6 +31,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         return f"{recipe.optimizer} searches a line for each subset"
     if recipe.has_own_optimizer:
         return f"{recipe.optimizer} is an optimizer of one network"
+    if recipe.objective is not None:
+        return f"{recipe.objective} is called with one network"
     for name in ("extrapolation", "averaging", "skipping"):
         if (kind := getattr(recipe, name).kind) != "none":
             return f"minimize.{name}.kind={kind} is done one by one"

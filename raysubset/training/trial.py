@@ -69,7 +69,7 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         with suppress(DivergedError):  # on noise, which says nothing
             minimize(network, examples, recipe, seed=0, on_step=on_step)
         hook.remove()
-        ends_in = _function_at_the_end(network, torch.cat(outputs), examples)
+        ends_in = _function_at_the_end(network, torch.cat(outputs), examples) if outputs else None
     return Trial(tuple(name for name, _ in model.named_parameters() if name in left_out), ends_in)
 
 

@@ -52,7 +52,9 @@ class Techniques:
                 recipe.skipping, model, examples.task, shard, num_steps_per_epoch=num_steps_per_epoch
             )
         self._averages_gradients = shard.num > 1 and (
-            self._skipping is not None or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
+            recipe.objective is not None  # which may call parts of the network, or all of it several times
+            or self._skipping is not None
+            or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
         )
 
     def data_parallel(self, device: torch.device) -> nn.Module:

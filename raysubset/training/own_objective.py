@@ -1,0 +1,116 @@
+"""The user's own objective, minimize.objective=package.module:function: called in the loop's place of the task's loss.
+
+    loss, outputs = function(model, inputs, targets, task, generator)
+
+`loss` is summed over the examples, `outputs` [n, *spec.outputs] are those of the examples (or of what they were mixed
+to), which techniques watch. The generator is seeded by the step, so that a resumed run draws the same.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import MinimizeConfig
+from raysubset.data import Examples
+from raysubset.models import copied, generators_restored
+from raysubset.tasks import Task
+from raysubset.training.devices import mixed_precision
+from raysubset.training.evaluation import widened
+from raysubset.user_functions import in_a_line, load_function
+
+_FIELD = "minimize.objective"
+_NUM_TRIED = 8  # examples
+_NUM_DRAWS = 3  # of whatever the objective draws, whose losses are compared together
+
+
+class OwnObjective:
+    """Calls the user's function, and counts the examples that it passes forward beyond a batch's own.
+
+    Attributes:
+        num_further: examples passed through the whole network beyond one pass of each, by this process.
+    """
+
+    def __init__(self, reference: str, device: torch.device) -> None:
+        self._function, self._generator = load_function(_FIELD, reference), torch.Generator(device)
+        self.num_further = 0
+
+    def seed(self, seed: int) -> None:
+        """Seed what the next calls draw."""
+        self._generator.manual_seed(seed)
+
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        """(the summed loss in float32, the outputs)."""
+        num_passed = 0
+
+        def count(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            nonlocal num_passed
+            num_passed += next((len(each) for each in (*arguments, *keywords.values()) if isinstance(each, Tensor)), 0)
+
+        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            loss, outputs = self._function(model, inputs, targets, task, self._generator)
+        finally:
+            hook.remove()
+        self.num_further += max(0, num_passed - len(inputs))
+        return widened(loss), outputs
+
+
+def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> None:
+    """Call the recipe's objective on a copy of the model with some examples, and with the same twice over.
+
+    Args:
+        model: on the CPU.
+        sample: some examples on the CPU.
+
+    Raises:
+        ValueError: if it does not return a loss, summed, and outputs that fit; or for what it raises.
+    """
+    reference, task = str(recipe.objective), sample.task
+    network = copied(model).train()
+    dtype = next(network.parameters()).dtype
+    indices = torch.arange(_NUM_TRIED) % len(sample)
+    inputs, targets = sample.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
+    function, generator = load_function(_FIELD, reference), torch.Generator()
+    precision = mixed_precision(inputs.device, dtype, recipe.precision)
+
+    def losses(inputs: Tensor, targets: Tensor) -> float:
+        total = 0.0
+        for draw in range(_NUM_DRAWS):
+            generator.manual_seed(draw)
+            torch.manual_seed(draw)
+            with in_a_line(_FIELD, reference), precision:
+                pair = function(network, inputs, targets, task, generator)
+            total += _checked(pair, len(inputs), task, reference)
+        return total
+
+    with generators_restored(), torch.random.fork_rng(devices=[]):
+        once = losses(inputs, targets)
+        twice = losses(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
+    if math.isfinite(once) and once and twice / once < math.sqrt(2):
+        raise _misfit(
+            reference,
+            f"gave a loss of {once / _NUM_DRAWS:g} for {_NUM_TRIED} examples and of {twice / _NUM_DRAWS:g} for these "
+            "twice: return the sum over the examples, not their mean",
+        )
+
+
+def _checked(pair: object, num: int, task: Task, reference: str) -> float:
+    """The loss, once it and the outputs are of the kinds that the loop takes."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+        raise _misfit(reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")
+    loss, outputs = pair
+    if loss.ndim or not loss.is_floating_point() or not loss.requires_grad:
+        text = f"returned a loss of shape {list(loss.shape)}, {loss.dtype}"
+        raise _misfit(reference, f"{text}: return one number that depends on the parameters")
+    expected = (num, *task.spec().outputs)
+    if tuple(outputs.shape) != expected:
+        text = f"returned outputs {list(outputs.shape)} for {num} examples, and the task's are {list(expected)}"
+        raise _misfit(reference, f"{text}: return those of each example of the batch")
+    return loss.item()
+
+
+def _misfit(reference: str, text: str) -> ValueError:
+    return ValueError(f"{_FIELD} = {reference!r} {text}")

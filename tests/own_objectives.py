@@ -1,0 +1,57 @@
+"""Objectives as users write them: some that work, and one for each mistake that is told."""
+
+import torch
+
+
+def plain(model, inputs, targets, task, generator):
+    outputs = model(inputs)
+    return task.loss(outputs, targets), outputs
+
+
+def by_parts(model, inputs, targets, task, generator):
+    """As plain(), layer by layer: what wraps the network's forward() sees nothing."""
+    features = inputs
+    for layer in model.children():
+        features = layer(features)
+    return task.loss(features, targets), features
+
+
+def mixup(model, inputs, targets, task, generator):
+    share = torch.rand((), generator=generator)
+    order = torch.randperm(len(inputs), generator=generator)
+    outputs = model(inputs.lerp(inputs[order], share))
+    return torch.lerp(task.loss(outputs, targets), task.loss(outputs, targets[order]), share), outputs
+
+
+def two_views(model, inputs, targets, task, generator):
+    noise = 0.1 * torch.randn(inputs.shape, generator=generator)
+    outputs, others = model(inputs), model(inputs + noise)
+    return task.loss(outputs, targets) + (outputs - others).square().sum(), outputs
+
+
+def mean(model, inputs, targets, task, generator):
+    loss, outputs = plain(model, inputs, targets, task, generator)
+    return loss / len(inputs), outputs
+
+
+def loss_alone(model, inputs, targets, task, generator):
+    return plain(model, inputs, targets, task, generator)[0]
+
+
+def each(model, inputs, targets, task, generator):
+    outputs = model(inputs)
+    return outputs.square().sum(1), outputs
+
+
+def detached(model, inputs, targets, task, generator):
+    loss, outputs = plain(model, inputs, targets, task, generator)
+    return loss.detach(), outputs
+
+
+def other_outputs(model, inputs, targets, task, generator):
+    loss, outputs = plain(model, inputs, targets, task, generator)
+    return loss, outputs.argmax(1)
+
+
+def raises(model, inputs, targets, task, generator):
+    return model(inputs, targets)
