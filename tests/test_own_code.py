@@ -1,0 +1,53 @@
+"""The examples in jobs/own_code: each is what its header's command asks for, passes the plan's trials, and learns."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysubset.aggregation import merge
+from raysubset.cli.flags import parse_config
+from raysubset.config import Config
+from raysubset.data import load_full_set
+from raysubset.planning import make_plan, seeded_model
+from raysubset.training import evaluate, minimize
+
+FOLDER = Path(__file__).parents[1] / "jobs" / "own_code"
+FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
+
+
+def config_of(name: str) -> Config:
+    """That of the command in a file's header."""
+    found = re.search(r"^Command: +cd jobs/own_code && raysubset run (.*)$", (FOLDER / name).read_text(), re.M)
+    assert found is not None
+    return parse_config(shlex.split(found[1]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_names_its_own_code_passes_the_trials_of_a_plan_and_lowers_the_loss(name):
+    config = config_of(name)
+    assert {reference.partition(":")[0] for reference in config.functions().values()} == {Path(name).stem}
+    full_set = load_full_set(*config.learned)
+    make_plan(config, full_set)
+    model, validation = seeded_model(config, full_set), full_set.examples("validation")
+    before = evaluate(model, validation, config.minimize).loss
+    recipe = config.stage("subsets", epochs=2.0)
+    minimize(model, full_set.examples("train", augment=True), recipe, seed=0)
+    assert evaluate(model, validation, recipe).loss < 0.9 * before
+
+
+def test_the_median_leaves_out_what_one_member_has_alone():
+    members = [{"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([1.5, 1e9])}, {"weight": torch.ones(2)}]
+    assert merge(members, "own_aggregation:median")["weight"].tolist() == [1.0, 2.0]
