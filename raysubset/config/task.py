@@ -9,6 +9,9 @@ TASK_NAMES = ("classification", "regression", "segmentation", "next_token")
 
 LossName = Literal["auto", "cross_entropy", "squared_error", "absolute_error", "huber"]
 
+_WEIGHTED = ("classification", "segmentation")
+_SMOOTHED = (*_WEIGHTED, "next_token")
+
 _LOSSES: dict[str, tuple[LossName, ...]] = {
     "classification": ("cross_entropy", "squared_error"),
     "regression": ("squared_error", "absolute_error", "huber"),
@@ -28,13 +31,18 @@ class TaskConfig:
     label_smoothing: float = 0.0
     """Of cross-entropy, in [0, 1)."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: cross-entropy counts a class by the inverse of its share of the training set."""
+    """balanced: cross-entropy counts a class by the inverse of its share of the training set (segmentation: of its
+    pixels)."""
     ignored: int | None = None
     """segmentation: a value of masks that counts nowhere."""
 
     def __post_init__(self) -> None:
         check_fields(self, "task.", label_smoothing="[0, 1)", ignored="[0, 255]")
         known = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
+        need(
+            not self.is_class or self.loss == "auto",
+            f"task.loss={self.loss} is of the built-in tasks, and {self.name} has a loss of its own: leave it out",
+        )
         need(
             self.loss == "auto" or self.loss in known,
             f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(known)}",
@@ -52,6 +60,11 @@ class TaskConfig:
             of_classes or self.class_weights == "none",
             f"task.class_weights belongs to cross_entropy: leave it out with {self.loss}",
         )
+        for field, tasks in (("label_smoothing", _SMOOTHED), ("class_weights", _WEIGHTED)):
+            need(
+                self.name in ("auto", *tasks) or getattr(self, field) in (0.0, "none"),
+                f"task.{field} is for {', '.join(tasks)}, not for {self.name}: leave it out",
+            )
         need(
             self.ignored is None or self.name in ("auto", "segmentation") or self.is_class,
             f"task.ignored is a value of masks, which {self.name} has none of: leave it out",

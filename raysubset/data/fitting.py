@@ -24,6 +24,7 @@ from raysubset.tasks import (
     Task,
     TensorInputs,
     Vocabulary,
+    balanced_weights,
     classification,
     fit_columns,
     fit_own_task,
@@ -96,7 +97,9 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     return _full_set(config, splits, learned, notes)
 
 
-def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], config: DataConfig) -> FullSet:
+def of_texts(
+    texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], config: DataConfig, task: TaskConfig
+) -> FullSet:
     """The full set of windows of texts, of which the next tokens are learned.
 
     Raises:
@@ -118,7 +121,8 @@ def of_texts(texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], co
     for split in SPLITS:
         tokens = table[windows[_origin(split, windows)][rows[split]]]
         splits[split] = Split.from_arrays({"tokens": np.ascontiguousarray(tokens)}, rows[split], {})
-    return _full_set(config, splits, NextToken(vocabulary, config.window), [*notes, *found, *carving])
+    learned = NextToken(vocabulary, config.window, CrossEntropy(task.label_smoothing, class_dim=2))
+    return _full_set(config, splits, learned, [*notes, *found, *carving])
 
 
 def _of_training(vocabulary: Vocabulary, windows: np.ndarray) -> tuple[Vocabulary, np.ndarray]:
@@ -187,6 +191,10 @@ def of_arrays(
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
 
 
+def _shown(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
 def _storable(values: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
     """An array in a type that torch takes examples of by index; texts are for labels alone."""
     if values.dtype.kind == "U" and name not in ("label", "target"):
@@ -201,14 +209,17 @@ def _of_masks(
     largest = 0
     for split, own in arrays.items():
         if missing := [name for name in ("image", "mask") if name not in own]:
-            raise ValueError(f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too")
+            text = f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too"
+            if missing == ["mask"] and "target" in own:
+                text += (
+                    f", integers for each pixel of {list(own['image'].shape[:3])}; target is {_shown(own['target'])}"
+                )
+            raise ValueError(text)
         image, mask = own["image"], own["mask"]
         if image.ndim != 4 or image.dtype != np.uint8:
-            raise ValueError(
-                f"image of the {split} split is {image.dtype} {list(image.shape)}: give uint8 [N, H, W, C]"
-            )
+            raise ValueError(f"image of the {split} split is {_shown(image)}: give uint8 [N, H, W, C]")
         if mask.dtype.kind not in "iub" or mask.shape != image.shape[:3]:
-            text = f"mask of the {split} split is {mask.dtype} {list(mask.shape)}"
+            text = f"mask of the {split} split is {_shown(mask)}"
             raise ValueError(f"{text}: give a class for each pixel of images {list(image.shape[:3])}")
         counted = mask if task.ignored is None else mask[mask != task.ignored]
         if counted.size and not 0 <= counted.min() <= counted.max() < 255:
@@ -232,7 +243,12 @@ def _of_masks(
     rows, carving = carve_splits(alike, config)
     inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
     names = tuple(map(str, range(largest + 1)))
-    learned = Segmentation(inputs, names, task.ignored, CrossEntropy(task.label_smoothing, ignored=task.ignored))
+    weights = None
+    if task.class_weights == "balanced":
+        pixels = arrays["train"]["mask"][rows["train"]].ravel()
+        weights = balanced_weights(pixels if task.ignored is None else pixels[pixels != task.ignored], len(names))
+    objective = CrossEntropy(task.label_smoothing, ignored=task.ignored, class_weights=weights)
+    learned = Segmentation(inputs, names, task.ignored, objective)
     masks: dict[SplitName, dict[str, np.ndarray]] = {
         split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()
     }
@@ -275,7 +291,7 @@ def _targets_of_arrays(
 
 def _fit_images(images: np.ndarray, config: DataConfig) -> ImageInputs:
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"image of {config.name} is {images.dtype} {list(images.shape)}: give uint8 [N, H, W, C]")
+        raise ValueError(f"image of {config.name} is {_shown(images)}: give uint8 [N, H, W, C]")
     mean, std = statistics_of_levels(count_levels(images))
     augmentation: Augmentation = "none" if config.augmentation == "auto" else config.augmentation
     height, width, channels = images.shape[1:]

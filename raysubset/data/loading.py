@@ -65,7 +65,7 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
     if config.streamed and kind != "path":
         raise not_streamed(f"{name} is a {'function' if kind == 'function' else 'named set'}")
     if task.name == "next_token":
-        return of_texts(*(read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)), config)
+        return of_texts(*(read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)), config, task)
     if name in TABLE_NAMES:
         return of_tables(read_named_table(config), config, task)
     if name in TEXT_NAMES:

@@ -38,7 +38,7 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     spec = _called(task, "spec")
     if not isinstance(spec, Spec):
         raise _misfit(task.name, f"spec() returned a {type(spec).__name__}: it should be a raysubset.tasks.Spec")
-    draws = task.draw(num, 0)
+    draws = _called(task, "draw", num, 0)
     pair = _called(task, "batch", rows, draws)
     if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
         raise _misfit(task.name, "batch() should return (inputs, targets), two tensors")
@@ -65,6 +65,19 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
         if not isinstance(each, Tensor) or each.ndim not in (1, 2) or len(each) != num:
             shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise _misfit(task.name, f"measure() gave {shape} for {key} of {num} examples: one number an example")
+    fisher = {"labels": "true", "generator": torch.Generator().manual_seed(0)}
+    optional: list[tuple[str, tuple[Tensor, ...], dict[str, Any], int]] = [
+        ("watched", (outputs, targets), {}, 1),
+        ("curvature", (outputs, outputs, targets), {}, outputs.ndim),
+        ("fisher_terms", (outputs, targets), fisher, outputs.ndim + 1),
+    ]
+    for method, arguments, options, ndim in optional:
+        if getattr(type(task), method) is getattr(Task, method):
+            continue
+        each = _called(task, method, *arguments, **options)
+        if not isinstance(each, Tensor) or each.ndim != ndim or len(each) != num:
+            shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise _misfit(task.name, f"{method}() gave {shape} of {num} examples: give a tensor of {ndim} dimensions")
     if not task.quality:
         raise _misfit(task.name, f"quality is not set: name one of {', '.join(measured)}")
     with torch.no_grad():
@@ -73,11 +86,11 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
         raise _misfit(task.name, f"quality is {task.quality!r}, and values() gives {', '.join(values)}")
 
 
-def _called(task: Task, method: str, *arguments: Any) -> Any:
+def _called(task: Task, method: str, *arguments: Any, **options: Any) -> Any:
     """What a method gives; a line where it raises or is missing."""
     try:
         with in_a_line("task.name", task.name):
-            return getattr(task, method)(*arguments)
+            return getattr(task, method)(*arguments, **options)
     except ValueError as error:
         if isinstance(error.__cause__, NotImplementedError):
             raise _misfit(task.name, f"it has no {method}()") from error

@@ -15,7 +15,7 @@ from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.task import Task
 from raysubset.tasks.tensors import TensorInputs
 from raysubset.tasks.vocabulary import Vocabulary
-from raysubset.user_functions import load_function
+from raysubset.user_functions import call_function
 
 _MOST_PIXELS = 2**28  # of an image: 16,384×16,384
 _MOST_NAMES = 2**20
@@ -87,7 +87,7 @@ def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:
     Raises:
         ValueError: if there is no such class, or it is no Task.
     """
-    task = load_function("task.name", name)()
+    task = call_function("task.name", name)
     if not isinstance(task, Task):
         raise ValueError(f"task.name = {name!r} made a {type(task).__name__}: it should be a raysubset.tasks.Task")
     vars(task).update(state or {})

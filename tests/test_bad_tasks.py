@@ -1,0 +1,181 @@
+"""Mistakes in what is learned - a task of one's own, targets, tokens, masks - are told in a line with a way out."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysubset.config import DataConfig, TaskConfig
+from raysubset.data import FullSet, load_full_set
+
+TASK = """
+import numpy as np
+import torch
+from raysubset.tasks import Spec, Task
+
+def rows():
+    seen = np.arange(40, dtype=np.float32).reshape(20, 2)
+    return dict(seen=seen, box=seen * 2)
+
+class Boxes(Task):
+    quality = "distance"
+
+    def spec(self):
+        return Spec((2,), (2,))
+
+    def batch(self, rows, draws):
+        return rows["seen"], rows["box"]
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().sum()
+
+    def measure(self, outputs, targets):
+        return {"distance": (outputs - targets).norm(dim=1)}
+
+class Own(Boxes):
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Writes a module bad_tasks that can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(text: str) -> None:
+        (tmp_path / "bad_tasks.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "bad_tasks", raising=False)
+        importlib.invalidate_caches()
+
+    return write
+
+
+def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings: Any) -> FullSet:
+    return load_full_set(DataConfig(name=data, **settings), TaskConfig(name=task))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("loss = None", "'bad_tasks:Own' raised TypeError: 'NoneType' object is not callable"),
+        ("def loss(self, outputs, targets):\n        raise NotImplementedError", r"it has no loss\(\)"),
+        (
+            "def spec(self):\n        return (2,), (2,)",
+            r"spec\(\) returned a tuple: it should be a raysubset.tasks.Spec",
+        ),
+        (
+            "def spec(self):\n        return Spec((3,), (2,))",
+            r"gave inputs torch.float32 \[4, 2\], where .* float \[3\]",
+        ),
+        ("def spec(self):\n        return Spec((2,), (2,), 9)", r"inputs torch.float32 .* spec\(\) says integer \[2\]"),
+        ("def batch(self, rows, draws):\n        return rows['seen']", r"should return \(inputs, targets\), two"),
+        (
+            "def batch(self, rows, draws):\n        return rows['image'], 0",
+            "raised KeyError: 'image'; see bad_tasks.py, l",
+        ),
+        (
+            "def batch(self, rows, draws):\n        return rows['seen'], rows['box'].sum(0)",
+            r"gave targets \[2\] for 4 examples: one an example",
+        ),
+        (
+            "def loss(self, outputs, targets):\n        return (outputs - targets).square().mean()",
+            "and of the batch twice .*: it should be summed over the examples, not their mean",
+        ),
+        (
+            "def loss(self, outputs, targets):\n        return (outputs - targets).square().sum(1)",
+            r"loss\(\) should return one number",
+        ),
+        (
+            "def loss(self, outputs, targets):\n        return (outputs.detach() - targets).square().sum()",
+            "a tensor that depends on the outputs",
+        ),
+        (
+            "def measure(self, outputs, targets):\n        return {'distance': (outputs - targets).norm()}",
+            r"measure\(\) gave \[\] for distance of 4 examples: one number an example",
+        ),
+        ("def measure(self, outputs, targets):\n        return {}", r"measure\(\) should return a dict of tensors"),
+        ("quality = ''", "quality is not set: name one of distance"),
+        ("quality = 'iou'", r"quality is 'iou', and values\(\) gives distance"),
+        ("def watched(self, outputs, targets):\n        return outputs.mean()", r"watched\(\) gave \[\] of 4 examples"),
+        ("def curvature(self, outputs, change):\n        return change", "raised TypeError: .*curvature"),
+        (
+            "def draw(self, num, seed):\n        return 1 / 0",
+            "raised ZeroDivisionError: division by zero; see bad_tasks",
+        ),
+        ("def fit(self, train):\n        pass", r"fit\(\) returned a NoneType: it should return the task"),
+        (
+            "def fit(self, train):\n        self.mean = train['seen'].mean(0)\n        return self",
+            "bad_tasks:Own.mean is a ndarray, which JSON cannot hold: keep a list",
+        ),
+        ("def __init__(self, size):\n        pass", "raised TypeError: .* missing 1 required positional argument"),
+    ],
+)
+def test_a_task_that_does_not_hold_together_is_refused_where_it_is_read(
+    module: Callable[[str], None], body: str, message: str
+) -> None:
+    module(f"{TASK}    {body}\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        loaded()
+    assert "\n" not in str(caught.value)
+    assert "bad_tasks:Own" in str(caught.value)
+
+
+def test_a_task_is_a_class_of_tasks(module: Callable[[str], None]) -> None:
+    module(f"{TASK}    pass\n")
+    assert loaded().task.name == "bad_tasks:Own"
+    with pytest.raises(ValueError, match="bad_tasks has no function Boxs; did you mean Boxes"):
+        loaded("bad_tasks:Boxs")
+    with pytest.raises(ValueError, match=r"made a dict: it should be a raysubset\.tasks\.Task"):
+        loaded("bad_tasks:rows")
+    with pytest.raises(ValueError, match=r"bad_tasks:rows gives seen, box, and classification takes inputs or image"):
+        loaded("classification")
+
+
+DATA = """
+import numpy as np
+
+images = np.arange(20 * 16, dtype=np.uint8).reshape(20, 4, 4, 1)
+mask = (images[..., 0] > 99).astype(np.uint8)
+tokens = np.arange(60).reshape(20, 3) % 7
+labels = np.arange(20) % 2
+values = labels[:, None] + np.arange(40.0).reshape(20, 2)
+
+def load():
+    return """
+
+
+@pytest.mark.parametrize(
+    ("returned", "task", "message"),
+    [
+        ("images, mask[:, :3]", "segmentation", r"each pixel of \[20, 4, 4\]; target is uint8 \[20, 3, 4\]"),
+        ("dict(image=images, mask=mask[:, :3])", "segmentation", r"uint8 \[20, 3, 4\]: give a class for each pixel of"),
+        ("dict(image=images, mask=mask * 0)", "segmentation", "are of class 0: at least two classes are needed"),
+        ("dict(image=images / 255, mask=mask)", "segmentation", r"float64 \[20, 4, 4, 1\]: give uint8 \[N, H, W, C\]"),
+        ("dict(image=images, mask=mask * 1.0)", "segmentation", "mask of the train split is float64"),
+        ("dict(inputs=tokens - 1, label=labels)", "classification", "integer inputs run from -1: tokens are numbered"),
+        (
+            "dict(train=(tokens, labels), test=(tokens + 1, labels))",
+            "classification",
+            "have token 7 in row 2: the train split.s are 0 to 6",
+        ),
+        ("values, np.array(['a', 'b'] * 10)", "regression", "is text, such as 'a': regression needs numbers"),
+        ("values, labels * 0.0", "regression", "is 0 in all 14 training examples: there is nothing"),
+        ("images, labels", "regression", "has images with classes, and --task regression learns something else"),
+        ("images, labels", "segmentation", "has images with classes, and --task segmentation learns something else"),
+        ("images, labels", "next_token", "is a tuple: for --task next_token it should return a text"),
+        ("values, values", "next_token", "is a tuple: for --task next_token it should return a text"),
+        ("'a text'", "classification", "load is text: use --task next_token to learn it"),
+        ("values, labels", "segmentation", "gives inputs, target: segmentation needs image too"),
+    ],
+)
+def test_data_that_a_task_cannot_learn_are_refused_with_the_way_out(
+    module: Callable[[str], None], returned: str, task: str, message: str
+) -> None:
+    module(f"{DATA}{returned}\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        loaded(task, "bad_tasks:load")
+    assert "\n" not in str(caught.value)
