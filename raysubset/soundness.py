@@ -13,8 +13,9 @@ from raysubset.errors import one_line
 from raysubset.events import Note
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import least_batch, try_own_objective, try_own_optimizer, try_training
+from raysubset.training import Shard, least_batch, try_own_objective, try_own_optimizer, try_training
 from raysubset.training.evaluation import evaluation_mode
+from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.objective import Objective
 
 MOST_SAMPLED = 64  # validation examples that a network is tried on
@@ -78,6 +79,10 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
     """
     task, example = full_set.task, full_set.examples("validation", np.arange(1))
     outputs, targets = torch.zeros(1, *full_set.spec.outputs), example.targets()
+    if config.subsets.scheme == "dirichlet" and not full_set.strata.any():
+        raise ValueError(
+            f"subsets.scheme=dirichlet skews classes, and {task.name} has no classes of examples: use stratified or iid"
+        )
     if config.minimize.optimizer == "gauss_newton":
         task.curvature(outputs, outputs, targets)
         with evaluation_mode(model):
@@ -94,6 +99,7 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
             "--aggregation.method uniform_soup"
         )
     if config.minimize.skipping.kind != "none":
+        Skipping(config.minimize.skipping, model, task, Shard(), num_steps_per_epoch=1)
         task.watched(outputs, targets)
     if config.minimize.has_own_optimizer:
         try_own_optimizer(model, config.minimize)

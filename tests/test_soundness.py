@@ -208,7 +208,7 @@ def test_probabilities_are_told_from_logits():
         ({"aggregation.method": "regmean", "model.name": "lstm"}, "regmean goes by .* layers, and lstm has none: set"),
         (
             {"aggregation.method": "fisher", "model.name": "lstm"},
-            "fisher cannot be used with lstm: vmap cannot follow it",
+            "fisher cannot be used with lstm: torch cannot take recurrent",
         ),
         (
             {"aggregation.method": "aligned_soup"},

@@ -235,7 +235,7 @@ def test_a_column_of_no_use_is_refused(column, message):
 def test_attributes_must_match_the_labels():
     with pytest.raises(ValueError, match="the training table has 2 rows for 3 labels"):
         split(np.zeros(3, int), scheme="column", column="a", attributes=pa.table({"a": [1, 2]}))
-    with pytest.raises(ValueError, match="it has only images and labels"):
+    with pytest.raises(ValueError, match="it has none that could name subsets: use iid"):
         split(np.zeros(3, int), scheme="column", column="a")
 
 

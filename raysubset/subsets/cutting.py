@@ -279,11 +279,9 @@ def _by_column(
     name = config.column
     assert name is not None
     if attributes is None or name not in attributes.column_names:
-        known = attributes.column_names if attributes is not None else []
-        has = f"it has {', '.join(known)}" if known else "it has only images and labels"
-        raise ValueError(
-            f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}: choose one"
-        )
+        known = [] if attributes is None else [field.name for field in attributes.schema if _names_subsets(field)]
+        has = f"it has {', '.join(known)}: choose one" if known else "it has none that could name subsets: use iid"
+        raise ValueError(f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}")
     if attributes.num_rows != num_examples:
         raise ValueError(f"the training table has {attributes.num_rows} rows for {num_examples} labels")
     column = attributes[name]
@@ -303,6 +301,11 @@ def _by_column(
     ids = rank[values.indices.to_numpy()]
     names = [str(value) for value in values.dictionary.take(order).to_pylist()]
     return [positions[group] for group in _grouped(ids, len(names))], names
+
+
+def _names_subsets(field: pa.Field) -> bool:
+    """Whether it is a column of single values, other than the number of the row."""
+    return field.name != "row" and not pa.types.is_nested(field.type)
 
 
 def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int) -> list[np.ndarray]:

@@ -44,6 +44,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         return "minimize.compile is for one network"
     if has_dropout(model):
         return "the network has dropout, whose noise is each subset's own"
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return "torch cannot run recurrent layers with stacked weights"
     if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
         return "the network's parameters are of several types"
     return None

@@ -58,6 +58,8 @@ def diagonal_fisher(
     started = time.perf_counter()
     if has_dropout(model):
         raise ValueError("the Fisher needs a loss without noise, but the network has dropout: use regmean or a soup")
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        raise ValueError("torch cannot take recurrent layers' gradients of single examples")
     if examples.is_augmented:
         raise ValueError("the Fisher needs a loss without noise, but the examples are augmented")
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

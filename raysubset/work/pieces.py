@@ -144,7 +144,9 @@ class Piece:
             return part.output.weights()
         if (path := statistics_path(self.folder, kind)) in files:
             return self.directory.read_weights(path, files)
-        raise ValueError(f"the minimum of {self.label} has no {kind} statistics: it was made for another method")
+        raise ValueError(
+            f"the minimum of {self.label} has no {kind} statistics: they cannot be taken, or it was for another method"
+        )
 
 
 @dataclass(frozen=True)
