@@ -66,6 +66,7 @@ VARIATIONS = {
 
 
 IN_PARTS = replace(RECIPE, accumulation=3, clip_norm=0.5)
+MUON = replace(RECIPE, optimizer="muon")
 OBJECTIVE = replace(RECIPE, objective="tests.own_objectives:by_parts")
 LEAVING_OUT = {"parallel": replace(RECIPE, weight_decay=0.1), "averaged": VARIATIONS["global"]}
 
@@ -108,6 +109,7 @@ def work(rank: int, folder: Path) -> None:
         found[f"{name} state"] = everyones[0]
     for name, recipe in LEAVING_OUT.items():
         found[f"experts {name}"] = ends_at(experts(), replace(shard, leaves_out=True), recipe)
+    found["muon"] = ends_at(network(), shard, MUON)
     found["objective"] = ends_at(network(), shard, OBJECTIVE)
     found["in parts"] = ends_at(network(), shard, IN_PARTS)
     torch.save(found, folder / f"{rank}.pt")
@@ -168,6 +170,13 @@ def test_shards_that_pass_their_shares_in_parts_clip_the_gradient_of_the_whole_b
         assert found["losses"] == pytest.approx(one["losses"], rel=1e-12)
         assert (found["num_forward"], found["num_backward"], found["num_steps"]) == (2 * NUM, 2 * NUM, 10)
     assert same_bits(ranks[0]["in parts"], ranks[1]["in parts"])
+
+
+def test_two_shards_step_by_muon_as_one_does(ranks):
+    one = ends_at(network(), Shard(), MUON)
+    for rank in ranks:
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["muon"]["weights"][name], value, rtol=0, atol=1e-9)
 
 
 def test_shards_average_the_gradients_of_an_objective_that_calls_parts_of_the_network(ranks):

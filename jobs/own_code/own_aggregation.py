@@ -14,4 +14,4 @@ def median(minima, context):
     return {key: torch.stack([member[key] for member in members]).median(0).values for key in members[0]}
 
 
-median.needs = Needs(shared_start=True)
+median.needs = Needs(shared_start=True)  # pyright: ignore[reportFunctionMemberAccess]

@@ -17,5 +17,5 @@ def spirals(num=2000):
 
 def network(spec):
     """Of spec.inputs float numbers to spec.outputs."""
-    layers = [nn.Linear(*spec.inputs, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, *spec.outputs)]
+    layers = [nn.Linear(spec.inputs[0], 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, spec.outputs[0])]
     return nn.Sequential(*layers)

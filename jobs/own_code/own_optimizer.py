@@ -12,7 +12,7 @@ def lion(parameters, recipe):
 
 class Lion(torch.optim.Optimizer):
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))  # checkpoints hold self.state

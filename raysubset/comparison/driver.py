@@ -80,8 +80,7 @@ def compare(
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[0, 1000]")
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    own_rate = config.minimize.peak_learning_rate()
-    learning_rates = list(learning_rates) or [factor * own_rate for factor in LEARNING_RATES]
+    learning_rates = list(learning_rates) or [f * config.minimize.peak_learning_rate() for f in LEARNING_RATES]
     chosen = _checked(config, seeds, budgets, arms, learning_rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
