@@ -65,11 +65,11 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
-    refuse_unfit_methods(config, full_set, model)
+    without = refuse_unfit_methods(config, full_set, model)
     twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
     least = subsample_size(config, min(sizes)) if twice else min(sizes)
     most = most_workers(config, full_set, model, least_subset=least)
-    found = findings(config, full_set, model)
+    found = [*without, *findings(config, full_set, model)]
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         missing = list[Note]()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.errors import one_line
@@ -70,9 +71,9 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
     return most
 
 
-def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> None:
+def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units; and
-    where an optimizer or objective of the user's own does not work on the network.
+    where an optimizer or objective of the user's own does not work on the network. Return what auto goes without.
 
     Raises:
         ValueError: with the way out.
@@ -89,10 +90,16 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
             objective = Objective(model, example, config.minimize)
             objective.gauss_newton_product(torch.zeros(num_parameters(model)))
     method, name = config.aggregation.method, architecture(config.model, full_set.spec).name
-    if config.method == "subset_pretraining" and method == "aligned_soup":
+    notes = list[Note]()
+    if config.method == "subset_pretraining" and "aligned_soup" in methods_tried(config):
         from raysubset.aggregation.alignment import trace_units  # scipy is slow to import, and seldom needed
 
-        trace_units(model, full_set.spec)
+        try:
+            trace_units(model, full_set.spec)
+        except ValueError as error:
+            if method != "auto":
+                raise
+            notes.append(Note(f"auto goes without aligned_soup: {error}"))
     if method == "regmean" and not any(isinstance(module, nn.Linear | nn.Conv2d) for module in model.modules()):
         raise ValueError(
             f"aggregation.method=regmean goes by the inputs of linear and convolution layers, and {name} has none: set "
@@ -106,6 +113,7 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
     if config.minimize.objective:
         sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
         try_own_objective(model, config.minimize, sample)
+    return notes
 
 
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
+from raysubset.tasks import NextToken, Segmentation
 
 TASK = """
 import numpy as np
@@ -179,3 +182,92 @@ def test_data_that_a_task_cannot_learn_are_refused_with_the_way_out(
     with pytest.raises(ValueError, match=message) as caught:
         loaded(task, "bad_tasks:load")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "settings", "message"),
+    [
+        (
+            "rows.parquet",
+            "classification",
+            {"streamed": True},
+            "reads images in Parquet files, and rows.parquet is a table",
+        ),
+        ("rows.parquet", "regression", {"streamed": True}, "is a table without images: leave --data.streamed out"),
+        (
+            "rows.parquet",
+            "next_token",
+            {"streamed": True},
+            "is learned from text files and python_docs, not from streamed",
+        ),
+        ("text.txt", "auto", {"streamed": True}, "not from streamed text.txt: give a path of text"),
+        (
+            "rows.parquet",
+            "regression",
+            {},
+            "the target label of the train split is text, such as 'a': regression needs",
+        ),
+        (
+            "rows.parquet",
+            "segmentation",
+            {},
+            "is a table, and --task segmentation cannot be learned from its columns: use",
+        ),
+        (
+            "text.txt",
+            "auto",
+            {"window": 36},
+            "has 36 tokens, and a window takes 36 and the next one: give --data.window 35",
+        ),
+        ("digits", "next_token", {}, "from text files and python_docs, not from digits: give a path of text"),
+        ("python_docs", "regression", {}, "python_docs is text: its --task is next_token, not regression"),
+        ("iris", "segmentation", {}, "iris is a table, and --task segmentation cannot be learned from its columns"),
+    ],
+)
+def test_sets_for_another_task_are_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, task: str, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"x": list(range(20)), "label": ["a", "b"] * 10}), "rows.parquet")
+    Path("text.txt").write_text("hello world " * 3)
+    with pytest.raises(ValueError, match=message) as caught:
+        loaded(task, name, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            dict(name="regression", class_weights="balanced"),
+            "task.class_weights is for classification, segmentation, not",
+        ),
+        (dict(name="next_token", class_weights="balanced"), "not for next_token: leave it out"),
+        (
+            dict(name="regression", label_smoothing=0.1),
+            "task.label_smoothing is for classification, segmentation, next",
+        ),
+        (dict(name="mine:Boxes", loss="huber"), "and mine:Boxes has a loss of its own: leave it out"),
+        (dict(name="segmentation", loss="huber"), "task.loss=huber is not one of segmentation: use cross_entropy"),
+        (dict(name="regression", ignored=3), "task.ignored is a value of masks, which regression has none of"),
+    ],
+)
+def test_settings_of_another_task_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(**settings)
+
+
+def test_what_a_task_is_told_reaches_its_loss(module: Callable[[str], None]) -> None:
+    module(f"{DATA}dict(image=images, mask=mask)\n")
+    config = TaskConfig(name="segmentation", class_weights="balanced", label_smoothing=0.25)
+    full_set = load_full_set(DataConfig(name="bad_tasks:load"), config)
+    assert isinstance(full_set.task, Segmentation)
+    share = float(full_set.train.arrays()["mask"].mean())  # of class 1
+    assert full_set.task.objective.class_weights == pytest.approx((0.5 / (1 - share), 0.5 / share))
+    assert full_set.task.objective.label_smoothing == 0.25
+    module('def load():\n    return "hello world " * 20\n')
+    smoothed = load_full_set(
+        DataConfig(name="bad_tasks:load", window=8), TaskConfig(name="next_token", label_smoothing=0.25)
+    )
+    assert isinstance(smoothed.task, NextToken)
+    assert smoothed.task.objective.label_smoothing == 0.25

@@ -285,3 +285,23 @@ def test_a_method_trains_a_task_or_says_why_not_before_it_begins(task: str, meth
     assert all(value.isfinite().all() for value in weights.values())
     metrics, _ = leave_test(full_set, 0, config, directory, weights, node="here")
     assert math.isfinite(metrics.values[quality])
+
+
+def test_auto_says_which_methods_it_goes_without() -> None:
+    for task in WITHOUT_FISHER:
+        (line,) = [note.text for note in plan_of(task, "auto")[2].advice if note.text.startswith("auto goes without")]
+        assert line.startswith("auto goes without fisher: ")
+    config = Config().with_overrides(BASE | TASKS["lstm"] | METHODS["aligned_soup"] | METHODS["auto"])
+    (line,) = [note.text for note in make_plan(config, cached(*config.learned)).advice if "auto" in note.text]
+    assert line.startswith(
+        "auto goes without aligned_soup: this network's units cannot be aligned: its inputs are tokens"
+    )
+
+
+def test_a_network_without_biases_cannot_skip_its_weights_updates() -> None:
+    own = {"data.name": "matrix_sets:of_rows", "model.name": "matrix_sets:without_biases"}
+    config = Config().with_overrides(BASE | own | METHODS["skipping"])
+    with pytest.raises(
+        ValueError, match="moves biases and normalisation parameters alone, and the network has none: leave"
+    ):
+        make_plan(config, cached(*config.learned))

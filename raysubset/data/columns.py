@@ -14,7 +14,6 @@ from raysubset.data.files import (
     column_kinds,
     describe_files,
     no_table,
-    not_streamed,
     read_schema,
     read_table,
 )
@@ -81,7 +80,10 @@ def read_tables(config: DataConfig) -> Tables:
     if files.kind != "tables":
         raise no_table(files) if files.kind == "texts" else _no_columns(config)
     if config.streamed:
-        raise not_streamed(f"{config.name} is a table without images")
+        raise ValueError(
+            f"data.streamed reads images in Parquet files, and {config.name} is a table without images: leave "
+            "--data.streamed out to read it into memory"
+        )
     kinds, notes = column_kinds(files), []
     read: dict[SplitName, dict[str, pa.Table]] = {}
     for split, members in files.layout.items():

@@ -265,7 +265,7 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
     if task.name != "classification":
         raise ValueError(
             f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "
-            "or regression"
+            "or regression, or give data.name a function that returns arrays"
         )
     labels, names, notes = class_numbers(tables)
     return _Targets(labels, names, is_of_classes=True, notes=notes)

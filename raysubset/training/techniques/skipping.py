@@ -39,7 +39,7 @@ class Skipping:
         if len(self._weights) == len(trainable):
             raise ValueError(
                 f"minimize.skipping.kind={recipe.kind} moves biases and normalisation parameters alone, and the "
-                "network has none"
+                "network has none: leave it out"
             )
         self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
         self._recipe, self._task, self._shard = recipe, task, shard
