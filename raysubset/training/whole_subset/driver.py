@@ -72,6 +72,9 @@ def minimize_whole(
         raise ValueError(f"{recipe.optimizer} needs a loss without noise: set --data.augmentation=none")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with evaluation_mode(model):
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):  # cuDNN has its backward pass in training mode alone; nothing drops out
+                module.train()
         return _minimize(model, examples, recipe, state, on_step)
 
 
