@@ -15,6 +15,7 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           the share of a forward pass is the network's own since; and stages by Ray Train have the order of batches that
           an actor has since issue 10, so that a comparison ends at a run's bits: default, two trunk workers,
           distillation, shrink-perturb, streamed and sweep. All digests lack a decision that is no longer made.
+          Since tasks the comparison's legs have other keys, as configs have new fields; no number of it changed.
           default             d05331154ae324da
           conventional        3d9e7b2cacd9610a
           rounds              8a2f1708b4bdd423
@@ -33,9 +34,9 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           shrink-perturb      c7b2f2c6fbcef5cc
           packed              bc0c3ab9a3d0f6a0
           streamed            bac911f1d72e7310
-          comparison          2e2586da4a3d7f93
+          comparison          0a5f92c79dc0d7d6
           sweep               216399ad7f62e9ed
-          all                 fd0b3d22145dc473
+          all                 4b97eb3b78240225
 """
 
 import argparse
