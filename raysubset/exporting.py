@@ -5,6 +5,7 @@ for prediction in predict_files("~/ray_results/digits-1a2b3c4d", ["photo.png"]):
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ ExportFormat = Literal["torch-export", "onnx"]
 SUFFIXES: dict[str, str] = {"torch-export": ".pt2", "onnx": ".onnx"}
 INPUT, OUTPUT = "images", "outputs"  # the graph's names
 OPSET = 18  # of ONNX: the oldest that torch's exporter writes without conversion
+_logger = logging.getLogger(__name__)
+
 _TOLERANCE = 1e-4  # between the file's outputs and the model's
 _MOST_IMAGES = 256  # predicted at once …
 _BATCH_PIXELS = 2**20  # … and of no more values: an activation is some times as large
@@ -196,10 +199,13 @@ def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Pred
     try:
         table = read_rows(path, model.inputs)
         with torch.inference_mode():
-            outputs, _ = model.of_table(table)
+            outputs, notes = model.of_table(table)
     except ValueError as error:
-        yield Prediction(path, error=str(error) if path in str(error) else f"{path}: {error}")
+        text = str(error).removeprefix("data.name = ")
+        yield Prediction(path, error=text if path in text else f"{path}: {text}")
         return
+    for note in notes:
+        _logger.warning("%s: %s", path, note.text)
     for row, answer in enumerate(_answers(model, outputs, num_classes)):
         yield _prediction(path, answer, row=row)
 

@@ -126,8 +126,9 @@ class TrainedModel(nn.Module):
                 scaled = scaled / 255
         else:
             scaled = inputs
-        if self.inputs is not None:
-            scaled = ((scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)).to(self.mean.dtype)
+        if self.inputs is not None:  # in the inputs' own precision, then in the network's
+            scaled = (scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)
+            scaled = scaled.to(next(self.network.parameters()).dtype)
         if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
             scaled = torch.nan_to_num(scaled, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         return self._in_units(self.network(scaled))
