@@ -222,8 +222,10 @@ class Config:
 def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A run's, comparison's or sweep's recorded config as it would be recorded now: fields since have their defaults.
 
-    One that this version cannot read stays as it is.
+    One that this version cannot read, and what is no config, stays as it is.
     """
+    if "minimize" not in tree:
+        return dict(tree)
     names = {each.name for each in dataclasses.fields(Config)}
     try:
         config = Config.from_dict({key: value for key, value in tree.items() if key in names}).to_dict()
