@@ -1,12 +1,18 @@
 """Does subset pretraining pay for text? Python's own help topics by bytes, an LSTM, bits a byte.
 
-The rival is conventional training at equal passes (B); rounds exchange weights 1 or 8 times, data-parallel training (I,
-two workers) at every step. A Transformer: --model.name transformer.
+The rival is conventional training at equal passes (B); weights are exchanged once or 8 times. A Transformer:
+--model.name transformer.
 
 Command:    python jobs/tasks/text.py
 Hardware:   two CPU cores; nothing is downloaded.
-Time:       not measured yet.
-Result:     not measured yet.
+Time:       4.4 minutes.
+Result:     n = 3 seeds: "vacuous", a smoke test; subset pretraining does not pay here. Test bits a byte (less is better),
+            ± 95 % by Student's t, at a budget of 2 passes in total; passes on the critical path (49,920 parameters):
+            B  conventional              3.22 ± 0.08    2.0
+            G  mean of 4, fine-tuned     3.95 ± 0.12    0.8
+            H  trunk, then G             3.60 ± 0.19    1.0
+            H  in eight rounds           3.83 ± 0.13    1.2 (3.6 in total, as every round is measured)
+            All rates are at the upper edge of their grid (0.01): a wider grid may tell otherwise.
 """
 
 import sys
