@@ -4,7 +4,7 @@ Command:    python jobs/tasks/regression.py
 Hardware:   two CPU cores; nothing is downloaded.
 Time:       1.1 minutes.
 Result:     n = 3 seeds: "inconclusive", a smoke test; all is within the noise of 88 test examples. Test r2, ± 95 % by
-            Student's t, at budgets of 8 and 24 passes; passes on the critical path (97 parameters, Q = 3.3, subsets 0.8):
+            Student's t, at budgets of 8 and 24 passes; critical-path passes (97 parameters, Q = 3.3, subsets 0.8):
             B  conventional              0.537 ± 0.085  0.497 ± 0.091    8.1  24.1
             C  RS2                       0.522 ± 0.063  0.501 ± 0.051    8.1  24.1
             D  one subset, fine-tuned    0.546 ± 0.044  0.494 ± 0.080    8.1  24.1

@@ -6,7 +6,7 @@ The rival is conventional training at equal passes (B); weights are exchanged on
 Command:    python jobs/tasks/text.py
 Hardware:   two CPU cores; nothing is downloaded.
 Time:       4.4 minutes.
-Result:     n = 3 seeds: "vacuous", a smoke test; subset pretraining does not pay here. Test bits a byte (less is better),
+Result:     n = 3 seeds: "vacuous", a smoke test; it does not pay here. Test bits a byte (less is better),
             ± 95 % by Student's t, at a budget of 2 passes in total; passes on the critical path (49,920 parameters):
             B  conventional              3.22 ± 0.08    2.0
             G  mean of 4, fine-tuned     3.95 ± 0.12    0.8
