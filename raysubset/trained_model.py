@@ -142,8 +142,8 @@ class TrainedModel(nn.Module):
         if not isinstance(self.inputs, TableInputs):
             raise ValueError("this model was not trained on a table's columns: give it what it was trained on")
         features, notes = self.inputs.encode(table)
-        device = next(self.network.parameters()).device
-        return self._in_units(self.network(torch.from_numpy(features).to(device))), notes
+        inputs = torch.from_numpy(features).to(next(self.network.parameters()))
+        return self._in_units(self.network(inputs)), notes
 
     def generate(self, text: str, num_tokens: int = 200, *, seed: int = 0, temperature: float = 0.8) -> str:
         """Go on with a text, token by token, each drawn from the model's prediction.

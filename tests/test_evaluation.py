@@ -10,7 +10,16 @@ from torch import nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import Cost, Metrics, evaluate, metrics_of_outputs, predict, recompute_batch_norm
+from raysubset.training import (
+    Cost,
+    Metrics,
+    ensemble_sample,
+    evaluate,
+    evaluate_for_ensemble,
+    metrics_of_outputs,
+    predict,
+    recompute_batch_norm,
+)
 from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
 RECIPE = MinimizeConfig()
@@ -159,3 +168,16 @@ def test_costs_add_up_and_weigh_forward_work_a_third():
     assert cost.passes(4) == pytest.approx((12 / 3 + 4 * 2 / 3) / 4)
     assert Cost(num_forward=50, num_backward=50).passes(50) == pytest.approx(1)
     assert Cost.from_dict(cost.to_dict()) == cost
+
+
+def test_where_outputs_are_too_many_an_even_sample_is_kept_of_one_pass_over_all(monkeypatch):
+    model, data, recipe = cnn(), examples(1203), MinimizeConfig()
+    whole, outputs = evaluate_for_ensemble(model, data, recipe)
+    assert len(outputs) == 1203
+    monkeypatch.setattr("raysubset.training.evaluation.MOST_OUTPUT_BYTES", 4 * 3 * 100)
+    metrics, kept = evaluate_for_ensemble(model, data, recipe)
+    sample = ensemble_sample(data)
+    assert len(sample) == len(kept) == 100
+    torch.testing.assert_close(kept, predict(model, sample, recipe))
+    assert metrics.sums == whole.sums
+    assert metrics.loss == pytest.approx(whole.loss, rel=1e-6)

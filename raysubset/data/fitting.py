@@ -114,8 +114,7 @@ def of_texts(
             f"the train split has {num} window(s) of {config.window} tokens, too few to hold any out: give "
             f"--data.window {max(1, config.window * num // needed)} or less, or more text"
         )
-    alike: dict[SplitName, np.ndarray] = {split: np.zeros(len(ids), dtype=np.int64) for split, ids in windows.items()}
-    rows, carving = carve_splits(alike, config, at_end=True)
+    rows, carving = carve_splits(_alike(windows), config, at_end=True)
     vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])
     splits = {}
     for split in SPLITS:
@@ -154,10 +153,7 @@ def of_arrays(
     }
     train = arrays["train"]
     if task.is_class:
-        alike: dict[SplitName, np.ndarray] = {
-            split: np.zeros(len(next(iter(own.values()))), dtype=np.int64) for split, own in arrays.items()
-        }
-        rows, carving = carve_splits(alike, config)
+        rows, carving = carve_splits(_alike({split: next(iter(own.values())) for split, own in arrays.items()}), config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
     column = "image" if "image" in train else "inputs"
@@ -237,10 +233,7 @@ def _of_masks(
             unknown = unknown[unknown != task.ignored]
         if unknown.size:
             raise ValueError(f"class {unknown[0]} of the {split} split's masks is in no training mask")
-    alike: dict[SplitName, np.ndarray] = {
-        split: np.zeros(len(own["image"]), dtype=np.int64) for split, own in arrays.items()
-    }
-    rows, carving = carve_splits(alike, config)
+    rows, carving = carve_splits(_alike({split: own["mask"] for split, own in arrays.items()}), config)
     inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
     names = tuple(map(str, range(largest + 1)))
     weights = None
@@ -307,6 +300,11 @@ def _as_they_are(
         tensors = {name: np.ascontiguousarray(values[rows[split]]) for name, values in own.items()}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return splits
+
+
+def _alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
+    """Strata of examples of which none is unlike another."""
+    return {split: np.zeros(len(own), dtype=np.int64) for split, own in values.items()}
 
 
 def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:

@@ -13,7 +13,7 @@ from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import CrossEntropy, SquaredError
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import LossTask, OutputsOf, Rows
+from raysubset.tasks.task import InputsTask, OutputsOf, Rows
 from raysubset.tasks.tensors import TensorInputs
 
 # What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
@@ -21,7 +21,7 @@ _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Classification(LossTask[CrossEntropy | SquaredError]):
+class Classification(InputsTask[CrossEntropy | SquaredError]):
     """One class an example. Stored rows are the inputs' column and "label", int64 [N]."""
 
     inputs: ImageInputs | TableInputs | TensorInputs
@@ -32,10 +32,6 @@ class Classification(LossTask[CrossEntropy | SquaredError]):
     quality = "accuracy"
     is_share = True
 
-    @property
-    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inputs.augmentation
-
     def spec(self) -> Spec:
         return Spec(tuple(self.inputs.shape), (len(self.class_names),), getattr(self.inputs, "num_values", None))
 
@@ -44,9 +40,6 @@ class Classification(LossTask[CrossEntropy | SquaredError]):
 
     def targets(self, rows: Rows) -> Tensor:
         return rows["label"]
-
-    def draw(self, num: int, seed: int) -> Tensor | None:
-        return self.inputs.draw(num, seed)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {"correct": outputs.argmax(1) == targets}

@@ -39,9 +39,9 @@ class CrossEntropy:
     def _summed(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
         if outputs.ndim == 2 and self.ignored is None:
             return F.cross_entropy(outputs, targets, reduction="sum", **options)  # pyright: ignore[reportArgumentType]
-        return self._by_example(outputs, targets, **options).sum()
+        return self.by_example(outputs, targets, **options).sum()
 
-    def _by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
+    def by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
         """[n]: the mean over the positions that count; 0 where none does."""
         positions = outputs.movedim(self.class_dim, -1)  # flat, as on CUDA that of [n, M, H, W] is not deterministic
         each = F.cross_entropy(

@@ -44,7 +44,7 @@ class NextToken(LossTask[CrossEntropy]):
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Bits a token, the share of tokens that were likeliest, and the words that end in each window."""
-        nats = CrossEntropy(class_dim=2)._by_example(outputs, targets)
+        nats = CrossEntropy(class_dim=2).by_example(outputs, targets)
         is_space = torch.isin(targets, torch.tensor(self.vocabulary.spaces, device=targets.device))
         ends = is_space[:, 1:] & ~is_space[:, :-1]
         right = (outputs.argmax(2) == targets).double().mean(1)

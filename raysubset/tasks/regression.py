@@ -13,14 +13,14 @@ from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import LossTask, Rows, root
+from raysubset.tasks.task import InputsTask, Rows
 from raysubset.tasks.tensors import TensorInputs
 
 _NUM_STRATA = 10
 
 
 @dataclass(frozen=True)
-class Regression(LossTask[SquaredError | AbsoluteError | Huber]):
+class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
     """K numbers an example. Stored rows are the inputs' column and "target", float32 [N, K], standardised.
 
     The loss is of standardised targets, so that no rate depends on their unit; qualities are in their own units.
@@ -35,10 +35,6 @@ class Regression(LossTask[SquaredError | AbsoluteError | Huber]):
     name = "regression"
     quality = "r2"
 
-    @property
-    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inputs.augmentation
-
     def spec(self) -> Spec:
         return Spec(tuple(self.inputs.shape), (len(self.target_names),), getattr(self.inputs, "num_values", None))
 
@@ -47,9 +43,6 @@ class Regression(LossTask[SquaredError | AbsoluteError | Huber]):
 
     def targets(self, rows: Rows) -> Tensor:
         return rows["target"]
-
-    def draw(self, num: int, seed: int) -> Tensor | None:
-        return self.inputs.draw(num, seed)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Of each standardised target: the error squared and absolute, the target and its square, [n, K]."""
@@ -70,7 +63,7 @@ class Regression(LossTask[SquaredError | AbsoluteError | Huber]):
             r2 = float(np.mean(1 - squared / spread))
         return {
             "r2": r2,
-            "rmse": root(float(np.mean(squared / num * std**2))),
+            "rmse": float(np.sqrt(np.mean(squared / num * std**2))),
             "mae": float(np.mean(absolute / num * std)),
         }
 

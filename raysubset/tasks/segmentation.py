@@ -12,13 +12,13 @@ from torch import Tensor
 from raysubset.tasks.images import ImageInputs, crop_and_flip
 from raysubset.tasks.losses import CrossEntropy
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import LossTask, OutputsOf, Rows
+from raysubset.tasks.task import InputsTask, OutputsOf, Rows
 
 _MOST_MISTAKES = 12
 
 
 @dataclass(frozen=True)
-class Segmentation(LossTask[CrossEntropy]):
+class Segmentation(InputsTask[CrossEntropy]):
     """A mask an image. Stored rows are "image", uint8 [N, H, W, C], and "mask", uint8 [N, H, W].
 
     The loss is the mean over an image's pixels, those of the ignored class left out.
@@ -32,10 +32,6 @@ class Segmentation(LossTask[CrossEntropy]):
     name = "segmentation"
     quality = "iou"
     is_share = True
-
-    @property
-    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inputs.augmentation
 
     def spec(self) -> Spec:
         height, width, _ = self.inputs.image_shape
@@ -51,9 +47,6 @@ class Segmentation(LossTask[CrossEntropy]):
 
     def targets(self, rows: Rows) -> Tensor:
         return rows["mask"].long()
-
-    def draw(self, num: int, seed: int) -> Tensor | None:
-        return self.inputs.draw(num, seed)
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Pixels that count and those that are right, [n]; of each class intersection and union, [n, M]."""

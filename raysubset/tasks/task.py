@@ -209,6 +209,19 @@ class LossTask(Task, Generic[L]):
         return self.objective.num_fisher_terms(self.spec().outputs, labels=labels)
 
 
+class InputsTask(LossTask[L]):
+    """A task whose inputs say how stored columns become them, and what is augmented."""
+
+    inputs: Any  # ImageInputs, TableInputs or TensorInputs: what a task says
+
+    @property
+    def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inputs.augmentation
+
+    def draw(self, num: int, seed: int) -> Tensor | None:
+        return self.inputs.draw(num, seed)
+
+
 def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
     """task.measure() summed over a batch: num_x of truth values and counts, x_sum and x_squares_sum else.
 
@@ -245,8 +258,3 @@ def added(sums: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         key: [a + b for a, b in zip(total, more[key], strict=True)] if isinstance(total, list) else total + more[key]
         for key, total in sums.items()
     }
-
-
-def root(value: float) -> float:
-    """The square root of a mean square; NaN of NaN."""
-    return math.sqrt(value) if value >= 0 else math.nan

@@ -47,10 +47,33 @@ def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tens
 def ensemble_sample(examples: Examples) -> Examples:
     """The examples whose outputs members leave for their ensemble: all, or an even sample of what MOST_OUTPUT_BYTES
     holds of them."""
+    positions = _ensemble_positions(examples)
+    return examples if positions is None else examples.select(positions)
+
+
+def _ensemble_positions(examples: Examples) -> Tensor | None:
+    """Ascending int64 [n] on the device; None: all."""
     most = max(1, MOST_OUTPUT_BYTES // (4 * examples.task.spec().num_outputs))
     if len(examples) <= most:
-        return examples
-    return examples.select(torch.linspace(0, len(examples) - 1, most, device=examples.device).long())
+        return None
+    return torch.linspace(0, len(examples) - 1, most, dtype=torch.float64, device=examples.device).long()
+
+
+@torch.inference_mode()
+def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> tuple[Metrics, Tensor]:
+    """Metrics on all the examples, and the outputs [n, …] on the CPU for those of ensemble_sample(): one pass."""
+    task, positions = examples.task, _ensemble_positions(examples)
+    if positions is None:
+        outputs = predict(model, examples, recipe)
+        return metrics_of_outputs(outputs, examples.targets().cpu(), task), outputs
+    kept, loss, sums, first = list[Tensor](), torch.zeros((), dtype=torch.float64), dict[str, Any](), 0
+    for outputs, targets in _outputs(model, examples, recipe):
+        loss += task.reported_loss(outputs, targets).cpu()
+        sums = added(sums, sums_of(task, outputs, targets))
+        here = positions[(positions >= first) & (positions < first + len(outputs))]
+        kept.append(outputs[here - first].cpu())
+        first += len(outputs)
+    return Metrics.of_sums(task, float(loss), sums, len(examples)), torch.cat(kept)
 
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:

@@ -31,15 +31,13 @@ from raysubset.training import (
     Weights,
     device_name,
     diagonal_fisher,
-    ensemble_sample,
     evaluate,
+    evaluate_for_ensemble,
     gram_matrices,
-    metrics_of_outputs,
     minimize,
     minimize_packed,
     num_steps_per_epoch,
     place,
-    predict,
     try_packing,
     use_device,
 )
@@ -323,16 +321,10 @@ class Minimizer:
         measured = Cost()
         if "validation" in piece.measures:
             held_out = full_set.examples("validation", device=examples.device)
-            sample = ensemble_sample(held_out)
-            outputs = predict(model, sample, recipe)
+            metrics, outputs = evaluate_for_ensemble(model, held_out, recipe)
             files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
-            measured += Cost(num_forward=len(sample))
-            if sample is held_out:
-                metrics = metrics_of_outputs(outputs, held_out.targets().cpu(), held_out.task)
-            else:
-                metrics = evaluate(model, held_out, recipe)
-                measured += Cost(num_forward=len(held_out))
             validation = metrics.to_dict()
+            measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
             training = evaluate(model, own, recipe).to_dict()
             measured += Cost(num_forward=len(own))
