@@ -26,7 +26,7 @@ within the noise of 88 test examples. Test r2 at budgets of 8 and 24 passes; cri
     H  in four rounds            0.517 ± 0.058  0.533 ± 0.041    3.0   8.2
     Rates are at the edge of their grid (0.1) but for D (0.03).
 
-text: Python's own help topics by bytes, an LSTM of 49,920 parameters; --model.name transformer takes another. 4.4 minutes.
+text: Python's own help topics by bytes, an LSTM of 49,920 parameters (or --model.name transformer). 4.4 minutes.
 "Vacuous": it does not pay here. Test bits a byte (less is better) at a budget of 2 passes; critical:
     B  conventional              3.22 ± 0.08    2.0
     G  mean of 4, fine-tuned     3.95 ± 0.12    0.8
