@@ -24,8 +24,8 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from raysubset.config import from_tree
+from raysubset.costs import Cost
 from raysubset.errors import one_line
-from raysubset.training import Cost
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
-from raysubset.run_directory import SAMPLES_PATH, RunDirectory, Seal
+from raysubset.run_directory import MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
     ImageInputs,
     NextToken,
@@ -32,7 +32,7 @@ from raysubset.tasks import (
 )
 from raysubset.training import Weights
 
-WEIGHTS_PATH, RECORD_PATH = "model.safetensors", "model.json"
+WEIGHTS_PATH, RECORD_PATH = "model.safetensors", MODEL_RECORD_PATH
 _NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 

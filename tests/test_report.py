@@ -1,7 +1,10 @@
 import csv
 import io
+import json
 import math
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +475,14 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path):
     with pytest.raises(ValueError, match=expected) as refused:
         read_report(run.uri)
     assert "\n" not in str(refused.value)
+
+
+def test_a_report_is_read_without_torch_ray_or_matplotlib(finished: RunDirectory):
+    """In a process of its own, as others here have imported them: they would cost its reader seconds."""
+    asked = f"from raysubset import report; report.sections(report.read_report({finished.uri!r}))"
+    told = "import json, sys; print(json.dumps([name for name in sys.modules if '.' not in name]))"
+    done = subprocess.run([sys.executable, "-c", f"{asked}; {told}"], capture_output=True, text=True, check=True)
+    assert not {"torch", "ray", "matplotlib", "pandas"} & set(json.loads(done.stdout))
 
 
 # Files

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysubset.config import Config, flatten
+from raysubset.costs import Cost
 from raysubset.report.figures import Record
-from raysubset.training import Cost
 
 # What a conventional run of a given length does not depend on
 _OF_SUBSET_PRETRAINING = (

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 
+from raysubset.costs import bytes_in_words
 from raysubset.quality import Quality, quality_of
 from raysubset.report.figures import Record, finite
 from raysubset.report.page import Section
-from raysubset.training import bytes_in_words
 
 CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
 

@@ -6,12 +6,8 @@ from typing import Any
 import numpy as np
 
 from raysubset.config import DATA_NAMES, Config
-from raysubset.data import load_full_set
-from raysubset.identity import identify
-from raysubset.models import averaged_names, new_model
 from raysubset.report.figures import Record
 from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
-from raysubset.training import evaluate, recompute_batch_norm
 
 LINE_PATH = "report/line.json"
 
@@ -44,6 +40,11 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
         raise ValueError(f"it is measured on data that load at once: {', '.join(DATA_NAMES)}")
     if not all(directory.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
+    from raysubset.data import load_full_set  # with torch, for seconds: what is refused or kept needs none
+    from raysubset.identity import identify
+    from raysubset.models import averaged_names, new_model
+    from raysubset.training import evaluate, recompute_batch_norm
+
     config = config.with_overrides({"data.download": False})
     full_set = load_full_set(*config.learned)
     identity = identify([config], {config.learned: full_set}, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from raysubset.costs import bytes_in_words
 from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
@@ -21,7 +22,6 @@ from raysubset.report.figures import (
     with_error,
 )
 from raysubset.report.findings import findings, next_commands
-from raysubset.training import bytes_in_words
 
 MOST_ROWS = 12  # minima or rounds that get a row each
 

@@ -37,8 +37,14 @@ from raysubset.report.run_plots import (
 )
 from raysubset.report.sweeps import sweep_plot, sweep_sections
 from raysubset.report.timeline import time_line, troubles, work_lines
-from raysubset.run_directory import ENVIRONMENT_PATH, MISTAKES_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
-from raysubset.trained_model import RECORD_PATH
+from raysubset.run_directory import (
+    ENVIRONMENT_PATH,
+    MISTAKES_PATH,
+    MODEL_RECORD_PATH,
+    PREDICTIONS_PATH,
+    SAMPLES_PATH,
+    RunDirectory,
+)
 
 
 def write_page(directory: RunDirectory, record: Record) -> str:
@@ -98,7 +104,7 @@ def _mistakes(directory: RunDirectory) -> Iterator[Part]:
         directory.read_table(path) if directory.exists(path) else pa.table({})
         for path in (PREDICTIONS_PATH, MISTAKES_PATH)
     )
-    model = directory.read_json(RECORD_PATH) if directory.exists(RECORD_PATH) else {}
+    model = directory.read_json(MODEL_RECORD_PATH) if directory.exists(MODEL_RECORD_PATH) else {}
     if {"label", "predicted"}.issubset(predictions.column_names) and (names := _class_names(model)):
         yield from _mistaken_classes(names, model.get("image_shape"), predictions, mistakes)
     if (outputs := outputs_of(predictions)) and len(predictions):

@@ -14,15 +14,11 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from raysubset.config import differences, of_now
 from raysubset.errors import CorruptFile
@@ -32,6 +28,9 @@ from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
 from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.uris import refuse_ambiguous, shown
+
+if TYPE_CHECKING:  # torch takes seconds, and a report reads no weights
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -201,23 +200,28 @@ class RunDirectory:
             logger.warning("%s; going on as if it were not there", error)
             return None
 
-    def write_weights(self, path: str, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Seal:
+    def write_weights(self, path: str, weights: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Seal:
         """safetensors. Tied tensors are written apart, layouts in the default order of memory.
 
         Returns:
             Its seal, for the `files` of the record that names it.
         """
+        import safetensors.torch
+        import torch
+
         own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in weights.items()}
         data = safetensors.torch.save(own, metadata)
         self.write_bytes(path, data)
         return seal_of(data)
 
-    def read_weights(self, path: str, files: Mapping[str, Any]) -> dict[str, Tensor]:
+    def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """On the CPU; CorruptFile where they are gone or are not what the record that names them says.
 
         Args:
             files: of that record: seals by path.
         """
+        import safetensors.torch
+
         with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError):
             if self.local_path:  # mapped: to read 45 MB into memory takes eight times as long as to average them
                 with (self.local_path / path).open("rb") as file:
@@ -533,6 +537,8 @@ def _write_local(path: Path, data: bytes | bytearray) -> None:
 
 def save_checkpoint(state: Mapping[str, Any], buffer: io.BytesIO) -> None:
     """torch.save() of tensors and plain values, and a digest of it at the end."""
+    import torch
+
     torch.save(dict(state), buffer)
     at = buffer.tell()
     buffer.write(BLANK)
@@ -546,6 +552,8 @@ def load_checkpoint(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: if it is not as it was written.
     """
+    import torch
+
     flaw = flaw_by_itself(data) if data[-len(BLANK) :].startswith(MARK) else "its end is missing"
     if flaw:
         raise ValueError(flaw)

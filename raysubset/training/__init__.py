@@ -4,6 +4,7 @@ result = minimize(model, examples, config.stage("subsets"), seed=7)
 metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
+from raysubset.costs import Cost, bytes_in_words
 from raysubset.training.devices import card_bytes, device_name, place, use_device
 from raysubset.training.evaluation import (
     MOST_OUTPUT_BYTES,
@@ -15,7 +16,7 @@ from raysubset.training.evaluation import (
     recompute_batch_norm,
 )
 from raysubset.training.flops import forward_share
-from raysubset.training.memory import bytes_in_words, minimizing_bytes
+from raysubset.training.memory import minimizing_bytes
 from raysubset.training.minimizing import minimize
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
@@ -24,7 +25,6 @@ from raysubset.training.packing import PAYS, PackingTrial, try_packing
 from raysubset.training.progress import Progress, num_steps_per_epoch
 from raysubset.training.records import (
     MEASURES,
-    Cost,
     DivergedError,
     EpochRecord,
     LeftOutError,

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raysubset.costs import FORWARD_SHARE
 from raysubset.tasks import Spec
-from raysubset.training.records import FORWARD_SHARE
 
 _NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
 _SMALL = 2**22  # parameters: a step of fewer takes less time than torch needs to get its meta device ready

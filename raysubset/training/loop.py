@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
+from raysubset.costs import Cost
 from raysubset.data import Batches, even_sizes
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
@@ -16,7 +17,7 @@ from raysubset.training.optimizers import learning_rate_at, load_optimizer_state
 from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
-from raysubset.training.records import Cost, EpochRecord, MinimizeResult
+from raysubset.training.records import EpochRecord, MinimizeResult
 from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
 

@@ -27,15 +27,6 @@ _OPTIMIZER_COPIES = {
 _OWN_COPIES = 2  # of an optimizer of the user's own: as many moments as adam's
 
 
-def bytes_in_words(num: float) -> str:
-    """'64 B', '538 kB', '16 GB': three significant digits, units of a thousand."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 999.5:
-            return f"{num:.3g} {unit}"
-        num /= 1000
-    return f"{num:.3g} TB"
-
-
 def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, num_examples: int) -> int:
     """Memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without what torch itself holds.
 

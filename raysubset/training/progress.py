@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raysubset.config import MinimizeConfig
-from raysubset.training.records import Cost, DivergedError, EpochRecord
+from raysubset.costs import Cost
+from raysubset.training.records import DivergedError, EpochRecord
 
 DIVERGENCE = 10.0  # an epoch's loss this many times the first epoch's is given up on
 

@@ -1,4 +1,4 @@
-"""What the loop returns: weights, metrics as sums, and costs as counts."""
+"""What the loop returns: weights, and metrics as sums."""
 
 import math
 from collections.abc import Mapping
@@ -7,15 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from raysubset.config import from_tree
+from raysubset.costs import Cost
 from raysubset.tasks import Task, errors_of
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
 
 Measure = Literal["training", "validation"]
 MEASURES: tuple[Measure, ...] = ("training", "validation")  # what weights can be measured on before the end
-
-FORWARD_SHARE = 1 / 3  # of a pass, of deep networks: a backward pass costs about twice a forward pass
 
 
 class LeftOutError(RuntimeError):
@@ -67,41 +65,6 @@ class Metrics:
 
 def _is_sum(key: str) -> bool:
     return key.startswith("num_") or key.endswith("_sum")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work done, in counts that can be added; passes() makes them comparable between methods."""
-
-    num_forward: int = 0  # examples passed forward
-    num_backward: int = 0  # examples passed backward
-    num_steps: int = 0  # optimizer steps
-    device_s: float = 0.0  # seconds devices were held, summed over devices
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.num_forward + other.num_forward,
-            self.num_backward + other.num_backward,
-            self.num_steps + other.num_steps,
-            self.device_s + other.device_s,
-        )
-
-    def passes(self, num_train: int, forward_share: float = FORWARD_SHARE) -> float:
-        """Return forward and backward work over as many examples as the full set has.
-
-        Args:
-            num_train: examples of the full set.
-            forward_share: what forward alone counts: the network's own, training.forward_share().
-        """
-        return (forward_share * self.num_forward + (1 - forward_share) * self.num_backward) / num_train
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: Any) -> "Cost":
-        """The inverse of to_dict(); ValueError for what is none."""
-        return from_tree(cls, record, noun="value of a cost")
 
 
 @dataclass(frozen=True)

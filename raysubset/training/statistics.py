@@ -11,11 +11,11 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysubset.config import MinimizeConfig
+from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
 from raysubset.tasks import Task
 from raysubset.training.evaluation import EVALUATION_BATCH, evaluation_mode, widened
-from raysubset.training.records import Cost
 
 MOST_ELEMENTS = 2**24  # of per-example gradients, or of unfolded inputs, held at a time
 CPU_EXAMPLES = 16  # whose gradients a CPU takes at a time: a quarter of the time that 300 take each (MNIST CNN)

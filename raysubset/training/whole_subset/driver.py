@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from raysubset.config import MinimizeConfig
+from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
 from raysubset.training.evaluation import evaluation_mode, recompute_batch_norm
 from raysubset.training.progress import OnStep, Progress
-from raysubset.training.records import Cost, DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.gauss_newton import GaussNewton
 from raysubset.training.whole_subset.lbfgs import LBFGS
