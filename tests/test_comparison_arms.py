@@ -149,6 +149,15 @@ def test_data_parallel_training_takes_n_times_the_batch_and_the_learning_rate():
     assert (config.batch_size, config.learning_rate) == (256, pytest.approx(0.2))
 
 
+def test_data_parallel_training_that_accumulates_exchanges_as_much_less_often():
+    last = leg("I:minimize.gradients=bfloat16,minimize.accumulation=4", rate=0.05)
+    recipe = last.config.minimize
+    assert (recipe.batch_size, recipe.learning_rate, recipe.accumulation) == (1024, pytest.approx(0.8), 4)
+    assert (recipe.bytes_a_gradient, leg("I").config.minimize.bytes_a_gradient) == (2, 4)
+    in_parts = leg("I", overrides={"minimize.accumulation": 4}).config.minimize  # of all arms: for memory alone
+    assert (in_parts.batch_size, in_parts.accumulation) == (256, 4)
+
+
 def test_an_arm_takes_overrides():
     arm = parse_arm("G:aggregation.method=fisher,minimize.momentum=0.8")
     assert (arm.letter, arm.role) == ("G", "candidate")
@@ -185,7 +194,7 @@ def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: 
 
 
 def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
-    assert all_reduce_bytes(1000, 4) == 2 * 3 / 4 * 1000 * 4
+    assert all_reduce_bytes(1000, 4, each=4) == 2 * 3 / 4 * 1000 * 4 == 2 * all_reduce_bytes(1000, 4, each=2)
     assert exchange_bytes(4000, 4) == 2 * 4 * 4000
 
 
@@ -204,6 +213,15 @@ def test_advice_is_its_formula():
     assert one.wall_s["1"] == pytest.approx(2 * total)
     assert parallel.wall_s["1"] == pytest.approx(total + steps * 2 / 2 * parameters * 4 * 8 / 1e9)
     assert subsets.communication.passes == pytest.approx(1 + 2 * 8 * 323 / num_train + 2)  # four subsets, two devices
+    rounded = advise(
+        config.with_overrides({"minimize.gradients": "bfloat16"}),
+        plan,
+        num_train=num_train,
+        s_per_pass=2.0,
+        num_workers=2,
+        bandwidths=[1.0],
+    ).forecasts[1]
+    assert 2 * rounded.communication.num_bytes == parallel.communication.num_bytes
     even = found.break_even_gbit_per_s
     assert even is not None
     assert parallel.communication.wall_s(even, s_per_pass=2.0) == pytest.approx(

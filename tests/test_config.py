@@ -371,6 +371,7 @@ TOGETHER = {  # where one field cannot change alone
     "subsets.start": INDEPENDENT,
     "model.name": {"model.name": "mlp"},
     "minimize.objective": {"minimize.objective": "m:f"},
+    "minimize.gradients": {"minimize.gradients": "bfloat16"},
     "minimize.gradient_tolerance": {"minimize.optimizer": "cg", "minimize.gradient_tolerance": 1e-3},
     "tracking.uri": {"tracking.to": "mlflow", "tracking.uri": "sqlite:///runs.db"},
     "fine_tuning.min_workers": {"fine_tuning.num_workers": 2, "fine_tuning.min_workers": 1},

@@ -68,6 +68,7 @@ VARIATIONS = {
 IN_PARTS = replace(RECIPE, accumulation=3, clip_norm=0.5)
 MUON = replace(RECIPE, optimizer="muon")
 OBJECTIVE = replace(RECIPE, objective="tests.own_objectives:by_parts")
+ROUNDED = {"parallel": RECIPE, "averaged": VARIATIONS["global"], "in parts": replace(RECIPE, accumulation=3)}
 LEAVING_OUT = {"parallel": replace(RECIPE, weight_decay=0.1), "averaged": VARIATIONS["global"]}
 
 
@@ -80,6 +81,23 @@ def ends_at(model: nn.Module, shard: Shard, recipe: MinimizeConfig = RECIPE, **o
         "num_backward": result.cost.num_backward,
         "num_steps": result.cost.num_steps,
     }
+
+
+def means_of_one_step(shard: Shard) -> dict[str, list[torch.Tensor]]:
+    """The workers' mean gradient of one backward pass: exchanged while it goes on, and after it."""
+    images = torch.randn(6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(shard.rank))
+    found, device = {}, torch.device("cpu")
+    for as_bfloat16 in (False, True):
+        model = network()
+        parallel = shard.data_parallel(model, device, as_bfloat16=as_bfloat16)  # which averages as long as it lives
+        parallel(images).square().sum().backward()
+        found[f"parallel {as_bfloat16}"] = [p.grad for p in model.parameters()]
+        alone = network()
+        alone(images).square().sum().backward()
+        found["own"] = [p.grad.clone() for p in alone.parameters() if p.grad is not None]
+        shard.average_gradients(alone.parameters(), as_bfloat16=as_bfloat16)
+        found[f"averaged {as_bfloat16}"] = [p.grad for p in alone.parameters()]
+    return found
 
 
 def work(rank: int, folder: Path) -> None:
@@ -112,6 +130,10 @@ def work(rank: int, folder: Path) -> None:
     found["muon"] = ends_at(network(), shard, MUON)
     found["objective"] = ends_at(network(), shard, OBJECTIVE)
     found["in parts"] = ends_at(network(), shard, IN_PARTS)
+    found["rounded"] = {
+        name: ends_at(network(), shard, replace(recipe, gradients="bfloat16")) for name, recipe in ROUNDED.items()
+    }
+    found["means"] = means_of_one_step(shard)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -185,6 +207,30 @@ def test_shards_average_the_gradients_of_an_objective_that_calls_parts_of_the_ne
         for name, value in one["weights"].items():
             torch.testing.assert_close(rank["objective"]["weights"][name], value, rtol=0, atol=1e-12)
     assert same_bits(ranks[0]["objective"], ranks[1]["objective"])
+
+
+@pytest.mark.parametrize("how", ["parallel", "averaged"])
+def test_the_mean_of_gradients_in_bfloat16_is_that_of_the_rounded_ones(ranks, how):
+    for mine, other, mean in zip(
+        *(rank["means"]["own"] for rank in ranks), ranks[0]["means"][f"{how} True"], strict=True
+    ):
+        rounded = ((mine.bfloat16() / 2) + (other.bfloat16() / 2)).double()
+        torch.testing.assert_close(mean, rounded, rtol=0, atol=0)
+        assert not torch.equal(mean, (mine + other) / 2)
+    for exact, (mine, other) in zip(
+        ranks[0]["means"][f"{how} False"], zip(*(rank["means"]["own"] for rank in ranks), strict=True), strict=True
+    ):
+        torch.testing.assert_close(exact, (mine + other) / 2, rtol=0, atol=1e-12)
+
+
+def test_two_shards_that_exchange_bfloat16_end_near_one_and_at_the_same_bits(ranks):
+    for name, recipe in ROUNDED.items():
+        one, other = (rank["rounded"][name] for rank in ranks)
+        assert same_bits(one, other)
+        exact = ends_at(network(), Shard(), recipe)
+        assert one["losses"] == pytest.approx(exact["losses"], rel=1e-2)
+        assert one["losses"] != exact["losses"]
+        assert same_bits(ends_at(network(), Shard(), replace(recipe, gradients="bfloat16")), exact)
 
 
 def test_the_shards_hold_the_same_bits(ranks):

@@ -51,7 +51,7 @@ def advise(
     """The three forecasts for a config of subset pretraining.
 
     one device:         b · t
-    data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth
+    data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth (2 P: bfloat16 gradients)
     subset pretraining: (trunk + rounds · epochs · largest subset / n · ⌈subsets / N⌉ + fine-tuning) · t
                         + rounds · 2 · subsets · bytes of the weights · 8 / bandwidth
 
@@ -69,11 +69,10 @@ def advise(
     stage = plan.critical_path_passes - config.trunk.epochs - config.fine_tuning.epochs
     num_steps = math.ceil(passes * num_train / config.minimize.batch_size)
     rounds = config.rounds.num
+    a_step = all_reduce_bytes(plan.num_parameters, num_workers, each=config.minimize.bytes_a_gradient)
     ways = {
         "one device": Communication(passes, 0, 0),
-        f"data-parallel on {num_workers}": Communication(
-            passes / num_workers, num_steps * all_reduce_bytes(plan.num_parameters, num_workers), num_steps
-        ),
+        f"data-parallel on {num_workers}": Communication(passes / num_workers, num_steps * a_step, num_steps),
         f"subset pretraining on {num_workers}": Communication(
             config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
             rounds * exchange_bytes(plan.num_bytes, len(plan.subsets)),

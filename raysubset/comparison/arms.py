@@ -91,7 +91,9 @@ class Settings:
 def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_workers: int) -> Config:
     """The base config as this arm has it.
 
-    I takes num_workers times the batch size and the learning rate (the linear rule of arXiv:1706.02677).
+    I takes num_workers times the batch size and the learning rate (the linear rule of arXiv:1706.02677). If it has an
+    accumulation of its own, each worker passes that many such batches before gradients are exchanged, so that a pass
+    has fewer exchanges: batch size and learning rate are larger by as much again.
     """
     changes: dict[str, Any] = {
         "seed": seed,
@@ -106,9 +108,10 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
     if arm.letter == "G":
         changes["trunk.epochs"] = 0.0
     if arm.letter == "I":
+        times = num_workers * arm.overrides.get("minimize.accumulation", 1)
         changes |= {
-            "minimize.learning_rate": settings.learning_rate * num_workers,
-            "minimize.batch_size": settings.batch_size * num_workers,
+            "minimize.learning_rate": settings.learning_rate * times,
+            "minimize.batch_size": settings.batch_size * times,
         }
     return config.with_overrides(changes | dict(arm.overrides))
 

@@ -293,7 +293,8 @@ def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, nu
             sent, num_exchanges = sum(exchange_bytes(plan.num_bytes, num) for num in num_members), len(num_members)
             if leg.kind == "train":
                 num_exchanges = round(mean["num_steps"])
-                sent = num_exchanges * all_reduce_bytes(plan.num_parameters, leg.num_workers)
+                each = leg.config.minimize.bytes_a_gradient
+                sent = num_exchanges * all_reduce_bytes(plan.num_parameters, leg.num_workers, each=each)
             one = Communication(mean["critical_path_passes"], sent, num_exchanges)
             rows.append(
                 {
@@ -308,6 +309,6 @@ def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, nu
     return {
         "s_per_pass": s_per_pass,
         "bandwidths": list(BANDWIDTHS),
-        "data_parallel_bytes_a_step": all_reduce_bytes(plan.num_parameters, num_workers),
+        "data_parallel_bytes_a_step": all_reduce_bytes(plan.num_parameters, num_workers, each=4),
         "rows": rows,
     }

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 BANDWIDTHS = (0.1, 1.0, 10.0, 100.0)  # Gbit/s
 
-_BYTES_A_GRADIENT = 4  # float32
 
+def all_reduce_bytes(num_parameters: int, num_workers: int, *, each: int) -> int:
+    """What each worker sends in one ring all-reduce: 2 (N-1)/N · P · bytes of a gradient (Patarasu & Yuan 2009).
 
-def all_reduce_bytes(num_parameters: int, num_workers: int) -> int:
-    """What each worker sends in one ring all-reduce of a gradient: 2 (N-1)/N · P · 4 (Patarasu & Yuan 2009)."""
-    return round(2 * (num_workers - 1) / num_workers * num_parameters * _BYTES_A_GRADIENT)
+    Args:
+        each: minimize.bytes_a_gradient, of the number that stands for a parameter.
+    """
+    return round(2 * (num_workers - 1) / num_workers * num_parameters * each)
 
 
 def exchange_bytes(num_bytes: int, num_members: int) -> int:

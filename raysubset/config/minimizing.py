@@ -156,6 +156,9 @@ class MinimizeConfig:
     accumulation: int = 1
     """Equal parts in which each worker passes its share of a step's batch, for the memory of one: the gradient is the
     whole batch's to rounding, but for batch normalisation, which sees a part at a time."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """What the workers of a stage exchange gradients in: bfloat16 halves the bytes, and rounds each worker's before the
+    mean. One worker exchanges none."""
     clip_norm: float | None = None
     """Scale a step's gradient, the whole batch's over all parameters, to this length where it is longer."""
     epochs: float = 8.0
@@ -283,6 +286,11 @@ class MinimizeConfig:
                 "give it"
             )
         return _LEARNING_RATES[self.optimizer]
+
+    @property
+    def bytes_a_gradient(self) -> int:
+        """Bytes of a number that workers exchange."""
+        return 2 if self.gradients == "bfloat16" else 4
 
     @property
     def has_own_optimizer(self) -> bool:

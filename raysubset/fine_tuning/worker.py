@@ -292,7 +292,8 @@ class _Worker:
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
         # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
-        sent = minimized.num_steps * 2 * (self._shard.num - 1) * 4 * num_parameters(self._model)
+        each = self._recipe.bytes_a_gradient * num_parameters(self._model)
+        sent = minimized.num_steps * 2 * (self._shard.num - 1) * each
         cost = self._cost(minimized)
         work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
         Ledger(self._directory).write(work)  # before the record, without which all of this would be done again

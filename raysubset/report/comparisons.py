@@ -164,7 +164,7 @@ def _network(record: Record) -> Section:
         f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth; latency is left out: add it times the exchanges. "
         "Computed from what was measured here, not measured on a network. Bytes: weights out and in of all members "
         f"through one link; data-parallel training of {workers} workers sends {each} a step and worker (ring "
-        "all-reduce), nothing overlapped.",
+        "all-reduce of float32, half of it in bfloat16), nothing overlapped.",
     )
     columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, "network")

@@ -63,7 +63,9 @@ class Techniques:
         DistributedDataParallel hides a worker's own gradient, and hangs on a parameter that stops having one; where
         either matters the gradients are averaged by after_backward().
         """
-        return self._model if self._averages_gradients else self._shard.data_parallel(self._model, device)
+        if self._averages_gradients:
+            return self._model
+        return self._shard.data_parallel(self._model, device, as_bfloat16=self._recipe.gradients == "bfloat16")
 
     @property
     def rate_scale(self) -> float:
@@ -83,7 +85,8 @@ class Techniques:
 
     def _average_gradients(self) -> None:
         if self._averages_gradients:
-            self._shard.average_gradients(self._model.parameters())
+            as_bfloat16 = self._recipe.gradients == "bfloat16"
+            self._shard.average_gradients(self._model.parameters(), as_bfloat16=as_bfloat16)
 
     def after_step(self, step: int, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
         """Args as Skipping.after_step()."""
