@@ -25,7 +25,7 @@ BANNED = {
     "raysubset.work": {"ray", "pandas", "sklearn", "torchvision"},
     "raysubset.run_report": {"ray"},
     "raysubset.tracking": {"ray", "mlflow", "wandb"},
-    "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "tyro", "rich"},
+    "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "rich"},
 }
 
 IMPORT_ONE_AFTER_ANOTHER = """

@@ -2,10 +2,12 @@ import errno
 import io
 import json
 import os
+import pydoc
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 from rich.live import Live
 from rich.table import Table
 
+import raysubset
 from raysubset.cli import call, parse_config, run_job
+from raysubset.cli.flags import COMMANDS
 from raysubset.cli.screen import print_sections, telling
-from raysubset.config import Config
+from raysubset.config import Config, MinimizeConfig, field_docs, flatten
 from raysubset.events import Attempt, MinimumDone, Note, Progress, Start
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
@@ -112,7 +116,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --seed 1.5", "--seed takes a whole number, not '1.5'"),
         ("run --minimize.momentum much", "--minimize.momentum takes a number, not 'much'"),
         ("run --minimize.learning-rate fast", "--minimize.learning-rate takes a number, not 'fast'"),
-        ("sweep --sizes 80 large", "--sizes cannot be '80', 'large'"),
+        ("sweep --sizes 80 large", "--sizes takes a whole number, not 'large'"),
         ("export", "DIRECTORY is missing; see raysubset export --help"),
         (
             "run --minimize.optimizer sdg",
@@ -122,7 +126,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --minimize.epochs 0", "minimize.epochs = 0.0 must be positive"),
         ("run --subsets.start independent", "set trunk.epochs to 0"),
         ("run --name a/b", "must be a plain folder name"),
-        ("run --config", "--config needs the path of a JSON file"),
+        ("run --config", "--config needs a value"),
         ("run --config /none.json", "--config /none.json: No such file or directory"),
         ("report", "report needs a directory"),
         ("report /none", "/none is no run directory: nothing is there"),
@@ -155,9 +159,12 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --gpus 1", "did you mean --actors.num-gpus?"),
         ("run --output x", "did you mean --storage-path?"),
         ("run --quick", "--quick is a flag of compare, not of raysubset run"),
-        ("report x --seed 3", "--seed is a flag of run and sweep and compare and advise and doctor, not of"),
+        ("report x --seed 3", "--seed is a flag of run and compare and sweep and advise and doctor and config, not of"),
         ("run --resume", "the same command under the same --name resumes"),
         ("run --data.streamed yes", "unexpected argument 'yes' after --data.streamed"),
+        ("run --data.streamed=yes", "--data.streamed takes no value"),
+        ("report a --format pdf", "--format = 'pdf' is not one of text, json, html"),
+        ("config --to a.json", "--to a.json: the file is YAML: give it a name that ends in .yaml"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, told: str, capsys: pytest.CaptureFixture[str]):
@@ -287,20 +294,114 @@ def test_what_a_users_module_does_when_it_is_imported_is_a_line(
 # Help
 
 
-def test_help_is_of_the_configs_own_words(capsys: pytest.CaptureFixture[str]):
+def test_help_has_two_levels_in_the_configs_own_words(capsys: pytest.CaptureFixture[str]):
     code, out, _ = exit_of("run --help", capsys)
-    words = " ".join(out.replace("│", " ").split())
     assert not code
+    assert len(out.splitlines()) < 45
+    assert "--help-all" in out
+    for told in ("--minimize.learning-rate", "--config FILE", "--fresh", "Examples per subset"):
+        assert told in out
+    code, out, _ = exit_of("run --help-all", capsys)
+    assert not code
+    words = " ".join(out.split())
     assert "Examples per subset. Q = size * num_classes / num_parameters should exceed 1." in words
-    for told in ("--fine-tuning.num-workers", "--config FILE", "--fresh", "130 stopped by Ctrl-C"):
-        assert told in words
+    assert all(key.rpartition(".")[2].replace("_", "-") in words for key in flatten(Config().to_dict()))
+    assert "130 stopped by Ctrl-C" in words
+
+
+@pytest.mark.parametrize("width", ["80", "40"])
+def test_help_fits_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", width)
+    for arguments in ("--help", "run --help", "report --help"):
+        lines = exit_of(arguments, capsys)[1].splitlines()
+        assert max(map(len, lines)) <= int(width), arguments
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
+    assert exit_of("--version", capsys) == (0, f"raysubset {raysubset.__version__}\n", "")
+
+
+def test_a_file_that_config_writes_gives_the_settings_it_was_written_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = str(tmp_path / "mine.yaml")
+    flags = ["--data.name", "mnist", "--minimize.learning-rate", "1e-05", "--minimize.compile", "--subsets.num", "3"]
+    assert exit_of(["config", *flags, "--to", path], capsys) == (0, "", "")
+    text = Path(path).read_text()
+    assert parse_config(["--config", path]) == parse_config(flags)
+    assert re.findall(r"^[a-z].*", text, re.MULTILINE) == [
+        'data.name: "mnist"',
+        "subsets.num: 3",
+        "minimize.learning_rate: 1e-05",
+        "minimize.compile: true",
+    ]
+    Path(path).write_text(re.sub(r"^#(?=[a-z_.]+: )", "", text, flags=re.MULTILINE))  # every setting, as its default
+    assert parse_config(["--config", path]) == parse_config(flags)
+    assert "is there already" in exit_of(["config", "--to", path], capsys)[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nseed: 2\n", "seed is given twice"),
+        ("subsets: {num: 3}\nsubsets.num: 4\n", "subsets.num is given twice"),
+        ("subsets: 3\nsubsets.num: 4\n", "subsets.num is given, and subsets as something that has no fields"),
+        ("a: [", "is no YAML"),
+        ("subsets.nmu: 4", "did you mean num?"),
+        ("minimize:\n  learning_rate: fast", "learning_rate = 'fast' should be float"),
+    ],
+)
+def test_what_is_wrong_with_a_yaml_file_is_told(tmp_path: Path, text: str, told: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml") as refused:
+        parse_config(["--config", str(path)])
+    assert told in str(refused.value)
+
+
+def test_yaml_says_what_people_mean(tmp_path: Path):
+    path = tmp_path / "mine.yml"
+    path.write_text("# comments\nname: None\nminimize:\n  learning_rate: 1e-3\nsubsets.num: 3\n")
+    overrides = {"minimize.learning_rate": 0.001, "subsets.num": 3}
+    assert parse_config(["--config", str(path)]) == Config().with_overrides(overrides)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("raysubset re", ["report"]),
+        ("raysubset run --minimize.opt", ["--minimize.optimizer"]),
+        ("raysubset run --method ", ["subset_pretraining", "conventional"]),
+        ("raysubset report --format j", ["json"]),
+        ("raysubset report /tm", []),  # a path: the shell's own
+    ],
+)
+def test_a_shell_completes_commands_flags_and_words(
+    line: str, told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert exit_of(["--complete", "raysubset", "", ""], capsys)[1].split() == told
+
+
+def test_bash_takes_the_line_that_readme_gives():
+    text = Path(__file__).parents[1].joinpath("README.md").read_text()
+    (line,) = re.findall(r"^complete .*", text, re.MULTILINE)
+    done = subprocess.run(["bash", "-c", f"{line}; complete -p raysubset"], capture_output=True, text=True, check=True)
+    assert "raysubset --complete" in done.stdout
+
+
+def test_help_of_a_configs_class_has_its_fields_documentation():
+    text = pydoc.render_doc(MinimizeConfig, renderer=pydoc.plaintext)
+    assert "learning_rate: float | None = None" in text
+    assert field_docs(MinimizeConfig)["learning_rate"] in text
+    assert all(field_docs(type(room)).values() for room in vars(Config()).values() if is_dataclass(room))
 
 
 def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]):
     for arguments in ([], ["--help"]):
         code, out, _ = exit_of(arguments, capsys)
         assert not code
-        assert all(verb in out for verb in ("run", "report", "doctor", "Exit codes"))
+        assert all(verb in out for verb in (*COMMANDS, "Exit codes"))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--subsets.nmu", "3"], ["rn"]])
@@ -308,7 +409,7 @@ def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[st
     program = (
         "import sys\nfrom raysubset.cli import call\n"
         f"try: call({arguments})\nexcept SystemExit: pass\n"
-        "print('imported:', sorted({'torch', 'ray', 'pyarrow', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+        "print('imported:', sorted({'torch', 'ray', 'pyarrow', 'numpy', 'yaml'} & sys.modules.keys()), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "imported: []"
@@ -446,8 +547,7 @@ def test_what_an_encoding_lacks_is_written_otherwise(encoding: str, finished: st
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding))
     assert call(["report", finished]) == 0
-    with pytest.raises(SystemExit):
-        call(["run", "--help"])
+    assert call(["run", "--help-all"]) == 0
     sys.stdout.flush()
     out = sys.stdout.buffer.getvalue().decode(encoding)  # pyright: ignore[reportAttributeAccessIssue]
     assert f"90.00% {'±' if encoding != 'ascii' else '+-'} 3.00" in out

@@ -19,19 +19,23 @@ from typing import Any
 
 from rich.text import Text
 
+from raysubset import __version__
 from raysubset.cli.flags import (
     Advise,
     Command,
     Compare,
     Doctor,
     Export,
+    HelpAsked,
     Predict,
     Report,
     Run,
+    Settings,
     Sweep,
     parse,
     parse_command,
 )
+from raysubset.cli.help import completions, print_help, settings_text
 from raysubset.cli.screen import console_of, open_screen, print_sections, telling, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import CorruptFile, first_line, one_line
@@ -58,6 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
+    if arguments[:1] == ["--version"]:
+        print(f"raysubset {__version__}")
+        return DONE
+    if arguments[:1] == ["--complete"]:  # bash tells of the line by its environment
+        line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "100000"))]
+        words = [*line.split(), *([""] if line.endswith(" ") else [])]
+        print("\n".join(completions(words)))
+        return DONE
     again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
     return _guarded(lambda: _dispatch(parse_command(arguments)), again=f"to go on: {again}")
 
@@ -106,8 +118,11 @@ def _job(
     kind: type[Command], arguments: Sequence[str], default: Config, description: str | None, **options: Any
 ) -> int:
     def job() -> int:
-        prog = Path(sys.argv[0]).name
-        return _dispatch(parse(kind, arguments, default, prog=prog, description=description, **options))
+        try:
+            return _dispatch(parse(kind, arguments, default, prog=Path(sys.argv[0]).name, **options))
+        except HelpAsked as asked:
+            asked.description = description
+            raise
 
     return _guarded(job, again="the same command resumes")
 
@@ -119,6 +134,9 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
     try:
         return work()
+    except HelpAsked as asked:
+        print_help(asked)
+        return DONE
     except ValueError as error:
         is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
         _error(f"{error}{'; give the command that made it again' if is_damage else ''}")
@@ -173,6 +191,8 @@ def _dispatch(command: Command) -> int:
             return _export(command)
         case Predict():
             return _predict(command)
+        case Settings():
+            return _settings(command)
 
 
 def _run(command: Run) -> int:
@@ -364,6 +384,20 @@ def _predict(command: Predict) -> int:
         elif not prediction.error:
             print(prediction)
     return code
+
+
+def _settings(command: Settings) -> int:
+    text = settings_text(command.config)
+    if command.to is None:
+        print(text, end="")
+        return DONE
+    path = Path(command.to).expanduser()
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise ValueError(f"--to {command.to}: the file is YAML: give it a name that ends in .yaml")
+    if path.exists():
+        raise ValueError(f"--to {command.to} is there already: choose another name")
+    path.write_text(text, encoding="utf-8")
+    return DONE
 
 
 def _error(text: str) -> None:

@@ -1,41 +1,36 @@
 """Flags in config's words: what each command takes, and how it is read. Mistakes are told in one line."""
 
-import argparse
 import dataclasses
-import json
+import functools
 import os
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
-from io import StringIO
-from itertools import dropwhile, takewhile
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal
 
-import tyro
-
-from raysubset.config import Config, flatten, nearest
-
-_HELP = "Subset pretraining on Ray: minimize on distinct subsets in parallel, aggregate, fine-tune; count every cost."
+from raysubset.config import Config, field_docs, nearest, read_config
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _OfConfig:
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    config_file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON to take defaults from: a run's config.json, or any part of one; flags override it. A function that it names
-    is called only with --trust-code, or where a flag names it too."""
+    config: Config
+    config_file: str | None = field(default=None, metadata={"flag": "config", "value": "FILE"})
+    """YAML or JSON to take settings from, as `raysubset config` writes it, or a run's config.json; flags override it. A
+    function that it names is called only with --trust-code, or where a flag names it too."""
+    trust_code: bool = False
+    """Import and call the functions that the file of --config names. Only for files of people you trust."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Resumed(_OfConfig):
-    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    fresh: bool = False
     """Delete what was left behind under this name, and start over."""
-    accept_changed_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    accept_changed_code: bool = False
     """Resume though the code of a function that the config names has changed: what is done stays as it is."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Run(_Resumed):
     """Run subset pretraining, or a conventional run, and print its report; goes on with an unfinished run of that name.
 
@@ -44,14 +39,14 @@ class Run(_Resumed):
     """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Report:
     """Print the report of a finished run, sweep or comparison again; of an unfinished one, how far it is (exit code 2).
 
     Several runs are laid side by side.
     """
 
-    directories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY …")]
+    directories: tuple[str, ...] = field(default=(), metadata={"positional": "DIRECTORY …"})
     """The run directory, or several: paths or URIs."""
     format: Literal["text", "json", "html"] = "text"
     """Tables, everything as JSON, or a page for the browser, whose path is printed."""
@@ -60,7 +55,7 @@ class Report:
     report/report.html in its directory."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Doctor(_OfConfig):
     """Check data, model, storage and cluster before a run: what there is, what this config asks for, memory and time.
 
@@ -68,7 +63,7 @@ class Doctor(_OfConfig):
     """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sweep(_Resumed):
     """Run every combination of the values given, over seeds, as trials of Ray Tune; print a table and a recommendation.
 
@@ -81,11 +76,11 @@ class Sweep(_Resumed):
     """What else to vary: field=value,value …, by the fields' dotted names."""
     seeds: int = 3
     """Runs of each combination, with seeds from --seed on."""
-    prune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    prune: bool = False
     """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Compare(_Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
@@ -108,11 +103,11 @@ class Compare(_Resumed):
     CIFAR-100, 0.005 else; of other qualities what the task says."""
     num_workers: int | None = None
     """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    quick: bool = False
     """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Advise(_OfConfig):
     """Say what to expect of subset pretraining, data-parallel training and one device, with the formulas; no training.
 
@@ -125,22 +120,22 @@ class Advise(_OfConfig):
     """A finished comparison of the same data and model, to hold the formula against what it measured."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Export:
     """Write the model of a finished run as one file that takes floats in [0, 1], and check what it computes."""
 
-    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
+    directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
     format: Literal["torch-export", "onnx"] = "torch-export"
     """model.pt2 for torch.export.load(), or model.onnx."""
     to: str | None = None
     """The file; by default model.pt2 or model.onnx in the working directory."""
-    trust_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    trust_code: bool = False
     """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
     Only for directories of people you trust."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Predict:
     """Apply the model of a finished run: to image files, a line each; to the rows of a table; or to a text's end.
 
@@ -148,21 +143,114 @@ class Predict:
     that cannot be read is named on stderr, and the exit code is 2; the others have their lines.
     """
 
-    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
+    directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE …")]
+    files: tuple[str, ...] = field(metadata={"positional": "FILE …"})
     """Image files, tables with the training table's columns, or text files, as the model takes them."""
     format: Literal["text", "json"] = "text"
-    trust_code: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    trust_code: bool = False
     """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
     Only for directories of people you trust."""
 
 
-Command = Run | Sweep | Compare | Advise | Report | Doctor | Export | Predict
+@dataclass(frozen=True)
+class Settings(_OfConfig):
+    """Write a file for --config: every setting with its documentation and default, those given with flags set.
 
-_PLAIN = (Report, Export, Predict)  # commands that take no config
+    YAML; the settings most often changed come first. Takes the flags of `run`.
+    """
 
-_COMMANDS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in get_args(Command)}
+    to: str | None = None
+    """The file; by default it is printed."""
+
+
+Command = Run | Sweep | Compare | Advise | Report | Doctor | Export | Predict | Settings
+
+COMMANDS: Mapping[str, type] = {
+    "run": Run,
+    "compare": Compare,
+    "sweep": Sweep,
+    "advise": Advise,
+    "doctor": Doctor,
+    "report": Report,
+    "predict": Predict,
+    "export": Export,
+    "config": Settings,
+}
+
+COMMON = (  # fields of the config that --help shows, and a file for --config has first
+    *("name", "storage_path", "seed", "method"),
+    *("data.name", "data.root", "data.image_size", "data.target", "task.name", "model.name", "model.width"),
+    *("subsets.num", "subsets.size", "trunk.epochs", "rounds.num"),
+    *("minimize.epochs", "minimize.batch_size", "minimize.learning_rate", "minimize.optimizer"),
+    *("aggregation.method", "fine_tuning.epochs", "fine_tuning.num_workers"),
+    *("actors.num_cpus", "actors.num_gpus", "cluster.address"),
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag or an argument of a command: what it is called, takes, is by default, and means."""
+
+    name: str  # without dashes: "minimize.learning-rate"
+    key: str  # the config's dotted field, or the command's own
+    kind: type  # of a value: bool, int, float or str
+    words: tuple[str, ...]  # that a value may be; (): any
+    has_none: bool
+    is_many: bool
+    default: Any  # MISSING where it must be given
+    doc: str
+    of_config: bool
+    placeholder: str = ""
+    is_positional: bool = False
+
+    @property
+    def value(self) -> str:
+        """What stands for its value in help; "" where it takes none."""
+        if self.placeholder or self.kind is bool:
+            return self.placeholder
+        named = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
+        return ("{" + ",".join(self.words) + "}" if self.words else named) + (" …" if self.is_many else "")
+
+
+def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list[Flag]:
+    """What a command takes: its own flags, and then those of the config, if it takes one.
+
+    Args:
+        defaults: of its own fields, where they are others than its class has.
+    """
+    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    flags = []
+    for each in dataclasses.fields(kind):
+        if each.name == "config":
+            continue
+        name, position = each.metadata.get("flag", each.name), each.metadata.get("positional")
+        placeholder, value = each.metadata.get("value", position or ""), defaults.get(each.name, each.default)
+        about = (value, docs[each.name], False, placeholder, position is not None)
+        flags.append(_flag(name, each.name, hints[each.name], *about))
+    if issubclass(kind, _OfConfig):
+        flags += _flags_of_config(Config, default or Config(), "")
+    return flags
+
+
+def _flags_of_config(kind: type, default: Any, prefix: str) -> Iterator[Flag]:
+    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    for name, hint in hints.items():
+        key, value = prefix + name, getattr(default, name)
+        if dataclasses.is_dataclass(hint):
+            yield from _flags_of_config(typing.cast(type, hint), value, f"{key}.")
+        else:
+            yield _flag(key, key, hint, value, docs[name], True)
+
+
+def _flag(name: str, key: str, hint: Any, default: Any, doc: str, of_config: bool, *more: Any) -> Flag:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
+    has_none, kind, words = type(None) in options, next(one for one in options if one is not type(None)), ()
+    if is_many := typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is Literal:
+        kind, words = str, typing.get_args(kind)
+    return Flag(name.replace("_", "-"), key, kind, words, has_none, is_many, default, doc, of_config, *more)
 
 
 def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
@@ -174,50 +262,113 @@ def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> 
     return parse(Run, arguments, default or Config(), prog="raysubset run").config
 
 
+class HelpAsked(Exception):
+    """Somebody asks what a command takes, or what commands there are (kind is None)."""
+
+    def __init__(self, kind: type | None = None, flags: Sequence[Flag] = (), prog: str = "", *, whole: bool) -> None:
+        self.kind, self.flags, self.prog, self.whole = kind, flags, prog, whole
+        self.description: str | None = None  # instead of the kind's
+
+
 def parse_command(arguments: Sequence[str]) -> Command:
+    """The command that a line gives.
+
+    Raises:
+        ValueError: for a mistake, in one line.
+        HelpAsked: for --help.
+    """
     verb = arguments[0] if arguments else "--help"
-    if verb in _COMMANDS:
-        return parse(_COMMANDS[verb], arguments[1:], Config(), prog=f"raysubset {verb}")
-    if verb not in ("-h", "--help"):
-        raise ValueError(f"there is no command {verb}{nearest(verb, _COMMANDS) or '; see raysubset --help'}")
-    overview: Any = None
-    for name, kind in _COMMANDS.items():
-        default = {} if kind in _PLAIN else {"default": kind(Config())}
-        one = Annotated[kind, tyro.conf.subcommand(name, **default)]
-        overview = one if overview is None else overview | one
-    _tyro(overview, ["--help"], prog="raysubset", description=_HELP)
-    raise AssertionError("tyro leaves after printing help")
+    if verb in COMMANDS:
+        return parse(COMMANDS[verb], arguments[1:], Config(), prog=f"raysubset {verb}")
+    if verb not in _HELP:
+        raise ValueError(f"there is no command {verb}{nearest(verb, COMMANDS) or '; see raysubset --help'}")
+    raise HelpAsked(whole=verb == "--help-all")
 
 
-def parse(
-    kind: Any, arguments: Sequence[str], default: Config, *, prog: str, description: str | None = None, **defaults: Any
-) -> Any:
+def parse(kind: Any, arguments: Sequence[str], default: Config, *, prog: str, **defaults: Any) -> Any:
     """A command of its flags; defaults are of its fields beside the config.
 
     Raises:
         ValueError: for a mistake in them, in one line.
+        HelpAsked: for --help.
     """
-    if kind in _PLAIN:
-        return _tyro(kind, arguments, prog=prog)
-    arguments = [re.sub(r"^--task(?==|$)", "--task.name", word) for word in arguments]
-    rest, base = _config_file(arguments, default)
-    return _tyro(kind, rest, prog=prog, default=kind(base, **defaults), description=description)
+    flags = flags_of(kind, default, **defaults)
+    given = _read(kind, flags, arguments, prog)
+    own = {key: given.pop(key) for key in [flag.key for flag in flags if not flag.of_config] if key in given}
+    for flag in flags:
+        if flag.is_positional and flag.default is dataclasses.MISSING and flag.key not in own:
+            raise ValueError(f"{flag.value.split()[0]} is missing; see {prog} --help")
+    if not issubclass(kind, _OfConfig):
+        return kind(**defaults | own)
+    config = default
+    if file := own.get("config_file"):
+        config = read_config(file, default)
+        if not own.get("trust_code"):
+            _refuse_code(file, config, default, given)
+    return kind(config.with_overrides(given), **defaults | own)
 
 
-def _tyro(kind: Any, arguments: Sequence[str], *, prog: str, **options: Any) -> Any:
-    """tyro.cli(), with ValueErrors of one line where it draws boxes."""
-    said = StringIO()
+_HELP = ("-h", "--help", "--help-all")
+
+
+def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str) -> dict[str, Any]:
+    """Values by the keys of flags and arguments."""
+    known = {f"--{flag.name}": flag for flag in flags if not flag.is_positional}
+    negated = {
+        f"--{room}{dot}no-{name}": flag
+        for flag in flags
+        if flag.kind is bool and flag.of_config
+        for room, dot, name in [flag.name.rpartition(".")]
+    }
+    if "--task.name" in known:
+        known["--task"] = known["--task.name"]  # the everyday word
+    places = [flag for flag in flags if flag.is_positional]
+    given: dict[str, Any] = {}
+    left, before = list(arguments), ""
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if word in _HELP:
+            raise HelpAsked(kind, flags, prog, whole=word == "--help-all")
+        if flag := known.get(name):
+            values = [value] if equals else []
+            if flag.kind is bool:
+                if equals:
+                    raise ValueError(f"{name} takes no value: it is given or not, not {word}")
+                given[flag.key] = True
+            else:
+                while left and not left[0].startswith("--") and left[0] not in _HELP and (flag.is_many or not values):
+                    if equals:
+                        break
+                    values.append(left.pop(0))
+                if not values:
+                    raise ValueError(f"{name} needs a value; see {prog} --help")
+                read = [_value(flag, name, one, prog) for one in values]
+                given[flag.key] = tuple(read) if flag.is_many else read[0]
+        elif name in negated and not equals:
+            given[negated[name].key] = False
+        elif word.startswith("-") or not places:
+            raise ValueError(_unknown(name if word.startswith("-") else word, before, kind, prog))
+        elif places[0].is_many:
+            given[places[0].key] = (*given.get(places[0].key, ()), word)
+        else:
+            given[places.pop(0).key] = word
+        before = name
+    return given
+
+
+def _value(flag: Flag, name: str, word: str, prog: str) -> Any:
+    """The value that a word gives a flag; the config's fields check their own ranges and choices."""
+    if flag.has_none and word in ("None", "null"):
+        return None
+    if flag.words and word not in flag.words and not flag.of_config:
+        raise ValueError(f"{name} = {word!r} is not one of {', '.join(flag.words)}{nearest(word, flag.words)}")
     try:
-        with redirect_stderr(said):
-            command, unknown = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **options)
-    except SystemExit as exit:
-        if exit.code in (None, 0):  # help
-            raise
-        raise ValueError(f"{_first_sentence(said.getvalue())}; see {prog} --help") from None
-    if unknown:
-        before = arguments[arguments.index(unknown[0]) - 1] if unknown[0] in arguments else ""
-        raise ValueError(_unknown(unknown[0].partition("=")[0], before, kind, prog))
-    return command
+        return flag.kind(word)
+    except ValueError:
+        number = "a whole number" if flag.kind is int else "a number"
+        raise ValueError(f"{name} takes {number}, not {word!r}; see {prog} --help") from None
 
 
 _EVERYDAY = {  # a field's name, or its last part, and what other programs call it
@@ -247,17 +398,9 @@ _FIRST = ("minimize.", "fine-tuning.", "actors.")  # whose fields are meant befo
 _MOST_MEANT = 3
 
 
-def _flags_of(kind: Any) -> list[str]:
-    """A command's own flags, without dashes, and those of the config that it takes."""
-    names = [field.name for field in dataclasses.fields(kind) if tyro.conf.Positional not in _marks(field)]
-    if "config" in names:
-        own = [name for name in names if name not in ("config", "config_file")]
-        names = [*flatten(Config().to_dict()), *own, "config"]
-    return [name.replace("_", "-") for name in names]
-
-
-def _marks(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
-    return getattr(field.type, "__metadata__", ())
+@functools.cache
+def _names_of(kind: type) -> list[str]:
+    return [flag.name for flag in flags_of(kind) if not flag.is_positional]
 
 
 def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
@@ -268,7 +411,7 @@ def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
         return f"unexpected argument {flag!r}{after}; {see}"
     if flag in ("--resume", "--continue"):
         return f"there is no flag {flag}, and no need of one: the same command under the same --name resumes; {see}"
-    name, known = flag.lstrip("-").replace("_", "-").lower(), _flags_of(kind)
+    name, known = flag.lstrip("-").replace("_", "-").lower(), _names_of(kind)
     meant = next((field for field, others in _EVERYDAY.items() if name in others.split()), name)
     found = [meant] if meant in known else [one for one in known if one.endswith(f".{meant}")]
     if found:
@@ -276,83 +419,18 @@ def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
         return f"there is no flag {flag}; did you mean {' or '.join(f'--{one}' for one in found[:_MOST_MEANT])}?"
     if near := nearest(flag, [f"--{one}" for one in known]):
         return f"there is no flag {flag}{near}"
-    if takers := [verb for verb, other in _COMMANDS.items() if name in _flags_of(other)]:
+    if takers := [verb for verb, other in COMMANDS.items() if name in _names_of(other)]:
         return f"{flag} is a flag of {' and '.join(takers)}, not of {prog}; {see}"
     return f"there is no flag {flag}; {see}"
 
 
-_PLAINER = (  # tyro's words, and ours; which of its objects a check of ours was in is its own affair
-    (r"^Error parsing (?!-)\S+: ", ""),
-    (r"^Error parsing (--\S+): .*(?:int\(\)|\bINT\b).*?('.*')\]?$", r"\1 takes a whole number, not \2"),
-    (r"^Error parsing (--\S+): .*(?:float|\bFLOAT\b).*?('.*')\]?$", r"\1 takes a number, not \2"),
-    (r"^Error parsing (--\S+): .*?\[('.*')\]$", r"\1 cannot be \2"),
-    (r"^Missing value for argument '(--\S+)'.*", r"\1 needs a value"),
-    (r"^Missing from .*?: ([A-Z]+) .*", r"\1 is missing"),
-)
-
-
-def _first_sentence(boxed: str) -> str:
-    """The message of a box that tyro drew, in ASCII or not: below the title, up to the next rule or empty line."""
-
-    def is_rule(line: str) -> bool:
-        return not line.strip("─-")
-
-    lines = [line.strip(" │╰╯") for line in boxed.splitlines()]
-    body = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
-    text = " ".join(body).rstrip(".")
-    for pattern, plainer in _PLAINER:
-        text = re.sub(pattern, plainer, text)
-    return text
-
-
-def _config_file(arguments: Sequence[str], default: Config) -> tuple[list[str], Config]:
-    """Take --config FILE out of the arguments and read it: a run's config.json, or any part of one.
-
-    Raises:
-        ValueError: if there is no such file, it is not a config, or it names code that the user has not vouched for.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    parser.add_argument("--trust-code", action="store_true")
-    try:
-        found, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError:
-        raise ValueError("--config needs the path of a JSON file") from None
-    if found.config is None:
-        return rest, default
-    try:
-        tree = json.loads(Path(found.config).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {found.config}: {error.strerror}; give a run's config.json") from error
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 both are ValueErrors
-        raise ValueError(f"--config {found.config} is no JSON: {error}; give a run's config.json") from error
-    if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
-        tree = tree["config"]  # a run's config.json or report.json
-    try:
-        config = Config.from_dict(_merged(default.to_dict(), tree))
-    except ValueError as error:
-        raise ValueError(f"--config {found.config}: {error}") from error
-    if not found.trust_code:
-        _refuse_code(found.config, config, default, rest)
-    return rest, config
-
-
-def _refuse_code(file: str, config: Config, default: Config, flags: Sequence[str]) -> None:
+def _refuse_code(file: str, config: Config, default: Config, given: Mapping[str, Any]) -> None:
     """ValueError where a config from a file, which may be a stranger's, names a function that no flag names as well."""
     before = default.functions()
-    for field, name in config.functions().items():
-        flag = f"--{field}"
-        if name != before.get(field) and not any(word.partition("=")[0] == flag for word in flags):
+    for key, name in config.functions().items():
+        if name != before.get(key) and key not in given:
             raise ValueError(
-                f"--config {file} names code: {field} = {name} would be imported from {os.getcwd()} or what is "
-                f"installed, and called. If you trust whoever made the file, add --trust-code, or give {flag} yourself"
+                f"--config {file} names code: {key} = {name} would be imported from {os.getcwd()} or what is "
+                f"installed, and called. If you trust whoever made the file, add --trust-code, or give "
+                f"--{key.replace('_', '-')} yourself"
             )
-
-
-def _merged(tree: dict[str, Any], changes: Any) -> Any:
-    """The tree with nested fields replaced; whatever is no object is left for from_dict() to refuse."""
-    if not isinstance(changes, dict):
-        return changes
-    return tree | {
-        key: _merged(tree[key], value) if isinstance(tree.get(key), dict) else value for key, value in changes.items()
-    }

@@ -6,6 +6,8 @@
 A string after a field is its documentation and its `--help`.
 """
 
+from raysubset.config.documentation import field_docs, show_fields
+from raysubset.config.files import read_config
 from raysubset.config.inputs import DATA_NAMES, EMBEDDED_NAMES, NUM_SUBSETS, DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import (
     WHOLE_SUBSET,
@@ -66,4 +68,8 @@ __all__ = [
     "parse_value",
     "differences",
     "shapes_result",
+    "field_docs",
+    "read_config",
 ]
+
+show_fields(Config)

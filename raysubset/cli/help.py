@@ -1,0 +1,174 @@
+"""What commands and settings there are: --help and --help-all, the file for --config, completion in a shell."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
+from itertools import groupby
+from typing import Any
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from raysubset.cli.flags import COMMANDS, COMMON, Flag, HelpAsked, flags_of
+from raysubset.cli.screen import console_of
+
+_WHAT = "Subset pretraining on Ray: minimize on distinct subsets in parallel, aggregate, fine-tune; count every cost."
+_EXAMPLES = (
+    ("raysubset run", "a small network on scikit-learn's digits, in under a minute"),
+    ("raysubset run --data.name photos.parquet --model.name resnet18", "your own data"),
+    ("raysubset compare --quick", "whether it pays: against conventional training"),
+    ("raysubset report ~/ray_results/NAME", "the report of a run again"),
+)
+_CODES = "Exit codes: 0 done; 1 failed; 2 a mistake; 130 stopped, what was done is kept and the same command resumes."
+_WIDE = 70  # columns for flags and words side by side
+_SHORT = 20  # characters of what a value may be, to be shown in a line
+_WIDEST = 110  # columns that text is set in, at most
+
+
+def print_help(asked: HelpAsked) -> None:
+    """What was asked for, to stdout."""
+    console = console_of(sys.stdout)
+    console.width = min(console.width, _WIDEST)
+    if asked.kind is None:
+        _overview(console)
+        return
+    title, _, more = (asked.kind.__doc__ or "").partition("\n\n")
+    places = "".join(f" {flag.value}" for flag in asked.flags if flag.is_positional)
+    console.print(f"usage: {asked.prog}{places} [FLAGS]\n", style="bold")
+    for paragraph in (asked.description or title, more):
+        if paragraph:
+            console.print(" ".join(paragraph.split()) + "\n")
+    of_config = [flag for flag in asked.flags if flag.of_config]
+    own = [flag for flag in asked.flags if not flag.of_config]
+    if own:
+        console.print(_table(console, own, whole=asked.whole or not of_config))
+    if not of_config:
+        return
+    if asked.whole:
+        for room, flags in groupby(of_config, lambda flag: flag.name.rpartition(".")[0]):
+            console.print(f"\n{room or 'the run'}", style="bold")
+            console.print(_table(console, list(flags), whole=True))
+        return
+    console.print("\nSettings most often changed", style="bold")
+    console.print(_table(console, sorted(of_config, key=_rank)[: len(COMMON)], whole=False))
+    console.print(
+        f"\nAll {len(of_config)} settings, each with all there is to know: {asked.prog} --help-all\n"
+        "As a file for --config: raysubset config"
+    )
+
+
+def _overview(console: Any) -> None:
+    console.print("usage: raysubset COMMAND [FLAGS]\n", style="bold")
+    console.print(f"{_WHAT}\n")
+    commands = ((name, " ".join((kind.__doc__ or "").partition("\n")[0].split())) for name, kind in COMMANDS.items())
+    for title, rows in (("Commands", commands), ("Examples", _EXAMPLES)):
+        console.print(title, style="bold")
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, text in rows:
+            table.add_row(Text(name, "cyan"), text)
+        console.print(Padding(table, (0, 0, 1, 2)))
+    console.print("raysubset COMMAND --help: its flags; --help-all: every setting; raysubset --version")
+    console.print(_CODES)
+
+
+def _rank(flag: Flag) -> int:
+    """Its place among the settings most often changed, or after them."""
+    return COMMON.index(flag.key) if flag.key in COMMON else len(COMMON)
+
+
+def _table(console: Any, flags: Sequence[Flag], *, whole: bool) -> Padding:
+    """A line a flag with the first words of its documentation, where the console has room; or all of that below it."""
+    is_wide = console.width >= _WIDE and not whole
+    table = Table.grid(padding=(0, 2, 0, 0))
+    names = [_name(flag, whole=whole) for flag in flags]
+    widest = max(map(len, names))
+    for flag, name in zip(flags, names, strict=True):
+        default = (f"[{_default(flag)}] " if _default(flag) else "", "dim")
+        if is_wide:
+            words = Text.assemble(default, _first_sentence(flag.doc))
+            words.truncate(console.width - widest - 4, overflow="ellipsis")
+            table.add_row(name, words)
+            continue
+        table.add_row(name)
+        doc = flag.doc if whole else _first_sentence(flag.doc)
+        table.add_row(Padding(Text.assemble(doc, " ", default), (0, 0, 0, 4)))
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _name(flag: Flag, *, whole: bool) -> Text:
+    value = flag.value if whole or len(flag.value) <= _SHORT else "WORD"
+    return Text.assemble((_written(flag), "cyan"), " ", (value, "magenta"))
+
+
+def _written(flag: Flag) -> str:
+    """How a flag is written; of the config's switches the one that changes its default."""
+    if flag.is_positional:
+        return ""
+    if flag.kind is bool and flag.of_config and flag.default:
+        room, dot, name = flag.name.rpartition(".")
+        return f"--{room}{dot}no-{name}"
+    return f"--{flag.name}"
+
+
+def _default(flag: Flag) -> str:
+    if flag.is_positional or flag.default in (MISSING, None, (), False):
+        return ""
+    if flag.default is True:
+        return "on"
+    return " ".join(map(str, flag.default)) if flag.is_many else str(flag.default)
+
+
+def _first_sentence(doc: str) -> str:
+    for mark in (". ", "; "):
+        doc = doc.partition(mark)[0]
+    return doc.rstrip(".")
+
+
+# A file for --config
+
+
+def settings_text(config: Any) -> str:
+    """YAML for --config: settings that are none of the defaults, the others as comments, each with what it means."""
+    flags = [flag for flag in flags_of(COMMANDS["run"], config) if flag.of_config]
+    usual = {flag.key: flag.default for flag in flags_of(COMMANDS["run"]) if flag.of_config}
+    ranked = sorted(flags, key=_rank)
+    first, rest = ranked[: len(COMMON)], ranked[len(COMMON) :]
+    lines = ["# Settings of raysubset, for --config: take the # from what you change."]
+    for title, group in (("Most often changed", first), ("All others", rest)):
+        lines += ["", f"# ==== {title}"]
+        for flag in group:
+            is_usual = flag.default == usual[flag.key]
+            of_words = f" ({', '.join(flag.words)})" if flag.words else ""
+            lines += ["", *textwrap.wrap(flag.doc + of_words, 98, initial_indent="# ", subsequent_indent="# ")]
+            value = json.dumps(flag.default, ensure_ascii=False)
+            lines.append(f"{'#' if is_usual else ''}{flag.key}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+# Completion
+
+
+def completions(words: Sequence[str]) -> Iterator[str]:
+    """What the last of a command line's words may become, as `complete -C 'raysubset --complete'` asks in bash.
+
+    Args:
+        words: the line's, from `raysubset` on.
+    """
+    *before, current = words[1:] or [""]
+    if not before:
+        found: Sequence[str] = (*COMMANDS, "--help", "--version")
+    elif before[0] not in COMMANDS:
+        return
+    else:
+        flags = {f"--{flag.name}": flag for flag in flags_of(COMMANDS[before[0]]) if not flag.is_positional}
+        last = flags.get(before[-1])
+        if last is not None and last.kind is not bool and not current.startswith("--"):
+            found = last.words
+        elif current.startswith("-"):
+            found = (*map(_written, flags.values()), "--help", "--help-all")
+        else:
+            return
+    yield from (word for word in found if word.startswith(current))

@@ -1,0 +1,65 @@
+"""What the string after a field says: its documentation, its --help and its part of help(MinimizeConfig)."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import typing
+from typing import Any
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The documentation of a dataclass's fields, in their order, each in a line; "" of those that have none."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _docs_of_module(inspect.getsourcefile(base) or "").get(base.__qualname__, {})
+    return {each.name: docs.get(each.name, "") for each in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _docs_of_module(path: str) -> dict[str, dict[str, str]]:
+    """Fields' documentation by class, of a module's source; nothing where it was installed without."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+    except (OSError, SyntaxError):
+        return {}
+    docs: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        own = docs[node.name] = {}
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    own[name] = " ".join(words.split())
+    return docs
+
+
+class _WithFields:
+    """A class's __doc__: what it was, and its fields with theirs. Read when somebody asks, as that takes its source."""
+
+    def __init__(self, before: str) -> None:
+        self._before = before
+
+    def __get__(self, instance: Any, owner: type) -> str:
+        defaults = {each.name: each for each in dataclasses.fields(owner)}
+        lines = [self._before, "", "Fields:"]
+        for name, doc in field_docs(owner).items():
+            hint = typing.get_type_hints(owner)[name]
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            default = defaults[name].default
+            shown = "" if default is dataclasses.MISSING else f" = {default!r}"
+            lines.append(f"    {name}: {kind}{shown}")
+            lines += [f"        {doc}"] if doc else []
+        return "\n".join(lines)
+
+
+def show_fields(cls: Any) -> None:
+    """Have help() of a config's class, and of all that are nested in it, show the fields' documentation."""
+    is_made_by_dataclass = (cls.__doc__ or "").startswith(f"{cls.__name__}(")
+    cls.__doc__ = _WithFields(f"{cls.__name__} of a run." if is_made_by_dataclass else cls.__doc__ or "")
+    for hint in typing.get_type_hints(cls).values():
+        if dataclasses.is_dataclass(hint):
+            show_fields(hint)
