@@ -5,6 +5,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from raysubset.sweeping.plan import (
     trunk_leg,
     widest_stage,
 )
-from raysubset.sweeping.records import recommend, recommendation, settings_of
+from raysubset.sweeping.records import WHERE, recommend, recommendation, settings_of, trial_measures
 from raysubset.training import Cost
 from raysubset.work import Piece
 from tests.test_html_report import check_self_contained
@@ -184,6 +185,19 @@ def test_the_widest_stage_is_the_largest_train_job_that_is_run() -> None:
     assert widest_stage(config.with_overrides({"fine_tuning.epochs": 0.0, "trunk.epochs": 0.0})) == 1
 
 
+def test_a_baseline_is_a_conventional_run_a_seed_of_as_many_epochs_as_a_subset_over_all_rounds() -> None:
+    config = Config().with_overrides({"minimize.epochs": 5.0, "rounds.num": 3, "fine_tuning.distillation": 0.5})
+    arguments: dict[str, Any] = {"seeds": (0, 1), "num_samples": 1, "storage_path": "/trials", "baseline": True}
+    *swept, first, last = plan_trials(config, {"subsets.size": [100]}, **arguments)
+    assert [trial.is_baseline for trial in (*swept, first, last)] == [False, False, True, True]
+    assert (first.name, last.config.seed) == ("method-conventional_seed-0", 1)
+    assert first.config.conventional.epochs == 15
+    assert shared_trunks([*swept, first, last], "/trunks") == {}
+    assert widest_stage(first.config.with_overrides({"conventional.num_workers": 3})) == 3
+    given = config.with_overrides({"conventional.epochs": 2.0})
+    assert plan_trials(given, {"subsets.size": [100]}, **arguments)[-1].config.conventional.epochs == 2
+
+
 # Settings and the recommendation
 
 
@@ -196,8 +210,8 @@ def trial(size: int, seed: int, loss: float | None, *, state: str = "done", **ov
         "num_subsets": 4,
         "subset_size": size,
         "overdetermination_ratio": size / 100,
-        "validation_loss": loss,
-        "validation_accuracy": 0.9,
+        **{f"{where}_loss": loss for where in WHERE},
+        **{f"{where}_accuracy": 0.9 for where in WHERE},
         "passes": size / 10,
         "critical_path_passes": size / 20,
     }
@@ -256,6 +270,16 @@ def test_nothing_is_recommended_where_nothing_has_a_finite_loss() -> None:
     assert "No recommendation" in recommendation(settings)
 
 
+def test_a_trial_keeps_what_its_report_says_of_its_subsets_before_and_after_fine_tuning() -> None:
+    report = a_record()
+    measured, last = trial_measures(report), report["stages"]["rounds"][-1]
+    assert measured["own_loss"] == pytest.approx(fmean(one["training"]["loss"] for one in last["minima"]))
+    assert measured["full_set_loss"] == last["aggregation"]["training"]["loss"]
+    assert measured["before_accuracy"] == last["aggregation"]["validation"]["accuracy"]
+    assert measured["validation_loss"] == report["validation"]["loss"]
+    assert measured["test_accuracy"] == report["test"]["accuracy"]
+
+
 # The report
 
 
@@ -282,7 +306,7 @@ def a_sweep(folder: Path) -> str:
 
 
 def test_the_report_has_a_row_a_setting_the_failed_trial_and_the_recommendation(tmp_path: Path) -> None:
-    table, lost, told = sweep_sections(read_report(a_sweep(tmp_path)))
+    table, curves, lost, told = sweep_sections(read_report(a_sweep(tmp_path)))
     assert [row[0] for row in table.rows] == ["100", "400", "5000"]
     assert table.rows[1] == (
         "400",
@@ -298,6 +322,7 @@ def test_the_report_has_a_row_a_setting_the_failed_trial_and_the_recommendation(
     assert table.rows[0][-1] == "←"
     assert table.rows[2][1:4] == ("–", "–", "0, 1 failed")
     assert len(table.columns) == len(table.rows[0])
+    assert curves.rows[1][:2] == ("400", "0.3000 ± 0.1000")
     assert lost.rows == (("5000-0", "failed", "ValueError: planted"),)
     assert "within one standard error of the best: 100 examples" in told.lines[0]
 
@@ -317,7 +342,17 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
     page = Path(write_files(a_sweep(tmp_path)))
     assert page == tmp_path / "a-sweep/report/report.html"
     assert "within one standard error of the best: 100 examples" in page.read_text()
+    assert "Before and after fine-tuning" in page.read_text()
     assert page.with_name("sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_costs_are_shares_of_the_conventional_run_where_a_sweep_has_one(tmp_path: Path) -> None:
+    record = RunDirectory.at(a_sweep(tmp_path)).read_json(SWEEP_PATH)
+    baseline = settings_of([trial(500, seed, 0.25, method="conventional") for seed in (0, 1)])[0]
+    _, curves, *_ = sweep_sections(record | {"baseline": baseline})
+    assert [(row[0], row[-1]) for row in curves.rows] == [("100", "0.20"), ("400", "0.80"), ("conventional", "1.00")]
+    RunDirectory.at(record["uri"]).write_json(SWEEP_PATH, record | {"baseline": baseline})
+    assert "conventional training" in Path(write_files(record["uri"])).read_text()
 
 
 def test_the_page_has_the_curves_of_settings_and_the_time_line_of_trials_and_says_what_is_missing(

@@ -223,6 +223,7 @@ def _sweep(command: Sweep) -> int:
             seeds=command.seeds,
             scheduler=scheduler,
             on_event=tell,
+            baseline=command.baseline,
             fresh=command.fresh,
             accept_changed_code=command.accept_changed_code,
         )

@@ -76,6 +76,8 @@ class Sweep(_Resumed):
     """What else to vary: field=value,value …, by the fields' dotted names."""
     seeds: int = 3
     """Runs of each combination, with seeds from --seed on."""
+    baseline: bool = False
+    """Run conventional training too, of as many epochs as a subset has (or --conventional.epochs): the line to beat."""
     prune: bool = False
     """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
 

@@ -68,6 +68,7 @@ def sweep(
     num_samples: int = 1,
     scheduler: TrialScheduler | Literal["asha"] | None = None,
     on_event: OnEvent | None = None,
+    baseline: bool = False,
     fresh: bool = False,
     accept_changed_code: bool = False,
 ) -> SweepReport:
@@ -84,6 +85,8 @@ def sweep(
         num_samples: of the distributions.
         scheduler: "asha" stops trials that fall behind others at as many passes (time_attr="passes"), or one of Tune's
             without metric and mode, which may stop a trial but not pause it. None is stopped within a Ray Train job.
+        baseline: also run conventional training with each seed, of `conventional.epochs` or else of as many epochs as a
+            subset has over all rounds: a line in the figure, and what costs are shares of.
         on_event: told of trials as they begin, report and end.
         fresh: delete what a sweep of this name left behind, and start over.
         accept_changed_code: go on with a sweep whose user's code has changed since; what it has done stays as it is.
@@ -101,7 +104,10 @@ def sweep(
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[1, 1000]")
     seeds = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else list(seeds)
-    trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, storage_path=directory.below("trials"))
+    storage_path = directory.below("trials")
+    trials = plan_trials(
+        config, space, seeds=seeds, num_samples=num_samples, storage_path=storage_path, baseline=baseline
+    )
     opened = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
     known = None if fresh else directory.read_identity()
@@ -355,17 +361,20 @@ def _gather(
         else:
             own |= {"state": "pruned"}
         gathered.append(own)
-    settings = settings_of(gathered, quality_of({"task": task}))
+    conventional = [one for one in gathered if "method" in one["overrides"]]
+    swept = [one for one in gathered if one not in conventional]
+    settings = settings_of(swept, quality_of({"task": task}))
     return {
         "kind": "sweep",
         "name": directory.name,
         "uri": directory.uri,
         "config": config.to_dict() | {"storage_path": directory.shown_storage_path},
         "task": task,
-        "space": {key: list(dict.fromkeys(trial.overrides[key] for trial in trials)) for key in space},
+        "space": {key: list(dict.fromkeys(trial["overrides"][key] for trial in swept)) for key in space},
         "seeds": list(seeds),
         "trials": gathered,
         "settings": settings,
+        "baseline": settings_of(conventional, quality_of({"task": task}))[0] if conventional else None,
         "recommended": recommend(settings),
         "recommendation": recommendation(settings),
         "cost": _total_cost(trials, directory, num_train, shares),

@@ -11,6 +11,7 @@ from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_se
 from raysubset.legs import Leg, Start
 from raysubset.training import MEASURES
 
+CONVENTIONAL = "conventional"  # the method of a sweep's baseline
 _OWN = ("name", "storage_path", "seed", "method", "cluster.")  # of the sweep as a whole
 
 
@@ -23,9 +24,20 @@ class Trial:
     seed: int
     config: Config
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a conventional run, which no setting of the space is."""
+        return self.config.method == CONVENTIONAL
+
 
 def plan_trials(
-    config: Config, space: Mapping[str, Any], *, seeds: Sequence[int], num_samples: int, storage_path: str
+    config: Config,
+    space: Mapping[str, Any],
+    *,
+    seeds: Sequence[int],
+    num_samples: int,
+    storage_path: str,
+    baseline: bool = False,
 ) -> list[Trial]:
     """Every combination of the space's lists, with each sample of its distributions, for each seed.
 
@@ -38,6 +50,7 @@ def plan_trials(
         space: dotted names to lists (or Tune's grid_search), and Tune's distributions.
         num_samples: of the distributions, for each combination of the lists.
         storage_path: where the trials' run directories lie.
+        baseline: add a conventional run a seed, of conventional.epochs or of as many as a subset has.
 
     Raises:
         ValueError: for an empty space or list, an unknown field, values that a check refuses, or two equal trials.
@@ -55,6 +68,13 @@ def plan_trials(
             name = _name({**overrides, "seed": seed})
             own = {**shared, **overrides, "seed": seed, "name": name}
             trials.append(Trial(name, overrides, seed, config.with_overrides(own)))
+    if baseline:
+        overrides = {"method": CONVENTIONAL}
+        epochs = config.conventional.epochs or config.minimize.epochs * config.rounds.num
+        own = {**shared, **overrides, "conventional.epochs": epochs, "fine_tuning.distillation": 0.0}
+        for seed in seeds:
+            name = _name({**overrides, "seed": seed})
+            trials.append(Trial(name, overrides, seed, config.with_overrides({**own, "seed": seed, "name": name})))
     twice = [name for name, num in Counter(trial.name for trial in trials).items() if num > 1]
     if twice:
         raise ValueError(f"the sweep has trial {twice[0]} more than once: give each value and seed once")
@@ -134,7 +154,8 @@ def trunk_leg(config: Config, legs_path: str) -> Leg:
 
 def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:
     """Trial names to their trunk, where a trial shares it with another."""
-    trunks = {trial.name: trunk_leg(trial.config, legs_path) for trial in trials if trial.config.trunk.epochs}
+    with_trunk = [trial for trial in trials if trial.config.trunk.epochs and not trial.is_baseline]
+    trunks = {trial.name: trunk_leg(trial.config, legs_path) for trial in with_trunk}
     num = Counter(trunks.values())
     return {name: trunk for name, trunk in trunks.items() if num[trunk] > 1}
 
@@ -144,6 +165,8 @@ def widest_stage(config: Config) -> int:
 
     The workers of a streamed set need one more, for the tasks that read for them.
     """
+    if config.method == CONVENTIONAL:
+        return config.conventional.num_workers + (config.data.streamed and config.conventional.num_workers > 1)
     widths = [1]
     if config.trunk.epochs:
         widths.append(config.trunk.num_workers + (config.data.streamed and config.trunk.num_workers > 1))

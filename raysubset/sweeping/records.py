@@ -12,9 +12,15 @@ from raysubset.quality import ACCURACY, Quality, quality_of
 Record = dict[str, Any]
 
 
+# What a run's loss and quality are of: the minima on their own subsets; the aggregate on the training set and on the
+# validation split, before fine-tuning; the final model on validation and test split
+WHERE = ("own", "full_set", "before", "validation", "test")
+
+
 def measures(quality: Quality) -> tuple[str, ...]:
     """The names of what a setting has means of, and errors."""
-    return tuple(dict.fromkeys(("validation_loss", f"validation_{quality.name}", "passes", "critical_path_passes")))
+    measured = [f"{where}_{name}" for where in WHERE for name in ("loss", quality.name)]
+    return tuple(dict.fromkeys((*measured, "passes", "critical_path_passes")))
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,35 @@ class SweepReport:
 
 
 def trial_measures(report: Mapping[str, Any]) -> Record:
-    """What a sweep keeps of a finished run's report. Not its test result: no choice may read that."""
-    minima, quality = report["stages"]["rounds"][-1]["minima"], quality_of(report)
+    """What a sweep keeps of a finished run's report. The test result is shown, and read by no choice."""
+    quality, rounds = quality_of(report), report["stages"].get("rounds")
+    measured: dict[str, Any] = {"validation": report["validation"], "test": report["test"]}
+    if rounds:
+        minima, aggregate = rounds[-1]["minima"], rounds[-1]["aggregation"]
+        size = statistics.mean(minimum["num_examples"] for minimum in minima)
+        ratio = statistics.mean(minimum["overdetermination_ratio"] for minimum in minima)
+        own = {name: _mean([minimum["training"][name] for minimum in minima]) for name in ("loss", quality.name)}
+        measured |= {"own": own, "full_set": aggregate["training"], "before": aggregate["validation"]}
+    else:
+        minima, size, ratio = (), report["data"]["num_train"], report["overdetermination_ratio"]["full_set"]
+        measured["own"] = report["stages"]["conventional"]["training"]
     return {
         "num_subsets": len(minima),
-        "subset_size": statistics.mean(minimum["num_examples"] for minimum in minima),
-        "overdetermination_ratio": statistics.mean(minimum["overdetermination_ratio"] for minimum in minima),
-        "validation_loss": report["validation"]["loss"],
-        f"validation_{quality.name}": report["validation"][quality.name],
+        "subset_size": size,
+        "overdetermination_ratio": ratio,
+        **{
+            f"{where}_{name}": (measured.get(where) or {}).get(name)
+            for where in WHERE
+            for name in ("loss", quality.name)
+        },
         "passes": report["cost"]["passes"],
         "critical_path_passes": report["cost"]["critical_path_passes"],
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]  # JSON has null where a loss diverged
+    return statistics.mean(finite) if finite and len(finite) == len(values) else None
 
 
 def settings_of(trials: Sequence[Record], quality: Quality = ACCURACY) -> list[Record]:
