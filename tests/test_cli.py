@@ -383,8 +383,8 @@ def test_a_shell_completes_commands_flags_and_words(
     assert exit_of(["--complete", "raysubset", "", ""], capsys)[1].split() == told
 
 
-def test_bash_takes_the_line_that_readme_gives():
-    text = Path(__file__).parents[1].joinpath("README.md").read_text()
+def test_bash_takes_the_line_that_the_manual_gives():
+    text = Path(__file__).parents[1].joinpath("raysubset/README.md").read_text()
     (line,) = re.findall(r"^complete .*", text, re.MULTILINE)
     done = subprocess.run(["bash", "-c", f"{line}; complete -p raysubset"], capture_output=True, text=True, check=True)
     assert "raysubset --complete" in done.stdout
