@@ -12,6 +12,7 @@ from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, Config, DataConfig, Lea
 from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
+from raysubset.given_objects import given_fingerprint, is_given
 from raysubset.user_code import code_fingerprint, source_files
 
 
@@ -34,8 +35,10 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
                 found = full_sets[own].fingerprint
             data[name] = found
             places |= _data_place(config.data)
-        for reference in config.functions().values():
-            if reference not in code:
+        for field, reference in config.functions().items():
+            if is_given(reference):
+                code[reference] = given_fingerprint(field, reference)
+            elif reference not in code:
                 code[reference] = code_fingerprint(reference)
                 places |= _code_place(reference.partition(":")[0])
     return Identity(data, code, places)

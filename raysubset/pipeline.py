@@ -23,10 +23,12 @@ from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
 from raysubset.events import Note, OnEvent, Stage, stage_event
 from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
+from raysubset.given_objects import is_given
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
 from raysubset.models import architecture
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
+from raysubset.objects_in_hand import taking_objects
 from raysubset.planning import (
     Plan,
     actor_bytes,
@@ -56,9 +58,13 @@ from raysubset.user_functions import refuse_import
 from raysubset.work import Piece, Run, leave_test, perturbed, seeded_model
 
 
+@taking_objects
 def run(
     config: Config,
     *,
+    data: Any = None,
+    model: Any = None,
+    task: Any = None,
     on_event: OnEvent | None = None,
     fresh: bool = False,
     accept_changed_code: bool = False,
@@ -72,6 +78,10 @@ def run(
 
     Args:
         config: what to run.
+        data: in the place of data.name: arrays, tables, texts or a Dataset, all that a function may return that
+            data.name names (see README), or such a function.
+        model: in the place of model.name: an nn.Module, whose weights the shared start has, or a function of a Spec.
+        task: in the place of task.name: a raysubset.tasks.Task, or a class of it.
         on_event: told of stages, progress, waiting and retries as they happen.
         fresh: delete what a run of this name left behind, and start over.
         accept_changed_code: go on with a run whose user's code has changed since; what it has done stays as it is.
@@ -330,8 +340,11 @@ class _Stages:
         record = ModelRecord(architecture(config.model, full_set.spec), full_set.task)
         files, flaw = save_model(self._directory, weights, record)
         if flaw:
-            text = f"load_model(), predict and export will call {config.model.name} of this run, and need trust_code"
-            self._tell(Note(f"{text} for that: its network's graph could not be kept ({flaw})"))
+            name = config.model.name
+            text = f"load_model(), predict and export will call {name} of this run, and need trust_code for that"
+            if is_given(name):
+                text = "load_model() will need model=… again, and predict and export cannot use this run"
+            self._tell(Note(f"{text}: its network's graph could not be kept ({flaw})"))
         if isinstance(full_set.task, NextToken):
             files |= leave_samples(self._directory, weights, record, full_set.test.take())
         return files

@@ -12,6 +12,7 @@ from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import Note
+from raysubset.given_objects import is_instance
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import Shard, least_batch, try_own_objective, try_own_optimizer, try_training
@@ -91,6 +92,9 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
             objective.gauss_newton_product(torch.zeros(num_parameters(model)))
     method, name = config.aggregation.method, architecture(config.model, full_set.spec).name
     notes = list[Note]()
+    if is_instance(config.model.name):
+        refuse_fresh_weights(config)
+        notes.append(Note(f"{config.model.name} brings its own weights, which the shared start has, whatever the seed"))
     if config.method == "subset_pretraining" and "aligned_soup" in methods_tried(config):
         from raysubset.aggregation.alignment import trace_units  # scipy is slow to import, and seldom needed
 
@@ -114,6 +118,24 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
         try_own_objective(model, config.minimize, sample)
     return notes
+
+
+def refuse_fresh_weights(config: Config) -> None:
+    """Refuse stages that start from weights drawn anew, where the network is an object that brings its own.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    tuning = config.fine_tuning
+    for is_set, setting in (
+        (config.subsets.start == "independent", "subsets.start=independent"),
+        (tuning.epochs and tuning.start in ("reinit", "shrink_perturb"), f"fine_tuning.start={tuning.start}"),
+    ):
+        if is_set and is_instance(config.model.name) and config.method == "subset_pretraining":
+            raise ValueError(
+                f"{setting} draws weights anew, and {config.model.name} is a network that has its own: give a function "
+                "or class that makes one, model=…, or leave the setting out"
+            )
 
 
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:

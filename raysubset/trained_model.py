@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.events import Note
+from raysubset.given_objects import is_given
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
+from raysubset.objects_in_hand import again
 from raysubset.run_directory import MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
     ImageInputs,
@@ -222,7 +224,9 @@ def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord
     return {SAMPLES_PATH: directory.write_json(SAMPLES_PATH, samples)}
 
 
-def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: bool = False) -> TrainedModel:
+def load_model(
+    path: str, *, device: str | torch.device = "cpu", trust_code: bool = False, model: Any = None, task: Any = None
+) -> TrainedModel:
     """The final model of a run, in evaluation mode, ready to predict.
 
     The directory may be a stranger's: nothing is unpickled, imported or called that it names. A user's own network is
@@ -233,6 +237,8 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
         device: where the model computes.
         trust_code: build a user's own network by its code instead, the package.module:function that model.json names.
             For directories of people you trust, where the run could keep no graph, or to train the network further.
+        model: the network that run() was given as an object, which is used likewise, in the place of the graph.
+        task: the task that run() was given as an object, or its class.
 
     Raises:
         ValueError: if there is no finished run, it is damaged, a newer version made it, or its network needs code.
@@ -245,10 +251,16 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
     stored = directory.read_json(RECORD_PATH)
     files = stored.pop("files", None) if isinstance(stored, dict) else None
     files = files if isinstance(files, dict) else {}
-    try:
-        record = ModelRecord.from_dict(stored, trust_code=trust_code)
-    except ValueError as error:
-        raise ValueError(f"{RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
+    with again({"model": model, "task": task}, stored):
+        try:
+            record = ModelRecord.from_dict(stored, trust_code=trust_code)
+        except ValueError as error:
+            raise ValueError(f"{RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
+        return _load(directory, record, files, trust_code=trust_code or model is not None).eval().to(device)
+
+
+def _load(directory: RunDirectory, record: ModelRecord, files: Mapping[str, Seal], *, trust_code: bool) -> TrainedModel:
+    """The model that the record describes."""
     weights = directory.read_weights(WEIGHTS_PATH, files)
     try:
         network = _network(directory, record, weights, files, trust_code=trust_code)
@@ -256,7 +268,7 @@ def load_model(path: str, *, device: str | torch.device = "cpu", trust_code: boo
         raise ValueError(
             f"{WEIGHTS_PATH} in {directory.uri} are not of {record.model.name}: {first_line(error)}"
         ) from error
-    return TrainedModel(network, record).eval().to(device)
+    return TrainedModel(network, record)
 
 
 def _network(
@@ -275,6 +287,11 @@ def _network(
         network.load_state_dict(weights)
         return network
     if not directory.exists(GRAPH_PATH):
+        if is_given(record.model.name):
+            raise ValueError(
+                f"the network of {directory.uri} was an object in Python, {record.model.name}, whose graph could not "
+                "be kept: give it again, load_model(…, model=…)"
+            )
         module, _, function = record.model.name.partition(":")
         raise ValueError(
             f"the network of {directory.uri} is code that it only names: load_model() would import {module!r} from "

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from raysubset.fingerprints import Entry, fingerprint
+from raysubset.given_objects import Given, take
 
 T = TypeVar("T")
 
@@ -83,6 +84,7 @@ class Workplace:
 
     directory: str
     search_path: tuple[str, ...]  # what is not installed
+    load_given: Callable[[], Given] | None = None  # the objects that stand in the place of names, if there are any
 
     @classmethod
     def here(cls) -> "Workplace":
@@ -92,15 +94,17 @@ class Workplace:
         return cls(here, tuple(folders))
 
     def enter(self) -> None:
-        """Work there, where such a folder is on this machine; what is looked for is found as the driver finds it."""
+        """Work there, where such a folder is on this machine; what is looked for is found as the driver finds it, and
+        what the driver was given is in hand."""
         if os.path.isdir(self.directory):
             os.chdir(self.directory)
         sys.path[:] = [*self.search_path, *(path for path in sys.path if path not in self.search_path)]
+        if self.load_given is not None:
+            take(replace(self.load_given(), load=self.load_given))
 
 
-def as_here(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, for another process to call at this one's workplace."""
-    workplace = Workplace.here()
+def at(workplace: Workplace, function: Callable[..., T]) -> Callable[..., T]:
+    """The function, for another process to call at this workplace."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> T:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from raysubset.config import nearest
 from raysubset.errors import first_line
+from raysubset.given_objects import given_object, is_given
 from raysubset.user_code import search_here
 
 _GUARD = 'under `if __name__ == "__main__":`'
@@ -36,13 +37,15 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
     Raises:
         ValueError: if there is no such module or function, or whatever the module raises or ends the process with.
     """
+    if is_given(reference):
+        return given_object(field, reference)
     module_name, _, name = reference.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise ValueError(f"{field} = {reference!r} should be package.module:function")
     if module_name == "__main__":
         raise ValueError(
             f"{field} = {reference!r}: other processes cannot import what a script or notebook defines: write {name} "
-            f"into a file of its own, such as network.py, and name network:{name}"
+            f"into a file of its own, such as network.py, and name network:{name}, or give run() the object itself"
         )
     search_here()
     _imported.append(module_name)

@@ -21,7 +21,7 @@ from raysubset.fingerprints import Entry, Identity, changes, digest, entries, fi
 from raysubset.identity import identify, places_notes
 from raysubset.pipeline import run
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
-from raysubset.user_code import Workplace, as_here, code_fingerprint
+from raysubset.user_code import Workplace, at, code_fingerprint
 from raysubset.user_functions import load_function
 from tests.test_report import a_record
 
@@ -265,9 +265,10 @@ class TestImporting:
         (tmp_path / "relative.txt").write_text("found")
         sys.path.insert(0, str(library))
 
-        @as_here
-        def call() -> str:
+        def read() -> str:
             return load_function("model.name", "libnet_of_a_script:make")()
+
+        call = at(Workplace.here(), read)
 
         monkeypatch.chdir("/")  # as in Ray Train's workers
         sys.path.remove(str(library))

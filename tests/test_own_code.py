@@ -12,11 +12,13 @@ from raysubset.aggregation import merge
 from raysubset.cli.flags import parse_config
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.objects_in_hand import taken
 from raysubset.planning import make_plan, seeded_model
 from raysubset.training import evaluate, minimize
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "own_code"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))
+IN_PYTHON = "own_objects.py"  # which a script runs, not a command
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,23 @@ def config_of(name: str) -> Config:
     return parse_config(shlex.split(found[1]))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != IN_PYTHON])
 def test_each_names_its_own_code_passes_the_trials_of_a_plan_and_lowers_the_loss(name):
     config = config_of(name)
     assert {reference.partition(":")[0] for reference in config.functions().values()} == {Path(name).stem}
+    _plan_and_learn(config)
+
+
+def test_objects_in_hand_pass_the_trials_of_a_plan_and_lower_the_loss():
+    import own_objects  # pyright: ignore[reportMissingImports]
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    with taken(Config(), data=own_objects.points(), model=net, task=own_objects.Angle()) as config:
+        assert [*config.functions().values()] == ["given:data", "given:Angle", "given:Sequential"]
+        _plan_and_learn(config)
+
+
+def _plan_and_learn(config: Config) -> None:
     full_set = load_full_set(*config.learned)
     make_plan(config, full_set)
     model, validation = seeded_model(config, full_set), full_set.examples("validation")

@@ -40,6 +40,7 @@ from raysubset.cluster.tasks import (
     get_shared,
     preferably_on,
     put_once,
+    workplace,
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "get_shared",
     "preferably_on",
     "put_once",
+    "workplace",
     "ASK_FOR_LESS",
     "WAIT_NOTICE_S",
     "NodeType",

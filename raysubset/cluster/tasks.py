@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
 from raysubset.events import OnEvent, Waiting
+from raysubset.given_objects import in_hand, take
 from raysubset.user_code import Workplace
 
 LOOK_S = 1.0  # between two looks at a task that works
@@ -51,6 +54,15 @@ def get_shared(value_ref: Sequence[ray.ObjectRef]) -> Any:
     return ray.get(value_ref[0])
 
 
+def workplace() -> Workplace:
+    """Where this process's user code finds its files, modules and the objects that it was given, which are put once."""
+    given = in_hand()
+    if given.objects and given.load is None:
+        given = replace(given, load=partial(get_shared, put_once(given.for_others())))
+        take(given)
+    return replace(Workplace.here(), load_given=given.load)
+
+
 def call_on_cluster(
     function: Callable[..., Any],
     value_ref: Sequence[ray.ObjectRef],
@@ -72,7 +84,6 @@ def call_on_cluster(
         TimeoutError: if it has not ended after timeout_s; it is given up.
     """
 
-    place_of_driver = Workplace.here()
     place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
 
     @ray.remote(
@@ -83,8 +94,8 @@ def call_on_cluster(
         max_calls=1,
         scheduling_strategy=place,
     )
-    def call(value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
-        place_of_driver.enter()
+    def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
+        workplace.enter()
         yield None  # it has a place
         with published(key):
             result = function(ray.get(value_ref[0]), *arguments)
@@ -92,7 +103,7 @@ def call_on_cluster(
 
     refuse_unplaceable(request, "scoring tasks")
     lookout = Lookout(stall_s=stall_s, tell=tell)
-    result_refs: Any = call.remote(value_ref, f"{lookout.prefix}{function.__name__}", *arguments)
+    result_refs: Any = call.remote(workplace(), value_ref, f"{lookout.prefix}{function.__name__}", *arguments)
     task, result = f"a task of {describe(request)}", None
     ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
     try:

@@ -54,6 +54,11 @@ class Arm:
         return TITLES[self.letter] + (f" ({more})" if more else "")
 
     @property
+    def start(self) -> str:
+        """What its fine-tuning starts from: fine_tuning.start."""
+        return {"E": "shrink_perturb", "F": "reinit"}.get(self.letter, "warm")
+
+    @property
     def role(self) -> Role:
         """A baseline with overrides is a control: a sister method, say."""
         return "control" if self.letter in "AB" and self.overrides else ROLES[self.letter]
@@ -101,7 +106,7 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
         "minimize.batch_size": settings.batch_size,
         "trunk.learning_rate": None,
         "fine_tuning.learning_rate": None,
-        "fine_tuning.start": {"E": "shrink_perturb", "F": "reinit"}.get(arm.letter, "warm"),
+        "fine_tuning.start": arm.start,
     }
     if arm.letter == "C":
         changes["minimize.epoch_fraction"] = RS2_FRACTION

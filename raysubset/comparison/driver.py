@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
@@ -15,10 +16,12 @@ from raysubset.data import load_full_set
 from raysubset.events import Note, OnEvent, Stage
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
+from raysubset.objects_in_hand import taking_objects
 from raysubset.planning import Plan, make_plan
 from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
 from raysubset.run_report import Sessions, environment
+from raysubset.soundness import refuse_fresh_weights
 from raysubset.tracking import refuse_missing, track_comparison
 from raysubset.user_functions import refuse_import
 from raysubset.work import Run
@@ -32,9 +35,13 @@ COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cl
 OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 
+@taking_objects
 def compare(
     config: Config,
     *,
+    data: Any = None,
+    model: Any = None,
+    task: Any = None,
     seeds: int | Sequence[int] = 5,
     budgets: Sequence[float] = BUDGETS,
     arms: Sequence[str] = ALL_ARMS,
@@ -58,6 +65,7 @@ def compare(
     Args:
         config: data, model, subsets and recipe; its stages' epochs give the proportions in which arms D to H divide a
             budget.
+        data, model, task: objects in the place of names, as run() takes them.
         seeds: how many, from config.seed on; or which. At least two.
         budgets: passes of training in total; at least one pass each. A trains for twice the largest.
         arms: letters A to I, or letters with overrides as in "G:aggregation.method=fisher".
@@ -200,6 +208,7 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
     for name in arm.overrides:
         if name.partition(".")[0] in COMMON:
             raise ValueError(f"arm {arm.key}: {name} is the same for all arms: set it for the whole comparison")
+    refuse_fresh_weights(own.with_overrides({"fine_tuning.start": arm.start}))
     if arm.letter not in OF_SUBSETS:
         return
     for is_set, words in (

@@ -1,6 +1,7 @@
 """A fingerprint of a data set: digests of the files it is read from, or else of the arrays that came of it."""
 
 import hashlib
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, changes, entries, fingerprint, in_words
+from raysubset.given_objects import is_given
+from raysubset.tasks import task_to_dict
 
 _SETTLED_NS = 2 * 10**9  # a file changed within this time may be changed again and have the same times
 _NUM_READERS = 16
@@ -96,6 +99,9 @@ def array_fingerprint(full_set: FullSet) -> pa.Table:
     """Digests of what a full set holds: tensors and further columns of each split."""
     names = full_set.task.class_names
     found = [Entry("classes", len(names), _digest("\0".join(names).encode()))]
+    if is_given(full_set.name):  # a function's sets have no such entry, in runs that may be resumed
+        fitted = json.dumps(task_to_dict(full_set.task)).encode()
+        found.append(Entry("what training rows decide", len(fitted), _digest(fitted)))
     for name in ("train", "validation", "test"):
         split = getattr(full_set, name)
         tensors = split.arrays()

@@ -19,6 +19,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables
 from raysubset.errors import first_line
 from raysubset.events import Note
+from raysubset.given_objects import is_given
 from raysubset.user_functions import call_function
 
 _WANTED = "an Arrow table, a pair (inputs, targets) or a dict of arrays, a torch Dataset, or a dict of splits of these"
@@ -68,8 +69,8 @@ def read_returned(config: DataConfig) -> Returned:
         if isinstance(split, dict):
             arrays[name], num = split, len(next(iter(split.values())))
         else:
-            tables[name], num = {f"the {name} split that {config.name} returned": split}, split.num_rows
-        notes.append(Note(f"{name} split: {num} examples of what {config.name} returned"))
+            tables[name], num = {f"the {name} split of {origin(config)}": split}, split.num_rows
+        notes.append(Note(f"{name} split: {num} examples of {origin(config)}"))
     if images:
         return images
     if arrays:
@@ -94,8 +95,13 @@ def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]],
             )
         texts[name] = [value] if isinstance(value, str) else [*value]
     counts = {name: sum(map(len, documents)) for name, documents in texts.items()}
-    notes = (f"{name} split: {num} characters of what {config.name} returned" for name, num in counts.items())
+    notes = (f"{name} split: {num} characters of {origin(config)}" for name, num in counts.items())
     return texts, tuple(map(Note, notes))
+
+
+def origin(config: DataConfig) -> str:
+    """Where the data come from, in words."""
+    return "the data given" if is_given(config.name) else f"what {config.name} returned"
 
 
 def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:

@@ -14,7 +14,7 @@ from raysubset.data.files import not_streamed, read_path
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
-from raysubset.data.functions import Arrays, read_returned, read_returned_texts
+from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts
 from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
@@ -79,7 +79,7 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
             case Arrays(splits=splits, notes=notes):
                 return of_arrays(splits, config, task, notes)
             case images:
-                return of_images(_with_origin(images, f"what {name} returned"), config, task)
+                return of_images(_with_origin(images, origin(config)), config, task)
     if is_of_columns(config):
         return of_tables(read_tables(config), config, task)
     return of_images(read_path(config), config, task)

@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 import ray
 import ray.train
 
-from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable
+from raysubset.cluster import SYSTEM_ERRORS, put_once, refuse_unplaceable, workplace
 from raysubset.config import TrainingStage
 from raysubset.errors import one_line
 from raysubset.events import Note, OnEvent, Retry
@@ -25,7 +25,6 @@ from raysubset.quality import Quality
 from raysubset.run_directory import minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
 from raysubset.training import Weights
-from raysubset.user_code import Workplace
 from raysubset.work import Run
 
 LOOK_S = 1.0  # between two looks at the history that the first worker leaves
@@ -81,7 +80,7 @@ def fine_tune(
         if config.data.streamed:
             refuse_without_readers(config, stage, num_workers=num_workers)
         recipe, start_ref = config.stage(stage, epochs=epochs), put_once(weights)
-        refs, here = (run.full_set_ref, start_ref), Workplace.here()
+        refs, here = (run.full_set_ref, start_ref), workplace()
         job = Job(config, recipe, directory, stage, *refs, num_gpus, tuple(teachers), here)
         _fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)
         record = directory.read_json(minimum_path(stage))

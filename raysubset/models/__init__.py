@@ -16,6 +16,7 @@ from raysubset.models.properties import (
     trainable_names,
 )
 from raysubset.models.trying import needs_default_layout
+from raysubset.models.users import unwrapped
 
 __all__ = [
     "Described",
@@ -32,4 +33,5 @@ __all__ = [
     "new_model",
     "num_parameters",
     "trainable_names",
+    "unwrapped",
 ]

@@ -18,10 +18,7 @@ def users_network(name: str, spec: Spec) -> nn.Module:
     Raises:
         ValueError: if there is none, it cannot be trained, or it gives anything but float [N, *spec.outputs].
     """
-    model = call_function("model.name", name, *_arguments(name, load_function("model.name", name), spec))
-    if isinstance(model, nn.DataParallel):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # torch.compile's
+    model = unwrapped(call_function("model.name", name, *_arguments(name, load_function("model.name", name), spec)))
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
     model.to("cpu")
@@ -34,8 +31,15 @@ def users_network(name: str, spec: Spec) -> nn.Module:
     return model
 
 
+def unwrapped(model: Any) -> Any:
+    """A network without what spreads it over cards or compiles it; anything else as it is."""
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)  # torch.compile's
+
+
 def _arguments(name: str, function: Callable[..., Any], spec: Spec) -> tuple[Any, ...]:
-    """(spec,), or (num_classes, (C, H, W)) for a function of two arguments.
+    """(spec,), or (num_classes, (C, H, W)) for a function of two arguments, or none for one of none.
 
     Raises:
         ValueError: for one of two, where inputs are no images or outputs no [N, num_classes].
@@ -47,6 +51,8 @@ def _arguments(name: str, function: Callable[..., Any], spec: Spec) -> tuple[Any
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     num_required = sum(p.default is p.empty for p in positional)
     takes_more = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if not positional and not takes_more:
+        return ()
     if num_required == 1 or (num_required == 0 and not takes_more):
         return (spec,)
     if not spec.is_image or spec.num_values is not None or len(spec.outputs) != 1:

@@ -24,6 +24,7 @@ from raysubset.cluster import (
     preferably_on,
     put_once,
     refuse_unplaceable,
+    workplace,
 )
 from raysubset.errors import one_line
 from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
@@ -34,7 +35,6 @@ from raysubset.subset_actors.actor import SubsetActor
 from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Cost, Weights
-from raysubset.user_code import Workplace
 from raysubset.work import AnyPiece, Piece, Report, Run
 
 MOST_UNPLACED = 32  # actors, until more than that are up
@@ -121,7 +121,7 @@ class ActorPool:
         refuse_unplaceable(self.request, "subset actors")
         # retries are the pool's: Ray's own would be spent in the seconds before it notices that a node has died
         self._actor_class: Any = ray.remote(SubsetActor)
-        self._workplace = Workplace.here()
+        self._workplace = workplace()
         self._options = {
             "max_restarts": 0,
             "max_task_retries": 0,

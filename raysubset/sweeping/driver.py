@@ -23,7 +23,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached
+from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached, workplace
 from raysubset.config import ActorsConfig, Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
@@ -32,6 +32,7 @@ from raysubset.events import Event, Note, OnEvent, Stage, TrialReport
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.legs import Leg, LegRunner
+from raysubset.objects_in_hand import taking_objects
 from raysubset.planning import make_plan
 from raysubset.quality import quality_of
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
@@ -47,7 +48,7 @@ from raysubset.sweeping.records import (
 )
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
-from raysubset.user_code import as_here
+from raysubset.user_code import at
 from raysubset.user_functions import refuse_import
 from raysubset.work import Run
 
@@ -60,10 +61,14 @@ MOST_PASSES = 1_000_000  # beyond any run: ASHA stops what gets there
 FEWER = 2  # times as few trials go on beyond each of ASHA's rungs
 
 
+@taking_objects
 def sweep(
     config: Config,
     space: Mapping[str, Any],
     *,
+    data: Any = None,
+    model: Any = None,
+    task: Any = None,
     seeds: int | Sequence[int],
     num_samples: int = 1,
     scheduler: TrialScheduler | Literal["asha"] | None = None,
@@ -80,6 +85,7 @@ def sweep(
 
     Args:
         config: what all trials have in common; its name and storage path are the sweep's.
+        data, model, task: objects in the place of names, as run() takes them.
         space: dotted names of fields to lists of values, all combinations of which are run, or to Tune's distributions.
         seeds: how many, from config.seed on; or which.
         num_samples: of the distributions.
@@ -262,7 +268,7 @@ def _tune(
         local = directory.local_path
         folder = local / "tune" if local else Path(stack.enter_context(TemporaryDirectory(prefix="tune-")))
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(as_here(run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
+            tune.with_resources(tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
             param_space={"trial": tune.grid_search(points)},
             tune_config=tune.TuneConfig(
                 metric="validation_loss",

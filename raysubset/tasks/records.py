@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysubset.config import from_tree
+from raysubset.given_objects import in_hand, is_given
 from raysubset.tasks.classification import Classification
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import FULL_RANGE, ImageInputs
@@ -64,7 +65,10 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
         raise ValueError("its task has no name")
     name, own = tree["name"], {key: value for key, value in tree.items() if key != "name"}
     if ":" in name:
-        if not trust_code:
+        if is_given(name):
+            if name not in in_hand().objects:
+                raise ValueError(f"its task, {name}, was an object in Python: give it again, load_model(…, task=…)")
+        elif not trust_code:
             raise ValueError(
                 f"its task is code that it only names, {name}: if you trust whoever made this directory, give "
                 "trust_code=True or --trust-code"

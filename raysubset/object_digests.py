@@ -1,0 +1,139 @@
+"""object_fingerprint(): digests of an object in memory, of the code it runs and of its tensors, alike in all processes.
+
+Python's own pickles would not do: those of tensors hold addresses, those of classes random numbers or just a name.
+"""
+
+import dis
+import hashlib
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from raysubset.fingerprints import Entry, entries, fingerprint
+from raysubset.user_code import code_fingerprint
+
+_NOT_CODE = (
+    "__dict__",
+    "__weakref__",
+    "__module__",
+    "__doc__",
+    "__firstlineno__",
+    "__static_attributes__",
+    "_abc_impl",
+)
+
+
+def object_fingerprint(name: str, value: Any) -> pa.Table:
+    """Digests of an object: its code and values, its tensors, and the files of modules of the user's that it needs.
+
+    Raises:
+        ValueError: if it holds what cannot be pickled, which other processes could not be given either.
+    """
+    digester = _Digester()
+    try:
+        digester.dump(value)
+    except Exception as error:  # __reduce__() of the user's may raise anything
+        raise ValueError(
+            f"{name} cannot be given to other processes, as it holds what cannot be pickled ({error}): leave locks, "
+            "open files and generators out of it, or give a function that makes it"
+        ) from error
+    found = [Entry(name, digester.stream.num_bytes, digester.stream.hash.hexdigest())]
+    if digester.tensors.num_bytes:
+        found.append(Entry(f"{name}'s tensors", digester.tensors.num_bytes, digester.tensors.hash.hexdigest()))
+    for module in sorted(digester.modules):
+        found += entries(code_fingerprint(f"{module}:")).values()
+    return fingerprint(found)
+
+
+class _Hash:
+    """A file that keeps the digest of what is written to it."""
+
+    def __init__(self) -> None:
+        self.hash, self.num_bytes = hashlib.blake2b(digest_size=16), 0
+
+    def write(self, data: Any) -> None:
+        self.hash.update(data)
+        self.num_bytes += len(data)
+
+
+class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told from equal strings
+    """Pickles to a digest: functions and classes of no module by their code, tensors by shape and, apart, by values."""
+
+    def __init__(self) -> None:
+        self.stream, self.tensors = _Hash(), _Hash()
+        self.modules: set[str] = set()  # where functions and classes are found by name
+        self._met: dict[int, tuple[int, Any]] = {}
+        super().__init__(self.stream, protocol=5)
+
+    def memoize(self, obj: Any) -> None:
+        if not isinstance(obj, str | bytes):  # whether equal ones are one object is a matter of chance
+            super().memoize(obj)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reducer_override(self, value: Any) -> Any:
+        """What is pickled in place of a value; NotImplemented: itself."""
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            self.tensors.write(plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+            return _stand_in("tensor", str(plain.dtype), tuple(plain.shape), value.requires_grad)
+        match value:
+            case types.ModuleType():
+                return _stand_in("module", value.__name__)
+            case types.CodeType():
+                return _stand_in("code", *_parts_of(value))
+            case set() | frozenset():
+                return _stand_in("set", sorted(map(repr, value)))
+            case types.FunctionType() | type():
+                return self._code_of(value)
+            case staticmethod() | classmethod():
+                return _stand_in(type(value).__name__, value.__func__)
+            case property():
+                return _stand_in("property", value.fget, value.fset, value.fdel)
+            case types.MemberDescriptorType() | types.GetSetDescriptorType():
+                return _stand_in("slot", value.__name__)
+        return NotImplemented
+
+    def _code_of(self, value: Any) -> Any:
+        if reference := importable(value):
+            self.modules.add(reference.partition(":")[0])
+            return NotImplemented  # by its name
+        if id(value) in self._met:  # as a function that calls itself
+            return _stand_in("again", self._met[id(value)][0])
+        self._met[id(value)] = len(self._met), value
+        if isinstance(value, type):
+            own = {key: each for key, each in sorted(vars(value).items()) if key not in _NOT_CODE}
+            return _stand_in("class", value.__name__, value.__bases__, own)
+        used = {key: value.__globals__[key] for key in sorted({*_globals_of(value.__code__)} & {*value.__globals__})}
+        closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        return _stand_in("function", value.__code__, value.__defaults__, value.__kwdefaults__, closure, used)
+
+
+def importable(value: Any) -> str | None:
+    """package.module:name of a function or class that other processes find by it; None of others."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if not module or module == "__main__":
+        return None
+    return f"{module}:{name}" if getattr(sys.modules.get(module), name, None) is value else None
+
+
+def _stand_in(*parts: Any) -> tuple[type, tuple[Any]]:
+    return tuple, (parts,)
+
+
+def _parts_of(code: types.CodeType) -> tuple[Any, ...]:
+    """All of a code object but where it stands."""
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return code.co_name, code.co_code, code.co_consts, counts, names
+
+
+def _globals_of(code: types.CodeType) -> Iterator[str]:
+    """Names that code and what is defined in it read of its module."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_of(constant)

@@ -1,0 +1,140 @@
+"""Arrays, networks and tasks that a program has in hand, in the place of names: run(config, data=…, model=…)."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar
+
+import pyarrow as pa
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from raysubset.config import Config
+from raysubset.given_objects import PREFIX, Given, Instance, holding, is_given
+from raysubset.models import copied, unwrapped
+from raysubset.object_digests import importable, object_fingerprint
+from raysubset.tasks import Task
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_UNNAMED = {"data": "digits", "model": "auto", "task": "auto"}  # names that nobody gave
+
+
+def taking_objects(function: Callable[P, T]) -> Callable[P, T]:
+    """Have what a function is given as data, model and task taken() while it works: it gets the config alone."""
+
+    @functools.wraps(function)
+    def call(config: Config, *arguments: Any, data: Any = None, model: Any = None, task: Any = None, **more: Any) -> T:
+        with taken(config, data=data, model=model, task=task) as config:
+            return function(config, *arguments, **more)  # pyright: ignore[reportCallIssue]
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = None) -> Iterator[Config]:
+    """Have the objects in hand as long as the block; yield the config that names them.
+
+    A function or class of a module is named by it, package.module:name, as if the config did. Other objects are
+    given:Name, by which config.json calls them: whoever resumes gives them again, and what differs is found by their
+    digests.
+
+    Args:
+        data: what a function that data.name names may return, or such a function.
+        model: an nn.Module, whose weights are those of the shared start; or a function or class, called with the Spec.
+        task: a raysubset.tasks.Task, or a class of it.
+
+    Raises:
+        ValueError: for an object beside a name, or one that cannot be used or given to other processes.
+    """
+    names = {"data": config.data.name, "model": config.model.name, "task": config.task.name}
+    with named({"data": data, "model": model, "task": task}, names) as names:
+        yield replace(
+            config,
+            data=replace(config.data, name=names["data"]),
+            model=replace(config.model, name=names["model"]),
+            task=replace(config.task, name=names["task"]),
+        )
+
+
+@contextlib.contextmanager
+def named(given: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Have those of the objects that are not None in hand; yield the names that stand for them, and the others' own."""
+    objects, fingerprints, own = {}, dict[str, pa.Table](), dict(names)
+    for argument, value in given.items():
+        if value is None:
+            continue
+        stands, name = _checked(argument, value), names[argument]
+        if not isinstance(stands, Instance) and (reference := importable(stands)):
+            own[argument] = reference
+        else:
+            own[argument] = f"{PREFIX}{argument if argument == 'data' else _name_of(value)}"
+            objects[own[argument]] = stands
+            if argument != "data":  # known by what is read of them
+                fingerprints[own[argument]] = object_fingerprint(own[argument], stands)
+        if name not in (_UNNAMED[argument], own[argument]):
+            raise ValueError(
+                f"{argument} is given as an object, and {argument}.name = {name!r} too: leave one of them out"
+            )
+    with holding(Given(objects, fingerprints, frozenset({f"{PREFIX}data"} & {*objects}))):
+        yield own
+
+
+@contextlib.contextmanager
+def again(given: Mapping[str, Any], record: Any) -> Iterator[None]:
+    """Have objects in hand by the names that a model's record, which may hold anything, has for them.
+
+    Raises:
+        ValueError: for an object that the record has no such name for.
+    """
+    objects = {}
+    for argument, value in given.items():
+        if value is None:
+            continue
+        tree = record.get(argument) if isinstance(record, dict) else None
+        name = tree.get("name") if isinstance(tree, dict) else None
+        if not isinstance(name, str) or not is_given(name):
+            raise ValueError(f"the run was given no {argument} as an object, but one by name: leave {argument} out")
+        objects[name] = _checked(argument, value)
+    with holding(Given(objects)):
+        yield
+
+
+def _checked(argument: str, value: Any) -> Any:
+    """What is called in the place of the function that a config names.
+
+    Raises:
+        ValueError: for what cannot stand there.
+    """
+    if isinstance(value, str):
+        out = "; texts are given in a list" if argument == "data" else ""
+        raise ValueError(f"{argument} = {value!r} is a name, or a path: set {argument}.name of the config{out}")
+    if argument == "data":
+        return value if callable(value) and not hasattr(value, "__getitem__") else Instance(value)
+    if argument == "task":
+        if isinstance(value, Task):
+            return Instance(value, copy.deepcopy)
+        if not callable(value):
+            raise ValueError(f"task is a {type(value).__name__}: give a raysubset.tasks.Task, or a class of it")
+        return value
+    value = unwrapped(value)
+    if isinstance(value, nn.Module):
+        if lazy := [name for name, tensor in (*value.named_parameters(), *value.named_buffers()) if is_lazy(tensor)]:
+            text = f"model has parameters without a shape yet ({', '.join(lazy[:3])}{', …' if len(lazy) > 3 else ''})"
+            raise ValueError(f"{text}: pass a batch through it first, or give a function that makes it")
+        return Instance(copied(value).cpu().train(), copied)
+    if not callable(value):
+        raise ValueError(
+            f"model is a {type(value).__name__}: give an nn.Module, or a function of a Spec that makes one"
+        )
+    return value
+
+
+def _name_of(value: Any) -> str:
+    """Of a class or function its own, of anything else its class's."""
+    value = unwrapped(value)
+    name = getattr(value, "__name__", type(value).__name__)
+    return name if name.isidentifier() else "function"

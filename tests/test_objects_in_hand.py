@@ -1,0 +1,313 @@
+"""Objects in the place of names: what stands for them, what other processes get, and what tells that they changed."""
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from ray import cloudpickle
+from torch import nn
+
+from raysubset.comparison.driver import _checked
+from raysubset.config import Config
+from raysubset.data import load_full_set
+from raysubset.given_objects import Given, in_hand, take
+from raysubset.identity import identify
+from raysubset.object_digests import object_fingerprint
+from raysubset.objects_in_hand import taken
+from raysubset.planning import make_plan, seeded_model
+from raysubset.run_directory import RunDirectory
+from raysubset.tasks import Regression, Spec
+from raysubset.trained_model import ModelRecord, load_model, save_model
+from raysubset.user_code import Workplace
+from tests.tiny import same_bits, weights
+
+DRAWS = np.random.default_rng(0)
+ARRAYS = {"inputs": DRAWS.normal(size=(80, 4)).astype(np.float32), "target": DRAWS.normal(size=80)}
+
+
+def net(*, bias: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    nn.init.constant_(network[2].bias, bias)  # pyright: ignore[reportArgumentType]
+    return network
+
+
+def local_class() -> type[nn.Module]:
+    """A class that no process finds by its name, as one of a notebook."""
+
+    class Net(nn.Module):
+        def __init__(self, spec: Spec) -> None:
+            super().__init__()
+            self.layer = nn.Linear(spec.inputs[0], spec.outputs[0])
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(inputs)
+
+    return Net
+
+
+def config_of(**overrides: object) -> Config:
+    return Config().with_overrides({"task.name": "regression", "subsets.num": 2} | overrides)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ARRAYS,
+        (ARRAYS["inputs"], ARRAYS["target"]),
+        {name: torch.from_numpy(array) for name, array in ARRAYS.items()},
+        {"train": ARRAYS, "test": {name: array[:20] for name, array in ARRAYS.items()}},
+        pa.table({f"x{k}": ARRAYS["inputs"][:, k] for k in range(4)} | {"target": ARRAYS["target"]}),
+        torch.utils.data.TensorDataset(torch.from_numpy(ARRAYS["inputs"]), torch.from_numpy(ARRAYS["target"])),
+        lambda: ARRAYS,
+    ],
+    ids=["dict", "pair", "tensors", "splits", "table", "Dataset", "function"],
+)
+def test_data_in_hand_are_read_as_what_a_function_returns(data):
+    with taken(config_of(), data=data) as config:
+        assert config.data.name == "given:data"
+        full_set = load_full_set(*config.learned)
+    assert full_set.spec == Spec((4,), (1,))
+    assert full_set.notes[0].endswith("examples of the data given")
+
+
+def test_texts_in_hand_are_learned():
+    with taken(
+        config_of(**{"task.name": "next_token", "data.window": 8}), data=["a text of some words " * 20]
+    ) as config:
+        assert load_full_set(*config.learned).spec.num_values == 256
+
+
+def test_a_network_in_hand_is_the_shared_start_and_stays_as_it_is():
+    given = net(bias=2.0)
+    with taken(config_of(), data=ARRAYS, model=given) as config:
+        assert config.model.name == "given:Sequential"
+        full_set = load_full_set(*config.learned)
+        plan = make_plan(config, full_set)
+        made = seeded_model(config, full_set)
+        nn.init.zeros_(made[0].weight)  # pyright: ignore[reportIndexIssue]
+        assert same_bits(weights(seeded_model(config, full_set)), weights(net(bias=2.0)))
+    assert same_bits(weights(given), weights(net(bias=2.0)))
+    assert "given:Sequential brings its own weights, which the shared start has, whatever the seed" in map(
+        str, plan.advice
+    )
+
+
+def test_a_class_in_hand_draws_its_weights_by_the_seed():
+    with taken(config_of(), data=ARRAYS, model=local_class()) as config:
+        full_set = load_full_set(*config.learned)
+        ours, other = seeded_model(config, full_set), seeded_model(config.with_overrides({"seed": 1}), full_set)
+        assert config.model.name == "given:Net"
+        assert same_bits(weights(ours), weights(seeded_model(config, full_set)))
+        assert not same_bits(weights(ours), weights(other))
+
+
+def test_a_function_without_arguments_makes_a_network():
+    with taken(config_of(), data=ARRAYS, model=lambda: net()) as config:
+        assert config.model.name == "given:function"
+        assert seeded_model(config, load_full_set(*config.learned))(torch.zeros(2, 4)).shape == (2, 1)
+
+
+def test_what_a_module_has_is_named_by_it():
+    with taken(Config(), model=net, task=Regression, data=config_of) as config:
+        assert (config.model.name, config.data.name) == ("tests.test_objects_in_hand:net", f"{__name__}:config_of")
+        assert config.task.name == "raysubset.tasks.regression:Regression"
+        assert not in_hand().objects
+
+
+def test_another_process_has_what_the_driver_was_given_without_the_data(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = local_class()(Spec((4,), (1,)))
+    with taken(config_of(), data=ARRAYS, model=model) as config:
+        full_set = load_full_set(*config.learned)
+        sent = cloudpickle.dumps(in_hand().for_others())
+        fingerprints = in_hand().fingerprints
+    assert not in_hand().objects
+    place = Workplace(str(tmp_path / "missing"), (), partial(cloudpickle.loads, sent))
+    try:
+        place.enter()
+        assert {*in_hand().objects} == {"given:Net"}
+        assert in_hand().fingerprints == fingerprints
+        assert in_hand().load is place.load_given  # for the processes that this one starts
+        assert same_bits(weights(seeded_model(config, full_set)), weights(model))
+    finally:
+        take(Given())
+
+
+def changes(**objects) -> list[str]:
+    """What tells a run of ARRAYS and net() that it is resumed with others."""
+
+    def identity(data=ARRAYS, model=None):
+        with taken(config_of(), data=data, model=model or net()) as config:
+            return identify([config], {}, None)
+
+    return identity(**objects).changed(identity())
+
+
+def test_changed_objects_under_an_old_name_are_found():
+    assert not changes()
+    shifted, scaled = ({"target": change(ARRAYS["target"])} for change in (lambda x: x + 1, np.exp))
+    assert changes(data=ARRAYS | shifted)[0].startswith("data changed: what training rows decide ")
+    assert "train target has other bytes" in changes(data=ARRAYS | scaled)[0]
+    assert changes(model=net(bias=1.0)) == ["code changed: given:Sequential's tensors has other bytes"]
+    relu = nn.Sequential(*net()[:1], nn.ReLU(), net()[2])  # pyright: ignore[reportIndexIssue]
+    (changed,) = changes(model=relu)
+    assert changed.startswith("code changed: given:Sequential ")
+
+
+def test_modes_gradients_and_where_tensors_are_do_not_count_as_changes():
+    trained = net()
+    trained(torch.ones(2, 4)).sum().backward()
+    assert not changes(model=torch.nn.DataParallel(trained.eval()))
+
+
+SCALE = 1.0
+
+
+def test_code_is_known_by_what_it_does():
+    def made(factor: float, *, scaled: bool = False):
+        def inner(x):
+            return x * factor * SCALE if scaled else x * factor
+
+        return inner
+
+    digests = [object_fingerprint("f", made(*options)) for options in ((1.0,), (1.0,), (2.0,))]
+    assert digests[0] == digests[1] != digests[2]
+    first = object_fingerprint("f", made(1.0, scaled=True))
+    globals()["SCALE"] = 2.0
+    try:
+        assert object_fingerprint("f", made(1.0, scaled=True)) != first
+    finally:
+        globals()["SCALE"] = 1.0
+
+
+def test_digests_are_the_same_in_every_process(tmp_path):
+    """Without the order of sets, addresses and the random numbers that pickled classes have."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from raysubset.object_digests import object_fingerprint\n"
+        "def helper(x): return x in {'a', 'b', 'c'} and again(x)\n"
+        "def again(x): return helper(x)\n"
+        "class Base:\n    words = frozenset(('d', 'e', 'f'))\n"
+        "class Made(Base):\n    @property\n    def one(self): return helper(1)\n"
+        "    @staticmethod\n    def two(x=helper): return super\n"
+        "made = Made(); made.own = {'x', 'y', 'z'}, [1.5, None], helper\n"
+        "print(object_fingerprint('given:Made', made).to_pylist())\n"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, str(script)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+
+
+def locked() -> nn.Module:
+    network = net()
+    network.lock = threading.Lock()  # pyright: ignore[reportArgumentType]
+    return network
+
+
+INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0, "aggregation.method": "select_best"}
+
+MISTAKES = {
+    "name too": (
+        {"model": net()},
+        {"model.name": "mlp"},
+        "model is given as an object, and model.name = 'mlp' too: leave",
+    ),
+    "data too": ({"data": ARRAYS}, {"data.name": "diabetes"}, "data.name = 'diabetes' too: leave one of them out"),
+    "a path": ({"data": "a.csv"}, {}, "data = 'a.csv' is a name, or a path: set data.name of the config; texts are"),
+    "a name": ({"model": "mlp"}, {}, "model = 'mlp' is a name, or a path: set model.name of the config"),
+    "lazy": ({"model": nn.LazyLinear(1)}, {}, r"without a shape yet \(weight, bias\): pass a batch through it first"),
+    "locked": (
+        {"model": locked()},
+        {},
+        "given:Sequential cannot be given to other processes, .* '_thread.lock' object",
+    ),
+    "no network": ({"model": 3}, {}, "model is a int: give an nn.Module, or a function of a Spec that"),
+    "no task": ({"task": 3}, {"task.name": "auto"}, "task is a int: give a raysubset.tasks.Task, or a class of it"),
+    "no data": ({"data": 3}, {}, "given:data is a int: it should return an Arrow table"),
+    "other outputs": ({"model": nn.Linear(4, 2)}, {}, r"given:Linear gave float32 \[2, 2\] for two inputs"),
+    "other task": ({"task": lambda: 3}, {"task.name": "auto"}, "made a int: it should be a raysubset.tasks.Task"),
+    "independent": ({"model": net()}, INDEPENDENT, "subsets.start=independent draws weights anew"),
+    "perturbed": ({"model": net()}, {"fine_tuning.start": "shrink_perturb"}, "start=shrink_perturb draws weights anew"),
+}
+
+
+@pytest.mark.parametrize(("objects", "overrides", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_stand_for_a_name_is_refused_in_a_line_before_ray(objects, overrides, message):
+    with (
+        pytest.raises(ValueError, match=message) as caught,
+        taken(config_of(**overrides), **{"data": None if "data.name" in overrides else ARRAYS} | objects) as config,
+    ):
+        make_plan(config, load_full_set(*config.learned))
+    assert "\n" not in str(caught.value)
+    assert not in_hand().objects
+
+
+def test_a_config_that_names_an_object_asks_for_it_again():
+    with taken(config_of(), data=ARRAYS) as config:
+        full_set = load_full_set(*config.learned)
+    for field in ("data", "model", "task"):
+        config = Config().with_overrides({f"{field}.name": "given:Net"})
+        with pytest.raises(ValueError, match=rf"{field}.name = 'given:Net' stands for .*: give it again, {field}=…"):
+            identify([config], {config.learned: full_set}, None)
+    with taken(config_of(**{"model.name": "given:Sequential", "data.name": "given:data"}), data=ARRAYS, model=net()):
+        pass  # as a resume by the run's own config.json
+
+
+@pytest.mark.parametrize("arm", ["E", "F"])
+def test_a_comparison_refuses_arms_that_draw_weights_anew_for_a_network_in_hand(arm):
+    with taken(config_of(), model=net()) as config:
+        with pytest.raises(ValueError, match="draws weights anew, and given:Sequential is a network that has its own"):
+            _checked(config, [0, 1], [2.0], ["B", "G", arm], [0.1])
+        _checked(config, [0, 1], [2.0], ["B", "G"], [0.1])
+
+
+class _Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs) * float(np.asarray(self.layer.bias.detach()).sum() > -9)
+
+
+def saved(directory: RunDirectory, model: nn.Module) -> dict[str, torch.Tensor]:
+    with taken(config_of(), data=ARRAYS, model=model) as config:
+        record = ModelRecord(config.model, load_full_set(*config.learned).task)
+        save_model(directory, weights(model), record)
+    return weights(model)
+
+
+def test_a_model_is_loaded_elsewhere_by_its_graph_or_by_the_object_again(tmp_path):
+    directory = RunDirectory(str(tmp_path), "traced")
+    own = saved(directory, net(bias=1.0))
+    inputs = torch.from_numpy(ARRAYS["inputs"])
+    outputs = load_model(directory.uri)(inputs)
+    again = load_model(directory.uri, model=net())
+    assert same_bits(weights(again.network), own)
+    torch.testing.assert_close(again(inputs), outputs)
+    with pytest.raises(ValueError, match="the run was given no task as an object, but one by name: leave task out"):
+        load_model(directory.uri, task=Regression)
+
+
+def test_a_network_without_a_graph_is_asked_for_again(tmp_path):
+    directory = RunDirectory(str(tmp_path), "untraced")
+    own = saved(directory, _Untraceable())
+    for trusted in (False, True):
+        with pytest.raises(ValueError, match=r"give it again, "):
+            load_model(directory.uri, trust_code=trusted)
+    assert same_bits(weights(load_model(directory.uri, model=_Untraceable()).network), own)
