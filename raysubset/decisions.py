@@ -11,7 +11,10 @@ from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import ActorPool, packing_decision, packing_note
+from raysubset.training import Cost
 from raysubset.work import Piece, Run
+
+TRAIN_START_S = 15.0  # a Ray Train job's processes take it to start, on cores that are idle
 
 
 def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> None:
@@ -42,7 +45,7 @@ def workers_of_stages(config: Config) -> dict[str, int]:
     if config.trunk.epochs:
         workers["trunk"] = config.trunk.num_workers
     if tuning.epochs:
-        workers["fine_tuning"] = tuning.min_workers or tuning.num_workers or 1
+        workers["fine_tuning"] = tuning.min_workers or tuning.workers(auto=1)
     return workers
 
 
@@ -55,7 +58,7 @@ class Decisions:
         Raises:
             ValueError: if streamed examples could not be read beside so many Ray Train workers.
         """
-        self._run = run
+        self._run, self._plan = run, plan
         decided = run.directory.read_json_or_none(DECISIONS_PATH)
         self._record: dict[str, Any] = self._first(plan) if decided is None else decided
         if decided is None:
@@ -67,9 +70,37 @@ class Decisions:
         return self._record["num_gpus"]
 
     @property
-    def num_workers(self) -> int:
-        """Of fine-tuning."""
-        return self._record["num_workers"]
+    def may_go_alone(self) -> bool:
+        """Whether fine-tuning may be one actor's work."""
+        return bool(self._run.config.fine_tuning.epochs) and self._record.get("num_workers", 1) == 1
+
+    def num_workers(self, *, num_teachers: int) -> int:
+        """The workers of fine-tuning: as asked for, or decided once by what it would take one alone, and told.
+
+        Args:
+            num_teachers: minima that it learns from.
+        """
+        if "num_workers" not in self._record:
+            self._record |= self._workers(num_teachers)
+            self._write()
+        num = self._record["num_workers"]
+        if (alone_s := self._record.get("alone_s")) is not None:
+            most = self._record["most_workers"]
+            text = f"fine_tuning.num_workers=auto: {num} of at most {most}; alone it is some {alone_s:.2g} s of work, "
+            self._run.tell(Note(f"{text}Ray Train takes some {TRAIN_START_S:g} s to start several"))
+        return num
+
+    def _workers(self, num_teachers: int) -> dict[str, Any]:
+        run, epochs, most = self._run, self._run.config.fine_tuning.epochs, self._record["most_workers"]
+        num_train, share = len(run.full_set.train), self._plan.forward_share
+        costs = [work.cost for work in run.ledger.read() if work.outcome == "done" and work.cost.num_backward]
+        rates = [cost.passes(num_train, share) / cost.device_s for cost in costs if cost.device_s > 0]
+        if not rates:
+            return {"num_workers": most}
+        forward, backward = (1 + num_teachers) * num_train + len(run.full_set.validation), num_train
+        passes = epochs * Cost(num_forward=forward, num_backward=backward).passes(num_train, share)
+        alone_s = passes / max(rates)
+        return {"num_workers": most if alone_s * (1 - 1 / most) > TRAIN_START_S else 1, "alone_s": alone_s}
 
     @property
     def shares(self) -> list[float] | None:
@@ -116,16 +147,15 @@ class Decisions:
     def _first(self, plan: Plan) -> dict[str, Any]:
         config = self._run.config
         num_gpus = num_gpus_of(config.actors, self._run.tell)
-        num_workers = config.fine_tuning.num_workers
-        if num_workers is None:
-            request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-            num_workers = min(num_slots(request, startable=True), len(plan.subsets), plan.most_workers)
-            if config.data.streamed:
-                num_workers = min(num_workers, most_workers(config.actors.num_cpus))
-            num_workers = max(1, num_workers)
+        request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+        most = min(num_slots(request, startable=True), len(plan.subsets), plan.most_workers)
+        if config.data.streamed:
+            most = min(most, most_workers(config.actors.num_cpus))
+        num_workers = config.fine_tuning.workers(auto=max(1, most))
         if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
             refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, not after the subsets
-        return {"num_gpus": num_gpus, "num_workers": num_workers}
+        name = "most_workers" if config.fine_tuning.num_workers == "auto" else "num_workers"
+        return {"num_gpus": num_gpus, name: num_workers}
 
     def _write(self) -> None:
         self._run.directory.write_json(DECISIONS_PATH, self._record)

@@ -190,7 +190,7 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
         tuning = config.fine_tuning
         fitting = min(slots, wanted, most_workers(config.actors.num_cpus) if config.data.streamed else wanted)
         fitting = min(fitting, plan.most_workers) if plan else fitting
-        least = tuning.min_workers or tuning.num_workers or max(1, fitting)  # as pipeline decides
+        least = tuning.min_workers or tuning.workers(auto=max(1, fitting))  # at most, where a run decides
         num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
         num_workers["fine_tuning"] = least if tuning.epochs else 0
     try:
@@ -278,7 +278,7 @@ def training_s(config: Config, plan: Plan, num_train: int, *, per_s: float, num_
         return plan.passes * num_train / per_s / config.conventional.num_workers
     longest = _makespan([len(subset.indices) for subset in plan.subsets], num_slots)
     subsets = config.rounds.num * config.minimize.epochs * longest
-    num_workers = config.fine_tuning.num_workers or num_slots
+    num_workers = config.fine_tuning.workers(auto=num_slots)
     around = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
     return (subsets + around * num_train) / per_s
 

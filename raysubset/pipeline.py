@@ -9,7 +9,7 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ from raysubset.config import Config, Learned, TrainingStage
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
-from raysubset.events import Note, OnEvent, Stage, stage_event
-from raysubset.fine_tuning import fine_tune, refuse_old_ray_train
+from raysubset.events import Event, Note, OnEvent, Progress, Stage, stage_event
+from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_train
 from raysubset.given_objects import is_given
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
@@ -49,13 +49,13 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
-from raysubset.subset_actors import ActorPool, find_minima
+from raysubset.subset_actors import ActorPool, Pack, find_minima
 from raysubset.tasks import NextToken
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece, Run, leave_test, perturbed, seeded_model
+from raysubset.work import Piece, Run, TrainPiece, leave_test, perturbed, seeded_model
 
 
 @taking_objects
@@ -172,6 +172,7 @@ class _Stages:
         self._run, self._plan = run, plan
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._decisions = Decisions(run, plan)
+        self._epochs: Epochs | None = None  # of an actor that fine-tunes
 
     def run(self) -> dict[str, Any]:
         """All stages; the report's record. What they find damaged is made again, as its records go, once each."""
@@ -203,7 +204,8 @@ class _Stages:
         if config.subsets.shares != "equal":
             self._plan = self._plan_by_speed()
         weights, start_id, trunk, fine_tuning = self._fresh_weights(), "initial", None, None
-        with self._pool() as pool:
+        with ExitStack() as actors:
+            pool = actors.enter_context(self._pool())
             if config.trunk.epochs:
                 weights, trunk = self._trunk(pool)
                 start_id = "trunk"
@@ -213,8 +215,8 @@ class _Stages:
                 weights, record = rounds_of_run.run(pool, round, weights, start_id)
                 start_id = f"round-{round:04d}"
                 rounds.append(record)
-        if config.fine_tuning.epochs:
-            weights, fine_tuning = self._fine_tune(weights, rounds[-1]["minima"])
+            if config.fine_tuning.epochs:
+                weights, fine_tuning = self._fine_tune(pool, weights, rounds[-1]["minima"], hand_back=actors.close)
         last = fine_tuning or rounds[-1]["aggregation"]
         return self._report(weights, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
 
@@ -249,12 +251,22 @@ class _Stages:
         find_minima(pool, [piece], None, keep=math.inf)
         return piece.output.weights(), self._directory.read_json(piece.output.record_path)
 
-    def _fine_tune(self, aggregate: Weights, minima: Sequence[dict[str, Any]]) -> tuple[Weights, dict[str, Any]]:
+    def _fine_tune(
+        self,
+        pool: ActorPool,
+        aggregate: Weights,
+        minima: Sequence[dict[str, Any]],
+        *,
+        hand_back: Callable[[], None],
+    ) -> tuple[Weights, dict[str, Any]]:
         """Ray Train on the full set, from the aggregate, a shrunk and perturbed aggregate, or fresh weights.
 
-        With distillation it learns from the last round's minima as well.
+        With distillation it learns from the last round's minima as well. Several workers need the pool's places.
         """
-        tuning, num_workers = self._config.fine_tuning, self._decisions.num_workers
+        tuning = self._config.fine_tuning
+        folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
+        teachers = tuple(folders if tuning.distillation else ())
+        num_workers = self._decisions.num_workers(num_teachers=len(teachers))
         text = f"{tuning.epochs:g} epochs on the full set by Ray Train, {num_workers} worker(s), {tuning.start} start"
         self._tell(stage_event("fine_tuning", text))
         weights = aggregate
@@ -262,8 +274,20 @@ class _Stages:
             weights = self._fresh_weights("fine_tuning")
         elif tuning.start == "shrink_perturb":
             weights = perturbed(self._config, self._full_set, aggregate)
-        folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
-        return self._train("fine_tuning", weights, num_workers, teachers=folders if tuning.distillation else ())
+        if num_workers == 1 and not self._directory.list(f"fine_tuning/{FOLDER}"):  # a job of before resumes as one
+            piece = TrainPiece(self._config, self._directory, "fine_tuning", teachers=teachers)
+            return self._train_by_actor(pool, piece, weights)
+        hand_back()
+        return self._train("fine_tuning", weights, num_workers, teachers=teachers)
+
+    def _train_by_actor(self, pool: ActorPool, piece: TrainPiece, weights: Weights) -> tuple[Weights, dict[str, Any]]:
+        """One actor, by Ray Train's local mode; deaths, retries and waiting as for any piece of work."""
+        if (record := piece.record()) is None:
+            refuse_changed_files(self._full_set)
+            self._epochs = Epochs(piece.directory, piece.stage, quality=self._full_set.quality, tell=self._tell)
+            ((_, record),) = pool.run([Pack((piece,))], weights)
+            self._epochs.tell_new()
+        return piece.output.weights(), record
 
     def _train(
         self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
@@ -367,12 +391,18 @@ class _Stages:
     def _pool(self) -> ActorPool:
         num_gpus, slots = self._decisions.num_gpus, self._decisions.slots
         return ActorPool(
-            self._run,
+            dataclasses.replace(self._run, tell=self._hear),
             num_gpus=num_gpus,
             speed_of_node=partial(speed_of_node, self._config.subsets, slots) if slots else None,
             preferred_nodes=fastest_nodes(self._config, slots, num_gpus=num_gpus) if slots else (),
             actor_bytes=actor_bytes(self._config, self._full_set, self._plan) if num_gpus else None,
         )
+
+    def _hear(self, event: Event) -> None:
+        """Tell what the pool tells, and the epochs of an actor that fine-tunes."""
+        self._tell(event)
+        if self._epochs and isinstance(event, Progress):
+            self._epochs.tell_new()
 
     def _fresh_weights(self, start_id: str = "initial") -> Weights:
         return seeded_model(self._config, self._full_set, start_id).state_dict()

@@ -171,9 +171,13 @@ class Rounds:
             measures=MEASURES if config.rounds.evaluated(round) else (),
             more={"minima": records} | ({"subsamples": others} if parts else {}),
         )
-        ((_, record),) = pool.run([Pack((piece,))], start, keep=math.inf if round + 1 < config.rounds.num else 0)
+        ((_, record),) = pool.run([Pack((piece,))], start, keep=self._num_kept(round))
         self._tell_of(record["aggregation"], round)
         return piece.output.weights(), record
+
+    def _num_kept(self, round: int) -> float:
+        """Actors that stay when the round is done: for the next one, or to fine-tune."""
+        return math.inf if round + 1 < self._config.rounds.num else float(self._decisions.may_go_alone)
 
     def _tell_of(self, made: dict[str, Any], round: int) -> None:
         text = f"{made['method']} of subsets {', '.join(map(str, made['subset_ids']))}"

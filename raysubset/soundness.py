@@ -146,7 +146,7 @@ def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[Tra
     if config.trunk.epochs:
         stages.append(("trunk", num_train, config.trunk.num_workers))
     if config.fine_tuning.epochs:
-        stages.append(("fine_tuning", num_train, config.fine_tuning.num_workers or 1))
+        stages.append(("fine_tuning", num_train, config.fine_tuning.workers(auto=1)))
     return stages
 
 

@@ -68,9 +68,9 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the driver hear of progress within a tenth of a second: in time to kill who makes it, on any machine."""
-    from raysubset.fine_tuning import driver
+    from raysubset.fine_tuning import trainer
     from raysubset.subset_actors import pool
 
     monkeypatch.setattr(pool, "POLL_S", 0.05)
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
-    monkeypatch.setattr(driver, "LOOK_S", 0.05)
+    monkeypatch.setattr(trainer, "LOOK_S", 0.05)

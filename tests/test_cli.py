@@ -114,6 +114,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --subsets.num 0", "raysubset: subsets.num = 0 must be at least 1"),
         ("run --subsets.num many", "--subsets.num takes a whole number, not 'many'; see raysubset run --help"),
         ("run --seed 1.5", "--seed takes a whole number, not '1.5'"),
+        ("run --fine-tuning.num-workers two", "--fine-tuning.num-workers takes a whole number or auto, not 'two'"),
         ("run --minimize.momentum much", "--minimize.momentum takes a number, not 'much'"),
         ("run --minimize.learning-rate fast", "--minimize.learning-rate takes a number, not 'fast'"),
         ("sweep --sizes 80 large", "--sizes takes a whole number, not 'large'"),

@@ -217,7 +217,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (FineTuningConfig, {"shrink": 1.5}, "fine_tuning.shrink = 1.5"),
     (FineTuningConfig, {"perturb": -0.5}, "fine_tuning.perturb = -0.5"),
     (FineTuningConfig, {"num_workers": 0}, "fine_tuning.num_workers = 0"),
-    (FineTuningConfig, {"min_workers": 1}, "must be between 1 and fine_tuning.num_workers = None"),
+    (FineTuningConfig, {"min_workers": 1}, "must be between 1 and fine_tuning.num_workers = auto"),
     (FineTuningConfig, {"min_workers": 3, "num_workers": 2}, "must be between 1 and fine_tuning.num_workers = 2"),
     (ConventionalConfig, {"epochs": 0.0}, "conventional.epochs = 0.0"),
     (ConventionalConfig, {"num_workers": 0}, "conventional.num_workers = 0"),
@@ -374,6 +374,7 @@ TOGETHER = {  # where one field cannot change alone
     "minimize.gradients": {"minimize.gradients": "bfloat16"},
     "minimize.gradient_tolerance": {"minimize.optimizer": "cg", "minimize.gradient_tolerance": 1e-3},
     "tracking.uri": {"tracking.to": "mlflow", "tracking.uri": "sqlite:///runs.db"},
+    "fine_tuning.num_workers": {"fine_tuning.num_workers": 2},
     "fine_tuning.min_workers": {"fine_tuning.num_workers": 2, "fine_tuning.min_workers": 1},
 }
 

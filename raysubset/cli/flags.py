@@ -212,7 +212,8 @@ class Flag:
         if self.placeholder or self.kind is bool:
             return self.placeholder
         named = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
-        return ("{" + ",".join(self.words) + "}" if self.words else named) + (" …" if self.is_many else "")
+        words = [named] * (self.kind is not str or not self.words) + list(self.words)
+        return ("{" + ",".join(words) + "}" if self.words else named) + (" …" if self.is_many else "")
 
 
 def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list[Flag]:
@@ -247,11 +248,12 @@ def _flags_of_config(kind: type, default: Any, prefix: str) -> Iterator[Flag]:
 
 def _flag(name: str, key: str, hint: Any, default: Any, doc: str, of_config: bool, *more: Any) -> Flag:
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
-    has_none, kind, words = type(None) in options, next(one for one in options if one is not type(None)), ()
+    has_none, kind = type(None) in options, next(one for one in options if one is not type(None))
+    words = next((typing.get_args(one) for one in options if typing.get_origin(one) is Literal), ())
     if is_many := typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
-        kind, words = str, typing.get_args(kind)
+        kind = str
     return Flag(name.replace("_", "-"), key, kind, words, has_none, is_many, default, doc, of_config, *more)
 
 
@@ -367,9 +369,9 @@ def _value(flag: Flag, name: str, word: str, prog: str) -> Any:
     if flag.words and word not in flag.words and not flag.of_config:
         raise ValueError(f"{name} = {word!r} is not one of {', '.join(flag.words)}{nearest(word, flag.words)}")
     try:
-        return flag.kind(word)
+        return word if word in flag.words else flag.kind(word)
     except ValueError:
-        number = "a whole number" if flag.kind is int else "a number"
+        number = " or ".join(("a whole number" if flag.kind is int else "a number", *flag.words))
         raise ValueError(f"{name} takes {number}, not {word!r}; see {prog} --help") from None
 
 

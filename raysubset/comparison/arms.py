@@ -208,4 +208,4 @@ def final_leg(
         assert start.leg is not None
         return start.leg
     start = dataclasses.replace(start, kind=config.fine_tuning.start)
-    return on_full_set("fine_tuning", tuning * scale, start, config.fine_tuning.num_workers or 1)
+    return on_full_set("fine_tuning", tuning * scale, start, config.fine_tuning.workers(auto=1))

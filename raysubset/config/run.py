@@ -248,6 +248,9 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
         if moved.get("loss") == "cross_entropy":
             moved["loss"] = "auto"
         new["task"] = {**tree.get("task", {}), **moved}
+    tuning = tree.get("fine_tuning")
+    if isinstance(tuning, Mapping) and tuning.get("num_workers", 1) is None:
+        new["fine_tuning"] = {**tuning, "num_workers": "auto"}
     data = tree.get("data")
     if isinstance(data, Mapping) and "label_column" in data and data.get("target") is None:  # its name of before
         new["data"] = {key: value for key, value in data.items() if key != "label_column"}

@@ -122,8 +122,9 @@ class FineTuningConfig:
     """λ of shrink_perturb, in [0, 1]."""
     perturb: float = 0.1
     """γ of shrink_perturb, in [0, 1]."""
-    num_workers: int | None = None
-    """Ray Train workers; by default as many as the cluster can hold or start, at most one a subset (recorded)."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Ray Train workers; 1: an actor, by Ray Train's local mode. auto: 1 where the work is shorter than the start of
+    further processes, else as many as the cluster can hold or start, at most one a subset (measured, recorded)."""
     min_workers: int | None = None
     """Makes the job elastic: go on with as few as this when workers are lost, grow back to num_workers."""
     keep: Literal["best", "last"] = "last"
@@ -155,9 +156,13 @@ class FineTuningConfig:
         if self.min_workers is not None:
             most = self.num_workers
             need(
-                most is not None and self.min_workers <= most,
+                most != "auto" and self.min_workers <= most,
                 f"fine_tuning.min_workers = {self.min_workers} must be between 1 and fine_tuning.num_workers = {most}",
             )
+
+    def workers(self, *, auto: int) -> int:
+        """Return the number of workers asked for, or `auto` where it is left to the run."""
+        return auto if self.num_workers == "auto" else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,11 @@ from raysubset.cluster import (
     node_types,
     offers,
 )
-from raysubset.events import EpochDone, Note, OnEvent, Retry, Waiting
-from raysubset.fine_tuning.worker import Job
+from raysubset.events import Note, OnEvent, Retry, Waiting
+from raysubset.fine_tuning.epochs import Epochs
+from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
-from raysubset.quality import Quality, metrics_in_words
-from raysubset.run_directory import history_path
+from raysubset.quality import Quality
 
 MOST_START_S = 900.0  # for workers that have their places to begin: their processes start, and read the full set
 _ELASTIC_S = 60.0  # after which a controller that is free in the number of workers, and asks for none, finds no places
@@ -38,11 +38,11 @@ class TrainLookout:
     """
 
     def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, quality: Quality, tell: OnEvent) -> None:
-        self._is_elastic, self._quality = is_elastic, quality
+        self._is_elastic = is_elastic
         self._job, self._num_workers, self._tell = job, num_workers, tell
         self._request = {"CPU": job.config.actors.num_cpus, "GPU": job.num_gpus}
         self.key = uuid.uuid4().hex  # of the workers' pulses
-        self.num_epochs = len(self._history())  # that were told of
+        self.epochs = Epochs(job.directory, job.stage, quality=quality, tell=tell)
         self.stalled = ""  # why workers were last killed
         self.begin()
 
@@ -58,7 +58,7 @@ class TrainLookout:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
             Whatever `tell` raises, as where another driver has taken the run over.
         """
-        self.tell_epochs()
+        self.epochs.tell_new()
         groups = groups_of(controller)
         workers = [worker for worker in heard(self.key).values() if groups.get(worker.group) == "CREATED"]
         now = time.monotonic()
@@ -73,21 +73,6 @@ class TrainLookout:
             self._watch_steps(workers)
         elif now - self._begun_at > MOST_START_S:
             ray.kill(controller)  # and fit() says so
-
-    def tell_epochs(self) -> None:
-        """Tell of what the first worker has added to the history in storage."""
-        try:
-            entries = self._history()
-        except OSError:  # the storage may answer the next time
-            return
-        stage = self._job.stage
-        for entry in entries[self.num_epochs :]:
-            self.num_epochs += 1
-            text = f"{stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation "
-            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), stage, entry))
-
-    def _history(self) -> list[dict[str, Any]]:
-        return self._job.directory.read_json_or_none(history_path(self._job.stage)) or []
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
         """Say when no worker has made a step for too long, and kill them after as long again."""

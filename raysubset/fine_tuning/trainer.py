@@ -1,7 +1,13 @@
-"""WatchedTrainer: Ray Train's TorchTrainer, whose controller the driver looks after while it runs."""
+"""fit(): a Ray Train job to its end, by a TorchTrainer whose controller the driver looks after while it runs."""
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
+
+# Ray Train reads these where the driver runs. Polling every 2 s would make each job of a few seconds twice as long.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray
 import ray.train
@@ -15,7 +21,18 @@ from raysubset.cluster.private_ray import (
     TrainController,
     get_env_vars_to_propagate,
 )
-from raysubset.fine_tuning.worker import MistakeError
+from raysubset.errors import one_line
+from raysubset.events import Note, OnEvent, Retry
+from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
+from raysubset.fine_tuning.lookout import TrainLookout
+from raysubset.fine_tuning.process_group import PrivateTorchConfig
+from raysubset.fine_tuning.snapshots import mend_snapshot
+from raysubset.fine_tuning.worker import MistakeError, train_loop
+from raysubset.quality import Quality
+from raysubset.run_directory import minimum_path
+
+LOOK_S = 1.0  # between two looks at the history that the first worker leaves
+CONTROLLER_FAILURES = 3
 
 
 class EndsOnMistakes(DefaultFailurePolicy):
@@ -72,3 +89,80 @@ class WatchedTrainer(TorchTrainer):
         finally:  # also when a second Ctrl-C cuts the grace short
             ray.kill(controller)
             remove_groups(list(groups_of(controller)))
+
+
+def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
+    """Run the job to its end, again where its controller dies."""
+    run, stage, most = job.directory, job.stage, job.config.actors.max_attempts
+    least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
+    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
+    num_lost = 0
+    while True:
+        num_epochs = lookout.epochs.num
+        if mended := mend_snapshot(run, f"{stage}/{FOLDER}"):
+            tell(Note(mended, is_warning=True))
+        trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
+        trainer.look = lookout.look
+        try:
+            diverged = trainer.fit().return_value
+            break
+        except ray.train.TrainingFailedError as error:
+            causes = list(getattr(error, "worker_failures", {}).values()) or [
+                getattr(error, "controller_failure", error)
+            ]
+            if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
+                text = f"{stage}, {mistake.text}"
+                raise (ValueError(text) if mistake.is_value_error else FineTuningFailed(text)) from error
+            own = [cause for cause in causes if isinstance(cause, ValueError)]
+            text = f"{stage}: {one_line((own or causes)[0])}"
+            if lookout.stalled and not own:
+                text = f"{stage}: {lookout.stalled}"
+            raise (ValueError(text) if own else FineTuningFailed(text)) from error
+        except SYSTEM_ERRORS as error:  # of the controller itself: Ray Train tries again what befalls its workers
+            if run.exists(minimum_path(stage)):
+                return
+            num_lost = 1 if lookout.epochs.num > num_epochs else num_lost + 1
+            text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
+            if num_lost >= most:
+                raise FineTuningFailed(text) from error
+            tell(Retry(f"{text}; it starts from its last checkpoint"))
+            lookout.begin()
+    lookout.epochs.tell_new()
+    if diverged:
+        raise ValueError(f"{stage}: {diverged}")
+
+
+def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
+    config, run, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
+    storage_path, filesystem = run.train_storage(stage)
+    resources: dict[str, float] = {"CPU": config.actors.num_cpus}
+    if num_gpus:
+        resources["GPU"] = num_gpus
+    wait_s, start_timeout_s, num_failures = config.cluster.wait_timeout_s, 60.0, CONTROLLER_FAILURES
+    if least is None:
+        start_timeout_s += wait_s  # the lookout gives up before
+    else:  # each time so many workers have no place, as after a node's death, Ray Train tries with fewer
+        num_failures += math.ceil(wait_s / start_timeout_s)
+    trainer = WatchedTrainer(
+        train_loop,
+        train_loop_config={"job": job, "pulses": pulses},
+        # NCCL refuses two workers on one card
+        torch_config=PrivateTorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers if least is None else (least, num_workers),
+            use_gpu=bool(num_gpus),
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=FOLDER,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.actors.max_attempts - 1, controller_failure_limit=num_failures
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    trainer.every_s, trainer.start_timeout_s = LOOK_S, start_timeout_s
+    return trainer

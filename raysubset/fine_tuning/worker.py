@@ -1,9 +1,13 @@
-"""One Ray Train worker: its share of each batch; rank 0 leaves ledger, history and result in the run directory."""
+"""One Ray Train worker: its share of each batch; rank 0 leaves ledger, history and result in the run directory.
+
+train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this process
+"""
 
 import io
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +16,19 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysubset.cluster import own_address, published
-from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
+from raysubset.config import TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
+from raysubset.fine_tuning.job import FOLDER, Job
 from raysubset.ledger import Ledger, Work
 from raysubset.models import copied, new_model, num_parameters
+from raysubset.pulse import beat
 from raysubset.run_directory import (
     RunDirectory,
+    checkpoint_path,
     history_path,
     left_out_path,
     load_checkpoint,
@@ -48,26 +56,10 @@ from raysubset.training import (
     try_training,
     use_device,
 )
-from raysubset.user_code import Workplace
-from raysubset.work import calibration_examples
+from raysubset.work import Follower, calibration_examples
 
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker is given. The full set and the start travel by reference."""
-
-    config: Config
-    recipe: MinimizeConfig
-    directory: RunDirectory
-    stage: TrainingStage
-    full_set_ref: Sequence[ray.ObjectRef]
-    start_ref: Sequence[ray.ObjectRef]
-    num_gpus: float  # of each worker
-    teachers: tuple[str, ...]  # folders of the minima to distil from
-    workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
 
 
 def train_loop(settings: dict[str, Any]) -> str | None:
@@ -99,6 +91,45 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     return None
 
 
+def train_here(job: Job, follower: Follower, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
+    """Do a stage in this process by Ray Train's local mode, from its newest checkpoint.
+
+    What it leaves is what a job of one worker leaves, bit for bit. If the process dies, another one resumes. What its
+    work raises passes.
+
+    Args:
+        attempt: names its checkpoints and ledger entry; waited_s for the ledger.
+
+    Returns:
+        The record (minimum.json); None if it was stopped, with a checkpoint written.
+    """
+    worker = _Worker(job, Shard(0, 1), _Alone(follower, attempt, waited_s))
+    trainer = TorchTrainer(
+        worker.train,
+        torch_config=_NoDeviceConfig(),
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+        run_config=ray.train.RunConfig(name=FOLDER),
+    )
+    return trainer.fit().return_value
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What a worker is given beside its job where a pool of actors counts its attempts and keeps watch."""
+
+    follower: Follower
+    attempt: int
+    waited_s: float
+
+
+class _NoDeviceConfig(TorchConfig):
+    """As TorchConfig, which would start CUDA in a process that was given no GPU: use_device() chooses."""
+
+    @property
+    def train_func_context(self) -> Any:
+        return nullcontext
+
+
 class MistakeError(Exception):
     """What a worker's own work raised: its place and the cause in a line, and whether it was a ValueError."""
 
@@ -122,7 +153,8 @@ _WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "t
 class _Worker:
     """The state of one Ray Train worker over its epochs."""
 
-    def __init__(self, job: Job, shard: Shard) -> None:
+    def __init__(self, job: Job, shard: Shard, alone: _Alone | None = None) -> None:
+        self._alone = alone
         config, full_set = job.config, ray.get(job.full_set_ref[0])
         self._config, self._directory, self._recipe, self._shard = config, job.directory, job.recipe, shard
         self._stage: TrainingStage = job.stage
@@ -149,13 +181,16 @@ class _Worker:
         self._history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {}
         self._measured = Cost()
-        self._started = self._heard_at = time.perf_counter()
+        self._started = self._heard_at = self._saved_at = time.perf_counter()
         self._work: Work | None = None
         if shard.rank == 0:
             self._open_ledger()
 
-    def train(self) -> None:
+    def train(self) -> dict[str, Any] | None:
         """Minimize from the last checkpoint if there is one; rank 0 leaves the result.
+
+        Returns:
+            The record, of rank 0; None if it was stopped.
 
         Raises:
             DivergedError: as minimize() does, on every worker.
@@ -164,15 +199,17 @@ class _Worker:
         per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
         every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
 
-        def on_step(progress: Progress) -> None:
+        def on_step(progress: Progress) -> bool:
             nonlocal so_far
             so_far = progress.cost
             if progress.epoch_ended:
                 self._end_epoch(progress)
-            if progress.epoch_ended or progress.step % every_steps == 0:
+            stop = self._alone is not None and self._alone.follower.follow(progress)
+            if progress.epoch_ended or progress.step % every_steps == 0 or stop or self._is_due():
                 self._checkpoint(progress)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
+            return stop
 
         seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's
         try:
@@ -186,13 +223,18 @@ class _Worker:
                 distillation=self._distillation,
                 on_step=on_step,
             )
-        except DivergedError as error:
-            if self._work is not None:
+        except Exception as error:
+            if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not what others lost
                 failed = replace(self._work, outcome="failed", ended_at=time.time(), error=one_line(error))
                 Ledger(self._directory).write(replace(failed, cost=self._cost(so_far)))
             raise
-        if self._shard.rank == 0:
-            self._leave_result(result.outcome, result.cost)
+        if self._work is None:
+            return None
+        if self._alone and result.outcome == "stopped":
+            stopped = replace(self._work, outcome=self._alone.follower.outcome(), ended_at=time.time())
+            Ledger(self._directory).write(replace(stopped, cost=self._cost(result.cost)))
+            return None
+        return self._leave_result(self._work, result.outcome, result.cost)
 
     def _leaves_out(self, model: torch.nn.Module) -> bool:
         """Whether steps may leave out parameters: found by trying, or by an earlier attempt; workers decide alike."""
@@ -213,6 +255,16 @@ class _Worker:
         return place(model, self._device, channels_last=self._recipe.channels_last)
 
     def _restore(self) -> dict[str, Any] | None:
+        state = self._newest() if self._alone else self._reported()
+        if state is not None:
+            self._history, self._best = state["validated"], state["best_validated"]
+        return state
+
+    def _newest(self) -> dict[str, Any] | None:
+        newest = self._directory.newest_checkpoint(self._stage)
+        return newest and newest[1]
+
+    def _reported(self) -> dict[str, Any] | None:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
@@ -221,7 +273,6 @@ class _Worker:
             own_path = Path(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
             if own_path.exists():
                 state["own"] = load_checkpoint(own_path.read_bytes())
-        self._history, self._best = state["validated"], state["best_validated"]
         return state
 
     def _end_epoch(self, progress: Progress) -> None:
@@ -253,15 +304,30 @@ class _Worker:
             self._heard_at = now
             ledger.write(replace(work, cost=self._cost(progress.cost)))
 
+    def _is_due(self) -> bool:
+        """Whether actors.checkpoint_s have gone since the last checkpoint, of a worker that need not ask others."""
+        return self._alone is not None and time.perf_counter() - self._saved_at >= self._config.actors.checkpoint_s
+
     def _checkpoint(self, progress: Progress) -> None:
-        """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own."""
+        """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own.
+
+        Its local mode keeps no checkpoints: a worker that is alone leaves them in the run directory.
+        """
         metrics = {"epoch": progress.epoch, "loss": progress.loss}
+        if self._alone:
+            assert self._work is not None
+            Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))  # before: it is counted
+            path = checkpoint_path(self._stage, self._alone.attempt)
+            self._directory.write_checkpoint(path, self._state(progress))
+            ray.train.report(metrics)
+            self._saved_at = time.perf_counter()
+            beat()
+            return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if self._shard.rank == 0:
                 assert self._work is not None
-                state = progress.capture() | {"validated": self._history, "best_validated": self._best}
-                _write(folder, STATE_FILE, state)
+                _write(folder, STATE_FILE, self._state(progress))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))
             elif own := progress.capture()["own"]:
@@ -269,11 +335,14 @@ class _Worker:
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
 
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        return progress.capture() | {"validated": self._history, "best_validated": self._best}
+
     def _cost(self, minimized: Cost) -> Cost:
         return replace(minimized + self._measured, device_s=(time.perf_counter() - self._started) * self._shard.num)
 
-    def _leave_result(self, outcome: str, minimized: Cost) -> None:
-        assert self._work is not None
+    def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> dict[str, Any]:
+        """Measure and leave the weights, close the ledger entry, and leave the record, which is returned."""
         if self._keep_best:
             self._model.load_state_dict(self._best["model"])
         num_refreshed = 0
@@ -295,18 +364,23 @@ class _Worker:
         each = self._recipe.bytes_a_gradient * num_parameters(self._model)
         sent = minimized.num_steps * 2 * (self._shard.num - 1) * each
         cost = self._cost(minimized)
-        work = replace(self._work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
+        work = replace(work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
         Ledger(self._directory).write(work)  # before the record, without which all of this would be done again
         self._directory.write_json(minimum_path(self._stage), record)
+        for path in self._directory.list(self._stage):
+            if "/checkpoint-" in path:
+                self._directory.delete(path)
+        return record
 
     def _open_ledger(self) -> None:
-        ledger = Ledger(self._directory)
-        ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
+        ledger, alone = Ledger(self._directory), self._alone
+        if alone is None:
+            ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
         self._work = Work(
             stage=self._stage,
             round=0,
             subset=None,
-            attempt=ledger.next_attempt(self._stage, 0, None),
+            attempt=alone.attempt if alone else ledger.next_attempt(self._stage, 0, None),
             node=own_address(),
             device=device_name(self._device),
             started_at=time.time(),
@@ -314,6 +388,7 @@ class _Worker:
             outcome="running",
             cost=Cost(),
             num_workers=self._shard.num,
+            waited_s=alone.waited_s if alone else 0.0,
         )
         ledger.write(self._work)
 

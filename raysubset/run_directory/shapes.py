@@ -97,7 +97,7 @@ _COMPARISON = (
 )
 
 _PACKING = {"taken": bool, "per_actor": int, "reason?": str, "num_members?": int, "ratio?": _NUMBER}
-_DECISIONS = _all(_NUMBER, "num_gpus num_workers") | {"packing?": (_PACKING,)}
+_DECISIONS = _all(_NUMBER, "num_gpus num_workers? most_workers? alone_s?") | {"packing?": (_PACKING,)}
 _DECISIONS |= {"shares?": ([_NUMBER],), "slots?": [_SLOT]}
 
 _SHAPES = {

@@ -12,11 +12,22 @@ import ray
 
 from raysubset.cluster import get_shared, own_address
 from raysubset.data import FullSet
+from raysubset.fine_tuning import Job
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
 from raysubset.training import DivergedError, card_bytes
 from raysubset.user_code import Workplace
-from raysubset.work import AggregatePiece, AnyPiece, Minimizer, Piece, Report, TestPiece, leave_aggregate, leave_metrics
+from raysubset.work import (
+    AggregatePiece,
+    AnyPiece,
+    Minimizer,
+    Piece,
+    Report,
+    TestPiece,
+    TrainPiece,
+    leave_aggregate,
+    leave_metrics,
+)
 
 
 class _Damages(logging.Handler):
@@ -46,7 +57,7 @@ class SubsetActor:
     def __init__(self, full_set_ref: Sequence[ray.ObjectRef], num_gpus: float, workplace: Workplace) -> None:
         """The workplace is the driver's."""
         workplace.enter()
-        self._num_gpus = num_gpus
+        self._num_gpus, self._workplace, self._full_set_ref = num_gpus, workplace, full_set_ref
         self._load_full_set: Callable[[], FullSet] = partial(get_shared, full_set_ref)
         self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
         self._damages = _Damages()
@@ -82,6 +93,9 @@ class SubsetActor:
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
         """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind."""
+        if isinstance(pieces[0], TrainPiece):
+            assert start_ref is not None
+            return [self._train(pieces[0], start_ref, attempt=attempts[0], waited_s=waited_s)]
         start = None if start_ref is None else get_shared(start_ref)
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
@@ -95,6 +109,16 @@ class SubsetActor:
             elif isinstance(piece, TestPiece):
                 records.append(leave_metrics(full_set, self._num_gpus, piece))
         return records
+
+    def _train(
+        self, piece: TrainPiece, start_ref: Sequence[ray.ObjectRef], *, attempt: int, waited_s: float
+    ) -> dict[str, Any] | None:
+        """The piece's record; None if it was stopped, with a checkpoint written."""
+        from raysubset.fine_tuning.worker import train_here  # Ray Train takes two seconds of a CPU
+
+        job = Job.of(piece, self._full_set_ref, start_ref, num_gpus=self._num_gpus, workplace=self._workplace)
+        with self._minimizer.following() as follower:
+            return train_here(job, follower, attempt=attempt, waited_s=waited_s)
 
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
         """Minimizer.try_packing()."""

@@ -60,7 +60,7 @@ def plan_trials(
     if not seeds:
         raise ValueError("--seeds: a sweep needs at least one")
     shared: dict[str, Any] = {"storage_path": storage_path}
-    if config.fine_tuning.num_workers is None:
+    if config.fine_tuning.num_workers == "auto":
         shared["fine_tuning.num_workers"] = 1
     trials = []
     for overrides in _settings(space, config.seed, num_samples):
@@ -171,7 +171,7 @@ def widest_stage(config: Config) -> int:
     if config.trunk.epochs:
         widths.append(config.trunk.num_workers + (config.data.streamed and config.trunk.num_workers > 1))
     if config.fine_tuning.epochs:
-        widths.append((config.fine_tuning.num_workers or 1) + config.data.streamed)
+        widths.append(config.fine_tuning.workers(auto=1) + config.data.streamed)
     return max(widths)
 
 

@@ -9,7 +9,7 @@ metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregat
 from raysubset.work.aggregating import leave_aggregate, placed_model
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
-from raysubset.work.minimizing import Minimizer
+from raysubset.work.minimizing import Follower, Minimizer
 from raysubset.work.pieces import (
     TEST_PATH,
     AggregatePiece,
@@ -18,6 +18,7 @@ from raysubset.work.pieces import (
     Piece,
     Report,
     TestPiece,
+    TrainPiece,
     perturbed,
     seeded_model,
 )
@@ -27,8 +28,10 @@ from raysubset.work.testing import leave_metrics, leave_test, test_weights
 __all__ = [
     "Run",
     "Minimizer",
+    "Follower",
     "Piece",
     "AggregatePiece",
+    "TrainPiece",
     "TestPiece",
     "TEST_PATH",
     "AnyPiece",

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,14 @@ class _Job:
     is_closed: bool = False  # whether its ledger entry says how it ended
 
 
+@dataclass(frozen=True)
+class Follower:
+    """What a minimization is to tell while others may ask for reports, and ask it to stop."""
+
+    follow: Callable[[Progress], bool]  # after each step; whether to stop
+    outcome: Callable[[], Outcome]  # of one that was stopped, for the ledger
+
+
 class Minimizer:
     """Minimizes on a piece of work at a time, or on a pack of them, on the device this process was given.
 
@@ -88,6 +97,20 @@ class Minimizer:
         """Write a checkpoint after the step in hand, and return. One that was stopped takes no further work."""
         self._preempted |= preempted
         self._stop.set()
+
+    @contextmanager
+    def following(self) -> Iterator["Follower"]:
+        """Be busy with a minimization that is done elsewhere in this process, and tells the follower of its steps."""
+        begin()
+        self._progress, self.is_busy = {}, True
+        try:
+            yield Follower(self._follow, lambda: "preempted" if self._preempted else "interrupted")
+        finally:
+            self._progress, self.is_busy = {}, False
+
+    def _follow(self, progress: Progress) -> bool:
+        self._progress = {0: progress}
+        return self._stop.is_set()
 
     def minimize(
         self,

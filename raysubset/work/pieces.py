@@ -200,6 +200,37 @@ class AggregatePiece:
 
 
 @dataclass(frozen=True)
+class TrainPiece:
+    """A stage on the full set that Ray Train does in one process, an actor's, by its local mode."""
+
+    config: Config = field(repr=False)
+    directory: RunDirectory
+    stage: TrainingStage
+    epochs: float | None = None  # instead of the recipe's
+    teachers: tuple[str, ...] = ()  # folders of the run's minima to distil from
+
+    @property
+    def ledger_key(self) -> tuple[Stage, int, None]:
+        return self.stage, 0, None
+
+    @property
+    def folder(self) -> str:
+        return self.stage
+
+    @property
+    def label(self) -> str:
+        return self.stage
+
+    @property
+    def output(self) -> Output:
+        return Output.of_minimum(self.directory, self.folder)
+
+    def record(self) -> dict[str, Any] | None:
+        """What it has left; None if it is not done."""
+        return self.output.record()
+
+
+@dataclass(frozen=True)
 class TestPiece:
     """One reading of the test split, by weights that another piece of work left."""
 
@@ -226,7 +257,7 @@ class TestPiece:
         return self.directory.read_json_or_none(TEST_PATH)
 
 
-AnyPiece = Piece | AggregatePiece | TestPiece
+AnyPiece = Piece | AggregatePiece | TrainPiece | TestPiece
 
 
 def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:

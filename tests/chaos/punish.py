@@ -47,7 +47,7 @@ FLAGS = {
     "rounds.num": 3,
     "rounds.outer-momentum": 0.5,
     "fine-tuning.epochs": 100,  # its workers live long enough to be hit
-    "fine-tuning.num-workers": 1,
+    "fine-tuning.num-workers": 2,  # a Ray Train job: one alone is an actor
     "actors.checkpoint-epochs": EVERY_EPOCHS,
 }
 

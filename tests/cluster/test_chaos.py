@@ -39,10 +39,10 @@ def in_mid_fine_tuning(num_epochs: int) -> Callable[[RunDirectory], bool]:
     return lambda directory: len(directory.read_json_or_none(history_path("fine_tuning")) or ()) >= num_epochs
 
 
-PLAN = [(in_mid_subset, "actor"), (in_mid_fine_tuning(3), "train_worker"), (in_mid_fine_tuning(20), "driver")]
+PLAN = [(in_mid_subset, "actor"), (in_mid_fine_tuning(3), "actor"), (in_mid_fine_tuning(20), "driver")]
 
 
-def test_an_actor_a_train_worker_and_a_driver_that_are_killed_change_no_bit(
+def test_actors_of_both_stages_and_a_driver_that_are_killed_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punish, "FLAGS", FLAGS)

@@ -33,7 +33,7 @@ def bucket_uri() -> Iterator[str]:
 
 def test_a_whole_run_with_ray_train_lives_in_an_object_store(bucket_uri: str) -> None:
     config = Config(name="remote", storage_path=bucket_uri).with_overrides(
-        {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 1.0, "fine_tuning.num_workers": 1}
+        {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 1.0, "fine_tuning.num_workers": 2}
     )
     report = run(config)
     assert SECRET not in report.uri

@@ -19,7 +19,8 @@ from raysubset.cluster import call_on_cluster, put_once, tasks
 from raysubset.config import derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Progress, Retry, Stage
-from raysubset.fine_tuning import FineTuningFailed, fine_tune
+from raysubset.fine_tuning import FineTuningFailed, Job, fine_tune
+from raysubset.fine_tuning.worker import train_here
 from raysubset.ledger import Ledger
 from raysubset.models import build_model, new_model
 from raysubset.planning import make_plan
@@ -28,13 +29,15 @@ from raysubset.run_directory import (
     PREDICTIONS_PATH,
     RunDirectory,
     aggregate_weights_path,
+    checkpoint_path,
     minimum_folder,
     minimum_path,
     weights_path,
 )
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
-from raysubset.work import Run
+from raysubset.user_code import Workplace
+from raysubset.work import Follower, Run, TrainPiece
 from tests.cluster import endless
 from tests.tiny import stored_weights
 
@@ -320,6 +323,31 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     assert work.outcome == "failed"
     assert "lower the learning rate" in (work.error or "")
     assert work.cost.num_steps > 0
+
+
+def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job(tmp_path: Path) -> None:
+    made = config(tmp_path, "job", fine_tuning__epochs=3.0, fine_tuning__keep="best")
+    full_set = load_full_set(made.data)
+    job, alone = RunDirectory(str(tmp_path), "job"), RunDirectory(str(tmp_path), "alone")
+    weights = new_model(made.model, full_set, seed=1).state_dict()
+    opened = Run(made, job, full_set, put_once(full_set), lambda event: None)
+    ends, record = fine_tune(opened, weights, num_workers=0, num_gpus=0.0)  # one worker, in this process
+
+    piece, refs = TrainPiece(made, alone, "fine_tuning"), (opened.full_set_ref, put_once(weights))
+    own = Job.of(piece, *refs, num_gpus=0.0, workplace=Workplace.here())
+    stopping = Follower(lambda progress: progress.epoch > 1.5, lambda: "preempted")
+    assert train_here(own, stopping, attempt=0, waited_s=0.5) is None
+    assert alone.exists(checkpoint_path("fine_tuning", 0))
+    resumed = train_here(own, Follower(lambda progress: False, lambda: "preempted"), attempt=1, waited_s=0.0)
+
+    assert same_bits(piece.output.weights(), ends)
+    assert {**(resumed or {}), "files": 0} == {**record, "files": 0}
+    assert not alone.exists(checkpoint_path("fine_tuning", 0))
+    works = Ledger(alone).read()
+    assert [(w.attempt, w.outcome, w.waited_s) for w in works] == [(0, "preempted", 0.5), (1, "done", 0.0)]
+    (whole,) = Ledger(job).read()
+    assert sum(work.cost.num_steps for work in works) == whole.cost.num_steps  # nothing was done twice
+    assert sum(work.cost.num_forward for work in works) == whole.cost.num_forward
 
 
 def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_attempts(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Job: what each worker of a stage by Ray Train is given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from raysubset.config import Config, MinimizeConfig, TrainingStage
+from raysubset.run_directory import RunDirectory
+from raysubset.user_code import Workplace
+from raysubset.work import TrainPiece
+
+FOLDER = "ray_train"  # of the job's checkpoints, in that of the stage
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given. The full set and the start travel by reference."""
+
+    config: Config
+    recipe: MinimizeConfig
+    directory: RunDirectory
+    stage: TrainingStage
+    full_set_ref: Sequence[ray.ObjectRef]
+    start_ref: Sequence[ray.ObjectRef]
+    num_gpus: float  # of each worker
+    teachers: tuple[str, ...]  # folders of the minima to distil from
+    workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
+
+    @classmethod
+    def of(
+        cls,
+        piece: TrainPiece,
+        full_set_ref: Sequence[ray.ObjectRef],
+        start_ref: Sequence[ray.ObjectRef],
+        *,
+        num_gpus: float,
+        workplace: Workplace,
+    ) -> "Job":
+        """The job that a piece of work is."""
+        config, recipe = piece.config, piece.config.stage(piece.stage, epochs=piece.epochs)
+        refs = (full_set_ref, start_ref)
+        return cls(config, recipe, piece.directory, piece.stage, *refs, num_gpus, piece.teachers, workplace)
+
+
+class FineTuningFailed(RuntimeError):
+    """Ray Train gave up; the message names the stage and the cause."""
