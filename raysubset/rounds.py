@@ -125,7 +125,7 @@ class Rounds:
         if not directory.exists(path):
             members = self._optimizers(round - 1)
             states = (directory.read_checkpoint(member)["optimizer"] for member in members)
-            directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)})
+            directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)}, is_durable=False)
         return directory, path
 
     def _optimizers(self, round: int) -> list[str]:
@@ -207,10 +207,10 @@ class Rounds:
         try:
             written = self._directory.read_table(path)
         except FileNotFoundError:
-            self._directory.write_table(path, table)
+            self._directory.write_table(path, table, is_durable=False)
         except CorruptFile as error:
             logger.warning("%s; it is written again", error)
-            self._directory.write_table(path, table)
+            self._directory.write_table(path, table, is_durable=False)
         else:
             if written.equals(table, check_metadata=True):
                 return

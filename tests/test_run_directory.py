@@ -14,8 +14,11 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from moto.server import ThreadedMotoServer
+from torch import nn
 
 from raysubset.config import Config
 from raysubset.run_directory import (
@@ -27,8 +30,10 @@ from raysubset.run_directory import (
     minimum_folder,
     minimum_path,
     optimizer_path,
+    weights_files,
     weights_path,
 )
+from raysubset.run_directory.seals import seal_of
 
 FOLDER = minimum_folder(0, 7)
 CONFIG = Config().to_dict()
@@ -253,6 +258,30 @@ class TestFiles:
         assert pq.read_table(run.local_path / "t.parquet").to_pydict() == {"a": [1]}  # others read it too
         run.write_checkpoint("c.pt", {"position": [1]})
         assert torch.load(run.local_path / "c.pt") == {"position": [1]}
+
+    def test_weights_of_any_type_and_layout_are_written_a_tensor_at_a_time_and_read_by_safetensors(self, run):
+        tied, image = torch.randn(3, 2), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        weights = {f"{one}": torch.arange(5).to(one) for one in weights_files._DTYPES}
+        weights |= {"tied": tied, "tied again": tied, "image": image, "number": torch.tensor(7)}
+        weights |= {
+            "none": torch.ones(0, 3),
+            "slice": torch.arange(10)[::3],
+            "of a module": nn.Parameter(torch.ones(1)),
+        }
+        seal = run.write_weights("w", weights, {"by": "us"})
+        path = run.local_path / "w"
+        assert seal == seal_of(path.read_bytes())
+        with safetensors.safe_open(path, "pt") as file:
+            assert file.metadata() == {"by": "us"}
+        for read in (safetensors.torch.load(path.read_bytes()), run.read_weights("w", {"w": seal})):
+            assert read.keys() == weights.keys()
+            for key, value in weights.items():
+                assert (read[key].dtype, read[key].shape) == (value.dtype, value.shape)
+                bits, expected = (t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (read[key], value))
+                assert torch.equal(bits, expected)
+        with pytest.raises(ValueError, match="complex128, which safetensors cannot hold"):
+            run.write_weights("w", {"a": torch.ones(1, dtype=torch.complex128)})
+        assert run.list() == ["w"], "nothing half written is left"
 
     def test_a_missing_file_is_not_a_corrupt_one_but_where_a_record_names_it(self, run):
         for read in (run.read_bytes, run.read_json, run.read_checkpoint, run.read_table):
@@ -603,11 +632,11 @@ class FailingOnce(RunDirectory):
         self.num_writes = 0
         self.recovered = threading.Event()
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray | memoryview, **options: bool) -> None:
         self.num_writes += 1
         if self.num_writes == 3:
             raise OSError("the network is down")
-        super().write_bytes(path, data)
+        super().write_bytes(path, data, **options)
         if self.num_writes > 3:
             self.recovered.set()
 

@@ -1,10 +1,12 @@
 """What is done for a run, in this process: the same files and bits as on a cluster."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from raysubset import Config
 from raysubset.aggregation import Aggregation, RunningMean
@@ -19,9 +21,11 @@ from raysubset.run_directory import (
     checkpoint_path,
     minimum_folder,
     minimum_path,
+    outputs_path,
     statistics_path,
     weights_path,
 )
+from raysubset.tasks import Spec
 from raysubset.training import Weights, evaluate
 from raysubset.work import (
     AggregatePiece,
@@ -95,6 +99,60 @@ def test_several_pieces_at_once_leave_minima_of_their_own(
     assert [directory.read_json(minimum_path(one.folder)) for one in pieces] == records
     first, second = (stored_weights(directory, weights_path(one.folder)) for one in pieces)
     assert not same_bits(first, second)
+
+
+class Counting(nn.Module):
+    """A network whose outputs depend on how often it was called, of which its state dict knows nothing."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.linear, self.drop, self.num_calls = nn.Linear(64, *spec.outputs), nn.Dropout(0.5), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.num_calls += 1
+        return self.linear(self.drop(images.flatten(1))) / self.num_calls
+
+
+class Locked(Counting):
+    """One that cannot be copied."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.lock = threading.Lock()
+
+
+WINDOW = {"minimize.skipping.window": 0.5, "minimize.batch_size": 20}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.norm": "batch", "minimize.skipping.kind": "wus", "minimize.skipping.threshold": 0.9, **WINDOW},
+        {"model.name": "tests.test_work:Counting"},
+        {"model.name": "tests.test_work:Locked"},
+    ],
+    ids=["ours, weights frozen at the end", "a user's with a state of its own", "that cannot be copied"],
+)
+def test_a_second_piece_of_a_process_leaves_what_a_fresh_process_would(
+    full_set: FullSet, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    norm = {"model.norm": CONFIG.model.norm if "model.name" not in overrides else Config().model.norm}
+    config = CONFIG.with_overrides(norm | overrides)
+    start = new_model(config.model, full_set, seed=1).state_dict()
+    left, several = [], minimizer(full_set)
+    for name, doer in (("fresh", None), ("kept", several)):
+        run = RunDirectory(str(tmp_path), name)
+        members = [Piece(config, run, "subsets", subset_id=subset, start_id="start") for subset in range(2)]
+        for member in members:
+            (doer or minimizer(full_set)).minimize([member], start, attempts=[0], waited_s=0.0)
+        networks = doer and doer.networks
+        piece = AggregatePiece(config, run, tuple(members))
+        _, record = leave_aggregate(full_set, 0, piece, start, node="there", networks=networks)
+        files = [weights_path(members[1].folder), outputs_path(members[1].folder), aggregate_weights_path(0)]
+        left.append((*(stored_weights(run, file) for file in files), record["aggregation"]["validation"]))
+    (*fresh, metrics), (*kept, other_metrics) = left
+    assert all(same_bits(one, other) for one, other in zip(fresh, kept, strict=True))
+    assert metrics == other_metrics
 
 
 def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tuple[Aggregation, float]:

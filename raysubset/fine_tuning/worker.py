@@ -3,7 +3,6 @@
 train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this process
 """
 
-import io
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from raysubset.models import copied, new_model, num_parameters
 from raysubset.pulse import beat
 from raysubset.run_directory import (
     RunDirectory,
+    Sink,
     checkpoint_path,
     history_path,
     left_out_path,
@@ -410,9 +410,8 @@ def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]
 
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:
     """A file of a checkpoint."""
-    with io.BytesIO() as buffer:
-        save_checkpoint(state, buffer)
-        Path(folder, name).write_bytes(buffer.getvalue())
+    with Path(folder, name).open("wb") as file:
+        save_checkpoint(state, Sink(file))
 
 
 def _weights_of(directory: RunDirectory, folder: str) -> Weights:

@@ -47,7 +47,7 @@ from raysubset.run_directory.paths import (
     weights_path,
 )
 from raysubset.run_directory.patience import StorageLost
-from raysubset.run_directory.seals import Seal
+from raysubset.run_directory.seals import Seal, Sink
 
 __all__ = [
     "RunDirectory",
@@ -56,6 +56,7 @@ __all__ = [
     "StorageLost",
     "FORMAT",
     "Seal",
+    "Sink",
     "save_checkpoint",
     "load_checkpoint",
     "CONFIG_PATH",

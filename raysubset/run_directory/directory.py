@@ -25,7 +25,7 @@ from raysubset.errors import CorruptFile
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
-from raysubset.run_directory.seals import BLANK, MARK, Seal, fill, flaw_by_itself, has_length, seal_of
+from raysubset.run_directory.seals import BLANK, MARK, Seal, Sink, fill, flaw_by_itself, has_length, seal_of
 from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.uris import refuse_ambiguous, shown
 
@@ -139,15 +139,20 @@ class RunDirectory:
             elif kind != pafs.FileType.NotFound:
                 filesystem.delete_file(full)
 
-    def write_bytes(self, path: str, data: bytes | bytearray) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray | memoryview, *, is_durable: bool = True) -> None:
         """Replace a file in one step; its folders are made.
+
+        Args:
+            is_durable: False: do not wait for a local disk. If the machine goes down within half a minute the file
+                may be empty or as it was; a process that dies loses nothing.
 
         Raises:
             OSError: a full disk and other failures of the storage, with the file named.
         """
         filesystem, full = self._at(path)
         if self.local_path:
-            _write_local(Path(full), data)
+            with _replaced(Path(full), is_durable=is_durable) as file:
+                file.write(data)
             return
         # One write, then the close that makes the object visible: no exception can come between parts of it.
         with filesystem.open_output_stream(full, compression=None) as stream:
@@ -158,7 +163,7 @@ class RunDirectory:
         filesystem, full = self._at(path)
         return Path(full).read_bytes() if self.local_path else filesystem.handler.read(full)
 
-    def write_json(self, path: str, record: Any) -> Seal:
+    def write_json(self, path: str, record: Any, *, is_durable: bool = True) -> Seal:
         """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
 
         An object ends with the digest of the file, which read_json() checks and takes away.
@@ -170,7 +175,7 @@ class RunDirectory:
         data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()} if is_object else record).encode())
         if is_object:
             fill(data, data.rfind(BLANK))
-        self.write_bytes(path, data)
+        self.write_bytes(path, data, is_durable=is_durable)
         return seal_of(data)
 
     def read_json(self, path: str) -> Any:
@@ -201,18 +206,17 @@ class RunDirectory:
             return None
 
     def write_weights(self, path: str, weights: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Seal:
-        """safetensors. Tied tensors are written apart, layouts in the default order of memory.
+        """safetensors, a tensor at a time. Tied tensors are written apart, layouts in the default order of memory.
 
         Returns:
             Its seal, for the `files` of the record that names it.
         """
-        import safetensors.torch
-        import torch
+        from raysubset.run_directory.weights_files import to_safetensors
 
-        own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in weights.items()}
-        data = safetensors.torch.save(own, metadata)
-        self.write_bytes(path, data)
-        return seal_of(data)
+        with self._sealing(path) as sink:
+            for part in to_safetensors(weights, metadata):
+                sink.write(part)
+        return sink.seal()
 
     def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """On the CPU; CorruptFile where they are gone or are not what the record that names them says.
@@ -234,28 +238,40 @@ class RunDirectory:
             self._check(path, data, files.get(path))
             return safetensors.torch.load(data)
 
-    def write_checkpoint(self, path: str, state: Mapping[str, Any]) -> Seal:
+    def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
         """save_checkpoint(); `position`, a list such as [epoch, step], orders checkpoints. Its seal."""
-        buffer = io.BytesIO()
-        save_checkpoint(state, buffer)
-        data = buffer.getvalue()
-        self.write_bytes(path, data)
-        return seal_of(data)
+        with self._sealing(path, is_durable=is_durable) as sink:
+            save_checkpoint(state, sink)
+        return sink.seal()
+
+    @contextlib.contextmanager
+    def _sealing(self, path: str, *, is_durable: bool = True) -> Iterator[Sink]:
+        """write_bytes() of parts as they come."""
+        if self.local_path:
+            with _replaced(Path(self._at(path)[1]), is_durable=is_durable) as file:
+                yield Sink(file)
+            return
+        with io.BytesIO() as buffer:
+            yield Sink(buffer)
+            with buffer.getbuffer() as data:
+                self.write_bytes(path, data)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
         """load_checkpoint(); FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
-        data = self.read_bytes(path)
-        with self._corrupt(path, ValueError):
-            return load_checkpoint(data)
+        if not self.local_path:
+            with self._corrupt(path, ValueError):
+                return load_checkpoint(self.read_bytes(path))
+        with (self.local_path / path).open("rb") as file, self._corrupt(path, ValueError):
+            return load_checkpoint(_mapped(file, os.fstat(file.fileno()).st_size))
 
-    def write_table(self, path: str, table: pa.Table) -> Seal:
+    def write_table(self, path: str, table: pa.Table, *, is_durable: bool = True) -> Seal:
         """Parquet that holds a digest of itself; its seal, for a record that names it."""
         sink = pa.BufferOutputStream()
         metadata = {**(table.schema.metadata or {}), _DIGEST: BLANK}
         pq.write_table(table.replace_schema_metadata(metadata), sink)
         data = bytearray(sink.getvalue())
         fill(data, data.rfind(BLANK))
-        self.write_bytes(path, data)
+        self.write_bytes(path, data, is_durable=is_durable)
         return seal_of(data)
 
     def read_table(self, path: str) -> pa.Table:
@@ -518,35 +534,34 @@ def _quoted(name: str) -> str:
     return urllib.parse.quote(name, safe="")
 
 
-def _write_local(path: Path, data: bytes | bytearray) -> None:
-    """Into a new file beside it, to the disk, then over the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+@contextlib.contextmanager
+def _replaced(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
+    """A new file beside it, which goes to the disk, then over the old one."""
+    partial = str(path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"))
     try:
-        with partial.open("xb") as file:
-            file.write(data)
+        os.makedirs(path.parent, exist_ok=True)
+        with open(partial, "xb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+            if is_durable:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            os.unlink(partial)
 
 
-def save_checkpoint(state: Mapping[str, Any], buffer: io.BytesIO) -> None:
+def save_checkpoint(state: Mapping[str, Any], sink: Sink) -> None:
     """torch.save() of tensors and plain values, and a digest of it at the end."""
     import torch
 
-    torch.save(dict(state), buffer)
-    at = buffer.tell()
-    buffer.write(BLANK)
-    with buffer.getbuffer() as view:
-        fill(view, at)
+    torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  it asks for write() alone
+    sink.write_own_digest()
 
 
-def load_checkpoint(data: bytes) -> dict[str, Any]:
+def load_checkpoint(data: bytes | mmap.mmap) -> dict[str, Any]:
     """The inverse of save_checkpoint(), on the CPU. Runs no code.
 
     Raises:
@@ -558,7 +573,8 @@ def load_checkpoint(data: bytes) -> dict[str, Any]:
     if flaw:
         raise ValueError(flaw)
     try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        return torch.load(file, weights_only=True, map_location="cpu")  # pyright: ignore[reportArgumentType]
     except (RuntimeError, pickle.UnpicklingError) as error:  # sealed by another hand
         raise ValueError(_one_line(error)) from error
 

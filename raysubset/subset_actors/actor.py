@@ -104,7 +104,8 @@ class SubsetActor:
         records, full_set = [], self._load_full_set()
         for piece in pieces:
             if isinstance(piece, AggregatePiece):
-                place = {"node": own_address(), "waited_s": waited_s}
+                place: dict[str, Any] = {"node": own_address(), "waited_s": waited_s}
+                place["networks"] = self._minimizer.networks
                 records.append(leave_aggregate(full_set, self._num_gpus, piece, start, **place)[1])
             elif isinstance(piece, TestPiece):
                 records.append(leave_metrics(full_set, self._num_gpus, piece))

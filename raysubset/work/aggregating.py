@@ -13,6 +13,7 @@ from raysubset.models import averaged_names, new_model
 from raysubset.run_directory import momentum_path
 from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples
+from raysubset.work.networks import Networks
 from raysubset.work.pieces import AggregatePiece
 
 
@@ -24,6 +25,7 @@ def leave_aggregate(
     *,
     node: str,
     waited_s: float = 0.0,
+    networks: Networks | None = None,
 ) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
     """Aggregate a round's minima, on the device Ray gave this process, and leave weights, ledger entry and record.
 
@@ -31,12 +33,15 @@ def leave_aggregate(
 
     Args:
         start: what the members started from, where it is at hand; None: the piece says where it lies.
+        networks: those that this process keeps.
 
     Returns:
         What was made, and the record.
     """
     config, directory, round = piece.config, piece.directory, piece.round
-    model, device = placed_model(full_set, num_gpus, config)
+    device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
+    start = piece.start_weights(full_set) if start is None else start
+    model = (networks or Networks()).placed(config, full_set, start, device)
     entry = {"device": device_name(device), "node": node, "waited_s": waited_s}
     with Ledger(directory).recorded("aggregation", round, **entry) as close:
         averaged = averaged_names(model)
@@ -51,7 +56,7 @@ def leave_aggregate(
             [replace(minimum, averaged=averaged) for minimum in piece.minima()],
             config,
             scorer,
-            start=piece.start_weights(full_set) if start is None else start,
+            start=start,
             momentum=piece.momentum.weights() if piece.momentum else {},
             seed=derive_seed(config.seed, "aggregation", round),
             measured="validation" in piece.measures,

@@ -42,6 +42,7 @@ from raysubset.training import (
     try_packing,
     use_device,
 )
+from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, seeded_model
 
 
@@ -83,6 +84,7 @@ class Minimizer:
     def __init__(self, load_full_set: Callable[[], FullSet], *, num_gpus: float, node: str) -> None:
         """`node` is this node's address, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
+        self.networks = Networks()
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
@@ -140,7 +142,8 @@ class Minimizer:
         jobs: list[_Job] = []
         try:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
-            jobs += [self._prepare(p, start, work, device) for p, work in zip(pieces, works, strict=True)]
+            for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
+                jobs.append(self._prepare(piece, start, work, device, place_in_pack))
             results = self._minimize(jobs)
             costs = [
                 self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
@@ -153,6 +156,7 @@ class Minimizer:
                 for job, result, cost in zip(jobs, results, costs, strict=True)
             ]
         except Exception as error:
+            self.networks.forget()
             closed = {job.work.path for job in jobs if job.is_closed}
             held_s = (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
@@ -174,7 +178,7 @@ class Minimizer:
         Ledger(self._run).write(work)
         cost = Cost()
         try:
-            jobs = [self._prepare(piece, None, work, device) for piece in pieces]
+            jobs = [self._prepare(piece, None, work, device, number) for number, piece in enumerate(pieces)]
             recipe = self._config.stage(pieces[0].stage)
             try:
                 trial = try_packing([job.model for job in jobs], [_held(job.examples) for job in jobs], recipe)
@@ -210,14 +214,17 @@ class Minimizer:
         ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=num_bytes)
         Ledger(self._run).write(replace(ended, error=error))
 
-    def _prepare(self, piece: Piece, start: Weights | None, work: Work, device: torch.device) -> _Job:
+    def _prepare(
+        self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
+    ) -> _Job:
         """The piece's model and examples on the device, and what its newest checkpoint holds."""
         config, run, folder = self._config, self._run, piece.folder
         full_set = self._load_full_set()
-        model = seeded_model(config, full_set, piece.start_id)
-        if start is not None:
-            model.load_state_dict(start)
-        model = place(model, device, channels_last=config.minimize.channels_last)
+        if start is None:
+            model = seeded_model(config, full_set, piece.start_id)
+            model = place(model, device, channels_last=config.minimize.channels_last)
+        else:
+            model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
         examples = full_set.examples("train", piece.positions(full_set), device=device, augment=True)
         newest = run.newest_checkpoint(folder)
         optimizer_state = None
@@ -310,7 +317,7 @@ class Minimizer:
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":
             path = optimizer_path(folder)
-            files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer})
+            files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer}, is_durable=False)
         start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
             "cost": cost.to_dict(),
@@ -338,8 +345,7 @@ class Minimizer:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         own = replace(examples, augment=False)  # the same tensors, or files: no second copy of the subset
-        weights = {k: v.cpu() for k, v in model.state_dict().items()}
-        files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
+        files = {weights_path(folder): run.write_weights(weights_path(folder), model.state_dict())}
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:

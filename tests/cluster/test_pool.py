@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,20 @@ class Storage(RunDirectory):
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Storage, of_actor=True), (self.storage_path, self.name, self.act)
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes | bytearray | memoryview, **options: bool) -> None:
         if self.of_actor:
             self.act(self, "before", path)
-        super().write_bytes(path, data)
+        super().write_bytes(path, data, **options)
         if self.of_actor:
             self.act(self, "after", path)
+
+    def write_checkpoint(self, path: str, state: Mapping[str, Any], **options: bool) -> str:
+        if self.of_actor:
+            self.act(self, "before", path)
+        seal = super().write_checkpoint(path, state, **options)
+        if self.of_actor:
+            self.act(self, "after", path)
+        return seal
 
     def count(self, what: str) -> int:
         """How often this was called for the same, whatever process did."""
