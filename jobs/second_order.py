@@ -54,7 +54,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from raysubset.config import WHOLE_SUBSET, DataConfig, MinimizeConfig, ModelConfig, derive_seed
+from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model, num_parameters
 from raysubset.training import Progress, evaluate, minimize
@@ -67,6 +67,7 @@ SIZES = {"digits": 320, "mnist": 1000}  # examples of a subset
 BUDGETS = {"digits": (10, 30, 100), "mnist": (30,)}  # passes over the subset
 NUM_VALIDATION = 1000  # examples at most
 NUM_LOOKS = 20  # at both losses during a run, about
+SECOND_ORDER = ("lbfgs", "cg", "gauss_newton")  # of any loss
 RATES = {"sgd": (0.03, 0.1, 0.3), "adam": (1e-2, 3e-2, 1e-1)}
 MODEL = ModelConfig(name="cnn", width=8, depth=2, norm="none")
 
@@ -153,7 +154,7 @@ def run_set(full_set: FullSet, name: str, num_seeds: int) -> dict[str, dict[int,
             best = min(range(len(rates)), key=lambda i: tried[i].end.training)
             rest = [run_one(full_set, name, recipes[best], seed) for seed in range(1, num_seeds)]
             chosen[optimizer][budget] = [tried[best], *rest]
-    for optimizer in WHOLE_SUBSET:
+    for optimizer in SECOND_ORDER:
         chosen[optimizer] = {}
         for budget in BUDGETS[name]:
             recipe = replace(plain, optimizer=optimizer, epochs=budget)

@@ -257,7 +257,7 @@ def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gp
             since, num_before = time.perf_counter(), progress.cost.num_backward
         return time.perf_counter() - since >= MEASURE_S
 
-    recipe = replace(config.stage("subsets"), epochs=_ENDLESS_EPOCHS, tolerance=None, target_loss=None)
+    recipe = replace(config.stage("subsets"), epochs=_ENDLESS_EPOCHS, tolerance=None, patience=0, target_loss=None)
     cost = minimize(model, examples, recipe, seed=0, on_step=on_step).cost  # a GPU has done all steps when it returns
     if cost.num_backward == num_before:  # L-BFGS may be done after the first
         per_s = num_before / cost.device_s

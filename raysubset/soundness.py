@@ -18,6 +18,7 @@ from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import Shard, least_batch, try_own_objective, try_own_optimizer, try_training
 from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.techniques.skipping import Skipping
+from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Objective
 
 MOST_SAMPLED = 64  # validation examples that a network is tried on
@@ -90,6 +91,9 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         with evaluation_mode(model):
             objective = Objective(model, example, config.minimize)
             objective.gauss_newton_product(torch.zeros(num_parameters(model)))
+    if config.minimize.optimizer == "levenberg_marquardt":
+        with evaluation_mode(model):
+            LevenbergMarquardt(Objective(model, example, config.minimize))
     method, name = config.aggregation.method, architecture(config.model, full_set.spec).name
     notes = list[Note]()
     if is_instance(config.model.name):

@@ -85,7 +85,7 @@ def test_overrides_set_single_fields_by_dotted_name():
         (
             "minimize.optimizer",
             "adamm",
-            "'adamm' is not one of sgd, adam, adamw, muon, lbfgs, cg, gauss_newton, nor a .*; did you mean adam",
+            "'adamm' is not one of sgd, .*, gauss_newton, levenberg_marquardt, nor a .*; did you mean adam",
         ),
         ("minimize.epochs", "8", "minimize.epochs = '8' should be float"),
         ("minimize.batch_size", 1.5, "minimize.batch_size = 1.5 should be int"),
@@ -373,6 +373,7 @@ TOGETHER = {  # where one field cannot change alone
     "minimize.objective": {"minimize.objective": "m:f"},
     "minimize.gradients": {"minimize.gradients": "bfloat16"},
     "minimize.gradient_tolerance": {"minimize.optimizer": "cg", "minimize.gradient_tolerance": 1e-3},
+    "minimize.patience": {"minimize.optimizer": "cg", "minimize.patience": 3},
     "tracking.uri": {"tracking.to": "mlflow", "tracking.uri": "sqlite:///runs.db"},
     "fine_tuning.num_workers": {"fine_tuning.num_workers": 2},
     "fine_tuning.min_workers": {"fine_tuning.num_workers": 2, "fine_tuning.min_workers": 1},

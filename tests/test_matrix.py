@@ -128,6 +128,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lbfgs": {"minimize.optimizer": "lbfgs", "minimize.epochs": 8.0, "minimize.learning_rate": None},
     "cg": {"minimize.optimizer": "cg", "minimize.epochs": 8.0, "minimize.learning_rate": None},
     "gauss_newton": {"minimize.optimizer": "gauss_newton", "minimize.epochs": 8.0, "minimize.learning_rate": None},
+    "levenberg_marquardt": {"minimize.optimizer": "levenberg_marquardt", "minimize.epochs": 20.0},
+    "levenberg_marquardt of classes": {
+        "minimize.optimizer": "levenberg_marquardt",
+        "minimize.epochs": 20.0,
+        "minimize.patience": 0,
+        "task.loss": "squared_error",
+    },
     "extrapolation": {"minimize.extrapolation.kind": "past_local"},
     "pswa": {"minimize.averaging.kind": "pswa"},
     "pwalks": {"minimize.averaging.kind": "pwalks", "minimize.averaging.num_samples": 3},
@@ -202,6 +209,25 @@ REFUSED = {  # before anything runs; all other cells train
     **{("absolute", name): "the absolute error has no curvature: use" for name in ("fisher", "gauss_newton")},
     ("own", "fisher"): "cannot be used with mlp: the task matrix_sets:Boxes does not give fisher_terms(): use another",
     ("own", "gauss_newton"): "does not say how its loss curves: give it curvature(), or use lbfgs",
+    **{
+        (task, "levenberg_marquardt"): "cross-entropy is no sum of squares: set --task.loss squared_error, or use"
+        for task in ("images", "table", "normed table")
+    },
+    **{
+        (task, "levenberg_marquardt"): "is no sum of squares: use gauss_newton or lbfgs"
+        for task in (*TOKENS, "segmentation")
+    },
+    ("absolute", "levenberg_marquardt"): "absolute error of standardised targets is no sum of squares: set",
+    ("huber", "levenberg_marquardt"): "Huber's loss of standardised targets is no sum of squares: set --task.loss",
+    ("own", "levenberg_marquardt"): "the task matrix_sets:Boxes does not give residuals(): use gauss_newton or lbfgs",
+    **{
+        (task, "levenberg_marquardt of classes"): f"task.loss=squared_error is {words}"
+        for task, words in {
+            **dict.fromkeys(TOKENS, "not one of next_token: use cross_entropy"),
+            "segmentation": "not one of segmentation: use cross_entropy",
+            "own": "of the built-in tasks",
+        }.items()
+    },
     ("own", "skipping"): "does not say what to watch: give it watched(), or leave skipping out",
     (
         "lstm",

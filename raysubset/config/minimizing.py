@@ -11,8 +11,8 @@ TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
 TRAINING_STAGES = typing.get_args(TrainingStage)
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "muon", "lbfgs", "cg", "gauss_newton")
-WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton")  # optimizers whose every step uses all examples
+WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton", "levenberg_marquardt")  # optimizers whose every step uses all examples
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon", *WHOLE_SUBSET)
 
 _DECAYS = {"pswm": 0.9, "ema": 0.999}
 
@@ -24,7 +24,10 @@ _LEARNING_RATES = {
     "lbfgs": 1.0,
     "cg": 1.0,
     "gauss_newton": 1.0,
+    "levenberg_marquardt": 1.0,
 }
+
+_PATIENCE = 5  # of levenberg_marquardt
 
 
 def _check_stages(stages: str, name: str) -> None:
@@ -137,15 +140,16 @@ class MinimizeConfig:
     optimizer: str = "sgd"
     """sgd has Nesterov momentum. muon makes the momentum of matrices and kernels orthogonal; biases and
     normalisation parameters take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
-    line search) and gauss_newton (conjugate gradients on damped Gauss-Newton products) use the whole subset for every
-    step. Or your own, package.module:function of (parameters, recipe), which gives a torch.optim.Optimizer."""
+    line search), gauss_newton (conjugate gradients on damped Gauss-Newton products) and levenberg_marquardt (the exact
+    damped step, for squared error and at most 5,000 parameters) use the whole subset for every step. Or your own,
+    package.module:function of (parameters, recipe), which gives a torch.optim.Optimizer."""
     objective: str | None = None
     """What is minimized in place of the task's loss: package.module:function of (model, inputs, targets, task,
     generator), which gives (loss summed over the examples, outputs). For mixup, auxiliary heads, contrastive losses."""
     learning_rate: float | None = None
-    """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; lbfgs, cg and gauss_newton 1, a scale of
-    what a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has
-    its groups' lr for default; one that is given is the largest group's, and the others keep their share of it."""
+    """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; whole-subset optimizers 1, a scale of what
+    a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has its
+    groups' lr for default; one that is given is the largest group's, and the others keep their share of it."""
     momentum: float = 0.9
     """Nesterov momentum of sgd and muon; heavy-ball momentum with extrapolation."""
     weight_decay: float = 5e-4
@@ -172,8 +176,12 @@ class MinimizeConfig:
     warmup_fraction: float = 0.1
     """Share of the steps in which one_cycle and warmup_linear rise."""
     tolerance: float | None = None
-    """Stop when an epoch (an iteration of cg or gauss_newton, ten of lbfgs) lowers the subset's own loss by less than
-    this share of it."""
+    """Stop when an epoch (an iteration of whole-subset optimizers, ten of lbfgs) lowers the subset's own loss by less
+    than this share of it."""
+    patience: int | None = None
+    """Whole-subset optimizers: stop when the validation loss has not fallen for so many iterations (lbfgs: times ten),
+    and keep the weights where it was least; looking is part of `epochs`. Default: 5 of levenberg_marquardt, which
+    overfits within a few steps; 0, not to look, of the others."""
     gradient_tolerance: float | None = None
     """Whole-subset optimizers: stop when the gradient's largest element is at most this."""
     target_loss: float | None = None
@@ -207,6 +215,7 @@ class MinimizeConfig:
             epoch_fraction="(0, 1]",
             warmup_fraction="(0, 1)",
             tolerance="(0, ∞)",
+            patience="[0, ∞)",
             gradient_tolerance="(0, ∞)",
             target_loss="[0, ∞)",
         )
@@ -214,6 +223,10 @@ class MinimizeConfig:
         need(
             self.gradient_tolerance is None or whole,
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
+        )
+        need(
+            not self.patience or whole,
+            f"minimize.patience = {self.patience} is for {', '.join(WHOLE_SUBSET)}: leave it out",
         )
         need(
             self.objective is None or ":" in self.objective,
@@ -240,8 +253,8 @@ class MinimizeConfig:
             f"minimize.optimizer={self.optimizer} uses all examples for every step: leave minimize.epoch_fraction at 1",
         )
         need(
-            self.optimizer != "gauss_newton" or self.peak_learning_rate() <= 1,
-            f"learning_rate = {self.learning_rate}: gauss_newton takes that share of its full step, at most 1",
+            self.optimizer not in ("gauss_newton", "levenberg_marquardt") or self.peak_learning_rate() <= 1,
+            f"learning_rate = {self.learning_rate}: {self.optimizer} takes that share of its full step, at most 1",
         )
         need(
             not whole or self.precision != "bfloat16",
@@ -291,6 +304,12 @@ class MinimizeConfig:
     def bytes_a_gradient(self) -> int:
         """Bytes of a number that workers exchange."""
         return 2 if self.gradients == "bfloat16" else 4
+
+    def patience_or_default(self) -> int:
+        """Iterations without a lower validation loss that end it; 0: it is not looked at."""
+        if self.patience is None and self.optimizer == "levenberg_marquardt":
+            return _PATIENCE
+        return self.patience or 0
 
     @property
     def has_own_optimizer(self) -> bool:

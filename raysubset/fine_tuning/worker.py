@@ -221,6 +221,7 @@ class _Worker:
                 state=state,
                 shard=self._shard,
                 distillation=self._distillation,
+                validation=self._validation,
                 on_step=on_step,
             )
         except Exception as error:

@@ -157,6 +157,12 @@ class SquaredError:
         """The squared distance from the teacher's outputs, as the loss is from the targets; no temperature."""
         return F.mse_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
 
+    def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n, …]: what is squared and summed in an example's loss."""
+        if self.is_one_hot:
+            targets = targets.unsqueeze(1) == torch.arange(outputs.shape[1], device=targets.device)  # vmap can do this
+        return (outputs - targets.to(outputs.dtype)) / math.sqrt(outputs[0].numel())
+
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
         """H u of each example: 2/M times its change."""
         return change * (2 / outputs[0].numel())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from raysubset.quality import Quality
-from raysubset.tasks.losses import Loss, mean_outputs
+from raysubset.tasks.losses import Loss, SquaredError, mean_outputs
 from raysubset.tasks.spec import Spec
 
 L = TypeVar("L", bound=Loss)
@@ -110,6 +110,14 @@ class Task:
         """
         raise ValueError(f"the task {self.name} does not say how its loss curves: give it curvature(), or use lbfgs")
 
+    def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[n, …]: numbers of each example whose squares sum up to its loss, for levenberg_marquardt.
+
+        Raises:
+            ValueError: for a task that does not say them, or whose loss is no sum of squares.
+        """
+        raise ValueError(f"the task {self.name} does not give residuals(): use gauss_newton or lbfgs")
+
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: Generator) -> Tensor:
         """[n, T, …]: directions of outputs whose gradients' squares sum up to the curvature's diagonal.
 
@@ -201,6 +209,13 @@ class LossTask(Task, Generic[L]):
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
         return self.objective.curvature(outputs, change, targets)
+
+    def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not isinstance(self.objective, SquaredError):
+            squared = "set --task.loss squared_error, or " if self.name in ("classification", "regression") else ""
+            name = self.loss_name.split(",")[0]
+            raise ValueError(f"{name} is no sum of squares: {squared}use gauss_newton or lbfgs")
+        return self.objective.residuals(outputs, targets)
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: Generator) -> Tensor:
         return self.objective.fisher_terms(outputs, targets, labels=labels, generator=generator)

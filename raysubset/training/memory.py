@@ -22,6 +22,7 @@ _OPTIMIZER_COPIES = {
     "muon": 1,  # momentum
     "lbfgs": 2 * 20 + 3,  # 20 pairs of vectors; direction, last gradient and line search
     "cg": 3,  # direction, last gradient and line search
+    "levenberg_marquardt": 5,  # and its matrices, below
     "gauss_newton": 5,  # gradient, solution, residual, direction and product
 }
 _OWN_COPIES = 2  # of an optimizer of the user's own: as many moments as adam's
@@ -43,6 +44,8 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     copies = 2 * weights + (1 + _OPTIMIZER_COPIES.get(recipe.optimizer, _OWN_COPIES)) * parameters
+    if recipe.optimizer == "levenberg_marquardt":  # the matrix, the one with damping, and its factor
+        copies += 3 * 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) ** 2
     batch = math.ceil(recipe.batch_size / recipe.accumulation)
     batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)

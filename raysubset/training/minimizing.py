@@ -25,6 +25,7 @@ def minimize(
     schedule_span: tuple[float, float] = (0.0, 1.0),
     shard: Shard | None = None,
     distillation: Distillation | None = None,
+    validation: Examples | None = None,
     on_step: OnStep | None = None,
 ) -> MinimizeResult:
     """Minimize the task's loss over the examples, changing the model in place.
@@ -42,6 +43,7 @@ def minimize(
         schedule_span: the part of the schedule that this call covers, as shares of it.
         shard: this worker's share of each batch. The sum of the shares' gradients is the whole batch's gradient.
         distillation: an ensemble to learn from as well; the history's losses are then of both.
+        validation: what minimize.patience looks at.
         on_step: called after every step; returning True ends the call with the outcome "stopped". Where weights are
             averaged it sees the average at epochs' ends if the run goes on from it, and always at the very end.
 
@@ -67,7 +69,7 @@ def minimize(
                 f"{recipe.optimizer} passes over all {len(examples)} examples at every step, and they are streamed: "
                 "use sgd, adam or adamw, or leave --data.streamed out"
             )
-        return minimize_whole(model, examples, recipe, state=state, on_step=on_step)
+        return minimize_whole(model, examples, recipe, validation=validation, state=state, on_step=on_step)
     return minimize_by_batches(
         model,
         examples,

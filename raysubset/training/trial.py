@@ -12,6 +12,7 @@ from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import copied, generators_restored
 from raysubset.tasks import Spec
+from raysubset.training.evaluation import predict
 from raysubset.training.minimizing import minimize
 from raysubset.training.progress import Progress
 from raysubset.training.records import DivergedError
@@ -52,16 +53,23 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         learning_rate=1e-9,
         schedule="constant",
         tolerance=None,
+        patience=0,
         target_loss=None,
         compile=False,
     )
     network, outputs = copied(model), []
     left_out: set[str] = set()
-    hook = network.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach().float()))
+    is_whole = recipe.optimizer in WHOLE_SUBSET
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not is_whole:  # within vmap there is nothing to keep
+            outputs.append(output.detach().float())
+
+    hook = network.register_forward_hook(keep)
     started = time.perf_counter()
 
     def on_step(_: Progress) -> bool:
-        if recipe.optimizer not in WHOLE_SUBSET:
+        if not is_whole:
             left_out.update(name for name, p in network.named_parameters() if p.requires_grad and p.grad is None)
         return time.perf_counter() - started > _MOST_S
 
@@ -69,6 +77,8 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         with suppress(DivergedError):  # on noise, which says nothing
             minimize(network, examples, recipe, seed=0, on_step=on_step)
         hook.remove()
+        if is_whole:
+            outputs.append(predict(network, examples, recipe))
         ends_in = _function_at_the_end(network, torch.cat(outputs), examples) if outputs else None
     return Trial(tuple(name for name, _ in model.named_parameters() if name in left_out), ends_in)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raysubset.config import Config, derive_seed
+from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
@@ -274,9 +274,14 @@ class Minimizer:
             state=job.state,
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
+            validation=self._watched(recipe, job.examples.device),
             on_step=lambda progress: on_step({0: progress}),
         )
         return [result]
+
+    def _watched(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
+        """The validation data on the device, where the recipe looks at it."""
+        return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
 
     def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
         """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""

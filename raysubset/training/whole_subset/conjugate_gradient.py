@@ -20,6 +20,8 @@ class ConjugateGradient:
     would lower the loss as much as the last one did (Nocedal & Wright 2006, 3.60); the very first tries 1 / |g|₁.
     """
 
+    least_thirds = 1
+
     def __init__(self, objective: Objective, *, first_scale: float = 1.0, curvature: float = CURVATURE) -> None:
         """Begin without a direction.
 

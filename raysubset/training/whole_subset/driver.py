@@ -10,12 +10,13 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
-from raysubset.training.evaluation import evaluation_mode, recompute_batch_norm
+from raysubset.training.evaluation import evaluate, evaluation_mode, recompute_batch_norm
 from raysubset.training.progress import OnStep, Progress
 from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.gauss_newton import GaussNewton
 from raysubset.training.whole_subset.lbfgs import LBFGS
+from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
 LEAST_DECREASE = 1e-9  # relative, of a step: below that it stands still, where no tolerance is given
@@ -23,6 +24,8 @@ LEAST_DECREASE = 1e-9  # relative, of a step: below that it stands still, where 
 
 class Stepper(Protocol):
     """A method that goes from one point to a lower one."""
+
+    least_thirds: int  # of a pass, that a step takes; with fewer left none is begun
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
         """Move the objective's weights, for about `budget` thirds of a pass at most; what the function is there.
@@ -41,28 +44,32 @@ def minimize_whole(
     examples: Examples,
     recipe: MinimizeConfig,
     *,
+    validation: Examples | None = None,
     state: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> MinimizeResult:
     """As minimize(), with every step using all examples; Progress counts thirds of passes over them.
 
     A loss is a third of a pass, a gradient one, a Gauss-Newton product 4/3. The budget `epochs` bounds them all, those
-    of line searches and linear solvers included; the last of them may exceed it a little. History has an entry for each
-    iteration of cg and gauss_newton and for every ten of lbfgs; `tolerance` is about these. As for sgd, num_steps
-    counts gradients. The learning rate scales what cg tries first of all, what lbfgs tries in each line search, and
-    the full step of gauss_newton.
+    of line searches, linear solvers and looks at validation data included; the last of them may exceed it a little. A
+    Jacobian of M residuals is a forward pass and M backward ones, and none is begun that the budget does not hold.
+    History has an entry for each iteration, of lbfgs for every ten; `tolerance` and `patience` are about these. As for
+    sgd, num_steps counts gradients. The learning rate scales what cg tries first of all, what lbfgs tries in each line
+    search, and the full step of gauss_newton and levenberg_marquardt.
 
     Batch-norm statistics are taken from the subset once and then held fixed: with statistics of their own the chunks
     would make another function than the one that is reported. The weights are left in the default memory layout:
     flat vectors are made of them. Some 50 vectors of their size are held by lbfgs, some 10 by cg and gauss_newton.
 
     Returns:
-        The outcome, among others "gradient" where its largest element is within gradient_tolerance. The weights are
-        those of the least loss.
+        The outcome, among others "gradient" where its largest element is within gradient_tolerance, and "validation"
+        where patience ended it. The weights are those of the least loss, with patience of the least validation loss.
 
     Raises:
         ValueError: if dropout or augmentation is active: every method here needs the loss as a function of the
-            weights; or if gauss_newton meets an operation without forward-mode derivative.
+            weights; if there is no validation data to be patient about; if gauss_newton meets an operation without
+            forward-mode derivative; or if levenberg_marquardt meets a loss that is no sum of squares or too many
+            parameters.
         DivergedError: if the loss at the start or its gradient is not finite.
     """
     if has_dropout(model):
@@ -71,23 +78,39 @@ def minimize_whole(
         )
     if examples.is_augmented:
         raise ValueError(f"{recipe.optimizer} needs a loss without noise: set --data.augmentation=none")
+    if recipe.patience_or_default() and validation is None:
+        raise ValueError("minimize.patience looks at validation data, and minimize() was given none: set it to 0")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with evaluation_mode(model):
         for module in model.modules():
             if isinstance(module, nn.RNNBase):  # cuDNN has its backward pass in training mode alone; nothing drops out
                 module.train()
-        return _minimize(model, examples, recipe, state, on_step)
+        return _minimize(model, examples, recipe, validation, state, on_step)
 
 
 def _minimize(
-    model: nn.Module, examples: Examples, recipe: MinimizeConfig, state: dict[str, Any] | None, on_step: OnStep | None
+    model: nn.Module,
+    examples: Examples,
+    recipe: MinimizeConfig,
+    validation: Examples | None,
+    state: dict[str, Any] | None,
+    on_step: OnStep | None,
 ) -> MinimizeResult:
     started = time.perf_counter()
+    if state is not None:
+        model.load_state_dict(state["model"])
     objective = Objective(model, examples, recipe)
     stepper = _stepper(objective, model, recipe)
     progress = Progress(max(1, round(3 * recipe.epochs)), 3, epoch_ended=True)
-    first_third = first_gradient = 0  # done before this call
-    outcome = None
+    first_gradient = 0  # done before this call
+    outcome, patience = None, recipe.patience_or_default()
+
+    def validated() -> dict[str, Any]:
+        """The validation loss here, with the weights."""
+        assert validation is not None
+        objective.num_forward += len(validation)
+        return {"loss": evaluate(model, validation, recipe).loss, "weights": objective.weights(), "since": 0}
+
     if state is None:
         objective.num_forward += recompute_batch_norm(model, examples, recipe)
         at = objective.evaluate()
@@ -97,14 +120,15 @@ def _minimize(
                 "weights are not finite, or too large"
             )
         best = {"loss": at.loss, "weights": objective.weights()}
+        validates_best = validated() if patience else {}
     else:
-        model.load_state_dict(state["model"])
         stepper.load_state_dict(state["optimizer"])
-        first_third = state["position"][1]
+        objective.worked_before = state.get("worked", state["position"][1] * len(examples))
         progress.history = [EpochRecord(**record) for record in state["history"]]
         first_gradient = progress.history[-1].num_steps
         at, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
-    progress.step = first_third + objective.thirds
+        validates_best = state.get("validates_best", {})
+    progress.step = objective.thirds
 
     def cost() -> Cost:
         held_s = time.perf_counter() - started
@@ -113,41 +137,51 @@ def _minimize(
     def capture() -> dict[str, Any]:
         return {
             "position": [progress.step // 3, progress.step],
+            "worked": objective.worked,
             "model": model.state_dict(),
             "optimizer": stepper.state_dict(),
             "loss": at.loss,
             "gradient": at.gradient,
             "history": [record.to_dict() for record in progress.history],
             "best": best,
+            "validates_best": validates_best,
             "outcome": outcome,
         }
 
     progress.capture = capture
     smallest = recipe.gradient_tolerance or 0.0
     least = recipe.tolerance or (LEAST_DECREASE if recipe.gradient_tolerance is None else 0.0)
-    while outcome is None and (progress.step < progress.num_steps or not progress.history):
+    while outcome is None and (progress.step + stepper.least_thirds <= progress.num_steps or not progress.history):
         if at.largest_slope > smallest:
             at = stepper.step(at, progress.num_steps - progress.step)
-        progress.step = first_third + objective.thirds
-        num_gradients = first_gradient + objective.num_gradients
-        progress.history.append(EpochRecord(progress.epoch, at.loss, recipe.peak_learning_rate(), num_gradients))
         decrease = (best["loss"] - at.loss) / max(best["loss"], 1e-30)
         if decrease >= 0 and at.is_finite:
             best = {"loss": at.loss, "weights": objective.weights()}
+            if patience:
+                here = validated()
+                is_better = here["loss"] < validates_best["loss"]
+                validates_best = here if is_better else {**validates_best, "since": validates_best["since"] + 1}
         else:
             objective.move_to(best["weights"])
+        progress.step = objective.thirds
+        num_gradients = first_gradient + objective.num_gradients
+        progress.history.append(EpochRecord(progress.epoch, at.loss, recipe.peak_learning_rate(), num_gradients))
         if not at.is_finite:
             outcome = "diverged"
         elif recipe.target_loss is not None and at.loss <= recipe.target_loss:
             outcome = "target"
         elif decrease >= 0 and at.largest_slope <= smallest:
             outcome = "gradient"
+        elif patience and validates_best["since"] >= patience:
+            outcome = "validation"
         elif (decrease < least or decrease <= 0) and progress.step < progress.num_steps:
             outcome = "tolerance"
         progress.cost = cost()
         if on_step is not None and on_step(progress) and outcome is None:
             outcome = "stopped"
     model.zero_grad()
+    if patience:
+        objective.move_to(validates_best["weights"])
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), stepper.state_dict())
 
 
@@ -159,5 +193,9 @@ def _stepper(objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> 
             return ConjugateGradient(objective, first_scale=recipe.peak_learning_rate())
         case "gauss_newton":
             return GaussNewton(objective, scale=recipe.peak_learning_rate())
+        case "levenberg_marquardt":
+            return LevenbergMarquardt(
+                objective, scale=recipe.peak_learning_rate(), smallest=recipe.gradient_tolerance or 0.0
+            )
         case _:
             raise AssertionError(f"{recipe.optimizer} uses batches: minimize() itself is its loop")

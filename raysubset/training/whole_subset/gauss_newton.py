@@ -30,6 +30,8 @@ class GaussNewton:
     else by 2, 4, 8, …; it starts at 1/100 of the curvature along the gradient.
     """
 
+    least_thirds = 1
+
     def __init__(
         self,
         objective: Objective,

@@ -19,6 +19,8 @@ class _NotFinite(Exception):
 class LBFGS:
     """Limited-memory BFGS (Liu & Nocedal 1989): torch.optim.LBFGS with twenty pairs of changes."""
 
+    least_thirds = 1
+
     def __init__(self, objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> None:
         self._objective, self._optimizer = objective, make_optimizer(model, recipe)
 

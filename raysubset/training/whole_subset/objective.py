@@ -1,7 +1,7 @@
 """A subset's mean loss as a function of a flat vector of weights: losses, gradients and curvature, all counted."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
 from raysubset.training.evaluation import widened
+from raysubset.training.whole_subset.normal_equations import NormalSums
 
 CHUNK_BATCHES = 16  # a chunk of the subset is this many batches, so that memory stays bounded
 
@@ -53,6 +54,7 @@ class Objective:
         self.num_forward = 0  # examples
         self.num_backward = 0  # examples
         self.num_gradients = 0
+        self.worked_before = 0  # by an earlier process, as worked
         self._model, self._examples, self._recipe = model, examples, recipe
         self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -68,7 +70,12 @@ class Objective:
     @property
     def thirds(self) -> int:
         """Work done, in thirds of a pass over the subset: a forward pass is one, a backward pass two."""
-        return (self.num_forward + 2 * self.num_backward) // len(self._examples)
+        return self.worked // len(self._examples)
+
+    @property
+    def worked(self) -> int:
+        """Likewise in examples, with what was done before."""
+        return self.worked_before + self.num_forward + 2 * self.num_backward
 
     @property
     def resolution(self) -> float:
@@ -89,7 +96,7 @@ class Objective:
     def loss(self) -> float:
         """The loss here. A third of a pass."""
         total = torch.zeros((), dtype=_wide(self.device), device=self.device)
-        for inputs, targets in self._batches():
+        for inputs, targets in self._batches(self._chunks):
             total += self._share(self._forward(inputs), targets)
         self.num_forward += len(self._examples)
         return total.item()
@@ -103,7 +110,7 @@ class Objective:
             parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros((), dtype=_wide(self.device), device=self.device)
         with torch.enable_grad():
-            for inputs, targets in self._batches():
+            for inputs, targets in self._batches(self._chunks):
                 loss = self._share(self._forward(inputs), targets)
                 loss.backward()
                 total += loss.detach()
@@ -137,7 +144,7 @@ class Objective:
         parts = zip(parameters.items(), vector.split(self._sizes), strict=True)
         change = {name: part.view_as(p) for (name, p), part in parts}
         total = torch.zeros_like(vector)
-        for inputs, targets in self._batches():
+        for inputs, targets in self._batches(self._chunks):
 
             def moving(weights: dict[str, Tensor], inputs: Tensor = inputs) -> tuple[Tensor, Tensor]:
                 return jvp(lambda w: widened(functional_call(self._model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
@@ -156,8 +163,36 @@ class Objective:
         self.num_backward += len(self._examples)
         return total
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in self._chunks:
+    def normal_sums(self) -> NormalSums:
+        """What normal_equations() takes its sums by.
+
+        Raises:
+            ValueError: if the loss is no sum of squares, or torch cannot differentiate single examples' outputs.
+        """
+        inputs, targets = next(self._batches([self._chunks[0][:2]]))
+        try:
+            return NormalSums(self._model, self._examples.task.residuals, inputs, targets)
+        except RuntimeError as error:
+            raise ValueError(
+                "levenberg_marquardt cannot take single examples' gradients of this network: use lbfgs or cg "
+                f"({first_line(error)})"
+            ) from error
+
+    def normal_equations(self, sums: NormalSums) -> tuple[Tensor, Tensor]:
+        """Gradient [P] and Gauss-Newton matrix [P, P] of a loss that is a sum of squares, in float64.
+
+        A pass forward and, with M residuals an example, M backward. The network is run as it is, also where it is
+        compiled for losses and gradients.
+        """
+        num = len(self._examples)
+        gradient, matrix = sums.over(self._batches(self._chunks))
+        self.num_forward += num
+        self.num_backward += num * sums.num_residuals
+        self.num_gradients += 1
+        return gradient * (2 / num), matrix * (2 / num)
+
+    def _batches(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in chunks:
             yield self._examples.batch(indices, channels_last=self._recipe.channels_last, dtype=self._dtype)
 
     def _share(self, outputs: Tensor, targets: Tensor) -> Tensor:
