@@ -109,7 +109,8 @@ def run_comparison_job(
         arguments: flags as those of `raysubset compare`.
         default: data, model, subsets and recipe.
         description: heads the job's --help.
-        options: defaults of compare()'s: seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers.
+        options: defaults of compare()'s: seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers,
+            bandwidth.
     """
     return _job(Compare, arguments, default, description, **options)
 
@@ -238,7 +239,7 @@ def _compare(command: Compare) -> int:
     from raysubset.tracking import track_page
 
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
-    for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers"):
+    for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (given := getattr(command, name)) not in (None, ()):
             options[name] = given
     with telling() as tell:

@@ -105,6 +105,8 @@ class Compare(_Resumed):
     CIFAR-100, 0.005 else; of other qualities what the task says."""
     num_workers: int | None = None
     """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
+    bandwidth: float | None = None
+    """Of each worker's link, in Gbit/s, at which the report says what takes the least wall time; by default 1."""
     quick: bool = False
     """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
 

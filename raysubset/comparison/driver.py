@@ -29,6 +29,7 @@ from raysubset.work import Run
 LEARNING_RATES = (0.3, 1.0, 3.0)  # tried for each arm, times the recipe's own
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
+BANDWIDTH = 1.0  # Gbit/s
 MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; other qualities have one of their task's, or none
 
 COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # no arm's own
@@ -49,6 +50,7 @@ def compare(
     batch_sizes: Sequence[int] = (),
     margin: float | None = None,
     num_workers: int | None = None,
+    bandwidth: float = BANDWIDTH,
     on_event: OnEvent | None = None,
     fresh: bool = False,
     accept_changed_code: bool = False,
@@ -75,6 +77,7 @@ def compare(
         margin: of non-inferiority, in the units of the task's quality; by default its own, and of accuracy that of
             MARGINS for the data, else MARGIN.
         num_workers: of arm I; by default the number of subsets, as far as the cluster has room (recorded).
+        bandwidth: of each worker's link, in Gbit/s, at which the report says which way takes the least wall time.
         on_event: told of legs as they are done, lost and retried.
         fresh: delete what a comparison of this name left behind, and start over.
         accept_changed_code: go on where the user's code has changed since; legs that are done stay as they are.
@@ -94,6 +97,7 @@ def compare(
         check_number("--batch-sizes", size, "[1, ∞)")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
+    check_number("--bandwidth", bandwidth, "(0, ∞)")
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     known = None if fresh else directory.read_identity()
@@ -152,6 +156,7 @@ def compare(
                 seeds=seeds,
                 margin=margin,
                 num_workers=decided["num_workers"],
+                bandwidth=bandwidth,
             ),
         }
         sessions.write()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from raysubset.comparison.arms import Arm, Settings
 from raysubset.comparison.network import (
@@ -14,6 +15,7 @@ from raysubset.comparison.network import (
     wall_times,
 )
 from raysubset.comparison.records import Record
+from raysubset.comparison.regime import Curves, Way, regime_at, regime_text, way_of
 from raysubset.comparison.statistics import (
     Interval,
     SpeedUp,
@@ -49,6 +51,7 @@ def gather(
     seeds: Sequence[int],
     margin: float,
     num_workers: int,
+    bandwidth: float,
 ) -> Record:
     """All numbers of a comparison whose legs are done.
 
@@ -58,6 +61,7 @@ def gather(
         failed: legs that could not be done, with the reason.
         margin: of non-inferiority, in the quality's units.
         num_workers: of arm I.
+        bandwidth: of each worker's link, in Gbit/s; the regime is told at it.
 
     Raises:
         ValueError: where the conventional run has no quality to hold the arms against.
@@ -92,6 +96,11 @@ def gather(
             num_seeds=len(seeds),
         ).to_dict()
     test = f"test_{quality.name}"
+    bandwidths = sorted({*BANDWIDTHS, bandwidth})
+    network = _network(arms, finals, legs, plan, num_workers, test, bandwidths)
+    curves = _wall_curves(arms, network["rows"], quality)
+    rule = {"target": target, "s_per_pass": network["s_per_pass"], "seeds": seeds}
+    regimes = {speed: regime_at(speed, curves, **rule) for speed in bandwidths}
     return {
         "task": task_record(full_set),
         "data": data_record(full_set),
@@ -105,6 +114,13 @@ def gather(
             "num_subsets": len(plan.subsets),
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
+            "by_bandwidth": [one.to_dict() for one in regimes.values()],
+            "text": regime_text(
+                regimes[bandwidth],
+                quality=quality.show(quality.gain(target)),
+                place=_place(plan, num_workers, arms),
+                is_complete=len({way for way, _ in curves.values()}) == len(get_args(Way)),
+            ),
         },
         "seeds": list(seeds),
         "margin": margin,
@@ -118,7 +134,7 @@ def gather(
         "speed_ups": {c: {key: one.to_dict() for key, one in found_ups[c].items()} for c in CLOCKS},
         "verdicts": verdicts,
         "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
-        "network": _network(arms, finals, legs, plan, num_workers, test),
+        "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
         "legs": _leg_records(finals),
     }
@@ -272,7 +288,41 @@ def _cheap_points(
     ]
 
 
-def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, num_workers: int, test: str) -> Record:
+def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
+    """What the regime is of, in words."""
+    budgets = [point["budget"] for arm in arms if arm["key"][0] != "A" for point in arm["points"]]
+    network = (
+        f"{plan.num_parameters:,} parameters (Q = {plan.full_set_ratio:.3g}, subsets {min(plan.subset_ratios):.3g})"
+    )
+    return f"With {network}, {num_workers} workers and budgets of {min(budgets):g} to {max(budgets):g} passes"
+
+
+def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Quality) -> dict[str, tuple[Way, Curves]]:
+    """Of each arm, by seed, what its budgets took on the critical path, with the gains they came to."""
+    sent = {(row["arm"], row["budget"]): row for row in rows}
+    found: dict[str, tuple[Way, Curves]] = {}
+    for arm in arms:
+        curves: dict[int, list[tuple[Communication, float]]] = {}
+        for point in arm["points"]:
+            gains = _gains(point["runs"], quality)
+            for run in point["runs"]:
+                if math.isfinite(gain := gains.get(run["seed"], math.nan)):
+                    row = sent[arm["key"], point["budget"]]
+                    one = Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
+                    curves.setdefault(run["seed"], []).append((one, gain))
+        found[arm["key"]] = way_of(arm["key"][0], arm["role"]), curves
+    return found
+
+
+def _network(
+    arms: Sequence[Record],
+    finals: Finals,
+    legs: _Legs,
+    plan: Plan,
+    num_workers: int,
+    test: str,
+    bandwidths: Sequence[float],
+) -> Record:
     """Bytes on the critical path of each arm, beside those of data-parallel training, and wall times made of them.
 
     The time of a pass is the baseline's, as measured here; wall times at a bandwidth are computed, not measured.
@@ -303,12 +353,12 @@ def _network(arms: Sequence[Record], finals: Finals, legs: _Legs, plan: Plan, nu
                     "num_bytes": sent,
                     "num_exchanges": num_exchanges,
                     test: mean[test],
-                    "wall_s": wall_times(one, s_per_pass=s_per_pass),
+                    "wall_s": wall_times(one, s_per_pass=s_per_pass, bandwidths=bandwidths),
                 }
             )
     return {
         "s_per_pass": s_per_pass,
-        "bandwidths": list(BANDWIDTHS),
+        "bandwidths": list(bandwidths),
         "data_parallel_bytes_a_step": all_reduce_bytes(plan.num_parameters, num_workers, each=4),
         "rows": rows,
     }

@@ -25,7 +25,30 @@ def comparison_sections(record: Record) -> list[Section]:
         rows = tuple((leg, reason) for leg, reason in record["failed"].items())
         lines = ("The same command again tries these once more.",)
         parts.append(Section("Failed, and left out", ("leg", ""), rows, lines))
+    if "text" in record["regime"]:
+        parts.append(_regime(record))
     return parts
+
+
+def _regime(record: Record) -> Section:
+    """Which way takes the least wall time to the quality, at each bandwidth."""
+    ways = ("one device", "data-parallel training", "subset pretraining")
+
+    def seconds(one: Record, way: str) -> str:
+        found = one["ways"].get(way)
+        return "–" if found is None else f"{found['seconds']:.3g} s ({found['arm']})"
+
+    rows = tuple(
+        (f"{one['gbit_per_s']:g}", *(seconds(one, way) for way in ways), " or ".join(one["fastest"]) or "–")
+        for one in record["regime"]["by_bandwidth"]
+    )
+    lines = (
+        "Seconds to the quality that counts as good, computed as the table of networks is: of each way its fastest arm "
+        "that gets there with every seed. One is the least where its interval, paired by seed, is wholly below the "
+        "others'; else all that are not told apart are named.",
+        record["regime"]["text"],
+    )
+    return Section("Regime", ("Gbit/s a worker", *ways, "the least"), rows, lines)
 
 
 def _verdicts(record: Record) -> Iterator[str]:

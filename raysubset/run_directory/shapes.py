@@ -85,10 +85,13 @@ _ARM = _all(str, "key title role") | {"settings": _SETTINGS, "points": [_POINT]}
 _ON_NETWORK = {"arm": str, "wall_s": {"*": _LOSS}, "test_{}": _LOSS} | _all(_NUMBER, "budget num_bytes num_exchanges")
 _NETWORK = {"bandwidths": [_NUMBER], "rows": [_ON_NETWORK]} | _all(_NUMBER, "s_per_pass data_parallel_bytes_a_step")
 _LEG = _all(str, "kind stage") | {"round": int, "subset": (int,), "num_workers": _COUNT, "inputs": [str]}
+_FASTEST = {"arm": str, "seconds": _NUMBER}
+_AT_BANDWIDTH = {"gbit_per_s": _NUMBER, "ways": {"*": _FASTEST}, "fastest": [str]}
+_REGIME = {"overdetermination_ratio": _RATIOS, "text?": str, "by_bandwidth?": [_AT_BANDWIDTH]}
 _COMPARISON = (
     _HEAD
     | {"config": _CONFIG, "environment": (_ENVIRONMENT,), "data": _DATA, "model": _MODEL, "seeds": [int]}
-    | {"regime": {"overdetermination_ratio": _RATIOS} | _all(int, "num_subsets num_parameters num_workers")}
+    | {"regime": _REGIME | _all(int, "num_subsets num_parameters num_workers")}
     | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs?": {"*": _LEG}, "network": _NETWORK}
     | {"conventional": _all(_NUMBER, "budget test_{} target_{}")}
     | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}

@@ -1,0 +1,113 @@
+"""The regime: which way of training takes the least wall time to a quality, at each bandwidth; a rule fixed beforehand.
+
+1. The quality is that of the verdicts: the conventional run's on test data, less the margin.
+2. An arm's seconds, by seed, are where its cost curve over wall time reaches the quality. Wall time is the third clock:
+   passes on the critical path × seconds of a pass on one device + bytes through the slowest link × 8 / bandwidth.
+3. There are three ways: one device, data-parallel training, subset pretraining. Each stands for its fastest arm, by the
+   geometric mean over seeds, of those that reach the quality with every seed.
+4. The fastest way is named where its seconds, paired by seed, are fewer than those of each other way, the 95 % interval
+   of the log of their ratio wholly on that side; else all ways that are not told apart from it are.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from raysubset.comparison.network import Communication
+from raysubset.comparison.statistics import passes_needed, t_interval
+
+Way = Literal["one device", "data-parallel training", "subset pretraining"]
+Curves = Mapping[int, Sequence[tuple[Communication, float]]]
+"""By seed, what each budget took, and the gain it came to."""
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """A way of training by its fastest arm."""
+
+    arm: str
+    seconds: float  # geometric mean over seeds
+    per_seed: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What takes the least wall time at one bandwidth."""
+
+    gbit_per_s: float  # of each worker's link
+    ways: Mapping[Way, Fastest]  # those that reach the quality
+    fastest: tuple[Way, ...]  # several: not told apart; none: no way reaches the quality
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def way_of(letter: str, role: str) -> Way:
+    """The way an arm trains."""
+    if letter == "I":
+        return "data-parallel training"
+    return "subset pretraining" if role == "candidate" else "one device"
+
+
+def regime_at(
+    gbit_per_s: float,
+    arms: Mapping[str, tuple[Way, Curves]],
+    *,
+    target: float,
+    s_per_pass: float,
+    seeds: Sequence[int],
+) -> Regime:
+    """The rule at one bandwidth.
+
+    Args:
+        arms: by their keys.
+        target: the quality, as a gain.
+        s_per_pass: of one device.
+        seeds: of the comparison.
+    """
+    ways: dict[Way, Fastest] = {}
+    for key, (way, curves) in arms.items():
+        per_seed: dict[int, float] = {}
+        for seed in seeds:
+            curve = [(one.wall_s(gbit_per_s, s_per_pass=s_per_pass), gain) for one, gain in curves.get(seed, ())]
+            needed, bound = passes_needed(curve, target) if curve else (math.inf, "at_least")
+            if bound != "at_least":
+                per_seed[seed] = needed
+        if len(per_seed) < len(seeds):
+            continue
+        seconds = statistics.geometric_mean(per_seed.values())
+        if way not in ways or seconds < ways[way].seconds:
+            ways[way] = Fastest(key, seconds, per_seed)
+    if not ways:
+        return Regime(gbit_per_s, {}, ())
+    first, *others = sorted(ways, key=lambda way: ways[way].seconds)
+    close = (way for way in others if not _is_slower(ways[way], ways[first]))
+    return Regime(gbit_per_s, ways, (first, *close))
+
+
+def _is_slower(one: Fastest, other: Fastest) -> bool:
+    """Whether it takes more seconds than the other, the interval of the ratio wholly above 1."""
+    return t_interval([math.log(one.per_seed[seed] / other.per_seed[seed]) for seed in other.per_seed]).low > 0
+
+
+def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool) -> str:
+    """The sentence that a comparison ends with.
+
+    Args:
+        quality: the target in words.
+        place: network, Q, workers and budgets in words.
+        is_complete: whether an arm of each way was compared.
+    """
+    begin = f"{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
+    if not regime.ways:
+        return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
+    took = ", ".join(
+        f"{way} ({found.arm}) {found.seconds:.3g} s"
+        for way, found in sorted(regime.ways.items(), key=lambda item: item[1].seconds)
+    )
+    first, *close = regime.fastest
+    word = f"{first} takes the least time" if not close else f"{' and '.join(regime.fastest)} are not told apart"
+    missing = "" if is_complete else " Not every way was compared: add I to --arms for data-parallel training."
+    return f"{begin}{word} to {quality}: {took}.{missing}"
