@@ -22,7 +22,7 @@ from PIL import Image
 from pyarrow import fs
 
 from raysubset.config import DataConfig
-from raysubset.data import FullSet, load_full_set
+from raysubset.data import FullSet, load_full_set, named
 from raysubset.data.images import as_images, decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
 from raysubset.data.listing import list_folder
@@ -101,6 +101,32 @@ def test_a_damaged_file_is_told_from_a_missing_one(tmp_path: Path):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{name}-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00\x00\x05")
     with pytest.raises(ValueError, match=r"fashion_mnist under .* is damaged"):
+        load("fashion_mnist", root=str(tmp_path))
+
+
+def idx(array: np.ndarray) -> bytes:
+    """As MNIST's files are written: two zeros, 8 for bytes, the number of dimensions, each of them, and the bytes."""
+    sizes = [size.to_bytes(4, "big") for size in array.shape]
+    return b"".join([bytes([0, 0, 8, array.ndim]), *sizes, array.astype(np.uint8).tobytes()])
+
+
+def test_idx_files_are_read_without_torchvision_whose_import_takes_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(named, "_reader", None)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images, labels = np.arange(40 * 28 * 28).reshape(40, 28, 28) % 251, np.arange(40) % 10
+    for part, last in (("train", 40), ("t10k", 20)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images[:last]))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels[:last]))
+    full_set = load("fashion_mnist", root=str(tmp_path))
+    assert np.array_equal(full_set.test.arrays()["image"][..., 0], images[:20])
+    assert full_set.test.arrays()["label"].tolist() == labels[:20].tolist()
+    assert full_set.task.class_names[9] == "Ankle boot"
+
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(images[:20])[:-1])
+    with pytest.raises(ValueError, match=r"damaged \(t10k-images-idx3-ubyte has 15,679 bytes for a shape of \(20, 28"):
         load("fashion_mnist", root=str(tmp_path))
 
 

@@ -1,8 +1,8 @@
 """Data sets by name: those that scikit-learn and Python bring along, and torchvision's readers."""
 
 import dataclasses
+import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,54 +95,84 @@ def _digits(config: DataConfig) -> SourceSplit:
 
 
 def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
-    kind = _kind(config.name)
-    root = Path(config.root).expanduser()
-    missing = [path for path in _files(kind, root) if not path.exists()]
+    name, root = config.name, Path(config.root).expanduser()
+    files = torchvision_files(name, str(root))
+    missing = [path for path in files if not path.exists()]
     if missing and not config.download:
         raise ValueError(
-            f"{config.name} is not under {root}: expected {', '.join(str(path.relative_to(root)) for path in missing)} "
+            f"{name} is not under {root}: expected {', '.join(str(path.relative_to(root)) for path in missing)} "
             "there: set --data.root to the folder that has them, or fetch them with --data.download"
         )
     try:
-        dataset = kind(root, train=train, download=bool(missing))
-    # URLError is an OSError; a truncated MNIST file is an AssertionError or a ValueError of torchvision's parser.
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        if missing or name not in _IDX_CLASSES:
+            dataset = _reader(name)(root, train=train, download=bool(missing))
+        if name in _IDX_CLASSES:
+            pixels, labels = (_read_idx(path) for path in files if path.name.startswith("train" if train else "t10k"))
+            class_names = _IDX_CLASSES[name]
+        else:
+            pixels, labels, class_names = np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
+    # URLError is an OSError; CIFAR's pickles are checked against torchvision's digests first.
+    except (OSError, RuntimeError, ValueError) as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if missing:
             raise ValueError(
-                f"{config.name} could not be downloaded ({last}): put {', '.join(path.name for path in missing)} "
+                f"{name} could not be downloaded ({last}): put {', '.join(path.name for path in missing)} "
                 f"into {missing[0].parent} by hand"
             ) from error
         raise ValueError(
-            f"{config.name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
-            f"{_files(kind, root)[0].parent} and fetch it again with --data.download"
+            f"{name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
+            f"{files[0].parent} and fetch it again with --data.download"
         ) from error
-    images, _ = as_images(np.asarray(dataset.data), config.name, config.image_size)
-    # MNIST's own names are "0 - zero" and so on; the figures say as much.
-    class_names = None if config.name == "mnist" else tuple(dataset.classes)
-    return SourceSplit(images, pa.chunked_array([np.asarray(dataset.targets, dtype=np.int64)]), class_names)
+    images, _ = as_images(pixels, name, config.image_size)
+    return SourceSplit(images, pa.chunked_array([labels.astype(np.int64)]), class_names)
 
 
 def torchvision_files(name: str, root: str) -> list[Path]:
-    """The files that a set of torchvision's is read from."""
-    return _files(_kind(name), Path(root))
+    """The files that a set of torchvision's is read from, where torchvision looks for them."""
+    return [Path(root, _FOLDERS[name], file) for file in _FILES[name]]
 
 
-def _kind(name: str) -> Any:
-    from torchvision import datasets
+_IDX_FILES = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+_FOLDERS = {
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+}
+_FILES = {
+    "mnist": _IDX_FILES,
+    "fashion_mnist": _IDX_FILES,
+    "cifar10": (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
+    "cifar100": ("train", "test", "meta"),
+}
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+# MNIST's own names are "0 - zero" and so on; the figures say as much.
+_IDX_CLASSES = {"mnist": None, "fashion_mnist": tuple(_CLOTHES.split(","))}
 
-    kinds: dict[str, Callable[..., Any]] = {
+
+def _reader(name: str) -> Any:
+    from torchvision import datasets  # which imports torch._dynamo: two seconds of a CPU
+
+    return {
         "mnist": datasets.MNIST,
         "fashion_mnist": datasets.FashionMNIST,
         "cifar10": datasets.CIFAR10,
         "cifar100": datasets.CIFAR100,
-    }
-    return kinds[name]
+    }[name]
 
 
-def _files(kind: Any, root: Path) -> list[Path]:
-    """The files torchvision's reader opens."""
-    if hasattr(kind, "resources"):
-        return [root / kind.__name__ / "raw" / Path(name).stem for name, _ in kind.resources]
-    names = [name for name, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
-    return [root / kind.base_folder / name for name in names]
+def _read_idx(path: Path) -> np.ndarray:
+    """The uint8 array of an IDX file.
+
+    Raises:
+        ValueError: if it is none, or has another length than it says.
+    """
+    data = path.read_bytes()
+    num_dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
+    header = 4 * (1 + num_dimensions)
+    if not num_dimensions or len(data) < header:
+        raise ValueError(f"{path.name} is no IDX file of bytes")
+    shape = np.frombuffer(data, ">u4", num_dimensions, offset=4)
+    if len(data) - header != math.prod(map(int, shape)):
+        raise ValueError(f"{path.name} has {len(data) - header:,} bytes for a shape of {tuple(map(int, shape))}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
