@@ -14,6 +14,7 @@ from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.given_objects import given_fingerprint, is_given
 from raysubset.user_code import code_fingerprint, source_files
+from raysubset.work import weights_fingerprint
 
 
 def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known: Identity | None) -> Identity:
@@ -35,6 +36,8 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
                 found = full_sets[own].fingerprint
             data[name] = found
             places |= _data_place(config.data)
+        if (source := config.model.weights) and f"weights {source}" not in data:
+            data[f"weights {source}"] = weights_fingerprint(config.model)
         for field, reference in config.functions().items():
             if is_given(reference):
                 code[reference] = given_fingerprint(field, reference)

@@ -26,7 +26,7 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
-from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, subsample_size
+from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
@@ -69,7 +69,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
     least = subsample_size(config, min(sizes)) if twice else min(sizes)
     most = most_workers(config, full_set, model, least_subset=least)
-    found = [*without, *findings(config, full_set, model)]
+    found = [*start_note(config, full_set), *without, *findings(config, full_set, model)]
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         missing = list[Note]()

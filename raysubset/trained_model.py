@@ -20,7 +20,7 @@ from raysubset.given_objects import is_given
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
 from raysubset.objects_in_hand import again
-from raysubset.run_directory import MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
+from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
     ImageInputs,
     NextToken,
@@ -34,7 +34,7 @@ from raysubset.tasks import (
 )
 from raysubset.training import Weights
 
-WEIGHTS_PATH, RECORD_PATH = "model.safetensors", MODEL_RECORD_PATH
+WEIGHTS_PATH, RECORD_PATH = MODEL_PATH, MODEL_RECORD_PATH
 _NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 

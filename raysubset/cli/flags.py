@@ -327,7 +327,8 @@ def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str
         for room, dot, name in [flag.name.rpartition(".")]
     }
     if "--task.name" in known:
-        known["--task"] = known["--task.name"]  # the everyday word
+        known["--task"] = known["--task.name"]  # the everyday words
+        known["--start-from"] = known["--model.weights"]
     places = [flag for flag in flags if flag.is_positional]
     given: dict[str, Any] = {}
     left, before = list(arguments), ""

@@ -100,8 +100,16 @@ class ModelConfig:
     (cifar_resnet: 20)."""
     norm: Literal["batch", "group", "none"] = "batch"
     """Normalisation inside cnn, vgg, cifar_resnet and unet."""
+    weights: str | None = None
+    """What the shared start has instead of random weights: a finished run's directory, a file of a state dict
+    (.safetensors, .pt, .pth) that every node sees, or `pretrained`, torchvision's own, where torch.hub has them on
+    disk. Tensors of other shapes, as a head for other classes, are fresh."""
 
     def __post_init__(self) -> None:
+        need(
+            not holds_secret(self.weights or ""),
+            "model.weights holds a password, a key or a token, and would be written to config.json: see data.name",
+        )
         check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
         for name in ("width", "depth"):
             has_size = self.name in ("auto", *_MODEL_SIZES)

@@ -58,6 +58,10 @@ class Config:
             not (independent and self.trunk.epochs),
             "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0",
         )
+        need(
+            not (independent and self.model.weights),
+            f"model.weights = {self.model.weights} would start all subsets alike: leave out subsets.start=independent",
+        )
         several = self.rounds.num > 1
         need(
             not (several and independent),

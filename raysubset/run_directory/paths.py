@@ -18,6 +18,7 @@ COMPARISON_PATH = "comparison.json"
 TRACKING_FOLDER = "tracking"  # a JSON a tracker, and what wandb keeps beside what it sends
 PREDICTIONS_PATH = "test_predictions.parquet"  # of the final model on the test split
 MISTAKES_PATH = "test_mistakes.parquet"  # some that are wrong, with their images
+MODEL_PATH = "model.safetensors"  # the final weights
 MODEL_RECORD_PATH = "model.json"  # what load_model() needs beside the weights
 SAMPLES_PATH = "samples.json"  # texts that the final model writes on from a prompt
 

@@ -20,9 +20,9 @@ from raysubset.work.pieces import (
     TestPiece,
     TrainPiece,
     perturbed,
-    seeded_model,
 )
 from raysubset.work.run import Run
+from raysubset.work.starting import seeded_model, start_note, weights_fingerprint
 from raysubset.work.testing import leave_metrics, leave_test, test_weights
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "Report",
     "perturbed",
     "seeded_model",
+    "start_note",
+    "weights_fingerprint",
     "cut_subsets",
     "cut_subsample",
     "subsample_size",

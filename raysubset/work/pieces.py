@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from raysubset.aggregation import Minimum, shrink_perturb
-from raysubset.config import Config, TrainingStage, derive_seed
+from raysubset.config import Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.ledger import Stage
-from raysubset.models import new_model, trainable_names
+from raysubset.models import trainable_names
 from raysubset.run_directory import (
     RunDirectory,
     Seal,
@@ -27,6 +26,7 @@ from raysubset.run_directory import (
 )
 from raysubset.training import MEASURES, Cost, Measure, Progress, Weights
 from raysubset.work.cutting import cut_subsample, cut_subsets
+from raysubset.work.starting import random_model, seeded_model
 
 TEST_PATH = "test.json"  # in the directory of a TestPiece
 
@@ -260,15 +260,9 @@ class TestPiece:
 AnyPiece = Piece | AggregatePiece | TrainPiece | TestPiece
 
 
-def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
-    """The config's network with seeded initial weights: those of a shared start, or others by a name of their own."""
-    path = ("start",) if start_id == "initial" else ("start", start_id)
-    return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
-
-
 def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
     """The weights shrunk and perturbed (arXiv:1910.08475) by fresh ones, as fine_tuning.shrink and .perturb say."""
-    fresh = seeded_model(config, full_set, "fine_tuning")
+    fresh = random_model(config, full_set, "fine_tuning")
     tuning, names = config.fine_tuning, trainable_names(fresh)
     return shrink_perturb(
         weights, fresh.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names

@@ -1,0 +1,148 @@
+"""seeded_model(): the network that a run starts from, with fresh weights or those that model.weights names."""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from raysubset.config import Config, ModelConfig, derive_seed
+from raysubset.data import FullSet
+from raysubset.errors import first_line
+from raysubset.events import Note
+from raysubset.fingerprints import Entry, fingerprint
+from raysubset.models import architecture, new_model
+from raysubset.run_directory import MODEL_PATH, RunDirectory
+
+PRETRAINED = "pretrained"
+_MOST_NAMED = 4  # tensors in one line
+
+
+def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
+    """The config's network as a run begins: with what model.weights names, or seeded weights.
+
+    Args:
+        start_id: "initial" for the shared start; another name has seeded weights of its own.
+
+    Raises:
+        ValueError: where model.weights is not there, or of another network.
+    """
+    model = random_model(config, full_set, start_id)
+    if config.model.weights:
+        _load(config.model, model, _read(config.model, full_set))
+    return model
+
+
+def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
+    """The config's network with seeded weights, whatever model.weights says."""
+    path = ("start",) if start_id == "initial" else ("start", start_id)
+    return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
+
+
+def start_note(config: Config, full_set: FullSet) -> list[Note]:
+    """What a run starts from, where that is given: how much of it was taken."""
+    if not config.model.weights:
+        return []
+    model, weights = random_model(config, full_set), _read(config.model, full_set)
+    fresh = _load(config.model, model, weights)
+    but = f"; {_named(fresh)} differ in shape and are fresh" if fresh else ""
+    return [Note(f"starts from {config.model.weights}: {len(model.state_dict()) - len(fresh)} tensors{but}")]
+
+
+def weights_fingerprint(config: ModelConfig) -> pa.Table:
+    """What model.weights stands for: a digest of the file.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    directory, file = _weights_file(config)
+    data = directory.read_bytes(file)
+    return fingerprint([Entry(file, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())])
+
+
+def _weights_file(config: ModelConfig) -> tuple[RunDirectory, str]:
+    """The folder and name of the file that model.weights means.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    assert config.weights
+    if config.weights == PRETRAINED:
+        return _pretrained_file(config.name)
+    directory = RunDirectory.at(config.weights)
+    if directory.exists(MODEL_PATH):
+        return directory, MODEL_PATH
+    folder, _, name = directory.uri.rpartition("/")
+    if not name.endswith((".safetensors", ".pt", ".pth")) or not directory.exists(""):
+        raise ValueError(
+            f"model.weights = {config.weights}: there is no finished run of that path, nor a file of weights "
+            "(.safetensors, .pt, .pth)"
+        )
+    return RunDirectory.at(folder), name
+
+
+def _pretrained_file(name: str) -> tuple[RunDirectory, str]:
+    """torchvision's default weights of a network, where torch.hub keeps what it has downloaded."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(f"model.weights = {PRETRAINED} is for torchvision's networks, and model.name = {name}")
+    url = cast(Any, models.get_model_weights(name)).DEFAULT.url
+    folder, file = os.path.join(torch.hub.get_dir(), "checkpoints"), url.rpartition("/")[2]
+    if not os.path.exists(os.path.join(folder, file)):
+        raise ValueError(
+            f"model.weights = {PRETRAINED}: {file} is not in {folder}, and nothing is downloaded: get {url}"
+        )
+    return RunDirectory.at(folder), file
+
+
+def _read(config: ModelConfig, full_set: FullSet) -> dict[str, Tensor]:
+    """The tensors that model.weights names, by the network's names. Pickles are read with weights_only=True."""
+    directory, file = _weights_file(architecture(config, full_set.spec))
+    data = directory.read_bytes(file)
+    try:
+        if file.endswith(".safetensors"):
+            found: Any = safetensors.torch.load(data)
+        else:
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            found = found.get("state_dict", found.get("model", found)) if isinstance(found, Mapping) else found
+    except Exception as error:  # of a damaged file, or a pickle of more than tensors, anything
+        raise ValueError(f"model.weights = {config.weights}: no tensors can be read ({first_line(error)})") from error
+    if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
+        raise ValueError(f"model.weights = {config.weights}: it holds no state dict of tensors by name")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _load(config: ModelConfig, model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Put weights into a model; the names of those that keep their own values, as their shapes differ.
+
+    Raises:
+        ValueError: where names differ, or no shape agrees.
+    """
+    own = model.state_dict()
+    if not own.keys() & weights.keys():  # of grey images, which another module repeats
+        weights = {f"network.{name}": tensor for name, tensor in weights.items()}
+    auxiliary = ("aux", "AuxLogits", "network.aux", "network.AuxLogits")  # heads that torchvision trains with
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own and not name.startswith(auxiliary)]
+    fresh = [name for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape]
+    if missing or unknown or len(fresh) == len(own):
+        flaws = [f"it lacks {_named(missing)}"] if missing else []
+        flaws += [f"{_named(unknown)} are not the network's"] if unknown else []
+        told = "; ".join(flaws or ["no tensor has the shape of the network's"])
+        raise ValueError(f"model.weights = {config.weights} is of another network than {config.name}: {told}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name not in fresh:
+                tensor.copy_(weights[name])
+    return fresh
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
