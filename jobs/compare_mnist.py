@@ -28,7 +28,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raysubset.cli import run_comparison_job
-from raysubset.config import Config, DataConfig, FineTuningConfig, MinimizeConfig, ModelConfig, SubsetsConfig
+from raysubset.config import (
+    Config,
+    DataConfig,
+    FineTuningConfig,
+    MinimizeConfig,
+    ModelConfig,
+    RoundsConfig,
+    SubsetsConfig,
+)
 
 CONFIG = Config(
     name="compare-mnist",
@@ -36,6 +44,7 @@ CONFIG = Config(
     model=ModelConfig(name="cnn", width=10, depth=3),
     subsets=SubsetsConfig(num=4),
     minimize=MinimizeConfig(optimizer="sgd", batch_size=64, epochs=8),
+    rounds=RoundsConfig(outer_momentum=0.0),  # as measured
     fine_tuning=FineTuningConfig(epochs=2),
 )
 ARMS = ("A", "B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I")

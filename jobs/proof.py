@@ -75,11 +75,12 @@ SHORT = {
     "model.width": 4,
 }
 FINE_TUNED = {"fine_tuning.epochs": 1.0}
+TWO_ROUNDS = {"rounds.num": 2, "rounds.outer_momentum": 0.0, "rounds.keep_minima": None}
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"subsets.num": None, "subsets.size": None, "minimize.epochs": 4.0, "actors.max_num": 2, **FINE_TUNED},
     "conventional": {"method": "conventional", "conventional.epochs": 2.0},
-    "rounds": {"rounds.num": 3, "rounds.outer_learning_rate": 0.7, "rounds.outer_momentum": 0.5},
-    "averaged states": {"rounds.num": 2, "rounds.optimizer_state": "average", "minimize.optimizer": "adamw"},
+    "rounds": {"rounds.outer_learning_rate": 0.7, **TWO_ROUNDS, "rounds.num": 3, "rounds.outer_momentum": 0.5},
+    "averaged states": {"rounds.optimizer_state": "average", "minimize.optimizer": "adamw", **TWO_ROUNDS},
     "fisher": {"aggregation.method": "fisher"},
     "regmean": {"aggregation.method": "regmean"},
     "savgm": {"aggregation.method": "savgm"},

@@ -55,7 +55,7 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Piece, Run, TrainPiece, leave_test, perturbed, seeded_model
+from raysubset.work import Output, Piece, Run, TrainPiece, leave_test, perturbed, seeded_model
 
 
 @taking_objects
@@ -209,12 +209,13 @@ class _Stages:
             if config.trunk.epochs:
                 weights, trunk = self._trunk(pool)
                 start_id = "trunk"
-            rounds_of_run = Rounds(self._run, self._plan, self._decisions)
+            rounds_of_run, start = Rounds(self._run, self._plan, self._decisions), weights
             for round in range(config.rounds.num):
                 refuse_changed_files(self._full_set)
-                weights, record = rounds_of_run.run(pool, round, weights, start_id)
+                start, record = rounds_of_run.run(pool, round, start, start_id)
                 start_id = f"round-{round:04d}"
                 rounds.append(record)
+            weights = Output.of_aggregate(self._directory, config.rounds.num - 1).weights()
             if config.fine_tuning.epochs:
                 weights, fine_tuning = self._fine_tune(pool, weights, rounds[-1]["minima"], hand_back=actors.close)
         last = fine_tuning or rounds[-1]["aggregation"]

@@ -18,15 +18,17 @@ from raysubset.run_directory import (
     aggregate_path,
     aggregate_weights_path,
     mean_optimizer_path,
+    minima_folder,
     minimum_folder,
     momentum_path,
     optimizer_path,
+    subsamples_folder,
     subsets_path,
 )
 from raysubset.subset_actors import ActorPool, Pack, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Weights
-from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets
+from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets, round_spans
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,13 @@ class Rounds:
     def __init__(self, run: Run, plan: Plan, decisions: Decisions) -> None:
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._plan, self._decisions = plan, decisions
+        self._spans = round_spans(run.config, run.config.rounds.num)
 
-    def run(self, pool: ActorPool, round: int, start: Weights, start_id: str) -> tuple[Weights, dict[str, Any]]:
-        """Subset minima in parallel, then their aggregate: weights and record, read back where they are there.
+    def run(self, pool: ActorPool, round: int, start: Weights | Output, start_id: str) -> tuple[Output, dict[str, Any]]:
+        """Subset minima in parallel, then their aggregate: where it lies and its record, read back if it is there.
 
         Args:
-            start: the weights the members start from.
+            start: the weights the members start from, or where they lie.
             start_id: names them: minima with equal ids share a start.
         """
         config, directory = self._config, self._directory
@@ -50,13 +53,15 @@ class Rounds:
         if round:
             subsets = cut_subsets(config, self._full_set, round, shares=self._decisions.shares)
         self._write_manifest(round, subsets)
-        if (done := directory.read_record(aggregate_path(round))) is not None:
-            return directory.read_weights(aggregate_weights_path(round), done["files"]), done
+        if (done := self._done(round)) is not None:
+            self._tidy(round)
+            return Output.of_aggregate(directory, round), done
+        start = start.weights() if isinstance(start, Output) else start
         sizes = sorted({len(subset.indices) for subset in subsets})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         self._tell(
-            stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {config.minimize.epochs:g} epochs each")
+            stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {self._epochs(round):.4g} epochs each")
         )
         pieces = [self._piece(round, subset, start_id) for subset in subsets]
         parts: list[Piece] = []
@@ -65,7 +70,31 @@ class Rounds:
             parts = self._on_subsamples(pool, subsets, pieces, start)
             done = {part.subset_id for part in parts}
             pieces = [piece for piece in pieces if piece.subset_id in done]
-        return self._aggregate(pool, round, pieces, parts, start)
+        made = self._aggregate(pool, round, pieces, parts, start)
+        self._tidy(round)
+        return made
+
+    def _done(self, round: int) -> dict[str, Any] | None:
+        """The record of a round's aggregate; its files have served if the next round's aggregate is there."""
+        path = aggregate_path(round)
+        if round + 1 < self._config.rounds.num and self._directory.exists(aggregate_path(round + 1)):
+            return self._directory.read_json_or_none(path)
+        return self._directory.read_record(path)
+
+    def _tidy(self, round: int) -> None:
+        """Delete what nothing reads once a round's aggregate is there: the optimizer states that its members began
+        with, and minima of rounds that are not to be kept, with the weights that only they began from."""
+        directory, keep = self._directory, self._config.rounds.keep_minima
+        if round and self._config.rounds.optimizer_state != "reset":
+            for path in (*directory.list(minima_folder(round - 1), recursive=True), mean_optimizer_path(round - 1)):
+                if path.endswith("/optimizer.pt"):
+                    directory.delete(path)
+        if keep is not None and (gone := round - keep) >= 0:
+            for path in (minima_folder(gone), subsamples_folder(gone)):
+                directory.delete(path)
+            if gone:
+                for path in (aggregate_weights_path(gone - 1), momentum_path(gone - 1)):
+                    directory.delete(path)
 
     def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights) -> list[Piece]:
         """Those whose minima are found: all, but with a quorum."""
@@ -95,23 +124,31 @@ class Rounds:
 
     def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
         """The work on one subset."""
-        num_rounds = self._config.rounds.num
         independent = self._config.subsets.start == "independent"
         slots = self._decisions.slots
-        return Piece(
+        piece = Piece(
             self._config,
             self._directory,
             "subsets",
             subset_id=subset.id,
             round=round,
             indices=subset.indices,
-            schedule_span=(round / num_rounds, (round + 1) / num_rounds),
+            epochs=self._epochs(round),
+            schedule_span=self._spans[round],
             start_id=f"independent-{subset.id}" if independent else start_id,
             node_speed=slot_of(slots, subset.id).speed if slots else None,
-            optimizer=self._optimizer(round, subset.id) if round else None,
             statistics=self._plan.statistics,
             measures=MEASURES if self._config.rounds.evaluated(round) else (),
         )
+        if round and piece.record() is None:  # what it begins with is deleted when its round is aggregated
+            return dataclasses.replace(piece, optimizer=self._optimizer(round, subset.id))
+        return piece
+
+    def _epochs(self, round: int) -> float:
+        """Of each member of the round."""
+        rounds, (begin, end) = self._config.rounds, self._spans[round]
+        share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
+        return self._config.minimize.epochs * share
 
     def _optimizer(self, round: int, subset_id: int) -> tuple[RunDirectory, str] | None:
         """The optimizer state that a member of a later round begins with: its predecessor's, the mean, or none."""
@@ -143,7 +180,7 @@ class Rounds:
 
     def _aggregate(
         self, pool: ActorPool, round: int, pieces: list[Piece], parts: list[Piece], start: Weights
-    ) -> tuple[Weights, dict[str, Any]]:
+    ) -> tuple[Output, dict[str, Any]]:
         """One set of weights of a round's minima, by an actor; written down before it is used.
 
         Args:
@@ -173,7 +210,7 @@ class Rounds:
         )
         ((_, record),) = pool.run([Pack((piece,))], start, keep=self._num_kept(round))
         self._tell_of(record["aggregation"], round)
-        return piece.output.weights(), record
+        return piece.output, record
 
     def _num_kept(self, round: int) -> float:
         """Actors that stay when the round is done: for the next one, or to fine-tune."""

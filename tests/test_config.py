@@ -354,6 +354,7 @@ FREE = {  # where a run is kept and how it is placed
     "actors.checkpoint_epochs",
     "actors.checkpoint_s",
     "actors.stall_s",
+    "rounds.keep_minima",
     "cluster.address",
     "cluster.num_cpus",
     "cluster.num_gpus",
@@ -402,6 +403,7 @@ WORDS = (
     "characters",
     "regression",
     "balanced",
+    "quadratic",
 )
 VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
 

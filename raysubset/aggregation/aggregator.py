@@ -197,7 +197,7 @@ def aggregate_round(
         made.aggregate.weights,
         momentum,
         learning_rate=config.rounds.outer_learning_rate,
-        momentum_factor=config.rounds.outer_momentum,
+        momentum_factor=config.rounds.momentum,
         parameter_names=scorer.parameter_names,
     )
     if isinstance(made, Unmeasured):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from raysubset.aggregation import method_of
 from raysubset.config import Config, TrainingStage, parse_value
 from raysubset.legs import Leg, Start
-from raysubset.work import subsample_size
+from raysubset.work import round_spans, subsample_size
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
 Role = Literal["baseline", "control", "candidate"]
@@ -168,7 +168,8 @@ def final_leg(
         start = Start("warm", on_full_set("trunk", trunk * scale, fresh, config.trunk.num_workers))
     members: tuple[Leg, ...] = ()
     parts: tuple[Leg, ...] = ()
-    for round in range(rounds):
+    for round, (begin, end) in enumerate(round_spans(config, rounds)):
+        share = rounds * (end - begin) if config.rounds.lengths == "quadratic" else 1.0
         measures = ("validation",) if rounds == 1 or config.rounds.evaluated(round) else ()
         keeps = round > 0 and config.rounds.optimizer_state == "keep"
         members = tuple(
@@ -176,11 +177,11 @@ def final_leg(
                 "minimize",
                 config,
                 "subsets",
-                config.minimize.epochs * scale,
+                config.minimize.epochs * scale * share,
                 start,
                 round=round,
                 subset=subset,
-                span=(round / rounds, (round + 1) / rounds),
+                span=(begin, end),
                 predecessor=members[subset] if keeps else None,
                 statistics=statistics if arm.letter in "GH" else (),
                 measures=measures,

@@ -244,6 +244,9 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     aggregation, minimize = tree.get("aggregation"), tree.get("minimize")
     if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
         new["aggregation"] = {key: value for key, value in aggregation.items() if key != "num_gpus"}
+    rounds = tree.get("rounds")
+    if isinstance(rounds, Mapping) and "keep_minima" not in rounds and rounds.get("num", 1) == 1:
+        new["rounds"] = {key: rounds[key] for key in rounds if (key, rounds[key]) != ("outer_momentum", 0.0)}
     moved: dict[str, Any] = {}
     if isinstance(minimize, Mapping):
         moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}  # once the recipe's

@@ -29,18 +29,24 @@ class TrunkConfig:
 @dataclass(frozen=True, kw_only=True)
 class RoundsConfig:
     num: int = 1
-    """Rounds of subset minima and aggregation; from 2 up the subsets are redrawn each round (local SGD)."""
+    """Rounds of subset minima and aggregation; from 2 up the subsets are redrawn each round (local SGD). 16 or more
+    exchanges are what paid in pilots, with Muon or SGD."""
+    lengths: Literal["equal", "quadratic"] = "equal"
+    """Epochs of the rounds: as many each, or longer as the learning rate falls, by 1/rate² (arXiv:2310.14423), with
+    the same sum."""
     optimizer_state: Literal["keep", "reset", "average"] = "keep"
     """What members begin a later round with: their own momenta, none, or the mean of all members'."""
     learning_rate_scale: float = 1.0
     """Times minimize.learning_rate, for the members alone: far from convergence a mean gains by longer steps."""
     outer_learning_rate: float = 1.0
     """Of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 alone is the mean."""
-    outer_momentum: float = 0.0
-    """Momentum of the outer step over the rounds."""
+    outer_momentum: float | None = None
+    """Momentum of the outer step over the rounds; by default 0.6 where there are several (what paid in pilots)."""
     evaluate_every: int = 1
     """Measure the minima and the aggregate of each so-many-th round, and of the last: what that costs is counted, and
     many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
+    keep_minima: int | None = 1
+    """Rounds, counted from the last, whose minima stay on disk; null: all. A damaged older file costs all since."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -51,10 +57,18 @@ class RoundsConfig:
             outer_learning_rate="(0, ∞)",
             outer_momentum="[0, 1)",
             evaluate_every="[1, ∞)",
+            keep_minima="[1, ∞)",
         )
 
+    @property
+    def momentum(self) -> float:
+        """Of the outer step."""
+        if self.outer_momentum is None:
+            return 0.6 if self.num > 1 else 0.0
+        return self.outer_momentum
+
     def has_outer_step(self) -> bool:
-        return (self.outer_learning_rate, self.outer_momentum) != (1.0, 0.0)
+        return (self.outer_learning_rate, self.momentum) != (1.0, 0.0)
 
     def evaluated(self, round: int) -> bool:
         """Whether minima and aggregate of the round, from 0, are measured."""

@@ -187,6 +187,7 @@ def shapes_result(key: str) -> bool:
         "actors.max_attempts",
         "actors.stall_s",
         "actors.checkpoint_",
+        "rounds.keep_minima",
         "data.root",
         "data.download",
     )

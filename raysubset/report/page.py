@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.errors import listed
 from raysubset.events import Note
@@ -235,8 +236,7 @@ def _minimum_row(name: str, figures: Sequence[float], squared: bool, quality: Qu
 
 def _aggregation(record: Record, last: Record) -> Section:
     made, minima, quality = last["aggregation"], last["minima"], quality_of(record)
-    outer = record["config"]["rounds"]
-    has_outer_step = (outer["outer_learning_rate"], outer["outer_momentum"]) != (1.0, 0.0)
+    has_outer_step = Config.from_dict(record["config"]).rounds.has_outer_step()
     rows = [
         ("best member", *_pair(made["best_member"], quality)),
         ("mean member", _number(made["mean_member_loss"]), quality.cell(made[f"mean_member_{quality.name}"])),

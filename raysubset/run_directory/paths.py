@@ -23,9 +23,14 @@ MODEL_RECORD_PATH = "model.json"  # what load_model() needs beside the weights
 SAMPLES_PATH = "samples.json"  # texts that the final model writes on from a prompt
 
 
+def minima_folder(round: int) -> str:
+    """The folder of a round's minima."""
+    return f"rounds/{round:04d}/minima"
+
+
 def minimum_folder(round: int, subset: int) -> str:
     """The folder of a subset's minimum."""
-    return f"rounds/{round:04d}/minima/{subset:04d}"
+    return f"{minima_folder(round)}/{subset:04d}"
 
 
 def minimum_path(folder: str) -> str:
@@ -48,9 +53,14 @@ def statistics_path(folder: str, kind: str) -> str:
     return f"{folder}/{kind}.safetensors"
 
 
+def subsamples_folder(round: int) -> str:
+    """The folder of a round's minima on parts of subsets, as savgm needs them."""
+    return f"rounds/{round:04d}/subsamples"
+
+
 def subsample_folder(round: int, subset: int) -> str:
-    """The folder of the minimum on a part of a subset, as savgm needs it."""
-    return f"rounds/{round:04d}/subsamples/{subset:04d}"
+    """The folder of the minimum on a part of a subset."""
+    return f"{subsamples_folder(round)}/{subset:04d}"
 
 
 def history_path(folder: str) -> str:

@@ -46,7 +46,7 @@ _HEAD = _all(str, "name uri") | {"seconds?": _SECONDS, "task?": _TASK}
 _DATA = {"name": str} | _all(_COUNT, "num_train num_test")
 _MODEL = {"num_parameters": int, "forward_share": _NUMBER}
 _SLOT = {"kind": str, "speed": _NUMBER}
-_OUTER_STEP = _all(_NUMBER, "outer_learning_rate outer_momentum")
+_OUTER_STEP = {"outer_learning_rate": _NUMBER, "outer_momentum": (_NUMBER,)}
 _CONFIG = {"name": (str,), "minimize": {"loss?": str}, "task?": {"loss?": str}, "model": {"name": str}}
 
 _NOTES = [str, {"text": str, "is_warning": bool}]  # a text in reports of earlier versions

@@ -18,6 +18,7 @@ from raysubset.training.evaluation import (
 from raysubset.training.flops import forward_share
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.minimizing import minimize
+from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
@@ -40,6 +41,7 @@ from raysubset.training.trial import Trial, are_probabilities, least_batch, try_
 
 __all__ = [
     "minimize",
+    "learning_rate_at",
     "minimize_packed",
     "why_not_packed",
     "try_packing",

@@ -22,6 +22,7 @@ from raysubset.work.pieces import (
     perturbed,
 )
 from raysubset.work.run import Run
+from raysubset.work.spans import round_spans
 from raysubset.work.starting import seeded_model, start_note, weights_fingerprint
 from raysubset.work.testing import leave_metrics, leave_test, test_weights
 
@@ -44,6 +45,7 @@ __all__ = [
     "cut_subsets",
     "cut_subsample",
     "subsample_size",
+    "round_spans",
     "CALIBRATION_EXAMPLES",
     "calibration_examples",
     "leave_aggregate",

@@ -9,11 +9,11 @@ from torch import nn
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.training import Weights, place
-from raysubset.work.pieces import seeded_model
+from raysubset.work.starting import random_model
 
 
 class Networks:
-    """Networks that are as seeded_model() makes them but for the weights they are given.
+    """Networks that are as random_model() makes them but for the weights they are given.
 
     To draw 11 million initial weights that start weights overwrite takes 300 ms of a CPU, to copy them 2. A network of
     ours is used again: its state dict is all that a minimization leaves in it beside gradients, frozen flags and modes.
@@ -43,7 +43,7 @@ class Networks:
             model.load_state_dict(weights)
             return place(model, device, channels_last=config.minimize.channels_last)
         while len(self._kept) <= place_in_pack:
-            model = place(seeded_model(config, full_set), device, channels_last=config.minimize.channels_last)
+            model = place(random_model(config, full_set), device, channels_last=config.minimize.channels_last)
             self._kept.append(model)
             self._flags.append(([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]))
         model, (required, training) = self._kept[place_in_pack], self._flags[place_in_pack]
@@ -60,7 +60,7 @@ class Networks:
 
     def _copy(self, config: Config, full_set: FullSet) -> nn.Module:
         if not self._kept:
-            self._kept.append(seeded_model(config, full_set))
+            self._kept.append(random_model(config, full_set))
         try:
             return copy.deepcopy(self._kept[0])
         except Exception:  # whatever an attribute of the user's raises

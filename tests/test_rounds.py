@@ -1,0 +1,126 @@
+"""Rounds: what they leave on disk, how long they are, and what they begin with. Without Ray."""
+
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from raysubset.config import Config
+from raysubset.data import load_full_set
+from raysubset.planning import make_plan
+from raysubset.rounds import Rounds
+from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path
+from raysubset.training import Weights, learning_rate_at
+from raysubset.work import Run, round_spans, seeded_model
+from tests.test_matrix import InProcess
+from tests.tiny import same_bits
+
+TINY = {
+    "subsets.num": 2,
+    "subsets.size": 60,
+    "minimize.epochs": 1.0,
+    "minimize.batch_size": 30,
+    "trunk.epochs": 0.0,
+    "fine_tuning.epochs": 0.0,
+    "model.width": 4,
+    "rounds.num": 3,
+}
+
+
+def config_of(**overrides: Any) -> Config:
+    return Config().with_overrides(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def run_of(config: Config, folder: Path, *, num: int | None = None, name: str = "run") -> tuple[Weights, list[Any]]:
+    """The first `num` rounds of a run: the last aggregate, and the rounds' records."""
+    full_set, directory = load_full_set(*config.learned), RunDirectory(str(folder), name)
+    opened = Run(config, directory, full_set, [], lambda event: None)
+    decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: 1)
+    rounds, records = Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), []
+    start: Any = seeded_model(config, full_set).state_dict()
+    for round in range(num or config.rounds.num):
+        start, record = rounds.run(cast(Any, InProcess(opened)), round, start, f"start-{round}")
+        records.append(record)
+    return start.weights(), records
+
+
+@pytest.mark.parametrize("state", ["keep", "average", "reset"])
+@pytest.mark.parametrize("keep", [1, 2, None])
+def test_what_no_resume_needs_is_deleted_and_any_resume_ends_at_the_same_bits(
+    tmp_path: Path, state: str, keep: int | None
+) -> None:
+    config = config_of(rounds__optimizer_state=state, rounds__keep_minima=keep)
+    whole, records = run_of(config, tmp_path, name="whole")
+    run = RunDirectory(str(tmp_path), "whole")
+    files = run.list("rounds", recursive=True)
+    assert [path for path in files if path.endswith("optimizer.pt")] == []
+    assert {path.split("/")[1] for path in files if "/minima/" in path} == {"0000", "0001", "0002"} - (
+        set() if keep is None else {f"{round:04d}" for round in range(3 - keep)}
+    )
+    run_of(config, tmp_path, num=2)
+    resumed = RunDirectory(str(tmp_path), "run")
+    assert any(path.endswith("optimizer.pt") for path in resumed.list("rounds", recursive=True)) == (state != "reset")
+    weights, again = run_of(config, tmp_path)
+    assert same_bits(weights, whole)
+    assert [record["minima"][1]["history"] for record in again] == [one["minima"][1]["history"] for one in records]
+
+
+def test_a_damaged_last_aggregate_is_made_again_of_what_is_kept(tmp_path: Path) -> None:
+    config = config_of()
+    whole, _ = run_of(config, tmp_path)
+    directory = RunDirectory(str(tmp_path), "run")
+    directory.write_bytes(aggregate_weights_path(2), b"half")
+    assert directory.read_record(aggregate_path(2)) is None
+    weights, _ = run_of(config, tmp_path)
+    assert same_bits(weights, whole)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "warmup_linear", "constant"])
+def test_quadratic_lengths_are_those_whose_squared_rates_sum_to_the_same(schedule: str) -> None:
+    config = config_of(minimize__schedule=schedule, rounds__lengths="quadratic")
+    spans, recipe = round_spans(config, 8), config.stage("subsets")
+
+    def rate(progress: float) -> float:
+        return learning_rate_at(recipe, 0, num_steps=1, span=(progress, progress))
+
+    assert (spans[0][0], spans[-1][1]) == (0.0, 1.0)
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    lengths = [end - begin for begin, end in spans]
+    if schedule == "constant":
+        assert lengths == pytest.approx([1 / 8] * 8)
+        return
+    assert lengths == sorted(lengths), "rounds grow as the rate falls"
+    steep = [(begin, end) for begin, end in spans if begin > recipe.warmup_fraction][:-1]
+    sums = [sum(rate(begin + (end - begin) * (i + 0.5) / 200) ** 2 for i in range(200)) / 200 for begin, end in steep]
+    areas = [one * (end - begin) for one, (begin, end) in zip(sums, steep, strict=True)]
+    assert areas == pytest.approx([areas[0]] * len(areas), rel=1e-3)
+
+
+def test_rounds_of_quadratic_length_take_the_epochs_of_equal_ones(tmp_path: Path) -> None:
+    config = config_of(rounds__lengths="quadratic", minimize__schedule="cosine", minimize__epochs=4.0)
+    _, records = run_of(config, tmp_path)
+    epochs = [record["minima"][0]["history"][-1]["epoch"] for record in records]
+    assert epochs == sorted(epochs)
+    assert epochs[0] < 4.0 < epochs[-1]
+    assert sum(epochs) == pytest.approx(12.0, abs=1.5), "up to a step's rounding"
+
+
+def test_several_rounds_have_the_outer_step_of_the_pilots_and_one_has_none() -> None:
+    one, several = Config().rounds, config_of().rounds
+    assert (one.momentum, one.has_outer_step()) == (0.0, False)
+    assert (several.outer_learning_rate, several.momentum) == (1.0, 0.6)
+    assert several.optimizer_state == "keep"
+    assert not config_of(rounds__outer_momentum=0.0).rounds.has_outer_step()
+
+
+def test_a_config_of_before_the_default_had_one_momentum_means_what_it_meant() -> None:
+    before = Config().to_dict()
+    del before["rounds"]["keep_minima"]
+    before["rounds"]["outer_momentum"] = 0.0
+    assert Config.from_dict(before) == Config(), "of one round it is the default"
+    before["rounds"]["num"] = 4
+    assert Config.from_dict(before).rounds.momentum == 0.0
+    assert math.isclose(config_of().rounds.momentum, 0.6)
