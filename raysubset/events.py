@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,26 @@ class Stage(Event):
     """A stage begins, or the run, sweep or comparison itself."""
 
     stage: str | None = None  # "trunk", "subsets", "aggregation"…: those of a run
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stage of a run trains for, as planned."""
+
+    stage: str
+    round: int
+    passes: float
+    num_pieces: int  # subsets, or 1
+    num_at_once: int  # of processes, if the cluster has the room that it can have
+
+
+@dataclass(frozen=True)
+class Planned(Event):
+    """What is to come, when the cluster is known."""
+
+    steps: tuple[Step, ...]
+    num_examples: int  # of a pass
 
 
 @dataclass(frozen=True)
@@ -81,11 +101,13 @@ class Progress(Event):
     num_epochs: float
     loss: float | None  # None: there is none yet, or it is not finite
     examples_per_s: float
+    running_loss: float | None = None  # of the epoch so far; `loss` is that of the last whole one
+    worker: int | None = None  # of Ray Train: its rank; all of them do the attempt together
 
 
 @dataclass(frozen=True)
 class Waiting(Event):
-    """Work waits for a place."""
+    """What is waited for, until the next event: data, the start of Ray and of processes, a place for work."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,28 @@ class LegDone(Event):
     """A leg of a comparison is done."""
 
     leg: str  # its key
+    validation: Mapping[str, Any] | None = None  # what it measures at
+    was_there: bool = False  # found done, when the comparison was resumed
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm of a comparison, or a trial of a sweep, as it stands."""
+
+    name: str
+    cells: tuple[str, ...]  # below the columns, as a person reads them
+    state: Literal["waiting", "at work", "done", "failed"]
+    passes: float  # done so far
+    planned: float
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Standing(Event):
+    """How all arms of a comparison, or all trials of a sweep, stand; told whenever that has changed."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -134,6 +178,6 @@ class TrialReport(Event):
     report: Mapping[str, Any]
 
 
-def stage_event(stage: str, text: str) -> Stage:
+def stage_event(stage: str, text: str, round: int = 0) -> Stage:
     """The event that a stage of a run begins."""
-    return Stage(f"{stage}: {text}", stage)
+    return Stage(f"{stage}: {text}", stage, round)

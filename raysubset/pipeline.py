@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from raysubset.cluster import call_on_cluster, connected, get_shared, own_address, put_once, reached
+from raysubset import uris
+from raysubset.cluster import call_on_cluster, connected, get_shared, num_slots, own_address, put_once, reached
 from raysubset.config import Config, Learned, TrainingStage
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
-from raysubset.events import Event, Note, OnEvent, Progress, Stage, stage_event
+from raysubset.events import Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
 from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_train
 from raysubset.given_objects import is_given
 from raysubset.identity import identify, known_fingerprint, places_notes
@@ -33,6 +34,7 @@ from raysubset.planning import (
     Plan,
     actor_bytes,
     make_plan,
+    planned_steps,
 )
 from raysubset.rounds import Rounds
 from raysubset.run_directory import (
@@ -106,15 +108,17 @@ def run(
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     # mistakes in the data are told before Ray is started
     known = None if fresh else directory.read_identity()
+    tell(Waiting(f"reading {uris.shown(config.data.name)}"))
     if config.learned not in full_sets:
         full_sets[config.learned] = load_full_set(*config.learned, known=known_fingerprint(known, config))
     full_set, identity = full_sets[config.learned], identify([config], full_sets, known)
+    tell(Waiting("planning, with a step of training for trial"))
     plan = make_plan(config, full_set)
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
     directory.check_writable()
     with ExitStack() as stack:
-        stack.enter_context(reached(config.cluster))
+        stack.enter_context(reached(config.cluster, tell))
         refuse_what_has_no_place(config, None if fresh else directory)
         lease = stack.enter_context(Lease(directory))
         shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
@@ -126,9 +130,10 @@ def run(
             Ledger(directory).close_lost()
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell_trackers_too = stack.enter_context(tracked(config, directory, tell, quality=full_set.quality))
-        stack.enter_context(connected(config.cluster))
+        stack.enter_context(connected(config.cluster, tell))
         heard = sessions.checked(tell_trackers_too)
         stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), heard), plan)
+        tell(stages.planned())
         sessions.started_up()
         if trunk is not None:
             stages.take_over_trunk(trunk)
@@ -186,6 +191,17 @@ class _Stages:
                 found.add(error.path)
                 self._tell(Note(f"{error}; it is made again", is_warning=True))
                 self._directory.forget(error.path)
+
+    def planned(self) -> Planned:
+        """What is to come, with the room that the cluster can have."""
+        config, decided, sizes = self._config, self._decisions, [len(subset.indices) for subset in self._plan.subsets]
+        request = {"CPU": config.actors.num_cpus, "GPU": decided.num_gpus}
+        at_once = max(1, min(len(sizes), num_slots(request, startable=True), config.actors.max_num or len(sizes)))
+        steps = planned_steps(
+            config, self._plan, len(self._full_set.train), at_once, config.fine_tuning.workers(auto=1)
+        )
+        text = f"planned: up to {self._plan.passes:.2f} passes of training in total"
+        return Planned(text, tuple(steps), len(self._full_set.train))
 
     def take_over_trunk(self, made: RunDirectory) -> None:
         """Have the trunk of another directory, and the record of the work it was, unless this run has one."""
@@ -309,6 +325,7 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         refuse_changed_files(full_set)
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
+        self._tell(stage_event("test", f"{len(full_set.test)} examples, of which no choice has seen any"))
         test, files = self._test(weights)
         files |= self._leave_model(weights)
         return {

@@ -1,7 +1,7 @@
 """What follows from config and data before anything is run: subsets, Q, advice, planned passes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from raysubset.aggregation import Forward, method_of, methods_tried, refuse_cont
 from raysubset.config import Config, MinimizeConfig
 from raysubset.data import FullSet
 from raysubset.errors import first_line
-from raysubset.events import Note
+from raysubset.events import Note, Step
 from raysubset.fingerprints import digest
 from raysubset.models import architecture, has_batch_norm, num_parameters
 from raysubset.soundness import findings, most_workers, refuse_unfit_methods
@@ -26,7 +26,7 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
-from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
+from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, round_spans, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
@@ -102,6 +102,32 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         critical_path_passes=critical_path_passes,
         most_workers=most,
     )
+
+
+def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int, num_workers: int) -> Iterator[Step]:
+    """What each stage of a run trains for, in order.
+
+    Args:
+        at_once: actors that the cluster has, or can have, room for.
+        num_workers: of fine-tuning.
+    """
+    if config.method == "conventional":
+        yield Step("conventional", 0, plan.passes, 1, config.conventional.num_workers)
+        yield Step("test", 0, 0.0, 1, 1)
+        return
+    if config.trunk.epochs:
+        yield Step("trunk", 0, config.trunk.epochs, 1, config.trunk.num_workers)
+    sizes = [len(subset.indices) for subset in plan.subsets]
+    parts = [subsample_size(config, size) for size in sizes] if method_of(config.aggregation).needs.parts else []
+    num = config.rounds.num
+    for round, (begin, end) in enumerate(round_spans(config, num)):
+        epochs = config.minimize.epochs * num * (end - begin)
+        for stage, of_stage in (("subsets", sizes), ("subsamples", parts)):
+            if of_stage:
+                yield Step(stage, round, epochs * sum(of_stage) / num_train, len(of_stage), at_once)
+    if config.fine_tuning.epochs:
+        yield Step("fine_tuning", 0, config.fine_tuning.epochs, 1, max(1, num_workers))
+    yield Step("test", 0, 0.0, 1, 1)
 
 
 def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[Note]]:

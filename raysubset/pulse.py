@@ -22,15 +22,26 @@ class Pulse:
 
     num_beats: int = 0
     usual_s: float | None = None  # mean time between two beats without the first interval; None before the third
+    epoch: float | None = None  # of the work in hand, where it says
+    num_epochs: float | None = None
+    loss: float | None = None  # of the epoch so far
+    examples_per_s: float | None = None
 
 
 _num_beats, _second_at, _last_at = 0, 0.0, 0.0  # of this process, which does one piece of work at a time
+_standing: Callable[[], tuple[float | None, ...]] = tuple
 
 
 def begin() -> None:
     """Start counting for a new piece of work."""
-    global _num_beats
-    _num_beats = 0
+    global _num_beats, _standing
+    _num_beats, _standing = 0, tuple
+
+
+def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:
+    """Have pulses say how far the work is: its epoch, of how many, the loss, and examples a second when asked."""
+    global _standing
+    _standing = standing
 
 
 def beat() -> None:
@@ -44,7 +55,7 @@ def beat() -> None:
 def pulse() -> Pulse:
     """This process's pulse."""
     num, span_s = _num_beats, _last_at - _second_at
-    return Pulse(num, span_s / (num - 2) if num > 2 else None)
+    return Pulse(num, span_s / (num - 2) if num > 2 else None, *_standing())
 
 
 def limit_s(stall_s: float, usual_s: float | None) -> float:

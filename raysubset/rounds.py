@@ -61,7 +61,11 @@ class Rounds:
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         self._tell(
-            stage_event("subsets", f"{which}{len(subsets)} × {size} examples, {self._epochs(round):.4g} epochs each")
+            stage_event(
+                "subsets",
+                f"{which}{len(subsets)} × {size} examples, {self._epochs(round):.4g} epochs each",
+                round,
+            )
         )
         pieces = [self._piece(round, subset, start_id) for subset in subsets]
         parts: list[Piece] = []
@@ -114,7 +118,8 @@ class Rounds:
     ) -> list[Piece]:
         """Minimize on a part of each subset too, from the same start; those that are done."""
         fraction, by_id = self._config.aggregation.savgm_fraction, {subset.id: subset for subset in subsets}
-        self._tell(stage_event("subsamples", f"{fraction:g} of each of {len(pieces)} subsets once more"))
+        text = f"{fraction:g} of each of {len(pieces)} subsets once more"
+        self._tell(stage_event("subsamples", text, pieces[0].round))
         parts = []
         for piece in pieces:
             assert piece.subset_id is not None
@@ -187,7 +192,7 @@ class Rounds:
             pieces: whose minima they are; parts on a part of the same subsets, if any.
         """
         config, directory = self._config, self._directory
-        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima"))
+        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima", round))
         num_outputs, num_parameters = self._full_set.spec.num_outputs, self._plan.num_parameters
         records, others = (
             [directory.read_json(piece.output.record_path) for piece in of_kind] for of_kind in (pieces, parts)

@@ -36,9 +36,11 @@ from raysubset.cli.flags import (
     parse_command,
 )
 from raysubset.cli.help import completions, print_help, settings_text
-from raysubset.cli.screen import console_of, open_screen, print_sections, telling, visible
+from raysubset.cli.live import telling
+from raysubset.cli.screen import console_of, open_screen, print_sections, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import CorruptFile, first_line, one_line
+from raysubset.events import OnEvent, Waiting
 from raysubset.uris import without_secrets
 
 QUICK: dict[str, Any] = {  # what `compare --quick` is short for
@@ -51,6 +53,8 @@ _WAYS_OUT = {
     (errno.ENOSPC, errno.EDQUOT): "make room there: what was done is kept, and the same command resumes",
     (errno.EROFS, errno.EACCES, errno.EPERM): "choose a place that you may write to",
 }
+
+STARTING = f"raysubset {__version__} starts: torch and Ray are loaded"
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130  # the last is the shells' code for Ctrl-C
 
@@ -197,14 +201,14 @@ def _dispatch(command: Command) -> int:
 
 
 def _run(command: Run) -> int:
-    from raysubset.pipeline import run
-    from raysubset.report import sections
-    from raysubset.tracking import track_page
+    with telling(STARTING) as tell:
+        from raysubset.pipeline import run
+        from raysubset.report import sections
+        from raysubset.tracking import track_page
 
-    with telling() as tell:
         changed = command.accept_changed_code
         report = run(command.config, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
-        page = _write_page(report.uri)
+        page = _write_page(report.uri, tell)
         track_page(command.config, report.uri, tell)
     print(page)
     print_sections(sections(report.to_dict()))
@@ -213,11 +217,11 @@ def _run(command: Run) -> int:
 
 def _sweep(command: Sweep) -> int:
     space = _space(command.sizes, command.space)
-    from raysubset.report import sweep_sections
-    from raysubset.sweeping import sweep
-
     scheduler = "asha" if command.prune else None
-    with telling() as tell:
+    with telling(STARTING) as tell:
+        from raysubset.report import sweep_sections
+        from raysubset.sweeping import sweep
+
         report = sweep(
             command.config,
             space,
@@ -228,24 +232,25 @@ def _sweep(command: Sweep) -> int:
             fresh=command.fresh,
             accept_changed_code=command.accept_changed_code,
         )
-    print(_write_page(report.uri))
+        page = _write_page(report.uri, tell)
+    print(page)
     print_sections(sweep_sections(report.to_dict()))
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
 def _compare(command: Compare) -> int:
-    from raysubset.comparison import compare
-    from raysubset.report import comparison_sections
-    from raysubset.tracking import track_page
-
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (given := getattr(command, name)) not in (None, ()):
             options[name] = given
-    with telling() as tell:
+    with telling(STARTING) as tell:
+        from raysubset.comparison import compare
+        from raysubset.report import comparison_sections
+        from raysubset.tracking import track_page
+
         changed = command.accept_changed_code
         report = compare(command.config, **options, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
-        page = _write_page(report.uri)
+        page = _write_page(report.uri, tell)
         track_page(command.config, report.uri, tell)
     print(page)
     print_sections(comparison_sections(report.to_dict()))
@@ -312,8 +317,9 @@ def _damaged(directory: str) -> Iterator[None]:
         raise ValueError(text) from error
 
 
-def _write_page(uri: str) -> str:
+def _write_page(uri: str, tell: OnEvent) -> str:
     """Write a finished directory's page; its place in words, or why there is none: the result counts without it."""
+    tell(Waiting("the page and its plots are drawn"))
     from raysubset.report import write_files
 
     try:

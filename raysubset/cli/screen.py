@@ -1,4 +1,4 @@
-"""What a person sees: sections of a report on stdout, progress on stderr."""
+"""What a person sees on stdout: the sections of a report."""
 
 import codecs
 import dataclasses
@@ -6,18 +6,13 @@ import io
 import math
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
-
-from raysubset import events
 
 if TYPE_CHECKING:
     from raysubset.report import Section
@@ -135,82 +130,3 @@ def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
     least = widest if number == 0 or number in part.numeric else min(widest, _NARROW)
     word = max(map(cell_len, heading.split()), default=0)
     return max(least, min(word, _NARROW)), max(widest, cell_len(heading))
-
-
-# Progress
-
-
-@contextmanager
-def telling() -> Iterator[events.OnEvent]:
-    """A `tell` that draws live progress on a terminal, and writes plain lines elsewhere; both to stderr."""
-    console = console_of(sys.stderr)
-    if not console.is_terminal:
-        yield _PlainLines()
-        return
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        yield _LiveTable(console, live)
-
-
-class _PlainLines:
-    """Every event a line; of progress, a line for each subset every so often."""
-
-    EVERY_S = 10.0
-
-    def __init__(self) -> None:
-        self._told: dict[Any, float] = {}
-
-    def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.Start):
-            return
-        if isinstance(event, events.Progress | events.LegDone):
-            key, now = _row(event.attempt) if isinstance(event, events.Progress) else None, time.monotonic()
-            if now - self._told.setdefault(key, now) < self.EVERY_S:
-                return
-            self._told[key] = now
-        print(f"{time.strftime('%H:%M:%S')} {visible(str(event))}", file=sys.stderr, flush=True)
-
-
-class _LiveTable:
-    """Lines for what is done, and a table of the actors at work below them."""
-
-    def __init__(self, console: Console, live: Live) -> None:
-        self._console, self._live = console, live
-        self._rows: dict[tuple[str, int | None], tuple[str, ...]] = {}
-
-    def __call__(self, event: events.Event) -> None:
-        style = {events.Retry: "yellow", events.Stage: "bold", events.Waiting: "dim"}.get(type(event))
-        match event:
-            case events.Start(attempt=attempt) | events.Progress(attempt=attempt):
-                self._rows[_row(attempt)] = _cells(event)
-            case events.MinimumDone(stage=stage, record=record):
-                self._rows.pop((stage, record["subset_id"]), None)
-            case events.Retry(attempt=events.Attempt() as attempt):
-                self._rows.pop(_row(attempt), None)
-            case events.Stage():
-                self._rows.clear()
-            case events.Note(is_warning=True):
-                style = "yellow"
-        if not isinstance(event, events.Start | events.Progress):
-            self._console.print(visible(event.text), style=style)
-        self._live.update(self._table() if self._rows else "")
-
-    def _table(self) -> Table:
-        table = Table(box=box.SIMPLE)
-        for column in ("", "epoch", "loss", "examples/s", "node"):
-            table.add_column(column, justify="right")
-        for key in sorted(self._rows, key=lambda key: (key[0], -1 if key[1] is None else key[1])):
-            table.add_row(*self._rows[key])
-        return table
-
-
-def _row(attempt: events.Attempt) -> tuple[str, int | None]:
-    return attempt.stage, attempt.subset
-
-
-def _cells(event: events.Start | events.Progress) -> tuple[str, ...]:
-    attempt = event.attempt
-    name = attempt.stage if attempt.subset is None else f"subset {attempt.subset}"
-    if isinstance(event, events.Start):
-        return name, "starting", "", "", attempt.ip
-    loss = "" if event.loss is None else f"{event.loss:.4f}"
-    return name, f"{event.epoch:.1f} / {event.num_epochs:g}", loss, f"{event.examples_per_s:,.0f}", attempt.ip

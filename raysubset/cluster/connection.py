@@ -16,6 +16,7 @@ import ray
 from raysubset.cluster.authentication import use_own_token, use_token_of
 from raysubset.config import ClusterConfig
 from raysubset.errors import first_line
+from raysubset.events import OnEvent, Waiting
 from raysubset.uris import shown
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ OWN_HEAD_S, HEAD_S = 5.0, 45.0  # a head of ours does not come back; another's m
 
 
 @contextlib.contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
     """Be connected to Ray: to the address, the cluster this job was submitted to, or a new one on this machine.
 
     A connection that exists is used and left open. A new local cluster ends with the block, and with this process.
@@ -40,13 +41,14 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
+        tell(Waiting("Ray starts on this machine"))
         use_own_token()
         with _connection(address="local", num_cpus=config.num_cpus, num_gpus=config.num_gpus, include_dashboard=False):
             yield
 
 
 @contextlib.contextmanager
-def reached(config: ClusterConfig) -> Iterator[None]:
+def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
     """Be connected to a cluster that is up, as connected(); where a new one would be started, do nothing yet.
 
     A wrong address is a mistake that is told before anything is written.
@@ -59,6 +61,7 @@ def reached(config: ClusterConfig) -> Iterator[None]:
     if not address or address == "local":
         yield
         return
+    tell(Waiting(f"connecting to Ray at {shown(address).rpartition('@')[2]}"))
     with contextlib.ExitStack() as stack:
         try:
             _knock(address)

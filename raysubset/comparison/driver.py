@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,9 +11,10 @@ from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_on
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.records import ComparisonReport, Record
+from raysubset.comparison.standing import ArmsStanding
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
-from raysubset.events import Note, OnEvent, Stage
+from raysubset.events import Event, LegDone, Note, OnEvent, Stage, Waiting
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.objects_in_hand import taking_objects
@@ -23,6 +24,7 @@ from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunD
 from raysubset.run_report import Sessions, environment
 from raysubset.soundness import refuse_fresh_weights
 from raysubset.tracking import refuse_missing, track_comparison
+from raysubset.uris import shown as shown_uri
 from raysubset.user_functions import refuse_import
 from raysubset.work import Run
 
@@ -101,6 +103,7 @@ def compare(
     refuse_missing(config.tracking)
     directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
     known = None if fresh else directory.read_identity()
+    tell(Waiting(f"reading {shown_uri(config.data.name)}"))
     full_set = load_full_set(*config.learned, known=known_fingerprint(known, config))
     margin = _margin(margin, full_set.quality, config.data.name)
     configs = [config.with_overrides(dict(arm.overrides)) for arm in chosen]
@@ -113,7 +116,7 @@ def compare(
     directory.check_writable()
     shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
     with ExitStack() as stack:
-        stack.enter_context(reached(config.cluster))
+        stack.enter_context(reached(config.cluster, tell))
         if fresh or not directory.exists(DECISIONS_PATH):
             types = offered(config.cluster)
             num_gpus = num_gpus_of(config.actors, lambda event: None, types=types)
@@ -130,7 +133,7 @@ def compare(
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.checked(tell)
         tell(Stage(f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
-        with connected(config.cluster):
+        with connected(config.cluster, tell):
             sessions.started_up()
             decided = _decide(directory, config, len(plan.subsets), num_workers, tell)
             run = Run(config, directory, full_set, put_once(full_set), tell)
@@ -273,11 +276,26 @@ class _Comparison:
     ) -> None:
         """plans: by the arms' keys."""
         self._config, self._num_train, self._plans, self._tell = run.config, len(run.full_set.train), plans, run.tell
+        self._quality = run.full_set.quality
         self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # a leg's name would tell 2 from 2.0
         self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
         self._legs_path = run.directory.below("legs")
         self.tuning_legs: list[Leg] = []
-        self.runner = LegRunner(run, num_gpus=decided["num_gpus"])
+        self.runner = LegRunner(dataclasses.replace(run, tell=self._hear), num_gpus=decided["num_gpus"])
+        self._standing: ArmsStanding | None = None
+
+    def _hear(self, event: Event) -> None:
+        """Tell what the legs' runner tells, and how the arms stand whenever a leg is done."""
+        self._tell(event)
+        if isinstance(event, LegDone) and self._standing is not None:
+            self._standing.note_done(event.leg, event.validation)
+            if not event.was_there:
+                self._tell(self._standing.event())
+
+    def _expect(self, arm: Arm, legs: Iterable[Leg], budget: float = 0.0) -> None:
+        if self._standing is not None:
+            sizes = [len(subset.indices) for subset in self._plans[arm.key].subsets]
+            self._standing.expect(arm.key, legs, sizes, self._num_train, budget)
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """An arm's last leg."""
@@ -295,8 +313,10 @@ class _Comparison:
 
     def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
         """An arm's last legs by budget and seed."""
-        budgets = [LONG * max(self._budgets)] if arm.letter == "A" else self._budgets
-        return {b: {seed: self.leg(arm, settings, b, seed) for seed in self._seeds} for b in budgets}
+        return {b: {seed: self.leg(arm, settings, b, seed) for seed in self._seeds} for b in self._budgets_of(arm)}
+
+    def _budgets_of(self, arm: Arm) -> list[float]:
+        return [LONG * max(self._budgets)] if arm.letter == "A" else self._budgets
 
     def _tuned_at(self) -> tuple[float, int]:
         """The middle budget, and a seed that is none of those compared."""
@@ -339,6 +359,11 @@ class _Comparison:
         baseline = next(arm for arm in arms if arm.key == "B")
         tried: list[Record] = []
         self._tell(Stage(f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
+        num_rates = len(rates) if len(rates) > 1 else 0
+        tuning = {arm.key: budget * num_rates for arm in arms if arm.key not in ("A", "B")}
+        tuning["B"] = budget * (num_rates or len(sizes) > 1) * len(sizes)
+        budgets = {arm.key: self._budgets_of(arm) for arm in arms}
+        self._standing = ArmsStanding(self._quality, budgets, num_seeds=len(self._seeds), tried=tuning)
         grid = [Settings(rate, size) for size in sizes for rate in rates]
         settings = {"B": self._best({baseline: grid}, budget, seed, tried)["B"]}
         others = {
@@ -357,6 +382,8 @@ class _Comparison:
         best = {arm.key: grid[0] for arm, grid in grids.items()}
         tuned = {arm: grid for arm, grid in grids.items() if len(grid) > 1}
         legs = {(arm.key, one): self.leg(arm, one, budget, seed) for arm, grid in tuned.items() for one in grid}
+        for arm, grid in tuned.items():
+            self._expect(arm, (legs[arm.key, one] for one in grid))
         self.runner.run(list(legs.values()))
         self.tuning_legs.extend(legs.values())
         for arm, grid in tuned.items():
@@ -383,6 +410,11 @@ class _Comparison:
     def run(self, arms: Sequence[Arm], settings: Mapping[str, Settings]) -> dict[Arm, dict[float, dict[int, Leg]]]:
         """All arms at all budgets with all seeds, and then their test results: last legs by arm, budget and seed."""
         finals = {arm: self._finals(arm, settings[arm.key]) for arm in arms}
+        for arm, of_arm in finals.items():
+            for budget, of_budget in of_arm.items():
+                self._expect(arm, of_budget.values(), budget)
+            if self._standing is not None:
+                self._standing.note_settings(arm.key, f"{settings[arm.key].learning_rate:g}")
         flat = [leg for of_arm in finals.values() for of_budget in of_arm.values() for leg in of_budget.values()]
         shape = f"{len(arms)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
         self._tell(Stage(shape))

@@ -22,7 +22,8 @@ class Epochs:
             return
         for entry in entries[self.num :]:
             self.num += 1
-            text = f"{self._stage}: epoch {entry['epoch']:g}, loss {entry['loss']:.4f}, validation "
+            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            text = f"{self._stage}: epoch {entry['epoch']:g}, loss {loss}, validation "
             self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), self._stage, entry))
 
     def _history(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from raysubset.cluster import (
     node_types,
     offers,
 )
-from raysubset.events import Note, OnEvent, Retry, Waiting
+from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
 from raysubset.fine_tuning.epochs import Epochs
 from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
@@ -60,7 +60,10 @@ class TrainLookout:
         """
         self.epochs.tell_new()
         groups = groups_of(controller)
-        workers = [worker for worker in heard(self.key).values() if groups.get(worker.group) == "CREATED"]
+        processes = {
+            rank: process for rank, process in heard(self.key).items() if groups.get(process.group) == "CREATED"
+        }
+        workers = list(processes.values())
         now = time.monotonic()
         asks_for_none = self._is_elastic and now - self._heard_at > _ELASTIC_S
         if "CREATED" not in groups.values() and (groups or asks_for_none):
@@ -71,6 +74,8 @@ class TrainLookout:
         if workers:
             self._begun_at = self._heard_at = now
             self._watch_steps(workers)
+            for rank, process in processes.items():
+                self._tell_progress(int(rank.strip("/")), process)
         elif now - self._begun_at > MOST_START_S:
             ray.kill(controller)  # and fit() says so
 
@@ -91,6 +96,17 @@ class TrainLookout:
                 kill_processes(workers)
                 forget(self.key)
                 self.begin()
+
+    def _tell_progress(self, rank: int, process: Process) -> None:
+        """Tell how far a worker is within the epoch, once it has made a step."""
+        pulse, stage = process.pulse, self._job.stage
+        if pulse.epoch is None or pulse.num_epochs is None or pulse.examples_per_s is None:
+            return
+        told = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
+        text = f"{stage}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{told}"
+        attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid)
+        numbers = (pulse.epoch, pulse.num_epochs, None, pulse.examples_per_s, pulse.loss)
+        self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))
 
     def _wait_for_places(self, now: float) -> None:
         if now - self._noticed_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:

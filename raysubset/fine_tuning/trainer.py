@@ -22,7 +22,7 @@ from raysubset.cluster.private_ray import (
     get_env_vars_to_propagate,
 )
 from raysubset.errors import one_line
-from raysubset.events import Note, OnEvent, Retry
+from raysubset.events import Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
@@ -103,6 +103,7 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
             tell(Note(mended, is_warning=True))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
+        tell(Waiting(f"{stage}: Ray Train starts {num_workers} worker(s)"))
         try:
             diverged = trainer.fit().return_value
             break

@@ -3,6 +3,7 @@
 train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this process
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from raysubset.errors import one_line
 from raysubset.fine_tuning.job import FOLDER, Job
 from raysubset.ledger import Ledger, Work
 from raysubset.models import copied, new_model, num_parameters
-from raysubset.pulse import beat
+from raysubset.pulse import beat, stand
 from raysubset.run_directory import (
     RunDirectory,
     Sink,
@@ -56,7 +57,7 @@ from raysubset.training import (
     try_training,
     use_device,
 )
-from raysubset.work import Follower, calibration_examples
+from raysubset.work import Follower, Report, calibration_examples
 
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
@@ -202,6 +203,7 @@ class _Worker:
         def on_step(progress: Progress) -> bool:
             nonlocal so_far
             so_far = progress.cost
+            stand(lambda: _standing(progress))
             if progress.epoch_ended:
                 self._end_epoch(progress)
             stop = self._alone is not None and self._alone.follower.follow(progress)
@@ -392,6 +394,13 @@ class _Worker:
             waited_s=alone.waited_s if alone else 0.0,
         )
         ledger.write(self._work)
+
+
+def _standing(progress: Progress) -> tuple[float | None, ...]:
+    """What pulses say: epoch, of how many, this worker's loss so far, and its examples a second."""
+    report = Report.of(progress)
+    loss = report.running_loss if math.isfinite(report.running_loss) else None
+    return report.epoch, report.num_epochs, loss, report.examples_per_s
 
 
 def _flat(sums: Mapping[str, Any]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -150,8 +150,7 @@ class Leg:
 
     def validation(self) -> dict[str, Any] | None:
         """Its metrics on validation data, once it is done; None where they are not measured."""
-        record = self.directory.read_json(self.output.record_path)
-        return (record["aggregation"] if self.kind == "aggregate" else record)["validation"]
+        return validation_of(self.directory.read_json(self.output.record_path))
 
     def tested(self) -> dict[str, Any] | None:
         """Its metrics on the test split; None if that was not read."""
@@ -172,6 +171,11 @@ class Leg:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Leg) and other.key == self.key
+
+
+def validation_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a leg's record says of its metrics on validation data; None where they are not measured."""
+    return record.get("aggregation", record)["validation"]
 
 
 def closure(leg: Leg) -> Iterator[Leg]:

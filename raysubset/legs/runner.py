@@ -1,24 +1,22 @@
 """Legs done on the cluster, each when its inputs are: by subset actors, and data-parallel ones by Ray Train."""
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
-from raysubset.cluster import WAIT_NOTICE_S
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
-from raysubset.events import Event, LegDone, Note, Progress, Retry, Waiting
+from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiting
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
-from raysubset.legs.leg import Leg, closure
+from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
 from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
 from raysubset.work import Piece, Run, seeded_model
 
 NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
-MOST_NOTICE_S = 600.0  # between two lines that say what runs while nothing ends: each takes twice as long as the last
 
 
 class LegRunner:
@@ -31,7 +29,7 @@ class LegRunner:
         """`run` is the comparison or sweep; num_gpus of an actor; `then` says what comes of a leg that failed."""
         self._run, self._num_gpus, self._tell = run, num_gpus, run.tell
         self._of_legs = replace(run, tell=self._hear)
-        self._told_at, self._notice_s, self._then = time.monotonic(), WAIT_NOTICE_S, then
+        self._then = then
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:
@@ -52,20 +50,20 @@ class LegRunner:
                 damaged.add(str(error))  # whose leg is not done, then
 
     def _hear(self, event: Event) -> None:
-        """Tell what is told of one leg among hundreds: troubles, and now and then that there is progress."""
-        match event:
-            case Note(is_warning=True) | Retry() | Waiting():
-                self._tell(event)
-            case Progress() if time.monotonic() - self._told_at >= self._notice_s:
-                self._told_at, self._notice_s = time.monotonic(), min(2 * self._notice_s, MOST_NOTICE_S)
-                self._tell(Waiting(f"at work: {event.text}"))
+        """Tell what is told of one leg among hundreds: troubles, what is waited for, and how far actors are."""
+        if isinstance(event, Retry | Waiting | Start | Progress) or (isinstance(event, Note) and event.is_warning):
+            self._tell(event)
 
     def _do_missing(self, legs: Sequence[Leg]) -> None:
         refuse_changed_files(self._run.full_set)
         for leg in legs:  # another try may fare better
             self.failed.pop(leg, None)
         with ThreadPoolExecutor(NUM_READERS) as threads:
-            done = {leg for leg, is_done in zip(legs, threads.map(_is_done, legs), strict=True) if is_done}
+            records = dict(zip(legs, threads.map(_record, legs), strict=True))
+        done = {leg for leg, record in records.items() if record is not None}
+        for leg, record in records.items():
+            if record is not None:
+                self._tell(LegDone("", leg.key, validation_of(record), was_there=True))
         if done:
             self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
         todo = [leg for leg in legs if leg not in done]
@@ -110,12 +108,11 @@ class LegRunner:
 
     def _note_done(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         done.add(leg)
-        self._told_at, self._notice_s = time.monotonic(), WAIT_NOTICE_S
         metrics = leg.validation()
         text = "not measured"
         if metrics is not None:
             text = metrics_in_words(metrics, self._run.full_set.quality)
-        self._tell(LegDone(f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", leg.key))
+        self._tell(LegDone(f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", leg.key, metrics))
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
@@ -143,13 +140,14 @@ class LegRunner:
         self._note_done(leg, done, num_all=num_all)
 
 
-def _is_done(leg: Leg) -> bool:
-    """Whether its result is there, all as it was written (else with a warning); what a driver that died left is closed.
+def _record(leg: Leg) -> dict[str, Any] | None:
+    """Its record, if it is there with all that it names, as it was written (else None, with a warning where something
+    is damaged); what a driver that died left is closed.
 
     A record that stands for damaged files is deleted: the leg is made again.
     """
-    if leg.output.record(whole=True) is not None:
-        return True
+    if (record := leg.output.record(whole=True)) is not None:
+        return record
     leg.directory.delete(leg.output.record_path)
     Ledger(leg.directory).close_lost()
-    return False
+    return None

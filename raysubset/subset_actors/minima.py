@@ -1,5 +1,6 @@
 """find_minima(): the minima of many pieces of work, those that are there and those still to be made."""
 
+import math
 from collections.abc import Sequence
 
 from raysubset.events import MinimumDone, Note
@@ -35,7 +36,8 @@ def find_minima(
         assert isinstance(piece, Piece)
         found.add(piece.folder)
         minimum = piece.minimum(record)
-        told = [f"loss {minimum.training.loss:.4f}"] if minimum.training else []
+        loss = minimum.training.loss if minimum.training else None
+        told = [] if loss is None else [f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite"]
         if record["validation"]:
             told.append(f"validation {metrics_in_words(record['validation'], pool.opened.full_set.quality)}")
         if minimum.outcome != "epochs":

@@ -223,6 +223,8 @@ class ActorPool:
         """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
         self._idle_since = self._noticed_at = time.monotonic()
         self._waits_told.clear()
+        if backlog and not any(slot.where for slot in self._slots):
+            self._tell(Waiting(f"actors of {describe(self.request)} each start"))
         while backlog or any(slot.pack for slot in self._slots):
             self._ask_for_actors(len(backlog), keep=backlog.num_waiting + keep)
             self._assign(backlog, start_ref)
@@ -452,10 +454,11 @@ class ActorPool:
                 self._hear(slot, report_ref)
                 for place, report in slot.reports.items():
                     epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
-                    loss = report.loss if math.isfinite(report.loss) else None
-                    told = "" if loss is None else f", loss {loss:.4f}"
+                    losses = (report.loss, report.running_loss)
+                    loss, running = (number if math.isfinite(number) else None for number in losses)
+                    told = "" if running is None else f", loss {running:.4f}"
                     text = f"{slot.pack.pieces[place].label}: {epochs}{told}, {report.examples_per_s:,.0f} examples/s"
-                    numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s)
+                    numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running)
                     self._tell(Progress(text, self._attempt(slot, place), *numbers))
 
     def _hear(self, slot: _Slot, report_ref: ray.ObjectRef) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ from raysubset.config import ActorsConfig, Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
-from raysubset.events import Event, Note, OnEvent, Stage, TrialReport
+from raysubset.events import Event, Note, OnEvent, Stage, TrialReport, Waiting
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.legs import Leg, LegRunner
@@ -46,6 +47,7 @@ from raysubset.sweeping.records import (
     settings_of,
     trial_measures,
 )
+from raysubset.sweeping.standing import TrialsStanding
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
 from raysubset.user_code import at
@@ -123,6 +125,7 @@ def sweep(
         directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
+    tell(Waiting("reading the data, and planning each setting"))
     for one in {trial.config.learned: trial.config for trial in trials}.values():
         full_sets[one.learned] = load_full_set(*one.learned, known=known_fingerprint(known, one))
     for note in _notes_on_tasks(full_sets.values()):
@@ -132,11 +135,12 @@ def sweep(
         tell(note)
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
     # refuses what no trial of the setting can be
-    share_of = {one: make_plan(one, full_sets[one.learned]).forward_share for one in settings}
-    shares = {trial.name: share_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
+    plan_of = {one: make_plan(one, full_sets[one.learned]) for one in settings}
+    plans = {trial.name: plan_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
+    shares = {name: plan.forward_share for name, plan in plans.items()}
     directory.check_writable()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(reached(config.cluster))
+        stack.enter_context(reached(config.cluster, tell))
         for trial in trials:
             run = RunDirectory(trial.config.storage_path, trial.name)
             if fresh or not run.exists(REPORT_PATH):
@@ -146,7 +150,7 @@ def sweep(
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.checked(tell)
         tell(Stage(f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
-        stack.enter_context(connected(config.cluster))
+        stack.enter_context(connected(config.cluster, tell))
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
@@ -166,7 +170,11 @@ def sweep(
             scheduler = ASHAScheduler(
                 time_attr="passes", max_t=MOST_PASSES, grace_period=FIRST_JUDGED_PASSES, reduction_factor=FEWER
             )
-        errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, tell=tell)
+        tell(Waiting("Ray Tune starts"))
+        quality = full_sets[trials[0].config.learned].quality
+        standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()})
+        telling = _Telling(tell, standing)
+        errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, telling=telling)
         num_train = {trial.name: len(full_sets[trial.config.learned].train) for trial in trials}
         task = task_record(full_sets[trials[0].config.learned])
         record = _gather(directory, config, space, seeds, trials, errors, num_train, shares, task)
@@ -255,7 +263,7 @@ def _tune(
     *,
     scheduler: TrialScheduler | None,
     most_at_once: int,
-    tell: OnEvent,
+    telling: "_Telling",
 ) -> dict[str, str]:
     """Run the trials to their ends; the names of those that failed, with the cause in a line.
 
@@ -282,7 +290,7 @@ def _tune(
                 name=session,
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[_Telling(tell)],
+                callbacks=[telling],
             ),
         )
         results = tuner.fit()
@@ -317,27 +325,33 @@ def _trial_name(trial: Any) -> str:
 class _Telling(tune.Callback):
     """Tells the sweep's listener what Tune tells of its trials."""
 
-    def __init__(self, tell: OnEvent) -> None:
-        self._tell = tell
+    def __init__(self, tell: OnEvent, standing: TrialsStanding) -> None:
+        self._tell, self._standing = tell, standing
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the listener, for a terminal's holds locks; Tune pickles its callbacks, and nobody reads that."""
-        return _Telling, (_nobody,)
+        return _Telling, (_nobody, self._standing)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Stage(f"{_trial_name(trial)} starts"))
+        self._tell(self._standing.heard(_trial_name(trial), "at work"))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self._tell(self._standing.heard(_trial_name(trial), "at work", result))
         if "validation_loss" in result:
+            loss = result["validation_loss"]
             text = f"{_trial_name(trial)}: {result['stage']}, {result['passes']:.2f} passes, validation loss"
-            self._tell(TrialReport(f"{text} {result['validation_loss']:.4f}", _trial_name(trial), result))
+            text += f" {loss:.4f}" if math.isfinite(loss) else " not finite"
+            self._tell(TrialReport(text, _trial_name(trial), result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(self._standing.heard(_trial_name(trial), "done"))
         self._tell(Note(f"{_trial_name(trial)} ends after {trial.last_result.get('passes', 0.0):.2f} passes"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(self._standing.heard(_trial_name(trial), "failed"))
         cause = trial.get_pickled_error()
         why = f" ({one_line(cause)})" if cause else ""
         self._tell(Note(f"{_trial_name(trial)} failed{why}; the others go on", is_warning=True))

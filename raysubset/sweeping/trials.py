@@ -11,7 +11,7 @@ from ray import tune
 
 from raysubset.cluster import get_shared
 from raysubset.config import Config
-from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress
+from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress, Retry, Waiting
 from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run
 from raysubset.quality import Quality
@@ -76,8 +76,9 @@ class Reports:
         self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Note) and event.is_warning:  # which may come while a Ray Train job runs
-            return
+        of_train = isinstance(event, Progress) and event.worker is not None
+        if of_train or isinstance(event, Waiting | Retry) or (isinstance(event, Note) and event.is_warning):
+            return  # what may come while a Ray Train job runs
         if isinstance(event, EpochDone):
             self._kept.append(self._epoch_of_train(event.stage, event.record))
             return

@@ -103,7 +103,11 @@ def minimize_by_batches(
         loss_sum += loss.detach()
         return outputs.detach()
 
-    progress.capture = capture
+    def running_loss() -> float:
+        """Where there are shards, of this one."""
+        return loss_sum.item() * shard.num / num_summed if num_summed else math.nan
+
+    progress.capture, progress.running_loss = capture, running_loss
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None:
             model.load_state_dict(state["model"])

@@ -164,6 +164,7 @@ class _Pack:
         self.running = list(range(num))  # numbers of members, in order of the stack's rows
         for number, (member, state) in enumerate(zip(self.members, states, strict=True)):
             member.progress.capture = partial(self._capture, number)
+            member.progress.running_loss = partial(self._running_loss, number)
             if state is not None and state["best"]:
                 self._stack.set_best(number, state["best"]["model"])
         self.end_finished(stop=False)
@@ -284,6 +285,10 @@ class _Pack:
         rows = [row for row, has_ended in enumerate(ended) if not has_ended]
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)
+
+    def _running_loss(self, number: int) -> float:
+        num_summed = self.members[number].num_summed
+        return self._loss_sums[number].item() / num_summed if num_summed else math.nan
 
     def _capture(self, number: int) -> dict[str, Any]:
         """The state of a running member, as minimize() would give it."""

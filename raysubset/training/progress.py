@@ -22,6 +22,8 @@ class Progress:
     cost: Cost = field(default_factory=Cost)  # of this call so far, of all shards together
     epoch_ended: bool = False  # whether this step closed an epoch, a turn of epoch_fraction, or the last part of one
     history: list[EpochRecord] = field(default_factory=list)
+    running_loss: Callable[[], float] = lambda: math.nan
+    """Mean training loss of the epoch so far, roughly; NaN before its first step. Any thread may call it."""
     capture: Callable[[], dict[str, Any]] = dict
     """Everything a later call needs as `state`: tensors and plain values, not copied, so write them down at once.
 

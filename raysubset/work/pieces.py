@@ -276,6 +276,7 @@ class Report:
     epoch: float
     num_epochs: float
     loss: float  # of the last whole epoch
+    running_loss: float  # of the epoch so far; NaN before its first step
     examples_per_s: float
     cost: Cost
 
@@ -284,4 +285,5 @@ class Report:
         """Where a minimization stands."""
         per_s = progress.cost.num_forward / max(progress.cost.device_s, 1e-9)
         num_epochs = progress.num_steps / progress.num_steps_per_epoch
-        return cls(progress.epoch, num_epochs, progress.loss, per_s, progress.cost)
+        losses = (progress.loss, progress.running_loss())
+        return cls(progress.epoch, num_epochs, *losses, per_s, progress.cost)

@@ -1,0 +1,95 @@
+"""How a comparison's arms stand while their legs are done: a table of quality by arm and budget, which fills in."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from raysubset.events import Row, Standing
+from raysubset.legs import Leg, closure
+from raysubset.quality import Quality
+
+
+class ArmsStanding:
+    """Which legs of which arms are done, and what last legs measure on validation data: the test split stays unread."""
+
+    def __init__(
+        self, quality: Quality, budgets: Mapping[str, Sequence[float]], *, num_seeds: int, tried: Mapping[str, float]
+    ) -> None:
+        """Nothing is done.
+
+        Args:
+            budgets: by arm.
+            tried: passes that an arm's tuning is to train for.
+        """
+        self._quality, self._num_seeds, self._tried, self._of_arm = quality, num_seeds, tried, budgets
+        self._budgets = sorted({budget for of_arm in budgets.values() for budget in of_arm})
+        self._arms_of: defaultdict[str, dict[str, float]] = defaultdict(dict)  # passes by leg and arm
+        self._finals: dict[str, list[tuple[str, float]]] = defaultdict(list)  # arms and budgets it ends
+        self._found: dict[tuple[str, float], list[float | None]] = defaultdict(list)
+        self._passes: defaultdict[str, float] = defaultdict(float)
+        self._settings: dict[str, str] = {}
+        self._done: set[str] = set()
+
+    def expect(self, arm: str, legs: Iterable[Leg], sizes: Sequence[int], num_train: int, budget: float = 0.0) -> None:
+        """Note last legs of an arm that are to be done; of a budget, unless they are for its tuning."""
+        for last in legs:
+            for leg in closure(last):
+                share = 1.0 if leg.subset is None else sizes[leg.subset] / num_train
+                self._arms_of[leg.key][arm] = leg.epochs * share
+            if budget:
+                self._finals[last.key].append((arm, budget))
+
+    def note_settings(self, arm: str, text: str) -> None:
+        """Note what an arm was tuned to."""
+        self._settings[arm] = text
+
+    def note_done(self, key: str, validation: Mapping[str, Any] | None) -> None:
+        """Note that a leg is done."""
+        if key in self._done:
+            return
+        self._done.add(key)
+        for arm, passes in self._arms_of[key].items():
+            self._passes[arm] += passes
+        for place in self._finals.get(key, ()):
+            self._found[place].append(validation[self._quality.name] if validation else None)
+
+    def event(self) -> Standing:
+        """The table as it is now."""
+        means = {place: self._mean(values) for place, values in self._found.items()}
+        best = self._best(means)
+        rows = []
+        for arm, budgets in self._of_arm.items():
+            planned, done = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0), self._passes[arm]
+            num = sum(len(self._found.get((arm, budget), ())) for budget in budgets)
+            state = "done" if num == self._num_seeds * len(budgets) else "at work" if done else "waiting"
+            cells = (self._settings.get(arm, ""), *(self._cell(arm, budget, means) for budget in self._budgets))
+            rows.append(Row(arm, cells, state, min(done, planned), planned, is_best=arm == best))
+        columns = ("learning rate", *(f"{budget:g} passes" for budget in self._budgets))
+        num, every = sum(map(len, self._found.values())), self._num_seeds * sum(map(len, self._of_arm.values()))
+        text = f"{num} of {every} results"
+        if best is not None:
+            at = max(budget for arm, budget in means if arm == best)
+            text += f"; best so far {best}, {self._quality.phrase(means[best, at])} on validation data at {at:g} passes"
+        return Standing(text, columns, tuple(rows))
+
+    @staticmethod
+    def _mean(values: Sequence[float | None]) -> float | None:
+        numbers = [value for value in values if value is not None]
+        return statistics.mean(numbers) if len(numbers) == len(values) and numbers else None
+
+    def _cell(self, arm: str, budget: float, means: Mapping[tuple[str, float], float | None]) -> str:
+        """The mean over seeds; of fewer than all with their number."""
+        found = self._found.get((arm, budget), ())
+        if not found:
+            return ""
+        of = f" ({len(found)}/{self._num_seeds})" if len(found) < self._num_seeds else ""
+        return f"{self._quality.cell(means[arm, budget])}{of}"
+
+    def _best(self, means: Mapping[tuple[str, float], float | None]) -> str | None:
+        """The best arm at the largest budget at which several can be held against one another."""
+        for budget in reversed(self._budgets):
+            able = {arm: mean for (arm, own), mean in means.items() if own == budget and mean is not None}
+            if len(able) > 1:
+                return max(able, key=lambda arm: self._quality.gain(able[arm]))
+        return None

@@ -1,0 +1,51 @@
+"""How a sweep's trials stand while Ray Tune runs them: a table that fills in."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from raysubset.events import Row, Standing
+from raysubset.quality import Quality
+
+COLUMNS = ("stage", "passes", "validation loss")
+
+
+class TrialsStanding:
+    """What each trial last reported; the best is that of least validation loss."""
+
+    def __init__(self, quality: Quality, planned: Mapping[str, float]) -> None:
+        """Nothing has begun; `planned` are the trials' passes of training, by name."""
+        self._quality, self._planned = quality, planned
+        self._states: dict[str, Literal["waiting", "at work", "done", "failed"]] = dict.fromkeys(planned, "waiting")
+        self._last: dict[str, dict[str, Any]] = {name: {} for name in planned}
+
+    def heard(
+        self, name: str, state: Literal["at work", "done", "failed"], report: Mapping[str, Any] | None = None
+    ) -> Standing:
+        """The table with what a trial now is, and has reported."""
+        self._states[name] = state
+        self._last[name] |= report or {}
+        able = {own: loss for own in self._planned if (loss := self._loss(own)) is not None}
+        best = min(able, key=able.__getitem__) if len(able) > 1 else None
+        rows = tuple(self._row(own, is_best=own == best) for own in self._planned)
+        num = sum(state in ("done", "failed") for state in self._states.values())
+        text = f"{num} of {len(rows)} trials ended"
+        if best is not None:
+            text += f"; best so far {best}, validation loss {able[best]:.4f}"
+        columns = COLUMNS if self._quality.name == "loss" else (*COLUMNS, self._quality.heading)
+        return Standing(text, columns, rows)
+
+    def _loss(self, name: str) -> float | None:
+        loss = self._last[name].get("validation_loss")
+        return loss if loss is not None and math.isfinite(loss) else None
+
+    def _row(self, name: str, *, is_best: bool) -> Row:
+        last, state, loss = self._last[name], self._states[name], self._loss(name)
+        planned, passes = self._planned[name], last.get("passes", 0.0)
+        cells = ["failed" if state == "failed" else last.get("stage", ""), f"{passes:.2f}" if passes else ""]
+        cells.append("" if loss is None else f"{loss:.4f}")
+        if self._quality.name != "loss":
+            value = last.get(f"validation_{self._quality.name}")
+            cells.append("" if value is None else self._quality.cell(value))
+        done = planned if state in ("done", "failed") else min(passes, planned)
+        return Row(name, tuple(cells), state, done, planned, is_best=is_best)
