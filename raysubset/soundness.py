@@ -15,7 +15,7 @@ from raysubset.events import Note
 from raysubset.given_objects import is_instance
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import Shard, least_batch, try_own_objective, try_own_optimizer, try_training
+from raysubset.training import Shard, least_batch, try_own_loop, try_own_objective, try_own_optimizer, try_training
 from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
@@ -37,12 +37,12 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
     most, needed, name = 1, least_batch(model, full_set.spec), architecture(config.model, full_set.spec).name
     for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
         recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
-        is_whole = recipe.optimizer in WHOLE_SUBSET
-        if is_whole and has_dropout(model):
+        is_whole = recipe.whole_loop is not None
+        if recipe.optimizer in WHOLE_SUBSET and has_dropout(model):
             noise = f"needs a loss without noise, but {name} has dropout"
             raise ValueError(f"{recipe.optimizer} {noise}: use sgd, adam or adamw")
         if is_whole and num_workers > 1:
-            raise ValueError(f"{recipe.optimizer} works in one process: set {flag} 1, or use sgd")
+            raise ValueError(f"{recipe.whole_loop} works in one process: set {flag} 1, or use sgd")
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Statistics over all workers' parts are there on CUDA alone, which is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
@@ -118,6 +118,10 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         task.watched(outputs, targets)
     if config.minimize.has_own_optimizer:
         try_own_optimizer(model, config.minimize)
+    if config.minimize.loop:
+        sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
+        if text := try_own_loop(model, config.minimize, sample):
+            notes.append(Note(text))
     if config.minimize.objective:
         sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
         try_own_objective(model, config.minimize, sample)

@@ -372,6 +372,7 @@ TOGETHER = {  # where one field cannot change alone
     "subsets.start": INDEPENDENT,
     "model.name": {"model.name": "mlp"},
     "minimize.objective": {"minimize.objective": "m:f"},
+    "minimize.loop": {"minimize.loop": "m:f"},
     "minimize.gradients": {"minimize.gradients": "bfloat16"},
     "minimize.gradient_tolerance": {"minimize.optimizer": "cg", "minimize.gradient_tolerance": 1e-3},
     "minimize.patience": {"minimize.optimizer": "cg", "minimize.patience": 3},

@@ -58,7 +58,7 @@ def _plan_and_learn(config: Config) -> None:
     make_plan(config, full_set)
     model, validation = seeded_model(config, full_set), full_set.examples("validation")
     before = evaluate(model, validation, config.minimize).loss
-    recipe = config.stage("subsets", epochs=2.0)
+    recipe = config.stage("subsets", epochs=None if config.minimize.loop else 2.0)
     minimize(model, full_set.examples("train", augment=True), recipe, seed=0)
     assert evaluate(model, validation, recipe).loss < 0.9 * before
 

@@ -146,6 +146,9 @@ class MinimizeConfig:
     objective: str | None = None
     """What is minimized in place of the task's loss: package.module:function of (model, inputs, targets, task,
     generator), which gives (loss summed over the examples, outputs). For mixup, auxiliary heads, contrastive losses."""
+    loop: str | None = None
+    """A whole loop of your own in the place of ours: package.module:function of (model, examples, recipe, progress,
+    on_step), which may call another library's trainer. What costs it says are what is counted."""
     learning_rate: float | None = None
     """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; whole-subset optimizers 1, a scale of what
     a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has its
@@ -238,6 +241,17 @@ class MinimizeConfig:
             f"minimize.objective is called with batches, and {self.optimizer} minimizes the task's loss over the whole "
             "subset: use sgd, adam, adamw or muon, or leave it out",
         )
+        need(self.loop is None or ":" in self.loop, f"minimize.loop = {self.loop!r} should be package.module:function")
+        for name, is_left_out in (
+            ("optimizer", self.optimizer in OPTIMIZERS and not whole),
+            ("objective", self.objective is None),
+            ("epoch_fraction", self.epoch_fraction == 1),
+            *((name, getattr(self, name).kind == "none") for name in ("extrapolation", "averaging", "skipping")),
+        ):
+            need(
+                self.loop is None or is_left_out,
+                f"minimize.{name} is of our loop, in whose place {self.loop} stands: leave one of them out",
+            )
         need(
             self.accumulation <= self.batch_size,
             f"minimize.accumulation = {self.accumulation} parts need as many examples, and minimize.batch_size = "
@@ -310,6 +324,11 @@ class MinimizeConfig:
         if self.patience is None and self.optimizer == "levenberg_marquardt":
             return _PATIENCE
         return self.patience or 0
+
+    @property
+    def whole_loop(self) -> str | None:
+        """What minimizes in a loop other than ours of batches: in one process, with all examples in memory."""
+        return self.loop or (self.optimizer if self.optimizer in WHOLE_SUBSET else None)
 
     @property
     def has_own_optimizer(self) -> bool:

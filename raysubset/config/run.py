@@ -67,11 +67,11 @@ class Config:
             not (several and independent),
             "rounds.num > 1 starts every round from the last mean: subsets.start must be shared",
         )
-        whole = self.minimize.optimizer in WHOLE_SUBSET
+        whole, loop = self.minimize.optimizer in WHOLE_SUBSET, self.minimize.whole_loop
         need(
-            not (several and whole and self.rounds.optimizer_state != "reset"),
-            f"rounds.num > 1 keeps optimizer states over changing subsets, which {self.minimize.optimizer}'s curvature "
-            "does not survive: set rounds.optimizer_state=reset, or use sgd, adam or adamw",
+            not (several and loop and self.rounds.optimizer_state != "reset"),
+            f"rounds.num > 1 keeps optimizer states over changing subsets, which {loop} has none of that survive: "
+            "set rounds.optimizer_state=reset, or use sgd, adam or adamw",
         )
         need(
             not (several and self.minimize.has_own_optimizer and self.rounds.optimizer_state == "average"),
@@ -80,9 +80,9 @@ class Config:
         )
         on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
         need(
-            not (whole and self.data.streamed and on_full_set),
-            f"minimize.optimizer={self.minimize.optimizer} passes over all examples at every step, and data.streamed "
-            "holds none: use sgd, adam or adamw, or set trunk.epochs and fine_tuning.epochs to 0",
+            not (loop and self.data.streamed and on_full_set),
+            f"{loop} has all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
+            "trunk.epochs and fine_tuning.epochs to 0",
         )
         need(
             self.rounds.num == 1 or self.minimize.tolerance is None,
@@ -139,8 +139,8 @@ class Config:
             "stands in its place: leave one of them out",
         )
         need(
-            not (tuning.distillation and self.minimize.optimizer in WHOLE_SUBSET),
-            f"fine_tuning.distillation needs sgd, adam or adamw: {self.minimize.optimizer} minimizes the labels' loss",
+            not (tuning.distillation and self.minimize.whole_loop),
+            f"fine_tuning.distillation needs sgd, adam or adamw: {self.minimize.whole_loop} minimizes the labels' loss",
         )
 
     def run_name(self) -> str:
@@ -169,6 +169,7 @@ class Config:
             "subsets.function": self.subsets.function or "",
             "minimize.optimizer": self.minimize.optimizer,
             "minimize.objective": self.minimize.objective or "",
+            "minimize.loop": self.minimize.loop or "",
             "aggregation.method": self.aggregation.method,
         }
         return {field: name for field, name in named.items() if ":" in name and "/" not in name}

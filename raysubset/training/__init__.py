@@ -19,6 +19,7 @@ from raysubset.training.flops import forward_share
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.minimizing import minimize
 from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.own_loop import LoopProgress, try_own_loop
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
@@ -51,6 +52,8 @@ __all__ = [
     "try_training",
     "try_own_optimizer",
     "try_own_objective",
+    "try_own_loop",
+    "LoopProgress",
     "least_batch",
     "are_probabilities",
     "evaluate",

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from raysubset.config import WHOLE_SUBSET, MinimizeConfig
+from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples
 from raysubset.training.loop import minimize_by_batches
+from raysubset.training.own_loop import minimize_by_own_loop
 from raysubset.training.progress import OnStep
 from raysubset.training.records import MinimizeResult
 from raysubset.training.shards import Shard
@@ -36,7 +37,7 @@ def minimize(
     Args:
         model: on the examples' device; every worker has one of its own, with the same weights.
         examples: every worker holds or streams all of them, and computes its share of each batch.
-        recipe: the recipe; whole-subset optimizers go to minimize_whole().
+        recipe: the recipe; whole-subset optimizers go to minimize_whole(), a loop of the user's to that.
         seed: of order, augmentation, dropout and noise.
         state: what Progress.capture() gave, to go on from there.
         optimizer_state: momenta to start with when there is no `state` (a member's next round).
@@ -57,18 +58,18 @@ def minimize(
             fit, or streamed examples cannot be read.
     """
     shard = shard or Shard()
-    if recipe.optimizer in WHOLE_SUBSET:
-        assert optimizer_state is None, "whole-subset optimizers keep no state over rounds"
-        assert distillation is None, "whole-subset optimizers minimize the task's loss alone"
+    if loop := recipe.whole_loop:
+        assert optimizer_state is None, "other loops keep no state over rounds"
+        assert distillation is None, "other loops minimize the task's loss alone"
         if shard.num > 1:
-            raise ValueError(
-                f"{recipe.optimizer} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd"
-            )
+            raise ValueError(f"{loop} works in one process, not in {shard.num} workers: set num_workers=1, or use sgd")
         if not isinstance(examples, Examples):
             raise ValueError(
-                f"{recipe.optimizer} passes over all {len(examples)} examples at every step, and they are streamed: "
-                "use sgd, adam or adamw, or leave --data.streamed out"
+                f"{loop} has all {len(examples)} examples in memory, and they are streamed: use sgd, adam or adamw, or "
+                "leave --data.streamed out"
             )
+        if recipe.loop is not None:
+            return minimize_by_own_loop(model, examples, recipe, seed=seed, state=state, on_step=on_step)
         return minimize_whole(model, examples, recipe, validation=validation, state=state, on_step=on_step)
     return minimize_by_batches(
         model,

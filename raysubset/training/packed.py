@@ -29,6 +29,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
     """Why this recipe cannot step several members at once, in a few words; None where it can."""
     if recipe.optimizer in WHOLE_SUBSET:
         return f"{recipe.optimizer} searches a line for each subset"
+    if recipe.loop is not None:
+        return f"{recipe.loop} is a loop of one network"
     if recipe.has_own_optimizer:
         return f"{recipe.optimizer} is an optimizer of one network"
     if recipe.objective is not None:

@@ -56,6 +56,7 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         patience=0,
         target_loss=None,
         compile=False,
+        loop=None,  # which is tried by itself
     )
     network, outputs = copied(model), []
     left_out: set[str] = set()
