@@ -39,6 +39,8 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
         if (source := config.model.weights) and f"weights {source}" not in data:
             data[f"weights {source}"] = weights_fingerprint(config.model)
         for field, reference in config.functions().items():
+            if not shapes_result(field):  # another listener changes nothing
+                continue
             if is_given(reference):
                 code[reference] = given_fingerprint(field, reference)
             elif reference not in code:

@@ -15,7 +15,15 @@ from raysubset.events import Note
 from raysubset.given_objects import is_instance
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import Shard, least_batch, try_own_loop, try_own_objective, try_own_optimizer, try_training
+from raysubset.training import (
+    Shard,
+    least_batch,
+    load_listener,
+    try_own_loop,
+    try_own_objective,
+    try_own_optimizer,
+    try_training,
+)
 from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
@@ -118,6 +126,8 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         task.watched(outputs, targets)
     if config.minimize.has_own_optimizer:
         try_own_optimizer(model, config.minimize)
+    if config.actors.on_step:
+        load_listener(config.actors.on_step)
     if config.minimize.loop:
         sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
         if text := try_own_loop(model, config.minimize, sample):

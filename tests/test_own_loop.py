@@ -106,7 +106,7 @@ MISTAKES = {
     "opaque": r"has a capture\(\) that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts",
     "backwards": r"called on_step\(\) at step 1 after 1: let progress.count\(\) count it",
     "unrecorded": r"set progress.epoch_ended without a record in progress.history: call progress.count\(\)",
-    "half_costs": r"said steps and costs of \(1, 0.5, 0, 0\): give whole numbers of examples and steps",
+    "half_costs": r"said steps and costs of \(1, 0.5, 0, 0\): give whole numbers",
     "odd_record": "recorded EpochRecord.*: give plain numbers, and 0 where there is no learning rate",
     "other_progress": r"called on_step\(\) with a float: give it progress",
     "raises": r"raised .*; see own_loops.py, line .*, in raises",

@@ -27,7 +27,15 @@ class ActorsConfig:
     """Work without a step for so long, and for ten times its usual step, is said to stand still. After twice that it is
     killed and tried again, as an attempt. The first steps, which may compile or read, may take four times as long."""
 
+    on_step: str | None = None
+    """Told of every step in the actor or Ray Train worker that made it: package.module:function of a
+    raysubset.training.Step, for a tracker of your own. What it raises ends the run in a line."""
+
     def __post_init__(self) -> None:
+        need(
+            self.on_step is None or ":" in self.on_step,
+            f"actors.on_step = {self.on_step!r} should be package.module:function",
+        )
         check_fields(
             self,
             "actors.",

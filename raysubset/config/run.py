@@ -170,6 +170,7 @@ class Config:
             "minimize.optimizer": self.minimize.optimizer,
             "minimize.objective": self.minimize.objective or "",
             "minimize.loop": self.minimize.loop or "",
+            "actors.on_step": self.actors.on_step or "",
             "aggregation.method": self.aggregation.method,
         }
         return {field: name for field, name in named.items() if ":" in name and "/" not in name}

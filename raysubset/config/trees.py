@@ -186,6 +186,7 @@ def shapes_result(key: str) -> bool:
         "actors.max_num",
         "actors.max_attempts",
         "actors.stall_s",
+        "actors.on_step",
         "actors.checkpoint_",
         "rounds.keep_minima",
         "data.root",

@@ -44,6 +44,7 @@ from raysubset.training import (
     Distillation,
     DivergedError,
     LeftOutError,
+    Listener,
     Metrics,
     Progress,
     Shard,
@@ -200,6 +201,9 @@ class _Worker:
         per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
         every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
 
+        whose = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
+        listener = Listener(self._config.actors.on_step, **whose, rank=self._shard.rank, num_workers=self._shard.num)
+
         def on_step(progress: Progress) -> bool:
             nonlocal so_far
             so_far = progress.cost
@@ -211,6 +215,7 @@ class _Worker:
                 self._checkpoint(progress)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
+            listener(progress)
             return stop
 
         seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's

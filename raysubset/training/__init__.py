@@ -19,6 +19,7 @@ from raysubset.training.flops import forward_share
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.minimizing import minimize
 from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.own_listener import Listener, Step, load_listener
 from raysubset.training.own_loop import LoopProgress, try_own_loop
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
@@ -54,6 +55,9 @@ __all__ = [
     "try_own_objective",
     "try_own_loop",
     "LoopProgress",
+    "Listener",
+    "Step",
+    "load_listener",
     "least_batch",
     "are_probabilities",
     "evaluate",

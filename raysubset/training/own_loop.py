@@ -96,9 +96,7 @@ class _Told:
             raise _misfit(self._reference, f"{text}: let progress.count() count it, or set progress.step before")
         counts = (progress.step, progress.cost.num_forward, progress.cost.num_backward, progress.cost.num_steps)
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise _misfit(
-                self._reference, f"said steps and costs of {counts}: give whole numbers of examples and steps"
-            )
+            raise _misfit(self._reference, f"said steps and costs of {counts}: give whole numbers")
         for record in progress.history[-1:]:
             numbers = (record.loss, record.learning_rate, record.epoch)
             if not all(isinstance(number, int | float) for number in numbers) or not math.isfinite(sum(numbers[1:])):

@@ -27,6 +27,7 @@ from raysubset.run_directory import (
 from raysubset.training import (
     Cost,
     DivergedError,
+    Listener,
     MinimizeResult,
     Progress,
     Weights,
@@ -247,11 +248,14 @@ class Minimizer:
             for stage, round, subset_id in (job.piece.ledger_key for job in jobs)
         ]
 
+        listeners = [self._listener(job.piece) for job in jobs]
+
         def on_step(progress: Mapping[int, Progress]) -> bool:
             self._progress = {**self._progress, **progress}
             stop = self._stop.is_set()
             for number, own in progress.items():
                 self._save_if_due(jobs[number], own, now=stop)
+                listeners[number](own)
             return stop
 
         if len(jobs) > 1:
@@ -282,6 +286,12 @@ class Minimizer:
     def _watched(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
         """The validation data on the device, where the recipe looks at it."""
         return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
+
+    def _listener(self, piece: Piece) -> Listener:
+        """The user's own, as a piece's steps are told to it."""
+        stage, round, subset = piece.ledger_key
+        whose = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
+        return Listener(self._config.actors.on_step, **whose, rank=0, num_workers=1)
 
     def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
         """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""

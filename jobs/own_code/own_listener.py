@@ -1,0 +1,14 @@
+"""A listener of your own in actors and Ray Train workers: a tracker, here a file of a line an epoch, that can be plotted.
+
+Command:    cd jobs/own_code && raysubset run --actors.on-step own_listener:track
+"""
+
+from pathlib import Path
+
+FILE = Path("~/raysubset_steps.csv").expanduser()  # on the node where the step was made
+
+
+def track(step):
+    if step.epoch_ended and step.rank == 0:
+        with FILE.open("a") as file:
+            print(step.run, step.stage, step.subset, step.epoch, step.loss, step.cost.num_backward, sep=",", file=file)

@@ -1,0 +1,85 @@
+"""The user's own listener, actors.on_step=package.module:function: told of every step by the process that made it.
+
+    function(step)
+
+It has numbers alone, so it cannot change what is minimized; what it draws from global generators is drawn by nobody
+else. It is for a tracker of the user's own, say, and costs every step what it takes.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raysubset.costs import Cost
+from raysubset.models import generators_restored
+from raysubset.training.progress import Progress
+from raysubset.user_functions import in_a_line, load_function
+
+_FIELD = "actors.on_step"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was made, and whose it is."""
+
+    run: str  # the name of the run; of a comparison's piece of work, that of its leg
+    stage: str  # "trunk", "subsets", "fine_tuning" or "conventional"; "subsamples" of a part of a subset
+    round: int
+    subset: int | None  # None: the full set
+    rank: int  # of the Ray Train worker; 0 in an actor
+    num_workers: int
+    step: int  # steps done, also before a resume
+    num_steps: int
+    epoch: float  # epochs done
+    epoch_ended: bool
+    loss: float  # mean training loss of the last whole epoch; NaN before
+    cost: Cost  # of this attempt so far, of all workers together
+
+
+class Listener:
+    """Tells the user's function of the steps of one piece of work; of none where none is named."""
+
+    def __init__(self, reference: str | None, **piece: Any) -> None:
+        """`piece` has what a Step says of whose it is."""
+        self._reference, self._piece = reference, piece
+        self._function = None if reference is None else load_listener(reference)
+
+    def __call__(self, progress: Progress) -> None:
+        """Tell of a step.
+
+        Raises:
+            ValueError: for whatever the function raises, with its name and place.
+        """
+        if self._function is None:
+            return
+        assert self._reference is not None
+        step = Step(
+            **self._piece,
+            step=progress.step,
+            num_steps=progress.num_steps,
+            epoch=progress.epoch,
+            epoch_ended=progress.epoch_ended,
+            loss=progress.loss,
+            cost=progress.cost,
+        )
+        with generators_restored(), torch.random.fork_rng(devices=[]), in_a_line(_FIELD, self._reference):
+            self._function(step)
+
+
+def load_listener(reference: str) -> Callable[[Step], Any]:
+    """The function by its name.
+
+    Raises:
+        ValueError: if there is none, or it does not take a step alone.
+    """
+    function = load_function(_FIELD, reference)
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ValueError(f"{_FIELD} = {reference!r} is called with a step alone: {error}") from error
+    except ValueError:  # some that are written in C tell no parameters
+        pass
+    return function
