@@ -1,4 +1,4 @@
-"""A listener of your own in actors and Ray Train workers: a tracker, here a file of a line an epoch, that can be plotted.
+"""A listener of your own in actors and Ray Train workers: a tracker, here a file with a line an epoch.
 
 Command:    cd jobs/own_code && raysubset run --actors.on-step own_listener:track
 """
