@@ -399,7 +399,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     columns = (
         "Mbit/s cell exchanges s/exchange s(all) s(97%) val% out/in-MB/exchange ledger advise advise/measured load"
     )
-    rows = [columns.split(" ")]
+    rows: list[list[str]] = [columns.split(" ")]
     for (mbit, cell), one in sorted(newest.items(), key=lambda item: (-item[0][0], list(CELLS).index(item[0][1]))):
         made, most = one["exchanges"], one["all_exchanges"]
         if not made:

@@ -97,6 +97,23 @@ def as_rows(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[bytes]:
 # The set
 
 
+def test_a_subset_reads_whole_row_groups_of_which_it_takes_rows(sets: tuple[FullSet, FullSet]):
+    train = sets[1].train
+    assert isinstance(train, StreamedSplit)
+    assert train.share_read(np.arange(len(train))) == 1.0
+    groups = [
+        *(min(start + 23, 180) - start for start in range(0, 180, 23)),
+        *[30] * 7,
+        10,
+    ]  # rows, as the files have them
+    starts = np.cumsum([0, *groups])
+    rows = train.table.column("row").to_numpy()
+    for positions in (np.array([0]), np.array([3, 200]), np.arange(0, len(train), 9)):
+        touched = {int(np.searchsorted(starts, row, side="right")) - 1 for row in rows[positions]}
+        assert train.share_read(positions) == pytest.approx(sum(groups[group] for group in touched) / NUM)
+    assert train.share_read(np.arange(0, len(train), 9)) > 0.9  # scattered: nearly all of the files
+
+
 def hugging_face(images: np.ndarray) -> list[dict[str, Any]]:
     return [{"bytes": encoded(image), "path": None} for image in images]
 

@@ -25,12 +25,13 @@ from raysubset.comparison.statistics import (
     t_interval,
 )
 from raysubset.comparison.verdict import TENTH, CheapPoint, judge
-from raysubset.data import FullSet
+from raysubset.data import FullSet, StreamedSplit
 from raysubset.ledger import Work, total_cost
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import Plan
 from raysubset.quality import Quality
 from raysubset.run_report import data_record, task_record
+from raysubset.work import Piece
 
 CLOCKS = ("total", "critical_path")
 _FIELD = {"total": "passes", "critical_path": "critical_path_passes"}
@@ -67,7 +68,7 @@ def gather(
         ValueError: where the conventional run has no quality to hold the arms against.
     """
     quality = full_set.quality
-    legs = _Legs(len(full_set.train), plan, failed)
+    legs = _Legs(full_set, plan, failed)
     arms = [_arm(arm, by_budget, settings, legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
@@ -171,8 +172,8 @@ def _leg_records(finals: Finals) -> Record:
 class _Legs:
     """What legs cost and came to, each ledger read once."""
 
-    def __init__(self, num_train: int, plan: Plan, failed: Mapping[Leg, str]) -> None:
-        self._num_train, self._plan, self.failed = num_train, plan, failed
+    def __init__(self, full_set: FullSet, plan: Plan, failed: Mapping[Leg, str]) -> None:
+        self._full_set, self._num_train, self._plan, self.failed = full_set, len(full_set.train), plan, failed
         self._works: dict[str, list[Work]] = {}
 
     def works(self, leg: Leg) -> list[Work]:
@@ -183,6 +184,18 @@ class _Legs:
     def passes(self, leg: Leg) -> float:
         """Of one leg: every attempt and evaluation counted."""
         return total_cost(self.works(leg)).passes(self._num_train, self._plan.forward_share)
+
+    def reads(self, leg: Leg) -> float:
+        """How often it reads the training set of a streamed set from storage; what was lost and read again left out."""
+        train = self._full_set.train
+        if leg.kind == "aggregate" or not isinstance(train, StreamedSplit):
+            return 0.0
+        if leg.subset is None:
+            return leg.epochs
+        assert isinstance(leg.piece, Piece)
+        positions = leg.piece.positions(self._full_set)
+        assert positions is not None
+        return train.share_read(positions)
 
     def passes_of_all(self, finals: Sequence[Leg]) -> float:
         """Of all that these legs need; what they share is counted once."""
@@ -205,6 +218,7 @@ class _Legs:
             "device_s": cost.device_s,
             "critical_path_s": critical_path(leg, lambda one: sum(work.wall_s for work in self.works(one))),
             "num_network_bytes": sum(work.num_network_bytes for work in works),
+            "storage_reads": sum(map(self.reads, legs)),
             "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
             "validation": leg.validation(),
             "test": leg.tested(),
@@ -238,6 +252,7 @@ def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
     if not runs:
         return None
     names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
+    names += ("storage_reads",)
     means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
     losses = [math.nan if run["validation"]["loss"] is None else run["validation"]["loss"] for run in runs]
     tested = _turned(t_interval(list(_gains(runs, quality).values())), quality)

@@ -82,9 +82,9 @@ def regime_at(
             ways[way] = Fastest(key, seconds, per_seed)
     if not ways:
         return Regime(gbit_per_s, {}, ())
-    first, *others = sorted(ways, key=lambda way: ways[way].seconds)
-    close = (way for way in others if not _is_slower(ways[way], ways[first]))
-    return Regime(gbit_per_s, ways, (first, *close))
+    ordered: list[Way] = sorted(ways, key=lambda way: ways[way].seconds)
+    first = ways[ordered[0]]
+    return Regime(gbit_per_s, ways, tuple(way for way in ordered if not _is_slower(ways[way], first)))
 
 
 def _is_slower(one: Fastest, other: Fastest) -> bool:

@@ -78,6 +78,11 @@ class StreamedSplit:
         """int64 [G + 1]: examples from bounds[g] to bounds[g + 1] lie in row group g."""
         return np.searchsorted(self._rows, self.groups.starts)
 
+    def share_read(self, positions: np.ndarray) -> float:
+        """Share of the files' rows that take() of these positions reads: those of all row groups that hold one."""
+        groups, starts = np.unique(self.groups.of_rows(self._rows[positions])), self.groups.starts
+        return float((starts[groups + 1] - starts[groups]).sum() / starts[-1])
+
     def _in_group(self, part: np.ndarray) -> tuple[int, np.ndarray]:
         rows = self._rows[part]
         group = int(self.groups.of_rows(rows[:1])[0])

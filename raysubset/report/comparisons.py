@@ -77,11 +77,13 @@ def _budgets(record: Record) -> list[float]:
 
 def _points(record: Record) -> Section:
     rows, quality = [], quality_of(record)
+    means = [point["mean"] for arm in record["arms"] for point in arm["points"] if point["mean"]]
+    is_streamed = any(mean.get("storage_reads") for mean in means)
     for arm in record["arms"]:
         for point in arm["points"]:
             mean, difference = point["mean"], point["difference"]
             if mean is None:
-                rows.append((arm["key"], f"{point['budget']:g}", *["–"] * 6, "failed"))
+                rows.append((arm["key"], f"{point['budget']:g}", *["–"] * (6 + is_streamed), "failed"))
                 continue
             reached, half = mean_and_half(mean, quality)
             rows.append(
@@ -92,6 +94,7 @@ def _points(record: Record) -> Section:
                     f"{mean['passes']:.2f}",
                     f"{mean['critical_path_passes']:.2f}",
                     f"{mean['device_s']:.1f}",
+                    *([f"{mean['storage_reads']:.2f}"] if is_streamed else []),
                     quality.number(reached) + (quality.error(half) if math.isfinite(half) else ""),
                     "not finite" if mean["validation_loss"] is None else f"{mean['validation_loss']:.4f}",
                     _compared(difference, point["is_non_inferior"], quality),
@@ -101,13 +104,17 @@ def _points(record: Record) -> Section:
         f"{arm['key']}: {arm['title']}; learning rate {_settings(arm)}{_edge(record, arm['key'], arm['settings'])}"
         for arm in record["arms"]
     )
-    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s", f"test {quality.label}")
+    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s")
+    columns += (*(("reads",) if is_streamed else ()), f"test {quality.label}")
     columns += ("validation loss", f"against conventional, {quality.change_label}")
     less = "" if quality.higher_is_better else f" Of {quality.name}, less is better."
     explained = (
         "Budgets are passes of training; passes count evaluation too, each arm's own work in full also where it was "
         f"shared. ± and the brackets: 95 % intervals by Student's t, differences paired by seed.{less}",
     )
+    if is_streamed:
+        reads = "Reads: how often as many rows as the training files have come from storage; a row group is read whole."
+        explained = (*explained, reads)
     return Section("Arms", columns, tuple(rows), explained + lines, "arms")
 
 

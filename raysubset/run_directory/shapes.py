@@ -76,7 +76,7 @@ _SWEEP = (
 )
 
 _INTERVAL = {"coverage": _NUMBER} | _all(_LOSS, "estimate low high")
-_MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s") | _all(_LOSS, "validation_loss test_{}")
+_MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s storage_reads?") | _all(_LOSS, "validation_loss test_{}")
 _RUN = {"leg": str, "error": (str,)}
 _POINT = {"budget": _NUMBER, "runs?": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
 _POINT["mean"] = (_MEAN | {"test_{}_interval": _INTERVAL},)
