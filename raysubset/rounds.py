@@ -124,7 +124,7 @@ class Rounds:
         for piece in pieces:
             assert piece.subset_id is not None
             indices = cut_subsample(self._config, by_id[piece.subset_id], piece.round)
-            parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True))
+            parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True, send="float32"))
         return self._find_minima(pool, parts, start)
 
     def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
@@ -144,6 +144,7 @@ class Rounds:
             node_speed=slot_of(slots, subset.id).speed if slots else None,
             statistics=self._plan.statistics,
             measures=MEASURES if self._config.rounds.evaluated(round) else (),
+            send=self._config.rounds.send if round + 1 < self._config.rounds.num else "float32",
         )
         if round and piece.record() is None:  # what it begins with is deleted when its round is aggregated
             return dataclasses.replace(piece, optimizer=self._optimizer(round, subset.id))

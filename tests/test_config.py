@@ -407,6 +407,7 @@ WORDS = (
     "regression",
     "balanced",
     "quadratic",
+    "int8",
 )
 VALUES = (True, False, 1, 2, 0.25, 0.75, *WORDS, "validation_loss", "reinit", "best", "none", "x")
 

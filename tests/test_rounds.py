@@ -10,6 +10,7 @@ import pytest
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.rounds import Rounds
 from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path
@@ -66,6 +67,24 @@ def test_what_no_resume_needs_is_deleted_and_any_resume_ends_at_the_same_bits(
     weights, again = run_of(config, tmp_path)
     assert same_bits(weights, whole)
     assert [record["minima"][1]["history"] for record in again] == [one["minima"][1]["history"] for one in records]
+
+
+@pytest.mark.parametrize(("send", "share"), [("bfloat16", 0.5), ("int8", 0.25)])
+def test_rounds_of_sent_differences_end_near_those_of_weights_and_the_ledger_counts_fewer_bytes(
+    tmp_path: Path, send: str, share: float
+) -> None:
+    whole, _ = run_of(config_of(rounds__num=2), tmp_path, name="whole")
+    weights, records = run_of(config_of(rounds__num=2, rounds__send=send), tmp_path)
+    moved = max(float((whole[name] - weights[name]).abs().max()) for name in whole if "num_batches" not in name)
+    assert 0 < moved < 0.02
+    sent = [record["minima"][0]["num_bytes_sent"] for record in records]
+    num_bytes = sum(value.nbytes for value in whole.values())
+    assert sent[1] == 2 * num_bytes, "the last round's minima are left as they are"
+    statistics = sum(value.nbytes for name, value in whole.items() if "running" in name or "num_batches" in name)
+    scales = 4 * sum("running" not in name and "num_batches" not in name for name in whole) * (send == "int8")
+    assert sent[0] == num_bytes + statistics + share * (num_bytes - statistics) + scales
+    works = {work.round: work for work in Ledger(RunDirectory(str(tmp_path), "run")).read() if work.subset == 0}
+    assert [works[round].num_network_bytes for round in range(2)] == sent
 
 
 def test_a_damaged_last_aggregate_is_made_again_of_what_is_kept(tmp_path: Path) -> None:

@@ -19,12 +19,16 @@ from raysubset.aggregation.methods import (
 from raysubset.aggregation.needs import Context, Forward, Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum, Score
 from raysubset.aggregation.scorer import Scorer
+from raysubset.aggregation.sending import Send, of_differences, to_differences
 from raysubset.aggregation.soups import barrier, ensemble_outputs, greedy_soup, select_best, uniform_soup, weighted_soup
 from raysubset.aggregation.steps import mean_optimizer_state, outer_step, shrink_perturb
 from raysubset.aggregation.streaming import RunningMean, shares_start
 from raysubset.aggregation.task_vectors import dare, savgm, ties
 
 __all__ = [
+    "Send",
+    "to_differences",
+    "of_differences",
     "merge",
     "aggregate",
     "aggregate_round",

@@ -75,7 +75,7 @@ def advise(
         f"data-parallel on {num_workers}": Communication(passes / num_workers, num_steps * a_step, num_steps),
         f"subset pretraining on {num_workers}": Communication(
             config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
-            rounds * exchange_bytes(plan.num_bytes, len(plan.subsets)),
+            _exchanged_bytes(config, plan),
             rounds,
         ),
     }
@@ -92,6 +92,13 @@ def advise(
         break_even_gbit_per_s=_break_even(parallel, subsets, s_per_pass),
         overdetermination_ratio=min(plan.subset_ratios),
     )
+
+
+def _exchanged_bytes(config: Config, plan: Plan) -> float:
+    """What all rounds send, the last one's minima as they are and the others' as rounds.send says."""
+    share = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25}[config.rounds.send]
+    saved = (config.rounds.num - 1) * (1 - share) * len(plan.subsets) * plan.num_bytes
+    return config.rounds.num * exchange_bytes(plan.num_bytes, len(plan.subsets)) - saved
 
 
 def _break_even(parallel: Communication, subsets: Communication, s_per_pass: float) -> float | None:

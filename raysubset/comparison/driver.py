@@ -223,6 +223,7 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
         (own.subsets.start != "shared", "averages minima of a shared start: set subsets.start=shared"),
         (own.subsets.shares != "equal", "does not size subsets by the speed of nodes: set subsets.shares=equal"),
         (own.rounds.optimizer_state == "average", "does not average optimizer states: set keep or reset"),
+        (own.rounds.send != "float32", "sends weights as they are: set rounds.send=float32"),
         (own.actors.quorum is not None, "aggregates all minima: leave out actors.quorum"),
         (own.fine_tuning.distillation > 0, "does not distil: set fine_tuning.distillation=0"),
         (own.fine_tuning.keep != "last", "takes the last epoch: set fine_tuning.keep=last"),

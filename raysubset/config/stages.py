@@ -45,6 +45,9 @@ class RoundsConfig:
     evaluate_every: int = 1
     """Measure the minima and the aggregate of each so-many-th round, and of the last: what that costs is counted, and
     many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
+    send: Literal["float32", "bfloat16", "int8"] = "float32"
+    """What members of all rounds but the last send: their weights, or differences from the round's start in 16 bits,
+    or in 8 with a scale a tensor. The start is sent to them as it is."""
     keep_minima: int | None = 1
     """Rounds, counted from the last, whose minima stay on disk; null: all. A damaged older file costs all since."""
 

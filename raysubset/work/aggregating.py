@@ -53,7 +53,7 @@ def leave_aggregate(
             measure_training="training" in piece.measures,
         )
         made, momentum = aggregate_round(
-            [replace(minimum, averaged=averaged) for minimum in piece.minima()],
+            [replace(minimum, averaged=averaged) for minimum in piece.minima(start)],
             config,
             scorer,
             start=start,

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from raysubset.aggregation import to_differences
 from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
+from raysubset.models import trainable_names
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
@@ -325,7 +327,7 @@ class Minimizer:
             job.is_closed = True
             return None
         full_set = self._load_full_set()
-        record, measured = self._leave_minimum(job.model, full_set, piece, job.examples, result.outcome)
+        record, measured, num_sent = self._leave_minimum(job, full_set, result.outcome, start)
         files = record["files"]
         cost += shared + measured + Cost(device_s=time.perf_counter() - began)
         rounds = self._config.rounds
@@ -337,7 +339,7 @@ class Minimizer:
         record |= {
             "cost": cost.to_dict(),
             "history": [epoch.to_dict() for epoch in result.history],
-            "num_bytes_sent": start_bytes * (2 if start is not None else 1),  # the start in, the minimum out
+            "num_bytes_sent": num_sent + (start_bytes if start is not None else 0),  # the start in, the minimum out
             "round": piece.round,
             "attempt": job.work.attempt,
         }
@@ -350,17 +352,21 @@ class Minimizer:
         return record
 
     def _leave_minimum(
-        self,
-        model: torch.nn.Module,
-        full_set: FullSet,
-        piece: Piece,
-        examples: Examples | StreamedExamples,
-        outcome: str,
-    ) -> tuple[dict[str, Any], Cost]:
-        """Write the minimum's weights, and what it is measured at; the record that names them is the caller's."""
+        self, job: _Job, full_set: FullSet, outcome: str, start: Weights | None
+    ) -> tuple[dict[str, Any], Cost, int]:
+        """Write the minimum's weights, and what it is measured at; the record that names them is the caller's.
+
+        Returns:
+            The record, the cost of measuring, and the weights' bytes as they are sent.
+        """
+        model, piece, examples = job.model, job.piece, job.examples
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         own = replace(examples, augment=False)  # the same tensors, or files: no second copy of the subset
-        files = {weights_path(folder): run.write_weights(weights_path(folder), model.state_dict())}
+        weights, send = model.state_dict(), "float32" if start is None else piece.send
+        if start is not None and piece.send != "float32":
+            weights = to_differences(weights, start, trainable_names(model), piece.send)
+        num_sent = sum(value.nbytes for value in weights.values())
+        files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:
@@ -382,7 +388,9 @@ class Minimizer:
             "statistics": list(piece.statistics),
             "files": files,
         }
-        return record, measured + self._leave_statistics(model, piece, own, files)
+        if send != "float32":
+            record["send"] = send
+        return record, measured + self._leave_statistics(model, piece, own, files), num_sent
 
     def _leave_statistics(
         self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raysubset.aggregation import Minimum, shrink_perturb
+from raysubset.aggregation import Minimum, Send, of_differences, shrink_perturb
 from raysubset.config import Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.ledger import Stage
@@ -82,6 +82,7 @@ class Piece:
     node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
     statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
+    send: Send = "float32"  # how its minimum is stored: as it is, or as differences from its start
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
     name: str = ""  # what it is called, if not by its subset or stage
 
@@ -125,16 +126,25 @@ class Piece:
         weights = self.start.weights()
         return perturbed(self.config, full_set, weights) if self.is_perturbed else weights
 
-    def minimum(self, record: dict[str, Any], part: "Piece | None" = None) -> Minimum:
+    def minimum(self, record: dict[str, Any], part: "Piece | None" = None, *, start: Weights | None = None) -> Minimum:
         """The minimum that its record tells of; weights and all else that is large are read when asked for.
 
         Args:
             part: the same on a part of the subset, where that was minimized on too.
+            start: what it started from, of which sent differences are.
         """
         files = record["files"]
+
+        def load_weights() -> Weights:
+            stored = self.directory.read_weights(self.output.weights_path, files)
+            if record.get("send", "float32") == "float32":
+                return stored
+            assert start is not None
+            return of_differences(stored, start)
+
         return Minimum.from_dict(
             record,
-            load_weights=partial(self.directory.read_weights, self.output.weights_path, files),
+            load_weights=load_weights,
             load_outputs=lambda: self.directory.read_weights(outputs_path(self.folder), files)["outputs"],
             load_statistics=partial(self._statistics, files, part),
         )
@@ -184,11 +194,11 @@ class AggregatePiece:
         """What it has left; None if it is not done."""
         return self.output.record()
 
-    def minima(self) -> list[Minimum]:
-        """Those of its members."""
+    def minima(self, start: Weights) -> list[Minimum]:
+        """Those of its members, which started from these weights."""
         parts = self.parts or (None,) * len(self.members)
         return [
-            member.minimum(member.directory.read_json(member.output.record_path), part)
+            member.minimum(member.directory.read_json(member.output.record_path), part, start=start)
             for member, part in zip(self.members, parts, strict=True)
         ]
 

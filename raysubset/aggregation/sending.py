@@ -1,0 +1,56 @@
+"""What a member sends of its weights: differences from the round's start in 16 or 8 bits, and weights again of those.
+
+packed = to_differences(weights, start, names, "int8")   # a quarter of the bytes
+weights = of_differences(packed, start)
+"""
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+
+from raysubset.training import Weights
+
+Send = Literal["float32", "bfloat16", "int8"]
+
+_LARGEST = 127  # of a difference as an integer: the scale is symmetric
+_WHOLE, _DIFFERENCE, _SCALE = "whole ", "difference ", "scale "  # before names
+
+
+def to_differences(weights: Weights, start: Weights, names: Collection[str], send: Send) -> Weights:
+    """Return what is sent of weights: of `names` the difference from the start, rounded to nearest; all else as it is.
+
+    An int8 is a multiple of its tensor's scale, the largest difference / 127, and off by half of that at most; a
+    bfloat16 is off by 2⁻⁸ of the difference at most. Half-precision weights, and what is not finite, is sent as it is.
+
+    Args:
+        names: of the trainable parameters: running variances could become negative.
+    """
+    packed = {}
+    for name, value in weights.items():
+        value = value.detach().cpu()
+        difference = value - start[name] if name in names and value.element_size() >= 4 else None
+        if difference is None or not difference.isfinite().all():
+            packed[_WHOLE + name] = value
+        elif send == "bfloat16":
+            packed[_DIFFERENCE + name] = difference.to(torch.bfloat16)
+        else:
+            scale = difference.abs().max() / _LARGEST if difference.numel() else difference.new_zeros(())
+            packed[_SCALE + name] = scale
+            packed[_DIFFERENCE + name] = (
+                (difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8)
+            )
+    return packed
+
+
+def of_differences(packed: Weights, start: Weights) -> Weights:
+    """Return the weights that to_differences() stands for, with the start that they differ from."""
+    weights = {}
+    for key, value in packed.items():
+        kind, _, name = key.partition(" ")
+        if f"{kind} " == _WHOLE:
+            weights[name] = value
+        elif f"{kind} " == _DIFFERENCE:
+            difference = value.to(start[name].dtype)
+            weights[name] = start[name] + difference * packed.get(_SCALE + name, torch.ones(()))
+    return {name: weights[name] for name in start}
