@@ -5,7 +5,10 @@ averages the minima or selects among them; a Ray Train job fine-tunes the result
 every cost, so that it can be compared with conventional training.
 
     from raysubset import Config, run
-    print(run(Config()).test)
+    report = run(Config(seed=3))  # shows what happens, as the command does
+    report.test, report.passes  # and report.show(), report.load_model()
+
+Settings are fields of Config: help(raysubset.config.MinimizeConfig). Events are in raysubset.events.
 """
 
 import importlib
@@ -35,9 +38,19 @@ _HOMES = {
     "load_model": "trained_model",
 }
 
+_VERBS = ("run", "sweep", "compare")  # which show what happens, unless they are given a listener
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use: an actor that needs the loop must not wait for the rest."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _VERBS:
+        value = importlib.import_module(f"{__name__}.cli.live").shown(value)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -84,7 +84,8 @@ def run(
             data.name names (see README), or such a function.
         model: in the place of model.name: an nn.Module, whose weights the shared start has, or a function of a Spec.
         task: in the place of task.name: a raysubset.tasks.Task, or a class of it.
-        on_event: told of stages, progress, waiting and retries as they happen.
+        on_event: told of stages, progress, waiting and retries as they happen; None: nobody is. raysubset.run() shows
+            them, as the command does, unless this is given.
         fresh: delete what a run of this name left behind, and start over.
         accept_changed_code: go on with a run whose user's code has changed since; what it has done stays as it is.
         full_set_ref: config.data's full set where it was put already (put_once()); by default it is loaded and put.

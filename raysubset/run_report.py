@@ -8,19 +8,42 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
 from raysubset.ledger import Stage, Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
+from raysubset.quality import quality_of
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.training import Metrics
 
+if TYPE_CHECKING:
+    from raysubset.trained_model import TrainedModel
 
-@dataclass(frozen=True)
-class RunReport:
+
+class Shown:
+    """A report that can be looked at: as its command prints it, and as tables in a notebook."""
+
+    record: dict[str, Any]
+
+    def show(self) -> None:
+        """Print it, as its command does."""
+        _screen().print_report(self.record)
+
+    def _repr_html_(self) -> str:
+        return _screen().html_of(self.record)
+
+
+def _screen() -> Any:
+    """What draws for people, which nothing else here needs."""
+    return import_module("raysubset.cli.screen")
+
+
+@dataclass(frozen=True, repr=False)
+class RunReport(Shown):
     """All numbers of a finished run; to_dict() is report.json."""
 
     name: str
@@ -31,6 +54,18 @@ class RunReport:
     critical_path_passes: float  # one after the other, if every subset had a device of its own
     device_s: float
     record: dict[str, Any]  # everything, JSON-able
+
+    def __repr__(self) -> str:
+        quality = quality_of(self.record)
+        passes = f"{self.passes:.2f} passes, {self.critical_path_passes:.2f} on the critical path"
+        test = quality.phrase(self.record["test"][quality.name])
+        return f"<RunReport {self.name}: test {test} for {passes}; {self.uri}>"
+
+    def load_model(self, **options: Any) -> "TrainedModel":
+        """The final model, ready to predict: load_model() of the run's directory, with its options."""
+        from raysubset.trained_model import load_model
+
+        return load_model(self.uri, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """report.json."""

@@ -16,10 +16,13 @@ import pytest
 import raysubset
 from raysubset.cli import call, parse_config, run_job
 from raysubset.cli.flags import COMMANDS
+from raysubset.cli.live import shown
 from raysubset.cli.screen import print_sections
 from raysubset.config import Config, MinimizeConfig, field_docs, flatten
+from raysubset.events import Event, Note, OnEvent
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
+from raysubset.run_report import RunReport
 from tests.test_report import a_record
 
 # isort: split
@@ -470,6 +473,50 @@ def test_storage_that_takes_no_more_is_told_with_the_way_out(
     code, _, err = exit_of(["report", finished, "--format", "html"], capsys)
     assert (code, err.count("\n")) == (1, 1)
     assert f"{os.strerror(number)}: 'progress.csv'; {way_out}" in err
+
+
+def test_a_report_shows_itself_in_a_line_in_a_notebook_and_as_the_command_does(
+    finished: str, capsys: pytest.CaptureFixture[str]
+):
+    report = RunReport.from_dict(a_record(uri=finished))
+    assert repr(report) == f"<RunReport a-run: test accuracy 90.00% for {report.passes:.2f} passes, " + (
+        f"{report.critical_path_passes:.2f} on the critical path; {finished}>"
+    )
+    report.show()
+    shown = capsys.readouterr().out
+    assert call(["report", finished]) == 0
+    assert capsys.readouterr().out == shown
+    html = report._repr_html_()
+    assert html.startswith("<pre")
+    assert "90.00%" in html
+    assert "\x1b" not in html
+
+
+def test_a_verb_shows_what_happens_unless_it_is_given_a_listener(capsys: pytest.CaptureFixture[str]):
+    heard: list[Event] = []
+
+    def verb(config: Config, *, on_event: OnEvent | None = None) -> str:
+        """Does it."""
+        for tell in (on_event,) if on_event else ():
+            tell(Note("it is done"))
+        return "report"
+
+    assert shown(verb)(Config()) == "report"
+    assert "it is done" in capsys.readouterr().err
+    assert shown(verb)(Config(), on_event=heard.append) == "report"
+    assert shown(verb)(Config(), on_event=None) == "report"
+    assert (heard, capsys.readouterr().err) == ([Note("it is done")], "")
+    assert "on_event: OnEvent | None = <shown as the command does>" in pydoc.render_doc(
+        shown(verb), renderer=pydoc.plaintext
+    ).replace("raysubset.events.", "").replace("collections.abc.Callable[[Event], None]", "OnEvent")
+
+
+def test_dir_has_the_interface():
+    program = "import raysubset, sys; print(dir(raysubset), 'torch' in sys.modules); print(raysubset.run.__module__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    names, home = done.stdout.splitlines()
+    assert all(repr(name) in names for name in raysubset.__all__)
+    assert (names.endswith("False"), home) == (True, "raysubset.pipeline")
 
 
 def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,7 @@ from raysubset.cli.flags import (
 )
 from raysubset.cli.help import completions, print_help, settings_text
 from raysubset.cli.live import telling
-from raysubset.cli.screen import console_of, open_screen, print_sections, visible
+from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import CorruptFile, first_line, one_line
 from raysubset.events import OnEvent, Waiting
@@ -203,7 +203,6 @@ def _dispatch(command: Command) -> int:
 def _run(command: Run) -> int:
     with telling(STARTING) as tell:
         from raysubset.pipeline import run
-        from raysubset.report import sections
         from raysubset.tracking import track_page
 
         changed = command.accept_changed_code
@@ -211,7 +210,7 @@ def _run(command: Run) -> int:
         page = _write_page(report.uri, tell)
         track_page(command.config, report.uri, tell)
     print(page)
-    print_sections(sections(report.to_dict()))
+    report.show()
     return DONE
 
 
@@ -219,7 +218,6 @@ def _sweep(command: Sweep) -> int:
     space = _space(command.sizes, command.space)
     scheduler = "asha" if command.prune else None
     with telling(STARTING) as tell:
-        from raysubset.report import sweep_sections
         from raysubset.sweeping import sweep
 
         report = sweep(
@@ -234,7 +232,7 @@ def _sweep(command: Sweep) -> int:
         )
         page = _write_page(report.uri, tell)
     print(page)
-    print_sections(sweep_sections(report.to_dict()))
+    report.show()
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
@@ -245,7 +243,6 @@ def _compare(command: Compare) -> int:
             options[name] = given
     with telling(STARTING) as tell:
         from raysubset.comparison import compare
-        from raysubset.report import comparison_sections
         from raysubset.tracking import track_page
 
         changed = command.accept_changed_code
@@ -253,7 +250,7 @@ def _compare(command: Compare) -> int:
         page = _write_page(report.uri, tell)
         track_page(command.config, report.uri, tell)
     print(page)
-    print_sections(comparison_sections(report.to_dict()))
+    report.show()
     return FAILED if report.record["failed"] else DONE
 
 
@@ -289,8 +286,7 @@ def _report(command: Report) -> int:
     if len(command.directories) == 1:
         (directory,) = command.directories
         record: Any = report.read_report(directory)
-        kinds = {"sweep": report.sweep_sections, "comparison": report.comparison_sections}
-        read, write = kinds.get(record.get("kind", ""), report.sections), partial(report.write_files, directory)
+        read, write = sections_of, partial(report.write_files, directory)
     else:
         record, read = report.read_several(command.directories), report.several_sections
         write = partial(report.write_several, command.directories, command.to or "report.html")

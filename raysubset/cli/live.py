@@ -1,5 +1,7 @@
 """What a person sees of work in hand, on stderr: a live view on a terminal, plain lines elsewhere."""
 
+import functools
+import inspect
 import math
 import sys
 import threading
@@ -43,6 +45,29 @@ def telling(first: str = "") -> Iterator[events.OnEvent]:
         view(events.Waiting(first))
     with Live(view, console=console, refresh_per_second=_PER_S, transient=True):
         yield view
+
+
+class _AsTheCommand:
+    """Stands for the listener that a caller has not given."""
+
+    def __repr__(self) -> str:
+        return "<shown as the command does>"
+
+
+def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """run(), sweep() or compare(), with a view of what happens on stderr where the caller gives no `on_event`."""
+    unless_given, signature = _AsTheCommand(), inspect.signature(verb)
+
+    @functools.wraps(verb)
+    def as_the_command(*given: Any, on_event: Any = unless_given, **options: Any) -> Any:
+        if on_event is not unless_given:
+            return verb(*given, on_event=on_event, **options)
+        with telling() as tell:
+            return verb(*given, on_event=tell, **options)
+
+    parameters = signature.parameters | {"on_event": signature.parameters["on_event"].replace(default=unless_given)}
+    as_the_command.__signature__ = signature.replace(parameters=list(parameters.values()))  # pyright: ignore[reportAttributeAccessIssue]
+    return as_the_command
 
 
 # Plain lines

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
@@ -66,12 +66,35 @@ def visible(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
+def sections_of(record: Mapping[str, Any]) -> "Sequence[Section]":
+    """Those of the report of a run, a sweep or a comparison."""
+    from raysubset import report
+
+    kinds = {"sweep": report.sweep_sections, "comparison": report.comparison_sections}
+    return kinds.get(record.get("kind", ""), report.sections)(dict(record))
+
+
+def print_report(record: Mapping[str, Any]) -> None:
+    """The report of a run, a sweep or a comparison, as print_sections() does."""
+    print_sections(sections_of(record))
+
+
+def html_of(record: Mapping[str, Any]) -> str:
+    """The same as HTML for a notebook: tables as text, nothing of a name is markup."""
+    console = console_of(io.StringIO(), width=110, record=True, force_jupyter=False)
+    _print(sections_of(record), console, is_terminal=True)
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.2">{code}</pre>')
+
+
 def print_sections(parts: "Sequence[Section]") -> None:
     """Results, to stdout: as wide as the terminal; elsewhere tables of 140 columns, and lines as long as they are."""
+    is_terminal = sys.stdout.isatty()
+    _print(parts, console_of(sys.stdout, width=None if is_terminal else 140), is_terminal=is_terminal)
+
+
+def _print(parts: "Sequence[Section]", console: Console, *, is_terminal: bool) -> None:
     from raysubset.report import Command
 
-    is_terminal = sys.stdout.isatty()
-    console = console_of(sys.stdout, width=None if is_terminal else 140)
     for part in map(_visible_section, parts):
         console.print()
         console.print(part.title, style="bold")

@@ -80,7 +80,8 @@ def compare(
             MARGINS for the data, else MARGIN.
         num_workers: of arm I; by default the number of subsets, as far as the cluster has room (recorded).
         bandwidth: of each worker's link, in Gbit/s, at which the report says which way takes the least wall time.
-        on_event: told of legs as they are done, lost and retried.
+        on_event: told of legs as they are done, lost and retried; None: nobody is. raysubset.compare() shows them, as
+            the command does, unless this is given.
         fresh: delete what a comparison of this name left behind, and start over.
         accept_changed_code: go on where the user's code has changed since; legs that are done stay as they are.
 

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raysubset.run_report import Shown
+
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ComparisonReport:
+@dataclass(frozen=True, repr=False)
+class ComparisonReport(Shown):
     """All numbers of a comparison; to_dict() is comparison.json."""
 
     name: str
@@ -16,6 +18,10 @@ class ComparisonReport:
     verdicts: Mapping[str, Record]  # by clock, "total" and "critical_path": word, text, arm, speed_up, is_smoke_test
     arms: tuple[Record, ...]  # key, title, role, settings, points by budget with a run for each seed
     record: Record  # everything, JSON-able
+
+    def __repr__(self) -> str:
+        words = ", ".join(f"{clock} {verdict['word']}" for clock, verdict in self.verdicts.items())
+        return f"<ComparisonReport {self.name}: {len(self.arms)} arms; {words}; {self.uri}>"
 
     def to_dict(self) -> Record:
         """comparison.json."""

@@ -95,7 +95,8 @@ def sweep(
             without metric and mode, which may stop a trial but not pause it. None is stopped within a Ray Train job.
         baseline: also run conventional training with each seed, of `conventional.epochs` or else of as many epochs as a
             subset has over all rounds: a line in the figure, and what costs are shares of.
-        on_event: told of trials as they begin, report and end.
+        on_event: told of trials as they begin, report and end; None: nobody is. raysubset.sweep() shows them, as the
+            command does, unless this is given.
         fresh: delete what a sweep of this name left behind, and start over.
         accept_changed_code: go on with a sweep whose user's code has changed since; what it has done stays as it is.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysubset.quality import ACCURACY, Quality, quality_of
+from raysubset.run_report import Shown
 
 Record = dict[str, Any]
 
@@ -23,8 +24,8 @@ def measures(quality: Quality) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*measured, "passes", "critical_path_passes")))
 
 
-@dataclass(frozen=True)
-class SweepReport:
+@dataclass(frozen=True, repr=False)
+class SweepReport(Shown):
     """All numbers of a sweep; to_dict() is sweep.json."""
 
     name: str
@@ -35,6 +36,10 @@ class SweepReport:
     recommendation: str  # in words
     passes: float  # of all trials, in total; a trunk that trials share is counted once
     record: Record  # everything, JSON-able
+
+    def __repr__(self) -> str:
+        num = sum(trial["state"] == "done" for trial in self.trials)
+        return f"<SweepReport {self.name}: {num} of {len(self.trials)} trials done; {self.recommendation} {self.uri}>"
 
     def to_dict(self) -> Record:
         """sweep.json."""
