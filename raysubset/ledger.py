@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -31,11 +31,14 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["measuring", "trunk", "subsets", "subsamples", "aggregation", "fine_tuning", "conventional", "test"]
 Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted"]
+Key = tuple[Stage, int, int | None]
+"""Stage, round and subset of a piece of work; None: not of one subset."""
 
 _FOLDER = "ledger"
 _TABLE_PATH = "ledger.parquet"
+_ENTRY = re.compile(rf"{_FOLDER}/(\w+)-(\d+)-(all|\d+)-(\d+)\.json")  # Work.path
 _HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two of the same work: a request to a bucket costs money
-_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
+_NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, many at a time
 
 
 class Storage(Protocol):
@@ -151,16 +154,21 @@ class Ledger:
 
     def read(self) -> list[Work]:
         """All entries by their start; files that cannot be read are left out with a warning."""
-        entries = {work.path: work for work in self._read_table()} | dict(self._read_files())
-        return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
+        return _by_start({work.path: work for work in self._read_table()} | dict(self._read_files()))
 
     def next_attempt(self, stage: Stage, round: int, subset: int | None = None) -> int:
         """One more than the greatest attempt there was, be its entry readable or not."""
-        paths = {*self._storage.list(_FOLDER), *(work.path for work in self._read_table())}
-        pattern = re.compile(re.escape(_prefix(stage, round, subset)) + r"-(\d+)\.json")
-        return 1 + max((int(match[1]) for path in paths if (match := pattern.fullmatch(path))), default=-1)
+        return self.next_attempts().get((stage, round, subset), 0)
 
-    def lacking(self, done: Iterable[tuple[Stage, int, int | None]]) -> list[str]:
+    def next_attempts(self) -> dict[Key, int]:
+        """next_attempt() of all work that has an entry, by one listing."""
+        paths, following = {*self._storage.list(_FOLDER), *(work.path for work in self._read_table())}, {}
+        for match in filter(None, map(_ENTRY.fullmatch, paths)):
+            key: Any = (match[1], int(match[2]), None if match[3] == "all" else int(match[3]))
+            following[key] = max(following.get(key, 0), 1 + int(match[4]))
+        return following
+
+    def lacking(self, done: Iterable[Key]) -> list[str]:
         """The entries that are damaged or gone: those that cannot be read, and of work that is done and in none.
 
         Args:
@@ -187,13 +195,14 @@ class Ledger:
         """
         files = dict(self._read_files())
         if files:
-            self._storage.write_table(_TABLE_PATH, pa.Table.from_pylist([work.to_dict() for work in self.read()]))
-        for path in files:
-            self._storage.delete(path)
+            entries = {work.path: work for work in self._read_table()} | files
+            self._storage.write_table(_TABLE_PATH, pa.Table.from_pylist([w.to_dict() for w in _by_start(entries)]))
+        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
+            list(threads.map(self._storage.delete, files))
 
     def _read_files(self) -> Iterable[tuple[str, Work]]:
         paths = self._storage.list(_FOLDER)
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
+        with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
             works = pool.map(self._read, paths)
             return [(path, work) for path, work in zip(paths, works, strict=True) if work]
 
@@ -213,6 +222,11 @@ class Ledger:
         except ValueError as error:
             logger.warning("%s; going on as if it were not there", error)
             return []
+
+
+def _by_start(entries: Mapping[str, Work]) -> list[Work]:
+    """Return the entries, given by path, in the order in which their work began."""
+    return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
 
 
 def total_cost(works: Iterable[Work]) -> Cost:

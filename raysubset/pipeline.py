@@ -326,6 +326,7 @@ class _Stages:
         config, full_set, plan = self._config, self._full_set, self._plan
         refuse_changed_files(full_set)
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
+        self._run.ledger.compact()  # the sums below read all of it
         self._tell(stage_event("test", f"{len(full_set.test)} examples, of which no choice has seen any"))
         test, files = self._test(weights)
         files |= self._leave_model(weights)

@@ -155,6 +155,14 @@ class TestAttempts:
         run.write_bytes(work(subset=1, attempt=4).path, b"")
         assert ledger.next_attempt("subsets", 0, 1) == 5
 
+    def test_one_listing_gives_those_of_all(self, ledger):
+        for one in (work(subset=1), work(subset=12345, attempt=3), work("fine_tuning", round=2)):
+            ledger.write(one)
+        ledger.compact()
+        ledger.write(work(subset=1, attempt=1))
+        following = {("subsets", 0, 1): 2, ("subsets", 0, 12345): 4, ("fine_tuning", 2, None): 1}
+        assert ledger.next_attempts() == following
+
     def test_they_go_on_after_compaction(self, ledger):
         ledger.write(work(subset=1, attempt=1))
         ledger.compact()

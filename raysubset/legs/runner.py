@@ -13,10 +13,8 @@ from raysubset.ledger import Ledger
 from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
-from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
+from raysubset.subset_actors import NUM_READERS, ActorPool, Backlog, Pack, name_of
 from raysubset.work import Piece, Run, seeded_model
-
-NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 
 
 class LegRunner:

@@ -91,8 +91,22 @@ class SubsetActor:
         *,
         attempts: Sequence[int],
         waited_s: float,
+    ) -> tuple[list[dict[str, Any] | DivergedError | None], list[str]]:
+        """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind.
+
+        Returns:
+            Its results, and what files were found damaged since the last report.
+        """
+        return self._do(pieces, start_ref, attempts=attempts, waited_s=waited_s), self._damages.taken()
+
+    def _do(
+        self,
+        pieces: Sequence[AnyPiece],
+        start_ref: Sequence[ray.ObjectRef] | None,
+        *,
+        attempts: Sequence[int],
+        waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
-        """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind."""
         if isinstance(pieces[0], TrainPiece):
             assert start_ref is not None
             return [self._train(pieces[0], start_ref, attempt=attempts[0], waited_s=waited_s)]
@@ -121,6 +135,6 @@ class SubsetActor:
         with self._minimizer.following() as follower:
             return train_here(job, follower, attempt=attempt, waited_s=waited_s)
 
-    def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
-        """Minimizer.try_packing()."""
-        return self._minimizer.try_packing(pieces, attempt=attempt)
+    def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> tuple[list[dict[str, Any]], list[str]]:
+        """Minimizer.try_packing(), and damages as of do()."""
+        return self._minimizer.try_packing(pieces, attempt=attempt), self._damages.taken()

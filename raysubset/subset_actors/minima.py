@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from raysubset.events import MinimumDone, Note
 from raysubset.quality import metrics_in_words
@@ -9,6 +10,8 @@ from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
 from raysubset.work import Piece
+
+NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 
 
 def find_minima(
@@ -26,7 +29,9 @@ def find_minima(
     Up to `per_actor` pieces are done at once by an actor.
     """
     tell = pool.opened.tell
-    found = {piece.folder for piece in pieces if piece.record() is not None}
+    with ThreadPoolExecutor(NUM_READERS) as threads:
+        records = threads.map(Piece.record, pieces)
+        found = {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:

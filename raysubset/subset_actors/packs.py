@@ -4,6 +4,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from raysubset.data import even_sizes
 from raysubset.ledger import Stage
@@ -46,9 +47,9 @@ class Pack:
 
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
     """Packs of at most that many pieces, all but equal in size, in order: the same whatever is already done."""
-    rest = list(pieces)
+    rest = iter(pieces)
     sizes = even_sizes(len(pieces), -(-len(pieces) // most)) if pieces else []
-    return [Pack(tuple(rest.pop(0) for _ in range(size))) for size in sizes]
+    return [Pack(tuple(islice(rest, size))) for size in sizes]
 
 
 class Backlog:
@@ -103,12 +104,13 @@ class Backlog:
         For a node of known speed, the first of those that were sized for the speed nearest to it.
         """
         now = time.monotonic()
-        due = [entry for entry in self._due if entry[0] <= now]
-        if not due:
+        due = (entry for entry in self._due if entry[0] <= now)
+        if speed is None:
+            entry = next(due, None)
+        else:
+            entry = min(due, key=lambda entry: abs((entry[1].node_speed or speed) - speed), default=None)
+        if entry is None:
             return None
-        entry = due[0]
-        if speed is not None:
-            entry = min(due, key=lambda entry: abs((entry[1].node_speed or speed) - speed))
         self._due.remove(entry)
         return entry[1], now - entry[0]
 

@@ -1,0 +1,25 @@
+"""How many actors a pool asks for."""
+
+import pytest
+
+from raysubset.subset_actors.crew import FEW, MOST_UNPLACED, num_wanted
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "num_up", "num_places", "most", "wanted"),
+    [
+        (3, 0, 1000, None, 3),  # one a pack
+        (10_000, 0, 4, None, 4 + FEW),  # a cluster of four places, empty
+        (10_000, 4, 4, None, 4 + FEW),  # and full: no more wait for a place
+        (10_000, 0, 100, None, 100 + FEW),  # what an autoscaler may start is asked for at once
+        (10_000, 0, 1_000_000, None, MOST_UNPLACED),  # and by doubling where nobody knows what that is
+        (10_000, 300, 1_000_000, None, 600),
+        (10_000, 300, 400, None, 400 + FEW),
+        (10_000, 0, 100, 8, 8),  # actors.max_num
+        (0, 4, 4, None, 0),
+    ],
+)
+def test_there_is_an_actor_for_each_pack_a_few_more_than_have_a_place_and_no_more_than_are_allowed(
+    num_packs: int, num_up: int, num_places: int, most: int | None, wanted: int
+) -> None:
+    assert num_wanted(num_packs, num_up=num_up, num_places=num_places, most=most) == wanted
