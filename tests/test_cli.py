@@ -535,7 +535,7 @@ def test_a_narrow_terminal_cuts_no_number_and_breaks_no_command(monkeypatch: pyt
     record = a_record()
     parts = sections(record)
     whole = {len(part.rows[0]) for part in parts if part.columns}
-    assert max(whole) == 9  # the table of the stages is wider than the terminal
+    assert max(whole) == 10  # the table of the stages is wider than the terminal
     drawn = Terminal()
     monkeypatch.setattr(sys, "stdout", drawn)
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -21,22 +22,23 @@ from raysubset.events import Note
 from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.report import (
+    Beside,
     comparison_sections,
+    find_beside,
     read_report,
     read_several,
     several_sections,
     write_files,
     write_several,
 )
-from raysubset.report.comparison_plots import arm_stages, run_stages
-from raysubset.report.html import Page, Part, to_html
+from raysubset.report.curves import arm_stages, run_stages
+from raysubset.report.drawing import COLOURS, Chart, Plot
 from raysubset.report.line import line_between_minima
-from raysubset.report.mistakes import confused_pairs, confusion, masks
-from raysubset.report.page import Section
-from raysubset.report.plots import draw_plot
-from raysubset.report.residuals import outputs_of, worst_predictions
-from raysubset.report.run_plots import gap_over_q
-from raysubset.report.timeline import lanes, time_line, troubles, waiting
+from raysubset.report.page import Page, to_html
+from raysubset.report.parts import Section
+from raysubset.report.predictions import class_scores, confused_pairs, confusion, masks, outputs_of, worst_predictions
+from raysubset.report.run_plots import gap_over_q, story
+from raysubset.report.timeline import lanes, pauses, time_line, troubles, waiting
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -97,7 +99,7 @@ class Read(HTMLParser):
 
 
 def check_self_contained(page: str) -> Read:
-    """Every address is data or an id of the page; ids are its own; nothing is fetched or run."""
+    """Every address is data or an id of the page; ids are its own; nothing is fetched, and one own script is run."""
     read = Read(page)
     assert len(read.ids) == len(set(read.ids))
     for address in read.addresses:
@@ -106,7 +108,8 @@ def check_self_contained(page: str) -> Read:
         else:
             assert address.startswith("#")
             assert address[1:] in read.ids
-    assert not {"script", "link", "iframe", "object", "embed"} & set(read.tags)
+    assert not {"link", "iframe", "object", "embed"} & set(read.tags)
+    assert read.tags.count("script") == page.count("<script>") == 1
     assert "http" not in page
     return read
 
@@ -153,8 +156,7 @@ def test_page_is_one_file_that_needs_nothing_else_with_the_result_on_top(page: P
         "Test accuracy 90.00% ± 3.00 (90 of 100), loss 0.1200, with cnn of 1,234 parameters, "
         "for 12.00 passes over the training set in total, 4.50 of them on the critical path."
     ]
-    assert read.tags.count("svg") == len(list(page.parent.glob("*.png")))
-    assert all(png.read_bytes().startswith(b"\x89PNG") for png in page.parent.glob("*.png"))
+    assert {file.name for file in page.parent.iterdir()} <= {"report.html", "line.json"}
 
 
 def test_numbers_of_the_record_stand_in_the_page(page: Path):
@@ -204,10 +206,63 @@ def test_losses_that_are_not_finite_leave_a_page(tmp_path: Path):
     assert "not finite" in read.words
 
 
-def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none(page: Path):
-    squared = a_record(Config().with_overrides({"task.loss": "squared_error"}))
-    assert "fixed inputs would give: (Q+1)/(Q−1)" in gap_over_q(squared).caption
-    assert "For cross-entropy there is no law to draw" in page.read_text()
+def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none():
+    squared = gap_over_q(a_record(Config().with_overrides({"task.loss": "squared_error"})))
+    assert squared is not None
+    assert "fixed inputs would give: (Q+1)/(Q−1)" in squared.caption
+    record = a_record()
+    assert gap_over_q(record) is None  # all of one Q
+    record["stages"]["rounds"] = [round_of([minimum(0), minimum(1, overdetermination_ratio=2.0)])]
+    drawn = gap_over_q(record)
+    assert drawn is not None
+    assert "For cross-entropy there is no law to draw" in drawn.caption
+
+
+def test_a_run_is_held_against_the_conventional_run_and_the_comparison_that_lie_beside_it(tmp_path: Path):
+    run = a_directory(tmp_path)
+    record = read_report(run.uri)
+    assert find_beside(record) == Beside()
+    told = "No conventional run of these data and this network lies beside it."
+    assert told in Read(Path(write_files(run.uri)).read_text()).words
+    cost = a_record()["cost"]
+    for name, passes, changes in (
+        ("other-data", 12.0, {"data.name": "mnist"}),
+        ("far", 40.0, {}),
+        ("near", 16.0, {}),
+        ("another-seed", 12.0, {"seed": 1}),
+    ):
+        config = Config(method="conventional").with_overrides(changes)
+        other = conventional_record() | {"config": config.to_dict(), "test": metrics(0.5, 79, 100)}
+        other["cost"] = cost | {"passes": passes, "critical_path_passes": 9.0}
+        a_directory(tmp_path, other, name=name)
+    (tmp_path / "no-run").mkdir()
+    found = find_beside(record)
+    assert found.run is not None
+    assert (found.run["name"], found.comparison) == ("near", None)
+    a_comparison(tmp_path)
+    read = check_self_contained(Path(write_files(run.uri)).read_text())
+    assert read.verdict[1:] == [
+        "Against the conventional run near (79.00% ± 4.07 for 16.00 passes): accuracy +11.00 points ± 5.06 (better), "
+        "for 0.75 times its passes in total and 0.50 times those on its critical path.",
+        "Does a tenth of the cost do? The comparison a-comparison (3 seeds, a smoke test) says: confirmed on both "
+        "clocks.",
+    ]
+    assert "conventional run, 16 passes" in read.words  # the line in the story
+    assert told not in read.words
+    assert f"raysubset report {run.uri} {tmp_path / 'near'}" in read.words
+
+
+def test_the_time_line_shows_what_ray_takes_to_start_and_end():
+    works = [
+        Work("trunk", 0, None, 0, "a", "cpu", start, ended_at=start + 2, outcome="done") for start in (110.0, 116.5)
+    ]
+    gaps = pauses(works, [{"started_at": 100.0, "startup_s": 6.0, "wall_s": 20.0}])
+    assert [(gap.begun, gap.ended, gap.is_start) for gap in gaps] == [
+        *((100.0, 106.0, True), (106.0, 110.0, False), (112.0, 116.5, False), (118.5, 120.0, False))
+    ]
+    drawn = time_line(works, gaps)
+    assert list(drawn.legend) == ["start of Python, data and Ray", "Ray's processes start and end", "trunk"]
+    assert pauses(works, [{"started_at": 110.0, "startup_s": 0.1, "wall_s": 2.5}]) == []
 
 
 def test_the_same_record_gives_the_same_bytes(page: Path):
@@ -221,12 +276,29 @@ def test_columns_of_numbers_alone_are_flush_right():
     assert Section("", ("", "", "", ""), rows).numeric == {1, 3}
 
 
-def test_a_plot_takes_the_pages_ink_and_has_no_dollar_mathematics():
-    plot = draw_plot("p", 'a "caption" <x>', lambda figure: figure.subplots().set_title("cost in $, then $"))
-    assert "currentColor" in plot.svg
-    assert "#16202b" not in plot.svg
-    two = Page("t", (), (), (Part(Section("s", lines=("l",)), (plot, draw_plot("q", "", lambda f: f.subplots()))),))
-    check_self_contained(to_html(two))
+def test_a_plot_has_the_values_of_its_points_beside_their_places():
+    chart = Chart("passes", "loss <x>", log="y", size=(400, 250))
+    chart.line([(0, 1.0), (1, math.nan), (2, 0.01)], COLOURS[0], 'a "name"', marker="o", names=["|", "-", "end"])
+    svg = chart.svg("a caption")
+    assert 'data-k="a &quot;name&quot;" data-x="/|end" data-y="1|0.01"' in svg
+    assert 'data-y="loss &lt;x&gt;"' in svg
+    (line,) = re.findall(r'stroke-width="2" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg)
+    left, top, right, bottom = map(float, line)
+    assert (left, top) < (right, bottom)  # 1 above 0.01
+    half = [float(y) for y, text in re.findall(r'class="end" x="[\d.]+" y="([\d.]+)">([\d.]+)<', svg) if text == "0.1"]
+    assert half == [pytest.approx((top + bottom) / 2 + 4, abs=0.2)]  # a logarithmic axis, words four pixels lower
+    page = Page("t", ("v",), (Section("s", lines=("l",), plots=(Plot("p", "a <caption>", (chart, chart)),)),))
+    read = check_self_contained(to_html(page))
+    assert "a <caption>" in read.words
+
+
+def test_a_plot_of_one_point_is_left_out():
+    record = conventional_record()
+    assert story(record) is None
+    record["stages"]["conventional"]["history"][0]["validation"] = metrics(0.5, 20, 50)
+    drawn = story(record, a_record())
+    assert drawn is not None
+    assert list(drawn.legend) == ["conventional", "subset pretraining run, 12 passes"]
 
 
 # What is behind it
@@ -261,8 +333,8 @@ def test_the_page_of_a_regression_has_its_residuals_and_the_ten_worst_examples(t
     run.write_table(PREDICTIONS_PATH, pa.table(columns))
     path = Path(write_files(run.uri))
     read = check_self_contained(path.read_text())
-    assert path.with_name("residuals.png").exists()
-    assert not path.with_name("confusion.png").exists()
+    assert "Predictions of the final model over the truth, 12 of 12 test examples." in read.words
+    assert "Confusion" not in read.words
     first = read.cells.index("111")  # what is not finite is the worst
     assert read.cells[first + 4 : first + 12] == ["110", "10", "0", "-10", "109", "9", "18", "+9"]
     assert "The 10 of 12 test examples with the largest errors, by their row" in read.words
@@ -319,6 +391,8 @@ def test_many_classes_give_the_pairs_most_often_confused():
     counts[0, 2], counts[1, 0] = 4, 2
     pairs = confused_pairs(counts, ["a", "b", "c"])
     assert pairs.rows == (("a", "c", "4", "9"), ("b", "a", "2", "7"))
+    scores = class_scores(counts, ["a", "b", "c"])
+    assert scores.rows[0] == ("a", "9", "55.6", "71.4", "62.5")  # 5 of 9, 5 of 7, 10 of 16
 
 
 def test_attempts_that_overlap_are_in_lanes_of_their_own_and_waiting_is_counted():
@@ -405,7 +479,7 @@ def a_comparison(folder: Path) -> RunDirectory:
     network_rows = [
         {"arm": "B", "budget": 8, "num_bytes": 0, "num_exchanges": 0, "test_accuracy": 0.9, "wall_s": {"1": 7.25}},
     ]
-    verdict = {"word": "confirmed", "text": "G's speed-up is 12.50."}
+    verdict = {"word": "confirmed", "text": "G's speed-up is 12.50.", "is_smoke_test": True}
     run = RunDirectory(str(folder), "a-comparison")
     run.open(Config().to_dict() | {"kind": "comparison"}, {})
     record = {
@@ -453,10 +527,11 @@ def test_a_rate_at_the_edge_of_the_grid_is_told_in_the_tables_and_on_the_page(tm
     ]
     run.write_json(COMPARISON_PATH, record)
     read = check_self_contained(Path(write_files(run.uri)).read_text())
-    assert "B: conventional; learning rate 0.1, batch 64" in read.words
+    assert "conventional (B of --arms): conventional; learning rate 0.1, batch 64" in read.words
     edge = "learning rate 0.1, batch 64, at the edge of the grid: a rate beyond it may do better (--learning-rates)"
     assert read.words.count(edge) == 1
-    assert f"G: aggregate <of> minima; {edge}" in read.words
+    assert f"aggregate (G of --arms): aggregate <of> minima; {edge}" in read.words
+    assert "warning: the learning rate of aggregate is at the edge of the grid" in read.words
     tuning = next(part for part in comparison_sections(record) if part.title == "Tuning")
     assert [row[-1] for row in tuning.rows] == ["", "chosen", "", "", "", "chosen, at the edge of the grid"]
 
@@ -472,10 +547,11 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "7.25" in read.cells
     assert "died" in read.cells
     assert "not finite" in read.cells
-    assert "G: aggregate <of> minima; learning rate 0.1, batch 64" in read.words
-    assert sorted(png.stem for png in path.parent.glob("*.png")) == [
-        *("quality_critical_path", "quality_total", "speed_ups", "wall_by_network")
-    ]
+    assert "aggregate (G of --arms): aggregate <of> minima; learning rate 0.1, batch 64" in read.words
+    assert "confirmed. aggregate's speed-up is 12.50." in read.words
+    assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005 --name a-comparison" in read.words
+    assert "Test accuracy over passes in total" in read.words
+    assert "Computed seconds" not in read.words  # of a single bandwidth
     assert "which legs an arm consists of: the same command again adds that" in read.words
     assert "60.0 s in 2 sessions" in read.words
 
@@ -559,10 +635,8 @@ def test_a_comparison_has_its_training_curves_and_the_time_line_of_its_legs(tmp_
         work = Work(leg["stage"], 0, leg["subset"], 0, "node-a", "cpu", 100.0, waited_s=2.0, cost=Cost(device_s=1.5))
         is_closed = key != "b-1"  # whose driver died
         Ledger(own).write(replace(work, outcome="done", ended_at=104.0) if is_closed else replace(work, error="gone"))
-    path = Path(write_files(run.uri))
-    read = check_self_contained(path.read_text())
-    assert {"training_of_arms", "time_line"} < {png.stem for png in path.parent.glob("*.png")}
-    assert read.tags.count("svg") == len(list(path.parent.glob("*.png")))
+    read = check_self_contained(Path(write_files(run.uri)).read_text())
+    assert "Time line of the ledger" in read.words
     assert "the mean of the epochs' losses over n = 3 seeds" in read.words
     assert "15 legs in 15 attempts, 1 of them lost or failed, on 1 node, took 22 device-seconds" in read.words
     assert "An attempt waited 2.0 s for room" in read.words
@@ -579,7 +653,7 @@ def test_a_time_line_of_hundreds_of_legs_has_a_row_a_slot_and_stays_small():
 
     works = [work(number) for number in range(600)]
     assert len(lanes(works)) == 4
-    assert len(time_line(works).svg) < 2**19
+    assert sum(map(len, time_line(works).svgs)) < 2**19
 
 
 # Several runs

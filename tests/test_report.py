@@ -214,13 +214,13 @@ def test_stages_give_mean_and_range_over_members_and_costs():
     # validation losses 0.20 to 0.23, 30 to 33 of 50 right
     assert row(stages, "subsets, mean of 4")[1:] == (
         *("0.1000", "100.00%", "0.2150", "63.00%"),
-        *("9.00", "2.25", "2.0", "1.0"),
+        *("9.00", "2.25", "2.0", "1.0", "450"),  # examples/s: 9 passes over 100 in 2 s
     )
     assert row(stages, "least")[3:5] == ("0.2000", "60.00%")
     assert row(stages, "greatest")[3:5] == ("0.2300", "66.00%")
     assert row(stages, "aggregate, uniform_soup")[1:5] == ("0.1500", "90.00%", "0.1800", "66.00%")
     assert row(stages, "ensemble, for reference")[3:5] == ("0.1900", "68.00%")
-    assert row(stages, "fine_tuning")[3:] == ("0.1000", "90.00%", "3.00", "2.25", "2.0", "1.0")
+    assert row(stages, "fine_tuning")[3:] == ("0.1000", "90.00%", "3.00", "2.25", "2.0", "1.0", "150")
 
 
 def test_gap_is_validation_less_own_loss():
@@ -233,6 +233,24 @@ def test_squared_error_shows_the_ratio_beside_what_least_squares_would_give():
     part = one(sections(a_record(config)), "Minima")
     assert row(part, "0")[-2:] == ("2.00", "2.00")  # 0.2 / 0.1, and (3 + 1) / (3 - 1)
     assert "(Q+1)/(Q-1)" not in text(sections(a_record()))
+
+
+def test_the_recipe_says_what_each_stage_was_minimized_by_and_the_command_that_does_it_again():
+    overrides = {"trunk.epochs": 0.0, "fine_tuning.learning_rate": 0.02, "minimize.clip_norm": 1.5, "seed": 7}
+    record = a_record(Config(name="r").with_overrides(overrides))
+    part = one(sections(record), "Recipe")
+    assert part.columns == ("", "subsets", "fine tuning")
+    assert row(part, "learning rate, peak")[1:] == ("0.1", "0.02")
+    assert row(part, "epochs")[1:] == ("8", "2")
+    assert row(part, "schedule")[1:] == ("cosine", "cosine")
+    assert row(part, "clip norm")[1:] == ("1.5", "1.5")  # as it is not the default
+    assert row(part, "examples")[1:] == ("25", "100")
+    assert row(part, "workers")[1:] == ("4 subsets", "2")
+    assert "nesterov" not in text([part])
+    flags = "--name r --seed 7 --minimize.clip-norm 1.5 --trunk.epochs 0 --fine-tuning.learning-rate 0.02"
+    assert part.lines[-1] == Command(f"raysubset run {flags}")
+    (conventional,) = one(sections(conventional_record()), "Recipe").columns[1:]
+    assert conventional == "conventional"
 
 
 def test_law_is_not_stated_where_it_does_not_hold():
@@ -384,7 +402,7 @@ def test_reports_whose_notes_are_lines_are_read_as_those_whose_notes_are_records
     lines: dict[str, Any] = {"advice": ["Q of 4 subsets: 3", "warning: subset 3 lacks class 7"]}
     lines["data"] = record["data"] | {"notes": ["no test split: some carved off"]}
     refuse_other_values("report.json", record | lines)
-    assert sections(record | lines) == sections(record)
+    assert text(sections(record | lines)) == text(sections(record))
     with pytest.raises(ValueError, match=r"advice\[0\]\.text is missing"):
         refuse_other_values("report.json", record | {"advice": [{}]})
 
@@ -413,7 +431,8 @@ def test_conventional_run_has_no_rows_of_subsets():
     assert [r[0] for r in one(parts, "Stages").rows] == ["conventional", "test"]
     assert "Minima" not in [part.title for part in parts]
     assert row(one(parts, "Costs"), "training that led to the result")[1] == "8.00"
-    assert one(parts, "Next").lines[-1] == Command("raysubset run")
+    assert one(parts, "Next").lines[1] == Command("raysubset run")
+    assert Command("raysubset compare") in one(parts, "Next").lines
 
 
 # Commands

@@ -14,7 +14,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.ledger import Ledger
 from raysubset.models import new_model
 from raysubset.planning import make_plan
-from raysubset.report.page import sections
+from raysubset.report import sections
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_weights_path,

@@ -71,7 +71,9 @@ def sections_of(record: Mapping[str, Any]) -> "Sequence[Section]":
     from raysubset import report
 
     kinds = {"sweep": report.sweep_sections, "comparison": report.comparison_sections}
-    return kinds.get(record.get("kind", ""), report.sections)(dict(record))
+    if "kind" in record:
+        return kinds[record["kind"]](record)
+    return report.sections(record, report.find_beside(record))
 
 
 def print_report(record: Mapping[str, Any]) -> None:

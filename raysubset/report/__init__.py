@@ -1,18 +1,19 @@
 """What a finished run tells: the page a user reads, and the files that other tools do. From the run directory alone.
 
 record = read_report("~/ray_results/digits-1a2b3c4d")     # report.json
-for section in sections(record): ...
+for section in sections(record, find_beside(record)): ...
 write_files("~/ray_results/digits-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
 
 write_files() does so for a sweep or a comparison too, whose sections are sweep_sections(record) and
 comparison_sections(record). Of several runs side by side: several_sections(records), write_several(directories, path).
 """
 
-from raysubset.report.commands import Command
-from raysubset.report.comparisons import advice_sections, comparison_sections
+from raysubset.report.beside import Beside, find_beside
+from raysubset.report.comparison import advice_sections, comparison_sections
 from raysubset.report.files import write_files
-from raysubset.report.page import Section, sections
+from raysubset.report.parts import Command, Section
 from raysubset.report.reading import read_report
+from raysubset.report.run import sections
 from raysubset.report.several import read_several, several_sections, write_several
 from raysubset.report.sweeps import sweep_sections
 
@@ -20,6 +21,8 @@ __all__ = [
     "Command",
     "Section",
     "sections",
+    "Beside",
+    "find_beside",
     "read_report",
     "write_files",
     "sweep_sections",

@@ -22,20 +22,15 @@ _OF_SUBSET_PRETRAINING = (
 )
 
 
-class Preformatted(str):
-    """A text that is shown as it stands, with its spaces and line breaks."""
+def command(config: Mapping[str, Any], verb: str = "run", *options: str) -> str:
+    """`raysubset run`, or another verb with its own options, and the flags that give this config, Config.to_dict()'s.
 
-
-class Command(Preformatted):
-    """A command line for the user to copy."""
-
-
-def command(config: Mapping[str, Any]) -> str:
-    """`raysubset run` with the flags that give this config, Config.to_dict()'s; fields left out have their defaults."""
+    Fields left out have their defaults.
+    """
     defaults = flatten(Config().to_dict())
-    words = ["raysubset", "run"]
+    words = ["raysubset", verb, *options]
     for key, value in flatten(config).items():
-        if value != defaults.get(key):
+        if value is not None and value != defaults.get(key):
             words += _flag(key, value)
     return shlex.join(words)
 
@@ -68,6 +63,12 @@ def subset_pretraining_beside(record: Record) -> str:
     config = record["config"]
     shared = {key: value for key, value in flatten(config).items() if not key.startswith("conventional.")}
     return command(shared | {"name": _renamed(config["name"], "subsets"), "method": "subset_pretraining"})
+
+
+def comparison_beside(record: Record) -> str:
+    """A comparison on the data and network of a run, with its recipe."""
+    shared = {key: value for key, value in flatten(record["config"]).items() if not key.startswith("conventional.")}
+    return command(shared | {"name": _renamed(record["config"]["name"], "comparison"), "method": None}, "compare")
 
 
 def _renamed(name: str | None, suffix: str) -> str | None:

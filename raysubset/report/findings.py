@@ -1,11 +1,13 @@
 """What the numbers of a run tell in words, each difference with its error, and what to try next."""
 
 import math
+import shlex
 from collections.abc import Iterator
 
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
-from raysubset.report.commands import Command, conventional_beside, subset_pretraining_beside
+from raysubset.report.beside import Beside
+from raysubset.report.commands import comparison_beside, conventional_beside, subset_pretraining_beside
 from raysubset.report.figures import (
     NOISE_ERRORS,
     Record,
@@ -15,6 +17,7 @@ from raysubset.report.figures import (
     standard_error,
     trained_passes,
 )
+from raysubset.report.parts import Command
 
 
 def findings(record: Record) -> Iterator[str | Note]:
@@ -110,15 +113,21 @@ def _of_batch_norm(record: Record) -> Iterator[str]:
             )
 
 
-def next_commands(record: Record) -> Iterator[str | Command]:
-    """What would show whether this paid."""
-    if record["method"] == "conventional":
-        yield "Compare with subset pretraining on the same data, over several seeds:"
+def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:
+    """What would show whether this paid, of what does not lie beside the run."""
+    if record["method"] == "conventional" and beside.run is None:
+        yield "Compare with subset pretraining on the same data:"
         yield Command(subset_pretraining_beside(record))
-        return
-    yield "Whether this paid, only a comparison over seeds tells. Conventional runs of the same cost, all counted:"
-    for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
-        passes = record["cost"][what]
-        words = "in total" if what == "passes" else "on the critical path"
-        yield f"{passes:.2f} passes {words}:"
-        yield Command(conventional_beside(record, passes, suffix))
+    elif beside.run is None:
+        yield "No conventional run of these data and this network lies beside it. Those of the same cost, all counted:"
+        for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
+            passes = record["cost"][what]
+            words = "in total" if what == "passes" else "on the critical path"
+            yield f"{passes:.2f} passes {words}:"
+            yield Command(conventional_beside(record, passes, suffix))
+    if beside.comparison is None:
+        yield "Whether this pays, only a comparison over budgets and seeds tells (--quick: a smoke test):"
+        yield Command(comparison_beside(record))
+    yield "All numbers, and the page again: raysubset report DIR --format json or html. Runs side by side:"
+    other = "DIR" if beside.run is None else beside.run["uri"]
+    yield Command(f"raysubset report {shlex.quote(record['uri'])} {shlex.quote(other)}")

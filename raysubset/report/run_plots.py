@@ -1,63 +1,171 @@
-"""The plots of a run: its minima, what was made of them, its training curves and where passes and seconds went."""
+"""The plots of a run: its story, its training curves, its minima, what was made of them, where passes went."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from raysubset.quality import Quality, quality_of
+from raysubset.report.curves import STAGE_COLOURS, VALIDATION
+from raysubset.report.drawing import COLOURS, GOOD, GREY, Axis, Chart, Plot
 from raysubset.report.figures import Record, finite, is_least_squares, loss_name, passes_by_epoch, trainings
-from raysubset.report.plots import BAD, COLOURS, GOOD, Plot, draw_plot, legend_outside, log_where_wide
 
-TRAINING, VALIDATION = COLOURS[0], COLOURS[1]  # of losses on either, in every plot
+TRAINING = COLOURS[0]  # of losses on training data, in every plot
+_MOST_MEMBERS = 40  # that get a mark each in the story
 
 
-def minima_losses(record: Record) -> Plot:
+def story(record: Record, rival: Record | None = None) -> Plot | None:
+    """Validation quality from the trunk to the final model, over the passes that lie one after the other.
+
+    None where fewer than two models were measured.
+
+    Args:
+        rival: the record of a run that this one is held against, whose end is drawn as a line.
+    """
+    quality = quality_of(record)
+    chart = Chart("passes of training, one after the other", f"validation {quality.label}", size=(560, 320))
+    ends, members = _told(chart, record, quality)
+    if chart.num_values < 2:
+        return None
+    if len(ends) > 1:
+        chart.line(ends, GREY, width=1.2, dash="3 3", is_named=False)
+    if rival is not None:
+        value = finite(rival["validation"][quality.name])
+        chart.across(quality.scale * value, COLOURS[0], _rival_label(rival), dash="7 4", width=2)
+    if quality.is_share:
+        chart.y.high = min(100.0, chart.y.settled().high)
+    chart.x.low = 0
+    caption = f"Validation {quality.name} wherever it was measured{f'; dots: {members}' if members else ''}."
+    return Plot("story", caption, (chart,))
+
+
+def _rival_label(rival: Record) -> str:
+    return f"{rival['method'].replace('_', ' ')} run, {rival['cost']['passes']:.3g} passes"
+
+
+def _told(chart: Chart, record: Record, quality: Quality) -> tuple[list[tuple[float, float]], str]:
+    """Draw what was measured. The ends of the stages, one after another; and how a round's members are shown."""
+    ends: list[tuple[float, float]] = []
+    members = ""
+    for stage, round, works, start, passes in _in_order(record):
+        end = max((own[-1] for own in passes if own), default=start)
+        if stage in ("subsets", "subsamples"):
+            if stage == "subsamples" or works[0]["validation"] is None:
+                continue
+            reached = [quality.scale * finite(work["validation"][quality.name]) for work in works]
+            mean = sum(reached) / len(reached)
+            if len(works) <= _MOST_MEMBERS:
+                members = "each minimum of a round"
+                names = [f"subset {work['subset_id']}, round {round + 1}" for work in works]
+                places = [(own[-1] if own else end, value) for own, value in zip(passes, reached, strict=True)]
+                chart.points(places, STAGE_COLOURS["subsets"], "minima", names=names, alpha=0.8)
+            else:
+                members = "the mean of a round's minima, with the least and the greatest"
+                chart.points([(end, mean)], STAGE_COLOURS["subsets"], "minima", bars=[(min(reached), max(reached))])
+            made = record["stages"]["rounds"][round]["aggregation"]
+            value = quality.scale * finite((made["validation"] or {}).get(quality.name))
+            if len(works) > 1:
+                chart.points([(end, value)], VALIDATION, f"aggregate, {made['method']}", marker="D")
+            ends += [(end, mean), (end, value)]
+            continue
+        (work,), (own,) = works, passes
+        points = [
+            (at, quality.scale * finite(epoch["validation"][quality.name]))
+            for at, epoch in zip(own, work["history"], strict=True)
+            if epoch.get("validation")
+        ]
+        if work["validation"]:  # of what the stage left, be it of the last epoch or not
+            points = [point for point in points if point[0] < end]
+            points.append((end, quality.scale * finite(work["validation"][quality.name])))
+        if points:
+            chart.line(points, STAGE_COLOURS[stage], stage.replace("_", " "), marker="s")
+            ends += points
+    return [point for point in ends if math.isfinite(point[1])], members
+
+
+def _in_order(record: Record) -> Iterator[tuple[str, int, list[Record], float, list[list[float]]]]:
+    """(stage, round, its trainings, where they begin, passes at the ends of each one's epochs); one after the other."""
+    num_train, begun = record["data"]["num_train"], 0.0
+    for (stage, round), group in itertools.groupby(trainings(record), key=lambda one: one[:2]):
+        works = [work for *_, work in group]
+        passes = [
+            [begun + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)] for work in works
+        ]
+        yield stage, round, works, begun, passes
+        begun = max([begun, *(own[-1] for own in passes if own)])
+
+
+def training_curves(record: Record) -> Plot | None:
+    """Loss while training over the passes that lie one after the other: members of a round begin together."""
+    stages = list(_in_order(record))
+    many = sum(len(works) for _, _, works, *_ in stages) > 6
+    chart = Chart("passes of training, one after the other", loss_name(record), log="y", size=(400, 270))
+    for stage, round, works, _, passes in stages:
+        shown = works[:: max(1, len(works) // _MOST_MEMBERS)]
+        style: dict[str, Any] = {"width": 1, "alpha": 0.6} if many and stage in ("subsets", "subsamples") else {}
+        for work, own in list(zip(works, passes, strict=True))[:: max(1, len(works) // _MOST_MEMBERS)]:
+            values = [finite(epoch["loss"]) for epoch in work["history"]]
+            name = f", subset {work['subset_id']}, round {round + 1}" if "subset_id" in work and len(shown) > 1 else ""
+            names = [f"{at:.4g}{name}" for at in own]
+            marker = "." if len(values) < 3 else ""
+            label, curve = stage.replace("_", " "), zip(own, values, strict=True)
+            chart.line(curve, STAGE_COLOURS[stage], label, marker=marker, names=names, **style)
+            epochs = zip(own, work["history"], strict=True)
+            measured = [(at, epoch["validation"]) for at, epoch in epochs if epoch.get("validation")]
+            measured = measured or [(at, work["validation"]) for at in own[-1:] if work["validation"]]
+            losses = [(at, finite(validation["loss"])) for at, validation in measured]
+            names = [f"{at:.4g}{name}" for at, _ in measured]
+            chart.line(losses, VALIDATION, "validation", marker="s", width=1, dash="2 3", names=names)
+    if chart.num_values < 3:
+        return None
+    caption = (
+        "Mean loss of each epoch while training, as the recipe has it (with augmentation and smoothing where set), and "
+        "validation loss (squares) where it was measured; the minima of a round run beside one another."
+    )
+    return Plot("training", caption, (chart,))
+
+
+def minima_losses(record: Record) -> Plot | None:
     """Of the last round's minima and their aggregate: the loss on what each was trained on, and on validation."""
     last = record["stages"]["rounds"][-1]
     minima, made = last["minima"], last["aggregation"]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        places, end = range(len(minima)), len(minima) + 0.5
-        own = [finite(minimum["training"]["loss"]) for minimum in minima]
-        held_out = [finite(minimum["validation"]["loss"]) for minimum in minima]
-        size = 6 if len(minima) <= 40 else 3
-        for place, low, high in zip(places, own, held_out, strict=True):
-            axes.plot([place, place], [low, high], color="grey", linewidth=0.8, alpha=0.6, zorder=0)
-        axes.plot(places, own, "o", markersize=size, color=TRAINING, label="own subset")
-        axes.plot(places, held_out, "s", markersize=size, color=VALIDATION, label="validation")
-        whole, aggregate = finite(made["training"]["loss"]), finite(made["validation"]["loss"])
-        axes.plot([end], [whole], "D", markersize=6, color=GOOD, label="full set")
-        axes.plot([end], [aggregate], "s", markersize=6, color=VALIDATION)
-        axes.axhline(aggregate, color=VALIDATION, linestyle=":", linewidth=1)
-        ids = [minimum["subset_id"] for minimum in minima]
-        step = max(1, round(len(ids) / 8))
-        axes.set_xticks([*places[::step], end], [*map(str, ids[::step]), "aggregate"])
-        axes.set_xlim(-0.7, end + 0.9)
-        log_where_wide(axes, "y", [*own, *held_out, whole, aggregate])
-        axes.set_xlabel("subset")
-        axes.set_ylabel(loss_name(record))
-        axes.grid(True, axis="y")
-        legend_outside(figure, axes)
-
+    if len(minima) < 2:
+        return None
+    chart = Chart("subset", loss_name(record), log="y")
+    places, end = list(range(len(minima))), len(minima) + max(0.5, len(minima) / 40)
+    own, held_out = ([finite(minimum[split]["loss"]) for minimum in minima] for split in ("training", "validation"))
+    names = [f"{minimum['subset_id']}" for minimum in minima]
+    marker = ("o", "s") if len(minima) <= _MOST_MEMBERS else (".", ".")
+    chart.points(enumerate(own), TRAINING, "own subset", marker=marker[0], names=names)
+    chart.points(enumerate(held_out), VALIDATION, "validation", marker=marker[1], names=names)
+    chart.points([(end, finite(made["training"]["loss"]))], GOOD, "aggregate on the full set", marker="D", names=[""])
+    aggregate = finite(made["validation"]["loss"])
+    chart.points([(end, aggregate)], VALIDATION, "validation", marker="s", names=["aggregate"])
+    chart.across(aggregate, VALIDATION)
+    step = max(1, round(len(minima) / 6))
+    shown = places[::step] if len(minima) <= 8 else places[: -step or None : step]
+    chart.x = Axis("subset", ticks=[*((at, names[at]) for at in shown), (end, "mean")], low=-0.7, high=end + 0.7)
     caption = (
-        f"{loss_of_minima(record)} on its own subset and on validation data, and the aggregate's on the training set "
-        "(or a sample of it) and on validation data (dotted)."
+        f"{_loss_of_minima(record)} on its own subset and on validation data, and at the right the aggregate's on the "
+        "training set (or a sample of it) and on validation data (dotted)."
     )
-    return draw_plot("minima", caption, draw)
+    return Plot("minima", caption, (chart,))
 
 
 def _validation_label(record: Record) -> str:
     return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
 
 
-def loss_of_minima(record: Record) -> str:
+def _loss_of_minima(record: Record) -> str:
     rounds = record["stages"]["rounds"]
     return "Loss of each subset's minimum" + (f" of round {len(rounds)}" if len(rounds) > 1 else "")
 
 
-def gap_over_q(record: Record) -> Plot:
-    """Of all minima measured: validation loss over own loss against Q; (Q+1)/(Q−1) where the loss is squared error."""
+def gap_over_q(record: Record) -> Plot | None:
+    """Of all minima measured: validation loss over own loss against Q; (Q+1)/(Q−1) where the loss is squared error.
+
+    None where all have one Q and there is no law to hold them against.
+    """
     minima = [minimum for round in record["stages"]["rounds"] for minimum in round["minima"]]
     squared = is_least_squares(record)
     points = [
@@ -65,181 +173,113 @@ def gap_over_q(record: Record) -> Plot:
         for minimum in minima
         if minimum["training"] and minimum["training"]["loss"]
     ]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.plot([q for q, _ in points], [r for _, r in points], "o", color=TRAINING, alpha=0.7, label="minimum")
-        ratios = [q for q, _ in points] or [1.0]
-        low, high = 0.7 * min(ratios), 1.4 * max(ratios)
-        if squared:
-            qs = [max(1.02, low) * (max(1.1, high) / max(1.02, low)) ** (n / 99) for n in range(100)]
-            axes.plot(qs, [(q + 1) / (q - 1) for q in qs], color=VALIDATION, label="(Q+1)/(Q−1)")
-            axes.set_ylim(0, 1.3 * max([ratio for _, ratio in points] + [(q + 1) / (q - 1) for q in qs if q > 1.2]))
-        else:
-            axes.set_ylim(0, 1.1 * max([1.0, *(ratio for _, ratio in points)]))
-        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
-        axes.set_xlim(low, high)
-        axes.set_xlabel("Q = examples × outputs / parameters")
-        axes.set_ylabel("validation loss / own loss")
-        axes.grid(True)
-        legend_outside(figure, axes)
-
-    law = (
+    ratios = [q for q, _ in points]
+    if len(points) < 2 or (max(ratios) < 1.02 * min(ratios) and not squared):
+        return None
+    chart = Chart("Q = examples × outputs / parameters", "validation loss / own loss")
+    chart.points(points, TRAINING, "minimum", alpha=0.7)
+    low, high = 0.7 * min(ratios), 1.4 * max(ratios)
+    if squared:
+        qs = [max(1.02, low) * (max(1.1, high) / max(1.02, low)) ** (n / 99) for n in range(100)]
+        law = [(q + 1) / (q - 1) for q in qs]
+        most = 1.3 * max([ratio for _, ratio in points] + [value for q, value in zip(qs, law, strict=True) if q > 1.2])
+        shown = [(q, value) for q, value in zip(qs, law, strict=True) if value <= most]
+        chart.line(shown, VALIDATION, "(Q+1)/(Q−1)")
+    chart.across(1)
+    chart.x.low, chart.x.high, chart.y.low = low, high, 0
+    law_told = (
         " The line is what least squares at its exact minimum and fixed inputs would give: (Q+1)/(Q−1)."
         if squared
         else f" For {loss_name(record).partition(',')[0]} there is no law to draw: (Q+1)/(Q−1) is of least squares."
     )
     what = f"Validation loss of each of {len(points)} minima over the loss on its own subset, by Q; dotted: no gap."
-    return draw_plot("gap", what + law, draw)
+    return Plot("gap", what + law_told, (chart,))
 
 
 def aggregation_losses(record: Record) -> Plot:
     """Validation losses of the members, of what was made of them, and of each candidate."""
     made = record["stages"]["rounds"][-1]["aggregation"]
-    bars = [
-        ("mean member", made["mean_member_loss"], "grey"),
-        ("best member", made["best_member"]["loss"], "grey"),
-        ("ensemble", made["ensemble"]["loss"], "grey"),
+    rows = [
+        ("mean member", made["mean_member_loss"], GREY),
+        ("best member", made["best_member"]["loss"], GREY),
+        ("ensemble", made["ensemble"]["loss"], GREY),
         ("plain mean", made["uniform_mean"]["loss"], COLOURS[0]),
     ]
-    bars += [
+    rows += [
         (one["method"], one["validation"]["loss"], COLOURS[0])
         for one in made["candidates"]
         if one["validation"] and one["method"] not in (made["method"], "uniform_soup")
     ]
-    bars.append((f"taken: {made['method']}", made["validation"]["loss"], GOOD))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        values = [finite(value) for _, value, _ in bars]
-        for place, (value, (*_, colour)) in enumerate(zip(values, bars, strict=True)):
-            axes.plot([value], [place], "o", markersize=8, color=colour)
-            if math.isfinite(value):
-                axes.text(value, place, f"   {value:.4g}", va="center", fontsize=9)
-        axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
-        axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.margins(x=0.25)
-        axes.set_xlabel(_validation_label(record))
-        axes.grid(True)
-
+    rows.append((f"taken: {made['method']}", made["validation"]["loss"], GOOD))
+    chart = Chart(_validation_label(record), "", size=(400, 50 + 22 * len(rows)))
+    for place, (name, value, colour) in enumerate(rows):
+        chart.points([(finite(value), place)], colour, name, is_named=False)
+        if value is not None and math.isfinite(value):
+            chart.text(value, place, f"{value:.4g}")
+    ticks = [(place, name) for place, (name, *_) in enumerate(rows)]
+    chart.y = Axis("", ticks=ticks, low=len(rows) - 0.5, high=-0.5)
+    if ends := [value for _, value, _ in rows if value is not None and math.isfinite(value)]:
+        chart.x.high = max(ends) + 0.25 * (max(ends) - min(ends) or max(ends))
     caption = (
         "Validation loss of the members and their ensemble (grey), of each way to make one network of them (blue) and "
         f"of the one taken (green). Barrier: {made['barrier']:+.4f}."
         if made["barrier"] is not None
         else "Validation losses of members, ensemble and what was made of them; the plain mean's is not finite."
     )
-    return draw_plot("aggregation", caption, draw, size=(5.2, 1.1 + 0.32 * len(bars)))
+    return Plot("aggregation", caption, (chart,))
 
 
-def rounds_losses(record: Record) -> Plot:
-    """Validation loss after each round that was measured."""
+def rounds_losses(record: Record) -> Plot | None:
+    """Validation loss after each round that was measured; None of fewer than two."""
     rounds = [round for round in record["stages"]["rounds"] if round["aggregation"]["validation"]]
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        numbers = [round["round"] + 1 for round in rounds]
-        drawn = [("mean_member_loss", "mean member", COLOURS[7]), ("ensemble", "ensemble", COLOURS[2])]
-        for key, label, colour in [*drawn, ("validation", "aggregate", VALIDATION)]:
-            values = [round["aggregation"][key] for round in rounds]
-            values = [finite(value["loss"] if isinstance(value, dict) else value) for value in values]
-            axes.plot(numbers, values, "o-", markersize=4, color=colour, label=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("round")
-        axes.set_ylabel(_validation_label(record))
-        axes.grid(True)
-        legend_outside(figure, axes)
-
-    return draw_plot("rounds", "Validation loss after each round: members, their ensemble, their aggregate.", draw)
+    if len(rounds) < 2:
+        return None
+    chart = Chart("round", _validation_label(record), log="y")
+    chart.x.is_whole = True
+    numbers = [round["round"] + 1 for round in rounds]
+    drawn = [("mean_member_loss", "mean member", GREY), ("ensemble", "ensemble", COLOURS[2])]
+    for key, label, colour in [*drawn, ("validation", "aggregate", VALIDATION)]:
+        values = [round["aggregation"][key] for round in rounds]
+        losses = [finite(value["loss"] if isinstance(value, dict) else value) for value in values]
+        chart.line(zip(numbers, losses, strict=True), colour, label, marker="o" if len(numbers) < 30 else "")
+    return Plot("rounds", "Validation loss after each round: members, their ensemble, their aggregate.", (chart,))
 
 
-def training_curves(record: Record) -> Plot:
-    """Loss while training over the passes that lie one after the other: members of a round begin together."""
-    num_train = record["data"]["num_train"]
-    works = list(trainings(record))
-    stages = dict.fromkeys(stage for stage, *_ in works)
-    colours = dict(zip(stages, (COLOURS[0], COLOURS[2], COLOURS[3], COLOURS[4]), strict=False))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        begun, told, losses = 0.0, set(), []
-        for (stage, _), group in itertools.groupby(works, key=lambda one: one[:2]):
-            ends = [begun]
-            many = len(works) > 6 and stage in ("subsets", "subsamples")
-            style = {"linewidth": 0.9, "alpha": 0.6} if many else {}
-            for *_, work in group:
-                passes = [begun + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)]
-                values = [finite(epoch["loss"]) for epoch in work["history"]]
-                label = None if stage in told else stage.replace("_", " ")
-                marker = "." if len(values) < 3 else None
-                axes.plot(passes, values, color=colours[stage], label=label, marker=marker, **style)
-                measured = [
-                    (p, e["validation"]) for p, e in zip(passes, work["history"], strict=True) if e.get("validation")
-                ]
-                measured = measured or [(p, work["validation"]) for p in passes[-1:] if work["validation"]]
-                held_out = [finite(validation["loss"]) for _, validation in measured]
-                label = None if "validation" in told else "validation"
-                places = [place for place, _ in measured]
-                axes.plot(places, held_out, "s:", markersize=3, linewidth=1, color=VALIDATION, label=label)
-                told |= {stage, "validation"}
-                losses += values + held_out
-                ends += passes[-1:]
-            begun = max(ends)
-        log_where_wide(axes, "y", losses)
-        axes.set_xlabel("passes of training, one after the other")
-        axes.set_ylabel(loss_name(record))
-        axes.grid(True)
-        legend_outside(figure, axes)
-
-    caption = (
-        "Mean loss of each epoch while training, as the recipe has it (with augmentation and smoothing where set), and "
-        "validation loss (squares) where it was measured; the minima of a round run beside one another."
-    )
-    return draw_plot("training", caption, draw, size=(5.2, 3.9))
-
-
-def costs_by_stage(record: Record) -> Plot:
-    """Passes and device-seconds of each stage."""
+def costs_by_stage(record: Record) -> Plot | None:
+    """Passes and seconds of each stage; None of a single one."""
     rows = record["cost"]["stages"]
-    names = [row["stage"].replace("_", " ") for row in rows]
-
-    def draw(figure: Any) -> None:
-        passes, seconds = figure.subplots(1, 2, sharey=True)
-        places = range(len(rows))
-        bars = [("in total", "passes", COLOURS[0], -0.2), ("critical path", "critical_path_passes", COLOURS[1], 0.2)]
-        for label, key, colour, shift in bars:
-            passes.barh([p + shift for p in places], [row[key] for row in rows], 0.38, color=colour, label=label)
-        seconds.barh(
-            [p - 0.2 for p in places], [row["device_s"] for row in rows], 0.38, color=COLOURS[4], label="device"
-        )
-        seconds.barh([p + 0.2 for p in places], [row["wall_s"] for row in rows], 0.38, color=COLOURS[6], label="wall")
-        passes.set_yticks(places, names)
-        passes.invert_yaxis()
-        for axes, unit in ((passes, "passes"), (seconds, "seconds")):
-            axes.set_xlabel(unit)
-            axes.grid(True, axis="x")
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1, handlelength=1)
-
+    if len(rows) < 2:
+        return None
+    ticks = [(place, row["stage"].replace("_", " ")) for place, row in enumerate(rows)]
+    charts = []
+    of_passes = (("passes in total", "passes"), ("passes on the critical path", "critical_path_passes"))
+    for unit, pair, colours in (
+        ("passes", of_passes, COLOURS[:2]),
+        ("seconds", (("device seconds", "device_s"), ("wall seconds", "wall_s")), (COLOURS[4], COLOURS[6])),
+    ):
+        chart = Chart(unit, "", size=(300, 46 + 30 * len(rows)))
+        for (label, key), colour, shift in zip(pair, colours, (-0.2, 0.2), strict=True):
+            for place, row in enumerate(rows):
+                tip = f"{ticks[place][1]}\n{label}: {row[key]:.4g}"
+                chart.bar(place + shift, 0, row[key], colour, label, height=0.36, tip=tip)
+        chart.x.low = 0
+        chart.y = Axis("", ticks=ticks, low=len(rows) - 0.5, high=-0.5)
+        charts.append(chart)
     caption = "Where the passes and the seconds went: each stage's passes on both clocks, its device and wall seconds."
-    return draw_plot("costs", caption, draw, size=(5.2, 1.6 + 0.42 * len(rows)))
+    return Plot("costs", caption, tuple(charts))
 
 
 def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int]) -> Plot:
     """The loss along the straight line between two minima: line_between_minima()."""
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        shares, losses = [point["share"] for point in line], [finite(point["loss"]) for point in line]
-        axes.plot(shares, losses, "s-", markersize=4, color=VALIDATION, label="on the line")
-        axes.plot([0, 1], [losses[0], losses[-1]], ":", color="grey", label="no barrier")
-        axes.axvline(0.5, color=BAD, linewidth=0.8, alpha=0.5)
-        axes.set_xticks([0, 0.5, 1], [f"subset {subset_ids[0]}", "halfway", f"subset {subset_ids[1]}"])
-        axes.set_xlim(-0.15, 1.15)
-        axes.set_ylabel(_validation_label(record))
-        axes.grid(True)
-        legend_outside(figure, axes)
-
+    chart = Chart("", _validation_label(record), log="y")
+    shares, losses = [point["share"] for point in line], [finite(point["loss"]) for point in line]
+    chart.line([(0, losses[0]), (1, losses[-1])], GREY, "no barrier", dash="2 4")
+    names = [f"{share:.0%} of subset {subset_ids[1]}" for share in shares]
+    chart.line(zip(shares, losses, strict=True), VALIDATION, "on the line", marker="s", names=names)
+    ticks = [(0, f"subset {subset_ids[0]}"), (0.5, "halfway"), (1, f"subset {subset_ids[1]}")]
+    chart.x = Axis("", ticks=ticks, low=-0.12, high=1.12)
     caption = (
         f"Loss on {line[0]['num_examples']:,} validation examples along the straight line between two minima of the "
         "last round; batch-norm statistics recomputed at each point. A hump is a barrier: their mean lies on it."
     )
-    return draw_plot("line", caption, draw)
+    return Plot("line", caption, (chart,))

@@ -8,6 +8,7 @@ from typing import Any
 from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
+from raysubset.report.drawing import Chart, Plot, colour_of
 from raysubset.report.figures import (
     Record,
     difference,
@@ -18,9 +19,8 @@ from raysubset.report.figures import (
     trainings,
     with_error,
 )
-from raysubset.report.html import Page, Part, to_html
-from raysubset.report.page import Line, Section
-from raysubset.report.plots import Plot, colour_of, draw_plot, legend_outside, log_where_wide
+from raysubset.report.page import Page, to_html
+from raysubset.report.parts import Line, Section
 from raysubset.report.reading import read_report
 
 _OF_THE_PLACE = ("name", "storage_path")  # told by the runs' names
@@ -93,7 +93,8 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
     different = tuple(
         (key, *cells) for key in keys if len(set(cells := [_value(config, key) for config in configs])) > 1
     )
-    found = [Section("Runs side by side", ("", *names), rows, tuple(lines))]
+    plots = (_quality(records), _curves(records))
+    found = [Section("Runs side by side", ("", *names), rows, tuple(lines), plots)]
     if different:
         return [*found, Section("Settings that differ", ("", *names), different)]
     return [*found, Section("Settings that differ", lines=("None but name and place.",))]
@@ -120,14 +121,8 @@ def write_several(directories: Sequence[str], path: str) -> str:
         ValueError: as read_several() does.
     """
     records = read_several(directories)
-    table, settings = several_sections(records)
-    plots = (_quality(records), _curves(records))
-    page = Page(
-        "Comparison of runs",
-        (_verdict(records),),
-        tuple(zip(_names(records), (record["uri"] for record in records), strict=True)),
-        (Part(table, plots), Part(settings)),
-    )
+    facts = tuple(zip(_names(records), (record["uri"] for record in records), strict=True))
+    page = Page("Comparison of runs", (_verdict(records),), tuple(several_sections(records)), facts=facts)
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(to_html(page), encoding="utf-8")
@@ -153,49 +148,30 @@ def _verdict(records: Sequence[Record]) -> str:
 
 def _quality(records: Sequence[Record]) -> Plot:
     names, quality = _names(records), quality_of(records[0])
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        colours = colour_of(names)
-        costs: list[float] = []
-        for name, record in zip(names, records, strict=True):
-            x = [record["cost"]["critical_path_passes"], record["cost"]["passes"]]
-            costs += x
-            y = quality.scale * finite(record["test"][quality.name])
-            error = quality.scale * (standard_error(record["test"], quality) or 0)
-            axes.plot(x, [y, y], "-", color=colours[name], linewidth=0.8)
-            axes.plot(x[:1], [y], "o", color=colours[name], fillstyle="none")
-            axes.errorbar(x[1:], [y], [error], marker="o", color=colours[name], capsize=2, label=name)
-        log_where_wide(axes, "x", costs)
-        axes.set_xlabel("passes")
-        axes.set_ylabel(f"test {quality.label}")
-        axes.grid(True)
-        legend_outside(figure, axes, columns=2)
-
-    bars = "" if standard_error(records[0]["test"], quality) is None else " (bars: standard error)"
+    chart = Chart("passes", f"test {quality.label}", log="x", size=(440, 300))
+    colours = colour_of(names)
+    has_bars = standard_error(records[0]["test"], quality) is not None
+    for name, record in zip(names, records, strict=True):
+        total, critical = record["cost"]["passes"], record["cost"]["critical_path_passes"]
+        value = quality.scale * finite(record["test"][quality.name])
+        error = quality.scale * (standard_error(record["test"], quality) or 0)
+        chart.line([(critical, value), (total, value)], colours[name], width=1, is_named=False)
+        chart.points([(critical, value)], colours[name], name, marker="◦", is_named=False)
+        bars = [(value - error, value + error)] if has_bars else []
+        chart.points([(total, value)], colours[name], name, bars=bars)
+    bars = " (bars: standard error)" if has_bars else ""
     caption = f"Test {quality.name}{bars} over passes: filled in total, hollow on the critical path."
-    return draw_plot("runs_quality", caption, draw, size=(5.2, 3.6 + 0.1 * len(records)))
+    return Plot("runs_quality", caption, (chart,))
 
 
 def _curves(records: Sequence[Record]) -> Plot:
     """Validation loss at the end of each stage."""
-    names = _names(records)
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        colours, shown = colour_of(names), []
-        for name, record in zip(names, records, strict=True):
-            points = list(_validation(record))
-            shown += [loss for _, loss in points]
-            axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colours[name], label=name)
-        log_where_wide(axes, "y", shown)
-        axes.set_xlabel("passes of training so far, in total")
-        axes.set_ylabel("validation loss")
-        axes.grid(True)
-        legend_outside(figure, axes, columns=2)
-
+    names, chart = _names(records), Chart("passes of training so far, in total", "validation loss", log="y")
+    chart.size, colours = (440, 300), colour_of(names)
+    for name, record in zip(names, records, strict=True):
+        chart.line(_validation(record), colours[name], name, marker="o")
     caption = "Validation loss of the trunk, of each round's aggregate and of the final model, over passes of training."
-    return draw_plot("runs_validation", caption, draw, size=(5.2, 3.6 + 0.1 * len(records)))
+    return Plot("runs_validation", caption, (chart,))
 
 
 def _validation(record: Record) -> list[tuple[float, float]]:

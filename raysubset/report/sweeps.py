@@ -1,14 +1,18 @@
-"""What a finished sweep tells: its table, its plot, and the recommendation."""
+"""What a finished sweep tells: its tables, its plot, the recommendation, and how its settings trained."""
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record
-from raysubset.report.page import Section
-from raysubset.report.plots import GOOD, Plot, draw_plot, legend_outside, log_where_wide
+from raysubset.report.commands import command
+from raysubset.report.curves import run_stages, training_plot
+from raysubset.report.drawing import COLOURS, GOOD, GREY, Chart, Plot
+from raysubset.report.figures import Record, loss_name
+from raysubset.report.parts import Command, Section
+
+_MOST_SETTINGS = 12  # a chart of its training each
 
 # What losses and qualities are of, in the order of training, and what it is called
 _CURVES = (
@@ -24,12 +28,26 @@ _SIZES = ("subsets.size", "subsets.fraction", "subsets.num")  # told by the subs
 def sweep_sections(record: Record) -> list[Section]:
     """What a user reads of a sweep: a row a setting, what fine-tuning did, trials without a result, and the
     recommendation."""
-    parts = [_settings(record), *_before_and_after(record)]
+    drawn = sweep_plot(record)
+    settings = dataclasses.replace(_settings(record), plots=(drawn,) if drawn else ())
+    parts = [settings, *_before_and_after(record)]
     if lost := [trial for trial in record["trials"] if trial["state"] != "done"]:
         rows = tuple((trial["name"], trial["state"], trial.get("error", "fell behind others")) for trial in lost)
         parts.append(Section("Trials without a result", ("trial", "state", ""), rows))
     parts.append(Section("What this tells", lines=(record["recommendation"],)))
     return parts
+
+
+def sweep_command(record: Record, config: Record) -> Command:
+    """`raysubset sweep` with the space and the number of seeds that the record tells; and its directory's config."""
+    options, space = ["--seeds", str(len(record["seeds"]))], dict(record["space"])
+    if sizes := space.pop("subsets.size", None):
+        options += ["--sizes", *map(str, sizes)]
+    if space:
+        options += ["--space", *(f"{key}={','.join(map(str, values))}" for key, values in space.items())]
+    options += ["--baseline"] if record.get("baseline") else []
+    own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(record["seeds"])}
+    return Command(command(own, "sweep", *options))
 
 
 def _settings(record: Record) -> Section:
@@ -112,80 +130,89 @@ def _spread(value: Record | None, show: Callable[[float], str]) -> str:
 
 
 def sweep_plot(record: Record) -> Plot | None:
-    """Loss, quality and passes against subset size and Q, as in arXiv:2410.16523; None if no trial has a result."""
+    """Loss, quality and passes against subset size and Q, as in arXiv:2410.16523.
+
+    None if trials of fewer than two sizes have a result.
+    """
     drawn = [setting for setting in record["settings"] if setting["validation_loss"]]
-    if not drawn:
+    if len({setting["subset_size"] for setting in drawn}) < 2:
         return None
     num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
     bars = "; bars: standard error over seeds" if num_seeds > 1 else ""
     caption = f"By subset size, n = {num_seeds:g} seeds{bars}; green: recommended; dashed passes: critical path."
     if record.get("baseline"):
         caption += " Grey: conventional training, dotted on test data."
-    return draw_plot("sweep", caption, lambda figure: _draw(figure, record, drawn), size=(9.0, 3.8), wide=True)
+    return Plot("sweep", caption, _draw(record, drawn), is_wide=True)
 
 
-def _draw(figure: Any, record: Record, drawn: Sequence[Record]) -> None:
+def _draw(record: Record, drawn: Sequence[Record]) -> tuple[Chart, ...]:
     """A line for each combination of what else was swept; of a single one, before and after fine-tuning."""
-    loss, quality, passes = panels = figure.subplots(1, 3)
     of, baseline = quality_of(record), record.get("baseline")
+    loss, quality, passes = charts = (
+        Chart("examples per subset", "loss", log="xy", size=(400, 290)),
+        Chart("examples per subset", of.label, log="x", size=(400, 290)),
+        Chart("examples per subset", "passes", log="x", size=(400, 290)),
+    )
     lines: dict[str, list[Record]] = {}
     for setting in sorted(drawn, key=lambda one: one["subset_size"]):
         others = [f"{key}={value}" for key, value in setting["overrides"].items() if key not in _SIZES]
         lines.setdefault(", ".join(others), []).append(setting)
     curves = _CURVES if len(lines) == 1 else (("validation", "validation"),)
-    for label, settings in lines.items():
-        sizes = [setting["subset_size"] for setting in settings]
-        for where, name in curves:
+    for number, (label, settings) in enumerate(lines.items()):
+        for shade, (where, name) in enumerate(curves):
             title = f"{label} {name}".strip() if len(lines) == 1 else label
-            for axis, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
-                if any(setting.get(f"{where}_{key}") for setting in settings):
-                    _line(axis, sizes, settings, f"{where}_{key}", title, scale=scale)
-        total = _line(passes, sizes, settings, "passes", f"{label} total".strip())
-        _line(passes, sizes, settings, "critical_path_passes", f"{label} critical path".strip(), like=total)
-    for axis, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
-        for where, style in (("validation", "-"), ("test", ":")):
+            colour = COLOURS[(number + shade) % len(COLOURS)]
+            for chart, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
+                _line(chart, settings, f"{where}_{key}", title, colour, scale=scale)
+        colour = COLOURS[number % len(COLOURS)]
+        _line(passes, settings, "passes", f"{label} passes in total".strip(), colour)
+        _line(passes, settings, "critical_path_passes", f"{label} on the critical path".strip(), colour, dash="5 3")
+    for chart, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
+        for where, dash in (("validation", ""), ("test", "2 4")):
             if baseline and (value := baseline[f"{where}_{key}"]):
-                axis.axhline(scale * value["mean"], color="grey", linestyle=style)
+                chart.across(scale * value["mean"], GREY, f"conventional, {where}", dash=dash)
     if baseline and baseline["passes"]:
-        passes.axhline(baseline["passes"]["mean"], color="grey", label="conventional")
+        passes.across(baseline["passes"]["mean"], GREY, "conventional", dash="")
     if (chosen := record["recommended"]) is not None:
-        for axis in panels:
-            axis.axvline(record["settings"][chosen]["subset_size"], color=GOOD, alpha=0.3, linewidth=6, zorder=0)
+        for chart in charts:
+            chart.upright(record["settings"][chosen]["subset_size"], GOOD, alpha=0.3, width=7, dash="")
     ratio = drawn[0]["overdetermination_ratio"] / drawn[0]["subset_size"]
-    one_ratio = all(math.isclose(one["overdetermination_ratio"], ratio * one["subset_size"]) for one in drawn)
-    sizes = [setting["subset_size"] for setting in drawn]
-    for axis, title in zip(panels, ("loss", of.label, "passes"), strict=True):
-        axis.set_title(title)
-        axis.grid(True)
-        axis.set_xlabel("examples per subset")
-        log_where_wide(axis, "x", sizes)
-        if one_ratio:
-            above = axis.secondary_xaxis("top", functions=(lambda size: size * ratio, lambda q: q / ratio))
-            above.set_xlabel("Q")
-            log_where_wide(above, "x", [size * ratio for size in sizes])
-    log_where_wide(loss, "y", [value for where, _ in curves for value in _values(drawn, f"{where}_loss")])
-    legend_outside(figure, loss, columns=5)
-    passes.legend(fontsize="small")
-
-
-def _values(settings: Sequence[Record], key: str) -> list[float]:
-    return [setting[key]["mean"] for setting in settings if setting.get(key)]
+    if all(math.isclose(one["overdetermination_ratio"], ratio * one["subset_size"]) for one in drawn):
+        for chart in charts:
+            chart.above = ("Q", ratio)
+    return charts
 
 
 def _line(
-    axis: Any,
-    sizes: Sequence[float],
-    settings: Sequence[Record],
-    key: str,
-    label: str,
-    *,
-    scale: float = 1,
-    like: Any = None,
-) -> Any:
-    """A line with error bars; dashed and in the colour of another where it belongs to that."""
+    chart: Chart, settings: Sequence[Record], key: str, label: str, colour: str, *, scale: float = 1, dash: str = ""
+) -> None:
+    """A line with error bars over seeds, where there is anything to draw."""
     spreads = [setting.get(key) or {"mean": math.nan, "standard_error": None} for setting in settings]  # of a quality
     values = [scale * spread["mean"] for spread in spreads]
     errors = [scale * (spread["standard_error"] or 0.0) for spread in spreads]
-    style = {} if like is None else {"linestyle": "--", "color": like}
-    line = axis.errorbar(sizes, values, errors, marker="o", capsize=3, label=label or None, **style)
-    return line[0].get_color()
+    bars = [(value - error, value + error) for value, error in zip(values, errors, strict=True)] if any(errors) else []
+    points = [(setting["subset_size"], value) for setting, value in zip(settings, values, strict=True)]
+    chart.line(points, colour, label, marker="o", dash=dash, bars=bars)
+
+
+def training_of_settings(record: Record, found: Mapping[str, Record]) -> Plot | None:
+    """A chart a setting of a sweep, at most a dozen: those of the least validation loss; None where no run is there.
+
+    Args:
+        found: the finished trials' own records, by the trials' names.
+    """
+    panels = []
+    for setting in record["settings"]:
+        trials = [trial["name"] for trial in record["trials"] if trial["overrides"] == setting["overrides"]]
+        if own := [found[name] for name in trials if name in found]:
+            told = [*(f"{key} = {value}" for key, value in setting["overrides"].items()), f"n = {len(own)}"]
+            loss = math.inf if setting["validation_loss"] is None else setting["validation_loss"]["mean"]
+            panels.append((loss, (", ".join(told), run_stages(own))))
+    if not panels:
+        return None
+    limit = sorted(loss for loss, _ in panels)[:_MOST_SETTINGS][-1]
+    shown = [panel for loss, panel in panels if loss <= limit][:_MOST_SETTINGS]
+    what = "of each setting" if len(shown) == len(panels) else f"of the best {len(shown)} of {len(panels)} settings"
+    names = {loss_name(one) for one in found.values()}
+    told = (what, "the n seeds that finished")
+    return training_plot("training_of_settings", *told, shown, loss="loss" if len(names) > 1 else names.pop())

@@ -5,14 +5,15 @@ import heapq
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from raysubset.ledger import Work, total_cost
-from raysubset.report.page import Section
-from raysubset.report.plots import BAD, Plot, colour_of, draw_plot
+from raysubset.report.drawing import BAD, GREY, Axis, Chart, Plot, colour_of
+from raysubset.report.figures import Record
+from raysubset.report.parts import Section
 
 MOST_LANES = 64
 _MOST_TROUBLES = 20
+_LEAST_PAUSE_S = 1.0
 _ENDED_BADLY = ("lost", "failed", "preempted", "interrupted")
 
 
@@ -55,51 +56,84 @@ def waiting(works: Iterable[Work]) -> list[tuple[float, int]]:
     return steps
 
 
-def time_line(works: Sequence[Work]) -> Plot:
-    """A Gantt chart: a bar an attempt, a row an actor or the driver; and the queue below it."""
-    drawn, queue = lanes(works)[:MOST_LANES], waiting(works)
-    begun = min([work.started_at for work in works] + [moment for moment, _ in queue])
-    ended = max(work.started_at + work.wall_s for work in works)
-    colours = colour_of(work.stage for work in works)
-    bad = any(work.outcome in _ENDED_BADLY for work in works)
+@dataclass(frozen=True)
+class Pause:
+    """A time in which a driver ran and nothing was at work."""
+
+    begun: float  # unix s
+    ended: float
+    is_start: bool  # of the driver: Python, the data, Ray
+
+
+def pauses(works: Iterable[Work], sessions: Iterable[Record]) -> list[Pause]:
+    """The pauses of a second and more in a run's sessions: Ray starts, or starts and ends processes of its own.
+
+    Args:
+        sessions: sessions.json's: started_at in unix s, startup_s until Ray was there, wall_s.
+    """
+    found, busy = [], sorted((work.started_at, work.started_at + work.wall_s) for work in works)
+    for session in sessions:
+        at, end = session["started_at"], session["started_at"] + session["wall_s"]
+        spans = [(at + session["startup_s"],) * 2, *((a, b) for a, b in busy if b > at and a < end), (end, end)]
+        for number, (begun, ended) in enumerate(spans):
+            if begun - at >= _LEAST_PAUSE_S:
+                found.append(Pause(at, begun, is_start=number == 0))
+            at = max(at, ended)
+    return found
+
+
+def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
+    """A Gantt chart: a bar an attempt, a row an actor or the driver, and one for Ray's own time; the queue below it.
+
+    Args:
+        gaps: pauses().
+    """
+    every, queue = lanes(works), waiting(works)
+    drawn = every[:MOST_LANES]
+    moments = [work.started_at for work in works] + [moment for moment, _ in queue] + [gap.begun for gap in gaps]
+    begun = min(moments)
+    ended = max([work.started_at + work.wall_s for work in works] + [gap.ended for gap in gaps])
     unit_s, unit = _unit(ended - begun)
-
-    def draw(figure: Any) -> None:
-        if queue:
-            chart, below = figure.subplots(2, 1, sharex=True, height_ratios=(max(3, len(drawn)), 2))
-        else:
-            chart = below = figure.subplots()
-        told = set()
-        for row, lane in enumerate(drawn):
-            for work in lane.works:
-                _bar(chart, row, work, begun, ended - begun, unit_s, colours[work.stage], told)
-        if bad:
-            chart.plot([], [], "x", color=BAD, label="lost or failed")
-        chart.set_yticks(range(len(drawn)), _names(drawn))
-        chart.set_ylim(len(drawn) - 0.4, -0.6)
-        chart.set_xlim(0, 1.01 * max(ended - begun, 1e-3) / unit_s)
-        chart.grid(True, axis="x")
-        if queue:
-            moments = [0.0, *((moment - begun) / unit_s for moment, _ in queue), (ended - begun) / unit_s]
-            below.step(moments, [0, *(num for _, num in queue), 0], where="post", color="grey")
-            below.set_ylim(bottom=0)
-            below.yaxis.get_major_locator().set_params(integer=True)
-            below.set_ylabel("waiting")
-            below.grid(True, axis="x")
-        below.set_xlabel(f"{unit} since the first work {'was queued' if queue else 'began'}")
-        handles, labels = chart.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, max(1, len(handles))))
-
-    left_out = len(lanes(works)) - len(drawn)
+    colours = colour_of(work.stage for work in works)
+    chart = Chart(f"{unit} since the first work {'was queued' if queue else 'began'}", "", size=(960, 0))
+    if gaps:
+        chart.x.label = f"{unit} since the start"
+    first = len(gaps) > 0
+    for gap in gaps:
+        label, alpha = (
+            ("start of Python, data and Ray", 0.75) if gap.is_start else ("Ray's processes start and end", 0.4)
+        )
+        seconds = gap.ended - gap.begun
+        span = ((gap.begun - begun) / unit_s, (gap.ended - begun) / unit_s)
+        chart.bar(0, *span, GREY, label, alpha=alpha, tip=f"{label}\n{seconds:.1f} s", text=f"{seconds:.1f} s")
+    for row, lane in enumerate(drawn, first):
+        for work in lane.works:
+            _bar(chart, row, work, begun, unit_s, colours[work.stage])
+    rows = len(drawn) + first
+    chart.y = Axis("", ticks=list(enumerate([*(["Ray"] if gaps else []), *_names(drawn)])), low=rows - 0.4, high=-0.6)
+    chart.size = (960, 46 + 22 * max(2, rows))
+    charts = [chart]
+    if queue:
+        below = Chart(chart.x.label, "waiting", size=(960, 110))
+        chart.x.label, below.y.low, below.y.is_whole = "", 0, True
+        steps = [(0.0, 0), *(((moment - begun) / unit_s, num) for moment, num in queue)]
+        ends = [*(moment for moment, _ in steps[1:]), max((ended - begun) / unit_s, steps[-1][0])]
+        corners = [corner for (at, num), end in zip(steps, ends, strict=True) for corner in ((at, num), (end, num))]
+        below.line(corners, GREY, "pieces of work that wait", is_named=False)
+        charts.append(below)
+    for one in charts:
+        one.x.low, one.x.high, one.left = 0.0, 1.005 * max(ended - begun, 1e-3) / unit_s, 120
+    bad = any(work.outcome in _ENDED_BADLY for work in works)
+    left_out = len(every) - len(drawn)
     caption = (
         "Time line of the ledger: a bar an attempt, a row an actor, worker group or the driver by its node; numbers "
         "are subsets, a prime an attempt after the first, ×n a group of n workers"
         f"{'; red crosses: lost or failed' if bad else ''}."
+        f"{' Grey: nothing was at work, while Ray or its processes started or ended.' if gaps else ''}"
         f"{' Below: pieces of work that waited for room.' if queue else ''}"
         f"{f' {left_out} further rows are left out.' if left_out > 0 else ''}"
     )
-    size = (10.0, 1.5 + 0.3 * max(3, len(drawn)) + (0.8 if queue else 0))
-    return draw_plot("time_line", caption, draw, size=size, wide=True)
+    return Plot("time_line", caption, tuple(charts), is_wide=True)
 
 
 def _unit(length_s: float) -> tuple[float, str]:
@@ -107,23 +141,21 @@ def _unit(length_s: float) -> tuple[float, str]:
     return (1.0, "seconds") if length_s < 900 else (60.0, "minutes") if length_s < 3 * 3600 else (3600.0, "hours")
 
 
-def _bar(
-    axes: Any, row: int, work: Work, begun: float, whole: float, unit_s: float, colour: str, told: set[str]
-) -> None:
-    """begun and whole: of the time line, in seconds."""
-    start, length, whole = (work.started_at - begun) / unit_s, work.wall_s / unit_s, whole / unit_s
-    label = None if work.stage in told else work.stage.replace("_", " ")
-    told.add(work.stage)
+def _bar(chart: Chart, row: int, work: Work, begun: float, unit_s: float, colour: str) -> None:
+    """begun: of the time line, in unix s."""
+    start, length, name = (work.started_at - begun) / unit_s, work.wall_s / unit_s, work.stage.replace("_", " ")
     ended_badly = work.outcome in _ENDED_BADLY
-    alpha, gap = 0.35 if ended_badly else 1.0, whole / 600  # so that bars in a row can be told apart
-    axes.barh(row, max(length - gap, gap), 0.7, left=start, color=colour, alpha=alpha, label=label)
-    if ended_badly:
-        axes.plot([start + length], [row], "x", color=BAD, markersize=7, markeredgewidth=2)
     text = ("" if work.subset is None else f"{work.subset}") + "′" * work.attempt
     text += f"×{work.num_workers}" if work.num_workers > 1 else ""
-    if text and length > whole * 0.012 * len(text):
-        style = {} if ended_badly else {"color": "white"}
-        axes.text(start + length / 2, row, text, ha="center", va="center", fontsize=8, **style)
+    told = [f"{name}{'' if work.subset is None else f' {work.subset}'}, round {work.round + 1}", f"{work.wall_s:.2f} s"]
+    told += [f"waited {work.waited_s:.2f} s"] if work.waited_s >= 0.01 else []
+    told += [f"{work.cost.num_forward / work.wall_s:,.0f} examples/s"] if work.cost.num_forward and work.wall_s else []
+    told += [work.outcome] if work.outcome != "done" else []
+    alpha = 0.35 if ended_badly else 1.0
+    tip = "\n".join([*told, work.node])
+    chart.bar(row, start, start + length, colour, name, alpha=alpha, text=text, tip=tip)
+    if ended_badly:
+        chart.points([(start + length, row)], BAD, "lost or failed", marker="x", names=[tip.replace("\n", ", ")])
 
 
 def _names(drawn: Sequence[Lane]) -> list[str]:

@@ -67,15 +67,16 @@ _SETTING = (
     _all(int, "num_seeds num_pruned num_failed")
     | _all(_LOSS, "num_subsets subset_size overdetermination_ratio")
     | _all(_SPREAD, "validation_loss validation_{} passes critical_path_passes")
+    | _all(_SPREAD, "own_loss? own_{}? full_set_loss? full_set_{}? before_loss? before_{}? test_loss? test_{}?")
     | {"overrides": dict}
 )
 _SWEEP = (
     _HEAD
     | {"space": {"*": list}, "trials": [_all(str, "name state error?") | {"overrides": dict}], "settings": [_SETTING]}
-    | {"recommended": (int,), "recommendation": str, "cost": _all(_NUMBER, "passes device_s")}
+    | {"recommended": (int,), "recommendation": str, "baseline?": (_SETTING,), "cost": _all(_NUMBER, "passes device_s")}
 )
 
-_INTERVAL = {"coverage": _NUMBER} | _all(_LOSS, "estimate low high")
+_INTERVAL = {"coverage": _NUMBER, "num": int} | _all(_LOSS, "estimate low high")
 _MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s storage_reads?") | _all(_LOSS, "validation_loss test_{}")
 _RUN = {"leg": str, "error": (str,)}
 _POINT = {"budget": _NUMBER, "runs?": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
@@ -95,7 +96,7 @@ _COMPARISON = (
     | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs?": {"*": _LEG}, "network": _NETWORK}
     | {"conventional": _all(_NUMBER, "budget test_{} target_{}")}
     | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}
-    | {"verdicts": _all(_all(str, "word text"), "total critical_path")}
+    | {"verdicts": _all(_all(str, "word text") | {"is_smoke_test?": bool}, "total critical_path")}
     | {"tuning": {"tried": [_SETTINGS | {"arm": str, "validation_loss": _LOSS}], "passes": _NUMBER}}
 )
 

@@ -9,8 +9,7 @@ import torch
 from raysubset import Config, run
 from raysubset.events import Event, MinimumDone, Stage
 from raysubset.ledger import Ledger
-from raysubset.report import write_files
-from raysubset.report.page import sections
+from raysubset.report import sections, write_files
 from raysubset.report.several import write_several
 from raysubset.run_directory import (
     RunDirectory,

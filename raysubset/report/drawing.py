@@ -1,0 +1,356 @@
+"""Plots as small SVG drawings in the page's own ink, with the values of what is drawn to point at.
+
+chart = Chart("passes", "loss", log="y")
+chart.line([(1, 0.9), (2, 0.5), (3, 0.4)], COLOURS[0], "trunk", marker="o")
+Plot("training", "Loss while training.", (chart,))            # the page draws plot.charts and plot.legend
+
+Written by hand, as matplotlib takes seconds to import and to draw: a page is made at the end of every run.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+# Mid-tones that read on white and on near-black, apart for the colour-blind in this order (after Okabe and Ito)
+COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c2559d", "#8a6fd1", "#a8892a", "#3fa3b5", "#8d99a6")
+GOOD, BAD, GREY = "#2f9e6e", "#d0524e", "#8d99a6"
+
+_FONT = 12  # pixels, of a chart 400 wide
+_CHARACTER = 0.56 * _FONT  # the mean width of one
+_MARKS = {  # around a point, in pixels; strokes of no length with caps make dots and squares of few characters
+    "o": ('stroke-width="7" stroke-linecap="round"', "h0"),
+    ".": ('stroke-width="4" stroke-linecap="round"', "h0"),
+    "s": ('stroke-width="6" stroke-linecap="square"', "h0"),
+    "D": ('stroke-width="1"', "m0-4.5l4.5 4.5-4.5 4.5-4.5-4.5z"),
+    "x": ('stroke-width="2.2"', "m-4-4l8 8m0-8l-8 8"),
+    ">": ('stroke-width="1"', "m5 0l-8-4.5v9z"),
+    "◦": ('stroke-width="1.6"', "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0"),
+}
+_FILLED = "D>"
+Place = Callable[[float], float]  # a value's place on an axis, in pixels
+
+
+@dataclass
+class Axis:
+    """One of a chart's two: what is asked of it, and all values that were drawn along it."""
+
+    label: str
+    may_be_log: bool = False  # is, where positive values span more than a factor of five
+    ticks: Sequence[tuple[float, str]] = ()  # none: chosen
+    low: float | None = None  # None: that of what is drawn, with a margin
+    high: float | None = None
+    is_whole: bool = False  # whole numbers alone
+    values: list[float] = field(default_factory=list)
+
+    def settled(self) -> "Scale":
+        """The ends and ticks that suit what was drawn."""
+        values = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
+        low, high = min(values), max(values)
+        if self.may_be_log and low > 0 and high >= 5 * low:
+            margin = (high / low) ** 0.05
+            ends = (low / margin if self.low is None else max(self.low, low / margin), self.high or high * margin)
+            return Scale(*ends, True, self.ticks or _log_ticks(*ends))
+        margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+        ends = (low - margin if self.low is None else self.low, high + margin if self.high is None else self.high)
+        return Scale(*ends, False, self.ticks or _ticks(*ends, is_whole=self.is_whole))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis with its ends."""
+
+    low: float
+    high: float
+    is_log: bool
+    ticks: Sequence[tuple[float, str]]
+
+    def place(self, start: float, end: float) -> Place:
+        """Where a value lies between two pixels; what is beyond an end lies at that end."""
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
+
+        def place(value: float) -> float:
+            at = math.log10(max(value, self.low / 2)) if self.is_log else value
+            return start + (end - start) * min(1.03, max(-0.03, (at - low) / ((high - low) or 1.0)))
+
+        return place
+
+
+def _ticks(low: float, high: float, *, is_whole: bool) -> list[tuple[float, str]]:
+    """About five round numbers between the ends."""
+    rough = (high - low) / 5 or 1.0
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.9 * rough)
+    step = max(1.0, round(step)) if is_whole else step
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(number * step, f"{number * step:.10g}") for number in numbers]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    decades = math.log10(high / low)
+    factors = (1, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 2.5 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    numbers = [factor * 10.0**power for power in powers[:: 1 + len(powers) // 8] for factor in factors]
+    return [(number, f"{number:g}") for number in numbers if low <= number <= high]
+
+
+class Chart:
+    """A pair of axes. What is drawn on it is kept in order; where that lies follows at the end, from all of it."""
+
+    def __init__(
+        self,
+        x_label: str,
+        y_label: str,
+        *,
+        title: str = "",
+        log: str = "",
+        size: tuple[float, float] = (400, 250),
+    ) -> None:
+        """
+        Args:
+            log: "x", "y" or both: axes that are logarithmic where values span much.
+            size: width and height in pixels; the page scales it, letters too.
+        """
+        self.x, self.y, self.title, self.size = Axis(x_label, "x" in log), Axis(y_label, "y" in log), title, size
+        self.above: tuple[str, float] | None = None  # what stands above: its label, and its values' share of x's
+        self.left: float | None = None  # the y axis's place in pixels; None: as its ticks need
+        self.legend: dict[str, str] = {}  # an SVG by the label of what it stands for
+        self.num_values = 0
+        self._marks: list[Callable[[Place, Place], str]] = []
+
+    def line(
+        self,
+        points: Iterable[tuple[float, float]],
+        colour: str,
+        label: str = "",
+        *,
+        marker: str = "",
+        dash: str = "",
+        width: float = 2,
+        alpha: float = 1,
+        bars: Sequence[tuple[float, float]] = (),
+        names: Sequence[str] = (),
+        is_named: bool = True,
+    ) -> None:
+        """A line through points; values that are not finite are left out.
+
+        Args:
+            marker: one of o . s D x > ◦ at each point.
+            dash: "" or SVG's, "2 4".
+            width: of the line; 0: points alone.
+            bars: the ends of one at each point.
+            names: what is said of each point, in place of its x.
+            is_named: whether the legend has it.
+        """
+        drawn = [
+            (x, y, *(bars[n] if bars else (y, y)), names[n] if names else f"{x:.5g}")
+            for n, (x, y) in enumerate(points)
+            if math.isfinite(x) and math.isfinite(y)
+        ]
+        if not drawn:
+            return
+        self.num_values += len(drawn)
+        self.x.values += [x for x, *_ in drawn]
+        self.y.values += [end for _, *ends, _ in drawn for end in ends]
+        stroke = f'stroke="{colour}"' + (f' opacity="{alpha}"' if alpha < 1 else "")
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        told = [f"{y:.5g}" + (f" ({low:.4g} to {high:.4g})" if bars else "") for _, y, low, high, _ in drawn]
+        values = f'data-k="{escape(label)}" data-x="{_joined(name for *_, name in drawn)}" data-y="{_joined(told)}"'
+
+        def draw(px: Place, py: Place) -> str:
+            places = [(_number(px(x)), _number(py(y))) for x, y, *_ in drawn]
+            parts = []
+            if bars:
+                ends = (f"M{_number(px(x))} {_number(py(low))}V{_number(py(high))}" for x, _, low, high, _ in drawn)
+                parts.append(f'<path {stroke} d="{"".join(ends)}"/>')
+            if width:
+                data = "L".join(f"{x} {y}" for x, y in places)
+                own = "" if marker else f" {values}"
+                parts.append(f'<path {stroke} stroke-width="{width}"{dashes}{own} d="M{data}"/>')
+            if marker:
+                style, shape = _MARKS[marker]
+                fill = f' fill="{colour}"' if marker in _FILLED else ""
+                data = "".join(f"M{x} {y}{shape}" for x, y in places)
+                parts.append(f'<path {stroke}{fill} {style} {values} d="{data}"/>')
+            return "".join(parts)
+
+        self._marks.append(draw)
+        if is_named:
+            key = f'<path {stroke} stroke-width="{width}"{dashes} d="M0 6H22"/>' if width else ""
+            if marker:
+                style, shape = _MARKS[marker]
+                fill = f' fill="{colour}"' if marker in _FILLED else ""
+                key += f'<path {stroke}{fill} {style} d="M11 6{shape}"/>'
+            self._name(label, key)
+
+    def points(
+        self, points: Iterable[tuple[float, float]], colour: str, label: str = "", *, marker: str = "o", **style: Any
+    ) -> None:
+        """line() without the line."""
+        self.line(points, colour, label, marker=marker, width=0, **style)
+
+    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
+        """What lies between two lines, faintly."""
+        ends = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if math.isfinite(low + high)]
+        self.y.values += [end for _, *both in ends for end in both]
+
+        def draw(px: Place, py: Place) -> str:
+            there = "L".join(f"{_number(px(x))} {_number(py(high))}" for x, _, high in ends)
+            back = "L".join(f"{_number(px(x))} {_number(py(low))}" for x, low, _ in reversed(ends))
+            return f'<path fill="{colour}" opacity=".2" d="M{there}L{back}z"/>' if ends else ""
+
+        self._marks.append(draw)
+
+    def bar(
+        self,
+        y: float,
+        start: float,
+        end: float,
+        colour: str,
+        label: str = "",
+        *,
+        height: float = 0.7,
+        alpha: float = 1,
+        text: str = "",
+        tip: str = "",
+    ) -> None:
+        """A box along x, `height` of y's units high; with a text where that fits in.
+
+        Args:
+            tip: what is said of it where it is pointed at.
+        """
+        self.num_values += 1
+        self.x.values += [start, end]
+        self.y.values += [y - height / 2, y + height / 2]
+
+        def draw(px: Place, py: Place) -> str:
+            left, right = sorted((px(start), px(end)))
+            top, bottom = sorted((py(y - height / 2), py(y + height / 2)))
+            wide, opacity = max(0.8, right - left - 0.6), f' fill-opacity="{alpha:.2g}"' if alpha < 1 else ""
+            about = f' data-t="{escape(tip)}"' if tip else ""
+            box = f'x="{_number(left)}" y="{_number(top)}" width="{_number(wide)}" height="{_number(bottom - top)}"'
+            words = ""
+            if text and len(text) * _CHARACTER * 0.9 < wide and bottom - top > 9:
+                at = f'x="{_number((left + right) / 2)}" y="{_number((top + bottom) / 2 + 4)}"'
+                words = f'<text class="{"on" if alpha == 1 else "in"}" {at}>{escape(text)}</text>'
+            return f'<rect fill="{colour}"{opacity}{about} {box}/>{words}'
+
+        self._marks.append(draw)
+        self._name(label, f'<rect fill="{colour}" fill-opacity="{alpha}" x="4" y="1" width="14" height="10"/>')
+
+    def text(self, x: float, y: float, text: str, *, beside: bool = True) -> None:
+        """Words to the right of a point, or around it."""
+
+        def draw(px: Place, py: Place) -> str:
+            at = f'x="{_number(px(x) + 8 * beside)}" y="{_number(py(y) + 4)}"'
+            return f"<text{'' if beside else ' class=in'} {at}>{escape(text)}</text>"
+
+        self._marks.append(draw)
+
+    def across(self, y: float, colour: str = GREY, label: str = "", *, dash: str = "2 4", width: float = 1.5) -> None:
+        """A line from edge to edge at a height."""
+        if not math.isfinite(y):
+            return
+        self.y.values.append(y)
+        style = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}"'
+        tip = f' data-t="{escape(f"{label}: {y:.5g}")}"' if label else ""
+        self._marks.append(lambda px, py: f'<path {style}{tip} d="M{_LEFT} {_number(py(y))}H{_RIGHT}"/>')
+        self._name(label, f'<path {style} d="M0 6H22"/>')
+
+    def upright(self, x: float, colour: str = GREY, *, width: float = 1.5, alpha: float = 1, dash: str = "2 4") -> None:
+        """A line from top to bottom."""
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        style = f'stroke="{colour}" stroke-width="{width}" opacity="{alpha}"{dashes}'
+        self._marks.append(lambda px, py: f'<path {style} d="M{_number(px(x))} {_TOP}V{_BOTTOM}"/>')
+
+    def _name(self, label: str, key: str) -> None:
+        if label:
+            self.legend.setdefault(label, f'<svg class="key" viewBox="0 0 22 12">{key}</svg>')
+
+    def svg(self, caption: str) -> str:
+        """The <svg> element; the caption is read to those who cannot see it."""
+        x, y = self.x.settled(), self.y.settled()
+        width, height = self.size
+        names = max((len(text) for _, text in y.ticks), default=0)
+        left = self.left or 10 + _CHARACTER * names + (16 if self.y.label else 0)
+        right = width - max(8.0, _CHARACTER * len(x.ticks[-1][1]) / 2 if x.ticks else 0)
+        longest, together = max((len(t) for _, t in x.ticks), default=0), sum(len(t) + 1.5 for _, t in x.ticks)
+        is_tilted = _CHARACTER * together > right - left
+        room = 20 + (0.7 * _CHARACTER * longest if is_tilted else 0)
+        top, bottom = 22.0 if self.title else 38.0 if self.above else 8.0, height - room - (16 if self.x.label else 0)
+        px, py = x.place(left, right), y.place(bottom, top)
+        grid = "".join(f"M{_number(px(at))} {_number(top)}V{_number(bottom)}" for at, _ in x.ticks)
+        grid += "".join(f"M{_number(left)} {_number(py(at))}H{_number(right)}" for at, _ in y.ticks)
+        words = [_tick(px(at), bottom, text, is_tilted=is_tilted) for at, text in x.ticks]
+        at_y = f'<text class="end" x="{_number(left - 6)}" y="'
+        words += [f'{at_y}{_number(py(at) + 4)}">{escape(text)}</text>' for at, text in y.ticks]
+        middle = _number((left + right) / 2)
+        if self.above:
+            label, factor = self.above
+            ends = x.low * factor, x.high * factor
+            ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends, is_whole=False)
+            words += [_tick(px(at / factor), top - 20, text, is_tilted=False) for at, text in ticks]
+            words.append(f'<text class="in" x="{middle}" y="12">{escape(label)}</text>')
+        if self.x.label:
+            words.append(f'<text class="in" x="{middle}" y="{_number(height - 5)}">{escape(self.x.label)}</text>')
+        if self.y.label:
+            at = f"translate(11 {_number((top + bottom) / 2)})rotate(-90)"
+            words.append(f'<text class="in" transform="{at}">{escape(self.y.label)}</text>')
+        if self.title:
+            title = escape(self.title[: int(width / _CHARACTER)])
+            words.append(f'<text class="in title" x="{middle}" y="13">{title}</text>')
+        marks = "".join(draw(px, py) for draw in self._marks)
+        for name, at in ((_LEFT, left), (_RIGHT, right), (_TOP, top), (_BOTTOM, bottom)):
+            marks = marks.replace(name, _number(at))
+        axes = f'data-x="{escape(self.x.label)}" data-y="{escape(self.y.label)}"'
+        return (
+            f'<svg class="plot" role="img" aria-label="{escape(caption)}" viewBox="0 0 {width:g} {height:g}" {axes}>'
+            f'<path class="grid" d="{grid}"/><path class="axes" d="M{_number(left)} {_number(top)}V{_number(bottom)}'
+            f'H{_number(right)}"/>{marks}{"".join(words)}<circle class="here" r="6"/></svg>'
+        )
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = "\x01", "\x02", "\x03", "\x04"  # in marks that reach from edge to edge
+
+
+def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
+    """Words below the axis; aslant where they would touch one another."""
+    if is_tilted:
+        place = f'class="end" transform="translate({_number(x + 4)} {_number(bottom + 12)})rotate(-45)"'
+    else:
+        place = f'class="in" x="{_number(x)}" y="{_number(bottom + 15)}"'
+    return f"<text {place}>{escape(text)}</text>"
+
+
+def _number(pixels: float) -> str:
+    """To a tenth of a pixel, in few characters."""
+    return f"{pixels:.1f}".removesuffix(".0")
+
+
+def _joined(texts: Iterable[str]) -> str:
+    return escape("|".join(text.replace("|", "/") for text in texts))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Charts that belong together, and what they show."""
+
+    name: str
+    caption: str  # a sentence or two; also read to those who cannot see it
+    charts: tuple[Chart, ...]
+    is_wide: bool = False  # wants the whole width of a page
+
+    @property
+    def legend(self) -> dict[str, str]:
+        """An SVG by the label of what it stands for; of all charts together."""
+        return {label: key for chart in self.charts for label, key in chart.legend.items()}
+
+    @property
+    def svgs(self) -> list[str]:
+        return [chart.svg(self.caption) for chart in self.charts]
+
+
+def colour_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour a name, in their order; the ninth is the first's again."""
+    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}

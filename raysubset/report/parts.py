@@ -1,0 +1,66 @@
+"""What a report consists of, for the terminal and the page alike: sections of tables and lines, with plots and
+pictures."""
+
+import re
+from dataclasses import dataclass
+
+from raysubset.events import Note
+from raysubset.report.drawing import Plot
+
+_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
+_TEXT = re.compile(r"[A-Za-z]{4,}")
+_NARROW, _COLUMN_GAP = 84, 2  # characters of half of a wide page, and between columns
+
+
+class Preformatted(str):
+    """A text that is shown as it stands, with its spaces and line breaks."""
+
+
+class Command(Preformatted):
+    """A command line for the user to copy."""
+
+
+Line = str | Note  # a str may be Preformatted
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with a line below it."""
+
+    png: bytes
+    width: int  # pixels on the page
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, lines of text, or a table with lines below it; on the page with its plots and pictures."""
+
+    title: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    lines: tuple[Line, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def numeric(self) -> frozenset[int]:
+        """The columns that hold numbers alone, and so are set flush right."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
+
+    @property
+    def has_wide_table(self) -> bool:
+        """Whether the table wants more than half of a wide page."""
+        cells = zip(self.columns, *self.rows, strict=True)
+        widths = (_COLUMN_GAP + max(min(len(cell), 30) for cell in column) for column in cells)
+        return sum(widths) > _NARROW
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it wants the whole width of a page."""
+        return self.has_wide_table or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell.strip()) is not None and not _TEXT.search(cell)

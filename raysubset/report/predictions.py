@@ -1,0 +1,249 @@
+"""What the final model makes of the test split, from what its run left of it: scores by class and the confusion
+matrix, some images and masks that are wrong, residuals of a regression, texts."""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from raysubset.report.drawing import BAD, COLOURS, GOOD, Axis, Chart, Plot
+from raysubset.report.figures import Record
+from raysubset.report.parts import Picture, Preformatted, Section
+from raysubset.run_directory import MISTAKES_PATH, MODEL_RECORD_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
+
+MOST_CLASSES = 20  # of a matrix that can be read
+_MOST_PAIRS = 12
+_LEAST_SIDE = 56  # pixels of an example on the page, by whole multiples of its own
+_MOST_OUTPUTS = 6  # of a regression that are drawn
+_MOST_POINTS = 1000  # of each
+_MOST_WORST = 10
+
+
+def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
+    """By what the run's task left of its test examples."""
+    predictions, mistakes = (
+        directory.read_table(path) if directory.exists(path) else pa.table({})
+        for path in (PREDICTIONS_PATH, MISTAKES_PATH)
+    )
+    model = directory.read_json(MODEL_RECORD_PATH) if directory.exists(MODEL_RECORD_PATH) else {}
+    if {"label", "predicted"}.issubset(predictions.column_names) and (names := _class_names(model)):
+        yield from _mistaken_classes(names, model.get("image_shape"), predictions, mistakes)
+    if (outputs := outputs_of(predictions)) and len(predictions):
+        yield worst_predictions(predictions, outputs)
+    if "mask" in mistakes.column_names and len(mistakes) and model:
+        lines = ("The image, its mask and the predicted one; grey is not counted.",)
+        drawn = masks(mistakes, model["task"]["inputs"]["image_shape"])
+        yield Section("Masks it gets wrong", lines=lines, pictures=tuple(drawn))
+    if samples := directory.read_json_or_none(SAMPLES_PATH):
+        texts = (Preformatted(f"{sample['prompt']}│{sample['text']}") for sample in samples)
+        yield Section("What it writes", lines=("The final model goes on from what stands before │.", *texts))
+
+
+def _class_names(model: Record) -> Sequence[str]:
+    """Those of a classifier, by what model.json says."""
+    return model.get("class_names") or model.get("task", {}).get("class_names") or ()
+
+
+def _mistaken_classes(
+    names: Sequence[str], image_shape: Sequence[int] | None, predictions: pa.Table, mistakes: pa.Table
+) -> Iterator[Section]:
+    counts = confusion(predictions, len(names))
+    wrong = int(counts.sum() - counts.trace())
+    yield class_scores(counts, names)
+    line = f"{wrong:,} of {int(counts.sum()):,} test examples are wrong."
+    if len(names) <= MOST_CLASSES:
+        yield Section("What it gets wrong", lines=(line,), plots=(confusion_plot(counts, names),))
+    elif wrong:
+        yield confused_pairs(counts, names)
+    if image_shape and "image" in mistakes.column_names and (shown := pictures(mistakes, image_shape, names)):
+        lines = (
+            f"{len(shown)} of {wrong:,}: those where the predicted class's output exceeds the label's by most. Some "
+            "labels may be wrong.",
+        )
+        yield Section("Examples it gets wrong", lines=lines, pictures=tuple(shown))
+
+
+def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
+    """Recall, precision and F1 of each class on the test split; of many classes those with the least F1.
+
+    Args:
+        counts: confusion()'s.
+    """
+    right, of_label, of_prediction = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    recall, precision = (
+        np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+        for totals in (of_label, of_prediction)
+    )
+    f1 = 2 * right / np.maximum(of_label + of_prediction, 1)
+    with_examples = [number for number in range(len(counts)) if of_label[number]]
+    shown = with_examples
+    if len(counts) > MOST_CLASSES:
+        shown = sorted(with_examples, key=lambda number: f1[number])[:_MOST_PAIRS]
+    rows = tuple(
+        (
+            class_names[number],
+            f"{of_label[number]:,}",
+            *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in (recall[number], precision[number])),
+            f"{100 * f1[number]:.1f}",
+        )
+        for number in shown
+    )
+    mean = f"Mean over {len(with_examples)} classes: recall {100 * np.nanmean(recall):.1f} %, F1 "
+    lines = [f"{mean}{100 * np.mean(f1[with_examples]):.1f} %."] if with_examples else []
+    if len(shown) < len(with_examples):
+        lines.append(f"The {len(shown)} with the least F1.")
+    columns = ("class", "test examples", "recall, %", "precision, %", "F1, %")
+    return Section("Classes", columns, rows, tuple(lines))
+
+
+def confusion(predictions: pa.Table, num_classes: int) -> np.ndarray:
+    """int64 [num_classes, num_classes]: test examples by label (rows) and predicted class (columns)."""
+    labels, predicted = (predictions.column(name).to_numpy() for name in ("label", "predicted"))
+    counts = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
+    """The matrix with its numbers; the right ones green, the wrong ones red, darker where there are more."""
+    num, names = len(counts), [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
+    side = 400 if num <= 10 else 640
+    chart = Chart("predicted", "label", size=(side, side * 0.92))
+    right = counts.diagonal().max(initial=1)
+    wrong = max(1, int((counts - np.diag(counts.diagonal())).max(initial=1)))
+    for row, column in zip(*map(np.ndarray.tolist, counts.nonzero()), strict=True):
+        n = int(counts[row, column])
+        colour, most = (GOOD, right) if row == column else (BAD, wrong)
+        alpha = 0.15 + 0.6 * (n / most) ** 0.5
+        tip = f"{n} of {class_names[row]}\npredicted {class_names[column]}"
+        chart.bar(row, column - 0.5, column + 0.5, colour, height=0.97, alpha=alpha, text=str(n), tip=tip)
+    ticks = list(enumerate(names))
+    chart.x, chart.y = Axis("predicted", ticks=ticks, low=-0.5, high=num - 0.5), Axis("label", ticks=ticks)
+    chart.y.low, chart.y.high = num - 0.5, -0.5
+    caption = f"Confusion matrix of the final model on {int(counts.sum()):,} test examples."
+    return Plot("confusion", caption, (chart,), is_wide=num > 10)
+
+
+def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
+    """The classes most often taken for one another, where there are too many for a matrix."""
+    wrong = counts - np.diag(counts.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
+    cells = [(int(cell) // len(counts), int(cell) % len(counts)) for cell in order]
+    rows = tuple(
+        (class_names[label], class_names[predicted], f"{wrong[label, predicted]}", f"{counts[label].sum()}")
+        for label, predicted in cells
+        if wrong[label, predicted]
+    )
+    lines = (f"The most frequent mistakes among {len(counts)} classes on the test split.",)
+    return Section("Confused classes", ("label", "predicted", "times", "of"), rows, lines)
+
+
+def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
+    """The examples of a classifier's test_mistakes.parquet."""
+    found = []
+    for row in mistakes.to_pylist():
+        pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape)
+        found.append(_picture(pixels, f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"))
+    return found
+
+
+def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
+    """The examples of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side.
+
+    Args:
+        mistakes: columns image, mask and predicted, lists of the values in the order of rows and columns.
+        image_shape: (H, W, C).
+    """
+    found = []
+    for row in mistakes.to_pylist():
+        own = _in_colour(np.array(row["image"], dtype=np.uint8).reshape(*image_shape))
+        mask, predicted = (np.array(row[name]).reshape(*image_shape[:2]) for name in ("mask", "predicted"))
+        gap = np.full((len(mask), max(1, mask.shape[1] // 16), 3), 255, dtype=np.uint8)
+        truth, guess = (_MASK_COLOURS[classes % 256] for classes in (mask, predicted))
+        pixels = np.concatenate([own, gap, truth, gap, guess], axis=1)
+        found.append(_picture(pixels, f"{np.mean(mask != predicted):.1%} of its pixels differ", of=3))
+    return found
+
+
+def _mask_colours() -> np.ndarray:
+    """uint8 [256, 3]: black of class 0, a colour of each after it, grey of what is ignored: -1, -100, 255."""
+    colours = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in COLOURS], np.uint8)
+    found = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(colours, (255, 3))])
+    found[[255, 256 - 100]] = 128
+    return found
+
+
+_MASK_COLOURS = _mask_colours()
+
+
+def _in_colour(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] of an image; of one that is not RGB, the first channel in grey."""
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[:, :, :1], 3, axis=2)
+
+
+def _picture(pixels: np.ndarray, text: str, *, of: int = 1) -> Picture:
+    """A PNG of uint8 [H, W, C], at least as wide on the page as can be seen for each of its `of` parts."""
+    from PIL import Image
+
+    channels, width = pixels.shape[2], pixels.shape[1]
+    image = Image.fromarray(pixels if channels == 3 else np.ascontiguousarray(pixels[:, :, 0]))
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return Picture(file.getvalue(), width * max(1, round(of * _LEAST_SIDE / width)), text)
+
+
+def outputs_of(predictions: pa.Table) -> list[str]:
+    """Suffixes of the columns target… and prediction…: "" of a single output, "_0", "_1" of several; [] of others."""
+    names = predictions.column_names
+    suffixes = [name.removeprefix("target") for name in names if name.startswith("target")]
+    return [suffix for suffix in suffixes if f"prediction{suffix}" in names]
+
+
+def residuals_plot(predictions: pa.Table, outputs: Sequence[str]) -> Plot:
+    """Prediction over truth, a chart an output, with the line on which both are equal."""
+    drawn = outputs[:_MOST_OUTPUTS]
+    shown = np.linspace(0, len(predictions) - 1, min(len(predictions), _MOST_POINTS)).astype(int)
+    charts = []
+    for suffix in drawn:
+        chart = Chart(f"truth{suffix.replace('_', ' ')}", "prediction", size=(400, 300))
+        target, prediction = (values[shown].tolist() for values in _pair(predictions, suffix))
+        ends = [value for value in target if math.isfinite(value)]
+        equal = [(end(ends), end(ends)) for end in (min, max) if ends]
+        chart.line(equal, BAD, "where both are equal", dash="2 4", width=1.5)
+        chart.points(zip(target, prediction, strict=True), COLOURS[0], "test example", marker=".", alpha=0.7)
+        charts.append(chart)
+    left_out = len(outputs) - len(drawn)
+    caption = (
+        f"Predictions of the final model over the truth, {len(shown):,} of {len(predictions):,} test examples."
+        f"{f' {left_out} further outputs are left out.' if left_out else ''}"
+    )
+    return Plot("residuals", caption, tuple(charts), is_wide=len(charts) > 1)
+
+
+def worst_predictions(predictions: pa.Table, outputs: Sequence[str]) -> Section:
+    """The test examples with the largest errors; of several outputs, in units of each target's standard deviation."""
+    pairs = [_pair(predictions, suffix) for suffix in outputs]
+    errors = np.stack([prediction - target for target, prediction in pairs], axis=1)
+    spreads = np.array([np.nanstd(target) or 1.0 for target, _ in pairs]) if len(outputs) > 1 else 1.0
+    sizes = np.where(np.isfinite(errors), np.abs(errors) / spreads, np.inf)
+    worst = np.argsort(-sizes.max(axis=1), kind="stable")[:_MOST_WORST]
+    rows = []
+    for place in map(int, worst):
+        output = int(sizes[place].argmax())
+        target, prediction = (values[place] for values in pairs[output])
+        name = (outputs[output].removeprefix("_"),) if len(outputs) > 1 else ()
+        values = (f"{value:.6g}" for value in (target, prediction))
+        rows.append((f"{predictions.column('row')[place]}", *name, *values, f"{errors[place, output]:+.4g}"))
+    columns = ("row", *(("output",) if len(outputs) > 1 else ()), "truth", "prediction", "error")
+    unit = ", in units of each output's spread" if len(outputs) > 1 else ""
+    lines = (
+        f"The {len(rows)} of {len(predictions):,} test examples with the largest errors{unit}, by their row in the "
+        "source. Some of the truth may be wrong.",
+    )
+    return Section("Where it is furthest off", columns, tuple(rows), lines, (residuals_plot(predictions, outputs),))
+
+
+def _pair(predictions: pa.Table, suffix: str) -> tuple[np.ndarray, np.ndarray]:
+    target, prediction = (predictions.column(f"{name}{suffix}").to_numpy() for name in ("target", "prediction"))
+    return target.astype(float), prediction.astype(float)

@@ -1,0 +1,406 @@
+"""What a user reads of a finished run: the result, its recipe, what each stage reached and cost, what this tells."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from raysubset.config import Config, MinimizeConfig, TrainingStage, flatten
+from raysubset.costs import bytes_in_words
+from raysubset.errors import listed
+from raysubset.events import Note
+from raysubset.quality import Quality, quality_of
+from raysubset.report.beside import Beside, held_against
+from raysubset.report.commands import command
+from raysubset.report.drawing import Plot
+from raysubset.report.figures import (
+    Record,
+    finite,
+    is_least_squares,
+    mean_metrics,
+    standard_error,
+    trained_passes,
+    with_error,
+)
+from raysubset.report.findings import findings, next_commands
+from raysubset.report.parts import Command, Line, Section
+from raysubset.report.run_plots import (
+    aggregation_losses,
+    costs_by_stage,
+    gap_over_q,
+    minima_losses,
+    rounds_losses,
+    story,
+    training_curves,
+)
+
+MOST_ROWS = 12  # minima or rounds that get a row each
+
+
+def sections(record: Record, beside: Beside | None = None) -> list[Section]:
+    """What a user reads of a finished run.
+
+    Args:
+        beside: what lies in the same storage path to hold it against: find_beside().
+    """
+    beside = beside or Beside()
+    told, following = what_follows(record, beside)
+    return [result(record, beside), *measured(record), told, following]
+
+
+def what_follows(record: Record, beside: Beside) -> tuple[Section, Section]:
+    """What this tells, and what to run next."""
+    told = Section("What this tells", lines=tuple(findings(record)))
+    return told, Section("Next", lines=tuple(next_commands(record, beside)))
+
+
+def measured(record: Record) -> Iterator[Section]:
+    """The tables, each with its plots, in the order of the stages."""
+    rounds = record["stages"].get("rounds") or []
+    yield recipe(record)
+    yield _final_model(record)
+    yield _stages(record)
+    if rounds:
+        if len(rounds) > 1:
+            yield _rounds(record, rounds)
+        yield _minima(record, rounds)
+        yield _aggregation(record, rounds[-1])
+        if rounds[-1]["aggregation"]["candidates"]:
+            yield _candidates(rounds[-1]["aggregation"], quality_of(record))
+    yield _costs(record)
+
+
+def _drawn(*plots: Plot | None) -> tuple[Plot, ...]:
+    return tuple(plot for plot in plots if plot is not None)
+
+
+_OF_A_STAGE = {  # what the recipe's table says of every stage, by the fields of its MinimizeConfig
+    "optimizer": "optimizer",
+    "epochs": "epochs",
+    "batch_size": "batch size",
+    "schedule": "schedule",
+    "weight_decay": "weight decay",
+}
+
+
+def recipe(record: Record) -> Section:
+    """How each stage minimized, and the command that does it again."""
+    try:
+        config = Config.from_dict(record["config"])
+    except ValueError as error:  # of a version before this one, or changed since: the results stand all the same
+        return Section("Recipe", lines=(Note(f"the config cannot be read: {error}", is_warning=True),))
+    stages = record["stages"]
+    rounds = stages.get("rounds") or []
+    columns: dict[TrainingStage, str] = {}
+    every: tuple[TrainingStage, ...] = ("conventional", "trunk", "subsets", "fine_tuning")
+    for stage in every:
+        if stages.get("rounds" if stage == "subsets" else stage):
+            columns[stage] = stage.replace("_", " ")
+    recipes: dict[TrainingStage, dict[str, Any]] = {}
+    for stage in columns:
+        epochs = stages[stage]["history"][-1]["epoch"] if stage == "conventional" and stages[stage]["history"] else None
+        recipes[stage] = flatten(asdict(config.stage(stage, epochs=epochs)))
+    rows = [(name, *(_setting(recipes[stage][key]) for stage in columns)) for key, name in _OF_A_STAGE.items()]
+    rates = {
+        stage: config.stage(stage, epochs=1.0).peak_learning_rate()
+        if own["learning_rate"] or ":" not in own["optimizer"]
+        else None
+        for stage, own in recipes.items()
+    }
+    rows.insert(1, ("learning rate, peak", *("its own" if rate is None else f"{rate:g}" for rate in rates.values())))
+    ordinary = flatten(asdict(MinimizeConfig()))
+    for key, usual in ordinary.items():
+        values = [recipes[stage][key] for stage in columns]
+        if key not in (*_OF_A_STAGE, "learning_rate") and any(value != usual for value in values):
+            rows.append((key.replace("_", " "), *map(_setting, values)))
+    num_train = record["data"]["num_train"]
+    sizes = sorted({minimum["num_examples"] for minimum in rounds[-1]["minima"]}) if rounds else [0]
+    of_subsets = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
+    rows.append(("examples", *(of_subsets if stage == "subsets" else f"{num_train:,}" for stage in columns)))
+    workers = {
+        "subsets": f"{len(rounds[-1]['minima'])} subsets" if rounds else "",
+        "fine_tuning": str((stages.get("fine_tuning") or {}).get("num_workers", 1)),
+        "trunk": str(config.trunk.num_workers),
+        "conventional": str(config.conventional.num_workers),
+    }
+    rows.append(("workers", *(workers[stage] for stage in columns)))
+    if len(rounds) > 1:
+        rows.append(("rounds", *(str(len(rounds)) if stage == "subsets" else "1" for stage in columns)))
+    line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh makes it anew):"
+    again = Command(command(record["config"]))
+    return Section("Recipe", ("", *columns.values()), tuple(rows), (line, again))
+
+
+def _setting(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def result(record: Record, beside: Beside) -> Section:
+    """The result in a sentence, and against what it is held; with its story."""
+    test, cost, model = record["test"], record["cost"], record["model"]
+    sentence = (
+        f"Test {_counted(test, quality_of(record))}, loss {_number(test['loss'])}, with {model['name']} of "
+        f"{model['num_parameters']:,} parameters, for {cost['passes']:.2f} passes over the training set in total, "
+        f"{cost['critical_path_passes']:.2f} of them on the critical path."
+    )
+    lines = (sentence, *held_against(record, beside))
+    return Section(record["name"], lines=lines, plots=_drawn(story(record, beside.run)))
+
+
+def _final_model(record: Record) -> Section:
+    quality = quality_of(record)
+    rows = tuple(
+        (name, f"{metrics['num_examples']:,}", _number(metrics["loss"]), _counted(metrics, quality, quality.cell))
+        for name, metrics in (
+            ("test, read once at the end", record["test"]),
+            ("validation, read for every choice", record["validation"]),
+        )
+    )
+    lines = list(map(Note.from_json, record["data"]["notes"]))
+    if others := list(_other_values(record["test"], quality)):
+        lines.insert(0, Note(f"On test data also: {', '.join(others)}."))
+    error = "" if standard_error(record["test"], quality) is None else " ± standard error"
+    columns = ("on", "examples", "loss", f"{quality.heading}{error}")
+    return Section("Final model", columns, rows, tuple(lines))
+
+
+def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
+    """What the metrics tell beside loss, quality, sums and errors: 'rmse 53.2'."""
+    for key, value in metrics.items():
+        is_known = key in ("loss", quality.name) or key.startswith("num_") or key.endswith(("_sum", "_error"))
+        if isinstance(value, int | float) and not is_known:
+            yield f"{key.replace('_', ' ')} {value:.4g}"
+
+
+def _stages(record: Record) -> Section:
+    stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
+    cost = {row["stage"]: row for row in record["cost"]["stages"]}
+    rows: list[tuple[str, ...]] = []
+    measured = ("loss", quality.name)
+
+    def add(name: str, training: Any, validation: Any, costs: str | None = None) -> None:
+        paid = ("",) * 5
+        if costs in cost:
+            row = cost[costs]
+            paid = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
+            paid += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
+            paid += (
+                f"{row['passes'] * record['data']['num_train'] / row['device_s']:,.0f}" if row["device_s"] else "",
+            )
+        rows.append((name, *_pair(training, quality), *_pair(validation, quality), *paid))
+
+    for stage in ("conventional", "trunk"):
+        if work := stages.get(stage):
+            add(stage, work["training"], work["validation"], stage)
+    if rounds:
+        minima, made = rounds[-1]["minima"], rounds[-1]["aggregation"]
+        count = "" if len(minima) == 1 else f", mean of {len(minima)}"
+        splits = [[minimum[split] for minimum in minima] for split in ("training", "validation")]
+        training, validation = (mean_metrics(own, quality) for own in splits)
+        add(f"subsets{count}", training, validation, "subsets")
+        if len(minima) > 1:
+            for name, pick in (("least", min), ("greatest", max)):
+                training, validation = ({k: pick(finite(one[k]) for one in own) for k in measured} for own in splits)
+                add(f"  {name}", training, validation)
+        add(f"aggregate, {made['method']}", made["training"], made["validation"], "aggregation")
+        if len(minima) > 1:
+            add("  ensemble, for reference", None, made["ensemble"])
+    if work := stages.get("fine_tuning"):
+        add("fine_tuning", work["training"], work["validation"], "fine_tuning")
+    add("test", None, None, "test")
+    if "measuring" in cost:
+        add("measuring of speeds", None, None, "measuring")
+    lines = [
+        "A pass is forward and backward over as many examples as the training set has, forward alone "
+        f"{record['model']['forward_share']:.2f} of one in this network. "
+        "Critical path: if every subset had a device of its own; of n workers each makes 1/n. Examples/s: of a device, "
+        "forward and backward, evaluation counted by its share, start-up of a stage's processes included."
+    ]
+    if rounds:
+        lines.append(
+            "Training columns: subsets on their own examples, the others on the training set or a sample of it; all "
+            "without augmentation."
+        )
+    if len(rounds) > 1:
+        lines.insert(0, f"Costs are of all rounds, what was measured is of round {len(rounds)}.")
+    columns = ("stage", "training loss", quality.heading, "validation loss", quality.heading, "passes", "critical path")
+    columns += ("device s", "wall s", "examples/s")
+    return Section("Stages", columns, tuple(rows), tuple(lines), _drawn(training_curves(record)))
+
+
+def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
+    rows, quality = [], quality_of(record)
+    measured = [round for round in rounds if round["aggregation"]["validation"]]
+    for round in measured[-MOST_ROWS:]:
+        made = round["aggregation"]
+        rows.append(
+            (
+                f"{round['round'] + 1}",
+                _number(made["mean_member_loss"]),
+                quality.cell(made[f"mean_member_{quality.name}"]),
+                *_pair(made["ensemble"], quality),
+                *_pair(made["validation"], quality),
+                _number(made["barrier"], "+.4f"),
+            )
+        )
+    lines = []
+    if left_out := len(measured) - len(rows):
+        lines.append(f"The first {left_out} of the rounds that were measured are in report.json.")
+    if unmeasured := len(rounds) - len(measured):
+        lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured, as rounds.evaluate_every asked.")
+    names = [name for of in ("mean member", "ensemble", "aggregate") for name in (of, quality.heading)]
+    title = f"Rounds, validation loss and {quality.name}"
+    return Section(title, ("round", *names, "barrier"), tuple(rows), tuple(lines), _drawn(rounds_losses(record)))
+
+
+def _minima(record: Record, rounds: Sequence[Record]) -> Section:
+    minima, quality = rounds[-1]["minima"], quality_of(record)
+    squared = is_least_squares(record)
+    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", quality.heading, "ended by")
+    if squared:
+        columns += ("validation / own loss", "(Q+1)/(Q-1)")
+    if len(minima) <= MOST_ROWS:
+        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), squared, quality) for m in minima]
+        for index, minimum in enumerate(minima):
+            rows[index] = (*rows[index][:7], minimum["outcome"], *rows[index][7:])
+    else:
+        figures = [_figures(minimum, quality) for minimum in minima]
+        outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
+        rows = []
+        for name, pick in (("mean", fmean), ("least", min), ("greatest", max)):
+            picked = [pick(values) for values in zip(*figures, strict=True)]
+            row = _minimum_row(f"{name} of {len(minima)}", picked, squared, quality)
+            rows.append((*row[:7], outcomes if name == "mean" else "", *row[7:]))
+    title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
+    lines = [
+        "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
+    ]
+    if slots := record["decisions"].get("slots"):
+        speeds = ", ".join(
+            f"{kind} {speed:.4g}" for kind, speed in {slot["kind"]: slot["speed"] for slot in slots}.items()
+        )
+        lines.append(
+            f"Sizes are by the speed of the nodes ({speeds}), so that all finish together; the critical path counts "
+            "passes, as if all were equally fast."
+        )
+    if squared:
+        lines.append(
+            "(Q+1)/(Q-1) is what least squares at its exact minimum and fixed inputs would give for the ratio; "
+            "a network stopped before its minimum need not."
+        )
+    return Section(title, columns, tuple(rows), tuple(lines), _drawn(minima_losses(record), gap_over_q(record)))
+
+
+def _figures(minimum: Record, quality: Quality) -> list[float]:
+    """Q, examples, own loss, validation loss, gap, quality, ratio of the losses, what least squares would give."""
+    own, held_out = finite(minimum["training"]["loss"]), finite(minimum["validation"]["loss"])
+    q = minimum["overdetermination_ratio"]
+    ratio = held_out / own if own else float("inf")
+    law = (q + 1) / (q - 1) if q > 1 else float("inf")
+    reached = finite(minimum["validation"][quality.name])
+    return [q, minimum["num_examples"], own, held_out, held_out - own, reached, ratio, law]
+
+
+def _minimum_row(name: str, figures: Sequence[float], squared: bool, quality: Quality) -> tuple[str, ...]:
+    q, num, own, held_out, gap, reached, ratio, law = figures
+    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}", quality.cell(reached))
+    return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if squared else row
+
+
+def _aggregation(record: Record, last: Record) -> Section:
+    made, minima, quality = last["aggregation"], last["minima"], quality_of(record)
+    config = _config(record)
+    has_outer_step = config is not None and config.rounds.has_outer_step()
+    rows = [
+        ("best member", *_pair(made["best_member"], quality)),
+        ("mean member", _number(made["mean_member_loss"]), quality.cell(made[f"mean_member_{quality.name}"])),
+        ("ensemble of predictions", *_pair(made["ensemble"], quality)),
+    ]
+    if made["method"] != "uniform_soup" or has_outer_step:
+        rows.append(("plain mean of all", *_pair(made["uniform_mean"], quality)))
+    step = ", then the outer step" if has_outer_step else ""
+    rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"], quality)))
+    members = ", ".join(map(str, made["subset_ids"]))
+    used = f"Members: {members} ({len(made['subset_ids'])} of {len(minima)})"
+    if len(set(made["coefficients"])) > 1:
+        used += ", weighted " + ", ".join(f"{share:.3f}" for share in made["coefficients"])
+    if made["tried"]:
+        used += f"; {len(made['tried'])} candidates were scored on validation data"
+    barrier = f"Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."
+    lines: list[Line] = [f"{used}. {barrier}"]
+    if aligned := made["alignment"]:
+        before, after = (_number(aligned[key], "+.4f") for key in ("barrier_before", "barrier_after"))
+        lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
+    if made["of_first"]:
+        lines.append(f"Not averaged, from subset {made['subset_ids'][0]}: {listed(made['of_first'])}.")
+    if not made["shared_start"]:
+        text = "the members share no start, so that a plain mean of them need not make sense."
+        lines.append(Note(text, is_warning=True))
+    title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
+    columns, plots = ("on validation data", "loss", quality.heading), _drawn(aggregation_losses(record))
+    return Section(title, columns, tuple(rows), tuple(lines), plots if len(minima) > 1 else ())
+
+
+def _candidates(made: Record, quality: Quality) -> Section:
+    """What auto tried."""
+    rows = []
+    for one in made["candidates"]:
+        cost = (f"{one['cost']['num_forward']:,}", f"{one['cost']['device_s']:.1f}")
+        measured = ("refused", "") if one["validation"] is None else _pair(one["validation"], quality)
+        rows.append((f"{one['method']}, taken" if one["method"] == made["method"] else one["method"], *measured, *cost))
+    lines = (
+        *(f"{one['method']} was refused: {one['error']}" for one in made["candidates"] if one["error"]),
+        "Forward examples and seconds are of making and scoring a candidate; the statistics that fisher and regmean "
+        "need were taken by the subsets' actors and are counted there.",
+    )
+    columns = ("tried by auto", "validation loss", quality.heading, "forward examples", "seconds")
+    return Section("Candidates", columns, tuple(rows), lines)
+
+
+def _costs(record: Record) -> Section:
+    cost, seconds = record["cost"], record["seconds"]
+    trained, total = trained_passes(record), cost["passes"]
+    rows = [
+        ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
+        ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
+        ("  training that led to the result", f"{trained:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
+        ("  the rest", f"{total - trained:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
+    ]
+    attempts = sum(row["num_attempts"] for row in cost["stages"])
+    lost = sum(row["num_lost"] for row in cost["stages"])
+    if lost:
+        text = f"{lost} of {attempts} attempts were lost or failed; their checkpoints may have served the next"
+        rows.append(("  in lost attempts", f"{cost['lost_passes']:.2f}", text))
+    rows += [
+        ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
+        ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
+        ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
+        ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
+        ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
+    ]
+    lines = []
+    if lacking := cost.get("lacking"):
+        entries = f"{len(lacking)} damaged entries" if len(lacking) > 1 else "a damaged entry"
+        lines.append(f"The ledger has {entries}, so costs are a lower bound: {', '.join(lacking[:3])}.")
+    if seconds["num_sessions"] > 1:
+        told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
+        lines.append(f"This run was resumed: {told}")
+    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), _drawn(costs_by_stage(record)))
+
+
+def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:
+    """The quality with its error, and of an accuracy how many are right: 'accuracy 90.00% ± 3.00 (90 of 100)'."""
+    text = with_error(metrics, quality, show or quality.phrase)
+    is_count = quality.name == "accuracy" and "num_correct" in metrics
+    return f"{text} ({metrics['num_correct']} of {metrics['num_examples']})" if is_count else text
+
+
+def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
+    """Loss and quality."""
+    return ("", "") if metrics is None else (_number(metrics["loss"]), quality.cell(metrics[quality.name]))
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)  # JSON has no NaN
