@@ -87,10 +87,9 @@ _OF_A_STAGE = {  # what the recipe's table says of every stage, by the fields of
 
 def recipe(record: Record) -> Section:
     """How each stage minimized, and the command that does it again."""
-    try:
-        config = Config.from_dict(record["config"])
-    except ValueError as error:  # of a version before this one, or changed since: the results stand all the same
-        return Section("Recipe", lines=(Note(f"the config cannot be read: {error}", is_warning=True),))
+    if (config := _config(record)) is None:
+        text = "the config is not one of this version, so that how stages minimized is not told."
+        return Section("Recipe", lines=(Note(text, is_warning=True),))
     stages = record["stages"]
     rounds = stages.get("rounds") or []
     columns: dict[TrainingStage, str] = {}
@@ -131,6 +130,14 @@ def recipe(record: Record) -> Section:
     line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh makes it anew):"
     again = Command(command(record["config"]))
     return Section("Recipe", ("", *columns.values()), tuple(rows), (line, again))
+
+
+def _config(record: Record) -> Config | None:
+    """None of what this version cannot read: the results stand all the same."""
+    try:
+        return Config.from_dict(record["config"])
+    except ValueError:
+        return None
 
 
 def _setting(value: Any) -> str:
