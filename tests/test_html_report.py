@@ -549,7 +549,7 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "not finite" in read.cells
     assert "aggregate (G of --arms): aggregate <of> minima; learning rate 0.1, batch 64" in read.words
     assert "confirmed. aggregate's speed-up is 12.50." in read.words
-    assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005 --name a-comparison" in read.words
+    assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005" in read.words
     assert "Test accuracy over passes in total" in read.words
     assert "Computed seconds" not in read.words  # of a single bandwidth
     assert "which legs an arm consists of: the same command again adds that" in read.words
