@@ -236,7 +236,9 @@ class _Stages:
             if config.fine_tuning.epochs:
                 weights, fine_tuning = self._fine_tune(pool, weights, rounds[-1]["minima"], hand_back=actors.close)
         last = fine_tuning or rounds[-1]["aggregation"]
-        return self._report(weights, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
+        record = self._report(weights, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
+        rounds_of_run.finish()
+        return record
 
     def _conventional(self) -> dict[str, Any]:
         """The baseline: one run on the full set, by one actor or by Ray Train; of equal cost unless told otherwise."""

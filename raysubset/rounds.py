@@ -93,12 +93,20 @@ class Rounds:
             for path in (*directory.list(minima_folder(round - 1), recursive=True), mean_optimizer_path(round - 1)):
                 if path.endswith("/optimizer.pt"):
                     directory.delete(path)
-        if keep is not None and (gone := round - keep) >= 0:
-            for path in (minima_folder(gone), subsamples_folder(gone)):
-                directory.delete(path)
+        if keep is not None and (gone := round - max(keep, 1)) >= 0:
+            self._delete_minima(gone)
             if gone:
                 for path in (aggregate_weights_path(gone - 1), momentum_path(gone - 1)):
                     directory.delete(path)
+
+    def finish(self) -> None:
+        """Delete the last round's minima too, if none are to stay: their records are in the aggregate's."""
+        if self._config.rounds.keep_minima == 0:
+            self._delete_minima(self._config.rounds.num - 1)
+
+    def _delete_minima(self, round: int) -> None:
+        for path in (minima_folder(round), subsamples_folder(round)):
+            self._directory.delete(path)
 
     def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights) -> list[Piece]:
         """Those whose minima are found: all, but with a quorum."""

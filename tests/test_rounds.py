@@ -35,13 +35,17 @@ def config_of(**overrides: Any) -> Config:
     return Config().with_overrides(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def run_of(config: Config, folder: Path, *, num: int | None = None, name: str = "run") -> tuple[Weights, list[Any]]:
-    """The first `num` rounds of a run: the last aggregate, and the rounds' records."""
+def rounds_of(config: Config, folder: Path, name: str = "run") -> tuple[Rounds, Run]:
     full_set, directory = load_full_set(*config.learned), RunDirectory(str(folder), name)
     opened = Run(config, directory, full_set, [], lambda event: None)
     decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: 1)
-    rounds, records = Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), []
-    start: Any = seeded_model(config, full_set).state_dict()
+    return Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), opened
+
+
+def run_of(config: Config, folder: Path, *, num: int | None = None, name: str = "run") -> tuple[Weights, list[Any]]:
+    """The first `num` rounds of a run: the last aggregate, and the rounds' records."""
+    (rounds, opened), records = rounds_of(config, folder, name), []
+    start: Any = seeded_model(config, opened.full_set).state_dict()
     for round in range(num or config.rounds.num):
         start, record = rounds.run(cast(Any, InProcess(opened)), round, start, f"start-{round}")
         records.append(record)
@@ -67,6 +71,19 @@ def test_what_no_resume_needs_is_deleted_and_any_resume_ends_at_the_same_bits(
     weights, again = run_of(config, tmp_path)
     assert same_bits(weights, whole)
     assert [record["minima"][1]["history"] for record in again] == [one["minima"][1]["history"] for one in records]
+
+
+def test_a_finished_run_keeps_no_minima_where_none_are_to_stay_and_reads_its_aggregate_back(tmp_path: Path) -> None:
+    config, run = config_of(rounds__num=2, rounds__keep_minima=0), RunDirectory(str(tmp_path), "run")
+    whole, records = run_of(config, tmp_path)
+    left = {path.split("/")[1] for path in run.list("rounds", recursive=True) if "/minima/" in path}
+    assert left == {"0001"}, "fine-tuning may learn from the last round's"
+    rounds_of(config, tmp_path)[0].finish()
+    assert [path for path in run.list("rounds", recursive=True) if "/minima/" in path] == []
+    again, read_back = run_of(config, tmp_path)  # as a driver does that died before it left the report
+    assert same_bits(again, whole)
+    assert read_back[1]["minima"] == records[1]["minima"]
+    assert [path for path in run.list("rounds", recursive=True) if "/minima/" in path] == []
 
 
 @pytest.mark.parametrize(("send", "share"), [("bfloat16", 0.5), ("int8", 0.25)])

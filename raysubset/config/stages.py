@@ -49,7 +49,8 @@ class RoundsConfig:
     """What members of all rounds but the last send: their weights, or differences from the round's start in 16 bits,
     or in 8 with a scale a tensor. The start is sent to them as it is."""
     keep_minima: int | None = 1
-    """Rounds, counted from the last, whose minima stay on disk; null: all. A damaged older file costs all since."""
+    """Rounds, counted from the last, whose minima stay on disk; 0: none once the run is finished, which leaves a run of
+    a thousand subsets some twenty files; null: all. A damaged older file costs all since."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -60,7 +61,7 @@ class RoundsConfig:
             outer_learning_rate="(0, ∞)",
             outer_momentum="[0, 1)",
             evaluate_every="[1, ∞)",
-            keep_minima="[1, ∞)",
+            keep_minima="[0, ∞)",
         )
 
     @property
