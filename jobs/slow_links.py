@@ -40,7 +40,7 @@ from raysubset.cluster import connected, ray
 from raysubset.comparison import advise
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.events import AggregateDone, EpochDone, Event, Stage
+from raysubset.events import AggregateDone, EpochDone, Event
 from raysubset.ledger import Ledger, Work
 from raysubset.node_speeds import measure_speed
 from raysubset.pipeline import run
@@ -54,6 +54,7 @@ NUM_NODES, BATCH, PASSES = 2, 64, 8.0
 TARGET = 0.97  # validation accuracy
 BRIDGE, NODE, HOST = "slowlinks", "slowlinks{}", "10.77.0.254"  # names of the bridge and of namespaces; our own end
 MOST_WAITING_MS = 100  # what waits before a link; more is dropped, as by a router
+LOOK_S = 1.0  # between two looks at a driver
 SAMPLE_S = 0.5  # between two readings of the kernel's counters
 START_S, QUIT_S = 120.0, 60.0  # for Ray to start on a node; for the processes of a driver that was ended to go
 
@@ -142,8 +143,6 @@ def drive(cell: str, storage_path: str, address: str, mbit: float) -> None:
 
     def hear(event: Event) -> None:
         match event:
-            case Stage(stage="subsets" | "conventional"):
-                say(begun=True)
             case EpochDone(record=record):
                 steps = round(record["epoch"] * NUM_TRAIN / config.minimize.batch_size)
                 say(exchanges=steps, accuracy=record["validation"]["accuracy"])
@@ -316,12 +315,13 @@ def storage() -> Iterator[str]:
 def measure(
     cell: str, mbit: float, *, address: str, query: str, limit_s: float, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """Run a cell by a driver on the first node, ended after limit_s of training; all that is to be known of it."""
+    """Run a cell by a driver on the first node, ended limit_s after the first of its workers began; what came of it."""
     limit_links(mbit)
     storage_path = f"s3://cells/{mbit:g}-{time.time():.0f}?{query}"
     command = [sys.executable, "-m", "jobs.slow_links", "--drive", cell, storage_path, address, f"{mbit:g}"]
     load, samples = os.getloadavg()[0], Samples()
     said: list[dict[str, Any]] = []
+    config, ledger = config_of(cell, storage_path, address), Ledger(RunDirectory(storage_path, cell))
     driver = subprocess.Popen(
         ["ip", "netns", "exec", NODE.format(0), *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -337,10 +337,10 @@ def measure(
     ear.start()
     try:
         while driver.poll() is None:
-            begun = [one["at"] for one in said if "begun" in one]
-            if begun and time.time() - begun[0] > limit_s:
+            begun = [work.started_at for work in ledger.read() if work.stage in ("subsets", "conventional")]
+            if begun and time.time() - min(begun) > limit_s:
                 break
-            time.sleep(0.2)
+            time.sleep(LOOK_S)
     finally:
         driver.kill()
         code = driver.wait()
@@ -349,10 +349,8 @@ def measure(
     is_whole = any("test" in one for one in said)
     if not is_whole and code != -signal.SIGKILL:
         raise RuntimeError(f"{cell} at {mbit:g} Mbit/s ended with {code}; its driver's lines are above")
-    config = config_of(cell, storage_path, address)
-    works = Ledger(RunDirectory(storage_path, cell)).read()
     advice = next(one["advice"] for one in said if "advice" in one)
-    begin, seconds, made, counted = _training(works, config, advice["num_parameters"])
+    begin, seconds, made, counted = _training(ledger.read(), config, advice["num_parameters"])
     moved = samples.between(begin, begin + seconds)
     return {
         "cell": cell,
@@ -392,14 +390,14 @@ def _training(works: Sequence[Work], config: Config, num_parameters: int) -> tup
 
 # The table
 
+COLUMNS = ("Mbit/s", "cell", "exchanges", "s/exchange", "s(all)", "s(97%)", "val%", "out/in-MB/exchange", "ledger")
+COLUMNS += ("advise", "advise/measured", "load")
+
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line a cell, the newest of each."""
     newest = {(one["mbit"], one["cell"]): one for one in records}
-    columns = (
-        "Mbit/s cell exchanges s/exchange s(all) s(97%) val% out/in-MB/exchange ledger advise advise/measured load"
-    )
-    rows: list[list[str]] = [columns.split(" ")]
+    rows = [list[str](COLUMNS)]
     for (mbit, cell), one in sorted(newest.items(), key=lambda item: (-item[0][0], list(CELLS).index(item[0][1]))):
         made, most = one["exchanges"], one["all_exchanges"]
         if not made:
