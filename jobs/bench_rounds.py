@@ -35,6 +35,7 @@ ROUNDS = {
     "actors.max_num": 1,
     "model.width": 4,
     "cluster.num_cpus": 1,
+    "rounds.outer_momentum": 0.0,
 }
 PIECES = ROUNDS | {"model.name": "resnet18", "model.width": None, "subsets.num": 1, "subsets.size": 16}
 

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.rounds import Rounds
-from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path
-from raysubset.training import Weights, learning_rate_at
-from raysubset.work import Run, round_spans, seeded_model
+from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path, optimizer_path
+from raysubset.training import Weights, learning_rate_at, why_not_packed
+from raysubset.work import Minimizer, Piece, Run, round_spans, seeded_model
 from tests.test_matrix import InProcess
 from tests.tiny import same_bits
 
@@ -35,16 +36,18 @@ def config_of(**overrides: Any) -> Config:
     return Config().with_overrides(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def rounds_of(config: Config, folder: Path, name: str = "run") -> tuple[Rounds, Run]:
+def rounds_of(config: Config, folder: Path, name: str = "run", *, per_actor: int = 1) -> tuple[Rounds, Run]:
     full_set, directory = load_full_set(*config.learned), RunDirectory(str(folder), name)
     opened = Run(config, directory, full_set, [], lambda event: None)
-    decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: 1)
+    decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: per_actor)
     return Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), opened
 
 
-def run_of(config: Config, folder: Path, *, num: int | None = None, name: str = "run") -> tuple[Weights, list[Any]]:
+def run_of(
+    config: Config, folder: Path, *, num: int | None = None, name: str = "run", per_actor: int = 1
+) -> tuple[Weights, list[Any]]:
     """The first `num` rounds of a run: the last aggregate, and the rounds' records."""
-    (rounds, opened), records = rounds_of(config, folder, name), []
+    (rounds, opened), records = rounds_of(config, folder, name, per_actor=per_actor), []
     start: Any = seeded_model(config, opened.full_set).state_dict()
     for round in range(num or config.rounds.num):
         start, record = rounds.run(cast(Any, InProcess(opened)), round, start, f"start-{round}")
@@ -84,6 +87,45 @@ def test_a_finished_run_keeps_no_minima_where_none_are_to_stay_and_reads_its_agg
     assert same_bits(again, whole)
     assert read_back[1]["minima"] == records[1]["minima"]
     assert [path for path in run.list("rounds", recursive=True) if "/minima/" in path] == []
+
+
+@pytest.mark.parametrize("recipe", [{}, {"minimize.optimizer": "muon"}, {"minimize.optimizer": "adamw"}])
+def test_a_process_that_has_a_state_in_memory_goes_on_as_one_that_reads_its_file(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    config = config_of().with_overrides(recipe)
+    full_set = load_full_set(*config.learned)
+    start = seeded_model(config, full_set).state_dict()
+
+    def second(name: str, *minimizers: Minimizer) -> Weights:
+        directory = RunDirectory(str(tmp_path), name)
+        first = Piece(config, directory, "subsets", subset_id=0, start_id="start")
+        optimizer = (directory, optimizer_path(first.folder))
+        pieces = (
+            first,
+            Piece(config, directory, "subsets", subset_id=0, round=1, start_id="start", optimizer=optimizer),
+        )
+        for piece, minimizer in zip(pieces, minimizers, strict=True):
+            minimizer.minimize([piece], start, attempts=[0], waited_s=0.0)
+        if minimizers[0] is minimizers[1]:
+            assert list(minimizer._optimizers) == [(directory.uri, optimizer_path(pieces[1].folder))]
+        return pieces[1].output.weights()
+
+    one, another, several = (Minimizer(lambda: full_set, num_gpus=0, node="here") for _ in range(3))
+    assert same_bits(second("read", one, another), second("kept", several, several))
+
+
+@pytest.mark.parametrize("state", ["keep", "reset", "average"])
+def test_muon_s_momenta_are_kept_reset_or_averaged_over_rounds_packed_or_one_by_one(tmp_path: Path, state: str) -> None:
+    config = config_of(minimize__optimizer="muon", rounds__num=2, rounds__optimizer_state=state)
+    alone, _ = run_of(config, tmp_path, name="alone")
+    assert why_not_packed(seeded_model(config, load_full_set(*config.learned)), config.minimize) is None
+    packed, _ = run_of(config, tmp_path, name="packed", per_actor=2)
+    for name, value in alone.items():
+        torch.testing.assert_close(packed[name], value, rtol=1e-3, atol=1e-3)
+    other = "keep" if state == "reset" else "reset"
+    others, _ = run_of(config_of(minimize__optimizer="muon", rounds__num=2, rounds__optimizer_state=other), tmp_path)
+    assert not same_bits(alone, others)
 
 
 @pytest.mark.parametrize(("send", "share"), [("bfloat16", 0.5), ("int8", 0.25)])

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from raysubset.aggregation.streaming import RunningMean
@@ -32,9 +33,10 @@ def outer_step(
     weights, next_momentum = dict(mean), {}
     for name in parameter_names:
         gradient = start[name] - mean[name]
-        velocity = gradient if name not in momentum else momentum_factor * momentum[name] + gradient
+        velocity = gradient if name not in momentum else (momentum_factor * momentum[name]).add_(gradient)
         next_momentum[name] = velocity
-        weights[name] = start[name] - learning_rate * (gradient + momentum_factor * velocity)
+        step = (momentum_factor * velocity).add_(gradient).mul_(learning_rate)
+        weights[name] = torch.sub(start[name], step, out=step)
     return weights, next_momentum
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import ray
@@ -58,7 +58,7 @@ class SubsetActor:
         """The workplace is the driver's."""
         workplace.enter()
         self._num_gpus, self._workplace, self._full_set_ref = num_gpus, workplace, full_set_ref
-        self._load_full_set: Callable[[], FullSet] = partial(get_shared, full_set_ref)
+        self._load_full_set: Callable[[], FullSet] = cache(partial(get_shared, full_set_ref))
         self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)

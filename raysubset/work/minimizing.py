@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raysubset.aggregation import to_differences
-from raysubset.config import Config, MinimizeConfig, derive_seed
+from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
@@ -48,6 +48,8 @@ from raysubset.training import (
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, seeded_model
 
+MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
+
 
 @dataclass
 class _Job:
@@ -57,6 +59,7 @@ class _Job:
     work: Work
     model: torch.nn.Module
     examples: Examples | StreamedExamples
+    recipe: MinimizeConfig
     state: dict[str, Any] | None  # of its newest checkpoint
     optimizer_state: dict[str, Any] | None
     every_steps: int  # between checkpoints
@@ -88,6 +91,8 @@ class Minimizer:
         """`node` is this node's address, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self.networks = Networks()
+        self._recipes: dict[tuple[TrainingStage, float | None], MinimizeConfig] = {}
+        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, with their bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
@@ -198,6 +203,8 @@ class Minimizer:
 
     def _begin(self, pieces: Sequence[Piece]) -> torch.device:
         begin()
+        if pieces[0].config != getattr(self, "_config", None):
+            self._recipes = {}
         self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
@@ -233,18 +240,20 @@ class Minimizer:
         optimizer_state = None
         if piece.optimizer:
             of, path = piece.optimizer
-            optimizer_state = of.read_checkpoint(path)["optimizer"]
-        recipe = config.stage(piece.stage, epochs=piece.epochs)
+            optimizer_state, _ = self._optimizers.pop((of.uri, path), (None, 0))
+            if optimizer_state is None:
+                optimizer_state = of.read_checkpoint(path)["optimizer"]
+        if (recipe := self._recipes.get((piece.stage, piece.epochs))) is None:
+            recipe = self._recipes[piece.stage, piece.epochs] = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         last_step = newest[1]["position"][1] if newest else 0
         state = newest[1] if newest else None
         now = time.perf_counter()
-        return _Job(piece, work, model, examples, state, optimizer_state, every_steps, last_step, now, now)
+        return _Job(piece, work, model, examples, recipe, state, optimizer_state, every_steps, last_step, now, now)
 
     def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
         """All jobs to their ends, or until they are stopped."""
-        config, first = self._config, jobs[0].piece
-        recipe = config.stage(first.stage, epochs=first.epochs)
+        config, first, recipe = self._config, jobs[0].piece, jobs[0].recipe
         seeds = [
             derive_seed(config.seed, "minimize", stage, round, subset_id or 0)
             for stage, round, subset_id in (job.piece.ledger_key for job in jobs)
@@ -335,6 +344,7 @@ class Minimizer:
         if has_next and rounds.optimizer_state != "reset":
             path = optimizer_path(folder)
             files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer}, is_durable=False)
+            self._keep_optimizer(path, result.optimizer)
         start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
             "cost": cost.to_dict(),
@@ -350,6 +360,15 @@ class Minimizer:
             if "/checkpoint-" in path:
                 run.delete(path)
         return record
+
+    def _keep_optimizer(self, path: str, state: dict[str, Any]) -> None:
+        """Keep the state that is in a file, as the next round's member may come here: the newest, on the CPU."""
+        tensors = (v for held in state["state"].values() for v in held.values() if isinstance(v, torch.Tensor))
+        num_bytes = sum(tensor.nbytes if tensor.device.type == "cpu" else MOST_KEPT_BYTES for tensor in tensors)
+        if num_bytes <= MOST_KEPT_BYTES:
+            while self._optimizers and sum(size for _, size in self._optimizers.values()) > MOST_KEPT_BYTES - num_bytes:
+                del self._optimizers[next(iter(self._optimizers))]
+            self._optimizers[self._run.uri, path] = state, num_bytes
 
     def _leave_minimum(
         self, job: _Job, full_set: FullSet, outcome: str, start: Weights | None
