@@ -45,6 +45,21 @@ def test_importing_a_room_does_not_pay_for_what_it_must_not_know() -> None:
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
 
 
+PLAN = """
+import sys
+from raysubset import Config
+from raysubset.data import load_full_set
+from raysubset.planning import make_plan
+make_plan(Config(), load_full_set(Config().data))
+print(*(name for name in ("torch._dynamo", "sklearn", "scipy", "torchvision", "ray.train") if name in sys.modules))
+"""
+
+
+def test_a_plan_imports_neither_torch_s_compiler_nor_what_only_holds_data() -> None:
+    command = [sys.executable, "-c", PLAN]  # a fresh process, as others here have imported all of it: three seconds
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
+
+
 def test_the_top_level_holds_what_it_may_and_every_room_is_named_in_the_manual() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     allowed = {"pyproject.toml", "README.md", "LICENSE", "raysubset", "clusters", "jobs", "tests", ".ci", ".gitignore"}

@@ -1,6 +1,7 @@
 """Data sets by name: those that scikit-learn and Python bring along, and torchvision's readers."""
 
 import dataclasses
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -86,12 +87,14 @@ def read_named(config: DataConfig) -> Source:
 
 
 def _digits(config: DataConfig) -> SourceSplit:
-    from sklearn.datasets import load_digits
-
-    loaded: Any = load_digits()
-    pixels = np.rint(loaded.images * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
+    found = importlib.util.find_spec("sklearn")
+    assert found is not None
+    assert found.origin is not None
+    # what load_digits() reads; the import of sklearn, which brings scipy, takes more than a second of a CPU
+    rows = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
     images, _ = as_images(pixels, config.name, config.image_size)
-    return SourceSplit(images, pa.chunked_array([loaded.target.astype(np.int64)]))
+    return SourceSplit(images, pa.chunked_array([rows[:, -1].astype(np.int64)]))
 
 
 def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
@@ -104,12 +107,13 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             "there: set --data.root to the folder that has them, or fetch them with --data.download"
         )
     try:
-        if missing or name not in _IDX_CLASSES:
-            dataset = _reader(name)(root, train=train, download=bool(missing))
+        if missing:
+            _reader(name)(root, train=train, download=True)
         if name in _IDX_CLASSES:
             pixels, labels = (_read_idx(path) for path in files if path.name.startswith("train" if train else "t10k"))
             class_names = _IDX_CLASSES[name]
         else:
+            dataset = _reader(name)(root, train=train)
             pixels, labels, class_names = np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
     # URLError is an OSError; CIFAR's pickles are checked against torchvision's digests first.
     except (OSError, RuntimeError, ValueError) as error:
