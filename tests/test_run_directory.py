@@ -21,6 +21,7 @@ from moto.server import ThreadedMotoServer
 from torch import nn
 
 from raysubset.config import Config
+from raysubset.report import list_runs
 from raysubset.run_directory import (
     FORMAT,
     CorruptFile,
@@ -731,3 +732,12 @@ def test_a_folder_that_appears_while_it_is_listed_counts_as_missing(run: RunDire
 
     monkeypatch.setattr(run, "_at", lambda path: (Racing(), f"/somewhere/{path}"))
     assert run.list("ledger") == []
+
+
+def test_the_runs_of_a_bucket_are_listed(s3_run: RunDirectory):
+    s3_run.open(Config().to_dict(), {})
+    ((entry,), num_others) = list_runs(s3_run.storage_path)
+    assert (entry.name, entry.kind, entry.state, num_others) == ("run", "run", "stopped", 0)
+    root = f"s3://bucket?{s3_run.storage_path.partition('?')[2]}"
+    entries, num_others = list_runs(root)
+    assert (entries, num_others > 0) == ([], True)  # the folders of tests, which are no run's

@@ -27,6 +27,7 @@ from raysubset.cli.flags import (
     Doctor,
     Export,
     HelpAsked,
+    Ls,
     Predict,
     Report,
     Run,
@@ -188,6 +189,8 @@ def _dispatch(command: Command) -> int:
             return _compare(command)
         case Report():
             return _report(command)
+        case Ls():
+            return _ls(command)
         case Doctor():
             return _doctor(command.config)
         case Advise():
@@ -299,6 +302,17 @@ def _report(command: Report) -> int:
             case "text":
                 print_sections(read(record))
     return DONE
+
+
+def _ls(command: Ls) -> int:
+    from raysubset.report import list_runs, listing_section
+
+    entries, num_others = list_runs(command.storage)
+    if command.format == "json":
+        print(json.dumps([entry.to_dict() for entry in entries], indent=1))
+    else:
+        print_sections([listing_section(command.storage, entries, num_others)])
+    return MISTAKE if any(entry.state == "damaged" for entry in entries) else DONE
 
 
 @contextmanager

@@ -56,6 +56,18 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Ls:
+    """List the runs, sweeps and comparisons of a storage path: state, result and cost, the newest last.
+
+    Damaged directories are named; exit code 2 if there are any.
+    """
+
+    storage: str = field(default=Config.storage_path, metadata={"positional": "[STORAGE]"})
+    """The storage path: a folder or URI."""
+    format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True)
 class Doctor(_OfConfig):
     """Check data, model, storage and cluster before a run: what there is, what this config asks for, memory and time.
 
@@ -168,7 +180,7 @@ class Settings(_OfConfig):
     """The file; by default it is printed."""
 
 
-Command = Run | Sweep | Compare | Advise | Report | Doctor | Export | Predict | Settings
+Command = Run | Sweep | Compare | Advise | Report | Ls | Doctor | Export | Predict | Settings
 
 COMMANDS: Mapping[str, type] = {
     "run": Run,
@@ -176,6 +188,7 @@ COMMANDS: Mapping[str, type] = {
     "sweep": Sweep,
     "advise": Advise,
     "doctor": Doctor,
+    "ls": Ls,
     "report": Report,
     "predict": Predict,
     "export": Export,

@@ -11,6 +11,7 @@ comparison_sections(record). Of several runs side by side: several_sections(reco
 from raysubset.report.beside import Beside, find_beside
 from raysubset.report.comparison import advice_sections, comparison_sections
 from raysubset.report.files import write_files
+from raysubset.report.listing import list_runs, listing_section
 from raysubset.report.parts import Command, Section
 from raysubset.report.reading import read_report
 from raysubset.report.run import sections
@@ -24,6 +25,8 @@ __all__ = [
     "Beside",
     "find_beside",
     "read_report",
+    "list_runs",
+    "listing_section",
     "write_files",
     "sweep_sections",
     "comparison_sections",

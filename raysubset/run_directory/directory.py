@@ -129,13 +129,24 @@ class RunDirectory:
         files = (i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith("."))
         return sorted(info.path.removeprefix(self._at("")[1] + "/") for info in files)
 
-    def neighbours(self) -> "list[RunDirectory]":
-        """The directories of the same storage path, without this one; the newest first, where storage tells when."""
-        filesystem, root = self._place
-        infos = filesystem.get_file_info(pafs.FileSelector(root.rpartition("/")[0], allow_not_found=True))
+    @classmethod
+    def all_of(cls, storage_path: str) -> "Sequence[RunDirectory]":
+        """The directories of a storage path, the newest first, where storage tells when; hidden ones are left out.
+
+        Raises:
+            FileNotFoundError: without such a folder.
+        """
+        filesystem, root = cls(storage_path, "-")._place
+        infos = filesystem.get_file_info(pafs.FileSelector(root.rpartition("/")[0] or "/"))
         names = ((info.mtime_ns or 0, info.base_name) for info in infos if info.type == pafs.FileType.Directory)
-        beside = sorted((one for one in names if one[1] != self.name and not one[1].startswith(".")), reverse=True)
-        return [RunDirectory(self.storage_path, name) for _, name in beside]
+        return [cls(storage_path, name) for _, name in sorted(names, reverse=True) if not name.startswith(".")]
+
+    def neighbours(self) -> "Sequence[RunDirectory]":
+        """The directories of the same storage path, without this one; the newest first, where storage tells when."""
+        try:
+            return [directory for directory in self.all_of(self.storage_path) if directory.name != self.name]
+        except FileNotFoundError:
+            return []
 
     def delete(self, path: str) -> None:
         """Remove a file, or a folder and all in it; none to remove is fine."""

@@ -97,6 +97,11 @@ class Lease:
         except OSError as error:  # must not hide why the block was left
             logger.warning("the lease of %s could not be given back and ends by itself: %s", self._directory.uri, error)
 
+    def is_held(self) -> bool:
+        """Whether a driver that lives holds it now."""
+        holder = self._holder()
+        return holder is not None and self._lives(holder)
+
     def _give_back(self) -> None:
         with _alone(self._directory.local_path):
             holder = self._holder()

@@ -1,0 +1,129 @@
+"""What lies in a storage path: runs, sweeps and comparisons, each in a row, with what they came to and cost."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from raysubset.errors import first_line
+from raysubset.quality import quality_of
+from raysubset.report.figures import Record
+from raysubset.report.parts import Section
+from raysubset.run_directory import (
+    COMPARISON_PATH,
+    CONFIG_PATH,
+    REPORT_PATH,
+    SESSIONS_PATH,
+    SWEEP_PATH,
+    CorruptFile,
+    Lease,
+    RunDirectory,
+)
+
+_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
+_KINDS = {REPORT_PATH: "run", SWEEP_PATH: "sweep", COMPARISON_PATH: "comparison"}
+State = Literal["done", "at work", "stopped", "damaged"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, sweep or comparison in a storage path."""
+
+    name: str
+    uri: str
+    kind: str  # "run", "sweep", "comparison"; "?" where that cannot be read
+    state: State
+    result: str = ""  # of a run its quality on the test split, of a sweep the best on validation data, the verdict
+    passes: float | None = None  # in total
+    wall_s: float | None = None
+    began_at: float | None = None  # unix s, of its first driver
+    flaw: str = ""  # why it is damaged
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def list_runs(storage_path: str) -> tuple[list[Entry], int]:
+    """What lies in a storage path, the newest last; and how many other folders do. Nothing is changed.
+
+    A file or two of each directory are read, many at a time. One that cannot be read is an entry that says so.
+
+    Raises:
+        ValueError: where there is no such folder, or it cannot be read.
+    """
+    shown = RunDirectory(storage_path, "").shown_storage_path
+    try:
+        directories = RunDirectory.all_of(storage_path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{shown} is no folder: give a storage path that holds run directories") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {shown}: {first_line(error)}; give a storage path that you may read") from error
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        entries = list(pool.map(_entry, directories))
+    found = [entry for entry in entries if entry is not None]
+    found.sort(key=lambda entry: (entry.began_at is not None, entry.began_at or 0.0, entry.name))
+    return found, len(entries) - len(found)
+
+
+def _entry(directory: RunDirectory) -> Entry | None:
+    """The directory's row; None where it is none of ours."""
+    kind, about = "?", (directory.name, directory.uri)
+    try:
+        files = set(directory.list())
+        kept = next((path for path in _KINDS if path in files), None)
+        if kept is not None:
+            kind = _KINDS[kept]
+            return _done(about, kind, directory.read_json(kept))
+        if CONFIG_PATH not in files:
+            return None
+        config = directory.read_config()
+        kind = config.get("kind", "run")
+        is_held = Lease(directory).is_held()
+        sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions")
+        wall_s = sum(session["wall_s"] for session in sessions) if sessions else None
+        began_at = sessions[0]["started_at"] if sessions else None
+        return Entry(*about, kind, "at work" if is_held else "stopped", wall_s=wall_s, began_at=began_at)
+    except (CorruptFile, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return Entry(*about, kind, "damaged", flaw=first_line(error))
+
+
+def _done(about: tuple[str, str], kind: str, record: Record) -> Entry:
+    passes, seconds = record.get("cost", {}).get("passes"), record.get("seconds", {}).get("wall")
+    began_at = (record.get("environment") or {}).get("started_at")
+    quality = quality_of(record)
+    if kind == "run":
+        result = f"test {quality.phrase(record['test'][quality.name])}"
+    elif kind == "sweep":
+        values = [trial.get(f"validation_{quality.name}") for trial in record["trials"]]
+        best = max((value for value in values if value is not None), key=quality.gain, default=None)
+        result = f"best of {len(values)}: validation {quality.phrase(best)}"
+    else:
+        result = ", ".join(f"{clock.replace('_', ' ')}: {v['word']}" for clock, v in record["verdicts"].items())
+    return Entry(*about, kind, "done", result, passes, seconds, began_at)
+
+
+def listing_section(storage_path: str, entries: Sequence[Entry], num_others: int) -> Section:
+    """The table that `raysubset ls` prints."""
+    rows = tuple(
+        (
+            entry.name,
+            entry.kind,
+            entry.state,
+            entry.result or entry.flaw,
+            "" if entry.passes is None else f"{entry.passes:.2f}",
+            "" if entry.wall_s is None else f"{entry.wall_s:.0f}",
+            "" if entry.began_at is None else datetime.fromtimestamp(entry.began_at).strftime("%Y-%m-%d %H:%M"),
+        )
+        for entry in entries
+    )
+    lines = []
+    if any(entry.state == "stopped" for entry in entries):
+        lines.append("What has stopped resumes by its command, which raysubset report DIRECTORY tells.")
+    if num_others:
+        lines.append(f"{num_others} other folders are none of raysubset's.")
+    if not rows:
+        return Section(f"{storage_path} holds no run", lines=tuple(lines))
+    columns = ("name", "", "state", "result", "passes", "wall s", "begun")
+    return Section(f"In {storage_path}", columns, rows, tuple(lines))
