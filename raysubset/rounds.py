@@ -231,7 +231,7 @@ class Rounds:
         return math.inf if round + 1 < self._config.rounds.num else float(self._decisions.may_go_alone)
 
     def _tell_of(self, made: dict[str, Any], round: int) -> None:
-        text = f"{made['method']} of subsets {', '.join(map(str, made['subset_ids']))}"
+        text = f"{made['method']} of subsets {listed([str(subset) for subset in made['subset_ids']], most=16)}"
         if validation := made["validation"]:
             quality = self._full_set.quality
             best, ensemble = (quality.show(made[name][quality.name]) for name in ("best_member", "ensemble"))

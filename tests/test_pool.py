@@ -224,6 +224,29 @@ def test_pieces_leave_a_node_that_drains_which_is_no_attempt(
     ]
 
 
+def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_elsewhere(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray: Ray = fake(1, all_done)
+    monkeypatch.setattr(pool_module, "POLL_S", 0.005)
+    real = ray.wait
+
+    def wait(refs: list[Ref], num_returns: int, timeout: float) -> Any:
+        ready, _ = real(refs, num_returns, timeout)  # the first actor answers nothing once it is at work
+        return [ref for ref in ready if ref.method == "where" or ref.actor.number], []
+
+    ray.wait = wait  # type: ignore[method-assign]
+    run = opened(tmp_path, events := [], **{"actors.stall_s": 0.02})
+    with ActorPool(run, num_gpus=0.0) as pool:
+        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)], None)) == [0]
+    warning = next(event.text for event in events if isinstance(event, Note))
+    assert warning.startswith("subset 0 on node 10.0.0.0 stands still: no step for 0 s; it is killed in 0 s unless")
+    (retry,) = [event.text for event in events if isinstance(event, Retry)]
+    assert "StalledError: no step for" in retry
+    assert [work.outcome for work in Ledger(run.directory).read()] == ["lost"]
+    assert len(ray.asked) == 2
+
+
 def test_work_is_given_out_when_what_it_needs_is_done(tmp_path: Path, fake: Any) -> None:
     order: list[Any] = []
 
