@@ -20,7 +20,7 @@ from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Retry
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors import ActorPool, Pack, SubsetFailed, crew
+from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.work import Piece, Run
 from tests.cluster.endless import NUM_STEPS
 
@@ -117,11 +117,6 @@ def do(
 
 def outcomes(folder: Path) -> list[str]:
     return [work.outcome for work in Ledger(RunDirectory(str(folder), "run")).read()]
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "FIRST_BACKOFF_S", 0.05)
 
 
 def test_a_minimum_whose_actor_died_after_leaving_it_is_not_made_again(tmp_path: Path) -> None:
