@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -25,6 +26,7 @@ from raysubset.aggregation import (
 )
 from raysubset.config import AggregationConfig, Config, MinimizeConfig, RoundsConfig
 from raysubset.data import Examples
+from raysubset.quality import ACCURACY
 from raysubset.training import (
     Metrics,
     Weights,
@@ -37,6 +39,9 @@ from raysubset.training import (
     recompute_batch_norm,
 )
 from tests.tiny import cnn, examples, metrics, same_bits, weights
+
+aggregate = partial(aggregate, quality=ACCURACY)
+aggregate_round = partial(aggregate_round, quality=ACCURACY)
 
 RECIPE = MinimizeConfig(epochs=6, batch_size=16, learning_rate=0.05)
 VALIDATION, CALIBRATION = examples(90, seed=1), examples(120, seed=2)

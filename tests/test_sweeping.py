@@ -29,6 +29,7 @@ from raysubset.sweeping.plan import (
     widest_stage,
 )
 from raysubset.sweeping.records import WHERE, recommend, recommendation, settings_of, trial_measures
+from raysubset.sweeping.standing import TrialsStanding
 from raysubset.training import Cost
 from raysubset.work import Piece
 from tests.test_html_report import check_self_contained
@@ -222,7 +223,7 @@ def of_losses(losses: dict[int, list[float]]) -> list[dict[str, Any]]:
 
 
 def test_a_setting_is_the_mean_over_its_seeds_with_its_standard_error() -> None:
-    small, large = settings_of(of_losses({100: [0.1, 0.2, 0.3], 200: [0.5]}))
+    small, large = settings_of(of_losses({100: [0.1, 0.2, 0.3], 200: [0.5]}), ACCURACY)
     assert small["validation_loss"]["mean"] == pytest.approx(0.2)
     assert small["validation_loss"]["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert large["validation_loss"] == {"mean": 0.5, "standard_error": None}
@@ -240,7 +241,7 @@ def test_a_setting_is_the_mean_over_its_seeds_with_its_standard_error() -> None:
     ],
 )
 def test_the_smallest_subset_within_one_standard_error_of_the_best(losses: dict[int, list[float]], size: int) -> None:
-    settings = settings_of(of_losses(losses))
+    settings = settings_of(of_losses(losses), ACCURACY)
     position = recommend(settings)
     assert position is not None
     assert settings[position]["subset_size"] == size
@@ -252,20 +253,20 @@ def test_among_settings_of_one_size_the_least_loss_is_recommended() -> None:
     trials = [
         trial(100, seed, loss + seed / 10, **{rate: r}) for seed in (0, 1) for r, loss in ((0.1, 0.3), (0.2, 0.29))
     ]
-    settings = settings_of(trials)
+    settings = settings_of(trials, ACCURACY)
     assert settings[recommend(settings) or 0]["overrides"][rate] == 0.2
     assert f"{rate} = 0.2" in recommendation(settings)
 
 
 def test_failed_seeds_leave_a_setting_its_others_and_pruned_ones_rule_it_out() -> None:
     failed = [*of_losses({100: [0.1, 0.2]}), trial(100, 2, None, state="failed")]
-    assert recommend(settings_of(failed)) == 0
+    assert recommend(settings_of(failed, ACCURACY)) == 0
     pruned = [*of_losses({100: [0.1, 0.2], 200: [0.5, 0.6]}), trial(100, 2, None, state="pruned")]
-    assert recommend(settings_of(pruned)) == 1
+    assert recommend(settings_of(pruned, ACCURACY)) == 1
 
 
 def test_nothing_is_recommended_where_nothing_has_a_finite_loss() -> None:
-    settings = settings_of([trial(100, 0, None), trial(200, 0, None, state="failed")])
+    settings = settings_of([trial(100, 0, None), trial(200, 0, None, state="failed")], ACCURACY)
     assert recommend(settings) is None
     assert "No recommendation" in recommendation(settings)
 
@@ -286,7 +287,7 @@ def test_a_trial_keeps_what_its_report_says_of_its_subsets_before_and_after_fine
 def a_sweep(folder: Path) -> str:
     """A finished sweep's directory: two sizes of two seeds, a third that failed."""
     trials = [*of_losses({100: [0.39, 0.39], 400: [0.2, 0.4]}), trial(5000, 0, None, state="failed")]
-    settings = settings_of(trials)
+    settings = settings_of(trials, ACCURACY)
     record = {
         "kind": "sweep",
         "name": "a-sweep",
@@ -349,7 +350,7 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
 
 def test_costs_are_shares_of_the_conventional_run_where_a_sweep_has_one(tmp_path: Path) -> None:
     record = RunDirectory.at(a_sweep(tmp_path)).read_json(SWEEP_PATH)
-    baseline = settings_of([trial(500, seed, 0.25, method="conventional") for seed in (0, 1)])[0]
+    baseline = settings_of([trial(500, seed, 0.25, method="conventional") for seed in (0, 1)], ACCURACY)[0]
     _, curves, *_ = sweep_sections(record | {"baseline": baseline})
     assert [(row[0], row[-1]) for row in curves.rows] == [("100", "0.20"), ("400", "0.80"), ("conventional", "1.00")]
     RunDirectory.at(record["uri"]).write_json(SWEEP_PATH, record | {"baseline": baseline})
@@ -392,7 +393,7 @@ def test_a_listener_with_locks_as_a_terminals_does_not_stop_tune_from_pickling_i
         with lock:
             pass
 
-    pickle.loads(cloudpickle.dumps(_Telling(tell)))
+    pickle.loads(cloudpickle.dumps(_Telling(tell, TrialsStanding(ACCURACY, {}))))
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from raysubset.config import Config, TrackingConfig
 from raysubset.events import AggregateDone, Attempt, EpochDone, Event, MinimumDone, Note, Progress, Stage
+from raysubset.quality import ACCURACY
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked
@@ -20,6 +22,8 @@ from raysubset.tracking.following import PAGE_PATH
 from raysubset.tracking.records import Curves, Header, Point, Result, comparison_points, comparison_summary, run_summary
 from raysubset.tracking.wandb_runs import has_key
 from tests.test_report import BITS, a_record, history, metrics, minimum, of_task
+
+tracked = partial(tracked, quality=ACCURACY)
 
 ALONE = {  # no account, no network, nothing told to their makers
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -82,7 +86,7 @@ def silent(event: Event) -> None:
 
 
 def points(*events: Event) -> list[Point]:
-    curves = Curves(Config().with_overrides({"minimize.epochs": 7.5, "rounds.num": 2}))
+    curves = Curves(Config().with_overrides({"minimize.epochs": 7.5, "rounds.num": 2}), ACCURACY)
     return [point for event in events for point in curves.points(event)]
 
 

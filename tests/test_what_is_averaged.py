@@ -15,6 +15,7 @@ from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.streaming import first_not_finite
 from raysubset.config import AggregationConfig, MinimizeConfig, ModelConfig
 from raysubset.models import averaged_names, build_model, has_batch_norm, trainable_names
+from raysubset.quality import ACCURACY
 from raysubset.tasks import Spec
 from raysubset.training import Weights, diagonal_fisher, gram_matrices, minimize, predict, recompute_batch_norm
 from tests.test_aggregation import minimum
@@ -106,7 +107,7 @@ METHODS = ["select_best", "uniform_soup", "weighted_soup", "greedy_soup", "fishe
 @pytest.mark.parametrize("method", [*METHODS, "auto"])
 def test_no_method_changes_what_no_member_changed(method: str, start: nn.Module, minima: list[Minimum]):
     config = AggregationConfig(method=method)  # type: ignore[arg-type]
-    made = aggregate(minima, config, scorer_of(copy.deepcopy(start)), start=weights(start))
+    made = aggregate(minima, config, scorer_of(copy.deepcopy(start)), start=weights(start), quality=ACCURACY)
     for name in UNCHANGED:
         assert same(made.aggregate.weights[name], weights(start)[name]), name
     assert not torch.equal(made.aggregate.weights["conv.weight"], weights(start)["conv.weight"])

@@ -12,7 +12,7 @@ from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
 from raysubset.aggregation.steps import outer_step
 from raysubset.aggregation.streaming import shares_start
 from raysubset.config import AggregationConfig, Config
-from raysubset.quality import ACCURACY, Quality
+from raysubset.quality import Quality
 from raysubset.training import Cost, Metrics, Weights
 
 
@@ -73,7 +73,7 @@ class Unmeasured:
 
     aggregate: Aggregate
     cost: Cost
-    quality: Quality = ACCURACY
+    quality: Quality
 
     def to_dict(self) -> dict[str, Any]:
         """Aggregation's, with null for what was not measured."""
@@ -95,7 +95,7 @@ def aggregate(
     start: Weights | None = None,
     seed: int = 0,
     measure_training: bool = True,
-    quality: Quality = ACCURACY,
+    quality: Quality,
 ) -> Aggregation:
     """Make one set of weights of the minima by the configured method, and measure it beside its members.
 
@@ -167,7 +167,7 @@ def aggregate_round(
     momentum: Weights,
     seed: int = 0,
     measured: bool = True,
-    quality: Quality = ACCURACY,
+    quality: Quality,
 ) -> tuple[Aggregation | Unmeasured, Weights]:
     """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
 

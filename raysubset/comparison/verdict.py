@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from raysubset.comparison.statistics import Interval, SpeedUp
-from raysubset.quality import ACCURACY, Quality
+from raysubset.quality import Quality
 
 TENTH = 0.1  # of the conventional run's cost: the claim
 VACUOUS_BELOW = 2.0  # a speed-up that cannot reach this is cheap only against an over-long baseline
@@ -45,7 +45,7 @@ def judge(
     *,
     conventional_passes: float,
     margin: float,
-    quality: Quality = ACCURACY,
+    quality: Quality,
     num_seeds: int,
 ) -> Verdict:
     """The rule of METHODS.md §4, in its order.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysubset.quality import ACCURACY, Quality, quality_of
+from raysubset.quality import Quality, quality_of
 from raysubset.run_report import Shown
 
 Record = dict[str, Any]
@@ -93,7 +93,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(finite) if finite and len(finite) == len(values) else None
 
 
-def settings_of(trials: Sequence[Record], quality: Quality = ACCURACY) -> list[Record]:
+def settings_of(trials: Sequence[Record], quality: Quality) -> list[Record]:
     """One record a setting, in the order of the trials: means over the seeds that finished, with standard errors."""
     groups: dict[str, list[Record]] = {}
     for trial in trials:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
 from raysubset.events import Event, Note, OnEvent
-from raysubset.quality import ACCURACY, Quality
+from raysubset.quality import Quality, quality_of
 from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
 from raysubset.tracking.mlflow_runs import MLflowRun
 from raysubset.tracking.records import (
@@ -164,7 +164,7 @@ def tracked(
     directory: RunDirectory,
     tell: OnEvent,
     *,
-    quality: Quality = ACCURACY,
+    quality: Quality,
     make: OpenTracker = open_tracker,
 ) -> Iterator[OnEvent]:
     """A `tell` for the trackers asked for, and then the given one; when the block is left, they get the report.
@@ -199,7 +199,7 @@ def tracked(
 
 def track_finished(config: Config, directory: RunDirectory, tell: OnEvent) -> None:
     """Tell trackers that were not asked for before of a finished run: its numbers and files, but no curves."""
-    with tracked(config, directory, tell):
+    with tracked(config, directory, tell, quality=quality_of(directory.read_json(REPORT_PATH))):
         pass
 
 

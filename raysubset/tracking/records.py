@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from raysubset.config import Config
 from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Progress
-from raysubset.quality import ACCURACY, Quality, quality_of
+from raysubset.quality import Quality, quality_of
 
 Record = Mapping[str, Any]
 Outcome = Literal["finished", "failed", "stopped"]
@@ -47,7 +47,7 @@ class Result:
 class Curves:
     """Makes points of a run's events. Of progress, which comes every second, one an epoch."""
 
-    def __init__(self, config: Config, quality: Quality = ACCURACY) -> None:
+    def __init__(self, config: Config, quality: Quality) -> None:
         self._epochs_a_round, self._quality = math.ceil(config.minimize.epochs), quality
         self._told: dict[str, int] = {}
 
