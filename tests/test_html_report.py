@@ -220,6 +220,9 @@ def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none():
 
 def test_a_run_is_held_against_the_conventional_run_and_the_comparison_that_lie_beside_it(tmp_path: Path):
     run = a_directory(tmp_path)
+    before = read_report(run.uri)
+    del before["config"]["data"]["window"]  # of a version without the field
+    run.write_json(REPORT_PATH, before)
     record = read_report(run.uri)
     assert find_beside(record) == Beside()
     told = "No conventional run of these data and this network lies beside it."
@@ -552,6 +555,9 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005" in read.words
     assert "Test accuracy over passes in total" in read.words
     assert "Computed seconds" not in read.words  # of a single bandwidth
+    few = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
+    few["verdicts"]["total"]["text"] = "G's speed-up is 1.01 (50% interval 0.95 to any)."
+    assert str(comparison_sections(few)[0].lines[0]).endswith("confirmed. aggregate's speed-up is 1.01.")
     assert "which legs an arm consists of: the same command again adds that" in read.words
     assert "60.0 s in 2 sessions" in read.words
 

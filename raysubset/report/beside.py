@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from raysubset.config import of_now
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record, difference, with_error
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
@@ -30,7 +31,7 @@ def find_beside(record: Record) -> Beside:
     Of several runs of the other method the one with this one's seed counts, and of those the one whose passes in total
     are closest; of several comparisons the one with the most seeds. Storage that cannot be listed has none.
     """
-    own = RunDirectory.at(record["uri"])
+    own, learned = RunDirectory.at(record["uri"]), _learned(of_now(record["config"]))
     try:
         others = own.neighbours()[:_MOST_LOOKED_AT]
     except OSError:
@@ -39,7 +40,7 @@ def find_beside(record: Record) -> Beside:
         configs = list(pool.map(_config, others))
     runs, comparisons = [], []
     for directory, config in zip(others, configs, strict=True):
-        if config is None or _learned(config) != _learned(record["config"]):
+        if config is None or _learned(config) != learned:
             continue
         kind = config.get("kind", "run")
         if kind == "comparison" and (found := _finished(directory, COMPARISON_PATH, record)):

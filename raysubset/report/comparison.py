@@ -83,8 +83,10 @@ def _regime(record: Record) -> Section:
 def verdicts(record: Record) -> Iterator[str]:
     """A sentence a clock, with arms by their names."""
     for clock, words in CLOCKS.items():
-        verdict = record["verdicts"][clock]
-        yield f"A tenth of the cost, counting {words}: {verdict['word']}. {_in_names(verdict['text'], record)}"
+        verdict, text = record["verdicts"][clock], record["verdicts"][clock]["text"]
+        if len(record["seeds"]) < _FEWEST_SEEDS:
+            text = re.sub(r" \(\d+ ?% interval [^)]*\)", "", text)
+        yield f"A tenth of the cost, counting {words}: {verdict['word']}. {_in_names(text, record)}"
 
 
 def _in_names(text: str, record: Record) -> str:

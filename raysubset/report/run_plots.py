@@ -23,7 +23,7 @@ def story(record: Record, rival: Record | None = None) -> Plot | None:
         rival: the record of a run that this one is held against, whose end is drawn as a line.
     """
     quality = quality_of(record)
-    chart = Chart("passes of training, one after the other", f"validation {quality.label}", size=(560, 320))
+    chart = Chart("passes of training, one after the other", f"validation {quality.label}", size=(440, 280))
     ends, members = _told(chart, record, quality)
     if chart.num_values < 2:
         return None
