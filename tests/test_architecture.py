@@ -26,6 +26,8 @@ BANNED = {
     "raysubset.run_report": {"ray"},
     "raysubset.tracking": {"ray", "mlflow", "wandb"},
     "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "rich"},
+    "raysubset.pipeline": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "torch._dynamo", "matplotlib"},
+    "raysubset.comparison": {"ray.tune", "ray.train", "pandas", "matplotlib"},
 }
 
 IMPORT_ONE_AFTER_ANOTHER = """
