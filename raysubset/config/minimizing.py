@@ -181,10 +181,13 @@ class MinimizeConfig:
     tolerance: float | None = None
     """Stop when an epoch (an iteration of whole-subset optimizers, ten of lbfgs) lowers the subset's own loss by less
     than this share of it."""
+    validate_every: int | None = None
+    """Look at validation data after every so many epochs, each look counted: a curve. By default not at all, with
+    patience after each; fine-tuning and Ray Train jobs look after each anyway."""
     patience: int | None = None
-    """Whole-subset optimizers: stop when the validation loss has not fallen for so many iterations (lbfgs: times ten),
-    and keep the weights where it was least; looking is part of `epochs`. Default: 5 of levenberg_marquardt, which
-    overfits within a few steps; 0, not to look, of the others."""
+    """Stop when the validation loss has not fallen for so many looks, and keep the weights where it was least.
+    Whole-subset optimizers look after each iteration (lbfgs: ten), as part of `epochs`. Default: 5 of
+    levenberg_marquardt, which overfits within a few steps; 0, never, of the others."""
     gradient_tolerance: float | None = None
     """Whole-subset optimizers: stop when the gradient's largest element is at most this."""
     target_loss: float | None = None
@@ -219,6 +222,7 @@ class MinimizeConfig:
             warmup_fraction="(0, 1)",
             tolerance="(0, ∞)",
             patience="[0, ∞)",
+            validate_every="[1, ∞)",
             gradient_tolerance="(0, ∞)",
             target_loss="[0, ∞)",
         )
@@ -228,8 +232,14 @@ class MinimizeConfig:
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
         )
         need(
-            not self.patience or whole,
-            f"minimize.patience = {self.patience} is for {', '.join(WHOLE_SUBSET)}: leave it out",
+            self.validate_every is None or not whole,
+            f"minimize.validate_every = {self.validate_every} is for optimizers of batches, and {self.optimizer} looks "
+            "after each iteration, with minimize.patience: leave it out",
+        )
+        need(
+            not self.patience or self.averaging.kind == "none" or self.averaging.restarts(),
+            f"minimize.patience chooses among epochs, and minimize.averaging.kind={self.averaging.kind} averages over "
+            "them: leave one of them out",
         )
         need(
             self.objective is None or ":" in self.objective,
@@ -246,6 +256,7 @@ class MinimizeConfig:
             ("optimizer", self.optimizer in OPTIMIZERS and not whole),
             ("objective", self.objective is None),
             ("epoch_fraction", self.epoch_fraction == 1),
+            ("patience", not self.patience),
             *((name, getattr(self, name).kind == "none") for name in ("extrapolation", "averaging", "skipping")),
         ):
             need(
@@ -324,6 +335,10 @@ class MinimizeConfig:
         if self.patience is None and self.optimizer == "levenberg_marquardt":
             return _PATIENCE
         return self.patience or 0
+
+    def watched_patience(self) -> int:
+        """Looks between epochs without a lower loss that end it; 0: none, as of optimizers that look themselves."""
+        return 0 if self.optimizer in WHOLE_SUBSET else self.patience or 0
 
     @property
     def whole_loop(self) -> str | None:

@@ -84,9 +84,15 @@ class Config:
             f"{loop} has all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
             "trunk.epochs and fine_tuning.epochs to 0",
         )
+        for name in ("tolerance", "patience"):
+            need(
+                self.rounds.num == 1 or not getattr(self.minimize, name),
+                f"minimize.{name} cuts a schedule that spans all rounds: use it with rounds.num=1",
+            )
         need(
-            self.rounds.num == 1 or self.minimize.tolerance is None,
-            "minimize.tolerance cuts a schedule that spans all rounds: use it with rounds.num=1",
+            self.subsets.per_actor == 1 or not (self.minimize.patience or self.minimize.validate_every),
+            f"subsets.per_actor = {self.subsets.per_actor} trains subsets as one, which nothing looks at on the way: "
+            "leave minimize.patience and minimize.validate_every out",
         )
         cropped = self.data.augmentation == "crop_flip" or (
             self.data.augmentation == "auto" and self.data.name in ("cifar10", "cifar100")

@@ -48,6 +48,7 @@ from raysubset.training import (
     Metrics,
     Progress,
     Shard,
+    Watch,
     Weights,
     device_name,
     evaluate,
@@ -179,9 +180,12 @@ class _Worker:
         self._examples = examples
         self._calibration = calibration_examples(config, full_set, device)
         self._validation = full_set.examples("validation", _part(len(full_set.validation), shard), device=device)
-        self._keep_best = job.stage == "fine_tuning" and config.fine_tuning.keep == "best"
-        self._history: list[dict[str, Any]] = []
-        self._best: dict[str, Any] = {}
+        self._watch = Watch(
+            model,
+            self._validate,
+            patience=job.recipe.watched_patience(),
+            keeps_best=job.stage == "fine_tuning" and config.fine_tuning.keep == "best",
+        )
         self._measured = Cost()
         self._started = self._heard_at = self._saved_at = time.perf_counter()
         self._work: Work | None = None
@@ -204,19 +208,20 @@ class _Worker:
         whose = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
         listener = Listener(self._config.actors.on_step, **whose, rank=self._shard.rank, num_workers=self._shard.num)
 
-        def on_step(progress: Progress) -> bool:
+        def on_step(progress: Progress) -> bool | str:
             nonlocal so_far
             so_far = progress.cost
             stand(lambda: _standing(progress))
-            if progress.epoch_ended:
-                self._end_epoch(progress)
+            outcome = self._watch.look(progress)
+            if progress.epoch_ended and self._shard.rank == 0:
+                self._directory.write_json(history_path(self._stage), self._watch.looks)
             stop = self._alone is not None and self._alone.follower.follow(progress)
             if progress.epoch_ended or progress.step % every_steps == 0 or stop or self._is_due():
                 self._checkpoint(progress)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
             listener(progress)
-            return stop
+            return outcome or stop
 
         seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's
         try:
@@ -265,7 +270,7 @@ class _Worker:
     def _restore(self) -> dict[str, Any] | None:
         state = self._newest() if self._alone else self._reported()
         if state is not None:
-            self._history, self._best = state["validated"], state["best_validated"]
+            self._watch.load_state_dict(state)
         return state
 
     def _newest(self) -> dict[str, Any] | None:
@@ -282,16 +287,6 @@ class _Worker:
             if own_path.exists():
                 state["own"] = load_checkpoint(own_path.read_bytes())
         return state
-
-    def _end_epoch(self, progress: Progress) -> None:
-        validation = self._validate()
-        if not self._best or validation.loss < self._best["loss"]:
-            self._best = {"loss": validation.loss}
-            if self._keep_best:
-                self._best["model"] = {k: v.detach().clone() for k, v in self._model.state_dict().items()}
-        self._history.append({**progress.history[-1].to_dict(), "validation": validation.to_dict()})
-        if self._shard.rank == 0:
-            self._directory.write_json(history_path(self._stage), self._history)
 
     def _validate(self) -> Metrics:
         """Validation metrics, each worker scoring a part with rank 0's running statistics."""
@@ -344,15 +339,14 @@ class _Worker:
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
 
     def _state(self, progress: Progress) -> dict[str, Any]:
-        return progress.capture() | {"validated": self._history, "best_validated": self._best}
+        return progress.capture() | self._watch.state_dict()
 
     def _cost(self, minimized: Cost) -> Cost:
         return replace(minimized + self._measured, device_s=(time.perf_counter() - self._started) * self._shard.num)
 
     def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> dict[str, Any]:
         """Measure and leave the weights, close the ledger entry, and leave the record, which is returned."""
-        if self._keep_best:
-            self._model.load_state_dict(self._best["model"])
+        self._watch.settle()
         num_refreshed = 0
         if self._shard.num > 1 and not self._syncs_batch_norm:  # the statistics are of rank 0's parts of the batches
             num_refreshed = recompute_batch_norm(self._model, self._calibration, self._recipe)
@@ -361,7 +355,7 @@ class _Worker:
         record = {
             "training": evaluate(self._model, self._calibration, self._recipe).to_dict(),
             "validation": evaluate(self._model, validation, self._recipe).to_dict(),
-            "history": self._history,
+            "history": self._watch.looks,
             "outcome": outcome,
             "num_workers": self._shard.num,
             "recomputed_batch_norm": num_refreshed > 0,

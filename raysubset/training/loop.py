@@ -122,6 +122,7 @@ def minimize_by_batches(
             load_optimizer_state(optimizer, optimizer_state)
         model.train()
         outcome = reached(recipe, progress) if progress.step and not num_summed else None
+        outcome = (state or {}).get("asked") or outcome  # by who watched it
         while outcome is None and progress.step < progress.num_steps:
             turn, batch = divmod(progress.step, per_turn)
             if batches is None or batch == 0:
@@ -179,8 +180,8 @@ def minimize_by_batches(
                     if not best or mean < best["loss"]:
                         best = {"loss": mean, "model": {k: v.detach().clone() for k, v in model.state_dict().items()}}
             progress.cost = cost()
-            if on_step is not None and on_step(progress) and outcome is None:
-                outcome = "stopped"
+            if on_step is not None and (asked := on_step(progress)) and outcome is None:
+                outcome = asked if isinstance(asked, str) else "stopped"
     optimizer.zero_grad()
     techniques.close()
     if device.type == "cuda":

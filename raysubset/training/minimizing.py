@@ -45,8 +45,9 @@ def minimize(
         shard: this worker's share of each batch. The sum of the shares' gradients is the whole batch's gradient.
         distillation: an ensemble to learn from as well; the history's losses are then of both.
         validation: what minimize.patience looks at.
-        on_step: called after every step; returning True ends the call with the outcome "stopped". Where weights are
-            averaged it sees the average at epochs' ends if the run goes on from it, and always at the very end.
+        on_step: called after every step; returning True ends the call with the outcome "stopped", a text with that one.
+            Where weights are averaged it sees the average at epochs' ends if the run goes on from it, and always at the
+            very end.
 
     Returns:
         The outcome. On divergence the weights of the epoch with the least loss are restored, the optimizer's state is

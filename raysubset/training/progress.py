@@ -43,7 +43,7 @@ class Progress:
         return self.history[-1].loss if self.history else math.nan
 
 
-OnStep = Callable[[Progress], bool | None]
+OnStep = Callable[[Progress], bool | str | None]
 
 
 def num_steps_per_epoch(num_examples: int, recipe: MinimizeConfig) -> int:

@@ -84,7 +84,8 @@ class EpochRecord:
 class MinimizeResult:
     """How a minimization ended; the model itself was changed in place."""
 
-    # "epochs", "tolerance", "gradient" (within its tolerance), "target", "diverged" (best weights restored), "stopped"
+    # "epochs", "tolerance", "gradient" (within its tolerance), "target", "diverged" (best weights restored), "stopped",
+    # "validation" (patience has run out)
     outcome: str
     history: tuple[EpochRecord, ...]  # from the first epoch, also when resumed
     cost: Cost  # of this call alone, of all shards together

@@ -4,13 +4,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from raysubset.aggregation import to_differences
-from raysubset.config import Config, MinimizeConfig, TrainingStage, derive_seed
+from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, TrainingStage, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
@@ -30,8 +30,10 @@ from raysubset.training import (
     Cost,
     DivergedError,
     Listener,
+    Metrics,
     MinimizeResult,
     Progress,
+    Watch,
     Weights,
     device_name,
     diagonal_fisher,
@@ -66,6 +68,8 @@ class _Job:
     last_step: int  # of the last checkpoint
     last_at: float
     heard_at: float  # when its ledger entry last said how far it is
+    watch: Watch | None = None
+    looked: Cost = field(default_factory=Cost)  # what that has cost
     is_closed: bool = False  # whether its ledger entry says how it ended
 
 
@@ -249,7 +253,9 @@ class Minimizer:
         last_step = newest[1]["position"][1] if newest else 0
         state = newest[1] if newest else None
         now = time.perf_counter()
-        return _Job(piece, work, model, examples, recipe, state, optimizer_state, every_steps, last_step, now, now)
+        job = _Job(piece, work, model, examples, recipe, state, optimizer_state, every_steps, last_step, now, now)
+        job.watch = self._watch(job)
+        return job
 
     def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
         """All jobs to their ends, or until they are stopped."""
@@ -261,7 +267,7 @@ class Minimizer:
 
         listeners = [self._listener(job.piece) for job in jobs]
 
-        def on_step(progress: Mapping[int, Progress]) -> bool:
+        def on_steps(progress: Mapping[int, Progress]) -> bool:
             self._progress = {**self._progress, **progress}
             stop = self._stop.is_set()
             for number, own in progress.items():
@@ -278,9 +284,14 @@ class Minimizer:
                 states=[job.state for job in jobs],
                 optimizer_states=[job.optimizer_state for job in jobs],
                 schedule_span=first.schedule_span,
-                on_step=on_step,
+                on_step=on_steps,
             )
         (job,) = jobs
+
+        def on_step(progress: Progress) -> bool | str:
+            outcome = job.watch.look(progress) if job.watch else None
+            return on_steps({0: replace(progress, cost=progress.cost + job.looked)}) or outcome or False
+
         result = minimize(
             job.model,
             job.examples,
@@ -290,12 +301,35 @@ class Minimizer:
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
             validation=self._watched(recipe, job.examples.device),
-            on_step=lambda progress: on_step({0: progress}),
+            on_step=on_step,
         )
-        return [result]
+        if job.watch is None:
+            return [result]
+        if result.outcome != "stopped":
+            job.watch.settle()
+        return [replace(result, cost=result.cost + job.looked)]
+
+    def _watch(self, job: _Job) -> Watch | None:
+        """What looks at validation data at epochs' ends, where the recipe asks for it."""
+        recipe = job.recipe
+        if not (recipe.validate_every or recipe.watched_patience()):
+            return None
+        examples = self._load_full_set().examples("validation", device=job.examples.device)
+
+        def validate() -> Metrics:
+            job.looked += Cost(num_forward=len(examples))
+            return evaluate(job.model, examples, recipe)
+
+        every, patience = recipe.validate_every or 1, recipe.watched_patience()
+        watch = Watch(job.model, validate, every=every, patience=patience)
+        if job.state:
+            watch.load_state_dict(job.state)
+        return watch
 
     def _watched(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
-        """The validation data on the device, where the recipe looks at it."""
+        """The validation data on the device, where a whole-subset optimizer looks at it."""
+        if recipe.optimizer not in WHOLE_SUBSET:
+            return None
         return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
 
     def _listener(self, piece: Piece) -> Listener:
@@ -313,7 +347,8 @@ class Minimizer:
             ledger.write(replace(job.work, cost=progress.cost))  # before the checkpoint: what that holds is counted
             job.heard_at = time.perf_counter()
         if is_saved:
-            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), progress.capture())
+            state = progress.capture() | (job.watch.state_dict() if job.watch else {})
+            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
             beat()
 
@@ -345,10 +380,11 @@ class Minimizer:
             path = optimizer_path(folder)
             files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer}, is_durable=False)
             self._keep_optimizer(path, result.optimizer)
+        history = [epoch.to_dict() for epoch in result.history]
         start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
             "cost": cost.to_dict(),
-            "history": [epoch.to_dict() for epoch in result.history],
+            "history": job.watch.history(history) if job.watch else history,
             "num_bytes_sent": num_sent + (start_bytes if start is not None else 0),  # the start in, the minimum out
             "round": piece.round,
             "attempt": job.work.attempt,

@@ -177,8 +177,8 @@ def _minimize(
         elif (decrease < least or decrease <= 0) and progress.step < progress.num_steps:
             outcome = "tolerance"
         progress.cost = cost()
-        if on_step is not None and on_step(progress) and outcome is None:
-            outcome = "stopped"
+        if on_step is not None and (asked := on_step(progress)) and outcome is None:
+            outcome = asked if isinstance(asked, str) else "stopped"
     model.zero_grad()
     if patience:
         objective.move_to(validates_best["weights"])
