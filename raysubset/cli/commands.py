@@ -36,7 +36,6 @@ from raysubset.cli.flags import (
     parse,
     parse_command,
 )
-from raysubset.cli.help import completions, print_help, settings_text
 from raysubset.cli.live import telling
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
 from raysubset.config import Config, parse_value
@@ -72,6 +71,8 @@ def call(arguments: Sequence[str]) -> int:
         return DONE
     if arguments[:1] == ["--complete"]:  # bash tells of the line by its environment
         line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "100000"))]
+        from raysubset.cli.help import completions
+
         words = [*line.split(), *([""] if line.endswith(" ") else [])]
         print("\n".join(completions(words)))
         return DONE
@@ -141,6 +142,8 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     try:
         return work()
     except HelpAsked as asked:
+        from raysubset.cli.help import print_help
+
         print_help(asked)
         return DONE
     except ValueError as error:
@@ -405,6 +408,8 @@ def _predict(command: Predict) -> int:
 
 
 def _settings(command: Settings) -> int:
+    from raysubset.cli.help import settings_text
+
     text = settings_text(command.config)
     if command.to is None:
         print(text, end="")

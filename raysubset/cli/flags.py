@@ -216,10 +216,15 @@ class Flag:
     has_none: bool
     is_many: bool
     default: Any  # MISSING where it must be given
-    doc: str
+    owner: type  # the dataclass whose field it is
     of_config: bool
     placeholder: str = ""
     is_positional: bool = False
+
+    @property
+    def doc(self) -> str:
+        """Its documentation, read from its class's source."""
+        return field_docs(self.owner)[self.key.rpartition(".")[2]]
 
     @property
     def value(self) -> str:
@@ -237,14 +242,14 @@ def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list
     Args:
         defaults: of its own fields, where they are others than its class has.
     """
-    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    hints = typing.get_type_hints(kind)
     flags = []
     for each in dataclasses.fields(kind):
         if each.name == "config":
             continue
         name, position = each.metadata.get("flag", each.name), each.metadata.get("positional")
         placeholder, value = each.metadata.get("value", position or ""), defaults.get(each.name, each.default)
-        about = (value, docs[each.name], False, placeholder, position is not None)
+        about = (value, kind, False, placeholder, position is not None)
         flags.append(_flag(name, each.name, hints[each.name], *about))
     if issubclass(kind, _OfConfig):
         flags += _flags_of_config(Config, default or Config(), "")
@@ -252,16 +257,16 @@ def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list
 
 
 def _flags_of_config(kind: type, default: Any, prefix: str) -> Iterator[Flag]:
-    hints, docs = typing.get_type_hints(kind), field_docs(kind)
+    hints = typing.get_type_hints(kind)
     for name, hint in hints.items():
         key, value = prefix + name, getattr(default, name)
         if dataclasses.is_dataclass(hint):
             yield from _flags_of_config(typing.cast(type, hint), value, f"{key}.")
         else:
-            yield _flag(key, key, hint, value, docs[name], True)
+            yield _flag(key, key, hint, value, kind, True)
 
 
-def _flag(name: str, key: str, hint: Any, default: Any, doc: str, of_config: bool, *more: Any) -> Flag:
+def _flag(name: str, key: str, hint: Any, default: Any, owner: type, of_config: bool, *more: Any) -> Flag:
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
     has_none, kind = type(None) in options, next(one for one in options if one is not type(None))
     words = next((typing.get_args(one) for one in options if typing.get_origin(one) is Literal), ())
@@ -269,7 +274,7 @@ def _flag(name: str, key: str, hint: Any, default: Any, doc: str, of_config: boo
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
         kind = str
-    return Flag(name.replace("_", "-"), key, kind, words, has_none, is_many, default, doc, of_config, *more)
+    return Flag(name.replace("_", "-"), key, kind, words, has_none, is_many, default, owner, of_config, *more)
 
 
 def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:

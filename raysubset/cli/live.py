@@ -178,7 +178,8 @@ class LiveView:
         style = {events.Retry: "yellow", events.Stage: "bold", events.Planned: "dim"}.get(type(event))
         if isinstance(event, events.Note) and event.is_warning:
             style = "yellow"
-        silent = events.Start | events.Progress | events.Waiting | events.Standing | events.TrialReport
+        # what a table shows as it comes
+        silent = events.Start | events.Progress | events.Waiting | events.Standing | events.TrialReport | events.LegDone
         if not isinstance(event, silent) and event.text:
             self._console.print(visible(event.text), style=style)
 
@@ -240,7 +241,9 @@ class LiveView:
             return None
         words = _how_far(self._course)
         line = Table.grid(padding=(0, 1, 0, 0))
-        if (room := width - len(words) - 2) < 8:
+        line.add_column()
+        line.add_column(no_wrap=True)
+        if (room := width - len(words) - 3) < 8:
             line.add_row(Text(words, overflow="ellipsis", no_wrap=True))
         else:
             line.add_row(ProgressBar(total=passes[1], completed=passes[0], width=min(room, 40)), words)

@@ -294,6 +294,13 @@ class _Comparison:
             if not event.was_there:
                 self._tell(self._standing.event())
 
+    def _tell_standing(self, settings: Mapping[str, Settings]) -> None:
+        """Show what arms were tuned to."""
+        if self._standing is not None:
+            for key, own in settings.items():
+                self._standing.note_settings(key, f"{own.learning_rate:g}")
+            self._tell(self._standing.event())
+
     def _expect(self, arm: Arm, legs: Iterable[Leg], budget: float = 0.0) -> None:
         if self._standing is not None:
             sizes = [len(subset.indices) for subset in self._plans[arm.key].subsets]
@@ -360,7 +367,8 @@ class _Comparison:
         budget, seed = self._tuned_at()
         baseline = next(arm for arm in arms if arm.key == "B")
         tried: list[Record] = []
-        self._tell(Stage(f"tuning: learning rates {rates} and batch sizes {sizes} at {budget:g} passes"))
+        told = ", ".join(f"{rate:g}" for rate in rates)
+        self._tell(Stage(f"tuning: learning rates {told} and batch sizes {sizes} at {budget:g} passes"))
         num_rates = len(rates) if len(rates) > 1 else 0
         tuning = {arm.key: budget * num_rates for arm in arms if arm.key not in ("A", "B")}
         tuning["B"] = budget * (num_rates or len(sizes) > 1) * len(sizes)
@@ -368,6 +376,7 @@ class _Comparison:
         self._standing = ArmsStanding(self._quality, budgets, num_seeds=len(self._seeds), tried=tuning)
         grid = [Settings(rate, size) for size in sizes for rate in rates]
         settings = {"B": self._best({baseline: grid}, budget, seed, tried)["B"]}
+        self._tell_standing(settings)
         others = {
             arm: [Settings(rate, settings["B"].batch_size) for rate in rates]
             for arm in arms
@@ -415,11 +424,10 @@ class _Comparison:
         for arm, of_arm in finals.items():
             for budget, of_budget in of_arm.items():
                 self._expect(arm, of_budget.values(), budget)
-            if self._standing is not None:
-                self._standing.note_settings(arm.key, f"{settings[arm.key].learning_rate:g}")
         flat = [leg for of_arm in finals.values() for of_budget in of_arm.values() for leg in of_budget.values()]
         shape = f"{len(arms)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
         self._tell(Stage(shape))
+        self._tell_standing(settings)
         self.runner.run(flat)
         self._tell(Stage("test: every choice is made, the test split is read"))
         self.runner.test(flat)

@@ -1,7 +1,6 @@
 """Config: the whole of a run."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -154,6 +153,8 @@ class Config:
         if self.name:
             return self.name
         shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
+        import hashlib  # loads OpenSSL, which no flag waits for
+
         digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
         names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
         names += [self.model.name] if self.model.name != "auto" else []
