@@ -763,4 +763,5 @@ def test_a_page_of_many_minima_stays_below_a_megabyte(tmp_path: Path):
     record["stages"]["rounds"] = [round_of([minimum(n) for n in range(200)])]
     path = Path(write_files(a_directory(tmp_path, record).uri))
     assert "mean of 200" in path.read_text()
+    assert "Members: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 188 more (200 of 200)" in path.read_text()
     assert path.stat().st_size < 2**20

@@ -274,7 +274,7 @@ class Chart:
         width, height = self.size
         names = max((len(text) for _, text in y.ticks), default=0)
         left = self.left or 10 + _CHARACTER * names + (16 if self.y.label else 0)
-        right = width - max(8.0, _CHARACTER * len(x.ticks[-1][1]) / 2 if x.ticks else 0)
+        right = width - max(8.0, 4 + _CHARACTER * len(x.ticks[-1][1]) / 2 if x.ticks else 0)
         longest, together = max((len(t) for _, t in x.ticks), default=0), sum(len(t) + 1.5 for _, t in x.ticks)
         is_tilted = _CHARACTER * together > right - left
         room = 20 + (0.7 * _CHARACTER * longest if is_tilted else 0)

@@ -329,10 +329,10 @@ def _aggregation(record: Record, last: Record) -> Section:
         rows.append(("plain mean of all", *_pair(made["uniform_mean"], quality)))
     step = ", then the outer step" if has_outer_step else ""
     rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"], quality)))
-    members = ", ".join(map(str, made["subset_ids"]))
+    members = listed([f"{subset}" for subset in made["subset_ids"]], most=MOST_ROWS)
     used = f"Members: {members} ({len(made['subset_ids'])} of {len(minima)})"
     if len(set(made["coefficients"])) > 1:
-        used += ", weighted " + ", ".join(f"{share:.3f}" for share in made["coefficients"])
+        used += ", weighted " + listed([f"{share:.3f}" for share in made["coefficients"]], most=MOST_ROWS)
     if made["tried"]:
         used += f"; {len(made['tried'])} candidates were scored on validation data"
     barrier = f"Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."

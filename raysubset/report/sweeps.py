@@ -47,6 +47,8 @@ def sweep_command(record: Record, config: Record) -> Command:
         options += ["--space", *(f"{key}={','.join(map(str, values))}" for key, values in space.items())]
     options += ["--baseline"] if record.get("baseline") else []
     own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(record["seeds"])}
+    if config["tracking"]["group"] == record["name"]:  # which sweep() sets
+        own["tracking"] = config["tracking"] | {"group": None}
     return Command(command(own, "sweep", *options))
 
 
