@@ -249,6 +249,17 @@ def test_what_has_ended_has_no_row():
     assert "at work" not in "\n".join(screen_of([*AT_WORK, stage_event("aggregation", "mean")], width=80))
 
 
+def test_a_process_that_begins_anew_has_no_row_of_what_it_did_before():
+    clock = Clock()
+    view = LiveView(Console(file=io.StringIO(), width=80, force_terminal=True), clock)
+    for seconds in (0.0, 0.01, 5.0):  # two at once, as a pack is, and then another
+        clock.now = 100 + seconds
+        view(Start("", Attempt("subsets", 0, int(10 * seconds) + round(100 * seconds) % 2, 0, "node", "ip", 7)))
+        if seconds == 0.01:
+            assert len(view._rows) == 2
+    assert [key[-1] for key in view._rows] == [50]
+
+
 def test_workers_of_ray_train_have_a_row_each_within_the_epoch():
     attempt = an_attempt(None, "fine_tuning")
     told = [Progress("", attempt, 0.4, 2.0, None, 50.0, running_loss=0.5, worker=rank) for rank in (0, 1)]

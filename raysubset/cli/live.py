@@ -24,6 +24,7 @@ from raysubset.cli.course import Course, in_words
 from raysubset.cli.screen import console_of, visible
 
 _STALE_S = 10.0  # after which an actor that is not heard of is not shown
+_PACK_S = 0.1  # within which the pieces of a pack are begun
 _PER_S = 4  # times the view is drawn
 _BELOW = 4  # lines of the screen that the tables leave: for what goes by above them, the status and the bar
 _GAP = 3  # between columns
@@ -186,7 +187,14 @@ class LiveView:
     def _take(self, event: events.Event) -> None:
         now = self._clock()
         match event:
-            case events.Start() | events.Progress():
+            case events.Start(attempt=attempt):  # what its process did before has ended
+                process = attempt.node, attempt.pid
+                self._rows = {
+                    key: row for key, row in self._rows.items() if key[:2] != process or now - row.heard_at < _PACK_S
+                }
+                self._rows[_key(event)] = _Working(event, now)
+                self._now_is("")
+            case events.Progress():
                 self._rows[_key(event)] = _Working(event, now)
                 self._now_is("")
             case events.MinimumDone(stage=stage, record=record):
