@@ -10,7 +10,7 @@ from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
-from raysubset.training import DivergedError, Progress, Shard, minimize, try_own_loop, why_not_packed
+from raysubset.training import DivergedError, Progress, Shard, minimize, starts_over, try_own_loop, why_not_packed
 from raysubset.work import Minimizer, Piece
 from tests.tiny import cnn, examples, same_bits, stored_weights, through_a_file, weights
 
@@ -52,6 +52,7 @@ def test_it_resumes_at_its_bits_or_starts_over(function, step):
         return progress.step == step
 
     assert minimize(cnn(), examples(30), recipe(function), seed=5, on_step=stop).outcome == "stopped"
+    assert starts_over(recipe(function), states[0]) == (function == "without_capture")  # also its validation history
     resumed = cnn(seed=9) if function == "momentum" else cnn()
     result = minimize(resumed, examples(30), recipe(function), seed=5, state=states[0])
     assert same_bits(weights(resumed), weights(unbroken))

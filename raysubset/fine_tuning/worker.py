@@ -56,6 +56,7 @@ from raysubset.training import (
     num_steps_per_epoch,
     place,
     recompute_batch_norm,
+    starts_over,
     try_training,
     use_device,
 )
@@ -269,6 +270,8 @@ class _Worker:
 
     def _restore(self) -> dict[str, Any] | None:
         state = self._newest() if self._alone else self._reported()
+        if state is not None and starts_over(self._recipe, state):
+            return None
         if state is not None:
             self._watch.load_state_dict(state)
         return state

@@ -20,7 +20,7 @@ from raysubset.training.memory import minimizing_bytes
 from raysubset.training.minimizing import minimize
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.own_listener import Listener, Step, load_listener
-from raysubset.training.own_loop import LoopProgress, try_own_loop
+from raysubset.training.own_loop import LoopProgress, starts_over, try_own_loop
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
@@ -56,6 +56,7 @@ __all__ = [
     "try_own_optimizer",
     "try_own_objective",
     "try_own_loop",
+    "starts_over",
     "LoopProgress",
     "Listener",
     "Step",

@@ -153,7 +153,7 @@ def minimize_by_own_loop(
     function = load_function(_FIELD, reference)
     per_epoch = num_steps_per_epoch(len(examples), recipe)
     progress = LoopProgress(max(1, round(recipe.epochs * per_epoch)), per_epoch, seed=seed)
-    if state is not None and "loop" in state:
+    if state is not None and not starts_over(recipe, state):
         model.load_state_dict(state["model"])
         progress.step, progress.state = state["position"][1], state["loop"]
         progress.num_steps, progress.num_steps_per_epoch = state["num_steps"]
@@ -188,6 +188,11 @@ def minimize_by_own_loop(
     return MinimizeResult(outcome, tuple(progress.history), told.seen(progress).cost, {})
 
 
+def starts_over(recipe: MinimizeConfig, state: dict[str, Any]) -> bool:
+    """Return True if a checkpoint is of a loop of the user's that gave no capture()."""
+    return recipe.loop is not None and "loop" not in state
+
+
 def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> str | None:
     """Run the recipe's loop on copies of the model with some examples; once more stopped and resumed.
 
@@ -218,7 +223,7 @@ def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         if not result.cost.num_forward or not result.cost.num_backward:
             raise _misfit(reference, "said no costs: let progress.count() count steps, or set progress.cost")
         _refuse_lost(model, unbroken, examples, reference)
-        if "loop" not in states[0]:
+        if starts_over(recipe, states[0]):
             return f"{reference} gives no progress.capture: where its process dies, a subset's work starts over"
         calls_after_stop = []
 
