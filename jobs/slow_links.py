@@ -10,8 +10,17 @@ Method:     Each Ray node lives in a network namespace of its own, joined by a b
             a CNN of 1,027,530 parameters, Muon, 8 passes in total, batches of 64 a worker. The same bits at every
             bandwidth, so what a cell that was stopped at --limit-s would have reached is known from one that was not;
             its seconds are scaled by the exchanges that it made, and so marked (~).
-Time:       About five minutes a cell with the default --limit-s.
-Result:     Not measured yet.
+Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
+Result:     Not measured on a quiet machine yet. First looks, n = 1, on two cores that twenty other processes shared, so
+            that computing took most of the time; each cell was stopped after a few exchanges. A set of weights is 4.11
+            MB. MB are out / in by the kernel, the mean of both nodes, beside the ledger's, of an exchange and worker:
+            Mbit/s  cell         exchanges  s/exchange  MB           ledger  advise/measured  load
+            100     I-bf16-acc4  5 of 64    5.4         2.90 / 2.89  2.06    0.56             20-29
+            10      I-bf16       11 of 256  5.9         2.62 / 2.62  2.06    0.39             32-27
+            10      rounds-16    1 of 16    80          16.0 / 7.8   8.22    0.71             20-24
+            What the ledger leaves out of I is the weights that the first worker gives the other once, and checkpoints.
+            Of rounds (start in and minimum out, 8.22) it leaves out more than it counts: the kept optimizer states, the
+            aggregate and the outer momentum go through storage as well, and once the data to the second node.
 """
 
 import argparse
