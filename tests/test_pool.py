@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RaySystemError
 
 from raysubset import Config
 from raysubset.events import Event, Note, Retry, Start
@@ -261,6 +261,24 @@ def test_work_is_given_out_when_what_it_needs_is_done(tmp_path: Path, fake: Any)
     with ActorPool(run, num_gpus=0.0) as pool:
         list(pool.results(Backlog([Pack((piece,)) for piece in pieces], needs)))
     assert order == [1, 2, 0]
+
+
+def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_told(tmp_path: Path, fake: Any) -> None:
+    ray: Ray = fake(2, all_done)
+    real, run = ray.get, opened(tmp_path, [])
+
+    def get(ref: Ref) -> Any:
+        if ref.method == "where":
+            raise RaySystemError("ImportError: no module of that name on this node")
+        return real(ref)
+
+    ray.get = get  # type: ignore[method-assign]
+    packs = [Pack((piece,)) for piece in pieces_of(run, 2)]
+    told = "actors do not come up: .*no module of that name on this node"
+    with pytest.raises(SubsetFailed, match=told), ActorPool(run, num_gpus=0.0) as pool:
+        list(pool.run(packs, None))
+    assert len(ray.asked) == 4  # two, of which one counts; two more, of which the first is one too many
+    assert ray.alive == []
 
 
 def test_waiting_without_any_actor_is_told_and_ends(tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
