@@ -81,7 +81,8 @@ class NormalSums:
             matrix[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = block
             matrix[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = block.T
         gradient = torch.cat([slope.flatten() for slope in slopes])
-        return gradient[self._order], matrix[self._order][:, self._order]
+        order = self._order
+        return gradient[order], matrix.index_select(0, order).index_select(1, order)
 
     def _parts(self, batches: Iterable[tuple[Tensor, Tensor]], num_elements: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The batches in parts of whose examples each takes so many elements."""
@@ -175,7 +176,8 @@ def _block(total: Tensor, sides: tuple[int, int], other_sides: tuple[int, int], 
     """The layers' block of JᵀJ [O·I, O'·I'] from the sum of their products."""
     (out, width), (other_out, other_width) = sides, other_sides
     if is_one:
-        total = total[_mirrored(out)][:, _mirrored(width)]
+        places, other_places = (_mirrored(side).to(total.device) for side in sides)
+        total = total.index_select(0, places).index_select(1, other_places)
     return total.view(out, other_out, width, other_width).transpose(1, 2).reshape(out * width, other_out * other_width)
 
 
