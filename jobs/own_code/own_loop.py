@@ -1,6 +1,8 @@
 """A whole loop of your own: SciPy's L-BFGS-B minimizes on each subset, under our actors, ledger and aggregation.
 
 Command:    cd jobs/own_code && raysubset run --minimize.loop own_loop:by_scipy --model.norm group --minimize.epochs 20 --trunk.epochs 5 --fine-tuning.epochs 5
+Result:     test accuracy 80.2 ± 2.1 %, 34.9 passes (n = 1, two CPU cores): full-set L-BFGS is no match for sgd's
+            97.8 % of 13.2 passes
 """  # noqa: E501
 
 import scipy.optimize
