@@ -5,11 +5,12 @@ Command:    sudo -E env PATH="$PATH" RAYSUBSET_DATA=~/data python jobs/slow_link
             --cells I rounds-16 and one --mbit measure less; results gather in --out, and --table shows them again.
 Hardware:   Linux, root, two CPU cores that have nothing else to do.
 Method:     Each Ray node lives in a network namespace of its own, joined by a bridge; `tc … tbf` limits what its link
-            carries in each direction. Storage is an S3 server (moto) at the bridge, at the end of an unlimited link of
-            its own. One worker or actor a node; the driver is on the first. 4,096 of MNIST's digits at 14 × 14 pixels,
-            a CNN of 1,027,530 parameters, Muon, 8 passes in total, batches of 64 a worker. The same bits at every
-            bandwidth, so what a cell that was stopped at --limit-s would have reached is known from one that was not;
-            its seconds are scaled by the exchanges that it made, and so marked (~).
+            carries in each direction. At 10, 100 and 1000 Mbit/s a TCP stream got 9.4, 93 and 929. Storage is an S3
+            server (moto) at the bridge, at the end of an unlimited link of its own. One worker or actor a node; the
+            driver is on the first. 4,096 of MNIST's digits at 14 × 14 pixels, a CNN of 1,027,530 parameters, Muon, 8
+            passes in total, batches of 64 a worker. The same bits at every bandwidth, so what a cell that was stopped
+            at --limit-s would have reached is known from one that was not; its seconds are scaled by the exchanges that
+            it made, and so marked (~).
 Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
 Result:     Not measured on a quiet machine yet. First looks, n = 1, on two cores that twenty other processes shared, so
             that computing took most of the time; each cell was stopped after a few exchanges. A set of weights is 4.11
