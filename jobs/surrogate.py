@@ -108,7 +108,7 @@ def tanh_mlp(spec: Spec) -> nn.Module:
     """For the arm two hidden layers of 24 units, 843 parameters; for ten columns one of 8 units, 97 parameters."""
     if spec.inputs == (10,):
         return nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, spec.num_outputs))
-    layers = [nn.Linear(*spec.inputs, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, spec.num_outputs)]
+    layers = [nn.Linear(spec.inputs[0], 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, spec.num_outputs)]
     return nn.Sequential(*layers)
 
 

@@ -260,7 +260,7 @@ def run_of(config: Config, full_set: FullSet, plan: Plan, directory: RunDirector
     reason = why_not_packed(seeded_model(config, full_set), config.minimize)
     assert reason in (None, "torch cannot run recurrent layers with stacked weights") or config.subsets.per_actor == 1
     per_actor = 1 if reason else config.subsets.per_actor
-    decisions = SimpleNamespace(shares=None, slots=[], per_actor=lambda *_: per_actor)
+    decisions = SimpleNamespace(shares=None, slots=[], per_actor=lambda *_: per_actor, may_go_alone=False)
     rounds, records = Rounds(opened, plan, cast(Any, decisions)), []
     for round in range(config.rounds.num):
         weights, record = rounds.run(pool, round, weights, f"start-{round}")
