@@ -5,10 +5,31 @@ the full set; beside it conventional training of E epochs, of fewer at the same 
 E/5 by a one-cycle schedule whose rate is tuned on validation data. The paper's E is 1,000, by a review of it that
 nobody has verified.
 
-Command:    python jobs/paper_protocol.py mnist --root ~/data        (or cifar10, cifar100; about an hour a data set)
+Command:    python jobs/paper_protocol.py mnist --root ~/data        (or cifar10, cifar100)
             python jobs/paper_protocol.py cifar10 --epochs 1000 --seeds 5 --num-cpus 16
             The same command resumes. The sweep's page has the paper's figure; `raysubset sweep --baseline` draws it for
             any data.
+Hardware:   one core of a shared virtual machine of two; all here is n = 1, seed 0.
+Time:       90 minutes there for MNIST with one seed at a load of 20, an estimated 25 on an idle core.
+Result:     MNIST, E = 20, a VGG of 9,582 parameters (Q of the full set 56). Passes count all evaluation, their share is of
+            the 20 conventional epochs. Before: the minimum before fine-tuning.
+            subset         Q  passes share  own loss  full set   validation, before/after   test %, before/after
+            1/2 (27000) 28.3    12.5  0.61    0.018      0.060      0.072  0.044               98.03  98.56
+            1/4 (13500) 14.2     7.5  0.37    0.008      0.077      0.091  0.059               98.21  98.25
+            1/8 (6750)   7.1     4.9  0.24    0.033      0.169      0.157  0.057               96.03  98.11
+            1/16 (3375)  3.5     3.6  0.18    0.009      0.188      0.177  0.056               95.69  98.19
+            1/32 (1687)  1.8     3.0  0.15    0.017      0.271      0.266  0.064               93.30  97.93
+            1/64 (843)  0.88     2.7  0.13    0.069      0.331      0.330  0.069               90.69  97.54
+            conventional, 20 epochs      20.4  1.00             0.046  test 98.76
+            the same, stopped after 10   10.4  0.51             0.048       98.25
+                                     4    4.4  0.22             0.056       98.02
+                                     2    2.4  0.12             0.066       97.73
+            one-cycle, 4 epochs           4.4  0.22             0.033       98.99    rate 0.006 of 0.002, 0.006, 0.02
+            one-cycle, 2 epochs           2.4  0.12             0.039       98.79    rate 0.006 likewise
+            At the paper's constant rate a small subset and fine-tuning are as good as conventional training that is
+            stopped a little later (98.19 % after 3.6 passes, 98.02 % after 4.4), and 0.6 points short of 20 epochs. The
+            short schedule is ahead of all of them, even of 20 epochs with its tuning counted (7.3 passes, three runs of
+            2 epochs): what looks like a tenth of the cost is a poor schedule's. CIFAR-10 is not measured yet.
 """
 
 import argparse
