@@ -11,7 +11,7 @@ Command:    python jobs/paper_protocol.py mnist --root ~/data        (or cifar10
             any data.
 Hardware:   one core of a shared virtual machine of two; all here is n = 1, seed 0.
 Time:       90 minutes there for MNIST with one seed at a load of 20, an estimated 25 on an idle core.
-Result:     MNIST, E = 20, a VGG of 9,582 parameters (Q of the full set 56). Passes count all evaluation, their share is of
+Result:     MNIST, E = 20, a VGG of 9,582 parameters (Q of the full set 56). Passes count all evaluation, shares are of
             the 20 conventional epochs. Before: the minimum before fine-tuning.
             subset         Q  passes share  own loss  full set   validation, before/after   test %, before/after
             1/2 (27000) 28.3    12.5  0.61    0.018      0.060      0.072  0.044               98.03  98.56
