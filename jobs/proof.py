@@ -160,17 +160,24 @@ def works() -> dict[str, Callable[[Path, str], Path]]:
                 chosen = chosen.with_overrides({"data.name": str(write_digits(folder / "digits"))})
             if chosen.subsets.per_actor > 1:
                 take_packing(chosen)
-            return Path(run(chosen).uri)
+            return Path(run(chosen, on_event=None).uri)
 
         return work
 
     def of_comparison(folder: Path, name: str) -> Path:
-        compare(config(folder, name, FINE_TUNED), seeds=2, budgets=[3.0], arms=["B", "G"], learning_rates=[0.1])
+        compare(
+            config(folder, name, FINE_TUNED),
+            seeds=2,
+            budgets=[3.0],
+            arms=["B", "G"],
+            learning_rates=[0.1],
+            on_event=None,
+        )
         return folder / name
 
     def of_sweep(folder: Path, name: str) -> Path:
         short = config(folder, name, {"subsets.size": None, "trunk.epochs": 1.0})
-        sweep(short, {"subsets.size": [200, 400]}, seeds=1)
+        sweep(short, {"subsets.size": [200, 400]}, seeds=1, on_event=None)
         return folder / name
 
     runs = {name: of_run(overrides) for name, overrides in RUNS.items()}

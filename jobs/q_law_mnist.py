@@ -54,7 +54,7 @@ def main() -> None:
     for num, fraction in SHARES:
         own = {"subsets.num": num, "subsets.fraction": fraction, "data.root": arguments.root}
         config = CONFIG.with_overrides(own | {"storage_path": arguments.storage_path})
-        minima = run(config).record["stages"]["rounds"][-1]["minima"]
+        minima = run(config, on_event=None).record["stages"]["rounds"][-1]["minima"]
         q = statistics.mean(minimum["overdetermination_ratio"] for minimum in minima)
         losses = [(minimum["training"]["loss"], minimum["validation"]["loss"]) for minimum in minima]
         ratios = [validation / training for training, validation in losses]
