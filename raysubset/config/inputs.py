@@ -119,7 +119,8 @@ class ModelConfig:
         if self.name == "cifar_resnet":
             depth = self.size()[1]
             need(
-                depth >= 8 and depth % 6 == 2, f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers (8, 14, 20, …)"
+                depth >= 8 and depth % 6 == 2,
+                f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers: give 8, 14, 20, …",
             )
 
     @property
@@ -168,7 +169,10 @@ class SubsetsConfig:
         need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")
         for scheme in ("column", "function"):
             chosen, value = self.scheme == scheme, getattr(self, scheme)
-            need(chosen == (value is not None), f"subsets.scheme={scheme} and subsets.{scheme} go together")
+            need(
+                chosen == (value is not None),
+                f"subsets.scheme={scheme} and subsets.{scheme} go together: give both, or neither",
+            )
         need(self.scheme != "column" or self.num is None, "subsets.num follows from the column's values: leave it out")
         need(
             self.shares == "equal" or self.scheme in ("stratified", "iid"),

@@ -182,7 +182,7 @@ def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken:
     # the report is in the job's log, in lines without control characters
     assert "Test accuracy" in unbroken.log
     assert unbroken.run.uri in unbroken.log
-    report = unbroken.log[unbroken.log.index("Test accuracy") : unbroken.log.index("Conventional runs")]
+    report = unbroken.log[unbroken.log.index("Test accuracy") : unbroken.log.index("only a comparison over budgets")]
     assert "\x1b" not in report
     assert "\r" not in report
 

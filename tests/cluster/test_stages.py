@@ -80,6 +80,7 @@ def test_all_stages_leave_a_model_that_predicts_and_a_ledger_that_adds_up(tmp_pa
         "subsets",
         "aggregation",
         "fine_tuning",
+        "test",
     ]
     full_set = load_full_set(made.data)
     num_train, num_validation, size = len(full_set.train), len(full_set.validation), len(full_set.train) // 5
