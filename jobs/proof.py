@@ -98,6 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 UNTOLD = {  # what tells of time, place or machine, and words
     "advice",
+    "by_bandwidth",
     "config",
     "created_at",
     "critical_path_s",
@@ -120,6 +121,7 @@ UNTOLD = {  # what tells of time, place or machine, and words
     "recommendation",
     "s_per_pass",
     "seconds",
+    "sentence",
     "sessions",
     "started_at",
     "startup_s",

@@ -126,12 +126,14 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     assert "one subset fall short by more than 0.01 bits a token" in told
     assert "2.302 ± 0.002" in told  # scipy.stats.sem(thousandths) * t.ppf(0.975, 4)
     assert "+0.6 [+0.6, +0.6]" in told
-    assert told.splitlines()[-1] == record["regime"]["text"].replace("(B)", "(conventional)")
-    assert record["regime"]["text"].startswith(
+    assert told.splitlines()[-1] == record["regime"]["sentence"].replace("(B)", "(conventional)")
+    assert record["regime"]["sentence"].startswith(
         "With 10 parameters (Q = 8, subsets 2), 2 workers and budgets of 0.5 to 8 passes, at 2 Gbit/s a worker: one "
         "device takes the least time to 1.712 bits a token: one device (B) "
     )
-    assert record["regime"]["text"].endswith("Not every way was compared: add I to --arms for data-parallel training.")
+    assert record["regime"]["sentence"].endswith(
+        "Not every way was compared: add I to --arms for data-parallel training."
+    )
     at = {one["gbit_per_s"]: one["ways"] for one in record["regime"]["by_bandwidth"]}
     assert list(at) == record["network"]["bandwidths"] == [0.1, 1.0, 2.0, 10.0, 100.0]
     # the baseline comes within 0.01 of its 8 passes at 2^2.9, a second each on any network; D never gets there

@@ -116,11 +116,12 @@ def gather(
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
             "by_bandwidth": [one.to_dict() for one in regimes.values()],
-            "text": regime_text(
+            "sentence": regime_text(
                 regimes[bandwidth],
                 quality=quality.show(quality.gain(target)),
                 place=_place(plan, num_workers, arms),
                 is_complete=len({way for way, _ in curves.values()}) == len(get_args(Way)),
+                num_seeds=len(seeds),
             ),
         },
         "seeds": list(seeds),

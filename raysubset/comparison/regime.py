@@ -6,7 +6,9 @@
 3. There are three ways: one device, data-parallel training, subset pretraining. Each stands for its fastest arm, by the
    geometric mean over seeds, of those that reach the quality with every seed.
 4. The fastest way is named where its seconds, paired by seed, are fewer than those of each other way, the 95 % interval
-   of the log of their ratio wholly on that side; else all ways that are not told apart from it are.
+   of the log of their ratio wholly on that side; else all ways that are not told apart from it are. A way that reaches
+   the quality with some seeds alone is not told apart: it may be the faster one where it does.
+5. With fewer than five seeds it is called a smoke test, as verdicts are.
 """
 
 import math
@@ -17,6 +19,7 @@ from typing import Any, Literal
 
 from raysubset.comparison.network import Communication
 from raysubset.comparison.statistics import passes_needed, t_interval
+from raysubset.comparison.verdict import FEWEST_SEEDS
 
 Way = Literal["one device", "data-parallel training", "subset pretraining"]
 Curves = Mapping[int, Sequence[tuple[Communication, float]]]
@@ -39,6 +42,7 @@ class Regime:
     gbit_per_s: float  # of each worker's link
     ways: Mapping[Way, Fastest]  # those that reach the quality
     fastest: tuple[Way, ...]  # several: not told apart; none: no way reaches the quality
+    partly: tuple[Way, ...] = ()  # that reach the quality with some seeds alone
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +72,7 @@ def regime_at(
         seeds: of the comparison.
     """
     ways: dict[Way, Fastest] = {}
+    reached: set[Way] = set()  # with a seed at least
     for key, (way, curves) in arms.items():
         per_seed: dict[int, float] = {}
         for seed in seeds:
@@ -75,16 +80,19 @@ def regime_at(
             needed, bound = passes_needed(curve, target) if curve else (math.inf, "at_least")
             if bound != "at_least":
                 per_seed[seed] = needed
+        reached |= {way} if per_seed else set()
         if len(per_seed) < len(seeds):
             continue
         seconds = statistics.geometric_mean(per_seed.values())
         if way not in ways or seconds < ways[way].seconds:
             ways[way] = Fastest(key, seconds, per_seed)
+    partly = tuple(sorted(reached - ways.keys()))
     if not ways:
-        return Regime(gbit_per_s, {}, ())
+        return Regime(gbit_per_s, {}, (), partly)
     ordered: list[Way] = sorted(ways, key=lambda way: ways[way].seconds)
     first = ways[ordered[0]]
-    return Regime(gbit_per_s, ways, tuple(way for way in ordered if not _is_slower(ways[way], first)))
+    close = (way for way in ordered if not _is_slower(ways[way], first))
+    return Regime(gbit_per_s, ways, (*close, *partly), partly)
 
 
 def _is_slower(one: Fastest, other: Fastest) -> bool:
@@ -92,21 +100,24 @@ def _is_slower(one: Fastest, other: Fastest) -> bool:
     return t_interval([math.log(one.per_seed[seed] / other.per_seed[seed]) for seed in other.per_seed]).low > 0
 
 
-def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool) -> str:
+def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, num_seeds: int) -> str:
     """The sentence that a comparison ends with.
 
     Args:
         quality: the target in words.
         place: network, Q, workers and budgets in words.
         is_complete: whether an arm of each way was compared.
+        num_seeds: of the comparison.
     """
-    begin = f"{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
+    smoke = f"With {num_seeds} seeds, a smoke test: " if num_seeds < FEWEST_SEEDS else ""
+    begin = f"{smoke}{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
     if not regime.ways:
         return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
     took = ", ".join(
         f"{way} ({found.arm}) {found.seconds:.3g} s"
         for way, found in sorted(regime.ways.items(), key=lambda item: item[1].seconds)
     )
+    took += "".join(f", {way} with some seeds alone" for way in regime.partly)
     first, *close = regime.fastest
     word = f"{first} takes the least time" if not close else f"{' and '.join(regime.fastest)} are not told apart"
     missing = "" if is_complete else " Not every way was compared: add I to --arms for data-parallel training."

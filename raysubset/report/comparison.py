@@ -55,7 +55,7 @@ def comparison_parts(record: Record) -> Iterator[Section]:
         rows = tuple((leg, reason) for leg, reason in record["failed"].items())
         lines = ("The same command again tries these once more.",)
         yield Section("Failed, and left out", ("leg", ""), rows, lines)
-    if "text" in record["regime"]:
+    if "sentence" in record["regime"]:
         yield _regime(record)
 
 
@@ -74,8 +74,8 @@ def _regime(record: Record) -> Section:
     lines = (
         "Seconds to the quality that counts as good, computed as the table of networks is: of each way its fastest arm "
         "that gets there with every seed. One is the least where its interval, paired by seed, is wholly below the "
-        "others'; else all that are not told apart are named.",
-        _in_names(record["regime"]["text"], record),
+        "others'; else all that are not told apart are named, and those that get there with some seeds alone.",
+        _in_names(record["regime"]["sentence"], record),
     )
     return Section("Regime", ("Gbit/s a worker", *ways, "the least"), rows, lines)
 
