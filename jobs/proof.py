@@ -10,12 +10,13 @@ prediction, and over the numbers of its report but those that tell time, place o
 Digests hold on one type of CPU with one version of torch (other kernels round differently): compare two commits on one
 machine. A commit that changes one says which number changed and why, and brings this table up to date.
 
-Hardware: 2 cores of a shared virtual machine, idle; Ray 2.60, torch 2.14, Python 3.11. Wall time: 4.2 min (n = 1).
+Hardware: 2 cores of a shared virtual machine, idle; Ray 2.60, torch 2.14, Python 3.11. Wall time: 3 min (n = 1).
 Result:   weights, subsets and predictions are those of commit 3b0b55f, before issue 9, bit for bit; passes differ, as
           the share of a forward pass is the network's own since; and stages by Ray Train have the order of batches that
           an actor has since issue 10, so that a comparison ends at a run's bits: default, two trunk workers,
           distillation, shrink-perturb, streamed and sweep. All digests lack a decision that is no longer made.
-          Since tasks the comparison's legs have other keys, as configs have new fields; no number of it changed.
+          Since tasks the comparison's legs have other keys, as configs have new fields; no number of it changed; its
+          runs count reads from storage. A sweep's settings have losses before and after fine-tuning since issue 12.
           default             d05331154ae324da
           conventional        3d9e7b2cacd9610a
           rounds              8a2f1708b4bdd423
@@ -34,9 +35,9 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           shrink-perturb      c7b2f2c6fbcef5cc
           packed              bc0c3ab9a3d0f6a0
           streamed            bac911f1d72e7310
-          comparison          0a5f92c79dc0d7d6
-          sweep               216399ad7f62e9ed
-          all                 4b97eb3b78240225
+          comparison          fca597c649d04fda
+          sweep               04e1b79c4af0d3e5
+          all                 2ea4f3ad8e37ebcf
 """
 
 import argparse

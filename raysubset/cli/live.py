@@ -146,7 +146,7 @@ def _how_far(course: Course) -> str:
     done, total = passes
     left = course.left_s
     rest = "" if left is None or left < 1 else f", about {in_words(left)} of training left"
-    return f"{done / total:.0%} of {total:.3g} passes{rest}"
+    return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} passes{rest}"
 
 
 # The live view
