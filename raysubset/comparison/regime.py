@@ -86,12 +86,12 @@ def regime_at(
         seconds = statistics.geometric_mean(per_seed.values())
         if way not in ways or seconds < ways[way].seconds:
             ways[way] = Fastest(key, seconds, per_seed)
-    partly = tuple(sorted(reached - ways.keys()))
+    partly: tuple[Way, ...] = tuple(sorted(reached - ways.keys()))
     if not ways:
         return Regime(gbit_per_s, {}, (), partly)
     ordered: list[Way] = sorted(ways, key=lambda way: ways[way].seconds)
     first = ways[ordered[0]]
-    close = (way for way in ordered if not _is_slower(ways[way], first))
+    close: list[Way] = [way for way in ordered if not _is_slower(ways[way], first)]
     return Regime(gbit_per_s, ways, (*close, *partly), partly)
 
 
