@@ -12,7 +12,7 @@ from torch import nn
 from raysubset import Config
 from raysubset.data import FullSet, load_full_set
 from raysubset.run_directory import RunDirectory, weights_path
-from raysubset.training import EpochRecord, Progress, Watch, Weights, evaluate
+from raysubset.training import EpochRecord, Progress, ValidationWatch, Weights, evaluate
 from raysubset.work import Minimizer, Piece
 from raysubset.work.starting import random_model
 from tests.tiny import same_bits, stored_weights
@@ -49,7 +49,7 @@ class Measured:
     def __init__(self, losses: Sequence[float]) -> None:
         self.model, self.losses = nn.Linear(1, 1, bias=False), losses
 
-    def watched(self, watch: Watch, *, num: int) -> list[str | None]:
+    def watched(self, watch: ValidationWatch, *, num: int) -> list[str | None]:
         history = [EpochRecord(epoch, 1.0, 0.1, epoch) for epoch in range(1, num + 1)]
         outcomes = []
         for epoch in range(1, num + 1):
@@ -76,7 +76,7 @@ def test_it_ends_after_so_many_looks_without_a_lower_loss_and_keeps_the_best(
     losses: list[float], patience: int, ends_at: int | None, best: int
 ) -> None:
     measured = Measured(losses)
-    watch = Watch(measured.model, measured.measure, patience=patience)
+    watch = ValidationWatch(measured.model, measured.measure, patience=patience)
     outcomes = measured.watched(watch, num=ends_at or len(losses))
     assert outcomes == [None] * (len(outcomes) - 1) + ["validation" if ends_at else None]
     watch.settle()
@@ -85,7 +85,7 @@ def test_it_ends_after_so_many_looks_without_a_lower_loss_and_keeps_the_best(
 
 def test_it_looks_every_so_many_epochs_and_at_the_end_and_lets_the_last_weights_stand() -> None:
     measured = Measured([1, 2, 3, 4, 5])
-    watch = Watch(measured.model, measured.measure, every=2)
+    watch = ValidationWatch(measured.model, measured.measure, every=2)
     measured.watched(watch, num=5)
     watch.settle()
     assert [look["epoch"] for look in watch.looks] == [2, 4, 5]
@@ -128,9 +128,9 @@ def test_one_that_was_stopped_ends_where_it_would_have_ended(
     whole, unbroken = left(RunDirectory(str(tmp_path), "whole"), full_set, start, minimize__patience=PATIENCE)
     number = len(whole["history"]) if stopped_at == "the end" else stopped_at
     minimizer = Minimizer(lambda: full_set, num_gpus=0, node="there")
-    looked = Watch.look
+    looked = ValidationWatch.look
 
-    def look(self: Watch, progress: Progress) -> str | None:
+    def look(self: ValidationWatch, progress: Progress) -> str | None:
         outcome = looked(self, progress)
         if len(self.looks) == number:
             minimizer.request_stop()
@@ -138,9 +138,9 @@ def test_one_that_was_stopped_ends_where_it_would_have_ended(
         return outcome
 
     piece = Piece(unbroken.config, RunDirectory(str(tmp_path), "broken"), "subsets", subset_id=0, start_id="start")
-    monkeypatch.setattr(Watch, "look", look)
+    monkeypatch.setattr(ValidationWatch, "look", look)
     assert minimizer.minimize([piece], start, attempts=[0], waited_s=0.0) == [None]
-    monkeypatch.setattr(Watch, "look", looked)
+    monkeypatch.setattr(ValidationWatch, "look", looked)
     again = Minimizer(lambda: full_set, num_gpus=0, node="there")
     (record,) = again.minimize([piece], start, attempts=[1], waited_s=0.0)
     assert isinstance(record, dict)

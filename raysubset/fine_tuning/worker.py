@@ -48,7 +48,7 @@ from raysubset.training import (
     Metrics,
     Progress,
     Shard,
-    Watch,
+    ValidationWatch,
     Weights,
     device_name,
     evaluate,
@@ -181,7 +181,7 @@ class _Worker:
         self._examples = examples
         self._calibration = calibration_examples(config, full_set, device)
         self._validation = full_set.examples("validation", _part(len(full_set.validation), shard), device=device)
-        self._watch = Watch(
+        self._watch = ValidationWatch(
             model,
             self._validate,
             patience=job.recipe.watched_patience(),

@@ -40,10 +40,10 @@ from raysubset.training.shards import Shard
 from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_matrices
 from raysubset.training.techniques import Distillation
 from raysubset.training.trial import Trial, are_probabilities, least_batch, try_training
-from raysubset.training.watching import Watch
+from raysubset.training.watching import ValidationWatch
 
 __all__ = [
-    "Watch",
+    "ValidationWatch",
     "minimize",
     "learning_rate_at",
     "minimize_packed",

@@ -1,4 +1,4 @@
-"""Watch: validation along the way, the weights where it was best, and when to stop."""
+"""ValidationWatch: validation along the way, the weights where it was best, and when to stop."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from raysubset.training.progress import Progress
 from raysubset.training.records import Metrics
 
 
-class Watch:
+class ValidationWatch:
     """Looks at validation data at epochs' ends, of what on_step() of minimize() sees.
 
     Its state goes into checkpoints, so that a minimization resumed elsewhere stops where it would have stopped.

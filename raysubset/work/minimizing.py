@@ -33,7 +33,7 @@ from raysubset.training import (
     Metrics,
     MinimizeResult,
     Progress,
-    Watch,
+    ValidationWatch,
     Weights,
     device_name,
     diagonal_fisher,
@@ -68,7 +68,7 @@ class _Job:
     last_step: int  # of the last checkpoint
     last_at: float
     heard_at: float  # when its ledger entry last said how far it is
-    watch: Watch | None = None
+    watch: ValidationWatch | None = None
     looked: Cost = field(default_factory=Cost)  # what that has cost
     is_closed: bool = False  # whether its ledger entry says how it ended
 
@@ -309,7 +309,7 @@ class Minimizer:
             job.watch.settle()
         return [replace(result, cost=result.cost + job.looked)]
 
-    def _watch(self, job: _Job) -> Watch | None:
+    def _watch(self, job: _Job) -> ValidationWatch | None:
         """What looks at validation data at epochs' ends, where the recipe asks for it."""
         recipe = job.recipe
         if not (recipe.validate_every or recipe.watched_patience()):
@@ -321,7 +321,7 @@ class Minimizer:
             return evaluate(job.model, examples, recipe)
 
         every, patience = recipe.validate_every or 1, recipe.watched_patience()
-        watch = Watch(job.model, validate, every=every, patience=patience)
+        watch = ValidationWatch(job.model, validate, every=every, patience=patience)
         if job.state:
             watch.load_state_dict(job.state)
         return watch
