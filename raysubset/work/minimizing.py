@@ -48,7 +48,8 @@ from raysubset.training import (
     use_device,
 )
 from raysubset.work.networks import Networks
-from raysubset.work.pieces import Piece, Report, seeded_model
+from raysubset.work.pieces import Piece, Report
+from raysubset.work.starting import seeded_model
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
 
