@@ -111,6 +111,7 @@ UNTOLD = {  # what tells of time, place or machine, and words
     "ended_at",
     "environment",
     "files",
+    "gbit_per_s",
     "identity",
     "leg",
     "machine",

@@ -498,6 +498,7 @@ def a_comparison(folder: Path) -> RunDirectory:
             "num_parameters": 1234,
             "num_subsets": 4,
             "num_workers": 2,
+            "gbit_per_s": 0.25,
         },
         "seeds": [0, 1, 2],
         "margin": 0.005,
@@ -552,10 +553,13 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "not finite" in read.cells
     assert "aggregate (G of --arms): aggregate <of> minima; learning rate 0.1, batch 64" in read.words
     assert "confirmed. aggregate's speed-up is 12.50." in read.words
-    assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005" in read.words
+    assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005 --bandwidth 0.25" in read.words
     assert "Test accuracy over passes in total" in read.words
     assert "Computed seconds" not in read.words  # of a single bandwidth
     few = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
+    few["arms"].append({"key": "I:minimize.accumulation=2", "title": "", "role": "control", "points": []})
+    few["arms"][-1] |= {"settings": few["arms"][0]["settings"]}
+    assert any("--num-workers 2 --bandwidth" in str(line) for line in comparison_sections(few)[1].lines)
     few["verdicts"]["total"]["text"] = "G's speed-up is 1.01 (50% interval 0.95 to any)."
     assert str(comparison_sections(few)[0].lines[0]).endswith("confirmed. aggregate's speed-up is 1.01.")
     assert "which legs an arm consists of: the same command again adds that" in read.words

@@ -115,6 +115,7 @@ def gather(
             "num_subsets": len(plan.subsets),
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
+            "gbit_per_s": bandwidth,
             "by_bandwidth": [one.to_dict() for one in regimes.values()],
             "sentence": regime_text(
                 regimes[bandwidth],

@@ -123,7 +123,7 @@ def _basis(record: Record) -> Iterator[Line]:
 
 def _command(record: Record) -> str:
     """`raysubset compare` with what the record tells of its options."""
-    config, seeds, tried = record["config"], record["seeds"], record["tuning"]["tried"]
+    config, seeds, tried, regime = record["config"], record["seeds"], record["tuning"]["tried"], record["regime"]
     options = ["--seeds", str(len(seeds)), "--arms", *(arm["key"] for arm in record["arms"]), "--budgets"]
     options += [f"{b:g}" for b in sorted({p["budget"] for a in record["arms"] if a["key"] != "A" for p in a["points"]})]
     if rates := sorted({one["learning_rate"] for one in tried}):
@@ -131,6 +131,10 @@ def _command(record: Record) -> str:
     if len(sizes := sorted({one["batch_size"] for one in tried})) > 1:
         options += ["--batch-sizes", *map(str, sizes)]
     options += ["--margin", f"{record['margin']:g}"]
+    if any(arm["key"].startswith("I") for arm in record["arms"]):
+        options += ["--num-workers", str(regime["num_workers"])]
+    if speed := regime.get("gbit_per_s"):  # what earlier versions left has none
+        options += ["--bandwidth", f"{speed:g}"]
     own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
     return command(own, "compare", *options)
 
