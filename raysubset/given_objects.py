@@ -10,8 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from raysubset.fingerprints import fingerprint
-
 PREFIX = "given:"
 
 
@@ -92,6 +90,6 @@ def given_object(field: str, reference: str) -> Callable[..., Any]:
 
 
 def given_fingerprint(field: str, reference: str) -> pa.Table:
-    """Digests of the object; none of data, which are known by what is read of them."""
+    """Digests of a network or a task; data are known by what is read of them."""
     given_object(field, reference)
-    return _in_hand.fingerprints.get(reference, fingerprint(()))
+    return _in_hand.fingerprints[reference]

@@ -42,7 +42,8 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
             if not shapes_result(field):  # another listener changes nothing
                 continue
             if is_given(reference):
-                code[reference] = given_fingerprint(field, reference)
+                if field != "data.name":  # known by what was read of it, also where that alone has travelled
+                    code[reference] = given_fingerprint(field, reference)
             elif reference not in code:
                 code[reference] = code_fingerprint(reference)
                 places |= _code_place(reference.partition(":")[0])

@@ -136,6 +136,8 @@ def test_another_process_has_what_the_driver_was_given_without_the_data(monkeypa
         assert in_hand().fingerprints == fingerprints
         assert in_hand().load is place.load_given  # for the processes that this one starts
         assert same_bits(weights(seeded_model(config, full_set)), weights(model))
+        identity = identify([config], {config.learned: full_set}, None)  # as a sweep's trial, which has the full set
+        assert [table.equals(full_set.fingerprint) for table in identity.data.values()] == [True]
     finally:
         take(Given())
 
@@ -263,7 +265,7 @@ def test_a_config_that_names_an_object_asks_for_it_again():
     for field in ("data", "model", "task"):
         config = Config().with_overrides({f"{field}.name": "given:Net"})
         with pytest.raises(ValueError, match=rf"{field}.name = 'given:Net' stands for .*: give it again, {field}=…"):
-            identify([config], {config.learned: full_set}, None)
+            identify([config], {} if field == "data" else {config.learned: full_set}, None)
     with taken(config_of(**{"model.name": "given:Sequential", "data.name": "given:data"}), data=ARRAYS, model=net()):
         pass  # as a resume by the run's own config.json
 

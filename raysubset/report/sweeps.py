@@ -100,7 +100,7 @@ def _before_and_after(record: Record) -> list[Section]:
     columns = ("subset size", *(f"loss, {label}" for _, label in _CURVES))
     qualities = (f"{quality.label}, before", f"{quality.label}, test")
     lines = (
-        "Own: of the minima on their subsets, over the last epoch. Before: the aggregate before fine-tuning, on the "
+        "Own: of the minima on their own subsets. Before: the aggregate before fine-tuning, on the "
         "training set and on validation data. Share: of the conventional run's passes. Test data are read once a run; "
         "the recommendation does not read them.",
     )
