@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -50,37 +49,27 @@ def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = No
     Raises:
         ValueError: for an object beside a name, or one that cannot be used or given to other processes.
     """
-    names = {"data": config.data.name, "model": config.model.name, "task": config.task.name}
-    with named({"data": data, "model": model, "task": task}, names) as names:
-        yield replace(
-            config,
-            data=replace(config.data, name=names["data"]),
-            model=replace(config.model, name=names["model"]),
-            task=replace(config.task, name=names["task"]),
-        )
-
-
-@contextlib.contextmanager
-def named(given: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Have those of the objects that are not None in hand; yield the names that stand for them, and the others' own."""
-    objects, fingerprints, own = {}, dict[str, pa.Table](), dict(names)
-    for argument, value in given.items():
+    objects, fingerprints, names = dict[str, Any](), dict[str, pa.Table](), dict[str, str]()
+    for argument, value in (("data", data), ("model", model), ("task", task)):
         if value is None:
             continue
-        stands, name = _checked(argument, value), names[argument]
+        stands, before = _checked(argument, value), getattr(config, argument).name
         if not isinstance(stands, Instance) and (reference := importable(stands)):
-            own[argument] = reference
+            name = reference
         else:
-            own[argument] = f"{PREFIX}{argument if argument == 'data' else _name_of(value)}"
-            objects[own[argument]] = stands
+            name = f"{PREFIX}{argument if argument == 'data' else _name_of(value)}"
+            if name in objects:  # as of two lambdas
+                name = f"{PREFIX}{argument}"
+            objects[name] = stands
             if argument != "data":  # known by what is read of them
-                fingerprints[own[argument]] = object_fingerprint(own[argument], stands)
-        if name not in (_UNNAMED[argument], own[argument]):
+                fingerprints[name] = object_fingerprint(name, stands)
+        if before not in (_UNNAMED[argument], name):
             raise ValueError(
-                f"{argument} is given as an object, and {argument}.name = {name!r} too: leave one of them out"
+                f"{argument} is given as an object, and {argument}.name = {before!r} too: leave one of them out"
             )
+        names[f"{argument}.name"] = name
     with holding(Given(objects, fingerprints, frozenset({f"{PREFIX}data"} & {*objects}))):
-        yield own
+        yield config.with_overrides(names)
 
 
 @contextlib.contextmanager

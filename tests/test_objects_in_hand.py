@@ -114,6 +114,13 @@ def test_a_function_without_arguments_makes_a_network():
         assert seeded_model(config, load_full_set(*config.learned))(torch.zeros(2, 4)).shape == (2, 1)
 
 
+def test_two_objects_of_one_name_stay_two():
+    network, task = lambda: net(), lambda: 3
+    with taken(config_of(**{"task.name": "auto"}), model=network, task=task) as config:
+        assert in_hand().objects[config.model.name] is network
+        assert in_hand().objects[config.task.name] is task
+
+
 def test_what_a_module_has_is_named_by_it():
     with taken(Config(), model=net, task=Regression, data=config_of) as config:
         assert (config.model.name, config.data.name) == ("tests.test_objects_in_hand:net", f"{__name__}:config_of")
