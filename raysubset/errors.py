@@ -37,5 +37,5 @@ def _lines(error: BaseException) -> list[str]:
 
 def listed(names: Sequence[str], *, most: int = 5) -> str:
     """Return the first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,7 +1,6 @@
 """Whether network, recipes and batches fit one another: found before a run, by counting and by trying on copies."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
-from raysubset.errors import one_line
+from raysubset.errors import listed, one_line
 from raysubset.events import Note
 from raysubset.given_objects import is_instance
 from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
@@ -196,7 +195,8 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         )
         notes.append(Note(text))
     if left_out:
-        text = f"{name} leaves parameters out of some steps or all, which do not move them: {_some(list(left_out))}"
+        text = f"{name} leaves parameters out of some steps or all, which do not move them: "
+        text += listed(list(left_out), most=3)
         notes.append(Note(text))
     if ends_in in ("softmax", "sigmoid") and isinstance(objective, CrossEntropy):
         text = (
@@ -211,8 +211,3 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         )
         notes.append(Note(text, is_warning=True))
     return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    most = 3
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

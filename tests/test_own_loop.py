@@ -98,7 +98,7 @@ def test_one_that_works_is_tried_on_copies():
 MISTAKES = {
     "silent": r"never called on_step\(\): call on_step\(progress\) after every step",
     "costless": r"said no costs: let progress.count\(\) count steps, or set progress.cost",
-    "of_a_copy": r"left 8 of 8 parameters where they were: .*, …\. Change those of the model that it is given",
+    "of_a_copy": r"left 8 of 8 parameters where they were: .*, .*, .* and 5 more\. Change those of",
     "of_some": r"left 7 of 8 parameters where they were",
     "reshaped": "left a model of other parameters: change those that it was given in place",
     "infinite": "ended at weights that are not finite: lower its learning rate",

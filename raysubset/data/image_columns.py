@@ -9,12 +9,11 @@ import pyarrow as pa
 
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages, as_images
+from raysubset.errors import listed
 
 # The extension types that ray.data writes; Arrow knows them only where ray.data is imported.
 _RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
 _RAY_VARIABLE_TENSORS = "ray.data.arrow_variable_shaped_tensor"
-
-_MOST_NAMED = 5  # rows in one line
 
 
 def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
@@ -171,8 +170,6 @@ def _null_rows(column: pa.ChunkedArray, what: str, where: str, first_row: int = 
 
 def rows_of(rows: Any, what: str, where: str) -> str:
     """The subject of a sentence on what some rows hold, with its verb: some are named, all are counted."""
-    listed = [str(row) for row in rows[:_MOST_NAMED]]
     if len(rows) == 1:
-        return f"the {what} in row {listed[0]} of {where} is"
-    more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
-    return f"the {what}s in rows {', '.join(listed)}{more} of {where} are"
+        return f"the {what} in row {rows[0]} of {where} is"
+    return f"the {what}s in rows {listed([*map(str, rows)])} of {where} are"

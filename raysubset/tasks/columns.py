@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from raysubset.config import from_tree, nearest
+from raysubset.errors import listed
 from raysubset.events import Note
 
 Missing = Literal["refuse", "mean"]
 
 MOST_VALUES = 100  # of a column of texts, one feature each
 
-_MOST_LISTED = 5  # names in one line
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_S = 86400
 _TEXTS: tuple[Callable[[pa.DataType], bool], ...] = (
@@ -135,9 +135,9 @@ class TableInputs:
             first += len(column.feature_names)
         notes = []
         if filled:
-            notes.append(Note(f"missing values of {where} filled with the training mean: {_listed(filled)}"))
+            notes.append(Note(f"missing values of {where} filled with the training mean: {listed(filled)}"))
         if unknown:
-            text = f"values of {where} that no training row has count as no category: {_listed(unknown)}"
+            text = f"values of {where} that no training row has count as no category: {listed(unknown)}"
             notes.append(Note(text, is_warning=True))
         return features, tuple(notes)
 
@@ -155,7 +155,7 @@ class TableInputs:
         inputs = from_tree(cls, tree, "inputs.", noun="field")
         names = [column.name for column in inputs.columns]
         if not names or len({*names}) < len(names):
-            raise ValueError(f"inputs.columns should be columns of different names, not {_listed(names) or 'none'}")
+            raise ValueError(f"inputs.columns should be columns of different names, not {listed(names) or 'none'}")
         for column in inputs.columns:
             is_category, values = column.kind == "category", list(column.values)
             if is_category != bool(values) or values != sorted({*values}) or len(values) > MOST_VALUES:
@@ -219,14 +219,14 @@ def fit_columns(
         if column.has_missing:
             own.append(f"{name} ({_texts(values).null_count})")
     if constant:
-        notes.append(Note(f"columns that are the same in all training rows are left out: {_listed(constant)}"))
+        notes.append(Note(f"columns that are the same in all training rows are left out: {listed(constant)}"))
     if times:
-        notes.append(Note(f"dates and times are read as numbers of seconds: {_listed(times)}"))
+        notes.append(Note(f"dates and times are read as numbers of seconds: {listed(times)}"))
     if own:
-        notes.append(Note(f"missing texts of training rows are a category of their own: {_listed(own)}"))
+        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(own)}"))
     if not columns:
         raise ValueError(
-            f"no column of {where} tells its rows apart ({_listed(constant) or 'none is left'}): set "
+            f"no column of {where} tells its rows apart ({listed(constant) or 'none is left'}): set "
             "--data.columns to others"
         )
     return TableInputs(tuple(columns), missing), tuple(notes)
@@ -297,7 +297,7 @@ def _column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             return table.column(name)
         case 0:
             known = table.column_names
-            raise ValueError(f"{where} should have a column {name}, and has {_listed(known)}{nearest(name, known)}")
+            raise ValueError(f"{where} should have a column {name}, and has {listed(known)}{nearest(name, known)}")
         case _:
             raise ValueError(f"{where} has several columns {name}: give each a name of its own")
 
@@ -358,11 +358,11 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
 
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
     """ "'?' in row 7 of … stands among numbers" where half of the texts, at least, are numbers, else ""."""
-    listed = texts.to_pylist()
-    stray = [number for number, text in enumerate(listed) if text is not None and not _is_number(text)]
-    if not stray or len(stray) > len(listed) / 2:
+    values = texts.to_pylist()
+    stray = [number for number, text in enumerate(values) if text is not None and not _is_number(text)]
+    if not stray or len(stray) > len(values) / 2:
         return ""
-    return f"{listed[stray[0]]!r} {place.of(stray[0])} stands among numbers"
+    return f"{values[stray[0]]!r} {place.of(stray[0])} stands among numbers"
 
 
 def _is_number(text: str) -> bool:
@@ -444,8 +444,3 @@ def _float64(values: pa.ChunkedArray) -> np.ndarray:
 def _such_as(values: pa.ChunkedArray) -> str:
     there = values.drop_null()
     return f", such as {there[0].as_py()!r}" if len(there) else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(names[:_MOST_LISTED]) + more

@@ -20,6 +20,7 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Examples
+from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
 from raysubset.pulse import beat
 from raysubset.training.progress import OnStep, Progress, num_steps_per_epoch
@@ -30,7 +31,6 @@ _FIELD = "minimize.loop"
 _NUM_TRIED = 4  # batches of a trial
 _MOST_TRIED = 16  # examples in each
 _MOST_S = 5.0  # after which a trial's loop is told to stop
-_MOST_NAMED = 3
 
 
 @dataclass
@@ -259,11 +259,10 @@ def _refuse_lost(before: nn.Module, after: nn.Module, examples: Examples, refere
         slopes = {name: p.grad for name, p in network.named_parameters()}
         stayed = [name for name in stayed if (slope := slopes[name]) is not None and bool(slope.any())]
     if stayed:
-        some = ", ".join(stayed[:_MOST_NAMED]) + (", …" if len(stayed) > _MOST_NAMED else "")
         raise _misfit(
             reference,
-            f"left {len(stayed)} of {len(old)} parameters where they were: {some}. Change those of the model that it "
-            "is given; those that should stay have requires_grad=False in the network",
+            f"left {len(stayed)} of {len(old)} parameters where they were: {listed(stayed, most=3)}. Change "
+            "those of the model that it is given; those that should stay have requires_grad=False in the network",
         )
 
 

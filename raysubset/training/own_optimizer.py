@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
+from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
 from raysubset.user_functions import call_function, in_a_line
 
 _FIELD = "minimize.optimizer"
 _NUM_STEPS = 2  # before a trial's state is saved, and after it is loaded
-_MOST_NAMED = 3
 
 
 def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
@@ -28,11 +28,10 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     missing = [name for name, p in named.items() if not any(p is own for own in grouped)]
     if missing:
-        some = ", ".join(missing[:_MOST_NAMED]) + (", …" if len(missing) > _MOST_NAMED else "")
         raise _misfit(
             recipe,
-            f"left {len(missing)} of {len(named)} parameters out of its groups: {some}. Give it all of them; those "
-            "that should stay have requires_grad=False in the network",
+            f"left {len(missing)} of {len(named)} parameters out of its groups: {listed(missing, most=3)}. Give "
+            "it all of them; those that should stay have requires_grad=False in the network",
         )
     if len(grouped) > len(named):
         raise _misfit(recipe, "has parameters in its groups that it was not given")

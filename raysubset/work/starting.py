@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from raysubset.config import Config, ModelConfig, derive_seed
 from raysubset.data import FullSet
-from raysubset.errors import first_line
+from raysubset.errors import first_line, listed
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, fingerprint
 from raysubset.models import architecture, new_model
 from raysubset.run_directory import MODEL_PATH, RunDirectory
 
 PRETRAINED = "pretrained"
-_MOST_NAMED = 4  # tensors in one line
 
 
 def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
@@ -50,7 +49,7 @@ def start_note(config: Config, full_set: FullSet) -> list[Note]:
         return []
     model, weights = random_model(config, full_set), _read(config.model, full_set)
     fresh = _load(config.model, model, weights)
-    but = f"; {_named(fresh)} differ in shape and are fresh" if fresh else ""
+    but = f"; {listed(fresh)} differ in shape and are fresh" if fresh else ""
     return [Note(f"starts from {config.model.weights}: {len(model.state_dict()) - len(fresh)} tensors{but}")]
 
 
@@ -132,8 +131,8 @@ def _load(config: ModelConfig, model: nn.Module, weights: Mapping[str, Tensor]) 
     unknown = [name for name in weights if name not in own and not name.startswith(auxiliary)]
     fresh = [name for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape]
     if missing or unknown or len(fresh) == len(own):
-        flaws = [f"it lacks {_named(missing)}"] if missing else []
-        flaws += [f"{_named(unknown)} are not the network's"] if unknown else []
+        flaws = [f"it lacks {listed(missing)}"] if missing else []
+        flaws += [f"{listed(unknown)} are not the network's"] if unknown else []
         told = "; ".join(flaws or ["no tensor has the shape of the network's"])
         raise ValueError(f"model.weights = {config.weights} is of another network than {config.name}: {told}")
     with torch.no_grad():
@@ -141,8 +140,3 @@ def _load(config: ModelConfig, model: nn.Module, weights: Mapping[str, Tensor]) 
             if name not in fresh:
                 tensor.copy_(weights[name])
     return fresh
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
