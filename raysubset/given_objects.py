@@ -57,7 +57,8 @@ def holding(given: Given) -> Iterator[None]:
     """Have these too, as long as the block."""
     before = _in_hand
     objects, fingerprints = {**before.objects, **given.objects}, {**before.fingerprints, **given.fingerprints}
-    take(Given(objects, fingerprints, before.here | given.here))
+    load = None if given.objects else before.load  # where they are put already, they need not be again
+    take(Given(objects, fingerprints, before.here | given.here, load))
     try:
         yield
     finally:

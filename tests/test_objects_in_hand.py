@@ -141,7 +141,10 @@ def test_another_process_has_what_the_driver_was_given_without_the_data(monkeypa
         place.enter()
         assert {*in_hand().objects} == {"given:Net"}
         assert in_hand().fingerprints == fingerprints
-        assert in_hand().load is place.load_given  # for the processes that this one starts
+        with taken(config):  # as a sweep's trial calls run()
+            assert in_hand().load is place.load_given  # for the processes that this one starts
+        with taken(config_of(), data=ARRAYS):
+            assert in_hand().load is None
         assert same_bits(weights(seeded_model(config, full_set)), weights(model))
         identity = identify([config], {config.learned: full_set}, None)  # as a sweep's trial, which has the full set
         assert [table.equals(full_set.fingerprint) for table in identity.data.values()] == [True]
