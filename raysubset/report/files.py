@@ -2,15 +2,16 @@
 
 import csv
 import io
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record, passes_by_epoch, trainings
 from raysubset.report.pages import write_page
 from raysubset.report.reading import read_report
-from raysubset.report.tensorboard import Scalar, event_file
 from raysubset.run_directory import RunDirectory
 
 PROGRESS_PATH = "progress.csv"
@@ -86,28 +87,32 @@ def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
 
 def _events(record: Record, rows: list[dict[str, Any]], started_at: float, quality: str) -> bytes:
     """A TensorBoard event file: a run's curves over optimizer steps, aggregates over rounds, the result at step 0."""
+    from tensorboardX import SummaryWriter  # with torch, for seconds
+
     measured = tuple(dict.fromkeys(("loss", quality)))
-    scalars: list[Scalar] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
 
-    def add(tag: str, value: float | None, step: int) -> None:
-        if value is not None:
-            scalars.append((tag, value, step))
+            def add(tag: str, value: float | None, step: int) -> None:
+                if value is not None:
+                    writer.add_scalar(tag, value, step, walltime=started_at)
 
-    before: dict[str, int] = defaultdict(int)  # steps of earlier rounds
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
-        name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
-        step = before[name] + row["num_steps"]
-        for key in ("loss", "learning_rate", *(f"validation_{key}" for key in measured)):
-            add(f"{name}/{key}", row[key], step)
-        if following is None or following["training_iteration"] == 1:
-            before[name] = step
-    for round in record["stages"].get("rounds", ()):
-        made = round["aggregation"]
-        for key in measured if made["validation"] else ():
-            add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
-        add("aggregate/barrier", made["barrier"], round["round"] + 1)
-    for split in ("validation", "test"):
-        for key in measured:
-            add(f"result/{split}_{key}", record[split][key], 0)
-    return event_file(scalars, wall_time=started_at)
+            before: dict[str, int] = defaultdict(int)  # steps of earlier rounds
+            for row, following in zip(rows, [*rows[1:], None], strict=True):
+                kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
+                name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
+                step = before[name] + row["num_steps"]
+                for key in ("loss", "learning_rate", *(f"validation_{key}" for key in measured)):
+                    add(f"{name}/{key}", row[key], step)
+                if following is None or following["training_iteration"] == 1:
+                    before[name] = step
+            for round in record["stages"].get("rounds", ()):
+                made = round["aggregation"]
+                for key in measured if made["validation"] else ():
+                    add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
+                add("aggregate/barrier", made["barrier"], round["round"] + 1)
+            for split in ("validation", "test"):
+                for key in measured:
+                    add(f"result/{split}_{key}", record[split][key], 0)
+        (path,) = Path(folder).glob("events.out.tfevents.*")
+        return path.read_bytes()
