@@ -66,6 +66,15 @@ def test_one_that_ends_before_its_last_step_closes_its_epoch():
     assert (result.outcome, len(result.history), told) == ("ended", 1, [False, False, False, True])
 
 
+def test_one_that_has_nothing_left_to_do_when_it_resumes_records_no_epoch_twice():
+    states = []
+    expected = minimize(
+        cnn(), examples(30), recipe("momentum"), seed=5, on_step=lambda p: states.append(through_a_file(p.capture()))
+    )
+    result = minimize(cnn(), examples(30), recipe("momentum"), seed=5, state=states[-1])
+    assert (result.outcome, result.history, result.cost.num_steps) == ("epochs", expected.history, 0)
+
+
 def test_a_cost_that_it_says_itself_is_what_counts_but_for_time():
     cost = minimize(cnn(), examples(), recipe("counts_itself"), seed=0).cost
     assert (cost.num_forward, cost.num_backward, cost.num_steps) == (700, 300, 20)
@@ -98,7 +107,8 @@ def test_one_that_works_is_tried_on_copies():
 MISTAKES = {
     "silent": r"never called on_step\(\): call on_step\(progress\) after every step",
     "costless": r"said no costs: let progress.count\(\) count steps, or set progress.cost",
-    "of_a_copy": r"left 8 of 8 parameters where they were: .*, .*, .* and 5 more\. Change those of",
+    "of_a_copy": r"left 8 of 8 parameters where they were: .*, .*, .* and 5 more\. "
+    "Change those of the model that it is given",
     "of_some": r"left 7 of 8 parameters where they were",
     "reshaped": "left a model of other parameters: change those that it was given in place",
     "infinite": "ended at weights that are not finite: lower its learning rate",

@@ -176,7 +176,8 @@ def minimize_by_own_loop(
         raise told.failure
     if not told.was_called and told.last_step < progress.num_steps:
         raise _misfit(reference, "never called on_step(): call on_step(progress) after every step")
-    if not told.is_stopped and not progress.epoch_ended and progress.step:
+    num_recorded = progress.history[-1].num_steps if progress.history else 0
+    if not told.is_stopped and progress.step > num_recorded:
         progress.end_epoch()
         told.tell(progress)
     if {key: tensor.shape for key, tensor in model.state_dict().items()} != shapes:
