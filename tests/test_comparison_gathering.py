@@ -19,6 +19,7 @@ from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
 from raysubset.training import Cost
+from tests.test_comparison_arms import leg
 
 BITS = Quality("bits", higher_is_better=False, unit="bits a token")
 R2 = Quality("r2")
@@ -171,3 +172,16 @@ def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(
         compare(Config(storage_path=str(tmp_path)))
     assert not ray.is_initialized()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_reduces_of_a_trunk_and_of_fine_tuning_are_sent_beside_the_weights_of_rounds():
+    last = leg("H:rounds.num=2", overrides={"trunk.num_workers": 2, "fine_tuning.num_workers": 3})
+    steps = {"trunk": 5, "fine_tuning": 7}
+
+    def works(one: Leg) -> list[Work]:
+        return [Work(one.stage, 0, None, 0, "node", "cpu", 0.0, cost=Cost(num_steps=steps.get(one.stage, 9)))]
+
+    legs, plan = SimpleNamespace(works=works), SimpleNamespace(num_parameters=300, num_bytes=40)
+    # two rounds of four members out and back; 2 (N-1)/N gradients of 4 bytes a step
+    sent = 2 * 2 * 4 * 40 + 5 * (2 * 1 / 2 * 300 * 4) + 7 * (2 * 2 / 3 * 300 * 4)
+    assert gathering._sent(last, legs, plan) == (sent, 2 + 5 + 7)  # pyright: ignore[reportArgumentType]

@@ -331,6 +331,19 @@ def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Qualit
     return found
 
 
+def _sent(leg: Leg, legs: _Legs, plan: Plan) -> tuple[int, int]:
+    """Bytes through the slowest link for a leg and all it needs, and exchanges: rounds of members, and all-reduces."""
+    sent = num_exchanges = 0
+    for one in closure(leg):
+        if one.kind == "aggregate":
+            sent, num_exchanges = sent + exchange_bytes(plan.num_bytes, len(one.members)), num_exchanges + 1
+        elif one.kind == "train":
+            num_steps, each = total_cost(legs.works(one)).num_steps, one.config.minimize.bytes_a_gradient
+            sent += num_steps * all_reduce_bytes(plan.num_parameters, one.num_workers, each=each)
+            num_exchanges += num_steps
+    return sent, num_exchanges
+
+
 def _network(
     arms: Sequence[Record],
     finals: Finals,
@@ -356,12 +369,7 @@ def _network(
             if mean is None:
                 continue
             leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
-            num_members = [len(one.members) for one in closure(leg) if one.kind == "aggregate"]
-            sent, num_exchanges = sum(exchange_bytes(plan.num_bytes, num) for num in num_members), len(num_members)
-            if leg.kind == "train":
-                num_exchanges = round(mean["num_steps"])
-                each = leg.config.minimize.bytes_a_gradient
-                sent = num_exchanges * all_reduce_bytes(plan.num_parameters, leg.num_workers, each=each)
+            sent, num_exchanges = _sent(leg, legs, plan)
             one = Communication(mean["critical_path_passes"], sent, num_exchanges)
             rows.append(
                 {
