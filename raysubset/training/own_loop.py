@@ -9,7 +9,6 @@ function of its own that gives a dict of tensors and plain values: `progress.sta
 on, with the model as it was. Else it starts over where its process dies. Randomness follows from `progress.seed`.
 """
 
-import io
 import math
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from raysubset.data import Examples
 from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
 from raysubset.pulse import beat
+from raysubset.training.own_optimizer import through_a_file
 from raysubset.training.progress import OnStep, Progress, num_steps_per_epoch
 from raysubset.training.records import Cost, DivergedError, EpochRecord, MinimizeResult
 from raysubset.user_functions import in_a_line, load_function
@@ -211,11 +211,12 @@ def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
     size = max(2, min(_MOST_TRIED, recipe.batch_size))
     examples = sample.select(torch.arange(_NUM_TRIED * size) % len(sample))
     recipe = replace(recipe, epochs=1.0, batch_size=size, accumulation=1)
+    opaque = "has a capture() that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts"
     started, states = time.perf_counter(), list[dict[str, Any]]()
 
     def keep_first(progress: Progress) -> bool:
         if not states:
-            states.append(_through_a_file(progress.capture(), reference))
+            states.append(through_a_file(progress.capture(), _misfit(reference, opaque)))
         return time.perf_counter() - started > _MOST_S
 
     with generators_restored():
@@ -265,18 +266,6 @@ def _refuse_lost(before: nn.Module, after: nn.Module, examples: Examples, refere
             f"left {len(stayed)} of {len(old)} parameters where they were: {listed(stayed, most=3)}. Change "
             "those of the model that it is given; those that should stay have requires_grad=False in the network",
         )
-
-
-def _through_a_file(state: dict[str, Any], reference: str) -> dict[str, Any]:
-    """What a checkpoint gives back of it."""
-    file = io.BytesIO()
-    try:
-        torch.save(state, file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-    except Exception as error:  # torch.save() and load() raise many kinds
-        text = "has a capture() that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts"
-        raise _misfit(reference, text) from error
 
 
 def _misfit(reference: str, text: str) -> ValueError:

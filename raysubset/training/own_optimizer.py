@@ -2,6 +2,7 @@
 
 import io
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,13 @@ def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
         _step(unbroken, optimizer, recipe, first=0)
         with in_a_line(_FIELD, recipe.optimizer):
             state = optimizer.state_dict()
-        try:
-            state = _through_a_file(state)
-        except Exception as error:  # torch.save() and load() raise many kinds
-            raise _misfit(
+        state = through_a_file(
+            state,
+            _misfit(
                 recipe,
                 "has a state_dict() that a checkpoint cannot hold: keep tensors, numbers, words, lists and dicts in it",
-            ) from error
+            ),
+        )
         resumed.load_state_dict(unbroken.state_dict())
         another = own_optimizer(resumed, recipe)
         with in_a_line(_FIELD, recipe.optimizer):
@@ -92,11 +93,19 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: MinimizeCo
             optimizer.step()
 
 
-def _through_a_file(state: dict) -> dict:
+def through_a_file(state: dict[str, Any], misfit: ValueError) -> dict[str, Any]:
+    """What a checkpoint gives back of a state.
+
+    Raises:
+        ValueError: the misfit, where none can hold it.
+    """
     file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+    except Exception as error:  # torch.save() and load() raise many kinds
+        raise misfit from error
 
 
 def _misfit(recipe: MinimizeConfig, text: str) -> ValueError:
