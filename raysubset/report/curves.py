@@ -1,14 +1,13 @@
 """Training as curves over the passes that lie one after the other: of a run, of a comparison's arms, of a sweep's
 settings."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysubset.report.drawing import COLOURS, Chart, Plot
-from raysubset.report.figures import Record, finite, passes_by_epoch, trainings
+from raysubset.report.figures import Record, finite, in_order, passes_by_epoch
 
 VALIDATION = COLOURS[1]  # of losses on validation data, in every plot
 STAGE_COLOURS = {
@@ -99,27 +98,23 @@ def _of_legs(
             ends[key] = begun
             yield ("aggregation", leg["round"]), _Training((begun,), (), _validation_loss(record["aggregation"]))
             continue
-        training = _training(record, begun, num_train, leg["num_workers"])
-        ends[key] = training.passes[-1] if training.passes else begun
-        yield (leg["stage"], leg["round"]), training
+        passes = [begun + done / leg["num_workers"] for done in passes_by_epoch(record, num_train)]
+        ends[key] = passes[-1] if passes else begun
+        yield (leg["stage"], leg["round"]), _training(record, passes)
 
 
 def _of_run(record: Record) -> Iterator[tuple[tuple[str, int], _Training]]:
-    """Each training of a finished run, begun where the last of the stage before it ended; and each aggregation."""
-    num_train, begun = record["data"]["num_train"], 0.0
-    for (stage, round), works in itertools.groupby(trainings(record), key=lambda one: one[:2]):
-        own = [_training(work, begun, num_train, work.get("num_workers", 1)) for *_, work in works]
-        yield from (((stage, round), training) for training in own)
-        begun = max((training.passes[-1] for training in own if training.passes), default=begun)
+    """Each training of a finished run, and each aggregation where its round ends."""
+    for stage, round, works, end, passes in in_order(record):
+        yield from (((stage, round), _training(*one)) for one in zip(works, passes, strict=True))
         made = record["stages"]["rounds"][round] if stage in ("subsets", "subsamples") else {}
         if made and stage == ("subsamples" if made.get("subsamples") else "subsets"):
-            yield ("aggregation", round), _Training((begun,), (), _validation_loss(made["aggregation"]))
+            yield ("aggregation", round), _Training((end,), (), _validation_loss(made["aggregation"]))
 
 
-def _training(record: Record, begun: float, num_train: int, num_workers: int) -> _Training:
-    passes = tuple(begun + done / num_workers for done in passes_by_epoch(record, num_train))
+def _training(record: Record, passes: Sequence[float]) -> _Training:
     losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
-    return _Training(passes, losses, _validation_loss(record))
+    return _Training(tuple(passes), losses, _validation_loss(record))
 
 
 def _validation_loss(record: Record) -> float | None:

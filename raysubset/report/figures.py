@@ -1,5 +1,6 @@
 """What a report computes of a run's record: training passes, errors of measurement, differences and their noise."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,3 +111,15 @@ def trainings(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
             yield "subsamples", round["round"], minimum["subset_id"], minimum
     if stages.get("fine_tuning"):
         yield "fine_tuning", 0, None, stages["fine_tuning"]
+
+
+def in_order(record: Record) -> Iterator[tuple[str, int, list[Record], float, list[list[float]]]]:
+    """(stage, round, its trainings, where they end, passes at the ends of each one's epochs); one after the other."""
+    num_train, end = record["data"]["num_train"], 0.0
+    for (stage, round), group in itertools.groupby(trainings(record), key=lambda one: one[:2]):
+        works = [work for *_, work in group]
+        passes = [
+            [end + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)] for work in works
+        ]
+        end = max([end, *(own[-1] for own in passes if own)])
+        yield stage, round, works, end, passes

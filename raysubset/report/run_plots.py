@@ -1,14 +1,13 @@
 """The plots of a run: its story, its training curves, its minima, what was made of them, where passes went."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from raysubset.quality import Quality, quality_of
 from raysubset.report.curves import STAGE_COLOURS, VALIDATION
 from raysubset.report.drawing import COLOURS, GOOD, GREY, Axis, Chart, Plot
-from raysubset.report.figures import Record, finite, is_least_squares, loss_name, passes_by_epoch, trainings
+from raysubset.report.figures import Record, finite, in_order, is_least_squares, loss_name
 
 TRAINING = COLOURS[0]  # of losses on training data, in every plot
 _MOST_MEMBERS = 40  # that get a mark each in the story
@@ -47,8 +46,7 @@ def _told(chart: Chart, record: Record, quality: Quality) -> tuple[list[tuple[fl
     """Draw what was measured. The ends of the stages, one after another; and how a round's members are shown."""
     ends: list[tuple[float, float]] = []
     members = ""
-    for stage, round, works, start, passes in _in_order(record):
-        end = max((own[-1] for own in passes if own), default=start)
+    for stage, round, works, end, passes in in_order(record):
         if stage in ("subsets", "subsamples"):
             if stage == "subsamples" or works[0]["validation"] is None:
                 continue
@@ -83,21 +81,9 @@ def _told(chart: Chart, record: Record, quality: Quality) -> tuple[list[tuple[fl
     return [point for point in ends if math.isfinite(point[1])], members
 
 
-def _in_order(record: Record) -> Iterator[tuple[str, int, list[Record], float, list[list[float]]]]:
-    """(stage, round, its trainings, where they begin, passes at the ends of each one's epochs); one after the other."""
-    num_train, begun = record["data"]["num_train"], 0.0
-    for (stage, round), group in itertools.groupby(trainings(record), key=lambda one: one[:2]):
-        works = [work for *_, work in group]
-        passes = [
-            [begun + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)] for work in works
-        ]
-        yield stage, round, works, begun, passes
-        begun = max([begun, *(own[-1] for own in passes if own)])
-
-
 def training_curves(record: Record) -> Plot | None:
     """Loss while training over the passes that lie one after the other: members of a round begin together."""
-    stages = list(_in_order(record))
+    stages = list(in_order(record))
     many = sum(len(works) for _, _, works, *_ in stages) > 6
     chart = Chart("passes of training, one after the other", loss_name(record), log="y", size=(400, 270))
     for stage, round, works, _, passes in stages:
