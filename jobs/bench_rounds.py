@@ -7,7 +7,7 @@ Ray's daemons, and wall time. Then pieces of a ResNet-18 (11,173,962 parameters,
 on) in this process, without Ray, beside the same by hand: weights loaded, a step, weights and momenta saved. CPU time
 holds on a shared machine, wall time does not; the median is of all but the first rounds and pieces.
 
-Hardware: 2 cores of a shared virtual machine, load 8 to 25; Ray 2.60, torch 2.15, Python 3.11. Wall time: 2 min.
+Hardware: 2 cores of a shared virtual machine, load 8 to 25; Ray 2.60, torch 2.14, Python 3.11. Wall time: 2 min.
 Result:   CPU ms                          before    now
           an empty round through Ray         136    104   driver 38 and 34, actor 86 and 55, Ray 12 and 15; n = 53 and
                                                           23, load 2 and 20, so wall times (134, 197) do not compare

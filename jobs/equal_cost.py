@@ -1,4 +1,4 @@
-"""Subset pretraining beside conventional runs of the same cost: README's table.
+"""Subset pretraining beside conventional runs of the same cost: jobs/README.md's table.
 
 Command:    python jobs/equal_cost.py --sets digits mnist cifar10 --seeds 3 --root ~/data
 Arms:       subsets     trunk of one epoch, four minima of eight subset epochs, their mean, two epochs of fine-tuning
