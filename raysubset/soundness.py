@@ -8,7 +8,7 @@ from torch import nn
 
 from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
-from raysubset.data import FullSet
+from raysubset.data import Examples, FullSet
 from raysubset.errors import listed, one_line
 from raysubset.events import Note
 from raysubset.given_objects import is_instance
@@ -28,7 +28,7 @@ from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Objective
 
-MOST_SAMPLED = 64  # validation examples that a network is tried on
+_MOST_SAMPLED = 64  # validation examples that a network is tried on
 
 
 def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_subset: int) -> int:
@@ -127,14 +127,16 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         try_own_optimizer(model, config.minimize)
     if config.actors.on_step:
         load_listener(config.actors.on_step)
-    if config.minimize.loop:
-        sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
-        if text := try_own_loop(model, config.minimize, sample):
-            notes.append(Note(text))
+    if config.minimize.loop and (text := try_own_loop(model, config.minimize, sampled(full_set))):
+        notes.append(Note(text))
     if config.minimize.objective:
-        sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
-        try_own_objective(model, config.minimize, sample)
+        try_own_objective(model, config.minimize, sampled(full_set))
     return notes
+
+
+def sampled(full_set: FullSet) -> Examples:
+    """Some validation examples, on the CPU, that a network is tried on."""
+    return full_set.examples("validation", np.arange(min(len(full_set.validation), _MOST_SAMPLED)))
 
 
 def refuse_fresh_weights(config: Config) -> None:
@@ -177,7 +179,7 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     if ":" not in name:
         return []
     notes, left_out, ends_in = list[Note](), {}, None
-    sample = full_set.examples("validation", np.arange(min(len(full_set.validation), MOST_SAMPLED)))
+    sample = sampled(full_set)
     for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
         try:
             trial = try_training(model, recipe, sample)

@@ -37,7 +37,7 @@ from raysubset.run_directory import (
     save_checkpoint,
     weights_path,
 )
-from raysubset.soundness import MOST_SAMPLED
+from raysubset.soundness import sampled
 from raysubset.streaming import read_by_ray_data
 from raysubset.training import (
     Cost,
@@ -257,8 +257,7 @@ class _Worker:
             return False
         found = self._directory.exists(left_out_path(self._stage))
         if not found:
-            sample = self._full_set.examples("validation", np.arange(min(len(self._full_set.validation), MOST_SAMPLED)))
-            trial = try_training(copied(model).cpu(), self._recipe, sample)
+            trial = try_training(copied(model).cpu(), self._recipe, sampled(self._full_set))
             found = bool(trial.left_out)
         return bool(shard.sum(torch.tensor(float(found), device=self._device)).item())
 
