@@ -3,17 +3,16 @@ its storage path."""
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import of_now
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record, difference, with_error
+from raysubset.report.reading import at_once
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 
 _MOST_LOOKED_AT = 100  # directories, the newest: each is a request to a bucket
-_NUM_READERS = 16
 _OF_THE_PLACE = ("root", "download")  # of data: where files lie, not what they hold
 
 
@@ -36,10 +35,8 @@ def find_beside(record: Record) -> Beside:
         others = own.neighbours()[:_MOST_LOOKED_AT]
     except OSError:
         return Beside()
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        configs = list(pool.map(_config, others))
     runs, comparisons = [], []
-    for directory, config in zip(others, configs, strict=True):
+    for directory, config in zip(others, at_once(_config, others), strict=True):
         if config is None or _learned(config) != learned:
             continue
         kind = config.get("kind", "run")

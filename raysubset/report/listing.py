@@ -1,7 +1,6 @@
 """What lies in a storage path: runs, sweeps and comparisons, each in a row, with what they came to and cost."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from raysubset.errors import first_line
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section
+from raysubset.report.reading import at_once
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -21,7 +21,6 @@ from raysubset.run_directory import (
     RunDirectory,
 )
 
-_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _KINDS = {REPORT_PATH: "run", SWEEP_PATH: "sweep", COMPARISON_PATH: "comparison"}
 State = Literal["done", "at work", "stopped", "damaged"]
 
@@ -60,8 +59,7 @@ def list_runs(storage_path: str) -> tuple[list[Entry], int]:
         raise ValueError(f"{shown} is no folder: give a storage path that holds run directories") from error
     except OSError as error:
         raise ValueError(f"cannot read {shown}: {first_line(error)}; give a storage path that you may read") from error
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        entries = list(pool.map(_entry, directories))
+    entries = at_once(_entry, directories)
     found = [entry for entry in entries if entry is not None]
     found.sort(key=lambda entry: (entry.began_at is not None, entry.began_at or 0.0, entry.name))
     return found, len(entries) - len(found)

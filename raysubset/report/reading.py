@@ -2,7 +2,7 @@
 left."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,12 @@ from raysubset.run_directory import (
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _LEGS = "legs"  # the folder of a comparison's
 _TRIALS, _TRUNKS = "trials", "trunks"  # those of a sweep's
+
+
+def at_once(read: Callable[[Any], Any], many: Iterable[Any]) -> list[Any]:
+    """read() of each, many at a time."""
+    with ThreadPoolExecutor(_NUM_READERS) as threads:
+        return list(threads.map(read, many))
 
 
 def read_report(path: str) -> dict[str, Any]:
@@ -110,8 +116,7 @@ def leg_works(directory: RunDirectory) -> dict[str, list[Work]]:
 
 def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:
     """The JSON files that are there, by the keys of their paths."""
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        records = list(pool.map(directory.read_json_or_none, paths.values()))
+    records = at_once(directory.read_json_or_none, paths.values())
     return {key: record for key, record in zip(paths, records, strict=True) if record is not None}
 
 
@@ -157,10 +162,8 @@ def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list
         except CorruptFile:
             return []
 
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        ledgers = list(pool.map(read, places))
     found, told = {}, set()
-    for (_, name), works in zip(places, ledgers, strict=True):
+    for (_, name), works in zip(places, at_once(read, places), strict=True):
         if own := [work for work in works if work not in told]:
             found[name] = own
             told.update(work for work in own if work.stage == "trunk")
