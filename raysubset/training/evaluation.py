@@ -56,7 +56,8 @@ def _ensemble_positions(examples: Examples) -> Tensor | None:
     most = max(1, MOST_OUTPUT_BYTES // (4 * examples.task.spec().num_outputs))
     if len(examples) <= most:
         return None
-    return torch.linspace(0, len(examples) - 1, most, dtype=torch.float64, device=examples.device).long()
+    positions = torch.linspace(0, len(examples) - 1, most, dtype=torch.float64)  # which Apple's GPUs do not have
+    return positions.long().to(examples.device)
 
 
 @torch.inference_mode()
