@@ -36,7 +36,12 @@ class LevenbergMarquardt:
         Raises:
             ValueError: if there are more than MOST_PARAMETERS.
         """
-        refuse_many(objective.weights().numel())
+        num = objective.weights().numel()
+        if num > MOST_PARAMETERS:
+            raise ValueError(
+                f"levenberg_marquardt solves with a matrix of {num:,}² numbers, {8e-6 * num**2:,.0f} MB, and takes at "
+                f"most {MOST_PARAMETERS:,} parameters: use gauss_newton or lbfgs, or a smaller network"
+            )
         self._objective, self._scale, self._damping, self._smallest = objective, scale, damping, smallest
         self._sums = objective.normal_sums()
         self.least_thirds = 2 + 2 * self._sums.num_residuals  # a Jacobian, and a loss
@@ -71,16 +76,3 @@ class LevenbergMarquardt:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._damping = state["damping"]
-
-
-def refuse_many(num_parameters: int) -> None:
-    """Refuse a network whose matrix would take too much memory.
-
-    Raises:
-        ValueError: with the way out.
-    """
-    if num_parameters > MOST_PARAMETERS:
-        raise ValueError(
-            f"levenberg_marquardt solves with a matrix of {num_parameters:,}² numbers, {8e-6 * num_parameters**2:,.0f} "
-            f"MB, and takes at most {MOST_PARAMETERS:,} parameters: use gauss_newton or lbfgs, or a smaller network"
-        )
