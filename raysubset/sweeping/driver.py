@@ -21,7 +21,7 @@ os.environ.setdefault(
 )  # the newer one prints tables to stdout however quiet it is asked to be
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached, workplace
@@ -353,8 +353,8 @@ class _Telling(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(self._standing.heard(_trial_name(trial), "failed"))
-        cause = trial.get_pickled_error()
-        why = f" ({one_line(cause)})" if cause else ""
+        file = trial.pickled_error_file  # Tune's storage, where get_pickled_error() looks, has it a moment later
+        why = f" ({one_line(cloudpickle.loads(Path(file).read_bytes()))})" if file and Path(file).exists() else ""
         self._tell(Note(f"{_trial_name(trial)} failed{why}; the others go on", is_warning=True))
 
 
@@ -382,8 +382,10 @@ def _gather(
         else:
             own |= {"state": "pruned"}
         gathered.append(own)
-    conventional = [one for one in gathered if "method" in one["overrides"]]
-    swept = [one for one in gathered if one not in conventional]
+    swept, conventional = (
+        [one for one, trial in zip(gathered, trials, strict=True) if trial.is_baseline is is_it]
+        for is_it in (False, True)
+    )
     settings = settings_of(swept, quality_of({"task": task}))
     return {
         "kind": "sweep",

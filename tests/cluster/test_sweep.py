@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysubset import Config, run
-from raysubset.events import Event, TrialReport
+from raysubset.events import Event, Note, TrialReport
 from raysubset.ledger import Ledger
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path
@@ -46,6 +46,8 @@ def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tm
     assert states == {100: "done", 200: "done", 300: "failed"}
     assert report.trials[2]["error"].startswith("ValueError: ")
     assert "subsets.size-300_seed-0 holds a run of another config" in report.trials[2]["error"]
+    (failed,) = [event.text for event in events if isinstance(event, Note) and event.is_warning]
+    assert "subsets.size-300_seed-0 failed (ValueError: " in failed
     assert report.recommended is not None
     told = {event.report["stage"] for event in events if isinstance(event, TrialReport)}
     assert told >= {"subsets", "aggregation", "done"}
