@@ -63,6 +63,8 @@ class _Hash:
 class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told from equal strings
     """Pickles to a digest: functions and classes of no module by their code, tensors by shape and, apart, by values."""
 
+    memo: dict[int, Any]  # which typeshed has for the one in C alone
+
     def __init__(self) -> None:
         self.stream, self.tensors = _Hash(), _Hash()
         self.modules: set[str] = set()  # where functions and classes are found by name
@@ -86,7 +88,7 @@ class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told f
             case types.CodeType():
                 return _stand_in("code", *_parts_of(value))
             case set() | frozenset():
-                return _stand_in("set", sorted(map(repr, value)))
+                return _stand_in("set", sorted(map(self._digest_of, value)))
             case types.FunctionType() | type():
                 return self._code_of(value)
             case staticmethod() | classmethod():
@@ -96,6 +98,14 @@ class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told f
             case types.MemberDescriptorType() | types.GetSetDescriptorType():
                 return _stand_in("slot", value.__name__)
         return NotImplemented
+
+    def _digest_of(self, value: Any) -> str:
+        """Of a value of a set, whose order and whose text, which may be an address, are matters of chance."""
+        digester = _Digester()
+        digester.memo, digester._met = dict(self.memo), dict(self._met)  # as of one that leads back to what holds it
+        digester.dump(value)
+        self.modules |= digester.modules
+        return digester.stream.hash.hexdigest() + digester.tensors.hash.hexdigest()
 
     def _code_of(self, value: Any) -> Any:
         if reference := importable(value):

@@ -209,7 +209,7 @@ def test_digests_are_the_same_in_every_process(tmp_path):
         "class Base:\n    words = frozenset(('d', 'e', 'f'))\n"
         "class Made(Base):\n    @property\n    def one(self): return helper(1)\n"
         "    @staticmethod\n    def two(x=helper): return super\n"
-        "made = Made(); made.own = {'x', 'y', 'z'}, [1.5, None], helper\n"
+        "made = Made(); made.own = {'x', 'y', 'z'}, [1.5, None], helper, {helper, again, made}\n"
         "print(object_fingerprint('given:Made', made).to_pylist())\n"
     )
     seen = {
