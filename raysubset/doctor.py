@@ -21,6 +21,7 @@ from raysubset.cluster import (
     put_once,
 )
 from raysubset.config import Config, differences
+from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
@@ -33,7 +34,6 @@ from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirector
 from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
-from raysubset.training import bytes_in_words
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
 

@@ -4,7 +4,7 @@ result = minimize(model, examples, config.stage("subsets"), seed=7)
 metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
-from raysubset.costs import Cost, bytes_in_words
+from raysubset.costs import Cost
 from raysubset.training.devices import card_bytes, device_name, place, use_device
 from raysubset.training.evaluation import (
     MOST_OUTPUT_BYTES,
@@ -81,7 +81,6 @@ __all__ = [
     "place",
     "num_steps_per_epoch",
     "minimizing_bytes",
-    "bytes_in_words",
     "Progress",
     "Shard",
     "Distillation",
