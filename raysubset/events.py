@@ -14,11 +14,6 @@ class Event:
     def __str__(self) -> str:
         return self.text
 
-    @property
-    def kind(self) -> str:
-        """The kind in a word, for logs."""
-        return type(self).__name__.lower()
-
 
 OnEvent = Callable[[Event], None]
 

@@ -239,14 +239,11 @@ class Chart:
         self._marks.append(draw)
         self._name(label, f'<rect fill="{colour}" fill-opacity="{alpha}" x="4" y="1" width="14" height="10"/>')
 
-    def text(self, x: float, y: float, text: str, *, beside: bool = True) -> None:
-        """Words to the right of a point, or around it."""
-
-        def draw(px: Place, py: Place) -> str:
-            at = f'x="{_number(px(x) + 8 * beside)}" y="{_number(py(y) + 4)}"'
-            return f"<text{'' if beside else ' class=in'} {at}>{escape(text)}</text>"
-
-        self._marks.append(draw)
+    def text(self, x: float, y: float, text: str) -> None:
+        """Words to the right of a point."""
+        self._marks.append(
+            lambda px, py: f'<text x="{_number(px(x) + 8)}" y="{_number(py(y) + 4)}">{escape(text)}</text>'
+        )
 
     def across(self, y: float, colour: str = GREY, label: str = "", *, dash: str = "2 4", width: float = 1.5) -> None:
         """A line from edge to edge at a height."""
