@@ -210,6 +210,12 @@ def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none():
     squared = gap_over_q(a_record(Config().with_overrides({"task.loss": "squared_error"})))
     assert squared is not None
     assert "fixed inputs would give: (Q+1)/(Q−1)" in squared.caption
+    record = a_record(Config().with_overrides({"task.loss": "squared_error"}))
+    bad = {"loss_sum": None, "loss": None, "num_correct": 5, "num_examples": 50, "accuracy": 0.1}
+    record["stages"]["rounds"] = [round_of([minimum(0, validation=bad), minimum(1), minimum(2)])]
+    drawn = gap_over_q(record)
+    assert drawn is not None
+    assert (*drawn.legend, drawn.caption[:41]) == (*squared.legend, "Validation loss of each of 2 minima over ")
     record = a_record()
     assert gap_over_q(record) is None  # all of one Q
     record["stages"]["rounds"] = [round_of([minimum(0), minimum(1, overdetermination_ratio=2.0)])]

@@ -155,9 +155,9 @@ def gap_over_q(record: Record) -> Plot | None:
     minima = [minimum for round in record["stages"]["rounds"] for minimum in round["minima"]]
     squared = is_least_squares(record)
     points = [
-        (minimum["overdetermination_ratio"], finite(minimum["validation"]["loss"]) / minimum["training"]["loss"])
+        (minimum["overdetermination_ratio"], minimum["validation"]["loss"] / minimum["training"]["loss"])
         for minimum in minima
-        if minimum["training"] and minimum["training"]["loss"]
+        if minimum["training"] and minimum["training"]["loss"] and minimum["validation"]["loss"] is not None
     ]
     ratios = [q for q, _ in points]
     if len(points) < 2 or (max(ratios) < 1.02 * min(ratios) and not squared):
