@@ -41,15 +41,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout is enough
 
 import numpy as np
 import torch
-from scipy.stats import t as students_t
 from torch import nn
 
+from raysubset.comparison.statistics import t_interval
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, TaskConfig, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model
@@ -228,10 +228,9 @@ def mean_validation(ended: Sequence[tuple[Run, nn.Module]], name: str) -> float:
 
 def in_words(values: Sequence[float], pattern: str) -> str:
     """The mean, and Student's 95 %."""
-    if len(values) < 2:
-        return pattern.format(values[0])
-    half = students_t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{pattern.format(mean(values))} ± {pattern.format(half)}"
+    interval = t_interval(values)
+    half = f" ± {pattern.format(interval.high - interval.estimate)}" if len(values) > 1 else ""
+    return f"{pattern.format(interval.estimate)}{half}"
 
 
 def tell(runs: Sequence[Run]) -> None:
