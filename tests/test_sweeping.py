@@ -17,6 +17,7 @@ from raysubset.events import Event
 from raysubset.ledger import Ledger, Work
 from raysubset.quality import ACCURACY
 from raysubset.report import read_report, sweep_sections, write_files
+from raysubset.report.sweeps import sweep_command
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.sweeping import driver, sweep
 from raysubset.sweeping.driver import _Telling
@@ -346,6 +347,9 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
     assert "Before and after fine-tuning" in page.read_text()
     assert "n = 2 seeds; bars: standard error over seeds" in page.read_text()
     assert "raysubset sweep --seeds 2 --sizes 100 400 5000 --name a-sweep" in page.read_text()
+    record = read_report(str(tmp_path / "a-sweep"))
+    record["trials"][-1]["state"] = "pruned"
+    assert "--sizes 100 400 5000 --prune" in sweep_command(record, Config().to_dict())
 
 
 def test_costs_are_shares_of_the_conventional_run_where_a_sweep_has_one(tmp_path: Path) -> None:

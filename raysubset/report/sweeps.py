@@ -46,6 +46,7 @@ def sweep_command(record: Record, config: Record) -> Command:
     if space:
         options += ["--space", *(f"{key}={','.join(map(str, values))}" for key, values in space.items())]
     options += ["--baseline"] if record.get("baseline") else []
+    options += ["--prune"] if any(trial["state"] == "pruned" for trial in record["trials"]) else []
     own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(record["seeds"])}
     if config["tracking"]["group"] == record["name"]:  # which sweep() sets
         own["tracking"] = config["tracking"] | {"group": None}
@@ -83,10 +84,10 @@ def _settings(record: Record) -> Section:
 def _before_and_after(record: Record) -> list[Section]:
     """Losses and qualities of each setting on its own subset, before and after fine-tuning; nothing where a sweep of
     before has none."""
-    settings, quality = [one for one in _with_baseline(record) if one.get("own_loss")], quality_of(record)
+    conventional, quality = record.get("baseline"), quality_of(record)
+    settings = [one for one in (*record["settings"], conventional or {}) if one.get("own_loss")]
     if not settings:
         return []
-    conventional = record.get("baseline")
     whole = conventional["passes"]["mean"] if conventional and conventional["passes"] else None
     rows = tuple(
         (
@@ -105,12 +106,6 @@ def _before_and_after(record: Record) -> list[Section]:
         "the recommendation does not read them.",
     )
     return [Section("Before and after fine-tuning", (*columns, *qualities, "share of passes"), rows, lines)]
-
-
-def _with_baseline(record: Record) -> list[Record]:
-    """The settings that have a result, and the conventional run where there is one."""
-    baseline = record.get("baseline")
-    return [*record["settings"], *([baseline] if baseline else [])]
 
 
 def _state(setting: Record) -> str:
