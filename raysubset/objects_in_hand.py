@@ -19,7 +19,7 @@ from raysubset.tasks import Task
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_UNNAMED = {"data": "digits", "model": "auto", "task": "auto"}  # names that nobody gave
+_UNNAMED = Config()  # its names nobody gave
 
 
 def taking_objects(function: Callable[P, T]) -> Callable[P, T]:
@@ -63,7 +63,7 @@ def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = No
             objects[name] = stands
             if argument != "data":  # known by what is read of them
                 fingerprints[name] = object_fingerprint(name, stands)
-        if before not in (_UNNAMED[argument], name):
+        if before not in (getattr(_UNNAMED, argument).name, name):
             raise ValueError(
                 f"{argument} is given as an object, and {argument}.name = {before!r} too: leave one of them out"
             )
