@@ -104,6 +104,15 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
         ("quality = ''", "quality is not set: name one of distance"),
         ("quality = 'iou'", r"quality is 'iou', and values\(\) gives distance"),
         ("def watched(self, outputs, targets):\n        return outputs.mean()", r"watched\(\) gave \[\] of 4 examples"),
+        (
+            "def residuals(self, outputs, targets):\n        return outputs.sum()",
+            r"residuals\(\) gave \[\] of 4 examples",
+        ),
+        ("def residuals(self, outputs, targets):\n        pass", r"residuals\(\) gave NoneType of 4 examples"),
+        (
+            "def residuals(self, outputs, targets):\n        return (outputs - targets).square()",
+            r"squares of residuals\(\) sum up to .*, and loss\(\) of the same is .*: they should be one number",
+        ),
         ("def curvature(self, outputs, change):\n        return change", "raised TypeError: .*curvature"),
         (
             "def draw(self, num, seed):\n        return 1 / 0",

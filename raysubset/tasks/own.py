@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raysubset.tasks.records import own_task
 from raysubset.tasks.spec import Spec
-from raysubset.tasks.task import Task, sums_of
+from raysubset.tasks.task import LossTask, Task, sums_of
 from raysubset.user_functions import in_a_line
 
 _NUM_TRIED = 4  # rows
@@ -57,6 +57,14 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     if torch.isfinite(loss) and not torch.isclose(twice, 2 * loss, rtol=1e-3, atol=1e-6):
         text = f"loss() of a batch is {float(loss):g} and of the batch twice {float(twice):g}"
         raise _misfit(task.name, f"{text}: it should be summed over the examples, not their mean")
+    if type(task).residuals not in (Task.residuals, LossTask.residuals):
+        each = _called(task, "residuals", outputs, targets)
+        if not isinstance(each, Tensor) or not each.ndim or len(each) != num:
+            shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise _misfit(task.name, f"residuals() gave {shape} of {num} examples: give numbers of each example")
+        if not torch.isclose(squares := each.square().sum().to(loss), loss, rtol=1e-3, atol=1e-6, equal_nan=True):
+            text = f"squares of residuals() sum up to {squares.item():g}, and loss() of the same is {loss.item():g}"
+            raise _misfit(task.name, f"{text}: they should be one number")
     with torch.no_grad():
         measured = _called(task, "measure", outputs, targets)
     if not isinstance(measured, Mapping) or not measured:

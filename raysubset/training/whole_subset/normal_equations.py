@@ -120,7 +120,7 @@ class NormalSums:
         hooks = [layer.register_forward_hook(keep) for layer in self.layers]
         try:
             with torch.enable_grad():
-                residuals = self._residuals(widened(self._model(inputs)), targets).flatten(1)
+                residuals = self._residuals(widened(self._model(inputs)), targets).reshape(len(inputs), -1)
         finally:
             for hook in hooks:
                 hook.remove()
