@@ -3,6 +3,7 @@ pictures."""
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from raysubset.events import Note
 from raysubset.report.drawing import Plot
@@ -43,7 +44,7 @@ class Section:
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
-    @property
+    @cached_property  # a page asks at each cell
     def numeric(self) -> frozenset[int]:
         """The columns that hold numbers alone, and so are set flush right."""
         columns = enumerate(zip(*self.rows, strict=True))
