@@ -227,6 +227,12 @@ class Flag:
         return field_docs(self.owner)[self.key.rpartition(".")[2]]
 
     @property
+    def negated(self) -> str:
+        """How one of the config's switches is written that is to be off."""
+        room, dot, name = self.name.rpartition(".")
+        return f"--{room}{dot}no-{name}"
+
+    @property
     def value(self) -> str:
         """What stands for its value in help; "" where it takes none."""
         if self.placeholder or self.kind is bool:
@@ -338,12 +344,7 @@ _HELP = ("-h", "--help", "--help-all")
 def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str) -> dict[str, Any]:
     """Values by the keys of flags and arguments."""
     known = {f"--{flag.name}": flag for flag in flags if not flag.is_positional}
-    negated = {
-        f"--{room}{dot}no-{name}": flag
-        for flag in flags
-        if flag.kind is bool and flag.of_config
-        for room, dot, name in [flag.name.rpartition(".")]
-    }
+    negated = {flag.negated: flag for flag in flags if flag.kind is bool and flag.of_config}
     if "--task.name" in known:
         known["--task"] = known["--task.name"]  # the everyday words
         known["--start-from"] = known["--model.weights"]

@@ -107,10 +107,7 @@ def _written(flag: Flag) -> str:
     """How a flag is written; of the config's switches the one that changes its default."""
     if flag.is_positional:
         return ""
-    if flag.kind is bool and flag.of_config and flag.default:
-        room, dot, name = flag.name.rpartition(".")
-        return f"--{room}{dot}no-{name}"
-    return f"--{flag.name}"
+    return flag.negated if flag.kind is bool and flag.of_config and flag.default else f"--{flag.name}"
 
 
 def _default(flag: Flag) -> str:
