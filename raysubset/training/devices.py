@@ -62,6 +62,11 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point numbers that a device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def device_name(device: torch.device) -> str:
     """As ledgers name it: the card's model, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Batches, even_sizes
-from raysubset.training.devices import mixed_precision
+from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
 from raysubset.training.own_objective import OwnObjective
@@ -54,8 +54,7 @@ def minimize_by_batches(
     network = techniques.data_parallel(device)
     forward = torch.compile(network) if recipe.compile else network
     precision = mixed_precision(device, dtype, recipe.precision)
-    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
-    loss_sum = torch.zeros((), dtype=sum_dtype, device=device)
+    loss_sum = torch.zeros((), dtype=widest_dtype(device), device=device)
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
     batches, num_parts = None, recipe.accumulation

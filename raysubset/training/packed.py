@@ -15,7 +15,7 @@ from torch.func import vmap
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.data import Examples, even_sizes, joined
 from raysubset.models import has_dropout
-from raysubset.training.devices import mixed_precision
+from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.progress import Progress, diverged_at_once, num_steps_per_epoch, reached
@@ -160,9 +160,8 @@ class _Pack:
         device, dtype = examples[0].device, next(models[0].parameters()).dtype
         self._dtype = dtype
         self._precision: AbstractContextManager[object] = mixed_precision(device, dtype, recipe.precision)
-        sum_dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
-        self._loss_sums = torch.tensor(sums, dtype=sum_dtype).to(device)
+        self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)
         self.running = list(range(num))  # numbers of members, in order of the stack's rows
         for number, (member, state) in enumerate(zip(self.members, states, strict=True)):
             member.progress.capture = partial(self._capture, number)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raysubset.config import SkippingConfig
 from raysubset.tasks import Task
+from raysubset.training.devices import widest_dtype
 from raysubset.training.shards import Shard
 
 
@@ -46,8 +47,7 @@ class Skipping:
         self._window = max(1, round(recipe.window * num_steps_per_epoch))
         self._num_frozen_steps = max(1, round(recipe.epochs * num_steps_per_epoch))
         device = trainable[0].device
-        sum_dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._watched_sum = torch.zeros((), dtype=sum_dtype, device=device)  # of this worker's examples
+        self._watched_sum = torch.zeros((), dtype=widest_dtype(device), device=device)  # of this worker's examples
         self._num_examples = 0  # of all workers
         self._window_start = 0  # in steps
         self._previous: float | None = None  # accuracy of the window before

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
 
 CPU_ELEMENTS = 2**18  # that the products of some examples have, so that they stay in a CPU's cache
@@ -39,7 +40,7 @@ class NormalSums:
             RuntimeError: torch's, for a network that vmap cannot follow.
         """
         self._model, self._residuals = model, residuals
-        self._dtype = torch.float32 if inputs.device.type == "mps" else torch.float64
+        self._dtype = widest_dtype(inputs.device)
         jacobian, _ = self._jacobian(inputs, targets)
         self.num_residuals, self._size = jacobian.shape[1:]
         self.layers, self._order = _dense_layers(model), torch.arange(self._size)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
+from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.whole_subset.normal_equations import NormalSums
 
@@ -20,7 +21,7 @@ CHUNK_BATCHES = 16  # a chunk of the subset is this many batches, so that memory
 
 def dot(a: Tensor, b: Tensor) -> float:
     """The scalar product of two vectors, summed in float64 (on Apple's GPUs, which have none, in float32)."""
-    wide = _wide(a.device)
+    wide = widest_dtype(a.device)
     return torch.dot(a.to(wide), b.to(wide)).item()
 
 
@@ -95,7 +96,7 @@ class Objective:
     @torch.no_grad()
     def loss(self) -> float:
         """The loss here. A third of a pass."""
-        total = torch.zeros((), dtype=_wide(self.device), device=self.device)
+        total = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
         for inputs, targets in self._batches(self._chunks):
             total += self._share(self._forward(inputs), targets)
         self.num_forward += len(self._examples)
@@ -108,7 +109,7 @@ class Objective:
             return self._last[1]
         for parameter in self._named.values():
             parameter.grad = torch.zeros_like(parameter)
-        total = torch.zeros((), dtype=_wide(self.device), device=self.device)
+        total = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
         with torch.enable_grad():
             for inputs, targets in self._batches(self._chunks):
                 loss = self._share(self._forward(inputs), targets)
@@ -198,8 +199,3 @@ class Objective:
     def _share(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What a chunk adds to the mean loss."""
         return self._examples.task.loss(widened(outputs), targets) / len(self._examples)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """The widest floating-point numbers of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
