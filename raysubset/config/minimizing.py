@@ -14,18 +14,10 @@ TRAINING_STAGES = typing.get_args(TrainingStage)
 WHOLE_SUBSET = ("lbfgs", "cg", "gauss_newton", "levenberg_marquardt")  # optimizers whose every step uses all examples
 OPTIMIZERS = ("sgd", "adam", "adamw", "muon", *WHOLE_SUBSET)
 
+_VARIATIONS = ("extrapolation", "averaging", "skipping")  # fields that vary our loop's steps
 _DECAYS = {"pswm": 0.9, "ema": 0.999}
 
-_LEARNING_RATES = {
-    "sgd": 0.1,
-    "adam": 2e-3,
-    "adamw": 2e-3,
-    "muon": 0.1,
-    "lbfgs": 1.0,
-    "cg": 1.0,
-    "gauss_newton": 1.0,
-    "levenberg_marquardt": 1.0,
-}
+_LEARNING_RATES = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3, "muon": 0.1, **dict.fromkeys(WHOLE_SUBSET, 1.0)}
 
 _PATIENCE = 5  # of levenberg_marquardt
 
@@ -257,7 +249,7 @@ class MinimizeConfig:
             ("objective", self.objective is None),
             ("epoch_fraction", self.epoch_fraction == 1),
             ("patience", not self.patience),
-            *((name, getattr(self, name).kind == "none") for name in ("extrapolation", "averaging", "skipping")),
+            *((name, getattr(self, name).kind == "none") for name in _VARIATIONS),
         ):
             need(
                 self.loop is None or is_left_out,
@@ -285,7 +277,7 @@ class MinimizeConfig:
             not whole or self.precision != "bfloat16",
             f"{self.optimizer} needs more digits of the loss than bfloat16 has: set --minimize.precision=float32",
         )
-        for name in ("extrapolation", "averaging", "skipping"):
+        for name in _VARIATIONS:
             kind = getattr(self, name).kind
             need(
                 not whole or kind == "none",
@@ -353,8 +345,6 @@ class MinimizeConfig:
     def for_stage(self, stage: TrainingStage) -> "MinimizeConfig":
         """The recipe without the variations that another stage is to have."""
         changes = {
-            name: type(method)()
-            for name in ("extrapolation", "averaging", "skipping")
-            if stage not in _stages((method := getattr(self, name)).stages)
+            name: type(method)() for name in _VARIATIONS if stage not in _stages((method := getattr(self, name)).stages)
         }
         return replace(self, **changes)
