@@ -16,7 +16,7 @@ from raysubset.config import Config
 from raysubset.events import Note
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
-from raysubset.report.commands import command, conventional_beside
+from raysubset.report.commands import command, comparison_beside, conventional_beside
 from raysubset.report.figures import difference, loss_name, standard_error
 from raysubset.run_directory import (
     REPORT_PATH,
@@ -446,6 +446,7 @@ def test_conventional_run_has_no_rows_of_subsets():
         {"minimize.channels_last": False, "minimize.compile": True, "data.download": True},
         {"minimize.learning_rate": 0.1 + 0.2, "subsets.fraction": 0.125, "minimize.weight_decay": 1e-7},
         {"fine_tuning.num_workers": 2, "actors.num_gpus": 0.25, "model.name": "pkg.module:function"},
+        {"rounds.keep_minima": None, "aggregation.statistics_examples": None},
     ],
 )
 def test_flags_of_a_command_give_the_config_back(overrides: dict[str, Any]):
@@ -453,6 +454,14 @@ def test_flags_of_a_command_give_the_config_back(overrides: dict[str, Any]):
     program, verb, *flags = shlex.split(command(config.to_dict()))
     assert (program, verb) == ("raysubset", "run")
     assert parse_config(flags) == config
+
+
+def test_a_command_gives_what_an_earlier_version_recorded_in_todays_flags():
+    config = Config().to_dict()
+    config["fine_tuning"]["num_workers"] = None
+    config["minimize"]["loss"] = "cross_entropy"
+    assert command(config) == "raysubset run"
+    assert comparison_beside({"config": config}) == "raysubset compare"
 
 
 def test_conventional_command_costs_the_same_with_its_own_evaluation():

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from raysubset.config import Config, flatten
+from raysubset.config import Config, flatten, of_now
 from raysubset.costs import Cost
 from raysubset.report.figures import Record
 
@@ -29,8 +29,8 @@ def command(config: Mapping[str, Any], verb: str = "run", *options: str) -> str:
     """
     defaults = flatten(Config().to_dict())
     words = ["raysubset", verb, *options]
-    for key, value in flatten(config).items():
-        if value is not None and value != defaults.get(key):
+    for key, value in flatten(of_now(config)).items():
+        if value != defaults.get(key):
             words += _flag(key, value)
     return shlex.join(words)
 
@@ -48,27 +48,32 @@ def conventional_beside(record: Record, passes: float, suffix: str) -> str:
     data, config = record["data"], record["config"]
     evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
     epochs = max(0.01, passes - evaluation.passes(data["num_train"], record["model"]["forward_share"]))
-    shared = {key: value for key, value in flatten(config).items() if not key.startswith(_OF_SUBSET_PRETRAINING)}
     changes = {
         "name": _renamed(config["name"], suffix),
         "method": "conventional",
         "conventional.epochs": float(f"{epochs:.4g}"),
         "conventional.num_workers": 1,
     }
-    return command(shared | changes)
+    return command(_without(config, *_OF_SUBSET_PRETRAINING) | changes)
 
 
 def subset_pretraining_beside(record: Record) -> str:
     """Subset pretraining by the config of a conventional run."""
     config = record["config"]
-    shared = {key: value for key, value in flatten(config).items() if not key.startswith("conventional.")}
-    return command(shared | {"name": _renamed(config["name"], "subsets"), "method": "subset_pretraining"})
+    changes = {"name": _renamed(config["name"], "subsets"), "method": "subset_pretraining"}
+    return command(_without(config, "conventional.") | changes)
 
 
 def comparison_beside(record: Record) -> str:
     """A comparison on the data and network of a run, with its recipe."""
-    shared = {key: value for key, value in flatten(record["config"]).items() if not key.startswith("conventional.")}
-    return command(shared | {"name": _renamed(record["config"]["name"], "comparison"), "method": None}, "compare")
+    config = record["config"]
+    name = _renamed(config["name"], "comparison")
+    return command(_without(config, "conventional.", "method") | {"name": name}, "compare")
+
+
+def _without(config: Record, *beginnings: str) -> dict[str, Any]:
+    """A config's values by their dotted names, without those whose names begin so."""
+    return {key: value for key, value in flatten(of_now(config)).items() if not key.startswith(beginnings)}
 
 
 def _renamed(name: str | None, suffix: str) -> str | None:
