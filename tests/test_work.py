@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from raysubset import Config
@@ -39,6 +40,7 @@ from raysubset.work import (
     leave_test,
     perturbed,
 )
+from raysubset.work.networks import Networks
 from tests.test_report import a_record
 from tests.tiny import same_bits, stored_weights
 
@@ -153,6 +155,18 @@ def test_a_second_piece_of_a_process_leaves_what_a_fresh_process_would(
     (*fresh, metrics), (*kept, other_metrics) = left
     assert all(same_bits(one, other) for one, other in zip(fresh, kept, strict=True))
     assert metrics == other_metrics
+
+
+def test_a_network_that_is_used_again_has_the_layout_of_a_new_one(full_set: FullSet, directory: RunDirectory) -> None:
+    config = CONFIG.with_overrides({"model.name": "cnn", "minimize.optimizer": "lbfgs", "minimize.epochs": 2.0})
+    start, doer = new_model(config.model, full_set, seed=1).state_dict(), minimizer(full_set)
+    piece = Piece(config, directory, "subsets", subset_id=0, start_id="start")
+    layouts = []
+    for networks in (doer.networks, Networks()):
+        doer.minimize([piece], start, attempts=[0], waited_s=0.0)  # leaves the default layout
+        model = networks.placed(config, full_set, start, torch.device("cpu"))
+        layouts.append([parameter.stride() for parameter in model.parameters()])
+    assert layouts[0] == layouts[1]
 
 
 def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tuple[Aggregation, float]:

@@ -43,7 +43,7 @@ class Networks:
             model.load_state_dict(weights)
             return place(model, device, channels_last=config.minimize.channels_last)
         while len(self._kept) <= place_in_pack:
-            model = place(random_model(config, full_set), device, channels_last=config.minimize.channels_last)
+            model = random_model(config, full_set)
             self._kept.append(model)
             self._flags.append(([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]))
         model, (required, training) = self._kept[place_in_pack], self._flags[place_in_pack]
@@ -52,7 +52,7 @@ class Networks:
         for module, flag in zip(model.modules(), training, strict=True):
             module.training = flag
         model.load_state_dict(weights)
-        return model
+        return place(model, device, channels_last=config.minimize.channels_last)  # lbfgs and its like change the layout
 
     def forget(self) -> None:
         """Keep none: after an exception, nobody knows what it left in them."""
