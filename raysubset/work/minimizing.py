@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raysubset.aggregation import to_differences
-from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, TrainingStage, derive_seed
+from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, derive_seed
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
@@ -96,7 +96,6 @@ class Minimizer:
         """`node` is this node's address, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self.networks = Networks()
-        self._recipes: dict[tuple[TrainingStage, float | None], MinimizeConfig] = {}
         self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, with their bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
@@ -208,8 +207,6 @@ class Minimizer:
 
     def _begin(self, pieces: Sequence[Piece]) -> torch.device:
         begin()
-        if pieces[0].config != getattr(self, "_config", None):
-            self._recipes = {}
         self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
@@ -248,8 +245,7 @@ class Minimizer:
             optimizer_state, _ = self._optimizers.pop((of.uri, path), (None, 0))
             if optimizer_state is None:
                 optimizer_state = of.read_checkpoint(path)["optimizer"]
-        if (recipe := self._recipes.get((piece.stage, piece.epochs))) is None:
-            recipe = self._recipes[piece.stage, piece.epochs] = config.stage(piece.stage, epochs=piece.epochs)
+        recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         last_step = newest[1]["position"][1] if newest else 0
         state = newest[1] if newest else None
