@@ -14,7 +14,6 @@ from raysubset.planning import Plan, manifest
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (
     CorruptFile,
-    RunDirectory,
     aggregate_path,
     aggregate_weights_path,
     mean_optimizer_path,
@@ -25,7 +24,7 @@ from raysubset.run_directory import (
     subsamples_folder,
     subsets_path,
 )
-from raysubset.subset_actors import ActorPool, Pack, find_minima
+from raysubset.subset_actors import ActorPool, Pack, done_of, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
 from raysubset.training import MEASURES, Weights
 from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets, round_spans
@@ -111,6 +110,8 @@ class Rounds:
     def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights) -> list[Piece]:
         """Those whose minima are found: all, but with a quorum."""
         config, round = self._config, pieces[0].round
+        if round and config.rounds.optimizer_state != "reset":
+            pieces = self._with_optimizers(round, pieces)
         parts_follow = method_of(config.aggregation).needs.parts and not pieces[0].is_subsample
         return find_minima(
             pool,
@@ -132,14 +133,15 @@ class Rounds:
         for piece in pieces:
             assert piece.subset_id is not None
             indices = cut_subsample(self._config, by_id[piece.subset_id], piece.round)
-            parts.append(dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True, send="float32"))
+            part = dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True)
+            parts.append(dataclasses.replace(part, send="float32", optimizer=None))
         return self._find_minima(pool, parts, start)
 
     def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
         """The work on one subset."""
         independent = self._config.subsets.start == "independent"
         slots = self._decisions.slots
-        piece = Piece(
+        return Piece(
             self._config,
             self._directory,
             "subsets",
@@ -154,9 +156,6 @@ class Rounds:
             measures=MEASURES if self._config.rounds.evaluated(round) else (),
             send=self._config.rounds.send if round + 1 < self._config.rounds.num else "float32",
         )
-        if round and piece.record() is None:  # what it begins with is deleted when its round is aggregated
-            return dataclasses.replace(piece, optimizer=self._optimizer(round, subset.id))
-        return piece
 
     def _epochs(self, round: int) -> float:
         """Of each member of the round."""
@@ -164,20 +163,28 @@ class Rounds:
         share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
         return self._config.minimize.epochs * share
 
-    def _optimizer(self, round: int, subset_id: int) -> tuple[RunDirectory, str] | None:
-        """The optimizer state that a member of a later round begins with: its predecessor's, the mean, or none."""
-        directory, which = self._directory, self._config.rounds.optimizer_state
-        if which == "reset":
-            return None
-        if which == "keep":
-            path = optimizer_path(minimum_folder(round - 1, subset_id))
-            return (directory, path) if path in self._optimizers(round - 1) else None
-        path = mean_optimizer_path(round - 1)
-        if not directory.exists(path):
-            members = self._optimizers(round - 1)
-            states = (directory.read_checkpoint(member)["optimizer"] for member in members)
-            directory.write_checkpoint(path, {"optimizer": mean_optimizer_state(states)}, is_durable=False)
-        return directory, path
+    def _with_optimizers(self, round: int, pieces: list[Piece]) -> list[Piece]:
+        """The members with the optimizer states that they begin with: their predecessors', or the mean of all.
+
+        Those that are done get none: it is deleted when their round is aggregated.
+        """
+        directory, done, mean = self._directory, done_of(pieces), mean_optimizer_path(round - 1)
+        if len(done) == len(pieces):
+            return pieces
+        if self._config.rounds.optimizer_state == "keep":
+            left = set(self._optimizers(round - 1))
+            paths = {piece.folder: optimizer_path(minimum_folder(round - 1, piece.subset_id or 0)) for piece in pieces}
+        else:
+            if not directory.exists(mean):
+                states = (directory.read_checkpoint(member)["optimizer"] for member in self._optimizers(round - 1))
+                directory.write_checkpoint(mean, {"optimizer": mean_optimizer_state(states)}, is_durable=False)
+            left, paths = {mean}, {piece.folder: mean for piece in pieces}
+        return [
+            dataclasses.replace(piece, optimizer=(directory, path))
+            if piece.folder not in done and (path := paths[piece.folder]) in left
+            else piece
+            for piece in pieces
+        ]
 
     def _optimizers(self, round: int) -> list[str]:
         """The files that a round's members left of their optimizers, in order of subset id; those of its aggregate.

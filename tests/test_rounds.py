@@ -14,7 +14,14 @@ from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.rounds import Rounds
-from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path, optimizer_path
+from raysubset.run_directory import (
+    RunDirectory,
+    aggregate_path,
+    aggregate_weights_path,
+    minimum_folder,
+    optimizer_path,
+    subsamples_folder,
+)
 from raysubset.training import Weights, learning_rate_at, why_not_packed
 from raysubset.work import Minimizer, Piece, Run, round_spans, seeded_model
 from tests.test_matrix import InProcess
@@ -74,6 +81,20 @@ def test_what_no_resume_needs_is_deleted_and_any_resume_ends_at_the_same_bits(
     weights, again = run_of(config, tmp_path)
     assert same_bits(weights, whole)
     assert [record["minima"][1]["history"] for record in again] == [one["minima"][1]["history"] for one in records]
+
+
+def test_members_that_are_done_leave_the_work_on_their_subsamples_its_optimizer_states(tmp_path: Path) -> None:
+    config = config_of(rounds__num=2, aggregation__method="savgm", rounds__keep_minima=None)
+    whole, _ = run_of(config, tmp_path)
+    run = RunDirectory(str(tmp_path), "run")
+    run_of(config, tmp_path, num=1, name="other")
+    states = [optimizer_path(minimum_folder(0, subset)) for subset in range(2)]
+    for path in (subsamples_folder(1), aggregate_path(1), aggregate_weights_path(1)):
+        run.delete(path)
+    for path in states:  # as they are until their round is aggregated
+        run.write_bytes(path, RunDirectory(str(tmp_path), "other").read_bytes(path))
+    resumed, _ = run_of(config, tmp_path)
+    assert same_bits(resumed, whole)
 
 
 def test_a_finished_run_keeps_no_minima_where_none_are_to_stay_and_reads_its_aggregate_back(tmp_path: Path) -> None:

@@ -29,9 +29,7 @@ def find_minima(
     Up to `per_actor` pieces are done at once by an actor.
     """
     tell = pool.opened.tell
-    with ThreadPoolExecutor(NUM_READERS) as threads:
-        records = threads.map(Piece.record, pieces)
-        found = {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}
+    found = done_of(pieces)
     missing = [tuple(p for p in pack.pieces if p.folder not in found) for pack in in_packs(pieces, per_actor)]
     todo = [Pack(rest) for rest in missing if rest]
     if found and todo:
@@ -51,3 +49,10 @@ def find_minima(
         text += f" ({len(found)} of {len(pieces)})"
         tell(MinimumDone(text, piece.ledger_key[0], record))
     return [piece for piece in pieces if piece.folder in found]
+
+
+def done_of(pieces: Sequence[Piece]) -> set[str]:
+    """Return the folders of the pieces whose minima are there."""
+    with ThreadPoolExecutor(NUM_READERS) as threads:
+        records = threads.map(Piece.record, pieces)
+        return {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}
