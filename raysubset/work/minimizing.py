@@ -44,6 +44,7 @@ from raysubset.training import (
     minimize_packed,
     num_steps_per_epoch,
     place,
+    starts_over,
     try_packing,
     use_device,
 )
@@ -247,8 +248,8 @@ class Minimizer:
                 optimizer_state = of.read_checkpoint(path)["optimizer"]
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
-        last_step = newest[1]["position"][1] if newest else 0
-        state = newest[1] if newest else None
+        state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
+        last_step = state["position"][1] if state else 0
         now = time.perf_counter()
         job = _Job(piece, work, model, examples, recipe, state, optimizer_state, every_steps, last_step, now, now)
         job.watch = self._watch(job)
@@ -376,7 +377,8 @@ class Minimizer:
         if has_next and rounds.optimizer_state != "reset":
             path = optimizer_path(folder)
             files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer}, is_durable=False)
-            self._keep_optimizer(path, result.optimizer)
+            if rounds.optimizer_state == "keep":
+                self._keep_optimizer(path, result.optimizer)
         history = [epoch.to_dict() for epoch in result.history]
         start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
