@@ -82,7 +82,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
 
 def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units; and
-    where an optimizer or objective of the user's own does not work on the network. Return what auto goes without.
+    where an optimizer, objective or loop of the user's own does not work on the network. Return what is to be known.
 
     Raises:
         ValueError: with the way out.
