@@ -1,5 +1,6 @@
 """Minimizer: pieces of work done in this process, each from its newest checkpoint to the minimum that it leaves."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ class Minimizer:
         """`node` is this node's address, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self.networks = Networks()
-        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, with their bytes
+        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}  # by file, with their bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
@@ -399,7 +400,7 @@ class Minimizer:
     def _keep_optimizer(self, path: str, state: dict[str, Any]) -> None:
         """Keep the state that is in a file, as the next round's member may come here: the newest, on the CPU."""
         tensors = (v for held in state["state"].values() for v in held.values() if isinstance(v, torch.Tensor))
-        num_bytes = sum(tensor.nbytes if tensor.device.type == "cpu" else MOST_KEPT_BYTES for tensor in tensors)
+        num_bytes = sum(tensor.nbytes if tensor.device.type == "cpu" else math.inf for tensor in tensors)
         if num_bytes <= MOST_KEPT_BYTES:
             while self._optimizers and sum(size for _, size in self._optimizers.values()) > MOST_KEPT_BYTES - num_bytes:
                 del self._optimizers[next(iter(self._optimizers))]
