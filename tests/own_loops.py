@@ -39,6 +39,10 @@ def without_capture(model, examples, recipe, progress, on_step):
             return
 
 
+def without_capture_fails(model, examples, recipe, progress, on_step):
+    without_capture(model, examples, recipe, progress, lambda progress: on_step(progress) or 0 / (progress.step < 2))
+
+
 def ends_early(model, examples, recipe, progress, on_step):
     progress.num_steps, progress.num_steps_per_epoch = 5, 5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

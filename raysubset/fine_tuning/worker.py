@@ -218,7 +218,7 @@ class _Worker:
                 self._directory.write_json(history_path(self._stage), self._watch.looks)
             stop = self._alone is not None and self._alone.follower.follow(progress)
             if progress.epoch_ended or progress.step % every_steps == 0 or stop or self._is_due():
-                self._checkpoint(progress)
+                self._checkpoint(progress, stop=stop)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
             listener(progress)
@@ -313,7 +313,7 @@ class _Worker:
         """Whether actors.checkpoint_s have gone since the last checkpoint, of a worker that need not ask others."""
         return self._alone is not None and time.perf_counter() - self._saved_at >= self._config.actors.checkpoint_s
 
-    def _checkpoint(self, progress: Progress) -> None:
+    def _checkpoint(self, progress: Progress, *, stop: bool) -> None:
         """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own.
 
         Its local mode keeps no checkpoints: a worker that is alone leaves them in the run directory.
@@ -322,8 +322,9 @@ class _Worker:
         if self._alone:
             assert self._work is not None
             Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))  # before: it is counted
-            path = checkpoint_path(self._stage, self._alone.attempt)
-            self._directory.write_checkpoint(path, self._state(progress))
+            state = self._state(progress)
+            if stop or not starts_over(self._recipe, state):  # a loop that would start over gets no further by one
+                self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
             ray.train.report(metrics)
             self._saved_at = time.perf_counter()
             beat()

@@ -347,7 +347,8 @@ class Minimizer:
             job.heard_at = time.perf_counter()
         if is_saved:
             state = progress.capture() | (job.watch.state_dict() if job.watch else {})
-            self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
+            if now or not starts_over(job.recipe, state):  # a loop that would start over gets no further by one
+                self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
             beat()
 
