@@ -199,7 +199,7 @@ def test_an_actor_resumes_it_from_its_checkpoint_and_the_ledger_has_what_it_says
 
 def test_one_that_starts_over_leaves_no_checkpoint_by_which_its_losses_would_not_be_counted(tmp_path):
     config = config_of(tmp_path).with_overrides({"minimize.loop": "tests.own_loops:without_capture_fails"})
-    directory, full_set = RunDirectory(config.storage_path, config.name), load_full_set(*config.learned)
+    directory, full_set = RunDirectory(config.storage_path, "r"), load_full_set(*config.learned)
     piece = Piece(config, directory, "subsets", subset_id=0)
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         Minimizer(lambda: full_set, num_gpus=0, node="n").minimize([piece], None, attempts=[0], waited_s=0.0)
