@@ -116,6 +116,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "minimize.learning_rate": 0.1,
     },
     "rounds-16": _rounds(16),
+    "rounds-16-int8": _rounds(16) | {"rounds.send": "int8", "rounds.optimizer_state": "reset"},
     "rounds-64": _rounds(64),
 }
 
