@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from raysubset.config.trees import check_fields, need
 from raysubset.uris import holds_secret
@@ -33,7 +33,7 @@ class DataConfig:
     ignored: str | None = None
     """What to leave out, with commas between: a split of the set (validation, test), or names or paths of files and
     folders below data.name, with * and ?."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, "[1, ∞)"] = None
     """Side in pixels that every image is resized (shorter side) and centre-cropped to. Needed where shapes differ."""
     image_column: str = "image"
     """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
@@ -45,15 +45,15 @@ class DataConfig:
     """The columns to learn from, with commas between. By default all but the target."""
     missing: Literal["refuse", "mean"] = "refuse"
     """Missing values of these columns: refused, or filled with the training mean (texts: a category of their own)."""
-    window: int = 128
+    window: Annotated[int, "[1, ∞)"] = 128
     """Tokens in one example of a text."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
     """Tokens of a text: its UTF-8 bytes, or the characters of training text and one for all others."""
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, "(0, 1)"] = 0.1
     """Share of the training split held out for every choice; stratified. Ignored where the set has its own split."""
-    test_fraction: float = 0.2
+    test_fraction: Annotated[float, "(0, 1)"] = 0.2
     """Share carved off for testing where the set has no test split."""
-    split_seed: int = 0
+    split_seed: Annotated[int, "(-∞, ∞)"] = 0
     """Seed of the carving: apart from `seed`, so that runs of several seeds are measured on the same examples."""
     streamed: bool = False
     """For a training split larger than memory, in Parquet that every node sees: only labels are held; a subset's images
@@ -68,15 +68,7 @@ class DataConfig:
             "nodes as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, Azure's as AZURE_CLIENT_ID, AZURE_TENANT_ID and "
             "AZURE_CLIENT_SECRET, or by their machines' role",
         )
-        check_fields(
-            self,
-            "data.",
-            image_size="[1, ∞)",
-            validation_fraction="(0, 1)",
-            test_fraction="(0, 1)",
-            split_seed="(-∞, ∞)",
-            window="[1, ∞)",
-        )
+        check_fields(self, "data.")
 
     @property
     def label_column(self) -> str:
@@ -92,10 +84,10 @@ class ModelConfig:
     auto: cnn, unet, mlp or transformer. Or package.module:function, called with a raysubset.tasks.Spec, or with
     (num_classes, (C, H, W)) if it takes two arguments, and returning an nn.Module from [N, *spec.inputs] to float
     [N, *spec.outputs]."""
-    width: int | None = None
+    width: Annotated[int | None, "[1, ∞)"] = None
     """Channels of the first block (cnn, vgg, unet: 8, cifar_resnet: 16), or units of a layer (mlp, lstm and
     transformer: 64)."""
-    depth: int | None = None
+    depth: Annotated[int | None, "[1, ∞)"] = None
     """Blocks (cnn: 2, vgg: 3, transformer: 2), halvings (unet: 2), hidden layers (mlp, lstm: 1), or layers, 6n + 2
     (cifar_resnet: 20)."""
     norm: Literal["batch", "group", "none"] = "batch"
@@ -110,7 +102,7 @@ class ModelConfig:
             not holds_secret(self.weights or ""),
             "model.weights holds a password, a key or a token, and would be written to config.json: see data.name",
         )
-        check_fields(self, "model.", width="[1, ∞)", depth="[1, ∞)")
+        check_fields(self, "model.")
         for name in ("width", "depth"):
             has_size = self.name in ("auto", *_MODEL_SIZES)
             need(has_size or getattr(self, name) is None, f"model.{name} does not apply to {self.name}: leave it out")
@@ -136,15 +128,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetsConfig:
-    num: int | None = None
+    num: Annotated[int | None, "[1, ∞)"] = None
     """Number of disjoint subsets. At most two of num, size and fraction; by default 4 that share the training set."""
-    size: int | None = None
+    size: Annotated[int | None, "[1, ∞)"] = None
     """Examples per subset. Q = size * num_classes / num_parameters should exceed 1."""
-    fraction: float | None = None
+    fraction: Annotated[float | None, "(0, 1]"] = None
     """Size of a subset as a share of the training set."""
     scheme: Literal["stratified", "iid", "dirichlet", "column", "function"] = "stratified"
     """How examples are dealt: every class alike, at random, with label skew, by a column's values, by a function."""
-    alpha: float = 0.5
+    alpha: Annotated[float, "(0, ∞)"] = 0.5
     """Concentration of the Dirichlet label skew, Dir(alpha · class shares) as Hsu et al.'s: the smaller, the fewer
     classes a subset sees. Flower's alpha is this one divided by the number of classes."""
     column: str | None = None
@@ -156,14 +148,12 @@ class SubsetsConfig:
     shares: str = "equal"
     """Sizes against one another, so that nodes of unequal speed finish together: equal; measured (each kind of node is
     timed once, and recorded); or speeds per accelerator type, as "A100=3.5,T4=1"."""
-    per_actor: int = 1
+    per_actor: Annotated[int, "[1, ∞)"] = 1
     """Subsets that one actor minimizes on at once, with stacked weights: for networks too small to fill a GPU. Taken
     where a trial on the first actor's device shows it to be faster, which is recorded."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, "subsets.", num="[1, ∞)", size="[1, ∞)", fraction="(0, 1]", alpha="(0, ∞)", per_actor="[1, ∞)"
-        )
+        check_fields(self, "subsets.")
         given = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
         need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
         need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")

@@ -3,7 +3,7 @@
 import math
 import typing
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from raysubset.config.trees import check_fields, nearest, need
 
@@ -39,7 +39,7 @@ class ExtrapolationConfig:
     kind: Literal["none", "past_local", "past_global", "isotropic", "filter_scaled"] = "none"
     """Along this worker's last gradient, the last gradient of all workers, random directions, or such directions scaled
     to the norm of each filter."""
-    rate: float = 0.5
+    rate: Annotated[float, "[0, 1]"] = 0.5
     """Extrapolation rate as a share of the learning rate, in [0, 1]; our choice. Of noise it is the standard deviation,
     of filter_scaled the length, with each filter's own for unit."""
     accelerated: bool = False
@@ -48,7 +48,7 @@ class ExtrapolationConfig:
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "minimize.extrapolation.", rate="[0, 1]")
+        check_fields(self, "minimize.extrapolation.")
         _check_stages(self.stages, "minimize.extrapolation")
 
 
@@ -58,13 +58,13 @@ class AveragingConfig:
 
     kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
     """Mean of an epoch's samples, of the last num_samples, or their moving mean; EMA of each step; mean of epochs."""
-    period: float = 0.1
+    period: Annotated[float, "(0, ∞)"] = 0.1
     """Epochs between two samples of pswa, pwalks and pswm; our choice."""
-    num_samples: int = 10
+    num_samples: Annotated[int, "[1, ∞)"] = 10
     """Samples that pwalks averages, across epochs; as many copies of the weights are held."""
-    decay: float | None = None
+    decay: Annotated[float | None, "[0, 1)"] = None
     """Of the moving mean. Defaults: pswm 0.9 by sample, ema 0.999 by step (for runs of thousands of steps)."""
-    swa_start: float = 0.75
+    swa_start: Annotated[float, "[0, 1)"] = 0.75
     """Share of the epochs after which swa begins to average."""
     feedback: Literal["auto", "restart", "evaluate"] = "auto"
     """restart: go on from the average at each epoch's end (pswa, pwalks, pswm); evaluate: only the result is it."""
@@ -72,9 +72,7 @@ class AveragingConfig:
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, "minimize.averaging.", period="(0, ∞)", num_samples="[1, ∞)", decay="[0, 1)", swa_start="[0, 1)"
-        )
+        check_fields(self, "minimize.averaging.")
         need(
             not (self.kind in ("ema", "swa") and self.feedback == "restart"),
             f"minimize.averaging.kind={self.kind} averages beside the run and never restarts it: leave feedback out",
@@ -101,29 +99,21 @@ class SkippingConfig:
     kind: Literal["none", "wus", "wus_lr"] = "none"
     """While training accuracy hardly improves, only biases and normalisation parameters move; wus_lr also decays the
     learning rate each time."""
-    window: float = 1.0
+    window: Annotated[float, "(0, ∞)"] = 1.0
     """Epochs over which the improvement is watched."""
-    threshold: float = 0.005
+    threshold: Annotated[float, "[0, 1)"] = 0.005
     """Least rise of training accuracy in a window, in [0, 1], that keeps weights moving."""
-    epochs: float = 1.0
+    epochs: Annotated[float, "(0, ∞)"] = 1.0
     """Epochs that weights stay frozen."""
-    drop: float = 0.01
+    drop: Annotated[float, "(0, 1]"] = 0.01
     """Fall of training accuracy, in [0, 1], that ends a freeze early."""
-    decay: float = 0.5
+    decay: Annotated[float, "(0, 1]"] = 0.5
     """wus_lr: what the learning rate is multiplied by at each freeze."""
     stages: str = "all"
     """Stages that do it, by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "minimize.skipping.",
-            window="(0, ∞)",
-            threshold="[0, 1)",
-            epochs="(0, ∞)",
-            drop="(0, 1]",
-            decay="(0, 1]",
-        )
+        check_fields(self, "minimize.skipping.")
         _check_stages(self.stages, "minimize.skipping")
 
 
@@ -141,48 +131,48 @@ class MinimizeConfig:
     loop: str | None = None
     """A whole loop of your own in the place of ours: package.module:function of (model, examples, recipe, progress,
     on_step), which may call another library's trainer. What costs it says are what is counted."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, "(0, ∞)"] = None
     """Peak learning rate. Defaults: sgd and muon 0.1, adam and adamw 0.002; whole-subset optimizers 1, a scale of what
     a line search tries first (cg: of the very first), or the share of a full step. An optimizer of your own has its
     groups' lr for default; one that is given is the largest group's, and the others keep their share of it."""
-    momentum: float = 0.9
+    momentum: Annotated[float, "[0, 1)"] = 0.9
     """Nesterov momentum of sgd and muon; heavy-ball momentum with extrapolation."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, "[0, ∞)"] = 5e-4
     """L2 penalty (sgd, adam, muon), decoupled (adamw); whole-subset optimizers have none. Biases and normalisation
     parameters are spared."""
-    batch_size: int = 64
+    batch_size: Annotated[int, "[1, ∞)"] = 64
     """Examples per step over all workers. Whole-subset optimizers take this many times 16 per chunk."""
-    accumulation: int = 1
+    accumulation: Annotated[int, "[1, ∞)"] = 1
     """Equal parts in which each worker passes its share of a step's batch, for the memory of one: the gradient is the
     whole batch's to rounding, but for batch normalisation, which sees a part at a time."""
     gradients: Literal["float32", "bfloat16"] = "float32"
     """What the workers of a stage exchange gradients in: bfloat16 halves the bytes, and rounds each worker's before the
     mean. One worker exchanges none."""
-    clip_norm: float | None = None
+    clip_norm: Annotated[float | None, "(0, ∞)"] = None
     """Scale a step's gradient, the whole batch's over all parameters, to this length where it is longer."""
-    epochs: float = 8.0
+    epochs: Annotated[float, "(0, ∞)"] = 8.0
     """Epochs of the subset, per round; for whole-subset optimizers the budget in passes over the subset, a function
     with its gradient being one, a Gauss-Newton product 4/3. Fractions stop within an epoch."""
-    epoch_fraction: float = 1.0
+    epoch_fraction: Annotated[float, "(0, 1]"] = 1.0
     """Share of an epoch's batches that a turn takes, of examples drawn anew each time (RS2, arXiv:2305.18424). `epochs`
     still counts steps as for whole epochs; what is done at epochs' ends is done at turns' ends."""
     schedule: Literal["constant", "cosine", "one_cycle", "warmup_linear"] = "cosine"
     """Learning rate over the stage (over all rounds): cosine to 0; one-cycle; warm-up, then linearly to 0."""
-    warmup_fraction: float = 0.1
+    warmup_fraction: Annotated[float, "(0, 1)"] = 0.1
     """Share of the steps in which one_cycle and warmup_linear rise."""
-    tolerance: float | None = None
+    tolerance: Annotated[float | None, "(0, ∞)"] = None
     """Stop when an epoch (an iteration of whole-subset optimizers, ten of lbfgs) lowers the subset's own loss by less
     than this share of it."""
-    validate_every: int | None = None
+    validate_every: Annotated[int | None, "[1, ∞)"] = None
     """Look at validation data after every so many epochs, each look counted: a curve. By default not at all, with
     patience after each; fine-tuning and Ray Train jobs look after each anyway."""
-    patience: int | None = None
+    patience: Annotated[int | None, "[0, ∞)"] = None
     """Stop when the validation loss has not fallen for so many looks, and keep the weights where it was least.
     Whole-subset optimizers look after each iteration (lbfgs: ten), as part of `epochs`. Default: 5 of
     levenberg_marquardt, which overfits within a few steps; 0, never, of the others."""
-    gradient_tolerance: float | None = None
+    gradient_tolerance: Annotated[float | None, "(0, ∞)"] = None
     """Whole-subset optimizers: stop when the gradient's largest element is at most this."""
-    target_loss: float | None = None
+    target_loss: Annotated[float | None, "[0, ∞)"] = None
     """Stop when the subset's own mean loss over an epoch is at most this."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is mixed precision; auto: on CUDA cards that have it, float32 elsewhere."""
@@ -200,24 +190,7 @@ class MinimizeConfig:
             f"minimize.optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}, nor a "
             f"package.module:function{nearest(str(self.optimizer), OPTIMIZERS)}",
         )
-        check_fields(
-            self,
-            "minimize.",
-            learning_rate="(0, ∞)",
-            momentum="[0, 1)",
-            weight_decay="[0, ∞)",
-            batch_size="[1, ∞)",
-            accumulation="[1, ∞)",
-            clip_norm="(0, ∞)",
-            epochs="(0, ∞)",
-            epoch_fraction="(0, 1]",
-            warmup_fraction="(0, 1)",
-            tolerance="(0, ∞)",
-            patience="[0, ∞)",
-            validate_every="[1, ∞)",
-            gradient_tolerance="(0, ∞)",
-            target_loss="[0, ∞)",
-        )
+        check_fields(self, "minimize.")
         whole = self.optimizer in WHOLE_SUBSET
         need(
             self.gradient_tolerance is None or whole,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
@@ -27,7 +27,7 @@ class Config:
     """Name of the run: running again under it resumes. By default made of data, model (if named) and digest."""
     storage_path: str = "~/ray_results"
     """Path or URI (pyarrow.fs: s3://…, gs://…) that holds the run directories; shared by all nodes of a cluster."""
-    seed: int = 0
+    seed: Annotated[int, "(-∞, ∞)"] = 0
     """Of everything drawn at random but the splits."""
     method: Literal["subset_pretraining", "conventional"] = "subset_pretraining"
     """conventional: one plain run on the full set, of equal total cost, to compare with."""
@@ -46,7 +46,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self, "", seed="(-∞, ∞)")
+        check_fields(self, "")
         if self.name is not None:
             plain = "/" not in self.name and self.name not in (".", "..")
             need(plain, f"name = {self.name!r} must be a plain folder name")

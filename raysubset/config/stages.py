@@ -1,7 +1,7 @@
 """The stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from raysubset.config.trees import check_fields, nearest, need
 
@@ -13,22 +13,22 @@ AGGREGATIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrunkConfig:
-    epochs: float = 1.0
+    epochs: Annotated[float, "[0, ∞)"] = 1.0
     """Epochs on the full set before the subsets, for a trained common start; 0: none (the paper's form)."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, "(0, ∞)"] = None
     """Peak learning rate of the trunk; by default that of minimize."""
     schedule: Literal["constant", "cosine", "one_cycle", "warmup_linear"] = "constant"
     """The trunk's own schedule: it ends where the subsets go on, so its learning rate need not fall."""
-    num_workers: int = 1
+    num_workers: Annotated[int, "[1, ∞)"] = 1
     """1: one actor; from 2 up: a Ray Train job."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "trunk.", epochs="[0, ∞)", learning_rate="(0, ∞)", num_workers="[1, ∞)")
+        check_fields(self, "trunk.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsConfig:
-    num: int = 1
+    num: Annotated[int, "[1, ∞)"] = 1
     """Rounds of subset minima and aggregation; from 2 up the subsets are redrawn each round (local SGD). 16 or more
     exchanges are what paid in pilots, with Muon or SGD."""
     lengths: Literal["equal", "quadratic"] = "equal"
@@ -36,33 +36,24 @@ class RoundsConfig:
     the same sum."""
     optimizer_state: Literal["keep", "reset", "average"] = "keep"
     """What members begin a later round with: their own momenta, none, or the mean of all members'."""
-    learning_rate_scale: float = 1.0
+    learning_rate_scale: Annotated[float, "(0, ∞)"] = 1.0
     """Times minimize.learning_rate, for the members alone: far from convergence a mean gains by longer steps."""
-    outer_learning_rate: float = 1.0
+    outer_learning_rate: Annotated[float, "(0, ∞)"] = 1.0
     """Of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 alone is the mean."""
-    outer_momentum: float | None = None
+    outer_momentum: Annotated[float | None, "[0, 1)"] = None
     """Momentum of the outer step over the rounds; by default 0.6 where there are several (what paid in pilots)."""
-    evaluate_every: int = 1
+    evaluate_every: Annotated[int, "[1, ∞)"] = 1
     """Measure the minima and the aggregate of each so-many-th round, and of the last: what that costs is counted, and
     many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
     send: Literal["float32", "bfloat16", "int8"] = "float32"
     """What members of all rounds but the last send: their weights, or differences from the round's start in 16 bits,
     or in 8 with a scale a tensor. The start is sent to them as it is."""
-    keep_minima: int | None = 1
+    keep_minima: Annotated[int | None, "[0, ∞)"] = 1
     """Rounds, counted from the last, whose minima stay on disk; 0: none once the run is finished, which leaves a run of
     a thousand subsets some twenty files; null: all. A damaged older file costs all since."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "rounds.",
-            num="[1, ∞)",
-            learning_rate_scale="(0, ∞)",
-            outer_learning_rate="(0, ∞)",
-            outer_momentum="[0, 1)",
-            evaluate_every="[1, ∞)",
-            keep_minima="[0, ∞)",
-        )
+        check_fields(self, "rounds.")
 
     @property
     def momentum(self) -> float:
@@ -90,20 +81,20 @@ class AggregationConfig:
     """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss."""
     allow_independent: bool = False
     """Average minima that share no start all the same; the result is labelled."""
-    statistics_examples: int | None = 2048
+    statistics_examples: Annotated[int | None, "[1, ∞)"] = 2048
     """Examples of its subset on which an actor takes what fisher and regmean need; null: all of them."""
     fisher_labels: Literal["model", "true"] = "model"
     """Labels of the Fisher's gradients under cross-entropy: expected under the model, or the true ones (empirical
     Fisher). Under squared error it is the loss's own curvature."""
-    regmean_factor: float = 0.9
+    regmean_factor: Annotated[float, "[0, 1]"] = 0.9
     """What regmean multiplies the off-diagonals of its Gram matrices by, in [0, 1]."""
-    ties_density: float = 0.2
+    ties_density: Annotated[float, "(0, 1]"] = 0.2
     """Share of each task vector's elements, the largest, that ties keeps, in (0, 1]."""
-    dare_drop: float = 0.5
+    dare_drop: Annotated[float, "[0, 1)"] = 0.5
     """Share of each task vector's elements that dare drops at random, in [0, 1)."""
-    task_scale: float = 1.0
+    task_scale: Annotated[float, "(0, ∞)"] = 1.0
     """λ: what ties and dare multiply the merged task vector by; positive."""
-    savgm_fraction: float = 0.25
+    savgm_fraction: Annotated[float, "(0, 1)"] = 0.25
     """r: share of each subset that savgm minimizes on once more, to estimate the bias, in (0, 1)."""
     matching: Literal["weights", "activations"] = "weights"
     """How aligned_soup finds which units of two minima correspond; weights did at least as well on MNIST (n = 2)."""
@@ -116,57 +107,37 @@ class AggregationConfig:
             f"aggregation.method = {self.method!r} is none of {', '.join(AGGREGATIONS)}, nor a package.module:function"
             f"{nearest(self.method, AGGREGATIONS)}",
         )
-        check_fields(
-            self,
-            "aggregation.",
-            statistics_examples="[1, ∞)",
-            regmean_factor="[0, 1]",
-            ties_density="(0, 1]",
-            dare_drop="[0, 1)",
-            task_scale="(0, ∞)",
-            savgm_fraction="(0, 1)",
-        )
+        check_fields(self, "aggregation.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig:
-    epochs: float = 2.0
+    epochs: Annotated[float, "[0, ∞)"] = 2.0
     """Epochs on the full set by Ray Train; 0: the aggregate is the model."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, "(0, ∞)"] = None
     """Peak learning rate; by default that of minimize."""
     start: Literal["warm", "shrink_perturb", "reinit"] = "warm"
     """From the aggregate; from shrink * aggregate + perturb * fresh weights (arXiv:1910.08475); from fresh weights."""
-    shrink: float = 0.4
+    shrink: Annotated[float, "[0, 1]"] = 0.4
     """λ of shrink_perturb, in [0, 1]."""
-    perturb: float = 0.1
+    perturb: Annotated[float, "[0, 1]"] = 0.1
     """γ of shrink_perturb, in [0, 1]."""
-    num_workers: int | Literal["auto"] = "auto"
+    num_workers: Annotated[int | Literal["auto"], "[1, ∞)"] = "auto"
     """Ray Train workers; 1: an actor, by Ray Train's local mode. auto: 1 where the work is shorter than the start of
     further processes, else as many as the cluster can hold or start, at most one a subset (measured, recorded)."""
-    min_workers: int | None = None
+    min_workers: Annotated[int | None, "[1, ∞)"] = None
     """Makes the job elastic: go on with as few as this when workers are lost, grow back to num_workers."""
     keep: Literal["best", "last"] = "last"
     """Which epoch's weights are the result: the least validation loss, or the end of the schedule."""
-    distillation: float = 0.0
+    distillation: Annotated[float, "[0, 1]"] = 0.0
     """Share of the loss, in [0, 1], that is the distance from the ensemble of the last round's minima."""
-    temperature: float = 2.0
+    temperature: Annotated[float, "(0, ∞)"] = 2.0
     """Of the ensemble's soft targets under cross-entropy."""
     sync_batch_norm: bool = False
     """Batch-norm statistics over all workers' parts of a batch (CUDA only)."""
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "fine_tuning.",
-            epochs="[0, ∞)",
-            learning_rate="(0, ∞)",
-            shrink="[0, 1]",
-            perturb="[0, 1]",
-            num_workers="[1, ∞)",
-            min_workers="[1, ∞)",
-            distillation="[0, 1]",
-            temperature="(0, ∞)",
-        )
+        check_fields(self, "fine_tuning.")
         need(
             not (self.distillation and not self.epochs),
             "fine_tuning.distillation needs fine-tuning: give fine_tuning.epochs more than 0",
@@ -185,11 +156,11 @@ class FineTuningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConventionalConfig:
-    epochs: float | None = None
+    epochs: Annotated[float | None, "(0, ∞)"] = None
     """Epochs of `--method conventional`; by default of the same total cost as the config's subset pretraining,
     evaluation counted in both."""
-    num_workers: int = 1
+    num_workers: Annotated[int, "[1, ∞)"] = 1
     """1: one actor; from 2 up: a Ray Train job."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "conventional.", epochs="(0, ∞)", num_workers="[1, ∞)")
+        check_fields(self, "conventional.")

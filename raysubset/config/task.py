@@ -1,7 +1,7 @@
 """What is learned: the task, and the loss that stands for it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from raysubset.config.trees import check_fields, need
 
@@ -28,16 +28,16 @@ class TaskConfig:
     loss: LossName = "auto"
     """auto: cross_entropy of classes, squared_error of numbers. squared_error of classes is the mean over examples and
     outputs of (output - one-hot)²; of numbers, as absolute_error and huber, of standardised targets."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, "[0, 1)"] = 0.0
     """Of cross-entropy, in [0, 1)."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: cross-entropy counts a class by the inverse of its share of the training set (segmentation: of its
     pixels)."""
-    ignored: int | None = None
+    ignored: Annotated[int | None, "[0, 255]"] = None
     """segmentation: a value of masks that counts nowhere."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "task.", label_smoothing="[0, 1)", ignored="[0, 255]")
+        check_fields(self, "task.")
         known = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
         need(
             not self.is_class or self.loss == "auto",

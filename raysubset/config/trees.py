@@ -9,7 +9,7 @@ import typing
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from raysubset.uris import shown
 
@@ -29,11 +29,12 @@ def need(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_fields(record: Any, prefix: str, **ranges: str) -> None:
+def check_fields(record: Any, prefix: str) -> None:
     """Refuse values of the wrong type, numbers out of their field's range, empty texts and texts of several lines.
 
-    Ints become floats where floats are due, so that equal configs have equal JSON. A range is written "[0, 1)"; ∞ is
-    never in it, nor is NaN, and whole numbers end below 2^63. None is what its field says it is.
+    Ints become floats where floats are due, so that equal configs have equal JSON. The type of a number's field has its
+    range: Annotated[float, "[0, 1)"]. ∞ is never in it, nor is NaN, and whole numbers end below 2^63. None is what its
+    field says it is.
 
     Raises:
         ValueError: with the field's dotted name, the value and what it may be.
@@ -48,7 +49,7 @@ def check_fields(record: Any, prefix: str, **ranges: str) -> None:
         if isinstance(value, str):
             _check_text(prefix + name, value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(prefix + name, value, ranges[name])
+            check_number(prefix + name, value, _ranges(type(record))[name])
 
 
 def check_number(name: str, value: float, range: str) -> None:
@@ -77,7 +78,15 @@ def _check_text(name: str, text: str) -> None:
         raise ValueError(f"{name} = {shown(text)!r} holds {control!r}, which is no character of a name: leave it out")
 
 
-_hints = functools.cache(typing.get_type_hints)
+_hints = functools.cache(typing.get_type_hints)  # without what Annotated adds
+
+
+@functools.cache
+def _ranges(cls: type) -> dict[str, str]:
+    """Of the fields that are Annotated with one."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+
 
 T = TypeVar("T")
 
