@@ -5,7 +5,7 @@ or numbers; a batch's is the sum over its examples. What has no derivative that 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -133,29 +133,46 @@ class CrossEntropy:
         return share.unsqueeze(self.class_dim)
 
 
-@dataclass(frozen=True)
-class SquaredError:
-    """The squared error, the mean over an example's outputs; of classes from one-hot targets."""
+class _OfNumbers:
+    """What losses of numbers share: the mean over an example's outputs of a function of output and target."""
 
-    is_one_hot: bool = False
-
-    name = "squared error"
+    _function: Callable[..., Tensor]  # torch's
 
     def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss, summed over examples."""
-        if self.is_one_hot:
-            targets = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
-        return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
+        return self._function(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
 
-    reported = summed
+    def reported(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The same: there is nothing in it that is not reported."""
+        return self.summed(outputs, targets)
 
     def combine(self, outputs: Iterable[Tensor]) -> Tensor:
         """An ensemble's outputs: the mean of its members'."""
         return mean_outputs(outputs)
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        """The squared distance from the teacher's outputs, as the loss is from the targets; no temperature."""
-        return F.mse_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+        """How far outputs are from the teacher's, as the loss is from the targets; no temperature."""
+        return self._function(outputs, teacher, reduction="sum") / outputs[0].numel()
+
+    def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
+        """T of fisher_terms(), of a network with these outputs for one example."""
+        num = math.prod(outputs)
+        return num if num <= EXACT_OUTPUTS else SAMPLED_TERMS
+
+
+@dataclass(frozen=True)
+class SquaredError(_OfNumbers):
+    """The squared error, the mean over an example's outputs; of classes from one-hot targets."""
+
+    is_one_hot: bool = False
+
+    name = "squared error"
+    _function = staticmethod(F.mse_loss)
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.is_one_hot:
+            targets = F.one_hot(targets, outputs.shape[1])
+        return super().summed(outputs, targets)
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[n, …]: what is squared and summed in an example's loss."""
@@ -174,28 +191,13 @@ class SquaredError:
         """
         return _terms_of_squares(outputs, math.sqrt(2 / outputs[0].numel()), generator)
 
-    def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
-        num = math.prod(outputs)
-        return num if num <= EXACT_OUTPUTS else SAMPLED_TERMS
-
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(_OfNumbers):
     """Huber's loss of differences r, the mean over an example's outputs: r²/2 up to |r| = 1, then |r| − 1/2."""
 
     name = "Huber's loss"
-
-    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, summed over examples."""
-        return F.huber_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
-
-    reported = summed
-
-    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        return mean_outputs(outputs)
-
-    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        return F.huber_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+    _function = staticmethod(F.huber_loss)
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
         """H u of each example: 1/M times its change where a difference is at most 1, else 0."""
@@ -206,34 +208,19 @@ class Huber:
         terms = _terms_of_squares(outputs, math.sqrt(1 / outputs[0].numel()), generator)
         return terms * ((outputs - targets).abs() <= 1).unsqueeze(1)
 
-    num_fisher_terms = SquaredError.num_fisher_terms
-
 
 @dataclass(frozen=True)
-class AbsoluteError:
+class AbsoluteError(_OfNumbers):
     """The absolute error, the mean over an example's outputs."""
 
     name = "absolute error"
-
-    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, summed over examples."""
-        return F.l1_loss(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
-
-    reported = summed
-
-    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        return mean_outputs(outputs)
-
-    def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        return F.l1_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
+    _function = staticmethod(F.l1_loss)
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
         raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
         raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
-
-    num_fisher_terms = SquaredError.num_fisher_terms
 
 
 Loss = CrossEntropy | SquaredError | Huber | AbsoluteError

@@ -9,7 +9,7 @@ from raysubset.config import from_tree
 from raysubset.given_objects import in_hand, is_given
 from raysubset.tasks.classification import Classification
 from raysubset.tasks.columns import TableInputs
-from raysubset.tasks.images import FULL_RANGE, ImageInputs
+from raysubset.tasks.images import ImageInputs
 from raysubset.tasks.next_token import NextToken
 from raysubset.tasks.regression import Regression
 from raysubset.tasks.segmentation import Segmentation
@@ -156,7 +156,7 @@ def _names(names: tuple[str, ...]) -> tuple[str, ...]:
 def _inputs(tree: dict[str, Any]) -> ImageInputs | TableInputs | TensorInputs:
     kind, own = tree.get("kind"), {key: value for key, value in tree.items() if key != "kind"}
     if kind == "images":
-        return _images(own | {"augmentation": "none"})
+        return _images(own)
     if kind == "table":
         return TableInputs.from_dict(own)
     if kind != "tensors":
@@ -171,41 +171,26 @@ def _inputs(tree: dict[str, Any]) -> ImageInputs | TableInputs | TensorInputs:
     return inputs
 
 
-def _image_classification(record: Mapping[str, Any]) -> Classification:
+def _image_classification(record: Mapping[str, Any]) -> Task:
     """The task of a file that names none."""
-    names, num_classes = record["class_names"], record["num_classes"]
-    inputs = _images({key: record[key] for key in ("image_shape", "mean", "std", "grey_range")})
-    if type(num_classes) is not int or not _is_list(names, str, num_classes) or not names:
-        raise ValueError(f"num_classes = {_shown(num_classes)} is not the number of class_names")
-    return Classification(inputs, tuple(names))
+    inputs = {"kind": "images", **{key: record[key] for key in ("image_shape", "mean", "std", "grey_range")}}
+    task = _classification({"class_names": record["class_names"], "inputs": inputs})
+    num_classes = record["num_classes"]
+    if type(num_classes) is not int or num_classes != len(task.class_names):
+        raise ValueError(f"num_classes = {num_classes!r:.80} is not the number of class_names")
+    return task
 
 
-def _images(record: Mapping[str, Any]) -> ImageInputs:
-    shape: Any = record.get("image_shape")
-    if not _is_list(shape, int, 3) or min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
-        raise ValueError(f"image_shape = {_shown(shape)} is no [H, W, C]")
-    statistics = {}
-    for name in ("mean", "std"):
-        values: Any = record.get(name)
-        if not _is_list(values, (int, float), shape[2]) or not all(-_LARGE < value < _LARGE for value in values):
-            raise ValueError(f"{name} = {_shown(values)} should be {shape[2]} numbers, one a channel")
-        statistics[name] = tuple(map(float, values))
-    grey_range: Any = record.get("grey_range", list(FULL_RANGE))
-    if not _is_list(grey_range, int, 2) or not -_LARGE < grey_range[0] < grey_range[1] < _LARGE:
-        raise ValueError(f"grey_range = {_shown(grey_range)} should be black and white, of pixels of over 8 bits")
-    if min(statistics["std"]) <= 0:
-        raise ValueError(f"std = {list(statistics['std'])} must be positive")
-    return ImageInputs(tuple(shape), **statistics, grey_range=tuple(grey_range))
-
-
-def _is_list(value: Any, kind: type | tuple[type, ...], length: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == length
-        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
-    )
-
-
-def _shown(value: Any) -> str:
-    """A value from a file in a few words."""
-    return text if len(text := repr(value)) <= 80 else f"{text[:77]}..."
+def _images(tree: dict[str, Any]) -> ImageInputs:
+    inputs = from_tree(ImageInputs, tree | {"augmentation": "none"}, noun="field")
+    shape = inputs.image_shape
+    if min(shape) < 1 or math.prod(shape) > _MOST_PIXELS:
+        raise ValueError(f"image_shape = {list(shape)!r:.80} is no [H, W, C]")
+    for name, values in (("mean", inputs.mean), ("std", inputs.std)):
+        if len(values) != shape[2] or not all(-_LARGE < value < _LARGE for value in values):
+            raise ValueError(f"{name} = {list(values)!r:.80} should be {shape[2]} numbers, one a channel")
+    if not -_LARGE < inputs.grey_range[0] < inputs.grey_range[1] < _LARGE:
+        raise ValueError(f"grey_range = {inputs.grey_range!r:.80} should be black and white, of pixels of over 8 bits")
+    if min(inputs.std) <= 0:
+        raise ValueError(f"std = {list(inputs.std)} must be positive")
+    return inputs
