@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,16 +106,9 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             "there: set --data.root to the folder that has them, or fetch them with --data.download"
         )
     try:
-        if missing:
-            _reader(name)(root, train=train, download=True)
-        if name in _IDX_CLASSES:
-            pixels, labels = (_read_idx(path) for path in files if path.name.startswith("train" if train else "t10k"))
-            class_names = _IDX_CLASSES[name]
-        else:
-            dataset = _reader(name)(root, train=train)
-            pixels, labels, class_names = np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
+        dataset = _reader(name)(root, train=train, download=bool(missing))
     # URLError is an OSError; CIFAR's pickles are checked against torchvision's digests first.
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if missing:
             raise ValueError(
@@ -127,8 +119,10 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             f"{name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
-    images, _ = as_images(pixels, name, config.image_size)
-    return SourceSplit(images, pa.chunked_array([labels.astype(np.int64)]), class_names)
+    images, _ = as_images(np.asarray(dataset.data), name, config.image_size)
+    labels = pa.chunked_array([np.asarray(dataset.targets).astype(np.int64)])
+    # MNIST's names are "0 - zero" and so on; the figures say as much.
+    return SourceSplit(images, labels, None if name == "mnist" else tuple(dataset.classes))
 
 
 def torchvision_files(name: str, root: str) -> list[Path]:
@@ -149,9 +143,6 @@ _FILES = {
     "cifar10": (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
     "cifar100": ("train", "test", "meta"),
 }
-_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-# MNIST's own names are "0 - zero" and so on; the figures say as much.
-_IDX_CLASSES = {"mnist": None, "fashion_mnist": tuple(_CLOTHES.split(","))}
 
 
 def _reader(name: str) -> Any:
@@ -163,20 +154,3 @@ def _reader(name: str) -> Any:
         "cifar10": datasets.CIFAR10,
         "cifar100": datasets.CIFAR100,
     }[name]
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of an IDX file.
-
-    Raises:
-        ValueError: if it is none, or has another length than it says.
-    """
-    data = path.read_bytes()
-    num_dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
-    header = 4 * (1 + num_dimensions)
-    if not num_dimensions or len(data) < header:
-        raise ValueError(f"{path.name} is no IDX file of bytes")
-    shape = np.frombuffer(data, ">u4", num_dimensions, offset=4)
-    if len(data) - header != math.prod(map(int, shape)):
-        raise ValueError(f"{path.name} has {len(data) - header:,} bytes for a shape of {tuple(map(int, shape))}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
