@@ -2,5 +2,3 @@
 
 from raysubset.cli.commands import call, main, run_comparison_job, run_job, run_sweep_job
 from raysubset.cli.flags import parse_config
-
-__all__ = ["main", "call", "run_job", "run_sweep_job", "run_comparison_job", "parse_config"]

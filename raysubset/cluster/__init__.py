@@ -5,7 +5,7 @@ with connected(config.cluster):
     refuse_unplaceable({"CPU": 1, "GPU": 1}, "subset actors")
 """
 
-from raysubset.cluster import authentication  # noqa: F401  before Ray, which reads the mode when it is imported
+from raysubset.cluster import authentication  # before Ray, which reads the mode when it is imported
 
 # isort: split
 import ray

@@ -15,24 +15,3 @@ from raysubset.data.loading import load_full_set
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import Reader, StreamedExamples, cut_ranges, read_here
-
-__all__ = [
-    "load_full_set",
-    "read_rows",
-    "file_fingerprint",
-    "kind_of",
-    "refuse_changed_files",
-    "FullSet",
-    "Split",
-    "StreamedSplit",
-    "SplitName",
-    "Batches",
-    "Examples",
-    "StreamedExamples",
-    "Reader",
-    "read_here",
-    "cut_ranges",
-    "even_sizes",
-    "joined",
-    "decode_images",
-]

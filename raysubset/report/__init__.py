@@ -17,21 +17,3 @@ from raysubset.report.reading import read_report
 from raysubset.report.run import sections
 from raysubset.report.several import read_several, several_sections, write_several
 from raysubset.report.sweeps import sweep_sections
-
-__all__ = [
-    "Command",
-    "Section",
-    "sections",
-    "Beside",
-    "find_beside",
-    "read_report",
-    "list_runs",
-    "listing_section",
-    "write_files",
-    "sweep_sections",
-    "comparison_sections",
-    "advice_sections",
-    "read_several",
-    "several_sections",
-    "write_several",
-]

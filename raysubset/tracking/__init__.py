@@ -5,5 +5,3 @@ with tracked(config, directory, tell) as tell: ...       # a listener of the run
 """
 
 from raysubset.tracking.following import refuse_missing, track_comparison, track_finished, track_page, tracked
-
-__all__ = ["refuse_missing", "tracked", "track_finished", "track_comparison", "track_page"]
