@@ -41,6 +41,7 @@ from raysubset.run_directory import (
     ENVIRONMENT_PATH,
     REPORT_PATH,
     RESULT_PATH,
+    TRACES_FOLDER,
     CorruptFile,
     Lease,
     RunDirectory,
@@ -359,8 +360,19 @@ class _Stages:
                 plan.forward_share,
                 lacking=self._run.ledger.lacking(done_work(stages)),
             ),
+            **self._traces(),
             "files": files,
         }
+
+    def _traces(self) -> dict[str, Any]:
+        """The traces that actors.profile asked for, by their paths in the run directory; told of in a note."""
+        if not (num := self._config.actors.profile):
+            return {}
+        traces = self._directory.list(TRACES_FOLDER)
+        places = ", ".join(f"{self._directory.uri}/{path}" for path in traces)
+        none = f"nothing was traced, as --profile {num} asked: the stages were done before, or had few steps"
+        self._tell(Note(f"traces of {num} steps, for Perfetto: {places}" if traces else none, is_warning=not traces))
+        return {"traces": traces}
 
     def _test(self, weights: Weights) -> tuple[Metrics, dict[str, Seal]]:
         """leave_test(), on the driver, or in a task where actors have GPUs: what dies there is run again by Ray."""

@@ -356,6 +356,7 @@ FREE = {  # where a run is kept and how it is placed
     "actors.stall_s",
     "rounds.keep_minima",
     "actors.on_step",
+    "actors.profile",
     "cluster.address",
     "cluster.num_cpus",
     "cluster.num_gpus",

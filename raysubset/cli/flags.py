@@ -348,6 +348,7 @@ def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str
     if "--task.name" in known:
         known["--task"] = known["--task.name"]  # the everyday words
         known["--start-from"] = known["--model.weights"]
+        known["--profile"] = known["--actors.profile"]
     places = [flag for flag in flags if flag.is_positional]
     given: dict[str, Any] = {}
     left, before = list(arguments), ""

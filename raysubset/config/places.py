@@ -31,6 +31,10 @@ class ActorsConfig:
     on_step: str | None = None
     """Told of every step in the actor or Ray Train worker that made it: package.module:function of a
     raysubset.training.Step, for a tracker of your own. What it raises ends the run in a line."""
+    profile: Annotated[int, "[0, ∞)"] = 0
+    """Steps of each stage that torch's profiler traces, after the first four: of subset 0 in the first round, or of Ray
+    Train's first worker. The traces are profiles/STAGE.json.gz in the run directory, for Perfetto. --profile is short
+    for it."""
 
     def __post_init__(self) -> None:
         need(

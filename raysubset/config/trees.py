@@ -196,6 +196,7 @@ def shapes_result(key: str) -> bool:
         "actors.max_attempts",
         "actors.stall_s",
         "actors.on_step",
+        "actors.profile",
         "actors.checkpoint_",
         "rounds.keep_minima",
         "data.root",

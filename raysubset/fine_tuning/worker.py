@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from raysubset.run_directory import (
     load_checkpoint,
     minimum_path,
     save_checkpoint,
+    trace_path,
     weights_path,
 )
 from raysubset.soundness import sampled
@@ -55,6 +57,7 @@ from raysubset.training import (
     minimize,
     num_steps_per_epoch,
     place,
+    profiled,
     recompute_batch_norm,
     starts_over,
     try_training,
@@ -222,21 +225,26 @@ class _Worker:
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
             listener(progress)
+            if trace:
+                trace()
             return outcome or stop
 
         seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's
+        num_traced = self._config.actors.profile if self._shard.rank == 0 else 0
+        leave = partial(self._directory.write_bytes, trace_path(self._stage))
         try:
-            result = minimize(
-                self._model,
-                self._examples,
-                self._recipe,
-                seed=seed,
-                state=state,
-                shard=self._shard,
-                distillation=self._distillation,
-                validation=self._validation,
-                on_step=on_step,
-            )
+            with profiled(num_traced, self._device, leave) as trace:
+                result = minimize(
+                    self._model,
+                    self._examples,
+                    self._recipe,
+                    seed=seed,
+                    state=state,
+                    shard=self._shard,
+                    distillation=self._distillation,
+                    validation=self._validation,
+                    on_step=on_step,
+                )
         except Exception as error:
             if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not what others lost
                 failed = replace(self._work, outcome="failed", ended_at=time.time(), error=one_line(error))

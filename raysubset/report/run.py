@@ -391,6 +391,8 @@ def _costs(record: Record) -> Section:
     if lacking := cost.get("lacking"):
         entries = f"{len(lacking)} damaged entries" if len(lacking) > 1 else "a damaged entry"
         lines.append(f"The ledger has {entries}, so costs are a lower bound: {', '.join(lacking[:3])}.")
+    if traces := record.get("traces"):
+        lines.append(f"Traces of some steps, for Perfetto, in this run's directory: {', '.join(traces)}.")
     if seconds["num_sessions"] > 1:
         told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
         lines.append(f"This run was resumed: {told}")

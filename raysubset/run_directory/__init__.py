@@ -30,6 +30,7 @@ from raysubset.run_directory.paths import (
     SAMPLES_PATH,
     SESSIONS_PATH,
     SWEEP_PATH,
+    TRACES_FOLDER,
     TRACKING_FOLDER,
     aggregate_path,
     aggregate_weights_path,
@@ -47,6 +48,7 @@ from raysubset.run_directory.paths import (
     subsample_folder,
     subsamples_folder,
     subsets_path,
+    trace_path,
     weights_path,
 )
 from raysubset.run_directory.patience import StorageLost

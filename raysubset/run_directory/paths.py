@@ -15,6 +15,7 @@ RESULT_PATH = "result.json"
 REPORT_PATH = "report.json"
 SWEEP_PATH = "sweep.json"
 COMPARISON_PATH = "comparison.json"
+TRACES_FOLDER = "profiles"
 TRACKING_FOLDER = "tracking"  # a JSON a tracker, and what wandb keeps beside what it sends
 PREDICTIONS_PATH = "test_predictions.parquet"  # of the final model on the test split
 MISTAKES_PATH = "test_mistakes.parquet"  # some that are wrong, with their images
@@ -66,6 +67,11 @@ def subsample_folder(round: int, subset: int) -> str:
 def history_path(folder: str) -> str:
     """JSON: the epochs so far."""
     return f"{folder}/history.json"
+
+
+def trace_path(stage: str) -> str:
+    """gzip of JSON: what torch's profiler saw of some steps of a stage."""
+    return f"{TRACES_FOLDER}/{stage}.json.gz"
 
 
 def left_out_path(folder: str) -> str:

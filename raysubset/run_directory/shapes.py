@@ -58,6 +58,7 @@ _REPORT = (
     | {"data": _DATA | {"num_validation": int, "notes": _NOTES}, "model": _MODEL | {"name": str}}
     | {"overdetermination_ratio": _RATIOS, "planned_passes": _NUMBER, "test": _METRICS, "validation": _METRICS}
     | {"stages": _all((_STAGE,), "trunk? fine_tuning? conventional?") | {"rounds?": [_ROUND]}, "seconds": _SECONDS}
+    | {"traces?": [str]}
     | {"cost": _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")}
 )
 _REPORT["cost"] |= {"lacking?": [str], "stages": [_STAGE_PAID]}

@@ -25,6 +25,7 @@ from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
+from raysubset.training.profiling import profiled
 from raysubset.training.progress import Progress, num_steps_per_epoch
 from raysubset.training.records import (
     MEASURES,
@@ -81,6 +82,7 @@ __all__ = [
     "place",
     "num_steps_per_epoch",
     "minimizing_bytes",
+    "profiled",
     "Progress",
     "Shard",
     "Distillation",

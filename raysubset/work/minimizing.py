@@ -4,8 +4,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from raysubset.run_directory import (
     optimizer_path,
     outputs_path,
     statistics_path,
+    trace_path,
     weights_path,
 )
 from raysubset.training import (
@@ -45,6 +47,7 @@ from raysubset.training import (
     minimize_packed,
     num_steps_per_epoch,
     place,
+    profiled,
     starts_over,
     try_packing,
     use_device,
@@ -158,7 +161,8 @@ class Minimizer:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
             for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
                 jobs.append(self._prepare(piece, start, work, device, place_in_pack))
-            results = self._minimize(jobs)
+            with self._profiled(jobs[0]) as trace:
+                results = self._minimize(jobs, trace)
             costs = [
                 self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
                 for number, result in enumerate(results)
@@ -256,7 +260,9 @@ class Minimizer:
         job.watch = self._watch(job)
         return job
 
-    def _minimize(self, jobs: Sequence[_Job]) -> Sequence[MinimizeResult | DivergedError]:
+    def _minimize(
+        self, jobs: Sequence[_Job], trace: Callable[[], None] | None
+    ) -> Sequence[MinimizeResult | DivergedError]:
         """All jobs to their ends, or until they are stopped."""
         config, first, recipe = self._config, jobs[0].piece, jobs[0].recipe
         seeds = [
@@ -272,6 +278,8 @@ class Minimizer:
             for number, own in progress.items():
                 self._save_if_due(jobs[number], own, now=stop)
                 listeners[number](own)
+            if trace:
+                trace()
             return stop
 
         if len(jobs) > 1:
@@ -336,6 +344,13 @@ class Minimizer:
         stage, round, subset = piece.ledger_key
         whose = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
         return Listener(self._config.actors.on_step, **whose, rank=0, num_workers=1)
+
+    def _profiled(self, job: _Job) -> AbstractContextManager[Callable[[], None] | None]:
+        """What traces steps of the first subset, or of a stage on the full set, where that is asked for."""
+        piece = job.piece
+        is_first = not (piece.subset_id or piece.round or piece.is_subsample)
+        num_steps = self._config.actors.profile if is_first else 0
+        return profiled(num_steps, job.examples.device, partial(self._run.write_bytes, trace_path(piece.stage)))
 
     def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
         """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""
