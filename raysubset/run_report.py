@@ -157,6 +157,7 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
         "num_validation": len(full_set.validation),
         "num_test": len(full_set.test),
         **full_set.task.describe(),
+        **({"augmentation": full_set.augmentation.reference} if full_set.augmentation else {}),
         "notes": [note.to_dict() for note in full_set.advice],
     }
 

@@ -12,7 +12,7 @@ from raysubset.data import Examples, FullSet
 from raysubset.errors import listed, one_line
 from raysubset.events import Note
 from raysubset.given_objects import is_instance
-from raysubset.models import architecture, has_dropout, needs_default_layout, num_parameters
+from raysubset.models import architecture, generators_restored, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import (
     Shard,
@@ -125,6 +125,9 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         task.watched(outputs, targets)
     if config.minimize.has_own_optimizer:
         try_own_optimizer(model, config.minimize)
+    if full_set.augmentation:
+        with generators_restored(), torch.random.fork_rng(devices=[]):
+            full_set.augmentation.try_on(sampled(full_set).rows)
     if config.actors.on_step:
         load_listener(config.actors.on_step)
     if config.minimize.loop and (text := try_own_loop(model, config.minimize, sampled(full_set))):

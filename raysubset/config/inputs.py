@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import check_fields, nearest, need
 from raysubset.uris import holds_secret
 
 # Sets that scikit-learn and Python bring along: of images, of columns, and of texts.
@@ -15,6 +15,8 @@ DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 _MODEL_SIZES = {"cnn": (8, 2), "vgg": (8, 3), "cifar_resnet": (16, 20), "unet": (8, 2), "mlp": (64, 1)}
 _MODEL_SIZES |= {"lstm": (64, 1), "transformer": (64, 2)}
 _NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
+
+_AUGMENTATIONS = ("auto", "none", "crop_flip")
 
 NUM_SUBSETS = 4  # that share the training set, where neither number nor size is given
 
@@ -58,8 +60,9 @@ class DataConfig:
     streamed: bool = False
     """For a training split larger than memory, in Parquet that every node sees: only labels are held; a subset's images
     are read by row group, full-set stages stream them. Validation and test splits are still held in memory."""
-    augmentation: Literal["auto", "none", "crop_flip"] = "auto"
-    """Random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR only."""
+    augmentation: str = "auto"
+    """none, or crop_flip: random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR.
+    Or your own, package.module:function of a batch's stored rows and a torch.Generator, which returns such rows."""
 
     def __post_init__(self) -> None:
         need(
@@ -69,6 +72,16 @@ class DataConfig:
             "AZURE_CLIENT_SECRET, or by their machines' role",
         )
         check_fields(self, "data.")
+        need(
+            self.augmentation in _AUGMENTATIONS or ":" in self.augmentation,
+            f"data.augmentation = {self.augmentation!r} is not one of {', '.join(_AUGMENTATIONS)}, nor a "
+            f"package.module:function{nearest(self.augmentation, _AUGMENTATIONS)}",
+        )
+
+    @property
+    def own_augmentation(self) -> str | None:
+        """The user's, by its name: package.module:function."""
+        return self.augmentation if ":" in self.augmentation else None
 
     @property
     def label_column(self) -> str:

@@ -93,11 +93,11 @@ class Config:
             f"subsets.per_actor = {self.subsets.per_actor} trains subsets as one, which nothing looks at on the way: "
             "leave minimize.patience and minimize.validate_every out",
         )
-        cropped = self.data.augmentation == "crop_flip" or (
+        noisy = self.data.augmentation not in ("auto", "none") or (
             self.data.augmentation == "auto" and self.data.name in ("cifar10", "cifar100")
         )
         need(
-            not (whole and cropped),
+            not (whole and noisy),
             f"minimize.optimizer={self.minimize.optimizer} needs a loss without noise: set --data.augmentation=none",
         )
         num = self.subsets.num
@@ -171,6 +171,7 @@ class Config:
         """The user's own code that a run of it calls: each package.module:function, by the field that names it."""
         named = {
             "data.name": self.data.name,
+            "data.augmentation": self.data.augmentation,
             "task.name": self.task.name,
             "model.name": self.model.name,
             "subsets.function": self.subsets.function or "",

@@ -35,7 +35,7 @@ _SETTINGS = {
     "missing": ("columns",),
     "window": ("texts",),
     "vocabulary": ("texts",),
-    "augmentation": ("images", "arrays"),
+    "augmentation": ("images", "arrays"),  # but a function is called with any
 }
 _PART_BYTES = 2**22
 
@@ -89,7 +89,8 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
 
 def unused_settings(config: DataConfig, kind: Literal["images", "columns", "texts", "arrays"]) -> tuple[Note, ...]:
     """A warning of settings that say how data of other kinds are read."""
-    names = [name for name in _SETTINGS if getattr(config, name) not in (getattr(DataConfig, name), "none")]
+    usual = ("none", config.own_augmentation)
+    names = [name for name in _SETTINGS if getattr(config, name) not in (getattr(DataConfig, name), *usual)]
     if unused := [f"data.{name}" for name in names if kind not in _SETTINGS[name]]:
         return (Note(f"{config.name} is read as {kind}, to which {', '.join(unused)} does not apply", is_warning=True),)
     return ()

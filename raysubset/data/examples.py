@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raysubset.data.own_augmentation import OwnAugmentation, drawn
 from raysubset.pulse import beat
 from raysubset.tasks import Task
 
@@ -47,7 +48,8 @@ class Examples:
 
     rows: dict[str, Tensor]  # [N, …] each, as they are stored
     task: Task
-    augment: bool = False  # whether epochs draw the task's augmentation
+    augment: bool = False  # whether epochs draw the augmentation
+    augmentation: OwnAugmentation | None = None  # in the place of the task's
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -58,7 +60,7 @@ class Examples:
 
     @property
     def is_augmented(self) -> bool:
-        return self.augment and self.task.augmentation != "none"
+        return self.augment and (self.augmentation is not None or self.task.augmentation != "none")
 
     def epoch(
         self,
@@ -114,7 +116,7 @@ class Examples:
 
         Drawn on the CPU, so that every device sees the same; a row belongs to an example wherever it is batched.
         """
-        draws = self.task.draw(len(self), seed) if self.augment else None
+        draws = drawn(self.task, self.augmentation, len(self), seed) if self.augment else None
         return None if draws is None else draws.to(self.device)
 
     def batch(
@@ -134,9 +136,10 @@ class Examples:
             dtype: of inputs that are no integers; the task's arithmetic is float32.
         """
         beat()
-        inputs, targets = self.task.batch(
-            self._rows(indices), None if draws is None else draws.index_select(0, indices)
-        )
+        rows, own = self._rows(indices), None if draws is None else draws.index_select(0, indices)
+        if own is not None and self.augmentation is not None:
+            rows, own = self.augmentation(rows, own), None
+        inputs, targets = self.task.batch(rows, own)
         if inputs.is_floating_point():
             inputs = inputs.to(dtype)
         if not channels_last and inputs.ndim == 4:

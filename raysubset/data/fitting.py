@@ -286,7 +286,7 @@ def _fit_images(images: np.ndarray, config: DataConfig) -> ImageInputs:
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"image of {config.name} is {_shown(images)}: give uint8 [N, H, W, C]")
     mean, std = statistics_of_levels(count_levels(images))
-    augmentation: Augmentation = "none" if config.augmentation == "auto" else config.augmentation
+    augmentation: Augmentation = "crop_flip" if config.augmentation == "crop_flip" else "none"
     height, width, channels = images.shape[1:]
     return ImageInputs((height, width, channels), mean, std, augmentation)
 

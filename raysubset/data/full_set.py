@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from raysubset.data.examples import Examples
+from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
 from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
@@ -34,6 +35,7 @@ class FullSet:
     task: Task  # what is learned from it, fitted on the training split
     advice: tuple[Note, ...]  # what was decided for the user, and warnings
     fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of what it was read from
+    augmentation: OwnAugmentation | None = None  # of training batches, in the place of the task's
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -90,12 +92,12 @@ class FullSet:
             split: which split.
             indices: int [n], positions in the split; None for all (on the CPU without a copy).
             device: where the tensors are put.
-            augment: whether epochs draw the task's augmentation; for training.
+            augment: whether epochs draw the augmentation; for training.
         """
         chosen = self._split(split)
         if indices is None and isinstance(chosen, StreamedSplit):
-            return StreamedExamples(chosen, self.task, torch.device(device), augment)
-        return Examples(chosen.take(indices), self.task, augment).to(device)
+            return StreamedExamples(chosen, self.task, torch.device(device), augment, self.augmentation)
+        return Examples(chosen.take(indices), self.task, augment, self.augmentation).to(device)
 
     def examples_num_bytes(self, split: SplitName, num: int | None = None) -> int:
         """What examples() of so many examples of a split, or of all, come to hold."""

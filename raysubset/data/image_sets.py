@@ -63,12 +63,12 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
     notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
     mean, std = statistics_of_levels(levels)
     height, width, channels = train.shapes["image"] if isinstance(train, Split) else train.image_shape
-    auto = "crop_flip" if config.name in _AUGMENTED_NAMES else "none"
+    cropped = config.augmentation == "crop_flip" or (config.augmentation == "auto" and config.name in _AUGMENTED_NAMES)
     inputs = ImageInputs(
         image_shape=(height, width, channels),
         mean=mean,
         std=std,
-        augmentation=auto if config.augmentation == "auto" else config.augmentation,
+        augmentation="crop_flip" if cropped else "none",
         grey_range=decoded.grey_range,
     )
     learned = classification(inputs, class_names, task, train.arrays()["label"])

@@ -17,6 +17,7 @@ from raysubset.data.full_set import FullSet
 from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts
 from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
+from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.data.texts import read_texts
@@ -40,6 +41,8 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     start_s = time.perf_counter()
     before = file_fingerprint(config, known)
     full_set = _load(config, task or TaskConfig())
+    if config.own_augmentation:
+        full_set = dataclasses.replace(full_set, augmentation=OwnAugmentation(config.own_augmentation))
     unused = unused_settings(config, _kind(full_set.task))
     full_set = dataclasses.replace(full_set, advice=(*full_set.advice, *unused))
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))

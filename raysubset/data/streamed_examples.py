@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raysubset.data.examples import Examples
+from raysubset.data.own_augmentation import OwnAugmentation, drawn
 from raysubset.data.streamed import StreamedSplit
 from raysubset.tasks import Task
 
@@ -40,7 +41,8 @@ class StreamedExamples:
     split: StreamedSplit
     task: Task
     device: torch.device  # of the batches
-    augment: bool = False  # whether epochs draw the task's augmentation
+    augment: bool = False  # whether epochs draw the augmentation
+    augmentation: OwnAugmentation | None = None  # in the place of the task's
     read: Reader = read_here
     window_bytes: int = WINDOW_BYTES
 
@@ -72,7 +74,7 @@ class StreamedExamples:
         groups = _ranges(self.split.group_bounds())[generator.permutation(self._num_groups)]
         shares = [_num_dealt(len(self), worker, num_workers) for worker in range(num_workers)]
         groups = _stretch(groups, sum(shares[:rank]), sum(shares[: rank + 1]))
-        draws = self.task.draw(len(self), augmentation_seed) if self.augment else None
+        draws = drawn(self.task, self.augmentation, len(self), augmentation_seed) if self.augment else None
         windows = [_Window(ranges, generator.permutation(_num(ranges))) for ranges in self._windows(groups)]
         sizes = part_sizes(batch_sizes, rank, num_workers)
         return self._batches(windows, sizes, first=first, draws=draws, channels_last=channels_last, dtype=dtype)
@@ -144,7 +146,7 @@ class StreamedExamples:
                 chosen = positions[:cut]
                 own = None if draws is None else draws[torch.from_numpy(chosen)].to(self.device)
                 rows = {"image": torch.from_numpy(pixels[:cut]), **self.split.held.take(chosen)}
-                examples = Examples(rows, self.task, self.augment).to(self.device)
+                examples = Examples(rows, self.task, self.augment, self.augmentation).to(self.device)
                 yield examples, own, list(sizes[first:num])
             pixels, positions, at, first = pixels[cut:].copy(), positions[cut:], at + cut, num
 

@@ -27,6 +27,8 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
     model = new_model(run.config.model, run.full_set)
     first = pieces[: len(in_packs(pieces, asked)[0].pieces)]
     reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
+    if run.full_set.augmentation:
+        reason = f"{run.full_set.augmentation.reference} is called with one subset's batch"
     if reason is not None:
         return {"per_actor": asked, "taken": False, "reason": reason}
     trial = pool.try_packing(first)
