@@ -178,10 +178,10 @@ STREAMED: dict[str, tuple[Callable[[Sequence[Minimum]], Aggregate], int, float]]
     "uniform_soup": (uniform_soup, 1, 1 + 1),
     "weighted_soup": (lambda minima: weighted_soup(minima, weight_by="examples"), 1, 1 + 1),
     "greedy_soup": (lambda minima: greedy_soup(minima, lambda _: metrics(0.0, 0, 1)), 1, 2 + 1),
-    # beside a member's weights the next one's, or the statistics of both
-    "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 3),
+    # beside a member's weights the next one's, or the statistics of both and what they weigh
+    "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 4),
     "regmean": (lambda minima: regmean(minima, factor=0.9), 1, 1 + 2),
-    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 1, 2.5 + 2),
+    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 1, 2.5 + 3),
     "dare": (lambda minima: dare(minima, START, drop=0.5, scale=1.0, seed=0, parameter_names={"w"}), 1, 1 + 2),
     "savgm": (lambda minima: savgm(minima, fraction=0.5, parameter_names={"w"}), 1, 1 + 3),
 }

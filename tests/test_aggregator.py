@@ -2,10 +2,10 @@
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -259,23 +259,16 @@ def test_a_candidate_that_is_refused_is_recorded_with_the_reason(minima):
     assert made.validation.loss == min(one.validation.loss for one in made.candidates if one.validation)
 
 
-@dataclass(frozen=True)
-class FakeReport:
-    num_forward: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"barrier_before": 2.0, "barrier_after": 0.5, "num_forward": self.num_forward}
-
-
 @pytest.fixture
 def fake_alignment(monkeypatch):
     """aligned_soup() of the agreed signature: the best member, for 77 examples of work."""
 
-    def aligned_soup(minima, model, examples, minimize, *, matching, repair) -> tuple[Aggregate, FakeReport]:
+    def aligned_soup(minima, model, examples, minimize, *, matching, repair) -> Aggregate:
         assert (matching, len(examples)) == ("weights", NUM_CALIBRATION)
         ids = tuple(minimum.subset_id for minimum in minima)
+        report = {"barrier_before": 2.0, "barrier_after": 0.5, "num_forward": 77}
         made = replace(select_best(minima), method="aligned_soup", subset_ids=ids, coefficients=(1 / 3,) * 3)
-        return made, FakeReport(77)
+        return replace(made, alignment=report)
 
     module = ModuleType("raysubset.aggregation.alignment")
     module.aligned_soup = aligned_soup  # pyright: ignore[reportAttributeAccessIssue]

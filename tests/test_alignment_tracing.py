@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raysubset.aggregation.alignment import UnitStructure, permuted, random_permutations, trace_units
+from raysubset.aggregation.alignment.tracing import UnitStructure, permuted, random_permutations, trace_units
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.tasks import Spec

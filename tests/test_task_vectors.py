@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from raysubset.aggregation import Aggregate, Minimum, dare, savgm, ties, uniform_soup
-from raysubset.aggregation.streaming import BLOCK
-from raysubset.aggregation.task_vectors import STRIDE, _between, _bounds, _draws
+from raysubset.aggregation.task_vectors import BLOCK, _draws
 from raysubset.training import Weights
 from tests.test_aggregation import minimum, networks
 from tests.tiny import cnn, same_bits, weights
@@ -66,12 +65,6 @@ def signed(magnitudes: Tensor) -> Tensor:
     return magnitudes * torch.randint(2, magnitudes.shape, generator=torch.Generator().manual_seed(1)).mul(2).sub(1)
 
 
-def sampled(vector: Tensor, factor: float) -> Tensor:
-    """With the elements that bound the selection unlike the others."""
-    vector[::STRIDE] *= factor
-    return vector
-
-
 VECTORS: dict[str, Callable[[Tensor], Tensor]] = {  # of normal numbers
     "normal": lambda z: z,
     "heavy tails": lambda z: z**5,
@@ -79,8 +72,6 @@ VECTORS: dict[str, Callable[[Tensor], Tensor]] = {  # of normal numbers
     "most have not moved": lambda z: z * (z > 1.5),
     "all of one magnitude": lambda z: signed(torch.full_like(z, 0.25)),
     "none has moved": torch.zeros_like,
-    "a sample of small ones": lambda z: sampled(z, 1e-3),
-    "a sample of large ones": lambda z: sampled(z, 1e3),
     "sorted": lambda z: z.sort().values,
 }
 
@@ -102,14 +93,6 @@ def test_ties_trims_as_if_it_had_sorted(name, dtype):
             merged = ties([minimum(0, own)], start, density=density, scale=1.0, parameter_names=own).weights
             expected = (origin + trimmed(vector, density)).to(dtype).split([num, 3])
             assert all(map(torch.equal, merged.values(), expected)), (num, density)
-
-
-def test_a_sample_leaves_few_elements_to_select_from():
-    vector, density = torch.randn(2**20, generator=torch.Generator().manual_seed(0)), 0.2
-    bounds = _bounds(vector[::STRIDE].abs().numpy(), density, errors=4)
-    num_above, between = _between({"w": vector}, {"w": torch.zeros(2**20)}, *bounds)
-    assert num_above < density * len(vector) < num_above + len(between)
-    assert len(between) < 0.05 * len(vector)
 
 
 @pytest.mark.parametrize("num", [5, 300])

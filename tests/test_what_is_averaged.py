@@ -263,11 +263,11 @@ def test_aligned_soup_keeps_frozen_layers_in_place_and_as_they_are():
         member = minimum(k, weights(model), start_id=str(k), predictions=outputs)
         members.append(replace(member, averaged=averaged_names(model)))
     config = AggregationConfig(method="aligned_soup")
-    made = make("aligned_soup", members, config, scorer_of(network(1)), start=None, seed=0)
+    made, _ = make(members, config, scorer_of(network(1)), start=None, seed=0)
     for name in ("0.weight", "0.bias"):
-        assert torch.equal(made.aggregate.weights[name], members[0].load_weights()[name])
-    assert made.aggregate.alignment is not None
-    assert list(made.aggregate.alignment["moved"]) == ["2"]
+        assert torch.equal(made.weights[name], members[0].load_weights()[name])
+    assert made.alignment is not None
+    assert list(made.alignment["moved"]) == ["2"]
 
 
 def a_complex_network(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

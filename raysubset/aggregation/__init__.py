@@ -4,7 +4,7 @@ soup = merge([model.state_dict() for model in models])         # of whoever has 
 aggregation = aggregate(minima, config.aggregation, scorer)    # with what is always reported beside it
 """
 
-from raysubset.aggregation.aggregator import Aggregation, Candidate, Unmeasured, aggregate, aggregate_round
+from raysubset.aggregation.aggregator import Aggregation, Candidate, aggregate, aggregate_round
 from raysubset.aggregation.curvature import fisher_merge, regmean
 from raysubset.aggregation.merging import merge
 from raysubset.aggregation.methods import (
@@ -33,7 +33,6 @@ __all__ = [
     "aggregate",
     "aggregate_round",
     "Aggregation",
-    "Unmeasured",
     "Candidate",
     "candidates_of_auto",
     "Method",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysubset.aggregation.methods import Made, candidates_of_auto, combine, make
+from raysubset.aggregation.methods import candidates_of_auto, combine, make
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
@@ -29,7 +29,7 @@ class Candidate:
         """Plain values, ready for JSON."""
         return {
             "method": self.method,
-            "validation": self.validation.to_dict() if self.validation else None,
+            "validation": self.validation and self.validation.to_dict(),
             "cost": self.cost.to_dict(),
             "error": self.error,
         }
@@ -37,52 +37,38 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """An aggregate with its statistics refreshed, and how it compares with its members."""
+    """An aggregate, and how it compares with its members: None for what was not measured.
+
+    Its batch-norm statistics are refreshed if it was measured, and else averaged from the members'.
+    """
 
     aggregate: Aggregate
-    training: Metrics | None  # of the aggregate on the calibration sample of the training set, where it is measured
-    validation: Metrics  # of the aggregate, as all below
-    uniform_mean: Metrics  # of the plain mean of all members, whatever the method: NaN where one holds NaN or infinity
-    ensemble: Metrics
-    best_member: Metrics
-    mean_member: Mapping[str, float]  # the mean of the members' losses, and of their qualities by its name
-    barrier: float
     cost: Cost
+    mean_member: Mapping[str, float | None]  # the mean of the members' losses, and of their qualities by its name
+    training: Metrics | None = None  # of the aggregate on the calibration sample of the training set
+    validation: Metrics | None = None  # of the aggregate, as all below
+    uniform_mean: Metrics | None = None  # of the plain mean of all, whatever the method: NaN if one is not finite
+    ensemble: Metrics | None = None
+    best_member: Metrics | None = None
+    barrier: float | None = None
     candidates: tuple[Candidate, ...] = ()  # of auto, in the order tried
 
     def to_dict(self) -> dict[str, Any]:
         """All but the weights, for JSON."""
+        metrics = {
+            "training": self.training,
+            "validation": self.validation,
+            "uniform_mean": self.uniform_mean,
+            "ensemble": self.ensemble,
+            "best_member": self.best_member,
+        }
         return {
             **self.aggregate.to_dict(),
-            "training": self.training and self.training.to_dict(),
-            "validation": self.validation.to_dict(),
-            "uniform_mean": self.uniform_mean.to_dict(),
-            "ensemble": self.ensemble.to_dict(),
-            "best_member": self.best_member.to_dict(),
+            **{name: value and value.to_dict() for name, value in metrics.items()},
             **{f"mean_member_{name}": mean for name, mean in self.mean_member.items()},
             "barrier": self.barrier,
             "cost": self.cost.to_dict(),
             "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "alignment": self.aggregate.alignment,
-        }
-
-
-@dataclass(frozen=True)
-class Unmeasured:
-    """An aggregate of a round that is not evaluated: its batch-norm statistics are no more than its members'."""
-
-    aggregate: Aggregate
-    cost: Cost
-    quality: Quality
-
-    def to_dict(self) -> dict[str, Any]:
-        """Aggregation's, with null for what was not measured."""
-        measured = ("training", "validation", "uniform_mean", "ensemble", "best_member")
-        return {
-            **self.aggregate.to_dict(),
-            **dict.fromkeys((*measured, "mean_member_loss", f"mean_member_{self.quality.name}", "barrier")),
-            "cost": self.cost.to_dict(),
-            "candidates": [],
             "alignment": self.aggregate.alignment,
         }
 
@@ -112,19 +98,19 @@ def aggregate(
         ValueError: as the method does; see uniform_soup().
     """
     if config.method == "auto":
-        made, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
+        made, validation, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
     else:
-        made, candidates = make(config.method, minima, config, scorer, start=start, seed=seed), ()
-    measured = {candidate.method: candidate.validation for candidate in candidates}
-    measured[made.aggregate.method] = made.validation
-    mean = made.validation if len(minima) == 1 else measured.get("uniform_soup")
+        made, validation = make(minima, config, scorer, start=start, seed=seed)
+        candidates = ()
+    measured = {candidate.method: candidate.validation for candidate in candidates} | {made.method: validation}
+    mean = validation if len(minima) == 1 else measured.get("uniform_soup")
     if mean is None:
         mean = scorer.score(plain_mean(minima, [1.0] * len(minima)).weights())  # of NaN where a member holds some
     records, names = [minimum.validated().to_dict() for minimum in minima], ("loss", quality.name)
     return Aggregation(
-        aggregate=made.aggregate,
-        training=scorer.training(made.aggregate.weights) if measure_training else None,
-        validation=made.validation,
+        aggregate=made,
+        training=scorer.training(made.weights) if measure_training else None,
+        validation=validation,
         uniform_mean=mean,
         ensemble=scorer.ensemble(minima),
         best_member=by_validation_loss(minima)[0].validated(),
@@ -137,25 +123,25 @@ def aggregate(
 
 def _best_candidate(
     minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
-) -> tuple[Made, tuple[Candidate, ...]]:
-    """The applicable method of least validation loss, and all that were tried. Two sets of weights are held."""
+) -> tuple[Aggregate, Metrics, tuple[Candidate, ...]]:
+    """The applicable method's aggregate of least validation loss, and all that were tried. Two of them are held."""
     best, tried = None, []
     methods = candidates_of_auto(shared_start=shares_start(minima)) if len(minima) > 1 else ("select_best",)
     for method in methods:
-        before = scorer.cost()
+        before, validation, error = scorer.cost(), None, None
         try:
-            made, error = make(method, minima, config, scorer, start=start, seed=seed), None
+            made, validation = make(minima, replace(config, method=method), scorer, start=start, seed=seed)
+            if math.isfinite(validation.loss) and (best is None or validation.loss < best[1].loss):
+                best = made, validation
         except ValueError as refusal:
-            made, error = None, str(refusal)
+            error = str(refusal)
         after = scorer.cost()
         cost = Cost(after.num_forward - before.num_forward, device_s=after.device_s - before.device_s)
-        tried.append(Candidate(method, made.validation if made else None, cost, error))
-        if made and math.isfinite(made.validation.loss) and (not best or made.validation.loss < best.validation.loss):
-            best = made
+        tried.append(Candidate(method, validation, cost, error))
     if best is None:
         reasons = "; ".join(f"{one.method}: {one.error or 'its loss is not finite'}" for one in tried)
         raise ValueError(f"none of auto's candidates can be used: {reasons}")
-    return best, tuple(tried)
+    return *best, tuple(tried)
 
 
 def aggregate_round(
@@ -168,7 +154,7 @@ def aggregate_round(
     seed: int = 0,
     measured: bool = True,
     quality: Quality,
-) -> tuple[Aggregation | Unmeasured, Weights]:
+) -> tuple[Aggregation, Weights]:
     """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
 
     Args:
@@ -181,18 +167,16 @@ def aggregate_round(
     Returns:
         The aggregation, and the momentum for the next round: empty without an outer step.
     """
-    made: Aggregation | Unmeasured
+    steps = config.rounds.has_outer_step()
     if measured:
-        ends_here = not config.rounds.has_outer_step()
-        options: dict[str, Any] = {"seed": seed, "measure_training": ends_here, "quality": quality}
+        options: dict[str, Any] = {"seed": seed, "measure_training": not steps, "quality": quality}
         made = aggregate(minima, config.aggregation, scorer, start=start, **options)
     else:
-        method = config.aggregation.method
-        combined = combine(method, minima, config.aggregation, scorer, start=start, seed=seed)
-        made = Unmeasured(combined, scorer.cost(), quality)
-    if not config.rounds.has_outer_step():
+        combined = combine(minima, config.aggregation, scorer, start=start, seed=seed)
+        made = Aggregation(combined, scorer.cost(), dict.fromkeys(("loss", quality.name)))
+    if not steps:
         return made, {}
-    stepped, momentum = outer_step(
+    weights, momentum = outer_step(
         start,
         made.aggregate.weights,
         momentum,
@@ -200,16 +184,7 @@ def aggregate_round(
         momentum_factor=config.rounds.momentum,
         parameter_names=scorer.parameter_names,
     )
-    if isinstance(made, Unmeasured):
-        return replace(made, aggregate=replace(made.aggregate, weights=stepped), cost=scorer.cost()), momentum
-    weights = scorer.refreshed(stepped)
-    return (
-        replace(
-            made,
-            aggregate=replace(made.aggregate, weights=weights),
-            training=scorer.training(weights),
-            validation=scorer.score_as_is(weights),
-            cost=scorer.cost(),
-        ),
-        momentum,
-    )
+    if measured:
+        weights = scorer.refreshed(weights)
+        made = replace(made, training=scorer.training(weights), validation=scorer.score_as_is(weights))
+    return replace(made, aggregate=replace(made.aggregate, weights=weights), cost=scorer.cost()), momentum

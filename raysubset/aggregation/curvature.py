@@ -9,15 +9,13 @@ from torch import Tensor
 from raysubset.aggregation.needs import Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
-    RunningMean,
-    blocks,
+    aggregate_of,
     check_start,
     load_members,
     load_statistics,
     mean_of,
     refuse_not_finite,
     wide,
-    zeros,
 )
 from raysubset.config import AggregationConfig
 from raysubset.training import Weights
@@ -59,7 +57,7 @@ def fisher_merge(
     """
     if not floor > 0:
         raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
-    shared = check_start("fisher", minima, allow_independent=allow_independent)
+    check_start("fisher", minima, allow_independent=allow_independent)
     rest, sums, totals = mean_of(minima), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima, checked=False):
@@ -73,21 +71,14 @@ def fisher_merge(
         scale = (mean if normalised else 0.0) or 1.0
         for key, diagonal in fisher.items():
             if key not in sums:
-                sums[key], totals[key] = (zeros(diagonal.shape, wide(dtypes[key])) for _ in range(2))
-            _add_weighted(
-                sums[key], totals[key], weights[key], diagonal, floor=floor * scale, factor=minimum.num_examples / scale
-            )
+                sums[key], totals[key] = (torch.zeros(diagonal.shape, dtype=wide(dtypes[key])) for _ in range(2))
+            weight = diagonal.to(sums[key].dtype).clamp_min(floor * scale)
+            totals[key].add_(weight, alpha=minimum.num_examples / scale)
+            sums[key].addcmul_(weight, weights[key].to(weight.dtype), value=minimum.num_examples / scale)
     merged = rest.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
     refuse_not_finite(merged, minima)
-    return _aggregate("fisher", minima, {key: merged[key] for key in dtypes}, shared, rest)
-
-
-def _add_weighted(sums: Tensor, totals: Tensor, value: Tensor, fisher: Tensor, *, floor: float, factor: float) -> None:
-    """Add the value to the sums, in place, and its weight to the totals: factor times the Fisher, or the floor."""
-    for sum_, total, part, curvature in blocks(sums, totals, value, fisher):
-        weight = curvature.to(total.dtype).clamp_min(floor)
-        total.add_(weight, alpha=factor)
-        sum_.addcmul_(weight, part.to(total.dtype), value=factor)
+    merged = {key: merged[key] for key in dtypes}
+    return aggregate_of("fisher", minima, merged, [m.num_examples for m in minima], rest)
 
 
 def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool = False) -> Aggregate:
@@ -105,7 +96,7 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
     Raises:
         ValueError: if a member has no gram statistics, and as uniform_soup().
     """
-    shared = check_start("regmean", minima, allow_independent=allow_independent)
+    check_start("regmean", minima, allow_independent=allow_independent)
     mean, grams, products = mean_of(minima), Weights(), Weights()
     for minimum, weights in load_members(minima):
         mean.add(weights, minimum.num_examples)
@@ -127,15 +118,7 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
         middle = _matrix(merged, layer, gram)
         solved = middle + _solve(gram, products[layer] - gram @ middle)
         merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solved, merged, layer).items()}
-    return _aggregate("regmean", minima, merged, shared, mean)
-
-
-def _aggregate(method: str, minima: Sequence[Minimum], weights: Weights, shared: bool, mean: RunningMean) -> Aggregate:
-    """Members' coefficients are their subsets' shares of the examples: those of what is averaged."""
-    num_examples = sum(minimum.num_examples for minimum in minima)
-    shares = tuple(minimum.num_examples / num_examples for minimum in minima)
-    ids = tuple(minimum.subset_id for minimum in minima)
-    return Aggregate(method, weights, ids, shares, shared, of_first=mean.of_first)
+    return aggregate_of("regmean", minima, merged, [m.num_examples for m in minima], mean)
 
 
 def _refuse_other_keys(minimum: Minimum, kind: str, own: Weights, first: Weights) -> None:

@@ -5,9 +5,8 @@ best = merge(members, "greedy_soup", score=lambda weights: loss_of(weights))
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +142,4 @@ def _align(
         num_outputs = network(inputs[:2]).shape[1]
     task = Classification(TensorInputs(tuple(inputs.shape[1:])), tuple(map(str, range(num_outputs))))
     sample = Examples({"inputs": inputs.to(torch.float32), "label": labels}, task)
-    options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
-    aggregate, report = aligned_soup(minima, network, sample, MinimizeConfig(), **options)
-    return replace(aggregate, alignment=report.to_dict())
+    return aligned_soup(minima, network, sample, MinimizeConfig(), matching=config.matching, repair=config.repair)

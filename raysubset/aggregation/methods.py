@@ -1,7 +1,7 @@
 """The methods by name, the user's own among them, and which of them auto chooses among."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -82,41 +82,21 @@ def refuse_contradictions(config: Config) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Made:
-    """An aggregate with the right batch-norm statistics, and what it is worth."""
-
-    aggregate: Aggregate
-    validation: Metrics
-
-
 def make(
-    method: str,
-    minima: Sequence[Minimum],
-    config: AggregationConfig,
-    scorer: Scorer,
-    *,
-    start: Weights | None,
-    seed: int,
-) -> Made:
-    """combine(), refreshed and scored."""
-    made = combine(method, minima, config, scorer, start=start, seed=seed)
+    minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
+) -> tuple[Aggregate, Metrics]:
+    """combine(), with the right batch-norm statistics, and what it validates at."""
+    made = combine(minima, config, scorer, start=start, seed=seed)
     # a single member's statistics are its own, and those that were repaired are right
     if len(made.subset_ids) > 1 and not (made.alignment and config.repair):
         made = replace(made, weights=scorer.refreshed(made.weights))
-    return Made(made, scorer.score_as_is(made.weights))
+    return made, scorer.score_as_is(made.weights)
 
 
 def combine(
-    method: str,
-    minima: Sequence[Minimum],
-    config: AggregationConfig,
-    scorer: Scorer,
-    *,
-    start: Weights | None,
-    seed: int,
+    minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
 ) -> Aggregate:
-    """The aggregate by one method, any but auto; of a single minimum that minimum.
+    """The aggregate by the config's method, any but auto; of a single minimum that minimum.
 
     Batch-norm statistics are what the method makes of the members' own.
 
@@ -128,9 +108,8 @@ def combine(
         ValueError: as the method does; see uniform_soup().
     """
     if len(minima) == 1:
-        return replace(uniform_soup(minima), method=method)
-    context = scorer.context(config, start=start, seed=seed)
-    return method_of(replace(config, method=method)).combine(minima, context)
+        return replace(uniform_soup(minima), method=config.method)
+    return method_of(config).combine(minima, scorer.context(config, start=start, seed=seed))
 
 
 def _refuse_unmeasured(minima: Sequence[Minimum], context: Context) -> Aggregate:

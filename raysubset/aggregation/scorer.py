@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -80,9 +79,10 @@ class Scorer:
             from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
 
             options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
-            made, report = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
-            self._num_forward += report.num_forward
-            return replace(made, alignment=report.to_dict())
+            made = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
+            assert made.alignment is not None
+            self._num_forward += made.alignment["num_forward"]
+            return made
 
         return Context(start, self.parameter_names, self.score, align, seed)
 

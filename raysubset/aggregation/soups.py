@@ -10,6 +10,7 @@ from raysubset.aggregation.records import Aggregate, Minimum, Score
 from raysubset.aggregation.streaming import (
     CURE,
     RunningMean,
+    aggregate_of,
     check_start,
     load_member,
     mean_of,
@@ -144,9 +145,8 @@ def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> Runn
 def _mean(
     method: str, minima: Sequence[Minimum], coefficients: Sequence[float], *, allow_independent: bool
 ) -> Aggregate:
-    shared = check_start(method, minima, allow_independent=allow_independent)
+    check_start(method, minima, allow_independent=allow_independent)
     mean = plain_mean(minima, coefficients)
     weights = mean.weights()
     refuse_not_finite(weights, minima)
-    shares = tuple(c / sum(coefficients) for c in coefficients)
-    return Aggregate(method, weights, tuple(m.subset_id for m in minima), shares, shared, of_first=mean.of_first)
+    return aggregate_of(method, minima, weights, coefficients, mean)

@@ -3,14 +3,12 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from raysubset.aggregation.records import Minimum
+from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.training import Weights
 
-BLOCK = 2**18  # elements: a MiB of float32, so that what is computed of them stays in a core's cache
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # by bytes
 CURE = "lower minimize.learning_rate, or use aggregation.method=select_best"
 
@@ -108,6 +106,14 @@ def check_start(method: str, minima: Sequence[Minimum], *, allow_independent: bo
     return shared
 
 
+def aggregate_of(
+    method: str, minima: Sequence[Minimum], weights: Weights, coefficients: Sequence[float], mean: RunningMean
+) -> Aggregate:
+    """An aggregate of all the minima; `mean` is of what was averaged plainly, coefficients are against one another."""
+    ids, shares = tuple(m.subset_id for m in minima), tuple(c / sum(coefficients) for c in coefficients)
+    return Aggregate(method, weights, ids, shares, shares_start(minima), of_first=mean.of_first)
+
+
 def load_member(minimum: Minimum) -> Weights:
     """Its weights.
 
@@ -189,20 +195,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def widened(value: Tensor) -> Tensor:
     """A copy to accumulate in."""
     return value.to(wide(value.dtype), copy=True)
-
-
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.zeros(), in a fifth of its time: numpy asks Linux for huge pages where an array is large."""
-    return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
-
-
-def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The elements of tensors of one shape side by side, BLOCK at a time, flat; views, of those that are contiguous.
-
-    Several operations on a block read memory once; on whole tensors each reads it anew, and a new large tensor costs
-    more than the arithmetic does, in page faults: five times a copy into one that is there (torch 2.15, Linux).
-    """
-    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def refuse_other_architecture(one: Weights, other: Weights) -> None:

@@ -1,7 +1,6 @@
 """Arithmetic on differences of weights: from the common start (TIES, DARE), or from minima on a part of each subset."""
 
 import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +12,8 @@ from torch import Tensor
 from raysubset.aggregation.needs import Context, Method, Needs
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.streaming import (
-    BLOCK,
     RunningMean,
-    blocks,
+    aggregate_of,
     check_start,
     first_not_finite,
     load_members,
@@ -23,12 +21,11 @@ from raysubset.aggregation.streaming import (
     mean_of,
     refuse_not_finite,
     refuse_other_architecture,
-    zeros,
 )
 from raysubset.config import AggregationConfig, derive_seed
 from raysubset.training import Weights
 
-STRIDE = 127  # of the sample that bounds ties()'s limit; prime, so that it meets all places of a filter alike
+BLOCK = 2**18  # elements of a task vector at a time: a MiB of float32, which stays in a core's cache
 
 
 def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
@@ -66,8 +63,8 @@ def ties(
     authors' code takes the sign of the majority of elements).
 
     All else is averaged by RunningMean's rule, so batch-norm statistics are to be recomputed. Members are streamed,
-    once: three and a half copies of the parameters, the result among them, and one member are held; five from 256
-    members on; two more while it trims a task vector most of whose elements are of one magnitude.
+    once: four and a half copies of the parameters, the result among them, and one member are held; six from 256
+    members on.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -91,10 +88,9 @@ def ties(
             num_plus.numpy()[place] += (kept.numpy() > 0).view(np.uint8)  # at six times torch's speed
             num_minus.numpy()[place] += (kept.numpy() < 0).view(np.uint8)
             magnitudes[place].add_(kept.abs_())
-    for sum_, magnitude, plus, minus in blocks(sums, magnitudes, num_plus, num_minus):
-        agreeing = magnitude.add_(sum_.abs()).mul_(0.5)  # the sum of magnitudes of those whose sign is the sum's
-        agreeing.div_(torch.where(sum_ > 0, plus, minus).clamp_min_(1)).mul_(sum_.sign_())
-    return _moved("ties", minima, start, magnitudes, scale, buffers, origin)
+    agreeing = magnitudes.add_(sums.abs()).mul_(0.5)  # the sum of magnitudes of those whose sign is the sum's
+    agreeing.div_(torch.where(sums > 0, num_plus, num_minus).clamp_min_(1)).mul_(sums.sign_())
+    return _moved("ties", minima, start, agreeing, scale, buffers, origin)
 
 
 def dare(
@@ -148,7 +144,7 @@ def savgm(
     Raises:
         ValueError: if a member has no subsample statistics, and as uniform_soup().
     """
-    shared = check_start("savgm", minima, allow_independent=allow_independent)
+    check_start("savgm", minima, allow_independent=allow_independent)
     corrected, buffers, keys = RunningMean(), mean_of(minima), list[str]()
     for minimum, weights in load_members(minima, checked=False):
         part = load_statistics(minimum, "subsample")
@@ -159,7 +155,7 @@ def savgm(
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
     made = corrected.weights() | buffers.weights()
     refuse_not_finite(made, minima)
-    return _aggregate("savgm", minima, {key: made[key] for key in keys}, shared, buffers)
+    return aggregate_of("savgm", minima, {key: made[key] for key in keys}, [1.0] * len(minima), buffers)
 
 
 def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
@@ -183,17 +179,13 @@ def _parameters(start: Weights, names: Collection[str]) -> Weights:
     return {name: start[name] for name in sorted(names) if name in start}
 
 
-def _num_elements(origin: Weights) -> int:
-    return sum(value.numel() for value in origin.values())
-
-
 def _dtype(origin: Weights) -> torch.dtype:
     return functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
 
 
 def _zeros(origin: Weights, dtype: torch.dtype | None = None) -> Tensor:
     """A flat vector of all these parameters, by default at least float32."""
-    return zeros([_num_elements(origin)], dtype or _dtype(origin))
+    return torch.zeros(sum(value.numel() for value in origin.values()), dtype=dtype or _dtype(origin))
 
 
 def _differences(weights: Weights, origin: Weights) -> Iterator[tuple[slice, Tensor]]:
@@ -218,48 +210,14 @@ def _without(names: Collection[str], weights: Weights) -> Weights:
     return {key: value for key, value in weights.items() if key not in names}
 
 
-def _largest_dropped(weights: Weights, origin: Weights, density: float, *, errors: float = 4) -> float:
-    """A magnitude that just those elements of the task vector exceed that are kept; 0 where fewer have moved at all.
-
-    Selected among the few between two bounds, so many standard errors around what a sample says; further apart where
-    that misleads, at last among all.
-    """
-    dtype, num_kept = _dtype(origin), max(1, round(density * _num_elements(origin)))
-    sample = torch.cat(
-        [weights[name].reshape(-1)[::STRIDE].to(dtype) - value.reshape(-1)[::STRIDE] for name, value in origin.items()]
-    )
-    low, high = _bounds(sample.abs_().numpy(), density, errors)
-    num_above, between = _between(weights, origin, low, high)
-    if num_above > num_kept or (low > 0 and num_above + len(between) < num_kept):
-        return _largest_dropped(weights, origin, density, errors=8 * errors)
-    rank = num_kept - num_above
-    if rank == 0:
-        return high
-    if rank > len(between):
-        return 0.0
-    between.partition(-rank)
-    return float(np.nextafter(between[-rank], between.dtype.type(0)))
-
-
-def _bounds(magnitudes: np.ndarray, share: float, errors: float) -> tuple[float, float]:
-    """Above the first and up to the second should be what this share exceeds of all from which these were sampled."""
-    num = len(magnitudes)
-    middle, margin = num * (1 - share), errors * (math.sqrt(num * share * (1 - share)) + 1)
-    first, last = math.floor(middle - margin), math.ceil(middle + margin)
-    ordered = np.partition(magnitudes, [max(first, 0), min(last, num - 1)])
-    low = float(np.nextafter(ordered[first], ordered.dtype.type(0))) if first >= 0 else 0.0
-    return low, float(ordered[last]) if last < num else math.inf
-
-
-def _between(weights: Weights, origin: Weights, low: float, high: float) -> tuple[int, np.ndarray]:
-    """How many of the task vector's magnitudes exceed the second bound, and those that exceed the first alone."""
-    num_above, between = 0, []
-    for _, difference in _differences(weights, origin):
-        magnitudes = difference.abs_().numpy()
-        above = magnitudes > high
-        num_above += int(np.count_nonzero(above))
-        between.append(magnitudes.compress(above ^ (magnitudes > low)))
-    return num_above, np.concatenate(between)
+def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
+    """A magnitude that just those elements of the task vector exceed that are kept; 0 where fewer have moved at all."""
+    magnitudes = _zeros(origin)
+    for place, difference in _differences(weights, origin):
+        magnitudes[place] = difference.abs_()
+    ordered, num_kept = magnitudes.numpy(), max(1, round(density * len(magnitudes)))
+    ordered.partition(-num_kept)
+    return float(np.nextafter(ordered[-num_kept], ordered.dtype.type(0)))
 
 
 def _draws(random_words: Callable[[int], np.ndarray], num: int, num_dropped: int) -> np.ndarray:
@@ -288,15 +246,6 @@ def _moved(
     """θ_0 plus the merged task vector."""
     weights = dict(buffers.weights())
     for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
-        moved = zeros(value.shape, part.dtype)
-        weights[name] = torch.add(value, part.view(value.shape), alpha=scale, out=moved).to(value.dtype)
+        weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
     refuse_not_finite(weights, minima)
-    return _aggregate(method, minima, {key: weights[key] for key in start}, True, buffers)
-
-
-def _aggregate(
-    method: str, minima: Sequence[Minimum], weights: Weights, shared: bool, buffers: RunningMean
-) -> Aggregate:
-    shares = (1 / len(minima),) * len(minima)
-    ids = tuple(m.subset_id for m in minima)
-    return Aggregate(method, weights, ids, shares, shared, of_first=buffers.of_first)
+    return aggregate_of(method, minima, {key: weights[key] for key in start}, [1.0] * len(minima), buffers)

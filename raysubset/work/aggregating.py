@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from raysubset.aggregation import Aggregation, Scorer, Unmeasured, aggregate_round
+from raysubset.aggregation import Aggregation, Scorer, aggregate_round
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
@@ -26,7 +26,7 @@ def leave_aggregate(
     node: str,
     waited_s: float = 0.0,
     networks: Networks | None = None,
-) -> tuple[Aggregation | Unmeasured, dict[str, Any]]:
+) -> tuple[Aggregation, dict[str, Any]]:
     """Aggregate a round's minima, on the device Ray gave this process, and leave weights, ledger entry and record.
 
     The record, aggregate.json, is written last: a process that dies before has left nothing that counts.

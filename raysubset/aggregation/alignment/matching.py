@@ -1,13 +1,11 @@
 """Which units of two networks correspond, by their weights or by their activations (Git Re-Basin, arXiv:2209.04836)."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from raysubset.aggregation.alignment.tracing import Permutations, UnitGroup, UnitStructure, permuted
-from raysubset.aggregation.alignment.walking import walk
+from raysubset.aggregation.alignment.tracing import Permutations, UnitGroup, UnitStructure, permuted, walk
 from raysubset.training import Weights
 
 Match = Callable[[Weights, Weights], Permutations]
@@ -123,17 +121,9 @@ class _Correlation:
         return (product - torch.outer(mean_a, mean_b)) * torch.outer(scale_a, scale_b)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """What merge_many() found."""
-
-    orders: tuple[Permutations, ...] = field(repr=False)  # of each member's units
-    num_rounds: int
-
-
 def merge_many(
     members: Sequence[Callable[[], Weights]], structure: UnitStructure, match: Match, *, most_rounds: int, seed: int
-) -> Merged:
+) -> tuple[list[Permutations], int]:
     """MergeMany, the paper's Algorithm 3: align each member in turn to the mean of the others until nothing changes.
 
     In the first round only members aligned already enter the mean, which is our own choice: the mean of members that
@@ -146,6 +136,9 @@ def merge_many(
         match: match_weights() or match_activations() on given data.
         most_rounds: with weights the agreement grows in each, and few are needed; with activations nothing ends them.
         seed: of the members' order, drawn anew each round.
+
+    Returns:
+        The order of each member's units, and the number of rounds.
     """
     generator = torch.Generator().manual_seed(seed)
     orders: list[Permutations] = [structure.identity() for _ in members]
@@ -165,7 +158,7 @@ def merge_many(
                     aligned = permuted(aligned, structure.groups, found)
             total = _plus(others, aligned, 1)
         num_rounds += 1
-    return Merged(tuple(orders), num_rounds)
+    return orders, num_rounds
 
 
 def _plus(total: Weights, weights: Weights, sign: int) -> Weights:

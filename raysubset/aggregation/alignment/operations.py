@@ -7,50 +7,46 @@ from torch import nn
 from torch.fx.node import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# By name, so that F.relu, torch.relu, Tensor.relu and Tensor.relu_ are one.
+# By name, so that F.relu, torch.relu, Tensor.relu_ and nn.ReLU are one
 POINTWISE = frozenset({
-    "abs", "add", "clamp", "clone", "contiguous", "detach", "div", "dropout", "dropout1d", "dropout2d",
-    "dropout3d", "elu", "exp", "float", "gelu", "hardsigmoid", "hardswish", "hardtanh", "iadd", "imul", "isub",
-    "itruediv", "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "neg", "pow", "relu", "relu6", "selu",
-    "sigmoid", "silu", "softplus", "softsign", "sqrt", "square", "stochastic_depth", "sub", "tanh", "truediv",
+    "abs", "add", "alphadropout", "celu", "clamp", "clone", "contiguous", "detach", "div", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "elu", "exp", "featurealphadropout", "float", "gelu", "hardshrink", "hardsigmoid",
+    "hardswish", "hardtanh", "iadd", "identity", "imul", "isub", "itruediv", "leakyrelu", "log", "logsigmoid",
+    "maximum", "minimum", "mish", "mul", "neg", "pow", "relu", "relu6", "selu", "sigmoid", "silu", "softplus",
+    "softshrink", "softsign", "sqrt", "square", "stochasticdepth", "sub", "tanh", "tanhshrink", "threshold", "truediv",
 })  # fmt: skip
 MOVING = frozenset({
-    "cat", "channel_shuffle", "chunk", "concat", "expand", "flatten", "flip", "getitem", "movedim", "narrow",
-    "permute", "pixel_shuffle", "pixel_unshuffle", "repeat", "reshape", "roll", "select", "split", "squeeze",
-    "stack", "swapaxes", "t", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "cat", "channelshuffle", "chunk", "concat", "expand", "flatten", "flip", "getitem", "movedim", "narrow", "permute",
+    "pixelshuffle", "pixelunshuffle", "repeat", "reshape", "roll", "select", "split", "squeeze", "stack", "swapaxes",
+    "t", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view",
 })  # fmt: skip
 POOLING = frozenset(
-    f"{kind}_pool{num}d" for kind in ("max", "avg", "lp", "adaptive_avg", "adaptive_max") for num in (1, 2, 3)
-) | {"interpolate"}  # fmt: skip
+    f"{kind}{num}d"
+    for kind in ("maxpool", "avgpool", "lppool", "adaptiveavgpool", "adaptivemaxpool", "zeropad", "reflectionpad",
+                 "replicationpad")
+    for num in (1, 2, 3)
+) | {"interpolate", "upsample"}  # fmt: skip
 REDUCING = frozenset({"mean", "sum", "amax", "amin", "std", "var"})
-MIXING = frozenset({"softmax", "log_softmax", "normalize"})  # treat all entries of a dimension alike
-
-POINTWISE_MODULES = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
-    nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Tanhshrink,
-    nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)  # fmt: skip
-MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle)
-POOLING_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d, nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d,
-)  # fmt: skip
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)  # fmt: skip
-MIXING_MODULES = (nn.Softmax, nn.LogSoftmax)
+MIXING = frozenset({"softmax", "logsoftmax", "normalize"})  # treat all entries of a dimension alike
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+TRANSPOSED = frozenset({"convtranspose1d", "convtranspose2d", "convtranspose3d"})
+NORMS = frozenset({
+    "batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm", "instancenorm1d", "instancenorm2d", "instancenorm3d",
+})  # fmt: skip
 
 
-def is_known_function(function: Any) -> bool:
-    """Whether a function is torch's, Python's or torchvision's own, so that its name says what it does."""
-    root = (getattr(function, "__module__", None) or "builtins").split(".")[0]
-    return root in ("builtins", "_operator", "torch", "torchvision")
+def kind(node: Node, module: nn.Module | None) -> str | None:
+    """A name as above for what a node calls; None if it is none of torch's, Python's or torchvision's own.
+
+    Args:
+        module: that it calls, if it calls one; not of a subclass, which may compute anything.
+    """
+    if module is not None:
+        return type(module).__name__.lower() if type(module).__module__.startswith("torch.nn.modules.") else None
+    root = (getattr(node.target, "__module__", None) or "builtins").split(".")[0]
+    if node.op == "call_function" and root not in ("builtins", "_operator", "torch", "torchvision"):
+        return None
+    return operation_name(node).lower().replace("_", "")
 
 
 def operation_name(node: Node) -> str:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raysubset.aggregation.alignment.labels import Layer
 from raysubset.aggregation.alignment.operations import read_by_batch_norm_alone
-from raysubset.aggregation.alignment.sites import Layer
-from raysubset.aggregation.alignment.tracing import UnitStructure
-from raysubset.aggregation.alignment.walking import walk
+from raysubset.aggregation.alignment.tracing import UnitStructure, walk
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation, float64 [C] each, of a layer's output channels, by the layer's node."""

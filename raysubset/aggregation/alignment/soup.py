@@ -5,8 +5,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +13,13 @@ from raysubset.aggregation.alignment import repairing
 from raysubset.aggregation.alignment.matching import match_activations, match_weights, merge_many
 from raysubset.aggregation.alignment.tracing import Permutations, UnitStructure, permuted, trace_units
 from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import uniform_soup
-from raysubset.aggregation.streaming import mean_of, shares_start
+from raysubset.aggregation.streaming import aggregate_of, mean_of
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
 from raysubset.models import averaged_names
-from raysubset.training import Weights, evaluate, recompute_batch_norm
+from raysubset.training import Weights, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
 _MOST_EXAMPLES = 1024  # of the calibration sample are used,
@@ -28,23 +27,6 @@ _MOST_PIXELS = 2**25  # and no more than hold so many numbers: 222 of 3×224×22
 _BATCH = 128  # examples whose activations are compared at once
 _MOST_ROUNDS = {"weights": 20, "activations": 1}  # of MergeMany; on MNIST more gave nothing with activations
 _SEED = 0  # of the order of groups and members; any will do
-
-
-@dataclass(frozen=True)
-class AlignmentReport:
-    """What alignment did; losses are on the calibration examples, batch-norm statistics recomputed on them."""
-
-    barrier_before: float  # loss of the plain mean, minus the members' mean loss
-    barrier_after: float  # the same for what aligned_soup() gives
-    moved: dict[str, float]  # share of units that left their place, mean over members, by group
-    num_groups: int
-    num_fixed_groups: int  # sets of units kept in place by operations that are not understood
-    num_rounds: int  # of MergeMany
-    num_forward: int  # examples passed forward
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def aligned_soup(
@@ -55,7 +37,7 @@ def aligned_soup(
     *,
     matching: str,
     repair: bool,
-) -> tuple[Aggregate, AlignmentReport]:
+) -> Aggregate:
     """Permute the minima's units so that they correspond, and average (Git Re-Basin, arXiv:2209.04836).
 
     The permutations are found on the traced network by weight or activation matching, for more than two members by
@@ -72,7 +54,8 @@ def aligned_soup(
         repair: False only recomputes batch-norm statistics.
 
     Returns:
-        The aggregate, with batch-norm statistics of the calibration examples, and what was done.
+        The aggregate, with batch-norm statistics of the calibration examples, and in `alignment` what was done. Losses
+        there are on these examples, after batch-norm statistics are recomputed.
 
     Raises:
         ValueError: if there are fewer than two minima, they differ in keys or shapes, one holds NaN, or the network is
@@ -86,62 +69,48 @@ def aligned_soup(
     plain = uniform_soup(minima, allow_independent=True)
     structure = _without_frozen(trace_units(model, examples.task.spec()), averaged_names(model))
     sample = _sample(examples)
+    scorer = Scorer(model, calibration=sample, validation=sample, minimize=minimize)
     work = _Work(model, structure, sample, minimize)
 
-    member_losses = [work.loss(minimum.load_weights(), refresh=False) for minimum in minima]
+    member_losses = [scorer.score_as_is(minimum.load_weights()).loss for minimum in minima]
     mean_loss = sum(member_losses) / len(minima)
-    barrier_before = work.loss(plain.weights) - mean_loss
+    barrier_before = scorer.score(plain.weights).loss - mean_loss
 
     match = work.match_weights if matching == "weights" else work.match_activations
     loaders = [minimum.load_weights for minimum in minima]
-    merged = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
+    orders, num_rounds = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
     mean, statistics = mean_of(minima), []
-    for minimum, orders in zip(minima, merged.orders, strict=True):
-        aligned = permuted(minimum.load_weights(), structure.groups, orders)
+    for minimum, own in zip(minima, orders, strict=True):
+        aligned = permuted(minimum.load_weights(), structure.groups, own)
         mean.add(aligned)
         if repair:
             statistics.append(work.statistics(aligned))
-    weights = work.refreshed(mean.weights())
+    weights = scorer.refreshed(mean.weights())
     if repair:
-        weights = work.repaired(weights, repairing.mean_statistics(statistics))
-    barrier_after = work.loss(weights, refresh=False) - mean_loss
+        weights = work.repaired(weights, statistics)
+    barrier_after = scorer.score_as_is(weights).loss - mean_loss
 
-    aggregate = Aggregate(
-        "aligned_soup", weights, plain.subset_ids, plain.coefficients, shares_start(minima), of_first=mean.of_first
-    )
-    report = AlignmentReport(
-        barrier_before=barrier_before,
-        barrier_after=barrier_after,
-        moved=_moved(structure, merged.orders),
-        num_groups=len(structure.groups),
-        num_fixed_groups=structure.num_fixed_groups,
-        num_rounds=merged.num_rounds,
-        num_forward=work.num_forward,
-        seconds=time.perf_counter() - started,
-    )
-    return aggregate, report
+    alignment = {
+        "barrier_before": barrier_before,  # loss of the plain mean, minus the members' mean loss
+        "barrier_after": barrier_after,  # the same for the aggregate
+        "moved": _moved(structure, orders),  # share of units that left their place, mean over members, by group
+        "num_groups": len(structure.groups),
+        "num_fixed_groups": structure.num_fixed_groups,
+        "num_rounds": num_rounds,  # of MergeMany
+        "num_forward": scorer.cost().num_forward + work.num_forward,  # examples
+        "seconds": time.perf_counter() - started,
+    }
+    soup = aggregate_of("aligned_soup", minima, weights, [1.0] * len(minima), mean)
+    return dataclasses.replace(soup, alignment=alignment)
 
 
 class _Work:
-    """All that is done with the model on the sample, and the count of it."""
+    """What looks at activations of the model on the sample, and the count of it."""
 
     def __init__(self, model: nn.Module, structure: UnitStructure, sample: Examples, minimize: MinimizeConfig) -> None:
         self.num_forward = 0
         self._model, self._structure, self._sample, self._minimize = model, structure, sample, minimize
         self._target_model: nn.Module | None = None  # beside it, where activations are compared
-
-    def loss(self, weights: Weights, *, refresh: bool = True) -> float:
-        """The recipe's plain loss on the sample; of a mean's weights after its batch-norm statistics are recomputed."""
-        self._model.load_state_dict(weights)
-        if refresh:
-            self.num_forward += recompute_batch_norm(self._model, self._sample, self._minimize)
-        self.num_forward += len(self._sample)
-        return evaluate(self._model, self._sample, self._minimize).loss
-
-    def refreshed(self, weights: Weights) -> Weights:
-        self._model.load_state_dict(weights)
-        self.num_forward += recompute_batch_norm(self._model, self._sample, self._minimize)
-        return _state(self._model)
 
     def statistics(self, weights: Weights) -> repairing.Statistics:
         self._model.load_state_dict(weights)
@@ -149,12 +118,12 @@ class _Work:
         with evaluation_mode(self._model):
             return repairing.layer_statistics(self._model, self._structure, self._batches())
 
-    def repaired(self, weights: Weights, targets: repairing.Statistics) -> Weights:
+    def repaired(self, weights: Weights, members: Sequence[repairing.Statistics]) -> Weights:
         self._model.load_state_dict(weights)
         self.num_forward += len(self._sample)
         with evaluation_mode(self._model):
-            repairing.repair(self._model, self._structure, targets, self._batches())
-        return _state(self._model)
+            repairing.repair(self._model, self._structure, repairing.mean_statistics(members), self._batches())
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._model.state_dict().items()}
 
     def match_weights(self, target: Weights, weights: Weights) -> Permutations:
         names = [name for name, _ in self._model.named_parameters()]
@@ -192,10 +161,6 @@ def _without_frozen(structure: UnitStructure, averaged: frozenset[str]) -> UnitS
 def _sample(examples: Examples) -> Examples:
     num = max(1, min(_MOST_EXAMPLES, _MOST_PIXELS // math.prod(examples.task.spec().inputs)))
     return examples.select(torch.arange(min(num, len(examples)), device=examples.device))
-
-
-def _state(model: nn.Module) -> Weights:
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def _moved(structure: UnitStructure, orders: Sequence[Permutations]) -> dict[str, float]:

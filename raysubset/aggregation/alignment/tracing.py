@@ -1,16 +1,16 @@
 """The permutation structure of a network, traced: which units may change places, and what moves with them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from raysubset.aggregation.alignment.labels import FIXED
+from raysubset.aggregation.alignment.labels import FIXED, Layer
 from raysubset.aggregation.alignment.operations import refusal
-from raysubset.aggregation.alignment.sites import Layer
 from raysubset.aggregation.alignment.unit_tracer import UnitTracer
 from raysubset.errors import first_line
 from raysubset.tasks import Spec
@@ -127,6 +127,21 @@ def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
         _check(network, structure, inputs, expected, generator)
     network.graph.owning_module = None  # else the structure would keep the copy alive
     return structure
+
+
+def walk(network: fx.GraphModule, images: Tensor) -> Generator[tuple[fx.Node, Any], None, None]:
+    """Yield each node in order with what it gives; values are freed after their last use, as in a forward pass.
+
+    What the caller does to a value in place, later nodes see.
+    """
+    interpreter = fx.Interpreter(network)
+    interpreter.args_iter = iter([images])
+    for node in network.graph.nodes:
+        value = interpreter.env[node] = interpreter.run_node(node)
+        yield node, value
+        del value
+        for used in interpreter.user_to_last_uses.get(node, ()):
+            del interpreter.env[used]
 
 
 def random_permutations(groups: Sequence[UnitGroup], generator: torch.Generator) -> Permutations:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import Node, map_arg
 
 from raysubset.aggregation.alignment import operations
 from raysubset.aggregation.alignment.labels import (
     FIXED,
     Labels,
+    Layer,
+    Site,
+    Use,
     Value,
     find_tensors,
     find_values,
@@ -24,7 +27,6 @@ from raysubset.aggregation.alignment.labels import (
     moved,
     with_labels,
 )
-from raysubset.aggregation.alignment.sites import Layer, Site, Use
 
 
 class UnitTracer(fx.Interpreter):
@@ -80,59 +82,50 @@ class UnitTracer(fx.Interpreter):
     def _labels(self, n: Node, args: Any, kwargs: Any, result: Any) -> Labels | list[Labels] | None:
         """Labels of the tensor or tensors that a node gives; None where the operation is not understood."""
         values, parameters = find_values((args, kwargs)), find_tensors((args, kwargs))
-        if not values or (n.op == "call_function" and not operations.is_known_function(n.target)):
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        kind = operations.kind(n, module)
+        if not values or kind is None:
             return None
-        name = operations.operation_name(n)
-        if n.op != "call_module" and name in operations.POINTWISE:
+        if kind in operations.POINTWISE:
             return self._pointwise(values, parameters, result)
         if not args or (values[0] is not args[0] and not isinstance(args[0], tuple | list)):
             return None
-        if n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
-            return self._module(n, module, values[0], result) if len(values) == 1 else None
-        if name in _LAYERS and len(values) == 1:
-            return _LAYERS[name](self, *args, **kwargs, out=result)
-        if parameters:
+        if module is None and kind in _LAYERS and len(values) == 1:
+            return _LAYERS[kind](self, *args, **kwargs, out=result)
+        if parameters or (module is not None and len(values) > 1):
             return None
-        if name in operations.MOVING:
-            return moved(operations.operation(n), args, kwargs)
-        if name == "pad":
+        if kind in operations.MOVING:
+            return moved(module or operations.operation(n), args, kwargs)
+        if kind == "pad":
             return self._pad(*args, **kwargs)
-        if name in operations.POOLING:
-            return _pooled(values[0], name, result)
-        if name in operations.REDUCING:
+        if kind in operations.POOLING:
+            return _pooled(values[0], kind, result)
+        if kind in operations.REDUCING:
             return self._reduced(values[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
-        return self._mixed(values[0]) if name in operations.MIXING else None
+        if kind in operations.MIXING:
+            return self._mixed(values[0])
+        return self._layer(n, module, kind, values[0], result) if module is not None else None
 
-    def _module(self, n: Node, module: Any, x: Value, out: Tensor) -> Labels | list[Labels] | None:
-        kind = type(module)  # not isinstance(): a subclass may compute anything
+    def _layer(self, n: Node, module: Any, kind: str, x: Value, out: Tensor) -> Labels | None:
         weight: Any = getattr(module, "weight", None)
         bias: Any = getattr(module, "bias", None)
-        if kind in operations.POINTWISE_MODULES:
-            return x.labels
-        if kind in operations.MOVING_MODULES:
-            return moved(module, (x,), {})
-        if kind in operations.POOLING_MODULES:
-            return _pooled(x, kind.__name__, out)
-        if kind in operations.MIXING_MODULES:
-            return self._mixed(x)
-        if kind is nn.PReLU:
+        if kind == "prelu":
             return x.labels if weight.numel() == 1 else self._channels(x, (weight,))
         if kind in operations.TRANSPOSED:
             return self._transposed(x, weight, bias, module.groups)
         labels = None
         if kind in operations.CONVOLUTIONS:
             labels = self._convolution(x, weight, bias, groups=module.groups, out=out)
-        elif kind is nn.Linear:
+        elif kind == "linear":
             labels = self._linear(x, weight, bias, out=out)
         elif kind in operations.NORMS:
             buffers = (getattr(module, name, None) for name in ("running_mean", "running_var"))
             labels = self._channels(x, (weight, bias, *buffers))
-        elif kind is nn.GroupNorm:
+        elif kind == "groupnorm":
             labels = self._group_norm(x, module.num_groups, weight, bias, out=out)
-        elif kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+        elif kind == "layernorm" and len(module.normalized_shape) == 1:
             labels = self._layer_norm(x, module.normalized_shape, weight, bias, out=out)
-        dim = out.ndim - 1 if kind in (nn.Linear, nn.LayerNorm) else 1
+        dim = out.ndim - 1 if kind in ("linear", "layernorm") else 1
         if labels is not None and labels.dims() == [dim]:
             self.layers.append((Layer(n.name, str(n.target), dim), labels.units.flatten()))
             if not operations.read_by_batch_norm_alone(n, self.module):
@@ -355,8 +348,8 @@ _LAYERS: dict[str, Callable[..., Labels | None]] = {
     "conv2d": UnitTracer._convolution,
     "conv3d": UnitTracer._convolution,
     "linear": UnitTracer._linear,
-    "layer_norm": UnitTracer._layer_norm,
-    "group_norm": UnitTracer._group_norm,
+    "layernorm": UnitTracer._layer_norm,
+    "groupnorm": UnitTracer._group_norm,
 }
 
 
