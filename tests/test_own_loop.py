@@ -10,7 +10,7 @@ from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
-from raysubset.training import DivergedError, Progress, Shard, minimize, starts_over, try_own_loop, why_not_packed
+from raysubset.training import DivergedError, Progress, minimize, starts_over, try_own_loop, why_not_packed
 from raysubset.work import Minimizer, Piece
 from tests.tiny import cnn, examples, same_bits, stored_weights, through_a_file, weights
 
@@ -138,9 +138,7 @@ def test_weights_that_are_not_finite_are_no_minimum():
         minimize(cnn(), examples(), recipe("infinite"), seed=0)
 
 
-def test_it_works_alone():
-    with pytest.raises(ValueError, match="own_loops:momentum works in one process, not in 2 workers"):
-        minimize(cnn(), examples(), recipe("momentum"), seed=0, shard=Shard(0, 2))
+def test_it_is_not_packed():
     assert why_not_packed(cnn(), recipe("momentum")) == "tests.own_loops:momentum is a loop of one network"
 
 

@@ -308,8 +308,3 @@ def test_another_number_of_workers_begins_without_last_gradients(ranks):
     without = state | {"own": {"extrapolation": {"gradients": zeros}}, "num_shards": 1}
     ours, expected = (ends_at(network(), Shard(), LOCAL, state=through_a_file(s))["weights"] for s in (state, without))
     assert same_bits(ours, expected)
-
-
-def test_lbfgs_is_refused_in_several_workers():
-    with pytest.raises(ValueError, match="lbfgs works in one process, not in 2 workers: set num_workers=1"):
-        minimize(network(), examples(), replace(RECIPE, optimizer="lbfgs"), seed=0, shard=Shard(0, 2))

@@ -250,12 +250,9 @@ def test_what_is_no_parquet_is_refused_with_the_way_out(tmp_path: Path) -> None:
         load_full_set(DataConfig(name=str(tmp_path / "all.arrow"), streamed=True))
 
 
-def test_lbfgs_on_a_streamed_full_set_is_refused(sets: tuple[FullSet, FullSet]) -> None:
+def test_lbfgs_on_a_streamed_full_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lbfgs has all examples in memory, and data\.streamed holds none: use sgd"):
         Config().with_overrides({"minimize.optimizer": "lbfgs", "data.streamed": True})
-    model = tiny.linear(SIDE * SIDE * 3, 4)
-    with pytest.raises(ValueError, match=r"lbfgs has all 288 examples in memory, and they are streamed"):
-        minimize(model, sets[1].examples("train"), MinimizeConfig(optimizer="lbfgs"), seed=0)
 
 
 def test_row_groups_beyond_a_gibibyte_are_warned_of() -> None:

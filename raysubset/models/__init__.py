@@ -17,21 +17,3 @@ from raysubset.models.properties import (
 )
 from raysubset.models.trying import needs_default_layout
 from raysubset.models.users import unwrapped
-
-__all__ = [
-    "Described",
-    "architecture",
-    "averaged_names",
-    "build_model",
-    "copied",
-    "generators_restored",
-    "has_batch_norm",
-    "has_dropout",
-    "learning_batch_norms",
-    "modules_in_training",
-    "needs_default_layout",
-    "new_model",
-    "num_parameters",
-    "trainable_names",
-    "unwrapped",
-]

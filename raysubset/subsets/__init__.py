@@ -12,15 +12,3 @@ from raysubset.subsets.determination import (
     overdetermination_ratio,
     smallest_determined_size,
 )
-
-__all__ = [
-    "Subset",
-    "resolve_cut",
-    "split_into_subsets",
-    "sizes_by_share",
-    "overdetermination_ratio",
-    "smallest_determined_size",
-    "missing_classes",
-    "advice",
-    "missing_class_warnings",
-]

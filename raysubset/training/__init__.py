@@ -16,8 +16,8 @@ from raysubset.training.evaluation import (
     recompute_batch_norm,
 )
 from raysubset.training.flops import forward_share
+from raysubset.training.loop import minimize
 from raysubset.training.memory import minimizing_bytes
-from raysubset.training.minimizing import minimize
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.own_listener import Listener, Step, load_listener
 from raysubset.training.own_loop import LoopProgress, starts_over, try_own_loop
@@ -42,56 +42,3 @@ from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_mat
 from raysubset.training.techniques import Distillation
 from raysubset.training.trial import Trial, are_probabilities, least_batch, try_training
 from raysubset.training.watching import ValidationWatch
-
-__all__ = [
-    "ValidationWatch",
-    "minimize",
-    "learning_rate_at",
-    "minimize_packed",
-    "why_not_packed",
-    "try_packing",
-    "PackingTrial",
-    "PAYS",
-    "Trial",
-    "try_training",
-    "try_own_optimizer",
-    "try_own_objective",
-    "try_own_loop",
-    "starts_over",
-    "LoopProgress",
-    "Listener",
-    "Step",
-    "load_listener",
-    "least_batch",
-    "are_probabilities",
-    "evaluate",
-    "predict",
-    "metrics_of_outputs",
-    "ensemble_sample",
-    "evaluate_for_ensemble",
-    "MOST_OUTPUT_BYTES",
-    "recompute_batch_norm",
-    "diagonal_fisher",
-    "fisher_cost",
-    "forward_share",
-    "MEASURES",
-    "gram_matrices",
-    "use_device",
-    "device_name",
-    "card_bytes",
-    "place",
-    "num_steps_per_epoch",
-    "minimizing_bytes",
-    "profiled",
-    "Progress",
-    "Shard",
-    "Distillation",
-    "Weights",
-    "Measure",
-    "Metrics",
-    "Cost",
-    "EpochRecord",
-    "MinimizeResult",
-    "DivergedError",
-    "LeftOutError",
-]

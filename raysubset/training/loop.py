@@ -1,4 +1,4 @@
-"""The one training loop, for subsets, trunk, fine-tuning and conventional runs alike."""
+"""minimize(): the one training loop, for subsets, trunk, fine-tuning and conventional runs alike."""
 
 import math
 import time
@@ -10,32 +10,73 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.costs import Cost
-from raysubset.data import Batches, even_sizes
+from raysubset.data import Batches, Examples, even_sizes
 from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from raysubset.training.own_loop import minimize_by_own_loop
 from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
 from raysubset.training.records import EpochRecord, MinimizeResult
 from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
+from raysubset.training.whole_subset import minimize_whole
 
 
-def minimize_by_batches(
+def minimize(
     model: nn.Module,
     examples: Batches,
     recipe: MinimizeConfig,
     *,
     seed: int,
-    state: dict[str, Any] | None,
-    optimizer_state: dict[str, Any] | None,
-    schedule_span: tuple[float, float],
-    shard: Shard,
-    distillation: Distillation | None,
-    on_step: OnStep | None,
+    state: dict[str, Any] | None = None,
+    optimizer_state: dict[str, Any] | None = None,
+    schedule_span: tuple[float, float] = (0.0, 1.0),
+    shard: Shard | None = None,
+    distillation: Distillation | None = None,
+    validation: Examples | None = None,
+    on_step: OnStep | None = None,
 ) -> MinimizeResult:
-    """Minimize by steps of a batch each: minimize() of sgd, adam, adamw and muon, with its arguments and errors."""
+    """Minimize the task's loss over the examples, changing the model in place.
+
+    Order, augmentation and dropout depend on the seed and the epoch alone, so the same call gives the same bits on one
+    device type and thread count, also when it was stopped and resumed in the middle of an epoch.
+
+    Args:
+        model: on the examples' device; every worker has one of its own, with the same weights.
+        examples: every worker holds or streams all of them, and computes its share of each batch.
+        recipe: the recipe; whole-subset optimizers go to minimize_whole(), a loop of the user's to that, which both
+            want one worker, and examples in memory.
+        seed: of order, augmentation, dropout and noise.
+        state: what Progress.capture() gave, to go on from there.
+        optimizer_state: momenta to start with when there is no `state` (a member's next round).
+        schedule_span: the part of the schedule that this call covers, as shares of it.
+        shard: this worker's share of each batch. The sum of the shares' gradients is the whole batch's gradient.
+        distillation: an ensemble to learn from as well; the history's losses are then of both.
+        validation: what minimize.patience of whole-subset optimizers looks at.
+        on_step: called after every step; returning True ends the call with the outcome "stopped", a text with that one.
+            Where weights are averaged it sees the average at epochs' ends if the run goes on from it, and always at the
+            very end.
+
+    Returns:
+        The outcome. On divergence the weights of the epoch with the least loss are restored, the optimizer's state is
+        a new one.
+
+    Raises:
+        DivergedError: if the loss was not finite in the first epoch already.
+        ValueError: if there are more workers than examples in a batch, optimizer, precision or a technique does not
+            fit, or streamed examples cannot be read.
+    """
+    shard = shard or Shard()
+    if recipe.whole_loop:
+        assert optimizer_state is None, "other loops keep no state over rounds"
+        assert distillation is None, "other loops minimize the task's loss alone"
+        assert shard.num == 1, "other loops work in one process"
+        assert isinstance(examples, Examples), "other loops have all examples in memory"
+        if recipe.loop is not None:
+            return minimize_by_own_loop(model, examples, recipe, seed=seed, state=state, on_step=on_step)
+        return minimize_whole(model, examples, recipe, validation=validation, state=state, on_step=on_step)
     started = time.perf_counter()
     device, task, dtype = examples.device, examples.task, next(model.parameters()).dtype
     per_epoch = num_steps_per_epoch(len(examples), recipe)

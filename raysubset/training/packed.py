@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
+from raysubset.costs import Cost
 from raysubset.data import Examples, even_sizes, joined
 from raysubset.models import has_dropout
 from raysubset.training.devices import mixed_precision, widest_dtype
@@ -108,14 +108,14 @@ class _Member:
         self.progress = Progress(max(1, round(recipe.epochs * self.num_per_epoch)), self.num_per_epoch)
         self.batches: Sequence[Tensor] = ()  # of the epoch: positions in the joint examples
         self.num_summed = 0  # examples in the loss sum
-        self.best_loss: float | None = None
+        self.best: dict[str, Any] = {}  # the least loss of an epoch, and "model", its weights
         self.outcome: str | None = None
         self.result: MinimizeResult | DivergedError | None = None
         if state is not None:
             self.progress.step = state["position"][1]
             self.progress.history = [EpochRecord(**record) for record in state["history"]]
             self.num_summed = state["num_summed"]
-            self.best_loss = state["best"].get("loss")
+            self.best = state["best"]
             if self.progress.step and not self.num_summed:
                 self.outcome = reached(recipe, self.progress)
 
@@ -163,11 +163,9 @@ class _Pack:
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
         self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)
         self.running = list(range(num))  # numbers of members, in order of the stack's rows
-        for number, (member, state) in enumerate(zip(self.members, states, strict=True)):
+        for number, member in enumerate(self.members):
             member.progress.capture = partial(self._capture, number)
             member.progress.running_loss = partial(self._running_loss, number)
-            if state is not None and state["best"]:
-                self._stack.set_best(number, state["best"]["model"])
         self.end_finished(stop=False)
 
     def progress(self) -> dict[int, Progress]:
@@ -189,13 +187,7 @@ class _Pack:
             size = member.batch_size
             member.num_summed += size
             member.progress.step += 1
-            cost = member.progress.cost
-            member.progress.cost = replace(
-                cost,
-                num_forward=cost.num_forward + size,
-                num_backward=cost.num_backward + size,
-                num_steps=cost.num_steps + 1,
-            )
+            member.progress.cost += Cost(size, size, 1)
         self._share_time()
         self._end_epochs(rates)
 
@@ -236,8 +228,7 @@ class _Pack:
         now = time.perf_counter()
         share, self._last_at = (now - self._last_at) / len(self.running), now
         for number in self.running:
-            progress = self.members[number].progress
-            progress.cost = replace(progress.cost, device_s=progress.cost.device_s + share)
+            self.members[number].progress.cost += Cost(device_s=share)
 
     def _end_epochs(self, rates: Sequence[float]) -> None:
         """Close the epoch of members that are at its end: history, the best weights, and whether it was the last."""
@@ -247,7 +238,6 @@ class _Pack:
         ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
         sums = self._loss_sums.tolist() if ended else []
         are_finite = self._stack.are_finite() if ended else []
-        improved = []
         for row in ended:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
@@ -257,15 +247,12 @@ class _Pack:
             member.num_summed = 0
             member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
-                if member.best_loss is None:
-                    member.result = diverged_at_once(mean, self._recipe)
+                if member.best:
+                    self._stack.begin_anew(row, member.best["model"])
                 else:
-                    self._stack.go_back(row)
-            elif member.best_loss is None or mean < member.best_loss:
-                member.best_loss = mean
-                improved.append(row)
-        if improved:
-            self._stack.remember(improved)
+                    member.result = diverged_at_once(mean, self._recipe)
+            elif not member.best or mean < member.best["loss"]:
+                member.best = {"loss": mean, "model": self._stack.weights(row)}
 
     def end_finished(self, *, stop: bool) -> None:
         """Give every member that has ended its result, and with `stop` all of them; the others stay in the stack."""
@@ -294,7 +281,6 @@ class _Pack:
     def _capture(self, number: int) -> dict[str, Any]:
         """The state of a running member, as minimize() would give it."""
         member, row = self.members[number], self.running.index(number)
-        best = {} if member.best_loss is None else {"loss": member.best_loss}
         return {
             "position": [member.progress.step // member.num_per_epoch, member.progress.step],
             "model": self._stack.weights(row),
@@ -302,7 +288,7 @@ class _Pack:
             "loss_sum": self._loss_sums[number].item(),
             "num_summed": member.num_summed,
             "history": [record.to_dict() for record in member.progress.history],
-            "best": best | ({"model": self._stack.weights(row, best=True)} if best else {}),
+            "best": member.best,
             "techniques": {},  # none is packed
             "own": {},
             "num_shards": 1,

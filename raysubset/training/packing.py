@@ -13,7 +13,7 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.errors import first_line
-from raysubset.training.minimizing import minimize
+from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.progress import num_steps_per_epoch
 

@@ -53,7 +53,6 @@ class Stack:
         with torch.no_grad():
             tensors = [self._tensors(model) for model in models]
             self._now = {name: torch.stack([row[name] for row in tensors]) for name in tensors[0]}
-            self._best = {name: value.clone() for name, value in self._now.items()}
             moments = [self._read_optimizer(row, state) for row, state in enumerate(optimizer_states)]
             self._moments = [torch.stack(rows) for rows in zip(*moments, strict=True)]
         self._now[_WEIGHTS].requires_grad_()
@@ -154,37 +153,25 @@ class Stack:
         return torch.tensor(rows, dtype=torch.int64, device=self._now[_WEIGHTS].device)
 
     @torch.no_grad()
-    def remember(self, rows: Sequence[int]) -> None:
-        """Note the weights and buffers of some members as the best they had."""
-        index = self._index(rows)
-        for name, value in self._now.items():
-            self._best[name][index] = value[index]
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """A member's state dict, in memory of its own."""
+        weights = {}
+        for key, name, columns, shape in self._keys:
+            weights[key] = self._place(row, name, columns).view(shape).detach().clone()
+        return weights
 
     @torch.no_grad()
-    def go_back(self, row: int) -> None:
-        """Give a member what remember() noted, and a new optimizer: the old moments may be NaN."""
-        for name, value in self._now.items():
-            value[row] = self._best[name][row]
+    def begin_anew(self, row: int, weights: dict[str, Tensor]) -> None:
+        """Give a member these weights, a state dict, and a new optimizer: the old moments may be NaN."""
+        for key, name, columns, _ in self._keys:
+            place = self._place(row, name, columns)
+            place.copy_(weights[key].reshape(place.shape))
         for moment in self._moments:
             moment[row] = 0
         self._steps[row], self._rates[row] = 0, self._recipe.peak_learning_rate()
 
-    @torch.no_grad()
-    def weights(self, row: int, *, best: bool = False) -> dict[str, Tensor]:
-        """A member's state dict, or what remember() noted of it; in memory of its own."""
-        tensors = self._best if best else self._now
-        weights = {}
-        for key, name, columns, shape in self._keys:
-            value = tensors[name][row] if columns is None else tensors[name][row, columns].view(shape)
-            weights[key] = value.detach().clone()
-        return weights
-
-    @torch.no_grad()
-    def set_best(self, row: int, weights: dict[str, Tensor]) -> None:
-        """As remember(), of weights that a checkpoint holds."""
-        for key, name, columns, _ in self._keys:
-            place = self._best[name][row] if columns is None else self._best[name][row, columns]
-            place.copy_(weights[key] if columns is None else weights[key].flatten())
+    def _place(self, row: int, name: str, columns: slice | None) -> Tensor:
+        return self._now[name][row] if columns is None else self._now[name][row, columns]
 
     def optimizer_state(self, row: int) -> dict[str, Any]:
         """A member's optimizer as torch.optim's own state dict; in memory of its own."""
@@ -207,7 +194,6 @@ class Stack:
         index = self._index(rows)
         self._now = {name: value.detach()[index] for name, value in self._now.items()}
         self._now[_WEIGHTS].requires_grad_()
-        self._best = {name: value[index] for name, value in self._best.items()}
         self._moments = [moment[index] for moment in self._moments]
         self._models = [self._models[row] for row in rows]
         self._rates, self._steps = [self._rates[row] for row in rows], [self._steps[row] for row in rows]

@@ -13,7 +13,7 @@ from raysubset.data import Examples
 from raysubset.models import copied, generators_restored
 from raysubset.tasks import Spec
 from raysubset.training.evaluation import predict
-from raysubset.training.minimizing import minimize
+from raysubset.training.loop import minimize
 from raysubset.training.progress import Progress
 from raysubset.training.records import DivergedError
 

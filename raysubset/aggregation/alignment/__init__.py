@@ -5,5 +5,3 @@ soup = aligned_soup(minima, model, examples, config.minimize, matching="activati
 
 from raysubset.aggregation.alignment.soup import aligned_soup
 from raysubset.aggregation.alignment.tracing import trace_units
-
-__all__ = ["aligned_soup", "trace_units"]

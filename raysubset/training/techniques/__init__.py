@@ -2,5 +2,3 @@
 
 from raysubset.training.techniques.chosen import Techniques
 from raysubset.training.techniques.distillation import Distillation
-
-__all__ = ["Techniques", "Distillation"]

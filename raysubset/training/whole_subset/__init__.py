@@ -5,5 +5,3 @@ minimize(model, examples, MinimizeConfig(optimizer="cg", epochs=100, gradient_to
 """
 
 from raysubset.training.whole_subset.driver import minimize_whole
-
-__all__ = ["minimize_whole"]
