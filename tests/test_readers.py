@@ -568,7 +568,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str, kind: st
     else:
         with pa.ipc.new_stream(path, table.schema) as writer:
             writer.write_table(table)
-    with pytest.raises(ValueError, match=rf"set\{kind} has several columns {name}: give each a name of its own"):
+    with pytest.raises(ValueError, match=rf"set\{kind} has several columns {name!r}: give each a name of its own"):
         load(path)
 
 

@@ -22,7 +22,7 @@ from raysubset.data.labels import UNLABELLED, as_labels, is_string, number_class
 from raysubset.data.layout import some
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import JoinedTables, join_tables, unpickles
+from raysubset.data.tables import JoinedTables, join_tables, numbers_of, refuse_unreadable
 from raysubset.events import Note
 from raysubset.tasks.columns import TableInputs, is_time
 
@@ -120,7 +120,7 @@ def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) ->
     def needed(schema: pa.Schema, path: str) -> list[str]:
         _refuse_absent(names, schema.names, path)
         wanted = [name for name in schema.names if name in {*names, *targets}]
-        _refuse_doubles(wanted, path)
+        refuse_unreadable(schema, wanted, path)
         return wanted
 
     for members in files.layout.values():
@@ -192,17 +192,9 @@ def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
     """The columns worth reading: those that are named, and all numbers, texts and times."""
     targets = _split_names("target", config.target, schema.names) or _TARGETS
     named = {*targets, *_split_names("columns", config.columns, schema.names)}
-    for field in schema:
-        if unpickles(field.type) and field.name in named:
-            raise ValueError(f"column {field.name} of {path} holds pickled Python objects, whose reading runs code")
     needed = [field.name for field in schema if field.name in named or _is_plain(field.type)]
-    _refuse_doubles(needed, path)
+    refuse_unreadable(schema, needed, path)
     return needed
-
-
-def _refuse_doubles(names: Sequence[str], path: str) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{path} has several columns {twice[0]!r}: give each a name of its own")
 
 
 def _is_plain(type_: pa.DataType) -> bool:
@@ -276,13 +268,8 @@ def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table
     values = joined.table.column(target)
     if joined.class_names is None or not pa.types.is_integer(values.type):
         return joined.table
-    numbers, names = values.fill_null(UNLABELLED).cast(pa.int64()).to_numpy(), joined.class_names
-    wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
-    if len(wrong):
-        raise ValueError(
-            f"label {numbers[wrong[0]]} in row {wrong[0]} of {where} is out of range: {len(names)} are named"
-        )
-    named = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), names)
+    numbers = numbers_of(joined.class_names, values, where)
+    named = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), joined.class_names)
     return joined.table.set_column(joined.table.column_names.index(target), target, named)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,35 +10,6 @@ from torch import Tensor
 from raysubset.data.own_augmentation import OwnAugmentation, drawn
 from raysubset.pulse import beat
 from raysubset.tasks import Task
-
-
-class Batches(Protocol):
-    """The interface that the training loop and the evaluation need. See Examples for what each method does."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def task(self) -> Task: ...
-
-    def epoch(
-        self,
-        *,
-        order_seed: int,
-        augmentation_seed: int,
-        batch_sizes: Sequence[int],
-        first: int = 0,
-        rank: int = 0,
-        num_workers: int = 1,
-        channels_last: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def in_order(
-        self, batch_sizes: Sequence[int], *, channels_last: bool = True, dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True, eq=False)

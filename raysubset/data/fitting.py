@@ -9,9 +9,9 @@ import pyarrow as pa
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, class_numbers
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
-from raysubset.data.labels import is_string
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
+from raysubset.data.tables import is_scalar
 from raysubset.events import Note
 from raysubset.tasks import (
     Augmentation,
@@ -313,9 +313,8 @@ def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:
 
 
 def _attributes(table: pa.Table, tensors: Mapping[str, object]) -> dict[str, pa.Array]:
-    """The table's integers, truth values and texts, which subsets can be cut by."""
-    kinds = (pa.types.is_integer, pa.types.is_boolean, is_string)
-    names = [field.name for field in table.schema if any(kind(field.type) for kind in kinds)]
+    """The table's columns that subsets can be cut by."""
+    names = [field.name for field in table.schema if is_scalar(field.type)]
     return {name: table.column(name).combine_chunks() for name in names if name not in {*tensors, "row"}}
 
 

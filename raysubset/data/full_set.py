@@ -12,7 +12,7 @@ from raysubset.data.examples import Examples
 from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit
-from raysubset.data.streamed_examples import WINDOW_BYTES, StreamedExamples
+from raysubset.data.streamed_examples import WINDOW_BYTES, Batches, StreamedExamples
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
 from raysubset.quality import Quality
@@ -76,7 +76,7 @@ class FullSet:
     @overload
     def examples(
         self, split: SplitName, indices: None = None, *, device: torch.device | str = "cpu", augment: bool = False
-    ) -> Examples | StreamedExamples: ...
+    ) -> Batches: ...
 
     def examples(
         self,
@@ -85,7 +85,7 @@ class FullSet:
         *,
         device: torch.device | str = "cpu",
         augment: bool = False,
-    ) -> Examples | StreamedExamples:
+    ) -> Batches:
         """Tensors of some examples of a split, or of all, on a device; all of a streamed split are streamed.
 
         Args:

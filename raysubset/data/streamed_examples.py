@@ -151,6 +151,9 @@ class StreamedExamples:
             pixels, positions, at, first = pixels[cut:].copy(), positions[cut:], at + cut, num
 
 
+Batches = Examples | StreamedExamples  # what the training loop and the evaluation need: batches by epoch, and in order
+
+
 @dataclass(frozen=True, eq=False)
 class _Window:
     """Examples that are shuffled together."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,20 +31,29 @@ def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[st
             hint = nearest(column, schema.names)
             raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {known}{hint}")
     wanted = (config.image_column, config.label_column)
-    for field in schema:
-        if field.name in wanted and unpickles(field.type):
-            raise ValueError(f"column {field.name} of {where} holds pickled Python objects, whose reading runs code")
-    needed = [field.name for field in schema if field.name in wanted or _is_scalar(field.type)]
-    if twice := [name for name in needed if needed.count(name) > 1]:
-        raise ValueError(f"{where} has several columns {twice[0]}: give each a name of its own")
+    needed = [field.name for field in schema if field.name in wanted or is_scalar(field.type)]
+    refuse_unreadable(schema, needed, where)
     return needed
 
 
-def unpickles(kind: pa.DataType) -> bool:
+def refuse_unreadable(schema: pa.Schema, names: Sequence[str], where: str) -> None:
+    """Refuse to read columns whose values may be unpickled, or two of one name.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for field in schema:
+        if field.name in names and _unpickles(field.type):
+            raise ValueError(f"column {field.name} of {where} holds pickled Python objects, whose reading runs code")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
+
+
+def _unpickles(kind: pa.DataType) -> bool:
     """Whether a value of the type may be unpickled when it is looked at: ray.data's objects, within others too."""
     if isinstance(kind, pa.BaseExtensionType):
-        return "pickle" in kind.extension_name or unpickles(kind.storage_type)
-    return any(unpickles(kind.field(number).type) for number in range(kind.num_fields))
+        return "pickle" in kind.extension_name or _unpickles(kind.storage_type)
+    return any(_unpickles(kind.field(number).type) for number in range(kind.num_fields))
 
 
 @dataclass(frozen=True)
@@ -109,14 +118,23 @@ def _by_name(
     if extra := [name for name in names if name not in class_names]:
         listed = ", ".join(extra[:5])
         raise ValueError(f"{path} names classes that {longest} does not: {listed}: give all files one list of names")
+    found = renumbered(numbers_of(names, labels, path), names, class_names, path)
+    return pa.chunked_array([pa.array(found, mask=labels.is_null().to_numpy())])
+
+
+def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Labels that number some names: int64 [N], UNLABELLED where there is none.
+
+    Raises:
+        ValueError: for a number that no name has.
+    """
     numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
     wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
     if len(wrong):
         raise ValueError(
-            f"label {numbers[wrong[0]]} in row {wrong[0]} of {path} is out of range: {len(names)} are named"
+            f"label {numbers[wrong[0]]} in row {wrong[0]} of {where} is out of range: {len(names)} are named"
         )
-    found = renumbered(numbers, names, class_names, path)
-    return pa.chunked_array([pa.array(found, mask=labels.is_null().to_numpy())])
+    return numbers
 
 
 def _plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
@@ -156,7 +174,7 @@ def with_scalars(
     """
     table = joined.table
     labels, class_names = as_labels(table.column(config.label_column), where)
-    scalars = [field.name for field in table.schema if _is_scalar(field.type)]
+    scalars = [field.name for field in table.schema if is_scalar(field.type)]
     further = [name for name in scalars if name not in (config.image_column, config.label_column)]
     notes = joined.notes
     clashing = [name for name in further if name in RESERVED_COLUMNS]
@@ -166,7 +184,8 @@ def with_scalars(
     return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
 
 
-def _is_scalar(type_: pa.DataType) -> bool:
+def is_scalar(type_: pa.DataType) -> bool:
+    """Whether a column's values can tell subsets apart: integers, truth values and texts."""
     return pa.types.is_integer(type_) or pa.types.is_boolean(type_) or is_string(type_)
 
 
