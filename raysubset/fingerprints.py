@@ -22,6 +22,11 @@ class Entry(NamedTuple):
     stamp: str = ""  # while it is the same, the file need not be read again; "": it does
 
 
+def hasher(data: bytes = b"") -> "hashlib.blake2b":
+    """What digests are made with, begun with some bytes."""
+    return hashlib.blake2b(data, digest_size=16)
+
+
 def fingerprint(entries: Iterable[Entry]) -> pa.Table:
     """The entries, each file once, in order of their names."""
     ordered = sorted({entry.file: entry for entry in entries}.values())
@@ -54,7 +59,7 @@ def changes(old: pa.Table, new: pa.Table) -> list[str]:
 def digest(table: pa.Table) -> str:
     """Of a whole fingerprint; stamps aside."""
     text = json.dumps([entry[:3] for entry in entries(table).values()])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hasher(text.encode()).hexdigest()
 
 
 def in_words(found: list[str]) -> str:

@@ -4,7 +4,6 @@ Python's own pickles would not do: those of tensors hold addresses, those of cla
 """
 
 import dis
-import hashlib
 import pickle
 import sys
 import types
@@ -13,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raysubset.fingerprints import Entry, entries, fingerprint
+from raysubset.fingerprints import Entry, entries, fingerprint, hasher
 from raysubset.user_code import code_fingerprint
 
 _NOT_CODE = (
@@ -53,7 +52,7 @@ class _Hash:
     """A file that keeps the digest of what is written to it."""
 
     def __init__(self) -> None:
-        self.hash, self.num_bytes = hashlib.blake2b(digest_size=16), 0
+        self.hash, self.num_bytes = hasher(), 0
 
     def write(self, data: Any) -> None:
         self.hash.update(data)

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import hashlib
 import os
 import site
 import sys
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from raysubset.fingerprints import Entry, fingerprint
+from raysubset.fingerprints import Entry, fingerprint, hasher
 from raysubset.given_objects import Given, take
 
 T = TypeVar("T")
@@ -39,7 +38,8 @@ def code_fingerprint(reference: str) -> pa.Table:
     They are found by reading import statements: nothing is imported. A module that is not found is left out.
     """
     files = source_files(reference.partition(":")[0])
-    return fingerprint(Entry(name, len(data := path.read_bytes()), _digest(data)) for name, path in files.items())
+    contents = ((name, path.read_bytes()) for name, path in files.items())
+    return fingerprint(Entry(name, len(data), hasher(data).hexdigest()) for name, data in contents)
 
 
 def source_files(module: str) -> dict[str, Path]:
@@ -149,7 +149,3 @@ def _imported(path: Path, *, package: str) -> Iterator[str]:
                 name = node.args[0].value
                 if called in ("import_module", "__import__") and isinstance(name, str) and not name.startswith("."):
                     yield name
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,5 +1,6 @@
 """A table's columns as features and targets: against scikit-learn's encoders, and numbers checked by hand."""
 
+import dataclasses
 import datetime
 import json
 from decimal import Decimal
@@ -153,7 +154,7 @@ def test_a_table_that_does_not_fit_the_training_rows_is_refused(table: Any, mess
 def test_an_encoder_read_back_from_json_encodes_alike():
     table = pa.table({"age": [0.1, 2.7, None], "sex": ["f", None, "f"], "day": pa.array([1, 2, 3], pa.date32())})
     inputs, _ = fit_columns(table, table.column_names, missing="mean")
-    again = TableInputs.from_dict(json.loads(json.dumps(inputs.to_dict())))
+    again = TableInputs.from_dict(json.loads(json.dumps(dataclasses.asdict(inputs))))
     assert again == inputs
     np.testing.assert_array_equal(again.encode(table)[0], inputs.encode(table)[0])
 

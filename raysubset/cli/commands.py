@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def call(arguments: Sequence[str]) -> int:
         print("\n".join(completions(words)))
         return DONE
     again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
-    return _guarded(lambda: _dispatch(parse_command(arguments)), again=f"to go on: {again}")
+    return _guarded(lambda: _do(parse_command(arguments)), again=f"to go on: {again}")
 
 
 def run_job(arguments: Sequence[str], *, default: Config, description: str | None = None) -> int:
@@ -126,7 +126,7 @@ def _job(
 ) -> int:
     def job() -> int:
         try:
-            return _dispatch(parse(kind, arguments, default, prog=Path(sys.argv[0]).name, **options))
+            return _do(parse(kind, arguments, default, prog=Path(sys.argv[0]).name, **options))
         except HelpAsked as asked:
             asked.description = description
             raise
@@ -180,30 +180,6 @@ def _way_out(error: Exception) -> str:
         if any(f"[Errno {number}]" in str(error) for number in numbers):
             return f"; {way_out}"
     return ""
-
-
-def _dispatch(command: Command) -> int:
-    match command:
-        case Run():
-            return _run(command)
-        case Sweep():
-            return _sweep(command)
-        case Compare():
-            return _compare(command)
-        case Report():
-            return _report(command)
-        case Ls():
-            return _ls(command)
-        case Doctor():
-            return _doctor(command.config)
-        case Advise():
-            return _advise(command)
-        case Export():
-            return _export(command)
-        case Predict():
-            return _predict(command)
-        case Settings():
-            return _settings(command)
 
 
 def _run(command: Run) -> int:
@@ -342,12 +318,12 @@ def _write_page(uri: str, tell: OnEvent) -> str:
         return f"No page, as it cannot be written: {first_line(error)}"
 
 
-def _doctor(config: Config) -> int:
+def _doctor(command: Doctor) -> int:
     from raysubset.doctor import examine
 
     console = console_of(sys.stdout, soft_wrap=True)
     healthy = True
-    for check in examine(config):
+    for check in examine(command.config):
         mark = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("note", "yellow")}[check.ok]
         console.print(Text.assemble(mark, f" {check.name}: {visible(check.text)}"))
         healthy = healthy and check.ok is not False
@@ -421,6 +397,24 @@ def _settings(command: Settings) -> int:
         raise ValueError(f"--to {command.to} is there already: choose another name")
     path.write_text(text, encoding="utf-8")
     return DONE
+
+
+_WORK: Mapping[type[Command], Callable[[Any], int]] = {
+    Run: _run,
+    Sweep: _sweep,
+    Compare: _compare,
+    Report: _report,
+    Ls: _ls,
+    Doctor: _doctor,
+    Advise: _advise,
+    Export: _export,
+    Predict: _predict,
+    Settings: _settings,
+}
+
+
+def _do(command: Command) -> int:
+    return _WORK[type(command)](command)
 
 
 def _error(text: str) -> None:

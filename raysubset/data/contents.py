@@ -19,7 +19,7 @@ from raysubset.data.locations import locate
 from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note
-from raysubset.fingerprints import Entry, changes, entries, fingerprint, in_words
+from raysubset.fingerprints import Entry, changes, entries, fingerprint, hasher, in_words
 from raysubset.given_objects import is_given
 from raysubset.tasks import task_to_dict
 
@@ -99,10 +99,10 @@ def unused_settings(config: DataConfig, kind: Literal["images", "columns", "text
 def array_fingerprint(full_set: FullSet) -> pa.Table:
     """Digests of what a full set holds: tensors and further columns of each split."""
     names = full_set.task.class_names
-    found = [Entry("classes", len(names), _digest("\0".join(names).encode()))]
+    found = [Entry("classes", len(names), hasher("\0".join(names).encode()).hexdigest())]
     if is_given(full_set.name):  # a function's sets have no such entry, in runs that may be resumed
         fitted = json.dumps(task_to_dict(full_set.task)).encode()
-        found.append(Entry("what training rows decide", len(fitted), _digest(fitted)))
+        found.append(Entry("what training rows decide", len(fitted), hasher(fitted).hexdigest()))
     for name in ("train", "validation", "test"):
         split = getattr(full_set, name)
         tensors = split.arrays()
@@ -113,7 +113,7 @@ def array_fingerprint(full_set: FullSet) -> pa.Table:
                 values = split.table.column(column).to_numpy()
             else:
                 values = np.frombuffer("\0".join(map(str, split.table.column(column).to_pylist())).encode(), np.uint8)
-            digest = _hash()
+            digest = hasher()
             digest.update(f"{values.dtype} {values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
             found.append(Entry(f"{name} {column}", values.nbytes, digest.hexdigest()))
@@ -129,8 +129,8 @@ def refuse_changed_files(full_set: FullSet) -> None:
     if isinstance(full_set.train, StreamedSplit):
         system, _ = locate(full_set.train.groups.config.name)
         known = full_set.fingerprint
-        root, files = _root_and_files(known)
-        refuse_changed(full_set.name, known, _digests(system, root, files, known))
+        root = (known.schema.metadata or {})[b"root"].decode()
+        refuse_changed(full_set.name, known, _digests(system, root, list(entries(known)), known))
 
 
 def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
@@ -144,12 +144,6 @@ def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
             f"{name} changed while it was in use: {in_words(found)}: leave the data alone while they are trained on, "
             "and start over with --fresh, or under another --name"
         )
-
-
-def _root_and_files(table: pa.Table) -> tuple[str, list[str]]:
-    """The folder that a fingerprint's files lie in, and the files below it."""
-    assert table.schema.metadata is not None
-    return table.schema.metadata[b"root"].decode(), list(entries(table))
 
 
 def _digests(system: fs.FileSystem, root: str, files: list[str], known: pa.Table | None) -> pa.Table:
@@ -167,12 +161,12 @@ def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | N
         return known
     if isinstance(system, fs.LocalFileSystem):
         with open(info.path, "rb") as local:
-            return Entry(file, info.size, hashlib.file_digest(local, _hash).hexdigest(), stamp)
+            return Entry(file, info.size, hashlib.file_digest(local, hasher).hexdigest(), stamp)
     with system.open_input_file(info.path) as remote:
         tags = {key.lower(): value for key, value in (remote.metadata() or {}).items()}
         if tag := tags.get("etag"):
             return Entry(file, info.size, f"ETag {tag.decode()}", stamp)
-        digest = _hash()
+        digest = hasher()
         for part in iter(partial(remote.read, _PART_BYTES), b""):
             digest.update(part)
     return Entry(file, info.size, digest.hexdigest(), stamp)
@@ -185,11 +179,3 @@ def _stamp(system: fs.FileSystem, info: fs.FileInfo) -> str:
         found = os.stat(info.path)
         times = [found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
     return "" if max(times[:2]) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))
-
-
-def _hash() -> "hashlib.blake2b":
-    return hashlib.blake2b(digest_size=16)
-
-
-def _digest(data: bytes | memoryview) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

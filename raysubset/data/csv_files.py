@@ -8,6 +8,8 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from raysubset.tasks.columns import is_number
+
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _LARGEST_BLOCK = 2**31 - 1  # bytes
@@ -50,7 +52,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
 
 
 def _check_header(names: list[str], delimiter: str, path: str) -> None:
-    numbers = [name for name in names if _is_number(name)]
+    numbers = [name for name in names if is_number(name)]
     if numbers and (len(numbers) == len(names) or not all(name.isdigit() for name in numbers)):
         raise ValueError(
             f"the first line of {path} should name the columns, and holds {', '.join(names[:5])}: write a header there"
@@ -106,14 +108,6 @@ def _refuse_open_quote(data: bytes, delimiter: str, path: str) -> None:
 
 def _lines(data: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace", newline="")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_utf8(value: bytes) -> bool:

@@ -112,8 +112,7 @@ def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, 
     if not isinstance(returned, Mapping) or (returned and not {*returned} & {*known} and _are_arrays(returned)):
         ignored.refuse_unmet(())
         return {"train": (returned, config.name)}
-    splits = ignored.without(returned)
-    ignored.refuse_unmet(returned)
+    splits = ignored.chosen(returned)
     for name in splits:
         if name not in known:
             raise ValueError(

@@ -28,6 +28,16 @@ class Ignored:
         self._met |= met
         return bool(met)
 
+    def chosen(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
+        """The splits that no pattern names, where patterns name nothing else.
+
+        Raises:
+            ValueError: as refuse_unmet() does.
+        """
+        chosen = self.without(splits)
+        self.refuse_unmet(splits)
+        return chosen
+
     def without(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
         """The splits that no pattern names."""
         self._met |= {pattern for pattern in self._patterns if pattern in splits}

@@ -55,9 +55,7 @@ def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tu
         "train": [text for text, test in zip(texts, is_test, strict=True) if not test],
         "test": [text for text, test in zip(texts, is_test, strict=True) if test],
     }
-    ignored = Ignored(config)
-    chosen = ignored.without(splits)
-    ignored.refuse_unmet(splits)
+    chosen = Ignored(config).chosen(splits)
     version = ".".join(map(str, sys.version_info[:2]))
     notes = [
         Note(
@@ -75,14 +73,11 @@ def read_named(config: DataConfig) -> Source:
     Raises:
         ValueError: if its files are missing, damaged, or cannot be downloaded.
     """
-    ignored = Ignored(config)
     if config.name == "digits":
-        ignored.refuse_unmet(())
+        Ignored(config).refuse_unmet(())
         return {"train": _digits(config)}
-    names: dict[SplitName, bool] = {"train": True, "test": False}
-    chosen = ignored.without(names)
-    ignored.refuse_unmet(names)
-    return {name: _torchvision(config, train=is_train) for name, is_train in chosen.items()}
+    splits: dict[SplitName, bool] = {"train": True, "test": False}
+    return {name: _torchvision(config, train=is_train) for name, is_train in Ignored(config).chosen(splits).items()}
 
 
 def _digits(config: DataConfig) -> SourceSplit:

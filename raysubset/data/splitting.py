@@ -49,31 +49,24 @@ def carve_splits(
     end = " from the end" if at_end else ""
     notes: list[Note] = []
     rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in strata.items()}
+    lacking: dict[SplitName, float] = {"test": config.test_fraction, "validation": config.validation_fraction}
+    for name, fraction in lacking.items():
+        if name in strata:
+            continue
+        train = rows["train"]
+        if at_end:
+            num = max(1, round(len(train) * fraction))
+            rows["train"], rows[name] = train[:-num], train[-num:]
+        else:
+            seed = derive_seed(config.split_seed, name)
+            kept, carved = carve(strata["train"][train], fraction=fraction, seed=seed)
+            rows["train"], rows[name] = train[kept], train[carved]
     if "test" not in strata:
-        rows["train"], rows["test"] = _carve(
-            "test", config.test_fraction, strata["train"], rows["train"], config, at_end
-        )
-        num, share = len(rows["test"]), config.test_fraction
+        share, num = config.test_fraction, len(rows["test"])
         text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off{end} for testing"
         notes.append(Note(text))
-    if "validation" not in strata:
-        fraction = config.validation_fraction
-        rows["train"], rows["validation"] = _carve(
-            "validation", fraction, strata["train"], rows["train"], config, at_end
-        )
-    else:
+    if "validation" in strata:
         num = len(rows["validation"])
         text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
         notes.append(Note(text))
     return rows, notes
-
-
-def _carve(
-    name: SplitName, fraction: float, strata: np.ndarray, rows: np.ndarray, config: DataConfig, at_end: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that remain for training, and those carved off for another split."""
-    if at_end:
-        num = max(1, round(len(rows) * fraction))
-        return rows[:-num], rows[-num:]
-    kept, carved = carve(strata[rows], fraction=fraction, seed=derive_seed(config.split_seed, name))
-    return rows[kept], rows[carved]

@@ -33,10 +33,7 @@ class Classification(InputsTask[CrossEntropy | SquaredError]):
     is_share = True
 
     def spec(self) -> Spec:
-        return Spec(tuple(self.inputs.shape), (len(self.class_names),), getattr(self.inputs, "num_values", None))
-
-    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.inputs.batch(rows, draws), rows["label"]
+        return self.spec_of(len(self.class_names))
 
     def targets(self, rows: Rows) -> Tensor:
         return rows["label"]
@@ -48,7 +45,7 @@ class Classification(InputsTask[CrossEntropy | SquaredError]):
         return {"accuracy": sums["num_correct"] / num}
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.argmax(1) == targets
+        return self.measure(outputs, targets)["correct"]
 
     def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         return rows["label"]

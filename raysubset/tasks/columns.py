@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -141,16 +141,12 @@ class TableInputs:
             notes.append(Note(text, is_warning=True))
         return features, tuple(notes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, tree: Any) -> "TableInputs":
-        """The inverse of to_dict().
+        """The inverse of dataclasses.asdict().
 
         Raises:
-            ValueError: for anything that to_dict() does not give.
+            ValueError: for anything that it does not give.
         """
         inputs = from_tree(cls, tree, "inputs.", noun="field")
         names = [column.name for column in inputs.columns]
@@ -359,13 +355,14 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
     """ "'?' in row 7 of … stands among numbers" where half of the texts, at least, are numbers, else ""."""
     values = texts.to_pylist()
-    stray = [number for number, text in enumerate(values) if text is not None and not _is_number(text)]
+    stray = [number for number, text in enumerate(values) if text is not None and not is_number(text)]
     if not stray or len(stray) > len(values) / 2:
         return ""
     return f"{values[stray[0]]!r} {place.of(stray[0])} stands among numbers"
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text says one."""
     try:
         float(text)
     except ValueError:

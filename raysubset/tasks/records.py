@@ -40,7 +40,7 @@ def task_to_dict(task: Task) -> dict[str, Any]:
         case Regression():
             own = {"target_names": task.target_names, "mean": task.mean, "std": task.std}
         case NextToken():
-            own = {"vocabulary": task.vocabulary.to_dict(), "window": task.window}
+            own = {"vocabulary": dataclasses.asdict(task.vocabulary), "window": task.window}
         case _:
             return {"task": task.to_dict()}
     if not isinstance(task, NextToken):

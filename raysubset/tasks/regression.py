@@ -36,10 +36,7 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
     quality = "r2"
 
     def spec(self) -> Spec:
-        return Spec(tuple(self.inputs.shape), (len(self.target_names),), getattr(self.inputs, "num_values", None))
-
-    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.inputs.batch(rows, draws), rows["target"]
+        return self.spec_of(len(self.target_names))
 
     def targets(self, rows: Rows) -> Tensor:
         return rows["target"]

@@ -229,6 +229,13 @@ class InputsTask(LossTask[L]):
 
     inputs: Any  # ImageInputs, TableInputs or TensorInputs: what a task says
 
+    def spec_of(self, num_outputs: int) -> Spec:
+        """Of these inputs, where an example has one row of outputs."""
+        return Spec(tuple(self.inputs.shape), (num_outputs,), getattr(self.inputs, "num_values", None))
+
+    def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.inputs.batch(rows, draws), self.targets(rows)
+
     @property
     def augmentation(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inputs.augmentation

@@ -1,7 +1,7 @@
 """Texts as numbers of tokens, bytes or characters, and windows of them to learn the next token from."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -66,16 +66,12 @@ class Vocabulary:
         table = self.characters + _UNKNOWN_TEXT
         return "".join(table[number] for number in numbers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, tree: Any) -> "Vocabulary":
-        """The inverse of to_dict().
+        """The inverse of dataclasses.asdict().
 
         Raises:
-            ValueError: for anything that to_dict() does not give.
+            ValueError: for anything that it does not give.
         """
         vocabulary = from_tree(cls, tree, "vocabulary.", noun="field")
         characters = vocabulary.characters
