@@ -8,6 +8,12 @@ def plain(model, inputs, targets, task, generator):
     return task.loss(outputs, targets), outputs
 
 
+def loud(model, inputs, targets, task, generator):
+    """A loss whose gradients overflow half precision, as it is scaled at first."""
+    outputs = model(inputs)
+    return 100 * task.loss(outputs, targets), outputs
+
+
 def by_parts(model, inputs, targets, task, generator):
     """As plain(), layer by layer: what wraps the network's forward() sees nothing."""
     features = inputs

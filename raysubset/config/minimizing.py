@@ -174,8 +174,9 @@ class MinimizeConfig:
     """Whole-subset optimizers: stop when the gradient's largest element is at most this."""
     target_loss: Annotated[float | None, "[0, ∞)"] = None
     """Stop when the subset's own mean loss over an epoch is at most this."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 is mixed precision; auto: on CUDA cards that have it, float32 elsewhere."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """bfloat16 and float16 are mixed precision; auto: bfloat16 on CUDA cards that have it, float32 elsewhere. float16,
+    for cards that have not, scales the loss (torch.amp.GradScaler), and leaves out steps whose gradients overflow."""
     channels_last: bool = True
     """Memory layout of images and convolutions: 1.7 times as fast as the default layout on one CPU thread."""
     compile: bool = False
@@ -247,8 +248,14 @@ class MinimizeConfig:
             f"learning_rate = {self.learning_rate}: {self.optimizer} takes that share of its full step, at most 1",
         )
         need(
-            not whole or self.precision != "bfloat16",
-            f"{self.optimizer} needs more digits of the loss than bfloat16 has: set --minimize.precision=float32",
+            not whole or self.precision not in ("bfloat16", "float16"),
+            f"{self.optimizer} needs more digits of the loss than {self.precision} has: set "
+            "--minimize.precision=float32",
+        )
+        need(
+            self.precision != "float16" or self.extrapolation.kind == "none",
+            f"minimize.extrapolation.kind={self.extrapolation.kind} goes by other steps' gradients, which float16 "
+            "scales otherwise: set --minimize.precision to float32 or bfloat16",
         )
         for name in _VARIATIONS:
             kind = getattr(self, name).kind

@@ -43,6 +43,9 @@ def card_bytes(*, num_gpus: float) -> int | None:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) -> AbstractContextManager[object]:
     """The context of a forward pass, to be entered as often as needed; auto: bfloat16 on CUDA cards that have it.
 
@@ -52,14 +55,14 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
         precision: the recipe's.
 
     Raises:
-        ValueError: if bfloat16 is asked for with parameters that autocast leaves as they are.
+        ValueError: if half precision is asked for with parameters that autocast leaves as they are.
     """
-    if precision == "bfloat16" and dtype != torch.float32:
+    if precision in _HALVES and dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"minimize.precision=bfloat16 needs float32 parameters; these are {name}: set it to auto")
+        raise ValueError(f"minimize.precision={precision} needs float32 parameters; these are {name}: set it to auto")
     supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = precision == "bfloat16" or (precision == "auto" and supported and dtype == torch.float32)
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+    half = torch.bfloat16 if precision == "auto" and supported and dtype == torch.float32 else _HALVES.get(precision)
+    return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

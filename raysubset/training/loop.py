@@ -95,6 +95,7 @@ def minimize(
     network = techniques.data_parallel(device)
     forward = torch.compile(network) if recipe.compile else network
     precision = mixed_precision(device, dtype, recipe.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     loss_sum = torch.zeros((), dtype=widest_dtype(device), device=device)
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
@@ -107,6 +108,7 @@ def minimize(
             "position": [progress.step // per_epoch, progress.step],
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
             "loss_sum": loss_sum.item(),
             "num_summed": num_summed,
             "history": [record.to_dict() for record in progress.history],
@@ -139,7 +141,7 @@ def minimize(
             loss = task.loss(widened(outputs), targets)
             if distillation is not None and taught is not None:
                 loss = distillation.mixed(loss, widened(outputs), taught, task)
-        loss.backward(torch.full_like(loss, weight))
+        loss.backward(scaler.scale(torch.full_like(loss, weight)))
         loss_sum += loss.detach()
         return outputs.detach()
 
@@ -152,6 +154,7 @@ def minimize(
         if state is not None:
             model.load_state_dict(state["model"])
             load_optimizer_state(optimizer, state["optimizer"])
+            scaler.load_state_dict(state.get("scaler", {}))
             first_step = progress.step = state["position"][1]
             progress.history = [EpochRecord(**record) for record in state["history"]]
             loss_sum.fill_(state["loss_sum"])
@@ -194,9 +197,11 @@ def minimize(
                 outputs = in_parts(forward_and_backward, inputs, targets, weight, num_parts=num_parts, network=network)
             shard.check_gradients(parameters)
             techniques.after_backward()
+            scaler.unscale_(optimizer)
             if recipe.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            optimizer.step()
+            scaler.step(optimizer)  # not one whose gradients are not finite
+            scaler.update()
 
             num_summed += batch_sizes[batch]
             num_seen += batch_sizes[batch]

@@ -42,6 +42,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
     if recipe.accumulation > 1:
         return "minimize.accumulation passes one network's batch in parts"
+    if recipe.precision == "float16":
+        return "minimize.precision=float16 scales the loss of one network"
     if recipe.compile:
         return "minimize.compile is for one network"
     if has_dropout(model):
