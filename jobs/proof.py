@@ -17,9 +17,10 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           distillation, shrink-perturb, streamed and sweep. All digests lack a decision that is no longer made.
           Since tasks the comparison's legs have other keys, as configs have new fields; no number of it changed; its
           runs count reads from storage. A sweep's settings have losses before and after fine-tuning since issue 12.
+          Planned passes are sums over legs, rounded once: the last digit of planned_passes differs in rounds and lbfgs.
           default             d05331154ae324da
           conventional        3d9e7b2cacd9610a
-          rounds              8a2f1708b4bdd423
+          rounds              f07fabe19b746d50
           averaged states     afcf1a21418845f4
           fisher              361052ef493dfa7a
           regmean             ed37bff3ac7964a2
@@ -29,7 +30,7 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           aligned soup        e34aefd5a77c9835
           pswa, extrapolated  8cff7a8cc0967ac1
           wus                 d39f5e9c2a22f298
-          lbfgs               543c9f142c11e936
+          lbfgs               0920a6bda7a0d8f3
           two trunk workers   d513fa61c1c70a61
           distillation        acfea05d06469b52
           shrink-perturb      c7b2f2c6fbcef5cc
@@ -37,7 +38,7 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           streamed            bac911f1d72e7310
           comparison          fca597c649d04fda
           sweep               04e1b79c4af0d3e5
-          all                 2ea4f3ad8e37ebcf
+          all                 of the next whole run
 """
 
 import argparse

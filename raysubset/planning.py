@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,9 @@ from raysubset.data import FullSet
 from raysubset.errors import first_line
 from raysubset.events import Note, Step
 from raysubset.fingerprints import digest
+from raysubset.legs import Drawing, Leg, critical_path
 from raysubset.models import architecture, has_batch_norm, num_parameters
+from raysubset.run_directory import RunDirectory
 from raysubset.soundness import findings, most_workers, refuse_unfit_methods
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
@@ -26,7 +30,7 @@ from raysubset.training import (
     minimizing_bytes,
 )
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
-from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, round_spans, seeded_model, start_note, subsample_size
+from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
 
@@ -48,6 +52,10 @@ class Plan:
     critical_path_passes: float  # likewise, if every subset had a device of its own
     most_workers: int  # that can share the batches of fine-tuning
 
+    def drawing(self, config: Config, place: RunDirectory | str | None, **more: Any) -> Drawing:
+        """What draws the legs of a config that this is the plan of."""
+        return Drawing(config, place, [len(subset.indices) for subset in self.subsets], self.statistics, **more)
+
 
 def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | None = None) -> Plan:
     """Cut the first round's subsets, equal or in proportion to the shares, and say what to expect of them.
@@ -66,8 +74,9 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
     without = refuse_unfit_methods(config, full_set, model)
-    twice = method_of(config.aggregation).needs.parts  # one after the other, on one device
-    least = subsample_size(config, min(sizes)) if twice else min(sizes)
+    least = min(sizes)
+    if method_of(config.aggregation).needs.parts:
+        least = subsample_size(config, least)
     most = most_workers(config, full_set, model, least_subset=least)
     found = [*start_note(config, full_set), *without, *findings(config, full_set, model)]
     statistics, lines = _statistics(config, full_set, model)
@@ -77,17 +86,18 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
             missing = missing_class_warnings(subsets, full_set.strata, len(names))
         measuring = _measuring_advice(config, full_set, sizes, model, share)
         lines = [*advice(num_train, sizes, num_outputs, num), *missing, *measuring, *lines]
-    worked = [size + subsample_size(config, size) for size in sizes] if twice else sizes
-    epochs = config.rounds.num * config.minimize.epochs / num_train
-    around = config.trunk.epochs + config.fine_tuning.epochs
-    if config.fine_tuning.distillation:  # every minimum of the last round passes all batches forward
-        around += Cost(num_forward=len(sizes)).passes(1, share) * config.fine_tuning.epochs
-    passes, critical_path_passes = around + sum(worked) * epochs, around + max(worked) * epochs
+    drawing = Drawing(config, None, sizes, statistics)
+    legs = list(drawing.legs())
+
+    def measure(leg: Leg) -> float:  # with what teachers add, who pass all batches of fine-tuning forward
+        num_teachers = len(leg.members) if leg.stage == "fine_tuning" else 0
+        return leg.passes(num_train) + leg.epochs * Cost(num_forward=num_teachers).passes(1, share)
+
+    passes, critical_path_passes = math.fsum(map(measure, legs)), critical_path(legs, measure)
     if config.method == "conventional":
-        own = len(full_set.train) + len(full_set.validation) + len(full_set.test)  # the conventional run's evaluation
-        own += _averaging_forward(config.stage("conventional", epochs=passes), num_train, model)
-        evaluation = _evaluation(config, full_set, sizes, statistics, model) + Cost(num_forward=-own)
-        equal = passes + evaluation.passes(num_train, share)
+        evaluation = sum((_evaluation(leg, full_set, model) for leg in legs), Cost())
+        own = _evaluation(drawing.conventional(passes, num_workers=1), full_set, model)
+        equal = passes + (evaluation + Cost(num_forward=-own.num_forward)).passes(num_train, share)
         passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
     return Plan(
         subsets=subsets,
@@ -111,22 +121,15 @@ def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int, num_
         at_once: actors that the cluster has, or can have, room for.
         num_workers: of fine-tuning.
     """
+    drawing = plan.drawing(config, None)
     if config.method == "conventional":
-        yield Step("conventional", 0, plan.passes, 1, config.conventional.num_workers)
-        yield Step("test", 0, 0.0, 1, 1)
-        return
-    if config.trunk.epochs:
-        yield Step("trunk", 0, config.trunk.epochs, 1, config.trunk.num_workers)
-    sizes = [len(subset.indices) for subset in plan.subsets]
-    parts = [subsample_size(config, size) for size in sizes] if method_of(config.aggregation).needs.parts else []
-    num = config.rounds.num
-    for round, (begin, end) in enumerate(round_spans(config, num)):
-        epochs = config.minimize.epochs * num * (end - begin)
-        for stage, of_stage in (("subsets", sizes), ("subsamples", parts)):
-            if of_stage:
-                yield Step(stage, round, epochs * sum(of_stage) / num_train, len(of_stage), at_once)
-    if config.fine_tuning.epochs:
-        yield Step("fine_tuning", 0, config.fine_tuning.epochs, 1, max(1, num_workers))
+        legs = iter([drawing.conventional(plan.passes, num_workers=config.conventional.num_workers)])
+    else:
+        legs = (leg for leg in drawing.legs(num_workers=max(1, num_workers)) if leg.kind != "aggregate")
+    for (stage, round), group in groupby(legs, lambda leg: (leg.told_stage, leg.round)):
+        of_stage = list(group)
+        passes, first = math.fsum(leg.passes(num_train) for leg in of_stage), of_stage[0]
+        yield Step(stage, round, passes, len(of_stage), first.num_workers if first.subset is None else at_once)
     yield Step("test", 0, 0.0, 1, 1)
 
 
@@ -155,49 +158,37 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
     return kinds, [Note(f"the Fisher's sum over {num} outputs is estimated from {SAMPLED_TERMS} draws an example")]
 
 
-def _evaluation(
-    config: Config, full_set: FullSet, sizes: list[int], statistics: tuple[str, ...], model: nn.Module
-) -> Cost:
-    """What subset pretraining of this config works beside training, if no work is lost.
+def _evaluation(leg: Leg, full_set: FullSet, model: nn.Module) -> Cost:
+    """What a leg works beside its training, if no work is lost.
 
-    A greedy soup is counted as if every member were tried; fine-tuning as if by one worker; alignment as if each member
-    passed the calibration examples twice.
-
-    Args:
-        sizes: of the subsets.
+    A greedy soup is counted as if every member were tried; Ray Train jobs as if of one worker; alignment as if each
+    member passed the calibration examples twice.
     """
-    num_train, num_validation = len(full_set.train), len(full_set.validation)
-    sample, aggregation = min(CALIBRATION_EXAMPLES, num_train), _aggregation_forward(config, full_set, sizes, model)
-    recipe, parts = config.stage("subsets"), sizes
-    if method_of(config.aggregation).needs.parts:
-        parts = [*sizes, *(subsample_size(config, size) for size in sizes)]
-    num_measured = sum(map(config.rounds.evaluated, range(config.rounds.num)))
-    forward = num_measured * (sum(size + num_validation for size in parts) + aggregation) + len(full_set.test)
-    forward += config.rounds.num * sum(_averaging_forward(recipe, size, model) for size in parts)
-    if config.trunk.epochs:
-        forward += num_train + num_validation + _averaging_forward(config.stage("trunk"), num_train, model)
-    if config.fine_tuning.epochs:
-        recipe = config.stage("fine_tuning")
-        forward += _num_turns(recipe) * num_validation + sample + num_validation
-        forward += _averaging_forward(recipe, num_train, model)
-    total = Cost(num_forward=forward)
-    for size in sizes * config.rounds.num:
-        taken = min(size, config.aggregation.statistics_examples or size)
-        if "gram" in statistics:
-            total += Cost(num_forward=taken)
-        if "fisher" in statistics:
-            labels = config.aggregation.fisher_labels
-            total += fisher_cost(taken, num_parameters(model), full_set.task, labels=labels)
-    return total
+    config, num_validation = leg.config, len(full_set.validation)
+    if leg.kind == "aggregate":
+        num = sum(not member.is_subsample for member in leg.members)
+        return Cost(num_forward=_aggregation_forward(config, full_set, num, model) if leg.measures else 0)
+    size, recipe = leg.size or len(full_set.train), config.stage(leg.stage, epochs=leg.epochs)
+    cost = Cost(num_forward=_averaging_forward(recipe, size, model))
+    if leg.stage == "fine_tuning":
+        cost += Cost(num_forward=(_num_turns(recipe) + 1) * num_validation + min(CALIBRATION_EXAMPLES, size))
+    elif leg.measures:
+        cost += Cost(num_forward=size + num_validation)
+    taken = min(size, config.aggregation.statistics_examples or size)
+    if "gram" in leg.statistics:
+        cost += Cost(num_forward=taken)
+    if "fisher" in leg.statistics:
+        cost += fisher_cost(taken, num_parameters(model), full_set.task, labels=config.aggregation.fisher_labels)
+    return cost
 
 
-def _aggregation_forward(config: Config, full_set: FullSet, sizes: list[int], model: nn.Module) -> int:
-    """Examples that the aggregation of a round that is measured passes forward, counted as in _evaluation()."""
+def _aggregation_forward(config: Config, full_set: FullSet, num: int, model: nn.Module) -> int:
+    """Examples that the aggregation of so many minima passes forward if it is measured, counted as in _evaluation()."""
     num_validation, sample = len(full_set.validation), min(CALIBRATION_EXAMPLES, len(full_set.train))
     one = Forward(sample, sample * has_batch_norm(model), num_validation)
     tried, forward = methods_tried(config), sample + num_validation
-    if len(sizes) > 1:
-        forward = sample + sum(method.needs.forward(len(sizes), one) for method in tried.values())
+    if num > 1:
+        forward = sample + sum(method.needs.forward(num, one) for method in tried.values())
         forward += (one.refreshing + num_validation) * ("uniform_soup" not in tried)  # which is always reported
     if config.rounds.has_outer_step():
         forward += one.refreshing + num_validation
@@ -211,7 +202,7 @@ def _measuring_advice(
     rounds, num_train = config.rounds, len(full_set.train)
     if rounds.num == 1 or method_of(config.aggregation).needs.validation:
         return []
-    forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, sizes, model)
+    forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, len(sizes), model)
     measured, trained = (
         Cost(num_forward=forward).passes(num_train, share),
         max(sizes) * config.minimize.epochs / num_train,

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, pars
 from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.legs import Leg, closure, critical_path
-from raysubset.planning import make_plan
+from raysubset.legs import Drawing, Leg, closure, critical_path
+from raysubset.planning import Plan, make_plan
 from raysubset.work import subsample_size
 from tests.test_report import minimum
 
@@ -34,17 +36,18 @@ def leg(
 ) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
-    left = statistics_of(config)
-    shape = {"sizes": SIZES, "num_train": NUM_TRAIN, "num_workers": 4}
-    return final_leg(arm, config, budget, statistics=left, legs_path=legs_path, **shape)
+    plan = SimpleNamespace(drawing=partial(Drawing, sizes=SIZES, statistics=statistics_of(config)))
+    return final_leg(arm, config, budget, cast(Plan, plan), num_train=NUM_TRAIN, num_workers=4, legs_path=legs_path)
 
 
 def trained(one: Leg) -> float:
-    """Passes of training of one leg."""
+    """Passes of training of one leg, by what its key says of it and not by the drawing's sizes."""
     if one.kind == "aggregate":
         return 0.0
     size = NUM_TRAIN if one.subset is None else SIZES[one.subset]
-    return one.epochs * (subsample_size(one.config, size) if one.is_subsample else size) / NUM_TRAIN
+    passes = one.epochs * (subsample_size(one.config, size) if one.is_subsample else size) / NUM_TRAIN
+    assert one.passes(NUM_TRAIN) == passes
+    return passes
 
 
 SAVGM = "G:aggregation.method=savgm,aggregation.savgm_fraction=0.2,rounds.num=2"
@@ -57,8 +60,8 @@ def test_every_arm_trains_for_its_budget_in_total(key: str):
 
 def test_the_critical_path_of_disjoint_minima_is_one_subset_long():
     # default proportions: trunk 1, subsets 8 epochs of a quarter each, fine-tuning 2: 11 passes, 5 of them in a row
-    assert critical_path(leg("H", 11.0), trained) == pytest.approx(5.0)
-    assert critical_path(leg("D", 4.0), trained) == pytest.approx(4.0)
+    assert critical_path(closure(leg("H", 11.0)), trained) == pytest.approx(5.0)
+    assert critical_path(closure(leg("D", 4.0)), trained) == pytest.approx(4.0)
 
 
 def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_device():
@@ -66,7 +69,7 @@ def test_savgm_minimizes_on_a_part_of_each_subset_after_its_minimum_on_the_same_
     last = leg(SAVGM, 21.2)
     parts = [one for one in closure(last) if one.is_subsample]
     assert len(parts) == 2 * len(SIZES)
-    assert critical_path(last, trained) == pytest.approx(2 * 8 * 1.2 / 4 + 2)
+    assert critical_path(closure(last), trained) == pytest.approx(2 * 8 * 1.2 / 4 + 2)
     fraction = leg(SAVGM.replace("savgm_fraction=0.2", "savgm_fraction=0.3"), 21.2)
     assert not set(parts) & set(closure(fraction))
 
@@ -108,7 +111,7 @@ def test_rounds_are_a_chain_whose_schedule_is_one():
     members = [one for one in closure(last) if one.subset == 0]
     assert [one.span for one in members] == [(0.0, 0.5), (0.5, 1.0)]
     assert members[1].predecessor == members[0]
-    assert critical_path(last, trained) == pytest.approx(1 + 2 * 8 / 4 + 2)
+    assert critical_path(closure(last), trained) == pytest.approx(1 + 2 * 8 / 4 + 2)
 
 
 def test_rounds_are_measured_as_the_config_says_and_share_what_that_does_not_change():

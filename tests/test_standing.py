@@ -20,7 +20,7 @@ def test_arms_fill_in_with_means_over_seeds_and_the_best_at_the_largest_budget_t
         for seed in (0, 1)
     }
     for (arm, budget, _), leg in legs.items():
-        standing.expect(arm, [leg], [], 100, budget)
+        standing.expect(arm, [leg], 100, budget)
     standing.note_settings("B", "0.1")
     for key, value in ((("B", 1.0, 0), 0.5), (("B", 1.0, 1), 0.7), (("G", 1.0, 0), 0.9), (("B", 2.0, 0), None)):
         standing.note_done(legs[key].key, {"accuracy": value})

@@ -1,15 +1,13 @@
 """The arms of a comparison: what conventional training, its controls and subset pretraining do with a budget."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from raysubset.aggregation import method_of
-from raysubset.config import Config, TrainingStage, parse_value
-from raysubset.legs import Leg, Start
-from raysubset.work import round_spans, subsample_size
+from raysubset.config import Config, parse_value
+from raysubset.legs import Leg
+from raysubset.planning import Plan
 
 Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
 Role = Literal["baseline", "control", "candidate"]
@@ -110,103 +108,40 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
     }
     if arm.letter == "C":
         changes["minimize.epoch_fraction"] = RS2_FRACTION
-    if arm.letter == "G":
-        changes["trunk.epochs"] = 0.0
     if arm.letter == "I":
         times = num_workers * arm.overrides.get("minimize.accumulation", 1)
         changes |= {
             "minimize.learning_rate": settings.learning_rate * times,
             "minimize.batch_size": settings.batch_size * times,
         }
-    return config.with_overrides(changes | dict(arm.overrides))
+    shape: dict[str, Any] = {} if arm.letter in "ABCHI" else {"trunk.epochs": 0.0}
+    if arm.letter in "DEF":
+        shape["rounds.num"] = 1
+    return config.with_overrides(changes | dict(arm.overrides) | shape)
 
 
 def final_leg(
-    arm: Arm,
-    config: Config,
-    budget: float,
-    *,
-    sizes: Sequence[int],
-    statistics: tuple[str, ...],
-    num_train: int,
-    num_workers: int,
-    legs_path: str,
+    arm: Arm, config: Config, budget: float, plan: Plan, *, num_train: int, num_workers: int, legs_path: str
 ) -> Leg:
     """The last leg of an arm, which leads back to all others.
 
-    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total. Stages on
-    the full set are done as in a run: by Ray Train where the config gives them several workers. Where it leaves their
-    number open one actor fine-tunes, so that the legs of several arms are done side by side.
+    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total. They are
+    done as in a run: by Ray Train where the config gives them several workers. Where it leaves their number open one
+    actor fine-tunes, so that the legs of several arms are done side by side.
 
     Args:
-        config: arm_config()'s.
-        sizes: of the subsets.
-        statistics: kinds that the members of G and H leave for the aggregation.
+        config: arm_config()'s, and plan its plan.
         num_train: examples of the full set.
         num_workers: of I.
         legs_path: where legs have their directories.
     """
-    fresh, new_leg = Start("fresh"), partial(Leg, legs_path)
-
-    def on_full_set(stage: TrainingStage, epochs: float, start: Start, num_workers: int) -> Leg:
-        kind = "train" if num_workers > 1 else "minimize"
-        return new_leg(kind, config, stage, epochs, start, num_workers=num_workers)
-
-    if arm.letter in ("A", "B", "C"):
-        return on_full_set("conventional", budget, fresh, 1)
-    if arm.letter == "I":
-        return new_leg("train", config, "conventional", budget, fresh, num_workers=num_workers)
-    trunk, tuning = config.trunk.epochs if arm.letter == "H" else 0.0, config.fine_tuning.epochs
-    used = range(len(sizes)) if arm.letter in "GH" else range(1)
-    rounds = config.rounds.num if arm.letter in "GH" else 1
-    twice = method_of(config.aggregation).needs.parts and arm.letter in "GH"  # on a part of each subset once more
-    worked = sum(sizes[i] + (subsample_size(config, sizes[i]) if twice else 0) for i in used)
-    total = trunk + tuning + rounds * config.minimize.epochs * worked / num_train
-    scale = budget / total
-    start = fresh
-    if trunk:
-        start = Start("warm", on_full_set("trunk", trunk * scale, fresh, config.trunk.num_workers))
-    members: tuple[Leg, ...] = ()
-    parts: tuple[Leg, ...] = ()
-    for round, (begin, end) in enumerate(round_spans(config, rounds)):
-        share = rounds * (end - begin) if config.rounds.lengths == "quadratic" else 1.0
-        measures = ("validation",) if rounds == 1 or config.rounds.evaluated(round) else ()
-        keeps = round > 0 and config.rounds.optimizer_state == "keep"
-        members = tuple(
-            new_leg(
-                "minimize",
-                config,
-                "subsets",
-                config.minimize.epochs * scale * share,
-                start,
-                round=round,
-                subset=subset,
-                span=(begin, end),
-                predecessor=members[subset] if keeps else None,
-                statistics=statistics if arm.letter in "GH" else (),
-                measures=measures,
-            )
-            for subset in used
-        )
-        if twice:
-            parts = tuple(dataclasses.replace(member, members=(member,), is_subsample=True) for member in members)
-        last = (
-            members[0]
-            if arm.letter in "DEF"
-            else new_leg(
-                "aggregate",
-                config,
-                "subsets",
-                0.0,
-                start,
-                round=round,
-                members=members + parts,
-                measures=measures,
-            )
-        )
-        start = Start("warm", last)
-    if not tuning:
-        assert start.leg is not None
-        return start.leg
-    start = dataclasses.replace(start, kind=config.fine_tuning.start)
-    return on_full_set("fine_tuning", tuning * scale, start, config.fine_tuning.workers(auto=1))
+    drawing = plan.drawing(config, legs_path, is_lean=True)
+    if arm.letter in "ABCI":
+        return drawing.conventional(budget, num_workers=num_workers if arm.letter == "I" else 1)
+    if arm.letter in "DEF":
+        drawing = replace(drawing, sizes=drawing.sizes[:1], statistics=(), aggregates=False)
+    legs = list(drawing.legs())
+    around = sum(leg.epochs for leg in legs if leg.size is None)
+    total = around + math.fsum(leg.epochs * leg.size for leg in legs if leg.size is not None) / num_train
+    *_, last = replace(drawing, scale=budget / total).legs(num_workers=config.fine_tuning.workers(auto=1))
+    return last

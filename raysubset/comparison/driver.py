@@ -303,22 +303,13 @@ class _Comparison:
 
     def _expect(self, arm: Arm, legs: Iterable[Leg], budget: float = 0.0) -> None:
         if self._standing is not None:
-            sizes = [len(subset.indices) for subset in self._plans[arm.key].subsets]
-            self._standing.expect(arm.key, legs, sizes, self._num_train, budget)
+            self._standing.expect(arm.key, legs, self._num_train, budget)
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """An arm's last leg."""
-        plan = self._plans[arm.key]
-        return final_leg(
-            arm,
-            arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers),
-            budget,
-            sizes=[len(subset.indices) for subset in plan.subsets],
-            statistics=plan.statistics,
-            num_train=self._num_train,
-            num_workers=self._num_workers,
-            legs_path=self._legs_path,
-        )
+        config = arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers)
+        shape = {"num_train": self._num_train, "num_workers": self._num_workers, "legs_path": self._legs_path}
+        return final_leg(arm, config, budget, self._plans[arm.key], **shape)
 
     def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
         """An arm's last legs by budget and seed."""

@@ -160,7 +160,7 @@ def _leg_records(finals: Finals) -> Record:
     return {
         leg.key: {
             "kind": leg.kind,
-            "stage": "subsamples" if leg.is_subsample else leg.stage,
+            "stage": leg.told_stage,
             "round": leg.round,
             "subset": leg.subset,
             "num_workers": leg.num_workers,
@@ -215,10 +215,10 @@ class _Legs:
             "leg": leg.key,
             "error": None,
             "passes": cost.passes(self._num_train, self._plan.forward_share),
-            "critical_path_passes": critical_path(leg, lambda one: self.passes(one) / one.num_workers),
+            "critical_path_passes": critical_path(legs, lambda one: self.passes(one) / one.num_workers),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,
-            "critical_path_s": critical_path(leg, lambda one: sum(work.wall_s for work in self.works(one))),
+            "critical_path_s": critical_path(legs, lambda one: sum(work.wall_s for work in self.works(one))),
             "num_network_bytes": sum(work.num_network_bytes for work in works),
             "storage_reads": sum(map(self.reads, legs)),
             "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
@@ -337,7 +337,7 @@ def _sent(leg: Leg, legs: _Legs, plan: Plan) -> tuple[int, int]:
     for one in closure(leg):
         if one.kind == "aggregate":
             sent, num_exchanges = sent + exchange_bytes(plan.num_bytes, len(one.members)), num_exchanges + 1
-        elif one.kind == "train":
+        elif one.num_workers > 1:
             num_steps, each = total_cost(legs.works(one)).num_steps, one.config.minimize.bytes_a_gradient
             sent += num_steps * all_reduce_bytes(plan.num_parameters, one.num_workers, each=each)
             num_exchanges += num_steps

@@ -31,12 +31,11 @@ class ArmsStanding:
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
 
-    def expect(self, arm: str, legs: Iterable[Leg], sizes: Sequence[int], num_train: int, budget: float = 0.0) -> None:
+    def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float = 0.0) -> None:
         """Note last legs of an arm that are to be done; of a budget, unless they are for its tuning."""
         for last in legs:
             for leg in closure(last):
-                share = 1.0 if leg.subset is None else sizes[leg.subset] / num_train
-                self._arms_of[leg.key][arm] = leg.epochs * share
+                self._arms_of[leg.key][arm] = leg.passes(num_train)
             if budget:
                 self._finals[last.key].append((arm, budget))
 

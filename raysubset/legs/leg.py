@@ -1,8 +1,8 @@
-"""Legs: the steps arms are made of, each named by all that its result depends on, so that arms share equal ones."""
+"""Legs: the pieces of work that runs and arms are made of, each with what it needs; equal ones have one name."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,8 @@ from raysubset.run_directory import RunDirectory, momentum_path, optimizer_path
 from raysubset.training import Measure
 from raysubset.work import TEST_PATH, AggregatePiece, Output, Piece, TestPiece
 
-StartKind = Literal["fresh", "warm", "shrink_perturb", "reinit"]
+LegKind = Literal["minimize", "aggregate", "train"]
+StartKind = Literal["fresh", "independent", "warm", "shrink_perturb", "reinit"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class Start:
 class Leg:
     """A minimization in one process, an aggregation, or a Ray Train job."""
 
-    legs_path: str  # where it has a run directory of its own, as all others do
-    kind: Literal["minimize", "aggregate", "train"]
+    place: RunDirectory | str | None
+    """Its run's directory, in which it has a folder; or the path below which it has a directory of its own, named by
+    all that its result depends on; None: it is only planned."""
+    kind: LegKind
     config: Config
     stage: TrainingStage
     epochs: float  # of what it minimizes on
     start: Start
+    size: int | None = None  # examples that it minimizes on, as planned; None: the full set
     round: int = 0
     subset: int | None = None  # None: the full set
     span: tuple[float, float] = (0.0, 1.0)  # of the schedule
@@ -51,7 +55,11 @@ class Leg:
 
     @cached_property
     def key(self) -> str:
-        """A digest of all that shapes the result; legs with equal keys are one piece of work."""
+        """A digest of all that shapes the result; in a run, its name. Legs with equal keys are one piece of work."""
+        if not isinstance(self.place, str):
+            if self.kind == "aggregate":
+                return f"round-{self.round:04d}"
+            return self.stage if self.subset is None else f"{self.told_stage}-{self.round}-{self.subset}"
         tree = flatten(self.config.to_dict())
         shaping = {name: value for name, value in tree.items() if shapes_result(name) and self._depends_on(name)}
         own: dict[str, Any] = {
@@ -94,7 +102,8 @@ class Leg:
     @cached_property
     def directory(self) -> RunDirectory:
         """Where it leaves what it makes."""
-        return RunDirectory(self.legs_path, self.key)
+        assert self.place is not None
+        return RunDirectory(self.place, self.key) if isinstance(self.place, str) else self.place
 
     @cached_property
     def piece(self) -> Piece | AggregatePiece:
@@ -102,7 +111,8 @@ class Leg:
         return self._aggregation() if self.kind == "aggregate" else self._minimization()
 
     def _minimization(self) -> Piece:
-        seed_id = {"fresh": "initial", "reinit": "fine_tuning"}.get(self.start.kind)
+        seed_ids = {"fresh": "initial", "reinit": "fine_tuning", "independent": f"independent-{self.subset}"}
+        seed_id = seed_ids.get(self.start.kind)
         start = None if seed_id else self.start.leg
         before = self.predecessor and self.predecessor._minimization()
         return Piece(
@@ -166,6 +176,15 @@ class Leg:
         before = () if self.predecessor is None else (self.predecessor,)
         return (*self.start.legs, *self.members, *before)
 
+    @property
+    def told_stage(self) -> str:
+        """What events, records and the ledger call its stage."""
+        return "subsamples" if self.is_subsample else self.stage
+
+    def passes(self, num_train: int) -> float:
+        """What it trains for, in passes over a full set of so many examples."""
+        return self.epochs if self.size is None else self.epochs * self.size / num_train
+
     def __hash__(self) -> int:
         return hash(self.key)
 
@@ -192,9 +211,9 @@ def closure(leg: Leg) -> Iterator[Leg]:
     yield from visit(leg)
 
 
-def critical_path(leg: Leg, measure: Callable[[Leg], float]) -> float:
-    """The largest sum of a measure along any chain of legs that ends with this one: as if each had its own device."""
+def critical_path(legs: Iterable[Leg], measure: Callable[[Leg], float]) -> float:
+    """The largest sum of a measure along any chain of the legs, inputs first: as if each had its own device."""
     longest: dict[str, float] = {}
-    for one in closure(leg):
+    for one in legs:
         longest[one.key] = measure(one) + max((longest[before.key] for before in one.inputs), default=0.0)
-    return longest[leg.key]
+    return max(longest.values())

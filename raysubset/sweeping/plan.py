@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
-from raysubset.legs import Leg, Start
-from raysubset.training import MEASURES
+from raysubset.legs import Drawing, Leg
 
 CONVENTIONAL = "conventional"  # the method of a sweep's baseline
 _OWN = ("name", "storage_path", "seed", "method", "cluster.")  # of the sweep as a whole
@@ -146,10 +145,7 @@ def trunk_leg(config: Config, legs_path: str) -> Leg:
         actors=dataclasses.replace(config.actors, quorum=None, max_num=None),
         cluster=config.cluster,
     )
-    trunk, kind = config.trunk, "train" if config.trunk.num_workers > 1 else "minimize"
-    return Leg(
-        legs_path, kind, alone, "trunk", trunk.epochs, Start("fresh"), num_workers=trunk.num_workers, measures=MEASURES
-    )
+    return Drawing(alone, legs_path).trunk()
 
 
 def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:

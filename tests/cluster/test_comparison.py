@@ -103,9 +103,8 @@ def test_an_arm_ends_at_the_bits_of_a_run_with_its_settings(report: ComparisonRe
     arm, (result, _) = parse_arm(SAVGM), runs(report, SAVGM)
     base = Config(name="digits", storage_path=str(tmp_path))
     config = arm_config(arm, base, Settings(0.1, 64), seed=result["seed"], num_workers=2)
-    sizes = [len(subset.indices) for subset in make_plan(config, load_full_set(config.data)).subsets]
-    shape = {"sizes": sizes, "statistics": (), "num_train": NUM_TRAIN, "num_workers": 2}
-    last = final_leg(arm, config, 2.0, legs_path=f"{storage}/digits/legs", **shape)
+    shape = {"num_train": NUM_TRAIN, "num_workers": 2, "legs_path": f"{storage}/digits/legs"}
+    last = final_leg(arm, config, 2.0, make_plan(config, load_full_set(config.data)), **shape)
     assert last.key == result["leg"]
     epochs = {
         f"{'minimize' if leg.stage == 'subsets' else leg.stage}.epochs": leg.epochs
@@ -195,8 +194,8 @@ def baseline(
     config: Config, budget: float, *, arm: Arm | None = None, num_workers: int = 2, legs_path: str = ""
 ) -> Leg:
     """The one leg of arm B, or of another with one."""
-    shape = {"sizes": (), "statistics": (), "num_train": NUM_TRAIN, "num_workers": num_workers}
-    return final_leg(arm or parse_arm("B"), config, budget, legs_path=legs_path, **shape)
+    shape = {"num_train": NUM_TRAIN, "num_workers": num_workers, "legs_path": legs_path}
+    return final_leg(arm or parse_arm("B"), config, budget, make_plan(config, load_full_set(config.data)), **shape)
 
 
 def runner_of(config: Config, tell: OnEvent) -> LegRunner:
