@@ -98,7 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "packed": {"subsets.per_actor": 2},
     "streamed": {"data.streamed": True, **FINE_TUNED},
 }
-UNTOLD = {  # what tells of time, place or machine, and words
+UNTOLD = {  # what tells of time, place or machine, and words; bytes go by which actor was free
     "advice",
     "by_bandwidth",
     "config",
@@ -120,6 +120,7 @@ UNTOLD = {  # what tells of time, place or machine, and words
     "node",
     "notes",
     "num_gpus",
+    "num_network_bytes",
     "peak_bytes",
     "recommendation",
     "s_per_pass",

@@ -1,9 +1,38 @@
-"""What work costs, in counts that can be added, and bytes as a person reads them. No torch: a report needs both."""
+"""What work costs, in counts that can be added, and bytes as a person reads them. No torch: a report needs both.
 
+count_bytes(4096)     # wherever a file or an object of the store comes or goes
+taken_bytes()         # what this thread has moved since it was last asked: of the piece of work that it ends
+"""
+
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from raysubset.config import from_tree
+
+
+class _Moved(threading.local):
+    num_bytes = 0
+
+
+_MOVED = _Moved()
+
+
+def count_bytes(num: int) -> None:
+    """Note that this thread has sent or fetched so many bytes, by storage or by the object store."""
+    _MOVED.num_bytes += num
+
+
+def moved_bytes() -> int:
+    """Return what this thread has moved since taken_bytes()."""
+    return _MOVED.num_bytes
+
+
+def taken_bytes() -> int:
+    """Return what this thread has moved since this was last asked for."""
+    num, _MOVED.num_bytes = _MOVED.num_bytes, 0
+    return num
+
 
 FORWARD_SHARE = 1 / 3  # of a pass, of deep networks: a backward pass costs about twice a forward pass
 

@@ -229,8 +229,7 @@ def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> It
 
 
 def _memory(full_set: FullSet, needed: int) -> Iterator[Check]:
-    table = sum(split.num_bytes for split in (full_set.train, full_set.validation, full_set.test))
-    store = object_store_bytes()
+    table, store = full_set.num_bytes, object_store_bytes()
     text = f"the data set takes {bytes_in_words(table)} of each node's object store"
     yield Check("memory", None if table > 0.8 * store else True, f"{text}; the smallest has {bytes_in_words(store)}")
     text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(needed)}"

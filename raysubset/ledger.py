@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 
 from raysubset.config import from_tree
-from raysubset.costs import Cost
+from raysubset.costs import Cost, taken_bytes
 from raysubset.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ class Work:
     waited_s: float = 0.0  # queued before the start
     error: str | None = None
     num_workers: int = 1
-    num_network_bytes: int = 0  # sent over the network or to the object store
+    num_network_bytes: int = 0
+    """What its processes have sent or fetched, each transfer once, as if each had a node of its own: files of weights,
+    optimizer states, statistics and checkpoints, whatever the storage; from the object store the full set and start
+    weights; and gradients. Records (some kB of JSON), and a streamed set's reads, are not in it."""
 
     @property
     def path(self) -> str:
@@ -137,7 +140,8 @@ class Ledger:
 
         def close(cost: Cost, outcome: Outcome = "done", error: str | None = None) -> None:
             closed.append(outcome)
-            self.write(replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error))
+            ended = replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error)
+            self.write(replace(ended, num_network_bytes=taken_bytes()))
 
         try:
             yield close

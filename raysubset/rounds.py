@@ -55,7 +55,6 @@ class Rounds:
         if (done := self._done(round)) is not None:
             self._tidy(round)
             return Output.of_aggregate(directory, round), done
-        start = start.weights() if isinstance(start, Output) else start
         sizes = sorted({len(subset.indices) for subset in subsets})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
@@ -66,14 +65,15 @@ class Rounds:
                 round,
             )
         )
-        pieces = [self._piece(round, subset, start_id) for subset in subsets]
+        lies, given = (start, None) if isinstance(start, Output) else (None, start)  # actors read what lies there
+        pieces = [self._piece(round, subset, start_id, lies) for subset in subsets]
         parts: list[Piece] = []
-        pieces = self._find_minima(pool, pieces, start)
+        pieces = self._find_minima(pool, pieces, given)
         if method_of(config.aggregation).needs.parts:
-            parts = self._on_subsamples(pool, subsets, pieces, start)
+            parts = self._on_subsamples(pool, subsets, pieces, given)
             done = {part.subset_id for part in parts}
             pieces = [piece for piece in pieces if piece.subset_id in done]
-        made = self._aggregate(pool, round, pieces, parts, start)
+        made = self._aggregate(pool, round, pieces, parts, given, lies)
         self._tidy(round)
         return made
 
@@ -107,7 +107,7 @@ class Rounds:
         for path in (minima_folder(round), subsamples_folder(round)):
             self._directory.delete(path)
 
-    def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights) -> list[Piece]:
+    def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights | None) -> list[Piece]:
         """Those whose minima are found: all, but with a quorum."""
         config, round = self._config, pieces[0].round
         if round and config.rounds.optimizer_state != "reset":
@@ -123,7 +123,7 @@ class Rounds:
         )
 
     def _on_subsamples(
-        self, pool: ActorPool, subsets: tuple[Subset, ...], pieces: list[Piece], start: Weights
+        self, pool: ActorPool, subsets: tuple[Subset, ...], pieces: list[Piece], start: Weights | None
     ) -> list[Piece]:
         """Minimize on a part of each subset too, from the same start; those that are done."""
         fraction, by_id = self._config.aggregation.savgm_fraction, {subset.id: subset for subset in subsets}
@@ -137,7 +137,7 @@ class Rounds:
             parts.append(dataclasses.replace(part, send="float32", optimizer=None))
         return self._find_minima(pool, parts, start)
 
-    def _piece(self, round: int, subset: Subset, start_id: str) -> Piece:
+    def _piece(self, round: int, subset: Subset, start_id: str, start: Output | None) -> Piece:
         """The work on one subset."""
         independent = self._config.subsets.start == "independent"
         slots = self._decisions.slots
@@ -150,6 +150,7 @@ class Rounds:
             indices=subset.indices,
             epochs=self._epochs(round),
             schedule_span=self._spans[round],
+            start=None if independent else start,
             start_id=f"independent-{subset.id}" if independent else start_id,
             node_speed=slot_of(slots, subset.id).speed if slots else None,
             statistics=self._plan.statistics,
@@ -200,12 +201,19 @@ class Rounds:
         return list(left)
 
     def _aggregate(
-        self, pool: ActorPool, round: int, pieces: list[Piece], parts: list[Piece], start: Weights
+        self,
+        pool: ActorPool,
+        round: int,
+        pieces: list[Piece],
+        parts: list[Piece],
+        start: Weights | None,
+        lies: Output | None,
     ) -> tuple[Output, dict[str, Any]]:
         """One set of weights of a round's minima, by an actor; written down before it is used.
 
         Args:
             pieces: whose minima they are; parts on a part of the same subsets, if any.
+            start: what they started from, or `lies` where it lies.
         """
         config, directory = self._config, self._directory
         self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima", round))
@@ -225,6 +233,7 @@ class Rounds:
             tuple(dataclasses.replace(piece, indices=None) for piece in pieces),
             round,
             parts=tuple(dataclasses.replace(part, indices=None) for part in parts),
+            start=lies,
             momentum=momentum,
             measures=MEASURES if config.rounds.evaluated(round) else (),
             more={"minima": records} | ({"subsamples": others} if parts else {}),

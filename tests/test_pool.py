@@ -304,7 +304,6 @@ MINIMUM = {
     "files": {},
     "cost": {"num_forward": 3, "num_backward": 3, "num_steps": 1, "device_s": 0.1},
     "history": [],
-    "num_bytes_sent": 0,
     "round": 0,
     "attempt": 0,
 }

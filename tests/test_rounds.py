@@ -2,14 +2,18 @@
 
 import itertools
 import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
 from raysubset.config import Config
+from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
@@ -22,8 +26,12 @@ from raysubset.run_directory import (
     optimizer_path,
     subsamples_folder,
 )
+from raysubset.run_directory import directory as stored
+from raysubset.run_directory.patience import Patience, Patient
+from raysubset.run_directory.recent import Recent
+from raysubset.subset_actors import Pack
 from raysubset.training import Weights, learning_rate_at, why_not_packed
-from raysubset.work import Minimizer, Piece, Run, round_spans, seeded_model
+from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, round_spans, seeded_model
 from tests.test_matrix import InProcess
 from tests.tiny import same_bits
 
@@ -43,11 +51,15 @@ def config_of(**overrides: Any) -> Config:
     return Config().with_overrides(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def rounds_of(config: Config, folder: Path, name: str = "run", *, per_actor: int = 1) -> tuple[Rounds, Run]:
-    full_set, directory = load_full_set(*config.learned), RunDirectory(str(folder), name)
+def rounds_in(config: Config, directory: RunDirectory, *, per_actor: int = 1) -> tuple[Rounds, Run]:
+    full_set = load_full_set(*config.learned)
     opened = Run(config, directory, full_set, [], lambda event: None)
     decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: per_actor)
     return Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), opened
+
+
+def rounds_of(config: Config, folder: Path, name: str = "run", *, per_actor: int = 1) -> tuple[Rounds, Run]:
+    return rounds_in(config, RunDirectory(str(folder), name), per_actor=per_actor)
 
 
 def run_of(
@@ -149,22 +161,85 @@ def test_muon_s_momenta_are_kept_reset_or_averaged_over_rounds_packed_or_one_by_
     assert not same_bits(alone, others)
 
 
-@pytest.mark.parametrize(("send", "share"), [("bfloat16", 0.5), ("int8", 0.25)])
-def test_rounds_of_sent_differences_end_near_those_of_weights_and_the_ledger_counts_fewer_bytes(
-    tmp_path: Path, send: str, share: float
+class Counted(Patient):
+    """A storage on a local disk that counts the bytes of tensors' files, by the process that moves them."""
+
+    def __init__(self) -> None:
+        super().__init__(pafs.LocalFileSystem(), Patience("counted"))
+        self.moved: Counter[str] = Counter()
+        self.process = "driver"
+
+    def write(self, path: str, data: Any) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._count(path, len(data))
+        super().write(path, data)
+
+    def read(self, path: str) -> bytes:
+        data = super().read(path)
+        self._count(path, len(data))
+        return data
+
+    def _count(self, path: str, num_bytes: int) -> None:
+        if path.endswith((".safetensors", ".pt")):
+            self.moved[self.process] += num_bytes
+
+
+class Processes(InProcess):
+    """Actors, one a subset, that remember what a process of their own would; the first of them aggregates."""
+
+    def __init__(self, run: Run, storage: Counted, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(run)
+        self._storage, self._patch = storage, patch
+        self._minimizers: dict[int, Minimizer] = defaultdict(
+            lambda: Minimizer(lambda: self.opened.full_set, num_gpus=0, node="here")
+        )
+        self._recent: dict[int, Recent] = defaultdict(Recent)
+
+    def run(self, packs: Sequence[Pack], start: Weights | None, **_: Any) -> Iterator[Any]:
+        for pack in packs:
+            piece = pack.pieces[0]
+            number = piece.subset_id if isinstance(piece, Piece) else None
+            self._storage.process = f"actor {number or 0}"
+            self._patch.setattr(stored, "RECENT", self._recent[number or 0])
+            taken_bytes()
+            if isinstance(piece, AggregatePiece):
+                record: Any = leave_aggregate(self.opened.full_set, 0, piece, start, node="here")[1]
+            else:
+                assert isinstance(piece, Piece)
+                (record,) = self._minimizers[number or 0].minimize([piece], start, attempts=[0], waited_s=0.0)
+            self._storage.process = "driver"
+            self._patch.setattr(stored, "RECENT", Recent())
+            yield piece, record
+
+
+@pytest.mark.parametrize("state", ["keep", "reset", "average"])
+@pytest.mark.parametrize("send", ["float32", "bfloat16", "int8"])
+def test_the_ledger_has_each_byte_that_rounds_move_and_no_driver_moves_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, send: str
 ) -> None:
+    config = config_of(rounds__send=send, rounds__optimizer_state=state, rounds__evaluate_every=2, rounds__num=4)
+    storage, remote = Counted(), RunDirectory("counted://storage", "run")
+    remote.__dict__["_place"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
+    rounds, opened = rounds_in(config, remote)
+    actors = Processes(opened, storage, monkeypatch)
+    start: Any = seeded_model(config, opened.full_set).state_dict()
+    by_round: list[int] = []
+    for round in range(4):
+        before = storage.moved.total()
+        start, _ = rounds.run(cast(Any, actors), round, start, f"start-{round}")
+        by_round.append(storage.moved.total() - before)
+    counted = [sum(w.num_network_bytes for w in Ledger(remote).read() if w.round == round) for round in range(4)]
+    assert counted == by_round
+    assert storage.moved["driver"] == 0
+    assert same_bits(start.weights(), run_of(config, tmp_path / "local")[0])
+
+
+@pytest.mark.parametrize("send", ["bfloat16", "int8"])
+def test_rounds_of_sent_differences_end_near_those_of_weights(tmp_path: Path, send: str) -> None:
     whole, _ = run_of(config_of(rounds__num=2), tmp_path, name="whole")
-    weights, records = run_of(config_of(rounds__num=2, rounds__send=send), tmp_path)
+    weights, _ = run_of(config_of(rounds__num=2, rounds__send=send), tmp_path)
     moved = max(float((whole[name] - weights[name]).abs().max()) for name in whole if "num_batches" not in name)
     assert 0 < moved < 0.02
-    sent = [record["minima"][0]["num_bytes_sent"] for record in records]
-    num_bytes = sum(value.nbytes for value in whole.values())
-    assert sent[1] == 2 * num_bytes, "the last round's minima are left as they are"
-    statistics = sum(value.nbytes for name, value in whole.items() if "running" in name or "num_batches" in name)
-    scales = 4 * sum("running" not in name and "num_batches" not in name for name in whole) * (send == "int8")
-    assert sent[0] == num_bytes + statistics + share * (num_bytes - statistics) + scales
-    works = {work.round: work for work in Ledger(RunDirectory(str(tmp_path), "run")).read() if work.subset == 0}
-    assert [works[round].num_network_bytes for round in range(2)] == sent
 
 
 def test_a_damaged_last_aggregate_is_made_again_of_what_is_kept(tmp_path: Path) -> None:

@@ -267,10 +267,8 @@ def test_a_piece_finds_start_examples_and_optimizer_where_others_left_them(
     files = {trunk.weights_path: trunk.directory.write_weights(trunk.weights_path, start)}
     trunk.directory.write_json(trunk.record_path, first | {"files": files})
     one = piece(elsewhere, 1, start=trunk)
-    (record,) = minimizer(full_set).minimize([one], None, attempts=[0], waited_s=0.0)
+    minimizer(full_set).minimize([one], None, attempts=[0], waited_s=0.0)
     assert same_bits(*(stored_weights(run, weights_path(one.folder)) for run in (directory, elsewhere)))
-    assert isinstance(record, dict)
-    assert record["num_bytes_sent"] == 2 * sum(tensor.nbytes for tensor in start.values())
     assert not same_bits(perturbed(CONFIG, full_set, start), start)
     changed = piece(RunDirectory(str(tmp_path), "changed"), 1, start=trunk, is_perturbed=True)
     assert same_bits(changed.start_weights(full_set) or {}, perturbed(CONFIG, full_set, start))

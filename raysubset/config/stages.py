@@ -47,7 +47,8 @@ class RoundsConfig:
     many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
     send: Literal["float32", "bfloat16", "int8"] = "float32"
     """What members of all rounds but the last send: their weights, or differences from the round's start in 16 bits,
-    or in 8 with a scale a tensor. The start is sent to them as it is."""
+    or in 8 with a scale a tensor; with fewer than 32 their optimizer states are left in 16. The start is sent to them
+    as it is."""
     keep_minima: Annotated[int | None, "[0, ∞)"] = 1
     """Rounds, counted from the last, whose minima stay on disk; 0: none once the run is finished, which leaves a run of
     a thousand subsets some twenty files; null: all. A damaged older file costs all since."""

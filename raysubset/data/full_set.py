@@ -48,6 +48,11 @@ class FullSet:
         return self.task.spec()
 
     @property
+    def num_bytes(self) -> int:
+        """Of its splits, in the object store of each node."""
+        return sum(split.num_bytes for split in (self.train, self.validation, self.test))
+
+    @property
     def quality(self) -> Quality:
         """The metric that verdicts go by."""
         return self.task.measured_by

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysubset.cluster import own_address, published
 from raysubset.config import TrainingStage, derive_seed
+from raysubset.costs import count_bytes, moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.fine_tuning.job import FOLDER, Job
@@ -167,7 +168,10 @@ class _Worker:
         self._stage: TrainingStage = job.stage
         self._full_set: FullSet = full_set
         self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
-        model = self._network(ray.get(job.start_ref[0]))
+        start = ray.get(job.start_ref[0])
+        if alone is None:
+            count_bytes(full_set.num_bytes + sum(tensor.nbytes for tensor in start.values()))
+        model = self._network(start)
         self._shard = shard = replace(shard, leaves_out=self._leaves_out(model))
         self._syncs_batch_norm = config.fine_tuning.sync_batch_norm and device.type == "cuda" and shard.num > 1
         if self._syncs_batch_norm:
@@ -190,7 +194,7 @@ class _Worker:
             patience=job.recipe.watched_patience(),
             keeps_best=job.stage == "fine_tuning" and config.fine_tuning.keep == "best",
         )
-        self._measured = Cost()
+        self._measured, self._num_bytes_before = Cost(), taken_bytes()
         self._started = self._heard_at = self._saved_at = time.perf_counter()
         self._work: Work | None = None
         if shard.rank == 0:
@@ -247,14 +251,14 @@ class _Worker:
                 )
         except Exception as error:
             if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not what others lost
-                failed = replace(self._work, outcome="failed", ended_at=time.time(), error=one_line(error))
-                Ledger(self._directory).write(replace(failed, cost=self._cost(so_far)))
+                failed = replace(self._told(self._work, so_far), outcome="failed", error=one_line(error))
+                Ledger(self._directory).write(replace(failed, ended_at=time.time()))
             raise
         if self._work is None:
             return None
         if self._alone and result.outcome == "stopped":
-            stopped = replace(self._work, outcome=self._alone.follower.outcome(), ended_at=time.time())
-            Ledger(self._directory).write(replace(stopped, cost=self._cost(result.cost)))
+            stopped = replace(self._told(self._work, result.cost), outcome=self._alone.follower.outcome())
+            Ledger(self._directory).write(replace(stopped, ended_at=time.time()))
             return None
         return self._leave_result(self._work, result.outcome, result.cost)
 
@@ -292,7 +296,9 @@ class _Worker:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            state = load_checkpoint(Path(folder, STATE_FILE).read_bytes())
+            data = Path(folder, STATE_FILE).read_bytes()
+            count_bytes(self._shard.num * len(data))
+            state = load_checkpoint(data)
             own_path = Path(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
             if own_path.exists():
                 state["own"] = load_checkpoint(own_path.read_bytes())
@@ -315,7 +321,7 @@ class _Worker:
         now, ledger = time.perf_counter(), Ledger(self._directory)
         if now - self._heard_at >= ledger.heartbeat_s:
             self._heard_at = now
-            ledger.write(replace(work, cost=self._cost(progress.cost)))
+            ledger.write(self._told(work, progress.cost))
 
     def _is_due(self) -> bool:
         """Whether actors.checkpoint_s have gone since the last checkpoint, of a worker that need not ask others."""
@@ -329,7 +335,7 @@ class _Worker:
         metrics = {"epoch": progress.epoch, "loss": progress.loss}
         if self._alone:
             assert self._work is not None
-            Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))  # before: it is counted
+            Ledger(self._directory).write(self._told(self._work, progress.cost))  # before: it is counted
             state = self._state(progress)
             if stop or not starts_over(self._recipe, state):  # a loop that would start over gets no further by one
                 self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
@@ -343,7 +349,7 @@ class _Worker:
                 assert self._work is not None
                 _write(folder, STATE_FILE, self._state(progress))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                Ledger(self._directory).write(replace(self._work, cost=self._cost(progress.cost)))
+                Ledger(self._directory).write(self._told(self._work, progress.cost))
             elif own := progress.capture()["own"]:
                 _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -354,6 +360,17 @@ class _Worker:
 
     def _cost(self, minimized: Cost) -> Cost:
         return replace(minimized + self._measured, device_s=(time.perf_counter() - self._started) * self._shard.num)
+
+    def _told(self, work: Work, minimized: Cost) -> Work:
+        """The ledger entry so far. Bytes are of all workers: what they fetched at the start, the weights that the first
+        gives the others, what it leaves, and a ring all-reduce a step: an upper bound where minimize.skipping freezes
+        weights. Left out is what is small: sums that are shared, and what further workers leave of their own."""
+        others = self._shard.num - 1
+        given = others * sum(tensor.nbytes for tensor in self._model.state_dict().values())
+        each = self._recipe.bytes_a_gradient * num_parameters(self._model)
+        reduced = minimized.num_steps * 2 * others * each
+        num_bytes = self._shard.num * self._num_bytes_before + given + moved_bytes() + reduced
+        return replace(work, cost=self._cost(minimized), num_network_bytes=num_bytes)
 
     def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> dict[str, Any]:
         """Measure and leave the weights, close the ledger entry, and leave the record, which is returned."""
@@ -373,11 +390,7 @@ class _Worker:
             "files": {weights_path(self._stage): self._directory.write_weights(weights_path(self._stage), weights)},
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
-        # A ring all-reduce a step; an upper bound where minimize.skipping freezes weights.
-        each = self._recipe.bytes_a_gradient * num_parameters(self._model)
-        sent = minimized.num_steps * 2 * (self._shard.num - 1) * each
-        cost = self._cost(minimized)
-        work = replace(work, cost=cost, outcome="done", ended_at=time.time(), num_network_bytes=sent)
+        work = replace(self._told(work, minimized), outcome="done", ended_at=time.time())
         Ledger(self._directory).write(work)  # before the record, without which all of this would be done again
         self._directory.write_json(minimum_path(self._stage), record)
         for path in self._directory.list(self._stage):
@@ -431,7 +444,8 @@ def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:
     """A file of a checkpoint."""
     with Path(folder, name).open("wb") as file:
-        save_checkpoint(state, Sink(file))
+        save_checkpoint(state, sink := Sink(file))
+    count_bytes(sink.num_bytes)
 
 
 def _weights_of(directory: RunDirectory, folder: str) -> Weights:

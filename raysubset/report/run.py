@@ -384,7 +384,7 @@ def _costs(record: Record) -> Section:
         ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
         ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
         ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
-        ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "weights and gradients; the data set apart"),
+        ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "files, gradients, start weights, the data set"),
         ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
     lines = []

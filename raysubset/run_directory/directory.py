@@ -21,10 +21,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysubset.config import differences, of_now
+from raysubset.costs import count_bytes
 from raysubset.errors import CorruptFile
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
+from raysubset.run_directory.recent import RECENT, WRITTEN
 from raysubset.run_directory.seals import BLANK, MARK, Seal, Sink, fill, flaw_by_itself, has_length, seal_of
 from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.uris import refuse_ambiguous, shown
@@ -63,7 +65,6 @@ class RunDirectory:
         self.name = name
         self.local_path = None if mark else Path(self.storage_path, name)
         self._patience = Patience(self.shown_storage_path.partition("?")[0])
-        self._verified: set[tuple[Any, ...]] = set()  # versions of local files that are known to match their seals
 
     @classmethod
     def at(cls, uri: str) -> "RunDirectory":
@@ -232,7 +233,7 @@ class RunDirectory:
         """
         from raysubset.run_directory.weights_files import to_safetensors
 
-        with self._sealing(path) as sink:
+        with self._sealing(path, is_kept=True) as sink:
             for part in to_safetensors(weights, metadata):
                 sink.write(part)
         return sink.seal()
@@ -240,22 +241,33 @@ class RunDirectory:
     def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """On the CPU; CorruptFile where they are gone or are not what the record that names them says.
 
+        What this process has written or read of late is not fetched again.
+
         Args:
             files: of that record: seals by path.
         """
         import safetensors.torch
 
+        seal = files.get(path)
+        known = RECENT.find(self.uri, path, seal)
         with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError):
             if self.local_path:  # mapped: to read 45 MB into memory takes eight times as long as to average them
                 with (self.local_path / path).open("rb") as file:
-                    status, seal = os.fstat(file.fileno()), files.get(path)
-                    if (version := (path, seal, status.st_size, status.st_mtime_ns)) not in self._verified:
-                        self._check(path, _mapped(file, status.st_size), seal)
-                        self._verified.add(version)
-                return safetensors.torch.load_file(self.local_path / path)
-            data = self.read_bytes(path)
-            self._check(path, data, files.get(path))
-            return safetensors.torch.load(data)
+                    status = os.fstat(file.fileno())
+                    version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
+                    if version != known:
+                        self._check(path, _mapped(file, num_bytes), seal)
+                        RECENT.keep(self.uri, path, seal, num_bytes, version)
+                weights = safetensors.torch.load_file(self.local_path / path)
+            else:
+                data = self.read_bytes(path) if known is None else known
+                num_bytes = len(data)
+                if known is None:
+                    self._check(path, data, seal)
+                    RECENT.keep(self.uri, path, seal, num_bytes, data)
+                weights = safetensors.torch.load(data)
+        count_bytes(num_bytes if known is None else 0)
+        return weights
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
         """save_checkpoint(); `position`, a list such as [epoch, step], orders checkpoints. Its seal."""
@@ -264,24 +276,31 @@ class RunDirectory:
         return sink.seal()
 
     @contextlib.contextmanager
-    def _sealing(self, path: str, *, is_durable: bool = True) -> Iterator[Sink]:
-        """write_bytes() of parts as they come."""
+    def _sealing(self, path: str, *, is_durable: bool = True, is_kept: bool = False) -> Iterator[Sink]:
+        """write_bytes() of parts as they come, counted; read_weights() finds what is kept."""
+        content: Any = WRITTEN
         if self.local_path:
             with _replaced(Path(self._at(path)[1]), is_durable=is_durable) as file:
-                yield Sink(file)
-            return
-        with io.BytesIO() as buffer:
-            yield Sink(buffer)
-            with buffer.getbuffer() as data:
-                self.write_bytes(path, data)
+                yield (sink := Sink(file))
+        else:
+            with io.BytesIO() as buffer:
+                yield (sink := Sink(buffer))
+                content = buffer.getvalue()  # no copy: nothing is written any more
+            self.write_bytes(path, content)
+        count_bytes(sink.num_bytes)
+        if is_kept:
+            RECENT.keep(self.uri, path, sink.seal(), sink.num_bytes, content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
         """load_checkpoint(); FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
         if not self.local_path:
+            data = self.read_bytes(path)
+            count_bytes(len(data))
             with self._corrupt(path, ValueError):
-                return load_checkpoint(self.read_bytes(path))
+                return load_checkpoint(data)
         with (self.local_path / path).open("rb") as file, self._corrupt(path, ValueError):
-            return load_checkpoint(_mapped(file, os.fstat(file.fileno()).st_size))
+            count_bytes(num_bytes := os.fstat(file.fileno()).st_size)
+            return load_checkpoint(_mapped(file, num_bytes))
 
     def write_table(self, path: str, table: pa.Table, *, is_durable: bool = True) -> Seal:
         """Parquet that holds a digest of itself; its seal, for a record that names it."""

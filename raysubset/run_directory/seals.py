@@ -23,13 +23,13 @@ class Sink:
     """A file that is digested while it is written, so that nobody has to hold or read it as a whole for its seal."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._num_bytes = file, hashlib.sha256(), 0
+        self._file, self._digest, self.num_bytes = file, hashlib.sha256(), 0
 
     def write(self, part: bytes | memoryview) -> int:
         """Append bytes."""
         self._digest.update(part)
         self._file.write(part)
-        self._num_bytes += len(part)
+        self.num_bytes += len(part)
         return len(part)
 
     def flush(self) -> None:
@@ -43,7 +43,7 @@ class Sink:
 
     def seal(self) -> Seal:
         """seal_of() what was written."""
-        return f"{_length(self._num_bytes)}{self._digest.hexdigest()}"
+        return f"{_length(self.num_bytes)}{self._digest.hexdigest()}"
 
 
 def has_length(seal: Any, num_bytes: int) -> bool:

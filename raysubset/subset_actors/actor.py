@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from raysubset.cluster import get_shared, own_address
+from raysubset.costs import count_bytes, taken_bytes
 from raysubset.data import FullSet
 from raysubset.fine_tuning import Job
 from raysubset.pulse import Pulse, begin, pulse
@@ -58,7 +59,8 @@ class SubsetActor:
         """The workplace is the driver's."""
         workplace.enter()
         self._num_gpus, self._workplace, self._full_set_ref = num_gpus, workplace, full_set_ref
-        self._load_full_set: Callable[[], FullSet] = cache(partial(get_shared, full_set_ref))
+        self._load_full_set: Callable[[], FullSet] = cache(partial(_fetched_full_set, full_set_ref))
+        self._start_id = ""  # of the start weights that this process has had last
         self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
@@ -107,10 +109,14 @@ class SubsetActor:
         attempts: Sequence[int],
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
+        taken_bytes()  # of a piece before that has no ledger entry
+        start = None if start_ref is None else get_shared(start_ref)
+        if start_ref is not None and start is not None and start_ref[0].hex() != self._start_id:
+            self._start_id = start_ref[0].hex()
+            count_bytes(sum(tensor.nbytes for tensor in start.values()))
         if isinstance(pieces[0], TrainPiece):
             assert start_ref is not None
             return [self._train(pieces[0], start_ref, attempt=attempts[0], waited_s=waited_s)]
-        start = None if start_ref is None else get_shared(start_ref)
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
             return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
@@ -131,6 +137,7 @@ class SubsetActor:
         """The piece's record; None if it was stopped, with a checkpoint written."""
         from raysubset.fine_tuning.worker import train_here  # Ray Train takes two seconds of a CPU
 
+        self._load_full_set()  # counted, if this process had it not
         job = Job.of(piece, self._full_set_ref, start_ref, num_gpus=self._num_gpus, workplace=self._workplace)
         with self._minimizer.following() as follower:
             return train_here(job, follower, attempt=attempt, waited_s=waited_s)
@@ -138,3 +145,9 @@ class SubsetActor:
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> tuple[list[dict[str, Any]], list[str]]:
         """Minimizer.try_packing(), and damages as of do()."""
         return self._minimizer.try_packing(pieces, attempt=attempt), self._damages.taken()
+
+
+def _fetched_full_set(full_set_ref: Sequence[ray.ObjectRef]) -> FullSet:
+    full_set: FullSet = get_shared(full_set_ref)
+    count_bytes(full_set.num_bytes)
+    return full_set

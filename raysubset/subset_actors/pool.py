@@ -198,7 +198,7 @@ class ActorPool:
 
     def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
         """Give idle actors packs that are due."""
-        for slot in list(self._crew.idle):
+        for slot in sorted(self._crew.idle, key=lambda slot: slot.asked_for_at):  # so it has what it left a round ago
             if (due := backlog.take(slot.speed)) is None:
                 return
             pack, waited_s = due

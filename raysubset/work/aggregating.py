@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from raysubset.aggregation import Aggregation, Scorer, aggregate_round
+from raysubset.aggregation import Aggregation, Scorer, aggregate_round, mean_optimizer_state
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
 from raysubset.models import averaged_names, new_model
-from raysubset.run_directory import momentum_path
+from raysubset.run_directory import mean_optimizer_path, momentum_path, optimizer_path
 from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.networks import Networks
@@ -40,10 +40,10 @@ def leave_aggregate(
     """
     config, directory, round = piece.config, piece.directory, piece.round
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    start = piece.start_weights(full_set) if start is None else start
-    model = (networks or Networks()).placed(config, full_set, start, device)
     entry = {"device": device_name(device), "node": node, "waited_s": waited_s}
     with Ledger(directory).recorded("aggregation", round, **entry) as close:
+        start = piece.start_weights(full_set) if start is None else start
+        model = (networks or Networks()).placed(config, full_set, start, device)
         averaged = averaged_names(model)
         scorer = Scorer(
             model,
@@ -66,6 +66,10 @@ def leave_aggregate(
         files = {path: directory.write_weights(path, made.aggregate.weights)}
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
+        if config.rounds.optimizer_state == "average" and round + 1 < config.rounds.num:
+            states = (directory.read_checkpoint(optimizer_path(one.folder))["optimizer"] for one in piece.members)
+            mean = {"optimizer": mean_optimizer_state(states)}
+            directory.write_checkpoint(mean_optimizer_path(round), mean, is_durable=False)
         record = {"round": round, **piece.more, "aggregation": made.to_dict(), "files": files}
         close(made.cost)
         directory.write_json(piece.output.record_path, record)

@@ -1,6 +1,5 @@
 """Minimizer: pieces of work done in this process, each from its newest checkpoint to the minimum that it leaves."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from raysubset.aggregation import to_differences
+from raysubset.aggregation import Send, to_differences
 from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, derive_seed
+from raysubset.costs import moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.ledger import Ledger, Outcome, Stage, Work
@@ -77,6 +77,7 @@ class _Job:
     watch: ValidationWatch | None = None
     looked: Cost = field(default_factory=Cost)  # what that has cost
     is_closed: bool = False  # whether its ledger entry says how it ended
+    tells_bytes: bool = False  # whether its heartbeats have the bytes that this process has moved: a pack's first
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Minimizer:
         """`node` is this node's address, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self.networks = Networks()
-        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], float]] = {}  # by file, with their bytes
+        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, with their bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
@@ -161,6 +162,7 @@ class Minimizer:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
             for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
                 jobs.append(self._prepare(piece, start, work, device, place_in_pack))
+            jobs[0].tells_bytes = True
             with self._profiled(jobs[0]) as trace:
                 results = self._minimize(jobs, trace)
             costs = [
@@ -228,8 +230,9 @@ class Minimizer:
     def _work(self, stage: Stage, round: int, subset_id: int | None, attempt: int, device: torch.device) -> Work:
         return Work(stage, round, subset_id, attempt, self._node, device_name(device), started_at=time.time())
 
-    def _close(self, work: Work, outcome: Outcome, cost: Cost, *, num_bytes: int = 0, error: str | None = None) -> None:
-        ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=num_bytes)
+    def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
+        """End a ledger entry; what a pack has moved for all counts with the first that ends."""
+        ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=taken_bytes())
         Ledger(self._run).write(replace(ended, error=error))
 
     def _prepare(
@@ -251,6 +254,7 @@ class Minimizer:
             optimizer_state, _ = self._optimizers.pop((of.uri, path), (None, 0))
             if optimizer_state is None:
                 optimizer_state = of.read_checkpoint(path)["optimizer"]
+            optimizer_state = _changed(optimizer_state, lambda v: v.float() if v.dtype == torch.bfloat16 else v)
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
@@ -358,7 +362,9 @@ class Minimizer:
         due = progress.step - job.last_step >= job.every_steps or at - job.last_at >= self._config.actors.checkpoint_s
         is_saved = now or (due and progress.step < progress.num_steps)
         if is_saved or at - job.heard_at >= ledger.heartbeat_s:
-            ledger.write(replace(job.work, cost=progress.cost))  # before the checkpoint: what that holds is counted
+            num_bytes = moved_bytes() if job.tells_bytes else 0
+            told = replace(job.work, cost=progress.cost, num_network_bytes=num_bytes)
+            ledger.write(told)  # before the checkpoint: what that holds is counted
             job.heard_at = time.perf_counter()
         if is_saved:
             state = progress.capture() | (job.watch.state_dict() if job.watch else {})
@@ -386,27 +392,25 @@ class Minimizer:
             job.is_closed = True
             return None
         full_set = self._load_full_set()
-        record, measured, num_sent = self._leave_minimum(job, full_set, result.outcome, start)
+        record, measured = self._leave_minimum(job, full_set, result.outcome, start)
         files = record["files"]
         cost += shared + measured + Cost(device_s=time.perf_counter() - began)
         rounds = self._config.rounds
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":
-            path = optimizer_path(folder)
-            files[path] = run.write_checkpoint(path, {"optimizer": result.optimizer}, is_durable=False)
+            path, state = optimizer_path(folder), _sent_state(result.optimizer, piece.send)
+            files[path] = run.write_checkpoint(path, {"optimizer": state}, is_durable=False)
             if rounds.optimizer_state == "keep":
-                self._keep_optimizer(path, result.optimizer)
+                self._keep_optimizer(path, state)
         history = [epoch.to_dict() for epoch in result.history]
-        start_bytes = sum(t.nbytes for t in job.model.state_dict().values())
         record |= {
             "cost": cost.to_dict(),
             "history": job.watch.history(history) if job.watch else history,
-            "num_bytes_sent": num_sent + (start_bytes if start is not None else 0),  # the start in, the minimum out
             "round": piece.round,
             "attempt": job.work.attempt,
         }
-        self._close(job.work, "done", cost, num_bytes=record["num_bytes_sent"])  # first: without the record,
-        job.is_closed = True  # all of this would be done again
+        self._close(job.work, "done", cost)  # first: without the record all of this would be done again
+        job.is_closed = True
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):
             if "/checkpoint-" in path:
@@ -414,9 +418,9 @@ class Minimizer:
         return record
 
     def _keep_optimizer(self, path: str, state: dict[str, Any]) -> None:
-        """Keep the state that is in a file, as the next round's member may come here: the newest, on the CPU."""
+        """Keep the state that is in a file, as the next round's member may come here: the newest ones."""
         tensors = (v for held in state["state"].values() for v in held.values() if isinstance(v, torch.Tensor))
-        num_bytes = sum(tensor.nbytes if tensor.device.type == "cpu" else math.inf for tensor in tensors)
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
         if num_bytes <= MOST_KEPT_BYTES:
             while self._optimizers and sum(size for _, size in self._optimizers.values()) > MOST_KEPT_BYTES - num_bytes:
                 del self._optimizers[next(iter(self._optimizers))]
@@ -424,11 +428,11 @@ class Minimizer:
 
     def _leave_minimum(
         self, job: _Job, full_set: FullSet, outcome: str, start: Weights | None
-    ) -> tuple[dict[str, Any], Cost, int]:
+    ) -> tuple[dict[str, Any], Cost]:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's.
 
         Returns:
-            The record, the cost of measuring, and the weights' bytes as they are sent.
+            The record, and the cost of measuring.
         """
         model, piece, examples = job.model, job.piece, job.examples
         recipe, run, folder = self._config.minimize, self._run, piece.folder
@@ -436,7 +440,6 @@ class Minimizer:
         weights, send = model.state_dict(), "float32" if start is None else piece.send
         if start is not None and piece.send != "float32":
             weights = to_differences(weights, start, trainable_names(model), piece.send)
-        num_sent = sum(value.nbytes for value in weights.values())
         files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
         training = validation = None
         measured = Cost()
@@ -461,7 +464,7 @@ class Minimizer:
         }
         if send != "float32":
             record["send"] = send
-        return record, measured + self._leave_statistics(model, piece, own, files), num_sent
+        return record, measured + self._leave_statistics(model, piece, own, files)
 
     def _leave_statistics(
         self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]
@@ -483,6 +486,23 @@ class Minimizer:
             files[path] = self._run.write_weights(path, taken)
             cost += worked
         return cost
+
+
+def _sent_state(state: dict[str, Any], send: Send) -> dict[str, Any]:
+    """Return an optimizer's state on the CPU, its moments in 16 bits where members send fewer than 32."""
+    narrow = send != "float32"
+    return _changed(
+        state, lambda v: v.to("cpu", torch.bfloat16 if narrow and v.ndim and v.is_floating_point() else None)
+    )
+
+
+def _changed(state: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Return an optimizer's state dict with each of its tensors changed."""
+    changed = {
+        parameter: {name: change(v) if isinstance(v, torch.Tensor) else v for name, v in held.items()}
+        for parameter, held in state["state"].items()
+    }
+    return state | {"state": changed}
 
 
 def _held(examples: Examples | StreamedExamples) -> Examples:
