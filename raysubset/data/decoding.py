@@ -10,7 +10,7 @@ from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey
 from raysubset.data.images import EncodedImages, decode
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.scanning import Scan, scan
-from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 
 
@@ -42,7 +42,10 @@ def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_si
     if scanned:
         groups = dataclasses.replace(scanned.groups, grey_range=grey_range)
         decoded["train"] = dataclasses.replace(decoded["train"], images=groups)
-    splits: Source = {name: _with_notes(split, grey_range) for name, split in decoded.items()}
+    splits: Source = {
+        name: dataclasses.replace(split, notes=(*split.notes, *split.findings.notes(split.where, grey_range)))
+        for name, split in decoded.items()
+    }
     if scanned:
         train = splits["train"]
         splits["train"] = dataclasses.replace(train, notes=(*train.notes, *scanned.notes))
@@ -65,7 +68,3 @@ def _decode_all(
             images, findings = decode(images, image_size, grey_range)
         decoded[name] = dataclasses.replace(split, images=images, findings=findings)
     return decoded, scanned
-
-
-def _with_notes(split: SourceSplit, grey_range: GreyRange) -> SourceSplit:
-    return dataclasses.replace(split, notes=(*split.notes, *split.findings.notes(split.where, grey_range)))

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,15 +38,19 @@ def read_path(config: DataConfig) -> Source:
         raise no_table(files)
     if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
+    kinds, needed = column_kinds(files), partial(needed_columns, config=config)
     source: Source = {}
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
-            read, origin = _read_images(files, members, where), _describe_classes(members)
+            names = list(dict.fromkeys(str(member.class_name) for member in members))
+            origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
+            read = _read_images(files, members, where)
         elif split == "train" and config.streamed:
-            read, origin = _read_streamed(files, members, config, where), describe_files(files, members)
+            read, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
-            read, origin = _read_tables(files, members, config, where), describe_files(files, members)
+            tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+            read, origin = from_tables(tables, config, where), describe_files(files, members)
         note = Note(f"{split} split: {len(read.labels)} examples of {origin}")
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
@@ -69,11 +74,6 @@ def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
     return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
 
 
-def _describe_classes(members: Sequence[Placed]) -> str:
-    names = list(dict.fromkeys(str(member.class_name) for member in members))
-    return f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
-
-
 def not_streamed(what: str) -> ValueError:
     """The refusal of a source that cannot be streamed."""
     return ValueError(
@@ -82,34 +82,24 @@ def not_streamed(what: str) -> ValueError:
     )
 
 
-def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
+def _read_streamed(
+    files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
+) -> SourceSplit:
     """The split's labels and scalars, and where its images lie."""
     paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{others[0]} is none")
-    kinds = column_kinds(files)
     tables, num_rows = [], []
     for path, member in zip(paths, members, strict=True):
         with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = _needed(parquet.schema_arrow, member, kinds, _needed_for_images(config), path)
+            names = _needed(parquet.schema_arrow, member, kinds, partial(needed_columns, config=config), path)
             table = parquet.read([name for name in names if name != config.image_column])
             tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     joined = join_tables(dict(zip(paths, tables, strict=True)), config, where)
     return with_scalars(RowGroups.of_files(config, where, paths, num_rows), joined, config, where)
-
-
-def _read_tables(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
-    kinds = column_kinds(files)
-    needed = _needed_for_images(config)
-    tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-    return from_tables(tables, config, where)
-
-
-def _needed_for_images(config: DataConfig) -> Needed:
-    return lambda schema, path: needed_columns(schema, config, path)
 
 
 def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
