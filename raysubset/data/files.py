@@ -1,4 +1,4 @@
-"""Data sets by path or URI: Parquet, Arrow and CSV files, or a folder with one folder of images per class."""
+"""Data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with one folder of images per class."""
 
 import dataclasses
 import re
@@ -13,17 +13,19 @@ from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
 from raysubset.data.csv_files import DELIMITERS, read_csv
-from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
+from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
 from raysubset.events import Note
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # the columns worth reading of a file, by its path
 
+_BOM = b"\xef\xbb\xbf"
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
 
@@ -199,3 +201,42 @@ def _read_images(files: DataFiles, members: Sequence[Placed], where: str) -> Sou
     images = EncodedImages(len(paths), read, describe=lambda number: paths[number])
     labels = pa.chunked_array([pa.array([member.class_name for member in members])])
     return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])}, where=where)
+
+
+def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    """Read the text files that a path stands for, a document each, and notes on which they are.
+
+    A path of a file is read whatever its suffix; of a folder, the .txt files.
+
+    Raises:
+        ValueError: if nothing readable is there, or a file is not UTF-8, with the place.
+    """
+    files = find_files(config)
+    if files.kind != "texts" and [*files.listed] != [""]:
+        members = [member.path for members in files.layout.values() for member in members]
+        raise ValueError(
+            f"{config.name} holds {files.kind} ({some(members)}), and text is read from {', '.join(TEXT_SUFFIXES)} "
+            "files: give data.name a folder of those, or leave the others out with --data.ignored"
+        )
+    texts: dict[SplitName, list[str]] = {}
+    notes: list[Note] = []
+    for split, members in files.layout.items():
+        texts[split] = []
+        for member in members:
+            path = files.full_path(member)
+            with opened(files.system, path) as file:
+                texts[split].append(_decoded(file.read(), path))
+        num = sum(map(len, texts[split]))
+        notes.append(Note(f"{split} split: {num} characters of {describe_files(files, members)}"))
+    return texts, (*notes, *files.notes)
+
+
+def _decoded(data: bytes, path: str) -> str:
+    data = data.removeprefix(_BOM)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"byte {error.start} of {path}, in line {line}, is not UTF-8 (0x{data[error.start]:02x}): write it as UTF-8"
+        ) from error

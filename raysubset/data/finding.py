@@ -23,8 +23,7 @@ from raysubset.data.layout import (
     refuse_copies,
     some,
 )
-from raysubset.data.listing import ListedFile, Listing, list_folder
-from raysubset.data.locations import locate
+from raysubset.data.listing import ListedFile, Listing, list_folder, locate
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
