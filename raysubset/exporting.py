@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,9 +47,6 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
         directory: the run directory, a path or a URI.
         path: where to; by default model.pt2 or model.onnx in the working directory.
         trust_code: as load_model()'s.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: if there is no finished run, the format's packages are missing, or the network cannot be exported.
@@ -206,8 +203,7 @@ def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Pred
         return
     for note in notes:
         _logger.warning("%s: %s", path, note.text)
-    for row, answer in enumerate(_answers(model, outputs, num_classes)):
-        yield _prediction(path, answer, row=row)
+    yield from _answered(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))], num_classes)
 
 
 def _of_images(
@@ -218,37 +214,35 @@ def _of_images(
         for start in range(0, len(paths), num):
             batch = paths[start : start + num]
             images = list(pool.map(lambda path: _read_image(path, inputs), batch))
-            readable, answers = [image for image in images if not isinstance(image, str)], iter(())
+            readable = [image for image in images if not isinstance(image, str)]
+            answers = iter(())
             if readable:
                 with torch.inference_mode():
                     outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
-                answers = iter(_answers(model, outputs, num_classes))
+                places = [path for path, image in zip(batch, images, strict=True) if not isinstance(image, str)]
+                answers = _answered(model, outputs, map(Prediction, places), num_classes)
             for path, image in zip(batch, images, strict=True):
-                yield Prediction(path, error=image) if isinstance(image, str) else _prediction(path, next(answers))
+                yield Prediction(path, error=image) if isinstance(image, str) else next(answers)
 
 
-def _prediction(path: str, answer: dict[str, Any], *, row: int | None = None) -> Prediction:
-    """Of one of _answers(), whose error names no place."""
-    prediction = Prediction(path, row=row, **answer)
-    return replace(prediction, error=f"{prediction.place}: {prediction.error}") if prediction.error else prediction
-
-
-def _answers(model: TrainedModel, outputs: torch.Tensor, num_classes: int) -> Iterator[dict[str, Any]]:
-    """What each row of outputs says: its classes, the most probable first, or its numbers by name."""
+def _answered(
+    model: TrainedModel, outputs: torch.Tensor, places: Iterable[Prediction], num_classes: int
+) -> Iterator[Prediction]:
+    """What each row of outputs says of its place: its classes, the most probable first, or its numbers by name."""
     task = model.record.task
     if isinstance(task, Regression):
-        for values in outputs.tolist():
-            yield _finite({"values": dict(zip(task.target_names, values, strict=True))}, values)
-        return
-    probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
-    shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
-    for classes, values in zip(order.tolist(), shares.tolist(), strict=True):
-        answer = {"classes": tuple(task.class_names[i] for i in classes), "probabilities": tuple(values)}
-        yield _finite(answer, values)
-
-
-def _finite(answer: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
-    return answer if all(map(math.isfinite, values)) else {"error": "the network's outputs are NaN or infinite"}
+        names, numbers = [task.target_names] * len(outputs), outputs.tolist()
+    else:
+        probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
+        shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
+        names, numbers = [[task.class_names[i] for i in row] for row in order.tolist()], shares.tolist()
+    for place, of_row, values in zip(places, names, numbers, strict=True):
+        if not all(map(math.isfinite, values)):
+            yield replace(place, error=f"{place.place}: the network's outputs are NaN or infinite")
+        elif isinstance(task, Regression):
+            yield replace(place, values=dict(zip(of_row, values, strict=True)))
+        else:
+            yield replace(place, classes=tuple(of_row), probabilities=tuple(values))
 
 
 def _read_image(path: str, inputs: ImageInputs) -> np.ndarray | str:

@@ -68,11 +68,7 @@ def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
 
 
 def trace(network: nn.Module, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The network's graph in evaluation mode, a tree for JSON, and the tensors it needs that its state dict lacks.
-
-    Args:
-        network: on the CPU.
-        spec: what it takes and gives.
+    """The graph of a network on the CPU in evaluation mode, a tree for JSON, and tensors its state dict lacks.
 
     Raises:
         ValueError: if torch.export cannot trace it, or it is no function of its inputs by core operators alone.
@@ -190,12 +186,10 @@ class GraphNetwork(nn.Module):
     """A network in evaluation mode, computed call by call; its state dict has the names of the traced network's."""
 
     def __init__(self, graph: Any, tensors: Mapping[str, Tensor], spec: Spec) -> None:
-        """Check the graph on stand-ins, which take no memory.
+        """Check on stand-ins, which take no memory, what may be trace()'s graph or anything else.
 
         Args:
-            graph: what trace() gave, or anything else.
             tensors: the weights and constants it names.
-            spec: what the network takes and gives.
 
         Raises:
             ValueError: if this is no graph from inputs to outputs of these shapes, or it needs more memory than a

@@ -16,9 +16,8 @@ import torch
 from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig, from_tree
 from raysubset.data import FullSet
-from raysubset.errors import one_line
 from raysubset.events import OnEvent
-from raysubset.ledger import Ledger, Work
+from raysubset.ledger import Ledger
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
 from raysubset.work import seeded_model
 
@@ -93,13 +92,11 @@ def decide_slots(
     """The slots that the subsets are meant for, the fastest first, as subsets.shares says: weighted or measured.
 
     Args:
-        config: of the run, whose model and recipe are what is timed.
         full_set_ref: of put_once().
-        indices: int64, a subset to time the training on.
+        indices: int64, a subset to time the run's model and recipe on.
         num_gpus: of an actor.
         num_subsets: more slots are not wanted.
         ledger: what measuring costs is written there.
-        tell: told while measuring waits for a place.
 
     Raises:
         ValueError: if an actor can never be placed, or there is no node to weigh or measure.
@@ -112,7 +109,22 @@ def decide_slots(
         return weighted_slots(node_types(), request, speeds, most=most)
 
     def measure(kind: NodeType) -> float:
-        return _measure_kind(config, full_set_ref, indices, num_gpus, kind, request=request, ledger=ledger, tell=tell)
+        node_id = kind.node_ids[0]
+        with ledger.recorded("measuring", 0, device=kind.accelerator, node=address_of(node_id)) as close:
+            speed: MeasuredSpeed = call_on_cluster(
+                measure_speed,
+                full_set_ref,
+                config,
+                indices,
+                num_gpus,
+                request=request,
+                tell=tell,
+                stall_s=config.actors.stall_s,
+                timeout_s=config.cluster.wait_timeout_s,
+                node_id=node_id,
+            )
+            close(speed.cost)
+        return speed.examples_per_s
 
     return measured_slots(node_types(), request, measure, most=most)
 
@@ -203,42 +215,6 @@ def _speed_of(config: SubsetsConfig, slots: Sequence[Slot], type: NodeType) -> f
     if speeds is not None:
         return _weighted(type, speeds).speed
     return next((slot.speed for slot in slots if slot.kind == kind_of(type)), None)
-
-
-def _measure_kind(
-    config: Config,
-    full_set_ref: Sequence[Any],
-    indices: np.ndarray,
-    num_gpus: float,
-    kind: NodeType,
-    *,
-    request: Mapping[str, float],
-    ledger: Ledger,
-    tell: OnEvent,
-) -> float:
-    """Examples per second of one actor on a node of the kind, with its entry in the ledger."""
-    node_id = kind.node_ids[0]
-    attempt = ledger.next_attempt("measuring", 0)
-    work = Work("measuring", 0, None, attempt, address_of(node_id), kind.accelerator, started_at=time.time())
-    ledger.write(work)
-    try:
-        speed: MeasuredSpeed = call_on_cluster(
-            measure_speed,
-            full_set_ref,
-            config,
-            indices,
-            num_gpus,
-            request=request,
-            tell=tell,
-            stall_s=config.actors.stall_s,
-            timeout_s=config.cluster.wait_timeout_s,
-            node_id=node_id,
-        )
-    except Exception as error:
-        ledger.write(replace(work, outcome="failed", ended_at=time.time(), error=one_line(error)))
-        raise
-    ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=speed.cost))
-    return speed.examples_per_s
 
 
 def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gpus: float) -> MeasuredSpeed:

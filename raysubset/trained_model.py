@@ -34,7 +34,6 @@ from raysubset.tasks import (
 )
 from raysubset.training import Weights
 
-WEIGHTS_PATH, RECORD_PATH = MODEL_PATH, MODEL_RECORD_PATH
 _NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 
@@ -108,7 +107,8 @@ class TrainedModel(nn.Module):
         Raises:
             ValueError: if the shape or the type is another.
         """
-        wanted, noun = list(self.spec.inputs), "images" if isinstance(self.inputs, ImageInputs) else "inputs"
+        is_image = isinstance(self.inputs, ImageInputs)
+        wanted, noun = list(self.spec.inputs), "images" if is_image else "inputs"
         if list(inputs.shape[1:]) != wanted:
             listed = ", ".join(map(str, wanted))
             raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {listed}]")
@@ -118,16 +118,12 @@ class TrainedModel(nn.Module):
                     f"inputs are {inputs.dtype}; this model takes integers from 0 to {self.spec.num_values - 1}"
                 )
             return self.network(inputs.long())
-        is_image = isinstance(self.inputs, ImageInputs)
         if not inputs.is_floating_point() and not (is_image and inputs.dtype == torch.uint8):
             takes = "uint8, or floats in [0, 1]" if is_image else "floats"
             raise ValueError(f"{noun} are {inputs.dtype}; this model takes {takes}")
-        if is_image:
-            scaled = inputs.to(self.mean.dtype)
-            if inputs.dtype == torch.uint8:
-                scaled = scaled / 255
-        else:
-            scaled = inputs
+        scaled = inputs.to(self.mean.dtype) if is_image else inputs
+        if inputs.dtype == torch.uint8:
+            scaled = scaled / 255
         if self.inputs is not None:  # in the inputs' own precision, then in the network's
             scaled = (scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)
             scaled = scaled.to(next(self.network.parameters()).dtype)
@@ -150,9 +146,8 @@ class TrainedModel(nn.Module):
     def generate(self, text: str, num_tokens: int = 200, *, seed: int = 0, temperature: float = 0.8) -> str:
         """Go on with a text, token by token, each drawn from the model's prediction.
 
-        Args:
-            text: the beginning; of more tokens than the window the last count.
-            temperature: outputs are divided by it; 0 takes the likeliest token.
+        Of a beginning of more tokens than the window the last count. Outputs are divided by the temperature; 0 takes
+        the likeliest token.
 
         Raises:
             ValueError: for a model that predicts no tokens, or an empty text.
@@ -194,7 +189,7 @@ def save_model(
         The seals of what was written, by path; and why its graph could not be kept, so that load_model() will need its
         code, None where none is needed.
     """
-    files, flaw = {WEIGHTS_PATH: directory.write_weights(WEIGHTS_PATH, weights)}, None
+    files, flaw = {MODEL_PATH: directory.write_weights(MODEL_PATH, weights)}, None
     if record.model.is_function:
         network = network or new_model(record.model, record)
         network.load_state_dict(weights)
@@ -205,14 +200,14 @@ def save_model(
         else:
             files[CONSTANTS_PATH] = directory.write_weights(CONSTANTS_PATH, constants)
             files[GRAPH_PATH] = directory.write_json(GRAPH_PATH, graph)
-    return {**files, RECORD_PATH: directory.write_json(RECORD_PATH, record.to_dict() | {"files": files})}, flaw
+    seal = directory.write_json(MODEL_RECORD_PATH, record.to_dict() | {"files": files})
+    return {**files, MODEL_RECORD_PATH: seal}, flaw
 
 
 def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord, rows: Rows) -> dict[str, Seal]:
     """Write how a next-token model goes on with the first half of some windows, a list of {"prompt", "text"}.
 
-    Args:
-        rows: of the test split.
+    The rows are of the test split.
     """
     network, task = new_model(record.model, record), record.task
     assert isinstance(task, NextToken)
@@ -244,42 +239,35 @@ def load_model(
         ValueError: if there is no finished run, it is damaged, a newer version made it, or its network needs code.
     """
     directory = RunDirectory.at(path)
-    if not directory.exists(RECORD_PATH):
+    if not directory.exists(MODEL_RECORD_PATH):
         raise ValueError(
-            f"{directory.uri} holds no {RECORD_PATH}: it is no run directory, or one that is not finished: give another"
+            f"{directory.uri} holds no {MODEL_RECORD_PATH}: it is no run directory, or one that is not finished: give "
+            "another"
         )
-    stored = directory.read_json(RECORD_PATH)
+    stored = directory.read_json(MODEL_RECORD_PATH)
     files = stored.pop("files", None) if isinstance(stored, dict) else None
     files = files if isinstance(files, dict) else {}
     with again({"model": model, "task": task}, stored):
         try:
             record = ModelRecord.from_dict(stored, trust_code=trust_code)
         except ValueError as error:
-            raise ValueError(f"{RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
-        return _load(directory, record, files, trust_code=trust_code or model is not None).eval().to(device)
+            raise ValueError(f"{MODEL_RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
+        try:
+            network = _network(directory, record, files, trust_code=trust_code or model is not None)
+        except RuntimeError as error:
+            text = f"{MODEL_PATH} in {directory.uri} are not of {record.model.name}: {first_line(error)}"
+            raise ValueError(text) from error
+        return TrainedModel(network, record).eval().to(device)
 
 
-def _load(directory: RunDirectory, record: ModelRecord, files: Mapping[str, Seal], *, trust_code: bool) -> TrainedModel:
-    """The model that the record describes."""
-    weights = directory.read_weights(WEIGHTS_PATH, files)
-    try:
-        network = _network(directory, record, weights, files, trust_code=trust_code)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{WEIGHTS_PATH} in {directory.uri} are not of {record.model.name}: {first_line(error)}"
-        ) from error
-    return TrainedModel(network, record)
-
-
-def _network(
-    directory: RunDirectory, record: ModelRecord, weights: Weights, files: Mapping[str, Seal], *, trust_code: bool
-) -> nn.Module:
+def _network(directory: RunDirectory, record: ModelRecord, files: Mapping[str, Seal], *, trust_code: bool) -> nn.Module:
     """The network that the record describes, with the weights.
 
     Raises:
         ValueError: if it is a user's own, of which there is no graph, and the user's code is not to be trusted.
         RuntimeError: if the weights are another network's.
     """
+    weights = directory.read_weights(MODEL_PATH, files)
     if not record.model.is_function:
         return _named_network(record, weights)
     if trust_code:

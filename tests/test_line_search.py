@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import line_search
 
-from raysubset.training.whole_subset.line_search import SUFFICIENT_DECREASE, Trial, strong_wolfe
+from raysubset.training.whole_subset.conjugate_gradient import SUFFICIENT_DECREASE, Trial, strong_wolfe
 
 
 class Line:

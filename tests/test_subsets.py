@@ -304,10 +304,10 @@ def test_labels_that_are_not_classes_are_refused(labels, message):
 
 def test_a_million_examples_in_a_thousand_subsets_take_seconds():
     labels = np.random.default_rng(0).integers(0, 1000, 1_200_000)
-    start = time.perf_counter()
+    start = time.process_time()
     subsets = split(labels, num_classes=1000, num=1000)
     assert len(subsets) == 1000
-    assert time.perf_counter() - start < 10  # 0.8 s on an idle core
+    assert time.process_time() - start < 10  # 0.8 s on an idle core
 
 
 def test_q_is_outputs_over_parameters():
@@ -348,7 +348,8 @@ def test_missing_classes_are_named_in_a_warning_and_summarised_when_many():
     labels = np.arange(60) % 30
     lines = [note.text for note in missing_class_warnings(split(labels, num_classes=30, num=10, size=6), labels, 30)]
     assert len(lines) == 5
-    assert lines[0].startswith("subset 0 of 6 examples lacks 24 classes: ")
+    assert lines[0].startswith("subset 0 of 6 examples lacks classes ")
+    assert lines[0].endswith(" and 14 more")
     assert lines[-1] == "10 of 10 subsets lack classes; subset 0 sees fewest, 6 of 30"
     assert missing_class_warnings(split(labels, num_classes=30, num=2), labels, 30) == []
 

@@ -11,7 +11,7 @@ from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, Spec
-from raysubset.trained_model import GRAPH_PATH, RECORD_PATH, ModelRecord, TrainedModel, save_model
+from raysubset.trained_model import GRAPH_PATH, MODEL_RECORD_PATH, ModelRecord, TrainedModel, save_model
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
 SHAPE, MEAN, STD = (6, 5, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
@@ -127,7 +127,7 @@ def test_a_records_function_is_called_only_where_the_user_says_so(
 ):
     (tmp_path / "evil_net.py").write_text("open('imported', 'w')\ndef net(*shape):\n    open('called', 'w')\n")
     monkeypatch.chdir(tmp_path)
-    run.write_json(RECORD_PATH, run.read_json(RECORD_PATH) | {"model": {"name": "evil_net:net"}})
+    run.write_json(MODEL_RECORD_PATH, run.read_json(MODEL_RECORD_PATH) | {"model": {"name": "evil_net:net"}})
     with pytest.raises(ValueError, match=r"import 'evil_net' from .* call its 'net'\. If you trust .*--trust-code"):
         load_model(run.uri)
     assert not (tmp_path / "imported").exists()
@@ -168,7 +168,7 @@ HUGE = 10**9
     ids=str,
 )
 def test_values_of_a_record_are_checked_before_they_take_memory(run: RunDirectory, change: dict[str, Any]):
-    run.write_json(RECORD_PATH, run.read_json(RECORD_PATH) | change)
+    run.write_json(MODEL_RECORD_PATH, run.read_json(MODEL_RECORD_PATH) | change)
     with pytest.raises(ValueError, match="a-run") as raised:
         load_model(run.uri)
     assert "\n" not in str(raised.value)
@@ -176,7 +176,7 @@ def test_values_of_a_record_are_checked_before_they_take_memory(run: RunDirector
 
 @pytest.mark.parametrize("record", [None, [], "model", 3, {}, {"model": {}}], ids=str)
 def test_a_record_of_another_shape_is_named(run: RunDirectory, record: Any):
-    run.write_json(RECORD_PATH, record)
+    run.write_json(MODEL_RECORD_PATH, record)
     with pytest.raises(ValueError, match=r"model\.json in .*a-run (cannot be used|is damaged: .* null)"):
         load_model(run.uri)
 
@@ -227,7 +227,7 @@ def test_a_network_without_a_graph_needs_code_and_the_run_says_why(run: RunDirec
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return super().forward(images if images.mean() > 0 else -images)
 
-    stored = run.read_json(RECORD_PATH) | {"model": {"name": "their_net:net"}}
+    stored = run.read_json(MODEL_RECORD_PATH) | {"model": {"name": "their_net:net"}}
     record = ModelRecord.from_dict({key: value for key, value in stored.items() if key != "files"})
     network = Branching()
     _, flaw = save_model(run, network.state_dict(), record, network=network)
@@ -245,8 +245,8 @@ def test_a_file_cut_short_is_named(run: RunDirectory):
 
 
 def test_a_model_of_a_newer_version_is_refused_with_the_way_out(run: RunDirectory):
-    record = run.read_json(RECORD_PATH)
-    run.write_json(RECORD_PATH, record | {"model": record["model"] | {"num_heads": 4}})
+    record = run.read_json(MODEL_RECORD_PATH)
+    run.write_json(MODEL_RECORD_PATH, record | {"model": record["model"] | {"num_heads": 4}})
     with pytest.raises(
         ValueError,
         match=r"a-run cannot be used: it has model\.num_heads, which this version lacks: update raysubset",

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from raysubset.aggregation import Minimum, RunningMean, aggregate, make, outer_step, select_best, uniform_soup
+from raysubset.aggregation import Minimum, RunningMean, aggregate, make, merge, outer_step, select_best, uniform_soup
 from raysubset.aggregation.scorer import Scorer
-from raysubset.aggregation.streaming import first_not_finite
 from raysubset.config import AggregationConfig, MinimizeConfig, ModelConfig
 from raysubset.models import averaged_names, build_model, has_batch_norm, trainable_names
 from raysubset.quality import ACCURACY
 from raysubset.tasks import Spec
 from raysubset.training import Weights, diagonal_fisher, gram_matrices, minimize, predict, recompute_batch_norm
 from tests.test_aggregation import minimum
-from tests.tiny import examples, weights
+from tests.tiny import examples, same_bits, weights
 
 RECIPE = MinimizeConfig(batch_size=10, epochs=2.0, channels_last=False)
 
@@ -239,11 +238,14 @@ def test_a_member_whose_parameters_or_statistics_diverged_is_still_refused(name:
         select_best(diverged(minima, name)[1:2])
 
 
-def test_without_known_keys_a_mask_is_no_divergence_and_nan_is():
-    assert first_not_finite({"mask": torch.tensor([0.0, -math.inf])}) is None
-    assert first_not_finite({"w": torch.tensor([0.0, math.nan])}) == "w"
-    assert first_not_finite({"w": torch.tensor([0.0, math.inf])}) == "w"
-    assert first_not_finite({"w": torch.tensor([-math.inf, -math.inf])}) == "w"
+@pytest.mark.parametrize("method", ["uniform_soup", "weighted_soup"])
+def test_without_a_network_a_mask_is_no_divergence_and_nan_is(method: str):
+    mask = {"mask": torch.tensor([0.0, -math.inf])}
+    members = [{"w": torch.tensor([0.0, value]), **mask} for value in (1.0, 3.0)]
+    assert same_bits(merge(members, method), {"w": torch.tensor([0.0, 2.0]), **mask})
+    for values in ([0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]):
+        with pytest.raises(ValueError, match="holds NaN or infinity in w"):
+            merge([*members, {"w": torch.tensor(values), **mask}], method)
 
 
 def test_aligned_soup_keeps_frozen_layers_in_place_and_as_they_are():

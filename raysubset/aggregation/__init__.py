@@ -16,8 +16,7 @@ from raysubset.aggregation.methods import (
     refuse_contradictions,
     statistics_of,
 )
-from raysubset.aggregation.needs import Context, Forward, Method, Needs
-from raysubset.aggregation.records import Aggregate, Minimum, Score
+from raysubset.aggregation.records import Aggregate, Context, Forward, Method, Minimum, Needs, Score
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.sending import Send, of_differences, to_differences
 from raysubset.aggregation.soups import barrier, ensemble_outputs, greedy_soup, select_best, uniform_soup, weighted_soup

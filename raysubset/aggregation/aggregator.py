@@ -160,9 +160,7 @@ def aggregate_round(
     Args:
         start: the weights this round's minima started from.
         momentum: the outer step's, as the last round returned it; empty in the first.
-        seed: of what a method draws at random.
         measured: False: make the weights alone, without any forward work but what the method itself needs.
-        quality: as for aggregate().
 
     Returns:
         The aggregation, and the momentum for the next round: empty without an outer step.

@@ -1,20 +1,17 @@
 """Means weighted by what each minimum's loss says of its curvature: diagonal Fisher, and Gram matrices of layers."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from raysubset.aggregation.needs import Method, Needs
-from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs
 from raysubset.aggregation.streaming import (
     aggregate_of,
     check_start,
     load_members,
     load_statistics,
     mean_of,
-    refuse_not_finite,
     wide,
 )
 from raysubset.config import AggregationConfig
@@ -60,11 +57,9 @@ def fisher_merge(
     check_start("fisher", minima, allow_independent=allow_independent)
     rest, sums, totals = mean_of(minima), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
-    for minimum, weights in load_members(minima, checked=False):
-        fisher = load_statistics(minimum, "fisher", checked=False)
+    for minimum, weights in load_members(minima):
+        fisher = load_statistics(minimum, "fisher")
         mean = _mean_element(fisher)
-        if not math.isfinite(mean):
-            load_statistics(minimum, "fisher")  # says where
         _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
         dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
         rest.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
@@ -76,7 +71,6 @@ def fisher_merge(
             totals[key].add_(weight, alpha=minimum.num_examples / scale)
             sums[key].addcmul_(weight, weights[key].to(weight.dtype), value=minimum.num_examples / scale)
     merged = rest.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
-    refuse_not_finite(merged, minima)
     merged = {key: merged[key] for key in dtypes}
     return aggregate_of("fisher", minima, merged, [m.num_examples for m in minima], rest)
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.aggregation.methods import method_of
-from raysubset.aggregation.needs import Context
-from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.models import averaged_names, trainable_names
 from raysubset.tasks import Classification, TensorInputs
-from raysubset.training import Cost, Metrics, Weights
+from raysubset.training import Metrics, Weights
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -73,16 +72,13 @@ def merge(
         losses = [score(member) for member in weights]
     if losses is None and needs.validation:
         raise ValueError(f"{config.method} goes by held-out losses: give losses, or a score of any weights")
-    averaged = averaged_names(network) if network is not None else None
+    averaged = averaged_names(network) if network is not None else _all_but_masks(weights[0])
     minima = [
         Minimum(
             subset_id=number,
             num_examples=sizes[number] if sizes else 1,
             start_id="given" if needs.shared_start else str(number),
-            outcome="epochs",
-            training=None,
             validation=_metrics(losses[number]) if losses is not None else None,
-            cost=Cost(),
             load_weights=partial(dict, member),
             load_outputs=_no_outputs,
             load_statistics=partial(_statistics, statistics[number] if statistics else {}),
@@ -96,12 +92,24 @@ def merge(
             raise ValueError(f"{config.method} tries weights of its own: give score, the held-out loss of any weights")
         return _metrics(score(candidate))
 
+    def align(minima: Sequence[Minimum]) -> Aggregate:
+        from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+
+        if network is None or examples is None:
+            raise ValueError("aligned_soup needs network, and examples=(inputs, labels) that it is aligned on")
+        inputs, labels = examples
+        with torch.no_grad():
+            num_outputs = network(inputs[:2]).shape[1]
+        task = Classification(TensorInputs(tuple(inputs.shape[1:])), tuple(map(str, range(num_outputs))))
+        sample = Examples({"inputs": inputs.to(torch.float32), "label": labels}, task)
+        return aligned_soup(minima, network, sample, MinimizeConfig(), matching=config.matching, repair=config.repair)
+
     names = trainable_names(network) if network is not None else _parameters(weights[0])
     context = Context(
         start={key: value.detach().cpu() for key, value in start.items()} if start is not None else None,
         parameter_names=frozenset(names),
         score=measured,
-        align=partial(_align, config=config, network=network, examples=examples),
+        align=align,
         seed=seed,
     )
     return method_of(config).combine(minima, context).weights
@@ -116,6 +124,12 @@ def _parameters(weights: Weights) -> Collection[str]:
     return [key for key, value in weights.items() if value.is_floating_point() and not key.endswith(_STATISTICS)]
 
 
+def _all_but_masks(weights: Weights) -> frozenset[str]:
+    """Keys of all but what holds negative infinities beside finite values, as masks of attention do."""
+    masks = {key for key, value in weights.items() if bool(value.isneginf().any()) and bool(value.isfinite().any())}
+    return frozenset(weights.keys() - masks)
+
+
 def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
     if kind not in given:
         raise ValueError(f'the method needs {kind} statistics of each member: give statistics=[{{"{kind}": …}}, …]')
@@ -124,22 +138,3 @@ def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
 
 def _no_outputs() -> NoReturn:
     raise AssertionError("no method asks for outputs")
-
-
-def _align(
-    minima: Sequence[Minimum],
-    *,
-    config: AggregationConfig,
-    network: nn.Module | None,
-    examples: tuple[Tensor, Tensor] | None,
-) -> Aggregate:
-    from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
-
-    if network is None or examples is None:
-        raise ValueError("aligned_soup needs network, and examples=(inputs, labels) that it is aligned on")
-    inputs, labels = examples
-    with torch.no_grad():
-        num_outputs = network(inputs[:2]).shape[1]
-    task = Classification(TensorInputs(tuple(inputs.shape[1:])), tuple(map(str, range(num_outputs))))
-    sample = Examples({"inputs": inputs.to(torch.float32), "label": labels}, task)
-    return aligned_soup(minima, network, sample, MinimizeConfig(), matching=config.matching, repair=config.repair)

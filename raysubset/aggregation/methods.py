@@ -6,8 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from raysubset.aggregation.curvature import curvature_methods
-from raysubset.aggregation.needs import Context, Method, Needs
-from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.records import Aggregate, Context, Method, Minimum, Needs
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import soup_methods, uniform_soup
 from raysubset.aggregation.streaming import check_start, load_member, refuse_not_finite, refuse_other_architecture
@@ -98,14 +97,7 @@ def combine(
 ) -> Aggregate:
     """The aggregate by the config's method, any but auto; of a single minimum that minimum.
 
-    Batch-norm statistics are what the method makes of the members' own.
-
-    Args:
-        start: the weights the minima started from, where they share them.
-        seed: of what a method draws at random.
-
-    Raises:
-        ValueError: as the method does; see uniform_soup().
+    Batch-norm statistics are what the method makes of the members' own. Arguments and errors are aggregate()'s.
     """
     if len(minima) == 1:
         return replace(uniform_soup(minima), method=config.method)

@@ -1,6 +1,6 @@
-"""What goes into an aggregation and what comes out."""
+"""What goes into an aggregation and what comes out, and what a method is: how it makes weights, and what it needs."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,12 @@ class Minimum:
     subset_id: int
     num_examples: int  # of the subset
     start_id: str  # names the start weights: minima with equal ids share a start
-    outcome: str  # MinimizeResult's
-    training: Metrics | None  # on the subset itself, un-augmented, in evaluation mode, where it is measured
-    validation: Metrics | None  # likewise
-    cost: Cost  # of the attempt that finished
     load_weights: Callable[[], Weights] = field(repr=False)
     load_outputs: Callable[[], Tensor] = field(repr=False)  # [num_validation, …], predict()'s
+    outcome: str = "epochs"  # MinimizeResult's
+    training: Metrics | None = None  # on the subset itself, un-augmented, in evaluation mode, where it is measured
+    validation: Metrics | None = None  # likewise
+    cost: Cost = field(default_factory=Cost)  # of the attempt that finished
     load_statistics: Callable[[str], Weights] = field(default=_no_statistics, repr=False)
     """What its actor left of a kind; ValueError where there is nothing. By parameter, "fisher": diagonal_fisher(); by
     layer, "gram": gram_matrices(); "subsample": the weights of the minimum on a part of the subset."""
@@ -69,11 +69,9 @@ class Minimum:
         load_statistics: Callable[[str], Weights] = _no_statistics,
     ) -> "Minimum":
         """The inverse of to_dict()."""
+        same = ("subset_id", "num_examples", "start_id", "outcome")
         return cls(
-            subset_id=record["subset_id"],
-            num_examples=record["num_examples"],
-            start_id=record["start_id"],
-            outcome=record["outcome"],
+            **{name: record[name] for name in same},
             training=record["training"] and Metrics.from_dict(record["training"]),
             validation=record["validation"] and Metrics.from_dict(record["validation"]),
             cost=Cost.from_dict(record["cost"]),
@@ -106,3 +104,43 @@ class Aggregate:
             "tried": [{"subset_ids": list(ids), "validation_loss": loss} for ids, loss in self.tried],
             "of_first": list(self.of_first),
         }
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Examples that are passed forward for one set of weights."""
+
+    calibration: int  # the sample of training data
+    refreshing: int  # of these, to recompute batch-norm statistics: none in a network without
+    validation: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs beside the minima's weights. Config, plan, actors and report go by it."""
+
+    shared_start: bool = True  # it averages: of minima that share no start the result is useless
+    validation: bool = False  # it goes by what minima validate at
+    statistics: tuple[str, ...] = ()  # that actors take of their minimum: "fisher", "gram"
+    parts: bool = False  # minima on parts of the subsets too (aggregation.savgm_fraction), as "subsample" statistics
+    forward: Callable[[int, Forward], int] = lambda num, one: one.refreshing + one.validation
+    """Examples that it passes forward, with so many members, until its result is measured: for the planned cost."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method has in hand beside the minima."""
+
+    start: Weights | None  # what the minima started from, where they share that
+    parameter_names: frozenset[str]  # keys of the trainable parameters
+    score: Score  # of any weights, on validation data; what it passes forward is counted
+    align: Callable[[Sequence[Minimum]], Aggregate]  # aligned_soup() on the calibration examples
+    seed: int  # of what it draws at random
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make one set of weights of several minima."""
+
+    combine: Callable[[Sequence[Minimum], Context], Aggregate]
+    needs: Needs = Needs()

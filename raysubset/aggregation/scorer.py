@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from raysubset.aggregation.needs import Context
-from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.aggregation.soups import ensemble_outputs
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples

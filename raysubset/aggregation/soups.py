@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from raysubset.aggregation.needs import Method, Needs
-from raysubset.aggregation.records import Aggregate, Minimum, Score
+from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs, Score
 from raysubset.aggregation.streaming import (
     CURE,
     RunningMean,

@@ -45,8 +45,7 @@ def shrink_perturb(
 ) -> Weights:
     """Return shrink * weights + perturb * fresh (Ash & Adams 2020, arXiv:1910.08475); all but parameter_names stays.
 
-    Args:
-        parameter_names: the trainable ones: a frozen parameter could never recover.
+    These are the trainable ones: a frozen parameter could never recover.
     """
     mixed = {name: shrink * weights[name] + perturb * fresh[name] for name in parameter_names}
     return {**weights, **mixed}

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raysubset.aggregation.needs import Context, Method, Needs
-from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.records import Aggregate, Context, Method, Minimum, Needs
 from raysubset.aggregation.streaming import (
     RunningMean,
     aggregate_of,
@@ -19,7 +18,6 @@ from raysubset.aggregation.streaming import (
     load_members,
     load_statistics,
     mean_of,
-    refuse_not_finite,
     refuse_other_architecture,
 )
 from raysubset.config import AggregationConfig, derive_seed
@@ -70,7 +68,7 @@ def ties(
         start: θ_0, the weights that all minima started from.
         density: in (0, 1].
         scale: λ; positive.
-        parameter_names: the keys that are trainable parameters.
+        parameter_names: models.trainable_names(), here as below.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
@@ -139,14 +137,13 @@ def savgm(
 
     Args:
         fraction: r, in (0, 1), with which the subsamples were drawn.
-        parameter_names: the keys that are trainable parameters.
 
     Raises:
         ValueError: if a member has no subsample statistics, and as uniform_soup().
     """
     check_start("savgm", minima, allow_independent=allow_independent)
     corrected, buffers, keys = RunningMean(), mean_of(minima), list[str]()
-    for minimum, weights in load_members(minima, checked=False):
+    for minimum, weights in load_members(minima):
         part = load_statistics(minimum, "subsample")
         refuse_other_architecture(weights, part)
         keys = keys or list(weights)
@@ -154,7 +151,6 @@ def savgm(
         corrected.add({name: weights[name] for name in parameter_names})
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
     made = corrected.weights() | buffers.weights()
-    refuse_not_finite(made, minima)
     return aggregate_of("savgm", minima, {key: made[key] for key in keys}, [1.0] * len(minima), buffers)
 
 
@@ -167,10 +163,10 @@ def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
 
 
 def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
-    """load_members(), not checked, of the start's keys and shapes; the start is to be finite as well."""
+    """load_members() of the start's keys and shapes; the start is to be finite as well."""
     if bad := first_not_finite(start, minima[0].keys_averaged(start)):
         raise ValueError(f"the weights that the minima started from hold NaN or infinity in {bad}")
-    for minimum, weights in load_members(minima, checked=False):
+    for minimum, weights in load_members(minima):
         refuse_other_architecture(start, weights)
         yield minimum, weights
 
@@ -247,5 +243,4 @@ def _moved(
     weights = dict(buffers.weights())
     for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
         weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
-    refuse_not_finite(weights, minima)
     return aggregate_of(method, minima, {key: weights[key] for key in start}, [1.0] * len(minima), buffers)

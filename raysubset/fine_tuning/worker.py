@@ -47,7 +47,6 @@ from raysubset.training import (
     Distillation,
     DivergedError,
     LeftOutError,
-    Listener,
     Metrics,
     Progress,
     Shard,
@@ -55,6 +54,7 @@ from raysubset.training import (
     Weights,
     device_name,
     evaluate,
+    listener_of,
     minimize,
     num_steps_per_epoch,
     place,
@@ -214,7 +214,8 @@ class _Worker:
         every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
 
         whose = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
-        listener = Listener(self._config.actors.on_step, **whose, rank=self._shard.rank, num_workers=self._shard.num)
+        whose |= {"rank": self._shard.rank, "num_workers": self._shard.num}
+        listener = listener_of(self._config.actors.on_step, **whose)
 
         def on_step(progress: Progress) -> bool | str:
             nonlocal so_far

@@ -11,9 +11,9 @@ from raysubset.models.properties import (
     has_batch_norm,
     has_dropout,
     learning_batch_norms,
+    modes_restored,
     modules_in_training,
     num_parameters,
     trainable_names,
 )
-from raysubset.models.trying import needs_default_layout
-from raysubset.models.users import unwrapped
+from raysubset.models.users import needs_default_layout, unwrapped

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from raysubset.config import ModelConfig
-from raysubset.models import cifar, dense, images, masks, tokens, torchvision
+from raysubset.models import cifar, small, tokens, torchvision
 from raysubset.models.users import users_network
 from raysubset.tasks import Spec
 
@@ -22,11 +23,6 @@ def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
     in evaluation mode, and on a copy for a step of training in the memory layout of the actors. One that works in
     torch's default layout alone is given its images in that (see needs_default_layout()); one that changes its inputs
     in place is given copies.
-
-    Args:
-        config: architecture, size and normalisation.
-        spec: shapes and type of inputs and outputs.
-        seed: of the initial weights.
 
     Returns:
         A float32 module on the CPU in train mode. Under torch.device("meta") one of stand-ins, which takes no memory;
@@ -73,22 +69,22 @@ def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
 
 
 _FIXED: dict[str, Callable[[Spec], nn.Module]] = {
-    "lenet5": images.lenet5,
+    "lenet5": small.lenet5,
     "alexnet_32": cifar.alexnet_32,
-    "vgg11_32": cifar.vgg11_32,
-    "vgg16_32": cifar.vgg16_32,
+    "vgg11_32": partial(cifar.vgg_32, 11),
+    "vgg16_32": partial(cifar.vgg_32, 16),
     "resnet18_32": cifar.resnet18_32,
 }
 _SIZED: dict[str, Callable[[Spec, int, int], nn.Module]] = {
-    "mlp": dense.mlp,
+    "mlp": small.mlp,
     "lstm": tokens.LSTM,
     "transformer": tokens.Transformer,
 }
 _NORMED: dict[str, Callable[[Spec, int, int, str], nn.Module]] = {
-    "cnn": images.cnn,
-    "vgg": images.vgg,
-    "cifar_resnet": images.CifarResNet,
-    "unet": masks.UNet,
+    "cnn": small.cnn,
+    "vgg": small.vgg,
+    "cifar_resnet": small.CifarResNet,
+    "unet": small.UNet,
 }
 
 

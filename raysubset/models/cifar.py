@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from raysubset.models.images import conv3x3, normalisation
+from raysubset.models.small import conv3x3, normalisation
 from raysubset.tasks import Spec
 
 _SIDE = 32
@@ -34,14 +34,24 @@ def alexnet_32(spec: Spec) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def vgg11_32(spec: Spec) -> nn.Module:
-    """VGG-11 (Simonyan and Zisserman 2015, arXiv:1409.1556): see _vgg(). 9,228,362 parameters."""
-    return _vgg("vgg11_32", spec, 11)
+def vgg_32(num_layers: int, spec: Spec) -> nn.Module:
+    """VGG-11 or VGG-16 (Simonyan and Zisserman 2015, arXiv:1409.1556): 9,228,362 or 14,724,042 parameters.
 
-
-def vgg16_32(spec: Spec) -> nn.Module:
-    """VGG-16, likewise: 14,724,042 parameters."""
-    return _vgg("vgg16_32", spec, 16)
+    Its convolutions, each with batch normalisation, and one linear layer for its three and their dropout. Initial
+    convolutions are as torchvision's.
+    """
+    before = _channels(f"vgg{num_layers}_32", spec)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, block in enumerate(_VGG[num_layers]):
+        for j, after in enumerate(block):
+            conv = conv3x3(before, after, "batch")
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers |= {f"conv{i}{j}": conv, f"norm{i}{j}": normalisation("batch", after)}
+            layers[f"relu{i}{j}"] = nn.ReLU(inplace=True)
+            before = after
+        layers[f"pool{i}"] = nn.MaxPool2d(2)
+    layers |= {"flatten": nn.Flatten(), "head": nn.Linear(before, spec.num_outputs)}
+    return nn.Sequential(layers)
 
 
 def resnet18_32(spec: Spec) -> nn.Module:
@@ -56,25 +66,6 @@ def resnet18_32(spec: Spec) -> nn.Module:
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's others
     network.maxpool = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     return network
-
-
-def _vgg(name: str, spec: Spec, num_layers: int) -> nn.Module:
-    """The convolutions of a VGG, each with batch normalisation, and one linear layer for its three and their dropout.
-
-    Initial convolutions are as torchvision's.
-    """
-    before = _channels(name, spec)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, block in enumerate(_VGG[num_layers]):
-        for j, after in enumerate(block):
-            conv = conv3x3(before, after, "batch")
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            layers |= {f"conv{i}{j}": conv, f"norm{i}{j}": normalisation("batch", after)}
-            layers[f"relu{i}{j}"] = nn.ReLU(inplace=True)
-            before = after
-        layers[f"pool{i}"] = nn.MaxPool2d(2)
-    layers |= {"flatten": nn.Flatten(), "head": nn.Linear(before, spec.num_outputs)}
-    return nn.Sequential(layers)
 
 
 def _channels(name: str, spec: Spec) -> int:

@@ -47,12 +47,20 @@ def learning_batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNo
 
 def modules_in_training(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that model.train() puts in training mode, by name; the modes are left as they were."""
+    with modes_restored(model):
+        model.train()
+        return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m.training]
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Every module in the mode it had, training or evaluation, afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    learning = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m.training]
-    for module, was_training in modes:
-        module.training = was_training
-    return learning
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

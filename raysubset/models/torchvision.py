@@ -21,10 +21,7 @@ class _GreyToRGB(nn.Module):
 
 
 def check_name(name: str, others: Sequence[str]) -> None:
-    """Refuse a name that torchvision does not know.
-
-    Args:
-        others: names that are known besides.
+    """Refuse a name that torchvision does not know, nor is among the others.
 
     Raises:
         ValueError: with the nearest name that is known.

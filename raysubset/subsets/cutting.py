@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysubset.config import NUM_SUBSETS, SubsetsConfig, derive_seed, nearest
+from raysubset.errors import listed
 from raysubset.user_functions import call_function
-
-_MOST_LISTED = 10  # classes or subsets named in one line
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +67,16 @@ def split_into_subsets(
     With shares, stratified and iid subsets are of unequal sizes, and the size asked for is their mean.
 
     Args:
-        labels: integers [N] from 0 to num_classes - 1.
-        config: number, size and scheme.
-        seed: of every draw.
-        num_classes: of the full set.
+        labels: integers [N] from 0 to num_classes - 1, the full set's classes.
         attributes: the training table's other columns, N rows; read by the column scheme alone.
         shares: sizes against one another, by subset id; stratified and iid alone. By default all are equal.
-
-    Returns:
-        Subsets with ids 0, 1, …
 
     Raises:
         ValueError: for more examples than there are, labels that are not classes, a column or function that is
             missing, a function's ids that are none, or a share of less than one example.
     """
     labels = _checked_labels(labels, num_classes)
-    generator = _generator(seed, config.scheme)
+    generator = np.random.default_rng(derive_seed(seed, "subsets", config.scheme))
     limit = _size_limit(config, len(labels))
     names: list[str] | None = None
     if config.scheme == "column":
@@ -133,10 +126,6 @@ def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
 def _subset(id: int, indices: np.ndarray, labels: np.ndarray, name: str | None) -> Subset:
     indices = np.sort(indices).astype(np.int64)
     return Subset(id=id, indices=indices, num_classes_seen=len(np.unique(labels[indices])), name=name)
-
-
-def _generator(seed: int, scheme: str) -> np.random.Generator:
-    return np.random.default_rng(derive_seed(seed, "subsets", scheme))
 
 
 def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -323,8 +312,9 @@ def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int)
             f"{name} gave ids from {ids.min()} to {ids.max()}; {num} subsets are 0 to {num - 1}, -1 for none"
         )
     groups = _grouped(ids, num)
-    if empty := [i for i, group in enumerate(groups) if not len(group)]:
-        raise ValueError(f"{name} gave no examples to {listed(empty, 'subset', 'subsets')} (subsets.num = {num})")
+    if empty := [str(i) for i, group in enumerate(groups) if not len(group)]:
+        noun = "subset" if len(empty) == 1 else "subsets"
+        raise ValueError(f"{name} gave no examples to {noun} {listed(empty)} (subsets.num = {num})")
     return groups
 
 
@@ -332,11 +322,3 @@ def _grouped(ids: np.ndarray, num: int) -> list[np.ndarray]:
     """Positions of the ids 0 … num - 1."""
     order = np.argsort(ids, kind="stable")
     return np.split(order, np.searchsorted(ids[order], np.arange(num + 1)))[1:-1]
-
-
-def listed(items: Sequence[int], one: str, several: str) -> str:
-    """'class 3', 'classes 3, 7', '57 classes: 0, 1, …'."""
-    text = ", ".join(map(str, items[:_MOST_LISTED]))
-    if len(items) > _MOST_LISTED:
-        return f"{len(items)} {several}: {text}, …"
-    return f"{one if len(items) == 1 else several} {text}"

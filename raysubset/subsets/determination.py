@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.subsets.cutting import Subset, listed
+from raysubset.subsets.cutting import Subset
 
 _MOST_WARNED = 4  # subsets that get a line of their own
+_MOST_LISTED = 10  # classes named in it
 
 
 def overdetermination_ratio(num_examples: int, num_outputs: int, num_parameters: int) -> float:
@@ -27,14 +29,7 @@ def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tup
 
 
 def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[Note]:
-    """What a user should know of Q before the run; Q < 1 is a warning.
-
-    Args:
-        num_examples: in the full set.
-        sizes: examples of each subset.
-        num_outputs: classes.
-        num_parameters: trainable ones of the network.
-    """
+    """What a user should know of Q before the run, of a full set and subsets of these sizes; Q < 1 is a warning."""
     full = overdetermination_ratio(num_examples, num_outputs, num_parameters)
     ratios = [overdetermination_ratio(size, num_outputs, num_parameters) for size in sizes]
     needed = smallest_determined_size(num_outputs, num_parameters)
@@ -69,9 +64,9 @@ def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_cl
     lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
     lines = []
     for subset in lacking[:_MOST_WARNED]:
-        missing = [c for c in missing_classes(subset, labels, num_classes) if counts[c]]
-        size = _count(len(subset.indices), "example")
-        lines.append(f"{_title(subset)} of {size} lacks {listed(missing, 'class', 'classes')}")
+        missing = [str(c) for c in missing_classes(subset, labels, num_classes) if counts[c]]
+        size, noun = _count(len(subset.indices), "example"), "class" if len(missing) == 1 else "classes"
+        lines.append(f"{_title(subset)} of {size} lacks {noun} {listed(missing, most=_MOST_LISTED)}")
     if len(lacking) > _MOST_WARNED:
         fewest = min(lacking, key=lambda subset: subset.num_classes_seen)
         lines.append(

@@ -29,12 +29,12 @@ from raysubset.tracking.records import (
     run_summary,
 )
 from raysubset.tracking.wandb_runs import WandbRun
-from raysubset.trained_model import RECORD_PATH, WEIGHTS_PATH
+from raysubset.trained_model import MODEL_PATH, MODEL_RECORD_PATH
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
-FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, RECORD_PATH, WEIGHTS_PATH)  # those that are there
+FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, MODEL_RECORD_PATH, MODEL_PATH)  # those that are there
 PAGE_PATH = "report/report.html"  # which raysubset.report writes when the run has ended
 END_S = 60.0  # for a tracker to take what is left at the end
 STOP_S = 2.0  # the same, when the run was stopped: `ray job stop` leaves three seconds

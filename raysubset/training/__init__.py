@@ -19,14 +19,13 @@ from raysubset.training.flops import forward_share
 from raysubset.training.loop import minimize
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.optimizers import learning_rate_at
-from raysubset.training.own_listener import Listener, Step, load_listener
+from raysubset.training.own_listener import Step, listener_of, load_listener
 from raysubset.training.own_loop import LoopProgress, starts_over, try_own_loop
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
 from raysubset.training.profiling import profiled
-from raysubset.training.progress import Progress, num_steps_per_epoch
 from raysubset.training.records import (
     MEASURES,
     DivergedError,
@@ -35,7 +34,9 @@ from raysubset.training.records import (
     Measure,
     Metrics,
     MinimizeResult,
+    Progress,
     Weights,
+    num_steps_per_epoch,
 )
 from raysubset.training.shards import Shard
 from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_matrices

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples, even_sizes
-from raysubset.models import learning_batch_norms, modules_in_training
+from raysubset.models import learning_batch_norms, modes_restored, modules_in_training
 from raysubset.tasks import Task, added, sums_of
 from raysubset.training.records import Metrics
 
@@ -95,13 +95,9 @@ def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Ite
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_restored(model):
+        model.eval()
         yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
@@ -172,10 +168,8 @@ def _iterate_spectral_norms(model: nn.Module) -> None:
         parametrizations = cast(nn.ModuleDict, module.parametrizations)
         for name, steps in parametrizations.items():
             norms = [step for step in cast(parametrize.ParametrizationList, steps) if isinstance(step, _SpectralNorm)]
-            modes = [norm.training for norm in norms]
-            for norm in norms:
-                norm.train()
-            for _ in range(SPECTRAL_ITERATIONS * bool(norms)):
-                getattr(module, name)  # computes the weight, and an iteration with it
-            for norm, was_training in zip(norms, modes, strict=True):
-                norm.training = was_training
+            with modes_restored(module):
+                for norm in norms:
+                    norm.train()
+                for _ in range(SPECTRAL_ITERATIONS * bool(norms)):
+                    getattr(module, name)  # computes the weight, and an iteration with it

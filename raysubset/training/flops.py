@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from raysubset.costs import FORWARD_SHARE
+from raysubset.models import modes_restored
 from raysubset.tasks import Spec
 
 _NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
@@ -35,24 +36,15 @@ def forward_share(model: nn.Module, spec: Spec) -> float:
     half for shallow dense ones, whose first layer needs no gradient of its input, and more where layers are frozen.
     Matrix products and convolutions count (torch.utils.flop_counter); a network without any is given FORWARD_SHARE.
     Large networks run on torch's meta device, where nothing is computed; small ones, and those that cannot, make a step
-    on two examples of zeros.
-
-    Args:
-        model: on the CPU; left as it is.
-        spec: what it takes.
+    on two examples of zeros. The model is on the CPU and left as it is.
     """
-    was_training = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model.train()
-            is_small = sum(p.numel() for p in model.parameters()) <= _SMALL
-            try:
-                forward, backward = _operations(model, spec, "cpu" if is_small else "meta")
-            except Exception:  # constants of a user's on the CPU, or values that decide the way
-                forward, backward = _operations(model, spec, "cpu")
-    finally:
-        for module, mode in was_training:
-            module.training = mode
+    with modes_restored(model), torch.random.fork_rng(devices=[]):
+        model.train()
+        is_small = sum(p.numel() for p in model.parameters()) <= _SMALL
+        try:
+            forward, backward = _operations(model, spec, "cpu" if is_small else "meta")
+        except Exception:  # constants of a user's on the CPU, or values that decide the way
+            forward, backward = _operations(model, spec, "cpu")
     return forward / (forward + backward) if forward and backward else FORWARD_SHARE
 
 

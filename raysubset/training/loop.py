@@ -17,8 +17,15 @@ from raysubset.training.optimizers import learning_rate_at, load_optimizer_state
 from raysubset.training.own_loop import minimize_by_own_loop
 from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
-from raysubset.training.progress import OnStep, Progress, diverged_at_once, num_steps_per_epoch, reached
-from raysubset.training.records import EpochRecord, MinimizeResult
+from raysubset.training.records import (
+    EpochRecord,
+    MinimizeResult,
+    OnStep,
+    Progress,
+    diverged_at_once,
+    num_steps_per_epoch,
+    reached,
+)
 from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
 from raysubset.training.whole_subset import minimize_whole
@@ -217,7 +224,9 @@ def minimize(
                 num_summed = 0
                 outcome = reached(recipe, progress)
                 if outcome == "diverged":
-                    _restore(model, best, mean, recipe)
+                    if not best:
+                        raise diverged_at_once(mean, recipe)
+                    model.load_state_dict(best["model"])
                     techniques.close()
                     optimizer = make_optimizer(model, recipe)  # the old one's moments may be NaN
                 else:
@@ -238,12 +247,6 @@ def _is_finite(model: nn.Module) -> bool:
     """Whether every trainable parameter is a finite number."""
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
     return bool(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf).isfinite())
-
-
-def _restore(model: nn.Module, best: dict[str, Any], loss: float, recipe: MinimizeConfig) -> None:
-    if not best:
-        raise diverged_at_once(loss, recipe)
-    model.load_state_dict(best["model"])
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:

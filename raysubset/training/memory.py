@@ -37,8 +37,7 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
 
     Args:
         model: on the CPU; left as it is.
-        recipe: batch size, optimizer and precision. With precision=auto float32 is counted: bfloat16 takes about half.
-        spec: what the network takes and gives.
+        recipe: with precision=auto float32 is counted: bfloat16 takes about half.
         num_examples: that are on the device at a time, to train and to validate on.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())

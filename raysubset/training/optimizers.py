@@ -16,24 +16,12 @@ ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR
 def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
     """The optimizer by name; weight decay spares biases and normalisation parameters (tensors of one dimension).
 
-    cg and gauss_newton are no optimizers of torch's kind: training.whole_subset makes their steps.
+    Whole-subset optimizers are not among them: training.whole_subset makes their steps.
     """
     if recipe.has_own_optimizer:
         return own_optimizer(model, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = recipe.peak_learning_rate()
-    if recipe.optimizer == "lbfgs":
-        least, change = 1e-7, 1e-9  # torch's own
-        if recipe.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
-            least, change = recipe.gradient_tolerance, 0.0
-        return torch.optim.LBFGS(
-            parameters,
-            lr=rate,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=least,
-            tolerance_change=change,
-        )
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -43,16 +31,22 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
         case "sgd":
             nesterov = recipe.momentum > 0 and recipe.extrapolation.kind == "none"  # which looks ahead by itself
             optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
-            return _with_all_moments(optimizer, ("momentum_buffer",) if recipe.momentum else ())
         case "adam":
-            return _with_all_moments(torch.optim.Adam(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
+            optimizer = torch.optim.Adam(groups, lr=rate, fused=fused)
         case "adamw":
-            return _with_all_moments(torch.optim.AdamW(groups, lr=rate, fused=fused), ("exp_avg", "exp_avg_sq"))
+            optimizer = torch.optim.AdamW(groups, lr=rate, fused=fused)
         case "muon":
             optimizer = Muon(groups, lr=rate, momentum=recipe.momentum)
-            return _with_all_moments(optimizer, ("momentum_buffer",) if recipe.momentum else ())
         case _:
             raise AssertionError(f"training.whole_subset makes the steps of {recipe.optimizer}")
+    return _with_all_moments(optimizer, moment_names(recipe))
+
+
+def moment_names(recipe: MinimizeConfig) -> tuple[str, ...]:
+    """What one of our optimizers keeps for each parameter, in its shape."""
+    if recipe.optimizer in ("adam", "adamw"):
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if recipe.momentum else ()
 
 
 def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ import torch
 
 from raysubset.costs import Cost
 from raysubset.models import generators_restored
-from raysubset.training.progress import Progress
+from raysubset.training.records import Progress
 from raysubset.user_functions import in_a_line, load_function
 
 _FIELD = "actors.on_step"
@@ -39,34 +39,25 @@ class Step:
     cost: Cost  # of this attempt so far, of all workers together
 
 
-class Listener:
-    """Tells the user's function of the steps of one piece of work; of none where none is named."""
+def listener_of(reference: str | None, **piece: Any) -> Callable[[Progress], None]:
+    """What tells the user's function of the steps of one piece of work; nobody where none is named.
 
-    def __init__(self, reference: str | None, **piece: Any) -> None:
-        """`piece` has what a Step says of whose it is."""
-        self._reference, self._piece = reference, piece
-        self._function = None if reference is None else load_listener(reference)
+    Whatever the function raises becomes a ValueError with its name and place.
 
-    def __call__(self, progress: Progress) -> None:
-        """Tell of a step.
+    Args:
+        piece: what a Step says of whose it is.
+    """
+    if reference is None:
+        return lambda progress: None
+    function = load_listener(reference)
 
-        Raises:
-            ValueError: for whatever the function raises, with its name and place.
-        """
-        if self._function is None:
-            return
-        assert self._reference is not None
-        step = Step(
-            **self._piece,
-            step=progress.step,
-            num_steps=progress.num_steps,
-            epoch=progress.epoch,
-            epoch_ended=progress.epoch_ended,
-            loss=progress.loss,
-            cost=progress.cost,
-        )
-        with generators_restored(), torch.random.fork_rng(devices=[]), in_a_line(_FIELD, self._reference):
-            self._function(step)
+    def tell(progress: Progress) -> None:
+        of_progress = ("step", "num_steps", "epoch", "epoch_ended", "loss", "cost")
+        step = Step(**piece, **{name: getattr(progress, name) for name in of_progress})
+        with generators_restored(), torch.random.fork_rng(devices=[]), in_a_line(_FIELD, reference):
+            function(step)
+
+    return tell
 
 
 def load_listener(reference: str) -> Callable[[Step], Any]:

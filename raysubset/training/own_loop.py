@@ -23,8 +23,15 @@ from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
 from raysubset.pulse import beat
 from raysubset.training.own_optimizer import through_a_file
-from raysubset.training.progress import OnStep, Progress, num_steps_per_epoch
-from raysubset.training.records import Cost, DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.records import (
+    Cost,
+    DivergedError,
+    EpochRecord,
+    MinimizeResult,
+    OnStep,
+    Progress,
+    num_steps_per_epoch,
+)
 from raysubset.user_functions import in_a_line, load_function
 
 _FIELD = "minimize.loop"
@@ -75,7 +82,8 @@ class _Told:
     def __call__(self, progress: LoopProgress) -> bool:
         self.was_called = True
         try:
-            self._check(progress)
+            if flaw := self._flaw(progress):
+                raise _misfit(self._reference, flaw)
             return self.tell(progress)
         except BaseException as error:
             self.failure = error
@@ -88,25 +96,23 @@ class _Told:
         self.is_stopped = bool(self._on_step and self._on_step(self.seen(progress))) or self.is_stopped
         return self.is_stopped
 
-    def _check(self, progress: LoopProgress) -> None:
+    def _flaw(self, progress: LoopProgress) -> str | None:
+        """What is wrong with what the loop says, and the way out; None if nothing is."""
         if not isinstance(progress, Progress):
-            raise _misfit(self._reference, f"called on_step() with a {type(progress).__name__}: give it progress")
+            return f"called on_step() with a {type(progress).__name__}: give it progress"
         if not self.last_step < progress.step:
             text = f"called on_step() at step {progress.step} after {self.last_step}"
-            raise _misfit(self._reference, f"{text}: let progress.count() count it, or set progress.step before")
+            return f"{text}: let progress.count() count it, or set progress.step before"
         counts = (progress.step, progress.cost.num_forward, progress.cost.num_backward, progress.cost.num_steps)
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise _misfit(self._reference, f"said steps and costs of {counts}: give whole numbers")
+            return f"said steps and costs of {counts}: give whole numbers"
         for record in progress.history[-1:]:
             numbers = (record.loss, record.learning_rate, record.epoch)
             if not all(isinstance(number, int | float) for number in numbers) or not math.isfinite(sum(numbers[1:])):
-                raise _misfit(
-                    self._reference, f"recorded {record}: give plain numbers, and 0 where there is no learning rate"
-                )
+                return f"recorded {record}: give plain numbers, and 0 where there is no learning rate"
         if progress.epoch_ended and (not progress.history or progress.history[-1].num_steps != progress.step):
-            raise _misfit(
-                self._reference, "set progress.epoch_ended without a record in progress.history: call progress.count()"
-            )
+            return "set progress.epoch_ended without a record in progress.history: call progress.count()"
+        return None
 
     def seen(self, progress: LoopProgress) -> Progress:
         """Progress as our side sees it, whose state has the weights in it."""
@@ -195,11 +201,7 @@ def starts_over(recipe: MinimizeConfig, state: dict[str, Any]) -> bool:
 
 
 def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> str | None:
-    """Run the recipe's loop on copies of the model with some examples; once more stopped and resumed.
-
-    Args:
-        model: on the CPU.
-        sample: some examples on the CPU.
+    """Run the recipe's loop on copies of the model with some examples, on the CPU; once more stopped and resumed.
 
     Returns:
         What the user should know, if it works.

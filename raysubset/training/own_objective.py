@@ -59,11 +59,7 @@ class OwnObjective:
 
 
 def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> None:
-    """Call the recipe's objective on a copy of the model with some examples, and with the same twice over.
-
-    Args:
-        model: on the CPU.
-        sample: some examples on the CPU.
+    """Call the recipe's objective on a copy of the model with some examples, and with the same twice over, on the CPU.
 
     Raises:
         ValueError: if it does not return a loss, summed, and outputs that fit; or for what it raises.

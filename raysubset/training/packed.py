@@ -18,8 +18,15 @@ from raysubset.models import has_dropout
 from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at
-from raysubset.training.progress import Progress, diverged_at_once, num_steps_per_epoch, reached
-from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.records import (
+    DivergedError,
+    EpochRecord,
+    MinimizeResult,
+    Progress,
+    diverged_at_once,
+    num_steps_per_epoch,
+    reached,
+)
 from raysubset.training.stack import Stack
 
 OnPackedStep = Callable[[Mapping[int, Progress]], bool | None]
@@ -27,32 +34,28 @@ OnPackedStep = Callable[[Mapping[int, Progress]], bool | None]
 
 def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
     """Why this recipe cannot step several members at once, in a few words; None where it can."""
-    if recipe.optimizer in WHOLE_SUBSET:
-        return f"{recipe.optimizer} searches a line for each subset"
-    if recipe.loop is not None:
-        return f"{recipe.loop} is a loop of one network"
-    if recipe.has_own_optimizer:
-        return f"{recipe.optimizer} is an optimizer of one network"
-    if recipe.objective is not None:
-        return f"{recipe.objective} is called with one network"
-    for name in ("extrapolation", "averaging", "skipping"):
-        if (kind := getattr(recipe, name).kind) != "none":
-            return f"minimize.{name}.kind={kind} is done one by one"
-    if recipe.epoch_fraction < 1:
-        return "minimize.epoch_fraction < 1 draws each epoch's examples anew"
-    if recipe.accumulation > 1:
-        return "minimize.accumulation passes one network's batch in parts"
-    if recipe.precision == "float16":
-        return "minimize.precision=float16 scales the loss of one network"
-    if recipe.compile:
-        return "minimize.compile is for one network"
-    if has_dropout(model):
-        return "the network has dropout, whose noise is each subset's own"
-    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        return "torch cannot run recurrent layers with stacked weights"
-    if len({p.dtype for p in model.parameters() if p.requires_grad}) > 1:
-        return "the network's parameters are of several types"
-    return None
+    kinds = {name: getattr(recipe, name).kind for name in ("extrapolation", "averaging", "skipping")}
+    reasons = (
+        (recipe.optimizer in WHOLE_SUBSET, f"{recipe.optimizer} searches a line for each subset"),
+        (recipe.loop, f"{recipe.loop} is a loop of one network"),
+        (recipe.has_own_optimizer, f"{recipe.optimizer} is an optimizer of one network"),
+        (recipe.objective, f"{recipe.objective} is called with one network"),
+        *((kind != "none", f"minimize.{name}.kind={kind} is done one by one") for name, kind in kinds.items()),
+        (recipe.epoch_fraction < 1, "minimize.epoch_fraction < 1 draws each epoch's examples anew"),
+        (recipe.accumulation > 1, "minimize.accumulation passes one network's batch in parts"),
+        (recipe.precision == "float16", "minimize.precision=float16 scales the loss of one network"),
+        (recipe.compile, "minimize.compile is for one network"),
+        (has_dropout(model), "the network has dropout, whose noise is each subset's own"),
+        (
+            any(isinstance(module, nn.RNNBase) for module in model.modules()),
+            "torch cannot run recurrent layers with stacked weights",
+        ),
+        (
+            len({p.dtype for p in model.parameters() if p.requires_grad}) > 1,
+            "the network's parameters are of several types",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def minimize_packed(
@@ -76,10 +79,7 @@ def minimize_packed(
         models: of one architecture, on the examples' device.
         examples: of each member; a joint copy of them is held meanwhile.
         recipe: a recipe that why_not_packed() has nothing against.
-        seeds: of each member, as minimize() takes them.
-        states: what Progress.capture() gave, here or in minimize(), to go on from there.
-        optimizer_states: momenta to start with where there is no state.
-        schedule_span: the part of the schedule that this call covers, as shares of it.
+        seeds: of each member, as minimize() takes them; states and optimizer_states likewise.
         on_step: called after every step with the members that took it, by number; returning True ends those that are
             not done with the outcome "stopped".
 

@@ -15,7 +15,7 @@ from raysubset.data import Examples
 from raysubset.errors import first_line
 from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
-from raysubset.training.progress import num_steps_per_epoch
+from raysubset.training.records import num_steps_per_epoch
 
 PAYS = 0.9  # packing is taken if a packed step takes less than this share of its members' single steps
 _NUM_WARM, _NUM_TIMED = 3, 8  # steps of a repeat: kernels are chosen in the first, and not timed

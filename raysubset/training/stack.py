@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.training.grouped import forward_of_all
 from raysubset.training.muon import REST_FACTOR, scaled_polar
-from raysubset.training.optimizers import load_optimizer_state, make_optimizer
+from raysubset.training.optimizers import load_optimizer_state, make_optimizer, moment_names
 
 _WEIGHTS = "weights"  # the key, among the buffers' names, of all trained parameters
 _LEAST_LENGTH = 1e-6  # torch.nn.utils.clip_grad_norm_()'s, added to a gradient's length
@@ -27,11 +27,10 @@ class Stack:
     def __init__(
         self, models: Sequence[nn.Module], recipe: MinimizeConfig, optimizer_states: Sequence[dict[str, Any] | None]
     ) -> None:
-        """Copy the members' tensors; the modules are left alone.
+        """Copy the tensors of members of one architecture on one device; the modules are left alone.
 
         Args:
-            models: of one architecture, on one device.
-            recipe: the recipe, of sgd, adam, adamw or muon.
+            recipe: of sgd, adam, adamw or muon.
             optimizer_states: state dicts to go on with; None: fresh ones.
         """
         self._recipe, first = recipe, models[0]
@@ -44,9 +43,7 @@ class Stack:
         self._matrices = [(len(p), p.numel()) for p in trained if p.ndim > 1]  # rows and elements, for muon
         self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
-        self._moment_names = ("exp_avg", "exp_avg_sq")
-        if recipe.optimizer in ("sgd", "muon"):
-            self._moment_names = ("momentum_buffer",) if recipe.momentum else ()
+        self._moment_names = moment_names(recipe)
         self._models = list(models)
         self._rates = [recipe.peak_learning_rate()] * len(models)
         self._steps = [0] * len(models)  # of each member's optimizer

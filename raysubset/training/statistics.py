@@ -112,10 +112,7 @@ def gram_matrices(
     A convolution's inputs are the patches that its filters see, a row a position; each of its groups has a matrix of
     its own. A bias is the weight of one more input that is always 1, the last. In evaluation mode, without
     augmentation; the model is left as it was. Layers that forward() passes by, as attention does, have no matrix.
-
-    Args:
-        num_examples: take a sample of that many; None: all.
-        seed: of the sample.
+    A sample is as diagonal_fisher()'s.
 
     Returns:
         By layer's name, [groups, K, K] with K = inputs of a unit (+ 1 with a bias), a linear layer as one group; shared

@@ -14,8 +14,7 @@ from raysubset.models import copied, generators_restored
 from raysubset.tasks import Spec
 from raysubset.training.evaluation import predict
 from raysubset.training.loop import minimize
-from raysubset.training.progress import Progress
-from raysubset.training.records import DivergedError
+from raysubset.training.records import DivergedError, Progress
 
 _NUM_STEPS = 4  # so that layers left out at random are, in one of them
 _MOST_EXAMPLES = 16  # of a step, and no more than so many numbers in their inputs
@@ -36,11 +35,7 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
     """Train a copy for a few steps at a rate that moves nothing, in an actor's mode, layout, precision and techniques.
 
     The model and all generators are left as they were; what the network or the recipe's check raises passes through.
-
-    Args:
-        model: on the CPU.
-        recipe: that of a stage.
-        sample: some examples on the CPU, taken again and again where there are too few.
+    All is on the CPU; where the sample has too few examples they are taken again and again.
     """
     num_numbers = math.prod(sample.task.spec().inputs)
     size = max(2, min(_MOST_EXAMPLES, recipe.batch_size, _MOST_NUMBERS // num_numbers))

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from raysubset.training.progress import Progress
-from raysubset.training.records import Metrics
+from raysubset.training.records import Metrics, Progress
 
 
 class ValidationWatch:
@@ -27,8 +26,7 @@ class ValidationWatch:
         """Begin to watch a model.
 
         Args:
-            model: what is minimized.
-            validate: measures it as it is; what that costs is counted there.
+            validate: measures the model as it is; what that costs is counted there.
             every: epochs (turns of epoch_fraction) between two looks; the last one is looked at always.
             patience: looks without a lower loss after which it stops; 0: never.
             keeps_best: whether the weights of the least loss are the result; with patience they are.

@@ -32,7 +32,6 @@ from raysubset.run_directory import (
 from raysubset.training import (
     Cost,
     DivergedError,
-    Listener,
     Metrics,
     MinimizeResult,
     Progress,
@@ -43,6 +42,7 @@ from raysubset.training import (
     evaluate,
     evaluate_for_ensemble,
     gram_matrices,
+    listener_of,
     minimize,
     minimize_packed,
     num_steps_per_epoch,
@@ -343,11 +343,11 @@ class Minimizer:
             return None
         return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
 
-    def _listener(self, piece: Piece) -> Listener:
+    def _listener(self, piece: Piece) -> Callable[[Progress], None]:
         """The user's own, as a piece's steps are told to it."""
         stage, round, subset = piece.ledger_key
         whose = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
-        return Listener(self._config.actors.on_step, **whose, rank=0, num_workers=1)
+        return listener_of(self._config.actors.on_step, **whose, rank=0, num_workers=1)
 
     def _profiled(self, job: _Job) -> AbstractContextManager[Callable[[], None] | None]:
         """What traces steps of the first subset, or of a stage on the full set, where that is asked for."""

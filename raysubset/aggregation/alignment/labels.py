@@ -131,7 +131,6 @@ def joined(values: Sequence[Value], num_dims: int) -> tuple[Labels, list[tuple[T
 
     Args:
         values: its operands that are not fixed, at least one; broadcast against each other as torch does.
-        num_dims: of the result.
     """
     padding = [(1,) * (num_dims - len(value.shape)) for value in values]
     units = torch.broadcast_tensors(

@@ -1,6 +1,7 @@
 """Which units of two networks correspond, by their weights or by their activations (Git Re-Basin, arXiv:2209.04836)."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -28,17 +29,14 @@ def match_weights(
 
     Agreement is the inner product of the parameters. Groups are taken in random order, each by a linear assignment
     given all others, until none can be improved: a local optimum. The arithmetic is float64, on the device; both
-    networks are held there once.
-
-    Args:
-        target: stays as it is.
-        weights: whose units are to be permuted.
-        parameter_names: what agrees; running statistics do not count.
-        seed: of the order of groups.
+    networks are held there once. Running statistics, which `parameter_names` lacks, do not count.
     """
     target = {name: target[name].to(device, torch.float64) for name in parameter_names}
     current = {name: weights[name].to(device, torch.float64) for name in parameter_names}
-    groups = [_of_parameters(group, parameter_names) for group in structure.groups]
+    groups = [
+        replace(group, axes=tuple(axis for axis in group.axes if axis.names[0] in parameter_names))
+        for group in structure.groups
+    ]
     orders = list(structure.identity())
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_MAX_SWEEPS):
@@ -69,14 +67,8 @@ def match_activations(
     """Activation matching: units correspond whose outputs correlate best over examples.
 
     They are compared before the activation function, behind which some never fire: on MNIST that was the better by 10
-    points of the mean's accuracy. Both networks run side by side, batch by batch; sums are float64 on their device. A
-    unit that is constant on the examples correlates with none.
-
-    Args:
-        target: traced network whose units stay, in evaluation mode.
-        network: whose units are to be permuted; not the same module.
-        groups: of both.
-        batches: images [n, C, H, W] on the device.
+    points of the mean's accuracy. Both networks, traced and in evaluation mode, run side by side, batch [n, C, H, W] by
+    batch; sums are float64 on their device. A unit that is constant on the examples correlates with none.
     """
     correlations = [[_Correlation() for _ in group.activations] for group in groups]
     where: dict[str, list[tuple[int, int]]] = {}
@@ -131,9 +123,6 @@ def merge_many(
     round; in memory are one of them, the mean it is aligned to, and in float64 the sum of all.
 
     Args:
-        members: each loads one network's weights.
-        structure: of all of them.
-        match: match_weights() or match_activations() on given data.
         most_rounds: with weights the agreement grows in each, and few are needed; with activations nothing ends them.
         seed: of the members' order, drawn anew each round.
 
@@ -185,8 +174,3 @@ def _best_order(similarity: Tensor) -> Tensor | None:
 def _agree_better(target: Weights, candidate: Weights, current: Weights, names: Collection[str]) -> bool:
     after, before = (sum(float((target[n] * weights[n]).sum()) for n in names) for weights in (candidate, current))
     return after - before > _GAIN * max(abs(after), abs(before))
-
-
-def _of_parameters(group: UnitGroup, names: Collection[str]) -> UnitGroup:
-    axes = tuple(axis for axis in group.axes if axis.names[0] in names)
-    return UnitGroup(group.name, group.size, axes, group.activations)

@@ -95,9 +95,7 @@ def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
 def _reset(norm: _BatchNorm, inputs: Sequence[Tensor]) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
-    moments = _Moments()
-    for x in inputs:
-        moments.add(x, 1)
+    moments = _Moments(inputs, 1)
     mean, std = moments.result()
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(std.square() * (moments.count / max(1, moments.count - 1)))  # unbiased, as torch keeps it
@@ -108,10 +106,7 @@ def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: 
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor):
         return
-    moments = _Moments()
-    for value in values:
-        moments.add(value, dim)
-    mean, std = moments.result()
+    mean, std = _Moments(values, dim).result()
     scale = torch.where(std > _LEAST_STD * target_std, target_std / std, 1.0)
     weight.mul_(scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)))
     shift = torch.zeros_like(mean)
@@ -126,9 +121,11 @@ def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: 
 class _Moments:
     """Mean and standard deviation of each channel, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Iterable[Tensor] = (), dim: int = 0) -> None:
         self.count = 0
         self._sum, self._sum_of_squares = torch.zeros(()), torch.zeros(())
+        for some in values:
+            self.add(some, dim)
 
     def add(self, values: Tensor, dim: int) -> None:
         rows = values.movedim(dim, 0).flatten(1).double()

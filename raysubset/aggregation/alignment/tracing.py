@@ -211,13 +211,10 @@ def _classes(tracer: UnitTracer) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    first, second = (torch.cat([torch.zeros(1, dtype=torch.int64), *part]).numpy() for part in _columns(tracer.pairs))
+    nobody = torch.zeros(1, dtype=torch.int64)
+    first, second = (torch.cat([nobody, *(pair[k] for pair in tracer.pairs)]).numpy() for k in (0, 1))
     joined = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(tracer.num_units,) * 2)
     return connected_components(joined, directed=False)[1]
-
-
-def _columns(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _kinds(tracer: UnitTracer, unit_class: np.ndarray, kept: np.ndarray) -> np.ndarray:

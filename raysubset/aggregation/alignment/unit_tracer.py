@@ -152,19 +152,22 @@ class UnitTracer(fx.Interpreter):
         num_out = len(weight) // groups
         if groups > 1 and weight.shape[1] == 1:
             roles = (roles[:, None] * num_out + torch.arange(num_out)).flatten()
-            return self._placed(1, out, units.repeat_interleave(num_out), roles, (weight, bias))
+            units = units.repeat_interleave(num_out)
+            if bool((units == FIXED).all()):
+                return fixed_labels(out.ndim)
+            self._site(units, roles, [(weight, 0), (bias, 0)])
+            return labels_along(1, out.ndim, units, roles)
         for k in range(groups):
             rows = (k * num_out, (k + 1) * num_out) if groups > 1 else None
             self._read(x, 1, k * weight.shape[1], weight.shape[1], Use(self._names[id(weight)], 1, rows))
-        return self._produced(1, out, torch.arange(len(weight)) // num_out, [(weight, 0), (bias, 0)])
+        return self._produced(1, out.ndim, torch.arange(len(weight)) // num_out, [(weight, 0), (bias, 0)])
 
     def _transposed(self, x: Value, weight: Tensor, bias: Tensor | None, groups: int) -> Labels | None:
         num_out = weight.shape[1]
         if not set(x.labels.dims()) <= {1} or groups > 1:
             return None
         self._read(x, 1, 0, len(weight), Use(self._names[id(weight)], 0))
-        out = torch.empty([1] * len(x.shape))
-        return self._produced(1, out, torch.zeros(num_out, dtype=torch.int64), [(weight, 1), (bias, 0)])
+        return self._produced(1, len(x.shape), torch.zeros(num_out, dtype=torch.int64), [(weight, 1), (bias, 0)])
 
     def _linear(self, x: Value, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Labels | None:
         last, dims = len(x.shape) - 1, x.labels.dims()
@@ -173,17 +176,10 @@ class UnitTracer(fx.Interpreter):
         if dims not in ([], [last]):
             return None
         self._read(x, last, 0, x.shape[last], Use(self._names[id(weight)], 1))
-        return self._produced(last, out, torch.zeros(len(weight), dtype=torch.int64), [(weight, 0), (bias, 0)])
+        return self._produced(last, out.ndim, torch.zeros(len(weight), dtype=torch.int64), [(weight, 0), (bias, 0)])
 
     def _group_norm(
-        self,
-        x: Value,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 0.0,
-        *,
-        out: Tensor,
+        self, x: Value, num_groups: int, weight: Any = None, bias: Any = None, *more: Any, **rest: Any
     ) -> Labels | None:
         """Units stay within their group; that whole groups may change places is not made use of."""
         if not set(x.labels.dims()) <= {1}:
@@ -194,14 +190,7 @@ class UnitTracer(fx.Interpreter):
         return self._channels(x, (weight, bias))
 
     def _layer_norm(
-        self,
-        x: Value,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 0.0,
-        *,
-        out: Tensor,
+        self, x: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, *more: Any, **rest: Any
     ) -> Labels | None:
         dims, first = x.labels.dims(), len(x.shape) - len(normalized_shape)
         if all(dim < first for dim in dims):
@@ -219,22 +208,15 @@ class UnitTracer(fx.Interpreter):
             self._site(*x.along(1), [(tensor, 0) for tensor in tensors])
         return x.labels
 
-    def _placed(self, dim: int, out: Tensor, units: Tensor, roles: Tensor, tensors: Sequence[Tensor | None]) -> Labels:
-        """Labels of outputs made of these units, with tensors whose first axis is theirs."""
-        if bool((units == FIXED).all()):
-            return fixed_labels(out.ndim)
-        self._site(units, roles, [(tensor, 0) for tensor in tensors])
-        return labels_along(dim, out.ndim, units, roles)
-
     def _produced(
-        self, dim: int, out: Tensor, group_of: Tensor, tensors: Sequence[tuple[Tensor | None, int]]
+        self, dim: int, num_dims: int, group_of: Tensor, tensors: Sequence[tuple[Tensor | None, int]]
     ) -> Labels:
         """Labels of new units, of which those of one group, int64 group_of [C], may change places."""
         if len(group_of) == 1:
-            return fixed_labels(out.ndim)
+            return fixed_labels(num_dims)
         units = self._new_units(len(group_of))
         self._site(units, group_of, tensors)
-        return labels_along(dim, out.ndim, units, torch.zeros_like(units))
+        return labels_along(dim, num_dims, units, torch.zeros_like(units))
 
     def _pointwise(self, values: Sequence[Value], parameters: Sequence[Tensor], out: Tensor) -> Labels | None:
         moving = [value for value in values if not value.labels.fixed]

@@ -46,12 +46,7 @@ class Averaging:
             self._sample()
 
     def end_epoch(self, step: int, *, last: bool) -> bool:
-        """Put the average into the model if it is time; whether it was.
-
-        Args:
-            step: steps done.
-            last: whether the minimization ends here.
-        """
+        """Put the average into the model if it is time; whether it was. With `last` the minimization ends here."""
         if self._recipe.kind == "swa" and step > self._first_end:
             self._sample()
         if self._recipe.restarts():

@@ -36,12 +36,5 @@ class Distillation:
         return task.combine(widened(teacher(inputs)) for teacher in self._teachers)
 
     def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
-        """The loss, like `loss` summed over the batch.
-
-        Args:
-            loss: the task's own, summed.
-            outputs: the model's [n, …].
-            targets: targets() of the same inputs.
-            task: what is learned.
-        """
+        """The loss, like the task's own `loss` summed over the batch, of the model's outputs and targets() [n, …]."""
         return (1 - self._share) * loss + self._share * task.distance(outputs, targets, temperature=self._temperature)

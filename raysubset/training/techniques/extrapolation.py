@@ -39,12 +39,7 @@ class Extrapolation:
 
     @torch.no_grad()
     def look_ahead(self, rate: float, step: int) -> None:
-        """Go to w½.
-
-        Args:
-            rate: the learning rate of this step.
-            step: steps done, which the noise is drawn by.
-        """
+        """Go to w½ at the learning rate of this step; noise is drawn by the steps done."""
         moved = [i for i, p in enumerate(self._parameters) if p.requires_grad]
         if self._recipe.kind.startswith("past"):
             self._buffers = {i: buffer for i, buffer in self._buffers.items() if self._parameters[i].requires_grad}
@@ -66,9 +61,8 @@ class Extrapolation:
     def come_back(self, average: Callable[[], None]) -> None:
         """Go back to w with the gradients of w½, and remember them.
 
-        Args:
-            average: averages the gradients over the workers, unless the backward pass did; called once, after the
-                worker's own gradient is remembered or before the mean is.
+        `average` averages them over the workers, unless the backward pass did; it is called once, after the worker's
+        own gradient is remembered or before the mean is.
         """
         if not self.differs_by_worker:
             average()

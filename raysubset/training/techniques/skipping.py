@@ -65,12 +65,10 @@ class Skipping:
         return self._recipe.decay**self._num_freezes if self._recipe.kind == "wus_lr" else 1.0
 
     def after_step(self, step: int, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
-        """Count, and decide at a window's end.
+        """Count a step, and decide at a window's end.
 
         Args:
-            step: steps done.
-            outputs: of this worker's part of the batch, [n, …].
-            targets: likewise, [n, …].
+            outputs: of this worker's part of the batch, [n, …], as the targets.
             num_examples: in the whole batch.
         """
         self._watched_sum += self._task.watched(outputs, targets).sum()

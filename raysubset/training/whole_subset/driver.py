@@ -1,6 +1,7 @@
 """minimize_whole(): the loop around whole-subset steppers: budget, history, best weights, stopping and resuming."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,7 @@ from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
 from raysubset.training.evaluation import evaluate, evaluation_mode, recompute_batch_norm
-from raysubset.training.progress import OnStep, Progress
-from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult
+from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult, OnStep, Progress
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.gauss_newton import GaussNewton
 from raysubset.training.whole_subset.lbfgs import LBFGS
@@ -37,6 +37,14 @@ class Stepper(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+_STEPPERS: dict[str, Callable[[Objective], Stepper]] = {
+    "lbfgs": LBFGS,
+    "cg": ConjugateGradient,
+    "gauss_newton": GaussNewton,
+    "levenberg_marquardt": LevenbergMarquardt,
+}
 
 
 def minimize_whole(
@@ -100,7 +108,7 @@ def _minimize(
     if state is not None:
         model.load_state_dict(state["model"])
     objective = Objective(model, examples, recipe)
-    stepper = _stepper(objective, model, recipe)
+    stepper = _STEPPERS[recipe.optimizer](objective)
     progress = Progress(max(1, round(3 * recipe.epochs)), 3, epoch_ended=True)
     first_gradient = 0  # done before this call
     outcome, patience = None, recipe.patience_or_default()
@@ -183,19 +191,3 @@ def _minimize(
     if patience:
         objective.move_to(validates_best["weights"])
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), stepper.state_dict())
-
-
-def _stepper(objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> Stepper:
-    match recipe.optimizer:
-        case "lbfgs":
-            return LBFGS(objective, model, recipe)
-        case "cg":
-            return ConjugateGradient(objective, first_scale=recipe.peak_learning_rate())
-        case "gauss_newton":
-            return GaussNewton(objective, scale=recipe.peak_learning_rate())
-        case "levenberg_marquardt":
-            return LevenbergMarquardt(
-                objective, scale=recipe.peak_learning_rate(), smallest=recipe.gradient_tolerance or 0.0
-            )
-        case _:
-            raise AssertionError(f"{recipe.optimizer} uses batches: minimize() itself is its loop")

@@ -36,21 +36,17 @@ class GaussNewton:
         self,
         objective: Objective,
         *,
-        scale: float = 1.0,
         damping: float | None = None,
         max_products: int = MAX_PRODUCTS,
         relative_progress: float = RELATIVE_PROGRESS,
     ) -> None:
-        """Begin without damping, or with the one given.
+        """Begin with a damping λ, which may be 0; None takes it from the first product.
 
         Args:
-            objective: what to minimize, from where it stands.
-            scale: share of the full step that is tried first, in (0, 1].
-            damping: λ to start with, which may be 0; None takes it from the first product.
             max_products: of one linear system.
             relative_progress: where the linear solver stops; 0 solves to the last digit.
         """
-        self._objective, self._scale = objective, scale
+        self._objective, self._scale = objective, objective.recipe.peak_learning_rate()
         self._max_products, self._relative_progress = max_products, relative_progress
         self._damping, self._growth = damping, 2.0
 
@@ -125,12 +121,6 @@ def conjugate_gradients(
     Iteration i ends it if over the last k = max(5, i/10) the value q(s) = ½ sᵀAs − bᵀs fell by less than k times
     `relative_progress` of itself (Martens 2010, section 4.4), or if the residual is rounding, or if there is no
     curvature along the direction.
-
-    Args:
-        multiply: A v for v [P].
-        target: b [P].
-        max_products: calls of `multiply` at most.
-        relative_progress: see above.
 
     Returns:
         s and the residual b − A s, both [P].

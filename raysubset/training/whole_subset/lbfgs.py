@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from torch import nn
+import torch
 
-from raysubset.config import MinimizeConfig
-from raysubset.training.optimizers import load_optimizer_state, make_optimizer
+from raysubset.training.optimizers import load_optimizer_state
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
 ITERATIONS_PER_STEP = 10  # between two looks at the budget, on_step and a checkpoint
@@ -21,8 +20,20 @@ class LBFGS:
 
     least_thirds = 1
 
-    def __init__(self, objective: Objective, model: nn.Module, recipe: MinimizeConfig) -> None:
-        self._objective, self._optimizer = objective, make_optimizer(model, recipe)
+    def __init__(self, objective: Objective) -> None:
+        recipe = objective.recipe
+        least, change = 1e-7, 1e-9  # torch's own
+        if recipe.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
+            least, change = recipe.gradient_tolerance, 0.0
+        self._objective = objective
+        self._optimizer = torch.optim.LBFGS(
+            [p for p in objective.model.parameters() if p.requires_grad],
+            lr=recipe.peak_learning_rate(),
+            history_size=20,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=least,
+            tolerance_change=change,
+        )
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
         """Ten iterations, fewer where the budget ends; a loss of NaN where one was met on the way."""

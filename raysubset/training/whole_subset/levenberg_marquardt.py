@@ -22,16 +22,8 @@ class LevenbergMarquardt:
     validation loss on arm kinematics.)
     """
 
-    def __init__(
-        self, objective: Objective, *, scale: float = 1.0, damping: float = FIRST_DAMPING, smallest: float = 0.0
-    ) -> None:
-        """Begin with a damping.
-
-        Args:
-            objective: what to minimize, from where it stands.
-            scale: share of the full step that is taken, in (0, 1].
-            damping: λ to start with.
-            smallest: no step is made where no element of the gradient is larger.
+    def __init__(self, objective: Objective, *, damping: float = FIRST_DAMPING) -> None:
+        """Begin with a damping λ.
 
         Raises:
             ValueError: if there are more than MOST_PARAMETERS.
@@ -42,7 +34,7 @@ class LevenbergMarquardt:
                 f"levenberg_marquardt solves with a matrix of {num:,}² numbers, {8e-6 * num**2:,.0f} MB, and takes at "
                 f"most {MOST_PARAMETERS:,} parameters: use gauss_newton or lbfgs, or a smaller network"
             )
-        self._objective, self._scale, self._damping, self._smallest = objective, scale, damping, smallest
+        self._objective, self._scale, self._damping = objective, objective.recipe.peak_learning_rate(), damping
         self._sums = objective.normal_sums()
         self.least_thirds = 2 + 2 * self._sums.num_residuals  # a Jacobian, and a loss
 
@@ -51,7 +43,7 @@ class LevenbergMarquardt:
         objective, origin, before = self._objective, self._objective.weights(), self._objective.thirds
         gradient, matrix = objective.normal_equations(self._sums)
         here = Evaluation(at.loss, gradient.to(origin.dtype))
-        if here.largest_slope <= self._smallest:
+        if here.largest_slope <= (objective.recipe.gradient_tolerance or 0.0):
             return here
         unit, last = matrix.diagonal().mean().item(), at.loss
         for attempt in range(MAX_REJECTED):

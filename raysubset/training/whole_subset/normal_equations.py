@@ -28,13 +28,10 @@ class NormalSums:
     """
 
     def __init__(self, model: nn.Module, residuals: Residuals, inputs: Tensor, targets: Tensor) -> None:
-        """Find out on a few examples whether layers' factors make up the whole Jacobian.
+        """Find out on one or two examples whether layers' factors make up the whole Jacobian.
 
         Args:
             model: in evaluation mode, with the weights that it has at each call.
-            residuals: of the task.
-            inputs: of one or two examples.
-            targets: theirs.
 
         Raises:
             RuntimeError: torch's, for a network that vmap cannot follow.

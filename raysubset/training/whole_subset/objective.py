@@ -56,7 +56,7 @@ class Objective:
         self.num_backward = 0  # examples
         self.num_gradients = 0
         self.worked_before = 0  # by an earlier process, as worked
-        self._model, self._examples, self._recipe = model, examples, recipe
+        self.model, self.recipe, self._examples = model, recipe, examples
         self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._named.values()]
@@ -148,7 +148,7 @@ class Objective:
         for inputs, targets in self._batches(self._chunks):
 
             def moving(weights: dict[str, Tensor], inputs: Tensor = inputs) -> tuple[Tensor, Tensor]:
-                return jvp(lambda w: widened(functional_call(self._model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
+                return jvp(lambda w: widened(functional_call(self.model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
 
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # other attention has no forward-mode derivative
@@ -172,7 +172,7 @@ class Objective:
         """
         inputs, targets = next(self._batches([self._chunks[0][:2]]))
         try:
-            return NormalSums(self._model, self._examples.task.residuals, inputs, targets)
+            return NormalSums(self.model, self._examples.task.residuals, inputs, targets)
         except RuntimeError as error:
             raise ValueError(
                 "levenberg_marquardt cannot take single examples' gradients of this network: use lbfgs or cg "
@@ -194,7 +194,7 @@ class Objective:
 
     def _batches(self, chunks: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in chunks:
-            yield self._examples.batch(indices, channels_last=self._recipe.channels_last, dtype=self._dtype)
+            yield self._examples.batch(indices, channels_last=self.recipe.channels_last, dtype=self._dtype)
 
     def _share(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What a chunk adds to the mean loss."""
