@@ -20,7 +20,7 @@ from raysubset.cluster import (
     object_store_bytes,
     put_once,
 )
-from raysubset.config import Config, differences
+from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import refuse_what_has_no_place
@@ -145,12 +145,10 @@ def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | No
             return Check("earlier run", False, text)
         return Check("earlier run", True, "none of this name: a new one would start")
     with Lease(directory):
-        old = directory.read_config()
+        old = directory.recorded_config()
     if old is None:
         return Check("earlier run", True, "one whose deletion was begun: a new one would start")
-    if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in differences(old, config.to_dict())):
-        out = "choose another --name, or start over with --fresh"
-        return Check("earlier run", False, f"{directory.uri} holds a run of another config ({told}): {out}")
+    directory.refuse_other_config(old, config.to_dict())
     if full_set is not None:
         directory.refuse_changed(identify([config], {config.learned: full_set}, directory.read_identity()))
     if directory.exists(REPORT_PATH):

@@ -8,7 +8,8 @@ from raysubset.data import load_full_set
 from raysubset.doctor import Check, examine, training_s
 from raysubset.identity import identify
 from raysubset.planning import make_plan
-from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
+from raysubset.report import read_report
+from raysubset.run_directory import CONFIG_PATH, FORMAT, REPORT_PATH, Lease, RunDirectory
 
 
 def before_ray(config: Config) -> dict[str, list[Check]]:
@@ -70,6 +71,12 @@ def test_an_earlier_run_is_told_of(tmp_path: Path):
     other = earlier(config_in(tmp_path, **{"minimize.epochs": 3.0}))
     assert other.ok is False
     assert "minimize.epochs: 8.0 → 3.0" in other.text
+    run.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})  # as a driver leaves it that died in --fresh
+    assert earlier(config).ok
+    assert "deletion was begun" in earlier(config).text
+    with pytest.raises(ValueError, match=r"there is no run at .*: its deletion was begun by --fresh"):
+        read_report(run.uri)
+    run.open(config.to_dict(), {}, identify([config], {}, None))
     with Lease(run):
         assert earlier(config).ok is False
         assert "is being written by" in earlier(config).text

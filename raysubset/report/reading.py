@@ -28,6 +28,7 @@ from raysubset.run_directory import (
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _LEGS = "legs"  # the folder of a comparison's
 _TRIALS, _TRUNKS = "trials", "trunks"  # those of a sweep's
+_PARTS = {"sweep": (_TRIALS, (f"/{REPORT_PATH}",)), "comparison": (_LEGS, ("/minimum.json", "/aggregate.json"))}
 
 
 def at_once(read: Callable[[Any], Any], many: Iterable[Any]) -> list[Any]:
@@ -44,27 +45,18 @@ def read_report(path: str) -> dict[str, Any]:
             it is and how to go on.
     """
     directory = RunDirectory.at(path)
-    config = directory.read_config() if directory.exists(CONFIG_PATH) else None
+    config = directory.read_config() if directory.exists(CONFIG_PATH) else {}
     for kept in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
         if directory.exists(kept):
             return directory.read_json(kept) | {"uri": directory.uri}  # it may have been moved
     if not directory.exists(CONFIG_PATH):
         what = f"it has no {CONFIG_PATH}" if directory.exists("") else "nothing is there"
         raise ValueError(f"{directory.uri} is no run directory: {what}; give the path of one")
-    if config is None:
-        raise ValueError(f"{directory.uri} holds nothing: its deletion was begun by --fresh and not completed")
-    if config.get("kind") == "sweep":
-        finished = [path for path in directory.list(_TRIALS, recursive=True) if path.endswith(f"/{REPORT_PATH}")]
-        done = f"{len(finished)} trials are done"
-        raise ValueError(f"the sweep {directory.uri} is not finished: {done}. To go on, give the same command again")
-    if config.get("kind") == "comparison":
-        finished = [
-            path for path in directory.list(_LEGS, recursive=True) if path.endswith(("minimum.json", "aggregate.json"))
-        ]
-        done = f"{len(finished)} legs are done"
-        raise ValueError(
-            f"the comparison {directory.uri} is not finished: {done}. To resume, give the same command again"
-        )
+    if (kind := config.get("kind")) in _PARTS:
+        folder, files = _PARTS[kind]
+        num = sum(path.endswith(files) for path in directory.list(folder, recursive=True))
+        done = f"{num} {folder} are done"
+        raise ValueError(f"the {kind} {directory.uri} is not finished: {done}. To resume, give the same command again")
     try:
         place = {"storage_path": directory.shown_storage_path}  # it may have been moved, or renamed
         made = Config.from_dict(config | place)

@@ -432,12 +432,13 @@ class RunDirectory:
 
     def read_config(self) -> dict[str, Any]:
         """The config of the run that is there; ValueError if none is, or one of a newer version."""
-        config = self._recorded_config()
+        config = self.recorded_config()
         if config is None:
-            raise ValueError(f"there is no run at {self.uri}")
+            begun = ": its deletion was begun by --fresh and not completed" if self.exists(CONFIG_PATH) else ""
+            raise ValueError(f"there is no run at {self.uri}{begun}")
         return config
 
-    def _recorded_config(self) -> dict[str, Any] | None:
+    def recorded_config(self) -> dict[str, Any] | None:
         """None where there is none, or a driver died while it deleted the run."""
         if not self.exists(CONFIG_PATH):
             return None
@@ -458,8 +459,19 @@ class RunDirectory:
 
     def differs(self, config: Mapping[str, Any]) -> bool:
         """Whether there is no run of this config to resume; ValueError if one of a newer version is there."""
-        old = self._recorded_config()
+        old = self.recorded_config()
         return old is None or any(differences(old, json.loads(_to_json(config))))
+
+    def refuse_other_config(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Stop where the config of the run that is there would give another result.
+
+        Raises:
+            ValueError: with the difference and the way out.
+        """
+        changes = differences(old, json.loads(_to_json(config)))
+        if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in changes):
+            out = "choose another --name, or start over with --fresh"
+            raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
 
     def read_identity(self) -> Identity | None:
         """What the run's names stood for when it was begun; None where nothing says.
@@ -527,12 +539,9 @@ class RunDirectory:
             held = ", ".join(foreign[:3])
             out = "choose another --name, or delete what a deleted run has left"
             raise ValueError(f"{self.uri} holds {held} but no {CONFIG_PATH}, so it is no run: {out}")
-        old = None if fresh else self._recorded_config()
+        old = None if fresh else self.recorded_config()
         if old is not None:
-            changes = differences(old, json.loads(_to_json(config)))
-            if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in changes):
-                out = "choose another --name, or start over with --fresh"
-                raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
+            self.refuse_other_config(old, config)
             self.refuse_changed(identity or Identity(), accept_changed_code=accept_changed_code)
         elif is_there:
             with contextlib.suppress(CorruptFile):

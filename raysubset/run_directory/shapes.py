@@ -37,6 +37,8 @@ _OF_REPORT = _MINIMUM | {"overdetermination_ratio": _NUMBER}
 _ROUND = {"round": int, "aggregation": _AGGREGATION, "minima": [_OF_REPORT], "subsamples?": [_MINIMUM]}
 _PAID = _all(_NUMBER, "passes critical_path_passes device_s")
 _STAGE_PAID = _PAID | {"stage": str, "wall_s": _NUMBER} | _all(int, "num_attempts num_lost")
+_COSTS = _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")
+_COSTS |= {"lacking?": [str], "stages": [_STAGE_PAID]}
 _ENVIRONMENT = {"started_at?": _NUMBER, "packages?": {"*": (str,)}}
 _RATIOS = {"full_set": _NUMBER, "subsets": [_NUMBER]}
 _SECONDS = _all(_NUMBER, "startup wall num_sessions")
@@ -59,9 +61,8 @@ _REPORT = (
     | {"overdetermination_ratio": _RATIOS, "planned_passes": _NUMBER, "test": _METRICS, "validation": _METRICS}
     | {"stages": _all((_STAGE,), "trunk? fine_tuning? conventional?") | {"rounds?": [_ROUND]}, "seconds": _SECONDS}
     | {"traces?": [str]}
-    | {"cost": _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")}
+    | {"cost": _COSTS}
 )
-_REPORT["cost"] |= {"lacking?": [str], "stages": [_STAGE_PAID]}
 
 _SPREAD = ({"mean": _NUMBER, "standard_error": _LOSS},)
 _SETTING = (
