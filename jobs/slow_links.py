@@ -213,6 +213,8 @@ def remove_links() -> None:
         for pid in _do("ip", "netns", "pids", name).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+        if Path(f"/sys/class/net/{name}").exists():  # at once: the namespace goes when its last process has
+            _do("ip", "link", "del", name)
         _do("ip", "netns", "del", name)
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         _do("ip", "link", "del", BRIDGE)

@@ -1,6 +1,8 @@
 """Losses, predictions and batch-norm statistics, against hand computation and torch's own."""
 
 import math
+import resource
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from raysubset.training import (
     metrics_of_outputs,
     predict,
     recompute_batch_norm,
+    use_device,
 )
 from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
@@ -34,6 +37,18 @@ def two_pixels(objective: CrossEntropy | SquaredError = CROSS_ENTROPY) -> tuple[
     model[1].weight.data = torch.tensor([[1.0], [0.0]])  # type: ignore[index]
     model[1].bias.data.zero_()  # type: ignore[index]
     return model, data
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_memory_of_a_batch_is_kept_for_the_next_and_not_handed_back_to_be_zeroed_anew():
+    use_device(num_gpus=0, num_threads=torch.get_num_threads())
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        activations = [torch.ones(3 * 2**20) for _ in range(3)]  # 12 MiB each, of 3,072 pages
+        del activations
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(faults[2:]) < 300
 
 
 def test_cross_entropy_and_accuracy_by_hand():

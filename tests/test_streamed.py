@@ -20,7 +20,7 @@ from PIL import Image
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, read_here
-from raysubset.data.scanning import LARGE_ROW_GROUP_BYTES, size_notes
+from raysubset.data.decoding import LARGE_ROW_GROUP_BYTES, size_notes
 from raysubset.data.streamed_examples import WINDOW_BYTES, part_sizes
 from raysubset.models import build_model
 from raysubset.planning import make_plan, manifest

@@ -17,10 +17,10 @@ from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import file_fingerprint, kind_of
 from raysubset.data.columns import class_numbers, is_of_columns, read_rows, read_tables
 from raysubset.data.contents import unused_settings
+from raysubset.data.files import read_texts
 from raysubset.data.finding import find_files
 from raysubset.data.loading import load_full_set
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named_table, read_named_texts
-from raysubset.data.texts import read_texts
 from raysubset.fingerprints import entries
 from raysubset.tasks.columns import fit_columns, target_numbers
 

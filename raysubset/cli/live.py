@@ -289,7 +289,10 @@ class LiveView:
             table.add_column(heading, justify="right", no_wrap=True)
         rows = standing.rows
         if len(rows) > (most := max(1, room - 3)):
-            telling_most = sorted(range(len(rows)), key=lambda n: _interest(rows[n]))[:most]
+            order = ("at work", "failed", "done", "waiting")
+            telling_most = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))[
+                :most
+            ]
             rows = [rows[n] for n in sorted(telling_most)]
         styles = {"waiting": "dim", "at work": "", "done": "", "failed": "red"}
         for row in rows:
@@ -298,10 +301,6 @@ class LiveView:
         if more := len(standing.rows) - len(rows):
             table.caption, table.caption_justify = f"and {more} more", "left"
         return table
-
-
-def _interest(row: events.Row) -> int:
-    return 0 if row.is_best else ("at work", "failed", "done", "waiting").index(row.state) + 1
 
 
 def _key(event: events.Start | events.Progress) -> Any:

@@ -10,5 +10,3 @@ from raysubset.comparison.advice import Advice, advise, measured_lines
 from raysubset.comparison.arms import ALL_ARMS
 from raysubset.comparison.driver import compare
 from raysubset.comparison.records import ComparisonReport
-
-__all__ = ["compare", "ComparisonReport", "advise", "Advice", "measured_lines", "ALL_ARMS"]

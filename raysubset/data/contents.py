@@ -15,7 +15,7 @@ from pyarrow import fs
 from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
 from raysubset.data.full_set import FullSet
-from raysubset.data.locations import locate
+from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note

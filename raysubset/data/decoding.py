@@ -1,17 +1,127 @@
 """Decoding a source's images, in memory or in one pass over streamed ones, with deep greys read alike in all splits."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey_range
-from raysubset.data.images import EncodedImages, decode
+from raysubset.data.full_set import count_levels
+from raysubset.data.images import DamagedImages, EncodedImages, decode
 from raysubset.data.row_groups import RowGroups
-from raysubset.data.scanning import Scan, scan
-from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
+from raysubset.events import Note
+
+_SLICE_ROWS = 1024  # decoded at a time
+
+# Of a row group decoded: whoever reads one example of it may hold all of it.
+LARGE_ROW_GROUP_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass found."""
+
+    groups: RowGroups  # with their image_shape
+    levels: np.ndarray  # int64 [C, 256], pixels of each grey level
+    kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
+    findings: Findings
+    notes: tuple[Note, ...]
+
+
+def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
+    """Decode every image once, a slice of a row group at a time, and hold on to the kept ones.
+
+    Args:
+        counted: rows whose grey levels are counted: the training split's.
+        kept: ascending rows of splits that are held in memory.
+
+    Raises:
+        ValueError: for what cannot be decoded, or images of differing height or width.
+    """
+    is_counted = np.zeros(groups.starts[-1], dtype=bool)
+    is_counted[counted] = True
+    levels: dict[int, np.ndarray] = {channels: np.zeros((channels, 256), dtype=np.int64) for channels in (1, 3)}
+    parts: defaultdict[SplitName, list[np.ndarray]] = defaultdict(list)
+    shape, has_colours, findings = None, False, Findings()
+    for first, images, found in _slices(groups):
+        findings += found
+        if shape is not None and images.shape[1:3] != shape:
+            sizes = " and ".join(f"{height}x{width}" for height, width in (shape, images.shape[1:3]))
+            turned = f", {findings.num_turned} or more turned as EXIF's orientation says" if findings.num_turned else ""
+            raise ValueError(
+                f"images of {groups.where} differ in shape ({sizes}{turned}): give --data.image-size to resize them"
+            )
+        shape = images.shape[1:3]
+        channels = images.shape[3]
+        has_colours = has_colours or channels == 3
+        levels[channels] += count_levels(images[is_counted[first : first + len(images)]])
+        for name, rows in kept.items():
+            low, high = np.searchsorted(rows, (first, first + len(images)))
+            parts[name].append(images[rows[low:high] - first])
+    assert shape is not None
+    image_shape = (*shape, 3 if has_colours else 1)
+    scanned = dataclasses.replace(groups, image_shape=image_shape)
+    return Scan(
+        groups=scanned,
+        levels=levels[3] + np.repeat(levels[1], 3, axis=0) if has_colours else levels[1],
+        kept={name: _joined(parts[name], (len(rows), *image_shape)) for name, rows in kept.items()},
+        findings=findings,
+        notes=size_notes(scanned.num_bytes_of_largest(), groups.where),
+    )
+
+
+def size_notes(num_bytes_of_largest: int, where: str) -> tuple[Note, ...]:
+    """A warning of row groups too large to be read at a time."""
+    if num_bytes_of_largest <= LARGE_ROW_GROUP_BYTES:
+        return ()
+    size, limit = num_bytes_of_largest / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
+    text = (
+        f"a row group of {where} takes {size:.1f} GB decoded, and is held whole while it is read: write the "
+        f"files with fewer rows a group (row_group_size of pyarrow's write_table), {limit:.1f} GB at most"
+    )
+    return (Note(text, is_warning=True),)
+
+
+def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
+    """(first row, uint8 [n, H, W, 1 or 3], findings) of all rows in order; none behind damaged ones, which are named.
+
+    Raises:
+        DamagedImages: at the end, or when enough are named.
+    """
+    damages: list[tuple[str, str]] = []
+    filled = np.flatnonzero(np.diff(groups.starts))
+    for group, column in zip(filled, groups.columns(filled), strict=True):
+        path = groups.paths[groups.files[group]]
+        before = groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]]  # rows of earlier files
+        for start in range(0, len(column), _SLICE_ROWS):
+            first = int(groups.starts[group]) + start
+            part = column.slice(start, _SLICE_ROWS)
+            try:
+                images, findings = groups.decode(part, path, first_row=first - int(before))
+            except DamagedImages as error:
+                damages += error.args
+                if error.is_enough:
+                    raise DamagedImages(*damages) from error
+                continue
+            if not damages:
+                yield first, images, findings
+    if damages:
+        raise DamagedImages(*damages)
+
+
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """One array of the parts, grey ones repeated where it has colours; they are let go one by one."""
+    joined, filled = np.empty(shape, dtype=np.uint8), 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        joined[filled : filled + len(part)] = part
+        filled += len(part)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -42,7 +152,10 @@ def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_si
     if scanned:
         groups = dataclasses.replace(scanned.groups, grey_range=grey_range)
         decoded["train"] = dataclasses.replace(decoded["train"], images=groups)
-    splits: Source = {name: _with_notes(split, grey_range) for name, split in decoded.items()}
+    splits: Source = {
+        name: dataclasses.replace(split, notes=(*split.notes, *split.findings.notes(split.where, grey_range)))
+        for name, split in decoded.items()
+    }
     if scanned:
         train = splits["train"]
         splits["train"] = dataclasses.replace(train, notes=(*train.notes, *scanned.notes))
@@ -65,7 +178,3 @@ def _decode_all(
             images, findings = decode(images, image_size, grey_range)
         decoded[name] = dataclasses.replace(split, images=images, findings=findings)
     return decoded, scanned
-
-
-def _with_notes(split: SourceSplit, grey_range: GreyRange) -> SourceSplit:
-    return dataclasses.replace(split, notes=(*split.notes, *split.findings.notes(split.where, grey_range)))

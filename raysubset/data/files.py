@@ -1,10 +1,11 @@
-"""Data sets by path or URI: Parquet, Arrow and CSV files, or a folder with one folder of images per class."""
+"""Data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with one folder of images per class."""
 
 import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,17 +13,19 @@ from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig
 from raysubset.data.csv_files import DELIMITERS, read_csv
-from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
+from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
 from raysubset.events import Note
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # the columns worth reading of a file, by its path
 
+_BOM = b"\xef\xbb\xbf"
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
 
@@ -37,15 +40,19 @@ def read_path(config: DataConfig) -> Source:
         raise no_table(files)
     if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
+    kinds, needed = column_kinds(files), partial(needed_columns, config=config)
     source: Source = {}
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
-            read, origin = _read_images(files, members, where), _describe_classes(members)
+            names = list(dict.fromkeys(str(member.class_name) for member in members))
+            origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
+            read = _read_images(files, members, where)
         elif split == "train" and config.streamed:
-            read, origin = _read_streamed(files, members, config, where), describe_files(files, members)
+            read, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
-            read, origin = _read_tables(files, members, config, where), describe_files(files, members)
+            tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+            read, origin = from_tables(tables, config, where), describe_files(files, members)
         note = Note(f"{split} split: {len(read.labels)} examples of {origin}")
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
@@ -69,11 +76,6 @@ def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
     return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
 
 
-def _describe_classes(members: Sequence[Placed]) -> str:
-    names = list(dict.fromkeys(str(member.class_name) for member in members))
-    return f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
-
-
 def not_streamed(what: str) -> ValueError:
     """The refusal of a source that cannot be streamed."""
     return ValueError(
@@ -82,34 +84,24 @@ def not_streamed(what: str) -> ValueError:
     )
 
 
-def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
+def _read_streamed(
+    files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
+) -> SourceSplit:
     """The split's labels and scalars, and where its images lie."""
     paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{others[0]} is none")
-    kinds = column_kinds(files)
     tables, num_rows = [], []
     for path, member in zip(paths, members, strict=True):
         with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = _needed(parquet.schema_arrow, member, kinds, _needed_for_images(config), path)
+            names = _needed(parquet.schema_arrow, member, kinds, partial(needed_columns, config=config), path)
             table = parquet.read([name for name in names if name != config.image_column])
             tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     joined = join_tables(dict(zip(paths, tables, strict=True)), config, where)
     return with_scalars(RowGroups.of_files(config, where, paths, num_rows), joined, config, where)
-
-
-def _read_tables(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
-    kinds = column_kinds(files)
-    needed = _needed_for_images(config)
-    tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-    return from_tables(tables, config, where)
-
-
-def _needed_for_images(config: DataConfig) -> Needed:
-    return lambda schema, path: needed_columns(schema, config, path)
 
 
 def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
@@ -209,3 +201,42 @@ def _read_images(files: DataFiles, members: Sequence[Placed], where: str) -> Sou
     images = EncodedImages(len(paths), read, describe=lambda number: paths[number])
     labels = pa.chunked_array([pa.array([member.class_name for member in members])])
     return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])}, where=where)
+
+
+def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    """Read the text files that a path stands for, a document each, and notes on which they are.
+
+    A path of a file is read whatever its suffix; of a folder, the .txt files.
+
+    Raises:
+        ValueError: if nothing readable is there, or a file is not UTF-8, with the place.
+    """
+    files = find_files(config)
+    if files.kind != "texts" and [*files.listed] != [""]:
+        members = [member.path for members in files.layout.values() for member in members]
+        raise ValueError(
+            f"{config.name} holds {files.kind} ({some(members)}), and text is read from {', '.join(TEXT_SUFFIXES)} "
+            "files: give data.name a folder of those, or leave the others out with --data.ignored"
+        )
+    texts: dict[SplitName, list[str]] = {}
+    notes: list[Note] = []
+    for split, members in files.layout.items():
+        texts[split] = []
+        for member in members:
+            path = files.full_path(member)
+            with opened(files.system, path) as file:
+                texts[split].append(_decoded(file.read(), path))
+        num = sum(map(len, texts[split]))
+        notes.append(Note(f"{split} split: {num} characters of {describe_files(files, members)}"))
+    return texts, (*notes, *files.notes)
+
+
+def _decoded(data: bytes, path: str) -> str:
+    data = data.removeprefix(_BOM)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"byte {error.start} of {path}, in line {line}, is not UTF-8 (0x{data[error.start]:02x}): write it as UTF-8"
+        ) from error

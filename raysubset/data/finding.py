@@ -23,8 +23,7 @@ from raysubset.data.layout import (
     refuse_copies,
     some,
 )
-from raysubset.data.listing import ListedFile, Listing, list_folder
-from raysubset.data.locations import locate
+from raysubset.data.listing import ListedFile, Listing, list_folder, locate
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
@@ -108,14 +107,11 @@ def image_suffixes() -> tuple[str, ...]:
 
     Image.init()
     readers = {kind: reader for kind, (reader, _) in Image.OPEN.items()}
-    stubs = [kind for kind, reader in readers.items() if _is_subclass(reader, ImageFile.StubImageFile)]
+    classes = {kind: reader for kind, reader in readers.items() if isinstance(reader, type)}
+    stubs = [kind for kind, reader in classes.items() if issubclass(reader, ImageFile.StubImageFile)]
     unread = {*stubs, "MPEG"}  # told by their first bytes, and no more
     read = {*readers, "MPO"} - unread  # MPO is opened by JPEG's reader
     return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
-
-
-def _is_subclass(reader: object, of: type) -> bool:
-    return isinstance(reader, type) and issubclass(reader, of)
 
 
 def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> DataFiles:

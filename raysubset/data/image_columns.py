@@ -32,7 +32,8 @@ def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     if isinstance(column.type, pa.BaseExtensionType) and column.type.extension_name.startswith("ray.data."):
         kind, shape = column.type.extension_name, column.type.__arrow_ext_serialize__()
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
-    if kind in _RAY_TENSORS and _is_list(column.type):
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if kind in _RAY_TENSORS and is_list:
         return _fixed_shape_tensors(column, _ray_shape(shape, where), where)
     if kind == _RAY_VARIABLE_TENSORS:
         shapes = {tuple(shape) for chunk in column.chunks for shape in chunk.field("shape").to_pylist() if shape}
@@ -148,10 +149,6 @@ def _tensors(chunk: pa.Array, where: str) -> np.ndarray:
 
 def _is_number(type_: pa.DataType) -> bool:
     return pa.types.is_integer(type_) or pa.types.is_floating(type_)
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_)
 
 
 def _square(size: int, where: str) -> tuple[int, int, int]:

@@ -57,7 +57,10 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
         train = build("train")
         levels = count_levels(train.arrays()["image"])
     else:
-        train = _build_streamed(source["train"], labels["train"], rows["train"])
+        groups, own = source["train"].images, rows["train"]
+        assert isinstance(groups, RowGroups)
+        held = Split.from_arrays({"label": labels["train"][own]}, own, _columns(source["train"], own))
+        train = StreamedSplit(held, groups)
         levels = _repeated(scanned.levels, train.image_shape[2], axis=0)
         notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
     notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
@@ -132,11 +135,6 @@ def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.n
         images = source.images if is_whole else source.images[rows]
         labels = np.ascontiguousarray(labels) if is_whole else labels[rows]
     return Split.from_arrays({"image": images, "label": labels}, rows, _columns(source, rows))
-
-
-def _build_streamed(source: SourceSplit, labels: np.ndarray, rows: np.ndarray) -> StreamedSplit:
-    assert isinstance(source.images, RowGroups)
-    return StreamedSplit(Split.from_arrays({"label": labels[rows]}, rows, _columns(source, rows)), source.images)
 
 
 def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:

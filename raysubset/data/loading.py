@@ -10,7 +10,7 @@ import pyarrow as pa
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, is_of_columns, read_tables
 from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
-from raysubset.data.files import not_streamed, read_path
+from raysubset.data.files import not_streamed, read_path, read_texts
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
@@ -20,7 +20,6 @@ from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named
 from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
-from raysubset.data.texts import read_texts
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, NextToken, TableInputs, Task
 

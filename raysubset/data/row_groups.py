@@ -14,7 +14,7 @@ from raysubset.config import DataConfig
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange
 from raysubset.data.image_columns import image_column, images_of
 from raysubset.data.images import EncodedImages, decode
-from raysubset.data.locations import locate
+from raysubset.data.listing import locate
 from raysubset.errors import first_line
 
 

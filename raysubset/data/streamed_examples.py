@@ -71,7 +71,8 @@ class StreamedExamples:
             ValueError: for a file that cannot be read, or has changed.
         """
         generator = np.random.default_rng(order_seed)
-        groups = _ranges(self.split.group_bounds())[generator.permutation(self._num_groups)]
+        groups = _ranges(self.split.group_bounds())
+        groups = groups[generator.permutation(len(groups))]
         shares = [_num_dealt(len(self), worker, num_workers) for worker in range(num_workers)]
         groups = _stretch(groups, sum(shares[:rank]), sum(shares[: rank + 1]))
         draws = drawn(self.task, self.augmentation, len(self), augmentation_seed) if self.augment else None
@@ -87,10 +88,6 @@ class StreamedExamples:
         ranges = self._windows(_ranges(self.split.group_bounds()))
         windows = [_Window(each, np.arange(_num(each))) for each in ranges]
         return plain._batches(windows, batch_sizes, first=0, draws=None, channels_last=channels_last, dtype=dtype)
-
-    @property
-    def _num_groups(self) -> int:
-        return int((np.diff(self.split.group_bounds()) > 0).sum())
 
     def _windows(self, groups: np.ndarray) -> list[np.ndarray]:
         """Ranges [k, 2] a window, of row groups in this order."""

@@ -19,7 +19,7 @@ from raysubset.data.split import RESERVED_COLUMNS
 from raysubset.events import Note
 
 
-def needed_columns(schema: pa.Schema, config: DataConfig, where: str) -> list[str]:
+def needed_columns(schema: pa.Schema, where: str, config: DataConfig) -> list[str]:
     """The columns worth reading: images, labels, and scalars that could tell subsets apart.
 
     Raises:
@@ -157,7 +157,7 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
         ValueError: for no rows, missing columns, nulls, or what is neither an image nor a label.
     """
     for path, table in tables.items():
-        needed_columns(table.schema, config, path)
+        needed_columns(table.schema, path, config)
     joined = join_tables(tables, config, where)
     column = joined.table.column(config.image_column)
     images, findings = images_of(column, where, image_size=config.image_size)

@@ -9,5 +9,3 @@ when there is a job, as Ray Train takes seconds. A worker's is in `worker`, also
 from raysubset.fine_tuning.driver import fine_tune, refuse_old_ray_train
 from raysubset.fine_tuning.epochs import Epochs
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
-
-__all__ = ["fine_tune", "refuse_old_ray_train", "FineTuningFailed", "Job", "Epochs", "FOLDER"]

@@ -11,5 +11,3 @@ Runs, a comparison's arms, a sweep's trunks and plans are drawn by the same Draw
 from raysubset.legs.drawing import FRESH, Drawing
 from raysubset.legs.leg import Leg, Start, StartKind, closure, critical_path
 from raysubset.legs.runner import LegRunner
-
-__all__ = ["Drawing", "FRESH", "Leg", "Start", "StartKind", "LegRunner", "closure", "critical_path"]

@@ -13,17 +13,3 @@ from raysubset.subset_actors.minima import NUM_READERS, done_of, find_minima
 from raysubset.subset_actors.packing import packing_decision, packing_note
 from raysubset.subset_actors.packs import Backlog, Pack, name_of
 from raysubset.subset_actors.pool import ActorPool
-
-__all__ = [
-    "NUM_READERS",
-    "done_of",
-    "find_minima",
-    "memory_warning",
-    "ActorPool",
-    "Pack",
-    "Backlog",
-    "name_of",
-    "SubsetFailed",
-    "packing_decision",
-    "packing_note",
-]

@@ -9,5 +9,3 @@ plan.py says what is run, trials.py runs one of it inside Tune, records.py what 
 from raysubset import cluster as cluster  # first, before anything imports Ray: it says how Ray authenticates
 from raysubset.sweeping.driver import sweep
 from raysubset.sweeping.records import SweepReport
-
-__all__ = ["sweep", "SweepReport"]

@@ -1,6 +1,6 @@
 """Images as a network's inputs: normalisation and augmentation on the device, without a loop over examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -54,7 +54,12 @@ class ImageInputs:
 
     def draw(self, num: int, seed: int) -> Tensor | None:
         """Draw the augmentation of so many images: int64 [num, 3] on the CPU, (dy, dx, flip) each; None without."""
-        return None if self.augmentation == "none" else draw_augmentation(num, self.image_shape, seed)
+        if self.augmentation == "none":
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        height, width, _ = self.image_shape
+        ranges = (2 * (height // _SIDES_PER_PADDING) + 1, 2 * (width // _SIDES_PER_PADDING) + 1, 2)
+        return torch.stack([torch.randint(high, (num,), generator=generator) for high in ranges], dim=1)
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """(shift, scale), float32 [1, C, 1, 1]: what a pixel in [0, 1] is lessened by and then divided by."""
@@ -75,14 +80,6 @@ class ImageInputs:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_by_device"}
-
-
-def draw_augmentation(num: int, image_shape: Sequence[int], seed: int) -> Tensor:
-    """ImageInputs.draw() for so many images [H, W, C], on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = image_shape[:2]
-    ranges = (2 * (height // _SIDES_PER_PADDING) + 1, 2 * (width // _SIDES_PER_PADDING) + 1, 2)
-    return torch.stack([torch.randint(high, (num,), generator=generator) for high in ranges], dim=1)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:

@@ -25,32 +25,3 @@ from raysubset.work.run import Run
 from raysubset.work.spans import round_spans
 from raysubset.work.starting import seeded_model, start_note, weights_fingerprint
 from raysubset.work.testing import leave_metrics, leave_test, test_weights
-
-__all__ = [
-    "Run",
-    "Minimizer",
-    "Follower",
-    "Piece",
-    "AggregatePiece",
-    "TrainPiece",
-    "TestPiece",
-    "TEST_PATH",
-    "AnyPiece",
-    "Output",
-    "Report",
-    "perturbed",
-    "seeded_model",
-    "start_note",
-    "weights_fingerprint",
-    "cut_subsets",
-    "cut_subsample",
-    "subsample_size",
-    "round_spans",
-    "CALIBRATION_EXAMPLES",
-    "calibration_examples",
-    "leave_aggregate",
-    "leave_test",
-    "leave_metrics",
-    "placed_model",
-    "test_weights",
-]

@@ -1,0 +1,135 @@
+"""The sister methods where their papers had them: a text in large batches, masks, and networks for 32 × 32 images.
+
+Command:    python jobs/tasks/sisters.py extrapolation|sampling|skipping [--seeds 3] [--only NETWORK ...]
+            (from the root of the checkout; RAYSUBSET_DATA=~/data has MNIST for sampling and CIFAR-10 for skipping)
+            extrapolation  Extrap-SGD (arXiv:2006.05720): an LSTM and a Transformer learn Python's own help topics by
+                           bytes, in batches of 512 where 32 is usual
+            sampling       PSWA, PWALKS, PSWM (arXiv:1905.05774): a small U-Net, digits on photographs (scenes.py)
+            skipping       Weight Update Skipping (arXiv:2012.02792): AlexNet, VGG-11, VGG-16 and ResNet-18, 300 steps
+                           on 3,200 of CIFAR-10's images
+Method:     one process, minimize() itself, no Ray. Each variation has the learning rate of three that ends with the
+            least validation loss for a seed of its own (skipping takes one rate), then --seeds further ones. Cost is in
+            passes over the set, forward and backward, and in CPU seconds of this thread.
+Hardware:   two CPU cores, shared.
+Result:     see below; ± is the standard deviation over seeds.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# A checkout is enough: raysubset need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from raysubset.config import Config, MinimizeConfig
+from raysubset.data import FullSet, SplitName, load_full_set
+from raysubset.models import build_model
+from raysubset.training import evaluate, forward_share, minimize, place
+
+NUM_IMAGES, NUM_TESTED = 3200, 2000  # of CIFAR-10, for skipping
+
+TEXT = {"data.name": "python_docs", "data.window": 64, "task.name": "next_token"}
+SCENES = {"data.name": "jobs.tasks.scenes:segmentation", "task.name": "segmentation", "model.name": "unet"}
+IMAGES = {"data.name": "cifar10", "data.root": os.environ.get("RAYSUBSET_DATA", "~/.cache/raysubset/data")}
+METHODS: dict[str, dict[str, Any]] = {
+    "extrapolation": {
+        "networks": {name: TEXT | {"model.name": name} for name in ("lstm", "transformer")},
+        "recipe": {"minimize.batch_size": 512, "minimize.epochs": 4.0, "minimize.schedule": "warmup_linear"},
+        "field": "minimize.extrapolation.kind",
+        "kinds": ("none", "past_local", "isotropic", "filter_scaled"),
+        "rates": (0.1, 0.3, 1.0),
+    },
+    "sampling": {
+        "networks": {"unet": SCENES},
+        "recipe": {"minimize.batch_size": 32, "minimize.epochs": 2.0},
+        "field": "minimize.averaging.kind",
+        "kinds": ("none", "pswa", "pwalks", "pswm"),
+        "rates": (0.03, 0.1, 0.3),
+    },
+    "skipping": {
+        "networks": {f"{name}_32": IMAGES | {"model.name": f"{name}_32"} for name in ("alexnet", "vgg11", "vgg16")}
+        | {"resnet18_32": IMAGES | {"model.name": "resnet18_32"}},
+        "recipe": {"minimize.batch_size": 64, "minimize.epochs": 6.0},
+        "field": "minimize.skipping.kind",
+        "kinds": ("none", "wus", "wus_lr"),
+        "rates": (0.05,),
+    },
+}
+
+
+class Trials:
+    """What a network comes to on one data set."""
+
+    def __init__(self, config: Config, method: str) -> None:
+        self._config, self._full_set = config, load_full_set(*config.learned)
+        self._positions = np.arange(NUM_IMAGES) if method == "skipping" else np.arange(len(self._full_set.train))
+
+    @property
+    def full_set(self) -> FullSet:
+        return self._full_set
+
+    def of(self, recipe: MinimizeConfig, seed: int, split: SplitName) -> dict[str, float]:
+        """Metrics on the split, passes and CPU seconds of one minimization."""
+        full_set = self._full_set
+        model = build_model(self._config.model, full_set.spec, seed=seed)
+        model = place(model, torch.device("cpu"), channels_last=True)
+        examples = full_set.examples("train", self._positions, augment=True)
+        share, began = forward_share(model, full_set.spec), time.thread_time()
+        cost = minimize(model, examples, recipe, seed=seed).cost
+        took = time.thread_time() - began
+        held_out = full_set.test if split == "test" else full_set.validation
+        some = np.arange(min(NUM_TESTED, len(held_out)))
+        metrics = evaluate(model, full_set.examples(split, some), recipe)
+        quality = metrics.to_dict()[full_set.quality.name]
+        passes = cost.passes(len(self._positions), share)
+        return {"loss": metrics.loss, "quality": quality, "passes": passes, "seconds": took}
+
+
+def best_rate(trials: Trials, recipe: MinimizeConfig, rates: tuple[float, ...]) -> float:
+    """The rate that ends with the least validation loss, for a seed that is none of those reported."""
+
+    def loss(rate: float) -> float:
+        found = trials.of(replace(recipe, learning_rate=rate), 1000, "validation")["loss"]
+        return found if math.isfinite(found) else math.inf
+
+    return rates[0] if len(rates) == 1 else min(rates, key=loss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="of the networks")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    method = METHODS[options.method]
+    for network, settings in method["networks"].items():
+        if options.only and network not in options.only:
+            continue
+        config = Config().with_overrides(settings | method["recipe"])
+        trials = Trials(config, options.method)
+        quality = trials.full_set.quality
+        print(f"{network}, {config.data.name}; test {quality.label}, n = {options.seeds}", flush=True)
+        for kind in method["kinds"]:
+            recipe = config.with_overrides({method["field"]: kind}).minimize
+            rate = best_rate(trials, recipe, method["rates"])
+            edge = " (edge)" if len(method["rates"]) > 1 and rate in (method["rates"][0], method["rates"][-1]) else ""
+            found = [trials.of(replace(recipe, learning_rate=rate), seed, "test") for seed in range(options.seeds)]
+            values = [one["quality"] for one in found]
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            passes, seconds = (statistics.fmean(one[name] for one in found) for name in ("passes", "seconds"))
+            told = f"{statistics.fmean(values):.4f} ± {spread:.4f}"
+            print(f"    {kind:14} {told}  {passes:5.2f} passes {seconds:7.1f} s  rate {rate:g}{edge}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
