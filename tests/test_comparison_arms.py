@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ import torch
 
 from raysubset.aggregation import statistics_of
 from raysubset.cli import call
-from raysubset.comparison import advise
+from raysubset.comparison import advise, sizes_of
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.network import Communication, all_reduce_bytes, exchange_bytes
+from raysubset.comparison.network import Communication, Exchange, all_reduce_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.legs import Drawing, Leg, closure, critical_path
@@ -198,7 +199,11 @@ def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: 
 
 def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
     assert all_reduce_bytes(1000, 4, each=4) == 2 * 3 / 4 * 1000 * 4 == 2 * all_reduce_bytes(1000, 4, each=2)
-    assert exchange_bytes(4000, 4) == 2 * 4 * 4000
+    first = Exchange(4, start=100, shared=10, own=3, aggregate=50, is_first=True)
+    assert first.total_bytes == 4 * (100 + 10 + 3) + 3 * 10 + 50
+    assert first.critical_bytes == 100 + 10 + 3 + 3 * 10 + 50
+    later = replace(first, is_first=False, mean=2, averaged=10)
+    assert later.total_bytes == 3 * 100 + 4 * (2 + 10 + 3) + 3 * 10 + 50 + 10, "the aggregator has what it left"
 
 
 def test_wall_time_is_computing_then_sending():
@@ -207,24 +212,28 @@ def test_wall_time_is_computing_then_sending():
 
 def test_advice_is_its_formula():
     config = Config()
-    plan = make_plan(config, load_full_set(config.data))
+    full_set = load_full_set(config.data)
+    plan = make_plan(config, full_set)
+    sizes = sizes_of(config, full_set, plan)
     num_train, parameters = 1294, plan.num_parameters
-    found = advise(config, plan, num_train=num_train, s_per_pass=2.0, num_workers=2, bandwidths=[1.0])
+    found = advise(config, plan, sizes, num_train=num_train, s_per_pass=2.0, num_workers=2, bandwidths=[1.0])
     one, parallel, subsets = found.forecasts
     total = 1 + 8 * 4 * 323 / num_train + 2
     steps = math.ceil(total * num_train / 64)
     assert one.wall_s["1"] == pytest.approx(2 * total)
-    assert parallel.wall_s["1"] == pytest.approx(total + steps * 2 / 2 * parameters * 4 * 8 / 1e9)
+    checkpoints = math.ceil(total) * sizes.checkpoint
+    assert parallel.wall_s["1"] == pytest.approx(total + (steps * 2 / 2 * parameters * 4 + checkpoints) * 8 / 1e9)
     assert subsets.communication.passes == pytest.approx(1 + 2 * 8 * 323 / num_train + 2)  # four subsets, two devices
     rounded = advise(
         config.with_overrides({"minimize.gradients": "bfloat16"}),
         plan,
+        sizes,
         num_train=num_train,
         s_per_pass=2.0,
         num_workers=2,
         bandwidths=[1.0],
     ).forecasts[1]
-    assert 2 * rounded.communication.num_bytes == parallel.communication.num_bytes
+    assert 2 * rounded.communication.num_bytes - checkpoints == parallel.communication.num_bytes
     even = found.break_even_gbit_per_s
     assert even is not None
     assert parallel.communication.wall_s(even, s_per_pass=2.0) == pytest.approx(

@@ -12,6 +12,7 @@ import ray
 from raysubset.comparison import compare, driver, gathering
 from raysubset.comparison.arms import Settings, parse_arm
 from raysubset.comparison.gathering import gather
+from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.ledger import Work
 from raysubset.legs.leg import Leg, Start
@@ -181,7 +182,8 @@ def test_all_reduces_of_a_trunk_and_of_fine_tuning_are_sent_beside_the_weights_o
     def works(one: Leg) -> list[Work]:
         return [Work(one.stage, 0, None, 0, "node", "cpu", 0.0, cost=Cost(num_steps=steps.get(one.stage, 9)))]
 
-    legs, plan = SimpleNamespace(works=works), SimpleNamespace(num_parameters=300, num_bytes=40)
-    # two rounds of four members out and back; 2 (N-1)/N gradients of 4 bytes a step
-    sent = 2 * 2 * 4 * 40 + 5 * (2 * 1 / 2 * 300 * 4) + 7 * (2 * 2 / 3 * 300 * 4)
+    exchange = Exchange(4, start=40, shared=40, own=30, aggregate=80)
+    legs, plan = SimpleNamespace(works=works, exchange=lambda _: exchange), SimpleNamespace(num_parameters=300)
+    # two rounds of start, minimum and state, three more minima, the aggregate; 2 (N-1)/N gradients of 4 bytes a step
+    sent = 2 * (40 + 40 + 30 + 3 * 40 + 80) + 5 * (2 * 1 / 2 * 300 * 4) + 7 * (2 * 2 / 3 * 300 * 4)
     assert gathering._sent(last, legs, plan) == (sent, 2 + 5 + 7)  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
+from raysubset.comparison import sizes_of
 from raysubset.config import Config
 from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
@@ -214,9 +215,10 @@ class Processes(InProcess):
 
 @pytest.mark.parametrize("state", ["keep", "reset", "average"])
 @pytest.mark.parametrize("send", ["float32", "bfloat16", "int8"])
-def test_the_ledger_has_each_byte_that_rounds_move_and_no_driver_moves_weights(
+def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driver_moves_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, send: str
 ) -> None:
+    """And that is forecast to the byte. 2 s: four rounds, of which the second and the last are measured."""
     config = config_of(rounds__send=send, rounds__optimizer_state=state, rounds__evaluate_every=2, rounds__num=4)
     storage, remote = Counted(), RunDirectory("counted://storage", "run")
     remote.__dict__["_place"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
@@ -230,8 +232,20 @@ def test_the_ledger_has_each_byte_that_rounds_move_and_no_driver_moves_weights(
         by_round.append(storage.moved.total() - before)
     counted = [sum(w.num_network_bytes for w in Ledger(remote).read() if w.round == round) for round in range(4)]
     assert counted == by_round
+    forecast = sizes_of(config, opened.full_set, make_plan(config, opened.full_set)).rounds
+    assert [one.total_bytes for one in forecast] == [counted[0] + 2 * forecast[0].start, *counted[1:]]
     assert storage.moved["driver"] == 0
     assert same_bits(start.weights(), run_of(config, tmp_path / "local")[0])
+
+
+def test_checkpoints_within_a_round_are_forecast_but_for_their_histories(tmp_path: Path) -> None:
+    config = config_of(minimize__epochs=3.0, rounds__num=1, rounds__evaluate_every=1)
+    run_of(config, tmp_path)
+    (works,) = [[w for w in Ledger(RunDirectory(str(tmp_path), "run")).read() if w.stage == "subsets"]]
+    (exchange,) = sizes_of(config, full_set := load_full_set(*config.learned), make_plan(config, full_set)).rounds
+    assert exchange.own > 2 * exchange.start, "two checkpoints, with the best weights"
+    forecast = exchange.shared + exchange.own
+    assert [work.num_network_bytes for work in works] == pytest.approx([forecast] * 2, rel=0.01)
 
 
 @pytest.mark.parametrize("send", ["bfloat16", "int8"])

@@ -25,13 +25,14 @@ def record(cell: str, mbit: float, **changes: Any) -> dict[str, Any]:
         "sent_bytes": [512_000_000, 1_536_000_000],
         "received_bytes": [1_536_000_000, 512_000_000],
         "ledger_bytes": 2_048_000_000,
-        "advice": {"s_per_pass": 8.0, "wall_s": 48.0, "num_parameters": 10},
+        "advice": {"s_per_pass": 8.0, "wall_s": 48.0},
     } | changes
 
 
 def test_every_cell_trains_for_the_same_passes_in_as_many_exchanges_as_its_name_says():
     whole = {cell: num_exchanges(config_of(cell, "x", "127.0.0.1:1")) for cell in CELLS}
-    assert whole == {"I": 256, "I-bf16": 256, "I-bf16-acc4": 64, "rounds-16": 16, "rounds-64": 64}
+    data_parallel = {"I": 256, "I-bf16": 256, "I-bf16-acc4": 64}
+    assert whole == data_parallel | {"rounds-16": 16, "rounds-16-int8": 16, "rounds-64": 64}
     for cell in ("rounds-16", "rounds-64"):
         config = config_of(cell, "x", "127.0.0.1:1")
         assert config.rounds.num * config.minimize.epochs == PASSES  # of each worker's own half: as I, in total
@@ -70,14 +71,14 @@ def test_seconds_and_bytes_of_training_are_the_ledgers():
 
     rounds = [
         *(work("subsets", 0, subset, 10.0 + subset, 12.0, num_network_bytes=80) for subset in (0, 1)),
-        work("aggregation", 0, None, 12.0, 15.0),
+        work("aggregation", 0, None, 12.0, 15.0, num_network_bytes=50),
         work("subsets", 1, 0, 15.0, 17.0, num_network_bytes=80),
     ]
     config = config_of("rounds-16", "x", "127.0.0.1:1")
-    assert slow_links._training(rounds, config, 10) == (10.0, 5.0, 1, 160)
-    stopped = work("conventional", 0, None, 10.0, None, num_workers=2, cost=Cost(0, 0, 7, 8.0))
+    assert slow_links._training(rounds, config) == (10.0, 5.0, 1, 210)
+    stopped = work("conventional", 0, None, 10.0, None, num_workers=2, cost=Cost(0, 0, 7, 8.0), num_network_bytes=90)
     config = config_of("I-bf16", "x", "127.0.0.1:1")
-    assert slow_links._training([stopped], config, 10) == (10.0, 4.0, 7, 7 * 2 * 2 * 10)
+    assert slow_links._training([stopped], config) == (10.0, 4.0, 7, 90)
 
 
 def test_without_root_it_ends_with_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -333,7 +333,7 @@ def _doctor(command: Doctor) -> int:
 def _advise(command: Advise) -> int:
     import torch
 
-    from raysubset.comparison import advise, measured_lines
+    from raysubset.comparison import advise, measured_lines, sizes_of
     from raysubset.data import load_full_set
     from raysubset.node_speeds import measure_speed
     from raysubset.planning import make_plan
@@ -351,7 +351,8 @@ def _advise(command: Advise) -> int:
     plan, num_train = make_plan(config, full_set), len(full_set.train)
     measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))
     per_s = measured.examples_per_s
-    found = advise(config, plan, num_train=num_train, s_per_pass=num_train / per_s, num_workers=command.num_workers)
+    speed = {"s_per_pass": num_train / per_s, "num_workers": command.num_workers}
+    found = advise(config, plan, sizes_of(config, full_set, plan), num_train=num_train, **speed)
     parts = advice_sections(found.to_dict())
     if held_against:
         with _damaged(str(command.against)):

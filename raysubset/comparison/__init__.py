@@ -10,3 +10,4 @@ from raysubset.comparison.advice import Advice, advise, measured_lines
 from raysubset.comparison.arms import ALL_ARMS
 from raysubset.comparison.driver import compare
 from raysubset.comparison.records import ComparisonReport
+from raysubset.comparison.sizes import sizes_of

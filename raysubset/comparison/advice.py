@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, exchange_bytes
+from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes
+from raysubset.comparison.sizes import Sizes
 from raysubset.config import Config
 from raysubset.planning import Plan
 from raysubset.quality import quality_of
@@ -42,6 +43,7 @@ class Advice:
 def advise(
     config: Config,
     plan: Plan,
+    sizes: Sizes,
     *,
     num_train: int,
     s_per_pass: float,
@@ -52,14 +54,16 @@ def advise(
 
     one device:         b · t
     data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth (2 P: bfloat16 gradients)
+                        + a checkpoint an epoch · 8 / bandwidth
     subset pretraining: (trunk + rounds · epochs · largest subset / n · ⌈subsets / N⌉ + fine-tuning) · t
-                        + rounds · 2 · subsets · bytes of the weights · 8 / bandwidth
+                        + what rounds send and fetch one after the other (Exchange.critical_bytes) · 8 / bandwidth
 
     b is what subset pretraining trains in total. Fine-tuning and trunk are taken to run on one device. Evaluation,
     start-up and overlap of computing and sending are left out, for all three.
 
     Args:
         plan: make_plan()'s, of method subset_pretraining.
+        sizes: sizes_of() the same.
         num_train: n, examples of the training set.
         s_per_pass: t, measured on one device.
         num_workers: N, devices.
@@ -68,15 +72,17 @@ def advise(
     turns = math.ceil(len(plan.subsets) / num_workers)
     stage = plan.critical_path_passes - config.trunk.epochs - config.fine_tuning.epochs
     num_steps = math.ceil(passes * num_train / config.minimize.batch_size)
-    rounds = config.rounds.num
+    num_checkpoints = math.ceil(passes / min(1.0, config.actors.checkpoint_epochs))
     a_step = all_reduce_bytes(plan.num_parameters, num_workers, each=config.minimize.bytes_a_gradient)
     ways = {
         "one device": Communication(passes, 0, 0),
-        f"data-parallel on {num_workers}": Communication(passes / num_workers, num_steps * a_step, num_steps),
+        f"data-parallel on {num_workers}": Communication(
+            passes / num_workers, num_steps * a_step + num_checkpoints * sizes.checkpoint, num_steps
+        ),
         f"subset pretraining on {num_workers}": Communication(
             config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
-            _exchanged_bytes(config, plan),
-            rounds,
+            sum(one.critical_bytes for one in sizes.rounds),
+            len(sizes.rounds),
         ),
     }
     forecasts = tuple(
@@ -92,13 +98,6 @@ def advise(
         break_even_gbit_per_s=_break_even(parallel, subsets, s_per_pass),
         overdetermination_ratio=min(plan.subset_ratios),
     )
-
-
-def _exchanged_bytes(config: Config, plan: Plan) -> float:
-    """What all rounds send, the last one's minima as they are and the others' as rounds.send says."""
-    share = {"float32": 1.0, "bfloat16": 0.5, "int8": 0.25}[config.rounds.send]
-    saved = (config.rounds.num - 1) * (1 - share) * len(plan.subsets) * plan.num_bytes
-    return config.rounds.num * exchange_bytes(plan.num_bytes, len(plan.subsets)) - saved
 
 
 def _break_even(parallel: Communication, subsets: Communication, s_per_pass: float) -> float | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -10,8 +11,8 @@ from raysubset.comparison.arms import Arm, Settings
 from raysubset.comparison.network import (
     BANDWIDTHS,
     Communication,
+    Exchange,
     all_reduce_bytes,
-    exchange_bytes,
     wall_times,
 )
 from raysubset.comparison.records import Record
@@ -30,6 +31,7 @@ from raysubset.ledger import Work, total_cost
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import Plan
 from raysubset.quality import Quality
+from raysubset.run_directory import optimizer_path, size_of
 from raysubset.run_report import data_record, task_record
 from raysubset.work import Piece
 
@@ -199,6 +201,22 @@ class _Legs:
         assert positions is not None
         return train.share_read(positions)
 
+    def exchange(self, leg: Leg) -> Exchange:
+        """What an aggregation and its members leave and fetch, as if each member had a process of its own."""
+        shared, states = defaultdict[int | None, int](int), defaultdict[int | None, int](int)
+        for member in leg.members:
+            for path, num_bytes in _file_sizes(member).items():
+                (states if path == optimizer_path(member.piece.folder) else shared)[member.subset] += num_bytes
+        before = leg.start.leg
+        return Exchange(
+            num_members=len(shared),
+            start=_file_sizes(before)[before.output.weights_path] if before else self._plan.num_bytes,
+            shared=max(shared.values()),
+            own=max(states.values(), default=0),
+            aggregate=sum(_file_sizes(leg).values()),
+            is_first=before is None or before.kind != "aggregate",
+        )
+
     def passes_of_all(self, finals: Sequence[Leg]) -> float:
         """Of all that these legs need; what they share is counted once."""
         return sum(self.passes(leg) for leg in dict.fromkeys(one for final in finals for one in closure(final)))
@@ -225,6 +243,11 @@ class _Legs:
             "validation": leg.validation(),
             "test": leg.tested(),
         }
+
+
+def _file_sizes(leg: Leg) -> dict[str, int]:
+    """Of the files that a leg has left, by path, as its record's seals have them."""
+    return {path: size_of(seal) for path, seal in leg.output.files().items()}
 
 
 def _arm(
@@ -332,11 +355,14 @@ def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Qualit
 
 
 def _sent(leg: Leg, legs: _Legs, plan: Plan) -> tuple[int, int]:
-    """Bytes through the slowest link for a leg and all it needs, and exchanges: rounds of members, and all-reduces."""
+    """Bytes one after the other for a leg and all it needs, and exchanges: rounds of members, and all-reduces.
+
+    Checkpoints are left out, of all arms: an epoch of data-parallel training leaves as large a one as a member's does.
+    """
     sent = num_exchanges = 0
     for one in closure(leg):
         if one.kind == "aggregate":
-            sent, num_exchanges = sent + exchange_bytes(plan.num_bytes, len(one.members)), num_exchanges + 1
+            sent, num_exchanges = sent + legs.exchange(one).critical_bytes, num_exchanges + 1
         elif one.num_workers > 1:
             num_steps, each = total_cost(legs.works(one)).num_steps, one.config.minimize.bytes_a_gradient
             sent += num_steps * all_reduce_bytes(plan.num_parameters, one.num_workers, each=each)

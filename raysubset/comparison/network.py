@@ -15,13 +15,34 @@ def all_reduce_bytes(num_parameters: int, num_workers: int, *, each: int) -> int
     return round(2 * (num_workers - 1) / num_workers * num_parameters * each)
 
 
-def exchange_bytes(num_bytes: int, num_members: int) -> int:
-    """What one round of members sends through the aggregator's link: start weights out and minima back, one by one.
+@dataclass(frozen=True)
+class Exchange:
+    """One round of members, each in a process of its own, the first of which aggregates: the sizes of its files."""
 
-    Args:
-        num_bytes: of one set of weights.
-    """
-    return 2 * num_members * num_bytes
+    num_members: int
+    start: int  # weights that members fetch
+    shared: int  # each leaves for the aggregator: its minimum, outputs and statistics where it is asked for them
+    own: int  # each leaves for itself: its optimizer's state, and checkpoints
+    aggregate: int  # the aggregator leaves: weights, and the outer step's momentum
+    mean: int = 0  # each fetches: the mean of the optimizer states of the round before
+    averaged: int = 0  # the aggregator fetches or leaves to make such a mean for the round after
+    is_first: bool = False  # members fetch the start from the object store; later the aggregator has it
+
+    @property
+    def total_bytes(self) -> int:
+        """What all links carry, as the ledger has it."""
+        num, others = self.num_members, self.num_members - 1
+        starts = num if self.is_first else others
+        left = num * (self.mean + self.shared + self.own)
+        return starts * self.start + left + others * self.shared + self.aggregate + self.averaged
+
+    @property
+    def critical_bytes(self) -> int:
+        """What goes one after the other: a member's start, what it leaves, what the aggregator fetches and leaves."""
+        others = self.num_members - 1
+        start = self.start if self.is_first or others else 0
+        member = start + self.mean + self.shared + self.own
+        return member + others * self.shared + self.aggregate + self.averaged
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,7 @@ class Communication:
     """What one way of training does on the critical path."""
 
     passes: float  # of computation, one device's after the other
-    num_bytes: float  # through the slowest link
+    num_bytes: float  # one after the other, through links of equal speed
     num_exchanges: int  # rounds of members, or all-reduces
 
     def wall_s(self, gbit_per_s: float, *, s_per_pass: float) -> float:

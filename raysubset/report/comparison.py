@@ -266,9 +266,9 @@ def _network(record: Record) -> Section:
     lines = (
         "Seconds if every subset had a device as fast as this one: critical-path passes × "
         f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth; latency is left out: add it times the exchanges. "
-        "Computed from what was measured here, not measured on a network. Bytes: weights out and in of all members "
-        f"through one link; data-parallel training of {workers} workers sends {each} a step and worker (ring "
-        "all-reduce of float32, half of it in bfloat16), nothing overlapped.",
+        "Computed from what was measured here, not measured on a network. Bytes: what a member fetches and leaves, and "
+        f"what the aggregating one does; data-parallel training of {workers} workers sends {each} a step and worker "
+        "(ring all-reduce of float32, half of it in bfloat16), nothing overlapped.",
     )
     columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, _wall_plots(record))
@@ -425,7 +425,7 @@ def advice_sections(record: Record) -> list[Section]:
     )
     lines = (
         f"Seconds for {record['passes']:.2f} passes of training in total: passes one after the other × "
-        f"{record['s_per_pass']:.3g} s (measured on this machine, one device) + bytes each device or link sends × 8 / "
+        f"{record['s_per_pass']:.3g} s (measured on this machine, one device) + bytes sent one after the other × 8 / "
         "bandwidth. Evaluation, start-up, and sending while computing are left out for all.",
     )
     columns = ("", "passes, one after the other", "exchanges", "sent", *(f"{speed} Gbit/s" for speed in speeds))

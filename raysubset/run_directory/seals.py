@@ -51,6 +51,11 @@ def has_length(seal: Any, num_bytes: int) -> bool:
     return isinstance(seal, str) and seal.startswith(_length(num_bytes))
 
 
+def size_of(seal: Seal) -> int:
+    """Return the length that a seal is of."""
+    return int(seal.partition(" ")[0])
+
+
 def _length(num_bytes: int) -> str:
     return f"{num_bytes} bytes, sha256 "
 

@@ -1,0 +1,99 @@
+"""sizes_of(): how much each round of a config moves, found by leaving the files of two steps of one member."""
+
+import tempfile
+from dataclasses import dataclass, replace
+
+import torch
+
+from raysubset.aggregation import method_of
+from raysubset.comparison.network import Exchange
+from raysubset.config import Config
+from raysubset.data import FullSet
+from raysubset.ledger import Ledger
+from raysubset.models import trainable_names
+from raysubset.planning import Plan
+from raysubset.run_directory import RunDirectory, optimizer_path, weights_path
+from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
+from raysubset.work import Minimizer, Piece, round_spans, seeded_model
+
+_WITH_RATES = ("sgd", "adam", "adamw", "muon")
+_FEW = 8  # examples of the one member's subset
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a config's files."""
+
+    rounds: tuple[Exchange, ...]
+    checkpoint: int  # of a member, or of data-parallel training
+
+
+def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
+    """The ledger's bytes, to the byte but for checkpoints: their histories grow, and those that actors.checkpoint_s
+    asks for are not foreseen. Nothing is taken to be lost, and each member to have an actor of its own."""
+    rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
+    weights, names = model.state_dict(), trainable_names(model)
+    shape = (len(ensemble_sample(full_set.examples("validation"))), *full_set.spec.outputs)
+    recipe = config.minimize
+    if recipe.optimizer in _WITH_RATES:  # so that two steps of few examples cannot diverge
+        recipe = replace(recipe, learning_rate=1e-9)
+    few = replace(
+        config,
+        minimize=recipe,
+        aggregation=replace(config.aggregation, statistics_examples=_FEW),
+        actors=replace(config.actors, on_step=None, profile=0, checkpoint_epochs=1e-9),
+    )
+    subset = plan.subsets[0].indices
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory(folder, "sizes")
+        piece = Piece(
+            few,
+            directory,
+            "subsets",
+            subset_id=0,
+            indices=subset[:_FEW],
+            epochs=2 / num_steps_per_epoch(min(_FEW, len(subset)), config.stage("subsets")),
+            statistics=plan.statistics,
+            measures=(),
+            send=rounds.send,
+        )
+        Minimizer(lambda: full_set, num_gpus=0, node="").minimize([piece], weights, attempts=[0], waited_s=0.0)
+        (work,) = Ledger(directory).read()
+        left = {path: _size(directory, path) for path in piece.output.files()}
+        checkpoint = (work.num_network_bytes - sum(left.values())) // max(1, work.cost.num_steps - 1)
+        minimum, state = left.pop(weights_path(piece.folder)), left.pop(optimizer_path(piece.folder), 0)
+        whole, momentum, outputs = (
+            _written(directory, written)
+            for written in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
+        )
+    statistics = sum(left.values()) + whole * bool(method_of(config.aggregation).needs.parts)
+    steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"
+
+    def exchange(number: int, span: tuple[float, float]) -> Exchange:
+        is_last = number + 1 == rounds.num
+        epochs = config.minimize.epochs * rounds.num * (span[1] - span[0])
+        every = max(1, round(config.actors.checkpoint_epochs * steps))
+        num_checkpoints = max(0, round(epochs * steps) - 1) // every
+        return Exchange(
+            num_members=num,
+            start=whole if number else plan.num_bytes * (config.subsets.start == "shared"),
+            shared=(whole if is_last else minimum) + statistics + outputs * rounds.evaluated(number),
+            own=(0 if is_last else state) + num_checkpoints * checkpoint,
+            aggregate=whole + momentum * rounds.has_outer_step(),
+            mean=state * (is_averaged and number > 0),
+            averaged=(num + 1) * state * (is_averaged and not is_last),
+            is_first=number == 0,
+        )
+
+    return Sizes(tuple(map(exchange, range(rounds.num), round_spans(config, rounds.num))), checkpoint)
+
+
+def _size(directory: RunDirectory, path: str) -> int:
+    assert directory.local_path
+    return (directory.local_path / path).stat().st_size
+
+
+def _written(directory: RunDirectory, weights: Weights) -> int:
+    """The size of a file of weights."""
+    directory.write_weights("written.safetensors", weights)
+    return _size(directory, "written.safetensors")
