@@ -160,7 +160,10 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --gpus 1", "did you mean --actors.num-gpus?"),
         ("run --output x", "did you mean --storage-path?"),
         ("run --quick", "--quick is a flag of compare, not of raysubset run"),
-        ("report x --seed 3", "--seed is a flag of run and compare and sweep and advise and doctor and config, not of"),
+        (
+            "report x --seed 3",
+            "--seed is a flag of run and compare and sweep and advise and find-rate and doctor and",
+        ),
         ("run --resume", "the same command under the same --name resumes"),
         ("run --data.streamed yes", "unexpected argument 'yes' after --data.streamed"),
         ("run --data.streamed=yes", "--data.streamed takes no value"),

@@ -26,6 +26,7 @@ from raysubset.cli.flags import (
     Compare,
     Doctor,
     Export,
+    FindRate,
     HelpAsked,
     Ls,
     Predict,
@@ -361,6 +362,36 @@ def _advise(command: Advise) -> int:
     return DONE
 
 
+def _find_rate(command: FindRate) -> int:
+    import torch
+
+    from raysubset.data import load_full_set
+    from raysubset.planning import make_plan
+    from raysubset.report import rate_sections
+    from raysubset.training import place, rate_range, use_device
+    from raysubset.work import seeded_model
+
+    config = command.config
+    recipe = config.stage("subsets", epochs=1.0)
+    recipe.peak_learning_rate()
+    if recipe.whole_loop:
+        raise ValueError(f"{recipe.whole_loop} takes no steps of batches at a rate: use sgd, adam, adamw or muon")
+    full_set = load_full_set(*config.learned)
+    plan = make_plan(config, full_set)
+    gpus = config.actors.num_gpus
+    has_gpu = torch.cuda.is_available() and gpus != 0
+    device = use_device(num_gpus=float(has_gpu), num_threads=config.actors.num_cpus)
+    indices = None if config.method == "conventional" else plan.subsets[0].indices
+    examples = full_set.examples("train", indices, device=device, augment=True)
+    model = place(seeded_model(config, full_set), device, channels_last=recipe.channels_last)
+    found = rate_range(model, examples, recipe, seed=config.seed)
+    values = {name: getattr(found, name) for name in ("fastest_at", "least_at", "suggested")}
+    passes = found.cost.passes(len(full_set.train), plan.forward_share)
+    about = {"config": config.to_dict(), "passes": passes, "num_examples": len(examples)}
+    print_sections(rate_sections(dataclasses.asdict(found) | values | about, loss=full_set.task.loss_name))
+    return DONE
+
+
 def _export(command: Export) -> int:
     from raysubset.exporting import export_model
 
@@ -408,6 +439,7 @@ _WORK: Mapping[type[Command], Callable[[Any], int]] = {
     Ls: _ls,
     Doctor: _doctor,
     Advise: _advise,
+    FindRate: _find_rate,
     Export: _export,
     Predict: _predict,
     Settings: _settings,

@@ -137,6 +137,14 @@ class Advise(_OfConfig):
 
 
 @dataclass(frozen=True)
+class FindRate(_OfConfig):
+    """Try rising learning rates for a few steps each on the first subset, and suggest one to begin with; no run.
+
+    In this process, without Ray. Takes the flags of `run`.
+    """
+
+
+@dataclass(frozen=True)
 class Export:
     """Write the model of a finished run as one file that takes floats in [0, 1], and check what it computes."""
 
@@ -180,13 +188,14 @@ class Settings(_OfConfig):
     """The file; by default it is printed."""
 
 
-Command = Run | Sweep | Compare | Advise | Report | Ls | Doctor | Export | Predict | Settings
+Command = Run | Sweep | Compare | Advise | FindRate | Report | Ls | Doctor | Export | Predict | Settings
 
 COMMANDS: Mapping[str, type] = {
     "run": Run,
     "compare": Compare,
     "sweep": Sweep,
     "advise": Advise,
+    "find-rate": FindRate,
     "doctor": Doctor,
     "ls": Ls,
     "report": Report,

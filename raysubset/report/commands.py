@@ -64,11 +64,11 @@ def subset_pretraining_beside(record: Record) -> str:
     return command(_without(config, "conventional.") | changes)
 
 
-def comparison_beside(record: Record) -> str:
+def comparison_beside(record: Record, *options: str) -> str:
     """A comparison on the data and network of a run, with its recipe."""
     config = record["config"]
     name = _renamed(config["name"], "comparison")
-    return command(_without(config, "conventional.", "method") | {"name": name}, "compare")
+    return command(_without(config, "conventional.", "method") | {"name": name}, "compare", *options)
 
 
 def _without(config: Record, *beginnings: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, PackingTrial, try_packing
 from raysubset.training.profiling import profiled
+from raysubset.training.rate_range import RateRange, rate_range
 from raysubset.training.records import (
     MEASURES,
     DivergedError,
