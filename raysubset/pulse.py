@@ -91,10 +91,10 @@ class Watch:
         now = self._clock()
         self.silent_s += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
         self._looked_at = now
-        if self.silent_s >= 2 * self.limit_s:
-            return "lost"
-        if self.silent_s < self.limit_s or self._is_told:
+        if self.silent_s < self.limit_s:
             return ""
+        if self._is_told:
+            return "lost" if self.silent_s >= 2 * self.limit_s else ""
         self._is_told = True
         return "stalled"
 

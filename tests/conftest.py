@@ -12,26 +12,49 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
 os.environ.update(RAY_worker_niceness="0")  # by default 15: any busy process beside Ray's would starve all workers
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
-LAST = ("tests/cluster/", "tests/gpu/")  # these start Ray
+STARTS_RAY = ("tests/cluster/", "tests/gpu/")
+LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in ("jobs", "autoscaling", "chaos", "streaming", "sweep"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need no Ray come first: what they say of Ray holds where none runs, and they fail sooner."""
-    items.sort(key=lambda item: item.nodeid.startswith(LAST))
+    """Tests that need no Ray come first: what they say of Ray holds where none runs, and they fail sooner. Of the
+    others the longest files come first, so that two processes with a cluster each end at about the same time."""
+    files = [*LONGEST, ""]
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        path = item.nodeid.partition("::")[0]
+        return path.startswith(STARTS_RAY), files.index(path if path in LONGEST else "")
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: files go one by one to who is free, and last all that start Ray to one process and its cluster."""
+    """`pytest -n 2`: files go one by one to who is free. One process takes those that start Ray, and waits most of the
+    time; the others take all else meanwhile, then they help with a cluster of their own."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ClusterLast(LoadScopeScheduling):
+    class RayBeside(LoadScopeScheduling):
+        with_ray: Any = None  # the process that began with them
+
         def _split_scope(self, nodeid: str) -> str:
-            return "Ray" if nodeid.startswith(LAST) else nodeid.partition("::")[0]
+            return nodeid.partition("::")[0]
+
+        def _assign_work_unit(self, node: Any) -> None:
+            starts_ray = [file for file in self.workqueue if file.startswith(STARTS_RAY)]
+            others = [file for file in self.workqueue if file not in starts_ray]
+            if self.with_ray is None and starts_ray and len(self.nodes) > 1:
+                self.with_ray = node
+            if node is self.with_ray and not starts_ray and len(self.nodes) > 1:
+                node.shutdown()  # its Ray is up: what needs none is the others'
+                return
+            first = starts_ray or others if node is self.with_ray else others or starts_ray
+            self.workqueue.move_to_end(first[0], last=False)
+            super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False  # it would begin with the largest
-    return ClusterLast(config, log)
+    return RayBeside(config, log)
 
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -74,3 +97,15 @@ def prompt_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "POLL_S", 0.05)
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     monkeypatch.setattr(trainer, "LOOK_S", 0.05)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Forked processes in the place of Ray's actors, for what is not about Ray: see tests/processes.py."""
+    from tests.processes import install
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        installed = install(monkeypatch)
+        yield installed
+        for actor in list(installed.actors):
+            installed.kill(actor)

@@ -12,37 +12,52 @@ from pathlib import Path
 import pytest
 
 from raysubset import Config, run
+from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory, history_path
 from tests.chaos import punish
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
+NUM_EPOCHS = 31
 FLAGS = {
     "name": "run",
     "subsets.num": 2,
     "minimize.epochs": 60,
+    "minimize.extrapolation.kind": "past_local",
+    "minimize.skipping.kind": "wus",
+    "minimize.skipping.stages": "fine_tuning",
+    "minimize.skipping.threshold": 0.999,  # so that every second epoch is frozen, from the third on
+    "minimize.skipping.drop": 1.0,
     "trunk.epochs": 0,
     "rounds.num": 1,
-    "fine-tuning.epochs": 40,
-    "fine-tuning.num-workers": 1,
+    "fine-tuning.epochs": NUM_EPOCHS,
+    "fine-tuning.num-workers": 2,
+    "fine-tuning.distillation": 0.5,
+    "actors.max-num": 1,  # so that whoever is hit is at work
     "actors.checkpoint-epochs": punish.EVERY_EPOCHS,
 }
 SEED = 9
 
 
-def in_mid_subset(directory: RunDirectory) -> bool:
-    return any("checkpoint" in path for path in directory.list("rounds", recursive=True))
+def num_checkpoints(num: int) -> Callable[[RunDirectory], bool]:
+    """Whether attempts at subsets have left so many."""
+    return lambda directory: sum("checkpoint" in path for path in directory.list("rounds", recursive=True)) >= num
 
 
 def in_mid_fine_tuning(num_epochs: int) -> Callable[[RunDirectory], bool]:
     return lambda directory: len(directory.read_json_or_none(history_path("fine_tuning")) or ()) >= num_epochs
 
 
-PLAN = [(in_mid_subset, "actor"), (in_mid_fine_tuning(3), "actor"), (in_mid_fine_tuning(20), "driver")]
+PLAN = [
+    (num_checkpoints(1), "actor", signal.SIGTERM),
+    (num_checkpoints(2), "actor", signal.SIGKILL),
+    (in_mid_fine_tuning(3), "train_worker", signal.SIGKILL),
+    (in_mid_fine_tuning(14), "driver", signal.SIGKILL),
+]
 
 
-def test_actors_of_both_stages_and_a_driver_that_are_killed_change_no_bit(
+def test_actors_a_train_worker_and_a_driver_that_are_killed_change_no_bit_whatever_their_own_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punish, "FLAGS", FLAGS)
@@ -53,16 +68,15 @@ def test_actors_of_both_stages_and_a_driver_that_are_killed_change_no_bit(
     draw, tagged, directory = random.Random(SEED), punish.Tagged(uuid.uuid4().hex), RunDirectory(str(disturbed), "run")
     driver = punish.start(disturbed, None, tagged)
     try:
-        for reached, kind in PLAN:
+        for reached, kind, number in PLAN:
             wait(lambda reached=reached: reached(directory), driver)
-            time.sleep(draw.uniform(0, 0.2))
             victims = [driver.pid] if kind == "driver" else [p.pid for p in tagged.of_kind(kind)]
             assert victims, f"no {kind} lives"
-            os.kill(draw.choice(victims), signal.SIGKILL)
+            os.kill(draw.choice(victims), number)
             if kind == "driver":
                 driver.wait()
                 driver = punish.start(disturbed, None, tagged)
-        assert driver.wait(timeout=150) == 0, (disturbed / "driver.log").read_text()
+        assert driver.wait(timeout=300) == 0, (disturbed / "driver.log").read_text()
     finally:
         driver.kill()
         driver.wait()
@@ -72,8 +86,17 @@ def test_actors_of_both_stages_and_a_driver_that_are_killed_change_no_bit(
     punish.check(undisturbed, disturbed, outcome)
     assert outcome.problems == []
     works = Ledger(directory).read()
-    lost = {work.stage for work in works if work.outcome == "lost"}
-    assert lost == {"subsets", "fine_tuning"}, works
+    assert {work.stage for work in works if work.outcome == "lost"} == {"subsets", "fine_tuning"}, works
+    assert [work.stage for work in works if work.outcome == "preempted"] == ["subsets"], works
+    assert len([work for work in works if work.stage == "fine_tuning"]) == 3  # a worker's death and the driver's
+
+    full_set = load_full_set(Config().data)
+    num_train, num_validation = len(full_set.train), len(full_set.validation)
+    num_frozen = (NUM_EPOCHS - 1) // 2
+    forward = NUM_EPOCHS * (num_train + 2 * num_train + num_validation)  # two teachers
+    forward += num_train + num_train + num_validation  # batch-norm statistics, training and validation losses
+    (cost,) = (w.cost for w in Ledger(RunDirectory(str(undisturbed), "run")).read() if w.stage == "fine_tuning")
+    assert (cost.num_forward, cost.num_backward) == (forward, NUM_EPOCHS * num_train - num_frozen * num_train // 2)
 
 
 def wait(reached: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:

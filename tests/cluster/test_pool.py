@@ -1,12 +1,11 @@
-"""The pool of actors by itself, on storage that fails them or ends their processes at chosen moments."""
+"""The pool on Ray's own actors: what becomes of a stopped one, and of those that cannot start."""
 
 import contextlib
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,142 +21,32 @@ from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.work import Piece, Run
-from tests.cluster.endless import NUM_STEPS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster", "prompt_reports")]
 
 
-class Storage(RunDirectory):
-    """A run directory that acts before and after an actor writes a file; not where the driver does."""
-
-    def __init__(
-        self, storage_path: str, name: str, act: "Callable[[Storage, str, str], None]", *, of_actor: bool = False
-    ) -> None:
-        super().__init__(storage_path, name)
-        self.act, self.of_actor = act, of_actor
+class StopsOnce(RunDirectory):
+    """A run directory whose first checkpoint stops the process that has written it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Storage, of_actor=True), (self.storage_path, self.name, self.act)
-
-    def write_bytes(self, path: str, data: bytes | bytearray | memoryview, **options: bool) -> None:
-        if self.of_actor:
-            self.act(self, "before", path)
-        super().write_bytes(path, data, **options)
-        if self.of_actor:
-            self.act(self, "after", path)
+        return StopsOnce, (self.storage_path, self.name)
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], **options: bool) -> str:
-        if self.of_actor:
-            self.act(self, "before", path)
         seal = super().write_checkpoint(path, state, **options)
-        if self.of_actor:
-            self.act(self, "after", path)
+        pid_path = Path(self.storage_path, "pid")
+        if not pid_path.exists():
+            pid_path.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
         return seal
-
-    def count(self, what: str) -> int:
-        """How often this was called for the same, whatever process did."""
-        with (Path(self.storage_path) / what).open("a") as file:
-            file.write(".")
-            return file.tell()
-
-
-def die_once_the_minimum_is_there(storage: Storage, when: str, path: str) -> None:
-    if when == "after" and path.endswith("minimum.json"):
-        os._exit(1)
-
-
-def die_after_two_checkpoints(storage: Storage, when: str, path: str) -> None:
-    if when == "after" and "checkpoint-" in path and storage.count("deaths") <= 2:
-        os._exit(1)
-
-
-def die_before_each_checkpoint(storage: Storage, when: str, path: str) -> None:
-    if when == "before" and "checkpoint-" in path:
-        os._exit(1)
-
-
-def fail_one_checkpoint(storage: Storage, when: str, path: str) -> None:
-    if when == "before" and "checkpoint-" in path and storage.count("failures") <= 1:
-        raise OSError("the storage does not answer")
-
-
-def fail_all_checkpoints(storage: Storage, when: str, path: str) -> None:
-    if when == "before" and "checkpoint-" in path:
-        raise OSError("the disk is full")
-
-
-def stop_once(storage: Storage, when: str, path: str) -> None:
-    if when == "after" and "checkpoint-" in path and storage.count("stops") <= 1:
-        (Path(storage.storage_path) / "pid").write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def do_nothing(storage: Storage, when: str, path: str) -> None:
-    pass
-
-
-def do(
-    folder: Path,
-    act: Callable[[Storage, str, str], None],
-    *,
-    overrides: dict[str, Any] | None = None,
-    events: list[Event] | None = None,
-) -> tuple[list[Any], list[Event]]:
-    """One subset of 200 examples by one actor; its results, and what was told."""
-    config = Config(name="run", storage_path=str(folder)).with_overrides(
-        {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4, **(overrides or {})}
-    )
-    events = [] if events is None else events
-    full_set = load_full_set(config.data)
-    opened = Run(config, Storage(str(folder), "run", act), full_set, put_once(full_set), events.append)
-    with ActorPool(opened, num_gpus=0.0) as pool:
-        piece = Piece(config, opened.directory, "subsets", subset_id=0, indices=np.arange(200))
-        return list(pool.run([Pack((piece,))], None)), events
-
-
-def outcomes(folder: Path) -> list[str]:
-    return [work.outcome for work in Ledger(RunDirectory(str(folder), "run")).read()]
-
-
-def test_a_minimum_whose_actor_died_after_leaving_it_is_not_made_again(tmp_path: Path) -> None:
-    ((piece, record),), _ = do(tmp_path, die_once_the_minimum_is_there)
-    assert (piece.subset_id, record["attempt"]) == (0, 0)
-    assert outcomes(tmp_path) == ["done"]  # and its cost is counted
-    assert Ledger(RunDirectory(str(tmp_path), "run")).read()[0].cost.num_backward == 3 * 200
-
-
-def test_attempts_that_leave_further_checkpoints_are_not_counted(tmp_path: Path) -> None:
-    ((_, record),), events = do(tmp_path, die_after_two_checkpoints)  # with max_attempts=2
-    assert record["attempt"] == 2
-    assert outcomes(tmp_path) == ["lost", "lost", "done"]
-    assert len([event for event in events if isinstance(event, Retry)]) == 2
-    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
-    assert sum(work.cost.num_backward for work in works) == 3 * 200  # what checkpoints hold is counted, once
-
-
-def test_attempts_that_leave_no_checkpoint_are_counted_and_so_is_their_work(tmp_path: Path) -> None:
-    with pytest.raises(SubsetFailed, match="lost 2 times in a row"):
-        do(tmp_path, die_before_each_checkpoint)
-    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
-    assert [work.outcome for work in works] == ["lost", "lost"]
-    assert all(work.cost.num_backward == 200 for work in works)
-
-
-def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -> None:
-    ((_, record),), events = do(tmp_path, fail_one_checkpoint)
-    assert record["attempt"] == 1
-    assert outcomes(tmp_path) == ["failed", "done"]
-    (told,) = [event.text for event in events if isinstance(event, Retry)]
-    assert "OSError: the storage does not answer), 1 of 2 times; it starts from its last checkpoint" in told
-
-
-def test_storage_that_always_fails_ends_the_piece_with_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*OSError: the disk is full"):
-        do(tmp_path, fail_all_checkpoints)
 
 
 def test_a_stopped_actor_is_told_of_killed_and_its_piece_goes_on_elsewhere(tmp_path: Path) -> None:
-    ((_, record),), events = do(tmp_path, stop_once, overrides={"actors.stall_s": 2.0})
+    overrides = {"minimize.epochs": 3.0, "actors.max_attempts": 2, "model.width": 4, "actors.stall_s": 2.0}
+    config, events = Config(name="run", storage_path=str(tmp_path)).with_overrides(overrides), list[Event]()
+    full_set, directory = load_full_set(config.data), StopsOnce(str(tmp_path), "run")
+    with ActorPool(Run(config, directory, full_set, put_once(full_set), events.append), num_gpus=0.0) as pool:
+        piece = Piece(config, directory, "subsets", subset_id=0, indices=np.arange(200))
+        ((_, record),) = pool.run([Pack((piece,))], None)
     *lost, done = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert record["attempt"] == done.attempt == len(lost) >= 1  # on a busy machine the next may seem to stand still too
     assert {work.outcome for work in lost} == {"lost"}
@@ -176,16 +65,6 @@ def _lives(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path: Path) -> None:
-    overrides = {"actors.stall_s": 2.0, "model.name": "tests.cluster.endless:network", "model.width": None}
-    with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*StalledError: no step for"):
-        do(tmp_path, do_nothing, overrides=overrides, events=(events := []))
-    assert [type(event) for event in events if isinstance(event, Note | Retry)] == [Note, Retry, Note]
-    works = Ledger(RunDirectory(str(tmp_path), "run")).read()
-    assert [work.outcome for work in works] == ["lost", "lost"]
-    assert all(work.cost.num_steps == NUM_STEPS for work in works)  # by what the actors reported
 
 
 def refuse_to_be_read(folder: str) -> None:

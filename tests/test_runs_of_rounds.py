@@ -21,7 +21,7 @@ from raysubset.run_directory import (
 from raysubset.training import Weights
 from tests.tiny import same_bits, stored_weights
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("processes")
 
 SMALL = {
     "trunk.epochs": 0.0,

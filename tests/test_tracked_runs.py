@@ -7,7 +7,7 @@ import pytest
 from raysubset import Config, run
 from raysubset.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 def test_mlflow_has_the_minima_the_aggregate_and_the_report_of_a_run(

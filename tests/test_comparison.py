@@ -1,6 +1,5 @@
-"""A comparison on digits through real Ray tasks: hand-counted costs, failures, going on."""
+"""A comparison on digits by actors: hand-counted costs, failures, resuming."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 import raysubset
@@ -26,9 +24,10 @@ from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path, weights_path
 from raysubset.work import Run
+from tests.processes import Processes
 from tests.tiny import same_bits, stored_weights
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("processes")
 
 NUM_TRAIN, NUM_VALIDATION, SIZE = 1294, 144, 323
 FIRST, REST = 64 * 9 * 8, 16 * 72 * 16 + 16 * 10  # products of an example's forward pass; the first needs no gradient
@@ -48,7 +47,7 @@ def events() -> list[Event]:
 
 
 @pytest.fixture(scope="module")
-def report(storage: Path, events: list[Event]) -> ComparisonReport:
+def report(storage: Path, events: list[Event], processes: None) -> ComparisonReport:
     arms = ["B", "D", "F", "G", SAVGM, BROKEN]
     config = Config(name="digits", storage_path=str(storage))
     return compare(config, seeds=2, budgets=[2], arms=arms, learning_rates=[0.1], on_event=events.append)
@@ -204,11 +203,13 @@ def runner_of(config: Config, tell: OnEvent) -> LegRunner:
     return LegRunner(run, num_gpus=0.0)
 
 
-def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_attempt(tmp_path: Path):
+def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_attempt(
+    tmp_path: Path, processes: Processes
+):
     overrides = {"model.width": 4, "actors.max_attempts": 2, "actors.checkpoint_epochs": 1.0}
     config = Config(storage_path=str(tmp_path)).with_overrides(overrides)
     own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
-    leg = baseline(own, 150.0, legs_path=str(tmp_path))
+    leg = baseline(own, 30.0, legs_path=str(tmp_path))
     events: list[Event] = []
     runner = runner_of(config, events.append)
 
@@ -216,10 +217,8 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
         for attempt, blow in enumerate((signal.SIGTERM, signal.SIGKILL)):
             while not leg.directory.exists(checkpoint_path("conventional", attempt)):
                 time.sleep(0.01)
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if "ray::SubsetActor" in " ".join(process.cmdline()):
-                        process.send_signal(blow)
+            for pid in processes.pids():
+                os.kill(pid, blow)
 
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
@@ -227,7 +226,7 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     striking.join(timeout=1)
     works = leg.works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
-    assert works[2].cost.num_steps < 150 * 21  # it went on from a checkpoint
+    assert works[2].cost.num_steps < 30 * 21  # it went on from a checkpoint
     retries = [event.text for event in events if isinstance(event, Retry)]
     assert re.search(rf"{leg.key} left node .* with a checkpoint written", retries[0])
     assert f"{leg.key} was lost" in retries[1]
