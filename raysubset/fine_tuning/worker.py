@@ -57,6 +57,7 @@ from raysubset.training import (
     listener_of,
     minimize,
     num_steps_per_epoch,
+    peak_bytes,
     place,
     profiled,
     recompute_batch_norm,
@@ -388,6 +389,7 @@ class _Worker:
             "outcome": outcome,
             "num_workers": self._shard.num,
             "recomputed_batch_norm": num_refreshed > 0,
+            "peak_bytes": peak_bytes(self._device),
             "files": {weights_path(self._stage): self._directory.write_weights(weights_path(self._stage), weights)},
         }
         self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))

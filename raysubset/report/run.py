@@ -22,6 +22,7 @@ from raysubset.report.figures import (
     mean_metrics,
     standard_error,
     trained_passes,
+    trainings,
     with_error,
 )
 from raysubset.report.findings import findings, next_commands
@@ -385,6 +386,7 @@ def _costs(record: Record) -> Section:
         ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
         ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
         ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "files, gradients, start weights, the data set"),
+        *_peak_memory(record),
         ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
     lines = []
@@ -397,6 +399,17 @@ def _costs(record: Record) -> Section:
         told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
         lines.append(f"This run was resumed: {told}")
     return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), _drawn(costs_by_stage(record)))
+
+
+def _peak_memory(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Rows of the most memory that any process which trained has had; none where records of before do not tell."""
+    peaks = [work["peak_bytes"] for *_, work in trainings(record) if "peak_bytes" in work]
+    for of, text in (
+        ("host", "resident, with all that it read of the object store"),
+        ("card", "as torch allots it"),
+    ):
+        if most := max((peak[of] for peak in peaks if of in peak), default=0):
+            yield f"peak memory, {of}", bytes_in_words(most), f"of the process that trained with the most; {text}"
 
 
 def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:

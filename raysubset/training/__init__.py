@@ -5,7 +5,7 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 """
 
 from raysubset.costs import Cost
-from raysubset.training.devices import card_bytes, device_name, place, use_device
+from raysubset.training.devices import card_bytes, device_name, peak_bytes, place, use_device
 from raysubset.training.evaluation import (
     MOST_OUTPUT_BYTES,
     ensemble_sample,

@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,6 +59,16 @@ def card_bytes(*, num_gpus: float) -> int | None:
     if not num_gpus or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """The most memory that this process has had since it began: of the host, resident, and of a CUDA card, by torch."""
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = {"host": 1024 * int(status["VmHWM"].split()[0])}  # ru_maxrss is at least that of the process that forked
+    except (OSError, KeyError):  # not on Linux: on macOS in bytes
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return peak | ({"card": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
 
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -46,6 +46,7 @@ from raysubset.training import (
     minimize,
     minimize_packed,
     num_steps_per_epoch,
+    peak_bytes,
     place,
     profiled,
     starts_over,
@@ -408,6 +409,7 @@ class Minimizer:
             "history": job.watch.history(history) if job.watch else history,
             "round": piece.round,
             "attempt": job.work.attempt,
+            "peak_bytes": peak_bytes(job.examples.device),
         }
         self._close(job.work, "done", cost)  # first: without the record all of this would be done again
         job.is_closed = True
