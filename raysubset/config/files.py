@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from raysubset.config.run import Config
+from raysubset.config.trees import leaves
 
 _HOW = "give a file that `raysubset config` wrote, or a run's config.json"
 
@@ -69,7 +70,7 @@ def _nested(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     nested: dict[str, Any] = {}
-    for name, value in _leaves(tree, ""):
+    for name, value in leaves(tree):
         *rooms, leaf = name.split(".")
         node = nested
         for room in rooms:
@@ -80,14 +81,6 @@ def _nested(tree: Any) -> Any:
             raise ValueError(f"{name} is given twice")
         node[leaf] = value
     return nested
-
-
-def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> Any:

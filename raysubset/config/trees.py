@@ -179,10 +179,16 @@ def parse_value(word: str) -> Any:
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted names to values, of to_dict()'s nested dicts."""
-    flat: dict[str, Any] = {}
+    return dict(leaves(tree, prefix))
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """flatten()'s names and values, one after another: a name may come twice where some are dotted already."""
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def shapes_result(key: str) -> bool:

@@ -270,17 +270,15 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
     if squared:
         columns += ("validation / own loss", "(Q+1)/(Q-1)")
     if len(minima) <= MOST_ROWS:
-        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), squared, quality) for m in minima]
-        for index, minimum in enumerate(minima):
-            rows[index] = (*rows[index][:7], minimum["outcome"], *rows[index][7:])
+        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), m["outcome"], squared, quality) for m in minima]
     else:
         figures = [_figures(minimum, quality) for minimum in minima]
         outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
         rows = []
         for name, pick in (("mean", fmean), ("least", min), ("greatest", max)):
             picked = [pick(values) for values in zip(*figures, strict=True)]
-            row = _minimum_row(f"{name} of {len(minima)}", picked, squared, quality)
-            rows.append((*row[:7], outcomes if name == "mean" else "", *row[7:]))
+            told = outcomes if name == "mean" else ""
+            rows.append(_minimum_row(f"{name} of {len(minima)}", picked, told, squared, quality))
     title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
     lines = [
         "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
@@ -311,9 +309,10 @@ def _figures(minimum: Record, quality: Quality) -> list[float]:
     return [q, minimum["num_examples"], own, held_out, held_out - own, reached, ratio, law]
 
 
-def _minimum_row(name: str, figures: Sequence[float], squared: bool, quality: Quality) -> tuple[str, ...]:
+def _minimum_row(name: str, figures: Sequence[float], outcome: str, squared: bool, quality: Quality) -> tuple[str, ...]:
     q, num, own, held_out, gap, reached, ratio, law = figures
-    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}", quality.cell(reached))
+    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}")
+    row += (quality.cell(reached), outcome)
     return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if squared else row
 
 
