@@ -12,7 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import connection
 from threading import Lock
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import ray
 from ray import cloudpickle
+from ray._private import auto_init_hook
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from raysubset.cluster import connection as connecting
@@ -207,6 +208,8 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     for module in (connecting, resources, tasks, crew, pool):
         monkeypatch.setattr(module, "ray", processes)
     monkeypatch.setattr(worker, "ray", _of_worker(processes.get))
+    monkeypatch.setattr(worker, "published", lambda key: nullcontext())
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)  # else Ray starts where one of its calls is left
     monkeypatch.setattr(resources, "_published_groups", list)
     monkeypatch.setattr(resources, "_autoscaling_state", lambda: _NO_AUTOSCALER)
     monkeypatch.setattr(pool, "draining_nodes", set)
