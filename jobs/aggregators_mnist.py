@@ -115,7 +115,7 @@ def members(config: Config, full_set: FullSet) -> tuple[list[Minimum], Weights, 
             taken = {"num_examples": config.aggregation.statistics_examples, "seed": subset.id}
             fisher, fisher_cost = diagonal_fisher(model, examples, config.minimize, labels="model", **taken)
             gram, gram_cost = gram_matrices(model, examples, config.minimize, **taken)
-            part = full_set.examples("train", cut_subsample(config, subset, 0))
+            part = full_set.examples("train", cut_subsample(config, subset.indices, 0, subset.id))
             subsample, _, _, part_cost = minimum(config, full_set, own, part, subset=subset.id, stage="subsamples")
             kept = {"fisher": fisher, "gram": gram, "subsample": subsample}
             for kind, more in (("fisher", fisher_cost), ("gram", gram_cost), ("subsample", part_cost)):

@@ -9,7 +9,7 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from raysubset import uris
 from raysubset.cluster import call_on_cluster, connected, get_shared, num_slots, own_address, put_once, reached
-from raysubset.config import Config, Learned, TrainingStage
+from raysubset.config import Config, Learned
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
@@ -27,6 +27,7 @@ from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_trai
 from raysubset.given_objects import is_given
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger
+from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.objects_in_hand import taking_objects
@@ -47,7 +48,6 @@ from raysubset.run_directory import (
     RunDirectory,
     Seal,
     StorageLost,
-    minimum_folder,
     minimum_path,
     weights_path,
 )
@@ -58,7 +58,7 @@ from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Metrics, Weights
 from raysubset.user_functions import refuse_import
-from raysubset.work import Output, Piece, Run, TrainPiece, leave_test, perturbed, seeded_model
+from raysubset.work import Piece, Run, leave_test
 
 
 @taking_objects
@@ -221,112 +221,62 @@ class _Stages:
         config, rounds = self._config, []
         if config.subsets.shares != "equal":
             self._plan = self._plan_by_speed()
-        weights, start_id, trunk, fine_tuning = self._fresh_weights(), "initial", None, None
-        with ExitStack() as actors:
-            pool = actors.enter_context(self._pool())
+        drawing, of_rounds = self._plan.drawing(config, self._directory), Rounds(self._run, self._plan, self._decisions)
+        start, trunk, fine_tuning = FRESH, None, None
+        with self._pool() as pool:
             if config.trunk.epochs:
-                weights, trunk = self._trunk(pool)
-                start_id = "trunk"
-            rounds_of_run, start = Rounds(self._run, self._plan, self._decisions), weights
+                start, trunk = self._on_full_set(pool, drawing.trunk())
             for round in range(config.rounds.num):
                 refuse_changed_files(self._full_set)
-                start, record = rounds_of_run.run(pool, round, start, start_id)
-                start_id = f"round-{round:04d}"
+                aggregate, record = of_rounds.run(pool, round, start)
+                start = Start("warm", aggregate)
                 rounds.append(record)
-            weights = Output.of_aggregate(self._directory, config.rounds.num - 1).weights()
             if config.fine_tuning.epochs:
-                weights, fine_tuning = self._fine_tune(pool, weights, rounds[-1]["minima"], hand_back=actors.close)
+                num_teachers = len(of_rounds.members) if config.fine_tuning.distillation else 0
+                num_workers = self._decisions.num_workers(num_teachers=num_teachers)
+                leg = drawing.fine_tuning(start, of_rounds.members, num_workers=num_workers)
+                start, fine_tuning = self._on_full_set(pool, leg)
         last = fine_tuning or rounds[-1]["aggregation"]
-        record = self._report(weights, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
-        rounds_of_run.finish()
+        record = self._report(start, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
+        of_rounds.finish()
         return record
 
     def _conventional(self) -> dict[str, Any]:
         """The baseline: one run on the full set, by one actor or by Ray Train; of equal cost unless told otherwise."""
-        epochs, num_workers = self._plan.passes, self._config.conventional.num_workers
-        self._tell(
-            stage_event(
-                "conventional", f"{epochs:g} epochs on {len(self._full_set.train)} examples, {num_workers} worker(s)"
-            )
-        )
-        if num_workers > 1:
-            weights, record = self._train("conventional", self._fresh_weights(), num_workers)
-        else:
-            with self._pool() as pool:
-                piece = Piece(self._config, self._directory, "conventional", epochs=epochs)
-                weights, record = self._minimize_full_set(pool, piece)
-        return self._report(weights, record["validation"], conventional=record)
+        drawing, num_workers = self._plan.drawing(self._config, self._directory), self._config.conventional.num_workers
+        with self._pool() as pool:
+            end, record = self._on_full_set(pool, drawing.conventional(self._plan.passes, num_workers=num_workers))
+        return self._report(end, record["validation"], conventional=record)
 
-    def _trunk(self, pool: ActorPool) -> tuple[Weights, dict[str, Any]]:
-        """The short run on the full set that all actors start from."""
-        num_workers, epochs = self._config.trunk.num_workers, self._config.trunk.epochs
-        self._tell(
-            stage_event("trunk", f"{epochs:g} epochs on {len(self._full_set.train)} examples, {num_workers} worker(s)")
-        )
-        if num_workers > 1:
-            return self._train("trunk", self._fresh_weights(), num_workers)
-        return self._minimize_full_set(pool, Piece(self._config, self._directory, "trunk"))
+    def _on_full_set(self, pool: ActorPool, leg: Leg) -> tuple[Start, dict[str, Any]]:
+        """Do a leg on the full set: by an actor, or by Ray Train, for whose workers the others make room.
 
-    def _minimize_full_set(self, pool: ActorPool, piece: Piece) -> tuple[Weights, dict[str, Any]]:
-        """One actor, all examples; it is kept for the subsets."""
-        find_minima(pool, [piece], None, keep=math.inf)
-        return piece.output.weights(), self._directory.read_json(piece.output.record_path)
-
-    def _fine_tune(
-        self,
-        pool: ActorPool,
-        aggregate: Weights,
-        minima: Sequence[dict[str, Any]],
-        *,
-        hand_back: Callable[[], None],
-    ) -> tuple[Weights, dict[str, Any]]:
-        """Ray Train on the full set, from the aggregate, a shrunk and perturbed aggregate, or fresh weights.
-
-        With distillation it learns from the last round's minima as well. Several workers need the pool's places.
+        Returns:
+            Its weights for a start, and its record; read back if they are there.
         """
-        tuning = self._config.fine_tuning
-        folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
-        teachers = tuple(folders if tuning.distillation else ())
-        num_workers = self._decisions.num_workers(num_teachers=len(teachers))
-        text = f"{tuning.epochs:g} epochs on the full set by Ray Train, {num_workers} worker(s), {tuning.start} start"
-        self._tell(stage_event("fine_tuning", text))
-        weights = aggregate
-        if tuning.start == "reinit":
-            weights = self._fresh_weights("fine_tuning")
-        elif tuning.start == "shrink_perturb":
-            weights = perturbed(self._config, self._full_set, aggregate)
-        if num_workers == 1 and not self._directory.list(f"fine_tuning/{FOLDER}"):  # a job of before resumes as one
-            piece = TrainPiece(self._config, self._directory, "fine_tuning", teachers=teachers)
-            return self._train_by_actor(pool, piece, weights)
-        hand_back()
-        return self._train("fine_tuning", weights, num_workers, teachers=teachers)
-
-    def _train_by_actor(self, pool: ActorPool, piece: TrainPiece, weights: Weights) -> tuple[Weights, dict[str, Any]]:
-        """One actor, by Ray Train's local mode; deaths, retries and waiting as for any piece of work."""
-        if (record := piece.record()) is None:
-            refuse_changed_files(self._full_set)
-            self._epochs = Epochs(piece.directory, piece.stage, quality=self._full_set.quality, tell=self._tell)
-            ((_, record),) = pool.run([Pack((piece,))], weights)
+        piece, stage, full_set = leg.piece, leg.stage, self._full_set
+        assert isinstance(piece, Piece)
+        on = f"the full set by Ray Train, {leg.num_workers} worker(s), {leg.start.kind} start"
+        if stage != "fine_tuning":
+            on = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
+        self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {on}"))
+        refuse_changed_files(full_set)
+        if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a job of before resumes as one
+            pool.hand_back()
+            fine_tune(self._run, piece, num_workers=leg.num_workers, num_gpus=self._decisions.num_gpus)
+        elif not piece.by_train:
+            find_minima(pool, [piece], None, keep=math.inf)  # for the subsets
+        elif piece.record() is None:
+            self._epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
+            list(pool.run([Pack((piece,))], None))
             self._epochs.tell_new()
-        return piece.output.weights(), record
+        return Start("warm", leg), self._directory.read_json(piece.output.record_path)
 
-    def _train(
-        self, stage: TrainingStage, weights: Weights, num_workers: int, *, teachers: Sequence[str] = ()
-    ) -> tuple[Weights, dict[str, Any]]:
-        refuse_changed_files(self._full_set)
-        return fine_tune(
-            self._run,
-            weights,
-            num_workers=num_workers,
-            num_gpus=self._decisions.num_gpus,
-            stage=stage,
-            epochs=self._plan.passes if stage == "conventional" else None,
-            teachers=teachers,
-        )
-
-    def _report(self, weights: Weights, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
+    def _report(self, end: Start, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
         config, full_set, plan = self._config, self._full_set, self._plan
+        assert end.leg is not None
+        weights = end.leg.output.weights()
         refuse_changed_files(full_set)
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
         self._run.ledger.compact()  # the sums below read all of it
@@ -437,9 +387,6 @@ class _Stages:
         self._tell(event)
         if self._epochs and isinstance(event, Progress):
             self._epochs.tell_new()
-
-    def _fresh_weights(self, start_id: str = "initial") -> Weights:
-        return seeded_model(self._config, self._full_set, start_id).state_dict()
 
 
 def _leave_test(*arguments: Any) -> tuple[Metrics, dict[str, Seal]]:

@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from raysubset.aggregation import mean_optimizer_state, method_of
+from raysubset.aggregation import method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import AggregateDone, Note, stage_event
+from raysubset.legs import Leg, Start
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
 from raysubset.quality import metrics_in_words
@@ -18,16 +20,14 @@ from raysubset.run_directory import (
     aggregate_weights_path,
     mean_optimizer_path,
     minima_folder,
-    minimum_folder,
     momentum_path,
-    optimizer_path,
     subsamples_folder,
     subsets_path,
 )
 from raysubset.subset_actors import ActorPool, Pack, done_of, find_minima
 from raysubset.subsets import Subset, overdetermination_ratio
-from raysubset.training import MEASURES, Weights
-from raysubset.work import AggregatePiece, Output, Piece, Run, cut_subsample, cut_subsets, round_spans
+from raysubset.training import Weights
+from raysubset.work import AggregatePiece, Piece, Run, cut_subsets, seeded_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,44 +38,52 @@ class Rounds:
     def __init__(self, run: Run, plan: Plan, decisions: Decisions) -> None:
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._plan, self._decisions = plan, decisions
-        self._spans = round_spans(run.config, run.config.rounds.num)
+        self._drawing = plan.drawing(run.config, run.directory)
+        self.members: tuple[Leg, ...] = ()  # of the last round, that its aggregate is of
 
-    def run(self, pool: ActorPool, round: int, start: Weights | Output, start_id: str) -> tuple[Output, dict[str, Any]]:
-        """Subset minima in parallel, then their aggregate: where it lies and its record, read back if it is there.
+    def run(self, pool: ActorPool, round: int, start: Start) -> tuple[Leg, dict[str, Any]]:
+        """Subset minima in parallel, then their aggregate, and its record: read back if it is there.
 
         Args:
-            start: the weights the members start from, or where they lie.
-            start_id: names them: minima with equal ids share a start.
+            start: what the round starts from: the aggregate of the round before, which was run by this too.
         """
-        config, directory = self._config, self._directory
-        subsets = self._plan.subsets
+        config, subsets = self._config, self._plan.subsets
         if round:
             subsets = cut_subsets(config, self._full_set, round, shares=self._decisions.shares)
         self._write_manifest(round, subsets)
-        if (done := self._done(round)) is not None:
-            self._tidy(round)
-            return Output.of_aggregate(directory, round), done
+        members = self._drawing.members(round, start, self.members)
+        if (record := self._done(round)) is None:
+            record = self._make(pool, members, subsets, start)
+        self._tidy(round)
+        aggregated = {minimum["subset_id"] for minimum in record["minima"]}
+        self.members = tuple(member for member in members if member.subset in aggregated)
+        return self._drawing.aggregate(round, start, self.members), record
+
+    def _make(
+        self, pool: ActorPool, members: tuple[Leg, ...], subsets: tuple[Subset, ...], start: Start
+    ) -> dict[str, Any]:
+        """The record of a round's aggregate, by actors, of minima that they find where they are not there yet."""
+        config, round, needs = self._config, members[0].round, method_of(self._config.aggregation).needs
+        given = (
+            None if start.leg else seeded_model(config, self._full_set).state_dict()
+        )  # else actors read what lies there
         sizes = sorted({len(subset.indices) for subset in subsets})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        self._tell(
-            stage_event(
-                "subsets",
-                f"{which}{len(subsets)} × {size} examples, {self._epochs(round):.4g} epochs each",
-                round,
-            )
-        )
-        lies, given = (start, None) if isinstance(start, Output) else (None, start)  # actors read what lies there
-        pieces = [self._piece(round, subset, start_id, lies) for subset in subsets]
-        parts: list[Piece] = []
-        pieces = self._find_minima(pool, pieces, given)
-        if method_of(config.aggregation).needs.parts:
-            parts = self._on_subsamples(pool, subsets, pieces, given)
-            done = {part.subset_id for part in parts}
-            pieces = [piece for piece in pieces if piece.subset_id in done]
-        made = self._aggregate(pool, round, pieces, parts, given, lies)
-        self._tidy(round)
-        return made
+        text = f"{which}{len(subsets)} × {size} examples, {members[0].epochs:.4g} epochs each"
+        self._tell(stage_event("subsets", text, round))
+        keep = self._num_kept(round, at_last=1)  # which aggregates
+        members = self._find_minima(pool, members, subsets, given, keep=math.inf if needs.parts else keep)
+        if parts := self._drawing.parts(members):
+            text = f"{config.aggregation.savgm_fraction:g} of each of {len(members)} subsets once more"
+            self._tell(stage_event("subsamples", text, round))
+            parts = self._find_minima(pool, parts, subsets, given, keep=keep)
+            members = tuple(part.members[0] for part in parts)
+        return self._aggregate(pool, self._drawing.aggregate(round, start, members + parts), given)
+
+    def _num_kept(self, round: int, *, at_last: float) -> float:
+        """Actors that stay when a piece of the round's work is done: all, but so many at last."""
+        return math.inf if round + 1 < self._config.rounds.num else at_last
 
     def _done(self, round: int) -> dict[str, Any] | None:
         """The record of a round's aggregate; its files have served if the next round's aggregate is there."""
@@ -107,144 +115,63 @@ class Rounds:
         for path in (minima_folder(round), subsamples_folder(round)):
             self._directory.delete(path)
 
-    def _find_minima(self, pool: ActorPool, pieces: list[Piece], start: Weights | None) -> list[Piece]:
+    def _find_minima(
+        self, pool: ActorPool, legs: tuple[Leg, ...], subsets: tuple[Subset, ...], start: Weights | None, *, keep: float
+    ) -> tuple[Leg, ...]:
         """Those whose minima are found: all, but with a quorum."""
-        config, round = self._config, pieces[0].round
-        if round and config.rounds.optimizer_state != "reset":
-            pieces = self._with_optimizers(round, pieces)
-        parts_follow = method_of(config.aggregation).needs.parts and not pieces[0].is_subsample
-        return find_minima(
+        slots = self._decisions.slots
+
+        def with_subset(leg: Leg) -> Piece:
+            assert isinstance(leg.piece, Piece)
+            assert leg.subset is not None
+            speed = slot_of(slots, leg.subset).speed if slots else None
+            return dataclasses.replace(leg.piece, indices=subsets[leg.subset].indices, node_speed=speed)
+
+        pieces = [with_subset(leg) for leg in legs]
+        self._check_optimizers(pieces)
+        found = find_minima(
             pool,
             pieces,
-            None if config.subsets.start == "independent" else start,
-            keep=math.inf if parts_follow or round + 1 < config.rounds.num else 1,  # which aggregates
-            quorum=config.actors.quorum,
+            None if self._config.subsets.start == "independent" else start,
+            keep=keep,
+            quorum=self._config.actors.quorum,
             per_actor=self._decisions.per_actor(pool, pieces),
         )
+        done = {piece.folder for piece in found}
+        return tuple(leg for leg in legs if leg.piece.folder in done)
 
-    def _on_subsamples(
-        self, pool: ActorPool, subsets: tuple[Subset, ...], pieces: list[Piece], start: Weights | None
-    ) -> list[Piece]:
-        """Minimize on a part of each subset too, from the same start; those that are done."""
-        fraction, by_id = self._config.aggregation.savgm_fraction, {subset.id: subset for subset in subsets}
-        text = f"{fraction:g} of each of {len(pieces)} subsets once more"
-        self._tell(stage_event("subsamples", text, pieces[0].round))
-        parts = []
-        for piece in pieces:
-            assert piece.subset_id is not None
-            indices = cut_subsample(self._config, by_id[piece.subset_id], piece.round)
-            part = dataclasses.replace(piece, indices=indices, statistics=(), is_subsample=True)
-            parts.append(dataclasses.replace(part, send="float32", optimizer=None))
-        return self._find_minima(pool, parts, start)
-
-    def _piece(self, round: int, subset: Subset, start_id: str, start: Output | None) -> Piece:
-        """The work on one subset."""
-        independent = self._config.subsets.start == "independent"
-        slots = self._decisions.slots
-        return Piece(
-            self._config,
-            self._directory,
-            "subsets",
-            subset_id=subset.id,
-            round=round,
-            indices=subset.indices,
-            epochs=self._epochs(round),
-            schedule_span=self._spans[round],
-            start=None if independent else start,
-            start_id=f"independent-{subset.id}" if independent else start_id,
-            node_speed=slot_of(slots, subset.id).speed if slots else None,
-            statistics=self._plan.statistics,
-            measures=MEASURES if self._config.rounds.evaluated(round) else (),
-            send=self._config.rounds.send if round + 1 < self._config.rounds.num else "float32",
-        )
-
-    def _epochs(self, round: int) -> float:
-        """Of each member of the round."""
-        rounds, (begin, end) = self._config.rounds, self._spans[round]
-        share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
-        return self._config.minimize.epochs * share
-
-    def _with_optimizers(self, round: int, pieces: list[Piece]) -> list[Piece]:
-        """The members with the optimizer states that they begin with: their predecessors', or the mean of all.
-
-        Those that are done get none: it is deleted when their round is aggregated.
-        """
-        directory, done, mean = self._directory, done_of(pieces), mean_optimizer_path(round - 1)
-        if len(done) == len(pieces):
-            return pieces
-        if self._config.rounds.optimizer_state == "keep":
-            left = set(self._optimizers(round - 1))
-            paths = {piece.folder: optimizer_path(minimum_folder(round - 1, piece.subset_id or 0)) for piece in pieces}
-        else:
-            if not directory.exists(mean):
-                states = (directory.read_checkpoint(member)["optimizer"] for member in self._optimizers(round - 1))
-                directory.write_checkpoint(mean, {"optimizer": mean_optimizer_state(states)}, is_durable=False)
-            left, paths = {mean}, {piece.folder: mean for piece in pieces}
-        return [
-            dataclasses.replace(piece, optimizer=(directory, path))
-            if piece.folder not in done and (path := paths[piece.folder]) in left
-            else piece
-            for piece in pieces
-        ]
-
-    def _optimizers(self, round: int) -> list[str]:
-        """The files that a round's members left of their optimizers, in order of subset id; those of its aggregate.
+    def _check_optimizers(self, pieces: Sequence[Piece]) -> None:
+        """Look whether the optimizer states that unfinished members begin with are there.
 
         Raises:
-            CorruptFile: if one of them is gone, or has another length.
+            CorruptFile: if one is gone, or has another length.
         """
-        left = {}
-        for minimum in self._directory.read_json(aggregate_path(round))["minima"]:
-            path = optimizer_path(minimum_folder(round, minimum["subset_id"]))
-            left[path] = minimum["files"].get(path)
-        self._directory.check_lengths(left)
-        return list(left)
+        paths, round = [piece.optimizer[1] for piece in pieces if piece.optimizer], pieces[0].round
+        if not paths or len(done_of(pieces)) == len(pieces):  # then they may be deleted
+            return
+        last = self._directory.read_json(aggregate_path(round - 1))
+        files = [last["files"], *(minimum["files"] for minimum in last["minima"])]
+        seals = {path: seal for of_one in files for path, seal in of_one.items()}
+        self._directory.check_lengths({path: seals.get(path, "") for path in paths})
 
-    def _aggregate(
-        self,
-        pool: ActorPool,
-        round: int,
-        pieces: list[Piece],
-        parts: list[Piece],
-        start: Weights | None,
-        lies: Output | None,
-    ) -> tuple[Output, dict[str, Any]]:
-        """One set of weights of a round's minima, by an actor; written down before it is used.
-
-        Args:
-            pieces: whose minima they are; parts on a part of the same subsets, if any.
-            start: what they started from, or `lies` where it lies.
-        """
-        config, directory = self._config, self._directory
-        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(pieces)} minima", round))
+    def _aggregate(self, pool: ActorPool, leg: Leg, start: Weights | None) -> dict[str, Any]:
+        """One set of weights of a round's minima, by an actor; written down before it is used."""
+        config, piece = self._config, leg.piece
+        assert isinstance(piece, AggregatePiece)
+        self._tell(stage_event("aggregation", f"{config.aggregation.method} of {len(piece.members)} minima", leg.round))
         num_outputs, num_parameters = self._full_set.spec.num_outputs, self._plan.num_parameters
         records, others = (
-            [directory.read_json(piece.output.record_path) for piece in of_kind] for of_kind in (pieces, parts)
+            [self._directory.read_json(one.output.record_path) for one in of_kind]
+            for of_kind in (piece.members, piece.parts)
         )
         for record in records:
             ratio = overdetermination_ratio(record["num_examples"], num_outputs, num_parameters)
             record["overdetermination_ratio"] = ratio
-        momentum = None
-        if round and config.rounds.has_outer_step():
-            momentum = Output(directory, aggregate_path(round - 1), momentum_path(round - 1))
-        piece = AggregatePiece(
-            config,
-            directory,
-            tuple(dataclasses.replace(piece, indices=None) for piece in pieces),
-            round,
-            parts=tuple(dataclasses.replace(part, indices=None) for part in parts),
-            start=lies,
-            momentum=momentum,
-            measures=MEASURES if config.rounds.evaluated(round) else (),
-            more={"minima": records} | ({"subsamples": others} if parts else {}),
-        )
-        ((_, record),) = pool.run([Pack((piece,))], start, keep=self._num_kept(round))
-        self._tell_of(record["aggregation"], round)
-        return piece.output, record
-
-    def _num_kept(self, round: int) -> float:
-        """Actors that stay when the round is done: for the next one, or to fine-tune."""
-        return math.inf if round + 1 < self._config.rounds.num else float(self._decisions.may_go_alone)
+        piece = dataclasses.replace(piece, more={"minima": records} | ({"subsamples": others} if others else {}))
+        keep = self._num_kept(leg.round, at_last=float(self._decisions.may_go_alone))
+        ((_, record),) = pool.run([Pack((piece,))], start, keep=keep)
+        self._tell_of(record["aggregation"], leg.round)
+        return record
 
     def _tell_of(self, made: dict[str, Any], round: int) -> None:
         text = f"{made['method']} of subsets {listed([str(subset) for subset in made['subset_ids']], most=16)}"

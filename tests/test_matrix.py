@@ -14,6 +14,7 @@ from torch import nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
+from raysubset.legs import FRESH, Start
 from raysubset.models import new_model
 from raysubset.planning import Plan, make_plan
 from raysubset.rounds import Rounds
@@ -256,14 +257,15 @@ def plan_of(task: str, method: str) -> tuple[Config, FullSet, Plan]:
 def run_of(config: Config, full_set: FullSet, plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
     """The rounds' records of a run without trunk."""
     opened = Run(config, directory, full_set, [], lambda event: None)
-    pool, weights = cast(Any, InProcess(opened)), seeded_model(config, full_set).state_dict()
+    pool, start = cast(Any, InProcess(opened)), FRESH
     reason = why_not_packed(seeded_model(config, full_set), config.minimize)
     assert reason in (None, "torch cannot run recurrent layers with stacked weights") or config.subsets.per_actor == 1
     per_actor = 1 if reason else config.subsets.per_actor
     decisions = SimpleNamespace(shares=None, slots=[], per_actor=lambda *_: per_actor, may_go_alone=False)
     rounds, records = Rounds(opened, plan, cast(Any, decisions)), []
     for round in range(config.rounds.num):
-        weights, record = rounds.run(pool, round, weights, f"start-{round}")
+        aggregate, record = rounds.run(pool, round, start)
+        start = Start("warm", aggregate)
         records.append(record)
     return records
 

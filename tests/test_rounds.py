@@ -17,6 +17,7 @@ from raysubset.config import Config
 from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger
+from raysubset.legs import FRESH, Start
 from raysubset.planning import make_plan
 from raysubset.rounds import Rounds
 from raysubset.run_directory import (
@@ -67,12 +68,13 @@ def run_of(
     config: Config, folder: Path, *, num: int | None = None, name: str = "run", per_actor: int = 1
 ) -> tuple[Weights, list[Any]]:
     """The first `num` rounds of a run: the last aggregate, and the rounds' records."""
-    (rounds, opened), records = rounds_of(config, folder, name, per_actor=per_actor), []
-    start: Any = seeded_model(config, opened.full_set).state_dict()
+    (rounds, opened), records, start = rounds_of(config, folder, name, per_actor=per_actor), [], FRESH
     for round in range(num or config.rounds.num):
-        start, record = rounds.run(cast(Any, InProcess(opened)), round, start, f"start-{round}")
+        aggregate, record = rounds.run(cast(Any, InProcess(opened)), round, start)
+        start = Start("warm", aggregate)
         records.append(record)
-    return start.weights(), records
+    assert start.leg is not None
+    return start.leg.output.weights(), records
 
 
 @pytest.mark.parametrize("state", ["keep", "average", "reset"])

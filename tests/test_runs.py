@@ -19,7 +19,6 @@ from raysubset.events import Event, Note, Progress, Retry
 from raysubset.fine_tuning import Job, fine_tune
 from raysubset.fine_tuning.worker import train_here
 from raysubset.ledger import Ledger
-from raysubset.models import build_model, new_model
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
     PREDICTIONS_PATH,
@@ -32,7 +31,7 @@ from raysubset.run_directory import (
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
 from raysubset.user_code import Workplace
-from raysubset.work import Follower, Run, TrainPiece
+from raysubset.work import Follower, Piece, Run
 from tests.tiny import stored_weights
 
 # isort: split
@@ -183,15 +182,12 @@ def test_divergence_names_the_subset_and_the_way_out(tmp_path: Path) -> None:
 def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_path: Path) -> None:
     made = config(tmp_path, "nan", minimize__learning_rate=1e30, model__norm="none")
     full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "nan")
-    weights = build_model(made.model, full_set.spec, seed=0).state_dict()
     with pytest.raises(ValueError, match=r"conventional: DivergedError: .*lower the learning rate"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), lambda event: None),
-            weights,
+            Piece(made, directory, "conventional", epochs=1.0, by_train=True),
             num_workers=0,  # in this process, where fit() would raise what the worker does
             num_gpus=0.0,
-            stage="conventional",
-            epochs=1.0,
         )
     (work,) = Ledger(directory).read()
     assert work.outcome == "failed"
@@ -203,18 +199,17 @@ def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job
     made = config(tmp_path, "job", fine_tuning__epochs=3.0, fine_tuning__keep="best")
     full_set = load_full_set(made.data)
     job, alone = RunDirectory(str(tmp_path), "job"), RunDirectory(str(tmp_path), "alone")
-    weights = new_model(made.model, full_set, seed=1).state_dict()
     opened = Run(made, job, full_set, put_once(full_set), lambda event: None)
-    ends, record = fine_tune(opened, weights, num_workers=0, num_gpus=0.0)  # one worker, in this process
+    at_once, piece = (Piece(made, directory, "fine_tuning", by_train=True) for directory in (job, alone))
+    record = fine_tune(opened, at_once, num_workers=0, num_gpus=0.0)  # one worker, in this process
 
-    piece, refs = TrainPiece(made, alone, "fine_tuning"), (opened.full_set_ref, put_once(weights))
-    own = Job.of(piece, *refs, num_gpus=0.0, workplace=Workplace.here())
+    own = Job.of(piece, full_set, opened.full_set_ref, num_gpus=0.0, workplace=Workplace.here())
     stopping = Follower(lambda progress: progress.epoch > 1.5, lambda: "preempted")
     assert train_here(own, stopping, attempt=0, waited_s=0.5) is None
     assert alone.exists(checkpoint_path("fine_tuning", 0))
     resumed = train_here(own, Follower(lambda progress: False, lambda: "preempted"), attempt=1, waited_s=0.0)
 
-    assert same_bits(piece.output.weights(), ends)
+    assert same_bits(piece.output.weights(), at_once.output.weights())
     assert {**(resumed or {}), "files": 0} == {**record, "files": 0}
     assert not alone.exists(checkpoint_path("fine_tuning", 0))
     works = Ledger(alone).read()

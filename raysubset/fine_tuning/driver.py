@@ -1,16 +1,12 @@
 """fine_tune(): the driver's side of a Ray Train job."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
-from raysubset.cluster import put_once, refuse_unplaceable, workplace
-from raysubset.config import TrainingStage
+from raysubset.cluster import refuse_unplaceable, workplace
 from raysubset.fine_tuning.job import Job
-from raysubset.run_directory import minimum_path, weights_path
 from raysubset.streaming import refuse_without_readers
-from raysubset.training import Weights
-from raysubset.work import Run, TrainPiece
+from raysubset.work import Piece, Run
 
 
 def refuse_old_ray_train() -> None:
@@ -20,17 +16,8 @@ def refuse_old_ray_train() -> None:
         raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} asks for Ray Train of old, which cannot fine-tune: unset it")
 
 
-def fine_tune(
-    run: Run,
-    weights: Weights,
-    *,
-    num_workers: int,
-    num_gpus: float,
-    stage: TrainingStage = "fine_tuning",
-    epochs: float | None = None,
-    teachers: Sequence[str] = (),
-) -> tuple[Weights, dict[str, Any]]:
-    """Minimize on the full set from the weights, by a Ray Train job of several workers in data parallel.
+def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> dict[str, Any]:
+    """Minimize on the full set, as the piece says, by a Ray Train job of several workers in data parallel.
 
     The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies, or is killed as
     it stands still (actors.stall_s), restarts the group from the last checkpoint, up to actors.max_attempts times; with
@@ -38,19 +25,16 @@ def fine_tune(
     and what a worker's own work raises are not tried again. If the driver dies, the same call resumes from the last
     checkpoint; a stage that was finished is read back.
 
-    Args:
-        teachers: folders of the run's minima to distil from (fine_tuning.distillation); every worker reads them all.
-
     Returns:
-        The weights it ended at, and the stage's record (minimum.json).
+        The stage's record (minimum.json).
 
     Raises:
         ValueError: if the workers can never be placed, or the loss diverges.
         FineTuningFailed: if the job failed more often than allowed.
         TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
-    config, directory = run.config, run.directory
-    if (record := directory.read_record(minimum_path(stage))) is None:
+    config, stage = piece.config, piece.stage
+    if (record := piece.record()) is None:
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
         least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
         refuse_unplaceable(request, f"{stage} workers", num=least)
@@ -58,8 +42,7 @@ def fine_tune(
             refuse_without_readers(config, stage, num_workers=num_workers)
         from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs need none
 
-        piece = TrainPiece(config, directory, stage, epochs, tuple(teachers))
-        job = Job.of(piece, run.full_set_ref, put_once(weights), num_gpus=num_gpus, workplace=workplace())
+        job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
         fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)
-        record = directory.read_json(minimum_path(stage))
-    return directory.read_weights(weights_path(stage), record["files"]), record
+        record = piece.directory.read_json(piece.output.record_path)
+    return record

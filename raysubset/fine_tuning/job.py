@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import ray
 
+from raysubset.cluster import put_once
 from raysubset.config import Config, MinimizeConfig, TrainingStage
+from raysubset.data import FullSet
 from raysubset.run_directory import RunDirectory
 from raysubset.user_code import Workplace
-from raysubset.work import TrainPiece
+from raysubset.work import Output, Piece, seeded_model
 
 FOLDER = "ray_train"  # of the job's checkpoints, in that of the stage
 
@@ -24,22 +26,24 @@ class Job:
     full_set_ref: Sequence[ray.ObjectRef]
     start_ref: Sequence[ray.ObjectRef]
     num_gpus: float  # of each worker
-    teachers: tuple[str, ...]  # folders of the minima to distil from
+    teachers: tuple[Output, ...]  # the minima to distil from
     workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
 
     @classmethod
     def of(
         cls,
-        piece: TrainPiece,
+        piece: Piece,
+        full_set: FullSet,
         full_set_ref: Sequence[ray.ObjectRef],
-        start_ref: Sequence[ray.ObjectRef],
         *,
         num_gpus: float,
         workplace: Workplace,
     ) -> "Job":
-        """The job that a piece of work is."""
-        config, recipe = piece.config, piece.config.stage(piece.stage, epochs=piece.epochs)
-        refs = (full_set_ref, start_ref)
+        """The job that a piece of work is, with the weights that it starts from put where workers find them."""
+        config, weights = piece.config, piece.start_weights(full_set)
+        if weights is None:
+            weights = seeded_model(config, full_set, piece.start_id).state_dict()
+        recipe, refs = config.stage(piece.stage, epochs=piece.epochs), (full_set_ref, put_once(weights))
         return cls(config, recipe, piece.directory, piece.stage, *refs, num_gpus, piece.teachers, workplace)
 
 

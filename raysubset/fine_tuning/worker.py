@@ -29,7 +29,6 @@ from raysubset.ledger import Ledger, Work
 from raysubset.models import copied, new_model, num_parameters
 from raysubset.pulse import beat, stand
 from raysubset.run_directory import (
-    RunDirectory,
     Sink,
     checkpoint_path,
     history_path,
@@ -180,7 +179,7 @@ class _Worker:
         self._model = model
         self._distillation = None
         if job.teachers:
-            teachers = [self._network(_weights_of(job.directory, folder)) for folder in job.teachers]
+            teachers = [self._network(teacher.weights()) for teacher in job.teachers]
             share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
             self._distillation = Distillation(teachers, share=share, temperature=temperature)
         examples = full_set.examples("train", device=device, augment=True)
@@ -449,11 +448,6 @@ def _write(folder: str, name: str, state: dict[str, Any]) -> None:
     with Path(folder, name).open("wb") as file:
         save_checkpoint(state, sink := Sink(file))
     count_bytes(sink.num_bytes)
-
-
-def _weights_of(directory: RunDirectory, folder: str) -> Weights:
-    """Those of a minimum that is done."""
-    return directory.read_weights(weights_path(folder), directory.read_json(minimum_path(folder))["files"])
 
 
 def _part(num_examples: int, shard: Shard) -> np.ndarray:

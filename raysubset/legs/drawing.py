@@ -1,6 +1,6 @@
 """Drawing: the method, drawn once as legs. A run does them, an arm scales them, a plan sums them up."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,7 @@ class Drawing:
             start = Start("warm", self.trunk())
             yield from start.legs
         for round in range(self.config.rounds.num):
-            members = self.members(round, start, dict(enumerate(members)))
+            members = self.members(round, start, members)
             parts = self.parts(members)
             yield from (*members, *parts)
             last = members[0]
@@ -59,16 +59,17 @@ class Drawing:
         """The short run on the full set that all members start from."""
         return self._on_full_set("trunk", self.config.trunk.epochs * self.scale, FRESH, self.config.trunk.num_workers)
 
-    def members(self, round: int, start: Start, before: Mapping[int, Leg]) -> tuple[Leg, ...]:
+    def members(self, round: int, start: Start, before: Sequence[Leg]) -> tuple[Leg, ...]:
         """The minimizations of a round, a subset each.
 
         Args:
             start: what its shared start is made of.
-            before: the members of the round before, by subset.
+            before: the members of the round before, as far as they are aggregated.
         """
         rounds, (begin, end) = self.config.rounds, self._spans[round]
         share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
-        independent, keeps = self.config.subsets.start == "independent", rounds.optimizer_state == "keep"
+        independent = self.config.subsets.start == "independent"
+        predecessors = {leg.subset: leg for leg in before if rounds.optimizer_state == "keep"}
         return tuple(
             self._leg(
                 "minimize",
@@ -79,7 +80,7 @@ class Drawing:
                 round=round,
                 subset=subset,
                 span=(begin, end),
-                predecessor=before.get(subset) if keeps else None,
+                predecessor=predecessors.get(subset),
                 statistics=self.statistics,
                 **self._measures(round),
             )
@@ -91,8 +92,14 @@ class Drawing:
         if not (self.aggregates and method_of(self.config.aggregation).needs.parts):
             return ()
         return tuple(
-            replace(member, members=(member,), is_subsample=True, statistics=(), size=subsample_size(self.config, size))
-            for member, size in zip(members, self.sizes, strict=True)
+            replace(
+                member,
+                members=(member,),
+                is_subsample=True,
+                statistics=(),
+                size=subsample_size(self.config, member.size or 0),
+            )
+            for member in members
         )
 
     def aggregate(self, round: int, start: Start, members: tuple[Leg, ...]) -> Leg:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from raysubset.config import Config, TrainingStage, flatten, shapes_result
 from raysubset.ledger import Ledger, Work
-from raysubset.run_directory import RunDirectory, momentum_path, optimizer_path
+from raysubset.run_directory import RunDirectory, mean_optimizer_path, momentum_path, optimizer_path
 from raysubset.training import Measure
 from raysubset.work import TEST_PATH, AggregatePiece, Output, Piece, TestPiece
 
@@ -107,14 +107,22 @@ class Leg:
 
     @cached_property
     def piece(self) -> Piece | AggregatePiece:
-        """What a process is told to do; of a Ray Train job, what its one worker would be told."""
+        """What a process is told to do; of a Ray Train job, what each of its workers is."""
         return self._aggregation() if self.kind == "aggregate" else self._minimization()
+
+    @property
+    def _name(self) -> str:
+        """What its piece is called: in a run, by stage and subset."""
+        return self.key if isinstance(self.place, str) else ""
+
+    @property
+    def _has_next_round(self) -> bool:
+        return self.stage == "subsets" and not self.is_subsample and self.round + 1 < self.config.rounds.num
 
     def _minimization(self) -> Piece:
         seed_ids = {"fresh": "initial", "reinit": "fine_tuning", "independent": f"independent-{self.subset}"}
         seed_id = seed_ids.get(self.start.kind)
         start = None if seed_id else self.start.leg
-        before = self.predecessor and self.predecessor._minimization()
         return Piece(
             self.config,
             self.directory,
@@ -126,12 +134,23 @@ class Leg:
             start=start and start.output,
             is_perturbed=self.start.kind == "shrink_perturb",
             start_id=seed_id or (start.key if start else ""),
-            optimizer=before and (before.directory, optimizer_path(before.folder)),
+            optimizer=self._optimizer(),
             statistics=self.statistics,
             measures=self.measures,
+            send=self.config.rounds.send if self._has_next_round else "float32",
             is_subsample=self.is_subsample,
-            name=self.key,
+            by_train=self.kind == "train",
+            teachers=tuple(member.output for member in self.members) if self.stage == "fine_tuning" else (),
+            name=self._name,
         )
+
+    def _optimizer(self) -> tuple[RunDirectory, str] | None:
+        """The checkpoint of the optimizer state that it begins with: its predecessor's, or the mean of all."""
+        if self.predecessor is not None:
+            return self.predecessor.directory, optimizer_path(self.predecessor.piece.folder)
+        if self.round and self.config.rounds.optimizer_state == "average" and self.start.leg is not None:
+            return self.start.leg.directory, mean_optimizer_path(self.round - 1)
+        return None
 
     def _aggregation(self) -> AggregatePiece:
         start, momentum = self.start.leg and self.start.leg.output, None
@@ -145,8 +164,9 @@ class Leg:
             parts=tuple(member._minimization() for member in self.members if member.is_subsample),
             start=start,
             momentum=momentum,
+            averages_optimizers=self._has_next_round and self.config.rounds.optimizer_state == "average",
             measures=self.measures,
-            name=self.key,
+            name=self._name,
         )
 
     @property

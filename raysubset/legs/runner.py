@@ -14,7 +14,7 @@ from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
 from raysubset.subset_actors import NUM_READERS, ActorPool, Backlog, Pack, name_of
-from raysubset.work import Piece, Run, seeded_model
+from raysubset.work import Piece, Run
 
 
 class LegRunner:
@@ -68,12 +68,12 @@ class LegRunner:
         while todo:
             blocked: set[Leg] = set()  # by what Ray Train has to do first; inputs come before what needs them
             for leg in todo:
-                if leg.kind == "train" or not blocked.isdisjoint(leg.inputs):
+                if leg.num_workers > 1 or not blocked.isdisjoint(leg.inputs):
                     blocked.add(leg)
             if by_actors := [leg for leg in todo if leg not in blocked]:
                 self._do_by_actors(by_actors, done, num_all=len(legs))
             for leg in todo:  # Ray Train takes the whole cluster: one job after the other, when the actors are gone
-                if leg.kind == "train" and done.issuperset(leg.inputs):
+                if leg.num_workers > 1 and done.issuperset(leg.inputs):
                     refuse_changed_files(self._run.full_set)
                     self._train(leg, done, num_all=len(legs))
             for leg in todo:
@@ -118,20 +118,9 @@ class LegRunner:
 
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         """Data-parallel training by Ray Train."""
-        config, full_set, piece = leg.config, self._run.full_set, leg.piece
-        assert isinstance(piece, Piece)
-        weights = piece.start_weights(full_set)
-        if weights is None:
-            weights = seeded_model(config, full_set, piece.start_id).state_dict()
+        assert isinstance(leg.piece, Piece)
         try:
-            fine_tune(
-                replace(self._of_legs, config=config, directory=leg.directory),
-                weights,
-                num_workers=leg.num_workers,
-                num_gpus=self._num_gpus,
-                stage=leg.stage,
-                epochs=leg.epochs,
-            )
+            fine_tune(self._of_legs, leg.piece, num_workers=leg.num_workers, num_gpus=self._num_gpus)
         except (ValueError, RuntimeError) as error:
             self._fail(leg, one_line(error))
             return

@@ -126,4 +126,4 @@ def naming_records(path: str) -> tuple[str, ...]:
     round, aggregate = int(in_round[1]), aggregate_path(int(in_round[1]))
     if in_round[2]:
         return (minimum_path(folder), aggregate)
-    return (path,) if path in (mean_optimizer_path(round), subsets_path(round)) else (aggregate,)
+    return (path,) if path == subsets_path(round) else (aggregate,)

@@ -25,7 +25,6 @@ from raysubset.work import (
     Piece,
     Report,
     TestPiece,
-    TrainPiece,
     leave_aggregate,
     leave_metrics,
 )
@@ -114,9 +113,8 @@ class SubsetActor:
         if start_ref is not None and start is not None and start_ref[0].hex() != self._start_id:
             self._start_id = start_ref[0].hex()
             count_bytes(sum(tensor.nbytes for tensor in start.values()))
-        if isinstance(pieces[0], TrainPiece):
-            assert start_ref is not None
-            return [self._train(pieces[0], start_ref, attempt=attempts[0], waited_s=waited_s)]
+        if isinstance(pieces[0], Piece) and pieces[0].by_train:
+            return [self._train(pieces[0], attempt=attempts[0], waited_s=waited_s)]
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
             return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
@@ -131,14 +129,12 @@ class SubsetActor:
                 records.append(leave_metrics(full_set, self._num_gpus, piece))
         return records
 
-    def _train(
-        self, piece: TrainPiece, start_ref: Sequence[ray.ObjectRef], *, attempt: int, waited_s: float
-    ) -> dict[str, Any] | None:
+    def _train(self, piece: Piece, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
         """The piece's record; None if it was stopped, with a checkpoint written."""
         from raysubset.fine_tuning.worker import train_here  # Ray Train takes two seconds of a CPU
 
-        self._load_full_set()  # counted, if this process had it not
-        job = Job.of(piece, self._full_set_ref, start_ref, num_gpus=self._num_gpus, workplace=self._workplace)
+        full_set, place = self._load_full_set(), {"num_gpus": self._num_gpus, "workplace": self._workplace}
+        job = Job.of(piece, full_set, self._full_set_ref, **place)
         with self._minimizer.following() as follower:
             return train_here(job, follower, attempt=attempt, waited_s=waited_s)
 

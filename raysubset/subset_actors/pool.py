@@ -124,6 +124,10 @@ class ActorPool:
                 raise result
             self._tell(Note(f"going on without {piece.label}: {result}", is_warning=True))
 
+    def hand_back(self) -> None:
+        """Give up all actors, which have nothing to do; what comes next asks for others."""
+        self._crew.release_all()
+
     def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Have the first actor that comes up time these pieces' steps, packed and one by one; it stays for run().
 

@@ -18,7 +18,6 @@ from raysubset.work.pieces import (
     Piece,
     Report,
     TestPiece,
-    TrainPiece,
     perturbed,
 )
 from raysubset.work.run import Run

@@ -66,10 +66,11 @@ def leave_aggregate(
         files = {path: directory.write_weights(path, made.aggregate.weights)}
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
-        if config.rounds.optimizer_state == "average" and round + 1 < config.rounds.num:
-            states = (directory.read_checkpoint(optimizer_path(one.folder))["optimizer"] for one in piece.members)
-            mean = {"optimizer": mean_optimizer_state(states)}
-            directory.write_checkpoint(mean_optimizer_path(round), mean, is_durable=False)
+        if piece.averages_optimizers:
+            paths = [(member.directory, optimizer_path(member.folder)) for member in piece.members]
+            mean = mean_optimizer_state(of.read_checkpoint(path)["optimizer"] for of, path in paths)
+            path = mean_optimizer_path(round)
+            files[path] = directory.write_checkpoint(path, {"optimizer": mean}, is_durable=False)
         record = {"round": round, **piece.more, "aggregation": made.to_dict(), "files": files}
         close(made.cost)
         directory.write_json(piece.output.record_path, record)

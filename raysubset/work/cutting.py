@@ -31,7 +31,7 @@ def subsample_size(config: Config, num_examples: int) -> int:
     return max(1, round(config.aggregation.savgm_fraction * num_examples))
 
 
-def cut_subsample(config: Config, subset: Subset, round: int) -> np.ndarray:
+def cut_subsample(config: Config, indices: np.ndarray, round: int, subset_id: int) -> np.ndarray:
     """The part of a subset that savgm minimizes on once more, drawn without replacement: sorted int64 positions."""
-    generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset.id))
-    return np.sort(generator.choice(subset.indices, subsample_size(config, len(subset.indices)), replace=False))
+    generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset_id))
+    return np.sort(generator.choice(indices, subsample_size(config, len(indices)), replace=False))

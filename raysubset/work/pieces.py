@@ -64,7 +64,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """One minimization: on a subset, or on the full set by a single actor (a trunk, a conventional run)."""
+    """One minimization: on a subset, or on the full set by an actor or a Ray Train job."""
 
     config: Config = field(repr=False)
     directory: RunDirectory
@@ -72,7 +72,7 @@ class Piece:
     subset_id: int | None = None
     round: int = 0
     indices: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """int64, of the training split; None: all, or where a subset is meant, what config and round say it has."""
+    """int64, its subset in the training split; None: all, or of a subset, what config and round say it has."""
     epochs: float | None = None  # instead of the recipe's
     schedule_span: tuple[float, float] = (0.0, 1.0)
     start: Output | None = None  # what it starts from; None: weights that it is given, or seeded by start_id
@@ -84,6 +84,8 @@ class Piece:
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
     send: Send = "float32"  # how its minimum is stored: as it is, or as differences from its start
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
+    by_train: bool = False  # as Ray Train does it, by its local mode where one actor is the only worker
+    teachers: tuple[Output, ...] = ()  # minima to distil from, by Ray Train
     name: str = ""  # what it is called, if not by its subset or stage
 
     @property
@@ -114,10 +116,12 @@ class Piece:
 
     def positions(self, full_set: FullSet) -> np.ndarray | None:
         """The examples it minimizes on, int64 positions in the training split; None: all."""
-        if self.indices is not None or self.subset_id is None:
-            return self.indices
-        subset = cut_subsets(self.config, full_set, self.round)[self.subset_id]
-        return cut_subsample(self.config, subset, self.round) if self.is_subsample else subset.indices
+        if self.subset_id is None:
+            return None
+        indices = self.indices
+        if indices is None:
+            indices = cut_subsets(self.config, full_set, self.round)[self.subset_id].indices
+        return cut_subsample(self.config, indices, self.round, self.subset_id) if self.is_subsample else indices
 
     def start_weights(self, full_set: FullSet) -> Weights | None:
         """What its start left, shrunk and perturbed where it is to be; None where it begins from a seed."""
@@ -170,6 +174,7 @@ class AggregatePiece:
     parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in their order, where savgm needs them
     start: Output | None = None  # what the members started from; None: weights that it is given, or the seeded ones
     momentum: Output | None = None  # of the round before, whose outer step left it
+    averages_optimizers: bool = False  # whether it leaves the mean of its members' optimizer states
     measures: Collection[Measure] = MEASURES
     more: Mapping[str, Any] = field(default_factory=dict)  # what its record says beside
     name: str = ""
@@ -210,37 +215,6 @@ class AggregatePiece:
 
 
 @dataclass(frozen=True)
-class TrainPiece:
-    """A stage on the full set that Ray Train does in one process, an actor's, by its local mode."""
-
-    config: Config = field(repr=False)
-    directory: RunDirectory
-    stage: TrainingStage
-    epochs: float | None = None  # instead of the recipe's
-    teachers: tuple[str, ...] = ()  # folders of the run's minima to distil from
-
-    @property
-    def ledger_key(self) -> tuple[Stage, int, None]:
-        return self.stage, 0, None
-
-    @property
-    def folder(self) -> str:
-        return self.stage
-
-    @property
-    def label(self) -> str:
-        return self.stage
-
-    @property
-    def output(self) -> Output:
-        return Output.of_minimum(self.directory, self.folder)
-
-    def record(self) -> dict[str, Any] | None:
-        """What it has left; None if it is not done."""
-        return self.output.record()
-
-
-@dataclass(frozen=True)
 class TestPiece:
     """One reading of the test split, by weights that another piece of work left."""
 
@@ -267,7 +241,7 @@ class TestPiece:
         return self.directory.read_json_or_none(TEST_PATH)
 
 
-AnyPiece = Piece | AggregatePiece | TrainPiece | TestPiece
+AnyPiece = Piece | AggregatePiece | TestPiece
 
 
 def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:

@@ -11,19 +11,16 @@ import torch
 
 from raysubset import Config, load_model, run
 from raysubset.cluster import call_on_cluster, put_once, tasks
-from raysubset.config import derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
-from raysubset.models import new_model
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
     weights_path,
 )
-from raysubset.work import Run
-from tests import endless
+from raysubset.work import Piece, Run
 from tests.tiny import stored_weights
 
 # isort: split
@@ -87,9 +84,9 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
     assert report.test.accuracy > 0.8
 
     # the trunk of two workers ends where that of one does
-    fresh = new_model(made.model, full_set, seed=derive_seed(made.seed, "start")).state_dict()
-    opened = Run(made, RunDirectory(str(tmp_path), "alone"), full_set, put_once(full_set), lambda event: None)
-    ends, record = fine_tune(opened, fresh, num_workers=0, num_gpus=0.0, stage="trunk")  # in this process
+    piece = Piece(made, RunDirectory(str(tmp_path), "alone"), "trunk", by_train=True)
+    opened = Run(made, piece.directory, full_set, put_once(full_set), lambda event: None)
+    record, ends = fine_tune(opened, piece, num_workers=0, num_gpus=0.0), piece.output.weights()  # in this process
     assert record["num_workers"] == 1
     for key, value in stored_weights(directory, weights_path("trunk")).items():
         torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
@@ -155,11 +152,11 @@ def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
 def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_attempts(tmp_path: Path) -> None:
     overrides = {"model.name": "tests.endless:network", "fine_tuning.epochs": 1.0, "actors.stall_s": 1.0}
     made = Config(name="endless", storage_path=str(tmp_path)).with_overrides(overrides | {"actors.max_attempts": 1})
-    full_set, events = load_full_set(made.data), list[Event]()
+    full_set, events, directory = load_full_set(made.data), list[Event](), RunDirectory(str(tmp_path), "endless")
     with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
         fine_tune(
-            Run(made, RunDirectory(str(tmp_path), "endless"), full_set, put_once(full_set), events.append),
-            endless.network(10, full_set.spec.inputs).state_dict(),
+            Run(made, directory, full_set, put_once(full_set), events.append),
+            Piece(made, directory, "fine_tuning", by_train=True),
             num_workers=2,
             num_gpus=0.0,
         )
