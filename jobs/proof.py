@@ -38,7 +38,7 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           streamed            bac911f1d72e7310
           comparison          fca597c649d04fda
           sweep               04e1b79c4af0d3e5
-          all                 of the next whole run
+          all                 c912ea44010b845c
 """
 
 import argparse

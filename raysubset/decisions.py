@@ -6,6 +6,7 @@ from typing import Any
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
 from raysubset.events import Note
+from raysubset.legs import Drawing
 from raysubset.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
@@ -30,23 +31,19 @@ def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> 
     record = directory.read_json_or_none(DECISIONS_PATH) if directory is not None else None
     num_gpus = record["num_gpus"] if record else num_gpus_of(config.actors, lambda event: None, types=types)
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-    for stage, num in workers_of_stages(config).items():
+    least = config.fine_tuning.min_workers or config.fine_tuning.workers(auto=1)
+    for stage, num in workers_of_stages(config, of_fine_tuning=least).items():
         done = aggregate_path(config.rounds.num - 1) if stage == "subsets" else minimum_path(stage)
         if directory is None or not directory.exists(done):
             what = "subset actors" if stage == "subsets" else f"{stage} workers"
             refuse_unplaceable(request, what, num=num, types=types)
 
 
-def workers_of_stages(config: Config) -> dict[str, int]:
-    """The actors or Ray Train workers that each stage must have at once; any number of actors minimizes on subsets."""
+def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[str, int]:
+    """The actors or Ray Train workers that each stage has at once; any number of actors minimizes on subsets."""
     if config.method == "conventional":
         return {"conventional": config.conventional.num_workers}
-    tuning, workers = config.fine_tuning, {"subsets": 1}
-    if config.trunk.epochs:
-        workers["trunk"] = config.trunk.num_workers
-    if tuning.epochs:
-        workers["fine_tuning"] = tuning.min_workers or tuning.workers(auto=1)
-    return workers
+    return {leg.stage: leg.num_workers for leg in Drawing(config, None, [1]).legs(num_workers=of_fine_tuning)}
 
 
 class Decisions:

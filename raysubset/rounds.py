@@ -10,7 +10,7 @@ from raysubset.aggregation import method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import AggregateDone, Note, stage_event
-from raysubset.legs import Leg, Start
+from raysubset.legs import FRESH, Leg, Start
 from raysubset.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
 from raysubset.quality import metrics_in_words
@@ -45,7 +45,7 @@ class Rounds:
         """Subset minima in parallel, then their aggregate, and its record: read back if it is there.
 
         Args:
-            start: what the round starts from: the aggregate of the round before, which was run by this too.
+            start: what the round starts from; after the first, the aggregate that the last call returned.
         """
         config, subsets = self._config, self._plan.subsets
         if round:
@@ -56,8 +56,9 @@ class Rounds:
             record = self._make(pool, members, subsets, start)
         self._tidy(round)
         aggregated = {minimum["subset_id"] for minimum in record["minima"]}
-        self.members = tuple(member for member in members if member.subset in aggregated)
-        return self._drawing.aggregate(round, start, self.members), record
+        done = (member for member in members if member.subset in aggregated)
+        self.members = tuple(dataclasses.replace(member, predecessor=None) for member in done)
+        return self._drawing.aggregate(round, FRESH, ()), record  # without what would keep all rounds in memory
 
     def _make(
         self, pool: ActorPool, members: tuple[Leg, ...], subsets: tuple[Subset, ...], start: Start

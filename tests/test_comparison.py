@@ -33,6 +33,10 @@ NUM_TRAIN, NUM_VALIDATION, SIZE = 1294, 144, 323
 FIRST, REST = 64 * 9 * 8, 16 * 72 * 16 + 16 * 10  # products of an example's forward pass; the first needs no gradient
 SHARE = (FIRST + REST) / (2 * FIRST + 3 * REST)  # of a pass that is forward
 SAVGM = "H:aggregation.method=savgm,aggregation.savgm_fraction=0.5,rounds.num=2,rounds.outer_momentum=0,subsets.num=2"
+TAUGHT = (  # by its minima, in rounds that send differences and average optimizer states
+    "H:subsets.num=2,rounds.num=2,rounds.optimizer_state=average,rounds.send=int8,"
+    "fine_tuning.distillation=0.5,fine_tuning.keep=best"
+)
 BROKEN = "B:minimize.learning_rate=1e30"  # diverges in its first epoch
 
 
@@ -48,7 +52,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def report(storage: Path, events: list[Event], processes: None) -> ComparisonReport:
-    arms = ["B", "D", "F", "G", SAVGM, BROKEN]
+    arms = ["B", "D", "F", "G", SAVGM, TAUGHT, BROKEN]
     config = Config(name="digits", storage_path=str(storage))
     return compare(config, seeds=2, budgets=[2], arms=arms, learning_rates=[0.1], on_event=events.append)
 
@@ -98,8 +102,11 @@ def test_savgm_pays_for_the_halves_of_subsets_after_their_minima(report: Compari
     assert run["critical_path_passes"] == pytest.approx(around + 2 * (subset + part + aggregation), rel=5e-3)
 
 
-def test_an_arm_ends_at_the_bits_of_a_run_with_its_settings(report: ComparisonReport, storage: Path, tmp_path: Path):
-    arm, (result, _) = parse_arm(SAVGM), runs(report, SAVGM)
+@pytest.mark.parametrize("key", [SAVGM, TAUGHT], ids=["savgm", "taught"])
+def test_an_arm_ends_at_the_bits_of_a_run_with_its_settings(
+    report: ComparisonReport, storage: Path, tmp_path: Path, key: str
+):
+    arm, (result, _) = parse_arm(key), runs(report, key)
     base = Config(name="digits", storage_path=str(tmp_path))
     config = arm_config(arm, base, Settings(0.1, 64), seed=result["seed"], num_workers=2)
     shape = {"num_train": NUM_TRAIN, "num_workers": 2, "legs_path": f"{storage}/digits/legs"}
@@ -108,7 +115,7 @@ def test_an_arm_ends_at_the_bits_of_a_run_with_its_settings(report: ComparisonRe
     epochs = {
         f"{'minimize' if leg.stage == 'subsets' else leg.stage}.epochs": leg.epochs
         for leg in closure(last)
-        if leg.kind == "minimize"
+        if leg.kind != "aggregate"
     }
     run = raysubset.run(config.with_overrides(epochs | {"fine_tuning.num_workers": 1}))
     assert same_bits(stored_weights(RunDirectory.at(run.uri), weights_path("fine_tuning")), last.output.weights())

@@ -180,14 +180,10 @@ def test_an_arm_takes_overrides():
         (["--arms", "B", "G:rounds.num"], "write overrides as field=value"),
         (["--budgets", "0.5", "2"], "0.5 passes is too small for one epoch"),
         (["--learning-rates", "0"], "--learning-rates = 0.0 must be positive"),
-        (["--rounds.optimizer-state", "average"], "set keep or reset"),
         (["--arms", "B", "G:data.name=mnist"], "data.name is the same for all arms"),
         (["--arms", "B", "G:task.loss=squared_error"], "task.loss is the same for all arms"),
-        (["--subsets.start", "independent", "--trunk.epochs", "0", "--aggregation.method", "auto"], "start=shared"),
-        (["--fine-tuning.distillation", "0.5"], "a comparison does not distil"),
-        (["--fine-tuning.keep", "best"], "set fine_tuning.keep=last"),
-        (["--actors.quorum", "3"], "leave out actors.quorum"),
-        (["--subsets.shares", "measured"], "set subsets.shares=equal"),
+        (["--actors.quorum", "3"], "which no other run repeats: leave out actors.quorum"),
+        (["--subsets.shares", "measured"], "which no other run repeats: leave out subsets.shares"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: list[str], told: str, tmp_path, capsys):

@@ -73,6 +73,8 @@ def run_of(
         aggregate, record = rounds.run(cast(Any, InProcess(opened)), round, start)
         start = Start("warm", aggregate)
         records.append(record)
+        assert not aggregate.inputs, "nothing of the rounds before stays in memory"
+        assert not any(before.inputs for member in rounds.members for before in member.inputs)
     assert start.leg is not None
     return start.leg.output.weights(), records
 
@@ -226,18 +228,18 @@ def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driv
     remote.__dict__["_place"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
     rounds, opened = rounds_in(config, remote)
     actors = Processes(opened, storage, monkeypatch)
-    start: Any = seeded_model(config, opened.full_set).state_dict()
-    by_round: list[int] = []
+    start, by_round = FRESH, list[int]()
     for round in range(4):
         before = storage.moved.total()
-        start, _ = rounds.run(cast(Any, actors), round, start, f"start-{round}")
+        start = Start("warm", rounds.run(cast(Any, actors), round, start)[0])
         by_round.append(storage.moved.total() - before)
     counted = [sum(w.num_network_bytes for w in Ledger(remote).read() if w.round == round) for round in range(4)]
     assert counted == by_round
     forecast = sizes_of(config, opened.full_set, make_plan(config, opened.full_set)).rounds
     assert [one.total_bytes for one in forecast] == [counted[0] + 2 * forecast[0].start, *counted[1:]]
     assert storage.moved["driver"] == 0
-    assert same_bits(start.weights(), run_of(config, tmp_path / "local")[0])
+    assert start.leg is not None
+    assert same_bits(start.leg.output.weights(), run_of(config, tmp_path / "local")[0])
 
 
 def test_checkpoints_within_a_round_are_forecast_but_for_their_histories(tmp_path: Path) -> None:
@@ -256,6 +258,29 @@ def test_rounds_of_sent_differences_end_near_those_of_weights(tmp_path: Path, se
     weights, _ = run_of(config_of(rounds__num=2, rounds__send=send), tmp_path)
     moved = max(float((whole[name] - weights[name]).abs().max()) for name in whole if "num_batches" not in name)
     assert 0 < moved < 0.02
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rounds.optimizer_state": "average", "minimize.optimizer": "adamw"},
+        {"rounds.send": "int8"},
+        {"aggregation.method": "savgm", "rounds.lengths": "quadratic", "minimize.schedule": "cosine"},
+        {"aggregation.method": "aligned_soup", "subsets.start": "independent", "rounds.num": 1},
+    ],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_legs_with_a_directory_each_end_at_the_bits_of_a_run_in_one(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    config = config_of(rounds__num=2).with_overrides(overrides)
+    whole, _ = run_of(config, tmp_path)
+    full_set = load_full_set(*config.learned)
+    opened = Run(config, RunDirectory(str(tmp_path), "legs"), full_set, [], lambda event: None)
+    drawing = make_plan(config, full_set).drawing(config, opened.directory.below("legs"), is_lean=True)
+    last = None
+    for last in drawing.legs():
+        list(InProcess(opened).run([Pack((last.piece,))], None))
+    assert last is not None
+    assert same_bits(last.output.weights(), whole)
 
 
 def test_a_damaged_last_aggregate_is_made_again_of_what_is_kept(tmp_path: Path) -> None:

@@ -220,17 +220,12 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
     refuse_fresh_weights(own.with_overrides({"fine_tuning.start": arm.start}))
     if arm.letter not in OF_SUBSETS:
         return
-    for is_set, words in (
-        (own.subsets.start != "shared", "averages minima of a shared start: set subsets.start=shared"),
-        (own.subsets.shares != "equal", "does not size subsets by the speed of nodes: set subsets.shares=equal"),
-        (own.rounds.optimizer_state == "average", "does not average optimizer states: set keep or reset"),
-        (own.rounds.send != "float32", "sends weights as they are: set rounds.send=float32"),
-        (own.actors.quorum is not None, "aggregates all minima: leave out actors.quorum"),
-        (own.fine_tuning.distillation > 0, "does not distil: set fine_tuning.distillation=0"),
-        (own.fine_tuning.keep != "last", "takes the last epoch: set fine_tuning.keep=last"),
+    for is_set, name, words in (
+        (own.subsets.shares != "equal", "subsets.shares", "the size of its subsets would be by the nodes there are"),
+        (own.actors.quorum is not None, "actors.quorum", "its minima would be those that come first"),
     ):
         if is_set:
-            raise ValueError(f"arm {arm.key}: a comparison {words}")
+            raise ValueError(f"arm {arm.key}: {words}, which no other run repeats: leave out {name}")
 
 
 def _margin(given: float | None, quality: Quality, data_name: str) -> float:

@@ -82,7 +82,6 @@ class Drawing:
                 span=(begin, end),
                 predecessor=predecessors.get(subset),
                 statistics=self.statistics,
-                **self._measures(round),
             )
             for subset, size in enumerate(self.sizes)
         )
@@ -104,7 +103,7 @@ class Drawing:
 
     def aggregate(self, round: int, start: Start, members: tuple[Leg, ...]) -> Leg:
         """The aggregation of members, and of their parts, which began at this start."""
-        return self._leg("aggregate", "subsets", 0.0, start, round=round, members=members, **self._measures(round))
+        return self._leg("aggregate", "subsets", 0.0, start, round=round, members=members)
 
     def fine_tuning(self, start: Start, members: tuple[Leg, ...], *, num_workers: int) -> Leg:
         """The training on the full set that follows, from what start is made of, with the last members as teachers."""
@@ -129,15 +128,15 @@ class Drawing:
         **more: Any,
     ) -> Leg:
         kind = "train" if by_train or num_workers > 1 else "minimize"
-        return self._leg(kind, stage, epochs, start, num_workers=num_workers, **self._measures(), **more)
+        return self._leg(kind, stage, epochs, start, num_workers=num_workers, **more)
 
-    def _leg(self, kind: LegKind, stage: TrainingStage, epochs: float, start: Start, **more: Any) -> Leg:
-        return Leg(self.place, kind, self.config, stage, epochs, start, **more)
-
-    def _measures(self, round: int | None = None) -> dict[str, Any]:
-        if round is not None and not self.config.rounds.evaluated(round):
-            return {"measures": ()}
-        return {"measures": ("validation",) if self.is_lean else MEASURES}
+    def _leg(
+        self, kind: LegKind, stage: TrainingStage, epochs: float, start: Start, *, round: int = 0, **more: Any
+    ) -> Leg:
+        measures = ("validation",) if self.is_lean else MEASURES
+        if stage == "subsets" and not self.config.rounds.evaluated(round):
+            measures = ()
+        return Leg(self.place, kind, self.config, stage, epochs, start, round=round, measures=measures, **more)
 
     @cached_property
     def _spans(self) -> Sequence[tuple[float, float]]:

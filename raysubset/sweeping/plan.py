@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
+from raysubset.decisions import workers_of_stages
 from raysubset.legs import Drawing, Leg
 
 CONVENTIONAL = "conventional"  # the method of a sweep's baseline
@@ -161,14 +162,9 @@ def widest_stage(config: Config) -> int:
 
     The workers of a streamed set need one more, for the tasks that read for them.
     """
-    if config.method == CONVENTIONAL:
-        return config.conventional.num_workers + (config.data.streamed and config.conventional.num_workers > 1)
-    widths = [1]
-    if config.trunk.epochs:
-        widths.append(config.trunk.num_workers + (config.data.streamed and config.trunk.num_workers > 1))
-    if config.fine_tuning.epochs:
-        widths.append(config.fine_tuning.workers(auto=1) + config.data.streamed)
-    return max(widths)
+    reads = config.data.streamed
+    needed = workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1))
+    return max(num + (reads and (num > 1 or stage == "fine_tuning")) for stage, num in needed.items())
 
 
 def divide(num_slots: int, *, widest: int, num_trials: int) -> tuple[int, int]:

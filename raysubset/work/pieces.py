@@ -124,9 +124,11 @@ class Piece:
         return cut_subsample(self.config, indices, self.round, self.subset_id) if self.is_subsample else indices
 
     def start_weights(self, full_set: FullSet) -> Weights | None:
-        """What its start left, shrunk and perturbed where it is to be; None where it begins from a seed."""
+        """What its start left, shrunk and perturbed where it is to be; None where it begins from a seed, unless its
+        minimum is stored as differences from that."""
         if self.start is None:
-            return None
+            seeded = self.send != "float32"
+            return seeded_model(self.config, full_set, self.start_id).state_dict() if seeded else None
         weights = self.start.weights()
         return perturbed(self.config, full_set, weights) if self.is_perturbed else weights
 
