@@ -33,7 +33,8 @@ _MOST_VALUES = 2**27  # of one tensor, an example of a batch: half a GiB of floa
 
 # A size is an int, or torch's stand-in for one while a graph is traced again
 _ON_SIZES: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")
+    "item": operator.getitem,
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")},
 }
 _WORDS: dict[str, Any] = {
     str(word).removeprefix("torch."): word
@@ -124,8 +125,6 @@ def _record(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]
 
 
 def _name_of(target: Any) -> str:
-    if target is operator.getitem:
-        return "item"
     for name, function in _ON_SIZES.items():
         if target is function:
             return name
@@ -233,8 +232,8 @@ class GraphNetwork(nn.Module):
             if any(not 0 <= value < first + number for value in _values_in([arguments, named])):
                 raise ValueError(f"call {number} takes a value that is not there yet")
             unneeded = tuple(v for v, last in last_use.items() if last == number and v != self._outputs)
-            function = operator.getitem if name == "item" else _ON_SIZES.get(name) or _operator(name)
-            parsed.append(_Call(function, name == "item" or name in _ON_SIZES, arguments, named, unneeded))
+            function = _ON_SIZES.get(name) or _operator(name)
+            parsed.append(_Call(function, name in _ON_SIZES, arguments, named, unneeded))
         return parsed
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def fisher_merge(
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima):
         fisher = load_statistics(minimum, "fisher")
-        mean = _mean_element(fisher)
+        mean = sum(value.sum().item() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
         _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
         dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
         rest.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
@@ -118,10 +118,6 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
 def _refuse_other_keys(minimum: Minimum, kind: str, own: Weights, first: Weights) -> None:
     for key in sorted(own.keys() ^ first.keys()):
         raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} differ from the first member's in {key}")
-
-
-def _mean_element(tensors: Weights) -> float:
-    return sum(value.sum().item() for value in tensors.values()) / sum(value.numel() for value in tensors.values())
 
 
 def _matrix(weights: Weights, layer: str, grams: Tensor) -> Tensor:

@@ -52,11 +52,7 @@ def new_model(config: ModelConfig, described: Described, *, seed: int = 0) -> nn
 
 
 def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
-    """The config with a network's name instead of "auto".
-
-    Raises:
-        ValueError: if model.norm does not apply to that network.
-    """
+    """The config with a network's name instead of "auto"."""
     if config.name != "auto":
         return config
     if spec.num_values is not None:
@@ -89,11 +85,7 @@ _NORMED: dict[str, Callable[[Spec, int, int, str], nn.Module]] = {
 
 
 def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
-    """One of ours or torchvision's.
-
-    Raises:
-        ValueError: for an unknown name, or inputs and outputs that are not the network's.
-    """
+    """One of ours or torchvision's."""
     name = config.name
     is_own = name in (*_FIXED, *_SIZED, *_NORMED)
     if not is_own:
@@ -107,11 +99,7 @@ def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
 
 
 def _refuse_other_inputs(name: str, spec: Spec) -> None:
-    """Refuse inputs and outputs that a network by this name is not for.
-
-    Raises:
-        ValueError: with the network that is.
-    """
+    """Refuse inputs and outputs that a network by this name is not for, with the network that is."""
     inputs, outputs, is_text = spec.inputs, spec.outputs, spec.num_values is not None
     if name == "mlp":
         takes, fits = "floats", not is_text

@@ -69,11 +69,7 @@ def resnet18_32(spec: Spec) -> nn.Module:
 
 
 def _channels(name: str, spec: Spec) -> int:
-    """Of images of 32×32.
-
-    Raises:
-        ValueError: for others.
-    """
+    """Of images of 32×32; ValueError for others."""
     channels, height, width = spec.inputs
     if (height, width) != (_SIDE, _SIDE):
         raise ValueError(f"{name} takes images of 32×32, not {height}×{width}: set data.image_size=32")

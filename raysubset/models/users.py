@@ -90,11 +90,7 @@ def _as_a_copy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _try_evaluation(name: str, model: nn.Module, spec: Spec) -> None:
-    """Try two examples of zeros, and one, on a network in eval mode.
-
-    Raises:
-        ValueError: if it cannot take them, or gives anything but float [N, *spec.outputs].
-    """
+    """Try two examples of zeros, and one, on a network in eval mode; ValueError for what users_network() says."""
     for num in (2, 1):
         inputs = spec.zeros(num)
         try:
@@ -110,8 +106,7 @@ def _try_evaluation(name: str, model: nn.Module, spec: Spec) -> None:
 def _try_training(name: str, model: nn.Module, spec: Spec) -> None:
     """Try a step of two random examples on copies of a network; images in the layout of the actors, else in torch's.
 
-    Raises:
-        ValueError: if it fails in both, or gives anything but float [2, *spec.outputs] that depends on its parameters.
+    One that fails in both, or whose outputs do not depend on its parameters, is refused.
     """
     reasons = []
     for layout in (torch.channels_last, torch.contiguous_format) if spec.is_image else (torch.contiguous_format,):

@@ -101,7 +101,11 @@ def split_into_subsets(
             chosen = _dirichlet(labels, num, size, config.alpha, generator)
         else:
             chosen = _stratified(labels, num, size, generator)
-    return [_subset(i, indices, labels, names[i] if names else None) for i, indices in enumerate(chosen)]
+    chosen = [np.sort(indices).astype(np.int64) for indices in chosen]
+    return [
+        Subset(i, indices, len(np.unique(labels[indices])), names[i] if names else None)
+        for i, indices in enumerate(chosen)
+    ]
 
 
 def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
@@ -121,11 +125,6 @@ def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
             "examples: make subsets.shares less unequal, or the subsets larger"
         )
     return sizes.tolist()
-
-
-def _subset(id: int, indices: np.ndarray, labels: np.ndarray, name: str | None) -> Subset:
-    indices = np.sort(indices).astype(np.int64)
-    return Subset(id=id, indices=indices, num_classes_seen=len(np.unique(labels[indices])), name=name)
 
 
 def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -268,7 +267,8 @@ def _by_column(
     name = config.column
     assert name is not None
     if attributes is None or name not in attributes.column_names:
-        known = [] if attributes is None else [field.name for field in attributes.schema if _names_subsets(field)]
+        fields = [] if attributes is None else attributes.schema
+        known = [field.name for field in fields if field.name != "row" and not pa.types.is_nested(field.type)]
         has = f"it has {', '.join(known)}: choose one" if known else "it has none that could name subsets: use iid"
         raise ValueError(f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}")
     if attributes.num_rows != num_examples:
@@ -290,11 +290,6 @@ def _by_column(
     ids = rank[values.indices.to_numpy()]
     names = [str(value) for value in values.dictionary.take(order).to_pylist()]
     return [positions[group] for group in _grouped(ids, len(names))], names
-
-
-def _names_subsets(field: pa.Field) -> bool:
-    """Whether it is a column of single values, other than the number of the row."""
-    return field.name != "row" and not pa.types.is_nested(field.type)
 
 
 def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int) -> list[np.ndarray]:

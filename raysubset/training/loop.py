@@ -97,8 +97,7 @@ def minimize(
     if recipe.learning_rate is None:
         recipe = replace(recipe, learning_rate=largest_rate)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": per_epoch}
-    techniques = Techniques(model, examples, recipe, optimizer, **steps, seed=seed, shard=shard)
+    techniques = Techniques(model, examples, recipe, optimizer, progress, seed=seed, shard=shard)
     network = techniques.data_parallel(device)
     forward = torch.compile(network) if recipe.compile else network
     precision = mixed_precision(device, dtype, recipe.precision)
@@ -217,7 +216,8 @@ def minimize(
             progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed
-                if not _is_finite(model):
+                values = [p.detach() for p in parameters if p.requires_grad]
+                if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
                     mean = math.nan  # it is the last step that went too far, which no loss has seen
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
                 loss_sum.zero_()
@@ -241,12 +241,6 @@ def minimize(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), optimizer.state_dict())
-
-
-def _is_finite(model: nn.Module) -> bool:
-    """Whether every trainable parameter is a finite number."""
-    parameters = [p.detach() for p in model.parameters() if p.requires_grad]
-    return bool(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf).isfinite())
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:

@@ -185,12 +185,13 @@ class _Pack:
         for size, rows in rows_of.items():
             self._forward_and_backward(rows, size)
         self._stack.update(rates)
+        now = time.perf_counter()
+        share_s, self._last_at = (now - self._last_at) / len(members), now
         for member in members:
             size = member.batch_size
             member.num_summed += size
             member.progress.step += 1
-            member.progress.cost += Cost(size, size, 1)
-        self._share_time()
+            member.progress.cost += Cost(size, size, 1, share_s)
         self._end_epochs(rates)
 
     def _forward_and_backward(self, rows: list[int], size: int) -> None:
@@ -224,13 +225,6 @@ class _Pack:
             if draws is not None and self._draws is not None:
                 self._draws[first : first + len(draws)] = draws
         return member.batches[batch]
-
-    def _share_time(self) -> None:
-        """Give the running members equal shares of the time since the last call."""
-        now = time.perf_counter()
-        share, self._last_at = (now - self._last_at) / len(self.running), now
-        for number in self.running:
-            self.members[number].progress.cost += Cost(device_s=share)
 
     def _end_epochs(self, rates: Sequence[float]) -> None:
         """Close the epoch of members that are at its end: history, the best weights, and whether it was the last."""
@@ -292,6 +286,7 @@ class _Pack:
             "history": [record.to_dict() for record in member.progress.history],
             "best": member.best,
             "techniques": {},  # none is packed
+            "scaler": {},
             "own": {},
             "num_shards": 1,
         }

@@ -61,13 +61,10 @@ class Metrics:
         """The inverse of to_dict(); what was not finite has become null in JSON and is NaN again."""
         numbers = {key: math.nan if value is None else value for key, value in record.items()}
         head = ("loss_sum", "num_examples", "loss")
-        sums = {key: value for key, value in numbers.items() if _is_sum(key) and key not in head}
+        named = {key: key.startswith("num_") or key.endswith("_sum") for key in numbers}
+        sums = {key: value for key, value in numbers.items() if named[key] and key not in head}
         values = {key: value for key, value in numbers.items() if key not in (*head, *sums)}
         return cls(numbers["loss_sum"], record["num_examples"], sums, values)
-
-
-def _is_sum(key: str) -> bool:
-    return key.startswith("num_") or key.endswith("_sum")
 
 
 @dataclass(frozen=True)

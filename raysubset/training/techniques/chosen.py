@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Batches, even_sizes
 from raysubset.training.evaluation import EVALUATION_BATCH, set_running_statistics
+from raysubset.training.records import Progress
 from raysubset.training.shards import Shard
 from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
@@ -32,9 +33,8 @@ class Techniques:
         examples: Batches,
         recipe: MinimizeConfig,
         optimizer: torch.optim.Optimizer,
+        progress: Progress,
         *,
-        num_steps: int,
-        num_steps_per_epoch: int,
         seed: int,
         shard: Shard,
     ) -> None:
@@ -44,13 +44,11 @@ class Techniques:
         if recipe.extrapolation.kind != "none":
             self._extrapolation = Extrapolation(recipe.extrapolation, optimizer, seed=seed, rank=shard.rank)
         if recipe.averaging.kind != "none":
-            self._averaging = Averaging(
-                recipe.averaging, model, num_steps=num_steps, num_steps_per_epoch=num_steps_per_epoch
-            )
+            steps = {"num_steps": progress.num_steps, "num_steps_per_epoch": progress.num_steps_per_epoch}
+            self._averaging = Averaging(recipe.averaging, model, **steps)
         if recipe.skipping.kind != "none":
-            self._skipping = Skipping(
-                recipe.skipping, model, examples.task, shard, num_steps_per_epoch=num_steps_per_epoch
-            )
+            per_epoch = progress.num_steps_per_epoch
+            self._skipping = Skipping(recipe.skipping, model, examples.task, shard, num_steps_per_epoch=per_epoch)
         self._averages_gradients = shard.num > 1 and (
             recipe.objective is not None  # which may call parts of the network, or all of it several times
             or self._skipping is not None

@@ -123,7 +123,7 @@ class Objective:
         return self._last[1]
 
     def recall(self, loss: float, gradient: Tensor) -> Evaluation:
-        """Take up what an earlier process found at these weights, its gradient being on whatever device."""
+        """Take up what an earlier process found at these weights, its gradient on whatever device."""
         evaluation = Evaluation(loss, gradient.to(self.device))
         self._last = self.weights(), evaluation
         for parameter, part in zip(self._named.values(), evaluation.gradient.split(self._sizes), strict=True):
