@@ -256,15 +256,14 @@ class RunDirectory:
                     status = os.fstat(file.fileno())
                     version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
                     if version != known:
-                        self._check(path, _mapped(file, num_bytes), seal)
-                        RECENT.keep(self.uri, path, seal, num_bytes, version)
+                        checked = self._check(path, _mapped(file, num_bytes), seal)
+                        RECENT.keep(self.uri, path, checked, num_bytes, version)
                 weights = safetensors.torch.load_file(self.local_path / path)
             else:
                 data = self.read_bytes(path) if known is None else known
                 num_bytes = len(data)
                 if known is None:
-                    self._check(path, data, seal)
-                    RECENT.keep(self.uri, path, seal, num_bytes, data)
+                    RECENT.keep(self.uri, path, self._check(path, data, seal), num_bytes, data)
                 weights = safetensors.torch.load(data)
         count_bytes(num_bytes if known is None else 0)
         return weights
@@ -368,13 +367,15 @@ class RunDirectory:
         for record in naming_records(path):
             self.delete(record)
 
-    def _check(self, path: str, data: Any, seal: Seal | None) -> None:
+    def _check(self, path: str, data: Any, seal: Seal | None) -> Seal:
+        """The seal, where the file is as the record that holds it says."""
         if seal is None:
             raise self._damaged(path, "no record holds its digest")
         if not has_length(seal, len(data)):
             raise self._damaged(path, f"it has {len(data)} bytes, and had {seal.partition(',')[0]}")
         if seal_of(data) != seal:
             raise self._damaged(path, "it was changed: its digest is another")
+        return seal
 
     def _damaged(self, path: str, flaw: str) -> CorruptFile:
         return CorruptFile(path, f"{path} in {self.uri} is damaged: {flaw}")
