@@ -1,12 +1,14 @@
 """Optimizers by name, and learning rates against torch's own schedulers."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from raysubset.config import MinimizeConfig
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
-from tests.tiny import cnn, weights
+from tests.tiny import cnn, same_bits, weights
 
 NUM_STEPS = 50
 
@@ -158,3 +160,26 @@ def test_moments_saved_in_another_memory_layout_are_read_by_element():
     torch.testing.assert_close(
         steps(torch.channels_last, relaid=True), steps(torch.contiguous_format, relaid=False), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize(("name", "torchs"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_steps_import_no_compiler_and_go_where_torchs_own_do(
+    name: str, torchs: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = MinimizeConfig(optimizer=name, weight_decay=0.0, learning_rate=0.1, momentum=0.0)
+    ends = []
+    for ours in (True, False):
+        with monkeypatch.context() as patch:
+            model, hooked = cnn(), []
+            if ours:
+                patch.delitem(sys.modules, "torch._dynamo", raising=False)
+            optimizer = make_optimizer(model, recipe) if ours else torchs(model.parameters(), lr=0.1, fused=True)
+            optimizer.register_step_pre_hook(lambda *_, hooked=hooked: hooked.append(1))
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.ones(2, 1, 8, 8)).square().sum().backward()
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+            assert "torch._dynamo" not in sys.modules or not ours
+            ends.append((weights(model), hooked))
+    assert same_bits(*ends)

@@ -1,9 +1,5 @@
 """The forward pass's share of a pass, counted in floating-point operations of the network itself."""
 
-import sys
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
@@ -11,22 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from raysubset.costs import FORWARD_SHARE
 from raysubset.models import modes_restored
 from raysubset.tasks import Spec
+from raysubset.training.uncompiled import import_no_compiler_for
 
 _NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
 _SMALL = 2**22  # parameters: a step of fewer takes less time than torch needs to get its meta device ready
 
 
-def _dispatch(plain: Any, *arguments: Any) -> Any:
-    """Count an operation as _FlopCounterMode does, out of compiled code if there may be any."""
-    if "torch._dynamo" in sys.modules:
-        return torch._dynamo.disable(plain, wrapping=False)(*arguments)
-    return plain(*arguments)
-
-
-# torch keeps the counter out of compiled code by importing the compiler when it first counts, a second of a CPU: in its
-# decorator's place for what it made before stands what does so only where something else has imported it
-if plain := getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None):
-    setattr(plain, "__dynamo_disable", partial(_dispatch, plain))
+import_no_compiler_for(_FlopCounterMode.__torch_dispatch__)
 
 
 def forward_share(model: nn.Module, spec: Spec) -> float:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.training.muon import Muon
 from raysubset.training.own_optimizer import own_optimizer
+from raysubset.training.uncompiled import lean
+
+SGD, Adam, AdamW = lean(torch.optim.SGD), lean(torch.optim.Adam), lean(torch.optim.AdamW)
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR starts there and ends at 4e-6)
 
@@ -30,11 +33,11 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
     match recipe.optimizer:
         case "sgd":
             nesterov = recipe.momentum > 0 and recipe.extrapolation.kind == "none"  # which looks ahead by itself
-            optimizer = torch.optim.SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
+            optimizer = SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
         case "adam":
-            optimizer = torch.optim.Adam(groups, lr=rate, fused=fused)
+            optimizer = Adam(groups, lr=rate, fused=fused)
         case "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=rate, fused=fused)
+            optimizer = AdamW(groups, lr=rate, fused=fused)
         case "muon":
             optimizer = Muon(groups, lr=rate, momentum=recipe.momentum)
         case _:
