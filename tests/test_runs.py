@@ -22,6 +22,7 @@ from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
     PREDICTIONS_PATH,
+    REPORT_PATH,
     RunDirectory,
     aggregate_weights_path,
     checkpoint_path,
@@ -161,6 +162,20 @@ def test_a_finished_run_that_was_moved_and_damaged_is_made_whole_from_what_its_l
     assert run(config(tmp_path, "unbroken", **LONG)).record == again.record
 
 
+def test_a_damaged_aggregate_that_an_actor_is_to_fine_tune_is_made_again_to_the_same_bits(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", subsets__num=2, fine_tuning__epochs=1.0, fine_tuning__num_workers=1)
+    whole, directory = run(made), RunDirectory(str(tmp_path), "run")
+    for path in (REPORT_PATH, minimum_path("fine_tuning")):
+        directory.delete(path)
+    weights = directory.read_bytes(aggregate_weights_path(0))
+    directory.write_bytes(aggregate_weights_path(0), weights[:-1] + b"?")
+    warnings: list[str] = []
+    again = run(made, on_event=lambda event: warnings.append(event.text) if isinstance(event, Note) else None)
+    assert any("aggregate.safetensors" in text and "it is made again" in text for text in warnings)
+    assert directory.read_bytes(aggregate_weights_path(0)) == weights
+    assert again.test == whole.test
+
+
 def test_a_run_of_another_config_is_deleted_where_fresh_is_asked_for(tmp_path: Path) -> None:
     made, directory = config(tmp_path, "again", subsets__num=2), RunDirectory(str(tmp_path), "again")
     directory.open(made.with_overrides({"minimize.epochs": 1.0}).to_dict(), {})
@@ -210,7 +225,8 @@ def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job
     resumed = train_here(own, Follower(lambda progress: False, lambda: "preempted"), attempt=1, waited_s=0.0)
 
     assert same_bits(piece.output.weights(), at_once.output.weights())
-    assert {**(resumed or {}), "files": 0} == {**record, "files": 0}
+    apart = {"files": 0, "peak_bytes": 0}
+    assert {**(resumed or {}), **apart} == {**record, **apart}
     assert not alone.exists(checkpoint_path("fine_tuning", 0))
     works = Ledger(alone).read()
     assert [(w.attempt, w.outcome, w.waited_s) for w in works] == [(0, "preempted", 0.5), (1, "done", 0.0)]

@@ -31,7 +31,6 @@ from raysubset.training import Weights, evaluate
 from raysubset.work import (
     AggregatePiece,
     Minimizer,
-    Output,
     Piece,
     TestPiece,
     cut_subsets,
@@ -263,7 +262,7 @@ def test_a_piece_finds_start_examples_and_optimizer_where_others_left_them(
     whole = piece(directory, 1, indices=indices)
     (first,) = minimizer(full_set).minimize([whole], start, attempts=[0], waited_s=0.0)
     assert isinstance(first, dict)
-    trunk = Output.of_minimum(RunDirectory(str(tmp_path), "another"), "trunk")
+    trunk = Piece(CONFIG, RunDirectory(str(tmp_path), "another"), "trunk").output
     files = {trunk.weights_path: trunk.directory.write_weights(trunk.weights_path, start)}
     trunk.directory.write_json(trunk.record_path, first | {"files": files})
     one = piece(elsewhere, 1, start=trunk)

@@ -39,16 +39,6 @@ class Output:
     record_path: str
     weights_path: str
 
-    @classmethod
-    def of_minimum(cls, directory: RunDirectory, folder: str) -> "Output":
-        """That of a minimization, or of a Ray Train job."""
-        return cls(directory, minimum_path(folder), weights_path(folder))
-
-    @classmethod
-    def of_aggregate(cls, directory: RunDirectory, round: int) -> "Output":
-        """That of a round's aggregation."""
-        return cls(directory, aggregate_path(round), aggregate_weights_path(round))
-
     def record(self, *, whole: bool = False) -> dict[str, Any] | None:
         """What the record says; None, with a warning, if it or a file that it names is damaged or gone."""
         return self.directory.read_record(self.record_path, whole=whole)
@@ -103,7 +93,7 @@ class Piece:
 
     @property
     def output(self) -> Output:
-        return Output.of_minimum(self.directory, self.folder)
+        return Output(self.directory, minimum_path(self.folder), weights_path(self.folder))
 
     @property
     def label(self) -> str:
@@ -191,7 +181,7 @@ class AggregatePiece:
 
     @property
     def output(self) -> Output:
-        return Output.of_aggregate(self.directory, self.round)
+        return Output(self.directory, aggregate_path(self.round), aggregate_weights_path(self.round))
 
     @property
     def label(self) -> str:
