@@ -69,6 +69,10 @@ IN_PARTS = replace(RECIPE, accumulation=3, clip_norm=0.5)
 MUON = replace(RECIPE, optimizer="muon")
 OBJECTIVE = replace(RECIPE, objective="tests.own_objectives:by_parts")
 ROUNDED = {"parallel": RECIPE, "averaged": VARIATIONS["global"], "in parts": replace(RECIPE, accumulation=3)}
+SCALED = {  # the first is exchanged while it goes backward; the second overflows at first, and is averaged afterwards
+    "parallel": replace(RECIPE, precision="float16"),
+    "averaged": replace(RECIPE, precision="float16", objective="tests.own_objectives:loud", clip_norm=1.0),
+}
 LEAVING_OUT = {"parallel": replace(RECIPE, weight_decay=0.1), "averaged": VARIATIONS["global"]}
 
 
@@ -133,6 +137,7 @@ def work(rank: int, folder: Path) -> None:
     found["rounded"] = {
         name: ends_at(network(), shard, replace(recipe, gradients="bfloat16")) for name, recipe in ROUNDED.items()
     }
+    found["scaled"] = {name: ends_at(network().float(), shard, recipe) for name, recipe in SCALED.items()}
     found["means"] = means_of_one_step(shard)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -231,6 +236,15 @@ def test_two_shards_that_exchange_bfloat16_end_near_one_and_at_the_same_bits(ran
         assert one["losses"] == pytest.approx(exact["losses"], rel=1e-2)
         assert one["losses"] != exact["losses"]
         assert same_bits(ends_at(network(), Shard(), replace(recipe, gradients="bfloat16")), exact)
+
+
+def test_shards_that_scale_their_losses_leave_out_the_same_steps_as_one_another(ranks):
+    """Not as one process: a worker's part of a batch weighs more in its own gradient, which overflows earlier."""
+    assert same_bits(ranks[0]["scaled"], ranks[1]["scaled"])
+    assert all(torch.isfinite(value).all() for value in ranks[0]["scaled"]["averaged"]["weights"].values())
+    one = ends_at(network().float(), Shard(), SCALED["parallel"])
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["scaled"]["parallel"]["weights"][key], value, rtol=0, atol=2e-3)
 
 
 def test_the_shards_hold_the_same_bits(ranks):

@@ -12,7 +12,17 @@ from raysubset.config import DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Spec
-from raysubset.training import Progress, Weights, evaluate, minimize, minimize_packed, place, try_packing, use_device
+from raysubset.training import (
+    Progress,
+    Weights,
+    evaluate,
+    minimize,
+    minimize_packed,
+    peak_bytes,
+    place,
+    try_packing,
+    use_device,
+)
 from tests.tiny import image_examples
 
 pytestmark = [
@@ -40,8 +50,9 @@ def test_a_few_steps_in_float64_agree_with_the_cpu() -> None:
         torch.testing.assert_close(on_cuda[key], value, rtol=1e-8, atol=1e-10)
 
 
-def test_stopped_and_resumed_gives_the_same_bits() -> None:
-    device, recipe = use_device(num_gpus=1, num_threads=1), MinimizeConfig(epochs=2.0)
+@pytest.mark.parametrize("precision", ["auto", "float16"])
+def test_stopped_and_resumed_gives_the_same_bits(precision: Any) -> None:
+    device, recipe = use_device(num_gpus=1, num_threads=1), MinimizeConfig(epochs=2.0, precision=precision)
     file = io.BytesIO()
 
     def stop(progress: Progress) -> bool:
@@ -56,16 +67,18 @@ def test_stopped_and_resumed_gives_the_same_bits() -> None:
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_mixed_precision_minimizes(compiled: bool) -> None:
+def test_mixed_precision_minimizes(compiled: bool, precision: Any) -> None:
     device, recipe = (
         use_device(num_gpus=1, num_threads=1),
-        MinimizeConfig(epochs=4.0, precision="bfloat16", compile=compiled),
+        MinimizeConfig(epochs=4.0, precision=precision, compile=compiled),
     )
     full_set = load_full_set(DataConfig())
     model = build_model(ModelConfig(), full_set.spec, seed=0)
     model.load_state_dict(minimized(recipe, device))
     assert evaluate(model, full_set.examples("validation"), recipe).accuracy > 0.8
+    assert peak_bytes(device)["card"] > 0
 
 
 def test_a_few_packed_steps_in_float64_agree_with_one_by_one() -> None:
