@@ -1,137 +1,99 @@
-"""`ray job submit` as a user types it: to a head without CPUs and one worker node, with a token, with and without the
-package installed there; stopped, then the whole cluster killed, and submitted again each time."""
+"""The local autoscaling cluster as a user starts it, and `ray job submit` as a user types it: Ray's own autoscaler and
+job server, with a token, nodes that are processes of this machine, and a Python without this package."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import venv
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 
 import psutil
 import pytest
 import torch
 
 import raysubset.cluster  # noqa: F401  before anything imports Ray
-from raysubset.cli import call
-from raysubset.ledger import Ledger
+from raysubset.cli import call, run_job
+from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
 from tests.tiny import stored_weights
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 free_port: Callable[[], int] = runpy.run_path(str(ROOT / "clusters" / "local_autoscaling.py"))["free_port"]
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to this machine, whatever proxies are set
 AT_HOME = {".git", ".venv", "data", "results", "raysubset.egg-info"}
-NUM_SUBSETS = 2
+MOST_WORKERS = 2
+NUM_SUBSETS = 4
+NUM_EPOCHS = 300  # some seconds each, so that a node can die in the middle
 FLAGS = [
+    *("--name", "run"),
     *("--subsets.num", str(NUM_SUBSETS)),
-    *("--subsets.size", "200"),
-    *("--minimize.epochs", "400"),  # some seconds, so that it can be stopped in the middle
+    *("--minimize.epochs", str(NUM_EPOCHS)),
     *("--actors.checkpoint-epochs", "20"),
+    *("--trunk.epochs", "0"),
     *("--fine-tuning.num-workers", "1"),
 ]
 
 
-START_S = 90  # for both nodes; alone on two cores it takes 15
-LOGS = ["ray_start.log", "gcs_server.out", "raylet.out", "monitor.log", "dashboard*.log", "*_agent.log", "ray_process*"]
+@dataclasses.dataclass
+class LocalCluster:
+    """The process of clusters/local_autoscaling.py, and the environment it says to export."""
 
+    process: psutil.Process
+    env: dict[str, str]
 
-class Cluster:
-    """A head that takes no work and a worker node of two CPUs, on loopback; killed at the end with all they started."""
+    def working_dirs(self) -> list[Path]:
+        """Where the nodes that ever were, unpacked the jobs' working directories."""
+        return list(Path(self.env["RAY_TMPDIR"]).glob("**/session_2*/runtime_resources*/working_dir_files/_ray_pkg_*/"))
 
-    def __init__(self, python: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # Ray's sockets need a short path
-        self._python = python
-        self._token = os.urandom(32).hex()
-        self._dashboard = f"http://127.0.0.1:{free_port()}"
-        self._processes: list[psutil.Popen] = []
-        token_path = self.folder / "token"
-        token_path.write_text(self._token)
-        self._env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))} | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token_path),
-            "RAY_TMPDIR": str(self.folder),
-            "RAY_worker_niceness": "0",
-            "RAY_JOB_STOP_WAIT_TIME_S": "60",  # of three by default, which a machine under load may not end within
-            "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
-        }
+    def workers(self) -> list[psutil.Process]:
+        """The raylets of worker nodes, oldest first: children of the autoscaler, the head's is not."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = [p for p in self.process.children(recursive=True) if _name(p) == "raylet"]
+            found = [p for p in found if any("monitor.py" in word for word in p.parents()[0].cmdline())]
+            return sorted(found, key=lambda p: p.create_time())
+        return []
 
-    def start(self) -> None:
-        port, until = free_port(), time.monotonic() + START_S
-        head = ["--head", f"--port={port}", "--num-cpus=0", f"--ray-client-server-port={free_port()}"]
-        dashboard_port = self._dashboard.rpartition(":")[2]
-        self._start_node(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}")
-        self._wait_for(1, until)
-        # in a folder shared with the head it would delete the working directory under the driver, to unpack it anew
-        self._start_node(f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--temp-dir={self.folder / 'worker'}")
-        self._wait_for(2, until)
+    def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path = ROOT) -> str:
+        """The log of the job, by `ray job submit`; with wait, from its beginning to its end."""
+        command = ["-m", "ray.scripts.scripts", "job", "submit", "--submission-id", job]
+        command += [*([] if wait else ["--no-wait"]), "--working-dir", "."]
+        command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
+        code, said = self.run(*command, "--storage-path", str(storage_path), *FLAGS, *flags, checkout=checkout)
+        assert code == 0, said
+        return self.log(job)
 
-    def _start_node(self, *flags: str) -> None:
-        common = ["--block", "--node-ip-address=127.0.0.1", "--num-gpus=0", "--disable-usage-stats"]
-        common += [f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=200000000"]
-        common += ["--min-worker-port=0", "--max-worker-port=0"]  # any: Ray's own range is one for all of a machine
-        command = [str(self._python), "-m", "ray.scripts.scripts", "start", *flags, *common]
-        with (self.folder / "ray_start.log").open("a") as log:
-            self._processes.append(psutil.Popen(command, env=self._env, stdout=log, stderr=subprocess.STDOUT))
-
-    def _wait_for(self, num_nodes: int, until: float) -> None:
-        answer = "nothing"
-        while time.monotonic() < until:
-            try:
-                answer = f"{self.get('/nodes?view=summary')}"
-                if len(self.nodes()) == num_nodes:
-                    return
-            except (OSError, HTTPException, ValueError) as error:
-                answer = f"{error!r} {error.read() if isinstance(error, HTTPError) else ''}"
-            time.sleep(0.3)
-        what = f"not {num_nodes} node(s) within {START_S} s; the dashboard said last: {answer[:2000]}"
-        pytest.fail(f"{what}\n{self._state()}")
-
-    def _state(self) -> str:
-        """The processes, and the ends of what they wrote."""
-        lines = []
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for each in [process, *process.children(recursive=True)]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        lines.append(f"{each.pid} {each.status()} {' '.join(each.cmdline())[:150]}")
-        for path in sorted({path for pattern in LOGS for path in self.folder.rglob(pattern)}):
-            lines.append(f"--- {path}\n{path.read_text(errors='replace')[-1500:]}")
-        return "\n".join(lines)
-
-    def nodes(self) -> list[dict]:
-        """Those alive: isHeadNode and nodeId."""
-        raylets = [node["raylet"] for node in self.get("/nodes?view=summary")["data"]["summary"]]
-        return [raylet for raylet in raylets if raylet.get("state") == "ALIVE"]
+    def run(self, *arguments: str, checkout: Path = ROOT) -> tuple[int, str]:
+        """Exit code and output of Python in a terminal that the cluster's environment was exported to."""
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=checkout, env=self.env, capture_output=True, text=True, timeout=200
+        )
+        return done.returncode, done.stdout + done.stderr
 
     def get(self, path: str, *, method: str = "GET") -> dict:
         """What the dashboard says, as JSON."""
-        headers = {"Authorization": f"Bearer {self._token}"}
-        request = urllib.request.Request(self._dashboard + path, headers=headers, method=method)
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        url = self.env["RAY_API_SERVER_ADDRESS"] + path
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}, method=method)
         with DIRECTLY.open(request, timeout=20) as answer:
             return json.load(answer)
 
-    def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path = ROOT) -> str:
-        """The job's log; with wait, from its beginning to its end."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self._dashboard]
-        command += ["--submission-id", job, *([] if wait else ["--no-wait"]), "--working-dir", "."]
-        command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
-        command += ["--name", "run", "--storage-path", str(storage_path), *FLAGS, *flags]
-        done = subprocess.run(command, cwd=checkout, env=self._env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return self.log(job)
+    def log(self, job: str) -> str:
+        return self.get(f"/api/jobs/{job}/logs")["logs"]
 
     def stop(self, job: str) -> str:
         """The log of a job that was stopped, by what `ray job stop` sends once it has started."""
@@ -143,25 +105,27 @@ class Cluster:
         assert status == "STOPPED", self.log(job)
         return self.log(job)
 
-    def log(self, job: str) -> str:
-        return self.get(f"/api/jobs/{job}/logs")["logs"]
-
-    def kill(self) -> None:
-        """End it at once, if it is not dead already."""
-        started = set(self._processes)
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.suspend()
-                started |= set(process.children(recursive=True))
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(started, timeout=20)
-        self._processes.clear()
+    def wait(self, job: str, reached: Callable[[], object]) -> None:
+        """Until that is so; a job that fails before is shown."""
+        until = time.monotonic() + 120
+        while not reached():
+            if time.monotonic() > until or self.get(f"/api/jobs/{job}")["status"] == "FAILED":
+                pytest.fail(f"the point was not reached in time:\n{self.log(job)}")
+            time.sleep(0.05)
 
     def end(self) -> None:
-        self.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """As a person does, with Ctrl-C; nothing that it started may live on."""
+        started = set(self.process.children(recursive=True))
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+        _, left = psutil.wait_procs(started, timeout=10)
+        assert not left, f"left behind: {left}"
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -180,21 +144,39 @@ def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@contextlib.contextmanager
-def running(python: Path) -> Iterator[Cluster]:
-    cluster = Cluster(python)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.end()
-
-
 @pytest.fixture(scope="module")
-def bare_cluster(python_without_package: Path) -> Iterator[Cluster]:
-    """Its Python has Ray and the package's dependencies, and not the package."""
-    with running(python_without_package) as cluster:
-        yield cluster
+def cluster(python_without_package: Path) -> Iterator[LocalCluster]:
+    folder = tempfile.mkdtemp(prefix="rs", dir="/tmp")  # Ray's sockets need a short path
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_A", "PYTHONPATH"))}
+    env |= {"RAY_TMPDIR": folder, "TMPDIR": folder}
+    env["RAY_health_check_period_ms"] = "1000"  # of 3000 by default: a killed node is missed after five of them
+    env["RAY_JOB_STOP_WAIT_TIME_S"] = "60"  # of three by default, which a machine under load may not end within
+    command = [str(python_without_package), "clusters/local_autoscaling.py"]
+    command += ["--port", str(free_port()), "--dashboard-port", str(free_port())]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as up:
+        process = psutil.Process(up.pid)
+        try:
+            assert up.stdout is not None
+            seen = []
+            for line in iter(up.stdout.readline, ""):
+                seen.append(line)
+                if line.startswith("export "):
+                    break
+            assert seen, "it said nothing"
+            assert seen[-1].startswith("export "), "".join(seen)
+            exported = dict(word.split("=", 1) for word in shlex.split(seen[-1])[1:])
+            yield LocalCluster(process, env | exported)
+        finally:
+            started: set[psutil.Process] = set()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started |= set(process.children(recursive=True))
+            up.kill()
+            for child in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -211,79 +193,135 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def meanwhile(look: Callable[[], object], every_s: float = 0.2) -> Iterator[None]:
+    """Look again and again while the block runs."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbroken:
+    """A run that nothing happened to."""
+
+    run: RunDirectory
+    log: str
+    num_before: int  # worker nodes before it
+    num_most: int  # and while it ran
+    working_dirs: list[Path]  # of all its nodes, the head one of them
+
+
 @pytest.fixture(scope="module")
-def unbroken(
-    bare_cluster: Cluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunDirectory, str]:
-    """The run that nothing happens to, and its job's log."""
-    storage_path = tmp_path_factory.mktemp("unbroken")
-    log = bare_cluster.submit("whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
-    return RunDirectory(str(storage_path), "run"), log
+def unbroken(cluster: LocalCluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    storage_path, nums = tmp_path_factory.mktemp("unbroken"), [0]
+    num_before = len(cluster.workers())
+    with meanwhile(lambda: nums.append(len(cluster.workers()))):
+        log = cluster.submit("whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
+    return Unbroken(RunDirectory(str(storage_path), "run"), log, num_before, max(nums), cluster.working_dirs())
 
 
-def checkpoints(run: RunDirectory) -> set[str]:
-    """Of subsets."""
-    return {path for path in run.list("rounds", recursive=True) if "checkpoint" in path}
+def subset_works(run: RunDirectory) -> list[Work]:
+    return [work for work in Ledger(run).read() if work.stage == "subsets"]
 
 
-def wait_for_a_checkpoint(cluster: Cluster, job: str, run: RunDirectory, *, beside: set[str]) -> None:
-    until = time.monotonic() + 120
-    while not checkpoints(run) - beside:
-        if time.monotonic() > until or "Error" in cluster.log(job):
-            pytest.fail(f"no checkpoint was written in time:\n{cluster.log(job)}")
-        time.sleep(0.05)
+def subsets_with_checkpoints(run: RunDirectory) -> set[str]:
+    return {path.split("/")[3] for path in run.list("rounds", recursive=True) if "check" in path}
+
+
+def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken: Unbroken) -> None:
+    assert unbroken.num_before == 0
+    assert 1 <= unbroken.num_most <= MOST_WORKERS
+    # in a folder that they share, a new node would delete it under the tasks of the others
+    assert len(unbroken.working_dirs) > unbroken.num_most
+    assert re.search("of 1 CPU (each wait|waits) for a place", unbroken.log)
+    works = subset_works(unbroken.run)
+    assert [work.outcome for work in works] == ["done"] * NUM_SUBSETS
+    begun = sorted((work.started_at, work.ended_at or 0.0) for work in works)
+    for number, (started_at, _) in enumerate(begun):
+        at_work = sum(1 for start, end in begun[:number] if end > started_at)
+        assert at_work < MOST_WORKERS
+    first_end = min(end for _, end in begun)
+    later = [started_at for started_at, _ in begun if started_at >= first_end]
+    assert len(later) >= NUM_SUBSETS - MOST_WORKERS  # these waited, and then started on a slot that came free
+    assert min(later) - first_end < 10
 
 
 def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
-    bare_cluster: Cluster, unbroken: tuple[RunDirectory, str], capsys: pytest.CaptureFixture[str]
+    cluster: LocalCluster, unbroken: Unbroken, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, log = unbroken
-    assert re.findall(r"[\x00-\x08\x0b-\x1f\x7f]", log) == []  # no colours, and nothing that draws over itself
+    run, log = unbroken.run, unbroken.log
+    own = [line for line in log.splitlines() if "(raylet)" not in line]
+    assert not any(
+        re.search(r"[\x00-\x08\x0b-\x1f\x7f]", line) for line in own
+    )  # no colours, nothing that draws over itself
     assert f" report: {run.uri}\n" in log
     capsys.readouterr()
     assert call(["report", run.uri]) == 0
     report = capsys.readouterr().out
     assert "Test accuracy" in report
     assert log.endswith(report)
-
-    packages = list(bare_cluster.folder.glob("**/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
-    assert len(packages) == 2  # of the driver's node and the worker's
-    for package in packages:
+    for package in unbroken.working_dirs:
         travelled = {path.name for path in package.iterdir()}
         assert {"raysubset", "jobs", "pyproject.toml"} <= travelled
         assert not travelled & AT_HOME
 
-    # the driver is on the head, which has nothing to give; all training was on the worker node
-    (head,) = (node for node in bare_cluster.nodes() if node["isHeadNode"])
-    job = bare_cluster.get("/api/jobs/whole")
-    assert job["driver_node_id"] == head["nodeId"]
-    trained = [work for work in Ledger(run).read() if work.stage in ("trunk", "subsets", "fine_tuning")]
-    assert len(trained) == 2 + NUM_SUBSETS
-    assert head["nodeId"] not in {work.node for work in trained}
+    # the driver is on the head, which has nothing to give
+    nodes = [node["raylet"] for node in cluster.get("/nodes?view=summary")["data"]["summary"]]
+    (head,) = (node["nodeId"] for node in nodes if node["isHeadNode"])
+    assert cluster.get("/api/jobs/whole")["driver_node_id"] == head
 
 
-def test_the_same_command_goes_on_after_a_stop_and_on_another_cluster_after_the_death_of_the_first(
-    bare_cluster: Cluster, unbroken: tuple[RunDirectory, str], tmp_path: Path
+def test_what_no_node_type_offers_is_refused_at_the_start(cluster: LocalCluster, tmp_path: Path) -> None:
+    code, said = cluster.run("-m", "raysubset", "run", "--storage-path", str(tmp_path), "--actors.num-gpus", "1")
+    assert code == 2
+    assert "ask for 1 CPU + 1 GPU; this cluster can never place that" in said
+    assert re.search(r"\d × (cpu\.worker|alive) with 1 CPU", said)
+
+
+def test_idle_nodes_go_again(cluster: LocalCluster, unbroken: Unbroken) -> None:
+    until = time.monotonic() + 60
+    while cluster.workers():
+        assert time.monotonic() < until, "idle nodes did not go"
+        time.sleep(0.5)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_change_no_bit(
+    cluster: LocalCluster, unbroken: Unbroken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, flags = RunDirectory(str(tmp_path), "run"), ("--fine-tuning.epochs", "0")
-    bare_cluster.submit("stopped", tmp_path, *flags, wait=False)
-    wait_for_a_checkpoint(bare_cluster, "stopped", run, beside=set())
-    log = bare_cluster.stop("stopped")
+    cluster.submit("first", tmp_path, *flags, wait=False)
+    cluster.wait("first", lambda: len(subsets_with_checkpoints(run)) > 1)
+    cluster.workers()[-1].kill()
+    cluster.wait("first", lambda: "starts from its last checkpoint" in cluster.log("first"))
+    log = cluster.stop("first")
     assert log.endswith("raysubset: stopped; what was done is kept, the same command resumes\n")
     assert not run.exists("report.json")
 
-    before = checkpoints(run)
-    bare_cluster.submit("killed", tmp_path, *flags, wait=False)
-    wait_for_a_checkpoint(bare_cluster, "killed", run, beside=before)
-    assert f"going on with {run.uri}" in bare_cluster.log("killed")
-    bare_cluster.kill()
+    num_before = len(subset_works(run))
+    cluster.submit("second", tmp_path, *flags, wait=False)
+    cluster.wait("second", lambda: len(subset_works(run)) > num_before)
+    assert f"going on with {run.uri}" in cluster.log("second")
+    cluster.end()
     assert not run.exists("report.json")
 
-    with running(Path(sys.executable)) as other:  # which has the package
-        log = other.submit("again", tmp_path, *flags)
-    assert f"going on with {run.uri}" in log
-    works = [work for work in Ledger(run).read() if work.stage == "subsets"]
-    assert {"interrupted", "lost", "done"} <= {work.outcome for work in works}
+    defaults = runpy.run_path(str(ROOT / "jobs" / "subset_pretraining.py"))["CONFIG"]
+    assert run_job(["--storage-path", str(tmp_path), *FLAGS, *flags], default=defaults) == 0  # on the session's Ray
+    assert f"going on with {run.uri}" in capsys.readouterr().err
+    works = subset_works(run)
+    assert {"lost", "done"} <= {work.outcome for work in works}
+    assert [work.outcome for work in works].count("done") == NUM_SUBSETS
     for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
-        a, b = stored_weights(run, path), stored_weights(unbroken[0], path)
+        a, b = stored_weights(run, path), stored_weights(unbroken.run, path)
         assert all(torch.equal(a[key], b[key]) for key in a), path

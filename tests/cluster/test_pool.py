@@ -22,7 +22,7 @@ from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.work import Piece, Run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster", "prompt_reports")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster", "prompt_reports")]
 
 
 class StopsOnce(RunDirectory):

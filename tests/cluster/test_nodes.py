@@ -1,4 +1,4 @@
-"""Subsets sized by the speed of two kinds of node: on two nodes of one machine, in a process of its own."""
+"""Several nodes of one machine, in a process of its own: subsets sized by their speed, and one that is drained."""
 
 import json
 import subprocess
@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(250)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SCRIPT = """
-import json, sys
+import json, subprocess, sys
 from raysubset import Config, run
 from raysubset.cluster import ray
-from raysubset.events import Start
+from raysubset.events import Progress, Start
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
+from raysubset.subset_actors import pool
 from ray.cluster_utils import Cluster
+
+pool.POLL_S = pool.WAIT_S = 0.05  # so that progress is heard of in time, on any machine
 
 def kind(name):
     return dict(num_cpus=1, labels={"ray.io/accelerator-type": name})
@@ -62,6 +65,22 @@ works = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.sta
 told(config, rounds=report.record["stages"]["rounds"], passes=row["passes"],
      works=[[work.outcome, work.device, work.cost.num_backward] for work in works],
      num_nodes=len({work.node for work in Ledger(RunDirectory.at(report.uri)).read()}))
+
+head, drained = ray.get_runtime_context().get_node_id(), []
+
+def drain_the_node(event):
+    if isinstance(event, Progress) and not drained and event.attempt.node != head and event.epoch >= 2:
+        drained.append(event.attempt.subset)
+        command = ["drain-node", "--address", cluster.address, "--node-id", event.attempt.node, "--reason",
+                   "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "100"]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *command], check=True)
+
+config = Config(name="drained", storage_path=sys.argv[1]).with_overrides({
+    "trunk.epochs": 0.0, "fine_tuning.epochs": 0.0, "subsets.num": 3, "minimize.epochs": 450.0,
+    "actors.max_attempts": 1, "actors.checkpoint_epochs": 1e6})
+report = run(config, on_event=drain_the_node)
+works = [work for work in Ledger(RunDirectory.at(report.uri)).read() if work.subset in drained]
+told(config, works=[[work.outcome, work.cost.num_steps] for work in works])
 ray.shutdown()
 cluster.shutdown()
 """
@@ -69,13 +88,15 @@ cluster.shutdown()
 NUM_TRAIN = 1294  # of digits
 
 
-def test_subsets_are_sized_for_the_nodes_that_take_them_and_stay_so(tmp_path: Path) -> None:
+def test_subsets_are_sized_for_the_nodes_that_take_them_and_leave_one_that_drains_with_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=550, check=False
     )
     lines = [line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD ")]
-    assert len(lines) == 3, done.stdout[-2000:] + done.stderr[-2000:]
-    begun, resumed, measured = map(json.loads, lines)
+    assert len(lines) == 4, done.stdout[-2000:] + done.stderr[-2000:]
+    begun, resumed, measured, drained = map(json.loads, lines)
 
     assert begun["decisions"]["slots"] == [{"kind": "FAST", "speed": 3.0}, {"kind": "SLOW", "speed": 1.0}]
     assert begun["decisions"]["shares"] == [3.0, 1.0]
@@ -98,3 +119,7 @@ def test_subsets_are_sized_for_the_nodes_that_take_them_and_stay_so(tmp_path: Pa
     assert sorted(work[:2] for work in measured["works"]) == [["done", "FAST"], ["done", "SLOW"]]
     assert measured["num_nodes"] == 1  # of one machine, by one address
     assert measured["passes"] * NUM_TRAIN == pytest.approx(sum(num for *_, num in measured["works"]))
+
+    (left, left_steps), (ended, ended_steps) = drained["works"]
+    assert (left, ended) == ("preempted", "done")  # which costs no attempt, though but one is allowed
+    assert left_steps + ended_steps == 450 * 7  # nothing was done twice
