@@ -327,4 +327,4 @@ class MinimizeConfig:
         changes = {
             name: type(method)() for name in _VARIATIONS if stage not in _stages((method := getattr(self, name)).stages)
         }
-        return replace(self, **changes)
+        return replace(self, **changes) if changes else self

@@ -44,8 +44,9 @@ def check_fields(record: Any, prefix: str) -> None:
         if dataclasses.is_dataclass(hint):
             assert isinstance(value, typing.cast(type, hint)), f"{prefix}{name} is a {type(value).__name__}"
             continue
-        value = _checked(hint, value, prefix + name)
-        object.__setattr__(record, name, value)
+        if type(value) is not hint:
+            value = _checked(hint, value, prefix + name)
+            object.__setattr__(record, name, value)
         if isinstance(value, str):
             _check_text(prefix + name, value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -54,7 +55,7 @@ def check_fields(record: Any, prefix: str) -> None:
 
 def check_number(name: str, value: float, range: str) -> None:
     """Refuse a number that is not in the range, which check_fields() describes."""
-    low, high = (float(end.replace("∞", "inf")) for end in range[1:-1].split(", "))
+    low, high = _ends(range)
     above = value >= low if range[0] == "[" else value > low
     below = value <= high if range[-1] == "]" else value < high
     finite = -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
@@ -69,6 +70,12 @@ def check_number(name: str, value: float, range: str) -> None:
     if not (finite or math.isnan(value) or high < math.inf):
         words += " and finite" if isinstance(value, float) else " and below 2^63"
     raise ValueError(f"{name} = {value} must be {words}")
+
+
+@functools.cache
+def _ends(range: str) -> tuple[float, float]:
+    low, high = (float(end.replace("∞", "inf")) for end in range[1:-1].split(", "))
+    return low, high
 
 
 def _check_text(name: str, text: str) -> None:

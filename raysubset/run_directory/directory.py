@@ -183,8 +183,9 @@ class RunDirectory:
         filesystem, full = self._at(path)
         return Path(full).read_bytes() if self.local_path else filesystem.handler.read(full)
 
-    def write_json(self, path: str, record: Any, *, is_durable: bool = True) -> Seal:
-        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null.
+    def write_json(self, path: str, record: Any, *, is_durable: bool = True, indent: int | None = 1) -> Seal:
+        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null. Without an indent it
+        takes less than half of the time: a line for the machine.
 
         An object ends with the digest of the file, which read_json() checks and takes away.
 
@@ -192,7 +193,7 @@ class RunDirectory:
             Its seal, for a record that names it.
         """
         is_object = isinstance(record, Mapping)
-        data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()} if is_object else record).encode())
+        data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()} if is_object else record, indent).encode())
         if is_object:
             fill(data, data.rfind(BLANK))
         self.write_bytes(path, data, is_durable=is_durable)
@@ -587,8 +588,7 @@ def _replaced(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
     """A new file beside it, which goes to the disk, then over the old one."""
     partial = str(path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"))
     try:
-        os.makedirs(path.parent, exist_ok=True)
-        with open(partial, "xb") as file:
+        with _created(partial) as file:
             yield file
             file.flush()
             if is_durable:
@@ -599,6 +599,15 @@ def _replaced(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+
+
+def _created(path: str) -> BinaryIO:
+    """A new file, with its folders."""
+    try:
+        return open(path, "xb")
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "xb")
 
 
 def save_checkpoint(state: Mapping[str, Any], sink: Sink) -> None:
@@ -632,8 +641,8 @@ def _mapped(file: BinaryIO, num_bytes: int) -> Any:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
 
 
-def _to_json(record: Any) -> str:
-    return json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+def _to_json(record: Any, indent: int | None = 1) -> str:
+    return json.dumps(_finite(record), indent=indent, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

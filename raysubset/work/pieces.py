@@ -194,9 +194,10 @@ class AggregatePiece:
     def minima(self, start: Weights) -> list[Minimum]:
         """Those of its members, which started from these weights."""
         parts = self.parts or (None,) * len(self.members)
+        records = self.more.get("minima") or [one.directory.read_json(one.output.record_path) for one in self.members]
         return [
-            member.minimum(member.directory.read_json(member.output.record_path), part, start=start)
-            for member, part in zip(self.members, parts, strict=True)
+            member.minimum(record, part, start=start)
+            for member, record, part in zip(self.members, records, parts, strict=True)
         ]
 
     def start_weights(self, full_set: FullSet) -> Weights:
