@@ -11,8 +11,8 @@ Method:     one process, minimize() itself, no Ray. Each variation has the learn
             least validation loss for a seed of its own (skipping tries one), then --seeds further ones. Cost is in
             passes over the set, forward and backward, and in CPU seconds of this thread.
 Hardware:   two CPU cores, shared.
-Result:     extrapolation, n = 3, test bits a byte after 4 passes (less is better; ± is the standard deviation), rates of
-            0.1, 0.3 and 1 tried:
+Result:     extrapolation, n = 3, test bits a byte after 4 passes (less is better; ± is the standard deviation); rates
+            of 0.1, 0.3 and 1 were tried:
                             LSTM, 18 s of CPU      Transformer, 40 s
             none            4.63 ± 0.03            4.55 ± 0.09
             past_local      4.68 ± 0.02            4.65 ± 0.05
