@@ -13,7 +13,7 @@ os.environ.update(RAY_worker_niceness="0")  # by default 15: any busy process be
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
 STARTS_RAY = ("tests/cluster/", "tests/gpu/")
-LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in ("jobs", "chaos", "streaming", "nodes", "sweep"))
+LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in ("jobs", "chaos", "nodes", "sweep", "stages"))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 
@@ -82,7 +82,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
-        object_store_memory=300 * 2**20,
+        object_store_memory=80 * 2**20,  # about the least that Ray takes: sets larger than it are small
     )
     yield
     ray.shutdown()

@@ -18,15 +18,16 @@ from raysubset import load_model
 from raysubset.cli import call
 from raysubset.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
+NUM_EPOCHS = 120  # long enough for Ctrl-C in the middle
 FLAGS = [
     "--name",
     "run",
     "--subsets.num",
     "2",
     "--minimize.epochs",
-    "1",
+    str(NUM_EPOCHS),
     "--fine-tuning.epochs",
     "1",
     "--fine-tuning.num-workers",
@@ -57,13 +58,6 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
                 child.kill()
 
 
-def raysubset(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
-    with started(*arguments) as process:
-        out, err = process.communicate(timeout=150)
-        return process.returncode, out, err
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_doctor_looks_at_a_cluster_and_times_an_actor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = call(["doctor", "--storage-path", str(tmp_path), *FLAGS])
@@ -73,15 +67,44 @@ def test_doctor_looks_at_a_cluster_and_times_an_actor(tmp_path: Path, capsys: py
     assert "examples/s" in out
 
 
-def test_a_run_by_its_command_is_there_for_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--storage-path", str(tmp_path), *FLAGS]
-    code, out, err = raysubset("run", *flags)
-    assert code == 0, err
+    run = RunDirectory(str(tmp_path), "run")
+    with started("run", *flags) as process:
+        until = time.monotonic() + 120
+        while not any("checkpoint" in path for path in run.list("rounds", recursive=True)):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until, "no checkpoint was written in time"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "trunk: 1 epochs on 1294 examples" in err
+    last = err.splitlines()[-1]
+    assert last.startswith("raysubset: stopped; what was done is kept")
+    assert f"raysubset run --storage-path {tmp_path} --name run" in last
+    assert "Traceback" not in err
+    assert call(["report", run.uri]) == 2
+    assert "is not finished" in capsys.readouterr().err
+
+    with started("run", *flags) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert f"going on with {run.uri}" in err
     for told in ("Test accuracy", "subsets, mean of 2", "fine_tuning", "raysubset run --method conventional"):
         assert told in out.replace("--name run-conventional ", "").replace(f"--storage-path {tmp_path} ", "")
-    assert "trunk: 1 epochs on 1294 examples" in err
-    run = RunDirectory(str(tmp_path), "run")
     assert run.exists("progress.csv")
+    # nothing that was trained was trained again: the trunk and two minima have one finished attempt each
+    works = run.read_table("ledger.parquet").to_pylist()
+    assert [w["outcome"] for w in works if w["stage"] == "trunk"] == ["done"]
+    subsets = [w for w in works if w["stage"] == "subsets"]
+    assert sorted(w["subset"] for w in subsets if w["outcome"] == "done") == [0, 1]
+    assert "interrupted" in {w["outcome"] for w in subsets}
+    trained = sum(w["cost"]["num_steps"] for w in subsets)
+    assert trained == 2 * NUM_EPOCHS * 11  # 647 examples in batches of 64
 
     before = {path: run.read_bytes(path) for path in ("report.json", "model.safetensors")}
     assert call(["run", *flags]) == 0  # in this process, as a finished run needs no Ray
@@ -97,40 +120,4 @@ def test_a_run_by_its_command_is_there_for_the_others(tmp_path: Path, capsys: py
     assert model(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).shape == (3, 10)
 
     assert call(["run", *flags, "--minimize.epochs", "2"]) == 2
-    assert "minimize.epochs: 1.0 → 2.0" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--storage-path", str(tmp_path), *FLAGS, "--minimize.epochs", "120", "--fine-tuning.epochs", "0"]
-    run = RunDirectory(str(tmp_path), "run")
-    with started("run", *flags) as process:
-        until = time.monotonic() + 120
-        while not any("checkpoint" in path for path in run.list("rounds", recursive=True)):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < until, "no checkpoint was written in time"
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == ""
-    last = err.splitlines()[-1]
-    assert last.startswith("raysubset: stopped; what was done is kept")
-    assert f"raysubset run --storage-path {tmp_path} --name run" in last
-    assert "Traceback" not in err
-
-    assert call(["report", run.uri]) == 2
-    assert "is not finished" in capsys.readouterr().err
-
-    code, (out, err) = call(["run", *flags]), capsys.readouterr()  # in this process, on the session's Ray
-    assert code == 0, err
-    assert f"going on with {run.uri}" in err
-    assert "Test accuracy" in out
-    # nothing that was trained was trained again: the trunk and two minima have one finished attempt each
-    works = run.read_table("ledger.parquet").to_pylist()
-    assert [w["outcome"] for w in works if w["stage"] == "trunk"] == ["done"]
-    subsets = [w for w in works if w["stage"] == "subsets"]
-    assert sorted(w["subset"] for w in subsets if w["outcome"] == "done") == [0, 1]
-    assert "interrupted" in {w["outcome"] for w in subsets}
-    trained = sum(w["cost"]["num_steps"] for w in subsets)
-    assert trained == 2 * 120 * 11  # 647 examples in batches of 64
+    assert f"minimize.epochs: {NUM_EPOCHS}.0 → 2.0" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 from raysubset import Config, load_model, run, sweep
 from raysubset.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
 
 SECRET = "a-secret-that-stands-nowhere"
@@ -31,23 +31,7 @@ def bucket_uri() -> Iterator[str]:
     server.stop()
 
 
-def test_a_whole_run_with_ray_train_lives_in_an_object_store(bucket_uri: str) -> None:
-    config = Config(name="remote", storage_path=bucket_uri).with_overrides(
-        {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 1.0, "fine_tuning.num_workers": 2}
-    )
-    report = run(config)
-    assert SECRET not in report.uri
-    directory = RunDirectory(bucket_uri, "remote")
-    assert directory.read_json("report.json")["test"] == report.test.to_dict()
-    assert directory.list("fine_tuning/ray_train", recursive=True)
-    notes: list[str] = []
-    assert run(config, on_event=lambda event: notes.append(event.text)).test == report.test
-    assert "is finished" in notes[0]
-    path, _, query = bucket_uri.partition("?")
-    assert load_model(f"{path}/remote?{query}").class_names == tuple("0123456789")
-
-
-def test_the_secret_of_a_sweeps_storage_is_in_no_file(
+def test_a_sweep_with_ray_train_lives_in_an_object_store_whose_secret_is_in_no_file(
     bucket_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tune's tuner.pkl and state files had it, and Ray's logs."""
@@ -66,11 +50,12 @@ def test_the_secret_of_a_sweeps_storage_is_in_no_file(
         def __exit__(self, *error: object) -> None: ...
 
     monkeypatch.setattr("raysubset.sweeping.driver.TemporaryDirectory", Kept)
-    config = Config(name="remote-sweep", storage_path=bucket_uri).with_overrides(
-        {"subsets.num": 2, "minimize.epochs": 1.0, "trunk.epochs": 0.0, "fine_tuning.epochs": 0.0}
-    )
+    short = {"subsets.num": 2, "minimize.epochs": 1.0, "trunk.epochs": 0.0, "fine_tuning.epochs": 1.0}
+    config = Config(name="remote-sweep", storage_path=bucket_uri).with_overrides(short | {"fine_tuning.num_workers": 2})
     report = sweep(config, {"subsets.size": [80]}, seeds=1)
-    assert [trial["state"] for trial in report.trials] == ["done"]
+    (trial,) = report.trials
+    assert trial["state"] == "done"
+    assert SECRET not in trial["uri"]
     session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
     files = [path for folder in (*kept, session) for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "tuner.pkl" for path in files)
@@ -79,3 +64,14 @@ def test_the_secret_of_a_sweeps_storage_is_in_no_file(
     names = directory.list("", recursive=True)
     assert names
     assert [name for name in names if SECRET.encode() in directory.read_bytes(name)] == []
+
+    place, name = "trials", trial["uri"].partition("?")[0].rpartition("/")[2]
+    path, _, query = bucket_uri.partition("?")
+    made = RunDirectory(f"{path}/remote-sweep/{place}?{query}", name)
+    assert made.list("fine_tuning/ray_train", recursive=True)
+    notes: list[str] = []
+    own = Config(name=name, storage_path=made.storage_path).with_overrides(short | {"fine_tuning.num_workers": 2})
+    again = run(own.with_overrides({"subsets.size": 80}), on_event=lambda event: notes.append(event.text))
+    assert "is finished" in notes[0]
+    assert again.test.to_dict() == made.read_json("report.json")["test"]
+    assert load_model(f"{path}/remote-sweep/{place}/{name}?{query}").class_names == tuple("0123456789")
