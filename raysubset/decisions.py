@@ -35,7 +35,7 @@ def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> 
     for stage, num in workers_of_stages(config, of_fine_tuning=least).items():
         done = aggregate_path(config.rounds.num - 1) if stage == "subsets" else minimum_path(stage)
         if directory is None or not directory.exists(done):
-            what = "subset actors" if stage == "subsets" else f"{stage} workers"
+            what = f"{stage} workers" if num > 1 else "subset actors"  # one of which does what one process can
             refuse_unplaceable(request, what, num=num, types=types)
 
 

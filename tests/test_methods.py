@@ -17,7 +17,7 @@ from raysubset.aggregation import (
     statistics_of,
 )
 from raysubset.config import AGGREGATIONS, AggregationConfig
-from raysubset.training import Cost, Weights
+from raysubset.training import Weights
 from tests.tiny import metrics
 
 INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0}
@@ -67,9 +67,8 @@ def minima(*values: float, start_id: str = "trunk") -> list[Minimum]:
     def one(subset_id: int, value: float) -> Minimum:
         measured = metrics(value, 0, 1)
         weights = {"w": torch.tensor([value]), "n": torch.tensor(3)}
-        return Minimum(
-            subset_id, 1, start_id.format(subset_id), "epochs", measured, measured, Cost(), lambda: weights, weights.get
-        )
+        of_subset, measures = (subset_id, 1, start_id.format(subset_id)), {"training": measured, "validation": measured}
+        return Minimum(*of_subset, load_weights=lambda: weights, load_outputs=never, **measures)
 
     return [one(subset_id, value) for subset_id, value in enumerate(values)]
 

@@ -317,7 +317,7 @@ class TestFiles:
             (optimizer_path(FOLDER), [minimum_path(FOLDER), "rounds/0000/aggregate.json"]),
             ("rounds/0000/aggregate.safetensors", ["rounds/0000/aggregate.json"]),
             ("rounds/0000/momentum.safetensors", ["rounds/0000/aggregate.json"]),
-            ("rounds/0000/optimizer.pt", ["rounds/0000/optimizer.pt"]),
+            ("rounds/0000/optimizer.pt", ["rounds/0000/aggregate.json"]),
         ],
     )
     def test_what_stands_on_a_damaged_file_is_forgotten_and_nothing_else(self, run, path, records):

@@ -94,6 +94,6 @@ def test_a_command_to_resume_shows_no_secret(monkeypatch: pytest.MonkeyPatch, ca
     def stopped(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raysubset.cli.commands._dispatch", stopped)
+    monkeypatch.setattr("raysubset.cli.commands._do", stopped)
     assert call(["run", "--storage-path=s3://key:HIDDEN@bucket/a?region=x", "--seed", "3"]) == 130
     assert "'--storage-path=s3://bucket/a?region=x' --seed 3" in capsys.readouterr().err
