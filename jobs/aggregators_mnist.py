@@ -156,13 +156,11 @@ def compare(data_root: str, start: str, seeds: Sequence[int]) -> None:
                 minimize=config.minimize,
             )
             options = dataclasses.replace(config.aggregation, method=method)  # pyright: ignore[reportArgumentType]
-            aggregate = make(method, minima, options, scorer, start=begun, seed=seed)
+            aggregate, validation = make(minima, options, scorer, start=begun, seed=seed)
             kind = {"fisher": "fisher", "regmean": "gram", "savgm": "subsample"}.get(method)
             cost = scorer.cost() + (extra[kind] if kind else Cost())
-            accuracy = evaluate(network(config, full_set, aggregate.aggregate.weights), test, config.minimize).accuracy
-            found.setdefault(method, []).append(
-                (accuracy, barrier(aggregate.validation, minima), cost.passes(num_train))
-            )
+            accuracy = evaluate(network(config, full_set, aggregate.weights), test, config.minimize).accuracy
+            found.setdefault(method, []).append((accuracy, barrier(validation, minima), cost.passes(num_train)))
         print(f"{start} starts, seed {seed} done", file=sys.stderr, flush=True)
     print(f"{start} starts, n = {len(seeds)} seeds: test accuracy in %, barrier, passes")
     for method, rows in found.items():
