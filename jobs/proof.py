@@ -18,27 +18,29 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           Since tasks the comparison's legs have other keys, as configs have new fields; no number of it changed; its
           runs count reads from storage. A sweep's settings have losses before and after fine-tuning since issue 12.
           Planned passes are sums over legs, rounded once: the last digit of planned_passes differs in rounds and lbfgs.
-          default             d05331154ae324da
-          conventional        3d9e7b2cacd9610a
-          rounds              f07fabe19b746d50
-          averaged states     afcf1a21418845f4
-          fisher              361052ef493dfa7a
-          regmean             ed37bff3ac7964a2
-          savgm               20708a433f17216c
-          ties                032b43d91adb1ebc
-          auto                d292f2e267406159
-          aligned soup        e34aefd5a77c9835
-          pswa, extrapolated  8cff7a8cc0967ac1
-          wus                 d39f5e9c2a22f298
-          lbfgs               0920a6bda7a0d8f3
-          two trunk workers   d513fa61c1c70a61
-          distillation        acfea05d06469b52
-          shrink-perturb      c7b2f2c6fbcef5cc
-          packed              bc0c3ab9a3d0f6a0
-          streamed            bac911f1d72e7310
-          comparison          fca597c649d04fda
-          sweep               04e1b79c4af0d3e5
-          all                 c912ea44010b845c
+          Bytes are in no digest since all are counted, as they go by which actor was free: all digests are new, and
+          all other numbers and 208 files of weights those of dd47904, compared one by one.
+          default             ca2ee08c2257dbee
+          conventional        e383156474ee4956
+          rounds              038ff7d786c12383
+          averaged states     c3207af017e9fc87
+          fisher              fc1772304a4b0762
+          regmean             ce7b2d7e8b9df96f
+          savgm               6efd7a39b3ccfbfb
+          ties                a52fd8d700afe05e
+          auto                e0fb98cfe7b9b588
+          aligned soup        807a78717f3a8028
+          pswa, extrapolated  843f3ff6625625e8
+          wus                 913bac628f35a90f
+          lbfgs               e1d33e33e9a75a8e
+          two trunk workers   0db4ace045021ca4
+          distillation        fbee10c054a622ba
+          shrink-perturb      f8431aa4fb770af3
+          packed              547695c6effb9aa2
+          streamed            55e3de172b9057b7
+          comparison          b3c7d362974954c5
+          sweep               71964f780f3c96dd
+          all                 b09ccf1e11412c19
 """
 
 import argparse
