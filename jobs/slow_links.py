@@ -12,24 +12,21 @@ Method:     Each Ray node lives in a network namespace of its own, joined by a b
             at --limit-s would have reached is known from one that was not; its seconds are scaled by the exchanges that
             it made, and so marked (~).
 Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
-Result:     Two whole cells on a quiet machine, n = 1; a set of weights is 4.11 MB, MB are of an exchange and worker,
-            out / in by the kernel, the mean of both nodes, beside the ledger's; seconds from the first worker's start:
-            Mbit/s  cell       exchanges  s, all  s to 97 %  validation  MB             ledger  advise/measured
-            100     I              256      154       96       97.5 %    4.52 / 4.32     4.11    0.85
-            100     rounds-16       16      133    never       96.9 %    15.03 / 11.84   8.22    0.49
-            So at 100 Mbit/s data-parallel training is ahead. A round took 8.3 s, 1 to 2 of them for its bytes at the
-            link's rate: the rest is computing, evaluation and what Ray and storage take. 10 and 1000 Mbit/s, bfloat16
-            and 64 rounds are not measured to the end. First looks, n = 1, on two cores that twenty other processes
-            shared, each stopped after a few exchanges:
-            Mbit/s  cell         exchanges  s/exchange  MB           ledger  advise/measured  load
-            100     I-bf16-acc4  5 of 64    5.4         2.90 / 2.89  2.06    0.56             20-29
-            10      I-bf16       11 of 256  5.9         2.62 / 2.62  2.06    0.39             32-27
-            10      rounds-16    1 of 16    80          16.0 / 7.8   8.22    0.71             20-24
-            These are of before the ledger had every file that is moved and rounds moved fewer: since, the ledger of
-            rounds-16 has 3.2 sets of weights out and 1.0 in a round and worker (counted at the storage on a network of
-            5,130 parameters, two members; 3.7 and 2.6 before, a state that changed its node not among them), and of I
-            also checkpoints and the weights that the first worker gives the other. Records are in neither, nor is the
-            driver's reading of what a stage leaves; bytes from storage count beside those to it. To be measured again.
+Result:     On a quiet machine, n = 1. A set of weights is 4.11 MB; MB are of an exchange and worker, out / in by the
+            kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds and out of I; seconds
+            from the first worker's start; ~ is scaled from the exchanges made until the limit (16 of 256, 14 of 16):
+            Mbit/s  cell            exchanges  s, all  s to 97 %  validation  MB           ledger  advise/measured
+            100     I                     256     154         96      97.5 %   4.52 / 4.32   4.11    0.85
+            100     rounds-16-int8         16     124        124      97.6 %   5.79 / 3.03   8.52    0.60
+            10      I                     256   ~1191       ~744      97.5 %   4.65 / 4.65   4.60    0.82
+            10      rounds-16-int8         16    ~283       ~283      97.6 %   5.68 / 2.90   8.15    0.86
+            So at 10 Mbit/s rounds that send 8 bits and keep no optimizer states are there 2.6 times as early as
+            data-parallel training, and done 4.2 times as early; at 100 Mbit/s data-parallel training has 97 % first,
+            and is done last. Before rounds moved fewer bytes an exchange of rounds-16-int8 took 25.3 s at 10 Mbit/s,
+            7.70 MB out and 7.37 in; it takes 17.7 now. The start, 4.11 MB in float32, is most of what is left.
+            rounds-16, which keeps states, ended at 96.9 % after 133 s at 100 Mbit/s (15.0 / 11.8 MB; before). 1000
+            Mbit/s, 64 rounds and bfloat16 of I are not measured to the end; I-bf16-acc4 would make 64 exchanges of half
+            the bytes, and so some 150 s at 10 Mbit/s by its bytes alone: what it comes to is not known.
 """
 
 import argparse
