@@ -14,19 +14,19 @@ Method:     Each Ray node lives in a network namespace of its own, joined by a b
 Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
 Result:     On a quiet machine, n = 1. A set of weights is 4.11 MB; MB are of an exchange and worker, out / in by the
             kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds and out of I; seconds
-            from the first worker's start; ~ is scaled from the exchanges made until the limit (16 of 256, 14 of 16):
+            from the first worker's start; ~ is scaled from the exchanges made until the limit (16, 62 and 14):
             Mbit/s  cell            exchanges  s, all  s to 97 %  validation  MB           ledger  advise/measured
             100     I                     256     154         96      97.5 %   4.52 / 4.32   4.11    0.85
             100     rounds-16-int8         16     124        124      97.6 %   5.79 / 3.03   8.52    0.60
             10      I                     256   ~1191       ~744      97.5 %   4.65 / 4.65   4.60    0.82
+            10      I-bf16-acc4            64    ~246       ~154      97.1 %   2.96 / 2.26   2.88    0.97
             10      rounds-16-int8         16    ~283       ~283      97.6 %   5.68 / 2.90   8.15    0.86
-            So at 10 Mbit/s rounds that send 8 bits and keep no optimizer states are there 2.6 times as early as
-            data-parallel training, and done 4.2 times as early; at 100 Mbit/s data-parallel training has 97 % first,
-            and is done last. Before rounds moved fewer bytes an exchange of rounds-16-int8 took 25.3 s at 10 Mbit/s,
-            7.70 MB out and 7.37 in; it takes 17.7 now. The start, 4.11 MB in float32, is most of what is left.
-            rounds-16, which keeps states, ended at 96.9 % after 133 s at 100 Mbit/s (15.0 / 11.8 MB; before). 1000
-            Mbit/s, 64 rounds and bfloat16 of I are not measured to the end; I-bf16-acc4 would make 64 exchanges of half
-            the bytes, and so some 150 s at 10 Mbit/s by its bytes alone: what it comes to is not known.
+            So at 10 Mbit/s rounds that send 8 bits and keep no optimizer states have 97 % 2.6 times as early as
+            data-parallel training in float32, and later than one that exchanges bfloat16 at every fourth batch, whose
+            end they pass by half a point; at 100 Mbit/s float32 has 97 % first, and is done last. Before rounds moved
+            fewer bytes an exchange of rounds-16-int8 took 25.3 s at 10 Mbit/s, 7.70 MB out and 7.37 in; it takes 17.7
+            now. The start, 4.11 MB in float32, is most of what is left. rounds-16, which keeps states, ended at 96.9 %
+            after 133 s at 100 Mbit/s (15.0 / 11.8 MB; before). 1000 Mbit/s and 64 rounds are not measured to the end.
 """
 
 import argparse
