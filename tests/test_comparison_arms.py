@@ -198,7 +198,7 @@ def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
     first = Exchange(4, start=100, shared=10, own=3, aggregate=50, is_first=True)
     assert first.total_bytes == 4 * (100 + 10 + 3) + 3 * 10 + 50
     assert first.critical_bytes == 100 + 10 + 3 + 3 * 10 + 50
-    later = replace(first, is_first=False, mean=2, averaged=10)
+    later = replace(first, is_first=False, states=2, averaged=10)
     assert later.total_bytes == 3 * 100 + 4 * (2 + 10 + 3) + 3 * 10 + 50 + 10, "the aggregator has what it left"
 
 

@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
-from raysubset.comparison import sizes_of
+from raysubset.comparison import gathering, sizes_of
 from raysubset.config import Config
 from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
@@ -217,13 +217,21 @@ class Processes(InProcess):
             yield piece, record
 
 
-@pytest.mark.parametrize("state", ["keep", "reset", "average"])
-@pytest.mark.parametrize("send", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("state", "send", "method"),
+    [
+        *itertools.product(("keep", "reset", "average"), ("float32", "bfloat16", "int8"), ("uniform_soup",)),
+        ("keep", "float32", "savgm"),
+        ("average", "float32", "savgm"),
+        ("reset", "float32", "regmean"),
+    ],
+)
 def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driver_moves_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, send: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, send: str, method: str
 ) -> None:
     """And that is forecast to the byte. 2 s: four rounds, of which the second and the last are measured."""
     config = config_of(rounds__send=send, rounds__optimizer_state=state, rounds__evaluate_every=2, rounds__num=4)
+    config = config.with_overrides({"aggregation.method": method})
     storage, remote = Counted(), RunDirectory("counted://storage", "run")
     remote.__dict__["_place"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
     rounds, opened = rounds_in(config, remote)
@@ -266,21 +274,25 @@ def test_rounds_of_sent_differences_end_near_those_of_weights(tmp_path: Path, se
         {"rounds.optimizer_state": "average", "minimize.optimizer": "adamw"},
         {"rounds.send": "int8"},
         {"aggregation.method": "savgm", "rounds.lengths": "quadratic", "minimize.schedule": "cosine"},
+        {"aggregation.method": "savgm", "rounds.optimizer_state": "average"},
         {"aggregation.method": "aligned_soup", "subsets.start": "independent", "rounds.num": 1},
     ],
     ids=lambda overrides: next(iter(overrides)),
 )
-def test_legs_with_a_directory_each_end_at_the_bits_of_a_run_in_one(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    config = config_of(rounds__num=2).with_overrides(overrides)
+def test_legs_with_a_directory_each_end_at_the_bits_of_a_run_in_one_and_exchange_what_was_forecast(
+    tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    config = config_of(rounds__num=2, actors__checkpoint_epochs=9.0).with_overrides(overrides)
     whole, _ = run_of(config, tmp_path)
     full_set = load_full_set(*config.learned)
     opened = Run(config, RunDirectory(str(tmp_path), "legs"), full_set, [], lambda event: None)
-    drawing = make_plan(config, full_set).drawing(config, opened.directory.below("legs"), is_lean=True)
-    last = None
-    for last in drawing.legs():
-        list(InProcess(opened).run([Pack((last.piece,))], None))
-    assert last is not None
-    assert same_bits(last.output.weights(), whole)
+    plan = make_plan(config, full_set)
+    legs = list(plan.drawing(config, opened.directory.below("legs"), is_lean=True).legs())
+    for leg in legs:
+        list(InProcess(opened).run([Pack((leg.piece,))], None))
+    assert same_bits(legs[-1].output.weights(), whole)
+    exchanges = [gathering.Legs(full_set, plan, {}).exchange(leg) for leg in legs if leg.kind == "aggregate"]
+    assert exchanges == list(sizes_of(config, full_set, plan).rounds)
 
 
 def test_a_damaged_last_aggregate_is_made_again_of_what_is_kept(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from raysubset.ledger import Work, total_cost
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.planning import Plan
 from raysubset.quality import Quality
-from raysubset.run_directory import optimizer_path, size_of
+from raysubset.run_directory import mean_optimizer_path, optimizer_path, outputs_path, size_of
 from raysubset.run_report import data_record, task_record
 from raysubset.work import Piece
 
@@ -70,7 +70,7 @@ def gather(
         ValueError: where the conventional run has no quality to hold the arms against.
     """
     quality = full_set.quality
-    legs = _Legs(full_set, plan, failed)
+    legs = Legs(full_set, plan, failed)
     arms = [_arm(arm, by_budget, settings, legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
@@ -173,7 +173,7 @@ def _leg_records(finals: Finals) -> Record:
     }
 
 
-class _Legs:
+class Legs:
     """What legs cost and came to, each ledger read once."""
 
     def __init__(self, full_set: FullSet, plan: Plan, failed: Mapping[Leg, str]) -> None:
@@ -203,17 +203,30 @@ class _Legs:
 
     def exchange(self, leg: Leg) -> Exchange:
         """What an aggregation and its members leave and fetch, as if each member had a process of its own."""
-        shared, states = defaultdict[int | None, int](int), defaultdict[int | None, int](int)
+        before, left, start = leg.start.leg, _file_sizes(leg), self._plan.num_bytes
+        if before:
+            start = _file_sizes(before)[before.output.weights_path]
+        shared, own, states, fetched = (defaultdict[int | None, int](int) for _ in range(4))
         for member in leg.members:
+            piece = member.piece
+            assert isinstance(piece, Piece)
             for path, num_bytes in _file_sizes(member).items():
-                (states if path == optimizer_path(member.piece.folder) else shared)[member.subset] += num_bytes
-        before = leg.start.leg
+                is_state = path == optimizer_path(piece.folder)
+                is_own = is_state or (member.is_subsample and path == outputs_path(piece.folder))
+                (own if is_own else shared)[member.subset] += num_bytes
+                states[member.subset] += num_bytes * is_state
+            of = member.predecessor or before
+            if piece.optimizer and of and (member.is_subsample or of is before):  # else its process has it
+                fetched[member.subset] += _file_sizes(of)[piece.optimizer[1]]
+        mean = left.get(mean_optimizer_path(leg.round), 0)
         return Exchange(
             num_members=len(shared),
-            start=_file_sizes(before)[before.output.weights_path] if before else self._plan.num_bytes,
+            start=0 if leg.members[0].start.kind == "independent" else start,
             shared=max(shared.values()),
-            own=max(states.values(), default=0),
-            aggregate=sum(_file_sizes(leg).values()),
+            own=max(own.values(), default=0),
+            aggregate=sum(left.values()) - mean,
+            states=max(fetched.values(), default=0),
+            averaged=sum(states.values()) + mean if mean else 0,
             is_first=before is None or before.kind != "aggregate",
         )
 
@@ -254,7 +267,7 @@ def _arm(
     arm: Arm,
     by_budget: Mapping[float, Mapping[int, Leg]],
     settings: Mapping[str, Settings],
-    legs: _Legs,
+    legs: Legs,
     quality: Quality,
 ) -> Record:
     points = []
@@ -354,7 +367,7 @@ def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Qualit
     return found
 
 
-def _sent(leg: Leg, legs: _Legs, plan: Plan) -> tuple[int, int]:
+def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
     """Bytes one after the other for a leg and all it needs, and exchanges: rounds of members, and all-reduces.
 
     Checkpoints are left out, of all arms: an epoch of data-parallel training leaves as large a one as a member's does.
@@ -373,7 +386,7 @@ def _sent(leg: Leg, legs: _Legs, plan: Plan) -> tuple[int, int]:
 def _network(
     arms: Sequence[Record],
     finals: Finals,
-    legs: _Legs,
+    legs: Legs,
     plan: Plan,
     num_workers: int,
     test: str,

@@ -24,7 +24,7 @@ class Exchange:
     shared: int  # each leaves for the aggregator: its minimum, outputs and statistics where it is asked for them
     own: int  # each leaves for itself: its optimizer's state, and checkpoints
     aggregate: int  # the aggregator leaves: weights, and the outer step's momentum
-    mean: int = 0  # each fetches: the mean of the optimizer states of the round before
+    states: int = 0  # each fetches: optimizer states that it begins with and has not in memory
     averaged: int = 0  # the aggregator fetches or leaves to make such a mean for the round after
     is_first: bool = False  # members fetch the start from the object store; later the aggregator has it
 
@@ -33,7 +33,7 @@ class Exchange:
         """What all links carry, as the ledger has it."""
         num, others = self.num_members, self.num_members - 1
         starts = num if self.is_first else others
-        left = num * (self.mean + self.shared + self.own)
+        left = num * (self.states + self.shared + self.own)
         return starts * self.start + left + others * self.shared + self.aggregate + self.averaged
 
     @property
@@ -41,7 +41,7 @@ class Exchange:
         """What goes one after the other: a member's start, what it leaves, what the aggregator fetches and leaves."""
         others = self.num_members - 1
         start = self.start if self.is_first or others else 0
-        member = start + self.mean + self.shared + self.own
+        member = start + self.states + self.shared + self.own
         return member + others * self.shared + self.aggregate + self.averaged
 
 

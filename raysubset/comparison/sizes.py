@@ -10,11 +10,12 @@ from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
+from raysubset.legs import FRESH
 from raysubset.models import trainable_names
 from raysubset.planning import Plan
 from raysubset.run_directory import RunDirectory, optimizer_path, weights_path
 from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
-from raysubset.work import Minimizer, Piece, round_spans, seeded_model
+from raysubset.work import Minimizer, Piece, seeded_model
 
 _WITH_RATES = ("sgd", "adam", "adamw", "muon")
 _FEW = 8  # examples of the one member's subset
@@ -66,26 +67,30 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             _written(directory, written)
             for written in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
-    statistics = sum(left.values()) + whole * bool(method_of(config.aggregation).needs.parts)
+    has_parts = bool(method_of(config.aggregation).needs.parts)  # which leave outputs that nobody fetches
+    statistics = sum(left.values()) + whole * has_parts
     steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"
+    drawing = plan.drawing(config, None)
 
-    def exchange(number: int, span: tuple[float, float]) -> Exchange:
-        is_last = number + 1 == rounds.num
-        epochs = config.minimize.epochs * rounds.num * (span[1] - span[0])
+    def exchange(number: int) -> Exchange:
+        is_last, epochs = number + 1 == rounds.num, drawing.members(number, FRESH, ())[0].epochs
         every = max(1, round(config.actors.checkpoint_epochs * steps))
         num_checkpoints = max(0, round(epochs * steps) - 1) // every
+        predicted = outputs * rounds.evaluated(number)
         return Exchange(
             num_members=num,
             start=whole if number else plan.num_bytes * (config.subsets.start == "shared"),
-            shared=(whole if is_last else minimum) + statistics + outputs * rounds.evaluated(number),
-            own=(0 if is_last else state) + num_checkpoints * checkpoint,
+            shared=(whole if is_last else minimum) + statistics + predicted,
+            own=(0 if is_last else state)
+            + num_checkpoints * checkpoint
+            + outputs * rounds.evaluated(number) * has_parts,
             aggregate=whole + momentum * rounds.has_outer_step(),
-            mean=state * (is_averaged and number > 0),
+            states=state * (is_averaged + (has_parts and rounds.optimizer_state != "reset")) * (number > 0),
             averaged=(num + 1) * state * (is_averaged and not is_last),
             is_first=number == 0,
         )
 
-    return Sizes(tuple(map(exchange, range(rounds.num), round_spans(config, rounds.num))), checkpoint)
+    return Sizes(tuple(map(exchange, range(rounds.num))), checkpoint)
 
 
 def _size(directory: RunDirectory, path: str) -> int:
