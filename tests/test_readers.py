@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from pyarrow import fs
 
@@ -117,13 +118,20 @@ def test_idx_files_are_read_as_they_are_and_damaged_ones_are_refused(tmp_path: P
     for part, last in (("train", 40), ("t10k", 20)):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images[:last]))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels[:last]))
+    (processed := raw.parent / "processed").mkdir()  # which torchvision would read instead
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(40, 28, 28, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64)), processed / name)
     full_set = load("fashion_mnist", root=str(tmp_path))
     assert np.array_equal(full_set.test.arrays()["image"][..., 0], images[:20])
     assert full_set.test.arrays()["label"].tolist() == labels[:20].tolist()
     assert full_set.task.class_names[9] == "Ankle boot"
 
     (raw / "t10k-images-idx3-ubyte").write_bytes(idx(images[:20])[:-1])
-    with pytest.raises(ValueError, match=r"damaged \(.* is invalid for input of size 15679\).*--data\.download"):
+    text = r"damaged \(t10k-images-idx3-ubyte is .* is invalid for input of size 15679\).*--data\.download"
+    with pytest.raises(ValueError, match=text):
+        load("fashion_mnist", root=str(tmp_path))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(images[:19]))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte has 19 images, and t10k-labels-idx1-ubyte 20 labels"):
         load("fashion_mnist", root=str(tmp_path))
 
 

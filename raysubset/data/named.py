@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+from raysubset.errors import first_line
 from raysubset.events import Note
 
 TABLE_NAMES = ("breast_cancer", "wine", "iris", "diabetes")
@@ -101,9 +103,9 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             "there: set --data.root to the folder that has them, or fetch them with --data.download"
         )
     try:
-        dataset = _reader(name)(root, train=train, download=bool(missing))
+        pixels, labels, class_names = _read(name, root, files, train=train, download=bool(missing))
     # URLError is an OSError; CIFAR's pickles are checked against torchvision's digests first.
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if missing:
             raise ValueError(
@@ -114,10 +116,35 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             f"{name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
-    images, _ = as_images(np.asarray(dataset.data), name, config.image_size)
-    labels = pa.chunked_array([np.asarray(dataset.targets).astype(np.int64)])
-    # MNIST's names are "0 - zero" and so on; the figures say as much.
-    return SourceSplit(images, labels, None if name == "mnist" else tuple(dataset.classes))
+    images, _ = as_images(pixels, name, config.image_size)
+    return SourceSplit(images, pa.chunked_array([labels.astype(np.int64)]), class_names)
+
+
+def _read(
+    name: str, root: Path, files: list[Path], *, train: bool, download: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
+    """Pixels and labels of a split, and names of the classes; None where labels say as much, as MNIST's "0 - zero"."""
+    reader = _reader(name)
+    if name not in _IDX_NAMES:
+        dataset = reader(root, train=train, download=download)
+        return np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
+    if download:
+        reader(root, train=train, download=True)
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    # not by reader(root), which prefers what early versions left in processed/, of which `files` knows nothing
+    images, labels = (path for path in files if path.name.startswith("train" if train else "t10k"))
+    pixels, numbers = _of_idx(read_image_file, images), _of_idx(read_label_file, labels)
+    if len(pixels) != len(numbers):
+        raise ValueError(f"{images.name} has {len(pixels)} images, and {labels.name} {len(numbers)} labels")
+    return pixels, numbers, None if name == "mnist" else tuple(reader.classes)
+
+
+def _of_idx(read: Callable[[str], Any], path: Path) -> np.ndarray:
+    try:
+        return read(str(path)).numpy()
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise ValueError(f"{path.name} is no whole IDX file of bytes: {first_line(error)}") from error
 
 
 def torchvision_files(name: str, root: str) -> list[Path]:
@@ -126,6 +153,7 @@ def torchvision_files(name: str, root: str) -> list[Path]:
 
 
 _IDX_FILES = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+_IDX_NAMES = ("mnist", "fashion_mnist")
 _FOLDERS = {
     "mnist": "MNIST/raw",
     "fashion_mnist": "FashionMNIST/raw",
