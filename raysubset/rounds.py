@@ -65,9 +65,8 @@ class Rounds:
     ) -> dict[str, Any]:
         """The record of a round's aggregate, by actors, of minima that they find where they are not there yet."""
         config, round, needs = self._config, members[0].round, method_of(self._config.aggregation).needs
-        given = (
-            None if start.leg else seeded_model(config, self._full_set).state_dict()
-        )  # else actors read what lies there
+        # actors read what lies there
+        given = None if start.leg else seeded_model(config, self._full_set).state_dict()
         sizes = sorted({len(subset.indices) for subset in subsets})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -31,6 +31,7 @@ from raysubset.run_directory import (
     minimum_folder,
     minimum_path,
     optimizer_path,
+    recent,
     weights_files,
     weights_path,
 )
@@ -327,6 +328,16 @@ class TestFiles:
             run.write_bytes(file, b"")
         run.forget(path)
         assert set(run.list(recursive=True)) == files - set(records)
+
+
+def test_contents_of_files_are_kept_up_to_so_many_bytes_and_the_oldest_go_first(monkeypatch):
+    monkeypatch.setattr(recent, "MOST_BYTES", 10)
+    kept = recent.Recent()
+    contents = {"a": b"12345", "b": b"1234", "local": recent.WRITTEN, "c": b"12", "too large": b"12345678901"}
+    for name, content in contents.items():
+        kept.keep("run", name, "seal", content)
+    assert {name for name in contents if kept.find("run", name, "seal") == contents[name]} == {"b", "local", "c"}
+    assert kept.find("run", "b", "another seal") is None
 
 
 class TestAtomicity:

@@ -258,13 +258,13 @@ class RunDirectory:
                     version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
                     if version != known:
                         checked = self._check(path, _mapped(file, num_bytes), seal)
-                        RECENT.keep(self.uri, path, checked, num_bytes, version)
+                        RECENT.keep(self.uri, path, checked, version)
                 weights = safetensors.torch.load_file(self.local_path / path)
             else:
                 data = self.read_bytes(path) if known is None else known
                 num_bytes = len(data)
                 if known is None:
-                    RECENT.keep(self.uri, path, self._check(path, data, seal), num_bytes, data)
+                    RECENT.keep(self.uri, path, self._check(path, data, seal), data)
                 weights = safetensors.torch.load(data)
         count_bytes(num_bytes if known is None else 0)
         return weights
@@ -289,7 +289,7 @@ class RunDirectory:
             self.write_bytes(path, content)
         count_bytes(sink.num_bytes)
         if is_kept:
-            RECENT.keep(self.uri, path, sink.seal(), sink.num_bytes, content)
+            RECENT.keep(self.uri, path, sink.seal(), content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
         """load_checkpoint(); FileNotFoundError where there is none, CorruptFile where it is not as it was written."""

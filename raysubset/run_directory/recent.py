@@ -14,21 +14,34 @@ class Recent:
     its seal says. What is kept is of one digest, so a file that another process has replaced since is read anew."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], tuple[Seal, int, Any]] = {}
+        self._kept: dict[tuple[str, str], tuple[Seal, Any]] = {}
+        self._num_bytes = 0
         self._lock = threading.Lock()
 
-    def keep(self, uri: str, path: str, seal: Seal, num_bytes: int, content: Any) -> None:
-        """Keep a file's content, or the version of a local one, if it is not too large."""
+    def keep(self, uri: str, path: str, seal: Seal, content: Any) -> None:
+        """Keep a file's content, if it is not too large, or the version of a local one."""
         with self._lock:
-            self._kept.pop((uri, path), None)
-            self._kept[uri, path] = seal, num_bytes, content
-            while sum(size for _, size, _ in self._kept.values()) > MOST_BYTES:
-                del self._kept[next(iter(self._kept))]
+            self._drop((uri, path))
+            if _num_bytes(content) > MOST_BYTES:
+                return
+            self._kept[uri, path] = seal, content
+            self._num_bytes += _num_bytes(content)
+            while self._num_bytes > MOST_BYTES:
+                self._drop(next(iter(self._kept)))
 
     def find(self, uri: str, path: str, seal: Any) -> Any:
         """Return what is kept of this file with this seal; None where nothing is."""
-        found, _, content = self._kept.get((uri, path), (None, 0, None))
+        found, content = self._kept.get((uri, path), (None, None))
         return content if found is not None and found == seal else None
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        _, content = self._kept.pop(key, (None, None))
+        self._num_bytes -= _num_bytes(content)
+
+
+def _num_bytes(content: Any) -> int:
+    """What it holds in memory: nothing of a local file."""
+    return len(content) if isinstance(content, bytes) else 0
 
 
 RECENT = Recent()

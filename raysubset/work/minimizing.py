@@ -78,7 +78,6 @@ class _Job:
     watch: ValidationWatch | None = None
     looked: Cost = field(default_factory=Cost)  # what that has cost
     is_closed: bool = False  # whether its ledger entry says how it ended
-    tells_bytes: bool = False  # whether its heartbeats have the bytes that this process has moved: a pack's first
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,6 @@ class Minimizer:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
             for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
                 jobs.append(self._prepare(piece, start, work, device, place_in_pack))
-            jobs[0].tells_bytes = True
             with self._profiled(jobs[0]) as trace:
                 results = self._minimize(jobs, trace)
             costs = [
@@ -281,7 +279,7 @@ class Minimizer:
             self._progress = {**self._progress, **progress}
             stop = self._stop.is_set()
             for number, own in progress.items():
-                self._save_if_due(jobs[number], own, now=stop)
+                self._save_if_due(jobs[number], own, now=stop, is_first=number == 0)
                 listeners[number](own)
             if trace:
                 trace()
@@ -357,13 +355,16 @@ class Minimizer:
         num_steps = self._config.actors.profile if is_first else 0
         return profiled(num_steps, job.examples.device, partial(self._run.write_bytes, trace_path(piece.stage)))
 
-    def _save_if_due(self, job: _Job, progress: Progress, *, now: bool) -> None:
-        """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted."""
+    def _save_if_due(self, job: _Job, progress: Progress, *, now: bool, is_first: bool) -> None:
+        """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted.
+
+        What a pack has moved is told by its first job.
+        """
         at, ledger = time.perf_counter(), Ledger(self._run)
         due = progress.step - job.last_step >= job.every_steps or at - job.last_at >= self._config.actors.checkpoint_s
         is_saved = now or (due and progress.step < progress.num_steps)
         if is_saved or at - job.heard_at >= ledger.heartbeat_s:
-            num_bytes = moved_bytes() if job.tells_bytes else 0
+            num_bytes = moved_bytes() if is_first else 0
             told = replace(job.work, cost=progress.cost, num_network_bytes=num_bytes)
             ledger.write(told)  # before the checkpoint: what that holds is counted
             job.heard_at = time.perf_counter()
