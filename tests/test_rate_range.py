@@ -52,14 +52,9 @@ def test_what_needs_epochs_is_left_out_and_rates_of_many_steps_stay_within_an_ep
     assert found.steps_a_rate == 2
 
 
-def record(losses: list[float], **changes) -> dict:
-    found = RateRange(
-        (0.01, 0.1, 1.0)[: len(losses)], tuple(losses), 1, None, minimize(cnn(), examples(), ALL, seed=0).cost
-    )
-    values = {name: getattr(found, name) for name in ("fastest_at", "least_at", "suggested")}
-    return (
-        dataclasses.asdict(found) | values | {"config": Config().to_dict(), "passes": 1.5, "num_examples": 30} | changes
-    )
+def of_losses(losses: list[float]) -> RateRange:
+    cost = minimize(cnn(), examples(), ALL, seed=0).cost
+    return RateRange((0.01, 0.1, 1.0)[: len(losses)], tuple(losses), 1, None, cost)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +67,12 @@ def record(losses: list[float], **changes) -> dict:
         ([2.0, 1.5, 1.0], "the loss was falling still at the highest rate tried"),
         ([2.0, 1.99, 2.1], "The loss hardly fell at any rate"),
         ([2.0], "The loss hardly fell at any rate"),
+        ([-2.0, -2.01, -2.0], "The loss hardly fell at any rate"),
+        ([-1.0, -2.0, -3.0], "the loss was falling still at the highest rate tried"),
     ],
 )
 def test_the_suggestion_says_how_it_came_about(losses, text):
-    told, curve = rate_sections(record(losses), loss="loss")
+    told, curve = rate_sections(of_losses(losses), Config().to_dict(), passes=1.5, num_examples=30, loss="loss")
     assert text in str(told.lines[0])
     assert "It cost 1.50 passes over the training set, which no report counts" in str(told.lines[1])
     assert str(told.lines[2]).startswith("raysubset compare --learning-rates ")

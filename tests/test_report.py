@@ -461,7 +461,7 @@ def test_a_command_gives_what_an_earlier_version_recorded_in_todays_flags():
     config["fine_tuning"]["num_workers"] = None
     config["minimize"]["loss"] = "cross_entropy"
     assert command(config) == "raysubset run"
-    assert comparison_beside({"config": config}) == "raysubset compare"
+    assert comparison_beside(config) == "raysubset compare"
 
 
 def test_conventional_command_costs_the_same_with_its_own_evaluation():

@@ -385,10 +385,9 @@ def _find_rate(command: FindRate) -> int:
     examples = full_set.examples("train", indices, device=device, augment=True)
     model = place(seeded_model(config, full_set), device, channels_last=recipe.channels_last)
     found = rate_range(model, examples, recipe, seed=config.seed)
-    values = {name: getattr(found, name) for name in ("fastest_at", "least_at", "suggested")}
     passes = found.cost.passes(len(full_set.train), plan.forward_share)
-    about = {"config": config.to_dict(), "passes": passes, "num_examples": len(examples)}
-    print_sections(rate_sections(dataclasses.asdict(found) | values | about, loss=full_set.task.loss_name))
+    about = {"passes": passes, "num_examples": len(examples), "loss": full_set.task.loss_name}
+    print_sections(rate_sections(found, config.to_dict(), **about))
     return DONE
 
 

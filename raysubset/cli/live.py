@@ -290,10 +290,8 @@ class LiveView:
         rows = standing.rows
         if len(rows) > (most := max(1, room - 3)):
             order = ("at work", "failed", "done", "waiting")
-            telling_most = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))[
-                :most
-            ]
-            rows = [rows[n] for n in sorted(telling_most)]
+            telling_most = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))
+            rows = [rows[n] for n in sorted(telling_most[:most])]
         styles = {"waiting": "dim", "at work": "", "done": "", "failed": "red"}
         for row in rows:
             name = f"{visible(row.name)} *" if row.is_best else visible(row.name)

@@ -64,9 +64,8 @@ def subset_pretraining_beside(record: Record) -> str:
     return command(_without(config, "conventional.") | changes)
 
 
-def comparison_beside(record: Record, *options: str) -> str:
-    """A comparison on the data and network of a run, with its recipe."""
-    config = record["config"]
+def comparison_beside(config: Record, *options: str) -> str:
+    """A comparison on the data and network of a run of this config, with its recipe."""
     name = _renamed(config["name"], "comparison")
     return command(_without(config, "conventional.", "method") | {"name": name}, "compare", *options)
 

@@ -127,7 +127,7 @@ def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:
             yield Command(conventional_beside(record, passes, suffix))
     if beside.comparison is None:
         yield "Whether this pays, only a comparison over budgets and seeds tells (--quick: a smoke test):"
-        yield Command(comparison_beside(record))
+        yield Command(comparison_beside(record["config"]))
     yield "All numbers, and the page again: raysubset report DIR --format json or html. Runs side by side:"
     other = "DIR" if beside.run is None else beside.run["uri"]
     yield Command(f"raysubset report {shlex.quote(record['uri'])} {shlex.quote(other)}")

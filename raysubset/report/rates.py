@@ -1,51 +1,57 @@
 """What a user reads of a learning rate range test: a suggestion, how much it is worth, and a small curve."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from raysubset.events import Note
 from raysubset.report.commands import comparison_beside
 from raysubset.report.parts import Command, Line, Section
 
+if TYPE_CHECKING:
+    from raysubset.training import RateRange  # which brings torch
+
 _WIDTH = 40  # characters that the first loss is drawn as
-_HARDLY = 0.95  # of the first loss: if the least is above that, no rate was seen to work
+_HARDLY = 0.05  # of the first loss: if it falls by less, no rate was seen to work
 _AROUND = (1 / 3, 1.0, 3.0)  # of the suggestion: what a comparison is to choose from
 
 
-def rate_sections(record: Mapping[str, Any], *, loss: str) -> list[Section]:
+def rate_sections(
+    found: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str
+) -> list[Section]:
     """The suggestion, and the curve.
 
     Args:
-        record: a training.RateRange's fields and properties; config, as to_dict() gives it; the passes that it cost and
-            the num_examples that it was on.
+        config: as to_dict() gives it.
+        passes: what it cost.
+        num_examples: that it was on.
         loss: what that is called, with its unit.
     """
-    rates, losses, suggested = record["rates"], record["losses"], record["suggested"]
-    least_at, ended_at = record["least_at"], record["ended_at"]
+    rates, losses, suggested = found.rates, found.losses, found.suggested
+    least_at, ended_at = found.least_at, found.ended_at
     end = "; the loss was falling still at the highest rate tried" if least_at == rates[-1] else ""
     if ended_at is not None:
         end = f"; at {ended_at:.3g} it was far above that, or not finite"
     told: Line = (
-        f"--minimize.learning-rate {suggested:g} is midway, by factors, between {record['fastest_at']:.3g}, where the "
+        f"--minimize.learning-rate {suggested:g} is midway, by factors, between {found.fastest_at:.3g}, where the "
         f"loss fell fastest, and {least_at:.3g}, where it was least{end}."
     )
-    if min(losses) > _HARDLY * losses[0]:
+    if losses[0] - min(losses) < _HARDLY * abs(losses[0]):
         told = Note("The loss hardly fell at any rate, so that this tells nothing: see data and model", is_warning=True)
     worth = (
-        f"A rule of thumb (range test, arXiv:1506.01186): {record['steps_a_rate']} step(s) at each of {len(rates)} "
-        f"rates, one after the other, on {record['num_examples']:,} examples from the start weights. It saw no "
+        f"A rule of thumb (range test, arXiv:1506.01186): {found.steps_a_rate} step(s) at each of {len(rates)} "
+        f"rates, one after the other, on {num_examples:,} examples from the start weights. It saw no "
         "validation data, no schedule and no later epoch, and another seed moves it. It cost "
-        f"{record['passes']:.2f} passes over the training set, which no report counts. To choose by validation data:"
+        f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data:"
     )
     chosen = [f"{factor * suggested:.2g}" for factor in _AROUND]
-    beside = Command(comparison_beside(record, "--learning-rates", *chosen))
+    beside = Command(comparison_beside(config, "--learning-rates", *chosen))
     return [
         Section("A learning rate to begin with", lines=(told, worth, beside)),
         Section("Loss while training", ("learning rate", loss, ""), _curve(rates, losses)),
     ]
 
 
-def _curve(rates: list[float], losses: list[float]) -> tuple[tuple[str, ...], ...]:
+def _curve(rates: Sequence[float], losses: Sequence[float]) -> tuple[tuple[str, ...], ...]:
     """A row a rate, with a bar from a little below the least loss."""
     least = min(losses)
     lowest = least - 0.1 * (losses[0] - least)
