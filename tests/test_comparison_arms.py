@@ -169,6 +169,9 @@ def test_an_arm_takes_overrides():
     assert parse_arm("B:minimize.averaging.kind=pswa").role == "control"
 
 
+WHOLE = ["--minimize.optimizer", "lbfgs", "--fine-tuning.epochs", "0", "--trunk.epochs", "0"]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -184,6 +187,9 @@ def test_an_arm_takes_overrides():
         (["--arms", "B", "G:task.loss=squared_error"], "task.loss is the same for all arms"),
         (["--actors.quorum", "3"], "which no other run repeats: leave out actors.quorum"),
         (["--subsets.shares", "measured"], "which no other run repeats: leave out subsets.shares"),
+        (["--arms", "B", "G", "I", *WHOLE], "arm I is shared by several workers, and lbfgs takes all examples in one"),
+        (["--arms", "B", "C", "G", *WHOLE], "arm C sees a share of the examples in each epoch, and lbfgs takes all"),
+        (["--arms", "B", "G", *WHOLE, "--data.streamed"], "arm B trains on the full set, which data.streamed does not"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: list[str], told: str, tmp_path, capsys):

@@ -218,6 +218,14 @@ def _refuse_what_arms_do_not(arm: Arm, config: Config) -> None:
         if name.partition(".")[0] in COMMON:
             raise ValueError(f"arm {arm.key}: {name} is the same for all arms: set it for the whole comparison")
     refuse_fresh_weights(own.with_overrides({"fine_tuning.start": arm.start}))
+    if loop := own.minimize.whole_loop:
+        whose = {"C": "sees a share of the examples in each epoch", "I": "is shared by several workers"}
+        if arm.letter in whose:
+            text = f"{whose[arm.letter]}, and {loop} takes all examples in one process"
+            raise ValueError(f"arm {arm.key} {text}: leave it out of --arms, or use sgd, adam or adamw")
+        if own.data.streamed and arm.letter not in OF_SUBSETS:
+            text = f"trains on the full set, which data.streamed does not hold, and {loop} has all examples in memory"
+            raise ValueError(f"arm {arm.key} {text}: use sgd, adam or adamw, or leave --data.streamed out")
     if arm.letter not in OF_SUBSETS:
         return
     for is_set, name, words in (
