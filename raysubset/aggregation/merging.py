@@ -4,6 +4,7 @@ soup = merge([model.state_dict() for model in models])
 best = merge(members, "greedy_soup", score=lambda weights: loss_of(weights))
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
@@ -72,7 +73,7 @@ def merge(
         losses = [score(member) for member in weights]
     if losses is None and needs.validation:
         raise ValueError(f"{config.method} goes by held-out losses: give losses, or a score of any weights")
-    averaged = averaged_names(network) if network is not None else _all_but_masks(weights[0])
+    averaged = averaged_names(network) if network is not None else _all_but_masks(weights)
     minima = [
         Minimum(
             subset_id=number,
@@ -124,10 +125,18 @@ def _parameters(weights: Weights) -> Collection[str]:
     return [key for key, value in weights.items() if value.is_floating_point() and not key.endswith(_STATISTICS)]
 
 
-def _all_but_masks(weights: Weights) -> frozenset[str]:
-    """Keys of all but what holds negative infinities beside finite values, as masks of attention do."""
-    masks = {key for key, value in weights.items() if bool(value.isneginf().any()) and bool(value.isfinite().any())}
-    return frozenset(weights.keys() - masks)
+def _all_but_masks(members: Sequence[Weights]) -> frozenset[str]:
+    """Keys of all but what holds negative infinities beside finite values, in every member at the same places."""
+    first, *others = members
+    masks = {
+        key
+        for key, value in first.items()
+        if value.is_floating_point()
+        and bool((value == -math.inf).any())
+        and bool(value.isfinite().any())
+        and all(key in other and torch.equal(value == -math.inf, other[key] == -math.inf) for other in others)
+    }
+    return frozenset(first.keys() - masks)
 
 
 def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
