@@ -52,6 +52,13 @@ def test_what_needs_epochs_is_left_out_and_rates_of_many_steps_stay_within_an_ep
     assert found.steps_a_rate == 2
 
 
+def test_float16_is_tried_without_its_scale_which_a_few_steps_at_each_rate_would_spend_themselves_on():
+    recipe = MinimizeConfig(batch_size=10, learning_rate=1e-3, objective="tests.own_objectives:loud")
+    whole = rate_range(cnn("none"), examples(), recipe, seed=3)
+    half = rate_range(cnn("none"), examples(), dataclasses.replace(recipe, precision="float16"), seed=3)
+    assert half.losses == whole.losses
+
+
 def of_losses(losses: list[float]) -> RateRange:
     cost = minimize(cnn(), examples(), ALL, seed=0).cost
     return RateRange((0.01, 0.1, 1.0)[: len(losses)], tuple(losses), 1, None, cost)

@@ -58,6 +58,7 @@ def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, s
     Args:
         model: on the examples' device, as the stage would begin.
         recipe: of batches. What varies its steps by the epoch (averaging, skipping) is left out, as what ends it is.
+            For float16 stands auto: its loss's scale is found by steps that are left out, at each rate anew.
 
     Raises:
         DivergedError: if the loss is not finite at the lowest rate.
@@ -76,6 +77,7 @@ def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, s
         target_loss=None,
         patience=0,
         validate_every=None,
+        precision="auto" if recipe.precision == "float16" else recipe.precision,
     )
     rates, losses, cost, state, ended_at = list[float](), list[float](), Cost(), None, None
     for number in range(low, high + 1):
