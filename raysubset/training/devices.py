@@ -49,9 +49,10 @@ def _keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # of another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(trim_threshold, 128 * 2**20)
-            libc.mallopt(mmap_threshold, 64 * 2**20)
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            # Older glibc takes no more than 32; where it takes none, the trim threshold would end its own adapting
+            if any(mallopt(mmap_threshold, num * 2**20) for num in (64, 32)):
+                mallopt(trim_threshold, 128 * 2**20)
 
 
 def card_bytes(*, num_gpus: float) -> int | None:
