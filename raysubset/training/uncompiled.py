@@ -35,9 +35,9 @@ def lean(kind: Kind) -> Kind:
     layers: list[Any] = [kind.step]
     while hasattr(layers[-1], "__wrapped__"):
         layers.append(layers[-1].__wrapped__)
-    if len(layers) < 2:
+    if len(layers) != 2 + hasattr(kind.step, "hooked"):  # another torch's, whose decorators may do more
         return kind
-    *_, torchs, plain = layers  # the outer ones call hooks, as they will of what is returned
+    *_, torchs, plain = layers  # the one before calls hooks, as it will of what is returned
 
     def step(self: Any, closure: Callable[[], float] | None = None) -> Any:
         if "torch._dynamo" in sys.modules:
