@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from raysubset.config import ExtrapolationConfig, MinimizeConfig, derive_seed
 from raysubset.training import Progress, minimize, why_not_packed
-from tests.tiny import cnn, examples, same_bits, through_a_file, weights
+from tests.tiny import cnn, examples, same_bits, stop_at, through_a_file, weights
 
 RECIPE = MinimizeConfig(
     precision="float16", objective="tests.own_objectives:loud", epochs=2, batch_size=10, clip_norm=1.0, momentum=0.0
@@ -67,12 +67,7 @@ def test_a_run_that_resumes_has_the_same_scale_and_bits(optimizer, step):
     unbroken, states = cnn(), []
     minimize(unbroken, examples(), recipe, seed=5)
 
-    def stop(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
-    minimize(cnn(), examples(), recipe, seed=5, on_step=stop)
+    minimize(cnn(), examples(), recipe, seed=5, on_step=stop_at(step, states))
     assert states[0]["scaler"]["scale"] < 65536
     resumed = cnn(seed=9)
     minimize(resumed, examples(), recipe, seed=5, state=states[0])

@@ -9,8 +9,8 @@ from raysubset.config import Config, DataConfig, MinimizeConfig
 from raysubset.data import load_full_set
 from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.planning import make_plan
-from raysubset.training import Progress, minimize
-from tests.tiny import cnn, examples, same_bits, through_a_file, weights
+from raysubset.training import minimize
+from tests.tiny import cnn, examples, same_bits, stop_at, weights
 
 RECIPE = MinimizeConfig(epochs=2, batch_size=8)
 
@@ -40,14 +40,9 @@ def test_rows_as_they_are_have_the_bits_of_no_augmentation_and_drawn_ones_others
 def test_what_it_draws_is_drawn_again_by_a_run_that_resumes(function, step):
     states = []
 
-    def stop(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
     own = augmented(function)
     before = own.rows["image"].clone()
-    trained(own, on_step=stop)
+    trained(own, on_step=stop_at(step, states))
     assert same_bits(trained(own, state=states[0], start=9), trained(own))
     assert torch.equal(own.rows["image"], before)
 

@@ -12,7 +12,7 @@ from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.training import DivergedError, Progress, minimize, starts_over, try_own_loop, why_not_packed
 from raysubset.work import Minimizer, Piece
-from tests.tiny import cnn, examples, same_bits, stored_weights, through_a_file, weights
+from tests.tiny import cnn, examples, same_bits, stop_at, stored_weights, through_a_file, weights
 
 
 def recipe(function: str, **changes) -> MinimizeConfig:
@@ -46,12 +46,7 @@ def test_it_resumes_at_its_bits_or_starts_over(function, step):
     unbroken, states = cnn(), []
     expected = minimize(unbroken, examples(30), recipe(function), seed=5)
 
-    def stop(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
-    assert minimize(cnn(), examples(30), recipe(function), seed=5, on_step=stop).outcome == "stopped"
+    assert minimize(cnn(), examples(30), recipe(function), seed=5, on_step=stop_at(step, states)).outcome == "stopped"
     assert starts_over(recipe(function), states[0]) == (function == "without_capture")  # also its validation history
     resumed = cnn(seed=9) if function == "momentum" else cnn()
     result = minimize(resumed, examples(30), recipe(function), seed=5, state=states[0])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from raysubset.config import Config, MinimizeConfig
-from raysubset.training import Progress, minimize, try_own_objective, why_not_packed
-from tests.tiny import cnn, examples, noisy_network, same_bits, through_a_file, weights
+from raysubset.training import minimize, try_own_objective, why_not_packed
+from tests.tiny import cnn, examples, noisy_network, same_bits, stop_at, weights
 
 
 def recipe(function: str, **changes) -> MinimizeConfig:
@@ -30,12 +30,7 @@ def test_what_it_draws_is_drawn_again_by_a_run_that_resumes(step, changes):
     config = recipe("mixup", **changes)
     minimize(unbroken, examples(), config, seed=5)
 
-    def stop(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
-    minimize(noisy_network(), examples(), config, seed=5, on_step=stop)
+    minimize(noisy_network(), examples(), config, seed=5, on_step=stop_at(step, states))
     resumed = noisy_network(seed=9)
     minimize(resumed, examples(), config, seed=5, state=states[0])
     assert same_bits(weights(resumed), weights(unbroken))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from raysubset.config import Config, MinimizeConfig
-from raysubset.training import Progress, minimize, try_own_optimizer, why_not_packed
+from raysubset.training import minimize, try_own_optimizer, why_not_packed
 from raysubset.training.optimizers import make_optimizer
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import cnn, examples, linear, noisy_network, same_bits, stop_at, weights
 
 
 def recipe(function: str, **changes) -> MinimizeConfig:
@@ -41,12 +41,7 @@ def test_stopped_and_resumed_from_a_file_it_ends_at_the_same_bits(step):
     unbroken, states = noisy_network(), []
     minimize(unbroken, examples(), recipe("two_rates"), seed=5)
 
-    def stop(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
-    minimize(noisy_network(), examples(), recipe("two_rates"), seed=5, on_step=stop)
+    minimize(noisy_network(), examples(), recipe("two_rates"), seed=5, on_step=stop_at(step, states))
     resumed = noisy_network(seed=9)
     minimize(resumed, examples(), recipe("two_rates"), seed=5, state=states[0])
     assert same_bits(weights(resumed), weights(unbroken))

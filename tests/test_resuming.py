@@ -8,19 +8,23 @@ from torch import nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.training import Progress, minimize
-from tests.tiny import CROSS_ENTROPY, SQUARED_ERROR, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import (
+    CROSS_ENTROPY,
+    SQUARED_ERROR,
+    examples,
+    linear,
+    noisy_network,
+    same_bits,
+    stop_at,
+    through_a_file,
+    weights,
+)
 
 
 def stopped_at(step: int, model: nn.Module, data: Examples, config: MinimizeConfig, **options) -> tuple:
     """(what a checkpoint after the step holds, the result of the run that was stopped there)."""
     states = []
-
-    def on_step(progress: Progress) -> bool:
-        if progress.step == step:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == step
-
-    result = minimize(model, data, config, on_step=on_step, **options)
+    result = minimize(model, data, config, on_step=stop_at(step, states), **options)
     return states[0], result
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from raysubset.config import AveragingConfig, ExtrapolationConfig, MinimizeConfig, SkippingConfig, derive_seed
 from raysubset.data import even_sizes
-from raysubset.training import LeftOutError, Progress, Shard, minimize
-from tests.tiny import cnn, examples, same_bits, through_a_file, weights
+from raysubset.training import LeftOutError, Shard, minimize
+from tests.tiny import cnn, examples, same_bits, stop_at, through_a_file, weights
 
 RECIPE = MinimizeConfig(epochs=2, batch_size=8, learning_rate=0.05, channels_last=False)
 NUM = 37  # batches of 8, 8, 7, 7 and 7: the workers' shares differ in size
@@ -108,12 +108,7 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     shard, states = Shard(rank, 2), []
-
-    def stop(progress: Progress) -> bool:
-        if progress.step == STOP:
-            states.append(through_a_file(progress.capture()))
-        return progress.step == STOP
-
+    stop = stop_at(STOP, states)
     whole = ends_at(network(), shard)
     ends_at(network(), shard, on_step=stop)
     everyones = [states[0]]

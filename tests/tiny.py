@@ -2,7 +2,7 @@
 
 import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
 from raysubset.trained_model import ModelRecord
-from raysubset.training import Metrics
+from raysubset.training import Metrics, Progress
 
 CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
 
@@ -136,3 +136,14 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def stop_at(step: int, states: list[dict[str, Any]]) -> Callable[[Progress], bool]:
+    """An on_step of minimize() that ends it after the step, and leaves what a checkpoint of then gives back."""
+
+    def stop(progress: Progress) -> bool:
+        if progress.step == step:
+            states.append(through_a_file(progress.capture()))
+        return progress.step == step
+
+    return stop
