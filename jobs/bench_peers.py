@@ -12,7 +12,7 @@ and measures training, validation and test data once. Repeats alternate; wall ti
 CPU seconds of the whole process tree are compared. Every process is looked at each 0.1 s: the last of its 0.1 s at most
 is missing. No other library is installed for this: a rival beyond these is not measured.
 
-Hardware: 2 cores of a shared virtual machine, load 17 to 28; Ray 2.60, torch 2.15, Python 3.11. Wall time: 15 min.
+Hardware: 2 cores of a shared virtual machine, load 17 to 28; Ray 2.60, torch 2.14, Python 3.11. Wall time: 15 min.
 Result:   --epochs 1, n = 1: CPU seconds of the tree, ratio to hand; of the first two their parts
           hand    20.4   1.00   imports 2.9, reading 3.4, training 9.4, measuring 3.2
           loop    20.8   1.02   imports 3.6, reading 3.4, training 9.0, measuring 3.3 (6.1 before freed memory was kept,

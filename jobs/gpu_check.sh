@@ -11,7 +11,8 @@
 #                   ray rich safetensors pytest pytest-timeout click msgpack jsonschema filelock
 #           A file too large to carry whole comes in parts, NAME.whl.aa, NAME.whl.ab (split -b 50M), joined here.
 # DATA:     MNIST and CIFAR-10 in torchvision's layout; batches of CIFAR-10 may be gzipped (data_batch_1.gz).
-# Time:     tests 60 s, loop 60, packing 60, rounds 90, speed 120, late 90: each is stopped at its limit, and said to be.
+# Time:     guessed are tests 60 s, loop 60, packing 60, rounds 90, speed 120, late 90. Each is stopped at a limit, of 60
+#           to 150 s and 10 minutes in all, and said to be.
 # Result:   NOT MEASURED YET: no GPU was at hand. With QUICK=1, which makes each part as small as it goes, all came to
 #           their ends on a CPU, where the tests are skipped.
 set -uo pipefail

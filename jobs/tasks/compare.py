@@ -38,6 +38,7 @@ segmentation: MNIST's digits on patches of photographs, a small U-Net, mean IoU.
 localisation: the same scenes, digit and box, a CNN and a task of our own (scenes.py), IoU. Not measured yet.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 if __name__ == "__main__":
-    task = sys.argv[1] if len(sys.argv) > 1 else ""
-    if task not in SETTINGS:
-        sys.exit(f"give a task, one of {', '.join(SETTINGS)}: python jobs/tasks/compare.py TASK")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=SETTINGS)
+    task = parser.parse_args(sys.argv[1:2]).task
     default = Config(name=f"task-{task}").with_overrides(SHARED | SETTINGS[task])
     sys.exit(run_comparison_job(sys.argv[2:], default=default, description=__doc__, seeds=3, **OPTIONS[task]))
