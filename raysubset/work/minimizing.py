@@ -253,7 +253,6 @@ class Minimizer:
             optimizer_state, _ = self._optimizers.pop((of.uri, path), (None, 0))
             if optimizer_state is None:
                 optimizer_state = of.read_checkpoint(path)["optimizer"]
-            optimizer_state = _changed(optimizer_state, lambda v: v.float() if v.dtype == torch.bfloat16 else v)
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
@@ -492,20 +491,16 @@ class Minimizer:
 
 
 def _sent_state(state: dict[str, Any], send: Send) -> dict[str, Any]:
-    """Return an optimizer's state on the CPU, its moments in 16 bits where members send fewer than 32."""
+    """Return an optimizer's state on the CPU, its moments in 16 bits where members send fewer than 32: optimizers load
+    them in their parameters' type."""
     narrow = send != "float32"
-    return _changed(
-        state, lambda v: v.to("cpu", torch.bfloat16 if narrow and v.ndim and v.is_floating_point() else None)
-    )
 
+    def sent(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to("cpu", torch.bfloat16 if narrow and value.ndim and value.is_floating_point() else None)
 
-def _changed(state: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """Return an optimizer's state dict with each of its tensors changed."""
-    changed = {
-        parameter: {name: change(v) if isinstance(v, torch.Tensor) else v for name, v in held.items()}
-        for parameter, held in state["state"].items()
-    }
-    return state | {"state": changed}
+    return state | {"state": {key: {k: sent(v) for k, v in held.items()} for key, held in state["state"].items()}}
 
 
 def _held(examples: Examples | StreamedExamples) -> Examples:
