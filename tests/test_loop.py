@@ -19,12 +19,13 @@ from raysubset.training import (
     DivergedError,
     EpochRecord,
     MinimizeResult,
+    Progress,
     Shard,
     minimize,
     num_steps_per_epoch,
 )
 from raysubset.training.optimizers import learning_rate_at
-from tests.tiny import SQUARED_ERROR, cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import SQUARED_ERROR, asking, cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
 
 
 def optimizer_by_hand(model: nn.Module, config: MinimizeConfig) -> torch.optim.Optimizer:
@@ -363,3 +364,15 @@ def test_progress_tells_epochs_and_the_last_epochs_loss():
     assert math.isnan(told[0][1])
     assert [told[3][1], told[4][1], told[5][1]] == [result.history[i].loss for i in (0, 0, 1)]
     assert result.history[0] == EpochRecord(1.0, told[3][1], result.history[0].learning_rate, 4)
+
+
+def test_another_thread_that_asks_for_the_running_loss_as_epochs_end_is_told_of_none_or_of_whole_batches():
+    progress = Progress(0, 1)
+
+    def show(seen: Progress) -> None:
+        nonlocal progress
+        progress = seen
+
+    with asking(lambda: progress.running_loss()) as answers:
+        minimize(linear(64), examples(9), MinimizeConfig(epochs=200, batch_size=9), seed=0, on_step=show)
+    assert all(math.isnan(loss) or loss > 0 for loss in answers)  # no sum of one epoch by the number of another

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ from raysubset.training import (
 from tests.tiny import (
     CROSS_ENTROPY,
     SQUARED_ERROR,
+    asking,
     cnn,
     examples,
     linear,
@@ -303,6 +304,14 @@ def test_the_time_of_a_pack_is_shared_out() -> None:
     _, results = Members(sizes=(30, 30, 9)).packed(RECIPE)
     wall_s = time.perf_counter() - started
     assert 0.5 * wall_s < sum(result.cost.device_s for result in results) < wall_s
+
+
+def test_another_thread_may_ask_for_the_running_losses_as_epochs_end() -> None:
+    seen: list[Progress] = []
+    members = Members(sizes=(8, 8), augmentation="none", network=lambda seed: linear(64, seed=seed))
+    with asking(lambda: seen[-1].running_loss() if seen else math.nan) as answers:
+        members.packed(replace(RECIPE, epochs=200), on_step=lambda told: seen.append(told[0]))
+    assert all(math.isnan(loss) or loss > 0 for loss in answers)
 
 
 def test_what_cannot_be_packed_is_told() -> None:

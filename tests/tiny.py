@@ -1,8 +1,11 @@
 """Tiny examples and networks that the tests of training and aggregation share."""
 
 import io
+import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -147,3 +150,29 @@ def stop_at(step: int, states: list[dict[str, Any]]) -> Callable[[Progress], boo
         return progress.step == step
 
     return stop
+
+
+@contextmanager
+def asking(question: Callable[[], float]) -> Iterator[list[float]]:
+    """What a second thread is answered, which asks all the time and takes turns with this one as often as it can."""
+    answers: list[float] = []
+    errors: list[BaseException] = []
+    has_ended = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not has_ended.is_set():
+                answers.append(question())
+        except BaseException as error:
+            errors.append(error)
+
+    asker, interval = threading.Thread(target=ask), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asker.start()
+        yield answers
+    finally:
+        has_ended.set()
+        asker.join()
+        sys.setswitchinterval(interval)
+    assert not errors, errors

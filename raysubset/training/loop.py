@@ -152,8 +152,10 @@ def minimize(
         return outputs.detach()
 
     def running_loss() -> float:
-        """Where there are shards, of this one."""
-        return loss_sum.item() * shard.num / num_summed if num_summed else math.nan
+        """Where there are shards, of this one. Other threads ask: an epoch may end between any two lines."""
+        num = num_summed
+        mean = loss_sum.item() * shard.num / num if num else math.nan
+        return mean if num <= num_summed else math.nan
 
     progress.capture, progress.running_loss = capture, running_loss
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -220,8 +222,8 @@ def minimize(
                 if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
                     mean = math.nan  # it is the last step that went too far, which no loss has seen
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
+                num_summed = 0  # before the sum, for running_loss()
                 loss_sum.zero_()
-                num_summed = 0
                 outcome = reached(recipe, progress)
                 if outcome == "diverged":
                     if not best:

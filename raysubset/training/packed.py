@@ -239,8 +239,8 @@ class _Pack:
             member, progress = self.members[number], self.members[number].progress
             mean = sums[number] / member.num_summed if are_finite[row] else math.nan
             progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
+            member.num_summed = 0  # before the sum, for _running_loss()
             self._loss_sums[number] = 0
-            member.num_summed = 0
             member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
                 if member.best:
@@ -271,8 +271,10 @@ class _Pack:
         self._stack.keep(rows)
 
     def _running_loss(self, number: int) -> float:
-        num_summed = self.members[number].num_summed
-        return self._loss_sums[number].item() / num_summed if num_summed else math.nan
+        """Other threads ask: an epoch may end between any two lines."""
+        num = self.members[number].num_summed
+        mean = self._loss_sums[number].item() / num if num else math.nan
+        return mean if num <= self.members[number].num_summed else math.nan
 
     def _capture(self, number: int) -> dict[str, Any]:
         """The state of a running member, as minimize() would give it."""
