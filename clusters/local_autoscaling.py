@@ -141,7 +141,9 @@ def _end(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         head = psutil.Process(process.pid)
         started = [head, *head.children(recursive=True)]
-        head.terminate()
+        for one in started:  # the head by itself would let them work on for these seconds
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.terminate()
         _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
         for one in left:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -235,8 +235,8 @@ def subset_works(run: RunDirectory) -> list[Work]:
     return [work for work in Ledger(run).read() if work.stage == "subsets"]
 
 
-def subsets_with_checkpoints(run: RunDirectory) -> set[str]:
-    return {path.split("/")[3] for path in run.list("rounds", recursive=True) if "check" in path}
+def checkpoints(run: RunDirectory) -> set[str]:
+    return {path for path in run.list("rounds", recursive=True) if "check" in path}
 
 
 def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken: Unbroken) -> None:
@@ -262,9 +262,8 @@ def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
 ) -> None:
     run, log = unbroken.run, unbroken.log
     own = [line for line in log.splitlines() if "(raylet)" not in line]
-    assert not any(
-        re.search(r"[\x00-\x08\x0b-\x1f\x7f]", line) for line in own
-    )  # no colours, nothing that draws over itself
+    # no colours, nothing that draws over itself
+    assert not any(re.search(r"[\x00-\x08\x0b-\x1f\x7f]", line) for line in own)
     assert f" report: {run.uri}\n" in log
     capsys.readouterr()
     assert call(["report", run.uri]) == 0
@@ -276,10 +275,14 @@ def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
         assert {"raysubset", "jobs", "pyproject.toml"} <= travelled
         assert not travelled & AT_HOME
 
-    # the driver is on the head, which has nothing to give
+    # the driver is on the head, which has nothing to give: all work was elsewhere
     nodes = [node["raylet"] for node in cluster.get("/nodes?view=summary")["data"]["summary"]]
     (head,) = (node["nodeId"] for node in nodes if node["isHeadNode"])
     assert cluster.get("/api/jobs/whole")["driver_node_id"] == head
+    actors = cluster.get("/api/v0/actors?limit=1000")["data"]["result"]["result"]
+    places = {actor["node_id"] for actor in actors if actor["class_name"] == "SubsetActor"}
+    assert places
+    assert head not in places
 
 
 def test_what_no_node_type_offers_is_refused_at_the_start(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -302,16 +305,16 @@ def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_cha
 ) -> None:
     run, flags = RunDirectory(str(tmp_path), "run"), ("--fine-tuning.epochs", "0")
     cluster.submit("first", tmp_path, *flags, wait=False)
-    cluster.wait("first", lambda: len(subsets_with_checkpoints(run)) > 1)
+    cluster.wait("first", lambda: len({path.split("/")[3] for path in checkpoints(run)}) > 1)
     cluster.workers()[-1].kill()
     cluster.wait("first", lambda: "starts from its last checkpoint" in cluster.log("first"))
     log = cluster.stop("first")
     assert log.endswith("raysubset: stopped; what was done is kept, the same command resumes\n")
     assert not run.exists("report.json")
 
-    num_before = len(subset_works(run))
+    before = checkpoints(run)
     cluster.submit("second", tmp_path, *flags, wait=False)
-    cluster.wait("second", lambda: len(subset_works(run)) > num_before)
+    cluster.wait("second", lambda: bool(checkpoints(run) - before))
     assert f"going on with {run.uri}" in cluster.log("second")
     cluster.end()
     assert not run.exists("report.json")
@@ -320,7 +323,7 @@ def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_cha
     assert run_job(["--storage-path", str(tmp_path), *FLAGS, *flags], default=defaults) == 0  # on the session's Ray
     assert f"going on with {run.uri}" in capsys.readouterr().err
     works = subset_works(run)
-    assert {"lost", "done"} <= {work.outcome for work in works}
+    assert {"interrupted", "lost", "done"} <= {work.outcome for work in works}
     assert [work.outcome for work in works].count("done") == NUM_SUBSETS
     for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
         a, b = stored_weights(run, path), stored_weights(unbroken.run, path)
