@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raysubset import Config
+from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
 from raysubset.decisions import TRAIN_START_S, Decisions
 from raysubset.ledger import Work
@@ -14,6 +15,7 @@ from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
 from raysubset.training import Cost
 from raysubset.work import Run
+from tests.processes import install
 
 NUM_TRAIN = 1294
 SUBSET = Work("subsets", 0, 0, 0, "node", "cpu", started_at=1.0, outcome="done")
@@ -69,6 +71,16 @@ def test_teachers_make_fine_tuning_longer(tmp_path: Path, full_set: FullSet, pla
     made._run.ledger.write(worked(0.75 * TRAIN_START_S))  # alone some 1.5 times, of which two workers save half
     assert made._workers(0)["num_workers"] == 1
     assert made._workers(4)["num_workers"] == 2
+
+
+def test_workers_of_a_streamed_set_leave_a_cpu_to_the_tasks_that_read_it(
+    tmp_path: Path, full_set: FullSet, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, num_cpus=2)
+    for streamed, most in ((False, 2), (True, 1)):
+        config = Config(data=DataConfig(name="images.parquet", streamed=streamed))
+        run = Run(config, RunDirectory(str(tmp_path), f"{most}"), full_set, (), lambda event: None)
+        assert Decisions(run, plan).to_dict()["most_workers"] == most
 
 
 def test_what_was_asked_for_or_decided_before_is_kept_without_a_word(

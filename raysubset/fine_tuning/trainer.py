@@ -77,6 +77,7 @@ class WatchedTrainer(TorchTrainer):
                 while not ray.wait([result_ref], timeout=self.every_s)[0]:
                     self.look(controller)
                 result = ray.get(result_ref)
+            ray.kill(controller)  # by itself it would end in its own time, or never where one of its threads hangs
             return result
         except BaseException as error:
             self._end(controller, has_died=isinstance(error, SYSTEM_ERRORS))

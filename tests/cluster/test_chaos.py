@@ -53,11 +53,12 @@ PLAN = [
     (num_checkpoints(1), "actor", signal.SIGTERM),
     (num_checkpoints(2), "actor", signal.SIGKILL),
     (in_mid_fine_tuning(3), "train_worker", signal.SIGKILL),
-    (in_mid_fine_tuning(14), "driver", signal.SIGKILL),
+    (in_mid_fine_tuning(9), "driver", signal.SIGINT),
+    (in_mid_fine_tuning(19), "driver", signal.SIGKILL),
 ]
 
 
-def test_actors_a_train_worker_and_a_driver_that_are_killed_change_no_bit_whatever_their_own_state(
+def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever_their_own_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punish, "FLAGS", FLAGS)
@@ -70,13 +71,21 @@ def test_actors_a_train_worker_and_a_driver_that_are_killed_change_no_bit_whatev
     try:
         for reached, kind, number in PLAN:
             wait(lambda reached=reached: reached(directory), driver)
+            tagged.all()  # as they are now: those of a driver that has ended are known only if they were seen
             victims = [driver.pid] if kind == "driver" else [p.pid for p in tagged.of_kind(kind)]
             assert victims, f"no {kind} lives"
             os.kill(draw.choice(victims), number)
             if kind == "driver":
                 driver.wait()
+                if number == signal.SIGINT:
+                    assert tagged.end_all() == []
                 driver = punish.start(disturbed, None, tagged)
-        assert driver.wait(timeout=300) == 0, (disturbed / "driver.log").read_text()
+        until = time.monotonic() + 300
+        while driver.poll() is None:
+            tagged.all()
+            assert time.monotonic() < until, (disturbed / "driver.log").read_text()
+            time.sleep(0.2)
+        assert driver.returncode == 0, (disturbed / "driver.log").read_text()
     finally:
         driver.kill()
         driver.wait()
@@ -88,7 +97,7 @@ def test_actors_a_train_worker_and_a_driver_that_are_killed_change_no_bit_whatev
     works = Ledger(directory).read()
     assert {work.stage for work in works if work.outcome == "lost"} == {"subsets", "fine_tuning"}, works
     assert [work.stage for work in works if work.outcome == "preempted"] == ["subsets"], works
-    assert len([work for work in works if work.stage == "fine_tuning"]) == 3  # a worker's death and the driver's
+    assert len([work for work in works if work.stage == "fine_tuning"]) == 4  # a worker's death and two drivers' ends
 
     full_set = load_full_set(Config().data)
     num_train, num_validation = len(full_set.train), len(full_set.validation)

@@ -16,10 +16,7 @@ from raysubset.events import Event, Note, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.ledger import Ledger
 from raysubset.pulse import beat, begin
-from raysubset.run_directory import (
-    RunDirectory,
-    weights_path,
-)
+from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.work import Piece, Run
 from tests.tiny import stored_weights
 
@@ -161,7 +158,6 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
             num_gpus=0.0,
         )
     warnings = [event.text for event in events if isinstance(event, Note) and event.is_warning]
-    assert any("stand still: no step for" in warning for warning in warnings), (
-        warnings
-    )  # on a busy machine more than once
+    # on a busy machine more than once
+    assert any("stand still: no step for" in warning for warning in warnings), warnings
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
