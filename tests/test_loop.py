@@ -25,6 +25,7 @@ from raysubset.training import (
     num_steps_per_epoch,
 )
 from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.records import reached
 from tests.tiny import SQUARED_ERROR, asking, cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
 
 
@@ -376,3 +377,22 @@ def test_another_thread_that_asks_for_the_running_loss_as_epochs_end_is_told_of_
     with asking(lambda: progress.running_loss()) as answers:
         minimize(linear(64), examples(9), MinimizeConfig(epochs=200, batch_size=9), seed=0, on_step=show)
     assert all(math.isnan(loss) or loss > 0 for loss in answers)  # no sum of one epoch by the number of another
+
+
+@pytest.mark.parametrize(
+    ("losses", "outcome"),
+    [
+        ([-1.0, -1.1], None),
+        ([-1.0, 0.5], None),
+        ([-1.0, 8.5], "diverged"),
+        ([-1.0, -1.001], "tolerance"),
+        ([-1.0, -1.009], "tolerance"),
+        ([1.0, 9.5], "tolerance"),
+        ([1.0, 10.5], "diverged"),
+        ([0.0, 1e-9], "diverged"),
+    ],
+)
+def test_losses_below_zero_diverge_and_stand_still_by_their_size(losses, outcome):
+    recipe = MinimizeConfig(tolerance=0.01 if outcome == "tolerance" else None)
+    history = [EpochRecord(number, loss, 0.1, number) for number, loss in enumerate(losses, 1)]
+    assert reached(recipe, Progress(9, 1, history=history)) == outcome

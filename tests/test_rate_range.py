@@ -59,6 +59,15 @@ def test_float16_is_tried_without_its_scale_which_a_few_steps_at_each_rate_would
     assert half.losses == whole.losses
 
 
+def test_losses_below_zero_are_gone_through_as_those_above():
+    recipe = MinimizeConfig(batch_size=10, learning_rate=1e-3)
+    above = rate_range(cnn("none"), examples(), recipe, seed=3)
+    recipe = dataclasses.replace(recipe, objective="tests.own_objectives:below_zero")
+    below = rate_range(cnn("none"), examples(), recipe, seed=3)
+    assert below.rates == above.rates
+    assert below.losses == pytest.approx([loss - 5 for loss in above.losses], abs=1e-5)
+
+
 def of_losses(losses: list[float]) -> RateRange:
     cost = minimize(cnn(), examples(), ALL, seed=0).cost
     return RateRange((0.01, 0.1, 1.0)[: len(losses)], tuple(losses), 1, None, cost)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raysubset.config import WHOLE_SUBSET, Config, DataConfig, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.subsets import overdetermination_ratio
+from raysubset.tasks import SquaredError
 from raysubset.training import DivergedError, Progress, evaluate, minimize, recompute_batch_norm
 from raysubset.training.whole_subset.lbfgs import ITERATIONS_PER_STEP
 from raysubset.training.whole_subset.objective import Objective
@@ -158,6 +159,24 @@ def test_a_small_relative_decrease_stops_it(optimizer):
     assert result.outcome == "tolerance"
     assert decreases[-1] < 0.02
     assert all(decrease >= 0.02 for decrease in decreases[:-1])
+
+
+class BelowZero(SquaredError):
+    """As a likelihood's may be."""
+
+    def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().summed(outputs, targets) - 2 * len(outputs)
+
+
+@pytest.mark.parametrize("optimizer", ["cg", "gauss_newton"])
+def test_a_small_decrease_stops_it_below_zero_too(optimizer):
+    recipe = replace(LONG, optimizer=optimizer, tolerance=0.001)
+    result = minimize(linear(16), examples(60, side=4, objective=BelowZero(is_one_hot=True)), recipe, seed=0)
+    decreases = [(before.loss - after.loss) / -before.loss for before, after in pairwise(result.history)]
+    assert result.outcome == "tolerance"
+    assert result.history[0].loss < 0
+    assert decreases[-1] < 0.001
+    assert all(decrease >= 0.001 for decrease in decreases[:-1])
 
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)

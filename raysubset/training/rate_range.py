@@ -94,7 +94,8 @@ def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, s
         rates.append(rate)
         losses.append(result.history[-1].loss)
         cost, state = cost + result.cost, result.optimizer
-        if losses[-1] > _WORSE * min(losses):
+        least = min(losses)
+        if losses[-1] > least + (_WORSE - 1) * abs(least):
             ended_at = rate
             break
     return RateRange(tuple(rates), tuple(losses), num_steps, ended_at, cost)

@@ -134,11 +134,16 @@ def num_steps_per_epoch(num_examples: int, recipe: MinimizeConfig) -> int:
 def reached(recipe: MinimizeConfig, progress: Progress) -> str | None:
     """The outcome that the last epoch's loss calls for, if any."""
     losses = [record.loss for record in progress.history]
-    if not math.isfinite(losses[-1]) or losses[-1] > DIVERGENCE * max(losses[0], 1e-12):
+    scale = max(abs(losses[0]), 1e-12)  # a loss of the user's own may be below 0
+    if not math.isfinite(losses[-1]) or losses[-1] > losses[0] + (DIVERGENCE - 1) * scale:
         return "diverged"
     if recipe.target_loss is not None and losses[-1] <= recipe.target_loss:
         return "target"
-    if recipe.tolerance is not None and len(losses) > 1 and losses[-2] - losses[-1] < recipe.tolerance * losses[-2]:
+    if (
+        recipe.tolerance is not None
+        and len(losses) > 1
+        and losses[-2] - losses[-1] < recipe.tolerance * abs(losses[-2])
+    ):
         return "tolerance"
     return None
 

@@ -162,7 +162,7 @@ def _minimize(
     while outcome is None and (progress.step + stepper.least_thirds <= progress.num_steps or not progress.history):
         if at.largest_slope > smallest:
             at = stepper.step(at, progress.num_steps - progress.step)
-        decrease = (best["loss"] - at.loss) / max(best["loss"], 1e-30)
+        decrease = (best["loss"] - at.loss) / max(abs(best["loss"]), 1e-30)
         if decrease >= 0 and at.is_finite:
             best = {"loss": at.loss, "weights": objective.weights()}
             if patience:
