@@ -234,8 +234,13 @@ def test_a_wrong_structure_does_not_pass_the_check(monkeypatch):
     from raysubset.aggregation.alignment import operations
 
     monkeypatch.setattr(operations, "MIXING", frozenset({"cumsum"}))
-    with pytest.raises(AssertionError, match="permuted units change the outputs"):
+    with pytest.raises(ValueError, match="permuted units change the outputs"):
         trace_units(Network(lambda net, x: torch.cumsum(x, 1)), Spec((3, 8, 8), (5,)))
+
+
+def test_a_network_without_finite_outputs_for_random_inputs_is_refused_with_a_way_out():
+    with pytest.raises(ValueError, match=r"change the outputs .* by nan .*; use .* another aggregation.method"):
+        trace_units(Network(lambda net, x: x.log().relu()), Spec((3, 8, 8), (5,)))
 
 
 def test_tracing_leaves_the_model_as_it_is():

@@ -489,3 +489,16 @@ def test_a_config_of_before_tasks_is_that_of_now():
     before["minimize"] = now["minimize"] | {"loss": "cross_entropy", "label_smoothing": 0.1}
     assert of_now(before) == now | {"kind": "sweep"}
     assert of_now({"minimize": {"of_tomorrow": 1}}) == {"minimize": {"of_tomorrow": 1}}
+
+
+@pytest.mark.parametrize(
+    ("give", "text"),
+    [
+        (lambda: Config(minimize={"epochs": 3}), "minimize = {'epochs': 3} is no MinimizeConfig: give a Min"),  # type: ignore[arg-type]
+        (lambda: MinimizeConfig(averaging="ema"), "minimize.averaging = 'ema' is no AveragingConfig: give an?"),  # type: ignore[arg-type]
+        (lambda: Config(data=None), "data = None is no DataConfig"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_part_of_a_config_is_refused_in_a_line(give, text):
+    with pytest.raises(ValueError, match=text):
+        give()

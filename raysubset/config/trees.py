@@ -42,7 +42,10 @@ def check_fields(record: Any, prefix: str) -> None:
     for name, hint in _hints(type(record)).items():
         value = getattr(record, name)
         if dataclasses.is_dataclass(hint):
-            assert isinstance(value, typing.cast(type, hint)), f"{prefix}{name} is a {type(value).__name__}"
+            kind = typing.cast(type, hint)
+            if not isinstance(value, kind):
+                way_out = f"give a {kind.__name__}, or single fields by Config.with_overrides()"
+                raise ValueError(f"{prefix}{name} = {_shown(value)} is no {kind.__name__}: {way_out}")
             continue
         if type(value) is not hint:
             value = _checked(hint, value, prefix + name)
