@@ -1,5 +1,6 @@
 """The forward pass's share of a pass, against counts by hand."""
 
+import runpy
 from unittest import mock
 
 import pytest
@@ -71,3 +72,8 @@ def test_counting_leaves_the_model_and_the_random_numbers_as_they_were():
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not any(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_another_torch_may_lack_the_counters_inner_class():
+    with mock.patch.object(flops.flop_counter, "_FlopCounterMode", None):
+        runpy.run_path(flops.__file__)

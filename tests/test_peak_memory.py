@@ -1,5 +1,7 @@
 """Peak memory of processes that train: as the system has it, in their records, and on the page."""
 
+from unittest import mock
+
 import psutil
 import torch
 
@@ -7,7 +9,7 @@ from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.report import sections
 from raysubset.run_directory import RunDirectory
-from raysubset.training import peak_bytes
+from raysubset.training import devices, peak_bytes
 from raysubset.work import Minimizer, Piece
 from tests.test_report import a_record
 
@@ -19,6 +21,13 @@ def test_it_is_at_least_what_the_process_holds_and_stays_when_that_is_freed():
     assert 0.95 * resident < peak["host"] < psutil.virtual_memory().total
     del held
     assert peak_bytes(torch.device("cpu"))["host"] > 0.99 * peak["host"]  # the kernel counts by the CPU, roughly
+
+
+def test_where_proc_does_not_tell_it_the_systems_own_count_is_in_bytes_too():
+    told = peak_bytes(torch.device("cpu"))["host"]
+    with mock.patch.object(devices.Path, "read_text", return_value="VmRSS:\t1 kB\n"):
+        counted = peak_bytes(torch.device("cpu"))["host"]
+    assert 0.9 * told < counted < psutil.virtual_memory().total
 
 
 def test_a_minimum_has_that_of_its_process(tmp_path):

@@ -67,8 +67,9 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     try:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak = {"host": 1024 * int(status["VmHWM"].split()[0])}  # ru_maxrss is at least that of the process that forked
-    except (OSError, KeyError):  # not on Linux: on macOS in bytes
-        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    except (OSError, KeyError):  # not on Linux, or in a sandbox that has a part of /proc
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = {"host": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     return peak | ({"card": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
 
 

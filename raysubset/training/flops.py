@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 from raysubset.costs import FORWARD_SHARE
 from raysubset.models import modes_restored
@@ -13,7 +14,8 @@ _NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
 _SMALL = 2**22  # parameters: a step of fewer takes less time than torch needs to get its meta device ready
 
 
-import_no_compiler_for(_FlopCounterMode.__torch_dispatch__)
+if inner := getattr(flop_counter, "_FlopCounterMode", None):  # of no concern to results: another torch may lack it
+    import_no_compiler_for(inner.__torch_dispatch__)
 
 
 def forward_share(model: nn.Module, spec: Spec) -> float:
