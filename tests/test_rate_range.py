@@ -1,6 +1,7 @@
 """The learning rate range test: what it tries, what it costs, and what it suggests."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -93,10 +94,18 @@ def test_the_suggestion_says_how_it_came_about(losses, text):
     assert "It cost 1.50 passes over the training set, which no report counts" in str(told.lines[1])
     assert str(told.lines[2]).startswith("raysubset compare --learning-rates ")
     assert len(curve.rows) == len(losses)
+    (plot,) = curve.plots
+    assert ("suggested: " in " ".join(plot.legend)) == ("hardly" not in text)
 
 
-def test_the_command_suggests_a_rate_without_a_run_and_refuses_what_has_none(capsys):
-    assert call(["find-rate", "--data.name", "iris"]) == 0
-    assert "--minimize.learning-rate 0." in capsys.readouterr().out
+def test_the_command_suggests_a_rate_without_a_run_and_refuses_what_has_none(capsys, tmp_path):
+    assert call(["find-rate", "--data.name", "iris", "--to", f"{tmp_path}/rates.html"]) == 0
+    out, page = capsys.readouterr().out, (tmp_path / "rates.html").read_text()
+    rate = re.search(r"--minimize.learning-rate (0\.\d+) is midway", out)
+    assert rate is not None
+    assert rate[0] in page
+    assert f"suggested: {rate[1]}" in page
+    assert call(["find-rate", "--data.name", "iris", "--to", f"{tmp_path}/none/rates.html"]) == 2
+    assert f"there is no folder {tmp_path}/none: choose another" in capsys.readouterr().err
     assert call(["find-rate", "--minimize.optimizer", "lbfgs"]) == 2
     assert "lbfgs takes no steps of batches at a rate" in capsys.readouterr().err

@@ -262,8 +262,7 @@ def _report(command: Report) -> int:
         raise ValueError(
             f"--to {command.to} is for --format html of several runs; that of one lies in its directory: leave it out"
         )
-    if command.to and not (folder := Path(command.to).expanduser().parent).is_dir():
-        raise ValueError(f"--to {command.to}: there is no folder {folder}: choose another")
+    _refuse_no_folder(command.to)
     from raysubset import report
 
     if len(command.directories) == 1:
@@ -282,6 +281,11 @@ def _report(command: Report) -> int:
             case "text":
                 print_sections(read(record))
     return DONE
+
+
+def _refuse_no_folder(path: str | None) -> None:
+    if path and not (folder := Path(path).expanduser().parent).is_dir():
+        raise ValueError(f"--to {path}: there is no folder {folder}: choose another")
 
 
 def _ls(command: Ls) -> int:
@@ -363,11 +367,12 @@ def _advise(command: Advise) -> int:
 
 
 def _find_rate(command: FindRate) -> int:
+    _refuse_no_folder(command.to)
     import torch
 
     from raysubset.data import load_full_set
     from raysubset.planning import make_plan
-    from raysubset.report import rate_sections
+    from raysubset.report import rate_sections, write_rates
     from raysubset.training import place, rate_range, use_device
     from raysubset.work import seeded_model
 
@@ -387,7 +392,10 @@ def _find_rate(command: FindRate) -> int:
     found = rate_range(model, examples, recipe, seed=config.seed)
     passes = found.cost.passes(len(full_set.train), plan.forward_share)
     about = {"passes": passes, "num_examples": len(examples), "loss": full_set.task.loss_name}
-    print_sections(rate_sections(found, config.to_dict(), **about))
+    parts = rate_sections(found, config.to_dict(), **about)
+    if command.to:
+        print(f"Page: {write_rates(parts, command.to, config.to_dict())}")
+    print_sections(parts)
     return DONE
 
 

@@ -143,6 +143,9 @@ class FindRate(_OfConfig):
     In this process, without Ray. Takes the flags of `run`.
     """
 
+    to: str | None = None
+    """A file for a page with the plot, for the browser; by default there is none."""
+
 
 @dataclass(frozen=True)
 class Export:

@@ -13,7 +13,7 @@ from raysubset.report.comparison import advice_sections, comparison_sections
 from raysubset.report.files import write_files
 from raysubset.report.listing import list_runs, listing_section
 from raysubset.report.parts import Command, Section
-from raysubset.report.rates import rate_sections
+from raysubset.report.rates import rate_sections, write_rates
 from raysubset.report.reading import read_report
 from raysubset.report.run import sections
 from raysubset.report.several import read_several, several_sections, write_several

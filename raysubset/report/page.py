@@ -21,6 +21,14 @@ class Page:
     facts: tuple[tuple[str, str], ...] = ()  # what was run, on what, when, by which version
 
 
+def write_file(page: Page, path: str) -> str:
+    """Write a page to a file of this machine; the file."""
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(to_html(page), encoding="utf-8")
+    return str(target)
+
+
 def to_html(page: Page) -> str:
     """One file: style, plots and pictures inside; every text escaped."""
     import jinja2

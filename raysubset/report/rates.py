@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from raysubset.events import Note
 from raysubset.report.commands import comparison_beside
+from raysubset.report.drawing import COLOURS, GOOD, Chart, Plot
+from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Command, Line, Section
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def rate_sections(
         f"--minimize.learning-rate {suggested:g} is midway, by factors, between {found.fastest_at:.3g}, where the "
         f"loss fell fastest, and {least_at:.3g}, where it was least{end}."
     )
-    if losses[0] - min(losses) < _HARDLY * abs(losses[0]):
+    if _hardly_fell(found):
         told = Note("The loss hardly fell at any rate, so that this tells nothing: see data and model", is_warning=True)
     worth = (
         f"A rule of thumb (range test, arXiv:1506.01186): {found.steps_a_rate} step(s) at each of {len(rates)} "
@@ -47,8 +49,30 @@ def rate_sections(
     beside = Command(comparison_beside(config, "--learning-rates", *chosen))
     return [
         Section("A learning rate to begin with", lines=(told, worth, beside)),
-        Section("Loss while training", ("learning rate", loss, ""), _curve(rates, losses)),
+        Section("Loss while training", ("learning rate", loss, ""), _curve(rates, losses), plots=(_plot(found, loss),)),
     ]
+
+
+def write_rates(parts: Sequence[Section], path: str, config: Mapping[str, Any]) -> str:
+    """Write rate_sections()'s page for the browser; the file."""
+    told, curve = parts
+    facts = tuple((name, str(config[name]["name"])) for name in ("data", "model"))
+    return write_file(Page(told.title, told.lines, (curve,), facts=facts), path)
+
+
+def _plot(found: "RateRange", loss: str) -> Plot:
+    """The losses over the rates, with the suggestion where the loss fell."""
+    chart = Chart("learning rate", loss, log="xy")
+    chart.line(zip(found.rates, found.losses, strict=True), COLOURS[0], "while training", marker="o")
+    if not _hardly_fell(found):
+        ends = [(found.suggested, end(found.losses)) for end in (min, max)]
+        chart.line(ends, GOOD, f"suggested: {found.suggested:g}", dash="2 4")
+    return Plot("rates", f"Mean loss over {found.steps_a_rate} step(s) at each rate, one rate after another.", (chart,))
+
+
+def _hardly_fell(found: "RateRange") -> bool:
+    first = found.losses[0]
+    return first - min(found.losses) < _HARDLY * abs(first)
 
 
 def _curve(rates: Sequence[float], losses: Sequence[float]) -> tuple[tuple[str, ...], ...]:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from raysubset.config import flatten
@@ -19,7 +18,7 @@ from raysubset.report.figures import (
     trainings,
     with_error,
 )
-from raysubset.report.page import Page, to_html
+from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Line, Section
 from raysubset.report.reading import read_report
 
@@ -123,10 +122,7 @@ def write_several(directories: Sequence[str], path: str) -> str:
     records = read_several(directories)
     facts = tuple(zip(_names(records), (record["uri"] for record in records), strict=True))
     page = Page("Comparison of runs", (_verdict(records),), tuple(several_sections(records)), facts=facts)
-    target = Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(to_html(page), encoding="utf-8")
-    return str(target)
+    return write_file(page, path)
 
 
 def _verdict(records: Sequence[Record]) -> str:
