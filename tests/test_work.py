@@ -1,6 +1,8 @@
 """What is done for a run, in this process: the same files and bits as on a cluster."""
 
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.tasks import Spec
-from raysubset.training import Weights, evaluate
+from raysubset.training import Progress, Weights, evaluate
 from raysubset.work import (
     AggregatePiece,
     Minimizer,
@@ -90,6 +92,22 @@ def test_a_piece_that_was_stopped_resumes_to_the_same_bits_and_all_its_work_is_c
     assert {(work.node, work.device) for work in works} == {("there", "cpu")}
     (at_once,) = Ledger(whole).read()
     assert sum(work.cost.num_forward for work in works) == at_once.cost.num_forward
+
+
+@pytest.mark.timeout(60)
+def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_kept(full_set: FullSet) -> None:
+    stopped, until = minimizer(full_set), time.process_time() + 0.3
+    before = signal.signal(signal.SIGVTALRM, lambda *_: stopped.request_stop(preempted=True))
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1e-5, 1e-5)
+    try:
+        while time.process_time() < until:
+            stopped.request_stop()
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    with stopped.following() as follower:
+        assert follower.follow(Progress(1, 1))
+        assert follower.outcome() == "preempted"
 
 
 def test_several_pieces_at_once_leave_minima_of_their_own(

@@ -93,7 +93,9 @@ class Patience:
         """Say so the first time; StorageLost after PATIENCE_S."""
         now, cause = time.monotonic(), _OF_THE_FILE.sub("", first_line(error))[:_MOST_CHARACTERS].rstrip(":;. ")
         with self._lock:
-            since, self._silent_since = self._silent_since, self._silent_since or now
+            since = self._silent_since
+            if since is None:  # another thread may hear the storage between any two lines
+                self._silent_since = now
         if since is None:
             text = "storage %s does not answer (%s): trying again for up to %.0f s"
             logger.warning(text, self.name, cause, PATIENCE_S)

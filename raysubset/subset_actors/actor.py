@@ -42,8 +42,10 @@ class _Damages(logging.Handler):
         self._texts.append(record.getMessage())
 
     def taken(self) -> list[str]:
-        """What was not taken before."""
+        """What was not taken before. Both threads of an actor may warn, and take."""
+        self.acquire()  # as whoever calls emit()
         texts, self._texts = self._texts, []
+        self.release()
         return texts
 
 

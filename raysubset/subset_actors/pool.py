@@ -324,10 +324,16 @@ class ActorPool:
             self._hear(asked[report_ref], report_ref)
 
     def _hear(self, slot: Slot, report_ref: ray.ObjectRef) -> None:
-        """Take in a report and tell it; an actor that was lost gives none, and the call for its work will tell."""
+        """Take in a report and tell it. An actor that was lost gives none, and the call for its work will tell; so it
+        may be with one whose card fails, where whoever is asked first finds out."""
         slot.report_ref = None
         with suppress(*SYSTEM_ERRORS):
-            pulse, slot.reports, damages = ray.get(report_ref)
+            try:
+                pulse, slot.reports, damages = ray.get(report_ref)
+            except RayTaskError as error:
+                text = f"{_pack_of(slot).label} on node {slot.ip} does not say how far it is: {one_line(error)}"
+                self._tell(Note(text, is_warning=True))
+                return
             slot.watch.hear(pulse)
             self._tell_damages(slot, damages)
             for place, report in slot.reports.items():

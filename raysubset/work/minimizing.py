@@ -1,6 +1,5 @@
 """Minimizer: pieces of work done in this process, each from its newest checkpoint to the minimum that it leaves."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -106,8 +105,7 @@ class Minimizer:
         self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
         self.is_busy = False
         self._started = time.perf_counter()
-        self._stop = threading.Event()
-        self._preempted = False
+        self._is_to_stop = self._preempted = False  # no Event: a signal within its lock would wait for ever
 
     def reports(self) -> dict[int, Report]:
         """How far the pieces in hand are, by their place in the pack, once they have made a step."""
@@ -115,8 +113,9 @@ class Minimizer:
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the step in hand, and return. One that was stopped takes no further work."""
-        self._preempted |= preempted
-        self._stop.set()
+        if preempted:  # in one step: a signal may come between two
+            self._preempted = True
+        self._is_to_stop = True
 
     @contextmanager
     def following(self) -> Iterator["Follower"]:
@@ -130,7 +129,7 @@ class Minimizer:
 
     def _follow(self, progress: Progress) -> bool:
         self._progress = {0: progress}
-        return self._stop.is_set()
+        return self._is_to_stop
 
     def minimize(
         self,
@@ -276,7 +275,7 @@ class Minimizer:
 
         def on_steps(progress: Mapping[int, Progress]) -> bool:
             self._progress = {**self._progress, **progress}
-            stop = self._stop.is_set()
+            stop = self._is_to_stop
             for number, own in progress.items():
                 self._save_if_due(jobs[number], own, now=stop, is_first=number == 0)
                 listeners[number](own)
