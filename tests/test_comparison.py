@@ -25,6 +25,7 @@ from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path, weights_path
 from raysubset.work import Run
 from tests.processes import Processes
+from tests.slow_steps import slow_down, speed_up
 from tests.tiny import same_bits, stored_weights
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -211,12 +212,15 @@ def runner_of(config: Config, tell: OnEvent) -> LegRunner:
 
 
 def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_attempt(
-    tmp_path: Path, processes: Processes
+    tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ):
     overrides = {"model.width": 4, "actors.max_attempts": 2, "actors.checkpoint_epochs": 1.0}
+    overrides |= {"actors.on_step": "tests.slow_steps:listen"}
     config = Config(storage_path=str(tmp_path)).with_overrides(overrides)
     own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
-    leg = baseline(own, 30.0, legs_path=str(tmp_path))
+    leg = baseline(own, 4.0, legs_path=str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    slow_down(tmp_path, "conventional", from_step=21 + 1)
     events: list[Event] = []
     runner = runner_of(config, events.append)
 
@@ -226,14 +230,16 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
                 time.sleep(0.01)
             for pid in processes.pids():
                 os.kill(pid, blow)
+            slow_down(tmp_path, "conventional", from_step=2 * 21 + 1)
+        speed_up(tmp_path, "conventional")
 
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
     runner.run([leg])
-    striking.join(timeout=1)
+    striking.join()
     works = leg.works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
-    assert works[2].cost.num_steps < 30 * 21  # it went on from a checkpoint
+    assert works[2].cost.num_steps < 4 * 21  # it went on from a checkpoint
     retries = [event.text for event in events if isinstance(event, Retry)]
     assert re.search(rf"{leg.key} left node .* with a checkpoint written", retries[0])
     assert f"{leg.key} was lost" in retries[1]

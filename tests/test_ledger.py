@@ -71,7 +71,7 @@ class TestEntries:
         assert [one.attempt for one in (done, failed, stopped, left)] == [0, 1, 2, 3]
         assert (done.cost.num_forward, left.cost.num_forward) == (7, 8)
         assert failed.error == "ValueError: no"
-        assert failed.cost.device_s == pytest.approx(failed.ended_at - failed.started_at, abs=0.1)
+        assert failed.cost.device_s == pytest.approx(failed.ended_at - failed.started_at, abs=5)  # two clocks
 
     def test_the_latest_of_an_attempt_is_what_its_file_says(self, ledger):
         begun = work(subset=4, examples=0, outcome="running")

@@ -1,5 +1,6 @@
 """The pool of actors by itself, on storage that fails them or ends their processes at chosen moments."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -149,7 +150,8 @@ def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path:
     overrides = {"actors.stall_s": 1.0, "model.name": "tests.endless:network", "model.width": None}
     with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*StalledError: no step for"):
         do(tmp_path, do_nothing, overrides=overrides, events=(events := []))
-    assert [type(event) for event in events if isinstance(event, Note | Retry)] == [Note, Retry, Note]
+    told = [type(event) for event in events if isinstance(event, Note | Retry)]
+    assert [kind for kind, _ in itertools.groupby(told)] == [Note, Retry, Note]  # on a busy machine one more than once
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert [work.outcome for work in works] == ["lost", "lost"]
     assert all(work.cost.num_steps == NUM_STEPS for work in works)  # by what the actors reported

@@ -28,14 +28,14 @@ from raysubset.run_directory import (
     checkpoint_path,
     minimum_folder,
     minimum_path,
+    weights_path,
 )
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
 from raysubset.user_code import Workplace
 from raysubset.work import Follower, Piece, Run
+from tests.slow_steps import slow_down, speed_up
 from tests.tiny import stored_weights
-
-# isort: split
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -55,8 +55,9 @@ def same_bits(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-NUM_EPOCHS = 24  # some tenths of a second, for an actor to be struck within
+NUM_EPOCHS = 4
 LONG = {"minimize__epochs": float(NUM_EPOCHS), "subsets__num": 2}
+SLOWLY = {"actors__on_step": "tests.slow_steps:listen"}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,14 @@ def test_the_number_of_actors_changes_no_bit(tmp_path: Path, unbroken: RunReport
     assert same_bits(aggregate(unbroken), aggregate(alone))
 
 
+@pytest.fixture
+def slow_from_epoch_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LONG | SLOWLY is run."""
+    monkeypatch.chdir(tmp_path)
+    slow_down(tmp_path, "subsets", from_step=2 * 11 + 1)
+
+
+@pytest.mark.usefixtures("slow_from_epoch_2")
 def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunReport) -> None:
     killed: list[int] = []
 
@@ -85,12 +94,13 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunRepor
         if isinstance(event, Progress) and not killed and event.epoch >= 2:
             killed.append(event.attempt.subset)
             os.kill(event.attempt.pid, signal.SIGKILL)
+            speed_up(tmp_path, "subsets")
         if isinstance(event, Retry):  # an actor that outlives its node's raylet may still write a heartbeat
             ledger = Ledger(RunDirectory(str(tmp_path), "broken"))
             (lost,) = (work for work in ledger.read() if work.outcome == "lost")
             ledger.write(replace(lost, outcome="running", ended_at=None))
 
-    broken = run(config(tmp_path, "broken", **LONG), on_event=kill_once)
+    broken = run(config(tmp_path, "broken", **LONG, **SLOWLY), on_event=kill_once)
     assert killed
     assert same_bits(aggregate(unbroken), aggregate(broken))
     works = [w for w in Ledger(RunDirectory.at(broken.uri)).read() if w.subset == killed[0]]
@@ -101,6 +111,7 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunRepor
     assert broken.passes >= unbroken.passes
 
 
+@pytest.mark.usefixtures("slow_from_epoch_2")
 def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
     tmp_path: Path, unbroken: RunReport
 ) -> None:
@@ -111,14 +122,48 @@ def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
         if isinstance(event, Progress) and not warned and event.epoch >= 2:
             warned.append(event.attempt.subset)
             os.kill(event.attempt.pid, signal.SIGTERM)
+            speed_up(tmp_path, "subsets")
 
-    moved = run(config(tmp_path, "moved", **LONG, **once), on_event=terminate_once)
+    moved = run(config(tmp_path, "moved", **LONG, **SLOWLY, **once), on_event=terminate_once)
     assert warned
     assert same_bits(aggregate(unbroken), aggregate(moved))
     works = [w for w in Ledger(RunDirectory.at(moved.uri)).read() if w.subset == warned[0]]
     assert [w.outcome for w in works] == ["preempted", "done"]
     steps = [sum(w.cost.num_steps for w in works), NUM_EPOCHS * 11]
     assert steps[0] == steps[1]  # nothing was done twice
+
+
+def test_an_actor_that_is_killed_and_a_driver_that_ends_as_it_fine_tunes_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    tuned = {"subsets__num": 2, "minimize__epochs": 1.0, "fine_tuning__epochs": 4.0, "fine_tuning__num_workers": 1}
+    whole = run(config(tmp_path, "whole", **tuned))
+    monkeypatch.chdir(tmp_path)
+    slow_down(tmp_path, "fine_tuning", from_step=21 + 1)
+    struck: list[int] = []
+
+    def strike(event: Event) -> None:
+        if not isinstance(event, Progress) or event.attempt.stage != "fine_tuning" or event.epoch < 1 + len(struck):
+            return
+        struck.append(event.attempt.pid)
+        if len(struck) == 2:
+            raise Enough
+        os.kill(event.attempt.pid, signal.SIGKILL)
+        slow_down(tmp_path, "fine_tuning", from_step=2 * 21 + 1)
+
+    with pytest.raises(Enough):
+        run(config(tmp_path, "broken", **tuned, **SLOWLY), on_event=strike)
+    speed_up(tmp_path, "fine_tuning")
+    broken = run(config(tmp_path, "broken", **tuned, **SLOWLY))
+    directories = [RunDirectory.at(report.uri) for report in (whole, broken)]
+    assert same_bits(*(stored_weights(directory, weights_path("fine_tuning")) for directory in directories))
+    works = [[w for w in Ledger(directory).read() if w.stage == "fine_tuning"] for directory in directories]
+    assert [work.outcome for work in works[1]] == ["lost", "interrupted", "done"]
+    assert works[0][0].cost.num_steps == 4 * 21 <= sum(work.cost.num_steps for work in works[1]) <= 4 * 21 + 2
+    assert broken.test == whole.test
 
 
 def test_rounds_redraw_the_subsets_and_keep_the_optimizer(tmp_path: Path) -> None:
@@ -142,8 +187,8 @@ def test_a_finished_run_is_read_back_and_a_changed_config_refused(unbroken: RunR
     again = run(made, on_event=lambda event: notes.append(event.text))
     assert again.record == unbroken.record
     assert "is finished" in notes[0]
-    with pytest.raises(ValueError, match=r"minimize\.epochs: 24\.0 → 4\.0.*--fresh"):
-        run(made.with_overrides({"minimize.epochs": 4.0}))
+    with pytest.raises(ValueError, match=r"minimize\.epochs: 4\.0 → 2\.0.*--fresh"):
+        run(made.with_overrides({"minimize.epochs": 2.0}))
 
 
 def test_a_finished_run_that_was_moved_and_damaged_is_made_whole_from_what_its_last_stage_left(

@@ -14,6 +14,7 @@ from raysubset.identity import identify
 from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
 from raysubset.training.packing import PAYS
+from tests.slow_steps import slow_down, speed_up
 from tests.tiny import stored_weights
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -39,11 +40,16 @@ def minima(report: RunReport) -> list[dict[str, torch.Tensor]]:
     return [stored_weights(run, weights_path(minimum_folder(0, subset))) for subset in range(3)]
 
 
-def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_one(tmp_path: Path) -> None:
-    long = {"minimize__epochs": 24.0, "minimize__learning_rate": 0.01}
+def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {"minimize__epochs": 4.0, "minimize__learning_rate": 0.01}
     alone = run(config(tmp_path, "alone", **long))
-    packed = config(tmp_path, "packed", subsets__per_actor=3, **long)
+    slowly = {"actors__on_step": "tests.slow_steps:listen"}
+    packed = config(tmp_path, "packed", subsets__per_actor=3, **long, **slowly)
     decide(packed, taken=True)
+    monkeypatch.chdir(tmp_path)
+    slow_down(tmp_path, "subsets", from_step=2 * 7 + 1)
     events: list[Event] = []
     killed: list[int] = []
 
@@ -52,6 +58,7 @@ def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_o
         if isinstance(event, Progress) and not killed and event.epoch >= 2:
             killed.append(event.attempt.pid)
             os.kill(event.attempt.pid, signal.SIGKILL)
+            speed_up(tmp_path, "subsets")
 
     together = run(packed, on_event=kill_once)
     assert killed
@@ -64,9 +71,9 @@ def test_a_pack_whose_actor_is_killed_goes_on_and_ends_at_the_minima_of_one_by_o
         assert work.cost.num_forward > 0
         assert work.ended_at is not None
     done = [work for work in works if work.outcome == "done"]
-    assert all(work.cost.num_backward < 24 * 431 for work in done)  # from a checkpoint
+    assert all(work.cost.num_backward < 4 * 431 for work in done)  # from a checkpoint
     held_s = max(work.ended_at or 0 for work in done) - min(work.started_at for work in done)
-    assert sum(work.cost.device_s for work in done) == pytest.approx(held_s, rel=0.1, abs=0.3)
+    assert 0.5 * held_s < sum(work.cost.device_s for work in done) < 1.5 * held_s  # shared out, not counted for each
     for one, other in zip(minima(alone), minima(together), strict=True):
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, rtol=1e-2, atol=1e-3)
