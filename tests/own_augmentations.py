@@ -41,5 +41,19 @@ def from_elsewhere(rows, generator):
     return {**rows, "image": torch.randint_like(rows["image"], 256)}
 
 
+def fails_late(rows, generator):
+    return rows if len(rows["image"]) > 7 else rows["picture"]
+
+
+def narrows_late(rows, generator):
+    return rows if len(rows["image"]) > 7 else {name: values[1:] for name, values in rows.items()}
+
+
+def widens_late_in_place(rows, generator):
+    if len(rows["image"]) < 8:
+        rows["image"] = rows["image"].float()
+    return rows
+
+
 def fails(rows, generator):
     return rows["picture"]

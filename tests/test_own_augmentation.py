@@ -61,7 +61,7 @@ MISTAKES = {
     "returns_none": "returned a NoneType: return a dict of image, label",
     "widens": r"returned image as torch.float32 \[64, 8, 8, 1\], and was given torch.uint8 \[64, 8, 8, 1\]",
     "from_elsewhere": "gave other rows with the same generator: draw from the generator alone",
-    "fails": "raised KeyError: 'picture'; see own_augmentations.py, line 4., in fails",
+    "fails": "raised KeyError: 'picture'; see own_augmentations.py, line .*, in fails",
     "absent": "has no function absent",
 }
 
@@ -74,6 +74,20 @@ def test_one_that_does_not_fit_is_refused_before_a_run(function, message):
         make_plan(config, load_full_set(*config.learned))
     assert "\n" not in str(told.value)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    {
+        "fails_late": "raised KeyError: 'picture'; see own_augmentations.py, line .*, in fails_late",
+        "narrows_late": r"returned image as torch.uint8 \[6, 8, 8, 1\], and was given torch.uint8 \[7, 8, 8, 1\]",
+        "widens_late_in_place": "returned image as torch.float32",
+    }.items(),
+)
+def test_one_that_does_not_fit_a_later_batch_ends_the_run_in_a_line(function, message):
+    own = dataclasses.replace(augmented(function), rows={k: v[:23] for k, v in examples().rows.items()})  # 8, 8, 7
+    with pytest.raises(ValueError, match=message):
+        trained(own)
 
 
 @pytest.mark.parametrize("name", ["digits", "iris", "python_docs"])

@@ -30,21 +30,26 @@ class OwnAugmentation:
         return torch.randint(2**62, (num, 1), generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, rows: Mapping[str, Tensor], draws: Tensor) -> Mapping[str, Tensor]:
-        """The rows of a batch as the function gives them; draw()'s rows of these examples are its seeds."""
+        """The rows of a batch as the function gives them; draw()'s rows of these examples are its seeds.
+
+        Raises:
+            ValueError: if it does not return rows that fit, in any batch; or for what it raises.
+        """
         generator = torch.Generator(draws.device).manual_seed(int(draws[0]))
-        return load_function(_FIELD, self.reference)(rows, generator)
+        function = load_function(_FIELD, self.reference)
+        with in_a_line(_FIELD, self.reference):
+            found = function(dict(rows), generator)
+        self._check(found, rows)
+        return found
 
     def try_on(self, rows: Mapping[str, Tensor]) -> None:
         """Call the function with copies of some rows, and with the same draws again.
 
         Raises:
-            ValueError: if it does not return rows that fit, or draws from elsewhere; or for what it raises.
+            ValueError: as a call does, or if it draws from elsewhere.
         """
-        found, seeds = list[Mapping[str, Tensor]](), torch.zeros((1, 1), dtype=torch.int64)
-        for _ in range(2):
-            with in_a_line(_FIELD, self.reference):
-                found.append(self({name: values.clone() for name, values in rows.items()}, seeds))
-            self._check(found[-1], rows)
+        seeds = torch.zeros((1, 1), dtype=torch.int64)
+        found = [self({name: values.clone() for name, values in rows.items()}, seeds) for _ in range(2)]
         if not all(torch.equal(found[0][name], found[1][name]) for name in rows):
             raise self._misfit("gave other rows with the same generator: draw from the generator alone")
 
