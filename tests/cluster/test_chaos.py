@@ -13,17 +13,20 @@ import pytest
 
 from raysubset import Config, run
 from raysubset.data import load_full_set
-from raysubset.ledger import Ledger
+from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, history_path
+from tests import slow_steps
 from tests.chaos import punish
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
-NUM_EPOCHS = 31
+NUM_EPOCHS = 11
+EVERY_EPOCHS = 2  # between two checkpoints of a subset
+SUBSET_STEPS, STEPS = 11, 21  # an epoch, of a subset and of the full set
 FLAGS = {
     "name": "run",
     "subsets.num": 2,
-    "minimize.epochs": 60,
+    "minimize.epochs": 8,
     "minimize.extrapolation.kind": "past_local",
     "minimize.skipping.kind": "wus",
     "minimize.skipping.stages": "fine_tuning",
@@ -35,7 +38,8 @@ FLAGS = {
     "fine-tuning.num-workers": 2,
     "fine-tuning.distillation": 0.5,
     "actors.max-num": 1,  # so that whoever is hit is at work
-    "actors.checkpoint-epochs": punish.EVERY_EPOCHS,
+    "actors.checkpoint-epochs": EVERY_EPOCHS,
+    "actors.on-step": "tests.slow_steps:listen",
 }
 SEED = 9
 
@@ -49,12 +53,12 @@ def in_mid_fine_tuning(num_epochs: int) -> Callable[[RunDirectory], bool]:
     return lambda directory: len(directory.read_json_or_none(history_path("fine_tuning")) or ()) >= num_epochs
 
 
-PLAN = [
-    (num_checkpoints(1), "actor", signal.SIGTERM),
-    (num_checkpoints(2), "actor", signal.SIGKILL),
-    (in_mid_fine_tuning(3), "train_worker", signal.SIGKILL),
-    (in_mid_fine_tuning(9), "driver", signal.SIGINT),
-    (in_mid_fine_tuning(19), "driver", signal.SIGKILL),
+PLAN = [  # where steps are slow, so that the point is met, and who is hit
+    (num_checkpoints(1), "subsets", EVERY_EPOCHS * SUBSET_STEPS, "actor", signal.SIGTERM),
+    (num_checkpoints(2), "subsets", 2 * EVERY_EPOCHS * SUBSET_STEPS, "actor", signal.SIGKILL),
+    (in_mid_fine_tuning(2), "fine_tuning", 2 * STEPS, "train_worker", signal.SIGKILL),
+    (in_mid_fine_tuning(4), "fine_tuning", 4 * STEPS, "driver", signal.SIGINT),
+    (in_mid_fine_tuning(7), "fine_tuning", 7 * STEPS, "driver", signal.SIGKILL),
 ]
 
 
@@ -62,14 +66,18 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punish, "FLAGS", FLAGS)
+    monkeypatch.setattr(punish, "EVERY_EPOCHS", EVERY_EPOCHS)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     settings = {key.replace("-", "_"): value for key, value in FLAGS.items()}
     run(Config(storage_path=str(undisturbed)).with_overrides(settings))
 
     draw, tagged, directory = random.Random(SEED), punish.Tagged(uuid.uuid4().hex), RunDirectory(str(disturbed), "run")
+    monkeypatch.setenv(slow_steps.FOLDER, str(tmp_path))
+    _, stage, from_step, _, _ = PLAN[0]
+    slow_steps.slow_down(tmp_path, stage, from_step=from_step)
     driver = punish.start(disturbed, None, tagged)
     try:
-        for reached, kind, number in PLAN:
+        for (reached, stage, _, kind, number), after in zip(PLAN, [*PLAN[1:], None], strict=True):
             wait(lambda reached=reached: reached(directory), driver)
             tagged.all()  # as they are now: those of a driver that has ended are known only if they were seen
             victims = [driver.pid] if kind == "driver" else [p.pid for p in tagged.of_kind(kind)]
@@ -80,6 +88,14 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
                 if number == signal.SIGINT:
                     assert tagged.end_all() == []
                 driver = punish.start(disturbed, None, tagged)
+            if number == signal.SIGTERM:
+                wait(lambda: any(work.outcome == "preempted" for work in Ledger(directory).read()), driver)
+            if after is None:  # what a killed driver has left behind is slow until it has died
+                wait(lambda: len(of_fine_tuning(directory)) == 4, driver)
+            if after is None or after[1] != stage:
+                slow_steps.speed_up(tmp_path, stage)
+            if after is not None:
+                slow_steps.slow_down(tmp_path, after[1], from_step=after[2])
         until = time.monotonic() + 300
         while driver.poll() is None:
             tagged.all()
@@ -97,19 +113,23 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
     works = Ledger(directory).read()
     assert {work.stage for work in works if work.outcome == "lost"} == {"subsets", "fine_tuning"}, works
     assert [work.stage for work in works if work.outcome == "preempted"] == ["subsets"], works
-    assert len([work for work in works if work.stage == "fine_tuning"]) == 4  # a worker's death and two drivers' ends
+    assert len(of_fine_tuning(directory)) == 4  # a worker's death and two drivers' ends
 
     full_set = load_full_set(Config().data)
     num_train, num_validation = len(full_set.train), len(full_set.validation)
     num_frozen = (NUM_EPOCHS - 1) // 2
     forward = NUM_EPOCHS * (num_train + 2 * num_train + num_validation)  # two teachers
     forward += num_train + num_train + num_validation  # batch-norm statistics, training and validation losses
-    (cost,) = (w.cost for w in Ledger(RunDirectory(str(undisturbed), "run")).read() if w.stage == "fine_tuning")
+    (cost,) = (work.cost for work in of_fine_tuning(RunDirectory(str(undisturbed), "run")))
     assert (cost.num_forward, cost.num_backward) == (forward, NUM_EPOCHS * num_train - num_frozen * num_train // 2)
 
 
+def of_fine_tuning(directory: RunDirectory) -> list[Work]:
+    return [work for work in Ledger(directory).read() if work.stage == "fine_tuning"]
+
+
 def wait(reached: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not reached():
         assert driver.poll() is None, "the run ended before"
         assert time.monotonic() < until, "the point was not reached in time"

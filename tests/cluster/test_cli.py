@@ -17,10 +17,11 @@ import torch
 from raysubset import load_model
 from raysubset.cli import call
 from raysubset.run_directory import RunDirectory
+from tests import slow_steps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-NUM_EPOCHS = 120  # long enough for Ctrl-C in the middle
+NUM_EPOCHS = 4
 FLAGS = [
     "--name",
     "run",
@@ -34,6 +35,8 @@ FLAGS = [
     "1",
     "--cluster.num-cpus",
     "2",
+    "--actors.on-step",
+    "tests.slow_steps:listen",
 ]
 
 
@@ -68,10 +71,12 @@ def test_doctor_looks_at_a_cluster_and_times_an_actor(tmp_path: Path, capsys: py
 
 
 def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--storage-path", str(tmp_path), *FLAGS]
     run = RunDirectory(str(tmp_path), "run")
+    monkeypatch.setenv(slow_steps.FOLDER, str(tmp_path))
+    slow_steps.slow_down(tmp_path, "subsets", from_step=11)
     with started("run", *flags) as process:
         until = time.monotonic() + 120
         while not any("checkpoint" in path for path in run.list("rounds", recursive=True)):
@@ -80,6 +85,7 @@ def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
+    slow_steps.speed_up(tmp_path, "subsets")
     assert process.returncode == 130, err
     assert out == ""
     assert "trunk: 1 epochs on 1294 examples" in err

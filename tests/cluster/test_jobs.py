@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,7 @@ import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.cli import call, run_job
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
+from tests import slow_steps
 from tests.tiny import stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -38,12 +39,12 @@ DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # to th
 AT_HOME = {".git", ".venv", "data", "results", "raysubset.egg-info"}
 MOST_WORKERS = 2
 NUM_SUBSETS = 4
-NUM_EPOCHS = 300  # some seconds each, so that a node can die in the middle
+NUM_EPOCHS, EPOCH_STEPS = 6, 6
 FLAGS = [
     *("--name", "run"),
     *("--subsets.num", str(NUM_SUBSETS)),
     *("--minimize.epochs", str(NUM_EPOCHS)),
-    *("--actors.checkpoint-epochs", "20"),
+    *("--actors.checkpoint-epochs", "1"),
     *("--trunk.epochs", "0"),
     *("--fine-tuning.num-workers", "1"),
 ]
@@ -148,7 +149,7 @@ def python_without_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(python_without_package: Path) -> Iterator[LocalCluster]:
     folder = tempfile.mkdtemp(prefix="rs", dir="/tmp")  # Ray's sockets need a short path
     env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_A", "PYTHONPATH"))}
-    env |= {"RAY_TMPDIR": folder, "TMPDIR": folder}
+    env |= {"RAY_TMPDIR": folder, "TMPDIR": folder, slow_steps.FOLDER: folder}
     env["RAY_health_check_period_ms"] = "1000"  # of 3000 by default: a killed node is missed after five of them
     env["RAY_JOB_STOP_WAIT_TIME_S"] = "60"  # of three by default, which a machine under load may not end within
     command = [str(python_without_package), "clusters/local_autoscaling.py"]
@@ -193,24 +194,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def meanwhile(look: Callable[[], object], every_s: float = 0.2) -> Iterator[None]:
-    """Look again and again while the block runs."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(every_s):
-            look()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 @dataclasses.dataclass(frozen=True)
 class Unbroken:
     """A run that nothing happened to."""
@@ -224,11 +207,13 @@ class Unbroken:
 
 @pytest.fixture(scope="module")
 def unbroken(cluster: LocalCluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    storage_path, nums = tmp_path_factory.mktemp("unbroken"), [0]
-    num_before = len(cluster.workers())
-    with meanwhile(lambda: nums.append(len(cluster.workers()))):
-        log = cluster.submit("whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
-    return Unbroken(RunDirectory(str(storage_path), "run"), log, num_before, max(nums), cluster.working_dirs())
+    storage_path, nums = tmp_path_factory.mktemp("unbroken"), [len(cluster.workers())]
+    with ThreadPoolExecutor(1) as thread:
+        log = thread.submit(cluster.submit, "whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
+        while not wait([log], timeout=0.2).done:
+            nums.append(len(cluster.workers()))
+    run = RunDirectory(str(storage_path), "run")
+    return Unbroken(run, log.result(), nums[0], max(nums), cluster.working_dirs())
 
 
 def subset_works(run: RunDirectory) -> list[Work]:
@@ -303,7 +288,9 @@ def test_idle_nodes_go_again(cluster: LocalCluster, unbroken: Unbroken) -> None:
 def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_change_no_bit(
     cluster: LocalCluster, unbroken: Unbroken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, flags = RunDirectory(str(tmp_path), "run"), ("--fine-tuning.epochs", "0")
+    run = RunDirectory(str(tmp_path), "run")
+    flags = ("--fine-tuning.epochs", "0", "--actors.on-step", "tests.slow_steps:listen")
+    slow_steps.slow_down(cluster.env[slow_steps.FOLDER], "subsets", from_step=EPOCH_STEPS)  # until the cluster's end
     cluster.submit("first", tmp_path, *flags, wait=False)
     cluster.wait("first", lambda: len({path.split("/")[3] for path in checkpoints(run)}) > 1)
     cluster.workers()[-1].kill()
