@@ -29,7 +29,7 @@ SIZES = (2_000, 22_000)
 EXAMPLE_BYTES = 32 * 32 * 3 + 8
 OVERRIDES = {
     "data.name": "cifar10",
-    "data.root": os.environ.get("RAYSUBSET_DATA", str(Path(__file__).parents[2] / "shared" / "data")),
+    "data.root": os.environ.get("RAYSUBSET_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data")),
     "model.width": 16,
     "model.depth": 3,
     "subsets.num": 2,

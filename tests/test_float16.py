@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from raysubset.config import ExtrapolationConfig, MinimizeConfig, derive_seed
 from raysubset.training import Progress, minimize, why_not_packed
-from tests.tiny import cnn, examples, same_bits, stop_at, through_a_file, weights
+from tests.tiny import cnn, examples, resume_at_the_bits, same_bits, through_a_file, weights
 
 RECIPE = MinimizeConfig(
     precision="float16", objective="tests.own_objectives:loud", epochs=2, batch_size=10, clip_norm=1.0, momentum=0.0
@@ -64,14 +64,8 @@ def test_a_run_that_resumes_has_the_same_scale_and_bits(optimizer, step):
     recipe = MinimizeConfig(
         precision="float16", objective="tests.own_objectives:loud", epochs=2, batch_size=10, optimizer=optimizer
     )
-    unbroken, states = cnn(), []
-    minimize(unbroken, examples(), recipe, seed=5)
-
-    minimize(cnn(), examples(), recipe, seed=5, on_step=stop_at(step, states))
-    assert states[0]["scaler"]["scale"] < 65536
-    resumed = cnn(seed=9)
-    minimize(resumed, examples(), recipe, seed=5, state=states[0])
-    assert same_bits(weights(resumed), weights(unbroken))
+    _, state = resume_at_the_bits(cnn, recipe, step)
+    assert state["scaler"]["scale"] < 65536
 
 
 def test_a_checkpoint_of_before_has_no_scale_and_float32_needs_none():

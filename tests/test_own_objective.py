@@ -7,7 +7,7 @@ import torch
 
 from raysubset.config import Config, MinimizeConfig
 from raysubset.training import minimize, try_own_objective, why_not_packed
-from tests.tiny import cnn, examples, noisy_network, same_bits, stop_at, weights
+from tests.tiny import cnn, examples, noisy_network, resume_at_the_bits, same_bits, weights
 
 
 def recipe(function: str, **changes) -> MinimizeConfig:
@@ -26,17 +26,11 @@ def test_the_tasks_loss_as_an_objective_has_the_bits_it_has_without():
 @pytest.mark.parametrize("step", [3, 4, 5])
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}])
 def test_what_it_draws_is_drawn_again_by_a_run_that_resumes(step, changes):
-    unbroken, states = noisy_network(), []
     config = recipe("mixup", **changes)
-    minimize(unbroken, examples(), config, seed=5)
-
-    minimize(noisy_network(), examples(), config, seed=5, on_step=stop_at(step, states))
-    resumed = noisy_network(seed=9)
-    minimize(resumed, examples(), config, seed=5, state=states[0])
-    assert same_bits(weights(resumed), weights(unbroken))
+    unbroken, _ = resume_at_the_bits(noisy_network, config, step)
     other = noisy_network()
     minimize(other, examples(), config, seed=6)
-    assert not same_bits(weights(other), weights(unbroken))
+    assert not same_bits(weights(other), unbroken)
 
 
 def test_examples_that_it_passes_twice_are_counted_twice():

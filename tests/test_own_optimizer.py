@@ -8,7 +8,7 @@ import torch
 from raysubset.config import Config, MinimizeConfig
 from raysubset.training import minimize, try_own_optimizer, why_not_packed
 from raysubset.training.optimizers import make_optimizer
-from tests.tiny import cnn, examples, linear, noisy_network, same_bits, stop_at, weights
+from tests.tiny import cnn, examples, linear, noisy_network, resume_at_the_bits, same_bits, weights
 
 
 def recipe(function: str, **changes) -> MinimizeConfig:
@@ -38,13 +38,7 @@ def test_groups_keep_their_shares_of_the_largest_rate_which_is_the_recipes_if_on
 
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_stopped_and_resumed_from_a_file_it_ends_at_the_same_bits(step):
-    unbroken, states = noisy_network(), []
-    minimize(unbroken, examples(), recipe("two_rates"), seed=5)
-
-    minimize(noisy_network(), examples(), recipe("two_rates"), seed=5, on_step=stop_at(step, states))
-    resumed = noisy_network(seed=9)
-    minimize(resumed, examples(), recipe("two_rates"), seed=5, state=states[0])
-    assert same_bits(weights(resumed), weights(unbroken))
+    resume_at_the_bits(noisy_network, recipe("two_rates"), step)
 
 
 @pytest.mark.parametrize("function", ["adam", "two_rates"])

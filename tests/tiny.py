@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raysubset.config import ModelConfig
+from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.data import Examples, FullSet
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, CrossEntropy, ImageInputs, Spec, SquaredError
 from raysubset.trained_model import ModelRecord
-from raysubset.training import Metrics, Progress
+from raysubset.training import Metrics, Progress, minimize
 
 CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
 
@@ -150,6 +150,19 @@ def stop_at(step: int, states: list[dict[str, Any]]) -> Callable[[Progress], boo
         return progress.step == step
 
     return stop
+
+
+def resume_at_the_bits(
+    network: Callable[..., nn.Module], recipe: MinimizeConfig, step: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where a minimization of some examples ends, and what its checkpoint after the step has: from there another
+    network ends at the same bits."""
+    unbroken, resumed, states = network(), network(seed=9), []
+    minimize(unbroken, examples(), recipe, seed=5)
+    minimize(network(), examples(), recipe, seed=5, on_step=stop_at(step, states))
+    minimize(resumed, examples(), recipe, seed=5, state=states[0])
+    assert same_bits(weights(resumed), weights(unbroken))
+    return weights(unbroken), states[0]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Command:    cd jobs/own_code && python own_objects.py
 """
 
+import argparse
 import math
 
 import numpy as np
@@ -35,6 +36,7 @@ def points(num=2000):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
     report = run(Config(name="own_objects"), data=points(), model=net, task=Angle, on_event=print)
     model = load_model(report.uri, task=Angle)  # in another process likewise
