@@ -315,6 +315,7 @@ def test_help_has_two_levels_in_the_configs_own_words(capsys: pytest.CaptureFixt
     assert "Examples per subset. Q = size * num_classes / num_parameters should exceed 1." in words
     assert all(key.rpartition(".")[2].replace("_", "-") in words for key in flatten(Config().to_dict()))
     assert "130 stopped by Ctrl-C" in words
+    assert "Least rise of training accuracy in a window that keeps weights moving. In [0, 1). [0.005]" in words
 
 
 @pytest.mark.parametrize("width", ["80", "40"])
@@ -401,6 +402,8 @@ def test_bash_takes_the_line_that_the_manual_gives():
 def test_help_of_a_configs_class_has_its_fields_documentation():
     text = pydoc.render_doc(MinimizeConfig, renderer=pydoc.plaintext)
     assert "learning_rate: float | None = None" in text
+    assert "each look counted: a curve. By default not at all" in field_docs(MinimizeConfig)["validate_every"]
+    assert field_docs(MinimizeConfig)["validate_every"].endswith("after each anyway. At least 1.")
     assert field_docs(MinimizeConfig)["learning_rate"] in text
     assert all(field_docs(type(room)).values() for room in vars(Config()).values() if is_dataclass(room))
 

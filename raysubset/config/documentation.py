@@ -7,13 +7,24 @@ import inspect
 import typing
 from typing import Any
 
+from raysubset.config.trees import range_in_words, ranges_of
+
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The documentation of a dataclass's fields, in their order, each in a line; "" of those that have none."""
+    """The documentation of a dataclass's fields, in their order, each in a line; "" of those that have none.
+
+    The range of a number is its last sentence.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
             docs |= _docs_of_module(inspect.getsourcefile(base) or "").get(base.__qualname__, {})
+    ranges = {name: range_in_words(range) for name, range in ranges_of(cls).items()}
+    docs |= {
+        name: f"{docs[name]} {words[0].upper()}{words[1:]}."
+        for name, words in ranges.items()
+        if words and docs.get(name)
+    }
     return {each.name: docs.get(each.name, "") for each in dataclasses.fields(cls)}
 
 

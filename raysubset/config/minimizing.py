@@ -40,7 +40,7 @@ class ExtrapolationConfig:
     """Along this worker's last gradient, the last gradient of all workers, random directions, or such directions scaled
     to the norm of each filter."""
     rate: Annotated[float, "[0, 1]"] = 0.5
-    """Extrapolation rate as a share of the learning rate, in [0, 1]; our choice. Of noise it is the standard deviation,
+    """Extrapolation rate as a share of the learning rate; our choice. Of noise it is the standard deviation,
     of filter_scaled the length, with each filter's own for unit."""
     accelerated: bool = False
     """Extrapolate along the momentum as well."""
@@ -102,11 +102,11 @@ class SkippingConfig:
     window: Annotated[float, "(0, ∞)"] = 1.0
     """Epochs over which the improvement is watched."""
     threshold: Annotated[float, "[0, 1)"] = 0.005
-    """Least rise of training accuracy in a window, in [0, 1], that keeps weights moving."""
+    """Least rise of training accuracy in a window that keeps weights moving."""
     epochs: Annotated[float, "(0, ∞)"] = 1.0
     """Epochs that weights stay frozen."""
     drop: Annotated[float, "(0, 1]"] = 0.01
-    """Fall of training accuracy, in [0, 1], that ends a freeze early."""
+    """Fall of training accuracy that ends a freeze early."""
     decay: Annotated[float, "(0, 1]"] = 0.5
     """wus_lr: what the learning rate is multiplied by at each freeze."""
     stages: str = "all"

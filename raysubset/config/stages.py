@@ -88,15 +88,15 @@ class AggregationConfig:
     """Labels of the Fisher's gradients under cross-entropy: expected under the model, or the true ones (empirical
     Fisher). Under squared error it is the loss's own curvature."""
     regmean_factor: Annotated[float, "[0, 1]"] = 0.9
-    """What regmean multiplies the off-diagonals of its Gram matrices by, in [0, 1]."""
+    """What regmean multiplies the off-diagonals of its Gram matrices by."""
     ties_density: Annotated[float, "(0, 1]"] = 0.2
-    """Share of each task vector's elements, the largest, that ties keeps, in (0, 1]."""
+    """Share of each task vector's elements, the largest, that ties keeps."""
     dare_drop: Annotated[float, "[0, 1)"] = 0.5
-    """Share of each task vector's elements that dare drops at random, in [0, 1)."""
+    """Share of each task vector's elements that dare drops at random."""
     task_scale: Annotated[float, "(0, ∞)"] = 1.0
-    """λ: what ties and dare multiply the merged task vector by; positive."""
+    """λ: what ties and dare multiply the merged task vector by."""
     savgm_fraction: Annotated[float, "(0, 1)"] = 0.25
-    """r: share of each subset that savgm minimizes on once more, to estimate the bias, in (0, 1)."""
+    """r: share of each subset that savgm minimizes on once more, to estimate the bias."""
     matching: Literal["weights", "activations"] = "weights"
     """How aligned_soup finds which units of two minima correspond; weights did at least as well on MNIST (n = 2)."""
     repair: bool = True
@@ -120,9 +120,9 @@ class FineTuningConfig:
     start: Literal["warm", "shrink_perturb", "reinit"] = "warm"
     """From the aggregate; from shrink * aggregate + perturb * fresh weights (arXiv:1910.08475); from fresh weights."""
     shrink: Annotated[float, "[0, 1]"] = 0.4
-    """λ of shrink_perturb, in [0, 1]."""
+    """λ of shrink_perturb."""
     perturb: Annotated[float, "[0, 1]"] = 0.1
-    """γ of shrink_perturb, in [0, 1]."""
+    """γ of shrink_perturb."""
     num_workers: Annotated[int | Literal["auto"], "[1, ∞)"] = "auto"
     """Ray Train workers; 1: an actor, by Ray Train's local mode. auto: 1 where the work is shorter than the start of
     further processes, else as many as the cluster can hold or start, at most one a subset (measured, recorded)."""
@@ -131,7 +131,7 @@ class FineTuningConfig:
     keep: Literal["best", "last"] = "last"
     """Which epoch's weights are the result: the least validation loss, or the end of the schedule."""
     distillation: Annotated[float, "[0, 1]"] = 0.0
-    """Share of the loss, in [0, 1], that is the distance from the ensemble of the last round's minima."""
+    """Share of the loss that is the distance from the ensemble of the last round's minima."""
     temperature: Annotated[float, "(0, ∞)"] = 2.0
     """Of the ensemble's soft targets under cross-entropy."""
     sync_batch_norm: bool = False

@@ -29,7 +29,7 @@ class TaskConfig:
     """auto: cross_entropy of classes, squared_error of numbers. squared_error of classes is the mean over examples and
     outputs of (output - one-hot)²; of numbers, as absolute_error and huber, of standardised targets."""
     label_smoothing: Annotated[float, "[0, 1)"] = 0.0
-    """Of cross-entropy, in [0, 1)."""
+    """Of cross-entropy."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: cross-entropy counts a class by the inverse of its share of the training set (segmentation: of its
     pixels)."""

@@ -53,7 +53,7 @@ def check_fields(record: Any, prefix: str) -> None:
         if isinstance(value, str):
             _check_text(prefix + name, value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(prefix + name, value, _ranges(type(record))[name])
+            check_number(prefix + name, value, ranges_of(type(record))[name])
 
 
 def check_number(name: str, value: float, range: str) -> None:
@@ -64,15 +64,20 @@ def check_number(name: str, value: float, range: str) -> None:
     finite = -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
     if above and below and finite:
         return
-    if high < math.inf:
-        words = f"in {range}"
-    elif low > -math.inf:
-        words = f"at least {low:g}" if low else "positive" if range[0] == "(" else "0 or more"
-    else:
-        words = "a number"
+    words = range_in_words(range) or "a number"
     if not (finite or math.isnan(value) or high < math.inf):
         words += " and finite" if isinstance(value, float) else " and below 2^63"
     raise ValueError(f"{name} = {value} must be {words}")
+
+
+def range_in_words(range: str) -> str:
+    """'in [0, 1)', 'at least 1', 'positive' or '0 or more'; '' where every number is in it."""
+    low, high = _ends(range)
+    if high < math.inf:
+        return f"in {range}"
+    if low == -math.inf:
+        return ""
+    return f"at least {low:g}" if low else "positive" if range[0] == "(" else "0 or more"
 
 
 @functools.cache
@@ -92,8 +97,8 @@ _hints = functools.cache(typing.get_type_hints)  # without what Annotated adds
 
 
 @functools.cache
-def _ranges(cls: type) -> dict[str, str]:
-    """Of the fields that are Annotated with one."""
+def ranges_of(cls: type) -> dict[str, str]:
+    """The ranges of fields that are Annotated with one."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
 
