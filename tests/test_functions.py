@@ -49,7 +49,10 @@ def returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def read(body: str, reader: Callable[[DataConfig], Any] = read_returned, **settings: Any) -> Any:
+    def classes(config: DataConfig) -> Any:
+        return read_returned(config, "classification")
+
+    def read(body: str, reader: Callable[[DataConfig], Any] = classes, **settings: Any) -> Any:
         (tmp_path / "own_rows.py").write_text(MODULE + textwrap.indent(body, "    "))
         monkeypatch.delitem(sys.modules, "own_rows", raising=False)
         importlib.invalidate_caches()

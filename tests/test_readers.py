@@ -1176,4 +1176,4 @@ def test_pickled_objects_in_a_table_are_refused_and_never_looked_at(nested: bool
     labels = pa.StructArray.from_arrays([column], ["a"]) if nested else column
     table = pa.table({"image": pa.array([b"x"] * 4), "label": labels})
     with pytest.raises(ValueError, match=r"column label of x\.parquet holds pickled Python objects"):
-        needed_columns(table.schema, "x.parquet", DataConfig(name="x.parquet"))
+        needed_columns(table.schema, "x.parquet", DataConfig(name="x.parquet"), "classification")

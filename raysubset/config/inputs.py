@@ -41,8 +41,8 @@ class DataConfig:
     """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
     A table without it is learned from its other columns."""
     target: str | None = None
-    """The column to learn: integers, class names, or numbers for regression (several with commas between). By default
-    label beside images, and target or label in other tables."""
+    """The column to learn: integers, class names, numbers for regression (several with commas between), or masks for
+    segmentation. By default target or label; beside images label of classes, and mask or label of masks."""
     columns: str | None = None
     """The columns to learn from, with commas between. By default all but the target."""
     missing: Literal["refuse", "mean"] = "refuse"

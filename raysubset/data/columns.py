@@ -22,7 +22,16 @@ from raysubset.data.labels import UNLABELLED, as_labels, is_string, number_class
 from raysubset.data.layout import some
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import JoinedTables, join_tables, numbers_of, refuse_unreadable
+from raysubset.data.tables import (
+    MOST_COLUMNS,
+    JoinedTables,
+    join_tables,
+    numbers_of,
+    refuse_unreadable,
+    split_names,
+    usual_note,
+    usual_target,
+)
 from raysubset.events import Note
 from raysubset.tasks.columns import TableInputs, is_time
 
@@ -30,7 +39,6 @@ _TARGETS = ("target", "label")  # what a target is called where data.target name
 
 # Row numbers that pandas writes beside a table: an index without a name, in CSV and in Parquet.
 _ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
-_MOST_COLUMNS = 50  # in one line
 _MOST_INTEGERS = 100  # of a target that are taken as the names of classes
 
 
@@ -190,8 +198,8 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
 
 def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
     """The columns worth reading: those that are named, and all numbers, texts and times."""
-    targets = _split_names("target", config.target, schema.names) or _TARGETS
-    named = {*targets, *_split_names("columns", config.columns, schema.names)}
+    targets = split_names("target", config.target, schema.names) or _TARGETS
+    named = {*targets, *split_names("columns", config.columns, schema.names)}
     needed = [field.name for field in schema if field.name in named or _is_plain(field.type)]
     refuse_unreadable(schema, needed, path)
     return needed
@@ -204,35 +212,18 @@ def _is_plain(type_: pa.DataType) -> bool:
     return is_string(type_) or is_time(type_) or any(kind(type_) for kind in kinds)
 
 
-def _split_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """An option's names with commas between; a column that has commas in its name is meant as a whole."""
-    if text is None or text in known:
-        return () if text is None else (text,)
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise ValueError(
-            f"data.{option} = {text!r} names no column: set it to some of {some(known, most=_MOST_COLUMNS)}"
-        )
-    return names
-
-
 def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
-    if named := _split_names("target", config.target, known):
+    if named := split_names("target", config.target, known):
         _refuse_absent(named, known, path, option="--data.target")
         return named, []
-    present = [name for name in _TARGETS if name in known]
-    if len(present) != 1:
-        what = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(_TARGETS)}"
-        raise ValueError(
-            f"{path} has {what}: set --data.target to the one to learn, of {some(known, most=_MOST_COLUMNS)}"
-        )
-    return (present[0],), [Note(f"the column {present[0]} is learned; --data.target names another")]
+    name = usual_target(known, _TARGETS, path)
+    return (name,), [usual_note(name)]
 
 
 def _features(
     known: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
 ) -> tuple[tuple[str, ...], list[Note]]:
-    if named := _split_names("columns", config.columns, known):
+    if named := split_names("columns", config.columns, known):
         _refuse_absent(named, known, path, option="--data.columns")
         if both := [name for name in named if name in targets]:
             raise ValueError(f"{both[0]} is in --data.columns and --data.target: it cannot be learned from itself")
@@ -257,10 +248,10 @@ def _refuse_absent(
         hint = nearest(absent[0], known)
         if option:
             raise ValueError(
-                f"{path} has no column {absent[0]}: set {option} to some of {some(known, most=_MOST_COLUMNS)}{hint}"
+                f"{path} has no column {absent[0]}: set {option} to some of {some(known, most=MOST_COLUMNS)}{hint}"
             )
         out = "" if is_train else "; or leave the split out with --data.ignored"
-        raise ValueError(f"{path} has no column {absent[0]}, only {some(known, most=_MOST_COLUMNS)}{hint}{out}")
+        raise ValueError(f"{path} has no column {absent[0]}, only {some(known, most=MOST_COLUMNS)}{hint}{out}")
 
 
 def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:

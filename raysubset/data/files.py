@@ -19,7 +19,7 @@ from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import from_tables, join_tables, needed_columns, with_scalars
+from raysubset.data.tables import IMAGE_TARGETS, from_tables, join_tables, needed_columns, with_scalars
 from raysubset.errors import first_line
 from raysubset.events import Note
 
@@ -29,8 +29,8 @@ _BOM = b"\xef\xbb\xbf"
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
 
 
-def read_path(config: DataConfig) -> Source:
-    """Read a file, or a folder with all below it, from any filesystem pyarrow knows.
+def read_path(config: DataConfig, task: str) -> Source:
+    """Read a file, or a folder with all below it, from any filesystem pyarrow knows, as images for a task.
 
     Raises:
         ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
@@ -38,9 +38,14 @@ def read_path(config: DataConfig) -> Source:
     files = find_files(config)
     if files.kind == "texts":
         raise no_table(files)
+    if config.streamed and task in IMAGE_TARGETS:
+        raise ValueError(
+            f"data.streamed reads images with classes, and --task {task} learns something else: leave --data.streamed "
+            "out to read them into memory"
+        )
     if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
-    kinds, needed = column_kinds(files), partial(needed_columns, config=config)
+    kinds, needed = column_kinds(files), partial(needed_columns, config=config, task=task)
     source: Source = {}
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
@@ -52,8 +57,8 @@ def read_path(config: DataConfig) -> Source:
             read, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
             tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-            read, origin = from_tables(tables, config, where), describe_files(files, members)
-        note = Note(f"{split} split: {len(read.labels)} examples of {origin}")
+            read, origin = from_tables(tables, config, where, task), describe_files(files, members)
+        note = Note(f"{split} split: {len(read.targets)} examples of {origin}")
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
@@ -95,7 +100,8 @@ def _read_streamed(
     for path, member in zip(paths, members, strict=True):
         with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = _needed(parquet.schema_arrow, member, kinds, partial(needed_columns, config=config), path)
+            needed = partial(needed_columns, config=config, task="classification")
+            names = _needed(parquet.schema_arrow, member, kinds, needed, path)
             table = parquet.read([name for name in names if name != config.image_column])
             tables.append(_with_folder_columns(table, member, kinds))
             metadata = parquet.metadata

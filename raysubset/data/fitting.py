@@ -1,7 +1,6 @@
 """Full sets of tables, texts and arrays: a task fitted on training rows, and the splits of what it stores."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,62 +11,24 @@ from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
 from raysubset.data.tables import is_scalar
+from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import (
     Augmentation,
     CrossEntropy,
     ImageInputs,
     NextToken,
-    Regression,
-    Segmentation,
-    TableInputs,
     Task,
-    TensorInputs,
     Vocabulary,
-    balanced_weights,
-    classification,
     fit_columns,
     fit_own_task,
     fit_tensors,
     fit_vocabulary,
-    refuse_constant,
-    regression,
-    strata_of_numbers,
     target_numbers,
     windows_of,
 )
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """What is learned of every row of the source's splits."""
-
-    values: dict[SplitName, np.ndarray]  # int64 [N] of classes, float64 [N, K] of numbers
-    names: tuple[str, ...]  # of the classes, or of the numbers
-    is_of_classes: bool
-    notes: tuple[Note, ...] = ()
-
-    @property
-    def strata(self) -> dict[SplitName, np.ndarray]:
-        if self.is_of_classes:
-            return self.values
-        return {split: strata_of_numbers(values) for split, values in self.values.items()}
-
-    def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
-        """The task of these inputs, given the training rows' values."""
-        if self.is_of_classes:
-            return classification(inputs, self.names, config, train)
-        refuse_constant(train, self.names)
-        return regression(inputs, self.names, config, train)
-
-    def stored(self, split: SplitName, rows: np.ndarray, task: Task) -> dict[str, np.ndarray]:
-        """The column that a split holds of some rows."""
-        values = self.values[split][rows]
-        if isinstance(task, Regression):
-            return {"target": task.standardised(values)}
-        return {"label": np.ascontiguousarray(values)}
 
 
 def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
@@ -114,7 +75,7 @@ def of_texts(
             f"the train split has {num} window(s) of {config.window} tokens, too few to hold any out: give "
             f"--data.window {max(1, config.window * num // needed)} or less, or more text"
         )
-    rows, carving = carve_splits(_alike(windows), config, at_end=True)
+    rows, carving = carve_splits(alike(windows), config, at_end=True)
     vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])
     splits = {}
     for split in SPLITS:
@@ -153,7 +114,7 @@ def of_arrays(
     }
     train = arrays["train"]
     if task.is_class:
-        rows, carving = carve_splits(_alike({split: next(iter(own.values())) for split, own in arrays.items()}), config)
+        rows, carving = carve_splits(alike({split: next(iter(own.values())) for split, own in arrays.items()}), config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
     column = "image" if "image" in train else "inputs"
@@ -163,8 +124,9 @@ def of_arrays(
             "mask: name one so, or give --task package.module:Class"
         )
     if "mask" in train or task.name == "segmentation":
-        return _of_masks(arrays, config, task, notes)
-    targets = _targets_of_arrays(arrays, config, task)
+        targets = mask_targets(_masks_of(arrays, config), task, config.name)
+    else:
+        targets = _targets_of_arrays(arrays, config, task)
     rows, carving = carve_splits(targets.strata, config)
     if column == "image":
         inputs = _fit_images(train[column][rows["train"]], config)
@@ -199,10 +161,8 @@ def _storable(values: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 
 
-def _of_masks(
-    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig, notes: Sequence[Note]
-) -> FullSet:
-    largest = 0
+def _masks_of(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig) -> dict[SplitName, np.ndarray]:
+    """The masks of arrays, of a class for each pixel of their images."""
     for split, own in arrays.items():
         if missing := [name for name in ("image", "mask") if name not in own]:
             text = f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too"
@@ -217,56 +177,29 @@ def _of_masks(
         if mask.dtype.kind not in "iub" or mask.shape != image.shape[:3]:
             text = f"mask of the {split} split is {_shown(mask)}"
             raise ValueError(f"{text}: give a class for each pixel of images {list(image.shape[:3])}")
-        counted = mask if task.ignored is None else mask[mask != task.ignored]
-        if counted.size and not 0 <= counted.min() <= counted.max() < 255:
-            raise ValueError(
-                f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes"
-            )
-        largest = max(largest, int(counted.max()) if counted.size and split == "train" else 0)
-    if not largest:
-        raise ValueError(
-            f"all pixels of {config.name}'s training masks are of class 0: at least two classes are needed"
-        )
-    for split, own in arrays.items():
-        unknown = own["mask"][own["mask"] > largest]
-        if task.ignored is not None:
-            unknown = unknown[unknown != task.ignored]
-        if unknown.size:
-            raise ValueError(f"class {unknown[0]} of the {split} split's masks is in no training mask")
-    rows, carving = carve_splits(_alike({split: own["mask"] for split, own in arrays.items()}), config)
-    inputs = _fit_images(arrays["train"]["image"][rows["train"]], config)
-    names = tuple(map(str, range(largest + 1)))
-    weights = None
-    if task.class_weights == "balanced":
-        pixels = arrays["train"]["mask"][rows["train"]].ravel()
-        weights = balanced_weights(pixels if task.ignored is None else pixels[pixels != task.ignored], len(names))
-    objective = CrossEntropy(task.label_smoothing, ignored=task.ignored, class_weights=weights)
-    learned = Segmentation(inputs, names, task.ignored, objective)
-    masks: dict[SplitName, dict[str, np.ndarray]] = {
-        split: {"image": own["image"], "mask": own["mask"].astype(np.uint8)} for split, own in arrays.items()
-    }
-    return _full_set(config, _as_they_are(masks, rows), learned, [*notes, *carving])
+    return {split: own["mask"] for split, own in arrays.items()}
 
 
-def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> _Targets:
+def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
     if task.name == "regression":
         values: dict[SplitName, np.ndarray] = {
             split: target_numbers(table, tables.targets, where=f"the {split} split")
             for split, table in tables.splits.items()
         }
-        return _Targets(values, tables.targets, is_of_classes=False)
+        return Targets("numbers", values, tables.targets)
     if task.name != "classification":
         raise ValueError(
             f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "
-            "or regression, or give data.name a function that returns arrays"
+            "or regression, name the column of its images with --data.image-column, or give data.name a function that "
+            "returns arrays"
         )
     labels, names, notes = class_numbers(tables)
-    return _Targets(labels, names, is_of_classes=True, notes=notes)
+    return Targets("classes", labels, names, notes)
 
 
 def _targets_of_arrays(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig
-) -> _Targets:
+) -> Targets:
     """Targets by their name: as those of a table that has nothing else."""
     train = arrays["train"]
     name = "target" if "target" in train else "label"
@@ -300,11 +233,6 @@ def _as_they_are(
         tensors = {name: np.ascontiguousarray(values[rows[split]]) for name, values in own.items()}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return splits
-
-
-def _alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
-    """Strata of examples of which none is unlike another."""
-    return {split: np.zeros(len(own), dtype=np.int64) for split, own in values.items()}
 
 
 def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:

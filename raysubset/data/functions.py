@@ -37,8 +37,8 @@ Returned = Source | Tables | Arrays
 _Split = SourceSplit | pa.Table | dict[str, np.ndarray]
 
 
-def read_returned(config: DataConfig) -> Returned:
-    """Call the function that data.name names, without arguments, and tell what it returns.
+def read_returned(config: DataConfig, task: str) -> Returned:
+    """Call the function that data.name names, without arguments, and tell what it returns for a task.
 
     That is one of these, or a dict with "train" and perhaps "validation" and "test" of them, or a pair of pairs, train
     and test, as Keras gives them:
@@ -54,7 +54,7 @@ def read_returned(config: DataConfig) -> Returned:
     """
     found: dict[SplitName, _Split] = {}
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
-        found[name] = _tell(value, config, where)
+        found[name] = _tell(value, config, where, task)
         if (kind := _kind(found[name])) != (first := _kind(found["train"])):
             text = f"{config.name} returned {first} as its train split and {kind} as its {name} split"
             raise ValueError(f"{text}: give all splits alike")
@@ -148,14 +148,14 @@ def _are_arrays(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(value, list) or getattr(value, "ndim", 0) for value in values.values())
 
 
-def _tell(value: Any, config: DataConfig, where: str) -> _Split:
+def _tell(value: Any, config: DataConfig, where: str, task: str) -> _Split:
     """Images with labels, a table of columns, or arrays."""
     if _is_dataset(value):
         value = _stacked(value, where)
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
         value = pa.table(value)
     if isinstance(value, pa.Table):
-        return from_tables({where: value}, config, where) if holds_images(value.schema, config) else value
+        return from_tables({where: value}, config, where, task) if holds_images(value.schema, config) else value
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
     if _is_text(value):

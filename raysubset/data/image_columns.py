@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.data.findings import Findings
-from raysubset.data.images import EncodedImages, as_images
+from raysubset.data.images import EncodedImages, as_images, decode_masks
 from raysubset.errors import listed
 
 # The extension types that ray.data writes; Arrow knows them only where ray.data is imported.
@@ -17,7 +17,7 @@ _RAY_VARIABLE_TENSORS = "ray.data.arrow_variable_shaped_tensor"
 
 
 def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    """The column of images of a file, in a layout that goes together with those of other files.
+    """A column of images or masks of a file, in a layout that goes together with those of other files.
 
     ray.data's tensors become Arrow's own, which say their shape themselves.
 
@@ -84,30 +84,67 @@ def images_of(
     Raises:
         ValueError: for nulls, or what is no image.
     """
+    found = _encoded_or_chunks(column, "image", where, first_row)
+    if isinstance(found, EncodedImages):
+        return found, Findings()
+    if pa.types.is_struct(column.type) and [field.name for field in column.type] == ["data", "shape"]:
+        return _of_variable_shapes(found, where, image_size)
+    tensors = _tensors(found, "image", where)
+    is_flat = tensors.ndim == 2
+    if is_flat:
+        tensors = tensors.reshape(-1, *_square(tensors.shape[1], where))
+    images, findings = as_images(tensors, where, image_size)
+    if is_flat and images.shape[3] == 3:
+        findings += Findings(flat_shape=tensors.shape[1:])
+    return images, findings
+
+
+def masks_of(
+    column: pa.ChunkedArray, images: np.ndarray | EncodedImages, where: str, *, image_size: int | None
+) -> np.ndarray:
+    """Return a column's masks, integers [n, H, W], or [n, H * W] of flat lists; there is one at least.
+
+    Args:
+        images: whose masks they are; where both are encoded, each mask is as large as its image, and resized as it is.
+        where: names the file or files in messages.
+
+    Raises:
+        ValueError: for nulls, or what is no mask of such an image.
+    """
+    found = _encoded_or_chunks(column, "mask", where)
+    if isinstance(found, EncodedImages):
+        return decode_masks(found, images, where, image_size)
+    masks = _tensors(found, "mask", where)
+    if masks.ndim == 4 and masks.shape[3] == 1:
+        masks = masks[..., 0]
+    if masks.ndim > 3 or masks.dtype.kind == "f":
+        shape = f"{masks.dtype} [{', '.join(('N', *map(str, masks.shape[1:])))}]"
+        raise ValueError(f"masks of {where} are {shape}: give one integer for each pixel, the number of its class")
+    if image_size is not None:
+        raise ValueError(f"masks of {where} are lists, which --data.image-size does not resize: encode them as PNG")
+    return masks
+
+
+def _encoded_or_chunks(
+    column: pa.ChunkedArray, what: str, where: str, first_row: int = 0
+) -> EncodedImages | list[pa.Array]:
+    """A column's images or masks, encoded, or in chunks that hold some each."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if column.null_count:
-        raise ValueError(f"{_null_rows(column, 'image', where, first_row)} null: leave such rows out")
+        raise ValueError(f"{_null_rows(column, what, where, first_row)} null: leave such rows out")
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
         if column.null_count:
-            rows = _null_rows(column, "image", where, first_row)
-            raise ValueError(f"{rows} a path without bytes: embed the images")
+            rows = _null_rows(column, what, where, first_row)
+            raise ValueError(f"{rows} a path without bytes: embed the {what}s")
     if any(is_kind(column.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         return EncodedImages(
             len(column),
             read=lambda row: column[row].as_py(),
-            describe=lambda row: f"the image in row {first_row + row} of {where}",
-        ), Findings()
-    chunks = [chunk for chunk in column.chunks if len(chunk)]
-    if pa.types.is_struct(column.type) and [field.name for field in column.type] == ["data", "shape"]:
-        return _of_variable_shapes(chunks, where, image_size)
-    tensors = [_tensors(chunk, where) for chunk in chunks]
-    images, findings = as_images(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), where, image_size)
-    is_flat = pa.types.is_fixed_size_list(column.type) and not pa.types.is_fixed_size_list(column.type.value_type)
-    if is_flat and images.shape[3] == 3:
-        findings += Findings(flat_shape=tensors[0].shape[1:])
-    return images, findings
+            describe=lambda row: f"the {what} in row {first_row + row} of {where}",
+        )
+    return [chunk for chunk in column.chunks if len(chunk)]
 
 
 def _of_variable_shapes(chunks: list[pa.Array], where: str, image_size: int | None) -> tuple[np.ndarray, Findings]:
@@ -125,25 +162,28 @@ def _of_variable_shapes(chunks: list[pa.Array], where: str, image_size: int | No
     return np.concatenate([np.broadcast_to(image, (*image.shape[:3], channels)) for image in images]), findings
 
 
-def _tensors(chunk: pa.Array, where: str) -> np.ndarray:
-    """A chunk of equal tensors as a view [n, …] of its memory."""
-    refusal = f"images of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
+def _tensors(chunks: list[pa.Array], what: str, where: str) -> np.ndarray:
+    """Chunks of equal tensors, [n, …]; of one chunk, a view of its memory."""
+    tensors = [_tensors_of_chunk(chunk, what, where) for chunk in chunks]
+    return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
+
+def _tensors_of_chunk(chunk: pa.Array, what: str, where: str) -> np.ndarray:
+    refusal = f"{what}s of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
     if isinstance(chunk.type, pa.FixedShapeTensorType):
         if not _is_number(chunk.type.value_type):
             raise ValueError(refusal)
         if chunk.storage.flatten().null_count:
-            raise ValueError(f"images of {where} hold null pixels")
+            raise ValueError(f"{what}s of {where} hold null pixels: give each a number")
         return chunk.to_numpy_ndarray()
     shape, values = [len(chunk)], chunk
     while pa.types.is_fixed_size_list(values.type):
         shape.append(values.type.list_size)
         values = values.flatten()
         if values.null_count:
-            raise ValueError(f"images of {where} hold null pixels")
+            raise ValueError(f"{what}s of {where} hold null pixels: give each a number")
     if len(shape) == 1 or not _is_number(values.type):
         raise ValueError(refusal)
-    if len(shape) == 2:
-        shape[1:] = _square(shape[1], where)
     return values.to_numpy().reshape(shape)
 
 

@@ -1,7 +1,7 @@
-"""Full sets of images and their classes: classes numbered, splits carved, images decoded or left where they lie."""
+"""Full sets of images: their targets, splits carved, images decoded or left where they lie."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +11,16 @@ from raysubset.data.decoding import decode_source
 from raysubset.data.findings import level_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.labels import number_classes
+from raysubset.data.layout import some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
 from raysubset.data.streamed import StreamedSplit
+from raysubset.data.tables import usual_note
+from raysubset.data.targets import Targets, mask_targets
 from raysubset.events import Note
-from raysubset.tasks import ImageInputs, classification, fit_own_task
+from raysubset.tasks import ImageInputs, fit_own_task
 
 # Where a shifted or mirrored image shows the same thing: not digits.
 _AUGMENTED_NAMES = ("cifar10", "cifar100")
@@ -26,46 +29,29 @@ _MOST_LISTED = 10  # classes named in one line
 
 
 def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
-    """The full set of images and their classes.
+    """The full set of images and what is learned of them.
 
     Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
 
     Raises:
-        ValueError: for images or labels that cannot be used, with the way out.
+        ValueError: for images or targets that cannot be used, with the way out.
     """
-    if task.name not in ("classification", "auto") and not task.is_class:
-        raise ValueError(
-            f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
-            'function that returns arrays, {"image": …, "target": …} for regression, {"image": …, "mask": …} for '
-            "segmentation"
-        )
-    labels, class_names, naming = number_classes(read)
-    source: Source = {name: split for name, split in read.items() if name in labels}
-    rows, carving = carve_splits(labels, config)
+    targets = _targets(read, config, task)
+    source: Source = {name: split for name, split in read.items() if name in targets.values}
+    rows, carving = carve_splits(targets.strata, config)
     decoded = decode_source(source, rows, config.image_size)
     source, scanned = _of_one_shape(decoded.splits), decoded.scan
-
-    def build(name: SplitName) -> Split:
-        origin: SplitName = name if name in source else "train"
-        kept = scanned.kept.get(name) if scanned else None
-        return _build(source[origin], labels[origin], rows[name], kept)
-
-    validation, test = build("validation"), build("test")
-    notes = [*(note for split in source.values() for note in split.notes), *naming, *carving]
-    notes += _lacking({name: labels[name if name in source else "train"][rows[name]] for name in rows}, class_names)
-    if scanned is None:
-        train = build("train")
-        levels = count_levels(train.arrays()["image"])
-    else:
-        groups, own = source["train"].images, rows["train"]
-        assert isinstance(groups, RowGroups)
-        held = Split.from_arrays({"label": labels["train"][own]}, own, _columns(source["train"], own))
-        train = StreamedSplit(held, groups)
-        levels = _repeated(scanned.levels, train.image_shape[2], axis=0)
-        notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
-    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
+    if targets.kind == "masks":
+        targets = dataclasses.replace(targets, values=_masks_in_shape(targets.values, source))
+    origins: dict[SplitName, SplitName] = {name: name if name in source else "train" for name in rows}
+    images = {
+        name: _images(source[origins[name]], rows[name], scanned.kept.get(name) if scanned else None)
+        for name in rows
+        if name != "train" or scanned is None
+    }
+    height, width, channels = source["train"].decoded.shape[1:]
+    levels = _repeated(scanned.levels, channels, axis=0) if scanned else count_levels(images["train"])
     mean, std = statistics_of_levels(levels)
-    height, width, channels = train.shapes["image"] if isinstance(train, Split) else train.image_shape
     cropped = config.augmentation == "crop_flip" or (config.augmentation == "auto" and config.name in _AUGMENTED_NAMES)
     inputs = ImageInputs(
         image_shape=(height, width, channels),
@@ -74,13 +60,68 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
         augmentation="crop_flip" if cropped else "none",
         grey_range=decoded.grey_range,
     )
-    learned = classification(inputs, class_names, task, train.arrays()["label"])
+    learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
+
+    def build(name: SplitName, **held: np.ndarray) -> Split:
+        tensors = held | targets.stored(origins[name], rows[name], learned)
+        return Split.from_arrays(tensors, rows[name], _columns(source[origins[name]], rows[name]))
+
+    validation, test = (build(name, image=images[name]) for name in ("validation", "test"))
+    notes = [*(note for split in source.values() for note in split.notes), *targets.notes, *carving]
+    if targets.kind == "classes":
+        notes += _lacking({name: targets.values[origins[name]][rows[name]] for name in rows}, targets.names)
+    if scanned is None:
+        train = build("train", image=images["train"])
+    else:
+        groups = source["train"].images
+        assert isinstance(groups, RowGroups)
+        train = StreamedSplit(build("train"), groups)
+        notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
+    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
     full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
     if not task.is_class:
         return full_set
     if scanned is not None:
         raise ValueError(f"{task.name} is fitted on training rows, and data.streamed holds none: leave it out")
     return dataclasses.replace(full_set, task=fit_own_task(task.name, train.arrays()))
+
+
+def _targets(read: Source, config: DataConfig, task: TaskConfig) -> Targets:
+    """What the task learns of each split of the source; of classes, of those that have a label."""
+    train = read["train"]
+    if task.name == "classification" or task.is_class:
+        return Targets("classes", *number_classes(read))
+    if isinstance(train.targets, pa.ChunkedArray):
+        raise ValueError(
+            f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
+            "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, or a function "
+            'that returns arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
+        )
+    values: dict[SplitName, np.ndarray] = {}
+    for name, split in read.items():
+        assert isinstance(split.targets, np.ndarray)
+        values[name] = split.targets
+        if split.target_names != train.target_names:
+            names = " and ".join(map(some, (train.target_names, split.target_names)))
+            raise ValueError(f"the train and the {name} split have other targets ({names}): set --data.target to one")
+    notes = () if config.target else (usual_note(train.target_names[0]),)
+    if task.name == "regression":
+        return Targets("numbers", values, train.target_names, notes)
+    return dataclasses.replace(mask_targets(values, task, config.name), notes=notes)
+
+
+def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], source: Source) -> dict[SplitName, np.ndarray]:
+    """Masks of the height and width of their images, [N, H, W]; those of flat lists have the number of pixels."""
+    shaped: dict[SplitName, np.ndarray] = {}
+    for name, own in masks.items():
+        height, width = source[name].decoded.shape[1:3]
+        if own.shape[1:] not in ((height, width), (height * width,)):
+            shape = "x".join(map(str, own.shape[1:]))
+            raise ValueError(
+                f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel"
+            )
+        shaped[name] = own.reshape(-1, height, width)
+    return shaped
 
 
 def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
@@ -121,20 +162,16 @@ def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
     return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
 
 
-def _build(source: SourceSplit, labels: np.ndarray, rows: np.ndarray, kept: np.ndarray | None) -> Split:
-    """A split of some of the source's rows, in memory of its own unless it is all of them.
+def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    """Images of some of the source's rows, in memory of their own unless it is all of them.
 
     Args:
         kept: the images of these rows, uint8 [n, H, W, 1 or C], where the source's are streamed.
     """
     if kept is not None:
-        images, labels = _repeated(kept, source.decoded.shape[3], axis=3), labels[rows]
-    else:
-        assert isinstance(source.images, np.ndarray)
-        is_whole = len(rows) == len(labels)
-        images = source.images if is_whole else source.images[rows]
-        labels = np.ascontiguousarray(labels) if is_whole else labels[rows]
-    return Split.from_arrays({"image": images, "label": labels}, rows, _columns(source, rows))
+        return _repeated(kept, source.decoded.shape[3], axis=3)
+    assert isinstance(source.images, np.ndarray)
+    return source.images if len(rows) == len(source.images) else source.images[rows]
 
 
 def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:

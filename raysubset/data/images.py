@@ -20,6 +20,8 @@ _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more 
 _WIDEST = (-(2**15), 2**16 - 1)  # of 16 bits, signed or not
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _GREY = ("1", "L", "LA", "La")
+_MASK_MODES = ("1", "L", "P", *_DEEP_GREY)  # a palette's colours only show its numbers
+_LOSSY = ("JPEG", "MPO")
 _WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO: further pictures are previews of the photo
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
@@ -45,6 +47,8 @@ class DamagedImages(ValueError):
             return f"{image} cannot be decoded: {why}"
         least = "at least " if len(self.args) >= _MOST_NAMED else ""
         listed = ", ".join(f"{image} ({why})" for image, why in self.args)
+        if len(causes := {why for _, why in self.args}) == 1:
+            listed = f"{', '.join(image for image, _ in self.args)}: {causes.pop()}"
         return f"{least}{len(self.args)} images cannot be decoded: {listed}"
 
     @property
@@ -132,17 +136,49 @@ def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange
         grey_range: None where it is still to be chosen: pixels of more than 8 bits are then as if all 16 were used.
     """
 
-    def decode_one(number: int) -> "_Image | str":
-        data = encoded.read(number)
+    return _decode_all(encoded, lambda number: _decode(encoded.read(number), image_size, grey_range))
+
+
+def decode_masks(
+    masks: EncodedImages, images: EncodedImages | np.ndarray, where: str, image_size: int | None
+) -> np.ndarray:
+    """Decode masks once, in threads, into uint8 [N, H, W]: values as they are stored, one channel each.
+
+    Args:
+        images: whose masks they are. Of encoded ones each is as large as its mask.
+        where: names them in messages.
+        image_size: side in pixels that masks are resized and cropped to as their images are, each pixel the nearest.
+
+    Raises:
+        ValueError: naming masks that cannot be decoded or are of another size than their image, or two of differing
+            shapes.
+    """
+    if image_size is not None and not isinstance(images, EncodedImages):
+        raise ValueError(
+            f"images of {where} are tensors, whose size before --data.image-size is not compared with their masks': "
+            "resize both before, or encode the images as PNG"
+        )
+
+    def decode_one(number: int) -> "_Image":
+        size = _size(images.read(number)) if isinstance(images, EncodedImages) else None
+        return _decode_mask(masks.read(number), size, image_size)
+
+    return _decode_all(masks, decode_one)[0][..., 0]
+
+
+def _decode_all(encoded: EncodedImages, decode_one: Callable[[int], "_Image"]) -> tuple[np.ndarray, Findings]:
+    """All images, uint8 [N, H, W, C], and what was found in them."""
+
+    def decode_or_name(number: int) -> "_Image | str":
         try:
-            return _decode(data, image_size, grey_range)
+            return decode_one(number)
         except _DAMAGE as error:
             return str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
 
     images: np.ndarray | None = None
     first, findings = None, Findings()
     damages: list[tuple[str, str]] = []
-    with closing(_in_threads(decode_one, encoded.num)) as decoded:
+    with closing(_in_threads(decode_or_name, encoded.num)) as decoded:
         for number, image in enumerate(decoded):
             if isinstance(image, str):
                 damages.append((encoded.describe(number), image))
@@ -227,6 +263,41 @@ def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -
     if _has_further_frames(opened):
         findings += Findings(num_animated=1)
     return _Image(pixels if pixels.ndim == 3 else pixels[..., np.newaxis], findings)
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of an image that is turned as its EXIF orientation says; None of one that cannot be opened."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data))
+        is_on_its_side = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
+    except _DAMAGE:
+        return None
+    width, height = image.size
+    return (height, width) if is_on_its_side else (width, height)
+
+
+def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | None) -> _Image:
+    """Decode to uint8 [H, W, 1]: greys or numbers in a palette.
+
+    Args:
+        size: (width, height) of its image.
+    """
+    from PIL import Image, ImageOps
+
+    mask = Image.open(io.BytesIO(data))
+    if mask.format in _LOSSY or mask.mode not in _MASK_MODES:
+        raise ValueError(f"{mask.format} of mode {mask.mode}: save the number of each pixel's class in a grey PNG")
+    if size is not None and mask.size != size:
+        raise ValueError(f"it is {mask.size[1]}x{mask.size[0]}, its image {size[1]}x{size[0]}: give both one size")
+    numbers = np.asarray(mask)
+    if numbers.max() > 255:
+        raise ValueError(f"it has {numbers.max()}: 0 to 254 are classes")
+    if image_size is not None:
+        resized = Image.fromarray(numbers.astype(np.uint8))
+        numbers = np.asarray(ImageOps.fit(resized, (image_size, image_size), Image.Resampling.NEAREST))
+    return _Image(numbers.astype(np.uint8)[..., np.newaxis], Findings())
 
 
 def _has_deep_channels(image: "Image.Image") -> bool:

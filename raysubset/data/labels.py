@@ -40,8 +40,9 @@ def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tup
     if is_string(values.type):
         return values.cast(pa.string()), names
     if not pa.types.is_integer(values.type):
-        found = f"{values.type}, such as {values[0].as_py()!r}"
-        raise ValueError(f"labels of {where} are {found}: they must be integers or class names")
+        example = f", such as {values[0].as_py()!r}" if pa.types.is_floating(values.type) else ""
+        text = "they must be integers or class names; --task regression learns numbers, --task segmentation masks"
+        raise ValueError(f"labels of {where} are {values.type}{example}: {text}")
     try:
         return values.cast(pa.int64()), None
     except pa.ArrowInvalid as error:  # uint64 beyond int64
@@ -107,7 +108,7 @@ def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[N
         class_names = class_names and tuple(dict.fromkeys(class_names))  # a dictionary may have both forms of a name
     listed = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
     note = f"class names of the {name} split that Unicode writes in several ways are read as composed (NFC): {listed}"
-    return dataclasses.replace(split, labels=labels, class_names=class_names), (Note(note),)
+    return dataclasses.replace(split, targets=labels, class_names=class_names), (Note(note),)
 
 
 def _nfc(name: str) -> str:

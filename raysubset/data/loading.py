@@ -75,7 +75,7 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
     if kind == "named":
         return of_images(_with_origin(read_named(config), f"the named set {name}"), config, task)
     if kind == "function":
-        match read_returned(config):
+        match read_returned(config, task.name):
             case Tables() as tables:
                 return of_tables(tables, config, task)
             case Arrays(splits=splits, notes=notes):
@@ -84,7 +84,7 @@ def _load(config: DataConfig, task: TaskConfig) -> FullSet:
                 return of_images(_with_origin(images, origin(config)), config, task)
     if is_of_columns(config):
         return of_tables(read_tables(config), config, task)
-    return of_images(read_path(config), config, task)
+    return of_images(read_path(config, task.name), config, task)
 
 
 def _kind(task: Task) -> Literal["images", "columns", "texts", "arrays"]:
@@ -116,7 +116,7 @@ def _with_origin(source: Source, origin: str) -> Source:
     """The source with a line a split that says how many examples were read of what; read_path() says it itself."""
     return {
         name: dataclasses.replace(
-            split, notes=(Note(f"{name} split: {len(split.labels)} examples of {origin}"), *split.notes)
+            split, notes=(Note(f"{name} split: {len(split.targets)} examples of {origin}"), *split.notes)
         )
         for name, split in source.items()
     }

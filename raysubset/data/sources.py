@@ -14,15 +14,22 @@ from raysubset.events import Note
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """A split of the source: images decoded or still encoded, or where they lie; labels as found."""
+    """A split of the source: images decoded or still encoded, or where they lie; targets as found."""
 
     images: np.ndarray | EncodedImages | RowGroups  # uint8 [N, H, W, C], contiguous; the last of a streamed split
-    labels: pa.ChunkedArray  # [N], integers or class names, without nulls
+    targets: pa.ChunkedArray | np.ndarray  # see labels; or numbers, float64 [N, K], or masks, integers [N, …]
     class_names: tuple[str, ...] | None = None  # in the order of the labels, where the source gives them
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
     notes: tuple[Note, ...] = ()  # what was decided for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
     where: str = ""  # names it in messages
+    target_names: tuple[str, ...] = ()  # columns of numbers or masks
+
+    @property
+    def labels(self) -> pa.ChunkedArray:
+        """Of classes: [N], integers or class names, without nulls."""
+        assert isinstance(self.targets, pa.ChunkedArray)
+        return self.targets
 
     @property
     def decoded(self) -> np.ndarray | RowGroups:

@@ -10,30 +10,88 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.image_columns import image_column, images_of
+from raysubset.data.image_columns import image_column, images_of, masks_of
 from raysubset.data.images import EncodedImages
 from raysubset.data.labels import UNLABELLED, as_labels, is_string, renumbered
+from raysubset.data.layout import some
 from raysubset.data.row_groups import RowGroups
 from raysubset.data.sources import SourceSplit
 from raysubset.data.split import RESERVED_COLUMNS
 from raysubset.events import Note
+from raysubset.tasks import target_numbers
+
+MOST_COLUMNS = 50  # named in one line
+
+# Usual names of what tasks other than classes learn from images; the first is the full set's.
+IMAGE_TARGETS = {"regression": ("target", "label"), "segmentation": ("mask", "label")}
 
 
-def needed_columns(schema: pa.Schema, where: str, config: DataConfig) -> list[str]:
-    """The columns worth reading: images, labels, and scalars that could tell subsets apart.
+def needed_columns(schema: pa.Schema, where: str, config: DataConfig, task: str) -> list[str]:
+    """The columns worth reading: images, targets of a task, and scalars that could tell subsets apart.
 
     Raises:
-        ValueError: for a missing image or label column, with the nearest one, or two columns of one name.
+        ValueError: for a missing image or target column, with the nearest one, or two columns of one name.
     """
-    for option, column in (("image_column", config.image_column), ("target", config.label_column)):
+    targets = image_targets(schema.names, config, task, where)
+    for option, column in (("image_column", config.image_column), *(("target", name) for name in targets)):
         if column not in schema.names:
             known = ", ".join(schema.names)
             hint = nearest(column, schema.names)
             raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {known}{hint}")
-    wanted = (config.image_column, config.label_column)
+    if config.image_column in targets:
+        raise ValueError(
+            f"{config.image_column} is --data.image_column and --data.target: it cannot be learned from itself"
+        )
+    wanted = (config.image_column, *targets)
     needed = [field.name for field in schema if field.name in wanted or is_scalar(field.type)]
     refuse_unreadable(schema, needed, where)
     return needed
+
+
+def image_targets(known: Sequence[str], config: DataConfig, task: str, where: str) -> tuple[str, ...]:
+    """The columns that a task learns from images: data.target's, or by default the one of its usual names.
+
+    Raises:
+        ValueError: if data.target names no column, or none and there is not exactly one; and for several, of one mask.
+    """
+    if task not in IMAGE_TARGETS:
+        return (config.label_column,)
+    names = split_names("target", config.target, known) or (usual_target(known, IMAGE_TARGETS[task], where),)
+    if task == "segmentation" and len(names) > 1:
+        raise ValueError(f"segmentation learns one column of masks, not {some(names)}: set --data.target to one")
+    return names
+
+
+def split_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """An option's names with commas between; a column that has commas in its name is meant as a whole."""
+    if text is None or text in known:
+        return () if text is None else (text,)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(
+            f"data.{option} = {text!r} names no column: set it to some of {some(known, most=MOST_COLUMNS)}"
+        )
+    return names
+
+
+def usual_target(known: Sequence[str], usual: Sequence[str], where: str) -> str:
+    """The one column of some usual names that is there.
+
+    Raises:
+        ValueError: if there is none, or several.
+    """
+    present = [name for name in usual if name in known]
+    if len(present) != 1:
+        what = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(usual)}"
+        raise ValueError(
+            f"{where} has {what}: set --data.target to the one to learn, of {some(known, most=MOST_COLUMNS)}"
+        )
+    return present[0]
+
+
+def usual_note(name: str) -> Note:
+    """What is said of a target that data.target does not name."""
+    return Note(f"the column {name} is learned; --data.target names another")
 
 
 def refuse_unreadable(schema: pa.Schema, names: Sequence[str], where: str) -> None:
@@ -140,28 +198,39 @@ def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.
 def _plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
     """The table with its columns in layouts that go together with those of other files."""
     for place, field in enumerate(table.schema):
-        if field.name == config.image_column:
-            column = image_column(table, field.name, path)
-        elif pa.types.is_string_view(field.type):
+        if pa.types.is_string_view(field.type):
             column = table.column(place).cast(pa.string())
+        elif field.name in (config.image_column, config.label_column):
+            column = image_column(table, field.name, path)
         else:
             continue
         table = table.set_column(place, field.name, column)
     return table
 
 
-def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> SourceSplit:
-    """Read a split from the tables of its files, by their names.
+def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str) -> SourceSplit:
+    """Read a split from the tables of its files, by their names, for a task.
 
     Raises:
-        ValueError: for no rows, missing columns, nulls, or what is neither an image nor a label.
+        ValueError: for no rows, missing columns, nulls, or what is neither an image nor what the task learns.
     """
     for path, table in tables.items():
-        needed_columns(table.schema, path, config)
-    joined = join_tables(tables, config, where)
+        needed_columns(table.schema, path, config, task)
+    names = image_targets(next(iter(tables.values())).column_names, config, task, where)
+    joined = join_tables(tables, dataclasses.replace(config, target=names[0]), where)
     column = joined.table.column(config.image_column)
     images, findings = images_of(column, where, image_size=config.image_size)
-    return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
+    if task not in IMAGE_TARGETS:
+        return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
+    if joined.class_names:
+        listed = some(joined.class_names)
+        raise ValueError(f"the target {names[0]} of {where} holds classes ({listed}): use --task classification")
+    if task == "regression":
+        targets = target_numbers(joined.table, names, where=where)
+    else:
+        targets = masks_of(joined.table.column(names[0]), images, where, image_size=config.image_size)
+    columns, notes = _scalars(joined, (config.image_column, *names), ("image", IMAGE_TARGETS[task][0], "row"), where)
+    return SourceSplit(images, targets, None, columns, notes, findings, where, names)
 
 
 def with_scalars(
@@ -172,16 +241,21 @@ def with_scalars(
     Raises:
         ValueError: for labels that are none.
     """
-    table = joined.table
-    labels, class_names = as_labels(table.column(config.label_column), where)
-    scalars = [field.name for field in table.schema if is_scalar(field.type)]
-    further = [name for name in scalars if name not in (config.image_column, config.label_column)]
-    notes = joined.notes
-    clashing = [name for name in further if name in RESERVED_COLUMNS]
+    labels, class_names = as_labels(joined.table.column(config.label_column), where)
+    columns, notes = _scalars(joined, (config.image_column, config.label_column), RESERVED_COLUMNS, where)
+    return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
+
+
+def _scalars(
+    joined: JoinedTables, learned: Sequence[str], reserved: Sequence[str], where: str
+) -> tuple[dict[str, pa.ChunkedArray], tuple[Note, ...]]:
+    """Further columns, without those that are learned or have the name of one of the full set's; and notes."""
+    table, notes = joined.table, joined.notes
+    further = [field.name for field in table.schema if is_scalar(field.type) and field.name not in learned]
+    clashing = [name for name in further if name in reserved]
     if clashing:
         notes += (Note(f"{where}: column {', '.join(clashing)} left out, since the full set has its own"),)
-    columns = {name: table.column(name) for name in further if name not in clashing}
-    return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
+    return {name: table.column(name) for name in further if name not in clashing}, notes
 
 
 def is_scalar(type_: pa.DataType) -> bool:

@@ -1,0 +1,109 @@
+"""What is learned of every row of a source - classes, numbers or masks - and the task that it makes of inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from raysubset.config import TaskConfig
+from raysubset.data.full_set import count_levels
+from raysubset.data.split import SplitName
+from raysubset.events import Note
+from raysubset.tasks import (
+    CrossEntropy,
+    ImageInputs,
+    Regression,
+    Segmentation,
+    TableInputs,
+    Task,
+    TensorInputs,
+    balanced_weights,
+    classification,
+    refuse_constant,
+    regression,
+    strata_of_numbers,
+)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is learned of every row of the source's splits."""
+
+    kind: Literal["classes", "numbers", "masks"]
+    values: dict[SplitName, np.ndarray]  # int64 [N] of classes, float64 [N, K] of numbers, uint8 [N, …] of masks
+    names: tuple[str, ...]  # of the classes, or of the numbers
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def strata(self) -> dict[SplitName, np.ndarray]:
+        if self.kind == "classes":
+            return self.values
+        if self.kind == "masks":
+            return alike(self.values)
+        return {split: strata_of_numbers(values) for split, values in self.values.items()}
+
+    def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
+        """The task of these inputs, given the training rows' values."""
+        if self.kind == "classes":
+            return classification(inputs, self.names, config, train)
+        if self.kind == "masks":
+            assert isinstance(inputs, ImageInputs)
+            return self._segmentation(inputs, train, config)
+        refuse_constant(train, self.names)
+        return regression(inputs, self.names, config, train)
+
+    def _segmentation(self, inputs: ImageInputs, train: np.ndarray, config: TaskConfig) -> Segmentation:
+        weights = None
+        if config.class_weights == "balanced":
+            pixels = train.ravel()
+            counted = pixels if config.ignored is None else pixels[pixels != config.ignored]
+            weights = balanced_weights(counted, len(self.names))
+        objective = CrossEntropy(config.label_smoothing, ignored=config.ignored, class_weights=weights)
+        return Segmentation(inputs, self.names, config.ignored, objective)
+
+    def stored(self, split: SplitName, rows: np.ndarray, task: Task) -> dict[str, np.ndarray]:
+        """The column that a split holds of some rows."""
+        values = self.values[split][rows]
+        if isinstance(task, Regression):
+            return {"target": task.standardised(values)}
+        return {"mask" if self.kind == "masks" else "label": np.ascontiguousarray(values)}
+
+
+def mask_targets(masks: Mapping[SplitName, np.ndarray], task: TaskConfig, where: str) -> Targets:
+    """Masks as targets: classes from 0 to the largest of training masks, and perhaps an ignored value.
+
+    Args:
+        masks: integers [N, …] of each split.
+        where: names the source in messages.
+
+    Raises:
+        ValueError: for values that are no classes, one class only, and classes that no training mask has.
+    """
+    values: dict[SplitName, np.ndarray] = {}
+    classes: dict[SplitName, np.ndarray] = {}
+    for split, own in masks.items():
+        counted = own if task.ignored is None else own[own != task.ignored]
+        if counted.size and not 0 <= counted.min() <= counted.max() < 255:
+            raise ValueError(
+                f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes; number "
+                "them so, and name one value of 0 to 255 that counts nowhere with --task.ignored"
+            )
+        values[split] = own.astype(np.uint8, copy=False)
+        present = np.flatnonzero(count_levels(values[split].reshape(len(own), -1, 1, 1))[0])
+        classes[split] = present if task.ignored is None else present[present != task.ignored]
+    largest = int(classes["train"].max(initial=0))
+    if not largest:
+        raise ValueError(f"all pixels of {where}'s training masks are of class 0: at least two classes are needed")
+    for split, present in classes.items():
+        if len(unknown := np.setdiff1d(present, classes["train"])):
+            raise ValueError(
+                f"class {unknown[0]} of the {split} split's masks is in no training mask: leave the split out with "
+                f"--data.ignored {split}, or give masks whose classes training has"
+            )
+    return Targets("masks", values, tuple(map(str, range(largest + 1))))
+
+
+def alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
+    """Strata of examples of which none is unlike another."""
+    return {split: np.zeros(len(own), dtype=np.int64) for split, own in values.items()}
