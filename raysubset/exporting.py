@@ -20,7 +20,7 @@ import torch
 from raysubset.data import decode_images, read_rows
 from raysubset.errors import first_line
 from raysubset.network_graph import export
-from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, TableInputs
+from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
 from raysubset.trained_model import TrainedModel, load_model
 from raysubset.training import are_probabilities
 
@@ -123,11 +123,13 @@ class Prediction:
 
     path: str
     classes: tuple[str, ...] = ()  # the most probable first; none where there is an error
-    probabilities: tuple[float, ...] = ()  # softmax of the outputs, or these if they are such; not calibrated
+    # Softmax of the outputs, or these if they are such, not calibrated; of segmentation a class's share of the pixels.
+    probabilities: tuple[float, ...] = ()
     error: str | None = None  # why there is no answer, the file named
     row: int | None = None  # of a table, from 0
     values: dict[str, float] = field(default_factory=dict)  # of regression, by the target's name
     text: str = ""  # what a text goes on with
+    mask: list[list[int]] = field(default_factory=list)  # of segmentation: [H][W], the number of each pixel's class
 
     def __str__(self) -> str:
         pairs = zip(self.classes, self.probabilities, strict=True)
@@ -175,7 +177,7 @@ def predictions(
     elif isinstance(model.inputs, TableInputs):
         for path in paths:
             yield from _of_table(model, path, num_classes)
-    elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression):
+    elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
         yield from _of_images(model, model.inputs, paths, num_classes)
     else:
         shape = list(model.spec.inputs)
@@ -230,19 +232,31 @@ def _answered(
 ) -> Iterator[Prediction]:
     """What each row of outputs says of its place: its classes, the most probable first, or its numbers by name."""
     task = model.record.task
+    masks: list[list[list[int]]] = [[]] * len(outputs)
     if isinstance(task, Regression):
         names, numbers = [task.target_names] * len(outputs), outputs.tolist()
     else:
-        probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
+        if isinstance(task, Segmentation):
+            classes = outputs.argmax(1)
+            probabilities = _shares_of_pixels(classes, outputs.shape[1])
+            probabilities[~outputs.isfinite().flatten(1).all(1)] = torch.nan
+            masks = classes.tolist()
+        else:
+            probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
         shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
         names, numbers = [[task.class_names[i] for i in row] for row in order.tolist()], shares.tolist()
-    for place, of_row, values in zip(places, names, numbers, strict=True):
+    for place, of_row, values, mask in zip(places, names, numbers, masks, strict=True):
         if not all(map(math.isfinite, values)):
             yield replace(place, error=f"{place.place}: the network's outputs are NaN or infinite")
         elif isinstance(task, Regression):
             yield replace(place, values=dict(zip(of_row, values, strict=True)))
         else:
-            yield replace(place, classes=tuple(of_row), probabilities=tuple(values))
+            yield replace(place, classes=tuple(of_row), probabilities=tuple(values), mask=mask)
+
+
+def _shares_of_pixels(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """How much of each mask [n, H, W] is of each class: float [n, num_classes]."""
+    return torch.stack([mask.flatten().bincount(minlength=num_classes) / mask.numel() for mask in classes])
 
 
 def _read_image(path: str, inputs: ImageInputs) -> np.ndarray | str:

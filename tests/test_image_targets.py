@@ -14,9 +14,12 @@ from pyarrow import ipc
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.models import new_model
+from raysubset.exporting import predict_files
+from raysubset.models import architecture, new_model
 from raysubset.objects_in_hand import taken
+from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression
+from raysubset.trained_model import ModelRecord, load_model, save_model
 from raysubset.training import minimize
 
 NUM = 40
@@ -266,3 +269,28 @@ def test_classes_by_name_are_no_numbers(tmp_path: Path):
         ValueError, match=r"the target label of .* holds classes \(cat, dog\): use --task classification"
     ):
         load_full_set(DataConfig(name=str(tmp_path / "a.parquet")), TaskConfig(name="regression"))
+
+
+def test_a_file_is_predicted_a_mask_and_each_classs_share_of_its_pixels(tmp_path: Path):
+    full_set = of_file(tmp_path, masks(), "segmentation", ignored=2)
+    config = ModelConfig(name="unet", width=2, depth=1)
+    network = new_model(config, full_set, seed=3)
+    record = ModelRecord(architecture(config, full_set.spec), full_set.task)
+    save_model(RunDirectory.at(str(tmp_path / "run")), network.state_dict(), record)
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(PNGS[number])
+    (tmp_path / "small.png").write_bytes(encode(IMAGES[0][:4]))
+    files = [str(tmp_path / name) for name in ("0.png", "small.png", "1.png")]
+    first, small, second = predict_files(str(tmp_path / "run"), files, num_classes=4)
+    outputs = load_model(str(tmp_path / "run"))(torch.from_numpy(IMAGES[:2]).permute(0, 3, 1, 2))
+    assert [first.mask, second.mask] == outputs.argmax(1).tolist()
+    shares = dict(zip(first.classes, first.probabilities, strict=True))
+    assert shares == pytest.approx({str(number): np.mean(np.array(first.mask) == number) for number in range(4)})
+    assert small.error
+    assert small.error.endswith("is 4x12: this model takes images of 8x12")
+    with torch.no_grad():
+        for values in network.parameters():
+            values.fill_(torch.nan)
+    save_model(RunDirectory.at(str(tmp_path / "run")), network.state_dict(), record)
+    (found,) = predict_files(str(tmp_path / "run"), files[:1])
+    assert found.error == f"{files[0]}: the network's outputs are NaN or infinite"

@@ -166,8 +166,9 @@ class Export:
 class Predict:
     """Apply the model of a finished run: to image files, a line each; to the rows of a table; or to a text's end.
 
-    Classes come with the most probable first, numbers in the units of the training data; text is gone on with. A file
-    that cannot be read is named on stderr, and the exit code is 2; the others have their lines.
+    Classes come with the most probable first, numbers in the units of the training data; text is gone on with. Of masks
+    the line has each class's share of the pixels, and JSON the class of each pixel too. A file that cannot be read is
+    named on stderr, and the exit code is 2; the others have their lines.
     """
 
     directory: str = field(metadata={"positional": "DIRECTORY"})

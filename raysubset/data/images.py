@@ -136,7 +136,7 @@ def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange
         grey_range: None where it is still to be chosen: pixels of more than 8 bits are then as if all 16 were used.
     """
 
-    return _decode_all(encoded, lambda number: _decode(encoded.read(number), image_size, grey_range))
+    return _decode_all(encoded, lambda data, _: _decode(data, image_size, grey_range))
 
 
 def decode_masks(
@@ -159,19 +159,24 @@ def decode_masks(
             "resize both before, or encode the images as PNG"
         )
 
-    def decode_one(number: int) -> "_Image":
+    def decode_one(data: bytes, number: int) -> "_Image":
         size = _size(images.read(number)) if isinstance(images, EncodedImages) else None
-        return _decode_mask(masks.read(number), size, image_size)
+        return _decode_mask(data, size, image_size)
 
     return _decode_all(masks, decode_one)[0][..., 0]
 
 
-def _decode_all(encoded: EncodedImages, decode_one: Callable[[int], "_Image"]) -> tuple[np.ndarray, Findings]:
-    """All images, uint8 [N, H, W, C], and what was found in them."""
+def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Image"]) -> tuple[np.ndarray, Findings]:
+    """All images, uint8 [N, H, W, C], and what was found in them.
+
+    Args:
+        decode_one: decodes an image's bytes, given its number.
+    """
 
     def decode_or_name(number: int) -> "_Image | str":
+        data = encoded.read(number)
         try:
-            return decode_one(number)
+            return decode_one(data, number)
         except _DAMAGE as error:
             return str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
 
