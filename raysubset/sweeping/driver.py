@@ -400,13 +400,11 @@ def _gather(
         "baseline": settings_of(conventional, quality_of({"task": task}))[0] if conventional else None,
         "recommended": recommend(settings),
         "recommendation": recommendation(settings),
-        "cost": _total_cost(trials, directory, num_train, shares),
+        "cost": _total_cost(trials, num_train, shares),
     }
 
 
-def _total_cost(
-    trials: Sequence[Trial], directory: RunDirectory, num_train: Mapping[str, int], shares: Mapping[str, float]
-) -> Record:
+def _total_cost(trials: Sequence[Trial], num_train: Mapping[str, int], shares: Mapping[str, float]) -> Record:
     """Of all trials, pruned and failed ones too; a trunk's work stands in the ledger of each that has it."""
     passes, device_s = 0.0, 0.0
     trunks = set()

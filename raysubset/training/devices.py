@@ -45,9 +45,13 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
 @cache
 def _keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 64 MiB, 128 MiB in all, for the next: half of an evaluation's time on MNIST
-    went into handing back a batch's activations and having the same pages zeroed again."""
+    went into handing back a batch's activations and having the same pages zeroed again.
+
+    Thresholds that the user's environment sets stay, and other C libraries are left as they are.
+    """
     trim_threshold, mmap_threshold = -1, -3
-    if sys.platform == "linux":
+    is_set = any(f"MALLOC_{name}_THRESHOLD_" in os.environ for name in ("TRIM", "MMAP"))
+    if sys.platform == "linux" and not is_set and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
         with suppress(OSError, AttributeError):  # of another C library
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             # Older glibc takes no more than 32; where it takes none, the trim threshold would end its own adapting
