@@ -101,3 +101,10 @@ def test_what_a_method_lacks_is_said(method, options, words):
 def test_neither_ray_nor_a_run_is_needed():
     code = "import raysubset.aggregation, sys; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_users_method_that_asks_for_outputs_is_told_that_there_are_none(tmp_path, monkeypatch):
+    (tmp_path / "asking.py").write_text("def outputs(minima, context):\n    return minima[0].load_outputs()\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"asking:outputs.* merge\(\) has weights alone"):
+        merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], "asking:outputs", start={"w": torch.zeros(2)})

@@ -146,4 +146,4 @@ def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
 
 
 def _no_outputs() -> NoReturn:
-    raise AssertionError("no method asks for outputs")
+    raise ValueError("merge() has weights alone, and no outputs of members on validation data")
