@@ -456,6 +456,13 @@ def test_flags_of_a_command_give_the_config_back(overrides: dict[str, Any]):
     assert parse_config(flags) == config
 
 
+def test_a_command_leaves_out_the_usual_storage_path_as_runs_record_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = Config().to_dict()
+    assert command(config | {"storage_path": "/home/ann/ray_results"}) == "raysubset run"
+    assert command(config | {"storage_path": "/home/bob/ray_results"}).endswith("--storage-path /home/bob/ray_results")
+
+
 def test_a_command_gives_what_an_earlier_version_recorded_in_todays_flags():
     config = Config().to_dict()
     config["fine_tuning"]["num_workers"] = None

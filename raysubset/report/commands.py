@@ -1,5 +1,6 @@
 """The command lines a report ends with: flags are what differs from the defaults."""
 
+import os
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,8 @@ def command(config: Mapping[str, Any], verb: str = "run", *options: str) -> str:
     defaults = flatten(Config().to_dict())
     words = ["raysubset", verb, *options]
     for key, value in flatten(of_now(config)).items():
-        if value != defaults.get(key):
+        is_usual_place = key == "storage_path" and value == os.path.expanduser(defaults[key])  # as runs record it
+        if value != defaults.get(key) and not is_usual_place:
             words += _flag(key, value)
     return shlex.join(words)
 
