@@ -10,7 +10,7 @@ And read_parquet tells no row numbers, without which validation rows carved from
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from raysubset.data import StreamedExamples, StreamedSplit, cut_ranges, read_her
 from raysubset.training import Shard
 
 READER_CPUS = 1  # of a reading task
-PIECE_BYTES = 2**24  # of images that a task reads, unless a row group is larger
+PIECE_BYTES = 2**24  # of tensors that a task reads, unless a row group is larger
 STORE_BYTES = 2**28  # of the object store that a worker's pipeline may fill
 
 
@@ -86,7 +86,7 @@ class _RayDataReader:
     num_tasks: int  # at a time
     num_bytes: int  # of the object store
 
-    def __call__(self, split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    def __call__(self, split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
         import ray.data  # takes a second, and pandas: only workers that stream pay for it
 
         num_examples = PIECE_BYTES // split.num_bytes_per_example
@@ -105,14 +105,12 @@ class _RayDataReader:
         dataset.context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of each execution's begin and end
         blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-        for block in blocks:
-            yield block["image"]
+        yield from blocks
 
 
 def _read_piece(
     batch: dict[str, np.ndarray], full_set_ref: Sequence[ray.ObjectRef], pieces_ref: Sequence[ray.ObjectRef]
-) -> Iterator[dict[str, Any]]:
-    """Images of the piece whose number is the batch."""
+) -> Iterator[Mapping[str, Any]]:
+    """Tensors of the piece whose number is the batch."""
     (number,) = batch["id"]
-    for images in read_here(ray.get(full_set_ref[0]).train, [ray.get(pieces_ref[0])[number]]):
-        yield {"image": images}
+    yield from read_here(ray.get(full_set_ref[0]).train, [ray.get(pieces_ref[0])[number]])

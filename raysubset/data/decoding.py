@@ -10,7 +10,7 @@ import numpy as np
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey_range
 from raysubset.data.full_set import count_levels
 from raysubset.data.images import DamagedImages, EncodedImages, decode
-from raysubset.data.row_groups import RowGroups
+from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -25,14 +25,14 @@ LARGE_ROW_GROUP_BYTES = 2**30
 class Scan:
     """What one pass found."""
 
-    groups: RowGroups  # with their image_shape
+    groups: ImageGroups  # with their image_shape
     levels: np.ndarray  # int64 [C, 256], pixels of each grey level
     kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
     findings: Findings
     notes: tuple[Note, ...]
 
 
-def scan(groups: RowGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
+def scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
     """Decode every image once, a slice of a row group at a time, and hold on to the kept ones.
 
     Args:
@@ -86,7 +86,7 @@ def size_notes(num_bytes_of_largest: int, where: str) -> tuple[Note, ...]:
     return (Note(text, is_warning=True),)
 
 
-def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
+def _slices(groups: ImageGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
     """(first row, uint8 [n, H, W, 1 or 3], findings) of all rows in order; none behind damaged ones, which are named.
 
     Raises:
@@ -94,7 +94,8 @@ def _slices(groups: RowGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
     """
     damages: list[tuple[str, str]] = []
     filled = np.flatnonzero(np.diff(groups.starts))
-    for group, column in zip(filled, groups.columns(filled), strict=True):
+    for group, table in zip(filled, groups.tables(filled), strict=True):
+        column = groups.encoded(table, group)
         path = groups.paths[groups.files[group]]
         before = groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]]  # rows of earlier files
         for start in range(0, len(column), _SLICE_ROWS):
@@ -128,7 +129,7 @@ def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
 class DecodedSource:
     """A source whose images are decoded, or scanned."""
 
-    splits: Source  # images uint8 [N, H, W, C], or RowGroups with their image_shape
+    splits: Source  # images uint8 [N, H, W, C], or ImageGroups with their image_shape
     scan: Scan | None  # of the training split, where it is streamed
     grey_range: GreyRange
 
@@ -169,7 +170,7 @@ def _decode_all(
     scanned = None
     for name, split in source.items():
         images, findings = split.images, split.findings
-        if isinstance(images, RowGroups):
+        if isinstance(images, ImageGroups):
             groups = dataclasses.replace(images, grey_range=grey_range)
             carved: dict[SplitName, np.ndarray] = {each: own for each, own in rows.items() if each not in source}
             scanned = scan(groups, counted=rows["train"], kept=carved)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +16,7 @@ from raysubset.data.csv_files import DELIMITERS, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
-from raysubset.data.row_groups import RowGroups
+from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import IMAGE_TARGETS, from_tables, join_tables, needed_columns, with_scalars
@@ -93,21 +93,38 @@ def _read_streamed(
     files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
 ) -> SourceSplit:
     """The split's labels and scalars, and where its images lie."""
+    needed = partial(needed_columns, config=config, task="classification")
+    tables, num_rows = read_held(files, members, kinds, needed, streamed={config.image_column})
+    joined = join_tables(tables, config, where)
+    return with_scalars(ImageGroups.of_files(config, where, [*tables], num_rows), joined, config, where)
+
+
+def read_held(
+    files: DataFiles,
+    members: Sequence[Placed],
+    kinds: Mapping[str, pa.DataType],
+    needed: Needed,
+    *,
+    streamed: Collection[str],
+) -> tuple[dict[str, pa.Table], list[list[int]]]:
+    """What is held of Parquet files, by their paths: the needed columns but the streamed; and the row groups' lengths.
+
+    Raises:
+        ValueError: for a file that is no Parquet, or is damaged.
+    """
     paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{others[0]} is none")
-    tables, num_rows = [], []
+    tables, num_rows = dict[str, pa.Table](), []
     for path, member in zip(paths, members, strict=True):
         with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            needed = partial(needed_columns, config=config, task="classification")
             names = _needed(parquet.schema_arrow, member, kinds, needed, path)
-            table = parquet.read([name for name in names if name != config.image_column])
-            tables.append(_with_folder_columns(table, member, kinds))
+            table = parquet.read([name for name in names if name not in streamed])
+            tables[path] = with_folder_columns(table, member, kinds, left_out=streamed)
             metadata = parquet.metadata
             num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-    joined = join_tables(dict(zip(paths, tables, strict=True)), config, where)
-    return with_scalars(RowGroups.of_files(config, where, paths, num_rows), joined, config, where)
+    return tables, num_rows
 
 
 def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
@@ -136,9 +153,12 @@ def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa
     return pa.schema([*schema, *named], schema.metadata)
 
 
-def _with_folder_columns(table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Table:
+def with_folder_columns(
+    table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType], *, left_out: Collection[str] = ()
+) -> pa.Table:
+    """A file's table with the columns that its folders name, but those left out."""
     for key, value in member.columns.items():
-        if key not in table.column_names:
+        if key not in {*table.column_names, *left_out}:
             scalar = pa.scalar(None if value == _NULL else value, pa.string()).cast(kinds[key])
             table = table.append_column(key, pa.repeat(scalar, table.num_rows))
     return table
@@ -164,7 +184,7 @@ def read_table(
             reader = _arrow_reader(file)
             table = reader.read_all().select(_needed(reader.schema, member, kinds, needed, path))
         table.validate(full=True)  # IPC is taken as it is: damaged offsets would end in a segmentation fault
-        return _with_folder_columns(table, member, kinds)
+        return with_folder_columns(table, member, kinds)
 
 
 def read_schema(files: DataFiles, member: Placed) -> pa.Schema:

@@ -12,11 +12,11 @@ from raysubset.data.findings import level_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.labels import number_classes
 from raysubset.data.layout import some
-from raysubset.data.row_groups import RowGroups
+from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
-from raysubset.data.streamed import StreamedSplit
+from raysubset.data.streamed import StreamedSplit, streaming_note
 from raysubset.data.tables import usual_note
 from raysubset.data.targets import Targets, mask_targets
 from raysubset.events import Note
@@ -74,9 +74,9 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
         train = build("train", image=images["train"])
     else:
         groups = source["train"].images
-        assert isinstance(groups, RowGroups)
+        assert isinstance(groups, ImageGroups)
         train = StreamedSplit(build("train"), groups)
-        notes.append(_streaming_note(train, validation.num_bytes + test.num_bytes))
+        notes.append(streaming_note(train, validation.num_bytes + test.num_bytes))
     notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
     full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
     if not task.is_class:
@@ -150,7 +150,7 @@ def _of_one_shape(source: Source) -> Source:
 
 def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
     note = f"the {name} split is grey, others have colours: repeated to three channels"
-    if isinstance(images := split.decoded, RowGroups):
+    if isinstance(images := split.decoded, ImageGroups):
         images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
     else:
         images = np.repeat(images, 3, axis=3)
@@ -177,13 +177,3 @@ def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> n
 def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
     # take() copies: a slice's buffers would bring the whole column along when the table is pickled.
     return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}
-
-
-def _streaming_note(train: StreamedSplit, num_held: int) -> Note:
-    groups = train.groups
-    size = len(train) * train.num_bytes_per_example / 1e6
-    return Note(
-        f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
-        f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their labels and "
-        f"{num_held / 1e6:,.0f} MB of validation and test examples"
-    )

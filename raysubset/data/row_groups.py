@@ -1,10 +1,10 @@
-"""Images of Parquet files, read by row group: the part of a training split that need not be held in memory."""
+"""Tensors of Parquet files, read by row group: the part of a training split that need not be held in memory."""
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,10 @@ from raysubset.errors import first_line
 
 @dataclass(frozen=True, eq=False)
 class RowGroups:
-    """The row groups of a split's files, end to end. Pickles without a pixel; every process opens the files itself."""
+    """The row groups of a split's files, end to end. Pickles without an example; every process opens the files itself.
+
+    Subclasses say which columns become which tensors.
+    """
 
     config: DataConfig
     where: str  # names the split in messages
@@ -28,32 +31,37 @@ class RowGroups:
     files: np.ndarray  # int64 [G], the path each row group is in
     numbers: np.ndarray  # int64 [G], of each row group in its file
     starts: np.ndarray  # int64 [G + 1], the first row of each row group; last, the number of rows
-    image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has seen all images
-    grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None while it is still to be chosen
 
     @classmethod
     def of_files(
-        cls, config: DataConfig, where: str, paths: Sequence[str], num_rows: Sequence[Sequence[int]]
-    ) -> "RowGroups":
-        """Lay files end to end, given the number of rows of each row group of each file."""
+        cls, config: DataConfig, where: str, paths: Sequence[str], num_rows: Sequence[Sequence[int]], **own: Any
+    ) -> Self:
+        """Lay files end to end, given the number of rows of each row group of each file; `own` are the subclass's."""
         counts = list(itertools.chain.from_iterable(num_rows))
         files = np.repeat(np.arange(len(paths)), [len(groups) for groups in num_rows])
         numbers = np.array([number for groups in num_rows for number in range(len(groups))], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        return cls(config, where, tuple(paths), files, numbers, starts)
+        return cls(config, where, tuple(paths), files, numbers, starts, **own)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, H, W, C) of all images, as an array has it."""
-        assert self.image_shape is not None
-        return (int(self.starts[-1]), *self.image_shape)
+    def columns(self) -> Sequence[str]:
+        """What is read of the files."""
+        raise NotImplementedError
+
+    def empty(self, num: int) -> dict[str, np.ndarray]:
+        """The tensors of so many examples, [num, …] each, to be filled."""
+        raise NotImplementedError
+
+    def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
+        """The tensors of some rows of a row group's table, as empty() has them; raises as read() does."""
+        raise NotImplementedError
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The row group of each row: int64 [n]."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def read(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-        """Images of one row group after another, uint8 [n, H, W, C]; what is not wanted of them is not decoded.
+    def read(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """Tensors of one row group after another, [n, …] each; what is not wanted of them is not decoded.
 
         Args:
             wanted: a row group, and which of its rows, ascending; both int64.
@@ -61,13 +69,81 @@ class RowGroups:
         Raises:
             ValueError: for a file that cannot be read, or is another than when its row groups were counted.
         """
-        assert self.image_shape is not None
         groups, rows = itertools.tee(wanted)
-        for (group, chosen), column in zip(rows, self.columns(group for group, _ in groups), strict=True):
-            if len(chosen) < len(column):
-                column = column.take(pa.array(chosen))
-            images, _ = self.decode(column, f"those read of row group {self._describe(group)}")
-            yield np.broadcast_to(images, (len(chosen), *self.image_shape))  # grey ones among coloured: repeated
+        for (group, chosen), table in zip(rows, self.tables(group for group, _ in groups), strict=True):
+            yield self.tensors(table, chosen, group)
+
+    def tables(self, groups: Iterable[int], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The columns of one row group after another, as they are stored; raises as read() does."""
+        system, columns = locate(self.config.name)[0], [*(self.columns if columns is None else columns)]
+        with ExitStack() as opened:
+            current, parquet = -1, None
+            for group in groups:
+                path, number = self.paths[self.files[group]], int(self.numbers[group])
+                try:
+                    if parquet is None or self.files[group] != current:
+                        opened.close()
+                        file = opened.enter_context(system.open_input_file(path))
+                        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                        current = self.files[group]
+                    if self._has_changed(parquet, group):
+                        raise ValueError(f"{path} has changed since its row groups were counted: start a new run")
+                    table = parquet.read_row_group(number, columns=columns)
+                    table.validate(full=True)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                    cause = f"perhaps it is damaged, or not to be seen from every node: {first_line(error)}"
+                    raise ValueError(f"row group {self.describe(group)} cannot be read, {cause}") from error
+                yield table
+
+    def _has_changed(self, parquet: pq.ParquetFile, group: int) -> bool:
+        metadata, number = parquet.metadata, int(self.numbers[group])
+        counted = self.starts[group + 1] - self.starts[group]
+        return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != counted
+
+    def describe(self, group: int) -> str:
+        """Its number and its file, for messages."""
+        return f"{self.numbers[group]} of {self.paths[self.files[group]]}"
+
+    def num_bytes_of_largest(self) -> int:
+        """The largest row group, decoded: what a reader of any of it may have to hold."""
+        return int(np.diff(self.starts).max()) * self.num_bytes_per_example
+
+    @property
+    def num_bytes_per_example(self) -> int:
+        """Of the tensors that are read."""
+        return sum(values.nbytes for values in self.empty(1).values())
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroups(RowGroups):
+    """Row groups of which images are read: uint8 [n, H, W, C]."""
+
+    image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has seen all images
+    grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None while it is still to be chosen
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return [self.config.image_column]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, C) of all images, as an array has it."""
+        assert self.image_shape is not None
+        return (int(self.starts[-1]), *self.image_shape)
+
+    def empty(self, num: int) -> dict[str, np.ndarray]:
+        return {"image": np.empty((num, *self.shape[1:]), dtype=np.uint8)}
+
+    def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
+        column = self.encoded(table, group)
+        if len(rows) < len(column):
+            column = column.take(pa.array(rows))
+        images, _ = self.decode(column, f"those read of row group {self.describe(group)}")
+        return {"image": np.broadcast_to(images, (len(rows), *self.shape[1:]))}  # grey ones among coloured: repeated
+
+    def encoded(self, table: pa.Table, group: int) -> pa.ChunkedArray:
+        """The images of a row group's table, as they are stored."""
+        return image_column(table, self.config.image_column, self.paths[self.files[group]])
 
     def decode(self, column: pa.ChunkedArray, where: str, *, first_row: int = 0) -> tuple[np.ndarray, Findings]:
         """Images of a part of the image column, uint8 [n, H, W, 1 or 3], and what was found in them.
@@ -83,37 +159,3 @@ class RowGroups:
         if isinstance(images, EncodedImages):
             return decode(images, self.config.image_size, self.grey_range)
         return images, findings
-
-    def columns(self, groups: Iterable[int]) -> Iterator[pa.ChunkedArray]:
-        """The image column of one row group after another, as it is stored; raises as read() does."""
-        system, _ = locate(self.config.name)
-        with ExitStack() as opened:
-            current, parquet = -1, None
-            for group in groups:
-                path, number = self.paths[self.files[group]], int(self.numbers[group])
-                try:
-                    if parquet is None or self.files[group] != current:
-                        opened.close()
-                        file = opened.enter_context(system.open_input_file(path))
-                        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                        current = self.files[group]
-                    if self._has_changed(parquet, group):
-                        raise ValueError(f"{path} has changed since its row groups were counted: start a new run")
-                    table = parquet.read_row_group(number, columns=[self.config.image_column])
-                    table.validate(full=True)
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-                    cause = f"perhaps it is damaged, or not to be seen from every node: {first_line(error)}"
-                    raise ValueError(f"row group {self._describe(group)} cannot be read, {cause}") from error
-                yield image_column(table, self.config.image_column, path)
-
-    def _has_changed(self, parquet: pq.ParquetFile, group: int) -> bool:
-        metadata, number = parquet.metadata, int(self.numbers[group])
-        counted = self.starts[group + 1] - self.starts[group]
-        return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != counted
-
-    def _describe(self, group: int) -> str:
-        return f"{self.numbers[group]} of {self.paths[self.files[group]]}"
-
-    def num_bytes_of_largest(self) -> int:
-        """The largest row group, decoded: what a reader of any of it may have to hold."""
-        return int(np.diff(self.starts).max()) * math.prod(self.shape[1:])

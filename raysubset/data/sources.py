@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages
-from raysubset.data.row_groups import RowGroups
+from raysubset.data.row_groups import ImageGroups
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 
@@ -16,7 +16,7 @@ from raysubset.events import Note
 class SourceSplit:
     """A split of the source: images decoded or still encoded, or where they lie; targets as found."""
 
-    images: np.ndarray | EncodedImages | RowGroups  # uint8 [N, H, W, C], contiguous; the last of a streamed split
+    images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; the last of a streamed split
     targets: pa.ChunkedArray | np.ndarray  # see labels; or numbers, float64 [N, K], or masks, integers [N, …]
     class_names: tuple[str, ...] | None = None  # in the order of the labels, where the source gives them
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
@@ -32,7 +32,7 @@ class SourceSplit:
         return self.targets
 
     @property
-    def decoded(self) -> np.ndarray | RowGroups:
+    def decoded(self) -> np.ndarray | ImageGroups:
         """The images, after decode_source()."""
         assert not isinstance(self.images, EncodedImages)
         return self.images

@@ -1,6 +1,5 @@
-"""A split whose images stay in Parquet files: targets in memory, images read by row group when they are wanted."""
+"""A split whose inputs stay in Parquet files: targets in memory, inputs read by row group when they are wanted."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,29 +9,29 @@ import torch
 from torch import Tensor
 
 from raysubset.data.row_groups import RowGroups
-from raysubset.data.split import Split
+from raysubset.data.split import Shapes, Split
+from raysubset.events import Note
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
-    """One split, of which only the targets and the source's own columns are held: it pickles without a pixel."""
+    """One split, of which only the targets and the source's own columns are held: it pickles without inputs."""
 
-    held: Split  # without image
+    held: Split  # without what the groups read
     groups: RowGroups
 
     @property
     def table(self) -> pa.Table:
-        """As Split's, without image."""
+        """As Split's, without what the groups read."""
         return self.held.table
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
-        height, width, channels = self.groups.shape[1:]
-        return height, width, channels
+    def shapes(self) -> Shapes:
+        """As Split's."""
+        return {name: values.shape[1:] for name, values in self.groups.empty(0).items()} | dict(self.held.shapes)
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +41,7 @@ class StreamedSplit:
     @property
     def num_bytes_per_example(self) -> int:
         """Of an example's tensors."""
-        return math.prod(self.image_shape) + self.held.num_bytes_per_example
+        return self.groups.num_bytes_per_example + self.held.num_bytes_per_example
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The tensors that are held, [N, …] each: the table's own memory, read-only."""
@@ -58,16 +57,17 @@ class StreamedSplit:
             ValueError: for a file that cannot be read, or has changed.
         """
         positions = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
-        images = np.empty((len(positions), *self.image_shape), dtype=np.uint8)
+        tensors = self.groups.empty(len(positions))
         ascending = np.argsort(positions, kind="stable")
         groups = self.groups.of_rows(self._rows[positions[ascending]])
         places = np.split(ascending, np.flatnonzero(np.diff(groups)) + 1) if len(positions) else []
         for place, part in zip(places, self.read([positions[place] for place in places]), strict=True):
-            images[place] = part
-        return {"image": torch.from_numpy(images), **self.held.take(positions)}
+            for name, values in part.items():
+                tensors[name][place] = values
+        return {name: torch.from_numpy(values) for name, values in tensors.items()} | self.held.take(positions)
 
-    def read(self, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Images, uint8 [n, H, W, C], of one part after another; raises as take() does.
+    def read(self, parts: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """What the groups read, [n, …] each, of one part after another; raises as take() does.
 
         Args:
             parts: int64 ascending positions in the split, those of a part in one row group.
@@ -92,3 +92,14 @@ class StreamedSplit:
     def _rows(self) -> np.ndarray:
         (chunk,) = self.table.column("row").chunks
         return chunk.to_numpy()
+
+
+def streaming_note(train: StreamedSplit, num_held: int) -> Note:
+    """What stays where, given the bytes of the splits in memory."""
+    groups, (target, *_) = train.groups, train.held.shapes
+    size = len(train) * train.num_bytes_per_example / 1e6
+    return Note(
+        f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
+        f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their {target}s and "
+        f"{num_held / 1e6:,.0f} MB of validation and test examples"
+    )

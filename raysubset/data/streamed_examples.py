@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,15 +15,17 @@ from raysubset.data.own_augmentation import OwnAugmentation, drawn
 from raysubset.data.streamed import StreamedSplit
 from raysubset.tasks import Task
 
-# Of images: shuffled together, and held twice, one window being trained on while the next is read.
+# Of tensors: shuffled together, and held twice, one window being trained on while the next is read.
 WINDOW_BYTES = 2**28
 
-Reader = Callable[[StreamedSplit, Sequence[np.ndarray]], Iterator[np.ndarray]]
-"""Reads positions of a split, given as ranges [k, 2] (each in one row group) a window: uint8 [n, H, W, C] in that
-order, in arrays of any length but none of two windows."""
+Tensors = Mapping[str, np.ndarray]  # [n, …] each, by their names
+
+Reader = Callable[[StreamedSplit, Sequence[np.ndarray]], Iterator[Tensors]]
+"""Reads positions of a split, given as ranges [k, 2] (each in one row group) a window: the tensors that are not held,
+in that order, in parts of any length but none of two windows."""
 
 
-def read_here(split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def read_here(split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[Tensors]:
     """The Reader of one process: one row group at a time, when it is asked for."""
     yield from split.read(np.arange(start, stop) for ranges in windows for start, stop in ranges)
 
@@ -132,20 +134,24 @@ class StreamedExamples:
         at = int(stops[skipped - 1]) if skipped else 0
         needed = windows[skipped : int(np.searchsorted(stops, ends[-1])) + 1]
         parts = self.read(self.split, [window.ranges for window in needed])
-        pixels, positions = np.empty((0, *self.split.image_shape), dtype=np.uint8), np.empty(0, dtype=np.int64)
+        tensors: Tensors = self.split.groups.empty(0)
+        positions = np.empty(0, dtype=np.int64)
         for window in needed:
-            pixels, positions = window.fill(parts, carried=pixels), np.concatenate([positions, window.positions])
+            tensors, positions = window.fill(parts, carried=tensors), np.concatenate([positions, window.positions])
             if at < done:  # going on in the middle of it
-                pixels, positions, at = pixels[done - at :], positions[done - at :], done
-            num = int(np.searchsorted(ends, at + len(pixels), side="right"))  # batches that are whole
+                tensors = {name: values[done - at :] for name, values in tensors.items()}
+                positions, at = positions[done - at :], done
+            num = int(np.searchsorted(ends, at + len(positions), side="right"))  # batches that are whole
             cut = int(ends[num - 1]) - at if num > first else 0
             if cut:
                 chosen = positions[:cut]
                 own = None if draws is None else draws[torch.from_numpy(chosen)].to(self.device)
-                rows = {"image": torch.from_numpy(pixels[:cut]), **self.split.held.take(chosen)}
+                rows = {name: torch.from_numpy(values[:cut]) for name, values in tensors.items()}
+                rows |= self.split.held.take(chosen)
                 examples = Examples(rows, self.task, self.augment, self.augmentation).to(self.device)
                 yield examples, own, list(sizes[first:num])
-            pixels, positions, at, first = pixels[cut:].copy(), positions[cut:], at + cut, num
+            tensors = {name: values[cut:].copy() for name, values in tensors.items()}
+            positions, at, first = positions[cut:], at + cut, num
 
 
 Batches = Examples | StreamedExamples  # what the training loop and the evaluation need: batches by epoch, and in order
@@ -166,18 +172,21 @@ class _Window:
         """int64 [n], in the split, in this window's order."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.ranges])[self.order]
 
-    def fill(self, parts: Iterator[np.ndarray], *, carried: np.ndarray) -> np.ndarray:
-        """The carried images, and after them this window's in its order: uint8 [c + n, H, W, C]."""
-        places = np.empty_like(self.order)
-        places[self.order] = np.arange(len(carried), len(carried) + len(self))
-        pixels = np.empty((len(carried) + len(self), *carried.shape[1:]), dtype=np.uint8)
-        pixels[: len(carried)] = carried
+    def fill(self, parts: Iterator[Tensors], *, carried: Tensors) -> Tensors:
+        """The carried examples, c of them, and after them this window's in its order: [c + n, …] each."""
+        places, filled = np.empty_like(self.order), dict[str, np.ndarray]()
+        for name, values in carried.items():
+            places[self.order] = np.arange(len(values), len(values) + len(self))
+            filled[name] = np.empty((len(values) + len(self), *values.shape[1:]), values.dtype)
+            filled[name][: len(values)] = values
         num_read = 0
         while num_read < len(self):
             part = next(parts)
-            pixels[places[num_read : num_read + len(part)]] = part
-            num_read += len(part)
-        return pixels
+            chosen = places[num_read:][: len(next(iter(part.values())))]
+            for name, values in part.items():
+                filled[name][chosen] = values
+            num_read += len(chosen)
+        return filled
 
 
 def cut_ranges(ranges: np.ndarray, num_examples: int) -> list[np.ndarray]:

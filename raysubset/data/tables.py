@@ -14,7 +14,7 @@ from raysubset.data.image_columns import image_column, images_of, masks_of
 from raysubset.data.images import EncodedImages
 from raysubset.data.labels import UNLABELLED, as_labels, is_string, renumbered
 from raysubset.data.layout import some
-from raysubset.data.row_groups import RowGroups
+from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import SourceSplit
 from raysubset.data.split import RESERVED_COLUMNS
 from raysubset.events import Note
@@ -234,7 +234,7 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, 
 
 
 def with_scalars(
-    images: np.ndarray | EncodedImages | RowGroups, joined: JoinedTables, config: DataConfig, where: str
+    images: np.ndarray | EncodedImages | ImageGroups, joined: JoinedTables, config: DataConfig, where: str
 ) -> SourceSplit:
     """A split of these images, and of the labels and further columns of tables that may lack the images.
 
