@@ -86,7 +86,10 @@ def test_missing_values_are_filled_as_asked():
     inputs, notes = fit_columns(table, ["age", "sex"], missing="mean")
     found, more = inputs.encode(table)
     assert found.tolist() == [[-1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
-    assert [str(note) for note in notes] == ["missing texts of training rows are a category of their own: sex (1)"]
+    assert [str(note) for note in notes] == [
+        "missing texts of training rows are a category of their own: sex (1)",
+        "missing values of the table filled with the training mean: age (2)",
+    ]
     assert str(more[0]).endswith("filled with the training mean: age (2)")
     whole, _ = fit_columns(pa.table({"sex": ["f", "m", "f"]}), ["sex"], missing="mean")
     found, more = whole.encode(pa.table({"sex": [None, "m"]}))

@@ -105,7 +105,11 @@ def test_the_target_is_named_or_found(tmp_path: Path):
         ("target\n1\n", {}, "has no columns beside target: give it some to learn from"),
         ("a,a,target\n1,1,1\n", {}, "has several columns 'a'"),
         ("a,target\n", {}, "has no rows"),
-        (CSV, {"target": "price", "streamed": True}, "data.streamed reads images .* is a table without images: leave"),
+        (
+            CSV,
+            {"target": "price", "streamed": True},
+            r"data.streamed reads .* Parquet files, but .*a.csv is none: write",
+        ),
     ],
 )
 def test_a_column_that_is_not_there_is_refused(tmp_path: Path, text: str, settings: dict[str, Any], message: str):

@@ -58,8 +58,8 @@ class DataConfig:
     split_seed: Annotated[int, "(-∞, ∞)"] = 0
     """Seed of the carving: apart from `seed`, so that runs of several seeds are measured on the same examples."""
     streamed: bool = False
-    """For a training split larger than memory, in Parquet that every node sees: only labels are held; a subset's images
-    are read by row group, full-set stages stream them. Validation and test splits are still held in memory."""
+    """For a training split larger than memory, images or a table in Parquet that every node sees: only targets are
+    held; a subset's rows are read by row group, full-set stages stream them. Other splits are held in memory."""
     augmentation: str = "auto"
     """none, or crop_flip: random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR.
     Or your own, package.module:function of a batch's stored rows and a torch.Generator, which returns such rows."""

@@ -14,19 +14,24 @@ from raysubset.data.files import (
     column_kinds,
     describe_files,
     no_table,
+    parquet_paths,
+    read_held,
     read_schema,
     read_table,
 )
-from raysubset.data.finding import find_files
+from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.labels import UNLABELLED, as_labels, is_string, number_classes
-from raysubset.data.layout import some
+from raysubset.data.layout import Placed, some
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+from raysubset.data.table_groups import TableGroups
 from raysubset.data.tables import (
     MOST_COLUMNS,
     JoinedTables,
+    concatenated,
     join_tables,
     numbers_of,
+    plain,
     refuse_unreadable,
     split_names,
     usual_note,
@@ -50,6 +55,7 @@ class Tables:
     features: tuple[str, ...]
     targets: tuple[str, ...]  # several of regression only
     notes: tuple[Note, ...]
+    streamed: TableGroups | None = None  # where the training features lie, if they are not held
 
 
 def is_of_columns(config: DataConfig) -> bool:
@@ -87,23 +93,51 @@ def read_tables(config: DataConfig) -> Tables:
     files = find_files(config)
     if files.kind != "tables":
         raise no_table(files) if files.kind == "texts" else _no_columns(config)
-    if config.streamed:
-        raise ValueError(
-            f"data.streamed reads images in Parquet files, and {config.name} is a table without images: leave "
-            "--data.streamed out to read it into memory"
-        )
-    kinds, notes = column_kinds(files), []
+    kinds, notes, streamed = column_kinds(files), [], None
     read: dict[SplitName, dict[str, pa.Table]] = {}
+
+    def needed(schema: pa.Schema, path: str) -> list[str]:
+        return _needed(schema, config, path)
+
     for split, members in files.layout.items():
-
-        def needed(schema: pa.Schema, path: str) -> list[str]:
-            return _needed(schema, config, path)
-
-        read[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+        if split == "train" and config.streamed:
+            read[split], streamed = _stream(files, members, kinds, config)
+        else:
+            read[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
         num = sum(table.num_rows for table in read[split].values())
         notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
-    tables = choose_columns(read, config)
+    tables = choose_columns(read, config, streamed)
     return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
+
+
+def _stream(
+    files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig
+) -> tuple[dict[str, pa.Table], TableGroups]:
+    """The tables of a streamed split without their features, by file, and where the features lie."""
+    features: tuple[str, ...] = ()
+    schemas: list[pa.Table] = []
+
+    def needed(schema: pa.Schema, path: str) -> list[str]:
+        names = _needed(schema, config, path)
+        _refuse_absent(features, names, path)
+        schemas.append(plain(schema.empty_table().select(features), config, path))
+        return names
+
+    path, *_ = parquet_paths(files, members)
+    schema = read_schema(files, members[0])
+    known, where = _needed(schema, config, path), f"the train split of {config.name}"
+    features, _ = _features(known, _targets(known, config, path)[0], config, path)
+    tables, num_rows = read_held(files, members, kinds, needed, streamed=features)
+    groups = TableGroups.of_files(
+        config,
+        where,
+        [*tables],
+        num_rows,
+        members=tuple(members),
+        kinds=kinds,
+        schema=concatenated(schemas, where).schema,
+    )
+    return tables, groups
 
 
 def _no_columns(config: DataConfig) -> ValueError:
@@ -136,28 +170,33 @@ def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) ->
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def choose_columns(read: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig) -> Tables:
+def choose_columns(
+    read: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig, streamed: TableGroups | None = None
+) -> Tables:
     """Join the tables of each split, and decide which columns are targets and features.
 
     Args:
         read: tables by the name of their file, by split; that of "train" decides.
+        streamed: the features of the training tables, which lack them.
 
     Raises:
         ValueError: for a column that is not there, with the nearest name, and tables that do not go together.
     """
     path, first = next(iter(read["train"].items()))
-    targets, notes = _targets(first.column_names, config, path)
-    features, more = _features(first.column_names, targets, config, path)
+    left = streamed.schema.names if streamed else []
+    targets, notes = _targets([*first.column_names, *left], config, path)
+    features, more = _features([*first.column_names, *left], targets, config, path)
     notes += more
     splits: dict[SplitName, pa.Table] = {}
     for split, files in read.items():
         where = f"the {split} split of {config.name}"
         for path, table in files.items():
-            _refuse_absent((*targets, *features), table.column_names, path, is_train=split == "train")
+            known = [*table.column_names, *(left if split == "train" else ())]
+            _refuse_absent((*targets, *features), known, path, is_train=split == "train")
         joined = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
         notes += joined.notes
         splits[split] = _with_class_names(joined, targets[0], where)
-    return Tables(splits, features, targets, tuple(notes))
+    return Tables(splits, features, targets, tuple(notes), streamed)
 
 
 def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:

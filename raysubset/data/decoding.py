@@ -93,7 +93,7 @@ def _slices(groups: ImageGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
         DamagedImages: at the end, or when enough are named.
     """
     damages: list[tuple[str, str]] = []
-    filled = np.flatnonzero(np.diff(groups.starts))
+    filled = np.flatnonzero(np.diff(groups.starts)).tolist()
     for group, table in zip(filled, groups.tables(filled), strict=True):
         column = groups.encoded(table, group)
         path = groups.paths[groups.files[group]]

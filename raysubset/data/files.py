@@ -99,6 +99,18 @@ def _read_streamed(
     return with_scalars(ImageGroups.of_files(config, where, [*tables], num_rows), joined, config, where)
 
 
+def parquet_paths(files: DataFiles, members: Sequence[Placed]) -> list[str]:
+    """Where the files lie, which are to be streamed.
+
+    Raises:
+        ValueError: for a file that is no Parquet.
+    """
+    paths = [files.full_path(member) for member in members]
+    if others := [path for path in paths if not path.lower().endswith(".parquet")]:
+        raise not_streamed(f"{others[0]} is none")
+    return paths
+
+
 def read_held(
     files: DataFiles,
     members: Sequence[Placed],
@@ -112,11 +124,8 @@ def read_held(
     Raises:
         ValueError: for a file that is no Parquet, or is damaged.
     """
-    paths = [files.full_path(member) for member in members]
-    if others := [path for path in paths if not path.lower().endswith(".parquet")]:
-        raise not_streamed(f"{others[0]} is none")
     tables, num_rows = dict[str, pa.Table](), []
-    for path, member in zip(paths, members, strict=True):
+    for path, member in zip(parquet_paths(files, members), members, strict=True):
         with opened(files.system, path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             names = _needed(parquet.schema_arrow, member, kinds, needed, path)

@@ -1,5 +1,6 @@
 """Full sets of tables, texts and arrays: a task fitted on training rows, and the splits of what it stores."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,9 +8,12 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, class_numbers
+from raysubset.data.decoding import size_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
+from raysubset.data.streamed import StreamedSplit, streaming_note
+from raysubset.data.table_groups import TrainingColumns
 from raysubset.data.tables import is_scalar
 from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
@@ -39,8 +43,10 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     """
     targets = _targets_of_tables(tables, config, task)
     rows, carving = carve_splits(targets.strata, config)
+    carved: list[SplitName] = [split for split in SPLITS[1:] if split not in targets.values]
+    streamed = tables.streamed and TrainingColumns(tables.streamed, rows, kept=carved)
     inputs, fitted = fit_columns(
-        tables.splits["train"].take(pa.array(rows["train"])),
+        streamed or tables.splits["train"].take(pa.array(rows["train"])),
         tables.features,
         missing=config.missing,
         where="the train split",
@@ -50,12 +56,20 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
     for split in SPLITS:
         origin = _origin(split, targets.values)  # without splits of which nothing has a label
-        table = tables.splits[origin].take(pa.array(rows[split]))
-        features, found = inputs.encode(table, where=f"the {split} split", rows=rows[split])
-        notes += found
-        tensors = {"inputs": features, **targets.stored(origin, rows[split], learned)}
+        table, tensors = tables.splits[origin].take(pa.array(rows[split])), targets.stored(origin, rows[split], learned)
+        if streamed is None or split != "train":
+            columns = streamed.kept(split) if streamed and split in carved else table
+            features, found = inputs.encode(columns, where=f"the {split} split", rows=rows[split])
+            notes += found if split != "train" else ()  # fit_columns() says what it filled
+            tensors = {"inputs": features, **tensors}
         splits[split] = Split.from_arrays(tensors, rows[split], _attributes(table, tensors))
-    return _full_set(config, splits, learned, notes)
+    full_set = _full_set(config, splits, learned, notes)
+    if tables.streamed is None:
+        return full_set
+    groups = dataclasses.replace(tables.streamed, inputs=inputs)
+    train, num_held = StreamedSplit(splits["train"], groups), splits["validation"].num_bytes + splits["test"].num_bytes
+    advice = (*notes, streaming_note(train, num_held), *size_notes(groups.num_bytes_of_largest(), groups.where))
+    return dataclasses.replace(full_set, train=train, advice=advice)
 
 
 def of_texts(

@@ -106,9 +106,15 @@ def _task_name(config: DataConfig, task: TaskConfig) -> str:
 
 def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
     kind = kind_of(config.name)
-    if kind == "named" or config.streamed:
-        what = f"streamed {config.name}" if config.streamed else config.name
-        raise ValueError(f"next_token is learned from text files and python_docs, not from {what}: give a path of text")
+    if kind == "named":
+        raise ValueError(
+            f"next_token is learned from text files and python_docs, not from {config.name}: give a path of text"
+        )
+    if config.streamed:
+        raise ValueError(
+            "data.streamed reads images and tables, and next_token is learned from text, which is held in memory: "
+            "leave --data.streamed out"
+        )
     return read_returned_texts(config) if kind == "function" else read_texts(config)
 
 

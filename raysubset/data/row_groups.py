@@ -56,6 +56,10 @@ class RowGroups:
         """The tensors of some rows of a row group's table, as empty() has them; raises as read() does."""
         raise NotImplementedError
 
+    def attribute(self, name: str) -> pa.ChunkedArray | None:
+        """A column of all rows by which subsets can be cut, if it is among those that are read."""
+        return None
+
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The row group of each row: int64 [n]."""
         return np.searchsorted(self.starts, rows, side="right") - 1

@@ -60,6 +60,10 @@ class Split:
         """The tensors, [N, …] each: the table's own memory, read-only."""
         return {name: self._values(name).to_numpy().reshape(-1, *shape) for name, shape in self.shapes.items()}
 
+    def attributes(self, name: str | None) -> pa.Table:
+        """What subsets can be cut by, the column of this name for one."""
+        return self.table
+
     def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the tensors [n, …] of some examples as a copy on the CPU.
 

@@ -47,6 +47,11 @@ class StreamedSplit:
         """The tensors that are held, [N, …] each: the table's own memory, read-only."""
         return self.held.arrays()
 
+    def attributes(self, name: str | None) -> pa.Table:
+        """As Split's; a column that is not held is read."""
+        column = self.groups.attribute(name) if name and name not in self.table.column_names else None
+        return self.table if column is None else self.table.append_column(name, column.take(self.table["row"]))
+
     def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the tensors of some examples, or of all, on the CPU, as Split.take() does.
 

@@ -147,7 +147,7 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
     class_names = declared[longest] if longest else None
     alike = {}
     for path, table in tables.items():
-        table = _plain(table, config, path)
+        table = plain(table, config, path)
         labels = table.column(config.label_column)
         if class_names and longest and pa.types.is_integer(labels.type):
             names = declared.get(path)
@@ -160,13 +160,22 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
                 place = table.column_names.index(config.label_column)
                 table = table.set_column(place, config.label_column, labels)
         alike[path] = table
-    try:
-        joined = pa.concat_tables(alike.values(), promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
+    joined = concatenated(list(alike.values()), where)
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
     return JoinedTables(joined, class_names, tuple(notes))
+
+
+def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
+    """The rows of some files' tables, behind one another, in types that hold the values of all.
+
+    Raises:
+        ValueError: for files that do not go together.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
 
 
 def _by_name(
@@ -195,7 +204,7 @@ def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.
     return numbers
 
 
-def _plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
+def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
     """The table with its columns in layouts that go together with those of other files."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string_view(field.type):

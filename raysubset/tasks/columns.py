@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pyarrow import compute
 from torch import Tensor
 
 from raysubset.config import from_tree, nearest
@@ -135,7 +136,7 @@ class TableInputs:
             first += len(column.feature_names)
         notes = []
         if filled:
-            notes.append(Note(f"missing values of {where} filled with the training mean: {listed(filled)}"))
+            notes.append(_filled_note(filled, where))
         if unknown:
             text = f"values of {where} that no training row has count as no category: {listed(unknown)}"
             notes.append(Note(text, is_warning=True))
@@ -161,8 +162,20 @@ class TableInputs:
         return inputs
 
 
+class Columns(Protocol):
+    """A table, or what reads one column of it after another."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+    def column(self, name: str, /) -> pa.ChunkedArray: ...
+
+
 def fit_columns(
-    table: pa.Table,
+    table: Columns,
     names: Sequence[str],
     *,
     missing: Missing,
@@ -175,7 +188,7 @@ def fit_columns(
     sorted order. A column of one value only is left out.
 
     Args:
-        table: training rows only.
+        table: training rows only; each column is asked for once, in the order of the names.
         names: the columns, in the order of their features.
         where: names the table in messages.
         rows: int64 [N], numbers that messages show for the rows.
@@ -190,6 +203,7 @@ def fit_columns(
     constant: list[str] = []
     times: list[str] = []
     own: list[str] = []
+    filled: list[str] = []
     notes: list[Note] = []
     for name in dict.fromkeys(names):
         values = _column(table, name, where)
@@ -200,7 +214,9 @@ def fit_columns(
                 notes.append(Note(text, is_warning=True))
         elif pa.types.is_null(values.type) or _is_any(values.type, _NUMBERS) or is_time(values.type):
             kind = "time" if is_time(values.type) else "number"
-            column = _fit_number(values, name, kind, missing, place)
+            column, num_missing = _fit_number(values, name, kind, missing, place)
+            if column and num_missing:
+                filled.append(f"{name} ({num_missing})")
         else:
             raise ValueError(
                 f"column {name} of {where} holds {values.type}, which is no number, time or text: leave it out of "
@@ -220,6 +236,8 @@ def fit_columns(
         notes.append(Note(f"dates and times are read as numbers of seconds: {listed(times)}"))
     if own:
         notes.append(Note(f"missing texts of training rows are a category of their own: {listed(own)}"))
+    if filled:
+        notes.append(_filled_note(filled, where))
     if not columns:
         raise ValueError(
             f"no column of {where} tells its rows apart ({listed(constant) or 'none is left'}): set "
@@ -287,7 +305,7 @@ class _Place:
         return ValueError(f"column {name} has no value {self.of(first)}{more}: {out}")
 
 
-def _column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
+def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
     match table.column_names.count(name):
         case 1:
             return table.column(name)
@@ -309,15 +327,15 @@ def _is_any(type_: pa.DataType, kinds: Sequence[Callable[[pa.DataType], bool]]) 
 
 def _fit_number(
     values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], missing: Missing, place: _Place
-) -> InputColumn | None:
-    """The column, or None if it does not vary."""
+) -> tuple[InputColumn | None, int]:
+    """The column, or None if it does not vary, and how many values are missing."""
     numbers = _numbers(values, name, kind, place)
     absent = np.isnan(numbers)
     if absent.any() and missing == "refuse":
         raise place.missing(name, absent)
     there = numbers[~absent]
     if not len(there) or there.min() == there.max():
-        return None
+        return None, 0
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         mean, deviation = float(there.mean()), float(there.std())
     if not math.isfinite(mean) or not math.isfinite(deviation) or deviation == 0:
@@ -326,8 +344,12 @@ def _fit_number(
             "standardise: give it in another unit, or leave it out with --data.columns"
         )
     if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
-        return None
-    return InputColumn(name, kind, mean, deviation)
+        return None, 0
+    return InputColumn(name, kind, mean, deviation), len(numbers) - len(there)
+
+
+def _filled_note(filled: Sequence[str], where: str) -> Note:
+    return Note(f"missing values of {where} filled with the training mean: {listed(filled)}")
 
 
 def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _Place) -> InputColumn | None:
@@ -354,11 +376,11 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
 
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
     """ "'?' in row 7 of … stands among numbers" where half of the texts, at least, are numbers, else ""."""
-    values = texts.to_pylist()
-    stray = [number for number, text in enumerate(values) if text is not None and not is_number(text)]
-    if not stray or len(stray) > len(values) / 2:
+    strange = [text for text in texts.unique().to_pylist() if text is not None and not is_number(text)]
+    stray = np.flatnonzero(_places(texts, strange) >= 0)
+    if not len(stray) or len(stray) > len(texts) / 2:
         return ""
-    return f"{values[stray[0]]!r} {place.of(stray[0])} stands among numbers"
+    return f"{texts[stray[0]].as_py()!r} {place.of(stray[0])} stands among numbers"
 
 
 def is_number(text: str) -> bool:
@@ -380,8 +402,7 @@ def _category_numbers(
     absent = texts.is_null().to_numpy()
     if absent.any() and missing == "refuse":
         raise place.missing(column.name, absent)
-    places = {value: number for number, value in enumerate(column.values)}
-    numbers = np.array([places.get(text, -1) for text in texts.to_pylist()], np.int64)
+    numbers = _places(texts, column.values)
     if column.has_missing:
         numbers[absent] = len(column.values)
     if len(others := np.flatnonzero(numbers < 0)):
@@ -390,6 +411,12 @@ def _category_numbers(
             f"{column.name} ({len(others)}, such as {'a missing one' if example is None else repr(example)})"
         )
     return numbers
+
+
+def _places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
+    """Where each text stands in the values, int64 [N], -1 if it does not."""
+    options = compute.SetLookupOptions(pa.array(values, pa.string()))
+    return np.array(compute.call_function("index_in", [texts], options).fill_null(-1), np.int64)
 
 
 def _texts(values: pa.ChunkedArray) -> pa.ChunkedArray:

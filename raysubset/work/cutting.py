@@ -20,7 +20,7 @@ def cut_subsets(
             config.subsets,
             seed,
             num_classes=len(full_set.task.class_names) or int(strata.max()) + 1,
-            attributes=full_set.train.table,
+            attributes=full_set.train.attributes(config.subsets.column),
             shares=shares,
         )
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from raysubset import Config, run
 from raysubset.cluster import object_store_bytes, put_once
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import StreamedExamples, load_full_set
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
@@ -52,13 +52,25 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def small_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, generator = tmp_path_factory.mktemp("streamed") / "table.parquet", np.random.default_rng(0)
+    inputs, site = generator.normal(size=2000), generator.choice(["north", "south"], 2000)
+    pq.write_table(pa.table({"x": inputs, "site": site, "target": 2 * inputs}), path, row_group_size=70)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["images", "table"])
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_data_gives_the_bits_that_the_process_itself_would_read(small_set: Path) -> None:
-    config = Config(data=DataConfig(name=str(small_set), streamed=True))
-    full_set = load_full_set(config.data)
+def test_ray_data_gives_the_bits_that_the_process_itself_would_read(
+    small_set: Path, small_table: Path, kind: str
+) -> None:
+    task = TaskConfig(name="regression" if kind == "table" else "auto")
+    config = Config(data=DataConfig(name=str(small_table if kind == "table" else small_set), streamed=True), task=task)
+    full_set = load_full_set(config.data, config.task)
     here = full_set.examples("train", augment=True)
     assert isinstance(here, StreamedExamples)
-    here = dataclasses.replace(here, window_bytes=300 * 200)
+    here = dataclasses.replace(here, window_bytes=300 * full_set.train.num_bytes_per_example)
     there = read_by_ray_data(here, put_once(full_set), shard=Shard(), config=config)
     sizes = [100] * (len(here) // 100)
     for rank, num_workers, first in ((0, 1, 0), (1, 3, 2)):
