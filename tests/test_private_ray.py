@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import RayTrainWorker, WorkerGroup
 
 from raysubset.cluster import private_ray
 
@@ -54,6 +54,10 @@ RELIED_ON: dict[str, Callable[[Any], bool]] = {
         has(controller, "run", "get_result", "abort")
         and takes(controller, "failure_policy")
         and takes(TorchTrainer._initialize_and_run_controller, "controller_init_kwargs")
+    ),
+    "DatasetsCallback": lambda callback: (
+        {callback} <= {type(one) for one in TorchTrainer(lambda: None)._create_default_callbacks()}  # pyright: ignore[reportAttributeAccessIssue]
+        and inspect.signature(RayTrainWorker.init_train_context).parameters["dataset_shard_provider"].default is None
     ),
     "DefaultFailurePolicy": lambda policy: takes(policy.make_decision, "training_failed_error"),
     "FailureDecision": lambda decision: has(decision, "RAISE"),

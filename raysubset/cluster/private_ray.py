@@ -26,6 +26,7 @@ _PLACES = {
     "internal_kv": "ray.experimental",  # the control store as a board where processes tell that they are at work
     # Ray Train
     "TrainController": "ray.train.v2._internal.execution.controller",  # looked after by the driver while it runs
+    "DatasetsCallback": "ray.train.v2._internal.callbacks.datasets",  # starts a process for data sets
     "DefaultFailurePolicy": "ray.train.v2._internal.execution.failure_handling",  # knows no mistakes that recur
     "FailureDecision": "ray.train.v2._internal.execution.failure_handling",
     "get_env_vars_to_propagate": "ray.train.v2._internal.constants",

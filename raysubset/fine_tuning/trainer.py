@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, groups_of, remove_groups
 from raysubset.cluster.private_ray import (
+    DatasetsCallback,
     DefaultFailurePolicy,
     FailureDecision,
     TrainController,
@@ -59,6 +60,11 @@ class WatchedTrainer(TorchTrainer):
     look: Callable[[Any], None]
     every_s: float  # between two looks
     start_timeout_s: float  # for a group of workers to get their places; else the controller counts a failure
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """As TorchTrainer's, but for the one that starts a process for data sets, of which ours are given none."""
+        callbacks: list[Any] = super()._create_default_callbacks()  # pyright: ignore[reportAttributeAccessIssue]
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
         """As TorchTrainer's, which only waits."""
