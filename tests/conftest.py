@@ -10,10 +10,12 @@ import pytest
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_SCHEDULER_EVENTS="0")
 os.environ.update(RAY_worker_niceness="0")  # by default 15: any busy process beside Ray's would starve all workers
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process beside each group of workers; chaos has it
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
 STARTS_RAY = ("tests/cluster/", "tests/gpu/")
-LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in ("jobs", "chaos", "nodes", "sweep", "stages"))
+LONGEST = ("chaos", "jobs", "streaming", "sweep", "stages", "nodes", "cli", "remote_storage", "pool")
+LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in LONGEST)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 

@@ -35,6 +35,8 @@ FLAGS = [
     "1",
     "--cluster.num-cpus",
     "2",
+    "--actors.max-num",
+    "1",
     "--actors.on-step",
     "tests.slow_steps:listen",
 ]

@@ -50,7 +50,7 @@ def test_a_sweep_with_ray_train_lives_in_an_object_store_whose_secret_is_in_no_f
         def __exit__(self, *error: object) -> None: ...
 
     monkeypatch.setattr("raysubset.sweeping.driver.TemporaryDirectory", Kept)
-    short = {"subsets.num": 2, "minimize.epochs": 1.0, "trunk.epochs": 0.0, "fine_tuning.epochs": 1.0}
+    short = {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 1.0, "actors.max_num": 1}
     config = Config(name="remote-sweep", storage_path=bucket_uri).with_overrides(short | {"fine_tuning.num_workers": 2})
     report = sweep(config, {"subsets.size": [80]}, seeds=1)
     (trial,) = report.trials

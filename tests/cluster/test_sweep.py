@@ -20,6 +20,7 @@ from ray.tune.schedulers import TrialScheduler  # after raysubset.cluster, which
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
 SMALL = {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 0.0}
+SMALL |= {"actors.max_num": 1}  # each takes seconds of a CPU to start
 
 
 def a_sweep(folder: Path, sizes: list[int], **options: Any) -> tuple[SweepReport, list[Event]]:
