@@ -1,5 +1,6 @@
 """One local Ray cluster for all tests that need one; tests that need none start none."""
 
+import compileall
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ STARTS_RAY = ("tests/cluster/", "tests/gpu/")
 LONGEST = ("chaos", "jobs", "streaming", "sweep", "stages", "nodes", "cli", "remote_storage", "pool")
 LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in LONGEST)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once: where PYTHONDONTWRITEBYTECODE is set, each process that is started would do it."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parents[1] / "raysubset", quiet=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
