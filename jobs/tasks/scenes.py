@@ -21,7 +21,7 @@ _SEED = 0
 
 
 def segmentation() -> dict[str, dict[str, np.ndarray]]:
-    """Images uint8 [N, 40, 40, 3] and masks uint8 [N, 40, 40]: 0 is background, 1 to 10 the digits."""
+    """Images uint8 [N, 40, 40, 3] and masks uint8 [N, 40, 40]: 1 is the digit, 0 background."""
     return {split: {"image": image, "mask": mask} for split, (image, mask, _, _) in _scenes().items()}
 
 
@@ -79,7 +79,7 @@ def _scenes() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
             is_ink = digits[i] >= _INK
             colour = generator.integers(0, 256, 3)
             images[i, top : top + _DIGIT, left : left + _DIGIT][is_ink] = colour
-            masks[i, top : top + _DIGIT, left : left + _DIGIT][is_ink] = 1 + labels[i]
+            masks[i, top : top + _DIGIT, left : left + _DIGIT][is_ink] = 1
             rows, columns = np.flatnonzero(is_ink.any(1)), np.flatnonzero(is_ink.any(0))
             boxes[i] = top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1
         scenes[split] = images, masks, labels, boxes
