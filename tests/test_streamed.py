@@ -2,11 +2,8 @@
 
 import dataclasses
 import io
-import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from raysubset.planning import make_plan, manifest
 from raysubset.tasks import Spec
 from raysubset.training import evaluate, minimize
 from tests import tiny
+from tests.tiny import measured
 
 ROOT = Path(__file__).parents[1]
 NUM, SIDE = 400, 6
@@ -390,22 +388,10 @@ print(json.dumps({"num": num, "peaks": peaks}))
 
 
 def test_loading_a_subset_and_an_epoch_take_a_fraction_of_the_sets_memory(tmp_path: Path) -> None:
-    paths, side = [], 128
+    side = 128
     images = np.random.default_rng(0).integers(0, 256, (25, side, side, 3), dtype=np.uint8)
     part = table([encoded(image, "BMP") for image in images], len(images))
-    for num_groups in (5, 300):  # 6 MiB, and 352 MiB
-        paths.append(tmp_path / f"{num_groups}.parquet")
-        with pq.ParquetWriter(paths[-1], part.schema, compression="none", use_dictionary=False) as writer:
-            for _ in range(num_groups):
-                writer.write_table(part)
-    done = subprocess.run(
-        [sys.executable, "-c", FLAT, *map(str, paths)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
+    result = measured(FLAT, tmp_path, part, (5, 300))  # 6 MiB, and 352 MiB
     assert result["num"] == 7350
     small, *large = (peak / 1024 for peak in result["peaks"][2:])
     # Two windows of 8 MiB, row groups of 1 MiB, 7 MiB held out; most is what allocators keep for the threads.

@@ -1,14 +1,20 @@
 """Tiny examples and networks that the tests of training and aggregation share."""
 
 import io
+import json
+import os
+import subprocess
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -189,3 +195,15 @@ def asking(question: Callable[[], float]) -> Iterator[list[float]]:
         asker.join()
         sys.setswitchinterval(interval)
     assert not errors, errors
+
+
+def measured(script: str, folder: Path, part: pa.Table, nums_of_groups: Sequence[int]) -> dict[str, Any]:
+    """The JSON that a script prints in a process of its own, given Parquet files of so many row groups, a part each."""
+    paths = [folder / f"{num}.parquet" for num in nums_of_groups]
+    for path, num in zip(paths, nums_of_groups, strict=True):
+        with pq.ParquetWriter(path, part.schema, compression="none", use_dictionary=False) as writer:
+            for _ in range(num):
+                writer.write_table(part)
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
