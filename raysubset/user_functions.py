@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,7 +89,10 @@ class _NoMainGuard(ValueError):
 
 @contextlib.contextmanager
 def in_a_line(field: str, reference: str) -> Iterator[None]:
-    """Make a ValueError of whatever the user's code raises, of the process's end, and of flags read from our argv."""
+    """Make a ValueError of whatever the user's code raises, of the process's end, and of flags read from our argv.
+
+    A device's failure stays what it is: no mistake, and it may be another on the next device.
+    """
     parse_error = argparse.ArgumentParser.error
     argparse.ArgumentParser.error = _refuse_flags  # which would print the user's usage for our flags
     try:
@@ -102,6 +106,8 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         text = f"ended the process (sys.exit({'' if error.code is None else repr(error.code)})): put what a script does"
         raise ValueError(f"{field} = {reference!r} {text} {_GUARD}{_place(error)}") from error
     except Exception as error:
+        if (torch := sys.modules.get("torch")) and isinstance(error, torch.AcceleratorError):
+            raise
         text = f"raised {type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
     finally:

@@ -1,6 +1,7 @@
 """Tensors of Parquet files, read by row group: the part of a training split that need not be held in memory."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from raysubset.errors import first_line
 
 
 @dataclass(frozen=True, eq=False)
-class RowGroups:
+class RowGroups(ABC):
     """The row groups of a split's files, end to end. Pickles without an example; every process opens the files itself.
 
     Subclasses say which columns become which tensors.
@@ -44,17 +45,17 @@ class RowGroups:
         return cls(config, where, tuple(paths), files, numbers, starts, **own)
 
     @property
+    @abstractmethod
     def columns(self) -> Sequence[str]:
         """What is read of the files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, num: int) -> dict[str, np.ndarray]:
         """The tensors of so many examples, [num, …] each, to be filled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
         """The tensors of some rows of a row group's table, as empty() has them; raises as read() does."""
-        raise NotImplementedError
 
     def attribute(self, name: str) -> pa.ChunkedArray | None:
         """A column of all rows by which subsets can be cut, if it is among those that are read."""

@@ -150,8 +150,6 @@ def _may_pass(error: Exception) -> bool:
     """Whether it came from storage, a device, Ray, or another worker that was lost, rather than from the work."""
     if isinstance(error, OSError | torch.AcceleratorError | torch.distributed.DistError):
         return True
-    if isinstance(error.__cause__, torch.AcceleratorError):  # met in a function of the user's
-        return True
     words = str(error).lower()  # gloo's and NCCL's errors are plain RuntimeErrors
     of_connection = isinstance(error, RuntimeError) and any(word in words for word in _WORDS_OF_CONNECTIONS)
     return of_connection or type(error).__module__.startswith("ray.")
