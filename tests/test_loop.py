@@ -26,7 +26,18 @@ from raysubset.training import (
 )
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.records import reached
-from tests.tiny import SQUARED_ERROR, asking, cnn, examples, linear, noisy_network, same_bits, through_a_file, weights
+from tests.tiny import (
+    SQUARED_ERROR,
+    cnn,
+    examples,
+    linear,
+    losses_between_steps,
+    noisy_network,
+    same_bits,
+    through_a_file,
+    weights,
+    zero,
+)
 
 
 def optimizer_by_hand(model: nn.Module, config: MinimizeConfig) -> torch.optim.Optimizer:
@@ -367,16 +378,13 @@ def test_progress_tells_epochs_and_the_last_epochs_loss():
     assert result.history[0] == EpochRecord(1.0, told[3][1], result.history[0].learning_rate, 4)
 
 
-def test_another_thread_that_asks_for_the_running_loss_as_epochs_end_is_told_of_none_or_of_whole_batches():
-    progress = Progress(0, 1)
-
-    def show(seen: Progress) -> None:
-        nonlocal progress
-        progress = seen
-
-    with asking(lambda: progress.running_loss()) as answers:
-        minimize(linear(64), examples(9), MinimizeConfig(epochs=200, batch_size=9), seed=0, on_step=show)
-    assert all(math.isnan(loss) or loss > 0 for loss in answers)  # no sum of one epoch by the number of another
+@pytest.mark.parametrize("size", [9, 3])
+def test_another_thread_that_asks_for_the_running_loss_is_told_of_none_or_of_one_epochs(size: int):
+    recipe = MinimizeConfig(epochs=10_000, batch_size=size, learning_rate=1e-12)
+    losses = losses_between_steps(lambda on_step: minimize(zero(64), examples(9), recipe, seed=0, on_step=on_step))
+    told = [loss for loss in losses if not math.isnan(loss)]
+    assert told == pytest.approx([math.log(3)] * len(told))  # as each example's, and no sum by another epoch's number
+    assert bool(told) == (size < 9)  # an epoch of one batch has ended whenever it is asked
 
 
 @pytest.mark.parametrize(

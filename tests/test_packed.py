@@ -32,14 +32,15 @@ from raysubset.training import (
 from tests.tiny import (
     CROSS_ENTROPY,
     SQUARED_ERROR,
-    asking,
     cnn,
     examples,
     linear,
+    losses_between_steps,
     noisy_network,
     same_bits,
     through_a_file,
     weights,
+    zero,
 )
 
 RECIPE = MinimizeConfig(epochs=3.0, batch_size=8, learning_rate=0.05)
@@ -308,12 +309,13 @@ def test_the_time_of_a_pack_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(result.cost.device_s for result in results) == pytest.approx(next(clock) - 1)
 
 
-def test_another_thread_may_ask_for_the_running_losses_as_epochs_end() -> None:
-    seen: list[Progress] = []
-    members = Members(sizes=(8, 8), augmentation="none", network=lambda seed: linear(64, seed=seed))
-    with asking(lambda: seen[-1].running_loss() if seen else math.nan) as answers:
-        members.packed(replace(RECIPE, epochs=200), on_step=lambda told: seen.append(told[0]))
-    assert all(math.isnan(loss) or loss > 0 for loss in answers)
+def test_another_thread_that_asks_for_a_members_running_loss_is_told_of_none_or_of_one_epochs() -> None:
+    members = Members(sizes=(24, 16), augmentation="none", network=lambda seed: zero(64))
+    recipe = replace(RECIPE, epochs=10_000, learning_rate=1e-12)
+    losses = losses_between_steps(lambda on_step: members.packed(recipe, on_step=on_step))
+    told = [loss for loss in losses if not math.isnan(loss)]
+    assert told
+    assert told == pytest.approx([math.log(3)] * len(told))
 
 
 def test_what_cannot_be_packed_is_told() -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import FrameType
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -119,6 +121,14 @@ def linear(num_inputs: int, num_outputs: int = 3, *, seed: int = 0, dtype: torch
         return nn.Sequential(nn.Flatten(), nn.Linear(num_inputs, num_outputs)).to(dtype)
 
 
+def zero(num_inputs: int) -> nn.Module:
+    """One linear layer of zeros: the cross-entropy of each example is that of three classes alike, log 3."""
+    model = linear(num_inputs)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
@@ -195,6 +205,48 @@ def asking(question: Callable[[], float]) -> Iterator[list[float]]:
         asker.join()
         sys.setswitchinterval(interval)
     assert not errors, errors
+
+
+def losses_between_steps(train: Callable[[Callable[[Any], bool]], Any], *, num: int = 100) -> list[float]:
+    """What a second thread is answered that asks for the running loss, while training goes on between any two of the
+    instructions that answer it: by random schedules of seed 0, each a step at some of them.
+
+    Args:
+        train: is given an on_step, of a Progress or of several, and does a few steps for each of `num` questions.
+    """
+    random, may_step, has_stepped = Random(0), threading.Semaphore(0), threading.Semaphore(0)
+    seen: list[Progress] = []
+    has_ended = False
+
+    def on_step(told: Progress | Sequence[Progress]) -> bool:
+        seen.append(told if isinstance(told, Progress) else told[0])
+        has_stepped.release()
+        may_step.acquire()
+        return has_ended
+
+    def step() -> None:
+        may_step.release()
+        assert has_stepped.acquire(timeout=60)
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_name != "running_loss":
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and random.random() < 0.1:
+            step()
+        return trace
+
+    training, before = threading.Thread(target=train, args=(on_step,)), sys.gettrace()
+    training.start()
+    assert has_stepped.acquire(timeout=60)
+    sys.settrace(trace)
+    try:
+        return [seen[-1].running_loss() for _ in range(num)]
+    finally:
+        sys.settrace(before)
+        has_ended = True
+        may_step.release()
+        training.join()
 
 
 def measured(script: str, folder: Path, part: pa.Table, nums_of_groups: Sequence[int]) -> dict[str, Any]:

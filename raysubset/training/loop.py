@@ -148,16 +148,10 @@ def minimize(
             if distillation is not None and taught is not None:
                 loss = distillation.mixed(loss, widened(outputs), taught, task)
         loss.backward(scaler.scale(torch.full_like(loss, weight)))
-        loss_sum += loss.detach()
+        loss_sum = loss_sum + loss.detach()  # another tensor, for other threads that read progress.summed
         return outputs.detach()
 
-    def running_loss() -> float:
-        """Where there are shards, of this one. Other threads ask: an epoch may end between any two lines."""
-        num = num_summed
-        mean = loss_sum.item() * shard.num / num if num else math.nan
-        return mean if num <= num_summed else math.nan
-
-    progress.capture, progress.running_loss = capture, running_loss
+    progress.capture = capture
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None:
             model.load_state_dict(state["model"])
@@ -222,8 +216,7 @@ def minimize(
                 if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
                     mean = math.nan  # it is the last step that went too far, which no loss has seen
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
-                num_summed = 0  # before the sum, for running_loss()
-                loss_sum.zero_()
+                loss_sum, num_summed = torch.zeros_like(loss_sum), 0
                 outcome = reached(recipe, progress)
                 if outcome == "diverged":
                     if not best:
@@ -235,7 +228,7 @@ def minimize(
                     techniques.end_epoch(progress.step, last=bool(outcome) or progress.step == progress.num_steps)
                     if not best or mean < best["loss"]:
                         best = {"loss": mean, "model": {k: v.detach().clone() for k, v in model.state_dict().items()}}
-            progress.cost = cost()
+            progress.cost, progress.summed = cost(), (loss_sum, num_summed / shard.num)
             if on_step is not None and (asked := on_step(progress)) and outcome is None:
                 outcome = asked if isinstance(asked, str) else "stopped"
     optimizer.zero_grad()

@@ -119,7 +119,7 @@ class _Told:
         num_steps = max(progress.num_steps, progress.step)
         seen = Progress(num_steps, progress.num_steps_per_epoch, progress.step, epoch_ended=progress.epoch_ended)
         seen.cost = replace(progress.cost, device_s=time.perf_counter() - self._started)
-        seen.history = list(progress.history)
+        seen.history, seen.summed = list(progress.history), (progress.loss_sum, progress.num_summed)
         seen.capture = lambda: self._capture(progress)
         return seen
 

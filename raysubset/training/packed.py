@@ -167,7 +167,6 @@ class _Pack:
         self.running = list(range(num))  # numbers of members, in order of the stack's rows
         for number, member in enumerate(self.members):
             member.progress.capture = partial(self._capture, number)
-            member.progress.running_loss = partial(self._running_loss, number)
         self.end_finished(stop=False)
 
     def progress(self) -> dict[int, Progress]:
@@ -212,7 +211,8 @@ class _Pack:
         losses = vmap(self._joint.task.loss, in_dims=1)(widened(outputs), targets)
         losses.backward(torch.full_like(losses, 1 / size))
         numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
-        self._loss_sums.index_add_(0, numbers, losses.detach().to(self._loss_sums.dtype))
+        # another tensor, for other threads that read Progress.summed
+        self._loss_sums = self._loss_sums.index_add(0, numbers, losses.detach().to(self._loss_sums.dtype))
 
     def _next_batch(self, number: int) -> Tensor:
         """Positions in the joint examples: int64 [n]. At an epoch's beginning, or after a resume, it is drawn."""
@@ -234,13 +234,14 @@ class _Pack:
         ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
         sums = self._loss_sums.tolist() if ended else []
         are_finite = self._stack.are_finite() if ended else []
+        if ended:
+            self._loss_sums = self._loss_sums.clone()
         for row in ended:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
             mean = sums[number] / member.num_summed if are_finite[row] else math.nan
             progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
-            member.num_summed = 0  # before the sum, for _running_loss()
-            self._loss_sums[number] = 0
+            member.num_summed, self._loss_sums[number] = 0, 0
             member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
                 if member.best:
@@ -249,6 +250,9 @@ class _Pack:
                     member.result = diverged_at_once(mean, self._recipe)
             elif not member.best or mean < member.best["loss"]:
                 member.best = {"loss": mean, "model": self._stack.weights(row)}
+        totals = self._loss_sums.unbind()
+        for number in self.running:
+            self.members[number].progress.summed = (totals[number], self.members[number].num_summed)
 
     def end_finished(self, *, stop: bool) -> None:
         """Give every member that has ended its result, and with `stop` all of them; the others stay in the stack."""
@@ -269,12 +273,6 @@ class _Pack:
         rows = [row for row, has_ended in enumerate(ended) if not has_ended]
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)
-
-    def _running_loss(self, number: int) -> float:
-        """Other threads ask: an epoch may end between any two lines."""
-        num = self.members[number].num_summed
-        mean = self._loss_sums[number].item() / num if num else math.nan
-        return mean if num <= self.members[number].num_summed else math.nan
 
     def _capture(self, number: int) -> dict[str, Any]:
         """The state of a running member, as minimize() would give it."""

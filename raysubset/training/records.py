@@ -102,8 +102,9 @@ class Progress:
     cost: Cost = field(default_factory=Cost)  # of this call so far, of all shards together
     epoch_ended: bool = False  # whether this step closed an epoch, a turn of epoch_fraction, or the last part of one
     history: list[EpochRecord] = field(default_factory=list)
-    running_loss: Callable[[], float] = lambda: math.nan
-    """Mean training loss of the epoch so far, roughly; NaN before its first step. Any thread may call it."""
+    summed: tuple[Tensor | float, float] = (0.0, 0)
+    """The sum of the losses of an epoch so far, and of how many examples. Other threads read it: it is replaced after
+    each step, and the sum is never written to again."""
     capture: Callable[[], dict[str, Any]] = dict
     """Everything a later call needs as `state`: tensors and plain values, not copied, so write them down at once.
 
@@ -121,6 +122,12 @@ class Progress:
     def loss(self) -> float:
         """Mean training loss of the last whole epoch; NaN before."""
         return self.history[-1].loss if self.history else math.nan
+
+    def running_loss(self) -> float:
+        """Mean training loss of the epoch so far, with shards that of one; NaN before its first step, and for any
+        thread that asks."""
+        total, num = self.summed
+        return float(total) / num if num else math.nan
 
 
 OnStep = Callable[[Progress], bool | str | None]
