@@ -1,4 +1,4 @@
-"""run(): the stages in order. Read this file first.
+"""run() does the stages of one run in order. Read this file first.
 
 [trunk] → rounds × (subset minima in parallel → aggregate) → [shrink-perturb] → fine-tune on the full set → report
 
@@ -74,27 +74,28 @@ def run(
     full_set_ref: Sequence[Any] | None = None,
     trunk: RunDirectory | None = None,
 ) -> RunReport:
-    """Run all stages, or those that the run directory does not hold yet, and leave a report there.
+    """Run all stages that the run directory does not hold yet, and leave a report there.
 
-    A run of the same name is gone on with: finished work is read back, unfinished work goes on from its checkpoints.
-    If this process dies, calling it again is all there is to do.
+    A run of the same name is resumed: finished work is read back, unfinished work continues from its checkpoints.
+    If this process dies, call run() again.
 
     Args:
         config: what to run.
-        data: in the place of data.name: arrays, tables, texts or a Dataset, all that a function may return that
-            data.name names (see README), or such a function.
-        model: in the place of model.name: an nn.Module, whose weights the shared start has, or a function of a Spec.
-        task: in the place of task.name: a raysubset.tasks.Task, or a class of it.
-        on_event: told of stages, progress, waiting and retries as they happen; None: nobody is. raysubset.run() shows
-            them, as the command does, unless this is given.
+        data: replaces data.name: arrays, tables, texts, a Dataset, or a function that returns one of these. The
+            manual lists all that such a function may return.
+        model: replaces model.name: an nn.Module, whose weights become the shared start, or a function of a Spec.
+        task: replaces task.name: a raysubset.tasks.Task, or a subclass of it.
+        on_event: called with stages, progress, waiting and retries as they happen. Without it nothing is shown;
+            raysubset.run() then shows events as the command does.
         fresh: delete what a run of this name left behind, and start over.
-        accept_changed_code: go on with a run whose user's code has changed since; what it has done stays as it is.
-        full_set_ref: config.data's full set where it was put already (put_once()); by default it is loaded and put.
-        trunk: where an equal trunk lies, as a sweep's leg leaves it: taken over, its cost counted here in full.
+        accept_changed_code: resume a run although the user's code has changed since. Finished work is kept.
+        full_set_ref: the full set of config.data in the object store, from put_once(). By default it is loaded and put.
+        trunk: the run directory of an equal trunk, as a sweep's leg leaves it. Its weights are copied here, and its
+            cost is counted here in full.
 
     Raises:
         ValueError: the user's mistake, with the way out.
-        SubsetFailed, FineTuningFailed: work that failed more often than actors.max_attempts allows.
+        SubsetFailed, FineTuningFailed: if work failed more often than actors.max_attempts allows.
     """
     began = time.perf_counter()
     refuse_import("run()")
@@ -108,13 +109,13 @@ def run(
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         track_finished(config, directory, tell)
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
-    # mistakes in the data are told before Ray is started
+    # mistakes in the data are reported before Ray starts
     known = None if fresh else directory.read_identity()
     tell(Waiting(f"reading {uris.shown(config.data.name)}"))
     if config.learned not in full_sets:
         full_sets[config.learned] = load_full_set(*config.learned, known=known_fingerprint(known, config))
     full_set, identity = full_sets[config.learned], identify([config], full_sets, known)
-    tell(Waiting("planning, with a step of training for trial"))
+    tell(Waiting("planning, with one trial step of training"))
     plan = make_plan(config, full_set)
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
@@ -127,14 +128,14 @@ def run(
         resumed = directory.open(
             shown.to_dict(), environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code
         )
-        tell(Stage(f"{'going on with' if resumed else 'run'} {directory.uri}"))
+        tell(Stage(f"{'resuming' if resumed else 'run'} {directory.uri}"))
         if resumed:
             Ledger(directory).close_lost()
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell_trackers_too = stack.enter_context(tracked(config, directory, tell, quality=full_set.quality))
         stack.enter_context(connected(config.cluster, tell))
-        heard = sessions.checked(tell_trackers_too)
-        stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), heard), plan)
+        tell_checked = sessions.checked(tell_trackers_too)
+        stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), tell_checked), plan)
         tell(stages.planned())
         sessions.started_up()
         if trunk is not None:
@@ -153,19 +154,21 @@ def run(
 def _finished(
     directory: RunDirectory, config: Config, full_sets: dict[Learned, FullSet], accept_changed_code: bool
 ) -> dict[str, Any] | None:
-    """The report of a finished run of this config. None if there is none, it or a file that it names is damaged or
-    gone (with a warning), or opening the run will have to refuse.
+    """Return the report of a finished run of this config, or None.
+
+    None means that there is no report, that it or a file it names is damaged or missing (with a warning), or that its
+    config differs, which opening the run refuses.
 
     Raises:
-        ValueError: if it was of other data or code.
+        ValueError: if the run was of other data or code.
     """
     try:
-        found = directory.exists(REPORT_PATH)
+        has_report = directory.exists(REPORT_PATH)
     except StorageLost:
         raise
     except OSError as error:
         raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
-    if not found or directory.differs(config.to_dict()):
+    if not has_report or directory.differs(config.to_dict()):
         return None
     identity = identify([config], full_sets, directory.read_identity())
     directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
@@ -173,7 +176,7 @@ def _finished(
 
 
 class _Stages:
-    """The stages of one run, each reading back what is done and doing the rest."""
+    """Does the stages of one run. Each stage reads back what is done and does what is missing."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
         self._run, self._plan = run, plan
@@ -182,22 +185,25 @@ class _Stages:
         self._epochs: Epochs | None = None  # of an actor that fine-tunes
 
     def run(self) -> dict[str, Any]:
-        """All stages; the report's record. What they find damaged is made again, as its records go, once each."""
-        found: set[str] = set()
+        """Do all stages and return the report's record.
+
+        If a file is damaged, its record is deleted and the stages are repeated, which make it again: once a file.
+        """
+        damaged_paths: set[str] = set()
         while True:
             try:
                 return self._conventional() if self._config.method == "conventional" else self._subset_pretraining()
             except CorruptFile as error:
-                if error.path in found:
+                if error.path in damaged_paths:
                     raise
-                found.add(error.path)
-                self._tell(Note(f"{error}; it is made again", is_warning=True))
+                damaged_paths.add(error.path)
+                self._tell(Note(f"{error}; it is computed again", is_warning=True))
                 self._directory.forget(error.path)
 
     def planned(self) -> Planned:
-        """What is to come, with the room that the cluster can have."""
-        config, decided, sizes = self._config, self._decisions, [len(subset.indices) for subset in self._plan.subsets]
-        request = {"CPU": config.actors.num_cpus, "GPU": decided.num_gpus}
+        """Return the planned steps and passes, given how many actors the cluster can have at once."""
+        config, sizes = self._config, [len(subset.indices) for subset in self._plan.subsets]
+        request = {"CPU": config.actors.num_cpus, "GPU": self._decisions.num_gpus}
         at_once = max(1, min(len(sizes), num_slots(request, startable=True), config.actors.max_num or len(sizes)))
         steps = planned_steps(
             config, self._plan, len(self._full_set.train), at_once, config.fine_tuning.workers(auto=1)
@@ -205,67 +211,71 @@ class _Stages:
         text = f"planned: up to {self._plan.passes:.2f} passes of training in total"
         return Planned(text, tuple(steps), len(self._full_set.train))
 
-    def take_over_trunk(self, made: RunDirectory) -> None:
-        """Have the trunk of another directory, and the record of the work it was, unless this run has one."""
+    def take_over_trunk(self, source: RunDirectory) -> None:
+        """Copy the trunk of another directory and its work's record, unless this run has a trunk."""
         directory = self._directory
         if directory.exists(minimum_path("trunk")):
             return
-        for work in Ledger(made).read():
+        for work in Ledger(source).read():
             if work.stage == "trunk":
                 self._run.ledger.write(work)
-        record, path = made.read_json(minimum_path("trunk")), weights_path("trunk")
-        files = {path: directory.write_weights(path, made.read_weights(path, record["files"]))}
+        record, path = source.read_json(minimum_path("trunk")), weights_path("trunk")
+        files = {path: directory.write_weights(path, source.read_weights(path, record["files"]))}
         directory.write_json(minimum_path("trunk"), record | {"files": files})
 
     def _subset_pretraining(self) -> dict[str, Any]:
         config, rounds = self._config, []
         if config.subsets.shares != "equal":
             self._plan = self._plan_by_speed()
-        drawing, of_rounds = self._plan.drawing(config, self._directory), Rounds(self._run, self._plan, self._decisions)
+        drawing = self._plan.drawing(config, self._directory)
+        executor = Rounds(self._run, self._plan, self._decisions)
         start, trunk, fine_tuning = FRESH, None, None
         with self._pool() as pool:
             if config.trunk.epochs:
                 start, trunk = self._on_full_set(pool, drawing.trunk())
             for round in range(config.rounds.num):
                 refuse_changed_files(self._full_set)
-                aggregate, record = of_rounds.run(pool, round, start)
+                aggregate, record = executor.run(pool, round, start)
                 start = Start("warm", aggregate)
                 rounds.append(record)
             if config.fine_tuning.epochs:
-                num_teachers = len(of_rounds.members) if config.fine_tuning.distillation else 0
+                num_teachers = len(executor.members) if config.fine_tuning.distillation else 0
                 num_workers = self._decisions.num_workers(num_teachers=num_teachers)
-                leg = drawing.fine_tuning(start, of_rounds.members, num_workers=num_workers)
+                leg = drawing.fine_tuning(start, executor.members, num_workers=num_workers)
                 start, fine_tuning = self._on_full_set(pool, leg)
-        last = fine_tuning or rounds[-1]["aggregation"]
-        record = self._report(start, last["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
-        of_rounds.finish()
+        last_stage = fine_tuning or rounds[-1]["aggregation"]
+        record = self._report(start, last_stage["validation"], trunk=trunk, rounds=rounds, fine_tuning=fine_tuning)
+        executor.finish()
         return record
 
     def _conventional(self) -> dict[str, Any]:
-        """The baseline: one run on the full set, by one actor or by Ray Train; of equal cost unless told otherwise."""
+        """Do the baseline: one run on the full set, by one actor or by Ray Train.
+
+        Its passes are those of subset pretraining unless conventional.epochs says otherwise.
+        """
         drawing, num_workers = self._plan.drawing(self._config, self._directory), self._config.conventional.num_workers
         with self._pool() as pool:
             end, record = self._on_full_set(pool, drawing.conventional(self._plan.passes, num_workers=num_workers))
         return self._report(end, record["validation"], conventional=record)
 
     def _on_full_set(self, pool: ActorPool, leg: Leg) -> tuple[Start, dict[str, Any]]:
-        """Do a leg on the full set: by an actor, or by Ray Train, for whose workers the others make room.
+        """Do a leg on the full set, by an actor or by Ray Train. Before Ray Train starts, idle actors are released.
 
         Returns:
-            Its weights for a start, and its record; read back if they are there.
+            A start from its weights, and its record. A leg that is done is read back.
         """
         piece, stage, full_set = leg.piece, leg.stage, self._full_set
         assert isinstance(piece, Piece)
-        on = f"the full set by Ray Train, {leg.num_workers} worker(s), {leg.start.kind} start"
+        what = f"the full set by Ray Train, {leg.num_workers} worker(s), {leg.start.kind} start"
         if stage != "fine_tuning":
-            on = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
-        self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {on}"))
+            what = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
+        self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {what}"))
         refuse_changed_files(full_set)
-        if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a job of before resumes as one
+        if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
             pool.hand_back()
             fine_tune(self._run, piece, num_workers=leg.num_workers, num_gpus=self._decisions.num_gpus)
         elif not piece.by_train:
-            find_minima(pool, [piece], None, keep=math.inf)  # for the subsets
+            find_minima(pool, [piece], None, keep=math.inf)  # actors stay for the subsets
         elif piece.record() is None:
             self._epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
             list(pool.run([Pack((piece,))], None))
@@ -273,14 +283,14 @@ class _Stages:
         return Start("warm", leg), self._directory.read_json(piece.output.record_path)
 
     def _report(self, end: Start, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
-        """Score the final model on the test split, leave it as the run's model, and gather all numbers."""
+        """Evaluate the final model on the test split, save it as the run's model, and return the report's record."""
         config, full_set, plan = self._config, self._full_set, self._plan
         assert end.leg is not None
         weights = end.leg.output.weights()
         refuse_changed_files(full_set)
-        self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after it was given up
+        self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after its loss
         self._run.ledger.compact()  # the sums below read all of it
-        self._tell(stage_event("test", f"{len(full_set.test)} examples, of which no choice has seen any"))
+        self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))
         test, files = self._test(weights)
         files |= self._leave_model(weights)
         return {
@@ -315,17 +325,19 @@ class _Stages:
         }
 
     def _traces(self) -> dict[str, Any]:
-        """The traces that actors.profile asked for, by their paths in the run directory; told of in a note."""
+        """Return the paths of the traces that actors.profile requested, and name them in a note."""
         if not (num := self._config.actors.profile):
             return {}
         traces = self._directory.list(TRACES_FOLDER)
         places = ", ".join(f"{self._directory.uri}/{path}" for path in traces)
-        none = f"nothing was traced, as --profile {num} asked: the stages were done before, or had few steps"
-        self._tell(Note(f"traces of {num} steps, for Perfetto: {places}" if traces else none, is_warning=not traces))
+        text = f"traces of {num} steps, for Perfetto: {places}"
+        if not traces:
+            text = f"--profile {num} traced nothing: the stages were done before, or had few steps"
+        self._tell(Note(text, is_warning=not traces))
         return {"traces": traces}
 
     def _test(self, weights: Weights) -> tuple[Metrics, dict[str, Seal]]:
-        """leave_test(), on the driver, or in a task where actors have GPUs: what dies there is run again by Ray."""
+        """Call leave_test() in this process, or in a Ray task if actors have GPUs. Ray repeats a task that dies."""
         run, num_gpus = self._run, self._decisions.num_gpus
         if num_gpus:
             return call_on_cluster(
@@ -343,7 +355,7 @@ class _Stages:
             torch.set_num_threads(num_threads)  # the process is the caller's
 
     def _leave_model(self, weights: Weights) -> dict[str, Seal]:
-        """Leave the run's model, and say where it needs the user's code; the seals of its files."""
+        """Save the run's model and return the seals of its files. A note says if loading it needs the user's code."""
         config, full_set = self._config, self._full_set
         record = ModelRecord(architecture(config.model, full_set.spec), full_set.task)
         files, flaw = save_model(self._directory, weights, record)
@@ -358,7 +370,7 @@ class _Stages:
         return files
 
     def _plan_by_speed(self) -> Plan:
-        """The plan with subsets sized by the speed of the nodes, which is decided once."""
+        """Return the plan with subsets sized by the nodes' speed, which is measured once and then kept."""
         config, num_subsets = self._config, len(self._plan.subsets)
         if not self._decisions.slots:
             text = f"sizes of {num_subsets} subsets by the speed of the nodes, {config.subsets.shares}"
@@ -383,7 +395,7 @@ class _Stages:
         )
 
     def _hear(self, event: Event) -> None:
-        """Tell what the pool tells, and the epochs of an actor that fine-tunes."""
+        """Pass on an event of the pool, and report new epochs of an actor that fine-tunes."""
         self._tell(event)
         if self._epochs and isinstance(event, Progress):
             self._epochs.tell_new()

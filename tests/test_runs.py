@@ -216,7 +216,7 @@ def test_a_damaged_aggregate_that_an_actor_is_to_fine_tune_is_made_again_to_the_
     directory.write_bytes(aggregate_weights_path(0), weights[:-1] + b"?")
     warnings: list[str] = []
     again = run(made, on_event=lambda event: warnings.append(event.text) if isinstance(event, Note) else None)
-    assert any("aggregate.safetensors" in text and "it is made again" in text for text in warnings)
+    assert any("aggregate.safetensors" in text and "it is computed again" in text for text in warnings)
     assert directory.read_bytes(aggregate_weights_path(0)) == weights
     assert again.test == whole.test
 

@@ -133,7 +133,7 @@ def compare(
         )
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.checked(tell)
-        tell(Stage(f"{'going on with' if resumed else 'comparison'} {directory.uri}"))
+        tell(Stage(f"{'resuming' if resumed else 'comparison'} {directory.uri}"))
         with connected(config.cluster, tell):
             sessions.started_up()
             decided = _decide(directory, config, len(plan.subsets), num_workers, tell)

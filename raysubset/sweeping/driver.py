@@ -150,7 +150,7 @@ def sweep(
         resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
         sessions = stack.enter_context(Sessions(directory, lease, began=began))
         tell = sessions.checked(tell)
-        tell(Stage(f"{'going on with' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
+        tell(Stage(f"{'resuming' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster, tell))
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}

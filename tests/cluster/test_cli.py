@@ -101,7 +101,7 @@ def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_
     with started("run", *flags) as process:
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert f"going on with {run.uri}" in err
+    assert f"resuming {run.uri}" in err
     for told in ("Test accuracy", "subsets, mean of 2", "fine_tuning", "raysubset run --method conventional"):
         assert told in out.replace("--name run-conventional ", "").replace(f"--storage-path {tmp_path} ", "")
     assert run.exists("progress.csv")

@@ -302,13 +302,13 @@ def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_cha
     before = checkpoints(run)
     cluster.submit("second", tmp_path, *flags, wait=False)
     cluster.wait("second", lambda: bool(checkpoints(run) - before))
-    assert f"going on with {run.uri}" in cluster.log("second")
+    assert f"resuming {run.uri}" in cluster.log("second")
     cluster.end()
     assert not run.exists("report.json")
 
     defaults = runpy.run_path(str(ROOT / "jobs" / "subset_pretraining.py"))["CONFIG"]
     assert run_job(["--storage-path", str(tmp_path), *FLAGS, *flags], default=defaults) == 0  # on the session's Ray
-    assert f"going on with {run.uri}" in capsys.readouterr().err
+    assert f"resuming {run.uri}" in capsys.readouterr().err
     works = subset_works(run)
     assert {"interrupted", "lost", "done"} <= {work.outcome for work in works}
     assert [work.outcome for work in works].count("done") == NUM_SUBSETS

@@ -79,7 +79,7 @@ def test_a_failed_trial_is_named_the_others_finish_and_the_same_sweep_goes_on(tm
     (tmp_path / "sweep" / "sweep.json").unlink()
     before = (tmp_path / "sweep/trials/subsets.size-100_seed-0/report.json").stat().st_mtime_ns
     again, events = a_sweep(tmp_path, [100, 200])
-    assert any("going on with" in event.text for event in events)
+    assert any("resuming" in event.text for event in events)
     assert [trial["passes"] for trial in again.trials] == [trial["passes"] for trial in report.trials[:2]]
     assert again.record["seconds"]["num_sessions"] == 2
     assert again.record["seconds"]["wall"] > report.record["seconds"]["wall"] > 0
