@@ -19,18 +19,18 @@ from raysubset.tasks import Task, added, sums_of
 from raysubset.training.records import Metrics
 
 MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
-EVALUATION_BATCH = 500  # examples a forward pass; more does not help a CPU and less does not fill a GPU
+EVALUATION_BATCH = 500  # examples of a forward pass; more does not help a CPU and less does not fill a GPU
 SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
 
 
 def widened(outputs: Tensor) -> Tensor:
-    """A network's outputs in float32, from mixed precision too; float64 stays."""
+    """Return a network's outputs in float32, those of mixed precision too; float64 stays."""
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Metrics:
-    """Loss and qualities in evaluation mode and the model's own precision; its mode is left as it was."""
+    """Return loss and qualities in evaluation mode, at the model's own precision; its mode is left as it was."""
     loss, sums = torch.zeros((), dtype=torch.float64), dict[str, Any]()
     for outputs, targets in _outputs(model, examples, recipe):
         loss += examples.task.reported_loss(outputs, targets).cpu()
@@ -40,45 +40,45 @@ def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Met
 
 @torch.inference_mode()
 def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tensor:
-    """The network's outputs on the CPU, in evaluation mode: [N, …], logits for cross-entropy."""
+    """Return the network's outputs on the CPU, in evaluation mode: [N, …], logits for cross-entropy."""
     return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
 
 
 def ensemble_sample(examples: Examples) -> Examples:
-    """The examples whose outputs members leave for their ensemble: all, or an even sample of what MOST_OUTPUT_BYTES
-    holds of them."""
+    """Return the examples whose outputs members save for their ensemble: all, or evenly spaced ones up to
+    MOST_OUTPUT_BYTES of outputs."""
     positions = _ensemble_positions(examples)
     return examples if positions is None else examples.select(positions)
 
 
 def _ensemble_positions(examples: Examples) -> Tensor | None:
-    """Ascending int64 [n] on the device; None: all."""
+    """Return the sampled positions, ascending int64 [n] on the device; None means all."""
     most = max(1, MOST_OUTPUT_BYTES // (4 * examples.task.spec().num_outputs))
     if len(examples) <= most:
         return None
-    positions = torch.linspace(0, len(examples) - 1, most, dtype=torch.float64)  # which Apple's GPUs do not have
+    positions = torch.linspace(0, len(examples) - 1, most, dtype=torch.float64)  # Apple's GPUs have no float64
     return positions.long().to(examples.device)
 
 
 @torch.inference_mode()
 def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> tuple[Metrics, Tensor]:
-    """Metrics on all the examples, and the outputs [n, …] on the CPU for those of ensemble_sample(): one pass."""
+    """Return metrics on all examples, and the outputs [n, …] on the CPU of those of ensemble_sample(), in one pass."""
     task, positions = examples.task, _ensemble_positions(examples)
     if positions is None:
         outputs = predict(model, examples, recipe)
         return metrics_of_outputs(outputs, examples.targets().cpu(), task), outputs
-    kept, loss, sums, first = list[Tensor](), torch.zeros((), dtype=torch.float64), dict[str, Any](), 0
+    sampled, loss, sums, first = list[Tensor](), torch.zeros((), dtype=torch.float64), dict[str, Any](), 0
     for outputs, targets in _outputs(model, examples, recipe):
         loss += task.reported_loss(outputs, targets).cpu()
         sums = added(sums, sums_of(task, outputs, targets))
-        here = positions[(positions >= first) & (positions < first + len(outputs))]
-        kept.append(outputs[here - first].cpu())
+        in_batch = positions[(positions >= first) & (positions < first + len(outputs))]
+        sampled.append(outputs[in_batch - first].cpu())
         first += len(outputs)
-    return Metrics.of_sums(task, float(loss), sums, len(examples)), torch.cat(kept)
+    return Metrics.of_sums(task, float(loss), sums, len(examples)), torch.cat(sampled)
 
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
-    """Loss and qualities of what predict() gave, or of an ensemble's outputs."""
+    """Return loss and qualities of outputs: those of predict(), or an ensemble's."""
     loss = float(task.reported_loss(outputs.double(), targets))
     return Metrics.of_sums(task, loss, sums_of(task, outputs, targets), len(targets))
 
@@ -87,30 +87,30 @@ def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Ite
     dtype = next(model.parameters()).dtype
     with evaluation_mode(model):
         sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
-        sizes += [rest] if (rest := len(examples) % EVALUATION_BATCH) else []
+        sizes += [remainder] if (remainder := len(examples) % EVALUATION_BATCH) else []
         for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
             yield widened(model(inputs)), targets
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each in the mode it had."""
+    """Put every module in evaluation mode, and afterwards back in its own mode."""
     with modes_restored(model):
         model.eval()
         yield
 
 
 def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
-    """Set running statistics to the mean over batches of these examples; a mean of weights needs it (SWA, §3.2).
+    """Set running statistics to the mean over batches of these examples, as a mean of weights needs (SWA, §3.2).
 
-    Batch norms that training leaves alone keep theirs. The vectors of spectral norms are made those of the weights.
+    Batch norms that training leaves alone keep theirs. Spectral norms get the singular vectors of their weights.
 
     Args:
         model: changed in place; its mode is left as it was.
-        examples: un-augmented; about a batch of EVALUATION_BATCH at a time, all of nearly one size.
+        examples: un-augmented. They are passed in batches of nearly equal size, about EVALUATION_BATCH.
 
     Returns:
-        Examples passed forward: 0 where the model keeps no running statistics.
+        The number of examples passed forward: 0 if the model keeps no running statistics.
     """
     sizes = even_sizes(len(examples), math.ceil(len(examples) / EVALUATION_BATCH))
     dtype = next(model.parameters()).dtype
@@ -119,7 +119,7 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeCo
 
 
 def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """As recompute_batch_norm(), from batches of inputs; they are not asked for where there are no statistics."""
+    """Do the work of recompute_batch_norm() with batches of inputs; none is drawn if there are no statistics."""
     _iterate_spectral_norms(model)
     layers = learning_batch_norms(model)
     if not layers:
@@ -143,18 +143,18 @@ def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def _start_cumulative_mean(layer: _BatchNorm) -> None:
-    """Have the first batch replace a layer's statistics; if forward() puts the layer in evaluation mode, they stay."""
+    """Let the first batch replace a layer's statistics. If forward() puts the layer in evaluation mode, they stay."""
     statistics = [value for value in (layer.running_mean, layer.running_var) if value is not None]
     if not all(bool(value.isfinite().all()) for value in statistics):
         layer.reset_running_stats()  # 0 · NaN would stay in the mean
-    layer.momentum = None  # cumulative mean: the first batch counts 1, what was there before 0
+    layer.momentum = None  # cumulative mean: the first batch has weight 1, the old statistics 0
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.zero_()
 
 
 @torch.no_grad()
 def _iterate_spectral_norms(model: nn.Module) -> None:
-    """Make the singular vectors that spectral norms keep those of their weights, in both of torch's forms.
+    """Set the singular vectors that spectral norms keep to those of their weights, in both of torch's forms.
 
     Spectral norms that train() leaves in evaluation mode keep theirs.
     """
@@ -172,4 +172,4 @@ def _iterate_spectral_norms(model: nn.Module) -> None:
                 for norm in norms:
                     norm.train()
                 for _ in range(SPECTRAL_ITERATIONS * bool(norms)):
-                    getattr(module, name)  # computes the weight, and an iteration with it
+                    getattr(module, name)  # computes the weight, and one iteration with it

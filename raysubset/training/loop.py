@@ -47,33 +47,33 @@ def minimize(
 ) -> MinimizeResult:
     """Minimize the task's loss over the examples, changing the model in place.
 
-    Order, augmentation and dropout depend on the seed and the epoch alone, so the same call gives the same bits on one
-    device type and thread count, also when it was stopped and resumed in the middle of an epoch.
+    Order, augmentation and dropout depend on the seed and the epoch alone. The same call therefore gives the same bits
+    on one device type and thread count, even if it was stopped and resumed in the middle of an epoch.
 
     Args:
-        model: on the examples' device; every worker has one of its own, with the same weights.
+        model: on the examples' device. Every worker has its own copy, with the same weights.
         examples: every worker holds or streams all of them, and computes its share of each batch.
-        recipe: the recipe; whole-subset optimizers go to minimize_whole(), a loop of the user's to that, which both
-            want one worker, and examples in memory.
+        recipe: the recipe. Whole-subset optimizers and a user's loop are handed on to minimize_whole() and
+            minimize_by_own_loop(), which both need one worker and examples in memory.
         seed: of order, augmentation, dropout and noise.
-        state: what Progress.capture() gave, to go on from there.
-        optimizer_state: momenta to start with when there is no `state` (a member's next round).
+        state: the value of Progress.capture(), to resume from.
+        optimizer_state: momenta to start with if there is no `state` (a member's next round).
         schedule_span: the part of the schedule that this call covers, as shares of it.
         shard: this worker's share of each batch. The sum of the shares' gradients is the whole batch's gradient.
-        distillation: an ensemble to learn from as well; the history's losses are then of both.
-        validation: what minimize.patience of whole-subset optimizers looks at.
-        on_step: called after every step; returning True ends the call with the outcome "stopped", a text with that one.
-            Where weights are averaged it sees the average at epochs' ends if the run goes on from it, and always at the
-            very end.
+        distillation: an ensemble to learn from as well; the history's losses then include its term.
+        validation: measured by whole-subset optimizers for minimize.patience.
+        on_step: called after every step. If it returns True the call ends with the outcome "stopped"; if it returns a
+            text, with that outcome. If weights are averaged, on_step sees the average at the very end, and at the end
+            of every epoch if the run continues from the average.
 
     Returns:
-        The outcome. On divergence the weights of the epoch with the least loss are restored, the optimizer's state is
-        a new one.
+        The outcome. On divergence the weights of the epoch with the least loss are restored, with a new optimizer
+        state.
 
     Raises:
-        DivergedError: if the loss was not finite in the first epoch already.
-        ValueError: if there are more workers than examples in a batch, optimizer, precision or a technique does not
-            fit, or streamed examples cannot be read.
+        DivergedError: if the loss is not finite in the first epoch already.
+        ValueError: if there are more workers than examples in a batch, if the optimizer, the precision or a technique
+            does not fit, or if streamed examples cannot be read.
     """
     shard = shard or Shard()
     if recipe.whole_loop:
@@ -84,14 +84,14 @@ def minimize(
         if recipe.loop is not None:
             return minimize_by_own_loop(model, examples, recipe, seed=seed, state=state, on_step=on_step)
         return minimize_whole(model, examples, recipe, validation=validation, state=state, on_step=on_step)
-    started = time.perf_counter()
+    start_s = time.perf_counter()
     device, task, dtype = examples.device, examples.task, next(model.parameters()).dtype
-    per_epoch = num_steps_per_epoch(len(examples), recipe)
-    batch_sizes = even_sizes(len(examples), per_epoch)[: max(1, round(recipe.epoch_fraction * per_epoch))]
-    per_turn = len(batch_sizes)  # an epoch's steps, unless epoch_fraction cuts it short
+    steps_per_epoch = num_steps_per_epoch(len(examples), recipe)
+    batch_sizes = even_sizes(len(examples), steps_per_epoch)[: max(1, round(recipe.epoch_fraction * steps_per_epoch))]
+    steps_per_turn = len(batch_sizes)  # fewer than an epoch's steps if epoch_fraction cuts it short
     if batch_sizes[-1] < shard.num:
         raise ValueError(f"batches of {batch_sizes[-1]} examples cannot be shared by {shard.num} workers: use fewer")
-    progress = Progress(max(1, round(recipe.epochs * per_epoch)), per_epoch)
+    progress = Progress(max(1, round(recipe.epochs * steps_per_epoch)), steps_per_epoch)
     optimizer = make_optimizer(model, recipe)
     largest_rate, shares = rates_of_groups(optimizer)
     if recipe.learning_rate is None:
@@ -111,7 +111,7 @@ def minimize(
 
     def capture() -> dict[str, Any]:
         return {
-            "position": [progress.step // per_epoch, progress.step],
+            "position": [progress.step // steps_per_epoch, progress.step],
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -120,22 +120,22 @@ def minimize(
             "history": [record.to_dict() for record in progress.history],
             "best": best,
             "techniques": techniques.state_dict(),
-            "own": techniques.own_state_dict(),
+            "own": techniques.worker_state_dict(),
             "num_shards": shard.num,
         }
 
     def cost() -> Cost:
-        held_s = (time.perf_counter() - started) * shard.num
-        num_taught = num_seen * distillation.num_teachers if distillation else 0
-        num_further = objective.num_further * shard.num if objective else 0
+        device_s = (time.perf_counter() - start_s) * shard.num
+        num_teacher_forward = num_seen * distillation.num_teachers if distillation else 0
+        num_extra = objective.num_further * shard.num if objective else 0
         num_backward = num_seen - techniques.num_skipped // 2  # half of a backward pass is the weights' gradients
-        num_forward = num_seen + num_taught + num_further + techniques.num_forward
-        return Cost(num_forward, num_backward + num_further, progress.step - first_step, held_s)
+        num_forward = num_seen + num_teacher_forward + num_extra + techniques.num_forward
+        return Cost(num_forward, num_backward + num_extra, progress.step - first_step, device_s)
 
     def forward_and_backward(inputs: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """Add the gradients of `weight` times the summed loss, and the loss to loss_sum; return the outputs."""
+        """Add the gradients of `weight` times the summed loss, add the loss to loss_sum, and return the outputs."""
         nonlocal loss_sum
-        taught = None
+        teacher_outputs = None
         if objective is not None:
             with precision:
                 loss, outputs = objective(forward, inputs, targets, task)
@@ -143,12 +143,12 @@ def minimize(
             with precision:
                 outputs = forward(inputs)
                 if distillation is not None:
-                    taught = distillation.targets(inputs, task)
+                    teacher_outputs = distillation.targets(inputs, task)
             loss = task.loss(widened(outputs), targets)
-            if distillation is not None and taught is not None:
-                loss = distillation.mixed(loss, widened(outputs), taught, task)
+            if distillation is not None and teacher_outputs is not None:
+                loss = distillation.mixed(loss, widened(outputs), teacher_outputs, task)
         loss.backward(scaler.scale(torch.full_like(loss, weight)))
-        loss_sum = loss_sum + loss.detach()  # another tensor, for other threads that read progress.summed
+        loss_sum = loss_sum + loss.detach()  # a new tensor, because other threads read progress.summed
         return outputs.detach()
 
     progress.capture = capture
@@ -161,15 +161,15 @@ def minimize(
             progress.history = [EpochRecord(**record) for record in state["history"]]
             loss_sum.fill_(state["loss_sum"])
             num_summed, best = state["num_summed"], state["best"]
-            own = state["own"] if state["num_shards"] == shard.num else {}
-            techniques.load_state_dict(state["techniques"], own, progress.step)
+            worker_state = state["own"] if state["num_shards"] == shard.num else {}
+            techniques.load_state_dict(state["techniques"], worker_state, progress.step)
         elif optimizer_state is not None:
             load_optimizer_state(optimizer, optimizer_state)
         model.train()
         outcome = reached(recipe, progress) if progress.step and not num_summed else None
-        outcome = (state or {}).get("asked") or outcome  # by who watched it
+        outcome = (state or {}).get("asked") or outcome  # the outcome that a ValidationWatch requested
         while outcome is None and progress.step < progress.num_steps:
-            turn, batch = divmod(progress.step, per_turn)
+            turn, batch = divmod(progress.step, steps_per_turn)
             if batches is None or batch == 0:
                 batches = examples.epoch(
                     order_seed=derive_seed(seed, "order", turn),
@@ -191,8 +191,8 @@ def minimize(
             inputs, targets = next(batches)
             techniques.before_forward(rate, progress.step)
             for parameter in parameters:
-                parameter.grad = None  # as zero_grad(), which takes 8 µs of a CPU thread more
-            weight = shard.num / batch_sizes[batch]  # where shards are, their gradients are averaged
+                parameter.grad = None  # zero_grad() takes 8 µs of a CPU thread longer
+            weight = shard.num / batch_sizes[batch]  # the gradients of the shards are averaged
             if num_parts == 1:
                 outputs = forward_and_backward(inputs, targets, weight)
             else:
@@ -202,19 +202,19 @@ def minimize(
             scaler.unscale_(optimizer)
             if recipe.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            scaler.step(optimizer)  # not one whose gradients are not finite
+            scaler.step(optimizer)  # skips the step if gradients are not finite
             scaler.update()
 
             num_summed += batch_sizes[batch]
             num_seen += batch_sizes[batch]
             progress.step += 1
             techniques.after_step(progress.step, outputs, targets, batch_sizes[batch])
-            progress.epoch_ended = progress.step % per_turn == 0 or progress.step == progress.num_steps
+            progress.epoch_ended = progress.step % steps_per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed
                 values = [p.detach() for p in parameters if p.requires_grad]
                 if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
-                    mean = math.nan  # it is the last step that went too far, which no loss has seen
+                    mean = math.nan  # the last step went too far, and no loss was computed after it
                 progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
                 loss_sum, num_summed = torch.zeros_like(loss_sum), 0
                 outcome = reached(recipe, progress)
@@ -223,14 +223,14 @@ def minimize(
                         raise diverged_at_once(mean, recipe)
                     model.load_state_dict(best["model"])
                     techniques.close()
-                    optimizer = make_optimizer(model, recipe)  # the old one's moments may be NaN
+                    optimizer = make_optimizer(model, recipe)  # the old moments may be NaN
                 else:
                     techniques.end_epoch(progress.step, last=bool(outcome) or progress.step == progress.num_steps)
                     if not best or mean < best["loss"]:
                         best = {"loss": mean, "model": {k: v.detach().clone() for k, v in model.state_dict().items()}}
             progress.cost, progress.summed = cost(), (loss_sum, num_summed / shard.num)
-            if on_step is not None and (asked := on_step(progress)) and outcome is None:
-                outcome = asked if isinstance(asked, str) else "stopped"
+            if on_step is not None and (request := on_step(progress)) and outcome is None:
+                outcome = request if isinstance(request, str) else "stopped"
     optimizer.zero_grad()
     techniques.close()
     if device.type == "cuda":
@@ -239,7 +239,7 @@ def minimize(
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:
-    """Seed what dropout draws from: every step anew, so that a resumed run needs no random state to be saved."""
+    """Seed the generator of dropout before every step, so that a resumed run needs no saved random state."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

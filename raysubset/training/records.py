@@ -1,4 +1,4 @@
-"""Where a minimization stands, and what comes of it: weights, and metrics as sums."""
+"""Records of a minimization: its progress, its result, and metrics as sums."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,23 +13,23 @@ from raysubset.tasks import Task, errors_of
 
 Weights = dict[str, Tensor]  # a state dict on the CPU
 
-DIVERGENCE = 10.0  # an epoch's loss this many times the first epoch's is given up on
+DIVERGENCE = 10.0  # a minimization ends once an epoch's loss is this many times the first epoch's
 
 Measure = Literal["training", "validation"]
-MEASURES: tuple[Measure, ...] = ("training", "validation")  # what weights can be measured on before the end
+MEASURES: tuple[Measure, ...] = ("training", "validation")  # the data that weights can be measured on before the end
 
 
 class LeftOutError(RuntimeError):
-    """A step of several workers left out a parameter, of which nobody told DistributedDataParallel."""
+    """A step of several workers left a parameter without a gradient, which DistributedDataParallel waits for."""
 
 
 class DivergedError(ValueError):
-    """The loss stopped being a finite number before any epoch ended, so there are no weights to go back to."""
+    """The loss stopped being a finite number before any epoch ended, so there are no weights to restore."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Sums over examples, and what follows from them."""
+    """Sums over examples, and the means that follow from them."""
 
     loss_sum: float
     num_examples: int
@@ -38,7 +38,7 @@ class Metrics:
 
     @classmethod
     def of_sums(cls, task: Task, loss_sum: float, sums: dict[str, Any], num_examples: int) -> "Metrics":
-        """Metrics whose qualities the task makes of the sums."""
+        """Return the metrics, with the qualities that the task computes from the sums."""
         return cls(loss_sum, num_examples, sums, task.values(sums, num_examples) | errors_of(sums, num_examples))
 
     @property
@@ -52,13 +52,13 @@ class Metrics:
         return self.values["accuracy"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums, and the quotients for the reader of the JSON."""
+        """Return the sums, and beside them the means for readers of the JSON."""
         head = {"loss_sum": self.loss_sum, **self.sums, "num_examples": self.num_examples}
         return {**head, "loss": self.loss, **self.values}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Metrics":
-        """The inverse of to_dict(); what was not finite has become null in JSON and is NaN again."""
+        """Invert to_dict(). Numbers that were not finite are null in JSON; they become NaN."""
         numbers = {key: math.nan if value is None else value for key, value in record.items()}
         head = ("loss_sum", "num_examples", "loss")
         named = {key: key.startswith("num_") or key.endswith("_sum") for key in numbers}
@@ -72,7 +72,7 @@ class EpochRecord:
     """One line of a training curve."""
 
     epoch: float  # epochs done, of the examples minimized on
-    loss: float  # mean over the epoch's examples, while training; NaN if it ended at weights that are not finite
+    loss: float  # mean over the epoch's examples, while training; NaN if the weights at its end are not finite
     learning_rate: float  # at the epoch's last step
     num_steps: int  # optimizer steps done so far
 
@@ -85,7 +85,7 @@ class MinimizeResult:
     """How a minimization ended; the model itself was changed in place."""
 
     # "epochs", "tolerance", "gradient" (within its tolerance), "target", "diverged" (best weights restored), "stopped",
-    # "validation" (patience has run out)
+    # "validation" (patience ran out)
     outcome: str
     history: tuple[EpochRecord, ...]  # from the first epoch, also when resumed
     cost: Cost  # of this call alone, of all shards together
@@ -100,17 +100,17 @@ class Progress:
     num_steps_per_epoch: int
     step: int = 0  # steps done, also before a resume
     cost: Cost = field(default_factory=Cost)  # of this call so far, of all shards together
-    epoch_ended: bool = False  # whether this step closed an epoch, a turn of epoch_fraction, or the last part of one
+    epoch_ended: bool = False  # True if this step ended an epoch, even one cut short by epoch_fraction or the end
     history: list[EpochRecord] = field(default_factory=list)
     summed: tuple[Tensor | float, float] = (0.0, 0)
-    """The sum of the losses of an epoch so far, and of how many examples. Other threads read it: it is replaced after
-    each step, and the sum is never written to again."""
+    """(sum of the losses, number of examples) of the epoch so far. Other threads read it. It is therefore replaced
+    after each step, and the sum's tensor is never written to again."""
     capture: Callable[[], dict[str, Any]] = dict
-    """Everything a later call needs as `state`: tensors and plain values, not copied, so write them down at once.
+    """Return all that a later call needs as `state`: tensors and plain values, not copied, so write them at once.
 
-    With several shards any one worker's will do for all, the weights being the same, if the others are given their own
-    "own" in it where that is not empty. Within an epoch its part of the loss so far stands for all parts, so the
-    history of a job resumed there may differ in that one number.
+    With several shards the state of any one worker serves all, because the weights are the same. Only "own", if not
+    empty, must be replaced by each worker's. Within an epoch that worker's part of the loss so far stands for all
+    parts, so the history of a job resumed there may differ in that one number.
     """
 
     @property
@@ -120,12 +120,11 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """Mean training loss of the last whole epoch; NaN before."""
+        """Mean training loss of the last complete epoch; NaN before there is one."""
         return self.history[-1].loss if self.history else math.nan
 
     def running_loss(self) -> float:
-        """Mean training loss of the epoch so far, with shards that of one; NaN before its first step, and for any
-        thread that asks."""
+        """Mean training loss of the epoch so far, of this shard; NaN before the first step. Any thread may call it."""
         total, num = self.summed
         return float(total) / num if num else math.nan
 
@@ -134,14 +133,14 @@ OnStep = Callable[[Progress], bool | str | None]
 
 
 def num_steps_per_epoch(num_examples: int, recipe: MinimizeConfig) -> int:
-    """Batches an epoch is cut into: all but equal in size, so that none is too small for batch normalisation."""
+    """Return the number of batches of an epoch. They are nearly equal in size, so that batch norm sees no tiny one."""
     return math.ceil(num_examples / recipe.batch_size)
 
 
 def reached(recipe: MinimizeConfig, progress: Progress) -> str | None:
-    """The outcome that the last epoch's loss calls for, if any."""
+    """Return the outcome that the last epoch's loss calls for, or None."""
     losses = [record.loss for record in progress.history]
-    scale = max(abs(losses[0]), 1e-12)  # a loss of the user's own may be below 0
+    scale = max(abs(losses[0]), 1e-12)  # the loss of a user's objective may be negative
     if not math.isfinite(losses[-1]) or losses[-1] > losses[0] + (DIVERGENCE - 1) * scale:
         return "diverged"
     if recipe.target_loss is not None and losses[-1] <= recipe.target_loss:
@@ -156,7 +155,7 @@ def reached(recipe: MinimizeConfig, progress: Progress) -> str | None:
 
 
 def diverged_at_once(loss: float, recipe: MinimizeConfig) -> DivergedError:
-    """What there is to say when there are no weights to go back to."""
+    """Return the error to raise if there are no weights to restore."""
     return DivergedError(
         f"the loss became {loss:g} in epoch 1 with a peak learning rate of {recipe.peak_learning_rate():g}: lower "
         "the learning rate, or use --minimize.schedule=warmup_linear"

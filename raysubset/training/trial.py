@@ -1,4 +1,4 @@
-"""What a network and a recipe do in a few steps of training: tried on copies, before a run."""
+"""Train a copy of the network for a few steps before a run, to learn how the network and the recipe behave."""
 
 import math
 import time
@@ -16,26 +16,26 @@ from raysubset.training.evaluation import predict
 from raysubset.training.loop import minimize
 from raysubset.training.records import DivergedError, Progress
 
-_NUM_STEPS = 4  # so that layers left out at random are, in one of them
-_MOST_EXAMPLES = 16  # of a step, and no more than so many numbers in their inputs
-_MOST_NUMBERS = 200_000
-_MOST_S = 1.0  # after which no further step is tried
+_NUM_STEPS = 4  # several, so that layers dropped at random are dropped in one of them
+_MOST_EXAMPLES = 16  # of a step
+_MOST_NUMBERS = 200_000  # in the inputs of a step
+_MOST_S = 1.0  # no further step begins after so long
 _WIDE = 3.0  # standard deviation of weights for which only a bounded function is in [0, 1] everywhere
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was found."""
+    """What try_training() found."""
 
     left_out: tuple[str, ...]  # trainable parameters that had no gradient in some step, by name
-    ends_in: str | None  # softmax, log_softmax or sigmoid, if the outputs are a function's that is none of logits
+    ends_in: str | None  # softmax, log_softmax or sigmoid if the outputs come from that function; None for logits
 
 
 def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> Trial:
-    """Train a copy for a few steps at a rate that moves nothing, in an actor's mode, layout, precision and techniques.
+    """Train a copy for a few steps at a negligible rate, with the recipe's mode, layout, precision and techniques.
 
-    The model and all generators are left as they were; what the network or the recipe's check raises passes through.
-    All is on the CPU; where the sample has too few examples they are taken again and again.
+    It computes on the CPU, and repeats examples if the sample has too few. The model and all generators are left as
+    they were. What the network, or the recipe's check, raises passes through.
     """
     num_numbers = math.prod(sample.task.spec().inputs)
     size = max(2, min(_MOST_EXAMPLES, recipe.batch_size, _MOST_NUMBERS // num_numbers))
@@ -51,26 +51,26 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
         patience=0,
         target_loss=None,
         compile=False,
-        loop=None,  # which is tried by itself
+        loop=None,  # try_own_loop() tries it
     )
     network, outputs = copied(model), []
     left_out: set[str] = set()
     is_whole = recipe.optimizer in WHOLE_SUBSET
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not is_whole:  # within vmap there is nothing to keep
+        if not is_whole:  # within vmap outputs cannot be kept
             outputs.append(output.detach().float())
 
     hook = network.register_forward_hook(keep)
-    started = time.perf_counter()
+    start_s = time.perf_counter()
 
     def on_step(_: Progress) -> bool:
         if not is_whole:
             left_out.update(name for name, p in network.named_parameters() if p.requires_grad and p.grad is None)
-        return time.perf_counter() - started > _MOST_S
+        return time.perf_counter() - start_s > _MOST_S
 
     with generators_restored():
-        with suppress(DivergedError):  # on noise, which says nothing
+        with suppress(DivergedError):  # it is on noise, so a divergence means nothing
             minimize(network, examples, recipe, seed=0, on_step=on_step)
         hook.remove()
         if is_whole:
@@ -80,20 +80,20 @@ def try_training(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
 
 
 def least_batch(model: nn.Module, spec: Spec) -> int:
-    """The fewest examples that a step takes: 2 where batch normalisation would see a single value a channel of one."""
-    network, one = copied(model).train(), spec.zeros(1)
-    if one.is_floating_point():
-        one = one.to(next(network.parameters()).dtype)
+    """Return the fewest examples of a step: 2 if batch normalisation would see a single value per channel of one."""
+    network, example = copied(model).train(), spec.zeros(1)
+    if example.is_floating_point():
+        example = example.to(next(network.parameters()).dtype)
     with generators_restored(), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            outputs = network(one)
-        except Exception:  # what it does with more was tried before
+            outputs = network(example)
+        except Exception:  # larger batches were tried before
             return 2
     return 1 if tuple(outputs.shape[1:]) == spec.outputs else 2
 
 
 def _function_at_the_end(network: nn.Module, outputs: Tensor, examples: Examples) -> str | None:
-    """Which function gave outputs [n, M] that no logits are; None of outputs of other dimensions."""
+    """Return the function whose outputs [n, M] these are, if they are no logits; None for other dimensions."""
     if outputs.ndim != 2:
         return None
     if are_probabilities(outputs, tolerance=1e-2):
@@ -112,7 +112,7 @@ def _function_at_the_end(network: nn.Module, outputs: Tensor, examples: Examples
 
 
 def are_probabilities(outputs: Tensor, *, tolerance: float = 1e-5) -> bool:
-    """Whether each row of outputs [n, M] is of numbers from 0 up that sum to 1, as logits' rows are by chance alone."""
+    """Return True if each row of outputs [n, M] has numbers from 0 up that sum to 1; rows of logits rarely do."""
     return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() <= tolerance).all())
 
 

@@ -1,4 +1,4 @@
-"""ValidationWatch: validation along the way, the weights where it was best, and when to stop."""
+"""ValidationWatch: measures validation data during training, keeps the best weights, and says when to stop."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from raysubset.training.records import Metrics, Progress
 
 
 class ValidationWatch:
-    """Looks at validation data at epochs' ends, of what on_step() of minimize() sees.
+    """Measures validation data at epochs' ends, from the Progress that minimize() gives to on_step().
 
     Its state goes into checkpoints, so that a minimization resumed elsewhere stops where it would have stopped.
     """
@@ -26,10 +26,10 @@ class ValidationWatch:
         """Begin to watch a model.
 
         Args:
-            validate: measures the model as it is; what that costs is counted there.
-            every: epochs (turns of epoch_fraction) between two looks; the last one is looked at always.
-            patience: looks without a lower loss after which it stops; 0: never.
-            keeps_best: whether the weights of the least loss are the result; with patience they are.
+            validate: measures the model as it is, and counts the cost of doing so.
+            every: epochs (shortened ones under epoch_fraction) between two measurements; the last is always measured.
+            patience: end the minimization after this many measurements without a lower loss; 0: never.
+            keeps_best: True if the weights of the least loss are the result; with patience they always are.
         """
         self._model, self._validate, self._every, self._patience = model, validate, every, patience
         self._keeps_best = keeps_best or patience > 0
@@ -37,9 +37,9 @@ class ValidationWatch:
         self._best: dict[str, Any] = {}
 
     def look(self, progress: Progress) -> str | None:
-        """Look if it is time; the outcome "validation" where patience has run out."""
-        number = len(progress.history)
-        if not progress.epoch_ended or (number % self._every and progress.step < progress.num_steps):
+        """Measure if it is due. Return the outcome "validation" if patience has run out, else None."""
+        num_epochs = len(progress.history)
+        if not progress.epoch_ended or (num_epochs % self._every and progress.step < progress.num_steps):
             return None
         metrics = self._validate()
         self.looks.append({**progress.history[-1].to_dict(), "validation": metrics.to_dict()})
@@ -56,19 +56,19 @@ class ValidationWatch:
         return "validation" if is_over else None
 
     def settle(self) -> None:
-        """Give the model the weights that are the result."""
+        """Load the weights that are the result into the model."""
         if self._keeps_best and self._best:
             self._model.load_state_dict(self._best["model"])
 
     def history(self, progress: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A training curve's records, with what was seen at the epochs that were looked at."""
-        seen = {look["num_steps"]: look for look in self.looks}
-        return [seen.get(record["num_steps"], record) for record in progress]
+        """Return a training curve's records, with the validation metrics of the epochs that were measured."""
+        measured = {look["num_steps"]: look for look in self.looks}
+        return [measured.get(record["num_steps"], record) for record in progress]
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints, beside what minimize() captures, which "asked" ends at once; nothing is copied."""
+        """Return what checkpoints hold beside minimize()'s state, not copied. "asked" ends minimize() at once."""
         return {"validated": self.looks, "best_validated": self._best, "asked": self._outcome()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint; one of a minimization that was not watched has nothing to resume."""
+        """Resume from a checkpoint. One of a minimization without a watch has nothing to resume."""
         self.looks, self._best = list(state.get("validated", ())), state.get("best_validated", {})

@@ -1,4 +1,4 @@
-"""The sister methods: what varies a minimization between its steps. Each lives over one call of minimize()."""
+"""Techniques that vary a minimization between its steps. Each object lives for one call of minimize()."""
 
 from raysubset.training.techniques.chosen import Techniques
 from raysubset.training.techniques.distillation import Distillation

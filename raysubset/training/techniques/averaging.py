@@ -6,7 +6,7 @@ PSWM     W ← β·W + (1 − β)·sample, and at each epoch's end  w ← W
 EMA      W ← β·W + (1 − β)·w after every step; the result is W
 SWA      the result is the mean of the weights at the ends of the epochs after swa_start
 
-Restarting, PSWA, PWALKS and PSWM go on from w with the optimizer's momentum as it was, which is our choice; where they
+Restarting, PSWA, PWALKS and PSWM continue from w with the optimizer's momentum as it was, which is our choice. If they
 only evaluate, the last w is the result.
 """
 
@@ -21,49 +21,52 @@ from raysubset.config import AveragingConfig
 
 
 class Averaging:
-    """Takes samples of a model's parameters, and puts their average into the model when told to.
+    """Samples a model's parameters, and puts their average into the model.
 
     Memory: one copy of the parameters; PWALKS keeps num_samples of them. Buffers are left to the caller. Workers that
-    hold the same weights all do the same arithmetic, so they still hold the same afterwards.
+    hold the same weights do the same arithmetic, so their weights stay the same.
     """
 
     def __init__(self, recipe: AveragingConfig, model: nn.Module, *, num_steps: int, num_steps_per_epoch: int) -> None:
         self._recipe, self._parameters = recipe, list(model.parameters())
         self._period = 1 if recipe.kind == "ema" else max(1, round(recipe.period * num_steps_per_epoch))
-        self._first_end = recipe.swa_start * num_steps  # SWA takes the epochs that end later
+        self._first_end = recipe.swa_start * num_steps  # SWA samples at the ends of later epochs
         self._update = (
             get_ema_multi_avg_fn(recipe.decay_or_default())
             if recipe.kind in ("pswm", "ema")
             else get_swa_multi_avg_fn()
         )
-        self._samples: deque[list[Tensor]] = deque(maxlen=recipe.num_samples)  # PWALKS
-        self._average: list[Tensor] = []  # the others
+        self._samples: deque[list[Tensor]] = deque(maxlen=recipe.num_samples)  # of PWALKS
+        self._average: list[Tensor] = []  # of the other kinds
         self._num_averaged = 0
 
     def after_step(self, step: int) -> None:
-        """Take a sample if one is due after so many steps."""
+        """Take a sample if one is due at this step."""
         if self._recipe.kind != "swa" and step % self._period == 0:
             self._sample()
 
     def end_epoch(self, step: int, *, last: bool) -> bool:
-        """Put the average into the model if it is time; whether it was. With `last` the minimization ends here."""
+        """Put the average into the model if it is due, and return whether it was.
+
+        `last`: the minimization ends here.
+        """
         if self._recipe.kind == "swa" and step > self._first_end:
             self._sample()
         if self._recipe.restarts():
-            due = self._num_averaged > 0
+            is_due = self._num_averaged > 0
         else:
-            due = last and bool(self._average or self._samples)  # PSWA's of the epoch before, if this has no sample
-        if due:
+            is_due = last and bool(self._average or self._samples)  # PSWA: the last epoch's if this has no sample
+        if is_due:
             self._apply()
         if self._recipe.kind == "pswa":
             self._num_averaged = 0
-        return due
+        return is_due
 
     @torch.no_grad()
     def _sample(self) -> None:
         current = [p.detach() for p in self._parameters]
         if self._recipe.kind == "pwalks":
-            self._samples.append([p.clone() for p in current])  # .cpu() would alias the weights that go on moving
+            self._samples.append([p.clone() for p in current])  # .cpu() would alias the weights, which keep moving
         elif self._num_averaged == 0:
             self._average = [p.clone() for p in current]
         else:
@@ -81,15 +84,15 @@ class Averaging:
             parameter.copy_(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """The same for all workers."""
+        """Return the state, which is the same for all workers."""
         return {"samples": list(self._samples), "average": self._average, "num_averaged": self._num_averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, which may be on another device or in another memory layout."""
+        """Resume from a state, which may be on another device or in another memory layout."""
         self._samples = deque(map(self._placed, state["samples"]), maxlen=self._recipe.num_samples)
         self._average, self._num_averaged = self._placed(state["average"]), state["num_averaged"]
 
     def _placed(self, values: list[Tensor]) -> list[Tensor]:
-        """Copies of tensors that are as the parameters are, beside these; nothing of nothing."""
+        """Copy tensors to the parameters' device and memory layout; an empty list stays empty."""
         pairs = zip(self._parameters, values, strict=True) if values else ()
         return [torch.empty_like(p, requires_grad=False).copy_(value) for p, value in pairs]

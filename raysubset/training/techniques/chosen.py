@@ -16,11 +16,11 @@ from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
 
 BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of the result
-PASSING_EXAMPLES = 500  # likewise, of an average that the run goes on from: they last for an epoch
+PASSING_EXAMPLES = 500  # likewise, if training continues from an average: these statistics last for an epoch
 
 
 class Techniques:
-    """Extrapolation, averaging and skipping as far as they are chosen; without any, every hook does nothing.
+    """Applies extrapolation, averaging and skipping if the recipe has them; without any, every hook does nothing.
 
     Attributes:
         num_forward: examples passed forward besides the steps, by all workers in this call.
@@ -50,16 +50,16 @@ class Techniques:
             per_epoch = progress.num_steps_per_epoch
             self._skipping = Skipping(recipe.skipping, model, examples.task, shard, num_steps_per_epoch=per_epoch)
         self._averages_gradients = shard.num > 1 and (
-            recipe.objective is not None  # which may call parts of the network, or all of it several times
+            recipe.objective is not None  # it may call parts of the network, or all of it several times
             or self._skipping is not None
             or (self._extrapolation is not None and self._extrapolation.differs_by_worker)
         )
 
     def data_parallel(self, device: torch.device) -> nn.Module:
-        """The model to pass forward through.
+        """Return the model to pass forward through.
 
-        DistributedDataParallel hides a worker's own gradient, and hangs on a parameter that stops having one; where
-        either matters the gradients are averaged by after_backward().
+        DistributedDataParallel hides a worker's own gradient, and hangs on a parameter that stops having one. If
+        either matters, the plain model is returned and after_backward() averages the gradients.
         """
         if self._averages_gradients:
             return self._model
@@ -67,7 +67,7 @@ class Techniques:
 
     @property
     def rate_scale(self) -> float:
-        """What the schedule's learning rate is multiplied by."""
+        """Factor of the schedule's learning rate."""
         return self._skipping.rate_scale if self._skipping else 1.0
 
     def before_forward(self, rate: float, step: int) -> None:
@@ -75,7 +75,7 @@ class Techniques:
             self._extrapolation.look_ahead(rate, step)
 
     def after_backward(self) -> None:
-        """Leave the weights where the optimizer is to step from, and the whole batch's gradients."""
+        """Put back the weights from which the optimizer steps, and average the gradients over the workers."""
         if self._extrapolation:
             self._extrapolation.come_back(self._average_gradients)
         else:
@@ -95,9 +95,9 @@ class Techniques:
             self._skipping.after_step(step, outputs, targets, num_examples)
 
     def end_epoch(self, step: int, *, last: bool) -> None:
-        """Average if it is time, and recompute the statistics that belong to the averaged weights.
+        """Average the weights if that is due, and recompute the averaged weights' batch-norm statistics.
 
-        All workers pass the same examples forward. They are augmented as in training.
+        All workers pass the same examples forward, augmented as in training.
         """
         if self._averaging and self._averaging.end_epoch(step, last=last):
             num = min(BATCH_NORM_EXAMPLES if last else PASSING_EXAMPLES, len(self._examples))
@@ -112,12 +112,12 @@ class Techniques:
             self.num_forward += self._shard.num * set_running_statistics(self._model, (inputs for inputs, _ in batches))
 
     def close(self) -> None:
-        """Leave a model whose parameters all learn."""
+        """Thaw frozen weights, so that all parameters of the model learn."""
         if self._skipping:
             self._skipping.thaw()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is the same for all workers: plain values and tensors, not copied."""
+        """Return the state that is the same for all workers: plain values and tensors, not copied."""
         state = {}
         if self._extrapolation and not self._extrapolation.differs_by_worker:
             state["extrapolation"] = self._extrapolation.state_dict()
@@ -127,23 +127,23 @@ class Techniques:
             state["skipping"] = self._skipping.state_dict()
         return state
 
-    def own_state_dict(self) -> dict[str, Any]:
-        """What is this worker's own; empty where nothing is."""
+    def worker_state_dict(self) -> dict[str, Any]:
+        """Return the state of this worker alone, which may be empty."""
         state = {}
         if self._extrapolation and self._extrapolation.differs_by_worker:
             state["extrapolation"] = self._extrapolation.state_dict()
         if self._skipping:
-            state["skipping"] = self._skipping.own_state_dict()
+            state["skipping"] = self._skipping.worker_state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any], own: dict[str, Any], step: int) -> None:
-        """Go on from both; `own` is empty where the number of workers has changed.
+    def load_state_dict(self, state: dict[str, Any], worker_state: dict[str, Any], step: int) -> None:
+        """Resume from both states; `worker_state` is empty if the number of workers has changed.
 
         Extrapolation then begins without a last gradient, and skipping with a new window.
         """
-        if self._extrapolation and (last := (state | own).get("extrapolation")):
-            self._extrapolation.load_state_dict(last)
+        if self._extrapolation and (extrapolation := (state | worker_state).get("extrapolation")):
+            self._extrapolation.load_state_dict(extrapolation)
         if self._averaging:
             self._averaging.load_state_dict(state["averaging"])
         if self._skipping:
-            self._skipping.load_state_dict(state["skipping"], own.get("skipping"), step)
+            self._skipping.load_state_dict(state["skipping"], worker_state.get("skipping"), step)

@@ -12,12 +12,12 @@ from raysubset.training.evaluation import widened
 class Distillation:
     """The loss (1 − share) · task's + share · distance from the teachers' mean prediction.
 
-    Under cross-entropy the distance is T² · KL(ensemble ‖ model), both at temperature T; the ensemble's prediction is
-    the mean of its members' probabilities. Under squared error it is the squared distance from their mean outputs, as
-    the task's loss is from the targets.
+    Under cross-entropy the distance is T² · KL(ensemble ‖ model), both at temperature T. The ensemble's prediction is
+    the mean of its members' probabilities. Under squared error it is the squared distance from their mean outputs, just
+    as the task's loss is from the targets.
 
     Args:
-        teachers: networks on the device of the examples; put into evaluation mode. Every one costs a forward pass.
+        teachers: networks on the device of the examples, put into evaluation mode. Each costs a forward pass.
         share: in [0, 1].
         temperature: T.
     """
@@ -32,9 +32,9 @@ class Distillation:
 
     @torch.no_grad()
     def targets(self, inputs: Tensor, task: Task) -> Tensor:
-        """The ensemble's outputs [n, …] for a batch: log-probabilities for cross-entropy."""
+        """Return the ensemble's outputs [n, …] for a batch; under cross-entropy they are log-probabilities."""
         return task.combine(widened(teacher(inputs)) for teacher in self._teachers)
 
     def mixed(self, loss: Tensor, outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
-        """The loss, like the task's own `loss` summed over the batch, of the model's outputs and targets() [n, …]."""
+        """Return the mixed loss, summed over the batch as `loss` is, of the model's outputs and targets() [n, …]."""
         return (1 - self._share) * loss + self._share * task.distance(outputs, targets, temperature=self._temperature)

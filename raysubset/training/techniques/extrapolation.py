@@ -6,7 +6,7 @@ With learning rate γ, extrapolation rate γ̂ = rate · γ, momentum u and work
 
 ζ_k is g_k of the step before, its mean over the workers, or noise. The accelerated form looks further ahead, along the
 momentum: w½_k = w − γ·u·v − γ̂·ζ_k. The momentum is heavy-ball: torch's Nesterov form would look ahead a second time.
-From the abstract and from memory: the structure is the paper's, the constants are our own.
+Written from the abstract and from memory: the structure is the paper's, the constants are our own.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from raysubset.config import ExtrapolationConfig, derive_seed
 class Extrapolation:
     """Moves the parameters of an optimizer to w½ before the forward pass, and back after the backward pass.
 
-    One buffer of the parameters' size: it holds ζ between the steps and w while the parameters are at w½. A parameter
-    that needs no gradient stays where it is, and its last gradient is forgotten.
+    Memory: one buffer of the parameters' size. It holds ζ between the steps, and w while the parameters are at w½. A
+    parameter that needs no gradient stays where it is, and its last gradient is forgotten.
     """
 
     def __init__(self, recipe: ExtrapolationConfig, optimizer: torch.optim.Optimizer, *, seed: int, rank: int) -> None:
@@ -30,16 +30,16 @@ class Extrapolation:
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self._buffers: dict[int, Tensor] = {}  # by position in the parameters
-        self._moved: list[int] = []  # those that are at w½, or were last
+        self._moved: list[int] = []  # positions of the parameters that are at w½, or were in the last step
 
     @property
     def differs_by_worker(self) -> bool:
-        """Whether each worker has a w½ of its own."""
+        """True if each worker has a w½ of its own."""
         return self._recipe.kind != "past_global"
 
     @torch.no_grad()
     def look_ahead(self, rate: float, step: int) -> None:
-        """Go to w½ at the learning rate of this step; noise is drawn by the steps done."""
+        """Move to w½, with the learning rate of this step. `step`, the number of steps done, seeds the noise."""
         moved = [i for i, p in enumerate(self._parameters) if p.requires_grad]
         if self._recipe.kind.startswith("past"):
             self._buffers = {i: buffer for i, buffer in self._buffers.items() if self._parameters[i].requires_grad}
@@ -48,7 +48,7 @@ class Extrapolation:
         distance = self._recipe.rate * rate
         for i in moved:
             parameter, buffer = self._parameters[i], self._buffers.get(i)
-            if buffer is None:  # no gradient yet
+            if buffer is None:  # this parameter has had no gradient yet
                 buffer = self._buffers[i] = torch.zeros_like(parameter)
             velocity = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
             ahead = torch.add(parameter, buffer.mul_(-distance), out=buffer)
@@ -59,10 +59,10 @@ class Extrapolation:
 
     @torch.no_grad()
     def come_back(self, average: Callable[[], None]) -> None:
-        """Go back to w with the gradients of w½, and remember them.
+        """Move back to w with the gradients of w½, and remember these gradients.
 
-        `average` averages them over the workers, unless the backward pass did; it is called once, after the worker's
-        own gradient is remembered or before the mean is.
+        `average` averages the gradients over the workers, unless the backward pass did. It is called once: after the
+        worker's own gradient is remembered, or before the mean is.
         """
         if not self.differs_by_worker:
             average()
@@ -82,7 +82,7 @@ class Extrapolation:
             average()
 
     def state_dict(self) -> dict[str, Any]:
-        """The last gradients, by position in the optimizer; each worker's own unless the kind is past_global."""
+        """Return the last gradients, by position in the optimizer. They differ by worker unless kind is past_global."""
         return {"gradients": self._buffers if self._recipe.kind.startswith("past") else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -91,12 +91,12 @@ class Extrapolation:
         }
 
     def _exchange(self, i: int) -> None:
-        """Let a parameter and its buffer change memory: nothing is copied or rounded."""
+        """Exchange the memory of a parameter and its buffer: nothing is copied or rounded."""
         parameter = self._parameters[i]
         parameter.data, self._buffers[i] = self._buffers[i], parameter.data
 
     def _noise(self, moved: list[int], step: int) -> dict[int, Tensor]:
-        """Directions of independent normal elements; filter_scaled: each filter's of the filter's own length."""
+        """Draw independent normal elements; if kind is filter_scaled, scale each filter to its weights' length."""
         device = self._parameters[0].device
         generator = torch.Generator(device).manual_seed(derive_seed(self._seed, "extrapolation", self._rank, step))
         buffers = {i: torch.empty_like(self._parameters[i]).normal_(generator=generator) for i in moved}
@@ -107,5 +107,5 @@ class Extrapolation:
 
 
 def _length(values: Tensor) -> Tensor:
-    """Of each filter (the slices along the first dimension), or of a whole tensor of one dimension or none."""
+    """Return the norm of each filter (slice along the first dimension), or of a whole tensor of fewer dimensions."""
     return values.flatten(1).norm(dim=1).view(-1, *[1] * (values.ndim - 1)) if values.ndim > 1 else values.norm()

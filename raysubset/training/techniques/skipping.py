@@ -1,13 +1,14 @@
 """Weight Update Skipping, WUS and WUS+LR (arXiv:2012.02792): while accuracy hardly improves, only biases move.
 
-From the abstract, which has the principle; the rule is our own. Training accuracy - of other tasks what their watched()
-says - is that of the batches as they come, over windows that follow one another and begin anew at every change:
+Written from the abstract, which has the principle; the rule is our own. Training accuracy (of other tasks, the value of
+their watched()) is that of the batches as they come, over windows. A new window begins after the last, and at every
+change:
 
     moving   a window that is less than `threshold` better than the one before freezes the weights
     frozen   for `epochs`; or until a window is worse than the one that froze them by more than `drop`
 
-Weights are the tensors of two dimensions and more: biases and normalisation parameters go on. WUS+LR multiplies the
-learning rate by `decay` at each freeze, for good.
+Weights are the tensors of two dimensions and more; biases and normalisation parameters are never frozen. WUS+LR
+multiplies the learning rate by `decay` at each freeze, for good.
 """
 
 from types import MethodType
@@ -25,11 +26,11 @@ from raysubset.training.shards import Shard
 class Skipping:
     """Watches training accuracy, and freezes and thaws a model's weights.
 
-    A frozen weight needs no gradient, has none, and so is out of the optimizer's step; its momentum is kept as it was
-    for the thaw. All workers decide alike: the counts are summed over them.
+    A frozen weight needs no gradient and has none, so the optimizer's step leaves it out; its momentum is kept for the
+    thaw. All workers decide alike, because the counts are summed over them.
 
     Raises:
-        ValueError: if the model has nothing that could go on moving.
+        ValueError: if no parameter of the model would keep moving.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class Skipping:
 
     @property
     def rate_scale(self) -> float:
-        """What the learning rate is to be multiplied by."""
+        """Factor of the learning rate."""
         return self._recipe.decay**self._num_freezes if self._recipe.kind == "wus_lr" else 1.0
 
     def after_step(self, step: int, outputs: Tensor, targets: Tensor, num_examples: int) -> None:
-        """Count a step, and decide at a window's end.
+        """Count a step, and decide at the end of a window.
 
         Args:
-            outputs: of this worker's part of the batch, [n, …], as the targets.
+            outputs: of this worker's part of the batch, [n, …], like the targets.
             num_examples: in the whole batch.
         """
         self._watched_sum += self._task.watched(outputs, targets).sum()
@@ -103,14 +104,14 @@ class Skipping:
             convolution._conv_forward = MethodType(_with_bias_outside, convolution)
 
     def thaw(self) -> None:
-        """Let all weights move again, whatever was decided."""
+        """Let all weights move, whatever was decided."""
         for weight in self._weights:
             weight.requires_grad_(True)
         for convolution in self._convolutions:
             convolution.__dict__.pop("_conv_forward", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The same for all workers."""
+        """Return the state that is the same for all workers."""
         return {
             "num_examples": self._num_examples,
             "window_start": self._window_start,
@@ -120,22 +121,22 @@ class Skipping:
             "num_freezes": self._num_freezes,
         }
 
-    def own_state_dict(self) -> dict[str, Any]:
-        """This worker's own."""
+    def worker_state_dict(self) -> dict[str, Any]:
+        """Return the state of this worker alone."""
         return {"watched_sum": self._watched_sum.item()}
 
-    def load_state_dict(self, state: dict[str, Any], own: dict[str, Any] | None, step: int) -> None:
-        """Go on; with no state of this worker's own, because there were others, the window in hand begins anew."""
+    def load_state_dict(self, state: dict[str, Any], worker_state: dict[str, Any] | None, step: int) -> None:
+        """Resume. Without a worker_state, because the number of workers changed, a new window begins."""
         self._previous, self._reference = state["previous"], state["reference"]
         self._frozen_at, self._num_freezes = state["frozen_at"], state["num_freezes"]
         self._begin_window(step)
-        if own is not None:
+        if worker_state is not None:
             self._num_examples, self._window_start = state["num_examples"], state["window_start"]
-            self._watched_sum.fill_(own["watched_sum"])
+            self._watched_sum.fill_(worker_state["watched_sum"])
         if self.is_frozen:
             self.freeze()
 
 
 def _with_bias_outside(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution whose bias is added afterwards: the CPU's fused gradients would compute that of the weight too."""
+    """Convolve, and add the bias afterwards: the CPU's fused gradients would compute the weight's gradient too."""
     return type(self)._conv_forward(self, input, weight, None) + bias.view(-1, 1, 1)
