@@ -1,14 +1,14 @@
 """Subset pretraining on Ray (arXiv:2410.16523).
 
-Actors each minimize the loss on a distinct subset of the training data, without talking to one another; an aggregator
-averages the minima or selects among them; a Ray Train job fine-tunes the result on the full set; and the report counts
+Actors each minimize the loss on a distinct subset of the training data, without talking to one another. An aggregator
+averages the minima or selects among them. A Ray Train job fine-tunes the result on the full set. The report counts
 every cost, so that it can be compared with conventional training.
 
     from raysubset import Config, run
-    report = run(Config(seed=3))  # shows what happens, as the command does
+    report = run(Config(seed=3))  # shows its progress, as the command does
     report.test, report.passes  # and report.show(), report.load_model()
 
-Settings are fields of Config: help(raysubset.config.MinimizeConfig). Events are in raysubset.events.
+Settings are fields of Config: see help(raysubset.config.MinimizeConfig). Events are in raysubset.events.
 """
 
 import importlib
@@ -38,11 +38,11 @@ _HOMES = {
     "load_model": "trained_model",
 }
 
-_VERBS = ("run", "sweep", "compare")  # which show what happens, unless they are given a listener
+_VERBS = ("run", "sweep", "compare")  # functions that show their progress, unless they are given a listener
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: an actor that needs the loop must not wait for the rest."""
+    """Import the name on first use: an actor that needs only the training loop does not wait for the rest."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""python -m raysubset"""
+"""The command line as a module: python -m raysubset."""
 
 from raysubset.cli import main
 

@@ -1,7 +1,7 @@
-"""What work costs, in counts that can be added, and bytes as a person reads them. No torch: a report needs both.
+"""The cost of work in counts that can be added, and bytes as people read them. Imports no torch, for the reports' sake.
 
-count_bytes(4096)     # wherever a file or an object of the store comes or goes
-taken_bytes()         # what this thread has moved since it was last asked: of the piece of work that it ends
+count_bytes(4096)     # whenever a file or an object of the object store is sent or fetched
+taken_bytes()         # what this thread has moved since the last call: the bytes of the piece of work that ends
 """
 
 import threading
@@ -19,27 +19,27 @@ _MOVED = _Moved()
 
 
 def count_bytes(num: int) -> None:
-    """Note that this thread has sent or fetched so many bytes, by storage or by the object store."""
+    """Note that this thread has sent or fetched `num` bytes, through storage or the object store."""
     _MOVED.num_bytes += num
 
 
 def moved_bytes() -> int:
-    """Return what this thread has moved since taken_bytes()."""
+    """Return the bytes that this thread has moved since the last taken_bytes()."""
     return _MOVED.num_bytes
 
 
 def taken_bytes() -> int:
-    """Return what this thread has moved since this was last asked for."""
+    """Return the bytes that this thread has moved since the last call, and start again from 0."""
     num, _MOVED.num_bytes = _MOVED.num_bytes, 0
     return num
 
 
-FORWARD_SHARE = 1 / 3  # of a pass, of deep networks: a backward pass costs about twice a forward pass
+FORWARD_SHARE = 1 / 3  # of a pass, in deep networks: a backward pass costs about twice a forward pass
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work done, in counts that can be added; passes() makes them comparable between methods."""
+    """Work as counts that can be added; passes() makes the costs of methods comparable."""
 
     num_forward: int = 0  # examples passed forward
     num_backward: int = 0  # examples passed backward
@@ -55,11 +55,11 @@ class Cost:
         )
 
     def passes(self, num_train: int, forward_share: float = FORWARD_SHARE) -> float:
-        """Return forward and backward work over as many examples as the full set has.
+        """Return the work in passes. One pass is forward and backward over as many examples as the full set has.
 
         Args:
             num_train: examples of the full set.
-            forward_share: what forward alone counts: the network's own, training.forward_share().
+            forward_share: the forward part of a pass. training.forward_share() returns the network's own.
         """
         return (forward_share * self.num_forward + (1 - forward_share) * self.num_backward) / num_train
 
@@ -68,12 +68,12 @@ class Cost:
 
     @classmethod
     def from_dict(cls, record: Any) -> "Cost":
-        """The inverse of to_dict(); ValueError for what is none."""
+        """Return the cost that to_dict() wrote. Raise a ValueError if the record is not a cost."""
         return from_tree(cls, record, noun="value of a cost")
 
 
 def bytes_in_words(num: float) -> str:
-    """'64 B', '538 kB', '16 GB': three significant digits, units of a thousand."""
+    """Return a text such as '64 B', '538 kB' or '16 GB': three significant digits, units of a thousand."""
     for unit in ("B", "kB", "MB", "GB"):
         if num < 999.5:
             return f"{num:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What depends on the cluster or is measured: decided once, written down, and kept when the run goes on elsewhere."""
+"""Decisions that depend on the cluster or on measurements. Made once, written down, and kept when the run resumes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,17 +15,17 @@ from raysubset.subset_actors import ActorPool, packing_decision, packing_note
 from raysubset.training import Cost
 from raysubset.work import Piece, Run
 
-TRAIN_START_S = 15.0  # a Ray Train job's processes take it to start, on cores that are idle
+TRAIN_START_S = 15.0  # seconds that the processes of a Ray Train job take to start, on idle cores
 
 
 def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> None:
-    """Stop before the first stage, and before a new cluster is started, if a stage that is left can never be placed.
+    """Stop before the first stage, and before a new cluster starts, if an unfinished stage can never be placed.
 
     Args:
-        directory: of the run, whose finished stages ask for nothing; None where nothing is done.
+        directory: of the run, whose finished stages request nothing; None if nothing is finished.
 
     Raises:
-        ValueError: with the request, what there is, and the way out.
+        ValueError: with the request, what the cluster has, and the way out.
     """
     types = offered(config.cluster)
     record = directory.read_json_or_none(DECISIONS_PATH) if directory is not None else None
@@ -33,27 +33,27 @@ def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> 
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
     least = config.fine_tuning.min_workers or config.fine_tuning.workers(auto=1)
     for stage, num in workers_of_stages(config, of_fine_tuning=least).items():
-        done = aggregate_path(config.rounds.num - 1) if stage == "subsets" else minimum_path(stage)
-        if directory is None or not directory.exists(done):
-            what = f"{stage} workers" if num > 1 else "subset actors"  # one of which does what one process can
+        result_path = aggregate_path(config.rounds.num - 1) if stage == "subsets" else minimum_path(stage)
+        if directory is None or not directory.exists(result_path):
+            what = f"{stage} workers" if num > 1 else "subset actors"  # one actor does the work of a single worker
             refuse_unplaceable(request, what, num=num, types=types)
 
 
 def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[str, int]:
-    """The actors or Ray Train workers that each stage has at once; any number of actors minimizes on subsets."""
+    """Return the actors or Ray Train workers that each stage needs at once. Subsets need no more than one actor."""
     if config.method == "conventional":
         return {"conventional": config.conventional.num_workers}
     return {leg.stage: leg.num_workers for leg in Drawing(config, None, [1]).legs(num_workers=of_fine_tuning)}
 
 
 class Decisions:
-    """decisions.json of a run directory."""
+    """The decisions of one run, kept in decisions.json of its directory."""
 
     def __init__(self, run: Run, plan: Plan) -> None:
-        """Read back what was decided, or decide on GPUs and workers by what the cluster has or can start.
+        """Read the decisions back, or decide on GPUs and workers by what the cluster has or can start.
 
         Raises:
-            ValueError: if streamed examples could not be read beside so many Ray Train workers.
+            ValueError: if no CPU would be left beside the Ray Train workers to read the streamed examples.
         """
         self._run, self._plan = run, plan
         decided = run.directory.read_json_or_none(DECISIONS_PATH)
@@ -63,19 +63,19 @@ class Decisions:
 
     @property
     def num_gpus(self) -> float:
-        """Of an actor, and of a Ray Train worker."""
+        """GPUs of an actor, and of a Ray Train worker."""
         return self._record["num_gpus"]
 
     @property
     def may_go_alone(self) -> bool:
-        """Whether fine-tuning may be one actor's work."""
+        """Return True if one actor alone may do the fine-tuning."""
         return bool(self._run.config.fine_tuning.epochs) and self._record.get("num_workers", 1) == 1
 
     def num_workers(self, *, num_teachers: int) -> int:
-        """The workers of fine-tuning: as asked for, or decided once by what it would take one alone, and told.
+        """Return the number of workers of fine-tuning, as set or decided once by the time one would take. Report it.
 
         Args:
-            num_teachers: minima that it learns from.
+            num_teachers: number of minima that fine-tuning learns from.
         """
         if "num_workers" not in self._record:
             self._record |= self._workers(num_teachers)
@@ -101,20 +101,20 @@ class Decisions:
 
     @property
     def shares(self) -> list[float] | None:
-        """Sizes of the subsets against one another, by subset id; None where all are equal."""
+        """Relative sizes of the subsets, by subset id; None if all subsets have the same size."""
         return self._record.get("shares")
 
     @property
     def slots(self) -> list[Slot]:
-        """What the subsets are sized for; none where all are equal."""
+        """The slots that the subsets are sized for; empty if all subsets have the same size."""
         return [Slot.from_dict(record) for record in self._record.get("slots", [])]
 
     def to_dict(self) -> dict[str, Any]:
-        """decisions.json."""
+        """Return the record that decisions.json holds."""
         return dict(self._record)
 
     def decide_sizes(self, plan: Plan) -> None:
-        """Weigh or measure the nodes' speeds, unless that is done."""
+        """Weigh or measure the nodes' speeds, unless that is decided already."""
         if "slots" in self._record:
             return
         run, num_subsets = self._run, len(plan.subsets)
@@ -131,15 +131,15 @@ class Decisions:
         self._write()
 
     def per_actor(self, pool: ActorPool, pieces: Sequence[Piece]) -> int:
-        """Subsets that an actor takes at once: as many as asked for if that is faster, which is measured once."""
-        asked = self._run.config.subsets.per_actor
-        if asked == 1:
+        """Return how many subsets an actor takes at once: the number set, if measuring once shows it to be faster."""
+        num_wanted = self._run.config.subsets.per_actor
+        if num_wanted == 1:
             return 1
         if (decision := self._record.get("packing")) is None:
             decision = self._record["packing"] = packing_decision(self._run, pool, pieces)
             self._write()
         self._run.tell(Note(packing_note(decision)))
-        return asked if decision["taken"] else 1
+        return num_wanted if decision["taken"] else 1
 
     def _first(self, plan: Plan) -> dict[str, Any]:
         config = self._run.config
@@ -150,7 +150,7 @@ class Decisions:
             most = min(most, most_workers(config.actors.num_cpus))
         num_workers = config.fine_tuning.workers(auto=max(1, most))
         if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
-            refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, not after the subsets
+            refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, rather than after the subsets
         name = "most_workers" if config.fine_tuning.num_workers == "auto" else "num_workers"
         return {"num_gpus": num_gpus, name: num_workers}
 

@@ -1,6 +1,6 @@
-"""Objects that a program gives in place of names: a config says given:Net, and the run's processes have the object.
+"""Objects that a program gives in place of names: a config says given:Net, and the run's processes hold the object.
 
-They live in memory alone: nothing of them is written but their digests, and whoever resumes gives them again.
+The objects live in memory only. Their digests are all that is written, and whoever resumes gives the objects again.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ PREFIX = "given:"
 
 @dataclass(frozen=True)
 class Instance:
-    """An object where a function is called for: gives it, or a copy of its own to each caller."""
+    """An object in the place of a function. A call returns the object, or a copy of it for each caller."""
 
     value: Any
     copied: Callable[[Any], Any] | None = None
@@ -26,15 +26,15 @@ class Instance:
 
 @dataclass(frozen=True)
 class Given:
-    """What is in hand, by what configs call it."""
+    """The objects that a process holds, by the names that configs have for them."""
 
     objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    fingerprints: Mapping[str, pa.Table] = field(default_factory=dict)  # of those that data's own do not stand for
-    here: frozenset[str] = frozenset()  # what no other process needs: data are put as the full set
-    load: "Callable[[], Given] | None" = None  # how other processes get it, once it is put where they can
+    fingerprints: Mapping[str, pa.Table] = field(default_factory=dict)  # of networks and tasks; data have their own
+    here: frozenset[str] = frozenset()  # names that no other process needs: data are put as the full set
+    load: "Callable[[], Given] | None" = None  # loads the objects in other processes, once they are put for them
 
     def for_others(self) -> "Given":
-        """What other processes need of it."""
+        """Return the objects that other processes need."""
         return Given({name: value for name, value in self.objects.items() if name not in self.here}, self.fingerprints)
 
 
@@ -42,44 +42,44 @@ _in_hand = Given()
 
 
 def in_hand() -> Given:
-    """What this process has."""
+    """Return the objects that this process holds."""
     return _in_hand
 
 
 def take(given: Given) -> None:
-    """Have these in this process from now on: in one that works for another."""
+    """Hold these objects in this process from now on. For processes that work for another."""
     global _in_hand
     _in_hand = given
 
 
 @contextlib.contextmanager
 def holding(given: Given) -> Iterator[None]:
-    """Have these too, as long as the block."""
-    before = _in_hand
-    objects, fingerprints = {**before.objects, **given.objects}, {**before.fingerprints, **given.fingerprints}
-    load = None if given.objects else before.load  # where they are put already, they need not be again
-    take(Given(objects, fingerprints, before.here | given.here, load))
+    """Hold these objects too, for the length of the block."""
+    previous = _in_hand
+    objects, fingerprints = {**previous.objects, **given.objects}, {**previous.fingerprints, **given.fingerprints}
+    load = None if given.objects else previous.load  # new objects are not in what is already put for other processes
+    take(Given(objects, fingerprints, previous.here | given.here, load))
     try:
         yield
     finally:
-        take(before)
+        take(previous)
 
 
 def is_given(reference: str) -> bool:
-    """Whether a name stands for an object."""
+    """Return True if the name stands for an object."""
     return reference.startswith(PREFIX)
 
 
 def is_instance(reference: str) -> bool:
-    """Whether it stands for one that is there already, as a network with its weights, and is not made by a call."""
+    """Return True if the name stands for an existing object, such as a network with its weights, and not a function."""
     return isinstance(_in_hand.objects.get(reference), Instance)
 
 
 def given_object(field: str, reference: str) -> Callable[..., Any]:
-    """The object that a field's given:Name stands for.
+    """Return the object that a field's given:Name stands for.
 
     Raises:
-        ValueError: if this process was not given it.
+        ValueError: if this process does not hold it.
     """
     if reference not in _in_hand.objects:
         argument = field.partition(".")[0]
@@ -91,6 +91,6 @@ def given_object(field: str, reference: str) -> Callable[..., Any]:
 
 
 def given_fingerprint(field: str, reference: str) -> pa.Table:
-    """Digests of a network or a task; data are known by what is read of them."""
+    """Return the digests of a network or a task. Data have none here: they are known by what is read of them."""
     given_object(field, reference)
     return _in_hand.fingerprints[reference]

@@ -1,4 +1,4 @@
-"""identify(): what the names in configs stand for now, and where relative ones lie."""
+"""identify() finds what the names in configs stand for now, and what relative names resolve to."""
 
 import hashlib
 import json
@@ -18,31 +18,33 @@ from raysubset.work import weights_fingerprint
 
 
 def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known: Identity | None) -> Identity:
-    """What the names in these configs stand for. Sets that are not read from files are loaded, and added to full_sets.
+    """Return what the names in these configs stand for. Load the sets that are not read from files into full_sets.
 
     Args:
-        full_sets: those that are loaded already: what was read counts, not what lies there now.
-        known: an earlier identity, of which files that are as they were are not digested again.
+        full_sets: sets that are loaded already. Their fingerprints are of what was read, not of the files there now.
+        known: an earlier identity. Files whose stamps it has are not digested again.
     """
     data, code, places = {}, {}, {}
     for config in configs:
-        name, own = _data_name(config), config.learned
+        name, learned = _data_name(config), config.learned
         if name not in data:
             earlier = known_fingerprint(known, config)
-            found = None if own in full_sets else file_fingerprint(config.data, earlier)
-            if found is None:
-                if own not in full_sets:
-                    full_sets[own] = load_full_set(*own, known=earlier)
-                found = full_sets[own].fingerprint
-            data[name] = found
+            table = None if learned in full_sets else file_fingerprint(config.data, earlier)
+            if table is None:
+                if learned not in full_sets:
+                    full_sets[learned] = load_full_set(*learned, known=earlier)
+                table = full_sets[learned].fingerprint
+            data[name] = table
             places |= _data_place(config.data)
         if (source := config.model.weights) and f"weights {source}" not in data:
             data[f"weights {source}"] = weights_fingerprint(config.model)
         for field, reference in config.functions().items():
-            if not shapes_result(field):  # another listener changes nothing
+            if not shapes_result(field):  # a listener, say, changes no result
                 continue
             if is_given(reference):
-                if field != "data.name":  # known by what was read of it, also where that alone has travelled
+                if (
+                    field != "data.name"
+                ):  # data are known by what was read of them, even in processes without the object
                     code[reference] = given_fingerprint(field, reference)
             elif reference not in code:
                 code[reference] = code_fingerprint(reference)
@@ -51,13 +53,13 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
 
 
 def places_notes(identity: Identity) -> list[Note]:
-    """Where relative names lie, in a line: 'photos is /srv/photos, net is /srv/net.py'; none where none is relative."""
+    """Return a note of what relative names stand for: 'photos is /srv/photos, net is /srv/net.py'; else none."""
     places = ", ".join(f"{name} is {place}" for name, place in identity.places.items())
     return [Note(places)] if places else []
 
 
 def known_fingerprint(known: Identity | None, config: Config) -> pa.Table | None:
-    """What an earlier identity says of a config's set."""
+    """Return the fingerprint of a config's set in an earlier identity; None if the identity lacks it."""
     return known.data.get(_data_name(config)) if known else None
 
 
@@ -66,7 +68,7 @@ def _is_of_arrays(config: DataConfig) -> bool:
 
 
 def _data_name(config: Config) -> str:
-    """Of a set in an identity: what is made of arrays depends on how they were read and cut, too."""
+    """Return the name of a config's set in an identity. For arrays it depends on how they are read and cut, too."""
     if not _is_of_arrays(config.data):
         return config.data.name
     tree = {"data": asdict(config.data), "task": asdict(config.task)}
@@ -75,7 +77,7 @@ def _data_name(config: Config) -> str:
 
 
 def _data_place(config: DataConfig) -> dict[str, str]:
-    """Where a relative path of the data lies."""
+    """Return the absolute path of a relative path of the data; {} if the path is not relative."""
     if _is_of_arrays(config):
         return {}
     path = config.root if config.name in DATA_NAMES else config.name
@@ -84,7 +86,7 @@ def _data_place(config: DataConfig) -> dict[str, str]:
 
 
 def _code_place(module: str) -> dict[str, str]:
-    """Where a user's module lies."""
+    """Return the path of a user's module; {} if it is not found."""
     stem, files = module.replace(".", "/"), source_files(module)
-    found = [path for name, path in files.items() if name.rpartition(".")[0] in (stem, f"{stem}/__init__")]
-    return {module: os.path.abspath(found[0])} if found else {}
+    paths = [path for name, path in files.items() if name.rpartition(".")[0] in (stem, f"{stem}/__init__")]
+    return {module: os.path.abspath(paths[0])} if paths else {}

@@ -1,4 +1,4 @@
-"""The record of work: who did what, where, for how long and how it ended; all costs are sums over it.
+"""The record of work: who did what, where, for how long and how it ended. All costs are sums over it.
 
     ledger = Ledger(run)
     attempt = ledger.next_attempt("subsets", 0, 7)
@@ -6,8 +6,8 @@
     ledger.write(replace(work, outcome="done", ended_at=time.time(), cost=cost))
     total_cost(ledger.read()).passes(num_train, forward_share)
 
-Each piece of work is one small file that its own process writes, so that nobody waits for anybody; written again as a
-heartbeat while it runs, so that what a dead process had done is counted.
+Each piece of work has one small file that its own process writes, so that no process waits for another. The process
+writes the file again as a heartbeat, so that the cost of a process that dies is counted.
 """
 
 import logging
@@ -32,17 +32,17 @@ logger = logging.getLogger(__name__)
 Stage = Literal["measuring", "trunk", "subsets", "subsamples", "aggregation", "fine_tuning", "conventional", "test"]
 Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted"]
 Key = tuple[Stage, int, int | None]
-"""Stage, round and subset of a piece of work; None: not of one subset."""
+"""Stage, round and subset of a piece of work. The subset is None for work on no single subset."""
 
 _FOLDER = "ledger"
 _TABLE_PATH = "ledger.parquet"
 _ENTRY = re.compile(rf"{_FOLDER}/(\w+)-(\d+)-(all|\d+)-(\d+)\.json")  # Work.path
-_HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two of the same work: a request to a bucket costs money
-_NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, many at a time
+_HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two heartbeats: a request to a bucket costs money
+_NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, but many requests at a time
 
 
 class Storage(Protocol):
-    """What a ledger needs of a run directory."""
+    """The methods of a run directory that a ledger needs."""
 
     @property
     def local_path(self) -> Path | None: ...
@@ -62,45 +62,47 @@ class Work:
 
     stage: Stage
     round: int
-    subset: int | None  # None: not of one subset
+    subset: int | None  # None: work on no single subset
     attempt: int  # from 0
-    node: str  # its address, as Ray has it
+    node: str  # its address, as Ray reports it
     device: str
     started_at: float  # unix s
-    ended_at: float | None = None  # unix s; None while running, and for ever if lost
+    ended_at: float | None = None  # unix s; None while running, and for good if lost
     outcome: Outcome = "running"
     cost: Cost = field(default_factory=Cost)  # of all workers together
-    waited_s: float = 0.0  # queued before the start
+    waited_s: float = 0.0  # in the queue, before the start
     error: str | None = None
     num_workers: int = 1
     num_network_bytes: int = 0
-    """What its processes have sent or fetched, each transfer once, as if each had a node of its own: files of weights,
-    optimizer states, statistics and checkpoints, whatever the storage; from the object store the full set and start
-    weights; and gradients. Records (some kB of JSON), and a streamed set's reads, are not in it."""
+    """Bytes that the work's processes have sent or fetched, each transfer once, as if each process had its own node.
+
+    They are those of files of weights, optimizer states, statistics and checkpoints on any storage; of the full set and
+    start weights in the object store; and of gradients. Records (some kB of JSON) and a streamed set's reads are left
+    out."""
 
     @property
     def path(self) -> str:
-        """Where its entry lies in the run directory."""
+        """The entry's path in the run directory."""
         return f"{_prefix(self.stage, self.round, self.subset)}-{self.attempt:02d}.json"
 
     @property
     def wall_s(self) -> float:
-        """Seconds from the start to the end, or as far as the last heartbeat counted."""
+        """Seconds from the start to the end; without an end, to the last heartbeat."""
         return self.cost.device_s / self.num_workers if self.ended_at is None else self.ended_at - self.started_at
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"cost": self.cost.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Any) -> "Work":
-        """The inverse of to_dict().
+        """Return the entry that to_dict() wrote.
 
         Raises:
-            ValueError: for what is no entry, or no whole one.
+            ValueError: if the record is not an entry, or lacks a value.
         """
         work = from_tree(cls, record, noun="value of a ledger entry")
-        if work.to_dict() != record:  # which would count as nothing
+        if work.to_dict() != record:  # from_tree() fills in what is missing, so that its cost would count as 0
             raise ValueError("values of a ledger entry are missing")
         return work
 
@@ -110,28 +112,29 @@ def _prefix(stage: Stage, round: int, subset: int | None) -> str:
 
 
 class Ledger:
-    """The entries in one run directory. Pickles if its storage does, so that actors write their own."""
+    """The entries in one run directory. Pickles if its storage does, so that actors write their own entries."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     @property
     def heartbeat_s(self) -> float:
-        """Seconds between two times that work in hand writes its entry again."""
+        """Seconds between two heartbeats of running work."""
         return _HEARTBEAT_S if self._storage.local_path else _REMOTE_HEARTBEAT_S
 
     def write(self, work: Work) -> None:
-        """Add an entry, or replace that of the same attempt, in one step."""
+        """Add an entry, or replace the one of the same attempt, atomically."""
         self._storage.write_json(work.path, work.to_dict(), is_durable=work.outcome != "running", indent=None)
 
     @contextmanager
     def recorded(
         self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0
     ) -> Iterator[Callable[[Cost], None]]:
-        """The entry of work of no single subset that this block does; what it gives closes it as done, at that cost.
+        """Record the block as one piece of work on no single subset. Yield a function that closes the entry as done.
 
-        To be called before the result is left, without which all would be done again. A block that an exception leaves
-        before has failed; one that is stopped, by Ctrl-C say, was interrupted.
+        Call the function with the cost before you write the result: a result without a closed entry is computed again.
+        If an exception leaves the block first, the entry is closed as failed, or as interrupted for Ctrl-C and the
+        like. If the process dies, the entry stays at "running" until close_lost().
         """
         attempt = self.next_attempt(stage, round, None)
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
@@ -153,19 +156,19 @@ class Ledger:
             raise
 
     def latest(self, work: Work) -> Work:
-        """What the file of the same attempt says now; the work itself where there is none."""
+        """Return the attempt's entry as its file has it now; the given one if there is no file."""
         return self._read(work.path) or work
 
     def read(self) -> list[Work]:
-        """All entries by their start; files that cannot be read are left out with a warning."""
+        """Return all entries in order of their start. Files that cannot be read are left out with a warning."""
         return _by_start({work.path: work for work in self._read_table()} | dict(self._read_files()))
 
     def next_attempt(self, stage: Stage, round: int, subset: int | None = None) -> int:
-        """One more than the greatest attempt there was, be its entry readable or not."""
+        """Return one more than the greatest attempt so far. Unreadable entries count too."""
         return self.next_attempts().get((stage, round, subset), 0)
 
     def next_attempts(self) -> dict[Key, int]:
-        """next_attempt() of all work that has an entry, by one listing."""
+        """Return next_attempt() of all work that has an entry, from one listing of the folder."""
         paths, following = {*self._storage.list(_FOLDER), *(work.path for work in self._read_table())}, {}
         for match in filter(None, map(_ENTRY.fullmatch, paths)):
             key: Any = (match[1], int(match[2]), None if match[3] == "all" else int(match[3]))
@@ -173,10 +176,10 @@ class Ledger:
         return following
 
     def lacking(self, done: Iterable[Key]) -> list[str]:
-        """The entries that are damaged or gone: those that cannot be read, and of work that is done and in none.
+        """Return the damaged and missing entries: the unreadable ones, and those of finished work without an entry.
 
         Args:
-            done: stage, round and subset of what is known to be done.
+            done: stage, round and subset of the work that is known to be finished.
         """
         works = self.read()
         read = {work.path for work in works}
@@ -186,7 +189,7 @@ class Ledger:
         return sorted(unread | {f"{_prefix(*key)}-…" for key in done if key not in named})
 
     def close_lost(self) -> list[Work]:
-        """Mark as lost what still claims to run, and return it. For a driver that resumes: nobody else is at work."""
+        """Mark entries that still say "running" as lost, and return them. Only for a driver that resumes alone."""
         lost = [replace(work, outcome="lost") for work in self.read() if work.outcome == "running"]
         for work in lost:
             self.write(work)
@@ -195,7 +198,7 @@ class Ledger:
     def compact(self) -> None:
         """Gather all entries in ledger.parquet, then delete their files.
 
-        A driver that dies in between leaves entries in both, which are the same. Unreadable files are kept.
+        If the driver dies in between, some entries are in both places, with the same content. Unreadable files stay.
         """
         files = dict(self._read_files())
         if files:
@@ -215,7 +218,7 @@ class Ledger:
         try:
             return None if record is None else Work.from_dict(record)
         except ValueError as error:
-            logger.warning("%s is damaged: %s; going on as if it were not there", path, error)
+            logger.warning("%s is damaged: %s; continuing without it", path, error)
             return None
 
     def _read_table(self) -> list[Work]:
@@ -224,27 +227,27 @@ class Ledger:
         try:
             return [Work.from_dict(record) for record in self._storage.read_table(_TABLE_PATH).to_pylist()]
         except ValueError as error:
-            logger.warning("%s; going on as if it were not there", error)
+            logger.warning("%s; continuing without it", error)
             return []
 
 
 def _by_start(entries: Mapping[str, Work]) -> list[Work]:
-    """Return the entries, given by path, in the order in which their work began."""
+    """Return the entries, given by path, in order of their start."""
     return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
 
 
 def total_cost(works: Iterable[Work]) -> Cost:
-    """Of every attempt, whatever became of it."""
+    """Return the cost of all attempts, whatever their outcome."""
     return sum((work.cost for work in works), Cost())
 
 
 def lost_cost(works: Iterable[Work]) -> Cost:
-    """The part of total_cost() in attempts that did not end well, though their checkpoints may have served others."""
+    """Return the cost of the attempts that were lost, preempted or failed. Their checkpoints may have served others."""
     return total_cost(work for work in works if work.outcome in ("lost", "preempted", "failed"))
 
 
 def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
-    """The entries of each stage, in the order in which stages began."""
+    """Return the entries of each stage, in the order in which the stages began."""
     stages: dict[Stage, list[Work]] = defaultdict(list)
     for work in sorted(works, key=lambda work: work.started_at):
         stages[work.stage].append(work)
@@ -252,19 +255,19 @@ def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
 
 
 def critical_path_passes(works: Iterable[Work], num_train: int, forward_share: float) -> float:
-    """Passes one after the other if every subset had a device of its own; each of n workers makes 1/n of a stage's."""
+    """Return the passes on the critical path, as if every subset had its own device; n workers share a stage's work."""
     return _critical_path(works, lambda work: work.cost.passes(num_train, forward_share) / work.num_workers)
 
 
 def critical_path_s(works: Iterable[Work]) -> float:
-    """Seconds of work one after the other if every subset had a device of its own; waiting is left out."""
+    """Return the seconds of work on the critical path, as if every subset had its own device. Waiting is left out."""
     return _critical_path(works, lambda work: work.wall_s)
 
 
 def _critical_path(works: Iterable[Work], length: Callable[[Work], float]) -> float:
-    """Sum over stages and rounds, of the subsets in a round only the longest; attempts follow one another.
+    """Return the sum of lengths over stages and rounds. Of a round's subsets only the longest counts.
 
-    So do a subset's minimum and that on its subsample.
+    Attempts of one subset add up, and so do its minimum and the minimum on its subsample.
     """
     sequential = 0.0
     parallel: dict[int, dict[int | None, float]] = defaultdict(lambda: defaultdict(float))

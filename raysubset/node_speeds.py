@@ -1,4 +1,4 @@
-"""How fast each place on the cluster is for an actor, as weighted or measured, and the sizes of subsets that follow.
+"""The speed of each place for an actor on the cluster, weighted or measured, and the subset sizes that follow from it.
 
 slots = weighted_slots(request, speeds={"A100": 3.5, "T4": 1.0}, most=4)
 sizes in proportion to shares(slots, num_subsets=4); subset 2 is meant for slot_of(slots, 2)
@@ -21,62 +21,62 @@ from raysubset.ledger import Ledger
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
 from raysubset.work import seeded_model
 
-MEASURE_S = 3.0  # of training to tell the speed by
+MEASURE_S = 3.0  # seconds of training that measure a speed
 _ENDLESS_EPOCHS = 1e6
-OTHER_SPEED = 1.0  # of nodes whose type is given no weight
+OTHER_SPEED = 1.0  # of nodes whose type has no weight
 
 
 @dataclass(frozen=True)
 class Slot:
     """Room for one actor on a node."""
 
-    kind: str  # of node
-    speed: float  # against other slots: a weight, or examples/s
+    kind: str  # of the node
+    speed: float  # relative to other slots: a weight, or examples/s
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Slot":
-        """The inverse of to_dict()."""
+        """Return the slot that to_dict() wrote."""
         return from_tree(cls, record, noun="value of a slot")
 
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """What a short training told."""
+    """The result of a short training on one kind of node."""
 
     examples_per_s: float
     cost: Cost
-    card_bytes: int | None  # memory of the GPU it was done on
+    card_bytes: int | None  # memory of the GPU that trained
 
 
 def shares(slots: Sequence[Slot], num_subsets: int) -> list[float]:
-    """Sizes of the subsets against one another with which all slots finish together.
+    """Return the relative sizes of the subsets with which all slots finish together.
 
-    A slot's speed is shared by the subsets that are meant for it, so that its turns one after the other take as long
-    as the one turn of a slot that has fewer.
+    A slot's speed is divided among its subsets, so that its turns one after the other take as long as the single turn
+    of a slot with one subset.
     """
     turns = Counter(subset % len(slots) for subset in range(num_subsets))
     return [slot_of(slots, subset).speed / turns[subset % len(slots)] for subset in range(num_subsets)]
 
 
 def slot_of(slots: Sequence[Slot], subset_id: int) -> Slot:
-    """The slot that a subset is meant for; slots go from the fastest to the slowest."""
+    """Return the slot that a subset is meant for. Slots are ordered from the fastest to the slowest."""
     return slots[subset_id % len(slots)]
 
 
 def in_words(slots: Sequence[Slot], sizes: Sequence[int]) -> str:
-    """'sizes are by speed: for FAST (speed 3) 2 subsets of 485 examples, for SLOW (speed 1) 2 subsets of 161'."""
+    """Return 'sizes are by speed: for FAST (speed 3) 2 × 485 examples, for SLOW (speed 1) 2 × 161 examples'."""
     parts: dict[Slot, list[int]] = {}
     for subset, size in enumerate(sizes):
         parts.setdefault(slot_of(slots, subset), []).append(size)
-    told = []
-    for slot, of_kind in parts.items():
-        span = f"{min(of_kind)}" if min(of_kind) == max(of_kind) else f"{min(of_kind)} to {max(of_kind)}"
-        told.append(f"for {slot.kind} (speed {slot.speed:.4g}) {len(of_kind)} × {span} examples")
-    return f"sizes are by speed: {', '.join(told)}"
+    texts = []
+    for slot, slot_sizes in parts.items():
+        span = f"{min(slot_sizes)}" if min(slot_sizes) == max(slot_sizes) else f"{min(slot_sizes)} to {max(slot_sizes)}"
+        texts.append(f"for {slot.kind} (speed {slot.speed:.4g}) {len(slot_sizes)} × {span} examples")
+    return f"sizes are by speed: {', '.join(texts)}"
 
 
 def decide_slots(
@@ -89,14 +89,14 @@ def decide_slots(
     ledger: Ledger,
     tell: OnEvent,
 ) -> list[Slot]:
-    """The slots that the subsets are meant for, the fastest first, as subsets.shares says: weighted or measured.
+    """Return the slots that the subsets are meant for, the fastest first, weighted or measured as subsets.shares says.
 
     Args:
         full_set_ref: of put_once().
-        indices: int64, a subset to time the run's model and recipe on.
+        indices: int64, a subset on which the run's model and recipe are timed.
         num_gpus: of an actor.
-        num_subsets: more slots are not wanted.
-        ledger: what measuring costs is written there.
+        num_subsets: the most slots that are returned.
+        ledger: receives the cost of measuring.
 
     Raises:
         ValueError: if an actor can never be placed, or there is no node to weigh or measure.
@@ -132,12 +132,12 @@ def decide_slots(
 def weighted_slots(
     types: Sequence[NodeType], request: Mapping[str, float], speeds: Mapping[str, float], *, most: int
 ) -> list[Slot]:
-    """The fastest slots by weights given to accelerator types or to an autoscaler's node types.
+    """Return the fastest slots by weights, which are given to accelerator types or to an autoscaler's node types.
 
-    Nodes that an autoscaler may still start count like those that are alive; types without a weight count 1.
+    Nodes that an autoscaler may still start count like nodes that are alive. A type without a weight has the weight 1.
 
     Raises:
-        ValueError: if no node is known that holds the request, or no node known has a type that is given a weight.
+        ValueError: if no known node holds the request, or none that does has a type with a weight.
     """
     slots = []
     for type in types:
@@ -145,8 +145,8 @@ def weighted_slots(
         slots += [_weighted(type, speeds)] * min(num, most)
     if not slots:
         raise ValueError(
-            "subsets.shares gives weights to types of nodes, but no node is up, nor is known to be startable, that "
-            f"holds {describe(request)}: publish the node types (clusters/publish_node_types.py) or use "
+            "subsets.shares gives weights to types of nodes, but no node is up or known to be startable that holds "
+            f"{describe(request)}: publish the node types (clusters/publish_node_types.py) or use "
             "subsets.shares=equal"
         )
     if not speeds.keys() & {slot.kind for slot in slots}:
@@ -166,7 +166,7 @@ def _weighted(type: NodeType, speeds: Mapping[str, float]) -> Slot:
 def measured_slots(
     types: Sequence[NodeType], request: Mapping[str, float], measure: Callable[[NodeType], float], *, most: int
 ) -> list[Slot]:
-    """The fastest slots of the nodes that are alive, each kind of node timed once by `measure`.
+    """Return the fastest slots of the nodes that are alive. `measure` times each kind of node once.
 
     Raises:
         ValueError: if no node that is alive holds the request.
@@ -174,7 +174,7 @@ def measured_slots(
     alive = [type for type in types if type.num_alive and type.num_fitting(request)]
     if not alive:
         raise ValueError(
-            f"subsets.shares=measured times each kind of node, but none is up that holds {describe(request)}: give "
+            f"subsets.shares=measured times each kind of node, but no node is up that holds {describe(request)}: give "
             "weights by type instead (--subsets.shares A100=3.5,T4=1), or start the nodes first"
         )
     slots = []
@@ -189,25 +189,25 @@ def _fastest(slots: Sequence[Slot], most: int) -> list[Slot]:
 
 
 def kind_of(type: NodeType) -> str:
-    """What nodes have in common that are taken to be equally fast: accelerator, autoscaler's type and resources."""
+    """Return the name of nodes that count as equally fast: accelerator, autoscaler's type and resources."""
     name = f"{type.accelerator} of {type.group}" if type.group else type.accelerator
     return f"{name} ({describe(type.resources)})"
 
 
 def speed_of_node(config: SubsetsConfig, slots: Sequence[Slot], node_id: str) -> float | None:
-    """The speed of a node that an actor came up on; None where its kind was not there to be measured."""
+    """Return the speed of the node that an actor started on; None if its kind was not measured."""
     type = next((type for type in node_types() if node_id in type.node_ids), None)
-    return _speed_of(config, slots, type) if type else None  # it may have gone meanwhile
+    return _speed_of(config, slots, type) if type else None  # the node may have gone meanwhile
 
 
 def fastest_nodes(config: Config, slots: Sequence[Slot], *, num_gpus: float) -> list[str]:
-    """Ids of the nodes that are alive, the fastest first, each as often as it holds an actor; at most one a slot."""
+    """Return the ids of the living nodes, the fastest first, each once per actor that fits; at most one a slot."""
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-    found = []
+    places = []
     for type in node_types():
         if type.node_ids and (speed := _speed_of(config.subsets, slots, type)) is not None:
-            found += [(speed, id) for id in type.node_ids for _ in range(min(type.num_fitting(request), len(slots)))]
-    return [id for _, id in sorted(found, key=lambda entry: -entry[0])[: len(slots)]]
+            places += [(speed, id) for id in type.node_ids for _ in range(min(type.num_fitting(request), len(slots)))]
+    return [id for _, id in sorted(places, key=lambda entry: -entry[0])[: len(slots)]]
 
 
 def _speed_of(config: SubsetsConfig, slots: Sequence[Slot], type: NodeType) -> float | None:
@@ -223,20 +223,20 @@ def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gp
     model = seeded_model(config, full_set)
     model = place(model, device, channels_last=config.minimize.channels_last)
     examples = full_set.examples("train", indices, device=device, augment=True)
-    since, num_before = time.perf_counter(), 0
+    start_s, num_before = time.perf_counter(), 0
 
     def on_step(progress: Progress) -> bool:
-        nonlocal since, num_before
-        if not num_before:  # the first step also sets things up
+        nonlocal start_s, num_before
+        if not num_before:  # the first step also includes set-up
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            since, num_before = time.perf_counter(), progress.cost.num_backward
-        return time.perf_counter() - since >= MEASURE_S
+            start_s, num_before = time.perf_counter(), progress.cost.num_backward
+        return time.perf_counter() - start_s >= MEASURE_S
 
     recipe = replace(config.stage("subsets"), epochs=_ENDLESS_EPOCHS, tolerance=None, patience=0, target_loss=None)
     cost = minimize(model, examples, recipe, seed=0, on_step=on_step).cost  # a GPU has done all steps when it returns
     if cost.num_backward == num_before:  # L-BFGS may be done after the first
         per_s = num_before / cost.device_s
     else:
-        per_s = (cost.num_backward - num_before) / (time.perf_counter() - since)
+        per_s = (cost.num_backward - num_before) / (time.perf_counter() - start_s)
     return MeasuredSpeed(per_s, cost, card_bytes(num_gpus=num_gpus))

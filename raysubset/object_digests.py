@@ -1,6 +1,6 @@
-"""object_fingerprint(): digests of an object in memory, of the code it runs and of its tensors, alike in all processes.
+"""object_fingerprint() digests an object in memory: its code and its tensors. All processes get the same digests.
 
-Python's own pickles would not do: those of tensors hold addresses, those of classes random numbers or just a name.
+Python's own pickles do not serve: those of tensors hold addresses, those of classes random numbers or only a name.
 """
 
 import dis
@@ -27,29 +27,29 @@ _NOT_CODE = (
 
 
 def object_fingerprint(name: str, value: Any) -> pa.Table:
-    """Digests of an object: its code and values, its tensors, and the files of modules of the user's that it needs.
+    """Return digests of an object: its code and values, its tensors, and the files of the user's modules that it needs.
 
     Raises:
-        ValueError: if it holds what cannot be pickled, which other processes could not be given either.
+        ValueError: if it holds what cannot be pickled, and so cannot be given to other processes either.
     """
     digester = _Digester()
     try:
         digester.dump(value)
-    except Exception as error:  # __reduce__() of the user's may raise anything
+    except Exception as error:  # the user's __reduce__() may raise anything
         raise ValueError(
             f"{name} cannot be given to other processes, as it holds what cannot be pickled ({error}): leave locks, "
-            "open files and generators out of it, or give a function that makes it"
+            "open files and generators out of it, or give a function that creates it"
         ) from error
-    found = [Entry(name, digester.stream.num_bytes, digester.stream.hash.hexdigest())]
+    digests = [Entry(name, digester.stream.num_bytes, digester.stream.hash.hexdigest())]
     if digester.tensors.num_bytes:
-        found.append(Entry(f"{name}'s tensors", digester.tensors.num_bytes, digester.tensors.hash.hexdigest()))
+        digests.append(Entry(f"{name}'s tensors", digester.tensors.num_bytes, digester.tensors.hash.hexdigest()))
     for module in sorted(digester.modules):
-        found += entries(code_fingerprint(f"{module}:")).values()
-    return fingerprint(found)
+        digests += entries(code_fingerprint(f"{module}:")).values()
+    return fingerprint(digests)
 
 
 class _Hash:
-    """A file that keeps the digest of what is written to it."""
+    """A file that digests what is written to it."""
 
     def __init__(self) -> None:
         self.hash, self.num_bytes = hasher(), 0
@@ -59,23 +59,26 @@ class _Hash:
         self.num_bytes += len(data)
 
 
-class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told from equal strings
-    """Pickles to a digest: functions and classes of no module by their code, tensors by shape and, apart, by values."""
+class _Digester(pickle._Pickler):  # the pickler in Python: its memoize() can be overridden
+    """Pickles to a digest. Functions and classes that no module has by name are pickled by their code.
 
-    memo: dict[int, Any]  # which typeshed has for the one in C alone
+    Tensors are pickled by dtype and shape; their values go to a digest of their own.
+    """
+
+    memo: dict[int, Any]  # typeshed declares the type of the C pickler's memo
 
     def __init__(self) -> None:
         self.stream, self.tensors = _Hash(), _Hash()
-        self.modules: set[str] = set()  # where functions and classes are found by name
+        self.modules: set[str] = set()  # modules whose functions and classes are pickled by name
         self._met: dict[int, tuple[int, Any]] = {}
         super().__init__(self.stream, protocol=5)
 
     def memoize(self, obj: Any) -> None:
-        if not isinstance(obj, str | bytes):  # whether equal ones are one object is a matter of chance
+        if not isinstance(obj, str | bytes):  # whether two equal ones are one object is a matter of chance
             super().memoize(obj)  # pyright: ignore[reportAttributeAccessIssue]
 
     def reducer_override(self, value: Any) -> Any:
-        """What is pickled in place of a value; NotImplemented: itself."""
+        """Return what is pickled in place of a value; NotImplemented for the value itself."""
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             plain = value.detach().cpu().contiguous()
@@ -99,9 +102,9 @@ class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told f
         return NotImplemented
 
     def _digest_of(self, value: Any) -> str:
-        """Of a value of a set, whose order and whose text, which may be an address, are matters of chance."""
+        """Return the digest of an element of a set. The set is sorted by it: its own order is a matter of chance."""
         digester = _Digester()
-        digester.memo, digester._met = dict(self.memo), dict(self._met)  # as of one that leads back to what holds it
+        digester.memo, digester._met = dict(self.memo), dict(self._met)  # the element may lead back to its container
         digester.dump(value)
         self.modules |= digester.modules
         return digester.stream.hash.hexdigest() + digester.tensors.hash.hexdigest()
@@ -109,20 +112,20 @@ class _Digester(pickle._Pickler):  # the one in Python, whose memo can be told f
     def _code_of(self, value: Any) -> Any:
         if reference := importable(value):
             self.modules.add(reference.partition(":")[0])
-            return NotImplemented  # by its name
-        if id(value) in self._met:  # as a function that calls itself
+            return NotImplemented  # pickled by its name
+        if id(value) in self._met:  # a function that calls itself, for example
             return _stand_in("again", self._met[id(value)][0])
         self._met[id(value)] = len(self._met), value
         if isinstance(value, type):
-            own = {key: each for key, each in sorted(vars(value).items()) if key not in _NOT_CODE}
-            return _stand_in("class", value.__name__, value.__bases__, own)
+            attributes = {key: each for key, each in sorted(vars(value).items()) if key not in _NOT_CODE}
+            return _stand_in("class", value.__name__, value.__bases__, attributes)
         used = {key: value.__globals__[key] for key in sorted({*_globals_of(value.__code__)} & {*value.__globals__})}
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
         return _stand_in("function", value.__code__, value.__defaults__, value.__kwdefaults__, closure, used)
 
 
 def importable(value: Any) -> str | None:
-    """package.module:name of a function or class that other processes find by it; None of others."""
+    """Return package.module:name of a function or class that other processes can import; None for others."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if not module or module == "__main__":
         return None
@@ -134,14 +137,14 @@ def _stand_in(*parts: Any) -> tuple[type, tuple[Any]]:
 
 
 def _parts_of(code: types.CodeType) -> tuple[Any, ...]:
-    """All of a code object but where it stands."""
+    """Return all parts of a code object but its place in the source."""
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     return code.co_name, code.co_code, code.co_consts, counts, names
 
 
 def _globals_of(code: types.CodeType) -> Iterator[str]:
-    """Names that code and what is defined in it read of its module."""
+    """Yield the names that the code, and the code defined in it, reads from its module."""
     yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

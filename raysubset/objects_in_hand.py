@@ -1,4 +1,4 @@
-"""Arrays, networks and tasks that a program has in hand, in the place of names: run(config, data=…, model=…)."""
+"""Arrays, networks and tasks that a program gives as objects instead of names: run(config, data=…, model=…)."""
 
 import contextlib
 import copy
@@ -19,11 +19,11 @@ from raysubset.tasks import Task
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_UNNAMED = Config()  # its names nobody gave
+_UNNAMED = Config()  # has the default names
 
 
 def taking_objects(function: Callable[P, T]) -> Callable[P, T]:
-    """Have what a function is given as data, model and task taken() while it works: it gets the config alone."""
+    """Wrap a function of a config so that it accepts data, model and task as objects, which it holds by name."""
 
     @functools.wraps(function)
     def call(config: Config, *arguments: Any, data: Any = None, model: Any = None, task: Any = None, **more: Any) -> T:
@@ -35,11 +35,11 @@ def taking_objects(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextlib.contextmanager
 def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = None) -> Iterator[Config]:
-    """Have the objects in hand as long as the block; yield the config that names them.
+    """Hold the objects for the length of the block. Yield the config that names them.
 
-    A function or class of a module is named by it, package.module:name, as if the config did. Other objects are
-    given:Name, by which config.json calls them: whoever resumes gives them again, and what differs is found by their
-    digests.
+    A function or class that its module has by name becomes package.module:name, as if the config named it. Other
+    objects become given:Name in the config and config.json: whoever resumes gives them again, and their digests show
+    what differs.
 
     Args:
         data: what a function that data.name names may return, or such a function.
@@ -53,19 +53,19 @@ def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = No
     for argument, value in (("data", data), ("model", model), ("task", task)):
         if value is None:
             continue
-        stands, before = _checked(argument, value), getattr(config, argument).name
-        if not isinstance(stands, Instance) and (reference := importable(stands)):
+        checked, config_name = _checked(argument, value), getattr(config, argument).name
+        if not isinstance(checked, Instance) and (reference := importable(checked)):
             name = reference
         else:
             name = f"{PREFIX}{argument if argument == 'data' else _name_of(value)}"
-            if name in objects:  # as of two lambdas
+            if name in objects:  # two lambdas have the same name
                 name = f"{PREFIX}{argument}"
-            objects[name] = stands
-            if argument != "data":  # known by what is read of them
-                fingerprints[name] = object_fingerprint(name, stands)
-        if before not in (getattr(_UNNAMED, argument).name, name):
+            objects[name] = checked
+            if argument != "data":  # data are known by what is read of them
+                fingerprints[name] = object_fingerprint(name, checked)
+        if config_name not in (getattr(_UNNAMED, argument).name, name):
             raise ValueError(
-                f"{argument} is given as an object, and {argument}.name = {before!r} too: leave one of them out"
+                f"{argument} is given as an object, and {argument}.name = {config_name!r} too: leave one of them out"
             )
         names[f"{argument}.name"] = name
     with holding(Given(objects, fingerprints, frozenset({f"{PREFIX}data"} & {*objects}))):
@@ -74,7 +74,7 @@ def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = No
 
 @contextlib.contextmanager
 def again(given: Mapping[str, Any], record: Any) -> Iterator[None]:
-    """Have objects in hand by the names that a model's record, which may hold anything, has for them.
+    """Hold objects by the names that a model's record has for them. The record may hold anything.
 
     Raises:
         ValueError: for an object that the record has no such name for.
@@ -93,14 +93,14 @@ def again(given: Mapping[str, Any], record: Any) -> Iterator[None]:
 
 
 def _checked(argument: str, value: Any) -> Any:
-    """What is called in the place of the function that a config names.
+    """Return the function, class or Instance that stands for the object in place of the function that a config names.
 
     Raises:
-        ValueError: for what cannot stand there.
+        ValueError: if the value cannot be used so.
     """
     if isinstance(value, str):
-        out = "; texts are given in a list" if argument == "data" else ""
-        raise ValueError(f"{argument} = {value!r} is a name, or a path: set {argument}.name of the config{out}")
+        hint = "; texts are given in a list" if argument == "data" else ""
+        raise ValueError(f"{argument} = {value!r} is a name, or a path: set {argument}.name of the config{hint}")
     if argument == "data":
         return value if callable(value) and not hasattr(value, "__getitem__") else Instance(value)
     if argument == "task":
@@ -113,17 +113,17 @@ def _checked(argument: str, value: Any) -> Any:
     if isinstance(value, nn.Module):
         if lazy := [name for name, tensor in (*value.named_parameters(), *value.named_buffers()) if is_lazy(tensor)]:
             text = f"model has parameters without a shape yet ({', '.join(lazy[:3])}{', …' if len(lazy) > 3 else ''})"
-            raise ValueError(f"{text}: pass a batch through it first, or give a function that makes it")
+            raise ValueError(f"{text}: pass a batch through it first, or give a function that creates it")
         return Instance(copied(value).cpu().train(), copied)
     if not callable(value):
         raise ValueError(
-            f"model is a {type(value).__name__}: give an nn.Module, or a function of a Spec that makes one"
+            f"model is a {type(value).__name__}: give an nn.Module, or a function of a Spec that creates one"
         )
     return value
 
 
 def _name_of(value: Any) -> str:
-    """Of a class or function its own, of anything else its class's."""
+    """Return the name of a class or function, or of the object's class."""
     value = unwrapped(value)
     name = getattr(value, "__name__", type(value).__name__)
     return name if name.isidentifier() else "function"

@@ -1,8 +1,8 @@
-"""The pulse of a process at work: each batch and each file is a beat, so that a watcher tells slow work from none.
+"""The pulse of a working process: each batch and each file is a beat. A watcher tells slow work from stuck work by it.
 
 pulse.begin()  # in the process that works; data and run directory call pulse.beat()
 watch = Watch(stall_s)  # in the process that watches
-watch.hear(Pulse(...))  # whenever it has answered
+watch.hear(Pulse(...))  # whenever the working process has answered
 watch.look()  # "", "stalled" (once), "lost"
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-USUAL_TIMES = 10.0  # a beat may take this many times the usual, if that is more than stall_s
+USUAL_TIMES = 10.0  # a beat may take this many times the usual interval, if that is more than stall_s
 FIRST_TIMES = 4.0  # the first beats may take this many times stall_s: they compile, start CUDA and open files
-_MOST_BETWEEN_LOOKS_S = 10.0  # a watcher that was itself stopped for longer has not seen others stand still
+_MOST_BETWEEN_LOOKS_S = 10.0  # a longer gap between looks counts as this: the watcher itself was stopped meanwhile
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """How far a process has got with the work in hand."""
+    """How far a process has got with its current work."""
 
     num_beats: int = 0
     usual_s: float | None = None  # mean time between two beats without the first interval; None before the third
-    epoch: float | None = None  # of the work in hand, where it says
+    epoch: float | None = None  # of the current work, if it reports one
     num_epochs: float | None = None
     loss: float | None = None  # of the epoch so far
     examples_per_s: float | None = None
@@ -33,13 +33,13 @@ _standing: Callable[[], tuple[float | None, ...]] = tuple
 
 
 def begin() -> None:
-    """Start counting for a new piece of work."""
+    """Start counting beats for a new piece of work."""
     global _num_beats, _standing
     _num_beats, _standing = 0, tuple
 
 
 def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:
-    """Have pulses say how far the work is: its epoch, of how many, the loss, and examples a second when asked."""
+    """Set the function that fills a pulse's epoch, num_epochs, loss and examples_per_s. pulse() calls it."""
     global _standing
     _standing = standing
 
@@ -53,20 +53,20 @@ def beat() -> None:
 
 
 def pulse() -> Pulse:
-    """This process's pulse."""
+    """Return this process's pulse."""
     num, span_s = _num_beats, _last_at - _second_at
     return Pulse(num, span_s / (num - 2) if num > 2 else None, *_standing())
 
 
 def limit_s(stall_s: float, usual_s: float | None) -> float:
-    """Seconds without a beat after which work is taken to stand still."""
+    """Return the seconds without a beat after which work counts as stalled."""
     return FIRST_TIMES * stall_s if usual_s is None else max(stall_s, USUAL_TIMES * usual_s)
 
 
 class Watch:
-    """How long a process has not been heard to get further, while somebody looked.
+    """Measures for how long a process has made no progress. Only time in which somebody looked counts.
 
-    What stands still is told of once, and lost when it has stood still for as long again.
+    look() reports a stall once, and a loss when the silence has lasted for twice the limit.
     """
 
     def __init__(self, stall_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,18 +76,18 @@ class Watch:
         self.silent_s, self._looked_at, self._is_told = 0.0, clock(), False
 
     def hear(self, pulse: Pulse, who: Any = None) -> None:
-        """Note a pulse; another one than the last, or that of another process, is progress."""
+        """Note a pulse. A new count of beats, or another process (`who`), is progress."""
         if (who, pulse.num_beats) != self._heard:
             self._heard, self.silent_s, self._is_told = (who, pulse.num_beats), 0.0, False
         self._usual_s = pulse.usual_s
 
     @property
     def limit_s(self) -> float:
-        """Seconds without progress after which it is told of."""
+        """Seconds without progress after which the work counts as stalled."""
         return limit_s(self._stall_s, self._usual_s)
 
     def look(self) -> Literal["", "stalled", "lost"]:
-        """Whether the work stands still: "stalled" the first time that is seen, "lost" after as long again."""
+        """Return "stalled" when the work is first seen to stand still, "lost" after twice that time, else ""."""
         now = self._clock()
         self.silent_s += min(now - self._looked_at, _MOST_BETWEEN_LOOKS_S)
         self._looked_at = now
@@ -99,6 +99,6 @@ class Watch:
         return "stalled"
 
     def in_words(self) -> str:
-        """'no step for 301 s (usually 0.2 s)'."""
+        """Return the silence as a text: 'no step for 301 s (usually 0.2 s)'."""
         usual = "" if self._usual_s is None else f" (usually {self._usual_s:.2g} s)"
         return f"no step for {self.silent_s:.0f} s{usual}"

@@ -1,4 +1,4 @@
-"""Whether network, recipes and batches fit one another: found before a run, by counting and by trying on copies."""
+"""Checks that network, recipes and batches fit together, before a run, by counting and by trying copies."""
 
 import math
 
@@ -32,14 +32,14 @@ _MOST_SAMPLED = 64  # validation examples that a network is tried on
 
 
 def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_subset: int) -> int:
-    """How many workers can share the batches of fine-tuning.
+    """Return how many workers can share the batches of fine-tuning.
 
     Args:
-        least_subset: examples of the smallest subset, or part of one, that is minimized on.
+        least_subset: number of examples of the smallest subset, or part of a subset, that is minimized on.
 
     Raises:
-        ValueError: if a stage's smallest batch is too small for the network or for the workers that are asked for, or
-            its optimizer cannot minimize the network's loss.
+        ValueError: if a stage's smallest batch is too small for the network or for the workers that are set, or its
+            optimizer cannot minimize the network's loss.
     """
     most, needed, name = 1, least_batch(model, full_set.spec), architecture(config.model, full_set.spec).name
     for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
@@ -51,7 +51,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         if is_whole and num_workers > 1:
             raise ValueError(f"{recipe.whole_loop} works in one process: set {flag} 1, or use sgd")
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
-        # Statistics over all workers' parts are there on CUDA alone, which is not known here
+        # Batch norm shares statistics between workers on CUDA only, and the device is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
         if each > 1 and recipe.accumulation > 1:
             each *= recipe.accumulation
@@ -81,8 +81,10 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
 
 
 def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
-    """Stop where a method asks of task or network what they do not have: curvature, a watched number, known units; and
-    where an optimizer, objective or loop of the user's own does not work on the network. Return what is to be known.
+    """Refuse methods that need what the task or network lacks: curvature, a watched number, units that can be aligned.
+
+    Refuse the user's own optimizer, objective, loop or augmentation if it does not work on the network. Return notes on
+    what the user should know.
 
     Raises:
         ValueError: with the way out.
@@ -107,7 +109,7 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         refuse_fresh_weights(config)
         notes.append(Note(f"{config.model.name} brings its own weights, which the shared start has, whatever the seed"))
     if config.method == "subset_pretraining" and "aligned_soup" in methods_tried(config):
-        from raysubset.aggregation.alignment import trace_units  # scipy is slow to import, and seldom needed
+        from raysubset.aggregation.alignment import trace_units  # scipy is slow to import, and rarely needed
 
         try:
             trace_units(model, full_set.spec)
@@ -138,12 +140,12 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
 
 
 def sampled(full_set: FullSet) -> Examples:
-    """Some validation examples, on the CPU, that a network is tried on."""
+    """Return some validation examples, on the CPU, for trying a network."""
     return full_set.examples("validation", np.arange(min(len(full_set.validation), _MOST_SAMPLED)))
 
 
 def refuse_fresh_weights(config: Config) -> None:
-    """Refuse stages that start from weights drawn anew, where the network is an object that brings its own.
+    """Refuse stages that start from newly drawn weights if the network is an object that has weights of its own.
 
     Raises:
         ValueError: with the way out.
@@ -155,13 +157,13 @@ def refuse_fresh_weights(config: Config) -> None:
     ):
         if is_set and is_instance(config.model.name) and config.method == "subset_pretraining":
             raise ValueError(
-                f"{setting} draws weights anew, and {config.model.name} is a network that has its own: give a function "
-                "or class that makes one, model=…, or leave the setting out"
+                f"{setting} draws new weights, and {config.model.name} is a network that has its own: give a function "
+                "or class that creates one, model=…, or leave the setting out"
             )
 
 
 def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:
-    """(stage, examples, workers asked for) of each."""
+    """Return (stage, number of examples, workers that are set) of each stage."""
     if config.method == "conventional":
         return [("conventional", num_train, config.conventional.num_workers)]
     stages: list[tuple[TrainingStage, int, int]] = [("subsets", least_subset, 1)]
@@ -173,7 +175,7 @@ def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[Tra
 
 
 def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
-    """What a few steps of every recipe show of a user's network, for Plan.advice.
+    """Take a few steps of every recipe with a user's network, and return what they show, for Plan.advice.
 
     Raises:
         ValueError: if the steps fail.

@@ -1,12 +1,12 @@
-"""Streaming the full set to Ray Train's workers by Ray Data: tasks on free CPUs decode what will be trained on next.
+"""Streaming the full set to Ray Train's workers by Ray Data: tasks on free CPUs decode the next examples.
 
 examples = full_set.examples("train", device=device, augment=True)
 examples = read_by_ray_data(examples, full_set_ref, shard=shard, config=config)
 
-Each worker runs a pipeline of its own over its stretch of an epoch. Ray Train's own shards (get_dataset_shard) hand out
-blocks as they are asked for and do not know which epoch it is, so that an epoch could neither have an order of its own
-seed nor be gone on with in the middle; here it has the same bits whatever reads it, the worker itself or many tasks.
-And read_parquet tells no row numbers, without which validation rows carved from the same files would be trained on.
+Each worker runs its own pipeline over its stretch of an epoch. Ray Train's own shards (get_dataset_shard) do not serve
+here: they deliver blocks on request and do not know the epoch, so that an epoch could neither have an order of its own
+seed nor be resumed in the middle. Here an epoch has the same bits whether the worker itself reads it or many tasks do.
+And read_parquet yields no row numbers, so that validation rows carved from the same files would be trained on.
 """
 
 import logging
@@ -22,21 +22,21 @@ from raysubset.config import Config
 from raysubset.data import StreamedExamples, StreamedSplit, cut_ranges, read_here
 from raysubset.training import Shard
 
-READER_CPUS = 1  # of a reading task
-PIECE_BYTES = 2**24  # of tensors that a task reads, unless a row group is larger
-STORE_BYTES = 2**28  # of the object store that a worker's pipeline may fill
+READER_CPUS = 1  # CPUs of a reading task
+PIECE_BYTES = 2**24  # bytes of tensors that one task reads, unless a row group is larger
+STORE_BYTES = 2**28  # bytes of the object store that a worker's pipeline may fill
 
 
 def most_workers(num_cpus: int) -> int:
-    """How many workers of so many CPUs leave a reading task its CPU, on this cluster with all it may start."""
+    """Return the most workers that leave a reading task its CPU, on this cluster with all nodes that it may start."""
     return max(0, (num_slots({"CPU": READER_CPUS}, startable=True) - 1) * READER_CPUS // num_cpus)
 
 
 def refuse_without_readers(config: Config, stage: str, *, num_workers: int) -> None:
-    """Stop before workers take the CPUs without which nothing could be read for them.
+    """Stop before workers take all CPUs, so that none is left for the tasks that read for them.
 
     Raises:
-        ValueError: with what there is, and the way out.
+        ValueError: with the CPUs needed and there, and the way out.
     """
     num_cpus = config.actors.num_cpus
     if num_workers <= most_workers(num_cpus):
@@ -53,12 +53,12 @@ def refuse_without_readers(config: Config, stage: str, *, num_workers: int) -> N
 def read_by_ray_data(
     examples: StreamedExamples, full_set_ref: Sequence[ray.ObjectRef], *, shard: Shard, config: Config
 ) -> StreamedExamples:
-    """The same examples, read by tasks on the cluster. Tasks that die are run again by Ray.
+    """Return the same examples, read by tasks on the cluster. Ray runs tasks that die again.
 
-    The CPUs that the workers leave free are shared out among their pipelines, a task at a time at least.
+    The workers' pipelines share the CPUs that the workers leave free. Each pipeline has at least one task at a time.
 
     Raises:
-        TimeoutError: if no task comes to run within cluster.wait_timeout_s: something else holds all CPUs.
+        TimeoutError: if no task starts within cluster.wait_timeout_s, as other work holds all CPUs.
     """
     answer_ref = _answer.remote(full_set_ref)
     if not ray.wait([answer_ref], timeout=config.cluster.wait_timeout_s)[0]:
@@ -74,17 +74,17 @@ def read_by_ray_data(
 
 @ray.remote(num_cpus=READER_CPUS, scheduling_strategy=OUTSIDE_GROUPS)
 def _answer(full_set_ref: Sequence[ray.ObjectRef]) -> None:
-    """Come to run, and have the process ready for the reading tasks."""
+    """Start, and get the process ready for the reading tasks."""
     ray.get(full_set_ref[0])
 
 
 @dataclass(frozen=True)
 class _RayDataReader:
-    """A data.Reader: an epoch's pieces by tasks, so many at a time, delivered in their order."""
+    """A data.Reader that reads an epoch's pieces by tasks, num_tasks at a time, and delivers them in order."""
 
     full_set_ref: Sequence[ray.ObjectRef]
     num_tasks: int  # at a time
-    num_bytes: int  # of the object store
+    num_bytes: int  # that it may fill of the object store
 
     def __call__(self, split: StreamedSplit, windows: Sequence[np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:
         import ray.data  # takes a second, and pandas: only workers that stream pay for it
@@ -103,7 +103,7 @@ class _RayDataReader:
         )
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells of each execution's begin and end
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # it reports the begin and end of each execution
         blocks: Any = dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
         yield from blocks
 
@@ -111,6 +111,6 @@ class _RayDataReader:
 def _read_piece(
     batch: dict[str, np.ndarray], full_set_ref: Sequence[ray.ObjectRef], pieces_ref: Sequence[ray.ObjectRef]
 ) -> Iterator[Mapping[str, Any]]:
-    """Tensors of the piece whose number is the batch."""
+    """Yield the tensors of the piece whose number is the batch."""
     (number,) = batch["id"]
     yield from read_here(ray.get(full_set_ref[0]).train, [ray.get(pieces_ref[0])[number]])

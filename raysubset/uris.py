@@ -1,8 +1,8 @@
-"""URIs without the secrets that they may hold: what is shown, logged, recorded and passed on."""
+"""URIs without the secrets that they may hold. Messages, logs and records use this form."""
 
 import re
 
-# Options of pyarrow's file systems that say where and how, and never who
+# Options of pyarrow's file systems that name places and behaviour, and never hold a key or a token
 _PLAIN_OPTIONS = frozenset(
     (
         *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
@@ -24,18 +24,18 @@ _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
 
 
 def shown(uri: str) -> str:
-    """The URI without users, passwords, keys and tokens; what is no URI as it is.
+    """Return the URI without users, passwords, keys and tokens. Return a text that is no URI unchanged.
 
-    Of a query only options are left that are known to hold none. Secrets with a "/", "?" or "@" of their own, which
-    should have been written %2F, %3F and %40, go with all that comes before the last "@".
+    Of the query, only options that never hold a secret stay. A secret may contain an unescaped "/", "?" or "@" (they
+    should be written %2F, %3F and %40): then everything before the last "@" is removed.
     """
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    user, host = _divided(authority)
-    if _NOT_A_PORT.search(host):  # the secret goes on behind what looks like the authority's end, or stands alone
-        user, rest = _divided(rest) if "@" in rest else (rest, authority.partition(":")[0])
+    user, host = _split_at_last_at(authority)
+    if _NOT_A_PORT.search(host):  # the secret continues after what looks like the authority's end, or stands alone
+        user, rest = _split_at_last_at(rest) if "@" in rest else (rest, authority.partition(":")[0])
     elif _is_ambiguous(rest) or user:
         path = rest.partition("?")[0]
         user = path.rpartition("@")[0]
@@ -50,30 +50,30 @@ def shown(uri: str) -> str:
     return f"{scheme}://{container}{'@' if container else ''}{path}{mark if options else ''}{'&'.join(options)}"
 
 
-def _divided(text: str) -> tuple[str, str]:
-    """(before, after) the last "@"; ("", text) where there is none."""
+def _split_at_last_at(text: str) -> tuple[str, str]:
+    """Return the texts before and after the last "@"; ("", text) if there is no "@"."""
     before, _, after = text.rpartition("@")
     return before, after
 
 
 def _is_ambiguous(rest: str) -> bool:
-    """Whether a "/" may be the end of the authority or stand in a secret: an "@" comes after it, and a ":" before."""
+    """Return True if the first "/" may be part of a secret: an "@" follows it, and a ":" comes before that "@"."""
     first, slash, later = rest.partition("?")[0].partition("/")
     return "@" in later and ":" in (first + slash + later).rpartition("@")[0]
 
 
 def refuse_ambiguous(uri: str) -> None:
-    """ValueError, without the secret, where one has characters that end it before its end."""
+    """Raise a ValueError, which does not show the secret, if the URI's secret contains an unescaped delimiter."""
     rest = uri.partition("://")[2]
-    if _is_ambiguous(rest) or _NOT_A_PORT.search(_divided(re.split(r"[/?#]", rest, maxsplit=1)[0])[1]):
+    if _is_ambiguous(rest) or _NOT_A_PORT.search(_split_at_last_at(re.split(r"[/?#]", rest, maxsplit=1)[0])[1]):
         raise ValueError(f"{shown(uri)}: in its user, password and path write / as %2F, ? as %3F, @ as %40, : as %3A")
 
 
 def holds_secret(uri: object) -> bool:
-    """Whether it is a URI of which shown() leaves something out."""
+    """Return True if the value is a URI from which shown() removes something."""
     return isinstance(uri, str) and shown(uri) != uri
 
 
 def without_secrets(text: str) -> str:
-    """A text with its URIs as they are shown."""
+    """Return the text with every URI in it as shown() returns it."""
     return _IN_TEXT.sub(lambda match: shown(match[0]), text)

@@ -1,4 +1,4 @@
-"""The source files behind a package.module:function: its module's, and those of all it imports but installed ones."""
+"""The source files behind a package.module:function: its module's, and those of all imports that are not installed."""
 
 import ast
 import functools
@@ -33,9 +33,9 @@ _INSTALLED = tuple(
 
 
 def code_fingerprint(reference: str) -> pa.Table:
-    """Digests of the source files behind a "package.module:function", by their paths below the folder that has them.
+    """Return digests of the source files behind a "package.module:function", by paths relative to the search path.
 
-    They are found by reading import statements: nothing is imported. A module that is not found is left out.
+    The files are found by reading import statements; nothing is imported. A module that is not found is left out.
     """
     files = source_files(reference.partition(":")[0])
     contents = ((name, path.read_bytes()) for name, path in files.items())
@@ -43,10 +43,10 @@ def code_fingerprint(reference: str) -> pa.Table:
 
 
 def source_files(module: str) -> dict[str, Path]:
-    """The files of a module and of all it imports, directly or not, that is neither installed nor Python's own."""
+    """Return the files of a module and of its direct and indirect imports, without installed and standard modules."""
     search_here()
     files: dict[str, Path] = {}
-    folders: dict[str, list[str]] = {"": sys.path}  # where the modules of a package are looked for
+    folders: dict[str, list[str]] = {"": sys.path}  # folders in which the modules of a package are searched
     waiting = [module]
     while waiting:
         name = waiting.pop()
@@ -61,7 +61,7 @@ def source_files(module: str) -> dict[str, Path]:
         if spec is None:
             continue
         is_package = spec.submodule_search_locations is not None
-        if is_package:  # a namespace package does not tell its own unless its parents are imported
+        if is_package:  # a namespace package's spec lacks its folders unless its parents are imported
             folders[name] = [path for folder in folders[parent] if os.path.isdir(path := os.path.join(folder, last))]
         if spec.origin and spec.has_location:
             path = Path(spec.origin)
@@ -72,7 +72,7 @@ def source_files(module: str) -> dict[str, Path]:
 
 
 def search_here() -> None:
-    """Have modules of the working directory found."""
+    """Add the working directory to the search path of modules."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -80,22 +80,21 @@ def search_here() -> None:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the driver's process works, for user code that is to find its files and modules in others too."""
+    """The driver's working directory and search path, with which other processes find the user's files and modules."""
 
     directory: str
-    search_path: tuple[str, ...]  # what is not installed
-    load_given: Callable[[], Given] | None = None  # the objects that stand in the place of names, if there are any
+    search_path: tuple[str, ...]  # without installed packages
+    load_given: Callable[[], Given] | None = None  # loads the objects given in place of names, if there are any
 
     @classmethod
     def here(cls) -> "Workplace":
-        """That of this process."""
+        """Return this process's workplace."""
         here = os.getcwd()
         folders = [os.path.abspath(path) for path in sys.path if not _is_installed(os.path.realpath(path or here))]
         return cls(here, tuple(folders))
 
     def enter(self) -> None:
-        """Work there, where such a folder is on this machine; what is looked for is found as the driver finds it, and
-        what the driver was given is in hand."""
+        """Change to the directory if this machine has it, search modules as the driver does, and load given objects."""
         if os.path.isdir(self.directory):
             os.chdir(self.directory)
         sys.path[:] = [*self.search_path, *(path for path in sys.path if path not in self.search_path)]
@@ -104,7 +103,7 @@ class Workplace:
 
 
 def at(workplace: Workplace, function: Callable[..., T]) -> Callable[..., T]:
-    """The function, for another process to call at this workplace."""
+    """Return the function so that another process, when it calls it, enters the workplace first."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> T:
@@ -119,12 +118,12 @@ def _is_installed(path: str) -> bool:
 
 
 def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
-    """Where a module lies; None if nowhere, or if it is installed, Python's own or this package's."""
+    """Return the spec of a module; None if it is not found, is installed, or is part of Python or this package."""
     top, _, below = name.partition(".")
     if top in sys.stdlib_module_names or top in ("__main__", __package__):
         return None
     for finder in [PathFinder] if below else sys.meta_path:
-        # by its last name: with its whole name, a namespace package would have to be imported
+        # searched by its last name: a search by the whole name of a namespace package would import it
         spec = finder.find_spec(name.rpartition(".")[2], folders if below else None)
         if spec is not None:
             origin = os.path.realpath(spec.origin) if spec.origin and spec.has_location else ""
@@ -133,8 +132,8 @@ def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
 
 
 def _imported(path: Path, *, package: str) -> Iterator[str]:
-    """Names that a source file may import, wherever in it; a name out of a module may be a module of a package."""
-    with suppress(SyntaxError, ValueError):  # whoever imports it is told
+    """Yield the names that a source file may import anywhere. `from a import b` yields a.b: b may be a module."""
+    with suppress(SyntaxError, ValueError):  # whoever imports the file reports the error
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)

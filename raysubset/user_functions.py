@@ -17,15 +17,15 @@ from raysubset.user_code import search_here
 
 _GUARD = 'under `if __name__ == "__main__":`'
 
-_imported: list[str] = []  # modules of the user's that are being imported, the innermost last
+_imported: list[str] = []  # the user's modules that are being imported, the innermost last
 
 
 def call_function(field: str, reference: str, *arguments: Any) -> Any:
-    """What the function that a field names returns.
+    """Call the function that a field names, and return its result.
 
     Raises:
-        ValueError: if there is no such function, or whatever it raises or ends the process with, with its place in the
-            user's file.
+        ValueError: if there is no such function, or it raises or ends the process. The message says what happened and
+            at which line of the user's file.
     """
     function = load_function(field, reference)
     with in_a_line(field, reference):
@@ -33,10 +33,10 @@ def call_function(field: str, reference: str, *arguments: Any) -> Any:
 
 
 def load_function(field: str, reference: str) -> Callable[..., Any]:
-    """The function that a field's "package.module:function" names; its module may lie in the working directory.
+    """Import the function that a field's "package.module:function" names. The working directory is searched too.
 
     Raises:
-        ValueError: if there is no such module or function, or whatever the module raises or ends the process with.
+        ValueError: if there is no such module or function, or the module raises or ends the process on import.
     """
     if is_given(reference):
         return given_object(field, reference)
@@ -71,10 +71,10 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
 
 
 def refuse_import(what: str) -> None:
-    """Refuse to begin a run, sweep or comparison while the user's module is imported for one of its functions.
+    """Refuse to begin a run, sweep or comparison while load_function() imports the user's module.
 
     Raises:
-        ValueError: for a script without a main guard.
+        ValueError: if a module is being imported: its script has no main guard.
     """
     if _imported:
         raise _NoMainGuard(
@@ -84,17 +84,18 @@ def refuse_import(what: str) -> None:
 
 
 class _NoMainGuard(ValueError):
-    """A script that begins a run wherever it is imported."""
+    """A script begins a run whenever it is imported."""
 
 
 @contextlib.contextmanager
 def in_a_line(field: str, reference: str) -> Iterator[None]:
-    """Make a ValueError of whatever the user's code raises, of the process's end, and of flags read from our argv.
+    """Turn into a one-line ValueError what the user's code raises, an exit of the process, and a use of our argv.
 
-    A device's failure stays what it is: no mistake, and it may be another on the next device.
+    A device's failure (torch.AcceleratorError) passes unchanged: it is no mistake of the user's, and the next device
+    may do the work.
     """
     parse_error = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = _refuse_flags  # which would print the user's usage for our flags
+    argparse.ArgumentParser.error = _refuse_flags  # the original would print the user's usage for our flags
     try:
         yield
     except _NoMainGuard:
@@ -123,7 +124,7 @@ def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _place(error: BaseException) -> str:
-    """'; see net.py, line 3, in make': the innermost line outside of Python's and installed packages' files."""
+    """Return '; see net.py, line 3, in make': the innermost line outside Python's and installed packages' files."""
     foreign = ("site-packages", "dist-packages", os.path.dirname(os.__file__), "<frozen", __file__)
     if isinstance(error, SyntaxError) and error.filename:
         return f"; see {Path(error.filename).name}, line {error.lineno}"

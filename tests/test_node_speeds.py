@@ -85,7 +85,7 @@ def test_nodes_that_hold_no_actor_are_no_slots():
 def test_weights_that_fit_no_node_are_refused_with_what_there_is():
     with pytest.raises(ValueError, match=r"weights to T5, but the nodes .* of none of these types; the cluster has T4"):
         weighted_slots([nodes("T4", 1)], REQUEST, {"T5": 2.0}, most=9)
-    with pytest.raises(ValueError, match="no node is up, nor is known to be startable, that holds 1 CPU"):
+    with pytest.raises(ValueError, match="no node is up or known to be startable that holds 1 CPU"):
         weighted_slots([], REQUEST, {"T5": 2.0}, most=9)
 
 
@@ -105,7 +105,7 @@ def test_each_kind_of_node_is_measured_once():
 
 def test_a_promise_of_nodes_cannot_be_measured_and_the_way_out_is_told():
     startable = NodeType("gpu", {"CPU": 8, "GPU": 1}, 0, 4)
-    with pytest.raises(ValueError, match=r"none is up that holds 1 CPU \+ 0.5 GPU: give weights by type"):
+    with pytest.raises(ValueError, match=r"no node is up that holds 1 CPU \+ 0.5 GPU: give weights by type"):
         measured_slots([startable], REQUEST, lambda type: 1.0, most=4)
 
 

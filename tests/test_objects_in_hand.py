@@ -253,8 +253,8 @@ MISTAKES = {
     "no data": ({"data": 3}, {}, "given:data is a int: it should return an Arrow table"),
     "other outputs": ({"model": nn.Linear(4, 2)}, {}, r"given:Linear gave float32 \[2, 2\] for two inputs"),
     "other task": ({"task": lambda: 3}, {"task.name": "auto"}, "made a int: it should be a raysubset.tasks.Task"),
-    "independent": ({"model": net()}, INDEPENDENT, "subsets.start=independent draws weights anew"),
-    "perturbed": ({"model": net()}, {"fine_tuning.start": "shrink_perturb"}, "start=shrink_perturb draws weights anew"),
+    "independent": ({"model": net()}, INDEPENDENT, "subsets.start=independent draws new weights"),
+    "perturbed": ({"model": net()}, {"fine_tuning.start": "shrink_perturb"}, "start=shrink_perturb draws new weights"),
 }
 
 
@@ -283,7 +283,7 @@ def test_a_config_that_names_an_object_asks_for_it_again():
 @pytest.mark.parametrize("arm", ["E", "F"])
 def test_a_comparison_refuses_arms_that_draw_weights_anew_for_a_network_in_hand(arm):
     with taken(config_of(), model=net()) as config:
-        with pytest.raises(ValueError, match="draws weights anew, and given:Sequential is a network that has its own"):
+        with pytest.raises(ValueError, match="draws new weights, and given:Sequential is a network that has its own"):
             _checked(config, [0, 1], [2.0], ["B", "G", arm], [0.1])
         _checked(config, [0, 1], [2.0], ["B", "G"], [0.1])
 
