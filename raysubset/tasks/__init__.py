@@ -1,10 +1,10 @@
-"""What is learned: what a network takes and gives, its loss, and how good it is. No data sets, no training.
+"""Tasks: the shapes that a network takes and gives, its loss, and its quality. No data sets, no training.
 
 task = Classification(ImageInputs((28, 28, 1), mean, std), class_names=("0", "1"))
 inputs, targets = task.batch(rows, draws=None)
-loss, found = task.loss(network(inputs), targets), task.measure(network(inputs), targets)
+loss, measures = task.loss(network(inputs), targets), task.measure(network(inputs), targets)
 
-Everything that is not the same for every kind of learning is in this room.
+Everything that differs between kinds of learning is in this room.
 """
 
 from raysubset.tasks.classification import Classification, balanced_weights, classification

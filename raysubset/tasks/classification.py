@@ -1,4 +1,4 @@
-"""Classification: of images, of a table's rows, of any tensors, into classes."""
+"""Classification: one class for an image, a table's row, or a tensor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, OutputsOf, Rows
 from raysubset.tasks.tensors import TensorInputs
 
-# What is kept of the images that the final model gets wrong, for the report: so many, and no more bytes than that
+# The most images that the report keeps of those that the final model gets wrong, and the most bytes of them
 _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Classification(InputsTask[CrossEntropy | SquaredError]):
-    """One class an example. Stored rows are the inputs' column and "label", int64 [N]."""
+    """The task of one class an example. Stored rows are the inputs' column and "label", int64 [N]."""
 
     inputs: ImageInputs | TableInputs | TensorInputs
     class_names: tuple[str, ...]
@@ -55,33 +55,33 @@ class Classification(InputsTask[CrossEntropy | SquaredError]):
         return self.objective.name
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-        """label and predicted, int64, and margin, float32: the predicted class's output less the label's."""
+        """Return label and predicted, int64, and margin, float32: the predicted class's output minus the label's."""
         predicted = outputs.argmax(1)
         margin = (outputs.gather(1, predicted[:, None]) - outputs.gather(1, targets[:, None])).squeeze(1).float()
         return {"label": targets.numpy(), "predicted": predicted.numpy(), "margin": margin.numpy()}
 
     def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
-        """The images that are wrong by the largest margins, uint8 of H*W*C in that order, as binary."""
+        """Return the wrong images of the largest margins, the largest first. "image" is binary: H*W*C uint8 values."""
         if not isinstance(self.inputs, ImageInputs):
             return None
         images = rows["image"]
         labels, predicted = (predictions.column(name).to_numpy() for name in ("label", "predicted"))
         margins = predictions.column("margin").to_numpy()
-        most = min(_MOST_MISTAKES, _MISTAKES_BYTES // max(1, images[:1].numel()))
+        num_kept = min(_MOST_MISTAKES, _MISTAKES_BYTES // max(1, images[:1].numel()))
         wrong = np.flatnonzero(labels != predicted)
-        worst = wrong[np.argsort(-margins[wrong], kind="stable")[:most]]
+        worst = wrong[np.argsort(-margins[wrong], kind="stable")[:num_kept]]
         pixels = pa.array([images[int(position)].numpy().tobytes() for position in worst], pa.binary())
         return predictions.take(pa.array(worst)).append_column("image", pixels)
 
     def describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = {"num_classes": len(self.class_names)}
+        description: dict[str, Any] = {"num_classes": len(self.class_names)}
         if isinstance(self.inputs, ImageInputs):
-            return described | {"image_shape": list(self.inputs.image_shape), "augmentation": self.augmentation}
-        return described | {"inputs": list(self.inputs.shape)}
+            return description | {"image_shape": list(self.inputs.image_shape), "augmentation": self.augmentation}
+        return description | {"inputs": list(self.inputs.shape)}
 
 
 def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
-    """Weights of classes inverse to their share of the labels, whose mean over the examples is 1.
+    """Return class weights inverse to the classes' shares of the labels. Their mean over the examples is 1.
 
     A class without an example has weight 0.
     """
@@ -96,7 +96,7 @@ def classification(
     config: TaskConfig,
     labels: np.ndarray,
 ) -> Classification:
-    """The task as the config has it, given the training labels, int64 [N]."""
+    """Return the task that the config asks for, given the training labels, int64 [N]."""
     if config.loss == "squared_error":
         return Classification(inputs, class_names, SquaredError(is_one_hot=True))
     weights = balanced_weights(labels, len(class_names)) if config.class_weights == "balanced" else None

@@ -1,4 +1,4 @@
-"""A table's columns as numbers: features fitted on training rows, and targets of regression. No files are read."""
+"""Turns a table's columns into numbers: features fitted on training rows, and targets of regression. Reads no files."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from raysubset.events import Note
 
 Missing = Literal["refuse", "mean"]
 
-MOST_VALUES = 100  # of a column of texts, one feature each
+MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_S = 86400
@@ -37,18 +37,18 @@ _NUMBERS: tuple[Callable[[pa.DataType], bool], ...] = (
 
 @dataclass(frozen=True)
 class InputColumn:
-    """How one column of a table becomes features: a standardised number, or one feature a category."""
+    """A column of a table and how it becomes features: one standardised number, or one feature a category."""
 
     name: str
     kind: Literal["number", "time", "category"]  # a time is read as seconds
     mean: float = 0.0  # over training rows
-    deviation: float = 1.0  # standard deviation over training rows, not of a sample (divided by N)
-    values: tuple[str, ...] = ()  # of a category, as in training rows, in sorted order
-    has_missing: bool = False  # whether a category's missing values are a category, the last
+    deviation: float = 1.0  # the standard deviation over training rows, divided by N, not N - 1
+    values: tuple[str, ...] = ()  # the categories in training rows, sorted
+    has_missing: bool = False  # missing values are one more category, the last
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The number's name, or "colour=red" for each category."""
+        """The column's name, or "colour=red" for each category."""
         if self.kind != "category":
             return (self.name,)
         return tuple(f"{self.name}={value}" for value in self.values) + ((f"{self.name}=",) if self.has_missing else ())
@@ -56,7 +56,7 @@ class InputColumn:
 
 @dataclass(frozen=True)
 class TableInputs:
-    """What makes features, float32 [N, F], of a table's columns; fit_columns() fits it on training rows."""
+    """Turns a table's columns into features, float32 [N, F]. fit_columns() fits it on training rows."""
 
     columns: tuple[InputColumn, ...]
     missing: Missing
@@ -66,18 +66,21 @@ class TableInputs:
 
     @property
     def shape(self) -> tuple[int]:
-        """(F,): what a network takes of one row."""
+        """(F,), the shape of one row that a network takes."""
         return (self.num_features,)
 
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
-        """[n, F]: stored rows are encoded already."""
+        """Return the features [n, F]: stored rows are already encoded."""
         return rows[self.column]
 
     def draw(self, num: int, seed: int) -> Tensor | None:
         return None
 
     def scaling(self) -> tuple[Tensor, Tensor]:
-        """(shift, scale), float64 [F]: what a feature is lessened by and then divided by; categories are 0 or 1."""
+        """Return (shift, scale), float64 [F]: a number is standardised as (number - shift) / scale.
+
+        Features of categories, which are 0 or 1, have shift 0 and scale 1.
+        """
         numbers = [
             (column.mean, column.deviation) if column.kind != "category" else (0.0, 1.0)
             for column in self.columns
@@ -100,12 +103,12 @@ class TableInputs:
         """Return the features of a table's rows, float32 [N, F], and notes on missing and unknown values.
 
         Args:
-            where: names the table in messages.
-            rows: int64 [N], numbers that messages show for the rows.
+            where: the name of the table in messages.
+            rows: int64 [N], the row numbers that messages show.
 
         Raises:
-            ValueError: for a column that is not there or of another kind, missing values that are not to be filled,
-                and infinite values.
+            ValueError: for a column that is missing or has another kind, for infinite values, and for missing values
+                if `missing` is "refuse".
         """
         place = _Place(where, rows)
         features = np.zeros((table.num_rows, self.num_features), np.float32)
@@ -116,8 +119,8 @@ class TableInputs:
             values = _column(table, column.name, where)
             if column.kind == "category":
                 numbers = _category_numbers(values, column, self.missing, place, unknown)
-                known = np.flatnonzero(numbers >= 0)
-                features[known, first + numbers[known]] = 1
+                rows_known = np.flatnonzero(numbers >= 0)
+                features[rows_known, first + numbers[rows_known]] = 1
             else:
                 numbers = _numbers(values, column.name, column.kind, place)
                 absent = np.isnan(numbers)
@@ -144,10 +147,10 @@ class TableInputs:
 
     @classmethod
     def from_dict(cls, tree: Any) -> "TableInputs":
-        """The inverse of dataclasses.asdict().
+        """Rebuild inputs from dataclasses.asdict().
 
         Raises:
-            ValueError: for anything that it does not give.
+            ValueError: for a dict that asdict() cannot have returned.
         """
         inputs = from_tree(cls, tree, "inputs.", noun="field")
         names = [column.name for column in inputs.columns]
@@ -163,7 +166,7 @@ class TableInputs:
 
 
 class Columns(Protocol):
-    """A table, or what reads one column of it after another."""
+    """A table, or a reader that reads a table column by column."""
 
     @property
     def num_rows(self) -> int: ...
@@ -182,19 +185,19 @@ def fit_columns(
     where: str = "the table",
     rows: np.ndarray | None = None,
 ) -> tuple[TableInputs, tuple[Note, ...]]:
-    """Decide by training rows how columns become features, with notes on what was decided.
+    """Decide from training rows how columns become features, and return notes on what was decided.
 
-    Numbers, truth values and times (as seconds) are standardised; texts become a feature for each of their values in
-    sorted order. A column of one value only is left out.
+    Numbers, truth values and times (as seconds) are standardised. Texts become one feature for each value, in sorted
+    order. A column with only one value is left out.
 
     Args:
-        table: training rows only; each column is asked for once, in the order of the names.
+        table: training rows only; each column is read once, in the order of the names.
         names: the columns, in the order of their features.
-        where: names the table in messages.
-        rows: int64 [N], numbers that messages show for the rows.
+        where: the name of the table in messages.
+        rows: int64 [N], the row numbers that messages show.
 
     Raises:
-        ValueError: for a column that is not there, or cannot be a feature, with the way out.
+        ValueError: for a column that is missing or cannot be a feature, with the way out.
     """
     place = _Place(where, rows)
     if not table.num_rows:
@@ -202,7 +205,7 @@ def fit_columns(
     columns: list[InputColumn] = []
     constant: list[str] = []
     times: list[str] = []
-    own: list[str] = []
+    with_missing: list[str] = []
     filled: list[str] = []
     notes: list[Note] = []
     for name in dict.fromkeys(names):
@@ -229,13 +232,13 @@ def fit_columns(
         if column.kind == "time":
             times.append(name)
         if column.has_missing:
-            own.append(f"{name} ({_texts(values).null_count})")
+            with_missing.append(f"{name} ({_texts(values).null_count})")
     if constant:
         notes.append(Note(f"columns that are the same in all training rows are left out: {listed(constant)}"))
     if times:
         notes.append(Note(f"dates and times are read as numbers of seconds: {listed(times)}"))
-    if own:
-        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(own)}"))
+    if with_missing:
+        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(with_missing)}"))
     if filled:
         notes.append(_filled_note(filled, where))
     if not columns:
@@ -249,10 +252,10 @@ def fit_columns(
 def target_numbers(
     table: pa.Table, names: Sequence[str], *, where: str = "the table", rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """Columns as the targets of regression, float64 [N, K]; for where and rows see fit_columns().
+    """Return columns as the targets of regression, float64 [N, K]. See fit_columns() for `where` and `rows`.
 
     Raises:
-        ValueError: for a column that is not there, texts, and missing or infinite values.
+        ValueError: for a column that is missing or of text, and for missing or infinite values.
     """
     place = _Place(where, rows)
     targets = np.empty((table.num_rows, len(names)))
@@ -267,15 +270,15 @@ def target_numbers(
             raise ValueError(f"the target {name} of {where} holds {values.type}: give numbers for regression")
         targets[:, number] = _numbers(values, name, "number", place)
         if (absent := np.isnan(targets[:, number])).any():
-            raise place.missing(name, absent, out="leave such rows out, a target cannot be filled in")
+            raise place.missing(name, absent, remedy="leave such rows out, a target cannot be filled in")
     return targets
 
 
 def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
-    """Refuse training targets, [N, K], of which one is the same in all rows.
+    """Refuse training targets, [N, K], if one of them is the same in all rows.
 
     Raises:
-        ValueError: naming the target and its value.
+        ValueError: with the target's name and value.
     """
     for number, name in enumerate(names):
         values = targets[:, number]
@@ -288,7 +291,7 @@ def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a table's rows lie, in words for messages."""
+    """The name of a table and of its rows in messages."""
 
     where: str
     rows: np.ndarray | None
@@ -297,12 +300,12 @@ class _Place:
         row = position if self.rows is None else self.rows[position]
         return f"in row {row} of {self.where}"
 
-    def missing(self, name: str, absent: np.ndarray, *, out: str | None = None) -> ValueError:
-        """The refusal of missing values: absent is bool [N]."""
+    def missing(self, name: str, absent: np.ndarray, *, remedy: str | None = None) -> ValueError:
+        """Return the error that refuses missing values, those where absent, bool [N], is True."""
         num, first = int(absent.sum()), int(np.flatnonzero(absent)[0])
         more = f", and in {num - 1} more rows" if num > 1 else ""
-        out = out or "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
-        return ValueError(f"column {name} has no value {self.of(first)}{more}: {out}")
+        remedy = remedy or "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
+        return ValueError(f"column {name} has no value {self.of(first)}{more}: {remedy}")
 
 
 def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
@@ -310,14 +313,14 @@ def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
         case 1:
             return table.column(name)
         case 0:
-            known = table.column_names
-            raise ValueError(f"{where} should have a column {name}, and has {listed(known)}{nearest(name, known)}")
+            columns = table.column_names
+            raise ValueError(f"{where} should have a column {name}, and has {listed(columns)}{nearest(name, columns)}")
         case _:
             raise ValueError(f"{where} has several columns {name}: give each a name of its own")
 
 
 def is_time(type_: pa.DataType) -> bool:
-    """Whether values are dates, times or spans of time, which are numbers of seconds; months are none."""
+    """Return True for dates, times and durations, which convert to seconds; spans of months do not."""
     return pa.types.is_temporal(type_) and not pa.types.is_interval(type_)
 
 
@@ -328,24 +331,24 @@ def _is_any(type_: pa.DataType, kinds: Sequence[Callable[[pa.DataType], bool]]) 
 def _fit_number(
     values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], missing: Missing, place: _Place
 ) -> tuple[InputColumn | None, int]:
-    """The column, or None if it does not vary, and how many values are missing."""
+    """Fit a column of numbers: return it, or None if it does not vary, and how many values are missing."""
     numbers = _numbers(values, name, kind, place)
     absent = np.isnan(numbers)
     if absent.any() and missing == "refuse":
         raise place.missing(name, absent)
-    there = numbers[~absent]
-    if not len(there) or there.min() == there.max():
+    present = numbers[~absent]
+    if not len(present) or present.min() == present.max():
         return None, 0
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        mean, deviation = float(there.mean()), float(there.std())
+        mean, deviation = float(present.mean()), float(present.std())
     if not math.isfinite(mean) or not math.isfinite(deviation) or deviation == 0:
         raise ValueError(
-            f"column {name} of {place.where} runs from {there.min():g} to {there.max():g}, which 64-bit floats cannot "
-            "standardise: give it in another unit, or leave it out with --data.columns"
+            f"column {name} of {place.where} runs from {present.min():g} to {present.max():g}, which 64-bit floats "
+            "cannot standardise: give it in another unit, or leave it out with --data.columns"
         )
     if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
         return None, 0
-    return InputColumn(name, kind, mean, deviation), len(numbers) - len(there)
+    return InputColumn(name, kind, mean, deviation), len(numbers) - len(present)
 
 
 def _filled_note(filled: Sequence[str], where: str) -> Note:
@@ -353,29 +356,29 @@ def _filled_note(filled: Sequence[str], where: str) -> Note:
 
 
 def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _Place) -> InputColumn | None:
-    """The column, or None if it does not vary."""
+    """Fit a column of texts: return it, or None if it does not vary."""
     texts = _texts(values)
     absent = texts.is_null().to_numpy()
     if absent.any() and missing == "refuse":
         raise place.missing(name, absent)
-    found = sorted(texts.drop_null().unique().to_pylist())
+    categories = sorted(texts.drop_null().unique().to_pylist())
     has_missing = bool(absent.any())
-    if len(found) + has_missing < 2:
+    if len(categories) + has_missing < 2:
         return None
     num = len(texts) - int(absent.sum())
-    if len(found) > MOST_VALUES or len(found) == num:
+    if len(categories) > MOST_VALUES or len(categories) == num:
         stray = _stray_text(texts, place)
-        what = f"{len(found)} different texts" if len(found) < num else "another text in each row"
-        out = f"{'mend it, or ' if stray else ''}leave the column out with --data.columns"
+        contents = f"{len(categories)} different texts" if len(categories) < num else "another text in each row"
+        remedy = f"{'mend it, or ' if stray else ''}leave the column out with --data.columns"
         raise ValueError(
-            f"column {name} of {place.where} has {what} ({stray or f'such as {found[0]!r}'}), and texts become a "
-            f"feature each, of at most {MOST_VALUES} that come again: {out}"
+            f"column {name} of {place.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
+            f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: {remedy}"
         )
-    return InputColumn(name, "category", values=tuple(found), has_missing=has_missing)
+    return InputColumn(name, "category", values=tuple(categories), has_missing=has_missing)
 
 
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
-    """ "'?' in row 7 of … stands among numbers" where half of the texts, at least, are numbers, else ""."""
+    """Return "'?' in row 7 of … stands among numbers" if at least half of the texts are numbers, else ""."""
     strange = [text for text in texts.unique().to_pylist() if text is not None and not is_number(text)]
     stray = np.flatnonzero(_places(texts, strange) >= 0)
     if not len(stray) or len(stray) > len(texts) / 2:
@@ -384,7 +387,7 @@ def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text says one."""
+    """Return True if float() reads the text."""
     try:
         float(text)
     except ValueError:
@@ -395,7 +398,7 @@ def is_number(text: str) -> bool:
 def _category_numbers(
     values: pa.ChunkedArray, column: InputColumn, missing: Missing, place: _Place, unknown: list[str]
 ) -> np.ndarray:
-    """The number of each row's category, int64 [N], -1 for none; values that are not known are added to `unknown`."""
+    """Return the number of each row's category, int64 [N], -1 for none, and describe unknown values in `unknown`."""
     if not (_is_any(values.type, _TEXTS) or pa.types.is_null(values.type)):
         raise ValueError(f"column {column.name} of {place.where} holds {values.type}; in training it was text")
     texts = _texts(values)
@@ -414,7 +417,7 @@ def _category_numbers(
 
 
 def _places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
-    """Where each text stands in the values, int64 [N], -1 if it does not."""
+    """Return the position of each text in the values, int64 [N], -1 if it is not among them."""
     options = compute.SetLookupOptions(pa.array(values, pa.string()))
     return np.array(compute.call_function("index_in", [texts], options).fill_null(-1), np.int64)
 
@@ -427,7 +430,7 @@ def _texts(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _numbers(values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], place: _Place) -> np.ndarray:
-    """The values as float64 [N], NaN where one is missing; times as seconds.
+    """Return the values as float64 [N], times as seconds, missing values as NaN.
 
     Raises:
         ValueError: for values of another kind, or infinite ones.
@@ -436,8 +439,10 @@ def _numbers(values: pa.ChunkedArray, name: str, kind: Literal["number", "time"]
     if pa.types.is_null(type_):
         return np.full(len(values), np.nan)
     if (kind == "time") != is_time(type_) or not (kind == "time" or _is_any(type_, _NUMBERS)):
-        due = "dates or times" if kind == "time" else "numbers"
-        raise ValueError(f"column {name} of {place.where} holds {type_}{_such_as(values)}; in training it was {due}")
+        expected = "dates or times" if kind == "time" else "numbers"
+        raise ValueError(
+            f"column {name} of {place.where} holds {type_}{_such_as(values)}; in training it was {expected}"
+        )
     if kind == "time":
         numbers = _seconds(values)
     else:
@@ -461,10 +466,10 @@ def _seconds(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def _float64(values: pa.ChunkedArray) -> np.ndarray:
-    """A copy, NaN for nulls."""
+    """Copy the values as float64, with NaN for nulls."""
     return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
 
 
 def _such_as(values: pa.ChunkedArray) -> str:
-    there = values.drop_null()
-    return f", such as {there[0].as_py()!r}" if len(there) else ""
+    present = values.drop_null()
+    return f", such as {present[0].as_py()!r}" if len(present) else ""

@@ -1,4 +1,4 @@
-"""Images as a network's inputs: normalisation and augmentation on the device, without a loop over examples."""
+"""Turns stored images into a network's inputs: normalisation and augmentation, on the device and without a loop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Augmentation = Literal["none", "crop_flip"]
-GreyRange = tuple[int, int]  # the values of pixels of more than 8 bits that are black and white
+GreyRange = tuple[int, int]  # for pixels of more than 8 bits: the values of black and of white
 FULL_RANGE: GreyRange = (0, 65535)
 
-# Zero padding on each side, and so the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
+# The padding on each side, which is also the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
 _SIDES_PER_PADDING = 8
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """Images uint8 [N, H, W, C] as they are stored, made float32 [N, C, H, W] with a mean of 0 and a deviation of 1."""
+    """Turns stored images, uint8 [N, H, W, C], into float32 [N, C, H, W] with a mean of 0 and a deviation of 1."""
 
     image_shape: tuple[int, int, int]  # (H, W, C)
-    mean: tuple[float, ...]  # of each channel, of the training split's pixels in [0, 1]
+    mean: tuple[float, ...]  # of each channel, over the training split's pixels in [0, 1]
     std: tuple[float, ...]  # likewise; at least one grey level
     augmentation: Augmentation = "none"  # of training batches
     grey_range: GreyRange = FULL_RANGE
@@ -31,19 +31,19 @@ class ImageInputs:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W): what a network takes of one image."""
+        """(C, H, W), the shape of one image that a network takes."""
         height, width, channels = self.image_shape
         return channels, height, width
 
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
-        """Normalise some images: float32 [n, C, H, W], a view of NHWC memory.
+        """Normalise and augment images to float32 [n, C, H, W], a view of NHWC memory.
 
-        Whole images are rows to the arithmetic: broadcasting over [H*W*C] rather than [C] takes 1/6 of the time on
-        CIFAR-10 (batch 64, one thread), the same on MNIST.
+        The arithmetic treats an image as one row: broadcasting over [H*W*C] instead of [C] takes 1/6 of the time on
+        CIFAR-10 (batch 64, one thread), and the same time on MNIST.
 
         Args:
             rows: "image", uint8 [n, H, W, C]; read-only memory is not written to.
-            draws: draw()'s rows of these images; None leaves them as they are.
+            draws: the rows of draw() for these images; None: no augmentation.
         """
         images = rows["image"]
         height, width, channels = self.image_shape
@@ -53,7 +53,7 @@ class ImageInputs:
         return normalised.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
     def draw(self, num: int, seed: int) -> Tensor | None:
-        """Draw the augmentation of so many images: int64 [num, 3] on the CPU, (dy, dx, flip) each; None without."""
+        """Draw (dy, dx, flip) for `num` images, int64 [num, 3] on the CPU; None without augmentation."""
         if self.augmentation == "none":
             return None
         generator = torch.Generator().manual_seed(seed)
@@ -62,12 +62,12 @@ class ImageInputs:
         return torch.stack([torch.randint(high, (num,), generator=generator) for high in ranges], dim=1)
 
     def scaling(self) -> tuple[Tensor, Tensor]:
-        """(shift, scale), float32 [1, C, 1, 1]: what a pixel in [0, 1] is lessened by and then divided by."""
+        """Return (shift, scale), float32 [1, C, 1, 1]: a pixel in [0, 1] is normalised as (pixel - shift) / scale."""
         mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """float32 [H*W*C] each: what a uint8 pixel is multiplied by, and what is added after that."""
+        """Return (factor, shift), float32 [H*W*C] each: a uint8 pixel is normalised as pixel * factor + shift."""
         if device not in self._by_device:
             mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
             num = self.image_shape[0] * self.image_shape[1]
@@ -83,16 +83,16 @@ class ImageInputs:
 
 
 def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Crop each image out of itself padded with black by an eighth of its side, then mirror it where drawn.
+    """Pad each image with black by an eighth of its side, crop it to its size, and mirror it if drawn.
 
-    One gather with computed indices; a batch of 64 CIFAR images takes 0.15 ms on one CPU thread.
+    This is one gather with computed indices. A batch of 64 CIFAR images takes 0.15 ms on one CPU thread.
 
     Args:
         images: uint8 [n, H, W, C], contiguous.
         draws: int64 [n, 3] of (dy, dx, flip): the crop's upper left corner in the padded image; 1 to mirror.
 
     Returns:
-        uint8 [n, H, W, C], in memory of its own.
+        uint8 [n, H, W, C] in new memory.
     """
     num, height, width, channels = images.shape
     border_y, border_x = height // _SIDES_PER_PADDING, width // _SIDES_PER_PADDING
@@ -102,6 +102,6 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
     x = torch.arange(width, device=images.device)
     columns = torch.where(flip == 1, width - 1 - x, x) + dx  # [n, W]
     first_rows = torch.arange(num, device=images.device)[:, None] * padded_height
-    rows = first_rows + torch.arange(height, device=images.device) + dy  # [n, H], of all images below one another
+    rows = first_rows + torch.arange(height, device=images.device) + dy  # [n, H], in all images stacked vertically
     pixels = rows[:, :, None] * padded_width + columns[:, None, :]
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)

@@ -1,7 +1,8 @@
-"""Losses by name: what is minimized, how far a student is from a teacher, and how the loss curves in the outputs.
+"""The losses: the value that is minimized, a distance for distillation, and the curvature in the outputs.
 
-A loss is of outputs float [n, …] and targets [n, …]. An example's loss is the mean over its positions (tokens, pixels)
-or numbers; a batch's is the sum over its examples. What has no derivative that a method needs refuses it in a line.
+A loss takes outputs, float [n, …], and targets [n, …]. An example's loss is the mean over its positions (tokens,
+pixels) or numbers; a batch's loss is the sum over its examples. A loss without the derivative that a method needs
+raises a ValueError.
 """
 
 import math
@@ -13,27 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EXACT_OUTPUTS = 100  # the Fisher's sum over outputs is exact up to this many of them
-SAMPLED_TERMS = 16  # drawn an example, where there are more
+SAMPLED_TERMS = 16  # drawn for each example if there are more outputs
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy over classes, of an example or of each of its positions."""
+    """The cross-entropy over classes, for an example or for each of its positions."""
 
     label_smoothing: float = 0.0
     class_dim: int = 1  # of outputs [n, M], [n, M, H, W]; 2 of [n, T, M]
-    ignored: int | None = None  # a target that counts nowhere
-    class_weights: tuple[float, ...] | None = None  # of the loss that is minimized, not of the one that is reported
+    ignored: int | None = None  # positions with this target do not count
+    class_weights: tuple[float, ...] | None = None  # for the minimized loss, not for the reported one
 
     name = "cross-entropy, nats"
 
     def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss that is minimized, summed over examples."""
+        """Return the loss to minimize, summed over examples."""
         weight = self._weight(outputs)
         return self._summed(outputs, targets, weight=weight, label_smoothing=self.label_smoothing)
 
     def reported(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss that is reported, summed: without label smoothing or class weights."""
+        """Return the loss to report, summed over examples: without label smoothing and class weights."""
         return self._summed(outputs, targets)
 
     def _summed(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
@@ -42,8 +43,8 @@ class CrossEntropy:
         return self.by_example(outputs, targets, **options).sum()
 
     def by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
-        """[n]: the mean over the positions that count; 0 where none does."""
-        positions = outputs.movedim(self.class_dim, -1)  # flat, as on CUDA that of [n, M, H, W] is not deterministic
+        """Return each example's loss, [n]: the mean over the positions that count, 0 if none does."""
+        positions = outputs.movedim(self.class_dim, -1)  # flat: torch's for [n, M, H, W] is not deterministic on CUDA
         each = F.cross_entropy(
             positions.reshape(-1, positions.shape[-1]),
             targets.reshape(-1),
@@ -57,7 +58,7 @@ class CrossEntropy:
         return each.reshape(len(targets), -1).sum(1) / counted.clamp(min=1)
 
     def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        """An ensemble's outputs: the logarithm of the mean of its members' probabilities."""
+        """Return an ensemble's outputs: the logarithm of the mean of its members' probabilities."""
         total, num = torch.empty(0), 0
         for num, output in enumerate(outputs, start=1):
             output = output.log_softmax(self.class_dim)
@@ -65,15 +66,15 @@ class CrossEntropy:
         return total - math.log(num)
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        """T² · KL(teacher ‖ student), both at temperature T, summed over examples: the mean over positions of each."""
-        student, wanted = ((values / temperature).log_softmax(self.class_dim) for values in (outputs, teacher))
+        """Return T² · KL(teacher ‖ student), both at temperature T, summed over examples, averaged over positions."""
+        student, expected = ((values / temperature).log_softmax(self.class_dim) for values in (outputs, teacher))
         positions = outputs[0].numel() // outputs.shape[self.class_dim]
-        return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2 / positions
+        return F.kl_div(student, expected, reduction="sum", log_target=True) * temperature**2 / positions
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
-        """H u of each example, H the second derivative of its loss by its outputs, u their change [n, …].
+        """Return H·change for each example, [n, …], with H the second derivative of its loss by its outputs.
 
-        At each position w (diag(p) − ppᵀ) / positions, p the softmax and w the target's class weight, 1 without.
+        At each position H is w (diag(p) − ppᵀ) / positions, with p the softmax and w the target's class weight or 1.
         """
         p = F.softmax(outputs, dim=self.class_dim)
         weighted = p * change
@@ -83,11 +84,12 @@ class CrossEntropy:
         return product * self._scale(outputs, targets)
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
-        """[n, T, …]: directions in the space of outputs whose gradients' squares sum up to the Fisher's diagonal.
+        """Return directions of outputs, [n, T, …], whose squared gradients sum to the Fisher's diagonal.
 
         Args:
-            labels: "model": expected over labels that the model predicts, exactly for one position and EXACT_OUTPUTS
-                classes at most, else from SAMPLED_TERMS draws; "true": at the targets (the empirical Fisher).
+            labels: "model": the expectation over labels that the model predicts. It is exact for one position and at
+                most EXACT_OUTPUTS classes, else estimated from SAMPLED_TERMS draws. "true": at the targets (the
+                empirical Fisher).
         """
         moved = outputs.movedim(self.class_dim, -1)  # [n, …, M]
         p = moved.softmax(-1)
@@ -98,16 +100,16 @@ class CrossEntropy:
             terms = p.sqrt().unsqueeze(2) * (unit - p.unsqueeze(1))
         else:
             flat = p.reshape(-1, p.shape[-1]).cpu()
-            drawn = flat.multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(p.device)
-            drawn = drawn.view(*p.shape[:-1], SAMPLED_TERMS).movedim(-1, 1)  # [n, T, …]
-            terms = (unit[drawn] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
+            classes = flat.multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(p.device)
+            classes = classes.view(*p.shape[:-1], SAMPLED_TERMS).movedim(-1, 1)  # [n, T, …]
+            terms = (unit[classes] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
         if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
             return terms
         scale = self._scale(outputs, targets).movedim(self.class_dim, -1)
         return (terms * scale.sqrt().unsqueeze(1)).movedim(-1, self.class_dim + 1)
 
     def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
-        """T of fisher_terms(), of a network with these outputs for one example."""
+        """Return T of fisher_terms() for a network with these outputs for one example."""
         if labels == "true":
             return 1
         return outputs[0] if len(outputs) == 1 and outputs[0] <= EXACT_OUTPUTS else SAMPLED_TERMS
@@ -116,11 +118,11 @@ class CrossEntropy:
         return None if self.class_weights is None else torch.tensor(self.class_weights).to(outputs)
 
     def _labels(self, targets: Tensor) -> Tensor:
-        """The targets, some class where they are ignored, which may be no class's number."""
+        """Return the targets with class 0 at ignored positions, whose value may be no class."""
         return targets if self.ignored is None else targets.masked_fill(targets == self.ignored, 0)
 
     def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What each position counts in its example's loss: [n, …] with a dimension of 1 for the classes."""
+        """Return the weight of each position in its example's loss: [n, …] with a dimension of 1 for the classes."""
         counted = torch.ones_like(targets, dtype=outputs.dtype)
         if self.ignored is not None:
             counted = (targets != self.ignored).to(outputs.dtype)
@@ -133,36 +135,36 @@ class CrossEntropy:
         return share.unsqueeze(self.class_dim)
 
 
-class _OfNumbers:
-    """What losses of numbers share: the mean over an example's outputs of a function of output and target."""
+class _NumbersLoss:
+    """A loss of numbers: a function of output and target, averaged over an example's outputs."""
 
-    _function: Callable[..., Tensor]  # torch's
+    _function: Callable[..., Tensor]  # of torch.nn.functional
 
     def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, summed over examples."""
+        """Return the loss, summed over examples."""
         return self._function(outputs, targets.to(outputs.dtype), reduction="sum") / outputs[0].numel()
 
     def reported(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The same: there is nothing in it that is not reported."""
+        """Return the loss to report, which is the one that is minimized."""
         return self.summed(outputs, targets)
 
     def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        """An ensemble's outputs: the mean of its members'."""
+        """Return an ensemble's outputs: the mean of its members'."""
         return mean_outputs(outputs)
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        """How far outputs are from the teacher's, as the loss is from the targets; no temperature."""
+        """Return the loss with the teacher's outputs as targets. The temperature has no effect."""
         return self._function(outputs, teacher, reduction="sum") / outputs[0].numel()
 
     def num_fisher_terms(self, outputs: tuple[int, ...], *, labels: str) -> int:
-        """T of fisher_terms(), of a network with these outputs for one example."""
+        """Return T of fisher_terms() for a network with these outputs for one example."""
         num = math.prod(outputs)
         return num if num <= EXACT_OUTPUTS else SAMPLED_TERMS
 
 
 @dataclass(frozen=True)
-class SquaredError(_OfNumbers):
-    """The squared error, the mean over an example's outputs; of classes from one-hot targets."""
+class SquaredError(_NumbersLoss):
+    """The squared error, averaged over an example's outputs; classes become one-hot targets."""
 
     is_one_hot: bool = False
 
@@ -175,43 +177,43 @@ class SquaredError(_OfNumbers):
         return super().summed(outputs, targets)
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n, …]: what is squared and summed in an example's loss."""
+        """Return the numbers, [n, …], whose squares sum to each example's loss."""
         if self.is_one_hot:
             targets = targets.unsqueeze(1) == torch.arange(outputs.shape[1], device=targets.device)  # vmap can do this
         return (outputs - targets.to(outputs.dtype)) / math.sqrt(outputs[0].numel())
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
-        """H u of each example: 2/M times its change."""
+        """Return H·change for each example: 2/M times its change."""
         return change * (2 / outputs[0].numel())
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
-        """As CrossEntropy's; they sum up to the loss's Gauss-Newton diagonal, 2/M Σ_m (∂f_m/∂θ)², whatever the labels.
+        """Return directions whose squared gradients sum to the Gauss-Newton diagonal, 2/M Σ_m (∂f_m/∂θ)².
 
-        Exact up to EXACT_OUTPUTS; beyond from random signs (Hutchinson).
+        They do not depend on the labels. They are exact up to EXACT_OUTPUTS; beyond, random signs (Hutchinson).
         """
         return _terms_of_squares(outputs, math.sqrt(2 / outputs[0].numel()), generator)
 
 
 @dataclass(frozen=True)
-class Huber(_OfNumbers):
-    """Huber's loss of differences r, the mean over an example's outputs: r²/2 up to |r| = 1, then |r| − 1/2."""
+class Huber(_NumbersLoss):
+    """Huber's loss of differences r, averaged over an example's outputs: r²/2 up to |r| = 1, then |r| − 1/2."""
 
     name = "Huber's loss"
     _function = staticmethod(F.huber_loss)
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
-        """H u of each example: 1/M times its change where a difference is at most 1, else 0."""
+        """Return H·change for each example: 1/M times its change where |r| is at most 1, else 0."""
         return change * ((outputs - targets).abs() <= 1) / outputs[0].numel()
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
-        """As SquaredError's, of the curvature where a difference is at most 1."""
+        """Return directions as SquaredError does, scaled for this curvature: 1/M where |r| is at most 1, else 0."""
         terms = _terms_of_squares(outputs, math.sqrt(1 / outputs[0].numel()), generator)
         return terms * ((outputs - targets).abs() <= 1).unsqueeze(1)
 
 
 @dataclass(frozen=True)
-class AbsoluteError(_OfNumbers):
-    """The absolute error, the mean over an example's outputs."""
+class AbsoluteError(_NumbersLoss):
+    """The absolute error, averaged over an example's outputs."""
 
     name = "absolute error"
     _function = staticmethod(F.l1_loss)
@@ -227,7 +229,7 @@ Loss = CrossEntropy | SquaredError | Huber | AbsoluteError
 
 
 def mean_outputs(outputs: Iterable[Tensor]) -> Tensor:
-    """The mean of several members' outputs, one at a time."""
+    """Return the mean of several members' outputs, which are read one at a time."""
     total, num = torch.empty(0), 0
     for num, output in enumerate(outputs, start=1):
         total = output if num == 1 else total + output
@@ -235,7 +237,7 @@ def mean_outputs(outputs: Iterable[Tensor]) -> Tensor:
 
 
 def _terms_of_squares(outputs: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """[n, T, …] whose outer products sum up to scale² times the identity."""
+    """Return terms, [n, T, …], whose outer products sum to scale² times the identity, exactly or in expectation."""
     num, shape = len(outputs), outputs.shape[1:]
     num_outputs = shape.numel()
     if num_outputs <= EXACT_OUTPUTS:

@@ -1,4 +1,4 @@
-"""Next-token prediction: a sequence, and itself shifted by one."""
+"""Next-token prediction: the targets are the input sequence shifted by one."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from raysubset.tasks.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class NextToken(LossTask[CrossEntropy]):
-    """The token after each token of a window. Stored rows are "tokens", integers [N, T + 1].
+    """The task of predicting the token after each token of a window. Stored rows are "tokens", integers [N, T + 1].
 
     The loss is in nats a token: the mean over an example's T tokens.
     """
@@ -43,7 +43,7 @@ class NextToken(LossTask[CrossEntropy]):
         return tokens[:, :-1], tokens[:, 1:]
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Bits a token, the share of tokens that were likeliest, and the words that end in each window."""
+        """Return each window's bits a token, share of tokens predicted right, and number of words that end in it."""
         nats = CrossEntropy(class_dim=2).by_example(outputs, targets)
         is_space = torch.isin(targets, torch.tensor(self.vocabulary.spaces, device=targets.device))
         ends = is_space[:, 1:] & ~is_space[:, :-1]
@@ -51,7 +51,7 @@ class NextToken(LossTask[CrossEntropy]):
         return {"bits": nats.double() / math.log(2), "accuracy": right, "words": ends.sum(1)}
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """bits a token, accuracy, and the perplexity of a word: exp of the nats a word that ended takes."""
+        """Return bits a token, accuracy, and a word's perplexity: exp of the nats per word that ends."""
         bits = sums["bits_sum"] / num
         nats_a_word = sums["bits_sum"] * math.log(2) * self.window / max(1, sums["num_words"])
         return {
@@ -61,7 +61,7 @@ class NextToken(LossTask[CrossEntropy]):
         }
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The share of each window's tokens that were likeliest."""
+        """Return the share of each window's tokens that were predicted right."""
         return (outputs.argmax(2) == targets).double().mean(1)
 
     @property
@@ -69,7 +69,7 @@ class NextToken(LossTask[CrossEntropy]):
         return "cross-entropy, nats a token"
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-        """bits, float64: a token's, of each window."""
+        """Return the bits a token of each window, float64."""
         return {"bits": self.measure(outputs, targets)["bits"].numpy()}
 
     def describe(self) -> dict[str, Any]:

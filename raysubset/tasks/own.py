@@ -1,4 +1,4 @@
-"""A user's own task, fitted and tried on a few training rows before anything runs."""
+"""Fits a user's own task and tries its methods on a few training rows, before anything runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ _NUM_TRIED = 4  # rows
 
 
 def fit_own_task(name: str, train: Mapping[str, np.ndarray]) -> Task:
-    """A task of class package.module:Class, fitted on training rows, [N, …] by name.
+    """Fit the task of class package.module:Class on named training rows, [N, …], and try it.
 
     Raises:
-        ValueError: for a class that is missing, lacks a method, or gives what does not fit, in one line.
+        ValueError: in one line, if the class is missing, lacks a method, or a method returns what does not fit.
     """
     task = own_task(name)
     with in_a_line("task.name", name):
@@ -95,7 +95,7 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
 
 
 def _called(task: Task, method: str, *arguments: Any, **options: Any) -> Any:
-    """What a method gives; a line where it raises or is missing."""
+    """Call a method. What it raises, or that it is missing, becomes a ValueError of one line."""
     try:
         with in_a_line("task.name", task.name):
             return getattr(task, method)(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Tasks as model.json holds them: to JSON and back, where a stranger's file may hold anything."""
+"""Converts tasks to the JSON of model.json and back. A stranger's file may hold anything, so all is checked."""
 
 import dataclasses
 import math
@@ -25,45 +25,46 @@ _INPUTS = {"images": ImageInputs, "table": TableInputs, "tensors": TensorInputs}
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
-    """A task as JSON holds it: all that its inputs and outputs mean. Losses are not among it.
+    """Return a task as JSON: what its inputs and outputs mean, without its loss.
 
     Raises:
-        ValueError: for a user's task with an attribute that JSON cannot hold.
+        ValueError: if JSON cannot hold an attribute of a user's task.
     """
     match task:
-        case Classification(inputs=ImageInputs()):  # as files of before tasks have it
+        case Classification(inputs=ImageInputs()):  # the flat form, which names no task
             inputs = dataclasses.asdict(task.inputs)
             del inputs["augmentation"]
             return {"num_classes": len(task.class_names), "class_names": task.class_names, **inputs}
         case Classification() | Segmentation():
-            own: dict[str, Any] = {"class_names": task.class_names}
+            fields: dict[str, Any] = {"class_names": task.class_names}
         case Regression():
-            own = {"target_names": task.target_names, "mean": task.mean, "std": task.std}
+            fields = {"target_names": task.target_names, "mean": task.mean, "std": task.std}
         case NextToken():
-            own = {"vocabulary": dataclasses.asdict(task.vocabulary), "window": task.window}
+            fields = {"vocabulary": dataclasses.asdict(task.vocabulary), "window": task.window}
         case _:
             return {"task": task.to_dict()}
     if not isinstance(task, NextToken):
         (kind,) = (name for name, cls in _INPUTS.items() if isinstance(task.inputs, cls))
-        own["inputs"] = {"kind": kind, **dataclasses.asdict(task.inputs)}
-    return {"task": {"name": task.name, **own}}
+        fields["inputs"] = {"kind": kind, **dataclasses.asdict(task.inputs)}
+    return {"task": {"name": task.name, **fields}}
 
 
 def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Task:
-    """The inverse of task_to_dict().
+    """Rebuild a task from the record of task_to_dict().
 
     Args:
-        trust_code: import the module of a user's own task.
+        trust_code: allow importing the module of a user's own task.
 
     Raises:
-        ValueError: if a value is missing, of another type or range, or a user's task is not to be trusted.
+        ValueError: if a value is missing or has the wrong type or range, or if the record names a user's task and
+            trust_code is False.
     """
     if "task" not in record:
         return _image_classification(record)
     tree = record["task"]
     if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
         raise ValueError("its task has no name")
-    name, own = tree["name"], {key: value for key, value in tree.items() if key != "name"}
+    name, fields = tree["name"], {key: value for key, value in tree.items() if key != "name"}
     if ":" in name:
         if is_given(name):
             if name not in in_hand().objects:
@@ -73,7 +74,7 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
                 f"its task is code that it only names, {name}: if you trust whoever made this directory, give "
                 "trust_code=True or --trust-code"
             )
-        return own_task(name, own.get("state") or {})
+        return own_task(name, fields.get("state") or {})
     readers: dict[str, Callable[[dict[str, Any]], Task]] = {
         "classification": _classification,
         "regression": _regression,
@@ -82,11 +83,11 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
     }
     if name not in readers:
         raise ValueError(f"its task {name!r} is none that this version knows: update raysubset")
-    return readers[name](own)
+    return readers[name](fields)
 
 
 def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:
-    """A user's task, of class package.module:Class, with the attributes that fit() left.
+    """Construct a user's task of class package.module:Class and set the attributes that fit() left.
 
     Raises:
         ValueError: if there is no such class, or it is no Task.
@@ -154,17 +155,17 @@ def _names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _inputs(tree: dict[str, Any]) -> ImageInputs | TableInputs | TensorInputs:
-    kind, own = tree.get("kind"), {key: value for key, value in tree.items() if key != "kind"}
+    kind, fields = tree.get("kind"), {key: value for key, value in tree.items() if key != "kind"}
     if kind == "images":
-        return _images(own)
+        return _images(fields)
     if kind == "table":
-        return TableInputs.from_dict(own)
+        return TableInputs.from_dict(fields)
     if kind != "tensors":
         raise ValueError(f"task.inputs.kind = {kind!r} is not one of {', '.join(_INPUTS)}")
-    inputs = from_tree(TensorInputs, own, "task.inputs.", noun="field")
-    fitting = (1, inputs.shape[0]) if len(inputs.shape) == 1 else (1,)
-    sizes = inputs.shape and min(inputs.shape) > 0 and math.prod(inputs.shape) <= _MOST_PIXELS
-    if not sizes or len(inputs.mean) not in fitting or len(inputs.std) != len(inputs.mean) or min(inputs.std) <= 0:
+    inputs = from_tree(TensorInputs, fields, "task.inputs.", noun="field")
+    lengths = (1, inputs.shape[0]) if len(inputs.shape) == 1 else (1,)
+    has_sizes = inputs.shape and min(inputs.shape) > 0 and math.prod(inputs.shape) <= _MOST_PIXELS
+    if not has_sizes or len(inputs.mean) not in lengths or len(inputs.std) != len(inputs.mean) or min(inputs.std) <= 0:
         raise ValueError("task.inputs holds no shape with its means and positive deviations")
     if inputs.num_values is not None and not 0 < inputs.num_values <= _MOST_NAMES:
         raise ValueError(f"task.inputs.num_values = {inputs.num_values} is out of range")
@@ -172,7 +173,7 @@ def _inputs(tree: dict[str, Any]) -> ImageInputs | TableInputs | TensorInputs:
 
 
 def _image_classification(record: Mapping[str, Any]) -> Task:
-    """The task of a file that names none."""
+    """Read the flat record of an image classification, which names no task."""
     inputs = {"kind": "images", **{key: record[key] for key in ("image_shape", "mean", "std", "grey_range")}}
     task = _classification({"class_names": record["class_names"], "inputs": inputs})
     num_classes = record["num_classes"]

@@ -1,4 +1,4 @@
-"""Segmentation: the class of every pixel of an image."""
+"""Segmentation: predicts the class of every pixel of an image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ _MOST_MISTAKES = 12
 
 @dataclass(frozen=True)
 class Segmentation(InputsTask[CrossEntropy]):
-    """A mask an image. Stored rows are "image", uint8 [N, H, W, C], and "mask", uint8 [N, H, W].
+    """The task of one mask an image. Stored rows are "image", uint8 [N, H, W, C], and "mask", uint8 [N, H, W].
 
-    The loss is the mean over an image's pixels, those of the ignored class left out.
+    The loss of an image is the mean over its pixels, without those of the ignored class.
     """
 
     inputs: ImageInputs
     class_names: tuple[str, ...]
-    ignored: int | None = None  # a value of masks that counts nowhere
+    ignored: int | None = None  # a mask value that neither the loss nor the qualities count
     objective: CrossEntropy = field(default_factory=CrossEntropy)
 
     name = "segmentation"
@@ -38,7 +38,7 @@ class Segmentation(InputsTask[CrossEntropy]):
         return Spec(self.inputs.shape, (len(self.class_names), height, width))
 
     def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A crop's black border is of the ignored class, or where there is none of the first."""
+        """Turn stored rows into inputs and masks. A crop's black border gets the ignored class, or else class 0."""
         mask = rows["mask"]
         if draws is not None:
             shifted = crop_and_flip(mask.to(torch.int16).unsqueeze(3) + 1, draws).squeeze(3) - 1
@@ -49,33 +49,33 @@ class Segmentation(InputsTask[CrossEntropy]):
         return rows["mask"].long()
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Pixels that count and those that are right, [n]; of each class intersection and union, [n, M]."""
+        """Return how many pixels count and how many are right, [n], and each class's intersection and union, [n, M]."""
         predicted = outputs.argmax(1)
         counts = torch.ones_like(targets, dtype=torch.bool) if self.ignored is None else targets != self.ignored
-        both, either = [], []
+        intersections, unions = [], []
         for number in range(len(self.class_names)):
             is_class, is_predicted = (targets == number) & counts, (predicted == number) & counts
-            both.append((is_class & is_predicted).flatten(1).sum(1))
-            either.append((is_class | is_predicted).flatten(1).sum(1))
+            intersections.append((is_class & is_predicted).flatten(1).sum(1))
+            unions.append((is_class | is_predicted).flatten(1).sum(1))
         right = ((predicted == targets) & counts).flatten(1).sum(1)
         return {
             "pixels": counts.flatten(1).sum(1),
             "right": right,
-            "intersection": torch.stack(both, 1),
-            "union": torch.stack(either, 1),
+            "intersection": torch.stack(intersections, 1),
+            "union": torch.stack(unions, 1),
         }
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """iou, the mean over classes that occur of intersection over union, of all pixels; and pixel_accuracy."""
+        """Return iou, averaged over the classes that occur in targets or predictions, and pixel_accuracy."""
         pairs = zip(sums["num_intersection"], sums["num_union"], strict=True)
-        shares = [both / either for both, either in pairs if either]
+        shares = [intersection / union for intersection, union in pairs if union]
         return {
             "iou": sum(shares) / len(shares) if shares else 0.0,
             "pixel_accuracy": sums["num_right"] / max(1, sums["num_pixels"]),
         }
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The share of each image's pixels that are right, of those that count."""
+        """Return the share of each image's counted pixels that are right."""
         measured = self.measure(outputs, targets)
         return measured["right"].double() / measured["pixels"].clamp(min=1)
 
@@ -84,20 +84,20 @@ class Segmentation(InputsTask[CrossEntropy]):
         return "cross-entropy, nats a pixel"
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-        """pixel_accuracy of each image, float64."""
+        """Return the pixel_accuracy of each image, float64."""
         return {"pixel_accuracy": self.watched(outputs, targets).numpy()}
 
     def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
-        """The images with the smallest share of right pixels, their masks and the predicted ones, as flat lists."""
+        """Return the images with the smallest pixel accuracy, with true and predicted masks, as flat lists."""
         worst = np.argsort(predictions.column("pixel_accuracy").to_numpy(), kind="stable")[:_MOST_MISTAKES]
-        chosen = torch.from_numpy(worst)
-        drawn = {"image": rows["image"], "mask": rows["mask"], "predicted": outputs_of(worst).argmax(1).to(torch.uint8)}
-        found = predictions.take(pa.array(worst))
-        for name, values in drawn.items():
-            flat = (values if name == "predicted" else values.index_select(0, chosen)).flatten(1)
+        positions, predicted = torch.from_numpy(worst), outputs_of(worst).argmax(1).to(torch.uint8)
+        images = {"image": rows["image"], "mask": rows["mask"], "predicted": predicted}
+        table = predictions.take(pa.array(worst))
+        for name, values in images.items():
+            flat = (values if name == "predicted" else values.index_select(0, positions)).flatten(1)
             lists = pa.FixedSizeListArray.from_arrays(pa.array(flat.numpy().reshape(-1)), flat.shape[1])
-            found = found.append_column(name, lists)
-        return found
+            table = table.append_column(name, lists)
+        return table
 
     def describe(self) -> dict[str, Any]:
         shape = list(self.inputs.image_shape)

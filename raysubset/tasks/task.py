@@ -1,4 +1,4 @@
-"""Task: what is learned, with defaults for all that a user's own task need not say."""
+"""Task: what is learned, with defaults for every method that a user's own task can leave out."""
 
 import json
 import math
@@ -15,71 +15,70 @@ from raysubset.tasks.losses import Loss, SquaredError, mean_outputs
 from raysubset.tasks.spec import Spec
 
 L = TypeVar("L", bound=Loss)
-Rows = Mapping[str, Tensor]  # of some examples: named tensors [n, …], as they are stored
+Rows = Mapping[str, Tensor]  # stored examples: named tensors [n, …]
 _SQUARES = "_squares_sum"
-OutputsOf = Callable[[np.ndarray], Tensor]  # a network's outputs [n, …] for examples at some positions, int64 [n]
+OutputsOf = Callable[[np.ndarray], Tensor]  # maps positions of examples, int64 [n], to a network's outputs [n, …]
 
 
 class Task:
-    """Says what a network takes and gives, what is minimized, and how good it is: everything that is not the same for
-    every kind of learning.
+    """Defines what a network takes and gives, which loss is minimized, and how quality is measured.
 
-    A user's own is a class "package.module:Class" made without arguments, which gives `quality`, fit(), spec(),
-    batch(), loss() and measure(); what fit() leaves in its attributes is kept in model.json, so these are numbers,
-    words, lists and dicts. It is used in every actor: it must not change after fit().
+    A user's task is a class "package.module:Class" that is constructed without arguments. It defines `quality`,
+    fit(), spec(), batch(), loss() and measure(). model.json keeps the attributes that fit() sets, so they must be
+    numbers, words, lists and dicts. Every actor uses the task: it must not change after fit().
 
     Attributes:
-        name: as config.task.name has it.
+        name: the task's name in config.task.name.
         quality: the metric that verdicts go by, a key of values().
-        margin: of non-inferiority, in the quality's units; None: the user gives it.
-        class_names: where there are classes that subsets should see all of.
-        augmentation: what is drawn anew in each epoch; "none" for nothing.
+        margin: the margin of non-inferiority, in the quality's units; None: the user gives it.
+        class_names: the names of the classes, if there are classes that every subset should contain.
+        augmentation: the kind of augmentation that each epoch draws; "none" for no augmentation.
     """
 
     name: str = "task"
     quality: str = ""
     higher_is_better: bool = True
-    is_share: bool = False  # the quality is in [0, 1], shown in per cent
+    is_share: bool = False  # the quality is in [0, 1] and shown in per cent
     unit: str = ""
     margin: float | None = None
     class_names: tuple[str, ...] = ()
     augmentation: str = "none"
 
-    # What every task says
+    # Methods that every task defines
 
     def fit(self, train: Mapping[str, np.ndarray]) -> "Task":
-        """Take from the training rows what they alone decide: numbering of classes, mean and deviation, vocabulary."""
+        """Set what only training rows may decide: class numbering, mean, standard deviation, vocabulary."""
         return self
 
     def spec(self) -> Spec:
-        """What a network takes and gives of one example."""
+        """Return the shapes that a network takes and gives for one example."""
         raise NotImplementedError
 
     def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Make some stored rows, on whatever device, a network's inputs [n, *spec.inputs] and targets [n, …].
+        """Turn stored rows, on any device, into a network's inputs [n, *spec.inputs] and targets [n, …].
 
         Args:
-            rows: read-only memory may be among them: never write to it.
-            draws: draw()'s rows of these examples; None: without augmentation.
+            rows: the stored tensors, which may be read-only memory: never write to them.
+            draws: the rows of draw() for these examples; None: no augmentation.
         """
         raise NotImplementedError
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss that is minimized, summed over examples: outputs float [n, *spec.outputs], targets as batch()'s."""
+        """Return the loss to minimize, summed over examples: outputs float [n, *spec.outputs], targets of batch()."""
         raise NotImplementedError
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """One number an example, [n], or a vector, [n, k], by name; truth values are counted."""
+        """Return named measures: one number an example, [n], or a vector, [n, k]; truth values are counted."""
         raise NotImplementedError
 
-    # What has a default
+    # Methods with a default
 
     def reported_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss that is reported, summed over examples: without smoothing and the like."""
+        """Return the loss to report, summed over examples: without label smoothing and the like."""
         return self.loss(outputs, targets)
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """Qualities by name, given the sums of measure() over `num` examples: x_sum, or num_x of a truth value."""
+        """Return qualities by name from the sums of measure() over `num` examples: x_sum, or num_x of truth values."""
         return {
             key.removesuffix("_sum").removeprefix("num_"): total / num
             for key, total in sums.items()
@@ -87,71 +86,73 @@ class Task:
         }
 
     def draw(self, num: int, seed: int) -> Tensor | None:
-        """Draw an epoch's augmentation: a row an example, on the CPU; None without."""
+        """Draw an epoch's augmentation: one row an example, on the CPU; None if the task has no augmentation."""
         return None
 
     def targets(self, rows: Rows) -> Tensor:
-        """The targets of some rows alone."""
+        """Return the targets of stored rows, without their inputs."""
         return self.batch(rows, None)[1]
 
     def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        """An ensemble's outputs from its members', one at a time: their mean."""
+        """Return an ensemble's outputs: the mean of its members', which are read one at a time."""
         return mean_outputs(outputs)
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-        """How far outputs are from a teacher's, summed over examples, for distillation: the squared error."""
+        """Return the loss of distillation, summed over examples: the squared error to the teacher's outputs."""
         return F.mse_loss(outputs, teacher, reduction="sum") / outputs[0].numel()
 
     def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
-        """H u of each example, [n, …]: H the second derivative of its loss by its outputs, positive semi-definite.
+        """Return H·change for each example, [n, …], with H the second derivative of its loss by its outputs.
+
+        H must be positive semi-definite.
 
         Raises:
-            ValueError: for a task that does not say it.
+            ValueError: if the task does not define it.
         """
         raise ValueError(f"the task {self.name} does not say how its loss curves: give it curvature(), or use lbfgs")
 
     def residuals(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n, …]: numbers of each example whose squares sum up to its loss, for levenberg_marquardt.
+        """Return the numbers of each example, [n, …], whose squares sum to its loss, for levenberg_marquardt.
 
         Raises:
-            ValueError: for a task that does not say them, or whose loss is no sum of squares.
+            ValueError: if the task does not define them, or its loss is no sum of squares.
         """
         raise ValueError(f"the task {self.name} does not give residuals(): use gauss_newton or lbfgs")
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: Generator) -> Tensor:
-        """[n, T, …]: directions of outputs whose gradients' squares sum up to the curvature's diagonal.
+        """Return directions of outputs, [n, T, …], whose squared gradients sum to the curvature's diagonal.
 
         Raises:
-            ValueError: for a task that does not say them.
+            ValueError: if the task does not define them.
         """
         raise ValueError(f"the task {self.name} does not give fisher_terms(): use another aggregation.method")
 
     def num_fisher_terms(self, *, labels: str) -> int:
-        """T of fisher_terms()."""
+        """Return T of fisher_terms()."""
         return 1
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """[n]: what weight update skipping watches, at most 1, more being better.
+        """Return the score, [n], that weight update skipping watches: at most 1, higher is better.
 
         Raises:
-            ValueError: for a task that does not say it.
+            ValueError: if the task does not define it.
         """
         raise ValueError(f"the task {self.name} does not say what to watch: give it watched(), or leave skipping out")
 
     def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """Which examples stratified cuts keep in proportion: int64 [N] from 0 on; None: all are alike."""
+        """Return the stratum of each example, int64 [N] from 0: stratified cuts keep proportions. None: one stratum."""
         return None
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-        """Columns of the table of predictions on the test split, [N] each."""
+        """Return columns, [N] each, for the table of predictions on the test split."""
         return {}
 
     def mistakes(self, predictions: pa.Table, rows: Rows, outputs_of: OutputsOf) -> pa.Table | None:
-        """Rows of the table that a report shows, with what it needs to draw them; None for none."""
+        """Return the rows of the table that a report shows, with what it draws of them; None to show nothing."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What a report says of the data, for JSON."""
+        """Return the description of the data for a report, as JSON."""
         spec = self.spec()
         return {"inputs": list(spec.inputs), "outputs": list(spec.outputs)}
 
@@ -162,11 +163,11 @@ class Task:
 
     @property
     def measured_by(self) -> Quality:
-        """The quality with its direction and how it reads."""
+        """The quality with its direction, format, unit and margin."""
         return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickle a user's task by its name, so that a process that loads it looks for the module where this one did."""
+        """Pickle a user's task by its name, so that the loading process looks for the module where this one did."""
         if ":" not in self.name:
             return super().__reduce_ex__(protocol)
         from raysubset.tasks.records import own_task  # which knows all tasks, and so this file
@@ -174,10 +175,10 @@ class Task:
         return own_task, (self.name, {key: value for key, value in vars(self).items() if key != "name"})
 
     def to_dict(self) -> dict[str, Any]:
-        """What model.json holds of it, all that another process needs to know it by.
+        """Return the task as model.json holds it, from which another process can rebuild it.
 
         Raises:
-            ValueError: for an attribute of a user's task that JSON cannot hold.
+            ValueError: if JSON cannot hold an attribute of a user's task.
         """
         for key, value in vars(self).items():
             try:
@@ -191,7 +192,7 @@ class Task:
 
 
 class LossTask(Task, Generic[L]):
-    """A task whose loss is one of losses.py, which knows all that methods ask of a loss."""
+    """A task whose loss is one of losses.py. That loss computes everything that methods need from a loss."""
 
     objective: L
 
@@ -225,12 +226,12 @@ class LossTask(Task, Generic[L]):
 
 
 class InputsTask(LossTask[L]):
-    """A task whose inputs say how stored columns become them, and what is augmented."""
+    """A task whose `inputs` turn stored columns into a network's inputs and augment them."""
 
-    inputs: Any  # ImageInputs, TableInputs or TensorInputs: what a task says
+    inputs: Any  # ImageInputs, TableInputs or TensorInputs: each task says which
 
     def spec_of(self, num_outputs: int) -> Spec:
-        """Of these inputs, where an example has one row of outputs."""
+        """Return the Spec for these inputs and `num_outputs` numbers an example."""
         return Spec(tuple(self.inputs.shape), (num_outputs,), getattr(self.inputs, "num_values", None))
 
     def batch(self, rows: Rows, draws: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -245,9 +246,9 @@ class InputsTask(LossTask[L]):
 
 
 def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    """task.measure() summed over a batch: num_x of truth values and counts, x_sum and x_squares_sum else.
+    """Sum task.measure() over a batch: num_x for truth values and counts, x_sum and x_squares_sum for floats.
 
-    Vectors have lists, and no squares.
+    A vector is summed to a list, without squares.
     """
     sums: dict[str, Any] = {}
     for name, each in task.measure(outputs, targets).items():
@@ -262,7 +263,7 @@ def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
 
 
 def errors_of(sums: Mapping[str, Any], num: int) -> dict[str, float]:
-    """x_error of each x whose sum and squares there are: the standard error of its mean over `num` examples."""
+    """Return x_error, the standard error of the mean over `num` examples, for each x with a sum of squares."""
     errors = {}
     for key, squares in sums.items():
         name = key.removesuffix(_SQUARES)
@@ -273,7 +274,7 @@ def errors_of(sums: Mapping[str, Any], num: int) -> dict[str, float]:
 
 
 def added(sums: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """sums_of() two batches, of both together."""
+    """Add the sums_of() of two batches."""
     if not sums:
         return dict(more)
     return {

@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorInputs:
-    """Named "inputs": float32 [N, …], standardised when they were read, or integers from 0 up to num_values."""
+    """Inputs stored as "inputs": float32 [N, …], standardised on reading, or integers in [0, num_values)."""
 
     shape: tuple[int, ...]  # of one example
-    mean: tuple[float, ...] = (0.0,)  # of each feature of [N, F], else one number; of the training split
-    std: tuple[float, ...] = (1.0,)  # likewise; 1 where nothing varies
-    num_values: int | None = None  # of integers
+    mean: tuple[float, ...] = (0.0,)  # over the training split: one number a feature of [N, F], else one for all
+    std: tuple[float, ...] = (1.0,)  # likewise; 1 if nothing varies
+    num_values: int | None = None  # for integers
 
     column = "inputs"
     augmentation = "none"
 
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
-        """[n, …]: float32, or int64."""
+        """Return the inputs [n, …], float32 or int64."""
         inputs = rows[self.column]
         return inputs if self.num_values is None else inputs.long()
 
@@ -29,15 +29,15 @@ class TensorInputs:
         return None
 
     def scaling(self) -> tuple[Tensor, Tensor]:
-        """(shift, scale), float32: what a number is lessened by and then divided by."""
+        """Return (shift, scale), float32: a number is standardised as (number - shift) / scale."""
         return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
 
     def standardised(self, values: np.ndarray, *, where: str, rows: np.ndarray) -> np.ndarray:
-        """Stored rows of raw ones, [N, …].
+        """Turn raw values, [N, …], into the rows to store.
 
         Args:
-            where: names them in messages.
-            rows: int64 [N], numbers that messages show for them.
+            where: the name of the data in messages.
+            rows: int64 [N], the row numbers that messages show.
 
         Raises:
             ValueError: for tokens that training rows do not have.
@@ -55,9 +55,12 @@ class TensorInputs:
 
 
 def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
-    """Statistics of the training rows of inputs [N, …]: of each feature of [N, F], of all numbers else.
+    """Compute mean and deviation over the training `rows` of inputs [N, …]: of each feature of [N, F], else of all.
 
-    Integers [N, T] are tokens, which are counted in all rows: any of them may be held out.
+    Integers [N, T] are tokens. Their largest is taken over all rows, since held-out rows may have it alone.
+
+    Raises:
+        ValueError: for negative integers [N, T].
     """
     if values.dtype.kind in "iu" and values.ndim == 2:
         if values.min() < 0:

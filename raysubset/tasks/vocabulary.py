@@ -1,4 +1,4 @@
-"""Texts as numbers of tokens, bytes or characters, and windows of them to learn the next token from."""
+"""Encodes texts as token numbers, of bytes or characters, and cuts them into windows for next-token prediction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,44 +19,44 @@ _UNKNOWN_TEXT = "\ufffd"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a text: its UTF-8 bytes, or the characters of training text and one token for all others."""
+    """A set of tokens: the bytes of UTF-8, or the characters of training text and one token for all others."""
 
     kind: VocabularyKind
-    characters: str = ""  # each once, in order of their code points
+    characters: str = ""  # each once, sorted by code point
 
     def __len__(self) -> int:
         return _NUM_BYTES if self.kind == "bytes" else len(self.characters) + 1
 
     @property
     def unknown(self) -> int | None:
-        """The number of the token that stands for characters training text lacks: the last. Bytes need none."""
+        """The token for characters that training text does not have: the last number. None for bytes."""
         return None if self.kind == "bytes" else len(self.characters)
 
     @property
     def spaces(self) -> tuple[int, ...]:
-        """The tokens that end a word: white space."""
+        """The tokens of white space, which end a word."""
         texts = map(chr, range(128)) if self.kind == "bytes" else self.characters
         return tuple(number for number, text in enumerate(texts) if text.isspace())
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest that numbers every token: uint8, uint16 or int32."""
+        """The smallest of uint8, uint16 and int32 that holds every token number."""
         return np.dtype(np.uint8 if len(self) <= 2**8 else np.uint16 if len(self) <= 2**16 else np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        """The numbers of a text's tokens, [T] of `dtype`."""
+        """Return the numbers of a text's tokens, [T] of `dtype`."""
         if self.kind == "bytes":
             return np.frombuffer(text.encode(), np.uint8)
-        known, found = _code_points(self.characters), _code_points(text)
-        places = np.searchsorted(known, found)
-        is_known = known[np.minimum(places, len(known) - 1)] == found
-        return np.where(is_known, places, len(known)).astype(self.dtype)
+        characters, code_points = _code_points(self.characters), _code_points(text)
+        places = np.searchsorted(characters, code_points)
+        is_known = characters[np.minimum(places, len(characters) - 1)] == code_points
+        return np.where(is_known, places, len(characters)).astype(self.dtype)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
-        """The text of numbers of tokens. Bytes that are no UTF-8, and unknown characters, become "\ufffd".
+        """Return the text of token numbers. Bytes that are not UTF-8, and unknown characters, become "\ufffd".
 
         Raises:
-            ValueError: for a number that no token has.
+            ValueError: for a number outside the vocabulary.
         """
         numbers = np.asarray(ids, dtype=np.int64)
         if len(wrong := np.flatnonzero((numbers < 0) | (numbers >= len(self)))):
@@ -68,10 +68,10 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, tree: Any) -> "Vocabulary":
-        """The inverse of dataclasses.asdict().
+        """Rebuild a vocabulary from dataclasses.asdict().
 
         Raises:
-            ValueError: for anything that it does not give.
+            ValueError: for a dict that asdict() cannot have returned.
         """
         vocabulary = from_tree(cls, tree, "vocabulary.", noun="field")
         characters = vocabulary.characters
@@ -81,10 +81,10 @@ class Vocabulary:
 
 
 def fit_vocabulary(kind: VocabularyKind, texts: Sequence[str]) -> Vocabulary:
-    """The vocabulary of training texts.
+    """Return the vocabulary of training texts.
 
     Raises:
-        ValueError: for texts without a character.
+        ValueError: if the texts have no characters.
     """
     if not any(texts):
         raise ValueError("the training text is empty: give some")
@@ -96,28 +96,30 @@ def fit_vocabulary(kind: VocabularyKind, texts: Sequence[str]) -> Vocabulary:
 def windows_of(
     texts: Sequence[str], vocabulary: Vocabulary, length: int, *, where: str
 ) -> tuple[np.ndarray, tuple[Note, ...]]:
-    """Documents one after another as windows, [N, length + 1] of the vocabulary's dtype, with notes on what is lost.
+    """Join documents and cut them into windows, [N, length + 1] of the vocabulary's dtype.
+
+    Returns:
+        The windows, and notes on tokens that are left out and on unknown characters.
 
     Raises:
-        ValueError: if they are shorter than one window.
+        ValueError: if the documents are together shorter than one window.
     """
     ids = vocabulary.encode(SEPARATOR.join(texts))
-    found, notes = windows(ids, length, where=where), []
-    if rest := len(ids) - 1 - len(found) * length:
-        notes.append(
-            Note(f"{where}: {len(found)} windows of {length} tokens; the last {rest} of {len(ids)} are left out")
-        )
+    rows, notes = windows(ids, length, where=where), []
+    if num_left_out := len(ids) - 1 - len(rows) * length:
+        text = f"{where}: {len(rows)} windows of {length} tokens; the last {num_left_out} of {len(ids)} are left out"
+        notes.append(Note(text))
     if vocabulary.unknown is not None and (num := int((ids == vocabulary.unknown).sum())):
         example = next(char for text in texts for char in text if char not in vocabulary.characters)
         text = f"{num} of {len(ids)} characters of {where} are not in training text (such as {example!r}): unknown"
         notes.append(Note(text, is_warning=True))
-    return found, tuple(notes)
+    return rows, tuple(notes)
 
 
 def windows(ids: np.ndarray, length: int, *, where: str = "the text") -> np.ndarray:
-    """Consecutive windows, [N, length + 1], each beginning with the last token of the one before.
+    """Cut tokens into consecutive windows, [N, length + 1], which overlap by one token.
 
-    So every token but the first is the next token of one window, once; a rest shorter than a window is dropped.
+    So every token except the first is predicted once. Tokens at the end that do not fill a window are dropped.
 
     Raises:
         ValueError: for fewer tokens than one window takes.
