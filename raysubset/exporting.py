@@ -11,15 +11,19 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from raysubset.data import decode_images, read_rows
+from raysubset.config import DataConfig
+from raysubset.data import ARROW_SUFFIXES, EncodedImages, decode_images, read_image_rows, read_rows
 from raysubset.errors import first_line
 from raysubset.network_graph import export
+from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
 from raysubset.trained_model import TrainedModel, load_model
 from raysubset.training import are_probabilities
@@ -119,7 +123,7 @@ def _check_same(target: Path, outputs: np.ndarray, model: TrainedModel, sample: 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one image file, one row of a table, or one text."""
+    """What the model makes of one image, a file or a row of a table, of one row of features, or of one text."""
 
     path: str
     classes: tuple[str, ...] = ()  # the most probable first; none where there is an error
@@ -155,12 +159,13 @@ def predictions(
     """Apply the final model of a run to files, a batch of images or a table at a time.
 
     Images are resized (shorter side) and centre-cropped to the training images' size, and made grey or coloured as
-    those were. Tables have the training table's columns, by name. A text is gone on with. A file that cannot be read
-    has its error for an answer.
+    those were. They are files, or rows of Parquet and Arrow files, in the column that training read. Tables have the
+    training table's columns, by name. A text is gone on with. A file or an image that cannot be read has its error for
+    an answer.
 
     Args:
         directory: the run directory, a path or a URI.
-        paths: image files, tables, or text files, as the model takes them.
+        paths: image files and tables of images, tables, or text files, as the model takes them.
         num_classes: the most probable classes to give for each.
         trust_code: as load_model()'s.
 
@@ -178,7 +183,7 @@ def predictions(
         for path in paths:
             yield from _of_table(model, path, num_classes)
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
-        yield from _of_images(model, model.inputs, paths, num_classes)
+        yield from _of_image_files(model, model.inputs, directory, paths, num_classes)
     else:
         shape = list(model.spec.inputs)
         raise ValueError(f"this model's task is {task.name}, and it takes tensors of {shape}: load_model(directory)(x)")
@@ -200,31 +205,69 @@ def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Pred
         with torch.inference_mode():
             outputs, notes = model.of_table(table)
     except ValueError as error:
-        text = str(error).removeprefix("data.name = ")
-        yield Prediction(path, error=text if path in text else f"{path}: {text}")
+        yield _unread(path, error)
         return
     for note in notes:
         _logger.warning("%s: %s", path, note.text)
     yield from _answered(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))], num_classes)
 
 
-def _of_images(
-    model: TrainedModel, inputs: ImageInputs, paths: Sequence[str], num_classes: int
+def _unread(path: str, error: ValueError) -> Prediction:
+    """The answer for a table that cannot be read."""
+    text = str(error).removeprefix("data.name = ")
+    return Prediction(path, error=text if path in text else f"{path}: {text}")
+
+
+def _of_image_files(
+    model: TrainedModel, inputs: ImageInputs, directory: str, paths: Sequence[str], num_classes: int
 ) -> Iterator[Prediction]:
+    """The answers for image files, and for the rows of tables of images."""
+    for is_table, members in groupby(paths, key=lambda path: path.lower().endswith(ARROW_SUFFIXES)):
+        if not is_table:
+            files = [*members]
+            encoded = EncodedImages(
+                len(files), lambda n, files=files: Path(files[n]).expanduser().read_bytes(), files.__getitem__
+            )
+            yield from _of_images(model, inputs, encoded, [*map(Prediction, files)], num_classes)
+            continue
+        for path in members:
+            try:
+                images = read_image_rows(path, _image_column(directory), image_size=_side(inputs))
+            except ValueError as error:
+                yield _unread(path, error)
+                continue
+            places = [Prediction(path, row=row) for row in range(len(images))]
+            yield from _of_images(model, inputs, images, places, num_classes)
+
+
+def _image_column(directory: str) -> str:
+    """The column that the run read its images from, where these were in a table."""
+    config = RunDirectory.at(directory).recorded_config() or {}
+    return config.get("data", {}).get("image_column", DataConfig.image_column)
+
+
+def _of_images(
+    model: TrainedModel,
+    inputs: ImageInputs,
+    images: EncodedImages | np.ndarray,
+    places: Sequence[Prediction],
+    num_classes: int,
+) -> Iterator[Prediction]:
+    """The answers for images, uint8 [N, H, W, C] or encoded, each of which has a place."""
     num = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // math.prod(model.image_shape)))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), num):
-            batch = paths[start : start + num]
-            images = list(pool.map(lambda path: _read_image(path, inputs), batch))
-            readable = [image for image in images if not isinstance(image, str)]
+        for start in range(0, len(images), num):
+            batch = places[start : start + num]
+            read = list(pool.map(partial(_read_image, images, inputs), range(start, start + len(batch))))
+            readable = [image for image in read if not isinstance(image, str)]
             answers = iter(())
             if readable:
                 with torch.inference_mode():
                     outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
-                places = [path for path, image in zip(batch, images, strict=True) if not isinstance(image, str)]
-                answers = _answered(model, outputs, map(Prediction, places), num_classes)
-            for path, image in zip(batch, images, strict=True):
-                yield Prediction(path, error=image) if isinstance(image, str) else next(answers)
+                answered = [place for place, image in zip(batch, read, strict=True) if not isinstance(image, str)]
+                answers = _answered(model, outputs, answered, num_classes)
+            for place, image in zip(batch, read, strict=True):
+                yield replace(place, error=image) if isinstance(image, str) else next(answers)
 
 
 def _answered(
@@ -259,22 +302,29 @@ def _shares_of_pixels(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
     return torch.stack([mask.flatten().bincount(minlength=num_classes) / mask.numel() for mask in classes])
 
 
-def _read_image(path: str, inputs: ImageInputs) -> np.ndarray | str:
+def _side(inputs: ImageInputs) -> int | None:
+    """The side that images are resized to; None where the training images were no squares."""
+    height, width, _ = inputs.image_shape
+    return height if height == width else None
+
+
+def _read_image(images: EncodedImages | np.ndarray, inputs: ImageInputs, number: int) -> np.ndarray | str:
     """uint8 [H, W, C] of the model's shape, read as its training images were; or why not, in a line."""
     height, width, channels = inputs.image_shape
-    image_size = height if height == width else None
-
-    def read(_: int) -> bytes:
-        return Path(path).expanduser().read_bytes()
-
+    name = f"image {number}"
     try:
-        (image,) = decode_images(1, read, lambda _: path, image_size=image_size, grey_range=inputs.grey_range)
+        if isinstance(images, EncodedImages):
+            name = images.describe(number)
+            read, size = images.read, _side(inputs)
+            (image,) = decode_images(1, lambda _: read(number), lambda _: name, size, inputs.grey_range)
+        else:
+            image = images[number]
     except OSError as error:
-        return f"{path}: {error.strerror}; give image files"
+        return f"{name}: {error.strerror}; give image files, or Parquet or Arrow files of images"
     except ValueError as error:
         return str(error)
     if image.shape[:2] != (height, width):
-        return f"{path} is {image.shape[0]}x{image.shape[1]}: this model takes images of {height}x{width}"
+        return f"{name} is {image.shape[0]}x{image.shape[1]}: this model takes images of {height}x{width}"
     if image.shape[2] == channels:
         return image
     if channels == 3:

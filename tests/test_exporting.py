@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pyarrow import ipc
 
 from raysubset import load_model
 from raysubset.cli import call
-from raysubset.config import ModelConfig
+from raysubset.config import Config, DataConfig, ModelConfig
 from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.directory import FORMAT
 from raysubset.tasks import Spec
 from raysubset.trained_model import TrainedModel, save_model
 from tests.tiny import image_record, stored_weights
@@ -191,3 +196,62 @@ def test_the_commands_print_what_scripts_read(directory: str, tmp_path: Path, ca
     assert json.loads(capsys.readouterr().out)["classes"][0] in NAMES
     assert call(["export", directory, "--to", str(tmp_path / "m.pt2")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("kind", ["encoded", "struct", "tensors", "arrow"])
+def test_rows_of_a_table_of_images_are_predicted_as_their_files_are(kind: str, directory: str, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    files = [tmp_path / f"{number}.png" for number in range(5)]
+    for image, file in zip(pixels, files, strict=True):
+        Image.fromarray(image).save(file)
+    column: Any = [file.read_bytes() for file in files]
+    if kind == "struct":
+        column = [{"bytes": data, "path": "a.png"} for data in column]
+    if kind == "tensors":
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(pixels)
+    table, path = pa.table({"image": column, "label": range(5)}), str(tmp_path / "set.parquet")
+    if kind == "arrow":
+        path = str(tmp_path / "set.arrow")
+        with ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path)
+    found = predict_files(directory, [str(files[1]), path, str(files[2])])
+    expected = predict_files(directory, [*map(str, files)])
+    assert [(one.path, one.row) for one in found] == [
+        (str(files[1]), None),
+        *((path, row) for row in range(5)),
+        (str(files[2]), None),
+    ]
+    for one, other in zip(found, [expected[1], *expected, expected[2]], strict=True):
+        assert one.classes == other.classes
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+
+
+def test_an_image_of_a_table_that_cannot_be_read_is_named(directory: str, tmp_path: Path, capsys):
+    file, path = tmp_path / "a.png", tmp_path / "set.parquet"
+    Image.fromarray(np.full((6, 9, 3), 90, dtype=np.uint8)).save(file)
+    pq.write_table(pa.table({"image": [file.read_bytes(), b"x", file.read_bytes()]}), path)
+    assert call(["predict", directory, str(path)]) == 2
+    printed = capsys.readouterr()
+    assert [row for row in range(3) if f"{path}, row {row}: " in printed.out] == [0, 2]
+    assert f"the image in row 1 of {path} cannot be decoded: cannot identify image file\n" in printed.err
+
+
+def test_a_table_of_images_is_read_by_the_column_that_training_read(directory: str, tmp_path: Path, capsys):
+    file, path = tmp_path / "a.png", tmp_path / "set.parquet"
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(file)
+    pq.write_table(pa.table({"pictures": [file.read_bytes()], "n": [1]}), path)
+    assert call(["predict", directory, str(path), str(file)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{file}: ")
+    assert f"{path} has no column image, where the model's training images were, only pictures, n" in printed.err
+    assert printed.err.count("\n") == 1
+    config = Config(data=DataConfig(image_column="pictures")).to_dict()
+    RunDirectory.at(directory).write_json("config.json", {"format": FORMAT, "config": config})
+    assert call(["predict", directory, str(path)]) == 0
+    for column, told in ((["a.png"], "need encoded bytes"), ([None], "null")):
+        pq.write_table(pa.table({"pictures": pa.array(column, pa.string())}), path)
+        (found,) = predict_files(directory, [str(path)])
+        assert told in (found.error or "")
+        assert path.name in (found.error or "")

@@ -164,7 +164,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Predict:
-    """Apply the model of a finished run: to image files, a line each; to the rows of a table; or to a text's end.
+    """Apply the model of a finished run: to images, a line each; to the rows of a table; or to a text's end.
 
     Classes come with the most probable first, numbers in the units of the training data; text is gone on with. Of masks
     the line has each class's share of the pixels, and JSON the class of each pixel too. A file that cannot be read is
@@ -174,7 +174,8 @@ class Predict:
     directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
     files: tuple[str, ...] = field(metadata={"positional": "FILE …"})
-    """Image files, tables with the training table's columns, or text files, as the model takes them."""
+    """Images: files, or Parquet and Arrow files with the column that training read. Tables with the training table's
+    columns, or text files, as the model takes them."""
     format: Literal["text", "json"] = "text"
     trust_code: bool = False
     """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.

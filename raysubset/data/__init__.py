@@ -9,8 +9,10 @@ inputs, targets = examples.batch(indices, draws=draws)
 from raysubset.data.columns import read_rows
 from raysubset.data.contents import file_fingerprint, kind_of, refuse_changed_files
 from raysubset.data.examples import Examples, even_sizes, joined
+from raysubset.data.files import read_image_rows
+from raysubset.data.finding import ARROW_SUFFIXES
 from raysubset.data.full_set import FullSet
-from raysubset.data.images import decode_images
+from raysubset.data.images import EncodedImages, decode_images
 from raysubset.data.loading import load_full_set
 from raysubset.data.split import Split, SplitName
 from raysubset.data.streamed import StreamedSplit

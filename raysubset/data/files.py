@@ -7,19 +7,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, nearest
 from raysubset.data.csv_files import DELIMITERS, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
+from raysubset.data.image_columns import image_column, images_of
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import IMAGE_TARGETS, from_tables, join_tables, needed_columns, with_scalars
+from raysubset.data.tables import (
+    IMAGE_TARGETS,
+    from_tables,
+    join_tables,
+    needed_columns,
+    refuse_unreadable,
+    with_scalars,
+)
 from raysubset.errors import first_line
 from raysubset.events import Note
 
@@ -62,6 +71,33 @@ def read_path(config: DataConfig, task: str) -> Source:
         source[split] = dataclasses.replace(read, notes=(note, *read.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
+
+
+def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
+    """The images in the rows of a Parquet or Arrow file, to be predicted: uint8 [N, H, W, C], or encoded.
+
+    Args:
+        image_size: side in pixels that tensors are resized to; None leaves them as they are.
+
+    Raises:
+        ValueError: if it cannot be read, or has no such column, no rows, nulls, or what is no image.
+    """
+    files = find_files(DataConfig(name=path))
+    (member,) = files.layout["train"]
+
+    def needed(schema: pa.Schema, where: str) -> list[str]:
+        if column not in schema.names:
+            raise ValueError(
+                f"{where} has no column {column}, where the model's training images were, only {some(schema.names)}: "
+                f"give it that name{nearest(column, schema.names)}"
+            )
+        refuse_unreadable(schema, [column], where)
+        return [column]
+
+    table = read_table(files, member, {}, needed)
+    if not table.num_rows:
+        raise ValueError(f"{path} has no rows: give a table with images")
+    return images_of(image_column(table, column, path), path, image_size=image_size)[0]
 
 
 def no_table(files: DataFiles) -> ValueError:
