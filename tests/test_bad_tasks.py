@@ -248,7 +248,7 @@ def test_sets_for_another_task_are_told_as_such(
         ),
         (dict(name="mine:Boxes", loss="huber"), "and mine:Boxes has a loss of its own: leave it out"),
         (dict(name="segmentation", loss="huber"), "task.loss=huber is not one of segmentation: use cross_entropy"),
-        (dict(name="regression", ignored=3), "task.ignored is a value of masks, which regression has none of"),
+        (dict(name="regression", ignored=3), "task.ignored is a value of masks, and regression has no masks"),
     ],
 )
 def test_settings_of_another_task_are_refused(settings: dict[str, Any], message: str) -> None:

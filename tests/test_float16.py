@@ -80,9 +80,9 @@ def test_a_checkpoint_of_before_has_no_scale_and_float32_needs_none():
 
 def test_what_cannot_have_it_says_so():
     assert "scales the loss of one network" in str(why_not_packed(cnn(), MinimizeConfig(precision="float16")))
-    with pytest.raises(ValueError, match="lbfgs needs more digits of the loss than float16 has"):
+    with pytest.raises(ValueError, match="lbfgs needs a more precise loss than float16 gives"):
         MinimizeConfig(precision="float16", optimizer="lbfgs")
-    with pytest.raises(ValueError, match="goes by other steps' gradients, which float16 scales otherwise"):
+    with pytest.raises(ValueError, match="uses gradients of other steps, which float16 scales differently"):
         MinimizeConfig(precision="float16", extrapolation=ExtrapolationConfig(kind="past_local"))
     with pytest.raises(ValueError, match=r"minimize.precision=float16 needs float32 parameters; these are float64"):
         minimize(cnn().double(), examples(), MinimizeConfig(precision="float16"), seed=0)

@@ -109,5 +109,5 @@ def test_members_states_have_a_mean_to_begin_a_round_with():
 
 
 def test_extrapolation_is_refused_beside_it():
-    with pytest.raises(ValueError, match=r"not for minimize\.optimizer=muon's: leave it out"):
+    with pytest.raises(ValueError, match=r"not for minimize\.optimizer=muon: leave it out"):
         Config().with_overrides({"minimize.optimizer": "muon", "minimize.extrapolation.kind": "past_local"})

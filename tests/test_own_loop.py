@@ -139,13 +139,13 @@ def test_it_is_not_packed():
 
 OVERRIDES = {
     "minimize.loop = 'train' should be package.module:function": {"minimize.loop": "train"},
-    "minimize.optimizer is of our loop": {"minimize.optimizer": "lbfgs"},
-    "minimize.objective is of our loop": {"minimize.objective": "losses:mixup"},
-    "minimize.averaging is of our loop": {"minimize.averaging.kind": "ema"},
-    "minimize.epoch_fraction is of our loop": {"minimize.epoch_fraction": 0.5},
+    "minimize.optimizer is for the built-in loop": {"minimize.optimizer": "lbfgs"},
+    "minimize.objective is for the built-in loop": {"minimize.objective": "losses:mixup"},
+    "minimize.averaging is for the built-in loop": {"minimize.averaging.kind": "ema"},
+    "minimize.epoch_fraction is for the built-in loop": {"minimize.epoch_fraction": 0.5},
     "set rounds.optimizer_state=reset": {"rounds.num": 2},
     "fine_tuning.distillation needs sgd": {"fine_tuning.distillation": 0.5},
-    "has all examples in memory, and data.streamed holds none": {"data.streamed": True, "data.name": "a.parquet"},
+    "needs all examples in memory, and data.streamed holds none": {"data.streamed": True, "data.name": "a.parquet"},
 }
 
 

@@ -249,7 +249,7 @@ def test_what_is_no_parquet_is_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_lbfgs_on_a_streamed_full_set_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lbfgs has all examples in memory, and data\.streamed holds none: use sgd"):
+    with pytest.raises(ValueError, match=r"lbfgs needs all examples in memory, and data\.streamed holds none: use sgd"):
         Config().with_overrides({"minimize.optimizer": "lbfgs", "data.streamed": True})
 
 

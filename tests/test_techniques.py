@@ -579,7 +579,7 @@ def test_every_variation_differs_from_the_plain_run_and_learns():
 REFUSED = [
     (
         {"minimize.extrapolation.kind": "past_local", "minimize.optimizer": "adam"},
-        "sgd's update, not for minimize.optimizer=adam's",
+        "sgd's update, not for minimize.optimizer=adam",
     ),
     ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "give minimize.momentum more than 0"),
     ({"minimize.averaging.kind": "ema", "minimize.averaging.feedback": "restart"}, "never restarts it"),
@@ -592,9 +592,9 @@ REFUSED = [
     ({"minimize.averaging.kind": "swa"}, "swa would average 1 epoch.s. in the stage trunk, of 1 epochs"),
     (
         {"minimize.averaging.kind": "ema", "fine_tuning.keep": "best"},
-        "keep=best chooses among epochs, minimize.averaging.kind=ema averages",
+        "keep=best chooses among epochs, but minimize.averaging.kind=ema averages",
     ),
-    ({"minimize.skipping.kind": "wus", "minimize.optimizer": "lbfgs"}, "lbfgs searches lines"),
+    ({"minimize.skipping.kind": "wus", "minimize.optimizer": "lbfgs"}, "which lbfgs does not take"),
     ({"method": "conventional", "fine_tuning.distillation": 0.5}, "method=conventional does not have: set it to 0"),
     ({"minimize.optimizer": "lbfgs", "fine_tuning.distillation": 0.5}, "distillation needs sgd, adam or adamw"),
 ]

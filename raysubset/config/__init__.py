@@ -1,4 +1,4 @@
-"""Every knob of a run, with its default and its help: frozen dataclasses, checked when made. No torch, no ray.
+"""The settings of a run, with their defaults and help: frozen dataclasses that check themselves. No torch, no ray.
 
     config = Config(seed=3).with_overrides({"data.name": "mnist", "subsets.size": 5000})
     Config.from_dict(json.loads(text)) == config

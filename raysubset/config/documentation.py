@@ -1,4 +1,4 @@
-"""What the string after a field says: its documentation, its --help and its part of help(MinimizeConfig)."""
+"""The strings after config fields: they are the fields' documentation, in --help and in help(MinimizeConfig)."""
 
 import ast
 import dataclasses
@@ -11,9 +11,9 @@ from raysubset.config.trees import range_in_words, ranges_of
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The documentation of a dataclass's fields, in their order, each in a line; "" of those that have none.
+    """Return the documentation of a dataclass's fields by name, in their order, each as one line; "" if there is none.
 
-    The range of a number is its last sentence.
+    The last sentence of a number's documentation is its range.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -25,12 +25,12 @@ def field_docs(cls: type) -> dict[str, str]:
         for name, words in ranges.items()
         if words and docs.get(name)
     }
-    return {each.name: docs.get(each.name, "") for each in dataclasses.fields(cls)}
+    return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
 @functools.cache
 def _docs_of_module(path: str) -> dict[str, dict[str, str]]:
-    """Fields' documentation by class, of a module's source; nothing where it was installed without."""
+    """Read the fields' documentation by class from a module's source; return {} if the source cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -40,27 +40,27 @@ def _docs_of_module(path: str) -> dict[str, dict[str, str]]:
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
             continue
-        own = docs[node.name] = {}
+        class_docs = docs[node.name] = {}
         for field, text in zip(node.body, node.body[1:], strict=False):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    own[name] = " ".join(words.split())
+                    class_docs[name] = " ".join(words.split())
     return docs
 
 
 class _WithFields:
-    """A class's __doc__: what it was, and its fields with theirs. Read when somebody asks, as that takes its source."""
+    """A class's __doc__ followed by its fields' documentation, which is read from the source when asked for."""
 
-    def __init__(self, before: str) -> None:
-        self._before = before
+    def __init__(self, doc: str) -> None:
+        self._doc = doc
 
     def __get__(self, instance: Any, owner: type) -> str:
-        defaults = {each.name: each for each in dataclasses.fields(owner)}
-        lines = [self._before, "", "Fields:"]
+        fields = {field.name: field for field in dataclasses.fields(owner)}
+        lines = [self._doc, "", "Fields:"]
         for name, doc in field_docs(owner).items():
             hint = typing.get_type_hints(owner)[name]
             kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            default = defaults[name].default
+            default = fields[name].default
             shown = "" if default is dataclasses.MISSING else f" = {default!r}"
             lines.append(f"    {name}: {kind}{shown}")
             lines += [f"        {doc}"] if doc else []
@@ -68,7 +68,7 @@ class _WithFields:
 
 
 def show_fields(cls: Any) -> None:
-    """Have help() of a config's class, and of all that are nested in it, show the fields' documentation."""
+    """Make help() of a config class, and of all classes nested in it, show the fields' documentation."""
     is_made_by_dataclass = (cls.__doc__ or "").startswith(f"{cls.__name__}(")
     cls.__doc__ = _WithFields(f"{cls.__name__} of a run." if is_made_by_dataclass else cls.__doc__ or "")
     for hint in typing.get_type_hints(cls).values():

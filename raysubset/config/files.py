@@ -1,4 +1,4 @@
-"""Config files: --config FILE, and what `raysubset config` writes."""
+"""Read config files: --config FILE, as `raysubset config` writes them."""
 
 import json
 import re
@@ -9,23 +9,25 @@ from typing import Any
 from raysubset.config.run import Config
 from raysubset.config.trees import leaves
 
-_HOW = "give a file that `raysubset config` wrote, or a run's config.json"
+_WAY_OUT = "give a file that `raysubset config` wrote, or a run's config.json"
 
 
 def read_config(path: str, default: Config) -> Config:
-    """The default with what a YAML or JSON file sets: nested, or by dotted names; or a run's config.json, report.json.
+    """Return the default config with the settings of a YAML or JSON file: nested, or by dotted names.
+
+    The file may also be a run's config.json or report.json.
 
     Raises:
-        ValueError: if there is no such file, or it is no config.
+        ValueError: if the file cannot be read, or is not a config.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
         tree = _of_yaml(text) if Path(path).suffix.lower() in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}; {_HOW}") from error
+        raise ValueError(f"--config {path}: {error.strerror}; {_WAY_OUT}") from error
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 both are ValueErrors
         kind = "YAML" if path.lower().endswith((".yaml", ".yml")) else "JSON (and not called .yaml)"
-        raise ValueError(f"--config {path} is no {kind}: {error}; {_HOW}") from error
+        raise ValueError(f"--config {path} is no {kind}: {error}; {_WAY_OUT}") from error
     if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json or report.json
     try:
@@ -35,15 +37,15 @@ def read_config(path: str, default: Config) -> Config:
 
 
 def _of_yaml(text: str) -> Any:
-    """What YAML says; 1e-3 is a number and None is null, as people mean them.
+    """Parse YAML; 1e-3 is a number and None is null, as people mean them.
 
     Raises:
-        ValueError: for what is no YAML, or says something twice.
+        ValueError: if the text is not YAML, or gives a name twice.
     """
-    import yaml  # only where it is asked for
+    import yaml  # loaded only for YAML files
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's own takes 1e-3 for a text, and the last of two that have one name."""
+        """PyYAML's own loader reads 1e-3 as text, and keeps the last of two values with one name."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -62,10 +64,10 @@ def _of_yaml(text: str) -> Any:
 
 
 def _nested(tree: Any) -> Any:
-    """The tree with dotted names taken apart; what is no object is left for from_dict() to refuse.
+    """Turn dotted names into nested dicts; anything that is not a mapping is left for from_dict() to refuse.
 
     Raises:
-        ValueError: for what is given twice.
+        ValueError: if a name is given twice.
     """
     if not isinstance(tree, Mapping):
         return tree
@@ -76,7 +78,7 @@ def _nested(tree: Any) -> Any:
         for room in rooms:
             node = node.setdefault(room, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{name} is given, and {room} as something that has no fields")
+                raise ValueError(f"{name} is given, but {room} is given a value that has no fields")
         if leaf in node:
             raise ValueError(f"{name} is given twice")
         node[leaf] = value
@@ -84,7 +86,7 @@ def _nested(tree: Any) -> Any:
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> Any:
-    """The tree with nested fields replaced; whatever is no object is left for from_dict() to refuse."""
+    """Replace nested fields of the tree; anything that is not a dict is left for from_dict() to refuse."""
     if not isinstance(changes, dict):
         return changes
     return tree | {

@@ -1,4 +1,4 @@
-"""What is trained on what: data, model and subsets."""
+"""Settings of the data, the model and the subsets."""
 
 import math
 from dataclasses import dataclass
@@ -7,62 +7,62 @@ from typing import Annotated, Literal
 from raysubset.config.trees import check_fields, nearest, need
 from raysubset.uris import holds_secret
 
-# Sets that scikit-learn and Python bring along: of images, of columns, and of texts.
+# Sets that come with scikit-learn and Python: of images, of columns, and of texts.
 EMBEDDED_NAMES = ("digits", "breast_cancer", "wine", "iris", "diabetes", "python_docs")
 DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 
-# (width, depth) where the user names none. The CNN's keep Q of four quarter subsets of digits above one (Q = 2.2).
+# Default (width, depth). The CNN's keep Q of four subsets of digits, a quarter of the set each, above one (Q = 2.2).
 _MODEL_SIZES = {"cnn": (8, 2), "vgg": (8, 3), "cifar_resnet": (16, 20), "unet": (8, 2), "mlp": (64, 1)}
 _MODEL_SIZES |= {"lstm": (64, 1), "transformer": (64, 2)}
 _NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
 
 _AUGMENTATIONS = ("auto", "none", "crop_flip")
 
-NUM_SUBSETS = 4  # that share the training set, where neither number nor size is given
+NUM_SUBSETS = 4  # that share the training set, if neither number nor size is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     name: str = "digits"
     """Images: digits, mnist, fashion_mnist, cifar10, cifar100. Tables: breast_cancer, wine, iris, diabetes. Text:
-    python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, or of a folder of them or with one folder of
-    images per class, whose splits are told by words in names (train, val, test); or package.module:function returning
-    Arrow tables, (inputs, targets), dicts of arrays, or a torch Dataset."""
+    python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, of a folder of such files, or of a folder
+    with a folder of images for each class; words in the names (train, val, test) tell the splits. Or
+    package.module:function, which returns Arrow tables, (inputs, targets), dicts of arrays, or a torch Dataset."""
     root: str = "~/.cache/raysubset/data"
-    """Where torchvision's files of a named set lie, or are downloaded to."""
+    """Folder of torchvision's files of a named set, which data.download fetches to it."""
     download: bool = False
-    """Fetch a named set that is missing under root. Needs a network."""
+    """Download a named set that is missing under root. Needs a network."""
     ignored: str | None = None
-    """What to leave out, with commas between: a split of the set (validation, test), or names or paths of files and
+    """What to leave out, separated by commas: a split of the set (validation, test), or names or paths of files and
     folders below data.name, with * and ?."""
     image_size: Annotated[int | None, "[1, ∞)"] = None
-    """Side in pixels that every image is resized (shorter side) and centre-cropped to. Needed where shapes differ."""
+    """Resize every image's shorter side to this many pixels, and crop the centre square. Needed if shapes differ."""
     image_column: str = "image"
-    """The Parquet/Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
-    A table without it is learned from its other columns."""
+    """Parquet or Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
+    A table without this column is learned from its other columns."""
     target: str | None = None
-    """The column to learn: integers, class names, numbers for regression (several with commas between), or masks for
-    segmentation. By default target or label; beside images label of classes, and mask or label of masks."""
+    """Column to learn: integers, class names, numbers for regression (several columns separated by commas), or masks
+    for segmentation. By default target or label; for images label, or mask or label for segmentation."""
     columns: str | None = None
-    """The columns to learn from, with commas between. By default all but the target."""
+    """Columns to learn from, separated by commas. By default all but the target."""
     missing: Literal["refuse", "mean"] = "refuse"
-    """Missing values of these columns: refused, or filled with the training mean (texts: a category of their own)."""
+    """Refuse missing values of these columns, or fill in the training mean (for texts a category of their own)."""
     window: Annotated[int, "[1, ∞)"] = 128
     """Tokens in one example of a text."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
-    """Tokens of a text: its UTF-8 bytes, or the characters of training text and one for all others."""
+    """Tokens of a text: its UTF-8 bytes, or the characters of the training text and one token for all others."""
     validation_fraction: Annotated[float, "(0, 1)"] = 0.1
-    """Share of the training split held out for every choice; stratified. Ignored where the set has its own split."""
+    """Share of the training split held out to make every choice; stratified. Ignored if the set has its own split."""
     test_fraction: Annotated[float, "(0, 1)"] = 0.2
-    """Share carved off for testing where the set has no test split."""
+    """Share of the set that is held out for testing if it has no test split."""
     split_seed: Annotated[int, "(-∞, ∞)"] = 0
-    """Seed of the carving: apart from `seed`, so that runs of several seeds are measured on the same examples."""
+    """Seed of these splits: apart from `seed`, so that runs with different seeds are measured on the same examples."""
     streamed: bool = False
-    """For a training split larger than memory, images or a table in Parquet that every node sees: only targets are
-    held; a subset's rows are read by row group, full-set stages stream them. Other splits are held in memory."""
+    """For a training split larger than memory, of images or a table in Parquet that every node sees: hold only targets
+    in memory; subsets read their rows by row group, full-set stages stream them. Other splits are held in memory."""
     augmentation: str = "auto"
     """none, or crop_flip: random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR.
-    Or your own, package.module:function of a batch's stored rows and a torch.Generator, which returns such rows."""
+    Or your own package.module:function of (a batch's stored rows, torch.Generator), which returns such rows."""
 
     def __post_init__(self) -> None:
         need(
@@ -80,35 +80,35 @@ class DataConfig:
 
     @property
     def own_augmentation(self) -> str | None:
-        """The user's, by its name: package.module:function."""
+        """Return the name of the user's own augmentation, package.module:function, or None."""
         return self.augmentation if ":" in self.augmentation else None
 
     @property
     def label_column(self) -> str:
-        """The target of images."""
+        """Return the target column of images."""
         return self.target or "label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "auto"
-    """cnn, vgg, cifar_resnet or lenet5 for images; alexnet_32, vgg11_32, vgg16_32 or resnet18_32 for those of 32×32;
-    any classification network of torchvision; unet for masks; mlp for other numbers; lstm or transformer for tokens.
-    auto: cnn, unet, mlp or transformer. Or package.module:function, called with a raysubset.tasks.Spec, or with
-    (num_classes, (C, H, W)) if it takes two arguments, and returning an nn.Module from [N, *spec.inputs] to float
+    """Network: cnn, vgg, cifar_resnet or lenet5 for images; alexnet_32, vgg11_32, vgg16_32 or resnet18_32 for images
+    of 32×32; any classification network of torchvision; unet for masks; mlp for other numbers; lstm or transformer for
+    tokens. auto: cnn, unet, mlp or transformer. Or package.module:function, called with a raysubset.tasks.Spec, or with
+    (num_classes, (C, H, W)) if it takes two arguments; it returns an nn.Module from [N, *spec.inputs] to float
     [N, *spec.outputs]."""
     width: Annotated[int | None, "[1, ∞)"] = None
     """Channels of the first block (cnn, vgg, unet: 8, cifar_resnet: 16), or units of a layer (mlp, lstm and
     transformer: 64)."""
     depth: Annotated[int | None, "[1, ∞)"] = None
-    """Blocks (cnn: 2, vgg: 3, transformer: 2), halvings (unet: 2), hidden layers (mlp, lstm: 1), or layers, 6n + 2
-    (cifar_resnet: 20)."""
+    """Blocks (cnn: 2, vgg: 3, transformer: 2), halvings of the image (unet: 2), hidden layers (mlp, lstm: 1), or 6n + 2
+    layers (cifar_resnet: 20)."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Normalisation inside cnn, vgg, cifar_resnet and unet."""
+    """Normalisation layers of cnn, vgg, cifar_resnet and unet."""
     weights: str | None = None
-    """What the shared start has instead of random weights: a finished run's directory, a file of a state dict
-    (.safetensors, .pt, .pth) that every node sees, or `pretrained`, torchvision's own, where torch.hub has them on
-    disk. Tensors of other shapes, as a head for other classes, are fresh."""
+    """Weights of the shared start instead of random ones: a finished run's directory, a file of a state dict
+    (.safetensors, .pt, .pth) that every node sees, or `pretrained` for torchvision's own, if torch.hub has them on
+    disk. Tensors of other shapes, such as a head for other classes, start at random."""
 
     def __post_init__(self) -> None:
         need(
@@ -130,11 +130,11 @@ class ModelConfig:
 
     @property
     def is_function(self) -> bool:
-        """Whether it is the user's own network: package.module:function."""
+        """Return True if the network is the user's own: package.module:function."""
         return ":" in self.name
 
     def size(self) -> tuple[int, int]:
-        """(width, depth) with the architecture's defaults filled in; of a network by name, not of auto."""
+        """Return (width, depth) with the architecture's defaults filled in; only for a named network, not for auto."""
         width, depth = _MODEL_SIZES[self.name]
         return self.width or width, self.depth or depth
 
@@ -142,28 +142,28 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class SubsetsConfig:
     num: Annotated[int | None, "[1, ∞)"] = None
-    """Number of disjoint subsets. At most two of num, size and fraction; by default 4 that share the training set."""
+    """Number of disjoint subsets. Give at most two of num, size and fraction; by default 4 share the training set."""
     size: Annotated[int | None, "[1, ∞)"] = None
     """Examples per subset. Q = size * num_classes / num_parameters should exceed 1."""
     fraction: Annotated[float | None, "(0, 1]"] = None
     """Size of a subset as a share of the training set."""
     scheme: Literal["stratified", "iid", "dirichlet", "column", "function"] = "stratified"
-    """How examples are dealt: every class alike, at random, with label skew, by a column's values, by a function."""
+    """How examples are dealt: every class alike, at random, with label skew, by a column's values, or by a function."""
     alpha: Annotated[float, "(0, ∞)"] = 0.5
-    """Concentration of the Dirichlet label skew, Dir(alpha · class shares) as Hsu et al.'s: the smaller, the fewer
+    """Concentration of the Dirichlet label skew, Dir(alpha · class shares) as in Hsu et al.: the smaller, the fewer
     classes a subset sees. Flower's alpha is this one divided by the number of classes."""
     column: str | None = None
     """For the column scheme: the column of the training table whose values name the subsets."""
     function: str | None = None
     """For the function scheme: package.module:function(labels, num, seed) -> subset id of each example, -1 for none."""
     start: Literal["shared", "independent"] = "shared"
-    """Weights the actors start from: all the same, or each its own. Means are only good after a shared start."""
+    """Weights the actors start from: the same, or each its own random ones. Means need a shared start to be good."""
     shares: str = "equal"
-    """Sizes against one another, so that nodes of unequal speed finish together: equal; measured (each kind of node is
-    timed once, and recorded); or speeds per accelerator type, as "A100=3.5,T4=1"."""
+    """Relative sizes of the subsets, so that nodes of unequal speed finish together: equal; measured (each kind of node
+    is timed once, and recorded); or speeds per accelerator type, such as "A100=3.5,T4=1"."""
     per_actor: Annotated[int, "[1, ∞)"] = 1
-    """Subsets that one actor minimizes on at once, with stacked weights: for networks too small to fill a GPU. Taken
-    where a trial on the first actor's device shows it to be faster, which is recorded."""
+    """Subsets that one actor minimizes on at once, with stacked weights: for networks too small to fill a GPU. Used
+    only if a trial on the first actor's device shows that it is faster; the decision is recorded."""
 
     def __post_init__(self) -> None:
         check_fields(self, "subsets.")
@@ -171,9 +171,9 @@ class SubsetsConfig:
         need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
         need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")
         for scheme in ("column", "function"):
-            chosen, value = self.scheme == scheme, getattr(self, scheme)
+            is_scheme, value = self.scheme == scheme, getattr(self, scheme)
             need(
-                chosen == (value is not None),
+                is_scheme == (value is not None),
                 f"subsets.scheme={scheme} and subsets.{scheme} go together: give both, or neither",
             )
         need(self.scheme != "column" or self.num is None, "subsets.num follows from the column's values: leave it out")
@@ -185,7 +185,7 @@ class SubsetsConfig:
         self.speeds()
 
     def speeds(self) -> dict[str, float] | None:
-        """Speed by accelerator type, where shares gives them."""
+        """Return the speeds by accelerator type, or None if shares gives none."""
         if self.shares in ("equal", "measured"):
             return None
         speeds: dict[str, float] = {}
@@ -195,6 +195,6 @@ class SubsetsConfig:
                 speeds[name.strip()] = float(value)
             except ValueError:
                 speeds[name.strip()] = 0.0
-        good = all(name and 0 < value < math.inf for name, value in speeds.items())
-        need(good, f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")
+        is_valid = all(name and 0 < value < math.inf for name, value in speeds.items())
+        need(is_valid, f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")
         return speeds

@@ -1,4 +1,4 @@
-"""Config: the whole of a run."""
+"""Define Config: all settings of a run."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
 
 UNKNOWN_FIELD = "; see raysubset run --help"
-_NAME_BYTES = 255  # of a file's name, on all usual file systems
-_NAME_CHARACTERS = 60  # of data and of model, in a name that is made
+_NAME_BYTES = 255  # most bytes of a file name, on all usual file systems
+_NAME_CHARACTERS = 60  # most characters of the data's and of the model's name in a run's default name
 
 Learned = tuple[DataConfig, TaskConfig]
 
@@ -24,13 +24,13 @@ Learned = tuple[DataConfig, TaskConfig]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     name: str | None = None
-    """Name of the run: running again under it resumes. By default made of data, model (if named) and digest."""
+    """Name of the run: running again under the same name resumes. By default data, model (if named) and a digest."""
     storage_path: str = "~/ray_results"
-    """Path or URI (pyarrow.fs: s3://…, gs://…) that holds the run directories; shared by all nodes of a cluster."""
+    """Path or URI (pyarrow.fs: s3://…, gs://…) of the run directories; all nodes of a cluster must share it."""
     seed: Annotated[int, "(-∞, ∞)"] = 0
-    """Of everything drawn at random but the splits."""
+    """Seed of everything drawn at random except the splits."""
     method: Literal["subset_pretraining", "conventional"] = "subset_pretraining"
-    """conventional: one plain run on the full set, of equal total cost, to compare with."""
+    """conventional: one plain run on the full set, of equal total cost, for comparison."""
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -52,35 +52,35 @@ class Config:
             need(plain, f"name = {self.name!r} must be a plain folder name")
             num_bytes = len(self.name.encode())
             need(num_bytes <= _NAME_BYTES, f"--name has {num_bytes} bytes: give at most {_NAME_BYTES}, a file name's")
-        independent = self.subsets.start == "independent"
+        is_independent = self.subsets.start == "independent"
         need(
-            not (independent and self.trunk.epochs),
+            not (is_independent and self.trunk.epochs),
             "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0",
         )
         need(
-            not (independent and self.model.weights),
+            not (is_independent and self.model.weights),
             f"model.weights = {self.model.weights} would start all subsets alike: leave out subsets.start=independent",
         )
-        several = self.rounds.num > 1
+        has_rounds = self.rounds.num > 1
         need(
-            not (several and independent),
+            not (has_rounds and is_independent),
             "rounds.num > 1 starts every round from the last mean: subsets.start must be shared",
         )
-        whole, loop = self.minimize.optimizer in WHOLE_SUBSET, self.minimize.whole_loop
+        is_whole, loop = self.minimize.optimizer in WHOLE_SUBSET, self.minimize.whole_loop
         need(
-            not (several and loop and self.rounds.optimizer_state != "reset"),
-            f"rounds.num > 1 keeps optimizer states over changing subsets, which {loop} has none of that survive: "
+            not (has_rounds and loop and self.rounds.optimizer_state != "reset"),
+            f"rounds.num > 1 keeps optimizer states while subsets change, and {loop} has no state that can be kept: "
             "set rounds.optimizer_state=reset, or use sgd, adam or adamw",
         )
         need(
-            not (several and self.minimize.has_own_optimizer and self.rounds.optimizer_state == "average"),
-            f"rounds.optimizer_state=average is of moments, which not all of {self.minimize.optimizer}'s state may be: "
+            not (has_rounds and self.minimize.has_own_optimizer and self.rounds.optimizer_state == "average"),
+            f"rounds.optimizer_state=average averages moments, and {self.minimize.optimizer}'s state may hold more: "
             "set keep or reset",
         )
         on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
         need(
             not (loop and self.data.streamed and on_full_set),
-            f"{loop} has all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
+            f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
             "trunk.epochs and fine_tuning.epochs to 0",
         )
         for name in ("tolerance", "patience"):
@@ -90,14 +90,14 @@ class Config:
             )
         need(
             self.subsets.per_actor == 1 or not (self.minimize.patience or self.minimize.validate_every),
-            f"subsets.per_actor = {self.subsets.per_actor} trains subsets as one, which nothing looks at on the way: "
+            f"subsets.per_actor = {self.subsets.per_actor} trains subsets together, without measuring them in between: "
             "leave minimize.patience and minimize.validate_every out",
         )
-        noisy = self.data.augmentation not in ("auto", "none") or (
+        is_noisy = self.data.augmentation not in ("auto", "none") or (
             self.data.augmentation == "auto" and self.data.name in ("cifar10", "cifar100")
         )
         need(
-            not (whole and noisy),
+            not (is_whole and is_noisy),
             f"minimize.optimizer={self.minimize.optimizer} needs a loss without noise: set --data.augmentation=none",
         )
         num = self.subsets.num
@@ -109,7 +109,7 @@ class Config:
         self._check_variations()
 
     def _check_variations(self) -> None:
-        """Refuse techniques that would do nothing, or what is not meant, in a stage."""
+        """Refuse techniques that would do nothing in a stage, or something other than meant."""
         stages: list[tuple[TrainingStage, float | None]] = [("conventional", self.conventional.epochs)]
         if self.method == "subset_pretraining":
             stages = [
@@ -119,7 +119,7 @@ class Config:
             ]
         for stage, epochs in stages:
             if epochs:
-                self.stage(stage, epochs=epochs)  # refuses what the recipe cannot be with the stage's learning rate
+                self.stage(stage, epochs=epochs)  # refuses settings that do not fit the stage's learning rate
             averaging = self.minimize.for_stage(stage).averaging
             num = averaging.num_epochs_averaged(epochs) if epochs and averaging.kind == "swa" else None
             need(
@@ -130,8 +130,8 @@ class Config:
         averaging, tuning = self.minimize.for_stage("fine_tuning").averaging, self.fine_tuning
         need(
             tuning.keep == "last" or not tuning.epochs or averaging.kind == "none" or averaging.restarts(),
-            f"fine_tuning.keep=best chooses among epochs, minimize.averaging.kind={averaging.kind} averages over them: "
-            "set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages",
+            f"fine_tuning.keep=best chooses among epochs, but minimize.averaging.kind={averaging.kind} averages over "
+            "them: set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages",
         )
         need(
             not tuning.distillation or self.method == "subset_pretraining",
@@ -140,8 +140,8 @@ class Config:
         )
         need(
             not (tuning.distillation and self.minimize.objective),
-            f"fine_tuning.distillation is a share of the task's loss, and minimize.objective={self.minimize.objective} "
-            "stands in its place: leave one of them out",
+            f"fine_tuning.distillation is a share of the task's loss, which minimize.objective="
+            f"{self.minimize.objective} replaces: leave one of them out",
         )
         need(
             not (tuning.distillation and self.minimize.whole_loop),
@@ -149,11 +149,11 @@ class Config:
         )
 
     def run_name(self) -> str:
-        """The run directory's name: `name`, or data, model if named, and a digest of all that shapes the result."""
+        """Return the run directory's name: `name`, or data, model if named, and a digest of what shapes the result."""
         if self.name:
             return self.name
         shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
-        import hashlib  # loads OpenSSL, which no flag waits for
+        import hashlib  # loads OpenSSL: parsing flags should not wait for it
 
         digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
         names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
@@ -164,12 +164,12 @@ class Config:
 
     @property
     def learned(self) -> "Learned":
-        """What a full set is read by: runs that agree in it share one."""
+        """Return the settings that a full set is read by: runs that agree in them share one."""
         return self.data, self.task
 
     def functions(self) -> dict[str, str]:
-        """The user's own code that a run of it calls: each package.module:function, by the field that names it."""
-        named = {
+        """Return the user's own functions that a run calls, package.module:function, by the field that names each."""
+        names = {
             "data.name": self.data.name,
             "data.augmentation": self.data.augmentation,
             "task.name": self.task.name,
@@ -181,10 +181,10 @@ class Config:
             "actors.on_step": self.actors.on_step or "",
             "aggregation.method": self.aggregation.method,
         }
-        return {field: name for field, name in named.items() if ":" in name and "/" not in name}
+        return {field: name for field, name in names.items() if ":" in name and "/" not in name}
 
     def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
-        """The recipe of one stage: `minimize` with its own epochs (or those given), learning rate and schedule."""
+        """Return a stage's recipe: `minimize` with its learning rate, schedule and epochs (or the given ones)."""
         base = self.minimize.for_stage(stage)
         if stage == "trunk":
             changes: dict[str, Any] = {"epochs": self.trunk.epochs, "schedule": self.trunk.schedule}
@@ -202,16 +202,16 @@ class Config:
         return dataclasses.replace(base, **changes)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
-        """A copy with single fields set by dotted name.
+        """Return a copy with single fields set by dotted name.
 
         Raises:
             ValueError: for an unknown name (with the nearest known one) or a value that a check refuses.
         """
         tree = self.to_dict()
-        known = flatten(tree)
+        fields = flatten(tree)
         for key, value in overrides.items():
-            if key not in known:
-                raise ValueError(f"there is no config field {key}{nearest(key, known) or UNKNOWN_FIELD}")
+            if key not in fields:
+                raise ValueError(f"there is no config field {key}{nearest(key, fields) or UNKNOWN_FIELD}")
             node = tree
             *parents, leaf = key.split(".")
             for parent in parents:
@@ -220,27 +220,27 @@ class Config:
         return Config.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, ready for JSON."""
+        """Return the config as nested dicts, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Config":
-        """The inverse of to_dict(); fields left out keep their defaults.
+        """Build a config from what to_dict() returns; fields left out keep their defaults.
 
         Raises:
             ValueError: for unknown fields or values of the wrong type.
         """
-        return from_tree(cls, _of_now(tree) if isinstance(tree, Mapping) else tree, "")
+        return from_tree(cls, _updated(tree) if isinstance(tree, Mapping) else tree, "")
 
 
 def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's, comparison's or sweep's recorded config as it would be recorded now: fields since have their defaults.
+    """Return a recorded config of a run, comparison or sweep as today's version writes it.
 
-    One that this version cannot read, and what is no config, stays as it is.
+    New fields get their defaults. A config that this version cannot read, and any other tree, is returned unchanged.
     """
     if "minimize" not in tree:
         return dict(tree)
-    names = {each.name for each in dataclasses.fields(Config)}
+    names = {field.name for field in dataclasses.fields(Config)}
     try:
         config = Config.from_dict({key: value for key, value in tree.items() if key in names}).to_dict()
     except ValueError:
@@ -248,18 +248,18 @@ def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in names} | config
 
 
-def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of before as it would be written now."""
+def _updated(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate an earlier version's config.json into today's fields."""
     new = dict(tree)
     aggregation, minimize = tree.get("aggregation"), tree.get("minimize")
-    if isinstance(aggregation, Mapping):  # by actors, with their GPUs, since this field of before has gone
+    if isinstance(aggregation, Mapping):  # actors aggregate, with their own GPUs: num_gpus was removed
         new["aggregation"] = {key: value for key, value in aggregation.items() if key != "num_gpus"}
     rounds = tree.get("rounds")
     if isinstance(rounds, Mapping) and "keep_minima" not in rounds and rounds.get("num", 1) == 1:
         new["rounds"] = {key: rounds[key] for key in rounds if (key, rounds[key]) != ("outer_momentum", 0.0)}
     moved: dict[str, Any] = {}
     if isinstance(minimize, Mapping):
-        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}  # once the recipe's
+        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}  # now the task's
     if moved and isinstance(minimize, Mapping):
         new["minimize"] = {key: value for key, value in minimize.items() if key not in moved}
         if moved.get("loss") == "cross_entropy":
@@ -269,7 +269,7 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(tuning, Mapping) and tuning.get("num_workers", 1) is None:
         new["fine_tuning"] = {**tuning, "num_workers": "auto"}
     data = tree.get("data")
-    if isinstance(data, Mapping) and "label_column" in data and data.get("target") is None:  # its name of before
+    if isinstance(data, Mapping) and "label_column" in data and data.get("target") is None:  # renamed
         new["data"] = {key: value for key, value in data.items() if key != "label_column"}
         if (label := data["label_column"]) != "label":
             new["data"]["target"] = label
@@ -277,5 +277,5 @@ def _of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given(**fields: Any) -> dict[str, Any]:
-    """Those that are not None."""
+    """Return the fields that are not None."""
     return {name: value for name, value in fields.items() if value is not None}

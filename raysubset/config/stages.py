@@ -1,4 +1,4 @@
-"""The stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
+"""Settings of the stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -14,13 +14,13 @@ AGGREGATIONS = (
 @dataclass(frozen=True, kw_only=True)
 class TrunkConfig:
     epochs: Annotated[float, "[0, ∞)"] = 1.0
-    """Epochs on the full set before the subsets, for a trained common start; 0: none (the paper's form)."""
+    """Epochs on the full set before the subsets, for a trained common start. 0: no trunk, as in the paper."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
-    """Peak learning rate of the trunk; by default that of minimize."""
+    """Peak learning rate of the trunk; by default minimize.learning_rate."""
     schedule: Literal["constant", "cosine", "one_cycle", "warmup_linear"] = "constant"
-    """The trunk's own schedule: it ends where the subsets go on, so its learning rate need not fall."""
+    """Learning rate over the trunk. It need not fall, because the subsets continue from the trunk's end."""
     num_workers: Annotated[int, "[1, ∞)"] = 1
-    """1: one actor; from 2 up: a Ray Train job."""
+    """1: one actor; 2 or more: a Ray Train job."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trunk.")
@@ -29,36 +29,37 @@ class TrunkConfig:
 @dataclass(frozen=True, kw_only=True)
 class RoundsConfig:
     num: Annotated[int, "[1, ∞)"] = 1
-    """Rounds of subset minima and aggregation; from 2 up the subsets are redrawn each round (local SGD). 16 or more
-    exchanges are what paid in pilots, with Muon or SGD."""
+    """Rounds of subset minima and aggregation; with 2 or more the subsets are redrawn each round (local SGD). In
+    pilots 16 or more exchanges paid, with Muon or SGD."""
     lengths: Literal["equal", "quadratic"] = "equal"
-    """Epochs of the rounds: as many each, or longer as the learning rate falls, by 1/rate² (arXiv:2310.14423), with
-    the same sum."""
+    """equal: as many epochs in each round; quadratic: rounds longer as the learning rate falls, by 1/rate²
+    (arXiv:2310.14423), with the same sum."""
     optimizer_state: Literal["keep", "reset", "average"] = "keep"
-    """What members begin a later round with: their own momenta, none, or the mean of all members'."""
+    """Optimizer state at the start of later rounds: each member's own, none, or the mean of all members' states."""
     learning_rate_scale: Annotated[float, "(0, ∞)"] = 1.0
-    """Times minimize.learning_rate, for the members alone: far from convergence a mean gains by longer steps."""
+    """Factor of minimize.learning_rate for the members only: far from convergence a mean gains by longer steps."""
     outer_learning_rate: Annotated[float, "(0, ∞)"] = 1.0
-    """Of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 alone is the mean."""
+    """Learning rate of the outer Nesterov step along the mean's displacement (DiLoCo, arXiv:2311.08105); 1 without
+    momentum gives the mean itself."""
     outer_momentum: Annotated[float | None, "[0, 1)"] = None
-    """Momentum of the outer step over the rounds; by default 0.6 where there are several (what paid in pilots)."""
+    """Momentum of the outer step over the rounds; by default 0.6 if there are several rounds (which paid in pilots)."""
     evaluate_every: Annotated[int, "[1, ∞)"] = 1
-    """Measure the minima and the aggregate of each so-many-th round, and of the last: what that costs is counted, and
-    many short rounds can cost more to measure than to train. Batch-norm statistics are recomputed then only."""
+    """Measure the minima and the aggregate every so many rounds, and in the last. The cost is counted: many short
+    rounds can cost more to measure than to train. Batch-norm statistics are recomputed only in measured rounds."""
     send: Literal["float32", "bfloat16", "int8"] = "float32"
-    """What members of all rounds but the last send: their weights, or differences from the round's start in 16 bits,
-    or in 8 with a scale a tensor; with fewer than 32 their optimizer states are left in 16. The start is sent to them
-    as it is."""
+    """What members send in all rounds but the last: float32: their weights; bfloat16: differences from the round's
+    start in 16 bits; int8: in 8 bits with a scale for each tensor. Below 32 bits they leave optimizer states in 16. The
+    start is sent to them in full."""
     keep_minima: Annotated[int | None, "[0, ∞)"] = 1
-    """Rounds, counted from the last, whose minima stay on disk; 0: none once the run is finished, which leaves a run of
-    a thousand subsets some twenty files; null: all. A damaged older file costs all since."""
+    """Number of last rounds whose minima stay on disk. 0: none once the run is finished, which leaves about twenty
+    files of a run of a thousand subsets; null: all. If an older file is damaged, all rounds since are done again."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rounds.")
 
     @property
     def momentum(self) -> float:
-        """Of the outer step."""
+        """Return the momentum of the outer step, or its default."""
         if self.outer_momentum is None:
             return 0.6 if self.num > 1 else 0.0
         return self.outer_momentum
@@ -67,38 +68,38 @@ class RoundsConfig:
         return (self.outer_learning_rate, self.momentum) != (1.0, 0.0)
 
     def evaluated(self, round: int) -> bool:
-        """Whether minima and aggregate of the round, from 0, are measured."""
+        """Return True if the minima and the aggregate of the round (counted from 0) are measured."""
         return (round + 1) % self.evaluate_every == 0 or round + 1 == self.num
 
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
     method: str = "uniform_soup"
-    """What becomes of the minima: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that help
-    (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors (ties,
-    dare); without the subset bias (savgm); after permuting units (aligned_soup, the one for independent starts);
-    whichever of these validates best (auto); or your own, package.module:function of minima and context."""
+    """How the minima are aggregated: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that
+    help (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors
+    (ties, dare); without the subset bias (savgm); after permuting units (aligned_soup, for independent starts);
+    whichever of these validates best (auto); or your own package.module:function of (minima, context)."""
     weight_by: Literal["examples", "validation_loss"] = "examples"
     """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss."""
     allow_independent: bool = False
-    """Average minima that share no start all the same; the result is labelled."""
+    """Average minima even if they do not share a start; the result is labelled."""
     statistics_examples: Annotated[int | None, "[1, ∞)"] = 2048
-    """Examples of its subset on which an actor takes what fisher and regmean need; null: all of them."""
+    """Examples of each subset on which the statistics for fisher and regmean are computed; null: all of them."""
     fisher_labels: Literal["model", "true"] = "model"
-    """Labels of the Fisher's gradients under cross-entropy: expected under the model, or the true ones (empirical
-    Fisher). Under squared error it is the loss's own curvature."""
+    """Labels for the Fisher's gradients under cross-entropy: expected under the model, or the true ones (empirical
+    Fisher). Under squared error the Fisher is the loss's own curvature."""
     regmean_factor: Annotated[float, "[0, 1]"] = 0.9
-    """What regmean multiplies the off-diagonals of its Gram matrices by."""
+    """Factor of the off-diagonals of regmean's Gram matrices."""
     ties_density: Annotated[float, "(0, 1]"] = 0.2
-    """Share of each task vector's elements, the largest, that ties keeps."""
+    """Share of each task vector's elements that ties keeps: the largest ones."""
     dare_drop: Annotated[float, "[0, 1)"] = 0.5
     """Share of each task vector's elements that dare drops at random."""
     task_scale: Annotated[float, "(0, ∞)"] = 1.0
-    """λ: what ties and dare multiply the merged task vector by."""
+    """λ: factor of the merged task vector of ties and dare."""
     savgm_fraction: Annotated[float, "(0, 1)"] = 0.25
-    """r: share of each subset that savgm minimizes on once more, to estimate the bias."""
+    """r: share of each subset on which savgm minimizes once more, to estimate the bias."""
     matching: Literal["weights", "activations"] = "weights"
-    """How aligned_soup finds which units of two minima correspond; weights did at least as well on MNIST (n = 2)."""
+    """What aligned_soup compares to match the units of two minima; weights did at least as well on MNIST (n = 2)."""
     repair: bool = True
     """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
 
@@ -114,28 +115,29 @@ class AggregationConfig:
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig:
     epochs: Annotated[float, "[0, ∞)"] = 2.0
-    """Epochs on the full set by Ray Train; 0: the aggregate is the model."""
+    """Epochs of fine-tuning on the full set by Ray Train. 0: the aggregate is the model."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
-    """Peak learning rate; by default that of minimize."""
+    """Peak learning rate of fine-tuning; by default minimize.learning_rate."""
     start: Literal["warm", "shrink_perturb", "reinit"] = "warm"
-    """From the aggregate; from shrink * aggregate + perturb * fresh weights (arXiv:1910.08475); from fresh weights."""
+    """Start from the aggregate, from shrink * aggregate + perturb * fresh weights (arXiv:1910.08475), or from fresh
+    weights."""
     shrink: Annotated[float, "[0, 1]"] = 0.4
     """λ of shrink_perturb."""
     perturb: Annotated[float, "[0, 1]"] = 0.1
     """γ of shrink_perturb."""
     num_workers: Annotated[int | Literal["auto"], "[1, ∞)"] = "auto"
-    """Ray Train workers; 1: an actor, by Ray Train's local mode. auto: 1 where the work is shorter than the start of
-    further processes, else as many as the cluster can hold or start, at most one a subset (measured, recorded)."""
+    """Ray Train workers. 1: an actor, in Ray Train's local mode. auto: 1 if the work is shorter than the start of more
+    processes, else as many as the cluster can hold or start, at most one for each subset (measured, recorded)."""
     min_workers: Annotated[int | None, "[1, ∞)"] = None
-    """Makes the job elastic: go on with as few as this when workers are lost, grow back to num_workers."""
+    """Make the job elastic: continue with as few workers as this when some are lost, and grow back to num_workers."""
     keep: Literal["best", "last"] = "last"
-    """Which epoch's weights are the result: the least validation loss, or the end of the schedule."""
+    """The epoch whose weights are the result: best: that of least validation loss; last: the end of the schedule."""
     distillation: Annotated[float, "[0, 1]"] = 0.0
     """Share of the loss that is the distance from the ensemble of the last round's minima."""
     temperature: Annotated[float, "(0, ∞)"] = 2.0
-    """Of the ensemble's soft targets under cross-entropy."""
+    """Temperature of the ensemble's soft targets under cross-entropy."""
     sync_batch_norm: bool = False
-    """Batch-norm statistics over all workers' parts of a batch (CUDA only)."""
+    """Compute batch-norm statistics over the whole batch, across workers (CUDA only)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "fine_tuning.")
@@ -151,17 +153,17 @@ class FineTuningConfig:
             )
 
     def workers(self, *, auto: int) -> int:
-        """Return the number of workers asked for, or `auto` where it is left to the run."""
+        """Return the requested number of workers, or `auto` if num_workers is "auto"."""
         return auto if self.num_workers == "auto" else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConventionalConfig:
     epochs: Annotated[float | None, "(0, ∞)"] = None
-    """Epochs of `--method conventional`; by default of the same total cost as the config's subset pretraining,
+    """Epochs of `--method conventional`; by default as many as give the total cost of the config's subset pretraining,
     evaluation counted in both."""
     num_workers: Annotated[int, "[1, ∞)"] = 1
-    """1: one actor; from 2 up: a Ray Train job."""
+    """1: one actor; 2 or more: a Ray Train job."""
 
     def __post_init__(self) -> None:
         check_fields(self, "conventional.")

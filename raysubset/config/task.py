@@ -1,4 +1,4 @@
-"""What is learned: the task, and the loss that stands for it."""
+"""Settings of what is learned: the task and its loss."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -24,24 +24,24 @@ _LOSSES: dict[str, tuple[LossName, ...]] = {
 class TaskConfig:
     name: str = "auto"
     """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of
-    your own. auto: what a named set is for, and classification elsewhere. --task is short for it."""
+    your own. auto: the usual task of a named set, classification for other data. --task is short for it."""
     loss: LossName = "auto"
-    """auto: cross_entropy of classes, squared_error of numbers. squared_error of classes is the mean over examples and
-    outputs of (output - one-hot)²; of numbers, as absolute_error and huber, of standardised targets."""
+    """auto: cross_entropy for classes, squared_error for numbers. For classes squared_error is the mean over examples
+    and outputs of (output - one-hot)²; for numbers it is, like absolute_error and huber, of standardised targets."""
     label_smoothing: Annotated[float, "[0, 1)"] = 0.0
-    """Of cross-entropy."""
+    """Label smoothing of cross-entropy."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: cross-entropy counts a class by the inverse of its share of the training set (segmentation: of its
+    """balanced: cross-entropy weights a class by the inverse of its share of the training set (segmentation: of the
     pixels)."""
     ignored: Annotated[int | None, "[0, 255]"] = None
-    """segmentation: a value of masks that counts nowhere."""
+    """For segmentation: a value of masks that is left out of loss and metrics."""
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
         known = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
         need(
             not self.is_class or self.loss == "auto",
-            f"task.loss={self.loss} is of the built-in tasks, and {self.name} has a loss of its own: leave it out",
+            f"task.loss={self.loss} is for built-in tasks, and {self.name} has a loss of its own: leave it out",
         )
         need(
             self.loss == "auto" or self.loss in known,
@@ -67,10 +67,10 @@ class TaskConfig:
             )
         need(
             self.ignored is None or self.name in ("auto", "segmentation") or self.is_class,
-            f"task.ignored is a value of masks, which {self.name} has none of: leave it out",
+            f"task.ignored is a value of masks, and {self.name} has no masks: leave it out",
         )
 
     @property
     def is_class(self) -> bool:
-        """Whether it is the user's own: package.module:Class."""
+        """Return True if the task is the user's own: package.module:Class."""
         return ":" in self.name

@@ -1,4 +1,4 @@
-"""Who else is told of a run: MLflow and Weights & Biases."""
+"""Settings of the experiment trackers: MLflow and Weights & Biases."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,14 +10,14 @@ from raysubset.uris import holds_secret
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     to: Literal["none", "mlflow", "wandb", "both"] = "none"
-    """Trackers that are told of the run as it goes, beside TensorBoard's events at its end. wandb is offline where it
-    finds no API key; WANDB_MODE decides otherwise."""
+    """Experiment trackers that follow the run, beside the TensorBoard events at its end. wandb works offline if it
+    finds no API key; WANDB_MODE overrides this."""
     uri: str | None = None
-    """MLflow's server or store; by default that of MLFLOW_TRACKING_URI, else mlflow's own. wandb: WANDB_BASE_URL."""
+    """MLflow's server or store; by default MLFLOW_TRACKING_URI, else mlflow's own. For wandb set WANDB_BASE_URL."""
     project: str = "raysubset"
     """MLflow's experiment, wandb's project."""
     group: str | None = None
-    """What runs belong to: a tag in MLflow, a group in wandb. By default a sweep's trials have the sweep's name."""
+    """Group of the run: a tag in MLflow, a group in wandb. By default a sweep's trials have the sweep's name."""
 
     def __post_init__(self) -> None:
         need(
@@ -32,5 +32,5 @@ class TrackingConfig:
         )
 
     def names(self) -> tuple[str, ...]:
-        """The trackers asked for."""
+        """Return the names of the requested trackers."""
         return {"none": (), "both": ("mlflow", "wandb")}.get(self.to, (self.to,))

@@ -1,4 +1,4 @@
-"""Records to plain trees and back, with mistakes told in the user's words."""
+"""Turn records into plain trees and back, and report mistakes in the user's words."""
 
 import dataclasses
 import difflib
@@ -15,13 +15,13 @@ from raysubset.uris import shown
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean mnist?' where a known word is near, else ''. Words that look the same are spelled out."""
-    found = next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
-    if found is None:
+    """Return '; did you mean mnist?' if a known word is close, else ''. Words that look alike are shown escaped."""
+    match = next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    if match is None:
         return ""
-    if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", word):
-        return f"; did you mean {found!a}, of other Unicode characters than {word!a}?"
-    return f"; did you mean {found}?"
+    if unicodedata.normalize("NFC", match) == unicodedata.normalize("NFC", word):
+        return f"; did you mean {match!a}, of other Unicode characters than {word!a}?"
+    return f"; did you mean {match}?"
 
 
 def need(condition: bool, message: str) -> None:
@@ -30,14 +30,14 @@ def need(condition: bool, message: str) -> None:
 
 
 def check_fields(record: Any, prefix: str) -> None:
-    """Refuse values of the wrong type, numbers out of their field's range, empty texts and texts of several lines.
+    """Refuse values of the wrong type, numbers outside their field's range, and empty or multi-line strings.
 
-    Ints become floats where floats are due, so that equal configs have equal JSON. The type of a number's field has its
-    range: Annotated[float, "[0, 1)"]. ∞ is never in it, nor is NaN, and whole numbers end below 2^63. None is what its
-    field says it is.
+    Ints in float fields become floats, so that equal configs have equal JSON. A number's range stands in its field's
+    type: Annotated[float, "[0, 1)"]. No range includes infinity or NaN, and ints must be below 2^63. What None means is
+    documented at each field.
 
     Raises:
-        ValueError: with the field's dotted name, the value and what it may be.
+        ValueError: with the field's dotted name, its value and the values it may have.
     """
     for name, hint in _hints(type(record)).items():
         value = getattr(record, name)
@@ -57,7 +57,7 @@ def check_fields(record: Any, prefix: str) -> None:
 
 
 def check_number(name: str, value: float, range: str) -> None:
-    """Refuse a number that is not in the range, which check_fields() describes."""
+    """Refuse a number outside the range, such as "[0, 1)"; check_fields() says what ranges mean."""
     low, high = _ends(range)
     above = value >= low if range[0] == "[" else value > low
     below = value <= high if range[-1] == "]" else value < high
@@ -71,7 +71,7 @@ def check_number(name: str, value: float, range: str) -> None:
 
 
 def range_in_words(range: str) -> str:
-    """'in [0, 1)', 'at least 1', 'positive' or '0 or more'; '' where every number is in it."""
+    """Return 'in [0, 1)', 'at least 1', 'positive' or '0 or more'; '' if the range includes every number."""
     low, high = _ends(range)
     if high < math.inf:
         return f"in {range}"
@@ -90,15 +90,15 @@ def _check_text(name: str, text: str) -> None:
     need(bool(text.strip()), f"{name} is empty: give it a value, or leave it out")
     control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
     if control is not None:
-        raise ValueError(f"{name} = {shown(text)!r} holds {control!r}, which is no character of a name: leave it out")
+        raise ValueError(f"{name} = {shown(text)!r} holds {control!r}, which names cannot have: leave it out")
 
 
-_hints = functools.cache(typing.get_type_hints)  # without what Annotated adds
+_hints = functools.cache(typing.get_type_hints)  # without the ranges that Annotated adds
 
 
 @functools.cache
 def ranges_of(cls: type) -> dict[str, str]:
-    """The ranges of fields that are Annotated with one."""
+    """Return the ranges of the fields that are Annotated with one, by field."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
 
@@ -107,17 +107,17 @@ T = TypeVar("T")
 
 
 def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config field") -> T:
-    """A dataclass of what JSON holds, each value of its field's type; fields left out keep their defaults.
+    """Build a dataclass from parsed JSON and check each value's type; fields left out keep their defaults.
 
-    Types may be numbers, which are finite, words, truth values, None, Literals, lists, tuples, dicts by name,
-    dataclasses, and unions of one of these with None. Classes that check their fields themselves are left to it.
+    Fields may be finite numbers, strings, booleans, None, Literals, lists, tuples, dicts with string keys, dataclasses,
+    and unions of one of these with None. The fields of classes with a __post_init__ are checked there.
 
     Args:
-        prefix: of the dotted names that messages show.
+        prefix: the start of the dotted names in messages.
         noun: what messages call a field.
 
     Raises:
-        ValueError: for a tree of another shape, an unknown or missing field, or a value of another type.
+        ValueError: if the tree is no mapping, a field is unknown or missing, or a value has the wrong type.
     """
     need(isinstance(tree, Mapping), f"{prefix.rstrip('.') or noun.split()[0]} should be an object, not {_shown(tree)}")
     hints, checks_itself = _hints(cls), hasattr(cls, "__post_init__")
@@ -135,10 +135,10 @@ def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config 
 
 
 def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
-    """The value as its field has it, an int widened where a float is due; refused where type or word are others.
+    """Return the value in its field's type, with ints in float fields widened; refuse other types and words.
 
     Args:
-        noun: as from_tree() takes it; without, numbers may be infinite: their ranges tell.
+        noun: as in from_tree(). If empty, numbers may be infinite: check_number() refuses them.
     """
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
@@ -176,13 +176,13 @@ def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value from a file in a few words."""
+    """Return the value's repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def parse_value(word: str) -> Any:
-    """The number, truth value, None or word that a field's value is written as: 100, 0.05, true, None, cosine."""
+    """Parse a field's value as a number, boolean, None or word: 100, 0.05, true, None, cosine."""
     words = {"True": True, "true": True, "False": False, "false": False, "None": None}
     if word in words:
         return words[word]
@@ -193,12 +193,12 @@ def parse_value(word: str) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values, of to_dict()'s nested dicts."""
+    """Map dotted names to values, from nested dicts such as to_dict() returns."""
     return dict(leaves(tree, prefix))
 
 
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """flatten()'s names and values, one after another: a name may come twice where some are dotted already."""
+    """Yield flatten()'s names and values: a name may come twice if some keys are dotted already."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -207,7 +207,7 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def shapes_result(key: str) -> bool:
-    """Whether a dotted field may change a number of the result; the others may differ when a run resumes."""
+    """Return True if a dotted field may change the result; the other fields may change when a run resumes."""
     free = (
         "name",
         "storage_path",
@@ -227,8 +227,8 @@ def shapes_result(key: str) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every field that shapes the result and differs."""
-    a, b = flatten(old), flatten(new)
-    for key in sorted(a.keys() | b.keys()):
-        if shapes_result(key) and a.get(key) != b.get(key):
-            yield key, a.get(key), b.get(key)
+    """Yield (dotted name, old value, new value) of every field that shapes the result and differs."""
+    old_values, new_values = flatten(old), flatten(new)
+    for key in sorted(old_values.keys() | new_values.keys()):
+        if shapes_result(key) and old_values.get(key) != new_values.get(key):
+            yield key, old_values.get(key), new_values.get(key)
