@@ -1,4 +1,4 @@
-"""Checks before a run: what there is, what the config asks for, whether it can ever be placed, memory and time.
+"""Check before a run what the cluster has, what the config requests, whether that can be placed, memory and time.
 
 for check in examine(config):
     print(check.ok, check.name, check.text)
@@ -35,28 +35,28 @@ from raysubset.run_report import environment
 from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
 
-MEASURE_TIMEOUT_S = 60.0  # for a slot to come free and the measurement to be made
+MEASURE_TIMEOUT_S = 60.0  # for a slot to become free and for the measurement
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at."""
+    """The outcome of one check."""
 
     name: str
-    ok: bool | None  # None: a note, or what could not be looked at
+    ok: bool | None  # None: a note, or the check was not possible
     text: str
 
 
 def examine(config: Config) -> Iterator[Check]:
-    """Look at everything a run of this config needs, in the order in which it would be needed.
+    """Check everything that a run of this config needs, in the order in which the run would need it.
 
-    Nothing of the run is begun. Ray is started or connected to, and left again at the end. Whatever else goes wrong on
-    the way is a check that failed, and the last.
+    No part of the run is started. Ray is started or connected to, and left again at the end. An unexpected error is
+    yielded as the last check, failed.
     """
     try:
         yield from _examine(config)
-    except Exception as error:  # of the user's model, of storage, of Ray: there is no kind that a run would not meet
-        yield Check("the check after that", False, f"it could not be made: {_why(error)}")
+    except Exception as error:  # of the user's model, of storage, of Ray: a run would meet every kind too
+        yield Check("the next check", False, f"it was not possible: {_why(error)}")
 
 
 def _examine(config: Config) -> Iterator[Check]:
@@ -70,7 +70,7 @@ def _examine(config: Config) -> Iterator[Check]:
     full_set = yield from _data(config)
     plan = None
     if full_set is None:
-        yield Check("model", None, "not looked at: without data its inputs and outputs are not known")
+        yield Check("model", None, "not checked: without data its inputs and outputs are not known")
     else:
         plan = yield from _model(config, full_set)
     yield from _storage(config, directory, full_set)
@@ -79,22 +79,22 @@ def _examine(config: Config) -> Iterator[Check]:
             stack.enter_context(connected(config.cluster))
         except (ValueError, RuntimeError, OSError) as error:
             yield Check("Ray", False, _why(error))
-            yield Check("placement, memory and time", None, "not looked at: there is no cluster")
+            yield Check("placement, memory and time", None, "not checked: there is no cluster")
             return
         num_gpus = yield from _nodes(config, directory)
         slots = yield from _placement(config, plan, num_gpus)
         if full_set is None or plan is None:
-            yield Check("memory and time", None, "not looked at: they depend on data and model")
+            yield Check("memory and time", None, "not checked: they depend on data and model")
             return
         if config.method == "subset_pretraining" and config.subsets.shares != "equal":
             yield from _sizes(config, full_set, plan, num_gpus)
         try:
-            needed = actor_bytes(config, full_set, plan)
+            num_bytes = actor_bytes(config, full_set, plan)
         except Exception as error:  # the user's model, in training mode for the first time
             yield Check("memory", False, f"a forward pass in training mode failed: {_why(error)}")
             return
-        yield from _memory(full_set, needed)
-        yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, needed=needed)
+        yield from _memory(full_set, num_bytes)
+        yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, num_bytes=num_bytes)
 
 
 def _data(config: Config) -> Generator[Check, None, FullSet | None]:
@@ -104,8 +104,8 @@ def _data(config: Config) -> Generator[Check, None, FullSet | None]:
         yield Check("data", False, _why(error))
         return None
     sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
-    found = ", ".join(f"{name} {value}" for name, value in full_set.task.describe().items())
-    yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.task.name}: {found}".replace("_", " "))
+    description = ", ".join(f"{name} {value}" for name, value in full_set.task.describe().items())
+    yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.task.name}: {description}".replace("_", " "))
     for note in full_set.notes:
         yield Check("data", None, note)
     return full_set
@@ -133,31 +133,35 @@ def _storage(config: Config, directory: RunDirectory, full_set: FullSet | None) 
     yield Check("storage", True, f"{directory.uri} can be written")
     try:
         yield _earlier_run(config, directory, full_set)
-    except ValueError as error:  # of a newer version, of other data or code, or being written
+    except ValueError as error:  # the run is of a newer version, of other data or code, or is being written
         yield Check("earlier run", False, str(error))
 
 
 def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Check:
-    """What is there under the run's name, and what a run would do about it."""
+    """Report what exists under the run's name, and what a run would do with it.
+
+    Raises:
+        ValueError: if a run would refuse it.
+    """
     if not directory.exists(CONFIG_PATH):
-        if found := directory.list(recursive=True):
-            text = f"{directory.uri} holds {found[0]} but no {CONFIG_PATH}, so it is no run: choose another --name"
+        if paths := directory.list(recursive=True):
+            text = f"{directory.uri} holds {paths[0]} but no {CONFIG_PATH}, so it is no run: choose another --name"
             return Check("earlier run", False, text)
-        return Check("earlier run", True, "none of this name: a new one would start")
+        return Check("earlier run", True, "none of this name: a new run would start")
     with Lease(directory):
-        old = directory.recorded_config()
-    if old is None:
-        return Check("earlier run", True, "one whose deletion was begun: a new one would start")
-    directory.refuse_other_config(old, config.to_dict())
+        recorded_config = directory.recorded_config()
+    if recorded_config is None:
+        return Check("earlier run", True, "one that is partly deleted: a new run would start")
+    directory.refuse_other_config(recorded_config, config.to_dict())
     if full_set is not None:
         directory.refuse_changed(identify([config], {config.learned: full_set}, directory.read_identity()))
     if directory.exists(REPORT_PATH):
         return Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
-    return Check("earlier run", True, "unfinished: `raysubset run` would go on with it")
+    return Check("earlier run", True, "unfinished: `raysubset run` would resume it")
 
 
 def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, float]:
-    """GPUs of an actor, as pipeline decides them, are returned."""
+    """Check the nodes; return the GPUs of an actor, as a run would decide them."""
     types = node_types()
     words = [
         f"{f'{t.num_alive} up' if t.num_alive else f'up to {t.num_startable} {t.name}'}, {describe(t.resources)} each"
@@ -169,52 +173,52 @@ def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, fl
     if directory.local_path and num_nodes > 1:
         text = f"{directory.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"
         yield Check("storage", None, f"{text} of them, or give a URI (s3://…, gs://…)")
-    told: list[Event] = []
-    num_gpus = num_gpus_of(config.actors, told.append)
-    for event in told:
+    events: list[Event] = []
+    num_gpus = num_gpus_of(config.actors, events.append)
+    for event in events:
         yield Check("GPUs", None, event.text)
     return num_gpus
 
 
 def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[Check, None, int]:
-    """Actors that can run at a time now are returned."""
+    """Check that everything the run requests can be placed; return how many actors can run at a time now."""
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
     slots = num_slots(request, startable=False)
-    wanted = len(plan.subsets) if plan and config.method == "subset_pretraining" else 1
-    at_a_time = min(slots, config.actors.max_num or wanted, wanted)
+    num_actors = len(plan.subsets) if plan and config.method == "subset_pretraining" else 1
+    at_a_time = min(slots, config.actors.max_num or num_actors, num_actors)
     if config.method == "conventional":
         num_workers = {"conventional": config.conventional.num_workers}
     else:
         tuning = config.fine_tuning
-        fitting = min(slots, wanted, most_workers(config.actors.num_cpus) if config.data.streamed else wanted)
-        fitting = min(fitting, plan.most_workers) if plan else fitting
-        least = tuning.min_workers or tuning.workers(auto=max(1, fitting))  # at most, where a run decides
+        most = min(slots, num_actors, most_workers(config.actors.num_cpus) if config.data.streamed else num_actors)
+        most = min(most, plan.most_workers) if plan else most
+        num_tuners = tuning.min_workers or tuning.workers(auto=max(1, most))  # auto: a run decides on so many at most
         num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
-        num_workers["fine_tuning"] = least if tuning.epochs else 0
+        num_workers["fine_tuning"] = num_tuners if tuning.epochs else 0
     try:
         refuse_what_has_no_place(config, None)
         for stage, num in num_workers.items():
-            if config.data.streamed and (num > 1 or (num and stage == "fine_tuning")):  # else an actor reads for itself
+            if config.data.streamed and (num > 1 or (num and stage == "fine_tuning")):  # else an actor reads by itself
                 refuse_without_readers(config, stage, num_workers=num)
     except ValueError as error:
         yield Check("placement", False, str(error))
         return at_a_time
-    workers = "".join(f"; {stage} asks for {num} at once" for stage, num in num_workers.items() if num)
-    text = f"an actor or Ray Train worker asks for {describe(request)}; {slots} fit on the empty nodes there are now"
-    yield Check("placement", True, f"{text}; {wanted} actors are wanted, {at_a_time} run at a time{workers}")
+    workers = "".join(f"; {stage} requests {num} at once" for stage, num in num_workers.items() if num)
+    text = f"an actor or Ray Train worker requests {describe(request)}; {slots} fit on the current nodes if empty"
+    yield Check("placement", True, f"{text}; {num_actors} actors are needed, {at_a_time} run at a time{workers}")
     if not slots:
         text = "nothing fits yet: a run waits for the autoscaler to start a node"
         yield Check("placement", None, f"{text}, {config.cluster.wait_timeout_s:g} s at most (cluster.wait_timeout_s)")
     elif slots < max(num_workers.values()):
-        yield Check("placement", None, "more Ray Train workers are asked for than fit now: their stage will wait")
+        yield Check("placement", None, "more Ray Train workers are requested than fit now: their stage will wait")
     return at_a_time
 
 
 def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> Iterator[Check]:
-    """The subsets' sizes where they are not equal, as far as they can be told without measuring."""
+    """Report the sizes of unequal subsets, as far as they are known without measuring."""
     speeds = config.subsets.speeds()
     if speeds is None:
-        yield Check("subsets", None, "their sizes will be by speed: a run times each kind of node that is up, once")
+        yield Check("subsets", None, "their sizes will follow speed: a run times each kind of node that is up, once")
         return
     request, num = {"CPU": config.actors.num_cpus, "GPU": num_gpus}, len(plan.subsets)
     try:
@@ -226,16 +230,16 @@ def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> It
     yield Check("subsets", None, in_words(slots, [len(subset.indices) for subset in plan.subsets]))
 
 
-def _memory(full_set: FullSet, needed: int) -> Iterator[Check]:
+def _memory(full_set: FullSet, num_bytes: int) -> Iterator[Check]:
     table, store = full_set.num_bytes, object_store_bytes()
     text = f"the data set takes {bytes_in_words(table)} of each node's object store"
     yield Check("memory", None if table > 0.8 * store else True, f"{text}; the smallest has {bytes_in_words(store)}")
-    text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(needed)}"
+    text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(num_bytes)}"
     yield Check("memory", True, f"{text}; torch itself (some 0.5 GB) comes on top")
 
 
 def _time(
-    config: Config, full_set: FullSet, plan: Plan, *, num_gpus: float, slots: int, needed: int
+    config: Config, full_set: FullSet, plan: Plan, *, num_gpus: float, slots: int, num_bytes: int
 ) -> Iterator[Check]:
     if not slots:
         yield Check("time", None, "not measured: nothing fits on the nodes that are alive")
@@ -256,11 +260,11 @@ def _time(
     except TimeoutError as error:
         yield Check("time", None, f"not measured: {error}")
         return
-    except Exception as error:  # whatever the user's model or data do when trained on, a run would meet it too
+    except Exception as error:  # of the user's model or data: a run would meet it too
         yield Check("time", False, f"training on a subset failed: {_why(error)}")
         return
     if speed.card_bytes is not None:
-        warning = memory_warning(needed, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
+        warning = memory_warning(num_bytes, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
         fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
     per_s = speed.examples_per_s
@@ -270,18 +274,18 @@ def _time(
 
 
 def training_s(config: Config, plan: Plan, num_train: int, *, per_s: float, num_slots: int) -> float:
-    """Seconds of training with so many actors at a time, each subset given to the first that is free."""
+    """Return the seconds of training with `num_slots` actors at a time, each subset given to the first free one."""
     if config.method == "conventional":
         return plan.passes * num_train / per_s / config.conventional.num_workers
     longest = _makespan([len(subset.indices) for subset in plan.subsets], num_slots)
     subsets = config.rounds.num * config.minimize.epochs * longest
     num_workers = config.fine_tuning.workers(auto=num_slots)
-    around = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
-    return (subsets + around * num_train) / per_s
+    full_set_epochs = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
+    return (subsets + full_set_epochs * num_train) / per_s
 
 
 def _makespan(sizes: Sequence[int], num_slots: int) -> int:
-    """When the last of the pieces is done, each started in order on the first free slot."""
+    """Return when the last piece ends, if each starts in order on the first free slot."""
     free_at = [0] * num_slots
     for size in sizes:
         heapq.heapreplace(free_at, free_at[0] + size)
@@ -289,7 +293,7 @@ def _makespan(sizes: Sequence[int], num_slots: int) -> int:
 
 
 def _why(error: BaseException) -> str:
-    """One line; of what a task raised, its cause."""
+    """Return the error in one line; if a task raised it, its cause."""
     cause = getattr(error, "cause", None) or error
     return " ".join(str(cause).split()) if isinstance(cause, ValueError) else one_line(cause)
 

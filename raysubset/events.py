@@ -1,4 +1,4 @@
-"""What a person is told of a run, sweep or comparison, and who listens: match an event by its class."""
+"""Events that a run, sweep or comparison reports to listeners: match an event by its class."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a person watching wants to know; each kind has what a program may want to know of it."""
+    """Something that a person watching wants to know; the fields of each kind are for programs."""
 
     text: str  # one line
 
@@ -20,7 +20,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Note(Event):
-    """What was decided for the user, or, as a warning, what they should beware of; reports hold those of the plan."""
+    """A decision made for the user, or a warning; reports hold the notes of the plan."""
 
     is_warning: bool = False
 
@@ -28,12 +28,12 @@ class Note(Event):
         return f"warning: {self.text}" if self.is_warning else self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """The note in report.json."""
+        """Return the note as report.json holds it."""
         return {"text": self.text, "is_warning": self.is_warning}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | str) -> Self:
-        """The inverse of to_dict(). Reports of earlier versions hold a note as a person reads it."""
+        """Read a note from what to_dict() returns, or from its text: reports of earlier versions hold that."""
         if not isinstance(value, str):
             return cls(**value)
         text = value.removeprefix("warning: ")
@@ -44,32 +44,32 @@ class Note(Event):
 class Stage(Event):
     """A stage begins, or the run, sweep or comparison itself."""
 
-    stage: str | None = None  # "trunk", "subsets", "aggregation"…: those of a run
+    stage: str | None = None  # of a run: "trunk", "subsets", "aggregation"…
     round: int = 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a stage of a run trains for, as planned."""
+    """The training that a stage of a run plans."""
 
     stage: str
     round: int
     passes: float
     num_pieces: int  # subsets, or 1
-    num_at_once: int  # of processes, if the cluster has the room that it can have
+    num_at_once: int  # processes at a time, if the cluster has all the room that it can have
 
 
 @dataclass(frozen=True)
 class Planned(Event):
-    """What is to come, when the cluster is known."""
+    """The plan of a run, once the cluster is known."""
 
     steps: tuple[Step, ...]
-    num_examples: int  # of a pass
+    num_examples: int  # in a pass
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at minimizing on a subset or on the full set, or at an aggregate, and the process that makes it."""
+    """One attempt at minimizing on a subset or on the full set, or at an aggregate, and its process."""
 
     stage: str
     round: int
@@ -94,27 +94,27 @@ class Progress(Event):
     attempt: Attempt
     epoch: float
     num_epochs: float
-    loss: float | None  # None: there is none yet, or it is not finite
+    loss: float | None  # of the last whole epoch; None: there is none yet, or it is not finite
     examples_per_s: float
-    running_loss: float | None = None  # of the epoch so far; `loss` is that of the last whole one
-    worker: int | None = None  # of Ray Train: its rank; all of them do the attempt together
+    running_loss: float | None = None  # of the epoch so far
+    worker: int | None = None  # rank of a Ray Train worker: all workers share the attempt
 
 
 @dataclass(frozen=True)
 class Waiting(Event):
-    """What is waited for, until the next event: data, the start of Ray and of processes, a place for work."""
+    """What the run waits for until the next event: data, the start of Ray and of processes, a place for work."""
 
 
 @dataclass(frozen=True)
 class Retry(Event):
     """Work was lost, or leaves its node, and is done again."""
 
-    attempt: Attempt | None = None  # an actor's
+    attempt: Attempt | None = None  # if an actor did it
 
 
 @dataclass(frozen=True)
 class MinimumDone(Event):
-    """An actor has left a minimum."""
+    """An actor has written a minimum."""
 
     stage: str
     record: Mapping[str, Any]  # minimum.json
@@ -122,7 +122,7 @@ class MinimumDone(Event):
 
 @dataclass(frozen=True)
 class EpochDone(Event):
-    """Workers of Ray Train have done an epoch."""
+    """Ray Train workers have finished an epoch."""
 
     stage: str
     record: Mapping[str, Any]  # its entry in history.json
@@ -133,7 +133,7 @@ class AggregateDone(Event):
     """A round has its aggregate."""
 
     round: int
-    record: Mapping[str, Any]  # of the aggregation, in aggregate.json
+    record: Mapping[str, Any]  # the aggregation's, in aggregate.json
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,16 @@ class LegDone(Event):
     """A leg of a comparison is done."""
 
     leg: str  # its key
-    validation: Mapping[str, Any] | None = None  # what it measures at
-    was_there: bool = False  # found done, when the comparison was resumed
+    validation: Mapping[str, Any] | None = None  # its metrics on validation data
+    was_there: bool = False  # it was already done when the comparison was resumed
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm of a comparison, or a trial of a sweep, as it stands."""
+    """The current state of an arm of a comparison, or of a trial of a sweep."""
 
     name: str
-    cells: tuple[str, ...]  # below the columns, as a person reads them
+    cells: tuple[str, ...]  # texts, one for each column of Standing
     state: Literal["waiting", "at work", "done", "failed"]
     passes: float  # done so far
     planned: float
@@ -159,7 +159,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Standing(Event):
-    """How all arms of a comparison, or all trials of a sweep, stand; told whenever that has changed."""
+    """The state of all arms of a comparison, or of all trials of a sweep, whenever it has changed."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -174,5 +174,5 @@ class TrialReport(Event):
 
 
 def stage_event(stage: str, text: str, round: int = 0) -> Stage:
-    """The event that a stage of a run begins."""
+    """Return the event that a stage of a run begins."""
     return Stage(f"{stage}: {text}", stage, round)

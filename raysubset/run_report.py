@@ -1,4 +1,4 @@
-"""The numbers of a finished run, and how they are gathered from its ledger and records."""
+"""Gather the numbers of a finished run from its ledger and records."""
 
 import math
 import os
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """A report that can be looked at: as its command prints it, and as tables in a notebook."""
+    """A report that can be shown: as its command prints it, and as tables in a notebook."""
 
     record: dict[str, Any]
 
     def show(self) -> None:
-        """Print it, as its command does."""
+        """Print the report as its command does."""
         _screen().print_report(self.record)
 
     def _repr_html_(self) -> str:
@@ -38,7 +38,7 @@ class Shown:
 
 
 def _screen() -> Any:
-    """What draws for people, which nothing else here needs."""
+    """Import the module that draws reports: a run alone does not need it."""
     return import_module("raysubset.cli.screen")
 
 
@@ -48,12 +48,12 @@ class RunReport(Shown):
 
     name: str
     uri: str  # of the run directory
-    test: Metrics  # of the final model; the test split was read for this and nothing else
+    test: Metrics  # of the final model; the test split is read for nothing else
     validation: Metrics  # of the final model
     passes: float  # of the whole run: every attempt, evaluation and candidate counted
-    critical_path_passes: float  # one after the other, if every subset had a device of its own
+    critical_path_passes: float  # as if every subset had a device of its own
     device_s: float
-    record: dict[str, Any]  # everything, JSON-able
+    record: dict[str, Any]  # the whole report.json
 
     def __repr__(self) -> str:
         quality = quality_of(self.record)
@@ -62,18 +62,18 @@ class RunReport(Shown):
         return f"<RunReport {self.name}: test {test} for {passes}; {self.uri}>"
 
     def load_model(self, **options: Any) -> "TrainedModel":
-        """The final model, ready to predict: load_model() of the run's directory, with its options."""
+        """Load the final model, ready to predict: load_model() of the run's directory, with its options."""
         from raysubset.trained_model import load_model
 
         return load_model(self.uri, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """report.json."""
+        """Return the report as report.json holds it."""
         return self.record
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "RunReport":
-        """The inverse of to_dict()."""
+        """Build a report from what to_dict() returns."""
         return cls(
             name=record["name"],
             uri=record["uri"],
@@ -87,34 +87,33 @@ class RunReport(Shown):
 
 
 class Sessions:
-    """How long a run, sweep or comparison took, over all its drivers; what was between them is not counted.
+    """Sum the seconds of a run, sweep or comparison over all its drivers; time between drivers is not counted.
 
-    with Sessions(directory, lease, began=began) as sessions:      # its seconds are written down however it is left
+    with Sessions(directory, lease, began=began) as sessions:      # writes this driver's seconds when the block ends
         tell = sessions.checked(tell)
 
-    This driver's seconds are also written down as it tells of events, every WRITE_S at most, so that little is lost if
-    it is killed.
+    This driver's seconds are also written at events, every WRITE_S at most, so that little is lost if it is killed.
     """
 
     WRITE_S = 10.0
 
     def __init__(self, directory: RunDirectory, lease: Lease, *, began: float) -> None:
-        """`began` is the time.perf_counter() at which this session did."""
+        """`began` is the time.perf_counter() at which this session began."""
         self._directory, self._lease, self._began, self._written_at = directory, lease, began, -math.inf
         earlier = directory.read_json_or_none(SESSIONS_PATH)
         self._earlier: list[dict[str, float]] = earlier["sessions"] if earlier else []
-        self._own = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
+        self._session = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self._lease.lost:
-            with suppress(OSError):  # must not hide why the run ends
+            with suppress(OSError):  # it must not hide why the run ends
                 self.write()
 
     def checked(self, tell: OnEvent) -> OnEvent:
-        """`tell`, with a heartbeat at each event; RuntimeError instead where another driver has taken over."""
+        """Return a `tell` that also writes a heartbeat, and raises RuntimeError once another driver has taken over."""
 
         def checked_tell(event: Event) -> None:
             if self._lease.lost:
@@ -125,23 +124,23 @@ class Sessions:
         return checked_tell
 
     def started_up(self) -> None:
-        """Say that the first stage begins."""
-        self._own["startup_s"] = time.perf_counter() - self._began
+        """Note the seconds until the first stage begins."""
+        self._session["startup_s"] = time.perf_counter() - self._began
 
     def heartbeat(self) -> None:
-        """Write down how long this session has been, unless that was done a moment ago; failing storage ends no run."""
+        """Write this session's seconds, unless that was done within WRITE_S; failing storage does not end the run."""
         if time.perf_counter() - self._written_at >= self.WRITE_S:
             with suppress(OSError):  # the next heartbeat tries again
                 self.write()
 
     def write(self) -> None:
         self._written_at = time.perf_counter()
-        self._own["wall_s"] = self._written_at - self._began
-        self._directory.write_json(SESSIONS_PATH, {"sessions": [*self._earlier, self._own]})
+        self._session["wall_s"] = self._written_at - self._began
+        self._directory.write_json(SESSIONS_PATH, {"sessions": [*self._earlier, self._session]})
 
     def seconds(self) -> dict[str, Any]:
-        """For the report: sums over the sessions, with this one as far as it was written."""
-        sessions = [*self._earlier, self._own]
+        """Return the report's sums over the sessions, with this one up to its last writing."""
+        sessions = [*self._earlier, self._session]
         return {
             "startup": sum(session["startup_s"] for session in sessions),
             "wall": sum(session["wall_s"] for session in sessions),
@@ -150,7 +149,7 @@ class Sessions:
 
 
 def data_record(full_set: FullSet) -> dict[str, Any]:
-    """What the data were."""
+    """Return the report's record of the data."""
     return {
         "name": full_set.name,
         "num_train": len(full_set.train),
@@ -163,31 +162,31 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
 
 
 def task_record(full_set: FullSet) -> dict[str, Any]:
-    """What is learned, by which loss in words, and what verdicts go by: quality_of() reads it."""
+    """Return the report's record of the task: its name, its loss in words, and its quality for quality_of()."""
     return {"name": full_set.task.name, "loss": full_set.task.loss_name, "quality": full_set.quality.to_dict()}
 
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:
-    """Stage, round and subset of the work that a report's stages are made of."""
-    alone: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
-    for stage in alone:
+    """Yield the stage, round and subset of each piece of work in a report's stages."""
+    single_stages: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
+    for stage in single_stages:
         if stages.get(stage):
             yield stage, 0, None
-    for made in stages.get("rounds") or ():
-        yield "aggregation", made["round"], None
-        for minimum in made["minima"]:
-            yield "subsets", made["round"], minimum["subset_id"]
-        for minimum in made.get("subsamples") or ():
-            yield "subsamples", made["round"], minimum["subset_id"]
+    for record in stages.get("rounds") or ():
+        yield "aggregation", record["round"], None
+        for minimum in record["minima"]:
+            yield "subsets", record["round"], minimum["subset_id"]
+        for minimum in record.get("subsamples") or ():
+            yield "subsamples", record["round"], minimum["subset_id"]
 
 
 def cost_record(
     works: Sequence[Work], num_train: int, forward_share: float, *, lacking: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What everything cost, in passes over `num_train` examples, seconds and bytes; then a row a stage.
+    """Return all costs in passes over `num_train` examples, seconds and bytes, in total and for each stage.
 
     Args:
-        lacking: the ledger's entries that are damaged, of which nothing is counted.
+        lacking: the ledger's damaged and missing entries, whose costs are not counted.
     """
     total = total_cost(works)
     return {
@@ -204,11 +203,11 @@ def cost_record(
 
 
 def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) -> list[dict[str, Any]]:
-    """One row a stage: what it cost, on both clocks."""
+    """Return a row for each stage with its cost, on both clocks."""
     rows = []
     for stage, entries in by_stage(works).items():
         cost = total_cost(entries)
-        ended = [work.started_at + work.wall_s for work in entries]
+        ends = [work.started_at + work.wall_s for work in entries]
         rows.append(
             {
                 "stage": stage,
@@ -216,7 +215,7 @@ def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) ->
                 "critical_path_passes": critical_path_passes(entries, num_train, forward_share),
                 "num_steps": cost.num_steps,
                 "device_s": cost.device_s,
-                "wall_s": max(ended) - min(work.started_at for work in entries),
+                "wall_s": max(ends) - min(work.started_at for work in entries),
                 "waited_s": sum(work.waited_s for work in entries),
                 "num_attempts": len(entries),
                 "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in entries),
@@ -226,13 +225,13 @@ def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) ->
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine of the driver."""
+    """Return the versions, the commit and the machine of the driver."""
     packages = {}
     for package in ("raysubset", "ray", "torch", "torchvision", "pyarrow", "numpy"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
-            packages[package] = None  # run from a source tree
+            packages[package] = None  # not installed, but run from a source tree
     return {
         "python": platform.python_version(),
         "packages": packages,
@@ -244,13 +243,13 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the source tree this package lies in, "-dirty" where it was changed; None where it was installed."""
+    """Return the commit of the package's source tree, with "-dirty" if it was changed; None if it was installed."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=5, check=False)
+        git = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return git.stdout.strip() or None

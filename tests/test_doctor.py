@@ -31,7 +31,7 @@ def test_a_config_that_can_run_has_no_failures(tmp_path: Path):
     assert not [check for found in checks.values() for check in found if check.ok is False]
     assert "1294 to train on, 144 validation, 359 test" in checks["data"][0].text
     assert any("Q of 4 subsets" in check.text for check in checks["subsets"])
-    assert "a new one would start" in checks["earlier run"][0].text
+    assert "a new run would start" in checks["earlier run"][0].text
     assert not list(tmp_path.iterdir())  # looked only
 
 
@@ -39,7 +39,7 @@ def test_bad_data_fails_and_what_depends_on_it_is_skipped(tmp_path: Path):
     checks = before_ray(config_in(tmp_path, **{"data.name": "digts"}))
     assert (checks["data"][0].ok, checks["model"][0].ok) == (False, None)
     assert "did you mean digits?" in checks["data"][0].text
-    assert "not looked at" in checks["model"][0].text
+    assert "not checked" in checks["model"][0].text
     assert checks["storage"][0].ok
 
 
@@ -67,13 +67,13 @@ def test_an_earlier_run_is_told_of(tmp_path: Path):
     def earlier(config: Config) -> Check:
         return before_ray(config)["earlier run"][0]
 
-    assert "would go on with it" in earlier(config).text
+    assert "would resume it" in earlier(config).text
     other = earlier(config_in(tmp_path, **{"minimize.epochs": 3.0}))
     assert other.ok is False
     assert "minimize.epochs: 8.0 → 3.0" in other.text
     run.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})  # as a driver leaves it that died in --fresh
     assert earlier(config).ok
-    assert "deletion was begun" in earlier(config).text
+    assert "partly deleted" in earlier(config).text
     with pytest.raises(ValueError, match=r"there is no run at .*: its deletion was begun by --fresh"):
         read_report(run.uri)
     run.open(config.to_dict(), {}, identify([config], {}, None))
@@ -97,7 +97,7 @@ def test_a_cluster_that_does_not_answer_fails_at_once_and_the_rest_is_skipped(tm
     *_, ray, rest = examine(config_in(tmp_path, **{"cluster.address": "127.0.0.1:1"}))
     assert (ray.name, ray.ok, rest.ok) == ("Ray", False, None)
     assert "no Ray cluster answers at 127.0.0.1:1" in ray.text
-    assert "not looked at" in rest.text
+    assert "not checked" in rest.text
 
 
 def test_time_counts_the_subsets_that_queue():

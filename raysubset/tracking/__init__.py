@@ -1,7 +1,7 @@
-"""Trackers that are told of a run as it goes: MLflow and Weights & Biases, where they are installed and asked for.
+"""Experiment trackers that follow a run: MLflow and Weights & Biases, if installed and requested.
 
 refuse_missing(config.tracking)                          # before anything is run
-with tracked(config, directory, tell) as tell: ...       # a listener of the run's events; the report when it is left
+with tracked(config, directory, tell) as tell: ...       # sends the run's events, and its report when the block ends
 """
 
 from raysubset.tracking.following import refuse_missing, track_comparison, track_finished, track_page, tracked

@@ -1,4 +1,4 @@
-"""Who follows a run, and how: each tracker in a thread of its own, so that a slow or failing one holds up nobody."""
+"""Send a run to its trackers, each in a thread of its own, so that a slow or failing tracker delays nothing else."""
 
 import contextlib
 import dataclasses
@@ -34,10 +34,10 @@ from raysubset.trained_model import MODEL_PATH, MODEL_RECORD_PATH
 logger = logging.getLogger(__name__)
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
-FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, MODEL_RECORD_PATH, MODEL_PATH)  # those that are there
-PAGE_PATH = "report/report.html"  # which raysubset.report writes when the run has ended
-END_S = 60.0  # for a tracker to take what is left at the end
-STOP_S = 2.0  # the same, when the run was stopped: `ray job stop` leaves three seconds
+FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, MODEL_RECORD_PATH, MODEL_PATH)  # sent if they exist
+PAGE_PATH = "report/report.html"  # raysubset.report writes it when the run has ended
+END_S = 60.0  # for a tracker to receive what remains at the end
+STOP_S = 2.0  # the same if the run was stopped: `ray job stop` leaves three seconds
 
 
 class Tracker(Protocol):
@@ -49,14 +49,14 @@ class Tracker(Protocol):
 
 
 def refuse_missing(config: TrackingConfig) -> None:
-    """Stop before anything is run.
+    """Refuse trackers that are not installed, before anything is run.
 
     Raises:
-        ValueError: if a tracker is asked for that is not installed.
+        ValueError: if a requested tracker is not installed.
     """
     for name in config.names():
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # wandb leaves a folder "wandb", which is a package of its own kind
+        if spec is None or spec.origin is None:  # a folder "wandb", which wandb leaves behind, is a namespace package
             raise ValueError(
                 f"tracking.to={config.to} needs {name}, which is not installed: pip install {PACKAGES[name]}, or set "
                 "tracking.to=none"
@@ -67,16 +67,16 @@ OpenTracker = Callable[[str, TrackingConfig], Tracker]
 
 
 def open_tracker(name: str, config: TrackingConfig) -> Tracker:
-    """The tracker of that name, of which nothing was asked yet."""
+    """Create the tracker of that name; its run is not begun."""
     return MLflowRun(config.uri) if name == "mlflow" else WandbRun()
 
 
 class _Follower:
-    """Tells one tracker, in the order of calls and in a thread that dies with the process."""
+    """Runs jobs for one tracker, in the order of calls and in a thread that dies with the process."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name = name
-        self.failure: str | None = None  # it is told nothing more
+        self.failure: str | None = None  # once set, the tracker gets no more jobs
         self._make = make
         self._jobs: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"raysubset-{name}")
@@ -87,7 +87,7 @@ class _Follower:
             tracker = self._make()
             while (job := self._jobs.get()) is not None:
                 job(tracker)
-        except Exception as error:  # of whatever type: others' code and servers, which must not end a run
+        except Exception as error:  # of any type: others' code and servers must not end a run
             logger.debug("%s failed", self.name, exc_info=True)
             self.failure = one_line(error)
 
@@ -103,7 +103,7 @@ class _Follower:
 
 
 class _Following:
-    """All trackers of one run; failures become one warning each, told by whoever tells an event next."""
+    """All trackers of one run. Each failure becomes one warning, sent with the next event."""
 
     def __init__(
         self, directory: RunDirectory, header: Header, tell: OnEvent, makers: Mapping[str, Callable[[], Tracker]]
@@ -126,7 +126,7 @@ class _Following:
         self._warn()
 
     def end(self, result: Result, files: Sequence[str] = FILES) -> None:
-        """Wait until all is told, but not for ever."""
+        """Send the result and wait until the trackers have everything, at most END_S or STOP_S each."""
         for follower in self._followers:
             follower.tell(partial(self._end, follower.name, result, files))
         for follower in self._followers:
@@ -137,8 +137,8 @@ class _Following:
         if result.outcome != "finished":
             tracker.end(result)
             return
-        with _local_files(self._directory, files) as local:
-            tracker.end(dataclasses.replace(result, files=local))
+        with _local_files(self._directory, files) as local_paths:
+            tracker.end(dataclasses.replace(result, files=local_paths))
         path = _record_path(name)
         self._directory.write_json(path, {**self._directory.read_json(path), "finished": True})
 
@@ -146,7 +146,7 @@ class _Following:
         for follower in self._followers:
             if follower.failure is not None and follower.name not in self._warned:
                 self._warned.add(follower.name)
-                text = f"{follower.name} is told nothing more of {self._directory.uri}, which goes on: "
+                text = f"{follower.name} no longer follows {self._directory.uri}, which continues: "
                 self._tell(Note(text + follower.failure, is_warning=True))
 
 
@@ -167,11 +167,11 @@ def tracked(
     quality: Quality,
     make: OpenTracker = open_tracker,
 ) -> Iterator[OnEvent]:
-    """A `tell` for the trackers asked for, and then the given one; when the block is left, they get the report.
+    """Yield a `tell` that sends events to the requested trackers, then to `tell`; send the report when the block ends.
 
-    A run that is gone on with goes on in the same runs of its trackers, whose ids are kept in the run directory; in
-    one that is finished for a tracker, nothing changes. No tracker's failure reaches the run: it is warned of once. If
-    this process dies, trackers take the run for one that still runs, until it is gone on with.
+    A resumed run continues the same runs of its trackers, whose ids are kept in the run directory; a tracker that has
+    the finished run is left alone. A tracker's failure never reaches the run: it is one warning. If this process dies,
+    trackers show the run as running until it is resumed.
     """
     names = [name for name in config.tracking.names() if not _is_finished(directory, name)]
     if not names:
@@ -190,7 +190,7 @@ def tracked(
     except Exception:
         following.end(Result("failed"))
         raise
-    except BaseException:  # Ctrl-C, a signal, or whoever runs a trial ends it
+    except BaseException:  # Ctrl-C, a signal, or the sweep's end of a trial
         following.end(Result("stopped"))
         raise
     record = directory.read_json_or_none(REPORT_PATH)  # a trunk alone has none
@@ -198,13 +198,13 @@ def tracked(
 
 
 def track_finished(config: Config, directory: RunDirectory, tell: OnEvent) -> None:
-    """Tell trackers that were not asked for before of a finished run: its numbers and files, but no curves."""
+    """Send a finished run's numbers and files, but no curves, to requested trackers that do not have them."""
     with tracked(config, directory, tell, quality=quality_of(directory.read_json(REPORT_PATH))):
         pass
 
 
 def track_comparison(config: Config, directory: RunDirectory, record: Record, tell: OnEvent) -> None:
-    """Tell the trackers asked for of a finished comparison: points, speed-ups, verdicts. Failures as in tracked()."""
+    """Send a finished comparison's points, speed-ups and verdicts to the requested trackers, warning of failures."""
     names = config.tracking.names()
     if not names:
         return
@@ -216,7 +216,7 @@ def track_comparison(config: Config, directory: RunDirectory, record: Record, te
 
 
 def track_page(config: Config, uri: str, tell: OnEvent) -> None:
-    """Add a run's or comparison's page to what its trackers have of it; without a page, or trackers, do nothing."""
+    """Send a run's or comparison's page to the trackers that follow it; do nothing if there is no page or tracker."""
     directory = RunDirectory.at(uri)
     names = [name for name in config.tracking.names() if _is_finished(directory, name)]
     if names and directory.exists(PAGE_PATH):
@@ -229,7 +229,7 @@ def _makers(config: Config, names: Sequence[str], make: OpenTracker = open_track
 
 
 def _header(config: Config, directory: RunDirectory, tags: Mapping[str, str]) -> Header:
-    parameters: dict[str, Any] = flatten(directory.read_config())  # without a storage path's credentials
+    parameters: dict[str, Any] = flatten(directory.read_config())  # its storage path has no credentials
     return Header(
         name=directory.name,
         project=config.tracking.project,
@@ -241,7 +241,7 @@ def _header(config: Config, directory: RunDirectory, tags: Mapping[str, str]) ->
 
 
 def _local_folder(directory: RunDirectory) -> str | None:
-    """Where wandb may keep files of its own; it needs the folder to be there."""
+    """Create the folder for wandb's own files; None if the storage is remote."""
     if directory.local_path is None:
         return None
     folder = directory.local_path / TRACKING_FOLDER
@@ -251,7 +251,7 @@ def _local_folder(directory: RunDirectory) -> str | None:
 
 @contextlib.contextmanager
 def _local_files(directory: RunDirectory, paths: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Those of a run's files that are there; copies, where the storage is remote."""
+    """Yield local paths of the run's files that exist; copies if the storage is remote."""
     paths = [path for path in paths if directory.exists(path)]
     if directory.local_path is not None:
         yield tuple(str(directory.local_path / path) for path in paths)

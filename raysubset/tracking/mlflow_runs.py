@@ -1,4 +1,4 @@
-"""A run as MLflow has it: an experiment's run, by MLflow's client and without its global state."""
+"""Track a run in MLflow as a run of an experiment, by MLflow's client and without its global state."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from raysubset.tracking.records import Header, Point, Result
 
-MOST_PARAMETERS, LONGEST_PARAMETER = 100, 6000  # of a request, and in characters: MLflow's limits
+MOST_PARAMETERS, LONGEST_PARAMETER = 100, 6000  # MLflow's limits: parameters in a request, characters of one
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class MLflowRun:
-    """One run in a store or on a server. A process that dies leaves it RUNNING, and the next one goes on with it."""
+    """One run in a store or on a server. A process that dies leaves it RUNNING, and the next process continues it."""
 
     def __init__(self, uri: str | None) -> None:
         from mlflow import MlflowClient
@@ -21,7 +21,7 @@ class MLflowRun:
         self._id = ""
 
     def begin(self, header: Header, run_id: str | None) -> str:
-        """Go on with the run of that id if the store still has it, else make one; its id."""
+        """Continue the run of that id if the store still has it, else create one; return its id."""
         if run_id is not None and self._reopened(run_id):
             self._id = run_id
             return run_id
@@ -39,7 +39,7 @@ class MLflowRun:
         try:
             run = self._client.get_run(run_id)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another store than before
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # the store is not the one of the earlier session
                 raise
             return False
         if run.info.lifecycle_stage == "deleted":
@@ -48,28 +48,28 @@ class MLflowRun:
         return True
 
     def _experiment(self, name: str) -> str:
-        """Its id; it is made where there is none, maybe by several trials at a time."""
+        """Return the experiment's id; create it if it does not exist, maybe while other trials do the same."""
         from mlflow.exceptions import MlflowException
 
-        if (found := self._client.get_experiment_by_name(name)) is not None:
-            return found.experiment_id
+        if (experiment := self._client.get_experiment_by_name(name)) is not None:
+            return experiment.experiment_id
         try:
             return self._client.create_experiment(name)
         except MlflowException as error:
-            found = self._client.get_experiment_by_name(name)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            experiment = self._client.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
                 raise
-            return found.experiment_id
+            return experiment.experiment_id
 
     def _write_parameters(self, parameters: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        rest: Iterator[Param] = (Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items())
-        while some := list(islice(rest, MOST_PARAMETERS)):
-            self._client.log_batch(self._id, params=some)
+        params: Iterator[Param] = (Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items())
+        while batch := list(islice(params, MOST_PARAMETERS)):
+            self._client.log_batch(self._id, params=batch)
 
     def log(self, points: Sequence[Point]) -> None:
-        """Metrics series/key at their steps, in one request."""
+        """Send the points as metrics named series/key, in one request per thousand."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -78,7 +78,7 @@ class MLflowRun:
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
 
     def end(self, result: Result) -> None:
-        """The summary as metrics at step 0, tags, files as artefacts, and how it ended."""
+        """Send the summary as metrics at step 0, tags, files as artefacts, and the outcome."""
         from mlflow.entities import Metric, RunTag
 
         now = int(time.time() * 1000)

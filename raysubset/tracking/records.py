@@ -1,4 +1,4 @@
-"""What trackers are told: points of curves as events bring them, and the numbers of a finished record."""
+"""Turn a run's events into points of curves, and finished records into summaries, for trackers."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,26 +17,26 @@ Outcome = Literal["finished", "failed", "stopped"]
 class Point:
     """Numbers of one curve at one step."""
 
-    series: str  # "subset_0003", "fine_tuning", "aggregate": as TensorBoard's events name them
-    step: int  # epochs of that series over all rounds; rounds, of aggregates; 0 where there is but one
+    series: str  # "subset_0003", "fine_tuning", "aggregate": the names that TensorBoard's events use
+    step: int  # epochs of that series over all rounds; for aggregates the round, from 1; 0 if there is one point
     values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a tracker's run is called and made of; nothing in it is secret."""
+    """The name and the settings of a tracker's run; nothing in it is secret."""
 
     name: str
     project: str
     group: str | None
     parameters: Mapping[str, Any]  # the config by dotted names
     tags: Mapping[str, str]
-    folder: str | None  # local, for what a tracker keeps itself; None: wherever it does by itself
+    folder: str | None  # local folder for a tracker's own files; None: the tracker's default
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known when a tracker's run ends."""
+    """The outcome of a tracker's run and its final numbers."""
 
     outcome: Outcome
     summary: Mapping[str, float] = field(default_factory=dict)
@@ -45,20 +45,20 @@ class Result:
 
 
 class Curves:
-    """Makes points of a run's events. Of progress, which comes every second, one an epoch."""
+    """Turns a run's events into points. Progress comes every second, and becomes one point per epoch."""
 
     def __init__(self, config: Config, quality: Quality) -> None:
         self._epochs_a_round, self._quality = math.ceil(config.minimize.epochs), quality
-        self._told: dict[str, int] = {}
+        self._last_steps: dict[str, int] = {}  # of progress, by series
 
     def points(self, event: Event) -> Iterator[Point]:
-        """Those that the event brings; what has been told before a run was resumed comes in no event."""
+        """Yield the event's points; a resumed run has no events for what was done before."""
         match event:
             case Progress(attempt=attempt, loss=float()):
                 name = _series(attempt.stage, attempt.subset)
                 step = self._step(attempt.stage, attempt.round, int(event.epoch))
-                if step > self._told.get(name, 0):
-                    self._told[name] = step
+                if step > self._last_steps.get(name, 0):
+                    self._last_steps[name] = step
                     yield _point(name, step, running_loss=event.loss, examples_per_s=event.examples_per_s)
             case MinimumDone(stage=stage, record=record):
                 name, last = _series(stage, record["subset_id"]), 0
@@ -94,17 +94,17 @@ def _point(series: str, step: int, **values: float | None) -> Point:
 
 
 def _measured(metrics: Record, split: str, quality: Quality) -> dict[str, float | None]:
-    """Loss and quality by the names trackers have them under: validation_loss, validation_accuracy."""
+    """Return loss and quality under trackers' names: validation_loss, validation_accuracy."""
     return {f"{split}_{_plain(key)}": metrics[key] for key in ("loss", quality.name)}
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:
-    """Without what JSON has null for: a loss that was not finite."""
+    """Leave out None, which stands for a loss that was not finite."""
     return {key: value for key, value in values.items() if value is not None}
 
 
 def run_summary(record: Record) -> dict[str, float]:
-    """The numbers of report.json that runs are compared by."""
+    """Return the numbers of report.json by which runs are compared."""
     cost = record["cost"]
     values: dict[str, float | None] = {
         f"result/{key}": value
@@ -119,7 +119,7 @@ def run_summary(record: Record) -> dict[str, float]:
 
 
 def comparison_points(record: Record) -> Iterator[Point]:
-    """Each arm's means over seeds at each budget, budgets counted from 1."""
+    """Yield each arm's means over seeds at each budget; steps count the budgets from 1."""
     keys = (f"test_{quality_of(record).name}", "validation_loss", *("passes", "critical_path_passes", "device_s"))
     for arm in record["arms"]:
         for step, point in enumerate(arm["points"], 1):
@@ -130,11 +130,11 @@ def comparison_points(record: Record) -> Iterator[Point]:
 
 
 def comparison_summary(record: Record) -> tuple[dict[str, float], dict[str, str]]:
-    """Speed-ups by clock, and the verdicts in words."""
+    """Return the speed-ups by clock, and the verdicts in words."""
     summary: dict[str, float | None] = {}
-    for clock, of_arms in record["speed_ups"].items():
-        for key, found in of_arms.items():
-            summary[f"speed_up/{clock}/{_plain(key)}"] = found["interval"]["estimate"]
+    for clock, speed_ups in record["speed_ups"].items():
+        for key, speed_up in speed_ups.items():
+            summary[f"speed_up/{clock}/{_plain(key)}"] = speed_up["interval"]["estimate"]
     tags = {}
     for clock, verdict in record["verdicts"].items():
         tags |= {f"verdict.{clock}": verdict["word"], f"verdict.{clock}.text": verdict["text"]}
@@ -142,5 +142,5 @@ def comparison_summary(record: Record) -> tuple[dict[str, float], dict[str, str]
 
 
 def _plain(key: str) -> str:
-    """A name without what names of metrics may not hold, as an arm's key has: G:aggregation.method=fisher."""
+    """Replace characters that metrics' names may not have, such as those of the arm G:aggregation.method=fisher."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in key)

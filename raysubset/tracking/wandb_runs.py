@@ -1,4 +1,4 @@
-"""A run as Weights & Biases has it; offline, in the run directory, where there is no API key."""
+"""Track a run in Weights & Biases; offline, in the run directory, if there is no API key."""
 
 import logging
 import netrc
@@ -19,9 +19,9 @@ EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 255}
 
 
 class WandbRun:
-    """One run of a project. What was told before a process died is in its folder: `wandb sync` sends it.
+    """One run of a project. What was logged before a process died is in its folder: `wandb sync` sends it.
 
-    The process's console, code, commit, arguments, packages and machine are left alone: a command line may hold keys.
+    The process's console, code, commit, arguments, packages and machine are not sent: a command line may hold keys.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class WandbRun:
         self._series: set[str] = set()
 
     def begin(self, header: Header, run_id: str | None) -> str:
-        """Go on with the run of that id, or make one; its id. Offline, a run gone on with is one more folder."""
+        """Continue the run of that id, or create one; return its id. Offline, a resumed run adds another folder."""
         from wandb.errors import CommError
 
         mode = os.environ.get("WANDB_MODE")
@@ -43,7 +43,7 @@ class WandbRun:
         return self._run.id
 
     def log(self, points: Sequence[Point]) -> None:
-        """Metrics series/key over series/step: each series counts its own, where wandb by itself has one count."""
+        """Log metrics series/key over series/step: each series has its own steps, while wandb has one count."""
         for point in points:
             name = point.series
             if name not in self._series:
@@ -53,10 +53,10 @@ class WandbRun:
             self._run.log({f"{name}/step": point.step, **{f"{name}/{key}": v for key, v in point.values.items()}})
 
     def end(self, result: Result) -> None:
-        """The summary, the files of the run, and how it ended."""
+        """Send the summary, the run's files and the outcome."""
         self._run.summary.update({**result.summary, **result.tags})
         for path in () if self._run.disabled else result.files:  # WANDB_MODE=disabled: there is no folder
-            copy = shutil.copy(path, self._run.dir)  # wandb by itself links to a file, which may be a temporary one
+            copy = shutil.copy(path, self._run.dir)  # wandb would link to the file, which may be a temporary one
             self._run.save(copy, base_path=self._run.dir, policy="now")
         self._run.finish(exit_code=EXIT_CODES[result.outcome])
 
@@ -92,7 +92,7 @@ def _init(header: Header, run_id: str | None, mode: Any) -> Any:
 
 
 def has_key() -> bool:
-    """Whether wandb would find an API key: in the environment, or where `wandb login` leaves it."""
+    """Return True if wandb will find an API key: in the environment, or where `wandb login` leaves it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", HOST)).hostname
