@@ -1,4 +1,4 @@
-"""One loop over examples on one device, and what is measured around it. Plain torch: no Ray, no files.
+"""The training loop over examples on one device, and the measurements around it. Plain torch: no Ray, no files.
 
 result = minimize(model, examples, config.stage("subsets"), seed=7)
 metrics = evaluate(model, validation, config.stage("subsets"))

@@ -1,4 +1,5 @@
-"""minimize_packed(): several minimizations at once on one device, each as minimize() would have done it alone."""
+"""minimize_packed(): several minimizations at once on one device, each with the result that minimize() alone would
+give."""
 
 import math
 import time
@@ -33,7 +34,7 @@ OnPackedStep = Callable[[Mapping[int, Progress]], bool | None]
 
 
 def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
-    """Why this recipe cannot step several members at once, in a few words; None where it can."""
+    """Return in a few words why this recipe cannot step several members at once, or None if it can."""
     kinds = {name: getattr(recipe, name).kind for name in ("extrapolation", "averaging", "skipping")}
     reasons = (
         (recipe.optimizer in WHOLE_SUBSET, f"{recipe.optimizer} searches a line for each subset"),
@@ -41,7 +42,7 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         (recipe.has_own_optimizer, f"{recipe.optimizer} is an optimizer of one network"),
         (recipe.objective, f"{recipe.objective} is called with one network"),
         *((kind != "none", f"minimize.{name}.kind={kind} is done one by one") for name, kind in kinds.items()),
-        (recipe.epoch_fraction < 1, "minimize.epoch_fraction < 1 draws each epoch's examples anew"),
+        (recipe.epoch_fraction < 1, "minimize.epoch_fraction < 1 draws new examples in each epoch"),
         (recipe.accumulation > 1, "minimize.accumulation passes one network's batch in parts"),
         (recipe.precision == "float16", "minimize.precision=float16 scales the loss of one network"),
         (recipe.compile, "minimize.compile is for one network"),
@@ -71,24 +72,24 @@ def minimize_packed(
 ) -> list[MinimizeResult | DivergedError]:
     """Minimize the task's loss for each member over its own examples, changing the models in place.
 
-    Each member has the order, augmentation, learning rate, running statistics and end that minimize() would have given
-    it, and agrees with it to rounding; states are interchangeable with minimize()'s in both directions. In one step the
-    members whose batches are of one size share a forward pass; a member that has ended leaves the stack.
+    Each member has the order, augmentation, learning rate, running statistics and end that minimize() would give it,
+    and agrees with it to rounding. States are interchangeable with minimize()'s in both directions. In one step the
+    members whose batches have the same size share a forward pass. A member that has ended leaves the stack.
 
     Args:
         models: of one architecture, on the examples' device.
         examples: of each member; a joint copy of them is held meanwhile.
-        recipe: a recipe that why_not_packed() has nothing against.
+        recipe: one for which why_not_packed() returns None.
         seeds: of each member, as minimize() takes them; states and optimizer_states likewise.
-        on_step: called after every step with the members that took it, by number; returning True ends those that are
-            not done with the outcome "stopped".
+        on_step: called after every step with the progress of the members that took it, by number. If it returns True,
+            those that have not ended end with the outcome "stopped".
 
     Returns:
-        The outcomes, a DivergedError for a member that minimize() would have raised it for: the others go on. A
-        member's device_s is its share of the time that steps took.
+        The outcomes. For a member for which minimize() would raise DivergedError, that error stands in their place; the
+        others continue. A member's device_s is its share of the time that steps took.
 
     Raises:
-        RuntimeError: torch's, if vmap cannot do the network.
+        RuntimeError: torch's, if vmap cannot run the network.
     """
     pack = _Pack(models, examples, recipe, seeds, states, optimizer_states)
     while pack.running:
@@ -101,7 +102,7 @@ def minimize_packed(
 
 
 class _Member:
-    """Where one member stands; its weights are a row of the stack."""
+    """The state of one member; its weights are a row of the stack."""
 
     def __init__(self, examples: Examples, recipe: MinimizeConfig, *, seed: int, state: dict[str, Any] | None) -> None:
         self.num_per_epoch = num_steps_per_epoch(len(examples), recipe)
@@ -144,19 +145,19 @@ class _Pack:
     ) -> None:
         num, self._recipe, self._models = len(models), recipe, models
         self._last_at = time.perf_counter()
-        states, begun = list(states or [None] * num), list(optimizer_states or [None] * num)
+        states, initial_states = list(states or [None] * num), list(optimizer_states or [None] * num)
         for model, state in zip(models, states, strict=True):
             model.train()
             if state is not None:
                 model.load_state_dict(state["model"])
-        optimizers = [begun[i] if state is None else state["optimizer"] for i, state in enumerate(states)]
+        optimizers = [initial_states[i] if state is None else state["optimizer"] for i, state in enumerate(states)]
         self.members = [
-            _Member(own, recipe, seed=seed, state=state)
-            for own, seed, state in zip(examples, seeds, states, strict=True)
+            _Member(member_examples, recipe, seed=seed, state=state)
+            for member_examples, seed, state in zip(examples, seeds, states, strict=True)
         ]
         self._joint = joined(examples)
-        self._first_positions = [sum(len(e) for e in examples[:i]) for i in range(num)]
-        draws = [own.draw(0) for own in examples]
+        self._first_positions = [sum(len(member_examples) for member_examples in examples[:i]) for i in range(num)]
+        draws = [member_examples.draw(0) for member_examples in examples]
         self._draws = None if draws[0] is None else torch.cat([d for d in draws if d is not None])
         self._stack = Stack(models, recipe, optimizers)
         device, dtype = examples[0].device, next(models[0].parameters()).dtype
@@ -170,11 +171,11 @@ class _Pack:
         self.end_finished(stop=False)
 
     def progress(self) -> dict[int, Progress]:
-        """Of the members in the stack, but for those that diverged at once."""
+        """Return the progress of the members in the stack, except those that diverged at once."""
         return {number: self.members[number].progress for number in self.running if not self.members[number].result}
 
     def step(self, schedule_span: tuple[float, float]) -> None:
-        """One step of every running member."""
+        """Make one step of every running member."""
         members = [self.members[number] for number in self.running]
         progresses = [member.progress for member in members]
         rates = [learning_rate_at(self._recipe, p.step, num_steps=p.num_steps, span=schedule_span) for p in progresses]
@@ -194,7 +195,7 @@ class _Pack:
         self._end_epochs(rates)
 
     def _forward_and_backward(self, rows: list[int], size: int) -> None:
-        """Add the gradients of members whose batches are of one size, and their losses."""
+        """Add the gradients and the losses of members whose batches have the same size."""
         batches = [self._next_batch(self.running[row]) for row in rows]
         inputs, targets = self._joint.batch(
             torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
@@ -211,11 +212,12 @@ class _Pack:
         losses = vmap(self._joint.task.loss, in_dims=1)(widened(outputs), targets)
         losses.backward(torch.full_like(losses, 1 / size))
         numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
-        # another tensor, for other threads that read Progress.summed
+        # a new tensor, because other threads read Progress.summed
         self._loss_sums = self._loss_sums.index_add(0, numbers, losses.detach().to(self._loss_sums.dtype))
 
     def _next_batch(self, number: int) -> Tensor:
-        """Positions in the joint examples: int64 [n]. At an epoch's beginning, or after a resume, it is drawn."""
+        """Return positions in the joint examples, int64 [n]. They are drawn when an epoch begins, and after a
+        resume."""
         member, first = self.members[number], self._first_positions[number]
         epoch, batch = divmod(member.progress.step, member.num_per_epoch)
         if not member.batches or batch == 0:
@@ -227,10 +229,11 @@ class _Pack:
         return member.batches[batch]
 
     def _end_epochs(self, rates: Sequence[float]) -> None:
-        """Close the epoch of members that are at its end: history, the best weights, and whether it was the last."""
+        """End the epoch of members that are at its end: add to the history, keep the best weights, and check for the
+        outcome."""
         for number in self.running:
-            progress, per_epoch = self.members[number].progress, self.members[number].num_per_epoch
-            progress.epoch_ended = progress.step % per_epoch == 0 or progress.step == progress.num_steps
+            progress, steps_per_epoch = self.members[number].progress, self.members[number].num_per_epoch
+            progress.epoch_ended = progress.step % steps_per_epoch == 0 or progress.step == progress.num_steps
         ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
         sums = self._loss_sums.tolist() if ended else []
         are_finite = self._stack.are_finite() if ended else []
@@ -245,7 +248,7 @@ class _Pack:
             member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
                 if member.best:
-                    self._stack.begin_anew(row, member.best["model"])
+                    self._stack.restart(row, member.best["model"])
                 else:
                     member.result = diverged_at_once(mean, self._recipe)
             elif not member.best or mean < member.best["loss"]:
@@ -255,13 +258,13 @@ class _Pack:
             self.members[number].progress.summed = (totals[number], self.members[number].num_summed)
 
     def end_finished(self, *, stop: bool) -> None:
-        """Give every member that has ended its result, and with `stop` all of them; the others stay in the stack."""
-        ended = [stop or self.members[number].has_ended for number in self.running]
-        if not any(ended):
+        """Give each member that has ended its result, with `stop` all members; the others stay in the stack."""
+        have_ended = [stop or self.members[number].has_ended for number in self.running]
+        if not any(have_ended):
             return
         for row, number in enumerate(self.running):
             member = self.members[number]
-            if not ended[row] or member.result is not None:
+            if not have_ended[row] or member.result is not None:
                 continue
             self._models[number].load_state_dict(self._stack.weights(row))
             member.result = MinimizeResult(
@@ -270,12 +273,12 @@ class _Pack:
                 member.progress.cost,
                 self._stack.optimizer_state(row),
             )
-        rows = [row for row, has_ended in enumerate(ended) if not has_ended]
+        rows = [row for row, has_ended in enumerate(have_ended) if not has_ended]
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)
 
     def _capture(self, number: int) -> dict[str, Any]:
-        """The state of a running member, as minimize() would give it."""
+        """Return the state of a running member, in minimize()'s format."""
         member, row = self.members[number], self.running.index(number)
         return {
             "position": [member.progress.step // member.num_per_epoch, member.progress.step],
@@ -285,7 +288,7 @@ class _Pack:
             "num_summed": member.num_summed,
             "history": [record.to_dict() for record in member.progress.history],
             "best": member.best,
-            "techniques": {},  # none is packed
+            "techniques": {},  # no technique is packed
             "scaler": {},
             "own": {},
             "num_shards": 1,

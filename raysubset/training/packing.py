@@ -1,4 +1,4 @@
-"""Whether stepping several members at once pays on a device: measured with the run's own model and recipe."""
+"""A trial, with the run's own model and recipe, of whether stepping several members at once pays on a device."""
 
 import copy
 import time
@@ -17,24 +17,24 @@ from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.records import num_steps_per_epoch
 
-PAYS = 0.9  # packing is taken if a packed step takes less than this share of its members' single steps
-_NUM_WARM, _NUM_TIMED = 3, 8  # steps of a repeat: kernels are chosen in the first, and not timed
+PAYS = 0.9  # packing is chosen if a packed step takes less than this share of its members' single steps
+_NUM_WARM, _NUM_TIMED = 3, 8  # steps of a repeat: kernels are chosen in the first, which are not timed
 _MOST_S = 2.0  # of a repeat's timed steps; slow networks are timed over fewer
-_NUM_REPEATS = 5  # of each way, in turns; the fastest counts, as whatever else the machine does only adds to it
+_NUM_REPEATS = 5  # of each way, in turns; the fastest counts, because the machine's other work only adds to a time
 
 
 @dataclass(frozen=True)
 class PackingTrial:
-    """What a step costs both ways."""
+    """The time of a step both ways."""
 
     num_members: int
     single_s: float  # a step of one member, in the fastest repeat
-    packed_s: float  # a step of all of them, likewise
+    packed_s: float  # a step of all members, likewise
     cost: Cost  # of the trial itself
 
     @property
     def ratio(self) -> float:
-        """A packed step's time as a share of as many single steps'."""
+        """The time of a packed step as a share of that of as many single steps."""
         return self.packed_s / (self.num_members * self.single_s)
 
     @property
@@ -46,21 +46,21 @@ class PackingTrial:
 
 
 def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recipe: MinimizeConfig) -> PackingTrial:
-    """Time some steps one by one and packed, in turns, on copies of the models.
+    """Time some steps singly and packed, in turns, on copies of the models.
 
     Args:
         models: the members', on the device.
         examples: the members'.
-        recipe: one that why_not_packed() has nothing against.
+        recipe: one for which why_not_packed() returns None.
 
     Raises:
-        ValueError: if the network cannot be packed, with the reason: vmap cannot do it, it does not fit into memory, or
-            a parameter has no part in the loss, which single steps leave alone and packed ones would decay.
+        ValueError: if the network cannot be packed, with the reason: vmap cannot run it, memory does not suffice, or
+            the loss does not depend on a parameter, which single steps would leave alone and packed ones would decay.
     """
     if (unused := _unused_parameter(models[0], examples[0], recipe)) is not None:
         raise ValueError(f"the loss does not depend on the parameter {unused}")
     steps = _NUM_WARM + _NUM_TIMED
-    epochs = max(steps / num_steps_per_epoch(len(own), recipe) for own in examples) + 1
+    epochs = max(steps / num_steps_per_epoch(len(member_examples), recipe) for member_examples in examples) + 1
     recipe = replace(  # at a rate that moves nothing, so that the trial cannot diverge
         recipe, epochs=epochs, learning_rate=1e-9, schedule="constant", tolerance=None, target_loss=None
     )
@@ -73,37 +73,37 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recip
         watch = _Watch(examples[0].device)
         try:
             results = minimize_packed(copy.deepcopy(list(models)), examples, recipe, seeds=seeds, on_step=watch)
-        except (RuntimeError, NotImplementedError) as error:  # vmap's refusals, and memory that runs out
+        except (RuntimeError, NotImplementedError) as error:  # from vmap, or because memory ran out
             raise ValueError(first_line(error)[:200]) from error
         packs.append(watch.step_s)
-        for each in results:
-            if not isinstance(each, Exception):
-                total += each.cost
+        for member_result in results:
+            if not isinstance(member_result, Exception):
+                total += member_result.cost
     return PackingTrial(len(models), min(singles), min(packs), total)
 
 
 class _Watch:
-    """Called after each step: times those after the first few, and ends the run when there are enough.
+    """Called after each step: times the steps after the first few, and ends the run when there are enough.
 
-    What one CPU thread computes is timed by that thread's own clock: on a core that others use as well, a step of 7 ms
-    took 40 ms by the wall's, and a pack of one 1.8 times as long as that one alone.
+    One CPU thread's work is timed by that thread's own clock. On a core that other processes used, a step of 7 ms took
+    40 ms of wall time, and a pack of one seemed 1.8 times as slow as that member alone.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._num_steps, self._started, self.step_s = device, 0, 0.0, 0.0
+        self._device, self._num_steps, self._start_s, self.step_s = device, 0, 0.0, 0.0
         is_one_thread = device.type == "cpu" and torch.get_num_threads() == 1
         self._clock = time.thread_time if is_one_thread else time.perf_counter
 
     def __call__(self, _: object) -> bool:
         self._num_steps += 1
-        timed = self._num_steps - _NUM_WARM
-        if timed == 0:
-            self._started = self._now()
-        if timed < 1:
+        num_timed = self._num_steps - _NUM_WARM
+        if num_timed == 0:
+            self._start_s = self._now()
+        if num_timed < 1:
             return False
-        if timed < _NUM_TIMED and self._clock() - self._started < _MOST_S:
+        if num_timed < _NUM_TIMED and self._clock() - self._start_s < _MOST_S:
             return False
-        self.step_s = (self._now() - self._started) / timed
+        self.step_s = (self._now() - self._start_s) / num_timed
         return True
 
     def _now(self) -> float:
@@ -113,10 +113,10 @@ class _Watch:
 
 
 def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> str | None:
-    """The name of a parameter that gets no gradient, if there is one."""
-    tried = copy.deepcopy(model).train()
+    """Return the name of a parameter that gets no gradient, or None."""
+    network = copy.deepcopy(model).train()
     indices = torch.arange(min(4, len(examples)), device=examples.device)
-    dtype = next(tried.parameters()).dtype
+    dtype = next(network.parameters()).dtype
     inputs, targets = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
-    examples.task.loss(tried(inputs), targets).backward()
-    return next((name for name, p in tried.named_parameters() if p.requires_grad and p.grad is None), None)
+    examples.task.loss(network(inputs), targets).backward()
+    return next((name for name, p in network.named_parameters() if p.requires_grad and p.grad is None), None)

@@ -14,61 +14,62 @@ from raysubset.data import Batches, even_sizes
 from raysubset.training.loop import minimize
 from raysubset.training.records import DivergedError, num_steps_per_epoch
 
-_DECADES = (-3.0, 2.0)  # of the rates, about the recipe's
+_DECADES = (-3.0, 2.0)  # range of the rates, relative to the recipe's
 _PER_DECADE = 8
 _MOST_STEPS = 10  # at one rate
-_PER_EPOCH = 20  # rates in an epoch, unless that is fewer steps than one
-_WORSE = 4.0  # times the least loss: no higher rate is tried
+_PER_EPOCH = 20  # rates in an epoch, as long as each has a step
+_WORSE = 4.0  # the search ends at this many times the least loss
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """What was seen, from the lowest rate on; a higher one went on from where the one before had come."""
+    """Losses from the lowest rate up. Each rate continued from the weights that the one before had reached."""
 
     rates: tuple[float, ...]
-    losses: tuple[float, ...]  # mean while training at each
+    losses: tuple[float, ...]  # mean while training at each rate
     steps_a_rate: int
     ended_at: float | None  # the rate at which the loss rose or was not finite; None: all were tried
     cost: Cost
 
     @property
     def least_at(self) -> float:
-        """The rate with the least loss, which is taken with its neighbours'."""
+        """The rate with the least loss, each loss averaged with its neighbours'."""
         smooth = _smoothed(self.losses)
         return self.rates[smooth.index(min(smooth))]
 
     @property
     def fastest_at(self) -> float:
-        """The rate at which the loss fell fastest by the decade, up to the least."""
+        """The rate below least_at at which the loss fell fastest per decade."""
         smooth = _smoothed(self.losses)
-        falls = [after - before for before, after in itertools.pairwise(smooth)] or [0.0]
+        falls = [next_loss - loss for loss, next_loss in itertools.pairwise(smooth)] or [0.0]
         falls = falls[: max(1, self.rates.index(self.least_at))]
         return self.rates[falls.index(min(falls))]
 
     @property
     def suggested(self) -> float:
-        """A peak rate to begin a search at, to one digit: midway, by factors, between those two."""
-        between = math.sqrt(self.fastest_at * self.least_at)
-        return float(f"{between:.0e}")
+        """A peak rate to begin a search with, to one digit: the geometric mean of fastest_at and least_at."""
+        middle = math.sqrt(self.fastest_at * self.least_at)
+        return float(f"{middle:.0e}")
 
 
 def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, seed: int) -> RateRange:
     """Minimize for a few steps at each of many rates, one after the other; the model is changed.
 
     Args:
-        model: on the examples' device, as the stage would begin.
-        recipe: of batches. What varies its steps by the epoch (averaging, skipping) is left out, as what ends it is.
-            For float16 stands auto: its loss's scale is found by steps that are left out, at each rate anew.
+        model: on the examples' device, with the weights that the stage would start from.
+        recipe: its batches and optimizer are used. Averaging, skipping, and all that ends a minimization are left out.
+            Precision float16 becomes auto, because the scale of float16's loss is found by skipping steps, again at
+            each rate.
 
     Raises:
         DivergedError: if the loss is not finite at the lowest rate.
     """
-    per_epoch, peak = num_steps_per_epoch(len(examples), recipe), recipe.peak_learning_rate()
-    num_steps = max(1, min(_MOST_STEPS, per_epoch // _PER_EPOCH))
+    steps_per_epoch, peak = num_steps_per_epoch(len(examples), recipe), recipe.peak_learning_rate()
+    num_steps = max(1, min(_MOST_STEPS, steps_per_epoch // _PER_EPOCH))
     low, high = (round(_PER_DECADE * decade) for decade in _DECADES)
     recipe = replace(
         recipe,
-        epochs=num_steps / per_epoch,
+        epochs=num_steps / steps_per_epoch,
         epoch_fraction=1.0,
         schedule="constant",
         averaging=AveragingConfig(),
@@ -82,13 +83,13 @@ def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, s
     rates, losses, cost, state, ended_at = list[float](), list[float](), Cost(), None, None
     for number in range(low, high + 1):
         rate = peak * 10 ** (number / _PER_DECADE)
-        at = replace(recipe, learning_rate=rate)
+        trial = replace(recipe, learning_rate=rate)
         try:
-            result = minimize(model, examples, at, seed=derive_seed(seed, "rate", number), optimizer_state=state)
+            result = minimize(model, examples, trial, seed=derive_seed(seed, "rate", number), optimizer_state=state)
         except DivergedError:
             if not losses:
                 raise
-            num = sum(even_sizes(len(examples), per_epoch)[:num_steps])
+            num = sum(even_sizes(len(examples), steps_per_epoch)[:num_steps])
             cost, ended_at = cost + Cost(num, num, num_steps), rate
             break
         rates.append(rate)
@@ -102,5 +103,5 @@ def rate_range(model: nn.Module, examples: Batches, recipe: MinimizeConfig, *, s
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Each with its neighbours."""
+    """Average each loss with its neighbours."""
     return [fmean(losses[max(0, number - 1) : number + 2]) for number in range(len(losses))]

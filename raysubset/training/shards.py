@@ -1,4 +1,4 @@
-"""How several workers share every batch of one minimization."""
+"""Shares of every batch, for several workers that compute one minimization together."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -16,19 +16,19 @@ class Shard:
 
     rank: int = 0
     num: int = 1
-    leaves_out: bool = False  # whether a step may leave parameters without gradients, of one worker or of all
+    leaves_out: bool = False  # True if a step may leave parameters without gradients, in one worker or in all
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over the workers, in place; every worker must call it."""
+        """Sum `value` over the workers, in place. Every worker must call it."""
         if self.num > 1:
             torch.distributed.all_reduce(value)
         return value
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], *, as_bfloat16: bool = False) -> None:
-        """The mean over the workers of the gradients that are there, in place and in one exchange.
+        """Replace the gradients by their mean over the workers, in place and in one exchange.
 
-        Every worker must call it, with the same parameters. Where steps may leave some out, one that has a gradient in
-        any worker has one in all of them afterwards. As bfloat16, gradients are rounded as data_parallel() does.
+        Every worker must call it, with the same parameters. If leaves_out, a parameter that has a gradient in any
+        worker gets one in all of them. As bfloat16, gradients are rounded as data_parallel() does.
         """
         if self.num == 1:
             return
@@ -48,16 +48,19 @@ class Shard:
             gradient.copy_(mean.view(gradient.shape))
 
     def check_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Raises LeftOutError: if a parameter has no gradient and nobody said that this may be: others wait for it."""
+        """Check that no parameter lacks a gradient, unless leaves_out: the other workers wait for it.
+
+        Raises:
+            LeftOutError: if one does.
+        """
         if self.num > 1 and not self.leaves_out and any(p.requires_grad and p.grad is None for p in parameters):
             raise LeftOutError("a step left out parameters, which Ray Train's workers did not know of")
 
     def data_parallel(self, model: nn.Module, device: torch.device, *, as_bfloat16: bool = False) -> nn.Module:
-        """The model whose backward passes average gradients over the workers, while they go on.
+        """Return the model whose backward passes average gradients over the workers while they compute.
 
-        As bfloat16, each worker's gradients are rounded and divided by the number of workers, and their sums rounded.
-
-        Buffers go their own ways: what counts in the end are the first worker's.
+        As bfloat16, each worker's gradients are rounded and divided by the number of workers, and their sums are
+        rounded. Buffers are not averaged; the result has the first worker's.
         """
         if self.num == 1:
             return model
@@ -81,14 +84,14 @@ def in_parts(
     num_parts: int,
     network: nn.Module,
 ) -> Tensor:
-    """Pass a worker's share of a batch forward and backward in parts, as even as may be; its outputs, [n, …].
+    """Pass a worker's share of a batch forward and backward in nearly equal parts; return its outputs [n, …].
 
     The workers exchange gradients once, in the last part's backward pass.
     """
-    alone = network.no_sync if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext
+    without_exchange = network.no_sync if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext
     num_parts, outputs = min(num_parts, len(inputs)), list[Tensor]()
     parts = zip(inputs.tensor_split(num_parts), targets.tensor_split(num_parts), strict=True)
-    for number, (some, their_targets) in enumerate(parts, start=1):
-        with nullcontext() if number == num_parts else alone():
-            outputs.append(forward_and_backward(some, their_targets, weight))
+    for number, (part_inputs, part_targets) in enumerate(parts, start=1):
+        with nullcontext() if number == num_parts else without_exchange():
+            outputs.append(forward_and_backward(part_inputs, part_targets, weight))
     return torch.cat(outputs)

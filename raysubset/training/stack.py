@@ -1,4 +1,4 @@
-"""Stack: the weights, buffers and optimizer states of several members of one architecture, a row each."""
+"""Stack: the weights, buffers and optimizer states of several members of one architecture, one row each."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ _LEAST_LENGTH = 1e-6  # torch.nn.utils.clip_grad_norm_()'s, added to a gradient'
 class Stack:
     """Members that step together. All trained parameters are one matrix [K, P], so that an update is a few kernels.
 
-    What goes in and comes out is of one member: the module, state dicts, and torch.optim's own state dict, so members
-    may enter and leave between any two steps. Updates are those of torch.optim's SGD with Nesterov momentum, Adam and
-    AdamW, and of our Muon, with a learning rate and a step count for each member.
+    Arguments and results are those of one member: the module, state dicts, and torch.optim's own state dict. Members
+    may therefore enter and leave between any two steps. Updates are those of torch.optim's SGD with Nesterov momentum,
+    Adam and AdamW, and of our Muon, with a learning rate and a step count for each member.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class Stack:
         """Copy the tensors of members of one architecture on one device; the modules are left alone.
 
         Args:
-            recipe: of sgd, adam, adamw or muon.
-            optimizer_states: state dicts to go on with; None: fresh ones.
+            recipe: with the optimizer sgd, adam, adamw or muon.
+            optimizer_states: state dicts to continue with; None: new ones.
         """
         self._recipe, first = recipe, models[0]
         groups, names = make_optimizer(first, recipe).param_groups, {p: name for name, p in first.named_parameters()}
@@ -58,44 +58,44 @@ class Stack:
         return len(self._models)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """A row of the stack: trained parameters as one vector, everything else by name."""
+        """Return a row of the stack: trained parameters as one vector, everything else by name."""
         named = dict(model.named_parameters())
-        rest = {name: p.detach() for name, p in named.items() if not p.requires_grad} | dict(model.named_buffers())
-        return {_WEIGHTS: torch.cat([named[name].detach().flatten() for name in self._names]), **rest}
+        others = {name: p.detach() for name, p in named.items() if not p.requires_grad} | dict(model.named_buffers())
+        return {_WEIGHTS: torch.cat([named[name].detach().flatten() for name in self._names]), **others}
 
     def _read_optimizer(self, row: int, state: dict[str, Any] | None) -> list[Tensor]:
-        """A member's moments, each as one vector; its step count is noted."""
+        """Return a member's moments, each as one vector, and set its step count."""
         optimizer = make_optimizer(self._models[row], self._recipe)
         if state is not None:
             load_optimizer_state(optimizer, state)
-        own = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
-        values = own[0][1]
-        self._steps[row] = int(values.get("step", bool(values)))  # sgd counts none: that it has stepped is enough
-        zero = torch.zeros((), device=own[0][0].device, dtype=own[0][0].dtype)
+        pairs = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+        moments = pairs[0][1]
+        self._steps[row] = int(moments.get("step", bool(moments)))  # sgd keeps no count: 1 stands for any
+        zero = torch.zeros((), device=pairs[0][0].device, dtype=pairs[0][0].dtype)
         return [
-            torch.cat([values.get(name, zero.expand(p.shape)).flatten() for p, values in own])
+            torch.cat([moments.get(name, zero.expand(p.shape)).flatten() for p, moments in pairs])
             for name in self._moment_names
         ]
 
     # Steps
 
     def outputs(self, inputs: Tensor, rows: Sequence[int]) -> Tensor:
-        """The networks' outputs [N, k, …] in train mode on inputs [N, k, …], of members given by row."""
-        every = len(rows) == len(self)
+        """Return the networks' outputs [N, k, …] in train mode on inputs [N, k, …], for the members in these rows."""
+        is_all = len(rows) == len(self)
         index = self._index(rows)
-        chosen = self._now if every else {name: value[index] for name, value in self._now.items()}
-        parts = chosen[_WEIGHTS].split(self._sizes, dim=1)
+        selected = self._now if is_all else {name: value[index] for name, value in self._now.items()}
+        parts = selected[_WEIGHTS].split(self._sizes, dim=1)
         tensors = {name: p.view(-1, *s) for name, p, s in zip(self._names, parts, self._shapes, strict=True)}
-        buffers = {name: value for name, value in chosen.items() if name != _WEIGHTS}
+        buffers = {name: value for name, value in selected.items() if name != _WEIGHTS}
         outputs = self._forward(tensors | buffers, inputs)
-        if not every:
+        if not is_all:
             for name, value in buffers.items():
                 self._now[name][index] = value
         return outputs
 
     @torch.no_grad()
     def update(self, rates: Sequence[float]) -> None:
-        """An optimizer step of all members with the gradients that backward() left, which are cleared."""
+        """Make an optimizer step of all members with the gradients that backward() left, and clear these."""
         recipe, weights = self._recipe, self._now[_WEIGHTS]
         gradient = weights.grad
         assert gradient is not None
@@ -118,7 +118,7 @@ class Stack:
             weights.addcmul_(gradient, self._column(rates), value=-1)
         else:
             mean, square = self._moments
-            beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch's defaults, which make_optimizer() leaves
+            beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch's defaults, which make_optimizer() keeps
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             scales = self._column([1 / math.sqrt(1 - beta2**step) for step in self._steps])
@@ -127,7 +127,7 @@ class Stack:
         weights.grad = None
 
     def _make_orthogonal(self, gradient: Tensor) -> None:
-        """Make Muon's directions of the gradients [K, P] with their momentum, in place."""
+        """Replace the gradients [K, P], which include their momentum, by Muon's directions, in place."""
         end = 0
         for num_rows, size in self._matrices:
             part = gradient[:, end : end + size]
@@ -136,11 +136,11 @@ class Stack:
         gradient[:, end:].mul_(REST_FACTOR)
 
     def are_finite(self) -> list[bool]:
-        """Of each member, whether all trained parameters are finite numbers."""
+        """Return for each member whether all its trained parameters are finite."""
         return torch.linalg.vector_norm(self._now[_WEIGHTS].detach(), math.inf, dim=1).isfinite().tolist()
 
     def _column(self, values: Sequence[float]) -> Tensor:
-        """[K, 1], of the weights' type."""
+        """Return the values as [K, 1], in the weights' dtype."""
         weights = self._now[_WEIGHTS]
         return torch.tensor(values, dtype=weights.dtype)[:, None].to(weights.device, non_blocking=True)
 
@@ -151,15 +151,15 @@ class Stack:
 
     @torch.no_grad()
     def weights(self, row: int) -> dict[str, Tensor]:
-        """A member's state dict, in memory of its own."""
+        """Return a copy of a member's state dict."""
         weights = {}
         for key, name, columns, shape in self._keys:
             weights[key] = self._place(row, name, columns).view(shape).detach().clone()
         return weights
 
     @torch.no_grad()
-    def begin_anew(self, row: int, weights: dict[str, Tensor]) -> None:
-        """Give a member these weights, a state dict, and a new optimizer: the old moments may be NaN."""
+    def restart(self, row: int, weights: dict[str, Tensor]) -> None:
+        """Give a member these weights, a state dict, and a new optimizer, because the old moments may be NaN."""
         for key, name, columns, _ in self._keys:
             place = self._place(row, name, columns)
             place.copy_(weights[key].reshape(place.shape))
@@ -171,7 +171,7 @@ class Stack:
         return self._now[name][row] if columns is None else self._now[name][row, columns]
 
     def optimizer_state(self, row: int) -> dict[str, Any]:
-        """A member's optimizer as torch.optim's own state dict; in memory of its own."""
+        """Return a copy of a member's optimizer state, as torch.optim's own state dict."""
         optimizer, step = make_optimizer(self._models[row], self._recipe), self._steps[row]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
@@ -187,7 +187,7 @@ class Stack:
 
     @torch.no_grad()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these members alone."""
+        """Drop all other members."""
         index = self._index(rows)
         self._now = {name: value.detach()[index] for name, value in self._now.items()}
         self._now[_WEIGHTS].requires_grad_()
@@ -199,7 +199,8 @@ class Stack:
 def _state_dict_places(
     model: nn.Module, names: Sequence[str], sizes: Sequence[int]
 ) -> list[tuple[str, str, slice | None, torch.Size]]:
-    """Of each entry of the state dict, ties included: key, name in the stack, columns of the weights or None, shape."""
+    """Return for each state-dict entry, ties included: key, name in the stack, columns of the weights or None,
+    shape."""
     places: dict[int, tuple[str, slice | None]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places[id(tensor)] = name, None
