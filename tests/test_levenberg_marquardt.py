@@ -220,7 +220,7 @@ def test_looks_at_validation_data_are_counted_and_paid_for_out_of_the_budget():
 
 
 def test_without_validation_data_there_is_nothing_to_be_patient_about():
-    with pytest.raises(ValueError, match=r"minimize\.patience looks at validation data, and .* set it to 0"):
+    with pytest.raises(ValueError, match=r"minimize\.patience needs validation data, and .* set it to 0"):
         minimize(dense(), curves(), replace(RECIPE, patience=None), seed=0)
 
 

@@ -92,7 +92,7 @@ def test_one_that_works_is_tried_on_copies():
     model = cnn()
     before, state = weights(model), torch.get_rng_state()
     assert try_own_loop(model, recipe("momentum"), examples()) is None
-    assert "where its process dies, a subset's work starts over" in str(
+    assert "if its process dies, a subset's work starts over" in str(
         try_own_loop(model, recipe("without_capture"), examples())
     )
     assert same_bits(weights(model), before)
@@ -101,18 +101,18 @@ def test_one_that_works_is_tried_on_copies():
 
 MISTAKES = {
     "silent": r"never called on_step\(\): call on_step\(progress\) after every step",
-    "costless": r"said no costs: let progress.count\(\) count steps, or set progress.cost",
-    "of_a_copy": r"left 8 of 8 parameters where they were: .*, .*, .* and 5 more\. "
-    "Change those of the model that it is given",
-    "of_some": r"left 7 of 8 parameters where they were",
-    "reshaped": "left a model of other parameters: change those that it was given in place",
+    "costless": r"reported no costs: let progress.count\(\) count steps, or set progress.cost",
+    "of_a_copy": r"left 8 of 8 parameters unchanged: .*, .*, .* and 5 more\. "
+    "Change those of the model that it receives",
+    "of_some": r"left 7 of 8 parameters unchanged",
+    "reshaped": "left a model with other parameters: change those that it receives in place",
     "infinite": "ended at weights that are not finite: lower its learning rate",
-    "endless": r"went on where on_step\(\) had returned True: return then",
+    "endless": r"continued after on_step\(\) had returned True: return then",
     "forgetful": r"ends elsewhere when it is resumed from its capture\(\): draw by progress.seed and the step",
     "opaque": r"has a capture\(\) that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts",
     "backwards": r"called on_step\(\) at step 1 after 1: let progress.count\(\) count it",
     "unrecorded": r"set progress.epoch_ended without a record in progress.history: call progress.count\(\)",
-    "half_costs": r"said steps and costs of \(1, 0.5, 0, 0\): give whole numbers",
+    "half_costs": r"reported steps and costs of \(1, 0.5, 0, 0\): give whole numbers",
     "odd_record": "recorded EpochRecord.*: give plain numbers, and 0 where there is no learning rate",
     "other_progress": r"called on_step\(\) with a float: give it progress",
     "raises": r"raised .*; see own_loops.py, line .*, in raises",

@@ -54,7 +54,7 @@ def test_one_that_works_is_tried_on_copies(function):
 MISTAKES = {
     "nothing": "returned a NoneType: it should return a torch.optim.Optimizer",
     "drops": "left 1 of 2 parameters out of its groups: 1.weight. Give it all of them",
-    "adds": "has parameters in its groups that it was not given",
+    "adds": "has parameters in its groups that it did not receive",
     "rateless": "has groups of lr 0.0: give it one that the schedule can scale",
     "needs_closure": r"raised TypeError: .*closure",
     "raises": "raised AttributeError: .* see own_optimizers.py, line .*, in raises",

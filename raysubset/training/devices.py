@@ -1,4 +1,4 @@
-"""The device and the threads a process computes with, set explicitly."""
+"""The device and the threads that a process computes with, set explicitly."""
 
 import ctypes
 import os
@@ -15,11 +15,11 @@ from raysubset.models import needs_default_layout
 
 
 def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
-    """Choose the device for what this process was given, and make its results repeatable.
+    """Choose the device that this process was given, and make its results repeatable.
 
-    A process that was given no GPU computes on the CPU even where one is visible: Ray leaves CUDA_VISIBLE_DEVICES alone
-    for actors without GPUs. The thread count is a part of the result (sums are split by threads); OpenMP keeps it per
-    calling thread, so this is to be called in the thread that computes.
+    A process without a GPU computes on the CPU even if a GPU is visible: Ray leaves CUDA_VISIBLE_DEVICES alone for
+    actors without GPUs. The thread count affects the result, because sums are split by threads. OpenMP keeps it per
+    calling thread, so call this in the thread that computes.
 
     Raises:
         RuntimeError: if GPUs were given but torch sees none.
@@ -31,10 +31,10 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Else deterministic algorithms write NaN to each new tensor first, at the price of a kernel
+        # Otherwise deterministic algorithms first write NaN to each new tensor, which costs a kernel
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.backends.cudnn.benchmark = False
-        # Attention in float32 has a backward pass that only warns; flash attention, in bfloat16, obeys
+        # Attention in float32 has a backward pass that only warns; flash attention, in bfloat16, is deterministic
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
@@ -44,34 +44,34 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 64 MiB, 128 MiB in all, for the next: half of an evaluation's time on MNIST
-    went into handing back a batch's activations and having the same pages zeroed again.
+    """Let glibc keep freed blocks of up to 64 MiB, 128 MiB in all, for reuse.
 
-    Thresholds that the user's environment sets stay, and other C libraries are left as they are.
+    Half of an evaluation's time on MNIST went into returning a batch's activations to the system and having the same
+    pages zeroed again. Thresholds that the user's environment sets stay, and other C libraries are left as they are.
     """
     trim_threshold, mmap_threshold = -1, -3
     is_set = any(f"MALLOC_{name}_THRESHOLD_" in os.environ for name in ("TRIM", "MMAP"))
     if sys.platform == "linux" and not is_set and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
         with suppress(OSError, AttributeError):  # of another C library
             mallopt = ctypes.CDLL("libc.so.6").mallopt
-            # Older glibc takes no more than 32; where it takes none, the trim threshold would end its own adapting
+            # Older glibc allows at most 32. If it allows none, the trim threshold would only end its own adapting
             if any(mallopt(mmap_threshold, num * 2**20) for num in (64, 32)):
                 mallopt(trim_threshold, 128 * 2**20)
 
 
 def card_bytes(*, num_gpus: float) -> int | None:
-    """Memory of the CUDA card that this process was given, others' share of it included; None where it has none."""
+    """Return the total memory of this process's CUDA card, other processes' share included; None if it has no card."""
     if not num_gpus or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """The most memory that this process has had since it began: of the host, resident, and of a CUDA card, by torch."""
+    """Return the process's peak memory since it began: "host", resident, and "card", as torch counts a CUDA card's."""
     try:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak = {"host": 1024 * int(status["VmHWM"].split()[0])}  # ru_maxrss is at least that of the process that forked
-    except (OSError, KeyError):  # not on Linux, or in a sandbox that has a part of /proc
+        peak = {"host": 1024 * int(status["VmHWM"].split()[0])}  # ru_maxrss is at least the forking process's
+    except (OSError, KeyError):  # not on Linux, or in a sandbox with a part of /proc
         unit = 1 if sys.platform == "darwin" else 1024
         peak = {"host": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
     return peak | ({"card": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
@@ -81,7 +81,7 @@ _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) -> AbstractContextManager[object]:
-    """The context of a forward pass, to be entered as often as needed; auto: bfloat16 on CUDA cards that have it.
+    """Return the context of a forward pass, to be entered repeatedly; auto means bfloat16 on CUDA cards that have it.
 
     Args:
         device: computed on.
@@ -89,7 +89,7 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
         precision: the recipe's.
 
     Raises:
-        ValueError: if half precision is asked for with parameters that autocast leaves as they are.
+        ValueError: if half precision is requested for parameters that autocast would leave as they are.
     """
     if precision in _HALVES and dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
@@ -100,19 +100,19 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating-point numbers that a device has."""
+    """Return the widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:
-    """As ledgers name it: the card's model, or cpu."""
+    """Return the name that ledgers use: the card's model, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """The model on the device, its convolutions in the memory layout that is fast with images of that layout.
+    """Return the model on the device, its convolutions in the memory layout that is fast for images of that layout.
 
-    One that works in torch's default layout alone is in that, whatever is asked for.
+    A network that only works in torch's default layout gets that one, whatever is requested.
     """
     layout = torch.channels_last if channels_last and not needs_default_layout(model) else torch.contiguous_format
     return model.to(device).to(memory_format=layout)

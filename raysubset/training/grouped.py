@@ -1,9 +1,10 @@
-"""Forward passes of many members of one architecture at once, their weights stacked.
+"""Forward passes of many members of one architecture at once, with stacked weights.
 
-Activations of K members stay as [N, K, C, H, W] in the memory of [N, K·C, H, W]: a convolution has K times its groups,
-batch normalisation K times its channels, a linear layer is one batched product, and the rest does not notice. That
-takes a graph of known operations, as torch.fx traces it; any other network goes through torch.func.vmap as it is, which
-moves members beside examples around every layer: four of the small CNN then take three times as long on a CPU thread.
+Activations of K members stay as [N, K, C, H, W] in the memory of [N, K·C, H, W]. A convolution then has K times its
+groups, batch normalisation K times its channels, a linear layer is one batched product, and all else works as it is.
+This needs a graph of known operations, as torch.fx traces it. Any other network goes through torch.func.vmap as it is,
+which moves members beside examples around every layer: four of the small CNN then take three times as long on a CPU
+thread.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ _ELEMENTWISE_FUNCTIONS = (F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.
 
 
 def forward_of_all(network: nn.Module) -> Forward:
-    """The network in train mode as a function of stacked weights; stacked running statistics are updated in place.
+    """Return the network in train mode as a function of stacked weights. It updates running statistics in place.
 
-    The network itself is left alone. What vmap cannot do is told by the first call, as torch's RuntimeError.
+    The network itself is left alone. If vmap cannot run it, the first call raises torch's RuntimeError.
     """
     network = copy.deepcopy(network).train()
     if (folded := _folded(network)) is not None:
@@ -49,10 +50,10 @@ def forward_of_all(network: nn.Module) -> Forward:
 
 
 def _folded(network: nn.Module) -> nn.Module | None:
-    """The network on [N, K, C, H, W] and [N, K, F], its layers changed in place; None if a part of it is not known."""
+    """Return the network on [N, K, C, H, W] and [N, K, F], its layers changed in place; None if a part is unknown."""
     try:
         traced = fx.symbolic_trace(network)
-    except Exception:  # tracing runs the user's forward() on stand-ins, to which anything may happen
+    except Exception:  # tracing runs the user's forward() on stand-ins, which may raise anything
         return None
     if not all(_fold(node, traced) for node in traced.graph.nodes):
         return None
@@ -60,14 +61,14 @@ def _folded(network: nn.Module) -> nn.Module | None:
         if node.op == "call_module":
             module = traced.get_submodule(node.target)
             if getattr(module, "inplace", False):
-                module.__dict__["inplace"] = False  # in place on a view costs autograd a copy
+                module.__dict__["inplace"] = False  # an in-place operation on a view costs autograd a copy
             module.__dict__["forward"] = _layer(module)
     traced.recompile()
     return traced
 
 
 def _fold(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Make an operation leave the dimension of members alone; False if it is not known how."""
+    """Let an operation leave the dimension of members alone; return False if the operation is unknown."""
     if node.op in ("placeholder", "output"):
         return True
     if node.op == "call_module":
@@ -75,7 +76,7 @@ def _fold(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op != "call_function":
         return False
     inputs, options = node.args[0] if node.args else None, node.args[1:]
-    if node.target is operator.iadd:  # likewise
+    if node.target is operator.iadd:  # in place, as above
         node.target = operator.add
     elif node.target is torch.flatten and options == (1,) and not node.kwargs:
         node.args = (inputs, 2)
@@ -92,7 +93,7 @@ def _fold(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def _layer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What a layer does on [N, K, …], with its parameters and buffers stacked; None if it is not known."""
+    """Return a layer's function on [N, K, …], with its parameters and buffers stacked; None if the layer is unknown."""
     match module:
         case nn.Conv2d() if module.padding_mode == "zeros":
             return partial(_convolution, module)
@@ -110,8 +111,8 @@ def _layer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _channelwise(f: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-    """f on [N, K·C, H, W], which is a view of the same memory."""
-    num = images.shape[1]  # of one member flatten() would give a single channel strides that hide channels-last
+    """Apply f to [N, K·C, H, W], which is a view of the same memory."""
+    num = images.shape[1]  # for one member, flatten() would give a single channel strides that hide channels-last
     folded = images.squeeze(1) if num == 1 else images.flatten(1, 2)
     return f(folded).unflatten(1, (num, -1))
 
@@ -143,9 +144,9 @@ def _group_norm(layer: nn.GroupNorm, images: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, features: Tensor) -> Tensor:
-    """[N, K, …, F] -> [N, K, …, M]."""
+    """Map [N, K, …, F] to [N, K, …, M]."""
     rows, factors = features.transpose(0, 1), layer.weight.transpose(1, 2)
-    between = rows.shape[1:-1]
-    rows = rows if len(between) == 1 else rows.flatten(1, -2)
+    inner_shape = rows.shape[1:-1]
+    rows = rows if len(inner_shape) == 1 else rows.flatten(1, -2)
     products = torch.bmm(rows, factors) if layer.bias is None else torch.baddbmm(layer.bias[:, None], rows, factors)
-    return (products if len(between) == 1 else products.unflatten(1, between)).transpose(0, 1)
+    return (products if len(inner_shape) == 1 else products.unflatten(1, inner_shape)).transpose(0, 1)

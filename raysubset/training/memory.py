@@ -1,4 +1,4 @@
-"""How much of a device's memory a minimization takes: an estimate from one forward pass on the CPU."""
+"""Estimate of the device memory that a minimization takes, from two forward passes on the CPU."""
 
 import math
 
@@ -12,9 +12,9 @@ from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import EVALUATION_BATCH
 from raysubset.training.whole_subset.objective import CHUNK_BATCHES
 
-_PROBED = (2, 4)  # examples of two forward passes: what grows is an example's; batch normalisation needs two
+_PROBED = (2, 4)  # examples of the two forward passes; their difference is per example. Batch normalisation needs two
 
-# What an optimizer holds beside weights, gradient and the best epoch's weights, in copies of the parameters
+# Copies of the parameters that an optimizer holds, beside weights, gradient and the best epoch's weights
 _OPTIMIZER_COPIES = {
     "sgd": 1,  # momentum
     "adam": 2,  # two moments
@@ -25,20 +25,20 @@ _OPTIMIZER_COPIES = {
     "levenberg_marquardt": 5,  # and its matrices, below
     "gauss_newton": 5,  # gradient, solution, residual, direction and product
 }
-_OWN_COPIES = 2  # of an optimizer of the user's own: as many moments as adam's
+_OWN_COPIES = 2  # of a user's own optimizer: as many moments as adam's
 
 
 def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, num_examples: int) -> int:
-    """Memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without what torch itself holds.
+    """Return the memory that minimize() and evaluate() take on a device, in bytes: tensors alone, without torch itself.
 
-    Examples (images as uint8) and their targets, weights with gradient, best epoch and optimizer state, and the greater
-    of what a batch saves for its backward pass and what evaluation passes from layer to layer. Gradients of
-    activations, the allocator's gaps and further copies that variations of the recipe hold (averages) come on top.
+    It counts examples (images as uint8) and their targets, weights with gradient, best epoch and optimizer state, and
+    the greater of what a batch saves for its backward pass and what evaluation passes from layer to layer. Gradients of
+    activations, the allocator's gaps and the copies that techniques hold (averages) come on top.
 
     Args:
         model: on the CPU; left as it is.
-        recipe: with precision=auto float32 is counted: bfloat16 takes about half.
-        num_examples: that are on the device at a time, to train and to validate on.
+        recipe: precision=auto is counted as float32; bfloat16 takes about half.
+        num_examples: on the device at a time, to train and to validate on.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -48,32 +48,32 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     batch = math.ceil(recipe.batch_size / recipe.accumulation)
     batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
-    saved = (more - few) // (_PROBED[1] - _PROBED[0])  # by example
+    saved = (more - few) // (_PROBED[1] - _PROBED[0])  # per example
     activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)
     return num_examples * _example_bytes(spec) + copies + activations
 
 
 def _example_bytes(spec: Spec) -> int:
-    """Of an example's inputs, and of its target: a number where outputs are [M], one a token or pixel beyond that."""
+    """Return the bytes of an example's inputs and target: one number for outputs [M], else one per token or pixel."""
     inputs = spec.zeros(1).to(torch.uint8) if spec.is_image else spec.zeros(1)
     num_targets = math.prod(spec.outputs[1:]) if spec.is_image else math.prod(spec.outputs[:-1])
     return inputs.nbytes + 8 * num_targets
 
 
 def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, spec: Spec) -> tuple[int, int]:
-    """(all, the largest by example) of what a forward pass of `num` examples saves for the backward pass, in bytes.
+    """Return (all, the largest per example) bytes that a forward pass of `num` examples saves for the backward pass.
 
-    Autograd's own hooks tell it, so that functions called within forward() count like modules do.
+    Autograd's own hooks report them, so functions called within forward() count like modules.
     """
     probe = copied(model).train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers())}
+    own_storages = {tensor.untyped_storage().data_ptr() for tensor in (*probe.parameters(), *probe.buffers())}
     saved: dict[int, int] = {}  # bytes by storage
     largest = 0
 
-    def note(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         nonlocal largest
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own_storages:
             saved[storage.data_ptr()] = storage.nbytes()
             if tensor.ndim and len(tensor) == num:
                 largest = max(largest, storage.nbytes())
@@ -85,8 +85,8 @@ def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, spec: Spec)
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
         mixed_precision(inputs.device, dtype, recipe.precision),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
     ):
-        outputs = probe(inputs)  # held until all is counted, so that no storage is used twice
+        outputs = probe(inputs)  # held until all is counted, so that no storage is reused
     del outputs
     return sum(saved.values()), largest // num

@@ -17,7 +17,7 @@ ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR
 
 
 def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
-    """The optimizer by name; weight decay spares biases and normalisation parameters (tensors of one dimension).
+    """Build the recipe's optimizer. Weight decay spares biases and normalisation parameters (tensors of one dimension).
 
     Whole-subset optimizers are not among them: training.whole_subset makes their steps.
     """
@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     match recipe.optimizer:
         case "sgd":
-            nesterov = recipe.momentum > 0 and recipe.extrapolation.kind == "none"  # which looks ahead by itself
+            nesterov = recipe.momentum > 0 and recipe.extrapolation.kind == "none"  # extrapolation itself looks ahead
             optimizer = SGD(groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
         case "adam":
             optimizer = Adam(groups, lr=rate, fused=fused)
@@ -46,28 +46,28 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
 
 
 def moment_names(recipe: MinimizeConfig) -> tuple[str, ...]:
-    """What one of our optimizers keeps for each parameter, in its shape."""
+    """Return the names of the tensors that one of our optimizers keeps for each parameter, in its shape."""
     if recipe.optimizer in ("adam", "adamw"):
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if recipe.momentum else ()
 
 
 def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> torch.optim.Optimizer:
-    """Have the first step give moments of 0 to every parameter that has none, as a parameter's own first step would.
+    """Let the first step give zero moments to every parameter that has none, as a parameter's own first step would.
 
     Steps may leave parameters out: layers dropped at random, mixtures of experts. torch's fused SGD refuses a group in
-    which some parameters have a momentum and others get their first gradient, and members whose states hold different
+    which some parameters have a momentum and others get their first gradient. Members whose states hold different
     parameters have no mean.
     """
     if not names:
         return optimizer
-    is_begun = False
+    has_begun = False
 
     def begin(*_: object) -> None:
-        nonlocal is_begun
-        if is_begun:
+        nonlocal has_begun
+        if has_begun:
             return
-        is_begun = True
+        has_begun = True
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             state = optimizer.state[parameter]
             for name in names:
@@ -81,7 +81,7 @@ def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) 
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, its moments in the memory layout of their parameters.
+    """Load a state dict, with the moments in the memory layout of their parameters.
 
     The CPU's fused kernels walk through memory whatever the strides, and would mix up a state saved in another layout.
     """
@@ -97,19 +97,19 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of a step.
 
-    one_cycle differs from torch's OneCycleLR in three things: it ends at 1e-4 of the peak where torch's default is
-    4e-6, momentum stays as it is where torch cycles it, and step n of N is n/N of the way where torch's is n/(N - 1),
-    so that the last step is not quite at the end, and parts of a schedule fit together.
+    one_cycle differs from torch's OneCycleLR in three ways. It ends at 1e-4 of the peak; torch's default is 4e-6.
+    Momentum stays as it is; torch cycles it. Step n of N is n/N of the way; torch's is n/(N - 1). The last step is
+    therefore not quite at the end, and parts of a schedule fit together.
 
     Args:
         step: from 0.
-        num_steps: that make the span together.
-        span: the part of the schedule they cover, as shares of it in [0, 1].
+        num_steps: in the span.
+        span: the part of the schedule that these steps cover, as shares of it in [0, 1].
     """
     peak, warm = recipe.peak_learning_rate(), recipe.warmup_fraction
     low, high = span
     progress = low + (high - low) * step / num_steps
-    rest = (progress - warm) / (1 - warm)
+    decay_progress = (progress - warm) / (1 - warm)
     match recipe.schedule:
         case "constant":
             return peak
@@ -119,13 +119,13 @@ def learning_rate_at(
             start, end = peak * ONE_CYCLE_START, peak * ONE_CYCLE_END
             if progress < warm:
                 return peak + (start - peak) * _half_cosine(progress / warm)
-            return end + (peak - end) * _half_cosine(rest)
+            return end + (peak - end) * _half_cosine(decay_progress)
         case "warmup_linear":
-            if progress < warm:  # by what is done after the step: else the first would change nothing
+            if progress < warm:  # uses the progress after the step, or the first step would change nothing
                 return peak * min(1.0, (low + (high - low) * (step + 1) / num_steps) / warm)
-            return peak * (1 - rest)
+            return peak * (1 - decay_progress)
 
 
 def _half_cosine(share: float) -> float:
-    """From 1 at 0 to 0 at 1."""
+    """Fall from 1 at share 0 to 0 at share 1."""
     return (1 + math.cos(math.pi * share)) / 2

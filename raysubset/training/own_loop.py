@@ -2,11 +2,12 @@
 
     function(model, examples, recipe, progress, on_step)
 
-It changes the model in place, for `progress.num_steps` steps or as many as it likes. After each it says what the step
-cost, by `progress.count(num_examples, loss)` or by setting progress.step, .cost, .history and .epoch_ended itself, and
-calls `on_step(progress)`; where that returns True it returns. It can resume in its middle if `progress.capture` is a
-function of its own that gives a dict of tensors and plain values: `progress.state` is that dict when it is called to go
-on, with the model as it was. Else it starts over where its process dies. Randomness follows from `progress.seed`.
+It changes the model in place, for `progress.num_steps` steps or as many as it likes. After each step it reports the
+step's cost, by `progress.count(num_examples, loss)` or by setting progress.step, .cost, .history and .epoch_ended
+itself, and calls `on_step(progress)`. It must return as soon as on_step() returns True. To resume in its middle it sets
+`progress.capture` to its own function, which returns a dict of tensors and plain values. When the loop is resumed,
+`progress.state` is that dict and the model has its weights of then. Without a capture() the loop starts over if its
+process dies. Its draws follow from `progress.seed`.
 """
 
 import math
@@ -37,22 +38,22 @@ from raysubset.user_functions import in_a_line, load_function
 _FIELD = "minimize.loop"
 _NUM_TRIED = 4  # batches of a trial
 _MOST_TRIED = 16  # examples in each
-_MOST_S = 5.0  # after which a trial's loop is told to stop
+_MOST_S = 5.0  # after which on_step() stops a trial's loop
 
 
 @dataclass
 class LoopProgress(Progress):
-    """Where a loop of the user's own stands: it may change all of this."""
+    """The progress of a user's own loop, which may change all of it."""
 
-    seed: int = 0  # of all that it draws
-    state: dict[str, Any] | None = None  # what capture() gave before it was stopped; None at the beginning
+    seed: int = 0  # of all that the loop draws
+    state: dict[str, Any] | None = None  # the value of capture() before the loop was stopped; None at the beginning
     loss_sum: float = 0.0  # over the examples counted since the last epoch ended
     num_summed: int = 0
 
     def count(self, num_examples: int, loss: float, *, learning_rate: float = 0.0) -> None:
-        """Count a step that passed so many examples forward and backward, at this mean loss; close its epoch.
+        """Count a step that passed so many examples forward and backward, at this mean loss; end an epoch if due.
 
-        The learning rate is for the training curve alone; 0 where there is none.
+        The learning rate is for the training curve alone; 0 if there is none.
         """
         self.step += 1
         self.cost += Cost(num_examples, num_examples, 1)
@@ -63,49 +64,49 @@ class LoopProgress(Progress):
             self.end_epoch(learning_rate)
 
     def end_epoch(self, learning_rate: float = 0.0) -> None:
-        """Close the epoch at the step in hand."""
+        """End the epoch at the current step."""
         mean = self.loss_sum / self.num_summed if self.num_summed else math.nan
         self.history.append(EpochRecord(self.epoch, mean, learning_rate, self.step))
         self.epoch_ended, self.loss_sum, self.num_summed = True, 0.0, 0
 
 
-class _Told:
-    """on_step() as the user's loop calls it: checks what it says, and tells our side in our words."""
+class _CheckedOnStep:
+    """The on_step() that the user's loop calls: it checks the loop's progress, and passes a plain Progress on."""
 
     def __init__(self, model: nn.Module, reference: str, on_step: OnStep | None) -> None:
         self._model, self._reference, self._on_step = model, reference, on_step
-        self._started = time.perf_counter()
+        self._start_s = time.perf_counter()
         self.was_called = self.is_stopped = False
         self.last_step = 0
-        self.failure: BaseException | None = None  # of our side, which no loop may swallow
+        self.failure: BaseException | None = None  # raised by our side; a loop that catches it must not hide it
 
     def __call__(self, progress: LoopProgress) -> bool:
         self.was_called = True
         try:
             if flaw := self._flaw(progress):
                 raise _misfit(self._reference, flaw)
-            return self.tell(progress)
+            return self.report(progress)
         except BaseException as error:
             self.failure = error
             raise
 
-    def tell(self, progress: LoopProgress) -> bool:
-        """Tell our side; whether the loop is to return."""
+    def report(self, progress: LoopProgress) -> bool:
+        """Call our on_step(), and return True if the loop must return."""
         self.last_step = progress.step
         beat()
-        self.is_stopped = bool(self._on_step and self._on_step(self.seen(progress))) or self.is_stopped
+        self.is_stopped = bool(self._on_step and self._on_step(self.plain(progress))) or self.is_stopped
         return self.is_stopped
 
     def _flaw(self, progress: LoopProgress) -> str | None:
-        """What is wrong with what the loop says, and the way out; None if nothing is."""
+        """Return what is wrong with the loop's progress, and the way out; None if nothing is."""
         if not isinstance(progress, Progress):
             return f"called on_step() with a {type(progress).__name__}: give it progress"
         if not self.last_step < progress.step:
             text = f"called on_step() at step {progress.step} after {self.last_step}"
-            return f"{text}: let progress.count() count it, or set progress.step before"
+            return f"{text}: let progress.count() count it, or set progress.step before the call"
         counts = (progress.step, progress.cost.num_forward, progress.cost.num_backward, progress.cost.num_steps)
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            return f"said steps and costs of {counts}: give whole numbers"
+            return f"reported steps and costs of {counts}: give whole numbers"
         for record in progress.history[-1:]:
             numbers = (record.loss, record.learning_rate, record.epoch)
             if not all(isinstance(number, int | float) for number in numbers) or not math.isfinite(sum(numbers[1:])):
@@ -114,18 +115,18 @@ class _Told:
             return "set progress.epoch_ended without a record in progress.history: call progress.count()"
         return None
 
-    def seen(self, progress: LoopProgress) -> Progress:
-        """Progress as our side sees it, whose state has the weights in it."""
+    def plain(self, progress: LoopProgress) -> Progress:
+        """Return the Progress that our side works with. Its captured state includes the weights."""
         num_steps = max(progress.num_steps, progress.step)
-        seen = Progress(num_steps, progress.num_steps_per_epoch, progress.step, epoch_ended=progress.epoch_ended)
-        seen.cost = replace(progress.cost, device_s=time.perf_counter() - self._started)
-        seen.history, seen.summed = list(progress.history), (progress.loss_sum, progress.num_summed)
-        seen.capture = lambda: self._capture(progress)
-        return seen
+        plain = Progress(num_steps, progress.num_steps_per_epoch, progress.step, epoch_ended=progress.epoch_ended)
+        plain.cost = replace(progress.cost, device_s=time.perf_counter() - self._start_s)
+        plain.history, plain.summed = list(progress.history), (progress.loss_sum, progress.num_summed)
+        plain.capture = lambda: self._capture(progress)
+        return plain
 
     def _capture(self, progress: LoopProgress) -> dict[str, Any]:
         state: dict[str, Any] = {"position": [int(progress.epoch), progress.step]}
-        if progress.capture is dict:  # of nobody's: it starts over
+        if progress.capture is dict:  # the loop has not set it, so it starts over
             return state
         with in_a_line(_FIELD, self._reference):
             state["loop"] = progress.capture()
@@ -146,19 +147,19 @@ def minimize_by_own_loop(
     state: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> MinimizeResult:
-    """Minimize by recipe.loop: minimize() with its arguments, whose cost and history are what the loop says.
+    """Minimize by recipe.loop, with minimize()'s arguments; cost and history are those that the loop reports.
 
     Returns:
-        The outcome: "epochs" where it came to its last step, "ended" before, "stopped" where it was told to.
+        The outcome: "epochs" if the loop reached its last step, "stopped" if on_step() stopped it, else "ended".
 
     Raises:
-        ValueError: for what the loop raises, or a model that is another one afterwards.
+        ValueError: for what the loop raises, or if the model has other parameters afterwards.
         DivergedError: if it ends at weights that are not finite.
     """
     reference = str(recipe.loop)
     function = load_function(_FIELD, reference)
-    per_epoch = num_steps_per_epoch(len(examples), recipe)
-    progress = LoopProgress(max(1, round(recipe.epochs * per_epoch)), per_epoch, seed=seed)
+    steps_per_epoch = num_steps_per_epoch(len(examples), recipe)
+    progress = LoopProgress(max(1, round(recipe.epochs * steps_per_epoch)), steps_per_epoch, seed=seed)
     if state is not None and not starts_over(recipe, state):
         model.load_state_dict(state["model"])
         progress.step, progress.state = state["position"][1], state["loop"]
@@ -167,68 +168,69 @@ def minimize_by_own_loop(
         progress.loss_sum, progress.num_summed = state["summed"]
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # for flat views of weights
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    told = _Told(model, reference, on_step)
-    told.last_step = progress.step
+    checked_on_step = _CheckedOnStep(model, reference, on_step)
+    checked_on_step.last_step = progress.step
     model.train()
     with torch.random.fork_rng(devices=[examples.device] if examples.device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, "loop", progress.step))
         try:
             with in_a_line(_FIELD, reference):
-                function(model, examples, recipe, progress, told)
+                function(model, examples, recipe, progress, checked_on_step)
         except ValueError:
-            if told.failure is None:
+            if checked_on_step.failure is None:
                 raise
-    if told.failure is not None:
-        raise told.failure
-    if not told.was_called and told.last_step < progress.num_steps:
+    if checked_on_step.failure is not None:
+        raise checked_on_step.failure
+    if not checked_on_step.was_called and checked_on_step.last_step < progress.num_steps:
         raise _misfit(reference, "never called on_step(): call on_step(progress) after every step")
     num_recorded = progress.history[-1].num_steps if progress.history else 0
-    if not told.is_stopped and progress.step > num_recorded:
+    if not checked_on_step.is_stopped and progress.step > num_recorded:
         progress.end_epoch()
-        told.tell(progress)
+        checked_on_step.report(progress)
     if {key: tensor.shape for key, tensor in model.state_dict().items()} != shapes:
-        raise _misfit(reference, "left a model of other parameters: change those that it was given in place")
+        raise _misfit(reference, "left a model with other parameters: change those that it receives in place")
     model.zero_grad()
     if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
         raise DivergedError(f"{_FIELD} = {reference!r} ended at weights that are not finite: lower its learning rate")
-    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if told.is_stopped else "ended"
-    return MinimizeResult(outcome, tuple(progress.history), told.seen(progress).cost, {})
+    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if checked_on_step.is_stopped else "ended"
+    return MinimizeResult(outcome, tuple(progress.history), checked_on_step.plain(progress).cost, {})
 
 
 def starts_over(recipe: MinimizeConfig, state: dict[str, Any]) -> bool:
-    """Return True if a checkpoint is of a loop of the user's that gave no capture()."""
+    """Return True if the checkpoint of a user's loop has no captured state, so that the loop starts over."""
     return recipe.loop is not None and "loop" not in state
 
 
 def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> str | None:
-    """Run the recipe's loop on copies of the model with some examples, on the CPU; once more stopped and resumed.
+    """Run the recipe's loop on a copy of the model with some examples, on the CPU; then again, stopped and resumed.
 
     Returns:
-        What the user should know, if it works.
+        A note for the user, if the loop works but cannot resume.
 
     Raises:
-        ValueError: if it does not, or calls on_step() never, says no costs, loses parameters, or resumes elsewhere.
+        ValueError: if the loop fails, never calls on_step(), reports no costs, leaves parameters unchanged, or ends
+            elsewhere when resumed.
     """
     reference = str(recipe.loop)
     size = max(2, min(_MOST_TRIED, recipe.batch_size))
     examples = sample.select(torch.arange(_NUM_TRIED * size) % len(sample))
     recipe = replace(recipe, epochs=1.0, batch_size=size, accumulation=1)
     opaque = "has a capture() that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts"
-    started, states = time.perf_counter(), list[dict[str, Any]]()
+    start_s, states = time.perf_counter(), list[dict[str, Any]]()
 
     def keep_first(progress: Progress) -> bool:
         if not states:
             states.append(through_a_file(progress.capture(), _misfit(reference, opaque)))
-        return time.perf_counter() - started > _MOST_S
+        return time.perf_counter() - start_s > _MOST_S
 
     with generators_restored():
         unbroken = copied(model)
         result = minimize_by_own_loop(unbroken, examples, recipe, seed=0, on_step=keep_first)
         if not result.cost.num_forward or not result.cost.num_backward:
-            raise _misfit(reference, "said no costs: let progress.count() count steps, or set progress.cost")
-        _refuse_lost(model, unbroken, examples, reference)
+            raise _misfit(reference, "reported no costs: let progress.count() count steps, or set progress.cost")
+        _refuse_unmoved(model, unbroken, examples, reference)
         if starts_over(recipe, states[0]):
-            return f"{reference} gives no progress.capture: where its process dies, a subset's work starts over"
+            return f"{reference} sets no progress.capture: if its process dies, a subset's work starts over"
         calls_after_stop = []
 
         def stop(progress: Progress) -> bool:
@@ -237,36 +239,36 @@ def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
 
         minimize_by_own_loop(copied(model), examples, recipe, seed=0, on_step=stop)
         if len(calls_after_stop) > 1:
-            raise _misfit(reference, "went on where on_step() had returned True: return then")
-        if result.outcome == "stopped":  # too slow for a trial to its end
+            raise _misfit(reference, "continued after on_step() had returned True: return then")
+        if result.outcome == "stopped":  # too slow for the trial to reach its end
             return None
         resumed = copied(model)
         minimize_by_own_loop(resumed, examples, recipe, seed=0, state=states[0])
     if not all(map(torch.equal, unbroken.state_dict().values(), resumed.state_dict().values())):
         raise _misfit(
             reference,
-            "ends elsewhere when it is resumed from its capture(): draw by progress.seed and the step, keep all that "
-            "it remembers in what capture() gives, or set no capture, so that it starts over",
+            "ends elsewhere when it is resumed from its capture(): draw by progress.seed and the step, return all that "
+            "it remembers from capture(), or set no capture, so that it starts over",
         )
     return None
 
 
-def _refuse_lost(before: nn.Module, after: nn.Module, examples: Examples, reference: str) -> None:
-    """Refuse parameters that stayed where they were, though the loss depends on them."""
-    old, new = dict(before.named_parameters()), dict(after.named_parameters())
-    stayed = [name for name, p in old.items() if p.requires_grad and torch.equal(p, new[name])]
-    if stayed:
-        network = copied(before).train()
+def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, reference: str) -> None:
+    """Refuse a loop that left parameters unchanged although the loss depends on them."""
+    old, new = dict(start.named_parameters()), dict(end.named_parameters())
+    unmoved = [name for name, p in old.items() if p.requires_grad and torch.equal(p, new[name])]
+    if unmoved:
+        network = copied(start).train()
         inputs, targets = examples.batch(torch.arange(len(examples)), dtype=next(network.parameters()).dtype)
         with torch.random.fork_rng(devices=[]):
             examples.task.loss(network(inputs), targets).backward()
         slopes = {name: p.grad for name, p in network.named_parameters()}
-        stayed = [name for name in stayed if (slope := slopes[name]) is not None and bool(slope.any())]
-    if stayed:
+        unmoved = [name for name in unmoved if (slope := slopes[name]) is not None and bool(slope.any())]
+    if unmoved:
         raise _misfit(
             reference,
-            f"left {len(stayed)} of {len(old)} parameters where they were: {listed(stayed, most=3)}. Change "
-            "those of the model that it is given; those that should stay have requires_grad=False in the network",
+            f"left {len(unmoved)} of {len(old)} parameters unchanged: {listed(unmoved, most=3)}. Change those of the "
+            "model that it receives; those that should stay have requires_grad=False in the network",
         )
 
 

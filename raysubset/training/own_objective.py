@@ -1,9 +1,9 @@
-"""The user's own objective, minimize.objective=package.module:function: called in the loop's place of the task's loss.
+"""The user's own objective, minimize.objective=package.module:function: the loop calls it instead of the task's loss.
 
     loss, outputs = function(model, inputs, targets, task, generator)
 
-`loss` is summed over the examples, `outputs` [n, *spec.outputs] are those of the examples (or of what they were mixed
-to), which techniques watch. The generator is seeded by the step, so that a resumed run draws the same.
+`loss` is summed over the examples. `outputs` [n, *spec.outputs] are those of the examples, or of their mixtures;
+techniques watch them. The generator is seeded by the step, so that a resumed run draws the same.
 """
 
 import math
@@ -22,7 +22,7 @@ from raysubset.user_functions import in_a_line, load_function
 
 _FIELD = "minimize.objective"
 _NUM_TRIED = 8  # examples
-_NUM_DRAWS = 3  # of whatever the objective draws, whose losses are compared together
+_NUM_DRAWS = 3  # with different draws of the objective, whose losses are compared together
 
 
 class OwnObjective:
@@ -37,17 +37,17 @@ class OwnObjective:
         self.num_further = 0
 
     def seed(self, seed: int) -> None:
-        """Seed what the next calls draw."""
+        """Seed the draws of the next calls."""
         self._generator.manual_seed(seed)
 
     def __call__(self, model: object, inputs: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-        """(the summed loss in float32, the outputs)."""
-        assert isinstance(model, nn.Module)  # a compiled one is, which torch.compile()'s type does not say
+        """Return (the summed loss in float32, the outputs)."""
+        assert isinstance(model, nn.Module)  # a compiled model is one, but torch.compile()'s type does not show it
         num_passed = 0
 
         def count(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             nonlocal num_passed
-            num_passed += next((len(each) for each in (*arguments, *keywords.values()) if isinstance(each, Tensor)), 0)
+            num_passed += next((len(item) for item in (*arguments, *keywords.values()) if isinstance(item, Tensor)), 0)
 
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
         try:
@@ -59,10 +59,10 @@ class OwnObjective:
 
 
 def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> None:
-    """Call the recipe's objective on a copy of the model with some examples, and with the same twice over, on the CPU.
+    """Call the recipe's objective on the CPU with a copy of the model, some examples, and the same examples twice over.
 
     Raises:
-        ValueError: if it does not return a loss, summed, and outputs that fit; or for what it raises.
+        ValueError: if it raises anything, or does not return a summed loss and outputs that fit.
     """
     reference, task = str(recipe.objective), sample.task
     network = copied(model).train()
@@ -72,7 +72,7 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
     function, generator = load_function(_FIELD, reference), torch.Generator()
     precision = mixed_precision(inputs.device, dtype, recipe.precision)
 
-    def losses(inputs: Tensor, targets: Tensor) -> float:
+    def loss_of(inputs: Tensor, targets: Tensor) -> float:
         total = 0.0
         for draw in range(_NUM_DRAWS):
             generator.manual_seed(draw)
@@ -83,18 +83,18 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
         return total
 
     with generators_restored(), torch.random.fork_rng(devices=[]):
-        once = losses(inputs, targets)
-        twice = losses(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
-    if math.isfinite(once) and once and twice / once < math.sqrt(2):
+        single_loss = loss_of(inputs, targets)
+        double_loss = loss_of(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
+    if math.isfinite(single_loss) and single_loss and double_loss / single_loss < math.sqrt(2):
         raise _misfit(
             reference,
-            f"gave a loss of {once / _NUM_DRAWS:g} for {_NUM_TRIED} examples and of {twice / _NUM_DRAWS:g} for these "
-            "twice: return the sum over the examples, not their mean",
+            f"gave a loss of {single_loss / _NUM_DRAWS:g} for {_NUM_TRIED} examples and of "
+            f"{double_loss / _NUM_DRAWS:g} for these twice: return the sum over the examples, not their mean",
         )
 
 
 def _checked(pair: object, num: int, task: Task, reference: str) -> float:
-    """The loss, once it and the outputs are of the kinds that the loop takes."""
+    """Return the loss as a number, after checking the kinds and shapes of loss and outputs."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
         kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
         raise _misfit(reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")

@@ -1,4 +1,4 @@
-"""The user's own optimizer, minimize.optimizer=package.module:function of parameters and recipe: made, and tried."""
+"""The user's own optimizer, minimize.optimizer=package.module:function: built from parameters and recipe, and tried."""
 
 import io
 import numbers
@@ -20,14 +20,14 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
     """Call the user's function with the trained parameters and the recipe.
 
     Raises:
-        ValueError: if it gives no optimizer, or one that lacks parameters or a learning rate for the schedule to set.
+        ValueError: if it returns no optimizer, or one that lacks parameters or a learning rate for the schedule to set.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = call_function(_FIELD, recipe.optimizer, list(named.values()), recipe)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise _misfit(recipe, f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer")
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    missing = [name for name, p in named.items() if not any(p is own for own in grouped)]
+    missing = [name for name, p in named.items() if not any(p is q for q in grouped)]
     if missing:
         raise _misfit(
             recipe,
@@ -35,7 +35,7 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
             "it all of them; those that should stay have requires_grad=False in the network",
         )
     if len(grouped) > len(named):
-        raise _misfit(recipe, "has parameters in its groups that it was not given")
+        raise _misfit(recipe, "has parameters in its groups that it did not receive")
     rates = [group.get("lr") for group in optimizer.param_groups]
     if not all(isinstance(rate, numbers.Real | Tensor) and float(rate) >= 0 for rate in rates) or not any(rates):
         raise _misfit(recipe, f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale")
@@ -43,16 +43,16 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
 
 
 def rates_of_groups(optimizer: torch.optim.Optimizer) -> tuple[float, list[float]]:
-    """(the largest lr that an optimizer's groups came with, each group's as a share of it)."""
+    """Return (the largest initial lr of an optimizer's groups, each group's lr as a share of it)."""
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     return max(rates), [rate / max(rates) for rate in rates]
 
 
 def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
-    """Step on a copy of the model, and once more with a checkpoint in between, which must make no difference.
+    """Step on a copy of the model, then again with a checkpoint in between, which must make no difference.
 
     Raises:
-        ValueError: if it does, or the optimizer raises something.
+        ValueError: if it makes one, or the optimizer raises anything.
     """
     unbroken, resumed = copied(model), copied(model)
     with generators_restored(), torch.random.fork_rng(devices=[]):
@@ -83,7 +83,7 @@ def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: MinimizeConfig, *, first: int) -> None:
-    """A trial's steps along random gradients, each drawn by its number."""
+    """Make a trial's steps along random gradients, each seeded by its number."""
     for step in range(first, first + _NUM_STEPS):
         torch.manual_seed(step)
         for parameter in model.parameters():
@@ -94,10 +94,10 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: MinimizeCo
 
 
 def through_a_file(state: dict[str, Any], misfit: ValueError) -> dict[str, Any]:
-    """What a checkpoint gives back of a state.
+    """Return a state as a checkpoint would restore it.
 
     Raises:
-        ValueError: the misfit, where none can hold it.
+        ValueError: the misfit, if a checkpoint cannot hold the state.
     """
     file = io.BytesIO()
     try:

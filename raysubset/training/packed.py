@@ -1,5 +1,4 @@
-"""minimize_packed(): several minimizations at once on one device, each with the result that minimize() alone would
-give."""
+"""minimize_packed(): several minimizations at once on one device, each with the result of minimize() alone."""
 
 import math
 import time
@@ -216,8 +215,7 @@ class _Pack:
         self._loss_sums = self._loss_sums.index_add(0, numbers, losses.detach().to(self._loss_sums.dtype))
 
     def _next_batch(self, number: int) -> Tensor:
-        """Return positions in the joint examples, int64 [n]. They are drawn when an epoch begins, and after a
-        resume."""
+        """Return positions in the joint examples, int64 [n], drawn at an epoch's beginning and after a resume."""
         member, first = self.members[number], self._first_positions[number]
         epoch, batch = divmod(member.progress.step, member.num_per_epoch)
         if not member.batches or batch == 0:
@@ -229,8 +227,7 @@ class _Pack:
         return member.batches[batch]
 
     def _end_epochs(self, rates: Sequence[float]) -> None:
-        """End the epoch of members that are at its end: add to the history, keep the best weights, and check for the
-        outcome."""
+        """End the epoch of members at its end: add to the history, keep the best weights, and check for an outcome."""
         for number in self.running:
             progress, steps_per_epoch = self.members[number].progress, self.members[number].num_per_epoch
             progress.epoch_ended = progress.step % steps_per_epoch == 0 or progress.step == progress.num_steps

@@ -1,4 +1,4 @@
-"""profiled(): a trace of some steps of one minimization, as torch's profiler takes it, for Perfetto."""
+"""profiled(): a trace of some steps of one minimization by torch's profiler, for Perfetto."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ _NUM_BEFORE = 4  # steps that choose kernels and fill caches
 def profiled(
     num_steps: int, device: torch.device, leave: Callable[[bytes], object]
 ) -> Iterator[Callable[[], None] | None]:
-    """Trace so many of the block's steps, after some that warm up: the yielded function is called after each.
+    """Trace so many of the block's steps, after a few to warm up. Call the yielded function after each step.
 
     Args:
-        num_steps: 0: none, and None is yielded.
-        leave: is given the trace, Chrome's JSON in gzip, once it is taken or the block ends; not where it ends before.
+        num_steps: 0: trace nothing, and yield None.
+        leave: called with the trace, Chrome's JSON in gzip, once it is complete or the block ends. It is not called if
+            the block ends before the traced steps.
     """
     if not num_steps:
         yield None

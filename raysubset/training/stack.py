@@ -199,8 +199,7 @@ class Stack:
 def _state_dict_places(
     model: nn.Module, names: Sequence[str], sizes: Sequence[int]
 ) -> list[tuple[str, str, slice | None, torch.Size]]:
-    """Return for each state-dict entry, ties included: key, name in the stack, columns of the weights or None,
-    shape."""
+    """Return for each state-dict entry, ties included: key, name in the stack, weights' columns or None, shape."""
     places: dict[int, tuple[str, slice | None]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places[id(tensor)] = name, None

@@ -1,4 +1,4 @@
-"""torch's methods that stay out of compiled code, without the import of its compiler: more than a second of a CPU.
+"""Runs torch's methods that stay out of compiled code without importing its compiler, which takes a CPU over a second.
 
 torch keeps them out by importing torch._dynamo when they are first called, in every process that makes a step.
 """
@@ -12,36 +12,36 @@ import torch
 from torch.optim import Optimizer
 
 Kind = TypeVar("Kind", bound=type[Optimizer])
-_MADE = "__dynamo_disable"  # where torch's decorator keeps what it has made of a method
+_DISABLED = "__dynamo_disable"  # the attribute in which torch's decorator keeps the disabled method
 
 
 def _call(plain: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call it out of compiled code, if there may be any."""
+    """Call the function, outside compiled code if there may be any."""
     if "torch._dynamo" not in sys.modules:
         return plain(*arguments, **options)
     disabled = torch._dynamo.disable(plain, wrapping=False)
-    setattr(plain, _MADE, disabled)  # from now on
+    setattr(plain, _DISABLED, disabled)  # for the next calls
     return disabled(*arguments, **options)
 
 
 def import_no_compiler_for(method: Any) -> None:
-    """Have a method that torch has decorated so import the compiler no more."""
+    """Stop a method that torch's decorator wraps from importing the compiler."""
     if plain := getattr(method, "__wrapped__", None):
-        setattr(plain, _MADE, partial(_call, plain))
+        setattr(plain, _DISABLED, partial(_call, plain))
 
 
 def lean(kind: Kind) -> Kind:
-    """Return the optimizer with a step that imports no compiler, where nothing else has."""
+    """Return the optimizer class with a step that does not import the compiler, unless it is imported already."""
     layers: list[Any] = [kind.step]
     while hasattr(layers[-1], "__wrapped__"):
         layers.append(layers[-1].__wrapped__)
-    if len(layers) != 2 + hasattr(kind.step, "hooked"):  # another torch's, whose decorators may do more
+    if len(layers) != 2 + hasattr(kind.step, "hooked"):  # another torch version, whose decorators may do more
         return kind
-    *_, torchs, plain = layers  # the one before calls hooks, as it will of what is returned
+    *_, torchs_step, plain = layers  # outermost first; the first layer calls hooks, as it does for the returned class
 
     def step(self: Any, closure: Callable[[], float] | None = None) -> Any:
         if "torch._dynamo" in sys.modules:
-            return torchs(self, closure)
+            return torchs_step(self, closure)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return plain(self, closure)
 

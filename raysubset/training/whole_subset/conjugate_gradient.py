@@ -10,41 +10,41 @@ from torch import Tensor
 from raysubset.training.whole_subset.objective import Evaluation, Objective, dot
 
 CURVATURE = 0.1  # c2 of the line search: the usual value for conjugate gradients (Nocedal & Wright 2006, section 3.1)
-POWELL = 0.5  # gradients less orthogonal than that start anew; our choice: Powell's 0.2 was slower on digits
-DESCENT = 0.01  # least descent along a direction, of that along the gradient (Gilbert & Nocedal 1992)
+POWELL = 0.5  # restart if successive gradients overlap by more; our choice: Powell's 0.2 was slower on digits
+DESCENT = 0.01  # least descent along a direction, relative to that along the gradient (Gilbert & Nocedal 1992)
 
-# Of the line search
+# Constants of the line search
 SUFFICIENT_DECREASE = 1e-4  # c1: the usual value (Nocedal & Wright 2006, section 3.1)
 MAX_TRIALS = 25  # of one search; torch's L-BFGS has as many
-MAX_GROWTH = 10.0  # of a step over the one before, while nothing bounds it
-MARGIN = 0.1  # a trial keeps this share of the bracket from its ends
-RETREAT = 0.1  # of the bracket, from the lower end, where the other end has no finite loss
+MAX_GROWTH = 10.0  # of a step over the one before, while the bracket has no upper end
+MARGIN = 0.1  # a trial stays this share of the bracket away from its ends
+RETREAT = 0.1  # of the bracket, from its lower end, if the loss at the other end is not finite
 
 
 class ConjugateGradient:
-    """Polak-Ribière+ (Gilbert & Nocedal 1992): d = −g + max(0, gᵀ(g − g₀) / g₀ᵀg₀) d₀, g₀ and d₀ those before.
+    """Polak-Ribière+ (Gilbert & Nocedal 1992): d = −g + max(0, gᵀ(g − g₀) / g₀ᵀg₀) d₀, with the last step's g₀ and d₀.
 
-    It starts anew from −g where β would be negative, where successive gradients are far from orthogonal (Powell 1977),
-    where d is not enough of a descent, and where a line search finds nothing lower. A search first tries the step that
-    would lower the loss as much as the last one did (Nocedal & Wright 2006, 3.60); the very first tries 1 / |g|₁.
+    It restarts from −g if β would be negative, if successive gradients are far from orthogonal (Powell 1977), if d
+    descends too little, and if a line search finds nothing lower. A search first tries the step that would lower the
+    loss as much as the last one did (Nocedal & Wright 2006, 3.60); the very first tries 1 / |g|₁.
     """
 
     least_thirds = 1
 
     def __init__(self, objective: Objective, *, curvature: float = CURVATURE) -> None:
-        """Begin without a direction; `curvature` is c2 of the line search: near 0 it is exact."""
+        """Begin without a direction. `curvature` is c2 of the line search; near 0 the search is exact."""
         self._objective, self._curvature = objective, curvature
         self._previous: dict[str, Any] = {}  # loss, gradient and direction of the step before
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """One line search, or two where the first finds nothing lower; `at` itself where neither does."""
-        spent = self._objective.thirds
+        """Make one line search, or two if the first finds nothing lower; return `at` if neither does."""
+        start_thirds = self._objective.thirds
         direction = self._direction(at)
-        found = self._search(at, direction, budget)
-        if not found.loss < at.loss and direction is not None:
+        best = self._search(at, direction, budget)
+        if not best.loss < at.loss and direction is not None:
             self._previous = {}
-            found = self._search(at, None, budget - (self._objective.thirds - spent))
-        return found
+            best = self._search(at, None, budget - (self._objective.thirds - start_thirds))
+        return best
 
     def state_dict(self) -> dict[str, Any]:
         return {"previous": self._previous}
@@ -54,16 +54,16 @@ class ConjugateGradient:
         self._previous = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state["previous"].items()}
 
     def _direction(self, at: Evaluation) -> Tensor | None:
-        """The conjugate direction; None where it is to start anew."""
+        """Return the conjugate direction, or None to restart from the gradient."""
         if not self._previous:
             return None
-        before, squared = self._previous["gradient"], dot(at.gradient, at.gradient)
-        overlap = dot(at.gradient, before)
-        beta = (squared - overlap) / dot(before, before)
-        if beta <= 0 or abs(overlap) >= POWELL * squared:
+        previous, square = self._previous["gradient"], dot(at.gradient, at.gradient)
+        overlap = dot(at.gradient, previous)
+        beta = (square - overlap) / dot(previous, previous)
+        if beta <= 0 or abs(overlap) >= POWELL * square:
             return None
         direction = beta * self._previous["direction"] - at.gradient
-        return direction if dot(direction, at.gradient) <= -DESCENT * squared else None
+        return direction if dot(direction, at.gradient) <= -DESCENT * square else None
 
     def _search(self, at: Evaluation, direction: Tensor | None, budget: int) -> Evaluation:
         objective, origin = self._objective, self._objective.weights()
@@ -71,14 +71,14 @@ class ConjugateGradient:
 
         def evaluate(step: float) -> Trial:
             objective.move_to(origin + step * direction)
-            there = objective.evaluate()
-            return Trial(step, there.loss, dot(there.gradient, direction), there.gradient)
+            evaluation = objective.evaluate()
+            return Trial(step, evaluation.loss, dot(evaluation.gradient, direction), evaluation.gradient)
 
         slope = dot(at.gradient, direction)
         first_step = objective.recipe.peak_learning_rate() * min(1.0, 1.0 / at.gradient.abs().sum().item())
         if self._previous:
             first_step = 2 * (at.loss - self._previous["loss"]) / slope
-        found = strong_wolfe(
+        best = strong_wolfe(
             evaluate,
             Trial(0.0, at.loss, slope, at.gradient),
             first_step=first_step,
@@ -86,17 +86,17 @@ class ConjugateGradient:
             resolution=objective.resolution,
             max_trials=min(MAX_TRIALS, max(1, budget // 3)),
         )
-        if found.loss < at.loss:
-            objective.move_to(origin + found.step * direction)
+        if best.loss < at.loss:
+            objective.move_to(origin + best.step * direction)
             self._previous = {"loss": at.loss, "gradient": at.gradient, "direction": direction}
         else:
             objective.move_to(origin)
-        return Evaluation(found.loss, found.gradient)
+        return Evaluation(best.loss, best.gradient)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the function is at a step along the line."""
+    """The function's values at a step along the line."""
 
     step: float
     loss: float
@@ -115,26 +115,26 @@ def strong_wolfe(
 ) -> Trial:
     """Search a line downhill for a step of sufficient decrease and small slope (Nocedal & Wright 2006, 3.5 and 3.6).
 
-    Their two algorithms are one loop here: while no upper end is known the step grows, then the bracket shrinks; both
+    Their two algorithms are one loop here. The step grows while no upper end is known, then the bracket shrinks; both
     by cubic interpolation. A loss that is not finite counts as infinitely high.
 
     Args:
         evaluate: the function at a step; called at most max_trials times, then the best is taken.
         start: the function at step 0, of negative slope.
-        curvature: c2, in (c1, 1): the slope is to fall to this share, without its sign; near 0 is an exact search.
+        curvature: c2, in (c1, 1): the slope must fall to this share in absolute value; near 0 the search is exact.
         resolution: relative precision of losses. A bracket in which the slope promises less is not searched further.
 
     Returns:
-        The step found, or else the lowest loss of sufficient decrease. Where there was none: the start, or, if no
-        trial's loss was finite, the last one.
+        The step found, or else the lowest loss of sufficient decrease. If there was none: the start, or, if no trial's
+        loss was finite, the last trial.
     """
     assert start.slope < 0 < first_step
     low, high, step = start, None, first_step
     for _ in range(max_trials):
         trial = evaluate(step)
         bound = start.loss + SUFFICIENT_DECREASE * step * start.slope
-        lower = trial.loss <= bound and trial.loss < low.loss and math.isfinite(trial.slope)
-        if not lower:  # also where it is NaN
+        is_lower = trial.loss <= bound and trial.loss < low.loss and math.isfinite(trial.slope)
+        if not is_lower:  # including a NaN loss
             high = trial
         elif abs(trial.slope) <= -curvature * start.slope:
             return trial
@@ -154,14 +154,14 @@ def strong_wolfe(
 
 
 def _beyond(behind: Trial, trial: Trial) -> float:
-    """A step further than two trials that both go downhill: their cubic's minimum, if not too near or far."""
+    """Return a step beyond two trials that both go downhill: their cubic's minimum, unless that is too near or far."""
     guess = _cubic_minimum(behind, trial)
     least, most = trial.step + 0.01 * (trial.step - behind.step), MAX_GROWTH * trial.step
     return most if guess is None or guess <= trial.step else min(max(guess, least), most)
 
 
 def _between(low: Trial, high: Trial) -> float:
-    """A step inside a bracket, whichever of its ends is the lower step."""
+    """Return a step inside a bracket, whichever of its ends is the lower step."""
     width = high.step - low.step
     if not math.isfinite(high.loss):
         return low.step + RETREAT * width
@@ -171,7 +171,7 @@ def _between(low: Trial, high: Trial) -> float:
 
 
 def _cubic_minimum(a: Trial, b: Trial) -> float | None:
-    """Where the cubic through two losses and slopes has its minimum (3.59); None if it has none."""
+    """Return the minimum of the cubic through two losses and slopes (3.59), or None if it has none."""
     mean = a.slope + b.slope - 3 * (a.loss - b.loss) / (a.step - b.step)
     square = mean * mean - a.slope * b.slope
     if not square >= 0:

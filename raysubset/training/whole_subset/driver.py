@@ -19,18 +19,18 @@ from raysubset.training.whole_subset.lbfgs import LBFGS
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
-LEAST_DECREASE = 1e-9  # relative, of a step: below that it stands still, where no tolerance is given
+LEAST_DECREASE = 1e-9  # a step that lowers the loss by relatively less has stalled, if no tolerance is given
 
 
 class Stepper(Protocol):
-    """A method that goes from one point to a lower one."""
+    """A method that moves from one point to a lower one."""
 
-    least_thirds: int  # of a pass, that a step takes; with fewer left none is begun
+    least_thirds: int  # thirds of a pass that a step takes; with fewer left no step begins
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """Move the objective's weights, for about `budget` thirds of a pass at most; what the function is there.
+        """Move the objective's weights for at most about `budget` thirds of a pass; return the evaluation there.
 
-        The loss may be no lower, or not finite: then the weights may be anywhere, and this is the last step.
+        If the loss is no lower, or not finite, the weights may be anywhere, and this is the last step.
         """
         ...
 
@@ -56,28 +56,28 @@ def minimize_whole(
     state: dict[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> MinimizeResult:
-    """As minimize(), with every step using all examples; Progress counts thirds of passes over them.
+    """Do as minimize(), but with all examples in every step; Progress counts thirds of passes over them.
 
-    A loss is a third of a pass, a gradient one, a Gauss-Newton product 4/3. The budget `epochs` bounds them all, those
-    of line searches, linear solvers and looks at validation data included; the last of them may exceed it a little. A
-    Jacobian of M residuals is a forward pass and M backward ones, and none is begun that the budget does not hold.
-    History has an entry for each iteration, of lbfgs for every ten; `tolerance` and `patience` are about these. As for
-    sgd, num_steps counts gradients. The learning rate scales what cg tries first of all, what lbfgs tries in each line
-    search, and the full step of gauss_newton and levenberg_marquardt.
+    A loss costs a third of a pass, a gradient one, a Gauss-Newton product 4/3. The budget `epochs` bounds them all,
+    including those of line searches, linear solvers and validation; the last of them may exceed it a little. A Jacobian
+    of M residuals is a forward pass and M backward ones, and begins only if the budget allows all of them. History has
+    an entry for each iteration, of lbfgs for every ten; `tolerance` and `patience` apply to these. As for sgd,
+    num_steps counts gradients. The learning rate scales the first step that cg tries, the first step of each line
+    search of lbfgs, and the full step of gauss_newton and levenberg_marquardt.
 
-    Batch-norm statistics are taken from the subset once and then held fixed: with statistics of their own the chunks
-    would make another function than the one that is reported. The weights are left in the default memory layout:
-    flat vectors are made of them. Some 50 vectors of their size are held by lbfgs, some 10 by cg and gauss_newton.
+    Batch-norm statistics are computed from the subset once and then held fixed. If each chunk had its own statistics,
+    the function would differ from the one that is reported. The weights are left in the default memory layout, because
+    they become flat vectors. lbfgs holds some 50 vectors of their size, cg and gauss_newton some 10.
 
     Returns:
-        The outcome, among others "gradient" where its largest element is within gradient_tolerance, and "validation"
-        where patience ended it. The weights are those of the least loss, with patience of the least validation loss.
+        The outcome. Among others it may be "gradient" if the gradient's largest element is within gradient_tolerance,
+        and "validation" if patience ran out. The weights are those of the least loss, with patience of the least
+        validation loss.
 
     Raises:
-        ValueError: if dropout or augmentation is active: every method here needs the loss as a function of the
-            weights; if there is no validation data to be patient about; if gauss_newton meets an operation without
-            forward-mode derivative; or if levenberg_marquardt meets a loss that is no sum of squares or too many
-            parameters.
+        ValueError: if dropout or augmentation is active, because every method here needs the loss as a function of the
+            weights; if patience has no validation data; if gauss_newton meets an operation without forward-mode
+            derivative; or if levenberg_marquardt meets a loss that is no sum of squares or too many parameters.
         DivergedError: if the loss at the start or its gradient is not finite.
     """
     if has_dropout(model):
@@ -87,11 +87,11 @@ def minimize_whole(
     if examples.is_augmented:
         raise ValueError(f"{recipe.optimizer} needs a loss without noise: set --data.augmentation=none")
     if recipe.patience_or_default() and validation is None:
-        raise ValueError("minimize.patience looks at validation data, and minimize() was given none: set it to 0")
+        raise ValueError("minimize.patience needs validation data, and minimize() was given none: set it to 0")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     with evaluation_mode(model):
         for module in model.modules():
-            if isinstance(module, nn.RNNBase):  # cuDNN has its backward pass in training mode alone; nothing drops out
+            if isinstance(module, nn.RNNBase):  # cuDNN has its backward pass in training mode alone; no dropout
                 module.train()
         return _minimize(model, examples, recipe, validation, state, on_step)
 
@@ -104,17 +104,17 @@ def _minimize(
     state: dict[str, Any] | None,
     on_step: OnStep | None,
 ) -> MinimizeResult:
-    started = time.perf_counter()
+    start_s = time.perf_counter()
     if state is not None:
         model.load_state_dict(state["model"])
     objective = Objective(model, examples, recipe)
     stepper = _STEPPERS[recipe.optimizer](objective)
     progress = Progress(max(1, round(3 * recipe.epochs)), 3, epoch_ended=True)
-    first_gradient = 0  # done before this call
+    first_gradient = 0  # the number of gradients before this call
     outcome, patience = None, recipe.patience_or_default()
 
     def validated() -> dict[str, Any]:
-        """The validation loss here, with the weights."""
+        """Return the validation loss at the current weights, with these weights."""
         assert validation is not None
         objective.num_forward += len(validation)
         return {"loss": evaluate(model, validation, recipe).loss, "weights": objective.weights(), "since": 0}
@@ -128,19 +128,19 @@ def _minimize(
                 "weights are not finite, or too large"
             )
         best = {"loss": at.loss, "weights": objective.weights()}
-        validates_best = validated() if patience else {}
+        best_validated = validated() if patience else {}
     else:
         stepper.load_state_dict(state["optimizer"])
         objective.worked_before = state.get("worked", state["position"][1] * len(examples))
         progress.history = [EpochRecord(**record) for record in state["history"]]
         first_gradient = progress.history[-1].num_steps
         at, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
-        validates_best = state.get("validates_best", {})
+        best_validated = state.get("validates_best", {})
     progress.step = objective.thirds
 
     def cost() -> Cost:
-        held_s = time.perf_counter() - started
-        return Cost(objective.num_forward, objective.num_backward, objective.num_gradients, held_s)
+        device_s = time.perf_counter() - start_s
+        return Cost(objective.num_forward, objective.num_backward, objective.num_gradients, device_s)
 
     def capture() -> dict[str, Any]:
         return {
@@ -152,7 +152,7 @@ def _minimize(
             "gradient": at.gradient,
             "history": [record.to_dict() for record in progress.history],
             "best": best,
-            "validates_best": validates_best,
+            "validates_best": best_validated,
             "outcome": outcome,
         }
 
@@ -166,9 +166,9 @@ def _minimize(
         if decrease >= 0 and at.is_finite:
             best = {"loss": at.loss, "weights": objective.weights()}
             if patience:
-                here = validated()
-                is_better = here["loss"] < validates_best["loss"]
-                validates_best = here if is_better else {**validates_best, "since": validates_best["since"] + 1}
+                candidate = validated()
+                is_better = candidate["loss"] < best_validated["loss"]
+                best_validated = candidate if is_better else {**best_validated, "since": best_validated["since"] + 1}
         else:
             objective.move_to(best["weights"])
         progress.step = objective.thirds
@@ -180,14 +180,14 @@ def _minimize(
             outcome = "target"
         elif decrease >= 0 and at.largest_slope <= smallest:
             outcome = "gradient"
-        elif patience and validates_best["since"] >= patience:
+        elif patience and best_validated["since"] >= patience:
             outcome = "validation"
         elif (decrease < least or decrease <= 0) and progress.step < progress.num_steps:
             outcome = "tolerance"
         progress.cost = cost()
-        if on_step is not None and (asked := on_step(progress)) and outcome is None:
-            outcome = asked if isinstance(asked, str) else "stopped"
+        if on_step is not None and (request := on_step(progress)) and outcome is None:
+            outcome = request if isinstance(request, str) else "stopped"
     model.zero_grad()
     if patience:
-        objective.move_to(validates_best["weights"])
+        objective.move_to(best_validated["weights"])
     return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), stepper.state_dict())

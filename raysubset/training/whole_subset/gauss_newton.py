@@ -9,12 +9,12 @@ from torch import Tensor
 
 from raysubset.training.whole_subset.objective import Evaluation, Objective, dot
 
-RELATIVE_PROGRESS = 5e-4  # per iteration, below which the linear system is solved well enough (Martens 2010)
-SHORTEST_WINDOW = 5  # iterations over which progress is watched; Martens has 10, for longer runs
+RELATIVE_PROGRESS = 5e-4  # of a linear system; an iteration that makes less ends it (Martens 2010)
+SHORTEST_WINDOW = 5  # iterations over which progress is measured; Martens has 10, for longer runs
 MAX_PRODUCTS = 10  # of one linear system: 4 to 10 did best in 160 passes over digits; Martens has 250, for longer runs
 FIRST_DAMPING = 1e-2  # of the curvature along the first gradient; our choice
-SUFFICIENT_DECREASE = 1e-2  # of the descent that the slope promises (Martens 2010)
-MAX_HALVINGS = 5  # of a step before the damping grows instead; our choice
+SUFFICIENT_DECREASE = 1e-2  # of the descent that the slope predicts (Martens 2010)
+MAX_HALVINGS = 5  # of a step, before the damping grows instead; our choice
 MAX_REJECTED = 10  # steps in a row; our choice
 
 PRODUCT_THIRDS = 4  # of a pass
@@ -24,10 +24,10 @@ class GaussNewton:
     """Truncated Gauss-Newton (Martens 2010) with Nielsen's damping (1999; Madsen, Nielsen & Tingleff 2004, 3.2).
 
     A step s minimizes gᵀs + ½ sᵀ(G + λI)s by conjugate gradients from 0, without a preconditioner, until they make
-    little progress. (Martens starts from the step before; with systems this short that stalled.) It is taken if it
-    lowers the loss enough, else halved, else solved for again under more damping. λ follows the ratio ρ of the loss's
-    change to that of the undamped model at the full step: it is multiplied by max(1/3, 1 − (2ρ − 1)³) where ρ > 0,
-    else by 2, 4, 8, …; it starts at 1/100 of the curvature along the gradient.
+    little progress. (Martens starts from the step before; with systems this short that stalled.) It is accepted if it
+    lowers the loss enough, else halved, else computed again with more damping. λ follows ρ, the loss's change divided
+    by that of the undamped model at the full step. It is multiplied by max(1/3, 1 − (2ρ − 1)³) if ρ > 0, else by 2, 4,
+    8, … It starts at 1/100 of the curvature along the gradient.
     """
 
     least_thirds = 1
@@ -40,35 +40,35 @@ class GaussNewton:
         max_products: int = MAX_PRODUCTS,
         relative_progress: float = RELATIVE_PROGRESS,
     ) -> None:
-        """Begin with a damping λ, which may be 0; None takes it from the first product.
+        """Begin with a damping λ, which may be 0; None derives it from the first product.
 
         Args:
             max_products: of one linear system.
-            relative_progress: where the linear solver stops; 0 solves to the last digit.
+            relative_progress: below this the linear solver stops; 0 solves to the last digit.
         """
         self._objective, self._scale = objective, objective.recipe.peak_learning_rate()
         self._max_products, self._relative_progress = max_products, relative_progress
         self._damping, self._growth = damping, 2.0
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """One accepted step. If ten in a row, or the budget, gave none: `at`, or the last loss if it was not finite."""
-        objective, origin, before = self._objective, self._objective.weights(), self._objective.thirds
-        last = at.loss
+        """Make one accepted step. If ten are rejected, or the budget ends, return `at`, or a non-finite loss."""
+        objective, origin, start_thirds = self._objective, self._objective.weights(), self._objective.thirds
+        last_loss = at.loss
         for attempt in range(MAX_REJECTED):
-            left = budget - (objective.thirds - before)
-            max_products = (left - PRODUCT_THIRDS) // PRODUCT_THIRDS  # a loss and a gradient cost as much as a product
+            thirds_left = budget - (objective.thirds - start_thirds)
+            max_products = (thirds_left - PRODUCT_THIRDS) // PRODUCT_THIRDS  # a loss and a gradient cost as much
             if attempt and max_products < 1:
                 break
             step, slope, curvature = self._solve(at.gradient, max(1, min(self._max_products, max_products)))
             predicted = self._scale * slope + self._scale**2 * curvature / 2
             if not predicted < -objective.resolution * abs(at.loss):
-                break  # what is left to gain is rounding
-            taken, first, last = self._search(at.loss, origin, step, slope)
-            self._adapt((first - at.loss) / predicted)
-            if taken:
+                break  # the remaining gain is rounding error
+            is_accepted, first_loss, last_loss = self._search(at.loss, origin, step, slope)
+            self._adapt((first_loss - at.loss) / predicted)
+            if is_accepted:
                 return objective.evaluate()
             objective.move_to(origin)
-        return at if math.isfinite(last) else Evaluation(last, at.gradient)
+        return at if math.isfinite(last_loss) else Evaluation(last_loss, at.gradient)
 
     def state_dict(self) -> dict[str, Any]:
         return {"damping": self._damping, "growth": self._growth}
@@ -77,7 +77,7 @@ class GaussNewton:
         self._damping, self._growth = state["damping"], state["growth"]
 
     def _solve(self, gradient: Tensor, max_products: int) -> tuple[Tensor, float, float]:
-        """A step s [P], with gᵀs and sᵀGs."""
+        """Return a step s [P], gᵀs and sᵀGs."""
 
         def damped(vector: Tensor) -> Tensor:
             product = self._objective.gauss_newton_product(vector)
@@ -93,7 +93,7 @@ class GaussNewton:
         return step, slope, -slope - dot(residual, step) - self._damping * dot(step, step)
 
     def _search(self, loss: float, origin: Tensor, step: Tensor, slope: float) -> tuple[bool, float, float]:
-        """Halve the step until it lowers the loss enough: whether one did, and the first and last loss tried."""
+        """Halve the step until it lowers the loss enough: return whether it did, and the first and last loss tried."""
         losses = []
         for halvings in range(MAX_HALVINGS + 1):
             scale = self._scale / 2**halvings
@@ -108,7 +108,7 @@ class GaussNewton:
         if ratio > 0:
             self._damping *= max(1 / 3, 1 - (2 * ratio - 1) ** 3)
             self._growth = 2.0
-        else:  # also where the loss was not finite
+        else:  # including a loss that was not finite
             self._damping *= self._growth
             self._growth *= 2
 
@@ -116,32 +116,32 @@ class GaussNewton:
 def conjugate_gradients(
     multiply: Callable[[Tensor], Tensor], target: Tensor, *, max_products: int, relative_progress: float
 ) -> tuple[Tensor, Tensor]:
-    """Solve A s = b about, from 0, for a symmetric positive semi-definite A (Hestenes & Stiefel 1952).
+    """Solve A s = b approximately, from 0, for a symmetric positive semi-definite A (Hestenes & Stiefel 1952).
 
-    Iteration i ends it if over the last k = max(5, i/10) the value q(s) = ½ sᵀAs − bᵀs fell by less than k times
-    `relative_progress` of itself (Martens 2010, section 4.4), or if the residual is rounding, or if there is no
-    curvature along the direction.
+    Iteration i ends it if over the last k = max(5, i/10) iterations the value q(s) = ½ sᵀAs − bᵀs fell by less than k
+    times `relative_progress` of itself (Martens 2010, section 4.4). It also ends if the residual is rounding error, or
+    if there is no curvature along the direction.
 
     Returns:
         s and the residual b − A s, both [P].
     """
     solution, residual, direction = torch.zeros_like(target), target.clone(), target.clone()
-    squared = first = dot(target, target)
+    square = first_square = dot(target, target)
     values = [0.0]
     for number in range(1, max_products + 1):
         product = multiply(direction)
         curvature = dot(direction, product)
         if not curvature > 0:
             break
-        rate = squared / curvature
+        rate = square / curvature
         solution += rate * direction
         residual -= rate * product
-        before, squared = squared, dot(residual, residual)
+        last_square, square = square, dot(residual, residual)
         values.append(-(dot(solution, target) + dot(solution, residual)) / 2)
         window = max(SHORTEST_WINDOW, number // 10)
         if number > window and values[-1] - values[-1 - window] > window * relative_progress * values[-1]:
             break
-        if squared <= torch.finfo(target.dtype).eps ** 2 * first:
+        if square <= torch.finfo(target.dtype).eps ** 2 * first_square:
             break
-        direction = residual + (squared / before) * direction
+        direction = residual + (square / last_square) * direction
     return solution, residual

@@ -8,11 +8,11 @@ import torch
 from raysubset.training.optimizers import load_optimizer_state
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
-ITERATIONS_PER_STEP = 10  # between two looks at the budget, on_step and a checkpoint
+ITERATIONS_PER_STEP = 10  # between two checks of the budget, calls of on_step and checkpoints
 
 
 class _NotFinite(Exception):
-    """A loss was not a finite number; caught here."""
+    """A loss was not finite. Caught in this module."""
 
 
 class LBFGS:
@@ -22,8 +22,8 @@ class LBFGS:
 
     def __init__(self, objective: Objective) -> None:
         recipe = objective.recipe
-        least, change = 1e-7, 1e-9  # torch's own
-        if recipe.gradient_tolerance is not None:  # which would not be reached: a step of less than `change` ends it
+        least, change = 1e-7, 1e-9  # torch's defaults
+        if recipe.gradient_tolerance is not None:  # with torch's `change`, a small step would end it too early
             least, change = recipe.gradient_tolerance, 0.0
         self._objective = objective
         self._optimizer = torch.optim.LBFGS(
@@ -36,9 +36,9 @@ class LBFGS:
         )
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """Ten iterations, fewer where the budget ends; a loss of NaN where one was met on the way."""
+        """Make ten iterations, or fewer if the budget ends. The loss is NaN if one on the way was not finite."""
         group = self._optimizer.param_groups[0]
-        # The first evaluation is `at`, which costs nothing again; torch counts it all the same
+        # The first evaluation is at `at`, where the objective repeats it without cost; torch counts it all the same
         group["max_iter"], group["max_eval"] = ITERATIONS_PER_STEP, max(2, budget // 3 + 1)
 
         def closure() -> float:
@@ -51,7 +51,7 @@ class LBFGS:
             self._optimizer.step(closure)
         except _NotFinite:
             return Evaluation(math.nan, at.gradient)
-        return self._objective.evaluate()  # torch does not tell the loss at the point it accepted
+        return self._objective.evaluate()  # torch does not return the loss at the accepted point
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()

@@ -8,17 +8,17 @@ import torch
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
 FIRST_DAMPING = 0.1  # of the curvature's mean; 1e-3 did as well
-FACTOR = 4.0  # that the damping falls by where a step lowers the loss, and rises by where it does not
+FACTOR = 4.0  # the damping is divided by it if a step lowers the loss, and multiplied by it if not
 LEAST_DAMPING = 1e-14
 MAX_REJECTED = 12  # steps in a row; our choice
-MOST_PARAMETERS = 5000  # whose matrix of float64 takes 200 MB, and three copies are held
+MOST_PARAMETERS = 5000  # their matrix of float64 takes 200 MB, and three copies are held
 
 
 class LevenbergMarquardt:
     """Levenberg (1944), with a damping that falls and rises by one factor (Marquardt 1963).
 
-    A step δ solves (G + λ s I) δ = g: g the gradient, G the Gauss-Newton matrix, s the mean of its diagonal. It is
-    taken if it lowers the loss. (Marquardt's diag(G) in place of s I, as MINPACK has it, ended at 1.1 to 2 times the
+    A step δ solves (G + λ s I) δ = g, with g the gradient, G the Gauss-Newton matrix and s the mean of its diagonal. It
+    is accepted if it lowers the loss. (With Marquardt's diag(G) for s I, as in MINPACK, it ended at 1.1 to 2 times the
     validation loss on arm kinematics.)
     """
 
@@ -39,29 +39,32 @@ class LevenbergMarquardt:
         self.least_thirds = 2 + 2 * self._sums.num_residuals  # a Jacobian, and a loss
 
     def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """One accepted step, and the gradient where it began; `at` if the budget, or twelve in a row, gave none."""
-        objective, origin, before = self._objective, self._objective.weights(), self._objective.thirds
+        """Make one accepted step and return its loss, with the gradient at its start.
+
+        If the budget ends, or twelve steps in a row are rejected, return `at`, or the last loss if it is not finite.
+        """
+        objective, origin, start_thirds = self._objective, self._objective.weights(), self._objective.thirds
         gradient, matrix = objective.normal_equations(self._sums)
         here = Evaluation(at.loss, gradient.to(origin.dtype))
         if here.largest_slope <= (objective.recipe.gradient_tolerance or 0.0):
             return here
-        unit, last = matrix.diagonal().mean().item(), at.loss
+        unit, loss = matrix.diagonal().mean().item(), at.loss
         for attempt in range(MAX_REJECTED):
-            if attempt and objective.thirds - before >= budget:
+            if attempt and objective.thirds - start_thirds >= budget:
                 break
             damped = matrix.clone()
             damped.diagonal().add_(self._damping * unit)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
+            factor, has_failed = torch.linalg.cholesky_ex(damped)
+            if not has_failed:
                 step = torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
                 objective.move_to(origin - self._scale * step.to(origin.dtype))
-                last = objective.loss()
-                if last < at.loss:
+                loss = objective.loss()
+                if loss < at.loss:
                     self._damping = max(self._damping / FACTOR, LEAST_DAMPING)
-                    return Evaluation(last, here.gradient)
+                    return Evaluation(loss, here.gradient)
             self._damping *= FACTOR
         objective.move_to(origin)
-        return here if math.isfinite(last) else Evaluation(last, here.gradient)
+        return here if math.isfinite(loss) else Evaluation(loss, here.gradient)
 
     def state_dict(self) -> dict[str, Any]:
         return {"damping": self._damping}

@@ -1,4 +1,4 @@
-"""Jᵀr and JᵀJ over a subset, J the derivative of the residuals r by a network's trainable parameters."""
+"""Jᵀr and JᵀJ over a subset, with J the derivative of the residuals r by a network's trainable parameters."""
 
 from collections.abc import Callable, Iterable
 from itertools import combinations_with_replacement
@@ -11,30 +11,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
 
-CPU_ELEMENTS = 2**18  # that the products of some examples have, so that they stay in a CPU's cache
+CPU_ELEMENTS = 2**18  # of the products of one part's examples, so that they stay in a CPU's cache
 MOST_ELEMENTS = 2**24  # likewise on a GPU
 
 Residuals = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, …] and targets: [n, …], whose squares sum to the loss
-Factors = tuple[Tensor, Tensor]  # a [n, I] and d [n, M, O] of a layer, in the sums' numbers
+Factors = tuple[Tensor, Tensor]  # a [n, I] and d [n, M, O] of a layer, in the dtype of the sums
 
 
 class NormalSums:
-    """Takes Jᵀr [P] and JᵀJ [P, P] of a network, in float64 (on Apple's GPUs, which have none, in float32).
+    """Sums Jᵀr [P] and JᵀJ [P, P] of a network, in float64 (in float32 on Apple's GPUs, which have no float64).
 
-    Where all its parameters are dense layers', no Jacobian is made. Let a be an example's input of a layer, followed by
-    a 1 for the bias, and d_m the derivative of its m-th residual by the layer's output: the layer's part of a row of J
-    is d_m aᵀ, and the block of JᵀJ of two layers is the sum over examples of (Σ_m d_m d'_mᵀ) ⊗ (a a'ᵀ), a matrix
-    product without the factor M. The Jacobian of any other network is torch.func's.
+    If all its parameters belong to dense layers, no Jacobian is computed. Let a be an example's input of a layer,
+    followed by a 1 for the bias, and d_m the derivative of its m-th residual by the layer's output. The layer's part of
+    a row of J is d_m aᵀ, and the block of JᵀJ of two layers is the sum over examples of (Σ_m d_m d'_mᵀ) ⊗ (a a'ᵀ), a
+    matrix product without the factor M. The Jacobian of any other network is torch.func's.
     """
 
     def __init__(self, model: nn.Module, residuals: Residuals, inputs: Tensor, targets: Tensor) -> None:
-        """Find out on one or two examples whether layers' factors make up the whole Jacobian.
+        """Check on one or two examples whether the layers' factors make up the whole Jacobian.
 
         Args:
-            model: in evaluation mode, with the weights that it has at each call.
+            model: in evaluation mode. Each call uses its current weights.
 
         Raises:
-            RuntimeError: torch's, for a network that vmap cannot follow.
+            RuntimeError: torch's, if vmap cannot follow the network.
         """
         self._model, self._residuals = model, residuals
         self._dtype = widest_dtype(inputs.device)
@@ -50,7 +50,7 @@ class NormalSums:
         self.layers = ()
 
     def over(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Jᵀr and JᵀJ over batches of inputs and targets, at the weights of now."""
+        """Return Jᵀr and JᵀJ over batches of inputs and targets, at the current weights."""
         return self._over_factors(batches) if self.layers else self._over_jacobians(batches)
 
     def _over_jacobians(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -83,13 +83,13 @@ class NormalSums:
         return gradient[order], matrix.index_select(0, order).index_select(1, order)
 
     def _parts(self, batches: Iterable[tuple[Tensor, Tensor]], num_elements: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batches in parts of whose examples each takes so many elements."""
+        """Split the batches into parts that stay within the limit if each example takes so many elements."""
         for inputs, targets in batches:
             most = max(1, (CPU_ELEMENTS if inputs.device.type == "cpu" else MOST_ELEMENTS) // num_elements)
             yield from zip(inputs.split(most), targets.split(most), strict=True)
 
     def _jacobian(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """J [n, M, P] and r [n, M]."""
+        """Return J [n, M, P] and r [n, M]."""
         parameters = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
 
         def of_example(example: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,23 +107,23 @@ class NormalSums:
         return jacobian.to(self._dtype), residuals.to(self._dtype)
 
     def _factors(self, inputs: Tensor, targets: Tensor) -> tuple[list[Factors], Tensor]:
-        """Each layer's a and d, and r [n, M]; none where a layer is not called exactly once, with an input a row."""
-        seen = list[tuple[nn.Module, Tensor, Tensor]]()
+        """Return each layer's a and d, and r [n, M]; no factors unless each layer is called exactly once, on [n, I]."""
+        calls = list[tuple[nn.Module, Tensor, Tensor]]()
 
-        def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            probe = torch.zeros_like(output, requires_grad=True)  # what follows may change the output in place
-            seen.append((layer, inputs[0].detach(), probe))
+        def record_call(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            probe = torch.zeros_like(output, requires_grad=True)  # later operations may change the output in place
+            calls.append((layer, inputs[0].detach(), probe))
             return output + probe
 
-        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        hooks = [layer.register_forward_hook(record_call) for layer in self.layers]
         try:
             with torch.enable_grad():
                 residuals = self._residuals(widened(self._model(inputs)), targets).reshape(len(inputs), -1)
         finally:
             for hook in hooks:
                 hook.remove()
-        by_layer = {layer: (a, probe) for layer, a, probe in seen}
-        if not len(by_layer) == len(seen) == len(self.layers) or any(a.ndim != 2 for _, a, _ in seen):
+        by_layer = {layer: (a, probe) for layer, a, probe in calls}
+        if not len(by_layer) == len(calls) == len(self.layers) or any(a.ndim != 2 for _, a, _ in calls):
             return [], residuals
         probes = [by_layer[layer][1] for layer in self.layers]
         num = residuals.shape[1]
@@ -140,28 +140,28 @@ class NormalSums:
 
 
 def _dense_layers(model: nn.Module) -> tuple[nn.Linear, ...]:
-    """The dense layers with trainable parameters, if no other module has any."""
+    """Return the dense layers with trainable parameters, or none if other modules have some."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    own = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
+    dense = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    return tuple(layers) if trainable <= own else ()
+    return tuple(layers) if trainable <= dense else ()
 
 
 def _places_in_layers(layers: tuple[nn.Linear, ...], model: nn.Module) -> Tensor:
-    """Where each trainable parameter's elements are, int64 [P], among layers' weights and biases [O, I + 1]."""
+    """Return the position of each trainable element, int64 [P], among the layers' weights and biases [O, I + 1]."""
     places, first = dict[int, Tensor](), 0
     for layer in layers:
         width = layer.in_features + (layer.bias is not None)
-        here = torch.arange(first, first + layer.out_features * width).view(layer.out_features, width)
-        places[id(layer.weight)] = here[:, : layer.in_features]
+        positions = torch.arange(first, first + layer.out_features * width).view(layer.out_features, width)
+        places[id(layer.weight)] = positions[:, : layer.in_features]
         if layer.bias is not None:
-            places[id(layer.bias)] = here[:, -1]
-        first += here.numel()
+            places[id(layer.bias)] = positions[:, -1]
+        first += positions.numel()
     return torch.cat([places[id(p)].flatten() for p in model.parameters() if p.requires_grad])
 
 
 def _product(first: Factors, second: Factors, *, is_one: bool) -> Tensor:
-    """Σ (Σ_m d_m d'_mᵀ) ⊗ (a a'ᵀ) as a matrix [O·O', I·I']; of one layer only what is above the diagonals."""
+    """Return Σ (Σ_m d_m d'_mᵀ) ⊗ (a a'ᵀ) as a matrix [O·O', I·I']; for one layer only what is above the diagonals."""
     (a, d), (other_a, other_d) = first, second
     slopes, inputs = torch.bmm(d.mT, other_d).flatten(1), (a.unsqueeze(2) * other_a.unsqueeze(1)).flatten(1)
     if is_one:
@@ -171,7 +171,7 @@ def _product(first: Factors, second: Factors, *, is_one: bool) -> Tensor:
 
 
 def _block(total: Tensor, sides: tuple[int, int], other_sides: tuple[int, int], *, is_one: bool) -> Tensor:
-    """The layers' block of JᵀJ [O·I, O'·I'] from the sum of their products."""
+    """Return the layers' block of JᵀJ [O·I, O'·I'] from the sum of their products."""
     (out, width), (other_out, other_width) = sides, other_sides
     if is_one:
         places, other_places = (_mirrored(side).to(total.device) for side in sides)
@@ -180,13 +180,13 @@ def _block(total: Tensor, sides: tuple[int, int], other_sides: tuple[int, int], 
 
 
 def _upper(side: int) -> Tensor:
-    """Positions of the upper triangle in a flattened square."""
+    """Return the positions of the upper triangle in a flattened square."""
     rows, columns = torch.triu_indices(side, side)
     return rows * side + columns
 
 
 def _mirrored(side: int) -> Tensor:
-    """For each element of a flattened symmetric square its place in the upper triangle."""
+    """Return for each element of a flattened symmetric square its position in the upper triangle."""
     places = torch.zeros(side * side, dtype=torch.int64)
     places[_upper(side)] = torch.arange(side * (side + 1) // 2)
     square = places.view(side, side)

@@ -16,18 +16,18 @@ from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.whole_subset.normal_equations import NormalSums
 
-CHUNK_BATCHES = 16  # a chunk of the subset is this many batches, so that memory stays bounded
+CHUNK_BATCHES = 16  # batches of a chunk of the subset, so that memory stays bounded
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The scalar product of two vectors, summed in float64 (on Apple's GPUs, which have none, in float32)."""
+    """Return the scalar product of two vectors, summed in float64 (float32 on Apple's GPUs, which lack float64)."""
     wide = widest_dtype(a.device)
     return torch.dot(a.to(wide), b.to(wide)).item()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a function and its gradient are at some weights."""
+    """The values of a function and its gradient at some weights."""
 
     loss: float  # mean over the subset; may be infinite or NaN
     gradient: Tensor  # [P], of the trainable parameters one after the other, in their dtype
@@ -38,31 +38,32 @@ class Evaluation:
 
     @property
     def largest_slope(self) -> float:
-        """The gradient's largest element, without its sign."""
+        """The largest absolute value in the gradient."""
         return self.gradient.abs().max().item()
 
 
 class Objective:
     """The mean loss over a subset as a function of a network's P trainable parameters, everything else held fixed.
 
-    It is deterministic: the network stays in evaluation mode, nothing is augmented. Each call goes over the examples in
-    chunks, so memory does not grow with the subset, and adds to the counts: a loss passes each example forward; a
-    gradient forward and backward; a Gauss-Newton product twice forward (outputs and their change) and once backward.
+    It is deterministic: the network stays in evaluation mode, and nothing is augmented. Each call goes over the
+    examples in chunks, so memory does not grow with the subset, and adds to the counts. A loss passes each example
+    forward; a gradient forward and backward; a Gauss-Newton product twice forward (outputs and their change) and once
+    backward.
     """
 
     def __init__(self, model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> None:
-        """Go on from the weights in the model, which must be in evaluation mode; they change with move_to()."""
+        """Start from the weights in the model, which must be in evaluation mode. move_to() changes them."""
         self.num_forward = 0  # examples
         self.num_backward = 0  # examples
         self.num_gradients = 0
-        self.worked_before = 0  # by an earlier process, as worked
+        self.worked_before = 0  # of earlier processes, in the units of `worked`
         self.model, self.recipe, self._examples = model, recipe, examples
         self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._named.values()]
         self._dtype = next(model.parameters()).dtype
         self._chunks = torch.arange(len(examples), device=examples.device).split(recipe.batch_size * CHUNK_BATCHES)
-        self._last: tuple[Tensor, Evaluation] | None = None  # where the gradient was last taken
+        self._last: tuple[Tensor, Evaluation] | None = None  # weights and their gradient, the last computed
 
     @property
     def device(self) -> torch.device:
@@ -75,27 +76,27 @@ class Objective:
 
     @property
     def worked(self) -> int:
-        """Likewise in examples, with what was done before."""
+        """Work done, in thirds of an example's pass, including that of earlier processes."""
         return self.worked_before + self.num_forward + 2 * self.num_backward
 
     @property
     def resolution(self) -> float:
-        """The relative precision of a loss: smaller differences are rounding."""
+        """The relative precision of a loss; smaller differences are rounding errors."""
         return torch.finfo(self._dtype).eps
 
     def weights(self) -> Tensor:
-        """A copy of the trainable parameters, [P]."""
+        """Return a copy of the trainable parameters, [P]."""
         return torch.cat([p.detach().reshape(-1) for p in self._named.values()])
 
     @torch.no_grad()
     def move_to(self, weights: Tensor) -> None:
-        """Put the network at these weights, [P]."""
+        """Set the network's weights, [P]."""
         for parameter, part in zip(self._named.values(), weights.split(self._sizes), strict=True):
             parameter.copy_(part.view_as(parameter))
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The loss here. A third of a pass."""
+        """Return the loss at the current weights. It costs a third of a pass."""
         total = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
         for inputs, targets in self._batches(self._chunks):
             total += self._share(self._forward(inputs), targets)
@@ -103,7 +104,7 @@ class Objective:
         return total.item()
 
     def evaluate(self) -> Evaluation:
-        """Loss and gradient here, which is also left in the parameters' grad. A pass; none if it was just done here."""
+        """Return loss and gradient, which also stays in the parameters. It costs a pass; repeated in place, nothing."""
         weights = self.weights()
         if self._last is not None and torch.equal(weights, self._last[0]):
             return self._last[1]
@@ -123,7 +124,7 @@ class Objective:
         return self._last[1]
 
     def recall(self, loss: float, gradient: Tensor) -> Evaluation:
-        """Take up what an earlier process found at these weights, its gradient on whatever device."""
+        """Restore the evaluation that an earlier process had at these weights, its gradient on any device."""
         evaluation = Evaluation(loss, gradient.to(self.device))
         self._last = self.weights(), evaluation
         for parameter, part in zip(self._named.values(), evaluation.gradient.split(self._sizes), strict=True):
@@ -131,15 +132,15 @@ class Objective:
         return evaluation
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
-        """G v for v [P], G = mean over examples of JᵀHJ: J of the outputs by the weights, H of the loss by the outputs.
+        """Return G v for v [P], with G the mean of JᵀHJ: J of outputs by weights, H of the loss by outputs.
 
-        G is positive semi-definite for the losses we have (Schraudolph 2002). Counted as 4/3 passes: the outputs and
+        G is positive semi-definite for our losses (Schraudolph 2002). It is counted as 4/3 passes: the outputs and
         their derivative along v are two forward passes, then one backward. On a CPU thread it takes the time of 1.9
-        gradients of our CNN without normalisation, 2.4 with batch and 3.5 with group normalisation. The network is run
-        as it is, also where it is compiled for losses and gradients.
+        gradients of our CNN without normalisation, 2.4 with batch and 3.5 with group normalisation. The network runs
+        uncompiled, even if it is compiled for losses and gradients.
 
         Raises:
-            ValueError: if some operation of the network has no forward-mode derivative, or the loss no curvature.
+            ValueError: if an operation of the network has no forward-mode derivative, or the task's loss no curvature.
         """
         parameters = {name: p.detach() for name, p in self._named.items()}
         parts = zip(parameters.items(), vector.split(self._sizes), strict=True)
@@ -147,12 +148,12 @@ class Objective:
         total = torch.zeros_like(vector)
         for inputs, targets in self._batches(self._chunks):
 
-            def moving(weights: dict[str, Tensor], inputs: Tensor = inputs) -> tuple[Tensor, Tensor]:
+            def outputs_and_change(weights: dict[str, Tensor], inputs: Tensor = inputs) -> tuple[Tensor, Tensor]:
                 return jvp(lambda w: widened(functional_call(self.model, w, (inputs,))), (weights,), (change,))  # pyright: ignore[reportReturnType]
 
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # other attention has no forward-mode derivative
-                    outputs, pull_back, moved = vjp(moving, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
+                    outputs, pull_back, moved = vjp(outputs_and_change, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
             except NotImplementedError as error:
                 reason = first_line(error)
                 raise ValueError(
@@ -165,7 +166,7 @@ class Objective:
         return total
 
     def normal_sums(self) -> NormalSums:
-        """What normal_equations() takes its sums by.
+        """Return the NormalSums with which normal_equations() computes.
 
         Raises:
             ValueError: if the loss is no sum of squares, or torch cannot differentiate single examples' outputs.
@@ -180,10 +181,10 @@ class Objective:
             ) from error
 
     def normal_equations(self, sums: NormalSums) -> tuple[Tensor, Tensor]:
-        """Gradient [P] and Gauss-Newton matrix [P, P] of a loss that is a sum of squares, in float64.
+        """Return gradient [P] and Gauss-Newton matrix [P, P] of a loss that is a sum of squares, in float64.
 
-        A pass forward and, with M residuals an example, M backward. The network is run as it is, also where it is
-        compiled for losses and gradients.
+        It costs a forward pass and, with M residuals an example, M backward passes. The network runs uncompiled, even
+        if it is compiled for losses and gradients.
         """
         num = len(self._examples)
         gradient, matrix = sums.over(self._batches(self._chunks))
@@ -197,5 +198,5 @@ class Objective:
             yield self._examples.batch(indices, channels_last=self.recipe.channels_last, dtype=self._dtype)
 
     def _share(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What a chunk adds to the mean loss."""
+        """Return a chunk's part of the mean loss."""
         return self._examples.task.loss(widened(outputs), targets) / len(self._examples)
