@@ -80,7 +80,7 @@ class Ray:
 
     def get(self, ref: Ref) -> Any:
         number = ref.actor.number
-        if ref.method == "where":
+        if ref.method == "place":
             return {"node": f"n{number}", "ip": f"10.0.0.{number}", "pid": 1, "card_bytes": None}
         if ref.method == "report":
             return Pulse(), {}, []
@@ -182,7 +182,7 @@ def test_a_piece_that_is_always_lost_ends_the_run_or_with_a_quorum_is_left_out(t
         list(pool.run(packs, None))
     with ActorPool(run, num_gpus=0.0) as pool:
         assert ids(pool.run(packs, None, min_done=2)) == [0, 2]
-    assert any(isinstance(event, Note) and "going on without subset 1" in event.text for event in events)
+    assert any(isinstance(event, Note) and "continuing without subset 1" in event.text for event in events)
 
 
 def test_a_pack_is_put_back_without_the_members_that_left_a_minimum(tmp_path: Path, fake: Any) -> None:
@@ -215,7 +215,7 @@ def test_pieces_leave_a_node_that_drains_which_is_no_attempt(
 
     def wait(refs: list[Ref], num_returns: int, timeout: float) -> Any:
         ready, _ = real(refs, num_returns, timeout)  # work on the first actor takes until it is stopped
-        return [ref for ref in ready if ref.method == "where" or ref.actor.number or ref.actor.is_stopped], []
+        return [ref for ref in ready if ref.method == "place" or ref.actor.number or ref.actor.is_stopped], []
 
     ray.wait = wait  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
@@ -235,7 +235,7 @@ def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_
 
     def wait(refs: list[Ref], num_returns: int, timeout: float) -> Any:
         ready, _ = real(refs, num_returns, timeout)  # the first actor answers nothing once it is at work
-        return [ref for ref in ready if ref.method == "where" or ref.actor.number], []
+        return [ref for ref in ready if ref.method == "place" or ref.actor.number], []
 
     ray.wait = wait  # type: ignore[method-assign]
     run = opened(tmp_path, events := [], **{"actors.stall_s": 0.02})
@@ -271,7 +271,7 @@ def test_an_actor_that_cannot_report_ends_nothing_and_that_is_told(
     ray.get, ray.wait = get, wait  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
         assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)], None)) == [0]
-    told = "subset 0 on node 10.0.0.0 does not say how far it is: RuntimeError: out of memory"
+    told = "subset 0 on node 10.0.0.0 does not report its progress: RuntimeError: out of memory"
     assert {event.text for event in events if isinstance(event, Note)} == {told}
 
 
@@ -296,7 +296,7 @@ def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_tol
     real, run = ray.get, opened(tmp_path, [])
 
     def get(ref: Ref) -> Any:
-        if ref.method == "where":
+        if ref.method == "place":
             raise RaySystemError("ImportError: no module of that name on this node")
         return real(ref)
 

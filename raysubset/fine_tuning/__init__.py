@@ -2,8 +2,8 @@
 
     record = fine_tune(run, piece, num_workers=2, num_gpus=1)
 
-The driver's side is in `driver`, with a `trainer` whose controller can be watched and what the `lookout` sees: loaded
-when there is a job, as Ray Train takes seconds. A worker's is in `worker`, also where a subset actor is the only one.
+The driver's side is in `driver`. Its `trainer`, whose controller the `lookout` watches, is imported when a job begins,
+because Ray Train takes seconds to load. A worker's side is in `worker`, which a subset actor also uses alone.
 """
 
 from raysubset.fine_tuning.driver import fine_tune, refuse_old_ray_train

@@ -10,20 +10,24 @@ from raysubset.work import Piece, Run
 
 
 def refuse_old_ray_train() -> None:
-    """Raises ValueError: if the environment asks for Ray Train in its first version, which our jobs are not for."""
+    """Refuse Ray Train's first version, which our jobs do not support.
+
+    Raises:
+        ValueError: if the environment requests it.
+    """
     setting = os.environ.get("RAY_TRAIN_V2_ENABLED", "1")
     if setting.lower() not in ("1", "true"):  # as Ray reads it
-        raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} asks for Ray Train of old, which cannot fine-tune: unset it")
+        raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} requests the old Ray Train, which cannot fine-tune: unset it")
 
 
 def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> dict[str, Any]:
     """Minimize on the full set, as the piece says, by a Ray Train job of several workers in data parallel.
 
-    The global batch is config.minimize.batch_size whatever the number of workers. A worker that dies, or is killed as
-    it stands still (actors.stall_s), restarts the group from the last checkpoint, up to actors.max_attempts times; with
-    fine_tuning.min_workers set, on fewer workers. So does a controller that dies. A loss that diverges
-    and what a worker's own work raises are not tried again. If the driver dies, the same call resumes from the last
-    checkpoint; a stage that was finished is read back.
+    The global batch is config.minimize.batch_size whatever the number of workers. If a worker dies, or stalls and is
+    killed (actors.stall_s), the group restarts from the last checkpoint, up to actors.max_attempts times, and on fewer
+    workers if fine_tuning.min_workers is set. The same happens if a controller dies. A diverging loss, and errors of a
+    worker's own work, are not tried again. If the driver dies, the same call resumes from the last checkpoint; a
+    finished stage is read back.
 
     Returns:
         The stage's record (minimum.json).
@@ -40,7 +44,7 @@ def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> d
         refuse_unplaceable(request, f"{stage} workers", num=least)
         if config.data.streamed:
             refuse_without_readers(config, stage, num_workers=num_workers)
-        from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs need none
+        from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs do not need it
 
         job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
         fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)

@@ -1,4 +1,4 @@
-"""Epochs: tells of each epoch of a stage by Ray Train, as its first worker adds them to the history in storage."""
+"""Epochs: reports each epoch of a Ray Train stage, as its first worker adds it to the history in storage."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from raysubset.run_directory import RunDirectory, history_path
 
 
 class Epochs:
-    """The epochs of a stage, each told of once; those that were there before are not."""
+    """Reports each epoch of a stage once; epochs that were there before are not reported."""
 
     def __init__(self, directory: RunDirectory, stage: str, *, quality: Quality, tell: OnEvent) -> None:
         self._directory, self._stage, self._quality, self._tell = directory, stage, quality, tell
         self.num = len(self._history())
 
     def tell_new(self) -> None:
-        """Tell of what was added since the last call."""
+        """Report the epochs that were added since the last call."""
         try:
             entries = self._history()
         except OSError:  # the storage may answer the next time

@@ -1,4 +1,4 @@
-"""Job: what each worker of a stage by Ray Train is given."""
+"""Job: the input of each worker of a Ray Train stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from raysubset.run_directory import RunDirectory
 from raysubset.user_code import Workplace
 from raysubset.work import Output, Piece, seeded_model
 
-FOLDER = "ray_train"  # of the job's checkpoints, in that of the stage
+FOLDER = "ray_train"  # of the job's checkpoints, within the stage's folder
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is given. The full set and the start travel by reference."""
+    """The input of every worker. The full set and the start weights travel by reference."""
 
     config: Config
     recipe: MinimizeConfig
@@ -39,7 +39,7 @@ class Job:
         num_gpus: float,
         workplace: Workplace,
     ) -> "Job":
-        """The job that a piece of work is, with the weights that it starts from put where workers find them."""
+        """Return the job of a piece of work, and put its start weights where the workers find them."""
         config, weights = piece.config, piece.start_weights(full_set)
         if weights is None:
             weights = seeded_model(config, full_set, piece.start_id).state_dict()

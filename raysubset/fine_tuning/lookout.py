@@ -1,4 +1,4 @@
-"""TrainLookout: what the driver does each second while a Ray Train job runs."""
+"""TrainLookout: watches a Ray Train job from the driver, once a second."""
 
 import time
 import uuid
@@ -27,14 +27,14 @@ from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
 from raysubset.quality import Quality
 
-MOST_START_S = 900.0  # for workers that have their places to begin: their processes start, and read the full set
-_ELASTIC_S = 60.0  # after which a controller that is free in the number of workers, and asks for none, finds no places
+MOST_START_S = 900.0  # for workers with a place to begin: their processes start and read the full set
+_ELASTIC_S = 60.0  # an elastic controller that asks for no workers for so long finds no places
 
 
 class TrainLookout:
-    """Tells of epochs, of waiting for places and of steps that do not come; kills workers that stand still.
+    """Reports epochs, waiting for places and missing steps; kills workers that stall.
 
-    Ray Train tries again from the last checkpoint when workers are killed, and counts that as a failure.
+    Ray Train then tries again from the last checkpoint, and counts a failure.
     """
 
     def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, quality: Quality, tell: OnEvent) -> None:
@@ -47,7 +47,7 @@ class TrainLookout:
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was seen of an earlier controller and its workers."""
+        """Forget the observations of an earlier controller and its workers."""
         self._begun_at = self._heard_at = self._placed_at = self._noticed_at = time.monotonic()
         self._watch = Watch(self._job.config.actors.stall_s)
 
@@ -56,7 +56,7 @@ class TrainLookout:
 
         Raises:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
-            Whatever `tell` raises, as where another driver has taken the run over.
+            Exception: whatever `tell` raises, for example because another driver has taken the run over.
         """
         self.epochs.tell_new()
         groups = groups_of(controller)
@@ -65,8 +65,8 @@ class TrainLookout:
         }
         workers = list(processes.values())
         now = time.monotonic()
-        asks_for_none = self._is_elastic and now - self._heard_at > _ELASTIC_S
-        if "CREATED" not in groups.values() and (groups or asks_for_none):
+        is_without_request = self._is_elastic and now - self._heard_at > _ELASTIC_S
+        if "CREATED" not in groups.values() and (groups or is_without_request):
             self._begun_at = now
             self._wait_for_places(now)
             return
@@ -77,33 +77,33 @@ class TrainLookout:
             for rank, process in processes.items():
                 self._tell_progress(int(rank.strip("/")), process)
         elif now - self._begun_at > MOST_START_S:
-            ray.kill(controller)  # and fit() says so
+            ray.kill(controller)  # fit() reports it
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
-        """Say when no worker has made a step for too long, and kill them after as long again."""
+        """Warn if no worker has made a step for too long, and kill them after as long again."""
         usual = max((worker.pulse.usual_s for worker in workers if worker.pulse.usual_s is not None), default=None)
         num_beats, watch = sum(worker.pulse.num_beats for worker in workers), self._watch
         watch.hear(Pulse(num_beats, usual), frozenset(worker.pid for worker in workers))
-        stage, where = self._job.stage, f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
+        stage, workers_text = self._job.stage, f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
         match watch.look():
             case "stalled":
-                more = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                text = f"{stage}: {where} stand still: {watch.in_words()}; {more}"
+                limit_text = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
+                text = f"{stage}: {workers_text} stand still: {watch.in_words()}; {limit_text}"
                 self._tell(Note(text, is_warning=True))
             case "lost":
-                self.stalled = f"{watch.in_words()} on {where}: killed (actors.stall_s)"
+                self.stalled = f"{watch.in_words()} on {workers_text}: killed (actors.stall_s)"
                 self._tell(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
                 kill_processes(workers)
                 forget(self.key)
                 self.begin()
 
     def _tell_progress(self, rank: int, process: Process) -> None:
-        """Tell how far a worker is within the epoch, once it has made a step."""
+        """Report a worker's position within the epoch, once it has made a step."""
         pulse, stage = process.pulse, self._job.stage
         if pulse.epoch is None or pulse.num_epochs is None or pulse.examples_per_s is None:
             return
-        told = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
-        text = f"{stage}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{told}"
+        loss_text = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
+        text = f"{stage}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
         attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid)
         numbers = (pulse.epoch, pulse.num_epochs, None, pulse.examples_per_s, pulse.loss)
         self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))

@@ -1,4 +1,4 @@
-"""PrivateTorchConfig: torch's process group of a Ray Train job, whose store listens on its node's own address only."""
+"""PrivateTorchConfig: the torch process group of a Ray Train job, with a store open to its node's address only."""
 
 import logging
 import socket
@@ -16,8 +16,9 @@ _listening: list[socket.socket] = []  # of the first worker, between _listen() a
 
 
 class PrivateTorchConfig(TorchConfig):
-    """As TorchConfig; but the first worker's TCPStore, which asks nobody for a token, is open to its node's network
-    alone: torch's own listens on every interface, as it is given no socket.
+    """A TorchConfig whose TCPStore listens on the first worker's node address alone.
+
+    The store asks nobody for a token. torch's own listens on every interface, because it gets no socket.
     """
 
     @property
@@ -38,23 +39,23 @@ class _PrivateTorchBackend(TorchBackend):
 
 
 def _listen() -> tuple[str, int]:
-    """The address at which this process waits for the others, on a port that the system chose."""
+    """Open a port that the system chooses, and return the address at which this process waits for the others."""
     host = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, 0), family=family)
-    except OSError as error:  # the address by which others reach a node behind a translation is none of its own
+        server = socket.create_server((host, 0), family=family)
+    except OSError as error:  # behind address translation, a node's public address is not its own
         logger.warning("TCPStore listens on every interface: %s is no address of this node (%s)", host, error)
-        listening = socket.create_server(("", 0), family=family)
-    _listening[:] = [listening]
-    return host, listening.getsockname()[1]
+        server = socket.create_server(("", 0), family=family)
+    _listening[:] = [server]
+    return host, server.getsockname()[1]
 
 
 def _join(host: str, port: int, rank: int, size: int, backend: str | None, timeout_s: float) -> None:
-    """Connect with the others; the first worker serves the store on the socket it listens on."""
+    """Connect with the others; the first worker serves the store on its listening socket."""
     timeout = timedelta(seconds=timeout_s)
-    served = _listening.pop().detach() if rank == 0 else None
+    socket_number = _listening.pop().detach() if rank == 0 else None
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=served
+        host, port, size, is_master=rank == 0, timeout=timeout, master_listen_fd=socket_number
     )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -1,4 +1,4 @@
-"""What Ray Train resumes from, mended where it was damaged: Ray writes it in place, so a kill cuts it short."""
+"""Repair of Ray Train's snapshot of its checkpoints: Ray writes it in place, so a kill may cut it short."""
 
 import json
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def mend_snapshot(directory: RunDirectory, folder: str) -> str | None:
-    """Have a Ray Train job resume from its newest sound checkpoint, or from the start where none is.
+    """Let a Ray Train job resume from its newest sound checkpoint, or from the start if there is none.
 
-    To be called while the job does not run. A checkpoint is complete where it has as many files as any other.
+    Call it while the job does not run. A checkpoint is complete if no other has more files.
 
     Args:
-        folder: of the job, with its snapshot and a folder a checkpoint.
+        folder: the job's, with its snapshot and one folder per checkpoint.
 
     Returns:
-        What was damaged and what the job resumes from; None if nothing was.
+        A text that says what was damaged and where the job resumes; None if nothing was.
     """
     path = f"{folder}/{_SNAPSHOT}"
     if not directory.exists(path):
@@ -43,16 +43,16 @@ def mend_snapshot(directory: RunDirectory, folder: str) -> str | None:
 
 
 def _flaw(directory: RunDirectory, path: str, files: dict[str, list[str]]) -> str | None:
-    """What keeps Ray Train from resuming by its snapshot."""
+    """Return why Ray Train cannot resume by its snapshot, or None if it can."""
     try:
         snapshot = json.loads(directory.read_bytes(path))
         names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
         latest = snapshot["latest_checkpoint_result"]
         newest = latest and latest["checkpoint_dir_name"]
-        whole = snapshot.keys() >= _snapshot("").keys() and len(snapshot["checkpoint_report_indices"]) == len(names)
+        is_whole = snapshot.keys() >= _snapshot("").keys() and len(snapshot["checkpoint_report_indices"]) == len(names)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        names, newest, whole = [], None, False
-    if not whole:
+        names, newest, is_whole = [], None, False
+    if not is_whole:
         return f"{path} in {directory.uri} is damaged"
     for name in names:
         if name not in files:
@@ -70,7 +70,7 @@ def _damage(directory: RunDirectory, files: Sequence[str]) -> str | None:
 
 
 def _snapshot(checkpoint: str) -> dict[str, Any]:
-    """As Ray Train writes it of a job with one checkpoint."""
+    """Return the snapshot that Ray Train writes for a job with one checkpoint."""
     result = {"version": 0, "checkpoint_dir_name": checkpoint, "metrics": {}}
     return {
         "ray_version": ray.__version__,

@@ -1,11 +1,11 @@
-"""fit(): a Ray Train job to its end, by a TorchTrainer whose controller the driver looks after while it runs."""
+"""fit(): runs a Ray Train job to its end, with a TorchTrainer whose controller the driver watches."""
 
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
-# Ray Train reads these where the driver runs. Polling every 2 s would make each job of a few seconds twice as long.
+# Ray Train reads these in the driver. Polling every 2 s would double the time of a job of a few seconds.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
@@ -32,42 +32,42 @@ from raysubset.fine_tuning.worker import MistakeError, train_loop
 from raysubset.quality import Quality
 from raysubset.run_directory import minimum_path
 
-LOOK_S = 1.0  # between two looks at the history that the first worker leaves
+LOOK_S = 1.0  # between two looks at the job
 CONTROLLER_FAILURES = 3
 
 
 class EndsOnMistakes(DefaultFailurePolicy):
-    """Tries again what befell the workers, and ends with what they did wrong: they would do it at every attempt.
+    """Tries again after failures of workers or devices, but ends on mistakes of the work, which would recur.
 
-    Where a worker was lost as well, the others' errors may follow from that.
+    If a worker was lost as well, the others' errors may follow from that, and the job is tried again.
     """
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         errors = getattr(training_failed_error, "worker_failures", {}).values()
-        lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
-        if not lost and any(isinstance(error, MistakeError) for error in errors):
+        is_worker_lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
+        if not is_worker_lost and any(isinstance(error, MistakeError) for error in errors):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
 
 class WatchedTrainer(TorchTrainer):
-    """Calls `look` with the controller while fit() waits for it; what that raises ends the job.
+    """Calls `look` with the controller while fit() waits for it; an exception from `look` ends the job.
 
-    However fit() is left, the controller, its workers and their placement group are gone. Ctrl-C raises
-    KeyboardInterrupt from it, where TorchTrainer's own handler ends the process as if all were done.
+    However fit() ends, the controller, its workers and their placement group are gone. Ctrl-C raises KeyboardInterrupt
+    from it; TorchTrainer's own handler would end the process as if all had succeeded.
     """
 
     look: Callable[[Any], None]
     every_s: float  # between two looks
-    start_timeout_s: float  # for a group of workers to get their places; else the controller counts a failure
+    start_timeout_s: float  # for a group of workers to get places; after that the controller counts a failure
 
     def _create_default_callbacks(self) -> list[Any]:
-        """As TorchTrainer's, but for the one that starts a process for data sets, of which ours are given none."""
+        """Return TorchTrainer's callbacks, except the one that starts a process for data sets: our jobs have none."""
         callbacks: list[Any] = super()._create_default_callbacks()  # pyright: ignore[reportAttributeAccessIssue]
         return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
-        """As TorchTrainer's, which only waits."""
+        """Run the controller as TorchTrainer does, and call `look` while waiting for it."""
         variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.start_timeout_s)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -83,7 +83,7 @@ class WatchedTrainer(TorchTrainer):
                 while not ray.wait([result_ref], timeout=self.every_s)[0]:
                     self.look(controller)
                 result = ray.get(result_ref)
-            ray.kill(controller)  # by itself it would end in its own time, or never where one of its threads hangs
+            ray.kill(controller)  # by itself it would end later, or never if one of its threads hangs
             return result
         except BaseException as error:
             self._end(controller, has_died=isinstance(error, SYSTEM_ERRORS))
@@ -93,21 +93,21 @@ class WatchedTrainer(TorchTrainer):
         try:
             if not has_died:
                 ray.wait([controller.abort.remote()], timeout=STOP_GRACE_S)
-        finally:  # also when a second Ctrl-C cuts the grace short
+        finally:  # also if a second Ctrl-C cuts the grace period short
             ray.kill(controller)
             remove_groups(list(groups_of(controller)))
 
 
 def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
-    """Run the job to its end, again where its controller dies."""
-    run, stage, most = job.directory, job.stage, job.config.actors.max_attempts
+    """Run the job to its end, again if its controller dies."""
+    directory, stage, most = job.directory, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
     lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
     num_lost = 0
     while True:
         num_epochs = lookout.epochs.num
-        if mended := mend_snapshot(run, f"{stage}/{FOLDER}"):
-            tell(Note(mended, is_warning=True))
+        if repair_text := mend_snapshot(directory, f"{stage}/{FOLDER}"):
+            tell(Note(repair_text, is_warning=True))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
         tell(Waiting(f"{stage}: Ray Train starts {num_workers} worker(s)"))
@@ -121,13 +121,13 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
             if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
                 text = f"{stage}, {mistake.text}"
                 raise (ValueError(text) if mistake.is_value_error else FineTuningFailed(text)) from error
-            own = [cause for cause in causes if isinstance(cause, ValueError)]
-            text = f"{stage}: {one_line((own or causes)[0])}"
-            if lookout.stalled and not own:
+            own_mistakes = [cause for cause in causes if isinstance(cause, ValueError)]
+            text = f"{stage}: {one_line((own_mistakes or causes)[0])}"
+            if lookout.stalled and not own_mistakes:
                 text = f"{stage}: {lookout.stalled}"
-            raise (ValueError(text) if own else FineTuningFailed(text)) from error
-        except SYSTEM_ERRORS as error:  # of the controller itself: Ray Train tries again what befalls its workers
-            if run.exists(minimum_path(stage)):
+            raise (ValueError(text) if own_mistakes else FineTuningFailed(text)) from error
+        except SYSTEM_ERRORS as error:  # of the controller itself; Ray Train handles those of its workers
+            if directory.exists(minimum_path(stage)):
                 return
             num_lost = 1 if lookout.epochs.num > num_epochs else num_lost + 1
             text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
@@ -141,15 +141,15 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
 
 
 def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
-    config, run, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
-    storage_path, filesystem = run.train_storage(stage)
+    config, directory, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
+    storage_path, filesystem = directory.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:
         resources["GPU"] = num_gpus
     wait_s, start_timeout_s, num_failures = config.cluster.wait_timeout_s, 60.0, CONTROLLER_FAILURES
     if least is None:
         start_timeout_s += wait_s  # the lookout gives up before
-    else:  # each time so many workers have no place, as after a node's death, Ray Train tries with fewer
+    else:  # Ray Train tries with fewer workers each time so many have no place, for example after a node's death
         num_failures += math.ceil(wait_s / start_timeout_s)
     trainer = WatchedTrainer(
         train_loop,

@@ -1,4 +1,4 @@
-"""One Ray Train worker: its share of each batch; rank 0 leaves ledger, history and result in the run directory.
+"""A Ray Train worker: computes its share of each batch. Rank 0 writes ledger, history and result to the run directory.
 
 train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this process
 """
@@ -67,18 +67,20 @@ from raysubset.training import (
 from raysubset.work import Follower, Report, calibration_examples
 
 STATE_FILE = "state.pt"
-OWN_STATE_FILE = "own-{rank}.pt"  # of the other workers, in the same checkpoint: Ray Train merges what they report
+OWN_STATE_FILE = "own-{rank}.pt"  # the other workers' own states, in the same checkpoint: Ray Train merges the reports
 
 
 def train_loop(settings: dict[str, Any]) -> str | None:
-    """One worker. Rank 0 keeps the ledger and history, reports checkpoints, and leaves the result in the run.
+    """Run one worker. Rank 0 keeps the ledger and history, reports checkpoints, and writes the result to the run.
 
     Returns:
-        Why it diverged, if it did: what a worker raises is tried again by Ray Train, and would end in the same way.
+        Why the loss diverged, if it did. It is not raised, because Ray Train would try again and diverge in the same
+        way.
 
     Raises:
-        MistakeError: what its own work raised, which would raise it again; lost connections, storage and devices pass.
-        LeftOutError: if a step left out parameters; it is noted, and the next attempt knows.
+        MistakeError: for an error of the worker's own work, which would recur; errors of connections, storage and
+            devices pass through.
+        LeftOutError: if a step left out parameters; the run records it, and the next attempt allows it.
     """
     context, job = ray.train.get_context(), settings["job"]
     shard = Shard(context.get_world_rank(), context.get_world_size())
@@ -86,7 +88,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     try:
         with published(f"{settings['pulses']}/{shard.rank:05d}"):
             _Worker(job, shard).train()
-    except DivergedError as error:  # of all workers at the same step: they share their losses and weights
+    except DivergedError as error:  # all workers raise it at the same step, because they share losses and weights
         return one_line(error)
     except LeftOutError:
         job.directory.write_json(left_out_path(job.stage), {"leaves_out": True})
@@ -94,19 +96,19 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     except Exception as error:
         if _may_pass(error):
             raise
-        where = f"worker {shard.rank} of {shard.num} on node {own_address()}"
-        raise MistakeError(f"{where}: {one_line(error)}", isinstance(error, ValueError)) from error
+        place_text = f"worker {shard.rank} of {shard.num} on node {own_address()}"
+        raise MistakeError(f"{place_text}: {one_line(error)}", isinstance(error, ValueError)) from error
     return None
 
 
 def train_here(job: Job, follower: Follower, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
-    """Do a stage in this process by Ray Train's local mode, from its newest checkpoint.
+    """Run a stage in this process by Ray Train's local mode, from its newest checkpoint.
 
-    What it leaves is what a job of one worker leaves, bit for bit. If the process dies, another one resumes. What its
-    work raises passes.
+    It writes what a job of one worker writes, bit for bit. If the process dies, another one resumes. Errors of its work
+    pass through.
 
     Args:
-        attempt: names its checkpoints and ledger entry; waited_s for the ledger.
+        attempt: names its checkpoints and ledger entry; waited_s goes into the ledger.
 
     Returns:
         The record (minimum.json); None if it was stopped, with a checkpoint written.
@@ -123,7 +125,7 @@ def train_here(job: Job, follower: Follower, *, attempt: int, waited_s: float) -
 
 @dataclass(frozen=True)
 class _Alone:
-    """What a worker is given beside its job where a pool of actors counts its attempts and keeps watch."""
+    """The context of a worker that is alone in a subset actor, whose pool counts attempts and keeps watch."""
 
     follower: Follower
     attempt: int
@@ -131,7 +133,7 @@ class _Alone:
 
 
 class _NoDeviceConfig(TorchConfig):
-    """As TorchConfig, which would start CUDA in a process that was given no GPU: use_device() chooses."""
+    """A TorchConfig that leaves the device to use_device(); torch's own would start CUDA in a process without a GPU."""
 
     @property
     def train_func_context(self) -> Any:
@@ -139,7 +141,7 @@ class _NoDeviceConfig(TorchConfig):
 
 
 class MistakeError(Exception):
-    """What a worker's own work raised: its place and the cause in a line, and whether it was a ValueError."""
+    """An error of a worker's own work: its place and cause in a line, and whether it was a ValueError."""
 
     def __init__(self, text: str, is_value_error: bool) -> None:
         super().__init__(text, is_value_error)
@@ -147,12 +149,12 @@ class MistakeError(Exception):
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it came from storage, a device, Ray, or another worker that was lost, rather than from the work."""
+    """Return True if the error came from storage, a device, Ray, or another worker that was lost, not from the work."""
     if isinstance(error, OSError | torch.AcceleratorError | torch.distributed.DistError):
         return True
     words = str(error).lower()  # gloo's and NCCL's errors are plain RuntimeErrors
-    of_connection = isinstance(error, RuntimeError) and any(word in words for word in _WORDS_OF_CONNECTIONS)
-    return of_connection or type(error).__module__.startswith("ray.")
+    is_of_connection = isinstance(error, RuntimeError) and any(word in words for word in _WORDS_OF_CONNECTIONS)
+    return is_of_connection or type(error).__module__.startswith("ray.")
 
 
 _WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
@@ -194,32 +196,32 @@ class _Worker:
             patience=job.recipe.watched_patience(),
             keeps_best=job.stage == "fine_tuning" and config.fine_tuning.keep == "best",
         )
-        self._measured, self._num_bytes_before = Cost(), taken_bytes()
-        self._started = self._heard_at = self._saved_at = time.perf_counter()
+        self._measuring_cost, self._num_start_bytes = Cost(), taken_bytes()
+        self._start_s = self._beat_at = self._saved_at = time.perf_counter()
         self._work: Work | None = None
         if shard.rank == 0:
             self._open_ledger()
 
     def train(self) -> dict[str, Any] | None:
-        """Minimize from the last checkpoint if there is one; rank 0 leaves the result.
+        """Minimize from the last checkpoint if there is one; rank 0 writes the result.
 
         Returns:
-            The record, of rank 0; None if it was stopped.
+            The record, from rank 0; None if it was stopped.
 
         Raises:
             DivergedError: as minimize() does, on every worker.
         """
-        state, so_far = self._restore(), Cost()
-        per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
-        every_steps = max(1, round(self._config.actors.checkpoint_epochs * per_epoch))
+        state, latest_cost = self._restore(), Cost()
+        steps_per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
+        every_steps = max(1, round(self._config.actors.checkpoint_epochs * steps_per_epoch))
 
-        whose = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
-        whose |= {"rank": self._shard.rank, "num_workers": self._shard.num}
-        listener = listener_of(self._config.actors.on_step, **whose)
+        work_fields = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
+        work_fields |= {"rank": self._shard.rank, "num_workers": self._shard.num}
+        listener = listener_of(self._config.actors.on_step, **work_fields)
 
         def on_step(progress: Progress) -> bool | str:
-            nonlocal so_far
-            so_far = progress.cost
+            nonlocal latest_cost
+            latest_cost = progress.cost
             stand(lambda: _standing(progress))
             outcome = self._watch.look(progress)
             if progress.epoch_ended and self._shard.rank == 0:
@@ -234,7 +236,7 @@ class _Worker:
                 trace()
             return outcome or stop
 
-        seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # a subset actor's
+        seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # the same as a subset actor's
         num_traced = self._config.actors.profile if self._shard.rank == 0 else 0
         leave = partial(self._directory.write_bytes, trace_path(self._stage))
         try:
@@ -251,48 +253,49 @@ class _Worker:
                     on_step=on_step,
                 )
         except Exception as error:
-            if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not what others lost
-                failed = replace(self._told(self._work, so_far), outcome="failed", error=one_line(error))
-                Ledger(self._directory).write(replace(failed, ended_at=time.time()))
+            if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not for a lost worker
+                entry = replace(self._entry(self._work, latest_cost), outcome="failed", error=one_line(error))
+                Ledger(self._directory).write(replace(entry, ended_at=time.time()))
             raise
         if self._work is None:
             return None
         if self._alone and result.outcome == "stopped":
-            stopped = replace(self._told(self._work, result.cost), outcome=self._alone.follower.outcome())
-            Ledger(self._directory).write(replace(stopped, ended_at=time.time()))
+            entry = replace(self._entry(self._work, result.cost), outcome=self._alone.follower.outcome())
+            Ledger(self._directory).write(replace(entry, ended_at=time.time()))
             return None
         return self._leave_result(self._work, result.outcome, result.cost)
 
     def _leaves_out(self, model: torch.nn.Module) -> bool:
-        """Whether steps may leave out parameters: found by trying, or by an earlier attempt; workers decide alike."""
+        """Return True if steps may leave out parameters, by a trial or an earlier attempt. All workers decide alike."""
         config, shard = self._config, self._shard
         if shard.num == 1 or ":" not in config.model.name:
             return False
-        found = self._directory.exists(left_out_path(self._stage))
-        if not found:
+        leaves_out = self._directory.exists(left_out_path(self._stage))
+        if not leaves_out:
             trial = try_training(copied(model).cpu(), self._recipe, sampled(self._full_set))
-            found = bool(trial.left_out)
-        return bool(shard.sum(torch.tensor(float(found), device=self._device)).item())
+            leaves_out = bool(trial.left_out)
+        return bool(shard.sum(torch.tensor(float(leaves_out), device=self._device)).item())
 
     def _network(self, weights: Weights) -> torch.nn.Module:
-        """The run's network with these weights, on this worker's device."""
+        """Return the run's network with these weights, on this worker's device."""
         model = new_model(self._config.model, self._full_set)
         model.load_state_dict(weights)
         return place(model, self._device, channels_last=self._recipe.channels_last)
 
     def _restore(self) -> dict[str, Any] | None:
-        state = self._newest() if self._alone else self._reported()
+        """Return the state to resume from, or None to start over."""
+        state = self._newest_checkpoint() if self._alone else self._reported_checkpoint()
         if state is not None and starts_over(self._recipe, state):
             return None
         if state is not None:
             self._watch.load_state_dict(state)
         return state
 
-    def _newest(self) -> dict[str, Any] | None:
+    def _newest_checkpoint(self) -> dict[str, Any] | None:
         newest = self._directory.newest_checkpoint(self._stage)
         return newest and newest[1]
 
-    def _reported(self) -> dict[str, Any] | None:
+    def _reported_checkpoint(self) -> dict[str, Any] | None:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
@@ -306,39 +309,40 @@ class _Worker:
         return state
 
     def _validate(self) -> Metrics:
-        """Validation metrics, each worker scoring a part with rank 0's running statistics."""
+        """Return validation metrics. Each worker scores a part, with rank 0's running statistics."""
         if self._shard.num > 1:
             for buffer in self._model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         part = evaluate(self._model, self._validation, self._recipe)
-        on = self._device if self._device.type == "cuda" else "cpu"
-        flat = [part.loss_sum, part.num_examples, *_flat(part.sums)]
-        loss_sum, num_examples, *rest = self._shard.sum(torch.tensor(flat, dtype=torch.float64, device=on)).tolist()
-        self._measured += Cost(num_forward=int(num_examples))
-        return Metrics.of_sums(self._full_set.task, loss_sum, _unflat(rest, part.sums), int(num_examples))
+        sum_device = self._device if self._device.type == "cuda" else "cpu"
+        numbers = [part.loss_sum, part.num_examples, *_flat(part.sums)]
+        flat = torch.tensor(numbers, dtype=torch.float64, device=sum_device)
+        loss_sum, num_examples, *sums = self._shard.sum(flat).tolist()
+        self._measuring_cost += Cost(num_forward=int(num_examples))
+        return Metrics.of_sums(self._full_set.task, loss_sum, _unflat(sums, part.sums), int(num_examples))
 
     def _beat_if_due(self, work: Work, progress: Progress) -> None:
-        """Write how far the work is: what is lost if we die is counted."""
+        """Write the work so far to the ledger if it is due, so that it is counted if this process dies."""
         now, ledger = time.perf_counter(), Ledger(self._directory)
-        if now - self._heard_at >= ledger.heartbeat_s:
-            self._heard_at = now
-            ledger.write(self._told(work, progress.cost))
+        if now - self._beat_at >= ledger.heartbeat_s:
+            self._beat_at = now
+            ledger.write(self._entry(work, progress.cost))
 
     def _is_due(self) -> bool:
-        """Whether actors.checkpoint_s have gone since the last checkpoint, of a worker that need not ask others."""
+        """Return True if actors.checkpoint_s passed since the last checkpoint; only a worker that is alone may ask."""
         return self._alone is not None and time.perf_counter() - self._saved_at >= self._config.actors.checkpoint_s
 
     def _checkpoint(self, progress: Progress, *, stop: bool) -> None:
-        """Report to Ray Train: a barrier of all ranks. Rank 0 writes what is the same for all, the others their own.
+        """Report to Ray Train, which is a barrier of all ranks. Rank 0 writes the common state, the others their own.
 
-        Its local mode keeps no checkpoints: a worker that is alone leaves them in the run directory.
+        Ray Train's local mode keeps no checkpoints, so a worker that is alone writes them to the run directory.
         """
         metrics = {"epoch": progress.epoch, "loss": progress.loss}
         if self._alone:
             assert self._work is not None
-            Ledger(self._directory).write(self._told(self._work, progress.cost))  # before: it is counted
+            Ledger(self._directory).write(self._entry(self._work, progress.cost))  # first, so that it is counted
             state = self._state(progress)
-            if stop or not starts_over(self._recipe, state):  # a loop that would start over gets no further by one
+            if stop or not starts_over(self._recipe, state):  # a checkpoint does not help a loop that starts over
                 self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
             ray.train.report(metrics)
             self._saved_at = time.perf_counter()
@@ -350,9 +354,9 @@ class _Worker:
                 assert self._work is not None
                 _write(folder, STATE_FILE, self._state(progress))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                Ledger(self._directory).write(self._told(self._work, progress.cost))
-            elif own := progress.capture()["own"]:
-                _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own)
+                Ledger(self._directory).write(self._entry(self._work, progress.cost))
+            elif own_state := progress.capture()["own"]:
+                _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own_state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
 
@@ -360,21 +364,25 @@ class _Worker:
         return progress.capture() | self._watch.state_dict()
 
     def _cost(self, minimized: Cost) -> Cost:
-        return replace(minimized + self._measured, device_s=(time.perf_counter() - self._started) * self._shard.num)
+        elapsed_s = time.perf_counter() - self._start_s
+        return replace(minimized + self._measuring_cost, device_s=elapsed_s * self._shard.num)
 
-    def _told(self, work: Work, minimized: Cost) -> Work:
-        """The ledger entry so far. Bytes are of all workers: what they fetched at the start, the weights that the first
-        gives the others, what it leaves, and a ring all-reduce a step: an upper bound where minimize.skipping freezes
-        weights. Left out is what is small: sums that are shared, and what further workers leave of their own."""
-        others = self._shard.num - 1
-        given = others * sum(tensor.nbytes for tensor in self._model.state_dict().values())
-        each = self._recipe.bytes_a_gradient * num_parameters(self._model)
-        reduced = minimized.num_steps * 2 * others * each
-        num_bytes = self._shard.num * self._num_bytes_before + given + moved_bytes() + reduced
+    def _entry(self, work: Work, minimized: Cost) -> Work:
+        """Return the ledger entry so far, with the bytes that all workers moved.
+
+        These are what they fetched at the start, the weights that the first gives the others, what it writes, and a
+        ring all-reduce per step: an upper bound if minimize.skipping freezes weights. Small amounts are left out: sums
+        that are shared, and the other workers' own states.
+        """
+        num_others = self._shard.num - 1
+        num_given_bytes = num_others * sum(tensor.nbytes for tensor in self._model.state_dict().values())
+        num_gradient_bytes = self._recipe.bytes_a_gradient * num_parameters(self._model)
+        num_reduced_bytes = minimized.num_steps * 2 * num_others * num_gradient_bytes
+        num_bytes = self._shard.num * self._num_start_bytes + num_given_bytes + moved_bytes() + num_reduced_bytes
         return replace(work, cost=self._cost(minimized), num_network_bytes=num_bytes)
 
     def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> dict[str, Any]:
-        """Measure and leave the weights, close the ledger entry, and leave the record, which is returned."""
+        """Measure and write the weights, close the ledger entry, and write and return the record."""
         self._watch.settle()
         num_refreshed = 0
         if self._shard.num > 1 and not self._syncs_batch_norm:  # the statistics are of rank 0's parts of the batches
@@ -391,9 +399,9 @@ class _Worker:
             "peak_bytes": peak_bytes(self._device),
             "files": {weights_path(self._stage): self._directory.write_weights(weights_path(self._stage), weights)},
         }
-        self._measured += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
-        work = replace(self._told(work, minimized), outcome="done", ended_at=time.time())
-        Ledger(self._directory).write(work)  # before the record, without which all of this would be done again
+        self._measuring_cost += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
+        work = replace(self._entry(work, minimized), outcome="done", ended_at=time.time())
+        Ledger(self._directory).write(work)  # before the record: without that, all of this work is done again
         self._directory.write_json(minimum_path(self._stage), record)
         for path in self._directory.list(self._stage):
             if "/checkpoint-" in path:
@@ -403,7 +411,7 @@ class _Worker:
     def _open_ledger(self) -> None:
         ledger, alone = Ledger(self._directory), self._alone
         if alone is None:
-            ledger.close_lost()  # nothing else works while a Train stage does: what still runs is the group that died
+            ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of the group that died
         self._work = Work(
             stage=self._stage,
             round=0,
@@ -422,34 +430,34 @@ class _Worker:
 
 
 def _standing(progress: Progress) -> tuple[float | None, ...]:
-    """What pulses say: epoch, of how many, this worker's loss so far, and its examples a second."""
+    """Return the numbers of a pulse: epoch, number of epochs, this worker's loss so far, and its examples a second."""
     report = Report.of(progress)
     loss = report.running_loss if math.isfinite(report.running_loss) else None
     return report.epoch, report.num_epochs, loss, report.examples_per_s
 
 
 def _flat(sums: Mapping[str, Any]) -> list[float]:
-    """All numbers of tasks.sums_of() in a row."""
+    """Return all numbers of tasks.sums_of() in a row."""
     return [number for total in sums.values() for number in (total if isinstance(total, list) else [total])]
 
 
 def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of _flat() for sums like these: what was counted is whole."""
-    left, found = iter(numbers), {}
+    """Invert _flat() for sums of the same form; counts become integers."""
+    remaining, unflattened = iter(numbers), {}
     for name, total in sums.items():
         kind = int if name.startswith("num_") else float
-        own = [kind(next(left)) for _ in (total if isinstance(total, list) else [total])]
-        found[name] = own if isinstance(total, list) else own[0]
-    return found
+        values = [kind(next(remaining)) for _ in (total if isinstance(total, list) else [total])]
+        unflattened[name] = values if isinstance(total, list) else values[0]
+    return unflattened
 
 
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:
-    """A file of a checkpoint."""
+    """Write a file of a checkpoint."""
     with Path(folder, name).open("wb") as file:
         save_checkpoint(state, sink := Sink(file))
     count_bytes(sink.num_bytes)
 
 
 def _part(num_examples: int, shard: Shard) -> np.ndarray:
-    """Positions that a worker scores: every num-th from its rank on."""
+    """Return the positions that a worker scores: every num-th from its rank on."""
     return np.arange(shard.rank, num_examples, shard.num)

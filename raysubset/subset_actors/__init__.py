@@ -1,10 +1,10 @@
-"""Stage 1 on the cluster: actors that each minimize on a subset, and the pool that keeps them in work.
+"""Stage 1 on the cluster: actors that each minimize on a subset, and the pool that gives them work.
 
     with ActorPool(run, num_gpus=1) as pool:
         minima = find_minima(pool, pieces, start)
 
-An actor takes one piece of work after another; the driver owns order, retries and their limit. What an actor leaves
-behind is a pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
+An actor does one piece of work after another; the driver owns order, retries and their limit. An actor's output is a
+pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
 """
 
 from raysubset.subset_actors.cards import memory_warning

@@ -31,7 +31,7 @@ from raysubset.work import (
 
 
 class _Damages(logging.Handler):
-    """What the run directory warns of in this process, whose log nobody sees."""
+    """Collects the run directory's warnings in this process, whose log nobody reads."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -42,46 +42,48 @@ class _Damages(logging.Handler):
         self._texts.append(record.getMessage())
 
     def taken(self) -> list[str]:
-        """What was not taken before. Both threads of an actor may warn, and take."""
-        self.acquire()  # as whoever calls emit()
+        """Return the warnings since the last call. Both threads of an actor may warn, and call this."""
+        self.acquire()  # as callers of emit() do
         texts, self._texts = self._texts, []
         self.release()
         return texts
 
 
 class SubsetActor:
-    """Pieces of work of any run on one full set, done on the device that Ray gave this process.
+    """Does pieces of work of any run on one full set, on the device that Ray gave this process.
 
-    If its process or node dies, the pool notices at its pending call and gives the work to another actor, which goes
-    on from the last checkpoints. A second thread answers report() and request_stop() meanwhile.
+    If its process or node dies, the pool notices at its pending call and gives the work to another actor, which resumes
+    from the last checkpoints. A second thread answers report() and request_stop() meanwhile.
     """
 
     def __init__(self, full_set_ref: Sequence[ray.ObjectRef], num_gpus: float, workplace: Workplace) -> None:
-        """The workplace is the driver's."""
+        """Enter the driver's workplace and load nothing yet."""
         workplace.enter()
         self._num_gpus, self._workplace, self._full_set_ref = num_gpus, workplace, full_set_ref
         self._load_full_set: Callable[[], FullSet] = cache(partial(_fetched_full_set, full_set_ref))
-        self._start_id = ""  # of the start weights that this process has had last
+        self._start_id = ""  # of the start weights that this process fetched last
         self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
 
-    def where(self) -> dict[str, Any]:
-        """The node and process, once the actor is up, and the memory in bytes of the card it was given, if any."""
+    def place(self) -> dict[str, Any]:
+        """Return node and process, once the actor is up, and the memory of its card in bytes, if any."""
         node, card = ray.get_runtime_context().get_node_id(), card_bytes(num_gpus=self._num_gpus)
         return {"node": node, "ip": own_address(), "pid": os.getpid(), "card_bytes": card}
 
     def report(self) -> tuple[Pulse, dict[int, Report], list[str]]:
-        """The pulse; how far the pieces in hand are, by their place in the pack, once they have made a step; and what
-        files of the run were found damaged since the last report."""
+        """Return the pulse, reports of the current pieces by place in the pack, and files newly found damaged.
+
+        A piece has a report once it has made a step.
+        """
         return pulse(), self._minimizer.reports(), self._damages.taken()
 
     def request_stop(self, *, preempted: bool = False) -> None:
-        """Write a checkpoint after the step in hand, and return. An actor that was stopped takes no further work."""
+        """Write a checkpoint after the current step, and return. An actor that was stopped does no further work."""
         self._minimizer.request_stop(preempted=preempted)
 
     def _heed_signal(self, number: int, frame: object) -> None:
-        """SIGTERM: the machine will go. At work, stop as asked; else end, as a process without a handler does."""
+        """Handle SIGTERM, because the machine will go: stop at work like request_stop(), else end the process."""
         if self._minimizer.is_busy:
             self.request_stop(preempted=True)
         else:
@@ -95,10 +97,10 @@ class SubsetActor:
         attempts: Sequence[int],
         waited_s: float,
     ) -> tuple[list[dict[str, Any] | DivergedError | None], list[str]]:
-        """Minimizer.minimize(), with the start weights in the object store; or one piece of another kind.
+        """Do Minimizer.minimize() with the start weights in the object store, or do pieces of another kind.
 
         Returns:
-            Its results, and what files were found damaged since the last report.
+            The results, and the damaged files found since the last report.
         """
         return self._do(pieces, start_ref, attempts=attempts, waited_s=waited_s), self._damages.taken()
 
@@ -110,7 +112,7 @@ class SubsetActor:
         attempts: Sequence[int],
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
-        taken_bytes()  # of a piece before that has no ledger entry
+        taken_bytes()  # drops those of an earlier piece without a ledger entry
         start = None if start_ref is None else get_shared(start_ref)
         if start_ref is not None and start is not None and start_ref[0].hex() != self._start_id:
             self._start_id = start_ref[0].hex()
@@ -132,7 +134,7 @@ class SubsetActor:
         return records
 
     def _train(self, piece: Piece, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
-        """The piece's record; None if it was stopped, with a checkpoint written."""
+        """Return the piece's record; None if it was stopped, with a checkpoint written."""
         from raysubset.fine_tuning.worker import train_here  # Ray Train takes two seconds of a CPU
 
         full_set, place = self._load_full_set(), {"num_gpus": self._num_gpus, "workplace": self._workplace}
@@ -141,7 +143,7 @@ class SubsetActor:
             return train_here(job, follower, attempt=attempt, waited_s=waited_s)
 
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> tuple[list[dict[str, Any]], list[str]]:
-        """Minimizer.try_packing(), and damages as of do()."""
+        """Do Minimizer.try_packing(); return its records and the damaged files, like do()."""
         return self._minimizer.try_packing(pieces, attempt=attempt), self._damages.taken()
 
 

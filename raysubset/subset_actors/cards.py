@@ -1,15 +1,15 @@
 """Whether the actors that share a card fit in its memory."""
 
-PROCESS_BYTES = 500_000_000  # about what a CUDA context and torch's libraries take on a card, for each process
+PROCESS_BYTES = 500_000_000  # about the size of a CUDA context and torch's libraries on a card, for each process
 
 
 def memory_warning(actor_bytes: int, card_bytes: int, *, num_gpus: float, most_actors: int) -> str | None:
-    """The figures and the way out where the actors of a card are estimated to need more memory than it has; else None.
+    """Return a warning, with figures and the way out, if a card's actors seem to need more memory than it has.
 
     Args:
-        actor_bytes: that an actor's tensors take (minimizing_bytes()).
+        actor_bytes: of an actor's tensors (minimizing_bytes()).
         card_bytes: of one card.
-        num_gpus: of an actor; several share a card where it is half or less.
+        num_gpus: of an actor; several share a card if it is half or less.
         most_actors: at a time, on the whole cluster.
     """
     num = min(int(1 / min(num_gpus, 1.0) + 1e-9), most_actors)

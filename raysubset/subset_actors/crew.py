@@ -1,4 +1,4 @@
-"""Crew: the actors of a pool, asked for while there is work and room for them, and handed back when there is not."""
+"""Crew: the actors of a pool, requested while there is work and room for them, and handed back otherwise."""
 
 import math
 import time
@@ -27,10 +27,10 @@ from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Pack
 from raysubset.work import Report, Run
 
-FEW = 4  # actors asked for beyond what the cluster can hold: nodes that join get one at once, autoscalers see demand
-MOST_UNPLACED = 128  # actors asked for at a time, until more than that are up: each costs the driver 3 ms of CPU time
-MOST_START_S = 900.0  # an actor that has not come up is asked for anew: it may be stuck, or still wait for a place
-FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # before what failed is tried again: doubled with each attempt
+FEW = 4  # actors requested beyond the cluster's capacity: new nodes get one at once, and autoscalers see demand
+MOST_UNPLACED = 128  # actors requested at a time, until more than that are up: each costs the driver 3 ms of CPU time
+MOST_START_S = 900.0  # an actor that has not come up is replaced: it may be stuck, or still wait for a place
+FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # the pause before a new attempt, doubled with each failure
 
 
 class SubsetFailed(RuntimeError):
@@ -39,41 +39,41 @@ class SubsetFailed(RuntimeError):
 
 @dataclass(eq=False)
 class Slot:
-    """One actor, and the work it has in hand."""
+    """One actor, and its current work."""
 
     actor: Any
-    where_ref: ray.ObjectRef
-    asked_for_at: float
-    place: int | None  # which of the preferred nodes it was asked for on
-    where: Mapping[str, Any] = field(default_factory=dict)  # SubsetActor.where(), once it is up
-    speed: float | None = None  # of its node, where it is known and matters
+    place_ref: ray.ObjectRef
+    requested_at: float
+    preferred: int | None  # the index of the preferred node that it was requested on
+    place: Mapping[str, Any] = field(default_factory=dict)  # SubsetActor.place(), once it is up
+    speed: float | None = None  # of its node, if it is known and matters
     pack: Pack | None = None
     attempts: Sequence[int] = ()  # of its pieces
     submitted_at: float = 0.0
     report_ref: ray.ObjectRef | None = None
-    asked_at: float = 0.0  # for the last report
-    reports: Mapping[int, Report] = field(default_factory=dict)  # the last, by place in the pack
+    report_requested_at: float = 0.0
+    reports: Mapping[int, Report] = field(default_factory=dict)  # the last reports, by place in the pack
     watch: Watch = field(default_factory=lambda: Watch(math.inf))  # of its work
-    is_leaving: bool = False  # it was asked to write a checkpoint and stop
+    is_leaving: bool = False  # it was told to write a checkpoint and stop
 
     @property
     def ip(self) -> str:
-        return self.where.get("ip", "?")
+        return self.place.get("ip", "?")
 
 
 def num_wanted(num_packs: int, *, num_up: int, num_places: int, most: int | None) -> int:
-    """Return how many actors to have up or asked for: one a pack, a few more than have a place, and `most` at most.
+    """Return how many actors to have up or requested: one per pack, a few more than have a place, and `most` at most.
 
     Args:
         num_up: actors that are up.
-        num_places: what the cluster holds at once, with all that its autoscaler may start.
+        num_places: the cluster's capacity, including what its autoscaler may start.
     """
     places = min(num_places + FEW, num_up + max(num_up, MOST_UNPLACED))
     return min(num_packs, places, num_packs if most is None else most)
 
 
 class Crew:
-    """The actors that are asked for, idle and at work. Ray places as many as fit now and the rest as room appears."""
+    """The actors that are requested, idle and at work. Ray places as many as fit now and the others as room appears."""
 
     def __init__(
         self,
@@ -84,22 +84,22 @@ class Crew:
         preferred_nodes: Sequence[str],
         actor_bytes: int | None,
     ) -> None:
-        """As ActorPool() has it, with what that raises."""
+        """Take the arguments of ActorPool(), and raise its errors."""
         self._run, self._config, self._num_gpus, self._tell = run, run.config, num_gpus, run.tell
         self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
-        self._nodes_told_of: set[str] = set()
+        self._warned_nodes: set[str] = set()
         self.request = {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
         refuse_unplaceable(self.request, "subset actors")
-        # retries are the pool's: Ray's own would be spent in the seconds before it notices that a node has died
+        # The pool retries. Ray's own retries would be spent in the seconds before it notices that a node has died
         options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
         resources = {"num_cpus": run.config.actors.num_cpus, "num_gpus": num_gpus}
         self._actor_class: Any = ray.remote(**options, **resources)(SubsetActor)  # pyright: ignore[reportArgumentType]
         self._workplace = workplace()
-        self.unplaced: dict[ray.ObjectRef, Slot] = {}  # by where_ref
+        self.unplaced: dict[ray.ObjectRef, Slot] = {}  # by place_ref
         self.idle: list[Slot] = []
-        self.busy: dict[ray.ObjectRef, Slot] = {}  # by the result that they work for
+        self.busy: dict[ray.ObjectRef, Slot] = {}  # by the reference of their result
         self._num_places, self._counted_at = 0, -math.inf
-        self._num_failed_starts = 0  # since an actor last came up; of actors asked for together one counts
+        self._num_failed_starts = 0  # since an actor last came up; failures of actors requested together count as one
         self._start_after = -math.inf
         self.begin()
 
@@ -113,14 +113,14 @@ class Crew:
         return self.num_up + len(self.unplaced)
 
     def begin(self) -> None:
-        """Count the time without any actor from now, and say again what is waited for."""
+        """Start measuring the time without any actor, and allow notices of waiting again."""
         self._idle_since = self._noticed_at = time.monotonic()
-        self._waits_told: set[int] = set()  # numbers of actors up with which it was said that others wait
+        self._noticed_nums_up: set[int] = set()  # numbers of actors up at which waiting was reported
 
     def ask(self, num_queued: int, *, keep: float) -> None:
-        """Have num_wanted() actors for the packs given out and queued; hand back others, unplaced ones first.
+        """Request num_wanted() actors for the packs given out and queued; hand back others, unplaced ones first.
 
-        Of those that are idle so many are kept.
+        `keep` idle actors stay.
         """
         num_packs = len(self.busy) + num_queued
         if num_packs > self.num_up:
@@ -128,8 +128,8 @@ class Crew:
         most = self._config.actors.max_num
         wanted = num_wanted(num_packs, num_up=self.num_up, num_places=self._num_places, most=most)
         if wanted > self.size and time.monotonic() >= self._start_after:
-            taken = {slot.place for slot in (*self.unplaced.values(), *self.idle, *self.busy.values())}
-            free = [place for place in range(len(self._preferred_nodes)) if place not in taken]
+            used = {slot.preferred for slot in (*self.unplaced.values(), *self.idle, *self.busy.values())}
+            free = [index for index in range(len(self._preferred_nodes)) if index not in used]
             for _ in range(wanted - self.size):
                 self._start(free.pop(0) if free else None)
         elif wanted < self.size:
@@ -141,67 +141,67 @@ class Crew:
         if (now := time.monotonic()) - self._counted_at >= WAIT_NOTICE_S:
             self._num_places, self._counted_at = num_slots(self.request, startable=True), now
 
-    def _start(self, place: int | None) -> None:
-        strategy = OUTSIDE_GROUPS if place is None else preferably_on(self._preferred_nodes[place])
+    def _start(self, preferred: int | None) -> None:
+        strategy = OUTSIDE_GROUPS if preferred is None else preferably_on(self._preferred_nodes[preferred])
         actor_class = self._actor_class.options(scheduling_strategy=strategy)
         actor = actor_class.remote(self._run.full_set_ref, self._num_gpus, self._workplace)
-        slot = Slot(actor, actor.where.remote(), time.monotonic(), place)
-        self.unplaced[slot.where_ref] = slot
+        slot = Slot(actor, actor.place.remote(), time.monotonic(), preferred)
+        self.unplaced[slot.place_ref] = slot
 
     def welcome(self, slot: Slot) -> None:
-        """Note where an actor came up. One that could not is given up, and the next ask() replaces it.
+        """Add an actor that came up to the idle ones. One that could not is released, and the next ask() replaces it.
 
         Raises:
             SubsetFailed: if actors.max_attempts have failed in a row.
         """
         try:
-            slot.where = ray.get(slot.where_ref)
+            slot.place = ray.get(slot.place_ref)
         except SYSTEM_ERRORS as error:
             self.release(slot)
-            if slot.asked_for_at >= self._start_after:
+            if slot.requested_at >= self._start_after:
                 self._start_after = time.monotonic() + backoff_s(self._num_failed_starts)
                 self._num_failed_starts += 1
             if self._num_failed_starts >= self._config.actors.max_attempts:
-                cause = str(error).strip().splitlines()[-1]  # Ray's own words come first
+                cause = str(error).strip().splitlines()[-1]  # the cause stands in the last line, after Ray's own words
                 raise SubsetFailed(f"actors do not come up: {cause}") from error
             return
-        del self.unplaced[slot.where_ref]
+        del self.unplaced[slot.place_ref]
         self.idle.append(slot)
         self._num_failed_starts = 0
-        slot.speed = self._speed_of_node(slot.where["node"]) if self._speed_of_node else None
-        self._warn_of_memory(slot.where)
+        slot.speed = self._speed_of_node(slot.place["node"]) if self._speed_of_node else None
+        self._warn_of_memory(slot.place)
 
-    def _warn_of_memory(self, where: Mapping[str, Any]) -> None:
-        """Say once a node if the actors that may share one of its cards are not likely to fit."""
-        if self._actor_bytes is None or where["card_bytes"] is None or where["node"] in self._nodes_told_of:
+    def _warn_of_memory(self, place: Mapping[str, Any]) -> None:
+        """Warn once per node if the actors that may share one of its cards are unlikely to fit."""
+        if self._actor_bytes is None or place["card_bytes"] is None or place["node"] in self._warned_nodes:
             return
-        warning = memory_warning(self._actor_bytes, where["card_bytes"], num_gpus=self._num_gpus, most_actors=self.size)
+        warning = memory_warning(self._actor_bytes, place["card_bytes"], num_gpus=self._num_gpus, most_actors=self.size)
         if warning:
-            self._nodes_told_of.add(where["node"])
-            self._tell(Note(f"node {where['ip']}: {warning}", is_warning=True))
+            self._warned_nodes.add(place["node"])
+            self._tell(Note(f"node {place['ip']}: {warning}", is_warning=True))
 
     def release_stuck(self) -> None:
-        """Give up actors that have not come up for MOST_START_S."""
+        """Release actors that have not come up for MOST_START_S."""
         now = time.monotonic()
         for slot in list(self.unplaced.values()):
-            if now - slot.asked_for_at > MOST_START_S:
+            if now - slot.requested_at > MOST_START_S:
                 self.release(slot)
 
     def set_busy(self, slot: Slot, result_ref: ray.ObjectRef) -> None:
-        """Note what an idle actor works for."""
+        """Record the result that an idle actor works for."""
         self.idle.remove(slot)
         self.busy[result_ref] = slot
 
     def set_idle(self, slot: Slot, result_ref: ray.ObjectRef) -> None:
-        """Note that an actor has done its work, and may do more."""
+        """Record that an actor has done its work, and may do more."""
         del self.busy[result_ref]
         slot.pack = slot.report_ref = None
         self.idle.append(slot)
 
     def release(self, slot: Slot, result_ref: ray.ObjectRef | None = None) -> None:
-        """Kill an actor; of a busy one, with the result that it works for."""
+        """Kill an actor; for a busy one, `result_ref` is the result that it works for."""
         ray.kill(slot.actor)
-        self.unplaced.pop(slot.where_ref, None)
+        self.unplaced.pop(slot.place_ref, None)
         if result_ref is not None:
             del self.busy[result_ref]
         elif slot in self.idle:
@@ -215,9 +215,10 @@ class Crew:
             self.release(slot, result_ref)
 
     def tell_of_waiting(self, num_queued: int) -> None:
-        """Say every few seconds what is waited for, while no actor that was asked for has a place.
+        """Report every few seconds what the run waits for, while no requested actor has a place.
 
-        While some have one, work goes on: it is said once that others wait, and only if they may ever find one beside.
+        While some have one, work proceeds. That others wait is then reported once, and only if the cluster may have
+        room for them.
 
         Raises:
             TimeoutError: if none has had a place for cluster.wait_timeout_s.
@@ -230,19 +231,19 @@ class Crew:
         if now - self._noticed_at < WAIT_NOTICE_S:
             return
         self._noticed_at = now
-        num_down, each = len(self.unplaced), describe(self.request)
-        waiting = f"{num_down} actors of {each} each wait" if num_down > 1 else f"an actor of {each} waits"
+        num, request = len(self.unplaced), describe(self.request)
+        waiting = f"{num} actors of {request} each wait" if num > 1 else f"an actor of {request} waits"
         waiting += " for a place"
         free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
         if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
         if num_up:
-            if num_up in self._waits_told or num_up >= self._num_places:
+            if num_up in self._noticed_nums_up or num_up >= self._num_places:
                 return
-            self._waits_told.add(num_up)
+            self._noticed_nums_up.add(num_up)
         self._tell(Waiting(f"{waiting}; work not begun: {num_queued}, actors up: {num_up}, {free}"))
 
 
 def backoff_s(num_before: int) -> float:
-    """Return how long to wait after a failure that had so many before it."""
+    """Return the pause in seconds after a failure with so many failures before it."""
     return min(FIRST_BACKOFF_S * 2 ** max(0, num_before), MOST_BACKOFF_S)

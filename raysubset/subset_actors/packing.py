@@ -1,4 +1,4 @@
-"""Whether subsets.per_actor is taken: decided once, by a trial on the first actor's device, and told."""
+"""Decides whether subsets.per_actor is used: once, by a trial on the first actor's device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from raysubset.work import Piece, Run
 
 
 def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """The record of a decision, for the run directory: a run that goes on elsewhere keeps to it.
+    """Return the record of a decision for the run directory, which a run resumed elsewhere keeps.
 
     Written there by hand before a run's first round, {"packing": {"per_actor": K, "taken": true}} in decisions.json
     forces packing, and false forbids it.
@@ -23,29 +23,29 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
     Raises:
         SubsetFailed, TimeoutError: as ActorPool.try_packing().
     """
-    asked, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
+    per_actor, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
     model = new_model(run.config.model, run.full_set)
-    first = pieces[: len(in_packs(pieces, asked)[0].pieces)]
-    reason = "there is one subset" if len(first) == 1 else why_not_packed(model, recipe)
+    first_pieces = pieces[: len(in_packs(pieces, per_actor)[0].pieces)]
+    reason = "there is one subset" if len(first_pieces) == 1 else why_not_packed(model, recipe)
     if run.full_set.augmentation:
         reason = f"{run.full_set.augmentation.reference} is called with one subset's batch"
     if reason is not None:
-        return {"per_actor": asked, "taken": False, "reason": reason}
-    trial = pool.try_packing(first)
-    if (refused := trial.pop("refused", None)) is not None:
-        return {"per_actor": asked, "taken": False, "reason": refused, **trial}
-    kept = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}
-    return {"per_actor": asked, "taken": trial["pays"], **kept}
+        return {"per_actor": per_actor, "taken": False, "reason": reason}
+    trial = pool.try_packing(first_pieces)
+    if (refusal := trial.pop("refused", None)) is not None:
+        return {"per_actor": per_actor, "taken": False, "reason": refusal, **trial}
+    fields = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}
+    return {"per_actor": per_actor, "taken": trial["pays"], **fields}
 
 
 def packing_note(decision: dict[str, Any]) -> str:
-    """What was decided and why, in a line."""
-    done = f"{decision['per_actor']} subsets at once on an actor" if decision["taken"] else "subsets one by one"
+    """Say in a line what was decided and why."""
+    choice = f"{decision['per_actor']} subsets at once on an actor" if decision["taken"] else "subsets one by one"
     if "reason" in decision:
-        return f"packing: {done}, since {decision['reason']}"
+        return f"packing: {choice}, since {decision['reason']}"
     if "ratio" not in decision:
-        return f"packing: {done}, as decisions.json says"
+        return f"packing: {choice}, as decisions.json says"
     return (
-        f"packing: {done}; a step of {decision['num_members']} takes {decision['ratio']:.2f} of the time of as many "
+        f"packing: {choice}; a step of {decision['num_members']} takes {decision['ratio']:.2f} of the time of as many "
         f"single steps on {decision['device']}, and below {PAYS:g} it is taken"
     )

@@ -1,4 +1,4 @@
-"""Packs: the pieces of work that one actor does at once, and those that are not given out yet."""
+"""Packs: the pieces of work that one actor does at once, and the backlog of packs not given out yet."""
 
 import time
 from collections import defaultdict, deque
@@ -12,27 +12,27 @@ from raysubset.work import AnyPiece, Piece
 
 
 def name_of(piece: AnyPiece) -> str:
-    """What tells a piece from all others."""
+    """Return a text that tells a piece from all others."""
     return f"{piece.directory.name}/{piece.folder}"
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Pieces for one actor at a time: usually one, several where packing was decided on."""
+    """Pieces for one actor at a time: usually one, several if packing was decided."""
 
     pieces: tuple[AnyPiece, ...]
-    is_trial: bool = False  # their steps are to be timed, packed and one by one, and nothing else
+    is_trial: bool = False  # only time their steps, packed and singly
 
     @property
     def keys(self) -> list[tuple[Stage, int, int | None]]:
-        """Stage, round and subset of each ledger entry that it makes."""
+        """Stage, round and subset of each of its ledger entries."""
         if self.is_trial:
             return [("measuring", 0, None)]
         return [piece.ledger_key for piece in self.pieces]
 
     @property
     def node_speed(self) -> float | None:
-        """Of the node its first piece is sized for, where sizes are by speed."""
+        """The speed of the node that its first piece is sized for, if sizes follow speeds."""
         first = self.pieces[0]
         return first.node_speed if isinstance(first, Piece) else None
 
@@ -46,17 +46,17 @@ class Pack:
 
 
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
-    """Packs of at most that many pieces, all but equal in size, in order: the same whatever is already done."""
-    rest = iter(pieces)
+    """Return packs of at most that many pieces, nearly equal in size, in order, whatever is already done."""
+    remaining = iter(pieces)
     sizes = even_sizes(len(pieces), -(-len(pieces) // most)) if pieces else []
-    return [Pack(tuple(islice(rest, size))) for size in sizes]
+    return [Pack(tuple(islice(remaining, size))) for size in sizes]
 
 
 class Backlog:
-    """Packs not given out yet, each with the moment it is due or what it waits for, and how often pieces were lost."""
+    """Packs not given out yet, with the time when each is due or the pieces it waits for. It also counts losses."""
 
     def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
-        """`needs` are, by name, the pieces among these that must be done before one is given out, alone in its pack."""
+        """Take the packs, and in `needs`, by name of a piece alone in its pack, the pieces that must precede it."""
         self._due: deque[tuple[float, Pack]] = deque()
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
@@ -66,29 +66,29 @@ class Backlog:
             name = name_of(pack.pieces[0])
             if missing := (needs or {}).get(name):
                 self._waiting[name], self._num_missing[name] = pack, len(missing)
-                for before in missing:
-                    self._dependents[before].append(name)
+                for needed_name in missing:
+                    self._dependents[needed_name].append(name)
             else:
                 self.put_back(pack)
 
     def __len__(self) -> int:
-        """How many could be given out now, or after a pause."""
+        """Return how many packs could be given out now, or after a pause."""
         return len(self._due)
 
     @property
     def num_waiting(self) -> int:
-        """How many wait for others."""
+        """The number of packs that wait for other pieces."""
         return len(self._waiting)
 
     def note_done(self, piece: AnyPiece) -> None:
-        """Have what waited for this piece alone given out."""
+        """Let packs become due that waited for this piece alone."""
         for name in self._dependents.pop(name_of(piece), ()):
             self._num_missing[name] -= 1
             if not self._num_missing[name] and name in self._waiting:
                 self.put_back(self._waiting.pop(name))
 
     def drop_dependents(self, piece: AnyPiece) -> list[AnyPiece]:
-        """Give up what needs this piece, directly or not; what that is, in the order of need."""
+        """Give up the pieces that need this piece, directly or not, and return them in the order of need."""
         dropped: list[AnyPiece] = []
         names = deque([name_of(piece)])
         while names:
@@ -99,9 +99,9 @@ class Backlog:
         return dropped
 
     def take(self, speed: float | None = None) -> tuple[Pack, float] | None:
-        """The first pack that is due, and the seconds it has been; None if none is.
+        """Return the first pack that is due, and for how many seconds it has been; None if none is due.
 
-        For a node of known speed, the first of those that were sized for the speed nearest to it.
+        For a node of known speed, take the first of the packs that were sized for the nearest speed.
         """
         now = time.monotonic()
         due = (entry for entry in self._due if entry[0] <= now)
@@ -118,9 +118,10 @@ class Backlog:
         self._due.append((time.monotonic() + in_s, pack))
 
     def count_lost(self, pack: Pack, *, got_further: bool = False) -> int:
-        """How often in a row the pieces have been lost now, the most of them; one that got further counts anew, from 0.
+        """Count one more loss, and return the highest number of losses in a row among the pieces.
 
-        As a piece gets further only so often, one that always dies is given up in the end.
+        A piece that got further, by a new checkpoint, is reset to 0. A piece gets further only so often, so one that
+        always dies is given up in the end.
         """
         names = [name_of(piece) for piece in pack.pieces]
         for name in names:

@@ -23,30 +23,34 @@ from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Weights
 from raysubset.work import AnyPiece, Piece, Run
 
-WAIT_S = 0.25  # at most, between two looks at what has come
-POLL_S = 1.0  # between two looks at actors' progress, at nodes that will go and at what waits for a place
+WAIT_S = 0.25  # at most, between two looks at results
+POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors without a place
 MOST_REPORTS_PER_S = 50  # of all actors together: each costs the driver 1 ms of CPU time
-PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of work that failed: storage and devices may do better elsewhere
+PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of failed work: storage and devices may do better elsewhere
 
 
-Result = dict[str, Any] | Exception | None  # a record; why it failed for good; None: it is to be done again
+Result = dict[str, Any] | Exception | None  # a record; why the work failed for good; None: it must be done again
 
 
 class StalledError(RuntimeError):
-    """An actor got no further for longer than actors.stall_s allows; the message says how long."""
+    """An actor made no progress for longer than actors.stall_s allows; the message says how long."""
 
 
 class ActorPool:
-    """Actors that take pieces of work as they come free.
+    """Actors that take pieces of work as they become free.
 
-    One actor is asked for a piece, up to actors.max_num and to a few more than the cluster can hold; Ray places as many
-    as fit now and the rest as room appears, so pieces start on the first free slot however the cluster grows or
-    shrinks. When a process or node dies, or storage or GPU fail it, or it makes no step for longer than actors.stall_s
-    allows and is killed, the piece is given to another actor, unless its minimum was left already: up to
-    actors.max_attempts times in a row that leave no further checkpoint. From nodes that are being drained, pieces move
-    with a checkpoint, which counts as no attempt. Pieces may come in packs, which an actor does at once: they are lost
-    and tried again together, while each ends on its own. Left with an exception, the pool lets its actors write a
-    checkpoint first. If the driver dies its actors end with it, and the next driver resumes from their checkpoints.
+    One actor is requested per piece, up to actors.max_num and to a few more than the cluster can hold. Ray places as
+    many as fit now and the others as room appears, so pieces start on the first free slot however the cluster grows or
+    shrinks.
+
+    A piece is lost if its process or node dies, if storage or GPU fail it, or if it makes no step for longer than
+    actors.stall_s allows and is killed. It is then given to another actor, unless its minimum is in storage already: up
+    to actors.max_attempts times in a row without a new checkpoint. From draining nodes, pieces move with a checkpoint,
+    which does not count as an attempt.
+
+    Pieces may come in packs, which an actor does at once. They are lost and tried again together, while each ends on
+    its own. If the pool is left with an exception, its actors write a checkpoint first. If the driver dies its actors
+    end with it, and the next driver resumes from their checkpoints.
     """
 
     def __init__(
@@ -58,12 +62,12 @@ class ActorPool:
         preferred_nodes: Sequence[str] = (),
         actor_bytes: int | None = None,
     ) -> None:
-        """An actor takes first what was sized for a node as fast as its own, but never waits for it.
+        """Create the pool. An actor first takes what was sized for a node as fast as its own, but never waits for it.
 
         Args:
-            speed_of_node: by node id; None: pieces are given out in their order.
-            preferred_nodes: ids of nodes, each as often as it is to have an actor while there is room.
-            actor_bytes: what an actor's tensors are estimated to take on its card; None: it is not looked at.
+            speed_of_node: by node id; None: pieces are given out in order.
+            preferred_nodes: ids of nodes, each as often as it should have an actor while there is room.
+            actor_bytes: estimated size of an actor's tensors on its card; None: not checked.
 
         Raises:
             ValueError: if no node has, or could be started with, room for one actor.
@@ -89,7 +93,7 @@ class ActorPool:
                 for slot in crew.busy.values():
                     slot.actor.request_stop.remote()
                 ray.wait(list(crew.busy), num_returns=len(crew.busy), timeout=STOP_GRACE_S)
-        finally:  # also when a second Ctrl-C cuts the grace short
+        finally:  # also if a second Ctrl-C cuts the grace period short
             crew.release_all()
 
     def run(
@@ -103,10 +107,11 @@ class ActorPool:
         """Do the pieces, in any order, and yield each with its record as it is done.
 
         Args:
-            packs: what to do.
+            packs: the pieces.
             start: the weights all of them start from; None: their seeded initialisations.
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
-            min_done: go on without pieces that failed for good as long as this many can still be done; default: all.
+            min_done: continue without pieces that failed for good, as long as this many can still be done; default:
+                all.
 
         Raises:
             SubsetFailed: if too many pieces failed for good.
@@ -122,17 +127,17 @@ class ActorPool:
             num_left -= 1
             if min_done is None or num_left < min_done:
                 raise result
-            self._tell(Note(f"going on without {piece.label}: {result}", is_warning=True))
+            self._tell(Note(f"continuing without {piece.label}: {result}", is_warning=True))
 
     def hand_back(self) -> None:
-        """Give up all actors, which have nothing to do; what comes next asks for others."""
+        """Release all actors, which must have no work; later work requests others."""
         self._crew.release_all()
 
     def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Have the first actor that comes up time these pieces' steps, packed and one by one; it stays for run().
+        """Let the first actor that comes up time these pieces' steps, packed and singly; it stays for run().
 
         Returns:
-            The trial's record and its device, or {"refused": why packing cannot be, "device": …}.
+            The trial's record and its device, or {"refused": why packing is impossible, "device": …}.
 
         Raises:
             SubsetFailed, ValueError, TimeoutError: as run(). A trial whose actor dies is tried again likewise.
@@ -145,17 +150,17 @@ class ActorPool:
     def results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None = None, *, keep: float = 0
     ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
-        """Do what the backlog holds; each piece with its record, or with why it, or what it needs, failed for good.
+        """Do the backlog's pieces. Yield each with its record, or the error for which it, or a piece it needs, failed.
 
-        Of a trial, the first piece with the trial's record.
+        For a trial, yield the first piece with the trial's record.
 
         Raises:
             TimeoutError: as run().
             CorruptFile: if a file that a piece needs is damaged.
         """
         for pack, results in self._results(backlog, start_ref, keep=keep):
-            ended = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
-            for piece, result in sorted(ended, key=lambda item: isinstance(item[1], Exception)):  # failures last
+            outcomes = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
+            for piece, result in sorted(outcomes, key=lambda item: isinstance(item[1], Exception)):  # failures last
                 yield piece, result
                 if not isinstance(result, Exception):
                     backlog.note_done(piece)
@@ -166,7 +171,7 @@ class ActorPool:
     def _results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
     ) -> Iterator[tuple[Pack, list[Result]]]:
-        """Each pack with a result for each of its pieces, or of its trial; pieces put back have None for the time."""
+        """Yield each pack with the results of its pieces, or of its trial; pieces put back have None for now."""
         crew = self._crew
         crew.begin()
         self._next_attempts.clear()
@@ -182,32 +187,32 @@ class ActorPool:
                     yield _pack_of(slot), self._collect(slot, ref, backlog)
             if time.monotonic() - self._looked_at >= POLL_S:
                 for ref, slot in list(crew.busy.items()):
-                    if stalled := self._stalled(slot):
-                        yield _pack_of(slot), self._put_back_lost(slot, ref, backlog, stalled)
+                    if (stall := self._stall_error(slot)) is not None:
+                        yield _pack_of(slot), self._put_back_lost(slot, ref, backlog, stall)
                 self._hear_reports()
                 self._leave_draining_nodes()
                 crew.release_stuck()
                 crew.tell_of_waiting(len(backlog))
                 self._looked_at = time.monotonic()
-        crew.ask(0, keep=keep)  # what comes next may want the last one's GPU
+        crew.ask(0, keep=keep)  # later work may need the last one's GPU
 
     def _wait(self) -> list[ray.ObjectRef]:
-        """Until an actor is up or a piece is done, or for a moment; what has come of all that is waited for."""
+        """Wait until an actor is up or a piece is done, or for a moment; return all references that are ready."""
         refs = [*self._crew.busy, *self._crew.unplaced]
         if not refs:
-            time.sleep(WAIT_S / 5)  # all that is left waits for its next attempt
+            time.sleep(WAIT_S / 5)  # all remaining work waits for its next attempt
         elif ray.wait(refs, num_returns=1, timeout=WAIT_S)[0]:
             return ray.wait(refs, num_returns=len(refs), timeout=0)[0]
         return []
 
     def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
         """Give idle actors packs that are due."""
-        for slot in sorted(self._crew.idle, key=lambda slot: slot.asked_for_at):  # so it has what it left a round ago
+        for slot in sorted(self._crew.idle, key=lambda slot: slot.requested_at):  # so it has its last round's data
             if (due := backlog.take(slot.speed)) is None:
                 return
             pack, waited_s = due
             slot.pack, slot.reports, slot.watch = pack, {}, Watch(self._config.actors.stall_s)
-            slot.submitted_at, slot.asked_at = time.time(), time.monotonic()
+            slot.submitted_at, slot.report_requested_at = time.time(), time.monotonic()
             slot.attempts = self._number_attempts(pack)
             if pack.is_trial:
                 result_ref = slot.actor.try_packing.remote(pack.pieces, attempt=slot.attempts[0])
@@ -219,7 +224,7 @@ class ActorPool:
             self._crew.set_busy(slot, result_ref)
 
     def _number_attempts(self, pack: Pack) -> list[int]:
-        """The next attempt at each piece, by one listing of a ledger to which only this pool's actors add."""
+        """Return the next attempt at each piece, by one listing of a ledger to which only this pool's actors add."""
         directory = pack.pieces[0].directory
         if directory.uri not in self._next_attempts:
             self._next_attempts[directory.uri] = Ledger(directory).next_attempts()
@@ -229,20 +234,20 @@ class ActorPool:
         return attempts
 
     def _collect(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog) -> list[Result]:
-        """What a finished call gave each piece; pieces to be done again are put back."""
+        """Return the results of a finished call for each piece; pieces to do again are put back."""
         pack = _pack_of(slot)
         try:
             results, damages = ray.get(result_ref)
             if slot.report_ref is not None:
-                self._hear(slot, slot.report_ref)  # it may tell damages
+                self._hear(slot, slot.report_ref)  # it may report damages
         except SYSTEM_ERRORS as error:
             return self._put_back_lost(slot, result_ref, backlog, error)
         except RayTaskError as error:
-            if isinstance(error.cause, CorruptFile):  # what it was to begin with
+            if isinstance(error.cause, CorruptFile):  # ours to begin with, which Ray wrapped
                 raise error.cause from None
             if isinstance(error.cause, PLACE_ERRORS):
                 return self._put_back_lost(slot, result_ref, backlog, error)
-            self._crew.release(slot, result_ref)  # its own work failed: another attempt would too
+            self._crew.release(slot, result_ref)  # its own work failed, and would fail again
             kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
             failure = _caused(kind(f"{pack.label} on node {slot.ip}: {one_line(error)}"), error)
             return [failure if record is None else record for record in _left(pack)]
@@ -253,19 +258,19 @@ class ActorPool:
             else result
             for piece, result in zip(pack.pieces, results, strict=False)  # a trial has one result
         ]
-        again = tuple(piece for piece, result in zip(pack.pieces, results, strict=False) if result is None)
-        if again:  # it was asked to stop, by us or by a signal: no failure, but not to be asked again
-            stopped = Pack(again)
-            self._tell(Retry(f"{stopped.label} left node {slot.ip} with a checkpoint written", _attempt(slot)))
-            backlog.put_back(stopped)
-        if again or slot.is_leaving:
+        unfinished = tuple(piece for piece, result in zip(pack.pieces, results, strict=False) if result is None)
+        if unfinished:  # stopped by us or by a signal: not a failure, but this actor gets no more work
+            stopped_pack = Pack(unfinished)
+            self._tell(Retry(f"{stopped_pack.label} left node {slot.ip} with a checkpoint written", _attempt(slot)))
+            backlog.put_back(stopped_pack)
+        if unfinished or slot.is_leaving:
             self._crew.release(slot, result_ref)
         else:
             self._crew.set_idle(slot, result_ref)
         return results
 
-    def _stalled(self, slot: Slot) -> StalledError | None:
-        """Why the actor is to be given up: it stands still, and was said to for as long as it had time."""
+    def _stall_error(self, slot: Slot) -> StalledError | None:
+        """Return why to release an actor, or None: it still stalls after a warning and as long again."""
         watch = slot.watch
         match watch.look():
             case "lost":
@@ -277,61 +282,64 @@ class ActorPool:
         return None
 
     def _put_back_lost(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog, error: Exception) -> list[Result]:
-        """What a pack has left although its actor was lost; the rest is put back, or has failed for good."""
+        """Return a pack's records although its actor was lost; pieces without one are put back, or failed for good."""
         pack, got_further = _pack_of(slot), _write_lost(slot, error)
         self._crew.release(slot, result_ref)
         records = _left(pack)
         if None not in records:
             return records
-        rest = pack
+        lost_pack = pack
         if not pack.is_trial:
-            rest = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
-        num_lost, most = backlog.count_lost(rest, got_further=got_further), self._config.actors.max_attempts
+            lost_pack = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
+        num_lost, most = backlog.count_lost(lost_pack, got_further=got_further), self._config.actors.max_attempts
         if num_lost >= most:
-            text = f"{rest.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
+            text = f"{lost_pack.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
             failure = _caused(SubsetFailed(text), error)
             return [failure if record is None else record for record in records]
         wait_s = backoff_s(num_lost - 1)
-        backlog.put_back(rest, in_s=wait_s)
+        backlog.put_back(lost_pack, in_s=wait_s)
         count = "" if got_further else f", {num_lost} of {most} times"
-        text = f"{rest.label} was lost on node {slot.ip} ({one_line(error)}){count}"
+        text = f"{lost_pack.label} was lost on node {slot.ip} ({one_line(error)}){count}"
         self._tell(Retry(f"{text}; it starts from its last checkpoint in {wait_s:g} s", _attempt(slot)))
         return records
 
     def _leave_draining_nodes(self) -> None:
-        """Have actors on nodes that will go write a checkpoint, so that their pieces move in time."""
+        """Let actors on draining nodes write a checkpoint, so that their pieces move in time."""
         crew = self._crew
         if not (crew.num_up and (draining := draining_nodes())):
             return
-        for slot in [slot for slot in crew.idle if slot.where["node"] in draining]:
+        for slot in [slot for slot in crew.idle if slot.place["node"] in draining]:
             crew.release(slot)
         for slot in crew.busy.values():
-            if slot.where["node"] in draining and not slot.is_leaving:
+            if slot.place["node"] in draining and not slot.is_leaving:
                 slot.is_leaving = True
                 slot.actor.request_stop.remote(preempted=True)
                 text = f"node {slot.ip} will go: {_pack_of(slot).label} is to leave it"
                 self._tell(Retry(text, _attempt(slot)))
 
     def _hear_reports(self) -> None:
-        """Ask each busy actor how far it is every POLL_S, of many more rarely, and tell what was answered meanwhile."""
+        """Request a report of each busy actor every POLL_S, of many actors more rarely; take in those that came."""
         now, busy = time.monotonic(), list(self._crew.busy.values())
         every_s = max(POLL_S, min(len(busy) / MOST_REPORTS_PER_S, self._config.actors.stall_s / 4))
         for slot in busy:
-            if slot.report_ref is None and now - slot.asked_at >= every_s:
-                slot.report_ref, slot.asked_at = slot.actor.report.remote(), now
-        asked = {slot.report_ref: slot for slot in busy if slot.report_ref}
-        for report_ref in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else ():
-            self._hear(asked[report_ref], report_ref)
+            if slot.report_ref is None and now - slot.report_requested_at >= every_s:
+                slot.report_ref, slot.report_requested_at = slot.actor.report.remote(), now
+        slots = {slot.report_ref: slot for slot in busy if slot.report_ref}
+        for report_ref in ray.wait(list(slots), num_returns=len(slots), timeout=0)[0] if slots else ():
+            self._hear(slots[report_ref], report_ref)
 
     def _hear(self, slot: Slot, report_ref: ray.ObjectRef) -> None:
-        """Take in a report and tell it. An actor that was lost gives none, and the call for its work will tell; so it
-        may be with one whose card fails, where whoever is asked first finds out."""
+        """Take in a report and pass it on.
+
+        A lost actor gives none, and the call for its work will say so. The same may be true of one whose card fails:
+        the error reaches whichever call comes first.
+        """
         slot.report_ref = None
         with suppress(*SYSTEM_ERRORS):
             try:
                 pulse, slot.reports, damages = ray.get(report_ref)
             except RayTaskError as error:
-                text = f"{_pack_of(slot).label} on node {slot.ip} does not say how far it is: {one_line(error)}"
+                text = f"{_pack_of(slot).label} on node {slot.ip} does not report its progress: {one_line(error)}"
                 self._tell(Note(text, is_warning=True))
                 return
             slot.watch.hear(pulse)
@@ -339,11 +347,11 @@ class ActorPool:
             for place, report in slot.reports.items():
                 epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
                 losses = (report.loss, report.running_loss)
-                loss, running = (number if math.isfinite(number) else None for number in losses)
-                told = "" if running is None else f", loss {running:.4f}"
+                loss, running_loss = (number if math.isfinite(number) else None for number in losses)
+                loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
                 label = _pack_of(slot).pieces[place].label
-                text = f"{label}: {epochs}{told}, {report.examples_per_s:,.0f} examples/s"
-                numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running)
+                text = f"{label}: {epochs}{loss_text}, {report.examples_per_s:,.0f} examples/s"
+                numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
                 self._tell(Progress(text, _attempt(slot, place), *numbers))
 
     def _tell_damages(self, slot: Slot, damages: Sequence[str]) -> None:
@@ -352,40 +360,40 @@ class ActorPool:
 
 
 def _pack_of(slot: Slot) -> Pack:
-    """What a busy actor has in hand."""
+    """Return a busy actor's pack."""
     assert slot.pack is not None
     return slot.pack
 
 
 def _attempt(slot: Slot, place: int = 0) -> Attempt:
-    """The attempt at a piece of the slot's pack."""
-    where = slot.where
-    return Attempt(*_pack_of(slot).keys[place], slot.attempts[place], where["node"], where["ip"], where["pid"])
+    """Return the attempt at a piece of the slot's pack."""
+    node, ip, pid = (slot.place[key] for key in ("node", "ip", "pid"))
+    return Attempt(*_pack_of(slot).keys[place], slot.attempts[place], node, ip, pid)
 
 
 def _left(pack: Pack) -> list[Result]:
-    """The records of the minima that an actor has left although its call failed; None where there is none."""
+    """Return the records that an actor has written although its call failed; None for a piece without one."""
     return [None] if pack.is_trial else [piece.record() for piece in pack.pieces]
 
 
 def _write_lost(slot: Slot, error: Exception) -> bool:
-    """Close the ledger entries of a pack whose actor cannot do it any more, with the work it was known to do.
+    """Close the ledger entries of a pack whose actor was lost, with the work that it is known to have done.
 
     Returns:
-        Whether it left a checkpoint.
+        Whether it wrote a checkpoint.
     """
     pack = _pack_of(slot)
     got_further, ledger = False, Ledger(pack.pieces[0].directory)
     for place, (key, attempt) in enumerate(zip(pack.keys, slot.attempts, strict=True)):
-        begun = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
-        entry = ledger.latest(begun)  # as it began, if it died before it could say so
+        opening = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
+        entry = ledger.latest(opening)  # as it began, if it died before it wrote more
         if entry.outcome != "running":  # closed by the actor itself
             continue
         if not pack.is_trial:
             piece = pack.pieces[place]
             got_further |= piece.directory.exists(checkpoint_path(piece.folder, attempt))
-        told = slot.reports[place].cost if place in slot.reports else Cost()
-        cost = max(entry.cost, told, key=lambda cost: cost.num_forward)
+        known_cost = slot.reports[place].cost if place in slot.reports else Cost()
+        cost = max(entry.cost, known_cost, key=lambda cost: cost.num_forward)
         ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
     return got_further
 

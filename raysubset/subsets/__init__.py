@@ -1,4 +1,4 @@
-"""Which examples form a subset, and whether they determine the network.
+"""Which examples form a subset, and whether the subsets determine the network.
 
 subsets = split_into_subsets(labels, config.subsets, seed=7, num_classes=10)
 overdetermination_ratio(len(subsets[0].indices), 10, num_parameters)       # Q

@@ -25,7 +25,7 @@ class Subset:
 
 
 def resolve_cut(config: SubsetsConfig, num_examples: int) -> tuple[int, int]:
-    """(num, size) of the subsets: as many as fit where only a size is given, else as large as fit.
+    """Return (num, size) of the subsets: as many as fit if only a size is given, else as large as fit.
 
     Raises:
         ValueError: if the training set has too few examples.
@@ -54,26 +54,26 @@ def split_into_subsets(
 ) -> list[Subset]:
     """Deal the training set into disjoint subsets, the same on every machine for one seed.
 
-    - stratified: every class count of every subset within one example of its share.
+    - stratified: every class count of every subset is within one example of its share.
     - iid: at random.
     - dirichlet: class shares drawn for each subset from Dir(alpha · shares of the full set) (Hsu et al. 2019,
-      arXiv:1909.06335), without replacement: shares of classes that have run out go to the others. Flower's
-      DirichletPartitioner takes its alpha for each class: it is this one divided by the number of classes.
+      arXiv:1909.06335), without replacement: the shares of exhausted classes go to the others. Flower's
+      DirichletPartitioner takes an alpha per class: this one divided by the number of classes.
     - column: the distinct values of a column of `attributes`, in ascending order; nulls are in no subset.
-    - function: subset ids by the user's function(labels, num, seed), with a 32-bit seed; -1 is no subset.
+    - function: subset ids from the user's function(labels, num, seed), with a 32-bit seed; -1 is no subset.
 
-    The last two keep all examples of a subset unless a size is given, which cuts larger subsets down, stratified.
-    For equal seed and number, subsets of a smaller size lie within those of a larger one (dirichlet and shares apart).
-    With shares, stratified and iid subsets are of unequal sizes, and the size asked for is their mean.
+    The last two keep all examples of a subset unless a size is given; larger subsets are then cut down, stratified. For
+    equal seed and number, subsets of a smaller size lie within those of a larger one (except dirichlet, and with
+    shares). With shares, stratified and iid subsets are of unequal sizes, and the requested size is their mean.
 
     Args:
         labels: integers [N] from 0 to num_classes - 1, the full set's classes.
-        attributes: the training table's other columns, N rows; read by the column scheme alone.
-        shares: sizes against one another, by subset id; stratified and iid alone. By default all are equal.
+        attributes: the training table's other columns, N rows; only the column scheme reads them.
+        shares: relative sizes by subset id, for stratified and iid alone. By default all are equal.
 
     Raises:
-        ValueError: for more examples than there are, labels that are not classes, a column or function that is
-            missing, a function's ids that are none, or a share of less than one example.
+        ValueError: for more examples than there are, labels that are not classes, a missing column or function, invalid
+            ids from a function, or a share of less than one example.
     """
     labels = _checked_labels(labels, num_classes)
     generator = np.random.default_rng(derive_seed(seed, "subsets", config.scheme))
@@ -81,35 +81,35 @@ def split_into_subsets(
     names: list[str] | None = None
     if config.scheme == "column":
         groups, names = _by_column(config, attributes, len(labels))
-        chosen = [_cut(group, labels, limit, generator) for group in groups]
+        dealt = [_cut(group, labels, limit, generator) for group in groups]
     else:
         num, size = resolve_cut(config, len(labels))
         if config.scheme == "function":
             groups = _by_function(config, labels, num, seed)
-            chosen = [_cut(group, labels, limit, generator) for group in groups]
+            dealt = [_cut(group, labels, limit, generator) for group in groups]
         elif shares is not None:
             assert len(shares) == num, f"{len(shares)} shares for {num} subsets"
             sizes = sizes_by_share(shares, num * size)
             if config.scheme == "iid":
-                chosen = np.split(generator.permutation(len(labels)), np.cumsum(sizes))[:-1]
+                dealt = np.split(generator.permutation(len(labels)), np.cumsum(sizes))[:-1]
             else:
-                chosen = _stratified_by_size(labels, sizes, generator)
+                dealt = _stratified_by_size(labels, sizes, generator)
         elif config.scheme == "iid":
             shuffled = generator.permutation(len(labels))
-            chosen = list(shuffled[: len(labels) // num * num].reshape(num, -1)[:, :size])
+            dealt = list(shuffled[: len(labels) // num * num].reshape(num, -1)[:, :size])
         elif config.scheme == "dirichlet":
-            chosen = _dirichlet(labels, num, size, config.alpha, generator)
+            dealt = _dirichlet(labels, num, size, config.alpha, generator)
         else:
-            chosen = _stratified(labels, num, size, generator)
-    chosen = [np.sort(indices).astype(np.int64) for indices in chosen]
+            dealt = _stratified(labels, num, size, generator)
+    dealt = [np.sort(indices).astype(np.int64) for indices in dealt]
     return [
         Subset(i, indices, len(np.unique(labels[indices])), names[i] if names else None)
-        for i, indices in enumerate(chosen)
+        for i, indices in enumerate(dealt)
     ]
 
 
 def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to the total, in proportion to the shares: rounded by the largest remainders.
+    """Return whole numbers that sum to the total, in proportion to the shares, rounded by largest remainders.
 
     Raises:
         ValueError: if the smallest share comes to less than one example.
@@ -139,7 +139,7 @@ def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _size_limit(config: SubsetsConfig, num_examples: int) -> int | None:
-    """Examples per subset as far as the user gave them."""
+    """Return the number of examples per subset if the user gave one."""
     if config.fraction is not None:
         size = math.floor(config.fraction * num_examples + 1e-6)  # 0.29 * 100 is 28.999999999999996
         if not size:
@@ -153,14 +153,14 @@ def _size_limit(config: SubsetsConfig, num_examples: int) -> int | None:
 
 
 def _stratified(labels: np.ndarray, num: int, size: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Deal `num` orders of which every prefix holds each class within one example of its share.
+    """Deal `num` orders whose every prefix holds each class within one example of its share.
 
-    In a subset, the i-th example of a class with share p is due as a job of one slot: not before slot (i - 1)/p, or
-    the class would be ahead by more than one, and by slot i/p, or it would fall behind by more. Of the jobs released,
-    the one with the earliest deadline is done: that meets all deadlines that can be met (as in Tijdeman's chairman
-    assignment, Discrete Mathematics 32, 1980). All can be met: a class gives each subset the same whole number of
-    examples, which suffices for never falling behind, and its few spare ones are dealt in order of release, so that
-    no subset ever waits for one. Classes expected less than once in a prefix come late in it.
+    In a subset, the i-th example of a class with share p is like a job of one slot. It may not come before slot (i -
+    1)/p, or the class would be ahead by more than one. It must come by slot i/p, or the class would fall behind by
+    more. Of the released jobs, the one with the earliest deadline is next: that meets all deadlines that can be met (as
+    in Tijdeman's chairman assignment, Discrete Mathematics 32, 1980). All can be met: a class gives each subset the
+    same whole number of examples, which suffices for never falling behind, and its few spare ones are dealt in order of
+    release, so that no subset ever waits for one. Classes with an expectation below one in a prefix come late in it.
     """
     num_examples = len(labels)
     shuffled = generator.permutation(num_examples)
@@ -181,12 +181,12 @@ def _stratified(labels: np.ndarray, num: int, size: int, generator: np.random.Ge
 
 
 def _stratified_by_size(labels: np.ndarray, sizes: Sequence[int], generator: np.random.Generator) -> list[np.ndarray]:
-    """Deal one subset of each size, each class of each within one example of its share.
+    """Deal one subset of each size, with each class of each subset within one example of its share.
 
-    Every subset gets the whole part of its share of every class. What it then lacks it gets by at most one example of
-    a class, the largest subsets' lacks first, from the classes that have most left of their own share of the whole
-    rounded up: if any such choice meets all lacks this does (Gale 1957, Ryser 1957), and the shares' fractional parts
-    show that one does.
+    Every subset gets the whole part of its share of every class. The examples that it then lacks come from different
+    classes, one of each. The subsets that lack most choose first, from the classes with most left of their own share of
+    the whole, rounded up. If any such choice fills all subsets this one does (Gale 1957, Ryser 1957), and the shares'
+    fractional parts show that one exists.
     """
     num_examples, total = len(labels), sum(sizes)
     shuffled = generator.permutation(num_examples)
@@ -210,35 +210,35 @@ def _stratified_by_size(labels: np.ndarray, sizes: Sequence[int], generator: np.
 
 
 def _earliest_deadline_first(release: np.ndarray, num_slots: int) -> list[int]:
-    """The jobs done in slots 1, 2, …: of those released, always the lowest number. Jobs are numbered by deadline."""
+    """Return the jobs of slots 1, 2, …: of those released, always the lowest number. Jobs are numbered by deadline."""
     arrivals = np.argsort(release, kind="stable")
     times = release[arrivals].tolist()
     arriving = arrivals.tolist()
     num_arrived = 0
     ready: list[int] = []
-    done: list[int] = []
+    order: list[int] = []
     for slot in range(1, num_slots + 1):
         while num_arrived < len(times) and times[num_arrived] <= slot:
             heapq.heappush(ready, arriving[num_arrived])
             num_arrived += 1
-        done.append(heapq.heappop(ready))
-    return done
+        order.append(heapq.heappop(ready))
+    return order
 
 
 def _dirichlet(
     labels: np.ndarray, num: int, size: int, alpha: float, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Deal `num` subsets one after the other, each from class shares of its own; the last ones take what is left."""
+    """Deal `num` subsets one after the other, each with its own class shares; the last ones get what is left."""
     shuffled = generator.permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     ends = np.cumsum(counts)
     left = counts.copy()
-    chosen = []
+    dealt = []
     for _ in range(num):
         shares = generator.dirichlet(alpha * counts / len(labels))
         taken = np.zeros_like(left)
-        # Draws of a class that has run out are drawn anew among the others: the same as one at a time.
+        # Draws of an exhausted class are repeated among the others, as if one example were drawn at a time
         while lacking := size - taken.sum():
             remaining = left - taken
             open_shares = np.where(remaining > 0, shares, 0)
@@ -248,9 +248,9 @@ def _dirichlet(
                 drawn = generator.multivariate_hypergeometric(remaining, lacking)
             taken += np.minimum(drawn, remaining)
         first = ends - left
-        chosen.append(by_class[np.arange(size) + np.repeat(first - np.cumsum(taken) + taken, taken)])
+        dealt.append(by_class[np.arange(size) + np.repeat(first - np.cumsum(taken) + taken, taken)])
         left -= taken
-    return chosen
+    return dealt
 
 
 def _cut(group: np.ndarray, labels: np.ndarray, limit: int | None, generator: np.random.Generator) -> np.ndarray:
@@ -263,25 +263,27 @@ def _cut(group: np.ndarray, labels: np.ndarray, limit: int | None, generator: np
 def _by_column(
     config: SubsetsConfig, attributes: pa.Table | None, num_examples: int
 ) -> tuple[list[np.ndarray], list[str]]:
-    """The examples of each distinct value of the column, and the values as text."""
+    """Return the examples of each distinct value of the column, and the values as text."""
     name = config.column
     assert name is not None
     if attributes is None or name not in attributes.column_names:
         fields = [] if attributes is None else attributes.schema
-        known = [field.name for field in fields if field.name != "row" and not pa.types.is_nested(field.type)]
-        has = f"it has {', '.join(known)}: choose one" if known else "it has none that could name subsets: use iid"
-        raise ValueError(f"subsets.column = {name!r} is no column of the training table{nearest(name, known)}; {has}")
+        choices = [field.name for field in fields if field.name != "row" and not pa.types.is_nested(field.type)]
+        hint = f"it has {', '.join(choices)}: choose one" if choices else "it has none that could name subsets: use iid"
+        raise ValueError(
+            f"subsets.column = {name!r} is no column of the training table{nearest(name, choices)}; {hint}"
+        )
     if attributes.num_rows != num_examples:
         raise ValueError(f"the training table has {attributes.num_rows} rows for {num_examples} labels")
     column = attributes[name]
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    present = ~column.is_null(nan_is_null=True).to_numpy()
-    positions = np.flatnonzero(present)
+    is_present = ~column.is_null(nan_is_null=True).to_numpy()
+    positions = np.flatnonzero(is_present)
     if not len(positions):
         raise ValueError(f"subsets.column = {name!r} holds nulls only: there is no value to form a subset of")
     try:
-        values = column.filter(pa.array(present)).combine_chunks().dictionary_encode()
+        values = column.filter(pa.array(is_present)).combine_chunks().dictionary_encode()
         order = pc.call_function("array_sort_indices", [values.dictionary]).to_numpy()
     except pa.ArrowNotImplementedError as error:
         raise ValueError(f"subsets.column = {name!r} of type {column.type} has no values to sort by") from error
@@ -293,7 +295,7 @@ def _by_column(
 
 
 def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int) -> list[np.ndarray]:
-    """The examples of each id that the user's function gives."""
+    """Return the examples of each id that the user's function returns."""
     name = config.function
     assert name is not None
     seed = derive_seed(seed, "subsets", "function") % 2**32
@@ -314,6 +316,6 @@ def _by_function(config: SubsetsConfig, labels: np.ndarray, num: int, seed: int)
 
 
 def _grouped(ids: np.ndarray, num: int) -> list[np.ndarray]:
-    """Positions of the ids 0 … num - 1."""
+    """Return the positions of each of the ids 0 … num - 1."""
     order = np.argsort(ids, kind="stable")
     return np.split(order, np.searchsorted(ids[order], np.arange(num + 1)))[1:-1]

@@ -8,28 +8,28 @@ from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.subsets.cutting import Subset
 
-_MOST_WARNED = 4  # subsets that get a line of their own
-_MOST_LISTED = 10  # classes named in it
+_MOST_WARNED = 4  # subsets with their own line
+_MOST_LISTED = 10  # classes named in a line
 
 
 def overdetermination_ratio(num_examples: int, num_outputs: int, num_parameters: int) -> float:
-    """Q = K·M/P: how many outputs are given per parameter to be found (arXiv:2410.16523)."""
+    """Return Q = K·M/P, the number of given outputs per parameter (arXiv:2410.16523)."""
     return num_examples * num_outputs / num_parameters
 
 
 def smallest_determined_size(num_outputs: int, num_parameters: int) -> int:
-    """The smallest number of examples with Q ≥ 1."""
+    """Return the smallest number of examples with Q ≥ 1."""
     return -(-num_parameters // num_outputs)
 
 
 def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
-    """Classes of which the subset has no example, ascending."""
+    """Return the classes without an example in the subset, ascending."""
     counts = np.bincount(labels[subset.indices], minlength=num_classes)
     return tuple(np.flatnonzero(counts == 0).tolist())
 
 
 def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[Note]:
-    """What a user should know of Q before the run, of a full set and subsets of these sizes; Q < 1 is a warning."""
+    """Return notes for the user on the Q of the full set and of subsets of these sizes; Q < 1 is a warning."""
     full = overdetermination_ratio(num_examples, num_outputs, num_parameters)
     ratios = [overdetermination_ratio(size, num_outputs, num_parameters) for size in sizes]
     needed = smallest_determined_size(num_outputs, num_parameters)
@@ -45,7 +45,7 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
     if full < 1:
         text = (
             f"even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
-            f"subsets do so less, and their minima need not be near the full set's; a smaller model would help"
+            f"subsets do so even less, and their minima need not be near the full set's; a smaller model would help"
         )
         notes.append(Note(text, is_warning=True))
     elif num_below:
@@ -58,7 +58,7 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
 
 
 def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[Note]:
-    """Warnings of subsets that lack classes which the full set has, with which."""
+    """Return warnings about subsets that lack classes of the full set, with these classes."""
     counts = np.bincount(labels, minlength=num_classes)
     num_present = np.count_nonzero(counts)
     lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
