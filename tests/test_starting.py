@@ -109,8 +109,8 @@ def no_tensors(folder: Path, full_set: FullSet) -> Path:
         (damaged, "no tensors can be read"),
         (pickled, "no tensors can be read"),
         (no_tensors, "it holds no state dict"),
-        (lambda folder, _: folder / "missing.safetensors", "there is no finished run of that path, nor a file"),
-        (lambda folder, _: folder, "there is no finished run of that path, nor a file"),
+        (lambda folder, _: folder / "missing.safetensors", "that path has neither a finished run nor a file"),
+        (lambda folder, _: folder, "that path has neither a finished run nor a file"),
         (lambda *_: "pretrained", "pretrained is for torchvision's networks, and model.name = mlp"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The work itself, done in this process and left in a run directory: no Ray, so it is tested without.
+"""The work itself, done in this process with its results in a run directory. It needs no Ray, and is tested without.
 
 minimizer = Minimizer(lambda: full_set, num_gpus=0, node="here")
 (record,) = minimizer.minimize([Piece(config, directory, "trunk")], None, attempts=[0], waited_s=0.0)

@@ -1,4 +1,4 @@
-"""leave_aggregate(): the aggregate of a round's minima, made and measured in this process."""
+"""leave_aggregate(): computes and measures the aggregate of a round's minima in this process."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,16 +27,16 @@ def leave_aggregate(
     waited_s: float = 0.0,
     networks: Networks | None = None,
 ) -> tuple[Aggregation, dict[str, Any]]:
-    """Aggregate a round's minima, on the device Ray gave this process, and leave weights, ledger entry and record.
+    """Aggregate a round's minima, on the device Ray gave this process, and write weights, ledger entry and record.
 
-    The record, aggregate.json, is written last: a process that dies before has left nothing that counts.
+    The record, aggregate.json, is written last. A process that dies before it has done nothing that counts.
 
     Args:
-        start: what the members started from, where it is at hand; None: the piece says where it lies.
-        networks: those that this process keeps.
+        start: the weights that the members started from, if loaded already; None: the piece names them.
+        networks: this process's cache of networks.
 
     Returns:
-        What was made, and the record.
+        The aggregation, and the record.
     """
     config, directory, round = piece.config, piece.directory, piece.round
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
@@ -52,7 +52,7 @@ def leave_aggregate(
             minimize=config.minimize,
             measure_training="training" in piece.measures,
         )
-        made, momentum = aggregate_round(
+        aggregation, momentum = aggregate_round(
             [replace(minimum, averaged=averaged) for minimum in piece.minima(start)],
             config,
             scorer,
@@ -63,21 +63,21 @@ def leave_aggregate(
             quality=full_set.quality,
         )
         path = piece.output.weights_path
-        files = {path: directory.write_weights(path, made.aggregate.weights)}
+        files = {path: directory.write_weights(path, aggregation.aggregate.weights)}
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
         if piece.averages_optimizers:
             paths = [(member.directory, optimizer_path(member.folder)) for member in piece.members]
-            mean = mean_optimizer_state(of.read_checkpoint(path)["optimizer"] for of, path in paths)
+            mean = mean_optimizer_state(owner.read_checkpoint(path)["optimizer"] for owner, path in paths)
             path = mean_optimizer_path(round)
             files[path] = directory.write_checkpoint(path, {"optimizer": mean}, is_durable=False)
-        record = {"round": round, **piece.more, "aggregation": made.to_dict(), "files": files}
-        close(made.cost)
+        record = {"round": round, **piece.more, "aggregation": aggregation.to_dict(), "files": files}
+        close(aggregation.cost)
         directory.write_json(piece.output.record_path, record)
-    return made, record
+    return aggregation, record
 
 
 def placed_model(full_set: FullSet, num_gpus: float, config: Config) -> tuple[torch.nn.Module, torch.device]:
-    """The config's network on the device this process was given, and the device."""
+    """Return the config's network on the device that this process was given, and the device."""
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
     return place(new_model(config.model, full_set), device, channels_last=config.minimize.channels_last), device

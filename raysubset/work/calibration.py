@@ -1,4 +1,4 @@
-"""The calibration examples: a sample of the training split that averages are given statistics by, and measured on."""
+"""The calibration examples: a sample of the training split, for averages' batch-norm statistics and training loss."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ CALIBRATION_EXAMPLES = 10_000  # at most: for batch-norm statistics and the trai
 
 
 def calibration_examples(config: Config, full_set: FullSet, device: torch.device | str) -> Examples:
-    """The sample of a run, the same for all its stages and processes."""
+    """Return the sample of a run, the same for all its stages and processes."""
     num_train = len(full_set.train)
     generator = np.random.default_rng(derive_seed(config.seed, "calibration"))
     positions = np.sort(generator.choice(num_train, min(CALIBRATION_EXAMPLES, num_train), replace=False))

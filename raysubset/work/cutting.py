@@ -1,4 +1,4 @@
-"""Which examples a subset of a round has: pure functions of config, data and round."""
+"""The examples of a round's subsets, as pure functions of config, data and round."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from raysubset.subsets import Subset, split_into_subsets
 def cut_subsets(
     config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
 ) -> tuple[Subset, ...]:
-    """The subsets of a round: a pure function of config, data, round and the shares of the subsets, if not equal."""
+    """Return the subsets of a round: a pure function of config, data, round and the subsets' unequal shares, if any."""
     strata, seed = full_set.strata, derive_seed(config.seed, "subsets", round)
     return tuple(
         split_into_subsets(
@@ -27,11 +27,11 @@ def cut_subsets(
 
 
 def subsample_size(config: Config, num_examples: int) -> int:
-    """Examples of a subset that savgm minimizes on once more."""
+    """Return the number of a subset's examples that savgm minimizes on a second time."""
     return max(1, round(config.aggregation.savgm_fraction * num_examples))
 
 
 def cut_subsample(config: Config, indices: np.ndarray, round: int, subset_id: int) -> np.ndarray:
-    """The part of a subset that savgm minimizes on once more, drawn without replacement: sorted int64 positions."""
+    """Return the part of a subset that savgm minimizes on a second time: sorted, distinct int64 positions."""
     generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset_id))
     return np.sort(generator.choice(indices, subsample_size(config, len(indices)), replace=False))

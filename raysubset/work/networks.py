@@ -1,4 +1,4 @@
-"""Networks: what a process keeps of a network from one piece of work to the next, as to make one takes long."""
+"""Networks: a process's cache of networks, because building one for each piece of work takes long."""
 
 import copy
 from typing import Any
@@ -13,55 +13,56 @@ from raysubset.work.starting import random_model
 
 
 class Networks:
-    """Networks that are as random_model() makes them but for the weights they are given.
+    """Builds networks like random_model() with given weights, and reuses them.
 
-    To draw 11 million initial weights that start weights overwrite takes 300 ms of a CPU, to copy them 2. A network of
-    ours is used again: its state dict is all that a minimization leaves in it beside gradients, frozen flags and modes.
-    Where code of the user's has it in hand (the network, optimizer or objective), each piece gets a copy of one that
-    was not used; a network that cannot be copied is made anew. What such a network holds outside its state dict is that
-    of the seed "initial", in all rounds and members alike.
+    Drawing 11 million initial weights that start weights overwrite takes 300 ms of a CPU, copying them 2. Our own
+    networks are used again: beside its state dict, a minimization leaves only gradients, frozen flags and modes in
+    them. If a user's code handles the network (model, optimizer or objective), each piece gets a copy of an unused one,
+    or a new one if copying fails. The state of such a network outside its state dict is that of the seed "initial", for
+    all rounds and members alike.
     """
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._kept: list[nn.Module] = []  # by place in a pack; of users' code one, which is copied
+        self._networks: list[nn.Module] = []  # by place in a pack; with a user's code one, to be copied
         self._flags: list[tuple[list[bool], list[bool]]] = []
 
     def placed(
         self, config: Config, full_set: FullSet, weights: Weights, device: torch.device, *, place_in_pack: int = 0
     ) -> nn.Module:
-        """A network with these weights, on the device; valid until another is asked for the same place in a pack."""
+        """Return a network with these weights, on the device, valid until the next call for this place in a pack."""
         key = (config.model, full_set.spec, config.minimize.channels_last, device)
-        touched = config.model.is_function or any(field.startswith("minimize.") for field in config.functions())
-        if touched:
+        is_users_code = config.model.is_function or any(field.startswith("minimize.") for field in config.functions())
+        if is_users_code:
             key = (*key, config.seed)
         if key != self._key:
             self.forget()
             self._key = key
-        if touched:
+        if is_users_code:
             model = self._copy(config, full_set)
             model.load_state_dict(weights)
             return place(model, device, channels_last=config.minimize.channels_last)
-        while len(self._kept) <= place_in_pack:
+        while len(self._networks) <= place_in_pack:
             model = random_model(config, full_set)
-            self._kept.append(model)
+            self._networks.append(model)
             self._flags.append(([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]))
-        model, (required, training) = self._kept[place_in_pack], self._flags[place_in_pack]
+        model, (required, training) = self._networks[place_in_pack], self._flags[place_in_pack]
         for parameter, flag in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(flag).grad = None
         for module, flag in zip(model.modules(), training, strict=True):
             module.training = flag
         model.load_state_dict(weights)
-        return place(model, device, channels_last=config.minimize.channels_last)  # lbfgs and its like change the layout
+        # lbfgs changes the layout
+        return place(model, device, channels_last=config.minimize.channels_last)
 
     def forget(self) -> None:
-        """Keep none: after an exception, nobody knows what it left in them."""
-        self._key, self._kept, self._flags = None, [], []
+        """Drop all networks: after an exception their state is unknown."""
+        self._key, self._networks, self._flags = None, [], []
 
     def _copy(self, config: Config, full_set: FullSet) -> nn.Module:
-        if not self._kept:
-            self._kept.append(random_model(config, full_set))
+        if not self._networks:
+            self._networks.append(random_model(config, full_set))
         try:
-            return copy.deepcopy(self._kept[0])
-        except Exception:  # whatever an attribute of the user's raises
-            return self._kept.pop()
+            return copy.deepcopy(self._networks[0])
+        except Exception:  # a user's attribute may raise anything
+            return self._networks.pop()

@@ -1,4 +1,4 @@
-"""Run: what a driver has in hand of one opened run."""
+"""Run: one opened run, as its driver passes it on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from raysubset.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Run:
-    """One opened run, as its driver has it. Its work depends on nothing else."""
+    """One opened run. The run's work depends on nothing else."""
 
     config: Config
     directory: RunDirectory

@@ -1,4 +1,4 @@
-"""seeded_model(): the network that a run starts from, with fresh weights or those that model.weights names."""
+"""seeded_model(): the network that a run starts from, with seeded weights or those that model.weights names."""
 
 import hashlib
 import io
@@ -23,13 +23,13 @@ PRETRAINED = "pretrained"
 
 
 def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
-    """The config's network as a run begins: with what model.weights names, or seeded weights.
+    """Return the config's network at the start of a run, with the weights that model.weights names, or seeded ones.
 
     Args:
-        start_id: "initial" for the shared start; another name has seeded weights of its own.
+        start_id: "initial" for the shared start; every other name has its own seeded weights.
 
     Raises:
-        ValueError: where model.weights is not there, or of another network.
+        ValueError: if model.weights does not exist, or is of another network.
     """
     model = random_model(config, full_set, start_id)
     if config.model.weights:
@@ -38,26 +38,27 @@ def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -
 
 
 def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
-    """The config's network with seeded weights, whatever model.weights says."""
+    """Return the config's network with seeded weights, whatever model.weights says."""
     path = ("start",) if start_id == "initial" else ("start", start_id)
     return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
 
 
 def start_note(config: Config, full_set: FullSet) -> list[Note]:
-    """What a run starts from, where that is given: how much of it was taken."""
+    """Return a note on the weights that a run starts from, if model.weights names any: how many tensors were used."""
     if not config.model.weights:
         return []
     model, weights = random_model(config, full_set), _read(config.model, full_set)
     fresh = _load(config.model, model, weights)
-    but = f"; {listed(fresh)} differ in shape and are fresh" if fresh else ""
-    return [Note(f"starts from {config.model.weights}: {len(model.state_dict()) - len(fresh)} tensors{but}")]
+    exception = f"; {listed(fresh)} differ in shape and are fresh" if fresh else ""
+    num_loaded = len(model.state_dict()) - len(fresh)
+    return [Note(f"starts from {config.model.weights}: {num_loaded} tensors{exception}")]
 
 
 def weights_fingerprint(config: ModelConfig) -> pa.Table:
-    """What model.weights stands for: a digest of the file.
+    """Return a digest of the file that model.weights names.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     directory, file = _weights_file(config)
     data = directory.read_bytes(file)
@@ -65,10 +66,10 @@ def weights_fingerprint(config: ModelConfig) -> pa.Table:
 
 
 def _weights_file(config: ModelConfig) -> tuple[RunDirectory, str]:
-    """The folder and name of the file that model.weights means.
+    """Return the folder and name of the file that model.weights names.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     assert config.weights
     if config.weights == PRETRAINED:
@@ -79,14 +80,14 @@ def _weights_file(config: ModelConfig) -> tuple[RunDirectory, str]:
     folder, _, name = directory.uri.rpartition("/")
     if not name.endswith((".safetensors", ".pt", ".pth")) or not directory.exists(""):
         raise ValueError(
-            f"model.weights = {config.weights}: there is no finished run of that path, nor a file of weights "
+            f"model.weights = {config.weights}: that path has neither a finished run nor a file of weights "
             "(.safetensors, .pt, .pth)"
         )
     return RunDirectory.at(folder), name
 
 
 def _pretrained_file(name: str) -> tuple[RunDirectory, str]:
-    """torchvision's default weights of a network, where torch.hub keeps what it has downloaded."""
+    """Return the file of torchvision's default weights of a network, in torch.hub's folder of downloads."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -101,42 +102,43 @@ def _pretrained_file(name: str) -> tuple[RunDirectory, str]:
 
 
 def _read(config: ModelConfig, full_set: FullSet) -> dict[str, Tensor]:
-    """The tensors that model.weights names, by the network's names. Pickles are read with weights_only=True."""
+    """Return the tensors of the file that model.weights names, by name. Pickles are read with weights_only=True."""
     directory, file = _weights_file(architecture(config, full_set.spec))
     data = directory.read_bytes(file)
     try:
         if file.endswith(".safetensors"):
-            found: Any = safetensors.torch.load(data)
+            content: Any = safetensors.torch.load(data)
         else:
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            found = found.get("state_dict", found.get("model", found)) if isinstance(found, Mapping) else found
-    except Exception as error:  # of a damaged file, or a pickle of more than tensors, anything
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if isinstance(content, Mapping):
+                content = content.get("state_dict", content.get("model", content))
+    except Exception as error:  # a damaged file, or a pickle of more than tensors, may raise anything
         raise ValueError(f"model.weights = {config.weights}: no tensors can be read ({first_line(error)})") from error
-    if not isinstance(found, Mapping) or not all(isinstance(one, Tensor) for one in found.values()):
+    if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"model.weights = {config.weights}: it holds no state dict of tensors by name")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def _load(config: ModelConfig, model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Put weights into a model; the names of those that keep their own values, as their shapes differ.
+    """Put weights into a model, and return the names of those that keep their own values because their shapes differ.
 
     Raises:
-        ValueError: where names differ, or no shape agrees.
+        ValueError: if names differ, or no shape agrees.
     """
-    own = model.state_dict()
-    if not own.keys() & weights.keys():  # of grey images, which another module repeats
+    model_tensors = model.state_dict()
+    if not model_tensors.keys() & weights.keys():  # a module that repeats grey images wraps it
         weights = {f"network.{name}": tensor for name, tensor in weights.items()}
     auxiliary = ("aux", "AuxLogits", "network.aux", "network.AuxLogits")  # heads that torchvision trains with
-    missing = [name for name in own if name not in weights]
-    unknown = [name for name in weights if name not in own and not name.startswith(auxiliary)]
-    fresh = [name for name, tensor in own.items() if name in weights and weights[name].shape != tensor.shape]
-    if missing or unknown or len(fresh) == len(own):
+    missing = [name for name in model_tensors if name not in weights]
+    unknown = [name for name in weights if name not in model_tensors and not name.startswith(auxiliary)]
+    fresh = [name for name, tensor in model_tensors.items() if name in weights and weights[name].shape != tensor.shape]
+    if missing or unknown or len(fresh) == len(model_tensors):
         flaws = [f"it lacks {listed(missing)}"] if missing else []
         flaws += [f"{listed(unknown)} are not the network's"] if unknown else []
-        told = "; ".join(flaws or ["no tensor has the shape of the network's"])
-        raise ValueError(f"model.weights = {config.weights} is of another network than {config.name}: {told}")
+        reason = "; ".join(flaws or ["no tensor has the shape of the network's"])
+        raise ValueError(f"model.weights = {config.weights} is of another network than {config.name}: {reason}")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in model_tensors.items():
             if name not in fresh:
                 tensor.copy_(weights[name])
     return fresh

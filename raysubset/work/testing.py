@@ -1,4 +1,4 @@
-"""leave_test(): the final model scored on the test split, in this process."""
+"""leave_test(): scores the final model on the test split, in this process."""
 
 import time
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from raysubset.work.pieces import TEST_PATH, TestPiece
 
 @dataclass(frozen=True)
 class Tested:
-    """What one reading of the test split gave."""
+    """The results of one reading of the test split."""
 
     metrics: Metrics
     cost: Cost
-    predictions: pa.Table  # a row an example in the split's order, "row" in the source's: the task's tabulate()
-    mistakes: pa.Table | None  # some of its rows, with what draws them: the task's mistakes()
+    predictions: pa.Table  # the task's tabulate(): a row per example in the split's order, "row" of the source
+    mistakes: pa.Table | None  # the task's mistakes(): some of its rows, with what is needed to draw them
 
 
 def leave_test(
     full_set: FullSet, num_gpus: float, config: Config, directory: RunDirectory, weights: Weights, *, node: str
 ) -> tuple[Metrics, dict[str, Seal]]:
-    """Score the final model on the test split, as leave_aggregate() works, and leave ledger entry and predictions.
+    """Score the final model on the test split, as leave_aggregate() works, and write ledger entry and predictions.
 
     Returns:
         The metrics, and the seals of the tables by path.
@@ -42,12 +42,12 @@ def leave_test(
         tested = test_weights(full_set, placed, config, weights)
         close(tested.cost)
     tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
-    written = {path: directory.write_table(path, table) for path, table in tables.items() if table is not None}
-    return tested.metrics, written
+    seals = {path: directory.write_table(path, table) for path, table in tables.items() if table is not None}
+    return tested.metrics, seals
 
 
 def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:
-    """Score weights that another piece of work left on the test split, and leave the metrics beside them."""
+    """Score the weights of another piece of work on the test split, and write the metrics beside them."""
     placed = placed_model(full_set, num_gpus, piece.config)
     record = test_weights(full_set, placed, piece.config, piece.of.weights()).metrics.to_dict()
     piece.directory.write_json(TEST_PATH, record)
@@ -55,8 +55,8 @@ def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[
 
 
 def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], config: Config, weights: Weights) -> Tested:
-    """Metrics and predictions on the test split, by a placed_model()."""
-    started, (model, device), task = time.perf_counter(), placed, full_set.task
+    """Return metrics and predictions on the test split, with a placed_model()."""
+    start_s, (model, device), task = time.perf_counter(), placed, full_set.task
     model.load_state_dict(weights)
     num, loss_sum, sums, tables = len(full_set.test), 0.0, dict[str, Any](), list[pa.Table]()
     size = max(1, MOST_OUTPUT_BYTES // (4 * full_set.spec.num_outputs))
@@ -70,9 +70,9 @@ def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], conf
         part = metrics_of_outputs(outputs, targets, task)
         loss_sum, sums = loss_sum + part.loss_sum, added(sums, part.sums)
         tables.append(pa.table(task.tabulate(outputs, targets)))
-    cost = Cost(num_forward=num, device_s=time.perf_counter() - started)
-    found = pa.concat_tables(tables)
-    columns = {name: found.column(name) for name in found.column_names}
+    cost = Cost(num_forward=num, device_s=time.perf_counter() - start_s)
+    table = pa.concat_tables(tables)
+    columns = {name: table.column(name) for name in table.column_names}
     predictions = pa.table({"row": full_set.test.table.column("row"), **columns}).combine_chunks()
     mistakes = task.mistakes(predictions, full_set.test.take(), outputs_of)
     return Tested(Metrics.of_sums(task, loss_sum, sums, num), cost, predictions, mistakes)
