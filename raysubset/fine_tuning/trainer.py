@@ -70,9 +70,9 @@ class WatchedTrainer(TorchTrainer):
         """Run the controller as TorchTrainer does, and call `look` while waiting for it."""
         variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.start_timeout_s)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class: Any = ray.remote(TrainController)
-        place = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": variables}}
+        place = {"num_cpus": 0, "scheduling_strategy": affinity, "runtime_env": {"env_vars": variables}}
         assert self.run_config.failure_config is not None
         options["failure_policy"] = EndsOnMistakes(self.run_config.failure_config)
         controller = controller_class.options(**place).remote(**options)

@@ -192,19 +192,19 @@ def _stratified_by_size(labels: np.ndarray, sizes: Sequence[int], generator: np.
     shuffled = generator.permutation(num_examples)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     count = np.bincount(labels)
-    taken = np.outer(sizes, count) // num_examples  # [subset, class]
-    left = -(-total * count // num_examples) - taken.sum(0)
-    lacking = np.asarray(sizes) - taken.sum(1)
+    num_dealt = np.outer(sizes, count) // num_examples  # [subset, class]
+    num_spare = -(-total * count // num_examples) - num_dealt.sum(0)
+    lacking = np.asarray(sizes) - num_dealt.sum(1)
     for subset in np.argsort(-lacking, kind="stable"):
         ties = generator.permutation(len(count))
-        most_left = ties[np.argsort(-left[ties], kind="stable")][: lacking[subset]]
-        taken[subset, most_left] += 1
-        left[most_left] -= 1
-    assert (left >= 0).all()
-    first = np.cumsum(count) - count  # of each class
-    ends = first + np.cumsum(taken, axis=0)
+        classes = ties[np.argsort(-num_spare[ties], kind="stable")][: lacking[subset]]
+        num_dealt[subset, classes] += 1
+        num_spare[classes] -= 1
+    assert (num_spare >= 0).all()
+    starts = np.cumsum(count) - count  # of each class
+    ends = starts + np.cumsum(num_dealt, axis=0)
     return [
-        np.concatenate([by_class[end - num : end] for end, num in zip(ends[i], taken[i], strict=True)])
+        np.concatenate([by_class[end - num : end] for end, num in zip(ends[i], num_dealt[i], strict=True)])
         for i in range(len(sizes))
     ]
 
@@ -233,23 +233,23 @@ def _dirichlet(
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     ends = np.cumsum(counts)
-    left = counts.copy()
+    remaining = counts.copy()
     dealt = []
     for _ in range(num):
         shares = generator.dirichlet(alpha * counts / len(labels))
-        taken = np.zeros_like(left)
+        num_dealt = np.zeros_like(remaining)
         # Draws of an exhausted class are repeated among the others, as if one example were drawn at a time
-        while lacking := size - taken.sum():
-            remaining = left - taken
-            open_shares = np.where(remaining > 0, shares, 0)
+        while lacking := size - num_dealt.sum():
+            available = remaining - num_dealt
+            open_shares = np.where(available > 0, shares, 0)
             if open_shares.sum() > 0:
-                drawn = generator.multinomial(lacking, open_shares / open_shares.sum())
+                draws = generator.multinomial(lacking, open_shares / open_shares.sum())
             else:
-                drawn = generator.multivariate_hypergeometric(remaining, lacking)
-            taken += np.minimum(drawn, remaining)
-        first = ends - left
-        dealt.append(by_class[np.arange(size) + np.repeat(first - np.cumsum(taken) + taken, taken)])
-        left -= taken
+                draws = generator.multivariate_hypergeometric(available, lacking)
+            num_dealt += np.minimum(draws, available)
+        starts = ends - remaining
+        dealt.append(by_class[np.arange(size) + np.repeat(starts - np.cumsum(num_dealt) + num_dealt, num_dealt)])
+        remaining -= num_dealt
     return dealt
 
 

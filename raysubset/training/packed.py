@@ -231,12 +231,12 @@ class _Pack:
         for number in self.running:
             progress, steps_per_epoch = self.members[number].progress, self.members[number].num_per_epoch
             progress.epoch_ended = progress.step % steps_per_epoch == 0 or progress.step == progress.num_steps
-        ended = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
-        sums = self._loss_sums.tolist() if ended else []
-        are_finite = self._stack.are_finite() if ended else []
-        if ended:
+        ended_rows = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
+        sums = self._loss_sums.tolist() if ended_rows else []
+        are_finite = self._stack.are_finite() if ended_rows else []
+        if ended_rows:
             self._loss_sums = self._loss_sums.clone()
-        for row in ended:
+        for row in ended_rows:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
             mean = sums[number] / member.num_summed if are_finite[row] else math.nan

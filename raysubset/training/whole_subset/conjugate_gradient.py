@@ -36,14 +36,14 @@ class ConjugateGradient:
         self._objective, self._curvature = objective, curvature
         self._previous: dict[str, Any] = {}  # loss, gradient and direction of the step before
 
-    def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """Make one line search, or two if the first finds nothing lower; return `at` if neither does."""
+    def step(self, start: Evaluation, budget: int) -> Evaluation:
+        """Make one line search, or two if the first finds nothing lower; return `start` if neither does."""
         start_thirds = self._objective.thirds
-        direction = self._direction(at)
-        best = self._search(at, direction, budget)
-        if not best.loss < at.loss and direction is not None:
+        direction = self._direction(start)
+        best = self._search(start, direction, budget)
+        if not best.loss < start.loss and direction is not None:
             self._previous = {}
-            best = self._search(at, None, budget - (self._objective.thirds - start_thirds))
+            best = self._search(start, None, budget - (self._objective.thirds - start_thirds))
         return best
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,42 +53,42 @@ class ConjugateGradient:
         device = self._objective.device
         self._previous = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state["previous"].items()}
 
-    def _direction(self, at: Evaluation) -> Tensor | None:
+    def _direction(self, start: Evaluation) -> Tensor | None:
         """Return the conjugate direction, or None to restart from the gradient."""
         if not self._previous:
             return None
-        previous, square = self._previous["gradient"], dot(at.gradient, at.gradient)
-        overlap = dot(at.gradient, previous)
+        previous, square = self._previous["gradient"], dot(start.gradient, start.gradient)
+        overlap = dot(start.gradient, previous)
         beta = (square - overlap) / dot(previous, previous)
         if beta <= 0 or abs(overlap) >= POWELL * square:
             return None
-        direction = beta * self._previous["direction"] - at.gradient
-        return direction if dot(direction, at.gradient) <= -DESCENT * square else None
+        direction = beta * self._previous["direction"] - start.gradient
+        return direction if dot(direction, start.gradient) <= -DESCENT * square else None
 
-    def _search(self, at: Evaluation, direction: Tensor | None, budget: int) -> Evaluation:
+    def _search(self, start: Evaluation, direction: Tensor | None, budget: int) -> Evaluation:
         objective, origin = self._objective, self._objective.weights()
-        direction = -at.gradient if direction is None else direction
+        direction = -start.gradient if direction is None else direction
 
         def evaluate(step: float) -> Trial:
             objective.move_to(origin + step * direction)
             evaluation = objective.evaluate()
             return Trial(step, evaluation.loss, dot(evaluation.gradient, direction), evaluation.gradient)
 
-        slope = dot(at.gradient, direction)
-        first_step = objective.recipe.peak_learning_rate() * min(1.0, 1.0 / at.gradient.abs().sum().item())
+        slope = dot(start.gradient, direction)
+        first_step = objective.recipe.peak_learning_rate() * min(1.0, 1.0 / start.gradient.abs().sum().item())
         if self._previous:
-            first_step = 2 * (at.loss - self._previous["loss"]) / slope
+            first_step = 2 * (start.loss - self._previous["loss"]) / slope
         best = strong_wolfe(
             evaluate,
-            Trial(0.0, at.loss, slope, at.gradient),
+            Trial(0.0, start.loss, slope, start.gradient),
             first_step=first_step,
             curvature=self._curvature,
             resolution=objective.resolution,
             max_trials=min(MAX_TRIALS, max(1, budget // 3)),
         )
-        if best.loss < at.loss:
+        if best.loss < start.loss:
             objective.move_to(origin + best.step * direction)
-            self._previous = {"loss": at.loss, "gradient": at.gradient, "direction": direction}
+            self._previous = {"loss": start.loss, "gradient": start.gradient, "direction": direction}
         else:
             objective.move_to(origin)
         return Evaluation(best.loss, best.gradient)

@@ -27,7 +27,7 @@ class Stepper(Protocol):
 
     least_thirds: int  # thirds of a pass that a step takes; with fewer left no step begins
 
-    def step(self, at: Evaluation, budget: int) -> Evaluation:
+    def step(self, start: Evaluation, budget: int) -> Evaluation:
         """Move the objective's weights for at most about `budget` thirds of a pass; return the evaluation there.
 
         If the loss is no lower, or not finite, the weights may be anywhere, and this is the last step.
@@ -121,20 +121,20 @@ def _minimize(
 
     if state is None:
         objective.num_forward += recompute_batch_norm(model, examples, recipe)
-        at = objective.evaluate()
-        if not at.is_finite:
+        current = objective.evaluate()
+        if not current.is_finite:
             raise DivergedError(
-                f"the loss at the start is {at.loss:g}, its gradient's largest element {at.largest_slope:g}: the start "
+                f"the loss at the start is {current.loss:g}, its gradient's largest element {current.largest_slope:g}: the start "
                 "weights are not finite, or too large"
             )
-        best = {"loss": at.loss, "weights": objective.weights()}
+        best = {"loss": current.loss, "weights": objective.weights()}
         best_validated = validated() if patience else {}
     else:
         stepper.load_state_dict(state["optimizer"])
         objective.worked_before = state.get("worked", state["position"][1] * len(examples))
         progress.history = [EpochRecord(**record) for record in state["history"]]
         first_gradient = progress.history[-1].num_steps
-        at, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
+        current, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
         best_validated = state.get("validates_best", {})
     progress.step = objective.thirds
 
@@ -148,8 +148,8 @@ def _minimize(
             "worked": objective.worked,
             "model": model.state_dict(),
             "optimizer": stepper.state_dict(),
-            "loss": at.loss,
-            "gradient": at.gradient,
+            "loss": current.loss,
+            "gradient": current.gradient,
             "history": [record.to_dict() for record in progress.history],
             "best": best,
             "validates_best": best_validated,
@@ -160,11 +160,11 @@ def _minimize(
     smallest = recipe.gradient_tolerance or 0.0
     least = recipe.tolerance or (LEAST_DECREASE if recipe.gradient_tolerance is None else 0.0)
     while outcome is None and (progress.step + stepper.least_thirds <= progress.num_steps or not progress.history):
-        if at.largest_slope > smallest:
-            at = stepper.step(at, progress.num_steps - progress.step)
-        decrease = (best["loss"] - at.loss) / max(abs(best["loss"]), 1e-30)
-        if decrease >= 0 and at.is_finite:
-            best = {"loss": at.loss, "weights": objective.weights()}
+        if current.largest_slope > smallest:
+            current = stepper.step(current, progress.num_steps - progress.step)
+        decrease = (best["loss"] - current.loss) / max(abs(best["loss"]), 1e-30)
+        if decrease >= 0 and current.is_finite:
+            best = {"loss": current.loss, "weights": objective.weights()}
             if patience:
                 candidate = validated()
                 is_better = candidate["loss"] < best_validated["loss"]
@@ -173,12 +173,12 @@ def _minimize(
             objective.move_to(best["weights"])
         progress.step = objective.thirds
         num_gradients = first_gradient + objective.num_gradients
-        progress.history.append(EpochRecord(progress.epoch, at.loss, recipe.peak_learning_rate(), num_gradients))
-        if not at.is_finite:
+        progress.history.append(EpochRecord(progress.epoch, current.loss, recipe.peak_learning_rate(), num_gradients))
+        if not current.is_finite:
             outcome = "diverged"
-        elif recipe.target_loss is not None and at.loss <= recipe.target_loss:
+        elif recipe.target_loss is not None and current.loss <= recipe.target_loss:
             outcome = "target"
-        elif decrease >= 0 and at.largest_slope <= smallest:
+        elif decrease >= 0 and current.largest_slope <= smallest:
             outcome = "gradient"
         elif patience and best_validated["since"] >= patience:
             outcome = "validation"

@@ -50,25 +50,25 @@ class GaussNewton:
         self._max_products, self._relative_progress = max_products, relative_progress
         self._damping, self._growth = damping, 2.0
 
-    def step(self, at: Evaluation, budget: int) -> Evaluation:
-        """Make one accepted step. If ten are rejected, or the budget ends, return `at`, or a non-finite loss."""
+    def step(self, start: Evaluation, budget: int) -> Evaluation:
+        """Make one accepted step. If ten are rejected, or the budget ends, return `start`, or a non-finite loss."""
         objective, origin, start_thirds = self._objective, self._objective.weights(), self._objective.thirds
-        last_loss = at.loss
+        last_loss = start.loss
         for attempt in range(MAX_REJECTED):
             thirds_left = budget - (objective.thirds - start_thirds)
             max_products = (thirds_left - PRODUCT_THIRDS) // PRODUCT_THIRDS  # a loss and a gradient cost as much
             if attempt and max_products < 1:
                 break
-            step, slope, curvature = self._solve(at.gradient, max(1, min(self._max_products, max_products)))
+            step, slope, curvature = self._solve(start.gradient, max(1, min(self._max_products, max_products)))
             predicted = self._scale * slope + self._scale**2 * curvature / 2
-            if not predicted < -objective.resolution * abs(at.loss):
+            if not predicted < -objective.resolution * abs(start.loss):
                 break  # the remaining gain is rounding error
-            is_accepted, first_loss, last_loss = self._search(at.loss, origin, step, slope)
-            self._adapt((first_loss - at.loss) / predicted)
+            is_accepted, first_loss, last_loss = self._search(start.loss, origin, step, slope)
+            self._adapt((first_loss - start.loss) / predicted)
             if is_accepted:
                 return objective.evaluate()
             objective.move_to(origin)
-        return at if math.isfinite(last_loss) else Evaluation(last_loss, at.gradient)
+        return start if math.isfinite(last_loss) else Evaluation(last_loss, start.gradient)
 
     def state_dict(self) -> dict[str, Any]:
         return {"damping": self._damping, "growth": self._growth}

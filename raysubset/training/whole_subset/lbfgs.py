@@ -35,10 +35,10 @@ class LBFGS:
             tolerance_change=change,
         )
 
-    def step(self, at: Evaluation, budget: int) -> Evaluation:
+    def step(self, start: Evaluation, budget: int) -> Evaluation:
         """Make ten iterations, or fewer if the budget ends. The loss is NaN if one on the way was not finite."""
         group = self._optimizer.param_groups[0]
-        # The first evaluation is at `at`, where the objective repeats it without cost; torch counts it all the same
+        # The first evaluation is at `start`, where the objective repeats it without cost; torch counts it all the same
         group["max_iter"], group["max_eval"] = ITERATIONS_PER_STEP, max(2, budget // 3 + 1)
 
         def closure() -> float:
@@ -50,7 +50,7 @@ class LBFGS:
         try:
             self._optimizer.step(closure)
         except _NotFinite:
-            return Evaluation(math.nan, at.gradient)
+            return Evaluation(math.nan, start.gradient)
         return self._objective.evaluate()  # torch does not return the loss at the accepted point
 
     def state_dict(self) -> dict[str, Any]:

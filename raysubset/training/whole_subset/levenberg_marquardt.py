@@ -38,17 +38,17 @@ class LevenbergMarquardt:
         self._sums = objective.normal_sums()
         self.least_thirds = 2 + 2 * self._sums.num_residuals  # a Jacobian, and a loss
 
-    def step(self, at: Evaluation, budget: int) -> Evaluation:
+    def step(self, start: Evaluation, budget: int) -> Evaluation:
         """Make one accepted step and return its loss, with the gradient at its start.
 
-        If the budget ends, or twelve steps in a row are rejected, return `at`, or the last loss if it is not finite.
+        If the budget ends, or twelve steps in a row are rejected, return `start`, or the last loss if it is not finite.
         """
         objective, origin, start_thirds = self._objective, self._objective.weights(), self._objective.thirds
         gradient, matrix = objective.normal_equations(self._sums)
-        here = Evaluation(at.loss, gradient.to(origin.dtype))
-        if here.largest_slope <= (objective.recipe.gradient_tolerance or 0.0):
-            return here
-        unit, loss = matrix.diagonal().mean().item(), at.loss
+        current = Evaluation(start.loss, gradient.to(origin.dtype))
+        if current.largest_slope <= (objective.recipe.gradient_tolerance or 0.0):
+            return current
+        unit, loss = matrix.diagonal().mean().item(), start.loss
         for attempt in range(MAX_REJECTED):
             if attempt and objective.thirds - start_thirds >= budget:
                 break
@@ -59,12 +59,12 @@ class LevenbergMarquardt:
                 step = torch.cholesky_solve(gradient.unsqueeze(1), factor).squeeze(1)
                 objective.move_to(origin - self._scale * step.to(origin.dtype))
                 loss = objective.loss()
-                if loss < at.loss:
+                if loss < start.loss:
                     self._damping = max(self._damping / FACTOR, LEAST_DAMPING)
-                    return Evaluation(loss, here.gradient)
+                    return Evaluation(loss, current.gradient)
             self._damping *= FACTOR
         objective.move_to(origin)
-        return here if math.isfinite(loss) else Evaluation(loss, here.gradient)
+        return current if math.isfinite(loss) else Evaluation(loss, current.gradient)
 
     def state_dict(self) -> dict[str, Any]:
         return {"damping": self._damping}
