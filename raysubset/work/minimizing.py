@@ -1,4 +1,4 @@
-"""Minimizer: pieces of work done in this process, each from its newest checkpoint to the minimum that it leaves."""
+"""Minimizer: does pieces of work in this process, each from its newest checkpoint to its minimum."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,53 +73,53 @@ class _Job:
     every_steps: int  # between checkpoints
     last_step: int  # of the last checkpoint
     last_at: float
-    heard_at: float  # when its ledger entry last said how far it is
+    beat_at: float  # the time of its ledger entry's last heartbeat
     watch: ValidationWatch | None = None
-    looked: Cost = field(default_factory=Cost)  # what that has cost
-    is_closed: bool = False  # whether its ledger entry says how it ended
+    validation_cost: Cost = field(default_factory=Cost)  # of the watch
+    is_closed: bool = False  # True if its ledger entry has an outcome
 
 
 @dataclass(frozen=True)
 class Follower:
-    """What a minimization is to tell while others may ask for reports, and ask it to stop."""
+    """The reports of a minimization that another part of this process does, and the requests to stop it."""
 
-    follow: Callable[[Progress], bool]  # after each step; whether to stop
-    outcome: Callable[[], Outcome]  # of one that was stopped, for the ledger
+    follow: Callable[[Progress], bool]  # call it after each step; True: stop
+    outcome: Callable[[], Outcome]  # of a stopped minimization, for the ledger
 
 
 class Minimizer:
-    """Minimizes on a piece of work at a time, or on a pack of them, on the device this process was given.
+    """Minimizes on one piece of work at a time, or on a pack of them, on the device that this process was given.
 
-    What it leaves in the run directory is a pure function of the piece. If the process dies, another goes on from the
-    last checkpoint. Other threads may ask for reports() and request_stop() meanwhile.
+    Its output in the run directory is a pure function of the piece. If the process dies, another resumes from the last
+    checkpoint. Other threads may call reports() and request_stop() meanwhile.
     """
 
-    _config: Config  # of the pieces in hand
+    _config: Config  # of the current pieces
     _run: RunDirectory
 
     def __init__(self, load_full_set: Callable[[], FullSet], *, num_gpus: float, node: str) -> None:
-        """`node` is this node's address, for the ledger."""
+        """Take a function that loads the full set, and this node's address, `node`, for the ledger."""
         self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
         self.networks = Networks()
-        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, with their bytes
-        self._progress: Mapping[int, Progress] = {}  # by place in the pack in hand
+        self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, and their sizes in bytes
+        self._progress: Mapping[int, Progress] = {}  # by place in the current pack
         self.is_busy = False
         self._started = time.perf_counter()
         self._is_to_stop = self._preempted = False  # no Event: a signal within its lock would wait for ever
 
     def reports(self) -> dict[int, Report]:
-        """How far the pieces in hand are, by their place in the pack, once they have made a step."""
+        """Return reports of the current pieces that have made a step, by place in the pack."""
         return {number: Report.of(progress) for number, progress in self._progress.items() if progress.step}
 
     def request_stop(self, *, preempted: bool = False) -> None:
-        """Write a checkpoint after the step in hand, and return. One that was stopped takes no further work."""
-        if preempted:  # in one step: a signal may come between two
+        """Write a checkpoint after the current step, and return. A stopped minimizer does no further work."""
+        if preempted:  # set in one statement: a signal may come between two
             self._preempted = True
         self._is_to_stop = True
 
     @contextmanager
     def following(self) -> Iterator["Follower"]:
-        """Be busy with a minimization that is done elsewhere in this process, and tells the follower of its steps."""
+        """Be busy with a minimization elsewhere in this process, which reports its steps to the follower."""
         begin()
         self._progress, self.is_busy = {}, True
         try:
@@ -139,17 +139,17 @@ class Minimizer:
         attempts: Sequence[int],
         waited_s: float,
     ) -> list[dict[str, Any] | DivergedError | None]:
-        """Do pieces of work at once, each from its newest checkpoint, and leave their minima in the run directory.
+        """Do pieces of work at once, each from its newest checkpoint, and write their minima to the run directory.
 
         Args:
-            pieces: what to do; several are packed (training.minimize_packed), and of one run, stage and round.
+            pieces: several are packed (training.minimize_packed), and belong to one run, stage and round.
             start: the start weights; None: those that the piece names, or the model's seeded initialisation.
             attempts: name these attempts' files.
             waited_s: how long the pieces waited for an actor, for the ledger.
 
         Returns:
-            Of each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; of one
-            among several whose loss was never finite, the error.
+            For each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; or
+            the error, if it was one of several and its loss was never finite.
         """
         device = self._begin(pieces)
         works = [self._work(*p.ledger_key, n, device) for p, n in zip(pieces, attempts, strict=True)]
@@ -175,18 +175,18 @@ class Minimizer:
             ]
         except Exception as error:
             self.networks.forget()
-            closed = {job.work.path for job in jobs if job.is_closed}
-            held_s = (time.perf_counter() - self._started) / len(works)
+            closed_paths = {job.work.path for job in jobs if job.is_closed}
+            device_s = (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
-                if work.path not in closed:
-                    cost = replace(self._cost_so_far(number), device_s=held_s)
+                if work.path not in closed_paths:
+                    cost = replace(self._cost_so_far(number), device_s=device_s)
                     self._close(work, "failed", cost, error=one_line(error))
             raise
         finally:
             self._end(device)
 
     def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
-        """Time some steps of these pieces, packed and one by one; nothing is left but the ledger's entry.
+        """Time some steps of these pieces, packed and singly; only the ledger's entry is written.
 
         Returns:
             One record: of the trial, or {"refused": why the network cannot be packed}, with the device's name.
@@ -229,14 +229,14 @@ class Minimizer:
         return Work(stage, round, subset_id, attempt, self._node, device_name(device), started_at=time.time())
 
     def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
-        """End a ledger entry; what a pack has moved for all counts with the first that ends."""
-        ended = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=taken_bytes())
-        Ledger(self._run).write(replace(ended, error=error))
+        """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
+        entry = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=taken_bytes())
+        Ledger(self._run).write(replace(entry, error=error))
 
     def _prepare(
         self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
     ) -> _Job:
-        """The piece's model and examples on the device, and what its newest checkpoint holds."""
+        """Put the piece's model and examples on the device, and read its newest checkpoint."""
         config, run, folder = self._config, self._run, piece.folder
         full_set = self._load_full_set()
         if start is None:
@@ -248,10 +248,10 @@ class Minimizer:
         newest = run.newest_checkpoint(folder)
         optimizer_state = None
         if piece.optimizer:
-            of, path = piece.optimizer
-            optimizer_state, _ = self._optimizers.pop((of.uri, path), (None, 0))
+            directory, path = piece.optimizer
+            optimizer_state, _ = self._optimizers.pop((directory.uri, path), (None, 0))
             if optimizer_state is None:
-                optimizer_state = of.read_checkpoint(path)["optimizer"]
+                optimizer_state = directory.read_checkpoint(path)["optimizer"]
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
@@ -264,7 +264,7 @@ class Minimizer:
     def _minimize(
         self, jobs: Sequence[_Job], trace: Callable[[], None] | None
     ) -> Sequence[MinimizeResult | DivergedError]:
-        """All jobs to their ends, or until they are stopped."""
+        """Minimize all jobs to their ends, or until they are stopped."""
         config, first, recipe = self._config, jobs[0].piece, jobs[0].recipe
         seeds = [
             derive_seed(config.seed, "minimize", stage, round, subset_id or 0)
@@ -276,9 +276,9 @@ class Minimizer:
         def on_steps(progress: Mapping[int, Progress]) -> bool:
             self._progress = {**self._progress, **progress}
             stop = self._is_to_stop
-            for number, own in progress.items():
-                self._save_if_due(jobs[number], own, now=stop, is_first=number == 0)
-                listeners[number](own)
+            for number, job_progress in progress.items():
+                self._save_if_due(jobs[number], job_progress, now=stop, is_first=number == 0)
+                listeners[number](job_progress)
             if trace:
                 trace()
             return stop
@@ -298,7 +298,7 @@ class Minimizer:
 
         def on_step(progress: Progress) -> bool | str:
             outcome = job.watch.look(progress) if job.watch else None
-            return on_steps({0: replace(progress, cost=progress.cost + job.looked)}) or outcome or False
+            return on_steps({0: replace(progress, cost=progress.cost + job.validation_cost)}) or outcome or False
 
         result = minimize(
             job.model,
@@ -308,24 +308,24 @@ class Minimizer:
             state=job.state,
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
-            validation=self._watched(recipe, job.examples.device),
+            validation=self._patience_examples(recipe, job.examples.device),
             on_step=on_step,
         )
         if job.watch is None:
             return [result]
         if result.outcome != "stopped":
             job.watch.settle()
-        return [replace(result, cost=result.cost + job.looked)]
+        return [replace(result, cost=result.cost + job.validation_cost)]
 
     def _watch(self, job: _Job) -> ValidationWatch | None:
-        """What looks at validation data at epochs' ends, where the recipe asks for it."""
+        """Return a watch of validation data at epochs' ends, if the recipe requests one."""
         recipe = job.recipe
         if not (recipe.validate_every or recipe.watched_patience()):
             return None
         examples = self._load_full_set().examples("validation", device=job.examples.device)
 
         def validate() -> Metrics:
-            job.looked += Cost(num_forward=len(examples))
+            job.validation_cost += Cost(num_forward=len(examples))
             return evaluate(job.model, examples, recipe)
 
         every, patience = recipe.validate_every or 1, recipe.watched_patience()
@@ -334,41 +334,42 @@ class Minimizer:
             watch.load_state_dict(job.state)
         return watch
 
-    def _watched(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
-        """The validation data on the device, where a whole-subset optimizer looks at it."""
+    def _patience_examples(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
+        """Return the validation data on the device, if a whole-subset optimizer needs it for its patience."""
         if recipe.optimizer not in WHOLE_SUBSET:
             return None
         return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
 
     def _listener(self, piece: Piece) -> Callable[[Progress], None]:
-        """The user's own, as a piece's steps are told to it."""
+        """Return the function that reports a piece's steps to the user's own listener."""
         stage, round, subset = piece.ledger_key
-        whose = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
-        return listener_of(self._config.actors.on_step, **whose, rank=0, num_workers=1)
+        work_fields = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
+        return listener_of(self._config.actors.on_step, **work_fields, rank=0, num_workers=1)
 
     def _profiled(self, job: _Job) -> AbstractContextManager[Callable[[], None] | None]:
-        """What traces steps of the first subset, or of a stage on the full set, where that is asked for."""
+        """Return a context that traces steps of the first subset, or of a full-set stage, if the config says so."""
         piece = job.piece
         is_first = not (piece.subset_id or piece.round or piece.is_subsample)
         num_steps = self._config.actors.profile if is_first else 0
         return profiled(num_steps, job.examples.device, partial(self._run.write_bytes, trace_path(piece.stage)))
 
     def _save_if_due(self, job: _Job, progress: Progress, *, now: bool, is_first: bool) -> None:
-        """Write a checkpoint, and a heartbeat with it and between two: what is lost if we die is counted.
+        """Write a checkpoint if it is due, and heartbeats with it and in between, so that lost work is counted.
 
-        What a pack has moved is told by its first job.
+        The first job of a pack reports the bytes that the pack moved.
         """
-        at, ledger = time.perf_counter(), Ledger(self._run)
-        due = progress.step - job.last_step >= job.every_steps or at - job.last_at >= self._config.actors.checkpoint_s
-        is_saved = now or (due and progress.step < progress.num_steps)
-        if is_saved or at - job.heard_at >= ledger.heartbeat_s:
+        now_s, ledger = time.perf_counter(), Ledger(self._run)
+        is_due = progress.step - job.last_step >= job.every_steps
+        is_due = is_due or now_s - job.last_at >= self._config.actors.checkpoint_s
+        is_saved = now or (is_due and progress.step < progress.num_steps)
+        if is_saved or now_s - job.beat_at >= ledger.heartbeat_s:
             num_bytes = moved_bytes() if is_first else 0
-            told = replace(job.work, cost=progress.cost, num_network_bytes=num_bytes)
-            ledger.write(told)  # before the checkpoint: what that holds is counted
-            job.heard_at = time.perf_counter()
+            # Before the checkpoint, so that the work in it is counted
+            ledger.write(replace(job.work, cost=progress.cost, num_network_bytes=num_bytes))
+            job.beat_at = time.perf_counter()
         if is_saved:
             state = progress.capture() | (job.watch.state_dict() if job.watch else {})
-            if now or not starts_over(job.recipe, state):  # a loop that would start over gets no further by one
+            if now or not starts_over(job.recipe, state):  # a checkpoint does not help a loop that starts over
                 self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
             beat()
@@ -381,7 +382,7 @@ class Minimizer:
         cost: Cost,
         shared: Cost,
     ) -> dict[str, Any] | DivergedError | None:
-        """Leave a job's minimum, if it has come to one, and close its ledger entry with its cost and what it shared."""
+        """Write a job's minimum, if it reached one, and close its ledger entry with its cost and the shared cost."""
         piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
         if isinstance(result, DivergedError):
             self._close(job.work, "failed", cost + shared, error=one_line(result))
@@ -410,7 +411,7 @@ class Minimizer:
             "attempt": job.work.attempt,
             "peak_bytes": peak_bytes(job.examples.device),
         }
-        self._close(job.work, "done", cost)  # first: without the record all of this would be done again
+        self._close(job.work, "done", cost)  # before the record: without that, all of this work is done again
         job.is_closed = True
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):
@@ -419,8 +420,8 @@ class Minimizer:
         return record
 
     def _keep_optimizer(self, path: str, state: dict[str, Any]) -> None:
-        """Keep the state that is in a file, as the next round's member may come here: the newest ones."""
-        tensors = (v for held in state["state"].values() for v in held.values() if isinstance(v, torch.Tensor))
+        """Keep the newest optimizer states in memory too, because the next round's members may be done here."""
+        tensors = (v for moments in state["state"].values() for v in moments.values() if isinstance(v, torch.Tensor))
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         if num_bytes <= MOST_KEPT_BYTES:
             while self._optimizers and sum(size for _, size in self._optimizers.values()) > MOST_KEPT_BYTES - num_bytes:
@@ -470,7 +471,7 @@ class Minimizer:
     def _leave_statistics(
         self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]
     ) -> Cost:
-        """Write what the aggregation will want to know of the minimum, taken on its own subset; add their seals."""
+        """Write the statistics of the minimum on its own subset that the aggregation needs; add their seals."""
         config, aggregation, cost = self._config, self._config.aggregation, Cost()
         for kind in piece.statistics:
             options: dict[str, Any] = {
@@ -478,14 +479,14 @@ class Minimizer:
                 "seed": derive_seed(config.seed, kind, piece.round, piece.subset_id or 0),
             }
             if kind == "fisher":
-                taken, worked = diagonal_fisher(
+                tensors, statistics_cost = diagonal_fisher(
                     model, _held(own), config.minimize, labels=aggregation.fisher_labels, **options
                 )
             else:
-                taken, worked = gram_matrices(model, _held(own), config.minimize, **options)
+                tensors, statistics_cost = gram_matrices(model, _held(own), config.minimize, **options)
             path = statistics_path(piece.folder, kind)
-            files[path] = self._run.write_weights(path, taken)
-            cost += worked
+            files[path] = self._run.write_weights(path, tensors)
+            cost += statistics_cost
         return cost
 
 
@@ -499,10 +500,10 @@ def _sent_state(state: dict[str, Any], send: Send) -> dict[str, Any]:
             return value
         return value.to("cpu", torch.bfloat16 if narrow and value.ndim and value.is_floating_point() else None)
 
-    return state | {"state": {key: {k: sent(v) for k, v in held.items()} for key, held in state["state"].items()}}
+    return state | {"state": {key: {k: sent(v) for k, v in moments.items()} for key, moments in state["state"].items()}}
 
 
 def _held(examples: Examples | StreamedExamples) -> Examples:
-    """A subset's examples, which are in memory: only full-set stages stream."""
+    """Return a subset's examples, which are in memory: only full-set stages stream."""
     assert isinstance(examples, Examples)
     return examples

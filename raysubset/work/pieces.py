@@ -1,4 +1,4 @@
-"""Pieces of work, each complete: beside the full set, the process that does one needs nothing else."""
+"""Pieces of work. Each is complete: beside the full set, the process that does it needs nothing else."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -33,22 +33,26 @@ TEST_PATH = "test.json"  # in the directory of a TestPiece
 
 @dataclass(frozen=True)
 class Output:
-    """Where a piece of work leaves weights, and the record that names them, which is written last."""
+    """The files of a piece of work: its weights, and the record that names them, which is written last."""
 
     directory: RunDirectory
     record_path: str
     weights_path: str
 
     def record(self, *, whole: bool = False) -> dict[str, Any] | None:
-        """What the record says; None, with a warning, if it or a file that it names is damaged or gone."""
+        """Return the record; None, with a warning, if it or a file that it names is damaged or gone."""
         return self.directory.read_record(self.record_path, whole=whole)
 
     def files(self) -> dict[str, Seal]:
-        """The seals of what was left, by path."""
+        """Return the seals of the files, by path."""
         return self.directory.read_json(self.record_path)["files"]
 
     def weights(self) -> Weights:
-        """What was left; CorruptFile if it is damaged."""
+        """Return the weights.
+
+        Raises:
+            CorruptFile: if they are damaged.
+        """
         return self.directory.read_weights(self.weights_path, self.files())
 
 
@@ -62,7 +66,7 @@ class Piece:
     subset_id: int | None = None
     round: int = 0
     indices: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """int64, its subset in the training split; None: all, or of a subset, what config and round say it has."""
+    """int64, its subset in the training split; None: all, or for a subset those that config and round give it."""
     epochs: float | None = None  # instead of the recipe's
     schedule_span: tuple[float, float] = (0.0, 1.0)
     start: Output | None = None  # what it starts from; None: weights that it is given, or seeded by start_id
@@ -76,7 +80,7 @@ class Piece:
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
     by_train: bool = False  # as Ray Train does it, by its local mode where one actor is the only worker
     teachers: tuple[Output, ...] = ()  # minima to distil from, by Ray Train
-    name: str = ""  # what it is called, if not by its subset or stage
+    name: str = ""  # its label, if not by its subset or stage
 
     @property
     def ledger_key(self) -> tuple[Stage, int, int | None]:
@@ -85,7 +89,7 @@ class Piece:
 
     @property
     def folder(self) -> str:
-        """Where it leaves its minimum."""
+        """The folder of its minimum."""
         if self.is_subsample:
             assert self.subset_id is not None
             return subsample_folder(self.round, self.subset_id)
@@ -105,7 +109,7 @@ class Piece:
         return self.output.record()
 
     def positions(self, full_set: FullSet) -> np.ndarray | None:
-        """The examples it minimizes on, int64 positions in the training split; None: all."""
+        """Return the examples that it minimizes on, int64 positions in the training split; None: all."""
         if self.subset_id is None:
             return None
         indices = self.indices
@@ -163,12 +167,12 @@ class AggregatePiece:
     directory: RunDirectory
     members: tuple[Piece, ...]
     round: int = 0
-    parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in their order, where savgm needs them
+    parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in the same order, if savgm needs them
     start: Output | None = None  # what the members started from; None: weights that it is given, or the seeded ones
     momentum: Output | None = None  # of the round before, whose outer step left it
     averages_optimizers: bool = False  # whether it leaves the mean of its members' optimizer states
     measures: Collection[Measure] = MEASURES
-    more: Mapping[str, Any] = field(default_factory=dict)  # what its record says beside
+    more: Mapping[str, Any] = field(default_factory=dict)  # further fields of its record
     name: str = ""
 
     @property
@@ -188,7 +192,7 @@ class AggregatePiece:
         return self.name or f"aggregation of round {self.round}"
 
     def record(self) -> dict[str, Any] | None:
-        """What it has left; None if it is not done."""
+        """Return its record; None if it is not done."""
         return self.output.record()
 
     def minima(self, start: Weights) -> list[Minimum]:
@@ -201,7 +205,7 @@ class AggregatePiece:
         ]
 
     def start_weights(self, full_set: FullSet) -> Weights:
-        """What its members started from."""
+        """Return the weights that its members started from."""
         if self.start is not None:
             return self.start.weights()
         return seeded_model(self.config, full_set).state_dict()
@@ -209,9 +213,9 @@ class AggregatePiece:
 
 @dataclass(frozen=True)
 class TestPiece:
-    """One reading of the test split, by weights that another piece of work left."""
+    """One reading of the test split, with the weights of another piece of work."""
 
-    __test__ = False  # pytest would take it for one of its own
+    __test__ = False  # or pytest would take it for a test
 
     config: Config = field(repr=False)
     of: Output
@@ -230,7 +234,7 @@ class TestPiece:
         return "test"
 
     def record(self) -> dict[str, Any] | None:
-        """The metrics; None if the split was not read yet."""
+        """Return the metrics; None if the split was not read yet."""
         return self.directory.read_json_or_none(TEST_PATH)
 
 
@@ -238,7 +242,7 @@ AnyPiece = Piece | AggregatePiece | TestPiece
 
 
 def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
-    """The weights shrunk and perturbed (arXiv:1910.08475) by fresh ones, as fine_tuning.shrink and .perturb say."""
+    """Return the weights shrunk and perturbed (arXiv:1910.08475) by new ones, with fine_tuning.shrink and .perturb."""
     fresh = random_model(config, full_set, "fine_tuning")
     tuning, names = config.fine_tuning, trainable_names(fresh)
     return shrink_perturb(
@@ -248,18 +252,18 @@ def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """What an actor says of its work while it does it."""
+    """The progress of an actor's current work."""
 
     epoch: float
     num_epochs: float
-    loss: float  # of the last whole epoch
+    loss: float  # of the last complete epoch
     running_loss: float  # of the epoch so far; NaN before its first step
     examples_per_s: float
     cost: Cost
 
     @classmethod
     def of(cls, progress: Progress) -> "Report":
-        """Where a minimization stands."""
+        """Return the report of a minimization's progress."""
         per_s = progress.cost.num_forward / max(progress.cost.device_s, 1e-9)
         num_epochs = progress.num_steps / progress.num_steps_per_epoch
         losses = (progress.loss, progress.running_loss())

@@ -124,8 +124,8 @@ def _minimize(
         current = objective.evaluate()
         if not current.is_finite:
             raise DivergedError(
-                f"the loss at the start is {current.loss:g}, its gradient's largest element {current.largest_slope:g}: the start "
-                "weights are not finite, or too large"
+                f"the loss at the start is {current.loss:g}, its gradient's largest element "
+                f"{current.largest_slope:g}: the start weights are not finite, or too large"
             )
         best = {"loss": current.loss, "weights": objective.weights()}
         best_validated = validated() if patience else {}
