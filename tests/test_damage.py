@@ -108,7 +108,7 @@ def test_a_damaged_file_is_read_as_it_was_written_or_named(run: RunDirectory, pa
             found, words = read(run), caplog.text
         except CorruptFile as error:
             found, words = None, str(error)
-        except ValueError as error:  # of config.json that is no run's
+        except ValueError as error:  # of config.json that belongs to no run
             assert path == "config.json"
             found, words = None, str(error)
         assert found == written or path.rpartition("/")[2] in words, (number, changed)

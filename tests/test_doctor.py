@@ -74,7 +74,7 @@ def test_an_earlier_run_is_told_of(tmp_path: Path):
     run.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})  # as a driver leaves it that died in --fresh
     assert earlier(config).ok
     assert "partly deleted" in earlier(config).text
-    with pytest.raises(ValueError, match=r"there is no run at .*: its deletion was begun by --fresh"):
+    with pytest.raises(ValueError, match=r"there is no run at .*: --fresh began to delete it"):
         read_report(run.uri)
     run.open(config.to_dict(), {}, identify([config], {}, None))
     with Lease(run):

@@ -392,7 +392,7 @@ def test_texts_that_the_model_writes_are_shown_as_they_stand(tmp_path: Path, cap
     assert "<pre>def f(│x):\n    return &lt;b&gt;x&lt;/b&gt;</pre>" in page
     run.write_json(SAMPLES_PATH, [{"prompt": None, "text": ""}])
     assert "What it writes" not in Path(write_files(run.uri)).read_text()
-    assert "prompt = None should be a text; going on as if it were not there" in caplog.text
+    assert "prompt = None should be a text; continuing without it" in caplog.text
 
 
 def test_many_classes_give_the_pairs_most_often_confused():

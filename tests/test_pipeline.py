@@ -73,4 +73,4 @@ def test_a_finished_run_of_which_an_artefact_is_damaged_or_gone_has_work_left_an
     assert _finished(finished, config(finished), {}, False) is None
     (line,) = caplog.messages
     assert line.startswith(f"{path} in {finished.uri} is damaged: ")
-    assert line.endswith("; what it stands for is made again")
+    assert line.endswith("; the work behind it is done again")

@@ -307,7 +307,7 @@ class TestFiles:
         if harm == "forged":
             run.write_json("r.json", {"files": {"w": 7}})
         assert run.read_record("r.json") == (record if harm == "whole" else None)
-        assert ("is made again" in caplog.text) == (harm != "whole")
+        assert ("is done again" in caplog.text) == (harm != "whole")
 
     @pytest.mark.parametrize(
         ("path", "records"),
@@ -464,9 +464,9 @@ class TestOpening:
     def test_the_config_json_of_something_else_makes_no_run_of_its_folder(self, run, fresh, foreign):
         run.write_json("config.json", foreign)
         run.write_bytes("model.safetensors", b"years")
-        with pytest.raises(ValueError, match=r"holds a config.json that is no run's: choose another --name"):
+        with pytest.raises(ValueError, match=r"holds a config.json that belongs to no run: choose another --name"):
             run.open(CONFIG, {}, fresh=fresh)
-        with pytest.raises(ValueError, match=r"holds a config.json that is no run's"):
+        with pytest.raises(ValueError, match=r"holds a config.json that belongs to no run"):
             run.differs(CONFIG)
         assert run.list() == ["config.json", "model.safetensors"]
         assert run.read_json("config.json") == foreign

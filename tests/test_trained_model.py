@@ -240,7 +240,7 @@ def test_a_network_without_a_graph_needs_code_and_the_run_says_why(run: RunDirec
 def test_a_file_cut_short_is_named(run: RunDirectory):
     data = run.read_bytes("model.safetensors")
     run.write_bytes("model.safetensors", data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors in .* is damaged: it has \d+ bytes, and had \d+ bytes"):
+    with pytest.raises(ValueError, match=r"model\.safetensors in .* is damaged: it has \d+ bytes instead of \d+ bytes"):
         load_model(run.uri)
 
 

@@ -1,4 +1,4 @@
-"""Everything a run leaves behind, written atomically on a local path or any pyarrow.fs URI; what resuming reads.
+"""Everything a run leaves behind, written atomically on a local path or any pyarrow.fs URI; resuming reads it.
 
     directory = RunDirectory("s3://bucket/results?endpoint_override=host:9000&scheme=http", "cifar10-cnn")
     directory.check_writable()
@@ -6,10 +6,10 @@
         resumed = directory.open(config.to_dict(), environment)
         folder = minimum_folder(0, 7)
         directory.write_weights(weights_path(folder), weights)
-        directory.write_json(minimum_path(folder), record)  # last: a record stands for weights that are there
+        directory.write_json(minimum_path(folder), record)  # last: a record stands for weights that exist
 
-Paths are relative to the run, with "/". A reader sees the old content of a file or the new, never a part of it: a
-process that dies while writing leaves the old one. Remote storage that does not answer for a while is asked again.
+Paths are relative to the run, with "/". A reader sees either the old or the new content of a file, never a part: if a
+process dies while writing, the old content stays. Requests to remote storage that does not answer are repeated.
 """
 
 from raysubset.errors import CorruptFile

@@ -1,4 +1,4 @@
-"""The files of a run, on a local path or any pyarrow.fs URI, and how a run begins or goes on."""
+"""RunDirectory: the files of a run, on a local path or any pyarrow.fs URI, and how a run begins or resumes."""
 
 import contextlib
 import io
@@ -36,23 +36,23 @@ if TYPE_CHECKING:  # torch takes seconds, and a report reads no weights
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of run directories; one of another format is refused
+FORMAT = 2  # of run directories; another format is refused
 
-_PARTIAL = ".partial"  # ends the name of a local file while it is written
+_PARTIAL = ".partial"  # suffix of a local file while it is written
 
 
-_DIGEST = "digest"  # the last key of a JSON object: its own
+_DIGEST = "digest"  # the last key of a JSON object: the digest of its file
 
 
 class RunDirectory:
-    """The folder {storage_path}/{name}. Pickles as these two words, so that actors on other nodes get it by value."""
+    """The folder {storage_path}/{name}. It pickles as these two values, so that actors on other nodes get it."""
 
     def __init__(self, storage_path: str, name: str) -> None:
-        """Touches nothing yet. A storage path without "scheme://" is local: ~ is expanded, and it is made absolute.
+        """Touch no storage yet. A storage path without "scheme://" is local: ~ is expanded, and it becomes absolute.
 
         Raises:
-            ValueError: for a URI whose credentials end before their end, unless written with %2F for their "/", or a
-                name that is no plain folder's, as a stranger's record may hold.
+            ValueError: if the URI's credentials contain an unescaped delimiter, such as a "/" that is not written %2F;
+                or if the name is not a plain folder name, as a record that somebody else wrote may hold.
         """
         if "/" in name or name in (".", ".."):
             raise ValueError(f"{name!r} in {shown(storage_path)} is no plain name of a folder")
@@ -68,7 +68,7 @@ class RunDirectory:
 
     @classmethod
     def at(cls, uri: str) -> "RunDirectory":
-        """The inverse of `uri`: the run directory at a path or URI that ends with its name."""
+        """Return the run directory at a path or URI that ends with its name, such as `uri`."""
         path, mark, query = uri.partition("?") if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "", "")
         storage_path, _, name = path.rstrip("/").rpartition("/")
         return cls((storage_path or "/") + mark + query, urllib.parse.unquote(name) if "://" in uri else name)
@@ -81,7 +81,7 @@ class RunDirectory:
 
     @property
     def uri(self) -> str:
-        """Where it is, to show and to give back to at(); without the credentials that a storage URI may hold."""
+        """The path or URI, without credentials, for messages and for at()."""
         if self.local_path:
             return str(self.local_path)
         path, mark, query = self.shown_storage_path.partition("?")
@@ -89,17 +89,17 @@ class RunDirectory:
 
     @property
     def shown_storage_path(self) -> str:
-        """The storage path without the credentials that a URI may hold: for records and messages."""
+        """The storage path without the credentials that a URI may hold, for records and messages."""
         return self.storage_path if self.local_path else shown(self.storage_path)
 
     @cached_property
-    def _place(self) -> tuple[pafs.FileSystem, str]:
-        """The file system and the run's root in it."""
+    def _filesystem_and_root(self) -> tuple[pafs.FileSystem, str]:
+        """The file system, and the run's root in it."""
         if self.local_path:
             return pafs.LocalFileSystem(), str(self.local_path)
         try:
             filesystem, folder = opened(self.storage_path, self._patience)
-        except (pa.ArrowInvalid, ImportError) as error:  # which shows the whole URI
+        except (pa.ArrowInvalid, ImportError) as error:  # its message shows the whole URI, with credentials
             scheme = self.storage_path.partition("://")[0]
             text = (
                 f"storage_path of {scheme}:// cannot be opened ({type(error).__name__}): use a path, s3://… or gs://…"
@@ -108,89 +108,91 @@ class RunDirectory:
         return filesystem, f"{folder.rstrip('/')}/{self.name}"
 
     def _at(self, path: str) -> tuple[pafs.FileSystem, str]:
-        if path.startswith("/") or ".." in path.split("/"):  # a stranger's record named it
+        if path.startswith("/") or ".." in path.split("/"):  # the path comes from a record that somebody else wrote
             raise self._damaged(path, "it would lie outside")
-        filesystem, root = self._place
+        filesystem, root = self._filesystem_and_root
         return filesystem, f"{root}/{path}" if path else root
 
     # Files
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Return True if there is a file or folder at the path."""
         filesystem, full = self._at(path)
         return filesystem.get_file_info(full).type != pafs.FileType.NotFound
 
     def list(self, path: str = "", *, recursive: bool = False) -> list[str]:
-        """The files of a folder, sorted, relative to the run; none where it is missing. Hidden files are left out."""
+        """Return the files of a folder, sorted, by paths in the run; [] if it is missing. Hidden files are left out."""
         filesystem, full = self._at(path)
         try:
             infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True, recursive=recursive))
-        except FileNotFoundError:  # despite allow_not_found, where another process makes the folder meanwhile
+        except FileNotFoundError:  # happens despite allow_not_found if another process creates the folder meanwhile
             return []
         files = (i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith("."))
         return sorted(info.path.removeprefix(self._at("")[1] + "/") for info in files)
 
     @classmethod
     def all_of(cls, storage_path: str) -> "Sequence[RunDirectory]":
-        """The directories of a storage path, the newest first, where storage tells when; hidden ones are left out.
+        """Return the directories of a storage path, the newest first if storage knows their age, without hidden ones.
 
         Raises:
-            FileNotFoundError: without such a folder.
+            FileNotFoundError: if there is no such folder.
         """
-        filesystem, root = cls(storage_path, "-")._place
+        filesystem, root = cls(storage_path, "-")._filesystem_and_root
         infos = filesystem.get_file_info(pafs.FileSelector(root.rpartition("/")[0] or "/"))
         names = ((info.mtime_ns or 0, info.base_name) for info in infos if info.type == pafs.FileType.Directory)
         return [cls(storage_path, name) for _, name in sorted(names, reverse=True) if not name.startswith(".")]
 
     def neighbours(self) -> "Sequence[RunDirectory]":
-        """The directories of the same storage path, without this one; the newest first, where storage tells when."""
+        """Return the other directories of this storage path, the newest first if storage knows their age."""
         try:
             return [directory for directory in self.all_of(self.storage_path) if directory.name != self.name]
         except FileNotFoundError:
             return []
 
     def delete(self, path: str) -> None:
-        """Remove a file, or a folder and all in it; none to remove is fine."""
+        """Remove a file, or a folder with its content. A missing path is no error."""
         filesystem, full = self._at(path)
         kind = filesystem.get_file_info(full).type
-        with contextlib.suppress(FileNotFoundError):  # of a second try, where the first was done and its answer lost
+        with contextlib.suppress(FileNotFoundError):  # the first try may have succeeded, and only its answer got lost
             if kind == pafs.FileType.Directory:
                 filesystem.delete_dir(full)
             elif kind != pafs.FileType.NotFound:
                 filesystem.delete_file(full)
 
     def write_bytes(self, path: str, data: bytes | bytearray | memoryview, *, is_durable: bool = True) -> None:
-        """Replace a file in one step; its folders are made.
+        """Replace a file atomically. Missing folders are created.
 
         Args:
-            is_durable: False: do not wait for a local disk. If the machine goes down within half a minute the file
-                may be empty or as it was; a process that dies loses nothing.
+            is_durable: False: do not wait for a local disk. If the machine goes down within half a minute, the file
+                may be empty or have its old content. If only the process dies, nothing is lost.
 
         Raises:
-            OSError: a full disk and other failures of the storage, with the file named.
+            OSError: if the disk is full or the storage fails otherwise. The message names the file.
         """
         filesystem, full = self._at(path)
         if self.local_path:
-            with _replaced(Path(full), is_durable=is_durable) as file:
+            with _replacement(Path(full), is_durable=is_durable) as file:
                 file.write(data)
             return
-        # One write, then the close that makes the object visible: no exception can come between parts of it.
+        # One write, then the close that makes the object visible: no exception can come between two parts of it
         with filesystem.open_output_stream(full, compression=None) as stream:
             stream.write(data)
 
     def read_bytes(self, path: str) -> bytes:
-        """The content; FileNotFoundError where there is none."""
+        """Return a file's content. Raise FileNotFoundError if it is missing."""
         filesystem, full = self._at(path)
         return Path(full).read_bytes() if self.local_path else filesystem.handler.read(full)
 
     def write_json(self, path: str, record: Any, *, is_durable: bool = True, indent: int | None = 1) -> Seal:
-        """Strict JSON, keys in the order given: NaN and infinities, which JSON lacks, become null. Without an indent it
-        takes less than half of the time: a line for the machine.
+        """Write strict JSON, with keys in the given order. NaN and infinities, which JSON lacks, become null.
 
-        An object ends with the digest of the file, which read_json() checks and takes away.
+        An object ends with the digest of the file, which read_json() checks and removes.
+
+        Args:
+            indent: None writes one line, for programs, in less than half of the time.
 
         Returns:
-            Its seal, for a record that names it.
+            The file's seal, for a record that names it.
         """
         is_object = isinstance(record, Mapping)
         data = bytearray(_to_json({**record, _DIGEST: BLANK.decode()} if is_object else record, indent).encode())
@@ -200,13 +202,16 @@ class RunDirectory:
         return seal_of(data)
 
     def read_json(self, path: str) -> Any:
-        """The record; FileNotFoundError where there is none, CorruptFile where it cannot be read, was changed, or holds
-        values of other types than files of its name do.
+        """Return the record in a JSON file.
+
+        Raises:
+            FileNotFoundError: if the file is missing.
+            CorruptFile: if it cannot be read, was changed, or holds values of types that files of its name do not have.
         """
         data = self.read_bytes(path)
         with self._corrupt(path, ValueError, RecursionError):  # bad JSON and bad UTF-8 are ValueErrors
             record = json.loads(data)
-        if isinstance(record, dict) and (MARK in data or _DIGEST in record):  # of which either may be damaged
+        if isinstance(record, dict) and (MARK in data or _DIGEST in record):  # damage may hide one of the two signs
             if flaw := flaw_by_itself(data):
                 raise self._damaged(path, f"{flaw} (whoever edits it leaves {_DIGEST} out)")
             del record[_DIGEST]
@@ -217,82 +222,83 @@ class RunDirectory:
         return record
 
     def read_json_or_none(self, path: str) -> Any:
-        """None where there is none, or it cannot be read (with a warning): its work is to be done again."""
+        """Return the record; None if the file is missing or, with a warning, cannot be read: its work is done again."""
         try:
             return self.read_json(path)
         except FileNotFoundError:
             return None
         except CorruptFile as error:
-            logger.warning("%s; going on as if it were not there", error)
+            logger.warning("%s; continuing without it", error)
             return None
 
     def write_weights(self, path: str, weights: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Seal:
-        """safetensors, a tensor at a time. Tied tensors are written apart, layouts in the default order of memory.
+        """Write a safetensors file, a tensor at a time. Tied tensors are written twice, in the default memory layout.
 
         Returns:
-            Its seal, for the `files` of the record that names it.
+            The file's seal, for the `files` of the record that names it.
         """
         from raysubset.run_directory.weights_files import to_safetensors
 
-        with self._sealing(path, is_kept=True) as sink:
+        with self._sealed_file(path, is_kept=True) as sink:
             for part in to_safetensors(weights, metadata):
                 sink.write(part)
         return sink.seal()
 
     def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
-        """On the CPU; CorruptFile where they are gone or are not what the record that names them says.
-
-        What this process has written or read of late is not fetched again.
+        """Return the weights in a file, on the CPU. A file that this process wrote or read lately is not fetched again.
 
         Args:
-            files: of that record: seals by path.
+            files: seals by path, of the record that names the file.
+
+        Raises:
+            CorruptFile: if the file is missing, or differs from its seal.
         """
         import safetensors.torch
 
         seal = files.get(path)
-        known = RECENT.find(self.uri, path, seal)
+        recent = RECENT.find(self.uri, path, seal)
         with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError):
-            if self.local_path:  # mapped: to read 45 MB into memory takes eight times as long as to average them
+            if self.local_path:  # mapped: reading 45 MB into memory takes eight times as long as averaging them
                 with (self.local_path / path).open("rb") as file:
                     status = os.fstat(file.fileno())
                     version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
-                    if version != known:
-                        checked = self._check(path, _mapped(file, num_bytes), seal)
-                        RECENT.keep(self.uri, path, checked, version)
+                    if version != recent:
+                        checked_seal = self._check(path, _mapped(file, num_bytes), seal)
+                        RECENT.keep(self.uri, path, checked_seal, version)
                 weights = safetensors.torch.load_file(self.local_path / path)
             else:
-                data = self.read_bytes(path) if known is None else known
+                data = self.read_bytes(path) if recent is None else recent
                 num_bytes = len(data)
-                if known is None:
+                if recent is None:
                     RECENT.keep(self.uri, path, self._check(path, data, seal), data)
                 weights = safetensors.torch.load(data)
-        count_bytes(num_bytes if known is None else 0)
+        count_bytes(num_bytes if recent is None else 0)
         return weights
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
-        """save_checkpoint(); `position`, a list such as [epoch, step], orders checkpoints. Its seal."""
-        with self._sealing(path, is_durable=is_durable) as sink:
+        """Write a save_checkpoint() file. Return its seal. `position`, such as [epoch, step], orders checkpoints."""
+        with self._sealed_file(path, is_durable=is_durable) as sink:
             save_checkpoint(state, sink)
         return sink.seal()
 
     @contextlib.contextmanager
-    def _sealing(self, path: str, *, is_durable: bool = True, is_kept: bool = False) -> Iterator[Sink]:
-        """write_bytes() of parts as they come, counted; read_weights() finds what is kept."""
+    def _sealed_file(self, path: str, *, is_durable: bool = True, is_kept: bool = False) -> Iterator[Sink]:
+        """Yield a sink whose parts replace the file, as write_bytes() does, and count. Keep the content if is_kept."""
         content: Any = WRITTEN
         if self.local_path:
-            with _replaced(Path(self._at(path)[1]), is_durable=is_durable) as file:
+            with _replacement(Path(self._at(path)[1]), is_durable=is_durable) as file:
                 yield (sink := Sink(file))
         else:
             with io.BytesIO() as buffer:
                 yield (sink := Sink(buffer))
-                content = buffer.getvalue()  # no copy: nothing is written any more
+                content = buffer.getvalue()  # makes no copy, as nothing more is written
             self.write_bytes(path, content)
         count_bytes(sink.num_bytes)
         if is_kept:
             RECENT.keep(self.uri, path, sink.seal(), content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
-        """load_checkpoint(); FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
+        """load_checkpoint() from a file. Raise FileNotFoundError if it is missing, CorruptFile if it is damaged."""
         if not self.local_path:
             data = self.read_bytes(path)
             count_bytes(len(data))
@@ -303,7 +309,7 @@ class RunDirectory:
             return load_checkpoint(_mapped(file, num_bytes))
 
     def write_table(self, path: str, table: pa.Table, *, is_durable: bool = True) -> Seal:
-        """Parquet that holds a digest of itself; its seal, for a record that names it."""
+        """Write a Parquet file that holds a digest of itself. Return its seal, for a record that names it."""
         sink = pa.BufferOutputStream()
         metadata = {**(table.schema.metadata or {}), _DIGEST: BLANK}
         pq.write_table(table.replace_schema_metadata(metadata), sink)
@@ -313,11 +319,11 @@ class RunDirectory:
         return seal_of(data)
 
     def read_table(self, path: str) -> pa.Table:
-        """The table; FileNotFoundError where there is none, CorruptFile where it is not as it was written."""
+        """Return the table in a file. Raise FileNotFoundError if it is missing, CorruptFile if it is damaged."""
         data = self.read_bytes(path)
         if flaw := flaw_by_itself(data):
             raise self._damaged(path, flaw)
-        with self._corrupt(path, pa.ArrowInvalid, OSError):  # sealed by another hand
+        with self._corrupt(path, pa.ArrowInvalid, OSError):  # another program may have written the digest
             table = pq.read_table(pa.BufferReader(data))
         if any(map(_is_foreign, table.schema.types)):
             raise self._damaged(path, "it holds types of other programs")
@@ -325,8 +331,10 @@ class RunDirectory:
         return table.replace_schema_metadata(metadata or None)
 
     def read_record(self, path: str, *, whole: bool = False) -> dict[str, Any] | None:
-        """The record of finished work. None, with a warning but where there is none, if it is damaged or a file that it
-        names is gone or of another length: the work is to be done again.
+        """Return the record of finished work; None if the work has to be done again.
+
+        That is so if the record is missing or, with a warning, if it is damaged or a file that it names is missing or
+        has another length.
 
         Args:
             whole: read the files too, and compare their digests.
@@ -342,40 +350,40 @@ class RunDirectory:
             for file, seal in files.items() if whole else ():
                 self._check(file, self.read_bytes(file), seal)
         except CorruptFile as error:
-            logger.warning("%s; what it stands for is made again", error)
+            logger.warning("%s; the work behind it is done again", error)
             return None
         return record
 
     def check_lengths(self, files: Mapping[str, Seal]) -> None:
-        """Look whether files are there as they were written, as far as their lengths tell.
+        """Check that files exist and have the lengths that they were written with.
 
         Args:
-            files: of a record that names them: seals by path.
+            files: seals by path, of the record that names the files.
 
         Raises:
-            CorruptFile: for the first that is gone, or has another length.
+            CorruptFile: for the first file that is missing or has another length.
         """
-        filesystem = self._place[0]
+        filesystem = self._filesystem_and_root[0]
         infos = filesystem.get_file_info([self._at(path)[1] for path in files])
         for (path, seal), info in zip(files.items(), infos, strict=True):
             if info.type == pafs.FileType.NotFound:
                 raise self._damaged(path, "it is gone, though a record names it")
             if not has_length(seal, info.size):
-                raise self._damaged(path, f"it has {info.size} bytes, and had {str(seal).partition(',')[0]}")
+                raise self._damaged(path, f"it has {info.size} bytes instead of {str(seal).partition(',')[0]}")
 
     def forget(self, path: str) -> None:
-        """Delete the records that stand on a damaged file, or the file itself where none does: it is made again."""
+        """Delete the records that depend on a damaged file, or else the file itself, so that its work is done again."""
         for record in naming_records(path):
             self.delete(record)
 
     def _check(self, path: str, data: Any, seal: Seal | None) -> Seal:
-        """The seal, where the file is as the record that holds it says."""
+        """Return the seal if the file's content matches it; raise CorruptFile if not."""
         if seal is None:
             raise self._damaged(path, "no record holds its digest")
         if not has_length(seal, len(data)):
-            raise self._damaged(path, f"it has {len(data)} bytes, and had {seal.partition(',')[0]}")
+            raise self._damaged(path, f"it has {len(data)} bytes instead of {seal.partition(',')[0]}")
         if seal_of(data) != seal:
-            raise self._damaged(path, "it was changed: its digest is another")
+            raise self._damaged(path, "it was changed: its digest differs")
         return seal
 
     def _damaged(self, path: str, flaw: str) -> CorruptFile:
@@ -389,32 +397,32 @@ class RunDirectory:
             raise CorruptFile(path, f"{path} in {self.uri} cannot be read: {_one_line(error)}") from error
 
     def newest_checkpoint(self, folder: str) -> tuple[int, dict[str, Any]] | None:
-        """(attempt, state) of the readable checkpoint that got furthest, over all attempts at a minimum."""
-        found = []
+        """Return (attempt, state) of the readable checkpoint that got furthest, among all attempts at a minimum."""
+        checkpoints = []
         for path in self.list(folder):
             if match := re.search(r"/checkpoint-(\d+)\.pt$", path):
                 try:
-                    found.append((int(match[1]), self.read_checkpoint(path)))
+                    checkpoints.append((int(match[1]), self.read_checkpoint(path)))
                 except CorruptFile as error:
                     logger.warning("%s; falling back to an earlier checkpoint", error)
-        return max(found, key=lambda one: (one[1]["position"], one[0]), default=None)
+        return max(checkpoints, key=lambda checkpoint: (checkpoint[1]["position"], checkpoint[0]), default=None)
 
     def train_storage(self, folder: str) -> tuple[str, pafs.FileSystem | None]:
-        """A folder of the run as Ray Train wants it: RunConfig(storage_path=…, storage_filesystem=…)."""
+        """Return a folder of the run for Ray Train's RunConfig(storage_path=…, storage_filesystem=…)."""
         filesystem, full = self._at(folder)
         return full, None if self.local_path else filesystem
 
     # The run as a whole
 
     def below(self, folder: str) -> str:
-        """A folder of this directory, as the storage path of others."""
+        """Return the storage path of run directories that lie in a folder of this one."""
         if self.local_path:
             return str(self.local_path / folder)
         path, mark, query = self.storage_path.partition("?")
         return f"{path.rstrip('/')}/{_quoted(self.name)}/{folder}{mark}{query}"
 
     def check_writable(self) -> None:
-        """Write a small file and remove it again.
+        """Write a small file and remove it.
 
         Raises:
             ValueError: if the storage cannot be written, with the cause.
@@ -429,19 +437,19 @@ class RunDirectory:
             cause = (isinstance(error, OSError) and error.strerror) or _one_line(error)
             raise ValueError(f"cannot write to {self.uri}: {cause}; choose another --storage-path") from error
         if self.local_path:
-            with contextlib.suppress(OSError):  # only an empty folder goes, which the probe may have made
+            with contextlib.suppress(OSError):  # removes only an empty folder, which the probe may have created
                 self.local_path.rmdir()
 
     def read_config(self) -> dict[str, Any]:
-        """The config of the run that is there; ValueError if none is, or one of a newer version."""
+        """Return the config of the run here. Raise a ValueError if there is no run, or one of a newer version."""
         config = self.recorded_config()
         if config is None:
-            begun = ": its deletion was begun by --fresh and not completed" if self.exists(CONFIG_PATH) else ""
-            raise ValueError(f"there is no run at {self.uri}{begun}")
+            hint = ": --fresh began to delete it and did not finish" if self.exists(CONFIG_PATH) else ""
+            raise ValueError(f"there is no run at {self.uri}{hint}")
         return config
 
     def recorded_config(self) -> dict[str, Any] | None:
-        """None where there is none, or a driver died while it deleted the run."""
+        """Return the run's config; None if there is no run, or a driver died while it deleted the run."""
         if not self.exists(CONFIG_PATH):
             return None
         try:
@@ -450,36 +458,36 @@ class RunDirectory:
             raise CorruptFile(CONFIG_PATH, f"{error}; start over with --fresh") from error
         self._check_ours(record)
         if record["format"] != FORMAT:
-            found = f"{self.uri} is of format {record['format']!r}; this version of raysubset reads {FORMAT}"
-            raise ValueError(f"{found}: use the version that made it, another --name, or start over with --fresh")
+            text = f"{self.uri} is of format {record['format']!r}; this version of raysubset reads {FORMAT}"
+            raise ValueError(f"{text}: use the version that wrote it, another --name, or start over with --fresh")
         config = record["config"]
         return None if config is None else json.loads(_to_json(of_now(config)))
 
     def _check_ours(self, record: Any) -> None:
         if not (isinstance(record, dict) and isinstance(record.get("config", ""), dict | None) and "format" in record):
-            raise ValueError(f"{self.uri} holds a {CONFIG_PATH} that is no run's: choose another --name")
+            raise ValueError(f"{self.uri} holds a {CONFIG_PATH} that belongs to no run: choose another --name")
 
     def differs(self, config: Mapping[str, Any]) -> bool:
-        """Whether there is no run of this config to resume; ValueError if one of a newer version is there."""
+        """Return True if no run exists here, or it has a different config. ValueError if its version is newer."""
         old = self.recorded_config()
         return old is None or any(differences(old, json.loads(_to_json(config))))
 
     def refuse_other_config(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Stop where the config of the run that is there would give another result.
+        """Stop if the config of the run here would give another result.
 
         Raises:
             ValueError: with the difference and the way out.
         """
         changes = differences(old, json.loads(_to_json(config)))
-        if told := ", ".join(f"{key}: {was} → {now}" for key, was, now in changes):
-            out = "choose another --name, or start over with --fresh"
-            raise ValueError(f"{self.uri} holds a run of another config ({told}): {out}")
+        if text := ", ".join(f"{key}: {old_value} → {new_value}" for key, old_value, new_value in changes):
+            way_out = "choose another --name, or start over with --fresh"
+            raise ValueError(f"{self.uri} holds a run of another config ({text}): {way_out}")
 
     def read_identity(self) -> Identity | None:
-        """What the run's names stood for when it was begun; None where nothing says.
+        """Return what the run's names stood for at its start; None if no file says so.
 
         Raises:
-            CorruptFile: if it cannot be read, with the way out.
+            CorruptFile: if the file cannot be read, with the way out.
         """
         if not self.exists(IDENTITY_PATH):
             return None
@@ -489,30 +497,34 @@ class RunDirectory:
             raise CorruptFile(IDENTITY_PATH, f"{error}; start over with --fresh") from error
 
     def refuse_changed(self, identity: Identity, *, accept_changed_code: bool = False) -> None:
-        """Stop where the names of the run that is there stand for other data or code.
+        """Stop if the names in the config of the run here stand for other data or code now.
 
         Raises:
-            ValueError: with the difference, where the run was begun, and the way out.
+            ValueError: with the difference, what relative names stood for, and the way out.
         """
         old = self.read_identity()
         if old is None:
             if identity.is_empty():
                 return
             raise ValueError(
-                f"{self.uri} holds a run without {IDENTITY_PATH}, so that nothing tells whether data and code are "
-                "those it was begun with: choose another --name, or start over with --fresh"
+                f"{self.uri} holds a run without {IDENTITY_PATH}, so that nobody can tell whether data and code are "
+                "those that it began with: choose another --name, or start over with --fresh"
             )
         accepted = [text for text in identity.changed(old) if accept_changed_code and text.startswith("code")]
         if accepted:
-            logger.warning("%s: %s; what is there stays as it is", self.uri, accepted[0])
-        if not (found := [text for text in identity.changed(old) if text not in accepted]):
+            logger.warning("%s: %s; finished work stays as it is", self.uri, accepted[0])
+        if not (changes := [text for text in identity.changed(old) if text not in accepted]):
             return
-        moved = [f"{name} was {was}" for name, was in old.places.items() if identity.places.get(name, was) != was]
-        places = f"; {', '.join(moved)}" if moved else ""
-        out = "choose another --name, or start over with --fresh"
-        if all(text.startswith("code") for text in found):
-            out += ", or say --accept-changed-code if the change does not matter"
-        raise ValueError(f"{self.uri} holds a run of other contents ({'; '.join(found)}{places}): {out}")
+        moved_names = [
+            f"{name} was {old_place}"
+            for name, old_place in old.places.items()
+            if identity.places.get(name, old_place) != old_place
+        ]
+        places = f"; {', '.join(moved_names)}" if moved_names else ""
+        way_out = "choose another --name, or start over with --fresh"
+        if all(text.startswith("code") for text in changes):
+            way_out += ", or add --accept-changed-code if the change does not matter"
+        raise ValueError(f"{self.uri} holds a run of other data or code ({'; '.join(changes)}{places}): {way_out}")
 
     def open(
         self,
@@ -523,24 +535,23 @@ class RunDirectory:
         fresh: bool = False,
         accept_changed_code: bool = False,
     ) -> bool:
-        """Create the run, or join the one that is there; True when it resumes. Hold the lease.
+        """Create the run, or join the run here. Return True if it resumes. The caller holds the lease.
 
-        config.json is written again when resuming, as fields that shape no result may differ; environment.json stays
-        as it was at the start. `fresh` deletes everything but the lease; the next driver completes that where this one
-        dies meanwhile.
+        On resuming, config.json is written again, as fields that shape no result may differ; environment.json stays as
+        it was. `fresh` deletes everything but the lease. If this driver dies meanwhile, the next one completes that.
 
         Args:
-            identity: what names in the config stand for; None: nothing but themselves.
+            identity: what names in the config stand for; None: there are no names that stand for anything.
 
         Raises:
-            ValueError: if another config, other data or code, or a newer version made the run, or the folder is not a
-                run's.
+            ValueError: if the run has another config, other data or code, or a newer version, or the folder belongs to
+                no run.
         """
         is_there = self.exists(CONFIG_PATH)
         if not is_there and (foreign := self._entries()):
-            held = ", ".join(foreign[:3])
-            out = "choose another --name, or delete what a deleted run has left"
-            raise ValueError(f"{self.uri} holds {held} but no {CONFIG_PATH}, so it is no run: {out}")
+            names = ", ".join(foreign[:3])
+            way_out = "choose another --name, or delete what a deleted run has left"
+            raise ValueError(f"{self.uri} holds {names} but no {CONFIG_PATH}, so it is no run: {way_out}")
         old = None if fresh else self.recorded_config()
         if old is not None:
             self.refuse_other_config(old, config)
@@ -551,7 +562,7 @@ class RunDirectory:
             self.write_json(CONFIG_PATH, {"format": FORMAT, "config": None})
             for path in (*self._entries(), IDENTITY_PATH):
                 self.delete(path)
-        if self.local_path:  # what writers that died left
+        if self.local_path:  # remove what writers that died left
             for partial in self.local_path.rglob(f".*{_PARTIAL}"):
                 partial.unlink(missing_ok=True)
         if identity is not None:
@@ -563,8 +574,7 @@ class RunDirectory:
         return old is not None
 
     def _entries(self) -> Sequence[str]:
-        """Names of the files and folders in the run, but for the lease, config.json, identity.parquet and what is
-        hidden."""
+        """Return the names in the run's folder, without the lease, config.json, identity.parquet and hidden files."""
         filesystem, full = self._at("")
         infos = filesystem.get_file_info(pafs.FileSelector(full, allow_not_found=True))
         names = {info.base_name for info in infos} - {LEASE_PATH, CONFIG_PATH, IDENTITY_PATH}
@@ -572,20 +582,20 @@ class RunDirectory:
 
 
 def _is_foreign(kind: pa.DataType) -> bool:
-    """Whether an Arrow type is an extension, or holds one: some, as ray.data's objects, unpickle what is looked at."""
+    """Return True if an Arrow type is or holds an extension: some, such as ray.data's objects, unpickle when read."""
     return isinstance(kind, pa.BaseExtensionType) or any(
         _is_foreign(kind.field(number).type) for number in range(kind.num_fields)
     )
 
 
 def _quoted(name: str) -> str:
-    """A run's name as part of a URI."""
+    """Return a run's name as part of a URI."""
     return urllib.parse.quote(name, safe="")
 
 
 @contextlib.contextmanager
-def _replaced(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
-    """A new file beside it, which goes to the disk, then over the old one."""
+def _replacement(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
+    """Yield a new file beside the path. At the end, sync it to the disk if is_durable, and replace the old file."""
     partial = str(path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"))
     try:
         with _created(partial) as file:
@@ -595,14 +605,14 @@ def _replaced(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
 
 
 def _created(path: str) -> BinaryIO:
-    """A new file, with its folders."""
+    """Create and open a file. Missing folders are created."""
     try:
         return open(path, "xb")
     except FileNotFoundError:
@@ -611,18 +621,18 @@ def _created(path: str) -> BinaryIO:
 
 
 def save_checkpoint(state: Mapping[str, Any], sink: Sink) -> None:
-    """torch.save() of tensors and plain values, and a digest of it at the end."""
+    """torch.save() tensors and plain values, and end the file with a digest of it."""
     import torch
 
-    torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  it asks for write() alone
+    torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  torch needs write() and flush() only
     sink.write_own_digest()
 
 
 def load_checkpoint(data: bytes | mmap.mmap) -> dict[str, Any]:
-    """The inverse of save_checkpoint(), on the CPU. Runs no code.
+    """Return the state that save_checkpoint() wrote, on the CPU. Runs no code.
 
     Raises:
-        ValueError: if it is not as it was written.
+        ValueError: if the file differs from what was written.
     """
     import torch
 
@@ -632,12 +642,12 @@ def load_checkpoint(data: bytes | mmap.mmap) -> dict[str, Any]:
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         return torch.load(file, weights_only=True, map_location="cpu")  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, pickle.UnpicklingError) as error:  # sealed by another hand
+    except (RuntimeError, pickle.UnpicklingError) as error:  # another program may have written the digest
         raise ValueError(_one_line(error)) from error
 
 
 def _mapped(file: BinaryIO, num_bytes: int) -> Any:
-    """The bytes of an open file, without reading them into memory."""
+    """Return the bytes of an open file, mapped rather than read into memory."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
 
 

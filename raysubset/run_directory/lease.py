@@ -1,4 +1,4 @@
-"""One driver a run: the lease that refuses a second one."""
+"""The lease of a run, which refuses a second driver."""
 
 import contextlib
 import dataclasses
@@ -22,16 +22,16 @@ from raysubset.run_directory.paths import CONFIG_PATH, LEASE_PATH, SESSIONS_PATH
 logger = logging.getLogger(__name__)
 
 RENEW_S = 10.0  # a lease is renewed this often …
-DEAD_AFTER_S = 60.0  # … and dead when it was not for this long. Clocks of nodes must agree better than this
-_SETTLE_S = 1.0  # where there are no locks: by then a rival that wrote its lease at the same time is seen
+DEAD_AFTER_S = 60.0  # … and dead if not renewed for this long. The clocks of nodes must agree better than this
+_SETTLE_S = 1.0  # on storage without locks: after this time, a rival's lease that was written at once is visible
 
-# What processes write that do not look at the lease: of runs, comparisons and sweeps
+# What processes write without looking at the lease, in runs, comparisons and sweeps
 _OF_WORKERS = ("ledger", "rounds", "trunk", "fine_tuning", "conventional", "legs", "trials", "trunks", SESSIONS_PATH)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Holder:
-    """lease.json."""
+    """The holder of a lease, as lease.json has it."""
 
     driver: str
     host: str
@@ -43,17 +43,17 @@ class _Holder:
 
 
 class Lease:
-    """Keeps a second driver out of a run: a file that names the holder, renewed by a thread while it is held.
+    """Keeps a second driver out of a run, by a file that names the holder and that a thread renews.
 
-    A holder on this machine is dead when its process is; any other, when it has not renewed for a minute. On local
-    storage a lock makes taking it exact. Elsewhere a rival may slip in within a second; whoever wrote last has it, and
-    the other finds `lost` set at its next renewal and should stop.
+    A holder on this machine is dead if its process is; any other, if it has not renewed for a minute. On local storage
+    a lock makes taking the lease exact. On other storage a rival may take it within the same second: the last to write
+    holds the lease, and the other finds `lost` set at its next renewal and should stop.
     """
 
     def __init__(
         self, directory: RunDirectory, *, renew_s: float = RENEW_S, clock: Callable[[], float] = time.time
     ) -> None:
-        self.lost: str | None = None  # why it is: another driver has it, or the run's folder is gone
+        self.lost: str | None = None  # the reason: another driver has the lease, or the run's folder is gone
         self._directory, self._renew_s, self._clock = directory, renew_s, clock
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name=f"lease of {directory.name}", daemon=True)
@@ -61,23 +61,23 @@ class Lease:
             "driver": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process_started": _process_started(os.getpid()),
+            "process_started": _process_start(os.getpid()),
             "process_space": _process_space(),
             "since": clock(),
         }
 
     def __enter__(self) -> "Lease":
-        """Take it.
+        """Take the lease.
 
         Raises:
             ValueError: if another driver holds it.
         """
-        with _alone(self._directory.local_path) as alone:
+        with _exclusive(self._directory.local_path) as is_locked:
             holder = self._holder()
-            if holder is not None and self._lives(holder):
+            if holder is not None and self._is_alive(holder):
                 self._refuse(holder)
             self._write()
-            if not alone:
+            if not is_locked:
                 time.sleep(_SETTLE_S)
             holder = self._holder()
             if holder is not None and holder["driver"] != self._record["driver"]:
@@ -90,30 +90,30 @@ class Lease:
         self._keeper.join()
         try:
             if self._directory.exists(LEASE_PATH) or self._directory.exists(CONFIG_PATH):
-                self._give_back()
-            else:  # the folder was deleted: what this driver's workers made of it again would pass for no run
+                self._release()
+            else:  # the folder was deleted: files that this driver's workers write there later would be no run
                 for path in _OF_WORKERS:
                     self._directory.delete(path)
-        except OSError as error:  # must not hide why the block was left
-            logger.warning("the lease of %s could not be given back and ends by itself: %s", self._directory.uri, error)
+        except OSError as error:  # must not hide the exception that left the block
+            logger.warning("the lease of %s could not be released and will expire: %s", self._directory.uri, error)
 
     def is_held(self) -> bool:
-        """Whether a driver that lives holds it now."""
+        """Return True if a living driver holds the lease now."""
         holder = self._holder()
-        return holder is not None and self._lives(holder)
+        return holder is not None and self._is_alive(holder)
 
-    def _give_back(self) -> None:
-        with _alone(self._directory.local_path):
+    def _release(self) -> None:
+        with _exclusive(self._directory.local_path):
             holder = self._holder()
             if holder is not None and holder["driver"] == self._record["driver"]:
                 self._directory.delete(LEASE_PATH)
 
     def renew(self) -> None:
-        """Say that the holder lives; sets `lost` instead where the lease is another's or the run's folder is gone."""
-        if self._directory.exists(LEASE_PATH):  # not the folder, which actors make again where it is deleted under them
-            with _alone(self._directory.local_path):
+        """Write that the holder lives, or set `lost` if another driver has the lease or the run's folder is gone."""
+        if self._directory.exists(LEASE_PATH):  # not the folder, which actors create again if it is deleted
+            with _exclusive(self._directory.local_path):
                 holder = self._holder()
-                if holder is None or holder["driver"] == self._record["driver"]:  # none: the file was damaged
+                if holder is None or holder["driver"] == self._record["driver"]:  # None: the file was damaged
                     self._write()
                     return
             self.lost = f"another driver has taken over {self._directory.uri}"
@@ -129,71 +129,71 @@ class Lease:
                 logger.warning("the lease of %s could not be renewed, trying again: %s", self._directory.uri, error)
 
     def _holder(self) -> dict[str, Any] | None:
-        """What the file says; None where there is none, or none that says it."""
+        """Return the holder that the file names; None if there is no file, or it names none."""
         record = self._directory.read_json_or_none(LEASE_PATH)
         try:
             return None if record is None else dataclasses.asdict(from_tree(_Holder, record, noun="value of a lease"))
         except ValueError as error:
-            logger.warning("%s in %s is damaged: %s; it holds nobody off", LEASE_PATH, self._directory.uri, error)
+            logger.warning("%s in %s is damaged and ignored: %s", LEASE_PATH, self._directory.uri, error)
             return None
 
     def _write(self) -> None:
         self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
 
-    def _lives(self, holder: Mapping[str, Any]) -> bool:
+    def _is_alive(self, holder: Mapping[str, Any]) -> bool:
         if holder["process_space"] == self._record["process_space"]:
-            started = _process_started(holder["pid"])
-            if started != "":
-                return started == holder["process_started"]
+            process_start = _process_start(holder["pid"])
+            if process_start != "":
+                return process_start == holder["process_started"]
         return self._clock() - holder["renewed_at"] <= DEAD_AFTER_S
 
     def _refuse(self, holder: Mapping[str, Any]) -> NoReturn:
         since = datetime.fromtimestamp(holder["since"]).astimezone().isoformat(" ", "seconds")
         by = f"process {holder['pid']} on {holder['host']} since {since}"
-        if holder["process_space"] != self._record["process_space"]:  # only its renewals tell
+        if holder["process_space"] != self._record["process_space"]:  # only renewals show whether it lives
             ends_in_s = max(0.0, DEAD_AFTER_S - (self._clock() - holder["renewed_at"]))
             by += f" (if that has died, its lease ends in {ends_in_s:.0f} s)"
         raise ValueError(f"{self._directory.uri} is being written by {by}; wait for it, or choose another --name")
 
 
 def _process_space() -> str:
-    """Where a process id means the same process: one boot of one machine, one container."""
+    """Return the name of the space in which a process id is unique: one boot of one machine, one container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
-def _process_started(pid: int) -> str | None:
-    """When a living process started, in ticks since boot; "" where the system does not tell; None if it is dead."""
+def _process_start(pid: int) -> str | None:
+    """Return when a process started, in ticks since boot; "" if the system does not tell; None if it is dead."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # another user's
+    except PermissionError:  # the process belongs to another user
         pass
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    state, *fields = stat.rpartition(")")[2].split()  # man 5 proc: field 3, and from field 4
+    state, *fields = stat.rpartition(")")[2].split()  # man 5 proc: field 3, and the fields from 4 on
     return None if state in "ZX" else fields[18]
 
 
 @contextlib.contextmanager
-def _alone(folder: Path | None) -> Iterator[bool]:
-    """Keep other processes out of the same block; False on storage without locks, where nothing keeps them out."""
+def _exclusive(folder: Path | None) -> Iterator[bool]:
+    """Keep other processes out of the same block. Yield False on storage without locks, which cannot do so."""
     if folder is None:
         yield False
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lease.lock").open("ab") as file:
-        locked = True
+        is_locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
-            locked = False
-        yield locked
+            is_locked = False
+        yield is_locked

@@ -1,8 +1,8 @@
-"""Remote storage that is asked again while it does not answer.
+"""Requests to remote storage that are repeated while it does not answer.
 
 storage = Patient(filesystem, Patience("s3://bucket"))
-storage.write("bucket/run/a.json", data)  # as often as it takes, for PATIENCE_S
-pafs.PyFileSystem(storage)                # the same for Ray Train, which wants a file system
+storage.write("bucket/run/a.json", data)  # as often as needed, for PATIENCE_S
+pafs.PyFileSystem(storage)                # the same for Ray Train, which needs a file system
 """
 
 import copy
@@ -24,32 +24,32 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 60.0  # no longer than a lease lives without renewal: later another driver may have the run
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 10.0  # doubled each time; pyarrow tries three times or for seconds before it raises
 
-# What pyarrow's file systems raise has no error number, but these words: of S3, Google and Azure, and when none answers
+# pyarrow's file systems raise errors without a number, but with these words, for S3, Google and Azure
 _MAY_PASS = re.compile(
     r"AWS Error (\w+ \(HTTP status (408|429|5\d\d)\)|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_|THROTTLING|REQUEST_TIME)"
     r"|Status\((UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL)|Azure Error: \[\w*\] (408|429|5\d\d)"
 )
 _UNREACHABLE = re.compile(r"AWS Error NETWORK_CONNECTION|CURL error|Azure Error: \[\w*\] Fail")
-_OF_THE_FILE = re.compile(r"^.*?(?=AWS Error|Azure Error|google::)")  # what comes before the cause
+_BEFORE_CAUSE = re.compile(r"^.*?(?=AWS Error|Azure Error|google::)")  # the part of a message about the file
 _MOST_CHARACTERS = 160
 
 T = TypeVar("T")
 
 
 class StorageLost(OSError):
-    """Storage has not answered for PATIENCE_S; the message says so in a line, with the way out."""
+    """Storage has not answered for PATIENCE_S. The message is one line, with the way out."""
 
 
 class Patience:
-    """Takes a step again while the storage does not answer.
+    """Repeats a step while the storage does not answer.
 
-    From the first step that fails, all steps share PATIENCE_S and one warning; then each is taken once, until one
-    succeeds. What would fail in the same way is raised at once: a missing file, no permission; and an address at which
-    nothing has ever answered, which may be a mistake. Pickled, it has answered, to whoever pickled it.
+    From the first step that fails, all steps share PATIENCE_S and one warning. After that each step is tried once,
+    until one succeeds. An error that would come again is raised at once: a missing file, a missing permission, or an
+    address that has never answered, which may be a mistake. A pickled copy counts as having had an answer.
     """
 
     def __init__(self, name: str, *, has_answered: bool = False) -> None:
-        """The name of the storage is shown, so it holds no secrets."""
+        """Set the name of the storage. It is shown in messages, so it must hold no secrets."""
         self.name, self.has_answered = name, has_answered
         self._silent_since: float | None = None
         self._lock = threading.Lock()
@@ -58,11 +58,11 @@ class Patience:
         return partial(Patience, has_answered=True), (self.name,)
 
     def take(self, step: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """What the step returns.
+        """Return the result of the step.
 
         Raises:
             StorageLost: if the storage has not answered for PATIENCE_S.
-            OSError: if the step failed, and would again.
+            OSError: if the step failed, and would fail again.
         """
         pause_s = FIRST_PAUSE_S
         while True:
@@ -73,7 +73,7 @@ class Patience:
                     raise
                 self._note_silence(error)
             else:
-                self._hear()
+                self._note_answer()
                 return result
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)
@@ -83,35 +83,35 @@ class Patience:
             return self.has_answered
         if error.errno is None and _MAY_PASS.search(str(error)):
             return True
-        self._hear()
+        self._note_answer()
         return False
 
-    def _hear(self) -> None:
+    def _note_answer(self) -> None:
         self.has_answered, self._silent_since = True, None
 
     def _note_silence(self, error: OSError) -> None:
-        """Say so the first time; StorageLost after PATIENCE_S."""
-        now, cause = time.monotonic(), _OF_THE_FILE.sub("", first_line(error))[:_MOST_CHARACTERS].rstrip(":;. ")
+        """Log the first failure as a warning. Raise StorageLost after PATIENCE_S."""
+        now, cause = time.monotonic(), _BEFORE_CAUSE.sub("", first_line(error))[:_MOST_CHARACTERS].rstrip(":;. ")
         with self._lock:
             since = self._silent_since
-            if since is None:  # another thread may hear the storage between any two lines
+            if since is None:  # another thread may get an answer between any two lines
                 self._silent_since = now
         if since is None:
             text = "storage %s does not answer (%s): trying again for up to %.0f s"
             logger.warning(text, self.name, cause, PATIENCE_S)
         elif now - since > PATIENCE_S:
             text = f"storage {self.name} has not answered for {now - since:.0f} s ({cause})"
-            raise StorageLost(f"{text}; what was done is kept: the same command resumes once it answers") from error
+            raise StorageLost(f"{text}; finished work is kept: the same command resumes once it answers") from error
 
 
 class Patient(pafs.FileSystemHandler):
-    """A file system whose steps are taken with patience; files are read and written whole."""
+    """A file system whose steps are repeated with patience. Files are read and written as a whole."""
 
     def __init__(self, filesystem: pafs.FileSystem, patience: Patience) -> None:
         self._filesystem, self._take = filesystem, patience.take
 
     def write(self, path: str, data: Any) -> None:
-        """Replace a file, in one write and the close that makes it visible: no exception comes between parts of it."""
+        """Replace a file by one write and the close that makes it visible: no exception can come between two parts."""
 
         def write() -> None:
             with self._filesystem.open_output_stream(path, compression=None) as stream:
@@ -120,15 +120,15 @@ class Patient(pafs.FileSystemHandler):
         self._take(write)
 
     def read(self, path: str) -> bytes:
-        """A file's content; FileNotFoundError where there is none."""
+        """Return a file's content. Raise FileNotFoundError if it is missing."""
 
         def read() -> bytes:
-            with self._filesystem.open_input_file(path) as file:  # its size is asked for first: two requests, not many
+            with self._filesystem.open_input_file(path) as file:  # it requests the size first: two requests, not many
                 return file.read()
 
         return self._take(read)
 
-    # What pyarrow asks of a handler
+    # The methods that pyarrow needs of a handler
 
     def get_type_name(self) -> str:
         return self._filesystem.type_name
@@ -177,24 +177,24 @@ class Patient(pafs.FileSystemHandler):
 
 
 def opened(uri: str, patience: Patience) -> tuple[pafs.PyFileSystem, str]:
-    """The file system of a URI, and the path in it.
+    """Return the file system of a URI, and the path in it.
 
     Raises:
-        ArrowInvalid, ImportError: if it is no URI of a file system; the message shows it whole.
+        ArrowInvalid, ImportError: if it is no URI of a file system. The message shows the whole URI.
     """
-    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:  # its own limit is 15 minutes
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:  # pyarrow's own limit is 15 minutes
         uri = f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=6"
-    opening = Patience(patience.name, has_answered=patience.has_answered)  # which asks S3 alone, for the region
+    opening = Patience(patience.name, has_answered=patience.has_answered)  # only S3 is contacted here, for the region
     filesystem, path = opening.take(pafs.FileSystem.from_uri, uri)
     if isinstance(filesystem, pafs.S3FileSystem):
-        # Made of its parts, it tries 3 times; by a URI 31 times, which of a server that is silent takes 99 s
-        quick = copy.copy(filesystem)
-        filesystem = quick if quick == filesystem else filesystem  # some options get lost
+        # Created from its parts it tries 3 times; from a URI 31 times, which take 99 s with a silent server
+        few_tries = copy.copy(filesystem)
+        filesystem = few_tries if few_tries == filesystem else filesystem  # copying loses some options
     return pafs.PyFileSystem(Patient(filesystem, patience)), path
 
 
 class _Written:
-    """A file that goes to the storage when it is closed."""
+    """A file that is sent to the storage when it is closed."""
 
     def __init__(self, storage: Patient, path: str) -> None:
         self._storage, self._path, self._sink, self.closed = storage, path, pa.BufferOutputStream(), False

@@ -1,16 +1,16 @@
-"""The types of the values that JSON files hold, whoever wrote them: checked whenever one is read.
+"""The types of the values in JSON files. They are checked whenever a file is read, as anybody may have written it.
 
-An object has the keys of a dict, "name?" where it may be missing and "*" for any name, and others that nobody reads;
-"{}" stands for the name of the task's quality, where the record tells it, and other records need no such key. A list
-has items of one shape, or of a last one where they are objects; a tuple's one shape may be null; counts are of a
-range. Numbers are finite: others have become null in JSON.
+In a shape, a dict gives an object's keys: "name?" may be missing, "*" is any name, and other keys are not checked. "{}"
+stands for the name of the task's quality; a record that does not name its task needs no such key. A list has items of
+one shape, or of its last shape if they are objects. A tuple's single shape may be null. A range is of counts. Numbers
+are finite: others have become null in JSON.
 """
 
 from fnmatch import fnmatchcase
 from typing import Any
 
 _NUMBER = int | float
-_LOSS = (_NUMBER,)  # null where it was not finite
+_LOSS = (_NUMBER,)  # null if it was not finite
 _COUNT = range(1, 2**63)
 _MOST = 1e300
 
@@ -51,7 +51,7 @@ _SLOT = {"kind": str, "speed": _NUMBER}
 _OUTER_STEP = {"outer_learning_rate": _NUMBER, "outer_momentum": (_NUMBER,)}
 _CONFIG = {"name": (str,), "minimize": {"loss?": str}, "task?": {"loss?": str}, "model": {"name": str}}
 
-_NOTES = [str, {"text": str, "is_warning": bool}]  # a text in reports of earlier versions
+_NOTES = [str, {"text": str, "is_warning": bool}]  # earlier versions wrote texts
 
 _REPORT = (
     _HEAD
@@ -125,12 +125,12 @@ _SHAPES = {
 
 
 def refuse_other_values(path: str, record: Any) -> None:
-    """Stop where a record is not what files of its name hold; other files may hold anything.
+    """Stop if a record does not have the values that files of its name hold. Other files may hold anything.
 
     Raises:
-        ValueError: with the value's name.
+        ValueError: with the name of the value.
     """
-    if record is None:  # as None stands for a file that is not there
+    if record is None:  # None also stands for a missing file
         raise ValueError("it holds nothing but null")
     for pattern, shape in _SHAPES.items():
         if fnmatchcase(path, pattern):
@@ -138,7 +138,7 @@ def refuse_other_values(path: str, record: Any) -> None:
 
 
 def _quality_name(record: Any) -> str:
-    """By which a report has its task's quality; records of before tasks are all of accuracy."""
+    """Return the name of the quality of a report's task. Records from before tasks existed are all of accuracy."""
     if isinstance(record, dict) and "task" in record:
         _check(record["task"], _TASK, "task", None)
         return record["task"]["quality"]["name"]
@@ -146,7 +146,7 @@ def _quality_name(record: Any) -> str:
 
 
 def _check(value: Any, shape: Any, name: str, quality: str | None) -> None:
-    """`quality` is what "{}" stands for; None: the record does not tell."""
+    """Check a value by its shape. `quality` replaces "{}"; if it is None, such keys are not checked."""
     if isinstance(shape, tuple):
         if value is not None:
             _check(value, shape[0], name, quality)
@@ -154,11 +154,11 @@ def _check(value: Any, shape: Any, name: str, quality: str | None) -> None:
         for key, part in shape.items():
             if "{}" in key and quality is None:
                 continue
-            for word in value if key == "*" else [key.rstrip("?").replace("{}", quality or "")]:
-                if word in value:
-                    _check(value[word], part, f"{name}.{word}", quality)
+            for key_found in value if key == "*" else [key.rstrip("?").replace("{}", quality or "")]:
+                if key_found in value:
+                    _check(value[key_found], part, f"{name}.{key_found}", quality)
                 elif not key.endswith("?"):
-                    raise ValueError(f"{name}.{word} is missing".lstrip("."))
+                    raise ValueError(f"{name}.{key_found} is missing".lstrip("."))
     elif isinstance(shape, list) and isinstance(value, list):
         for number, item in enumerate(value):
             _check(item, shape[-1 if isinstance(item, dict) else 0], f"{name}[{number}]", quality)

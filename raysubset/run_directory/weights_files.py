@@ -1,4 +1,4 @@
-"""to_safetensors(): weights as the parts of a file, a tensor at a time, so that no second copy of them is held."""
+"""to_safetensors() yields a weights file in parts, a tensor at a time, so that no second copy is held in memory."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,16 +24,16 @@ _DTYPES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
-_ALIGNMENT = 8  # bytes, of where the tensors begin
+_ALIGNMENT = 8  # bytes, of the position where tensors begin
 
 
 def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
-    """Yield the file's header, and each tensor's bytes in the default order of memory; those of wide types come first.
+    """Yield the file's header, then each tensor's bytes in the default memory layout, those of wide types first.
 
-    safetensors' own save() takes three times as long: it copies all tensors twice, and gives the file as a whole.
+    safetensors' own save() takes three times as long: it copies all tensors twice, and returns the file as a whole.
 
     Raises:
-        ValueError: for a type that the format does not have.
+        ValueError: for a dtype that the format does not have.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at, names = 0, sorted(weights, key=lambda name: (-weights[name].element_size(), name))
