@@ -1,4 +1,4 @@
-"""compare(): does subset pretraining pay, for this data and model, against conventional training and its controls?
+"""compare() shows whether subset pretraining pays for a data set and model, against conventional training and controls.
 
 report = compare(Config(), seeds=5, budgets=[1, 2, 4, 8, 16])
 report.verdicts["total"]["text"], report.verdicts["critical_path"]["text"]

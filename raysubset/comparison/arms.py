@@ -1,4 +1,4 @@
-"""The arms of a comparison: what conventional training, its controls and subset pretraining do with a budget."""
+"""The arms of a comparison: how conventional training, its controls and subset pretraining spend a budget."""
 
 import math
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ ROLES: dict[str, Role] = {
 }
 ALL_ARMS = (*TITLES, "H:rounds.num=4")
 
-LONG = 2.0  # A's budget, times the largest of the others
+LONG = 2.0  # A's budget, as a multiple of the largest of the others
 RS2_FRACTION = 0.1  # of the full set that an epoch of C takes: our choice of arXiv:2305.18424's one parameter
 
 
@@ -53,17 +53,17 @@ class Arm:
 
     @property
     def start(self) -> str:
-        """What its fine-tuning starts from: fine_tuning.start."""
+        """The value of fine_tuning.start: what the arm's fine-tuning starts from."""
         return {"E": "shrink_perturb", "F": "reinit"}.get(self.letter, "warm")
 
     @property
     def role(self) -> Role:
-        """A baseline with overrides is a control: a sister method, say."""
+        """The arm's role. A baseline with overrides is a control, such as a sister method."""
         return "control" if self.letter in "AB" and self.overrides else ROLES[self.letter]
 
 
 def parse_arm(key: str) -> Arm:
-    """'G', or a letter with overrides: 'B:minimize.averaging.kind=pswa,minimize.momentum=0.8'.
+    """Return the arm of a letter, with or without overrides: 'B:minimize.averaging.kind=pswa,minimize.momentum=0.8'.
 
     Raises:
         ValueError: for an unknown letter or an override without a value.
@@ -78,25 +78,25 @@ def parse_arm(key: str) -> Arm:
     for part in rest.split(",") if colon else ():
         name, mark, value = part.partition("=")
         if not (name and mark and value):
-            raise ValueError(f"arm {key!r}: write overrides as field=value, divided by commas")
+            raise ValueError(f"arm {key!r}: write overrides as field=value, separated by commas")
         overrides[name.strip().replace("-", "_")] = parse_value(value.strip())
     return Arm(key, letter, overrides)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an arm is run with beside its budget: chosen once (batch size) or tuned for the arm (learning rate)."""
+    """The settings of an arm besides its budget: the batch size, chosen once, and the learning rate, tuned for it."""
 
     learning_rate: float
     batch_size: int
 
 
 def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_workers: int) -> Config:
-    """The base config as this arm has it.
+    """Return the config with which this arm runs.
 
-    I takes num_workers times the batch size and the learning rate (the linear rule of arXiv:1706.02677). If it has an
-    accumulation of its own, each worker passes that many such batches before gradients are exchanged, so that a pass
-    has fewer exchanges: batch size and learning rate are larger by as much again.
+    I has num_workers times the batch size and the learning rate (the linear rule of arXiv:1706.02677). With an override
+    of the accumulation, each worker passes that many batches before gradients are exchanged, so that a pass has fewer
+    exchanges; batch size and learning rate grow by the same factor.
     """
     changes: dict[str, Any] = {
         "seed": seed,
@@ -109,10 +109,10 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
     if arm.letter == "C":
         changes["minimize.epoch_fraction"] = RS2_FRACTION
     if arm.letter == "I":
-        times = num_workers * arm.overrides.get("minimize.accumulation", 1)
+        factor = num_workers * arm.overrides.get("minimize.accumulation", 1)
         changes |= {
-            "minimize.learning_rate": settings.learning_rate * times,
-            "minimize.batch_size": settings.batch_size * times,
+            "minimize.learning_rate": settings.learning_rate * factor,
+            "minimize.batch_size": settings.batch_size * factor,
         }
     shape: dict[str, Any] = {} if arm.letter in "ABCHI" else {"trunk.epochs": 0.0}
     if arm.letter in "DEF":
@@ -123,11 +123,11 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
 def final_leg(
     arm: Arm, config: Config, budget: float, plan: Plan, *, num_train: int, num_workers: int, legs_path: str
 ) -> Leg:
-    """The last leg of an arm, which leads back to all others.
+    """Return the last leg of an arm, whose inputs lead back to all others.
 
-    The stages keep the config's proportions and are scaled so that they train for `budget` passes in total. They are
-    done as in a run: by Ray Train where the config gives them several workers. Where it leaves their number open one
-    actor fine-tunes, so that the legs of several arms are done side by side.
+    The stages keep the config's proportions, scaled so that they train for `budget` passes in total. They are done as
+    in a run: by Ray Train if the config sets several workers. If it leaves the number of fine-tuning's workers open,
+    one actor fine-tunes, so that the legs of several arms are done side by side.
 
     Args:
         config: arm_config()'s, and plan its plan.
@@ -141,7 +141,7 @@ def final_leg(
     if arm.letter in "DEF":
         drawing = replace(drawing, sizes=drawing.sizes[:1], statistics=(), aggregates=False)
     legs = list(drawing.legs())
-    around = sum(leg.epochs for leg in legs if leg.size is None)
-    total = around + math.fsum(leg.epochs * leg.size for leg in legs if leg.size is not None) / num_train
+    full_set_epochs = sum(leg.epochs for leg in legs if leg.size is None)
+    total = full_set_epochs + math.fsum(leg.epochs * leg.size for leg in legs if leg.size is not None) / num_train
     *_, last = replace(drawing, scale=budget / total).legs(num_workers=config.fine_tuning.workers(auto=1))
     return last

@@ -1,4 +1,4 @@
-"""What the folders of the legs say, summed up by arm: costs on two clocks, speed-ups, verdicts, wall times."""
+"""gather() sums up by arm what the legs' folders hold: costs on two clocks, speed-ups, verdicts, wall times."""
 
 import dataclasses
 import math
@@ -56,18 +56,18 @@ def gather(
     num_workers: int,
     bandwidth: float,
 ) -> Record:
-    """All numbers of a comparison whose legs are done.
+    """Return all numbers of a comparison whose legs are done.
 
     Args:
         finals: of every arm.
-        tuning: what was tried before; tuning_legs are its last legs.
+        tuning: the settings that were tried; tuning_legs are the last legs of these.
         failed: legs that could not be done, with the reason.
         margin: of non-inferiority, in the quality's units.
         num_workers: of arm I.
-        bandwidth: of each worker's link, in Gbit/s; the regime is told at it.
+        bandwidth: of each worker's link, in Gbit/s, for the sentence on the regime.
 
     Raises:
-        ValueError: where the conventional run has no quality to hold the arms against.
+        ValueError: if the conventional run has no finite quality to compare the arms with.
     """
     quality = full_set.quality
     legs = Legs(full_set, plan, failed)
@@ -85,14 +85,14 @@ def gather(
             gain = paired_difference(_gains(point["runs"], quality), reference)
             point["difference"] = None if gain is None else _turned(gain, quality).to_dict()
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
-    found_ups = {clock: _speed_ups(arms, baseline, target, clock, quality) for clock in CLOCKS}
+    speed_ups = {clock: _speed_ups(arms, baseline, target, clock, quality) for clock in CLOCKS}
     candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
     verdicts = {}
     for clock in CLOCKS:
         passes = conventional["mean"][_FIELD[clock]]
         verdicts[clock] = judge(
             _cheap_points(arms, candidates, clock, TENTH * passes, quality),
-            {key: one for key, one in found_ups[clock].items() if key in candidates},
+            {key: arm_speed_up for key, arm_speed_up in speed_ups[clock].items() if key in candidates},
             conventional_passes=passes,
             margin=margin,
             quality=quality,
@@ -118,7 +118,7 @@ def gather(
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
             "gbit_per_s": bandwidth,
-            "by_bandwidth": [one.to_dict() for one in regimes.values()],
+            "by_bandwidth": [regime.to_dict() for regime in regimes.values()],
             "sentence": regime_text(
                 regimes[bandwidth],
                 quality=quality.show(quality.gain(target)),
@@ -136,7 +136,7 @@ def gather(
             test: conventional["mean"][test],
             f"target_{quality.name}": quality.gain(target),
         },
-        "speed_ups": {c: {key: one.to_dict() for key, one in found_ups[c].items()} for c in CLOCKS},
+        "speed_ups": {c: {key: arm_speed_up.to_dict() for key, arm_speed_up in speed_ups[c].items()} for c in CLOCKS},
         "verdicts": verdicts,
         "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
         "network": network,
@@ -146,18 +146,18 @@ def gather(
 
 
 def _gains(runs: Sequence[Record], quality: Quality) -> dict[int, float]:
-    """Of the runs that finished, test quality by seed so that more is better; NaN where it is not finite."""
+    """Return the test quality of the finished runs by seed, so that more is better; NaN if it is not finite."""
     values = {run["seed"]: run["test"][quality.name] for run in runs if run["error"] is None}
     return {seed: math.nan if value is None else quality.gain(value) for seed, value in values.items()}
 
 
 def _turned(difference: Interval, quality: Quality) -> Interval:
-    """Of a difference of gains, that of the qualities themselves, and the other way round."""
+    """Turn a difference of gains into one of qualities, or the other way round."""
     return difference if quality.higher_is_better else difference.negative()
 
 
 def _leg_records(finals: Finals) -> Record:
-    """By key, what each leg is and which it needs, inputs first: how a run's `leg` leads back to all it is made of."""
+    """Return by key what each leg is and which legs it needs, inputs first: all that a run's `leg` depends on."""
     lasts = [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
     return {
         leg.key: {
@@ -166,7 +166,7 @@ def _leg_records(finals: Finals) -> Record:
             "round": leg.round,
             "subset": leg.subset,
             "num_workers": leg.num_workers,
-            "inputs": [before.key for before in leg.inputs],
+            "inputs": [input_leg.key for input_leg in leg.inputs],
         }
         for last in lasts
         for leg in closure(last)
@@ -174,7 +174,7 @@ def _leg_records(finals: Finals) -> Record:
 
 
 class Legs:
-    """What legs cost and came to, each ledger read once."""
+    """Costs and results of legs. Each ledger is read once."""
 
     def __init__(self, full_set: FullSet, plan: Plan, failed: Mapping[Leg, str]) -> None:
         self._full_set, self._num_train, self._plan, self.failed = full_set, len(full_set.train), plan, failed
@@ -186,11 +186,11 @@ class Legs:
         return self._works[leg.key]
 
     def passes(self, leg: Leg) -> float:
-        """Of one leg: every attempt and evaluation counted."""
+        """Return the passes of one leg, with every attempt and evaluation."""
         return total_cost(self.works(leg)).passes(self._num_train, self._plan.forward_share)
 
     def reads(self, leg: Leg) -> float:
-        """How often it reads the training set of a streamed set from storage; what was lost and read again left out."""
+        """Return how often the leg reads a streamed training set from storage, without reading again after losses."""
         train = self._full_set.train
         if leg.kind == "aggregate" or not isinstance(train, StreamedSplit):
             return 0.0
@@ -202,54 +202,54 @@ class Legs:
         return train.share_read(positions)
 
     def exchange(self, leg: Leg) -> Exchange:
-        """What an aggregation and its members leave and fetch, as if each member had a process of its own."""
-        before, left, start = leg.start.leg, _file_sizes(leg), self._plan.num_bytes
-        if before:
-            start = _file_sizes(before)[before.output.weights_path]
-        shared, own, states, fetched = (defaultdict[int | None, int](int) for _ in range(4))
+        """Return the bytes that an aggregation and its members write and fetch, as if each had its own process."""
+        start_leg, aggregate_sizes, start_bytes = leg.start.leg, _file_sizes(leg), self._plan.num_bytes
+        if start_leg:
+            start_bytes = _file_sizes(start_leg)[start_leg.output.weights_path]
+        shared_bytes, own_bytes, state_bytes, fetched_bytes = (defaultdict[int | None, int](int) for _ in range(4))
         for member in leg.members:
             piece = member.piece
             assert isinstance(piece, Piece)
             for path, num_bytes in _file_sizes(member).items():
                 is_state = path == optimizer_path(piece.folder)
                 is_own = is_state or (member.is_subsample and path == outputs_path(piece.folder))
-                (own if is_own else shared)[member.subset] += num_bytes
-                states[member.subset] += num_bytes * is_state
-            of = member.predecessor or before
-            if piece.optimizer and of and (member.is_subsample or of is before):  # else its process has it
-                fetched[member.subset] += _file_sizes(of)[piece.optimizer[1]]
-        mean = left.get(mean_optimizer_path(leg.round), 0)
+                (own_bytes if is_own else shared_bytes)[member.subset] += num_bytes
+                state_bytes[member.subset] += num_bytes * is_state
+            source = member.predecessor or start_leg
+            if piece.optimizer and source and (member.is_subsample or source is start_leg):  # else its process has it
+                fetched_bytes[member.subset] += _file_sizes(source)[piece.optimizer[1]]
+        mean_bytes = aggregate_sizes.get(mean_optimizer_path(leg.round), 0)
         return Exchange(
-            num_members=len(shared),
-            start=0 if leg.members[0].start.kind == "independent" else start,
-            shared=max(shared.values()),
-            own=max(own.values(), default=0),
-            aggregate=sum(left.values()) - mean,
-            states=max(fetched.values(), default=0),
-            averaged=sum(states.values()) + mean if mean else 0,
-            is_first=before is None or before.kind != "aggregate",
+            num_members=len(shared_bytes),
+            start=0 if leg.members[0].start.kind == "independent" else start_bytes,
+            shared=max(shared_bytes.values()),
+            own=max(own_bytes.values(), default=0),
+            aggregate=sum(aggregate_sizes.values()) - mean_bytes,
+            states=max(fetched_bytes.values(), default=0),
+            averaged=sum(state_bytes.values()) + mean_bytes if mean_bytes else 0,
+            is_first=start_leg is None or start_leg.kind != "aggregate",
         )
 
     def passes_of_all(self, finals: Sequence[Leg]) -> float:
-        """Of all that these legs need; what they share is counted once."""
-        return sum(self.passes(leg) for leg in dict.fromkeys(one for final in finals for one in closure(final)))
+        """Return the passes of all that these legs need. Legs that they share are counted once."""
+        return sum(self.passes(leg) for leg in dict.fromkeys(leg for final in finals for leg in closure(final)))
 
     def run(self, leg: Leg, seed: int) -> Record:
-        """An arm's run: results of its last leg, costs of all its legs."""
+        """Return an arm's run: the results of its last leg, and the costs of all its legs."""
         if (reason := self.failed.get(leg)) is not None:
             return {"seed": seed, "leg": leg.key, "error": reason}
         legs = list(closure(leg))
-        works = [work for one in legs for work in self.works(one)]
+        works = [work for each in legs for work in self.works(each)]
         cost = total_cost(works)
         return {
             "seed": seed,
             "leg": leg.key,
             "error": None,
             "passes": cost.passes(self._num_train, self._plan.forward_share),
-            "critical_path_passes": critical_path(legs, lambda one: self.passes(one) / one.num_workers),
+            "critical_path_passes": critical_path(legs, lambda each: self.passes(each) / each.num_workers),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,
-            "critical_path_s": critical_path(legs, lambda one: sum(work.wall_s for work in self.works(one))),
+            "critical_path_s": critical_path(legs, lambda each: sum(work.wall_s for work in self.works(each))),
             "num_network_bytes": sum(work.num_network_bytes for work in works),
             "storage_reads": sum(map(self.reads, legs)),
             "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
@@ -259,7 +259,7 @@ class Legs:
 
 
 def _file_sizes(leg: Leg) -> dict[str, int]:
-    """Of the files that a leg has left, by path, as its record's seals have them."""
+    """Return the sizes of the files that a leg has left, by path, from the seals in its record."""
     return {path: size_of(seal) for path, seal in leg.output.files().items()}
 
 
@@ -286,18 +286,18 @@ def _arm(
 
 
 def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
-    """Means over the seeds that finished, with Student's t interval of the test quality; None where none did."""
+    """Return means over the seeds that finished, with Student's t interval of test quality; None if none finished."""
     if not runs:
         return None
     names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
     names += ("storage_reads",)
     means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
     losses = [math.nan if run["validation"]["loss"] is None else run["validation"]["loss"] for run in runs]
-    tested = _turned(t_interval(list(_gains(runs, quality).values())), quality)
+    test_interval = _turned(t_interval(list(_gains(runs, quality).values())), quality)
     return means | {
         "num_seeds": len(runs),
-        f"test_{quality.name}": tested.estimate,
-        f"test_{quality.name}_interval": tested.to_dict(),
+        f"test_{quality.name}": test_interval.estimate,
+        f"test_{quality.name}_interval": test_interval.to_dict(),
         "validation_loss": statistics.fmean(losses),
     }
 
@@ -307,7 +307,7 @@ def _complete(point: Record, seeds: Sequence[int]) -> bool:
 
 
 def _curves(points: Sequence[Record], clock: str, quality: Quality) -> dict[int, list[tuple[float, float]]]:
-    """Cost curves by seed, of the runs that finished with a finite quality."""
+    """Return cost curves by seed, of the runs that finished with a finite quality."""
     curves: dict[int, list[tuple[float, float]]] = {}
     for point in points:
         gains = _gains(point["runs"], quality)
@@ -320,14 +320,14 @@ def _curves(points: Sequence[Record], clock: str, quality: Quality) -> dict[int,
 def _speed_ups(
     arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str, quality: Quality
 ) -> dict[str, SpeedUp]:
-    """S of each arm that finished with any seed, but the baseline itself, at a target that is a gain."""
+    """Return S of each arm but the baseline that finished with any seed, at a target that is a gain."""
     base = _curves(baseline, clock, quality)
-    found = {}
+    speed_ups = {}
     for arm in arms:
-        own = _curves(arm["points"], clock, quality)
-        if arm["role"] != "baseline" and own:
-            found[arm["key"]] = speed_up(base, own, target)
-    return found
+        arm_curves = _curves(arm["points"], clock, quality)
+        if arm["role"] != "baseline" and arm_curves:
+            speed_ups[arm["key"]] = speed_up(base, arm_curves, target)
+    return speed_ups
 
 
 def _cheap_points(
@@ -342,7 +342,7 @@ def _cheap_points(
 
 
 def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
-    """What the regime is of, in words."""
+    """Return the network, Q, workers and budgets that the regime holds for, in words."""
     budgets = [point["budget"] for arm in arms if arm["key"][0] != "A" for point in arm["points"]]
     network = (
         f"{plan.num_parameters:,} parameters (Q = {plan.full_set_ratio:.3g}, subsets {min(plan.subset_ratios):.3g})"
@@ -351,36 +351,39 @@ def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
 
 
 def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Quality) -> dict[str, tuple[Way, Curves]]:
-    """Of each arm, by seed, what its budgets took on the critical path, with the gains they came to."""
-    sent = {(row["arm"], row["budget"]): row for row in rows}
-    found: dict[str, tuple[Way, Curves]] = {}
+    """Return for each arm, by seed, what its budgets took on the critical path, and the gains that they led to."""
+    row_of = {(row["arm"], row["budget"]): row for row in rows}
+    curves_of: dict[str, tuple[Way, Curves]] = {}
     for arm in arms:
         curves: dict[int, list[tuple[Communication, float]]] = {}
         for point in arm["points"]:
             gains = _gains(point["runs"], quality)
             for run in point["runs"]:
                 if math.isfinite(gain := gains.get(run["seed"], math.nan)):
-                    row = sent[arm["key"], point["budget"]]
-                    one = Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
-                    curves.setdefault(run["seed"], []).append((one, gain))
-        found[arm["key"]] = way_of(arm["key"][0], arm["role"]), curves
-    return found
+                    row = row_of[arm["key"], point["budget"]]
+                    communication = Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
+                    curves.setdefault(run["seed"], []).append((communication, gain))
+        curves_of[arm["key"]] = way_of(arm["key"][0], arm["role"]), curves
+    return curves_of
 
 
 def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
-    """Bytes one after the other for a leg and all it needs, and exchanges: rounds of members, and all-reduces.
+    """Return (bytes on the critical path of a leg and all it needs, exchanges: rounds of members and all-reduces).
 
-    Checkpoints are left out, of all arms: an epoch of data-parallel training leaves as large a one as a member's does.
+    Checkpoints are left out for all arms: an epoch of data-parallel training leaves as large a one as a member's does.
     """
-    sent = num_exchanges = 0
-    for one in closure(leg):
-        if one.kind == "aggregate":
-            sent, num_exchanges = sent + legs.exchange(one).critical_bytes, num_exchanges + 1
-        elif one.num_workers > 1:
-            num_steps, each = total_cost(legs.works(one)).num_steps, one.config.minimize.bytes_a_gradient
-            sent += num_steps * all_reduce_bytes(plan.num_parameters, one.num_workers, each=each)
+    num_bytes = num_exchanges = 0
+    for each_leg in closure(leg):
+        if each_leg.kind == "aggregate":
+            num_bytes, num_exchanges = num_bytes + legs.exchange(each_leg).critical_bytes, num_exchanges + 1
+        elif each_leg.num_workers > 1:
+            num_steps, gradient_bytes = (
+                total_cost(legs.works(each_leg)).num_steps,
+                each_leg.config.minimize.bytes_a_gradient,
+            )
+            num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, each_leg.num_workers, each=gradient_bytes)
             num_exchanges += num_steps
-    return sent, num_exchanges
+    return num_bytes, num_exchanges
 
 
 def _network(
@@ -392,9 +395,9 @@ def _network(
     test: str,
     bandwidths: Sequence[float],
 ) -> Record:
-    """Bytes on the critical path of each arm, beside those of data-parallel training, and wall times made of them.
+    """Return the bytes on each arm's critical path, those of data-parallel training, and the wall times that follow.
 
-    The time of a pass is the baseline's, as measured here; wall times at a bandwidth are computed, not measured.
+    The time of a pass is the baseline's, as measured here. Wall times at a bandwidth are computed, not measured.
     """
     baseline = [
         run for arm in arms if arm["key"] == "B" for p in arm["points"] for run in p["runs"] if not run["error"]
@@ -408,16 +411,16 @@ def _network(
             if mean is None:
                 continue
             leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
-            sent, num_exchanges = _sent(leg, legs, plan)
-            one = Communication(mean["critical_path_passes"], sent, num_exchanges)
+            num_bytes, num_exchanges = _sent(leg, legs, plan)
+            communication = Communication(mean["critical_path_passes"], num_bytes, num_exchanges)
             rows.append(
                 {
                     "arm": arm.key,
                     "budget": budget,
-                    "num_bytes": sent,
+                    "num_bytes": num_bytes,
                     "num_exchanges": num_exchanges,
                     test: mean[test],
-                    "wall_s": wall_times(one, s_per_pass=s_per_pass, bandwidths=bandwidths),
+                    "wall_s": wall_times(communication, s_per_pass=s_per_pass, bandwidths=bandwidths),
                 }
             )
     return {

@@ -1,4 +1,4 @@
-"""What came of a comparison: arms, speed-ups, verdicts; comparison.json."""
+"""The results of a comparison: arms, speed-ups and verdicts, as in comparison.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, repr=False)
 class ComparisonReport(Shown):
-    """All numbers of a comparison; to_dict() is comparison.json."""
+    """All numbers of a comparison. to_dict() returns comparison.json."""
 
     name: str
     uri: str  # of the comparison's directory
     verdicts: Mapping[str, Record]  # by clock, "total" and "critical_path": word, text, arm, speed_up, is_smoke_test
     arms: tuple[Record, ...]  # key, title, role, settings, points by budget with a run for each seed
-    record: Record  # everything, JSON-able
+    record: Record  # everything, ready for JSON
 
     def __repr__(self) -> str:
         words = ", ".join(f"{clock} {verdict['word']}" for clock, verdict in self.verdicts.items())
         return f"<ComparisonReport {self.name}: {len(self.arms)} arms; {words}; {self.uri}>"
 
     def to_dict(self) -> Record:
-        """comparison.json."""
+        """Return comparison.json."""
         return self.record
 
     @classmethod
     def from_dict(cls, record: Record) -> "ComparisonReport":
-        """The inverse of to_dict()."""
+        """Return the report of a comparison.json."""
         return cls(
             name=record["name"],
             uri=record["uri"],

@@ -1,14 +1,15 @@
-"""The regime: which way of training takes the least wall time to a quality, at each bandwidth; a rule fixed beforehand.
+"""The regime: the way of training that takes the least wall time to a quality, at each bandwidth.
 
+The rule is fixed beforehand:
 1. The quality is that of the verdicts: the conventional run's on test data, less the margin.
 2. An arm's seconds, by seed, are where its cost curve over wall time reaches the quality. Wall time is the third clock:
    passes on the critical path × seconds of a pass on one device + bytes through the slowest link × 8 / bandwidth.
-3. There are three ways: one device, data-parallel training, subset pretraining. Each stands for its fastest arm, by the
-   geometric mean over seeds, of those that reach the quality with every seed.
-4. The fastest way is named where its seconds, paired by seed, are fewer than those of each other way, the 95 % interval
-   of the log of their ratio wholly on that side; else all ways that are not told apart from it are. A way that reaches
-   the quality with some seeds alone is not told apart: it may be the faster one where it does.
-5. With fewer than five seeds it is called a smoke test, as verdicts are.
+3. There are three ways: one device, data-parallel training, subset pretraining. Each is represented by its fastest arm
+   (geometric mean over seeds) among those that reach the quality with every seed.
+4. The fastest way is named alone if it is faster than each other way: the 95 % interval of the log of their ratio of
+   seconds, paired by seed, lies wholly on its side. Otherwise the ways that cannot be told apart from it are named too.
+   That includes a way that reaches the quality with some seeds only: it may be the faster one where it does.
+5. With fewer than five seeds it is called a smoke test, like a verdict.
 """
 
 import math
@@ -23,12 +24,12 @@ from raysubset.comparison.verdict import FEWEST_SEEDS
 
 Way = Literal["one device", "data-parallel training", "subset pretraining"]
 Curves = Mapping[int, Sequence[tuple[Communication, float]]]
-"""By seed, what each budget took, and the gain it came to."""
+"""By seed, the communication of each budget and the gain that it led to."""
 
 
 @dataclass(frozen=True)
 class Fastest:
-    """A way of training by its fastest arm."""
+    """A way of training, represented by its fastest arm."""
 
     arm: str
     seconds: float  # geometric mean over seeds
@@ -37,19 +38,19 @@ class Fastest:
 
 @dataclass(frozen=True)
 class Regime:
-    """What takes the least wall time at one bandwidth."""
+    """The ways of least wall time at one bandwidth."""
 
     gbit_per_s: float  # of each worker's link
     ways: Mapping[Way, Fastest]  # those that reach the quality
-    fastest: tuple[Way, ...]  # several: not told apart; none: no way reaches the quality
-    partly: tuple[Way, ...] = ()  # that reach the quality with some seeds alone
+    fastest: tuple[Way, ...]  # several if they cannot be told apart; none if no way reaches the quality
+    partly: tuple[Way, ...] = ()  # those that reach the quality with some seeds only
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def way_of(letter: str, role: str) -> Way:
-    """The way an arm trains."""
+    """Return the way in which an arm trains."""
     if letter == "I":
         return "data-parallel training"
     return "subset pretraining" if role == "candidate" else "one device"
@@ -63,7 +64,7 @@ def regime_at(
     s_per_pass: float,
     seeds: Sequence[int],
 ) -> Regime:
-    """The rule at one bandwidth.
+    """Apply the rule at one bandwidth.
 
     Args:
         arms: by their keys.
@@ -72,7 +73,7 @@ def regime_at(
         seeds: of the comparison.
     """
     ways: dict[Way, Fastest] = {}
-    reached: set[Way] = set()  # with a seed at least
+    reached: set[Way] = set()  # with one seed or more
     for key, (way, curves) in arms.items():
         per_seed: dict[int, float] = {}
         for seed in seeds:
@@ -96,29 +97,29 @@ def regime_at(
 
 
 def _is_slower(one: Fastest, other: Fastest) -> bool:
-    """Whether it takes more seconds than the other, the interval of the ratio wholly above 1."""
+    """Return True if it takes more seconds than the other, with the whole interval of the ratio above 1."""
     return t_interval([math.log(one.per_seed[seed] / other.per_seed[seed]) for seed in other.per_seed]).low > 0
 
 
 def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, num_seeds: int) -> str:
-    """The sentence that a comparison ends with.
+    """Return the sentence that a comparison ends with.
 
     Args:
         quality: the target in words.
         place: network, Q, workers and budgets in words.
-        is_complete: whether an arm of each way was compared.
+        is_complete: True if every way had an arm in the comparison.
         num_seeds: of the comparison.
     """
     smoke = f"With {num_seeds} seeds, a smoke test: " if num_seeds < FEWEST_SEEDS else ""
     begin = f"{smoke}{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
     if not regime.ways:
         return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
-    took = ", ".join(
-        f"{way} ({found.arm}) {found.seconds:.3g} s"
-        for way, found in sorted(regime.ways.items(), key=lambda item: item[1].seconds)
+    times = ", ".join(
+        f"{way} ({way_fastest.arm}) {way_fastest.seconds:.3g} s"
+        for way, way_fastest in sorted(regime.ways.items(), key=lambda item: item[1].seconds)
     )
-    took += "".join(f", {way} with some seeds alone" for way in regime.partly)
-    first, *close = regime.fastest
-    word = f"{first} takes the least time" if not close else f"{' and '.join(regime.fastest)} are not told apart"
+    times += "".join(f", {way} with some seeds alone" for way in regime.partly)
+    first, *others = regime.fastest
+    word = f"{first} takes the least time" if not others else f"{' and '.join(regime.fastest)} are not told apart"
     missing = "" if is_complete else " Not every way was compared: add I to --arms for data-parallel training."
-    return f"{begin}{word} to {quality}: {took}.{missing}"
+    return f"{begin}{word} to {quality}: {times}.{missing}"

@@ -1,4 +1,4 @@
-"""sizes_of(): how much each round of a config moves, found by leaving the files of two steps of one member."""
+"""sizes_of() forecasts the bytes that each round of a config moves, by the files that two steps of a member leave."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -30,15 +30,18 @@ class Sizes:
 
 
 def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
-    """The ledger's bytes, to the byte but for checkpoints: their histories grow, and those that actors.checkpoint_s
-    asks for are not foreseen. Nothing is taken to be lost, and each member to have an actor of its own."""
+    """Return the bytes that the ledger will count, exact but for checkpoints.
+
+    Checkpoints grow with their histories, and those by actors.checkpoint_s are not foreseen. Nothing is assumed to be
+    lost, and each member to have its own actor.
+    """
     rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
     weights, names = model.state_dict(), trainable_names(model)
     shape = (len(ensemble_sample(full_set.examples("validation"))), *full_set.spec.outputs)
     recipe = config.minimize
-    if recipe.optimizer in _WITH_RATES:  # so that two steps of few examples cannot diverge
+    if recipe.optimizer in _WITH_RATES:  # a tiny rate, so that two steps on few examples cannot diverge
         recipe = replace(recipe, learning_rate=1e-9)
-    few = replace(
+    few_config = replace(
         config,
         minimize=recipe,
         aggregation=replace(config.aggregation, statistics_examples=_FEW),
@@ -48,7 +51,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(folder, "sizes")
         piece = Piece(
-            few,
+            few_config,
             directory,
             "subsets",
             subset_id=0,
@@ -60,22 +63,22 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         )
         Minimizer(lambda: full_set, num_gpus=0, node="").minimize([piece], weights, attempts=[0], waited_s=0.0)
         (work,) = Ledger(directory).read()
-        left = {path: _size(directory, path) for path in piece.output.files()}
-        checkpoint = (work.num_network_bytes - sum(left.values())) // max(1, work.cost.num_steps - 1)
-        minimum, state = left.pop(weights_path(piece.folder)), left.pop(optimizer_path(piece.folder), 0)
+        file_sizes = {path: _size(directory, path) for path in piece.output.files()}
+        checkpoint = (work.num_network_bytes - sum(file_sizes.values())) // max(1, work.cost.num_steps - 1)
+        minimum, state = file_sizes.pop(weights_path(piece.folder)), file_sizes.pop(optimizer_path(piece.folder), 0)
         whole, momentum, outputs = (
-            _written(directory, written)
-            for written in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
+            _written_size(directory, tensors)
+            for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
-    has_parts = bool(method_of(config.aggregation).needs.parts)  # which leave outputs that nobody fetches
-    statistics = sum(left.values()) + whole * has_parts
+    has_parts = bool(method_of(config.aggregation).needs.parts)  # members on parts leave outputs that nobody fetches
+    statistics = sum(file_sizes.values()) + whole * has_parts
     steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"
     drawing = plan.drawing(config, None)
 
     def exchange(number: int) -> Exchange:
         is_last, epochs = number + 1 == rounds.num, drawing.members(number, FRESH, ())[0].epochs
-        every = max(1, round(config.actors.checkpoint_epochs * steps))
-        num_checkpoints = max(0, round(epochs * steps) - 1) // every
+        interval = max(1, round(config.actors.checkpoint_epochs * steps))
+        num_checkpoints = max(0, round(epochs * steps) - 1) // interval
         predicted = outputs * rounds.evaluated(number)
         return Exchange(
             num_members=num,
@@ -98,7 +101,7 @@ def _size(directory: RunDirectory, path: str) -> int:
     return (directory.local_path / path).stat().st_size
 
 
-def _written(directory: RunDirectory, weights: Weights) -> int:
-    """The size of a file of weights."""
+def _written_size(directory: RunDirectory, weights: Weights) -> int:
+    """Return the size of a file of these weights."""
     directory.write_weights("written.safetensors", weights)
     return _size(directory, "written.safetensors")

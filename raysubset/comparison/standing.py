@@ -1,4 +1,4 @@
-"""How a comparison's arms stand while their legs are done: a table of quality by arm and budget, which fills in."""
+"""How a comparison's arms stand while it runs: a table of quality by arm and budget, which fills in leg by leg."""
 
 import statistics
 from collections import defaultdict
@@ -11,28 +11,28 @@ from raysubset.quality import Quality
 
 
 class ArmsStanding:
-    """Which legs of which arms are done, and what last legs measure on validation data: the test split stays unread."""
+    """Keeps which legs of which arms are done, and what last legs measure on validation data, never on test data."""
 
     def __init__(
         self, quality: Quality, budgets: Mapping[str, Sequence[float]], *, num_seeds: int, tried: Mapping[str, float]
     ) -> None:
-        """Nothing is done.
+        """Begin with no leg done.
 
         Args:
             budgets: by arm.
-            tried: passes that an arm's tuning is to train for.
+            tried: passes for which an arm's tuning will train.
         """
         self._quality, self._num_seeds, self._tried, self._of_arm = quality, num_seeds, tried, budgets
         self._budgets = sorted({budget for of_arm in budgets.values() for budget in of_arm})
         self._arms_of: defaultdict[str, dict[str, float]] = defaultdict(dict)  # passes by leg and arm
-        self._finals: dict[str, list[tuple[str, float]]] = defaultdict(list)  # arms and budgets it ends
-        self._found: dict[tuple[str, float], list[float | None]] = defaultdict(list)
+        self._finals: dict[str, list[tuple[str, float]]] = defaultdict(list)  # the arms and budgets that a leg ends
+        self._qualities: dict[tuple[str, float], list[float | None]] = defaultdict(list)
         self._passes: defaultdict[str, float] = defaultdict(float)
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
 
     def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float = 0.0) -> None:
-        """Note last legs of an arm that are to be done; of a budget, unless they are for its tuning."""
+        """Note an arm's last legs to come, at a budget; without a budget they are for its tuning."""
         for last in legs:
             for leg in closure(last):
                 self._arms_of[leg.key][arm] = leg.passes(num_train)
@@ -40,7 +40,7 @@ class ArmsStanding:
                 self._finals[last.key].append((arm, budget))
 
     def note_settings(self, arm: str, text: str) -> None:
-        """Note what an arm was tuned to."""
+        """Note the settings that an arm was tuned to."""
         self._settings[arm] = text
 
     def note_done(self, key: str, validation: Mapping[str, Any] | None) -> None:
@@ -50,22 +50,22 @@ class ArmsStanding:
         self._done.add(key)
         for arm, passes in self._arms_of[key].items():
             self._passes[arm] += passes
-        for place in self._finals.get(key, ()):
-            self._found[place].append(validation[self._quality.name] if validation else None)
+        for point in self._finals.get(key, ()):
+            self._qualities[point].append(validation[self._quality.name] if validation else None)
 
     def event(self) -> Standing:
-        """The table as it is now."""
-        means = {place: self._mean(values) for place, values in self._found.items()}
+        """Return the current table."""
+        means = {point: self._mean(values) for point, values in self._qualities.items()}
         best = self._best(means)
         rows = []
         for arm, budgets in self._of_arm.items():
             planned, done = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0), self._passes[arm]
-            num = sum(len(self._found.get((arm, budget), ())) for budget in budgets)
+            num = sum(len(self._qualities.get((arm, budget), ())) for budget in budgets)
             state = "done" if num == self._num_seeds * len(budgets) else "at work" if done else "waiting"
             cells = (self._settings.get(arm, ""), *(self._cell(arm, budget, means) for budget in self._budgets))
             rows.append(Row(arm, cells, state, min(done, planned), planned, is_best=arm == best))
         columns = ("learning rate", *(f"{budget:g} passes" for budget in self._budgets))
-        num, every = sum(map(len, self._found.values())), self._num_seeds * sum(map(len, self._of_arm.values()))
+        num, every = sum(map(len, self._qualities.values())), self._num_seeds * sum(map(len, self._of_arm.values()))
         text = f"{num} of {every} results"
         if best is not None:
             at = max(budget for arm, budget in means if arm == best)
@@ -78,17 +78,19 @@ class ArmsStanding:
         return statistics.mean(numbers) if len(numbers) == len(values) and numbers else None
 
     def _cell(self, arm: str, budget: float, means: Mapping[tuple[str, float], float | None]) -> str:
-        """The mean over seeds; of fewer than all with their number."""
-        found = self._found.get((arm, budget), ())
-        if not found:
+        """Return the mean over seeds. If some seeds are missing, add how many there are."""
+        values = self._qualities.get((arm, budget), ())
+        if not values:
             return ""
-        of = f" ({len(found)}/{self._num_seeds})" if len(found) < self._num_seeds else ""
-        return f"{self._quality.cell(means[arm, budget])}{of}"
+        suffix = f" ({len(values)}/{self._num_seeds})" if len(values) < self._num_seeds else ""
+        return f"{self._quality.cell(means[arm, budget])}{suffix}"
 
     def _best(self, means: Mapping[tuple[str, float], float | None]) -> str | None:
-        """The best arm at the largest budget at which several can be held against one another."""
+        """Return the best arm at the largest budget at which several arms have results."""
         for budget in reversed(self._budgets):
-            able = {arm: mean for (arm, own), mean in means.items() if own == budget and mean is not None}
-            if len(able) > 1:
-                return max(able, key=lambda arm: self._quality.gain(able[arm]))
+            arm_means = {
+                arm: mean for (arm, arm_budget), mean in means.items() if arm_budget == budget and mean is not None
+            }
+            if len(arm_means) > 1:
+                return max(arm_means, key=lambda arm: self._quality.gain(arm_means[arm]))
         return None

@@ -1,8 +1,8 @@
-"""What runs over seeds tell: paired intervals, the passes a quality takes, and speed-ups with censoring.
+"""Statistics over seeds: paired intervals, the passes that a quality takes, and speed-ups with censoring.
 
-Definitions: METHODS.md §4 of this project. Qualities are given as gains, of which more is better: Quality.gain(). A
-cost curve is gain against passes over the budgets of one arm and one seed; it is made monotone (isotonic regression)
-before it is read, for every arm alike, so that a lucky budget does not count as a crossing.
+Definitions: METHODS.md §4 of this project. Qualities are given as gains, so that more is better: Quality.gain(). A cost
+curve is gain against passes over the budgets of one arm and one seed. It is made monotone (isotonic regression) before
+it is read, for every arm alike, so that a lucky budget does not count as a crossing.
 """
 
 import math
@@ -14,12 +14,12 @@ from typing import Any, Literal
 COVERAGE = 0.95
 
 Bound = Literal["exact", "at_least", "at_most", "unknown"]
-Curve = Sequence[tuple[float, float]]  # (passes, gain), one a budget
+Curve = Sequence[tuple[float, float]]  # (passes, gain), one for each budget
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean or median over seeds and where it may lie."""
+    """A mean or median over seeds, with the interval that may hold the true one."""
 
     estimate: float
     low: float
@@ -28,7 +28,7 @@ class Interval:
     num: int  # seeds
 
     def negative(self) -> "Interval":
-        """The interval of the negatives."""
+        """Return the interval of the negated values."""
         return Interval(-self.estimate, -self.high, -self.low, self.coverage, self.num)
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interval:
-    """The mean with Student's t interval; of a single value, or where one is not finite, nothing is known: (-inf, inf).
+    """Return the mean with Student's t interval. A single value, or one that is not finite, gives (-inf, inf).
 
     Raises:
         ValueError: if there is no value.
@@ -53,17 +53,17 @@ def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interv
 
 
 def range_interval(values: Sequence[float]) -> Interval:
-    """The median with [min, max], which covers the true median with probability 1 - 2^(1-n)."""
+    """Return the median with [min, max], which covers the true median with probability 1 - 2^(1-n)."""
     coverage = 1 - 2.0 ** (1 - len(values))
     return Interval(statistics.median(values), min(values), max(values), coverage, len(values))
 
 
 def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
-    """The passes at which a cost curve reaches the target, a gain, linear in log passes between budgets.
+    """Return the passes at which a cost curve reaches the target, a gain. Linear in log passes between budgets.
 
     Returns:
-        (passes, "exact"); (the least budget's, "at_most") where that reaches it already; (the largest budget's,
-        "at_least") where none does.
+        (passes, "exact"); (the smallest budget's passes, "at_most") if that budget reaches the target already; (the
+        largest budget's passes, "at_least") if no budget reaches it.
     """
     from sklearn.isotonic import isotonic_regression
 
@@ -81,11 +81,11 @@ def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Passes that conventional training needs for a quality, over those an arm needs, paired by seed."""
+    """The passes that conventional training needs for a quality, over those that an arm needs, paired by seed."""
 
-    per_seed: Mapping[int, float]  # 0 where the arm misses the quality at every budget, or failed
-    bounds: Mapping[int, Bound]  # whether that is S itself, S is at least or at most that, or may be anything
-    interval: Interval  # of the geometric mean by Student's t on log S; or the median with [min, max]
+    per_seed: Mapping[int, float]  # 0 if the arm misses the quality at every budget, or failed
+    bounds: Mapping[int, Bound]  # whether the value is S itself, a lower or upper bound of S, or says nothing
+    interval: Interval  # the geometric mean by Student's t on log S; or the median with [min, max]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -96,18 +96,18 @@ class SpeedUp:
 
 
 def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: float) -> SpeedUp:
-    """S of an arm at a quality, given as a gain, for each seed of the baseline.
+    """Return S of an arm at a quality, given as a gain, for each seed of the baseline.
 
-    An arm that misses the quality, or has no curve for a seed, has S = 0 there. Where the baseline misses it, S is at
-    least what its largest budget gives; where the arm has it at its smallest budget, likewise; where the baseline has
-    it at its smallest, S is at most that; where both have, it may be anything. With any such seed the interval is [min,
-    max] with its own coverage, opened to the side that is not known.
+    S is 0 for a seed with which the arm misses the quality or has no curve. If the baseline misses it, or the arm
+    reaches it at its smallest budget, the ratio of passes is a lower bound of S; if the baseline reaches it at its
+    smallest budget, an upper bound; if both hold, S is unknown. With any such seed the interval is [min, max] with its
+    own coverage, opened on the side that is unknown.
     """
     per_seed: dict[int, float] = {}
     bounds: dict[int, Bound] = {}
     for seed, curve in baseline.items():
-        own = arm.get(seed, ())
-        needed, bound = passes_needed(own, target) if own else (math.inf, "at_least")
+        arm_curve = arm.get(seed, ())
+        needed, bound = passes_needed(arm_curve, target) if arm_curve else (math.inf, "at_least")
         if bound == "at_least":
             per_seed[seed], bounds[seed] = 0.0, "exact"
             continue
@@ -123,10 +123,10 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
         logs = t_interval([math.log(value) for value in values])
         interval = Interval(_exp(logs.estimate), _exp(logs.low), _exp(logs.high), logs.coverage, logs.num)
     else:
-        found = range_interval(values)
-        low = 0.0 if {"at_most", "unknown"} & set(bounds.values()) else found.low
-        high = math.inf if {"at_least", "unknown"} & set(bounds.values()) else found.high
-        interval = Interval(found.estimate, low, high, found.coverage, found.num)
+        span = range_interval(values)
+        low = 0.0 if {"at_most", "unknown"} & set(bounds.values()) else span.low
+        high = math.inf if {"at_least", "unknown"} & set(bounds.values()) else span.high
+        interval = Interval(span.estimate, low, high, span.coverage, span.num)
     return SpeedUp(per_seed, bounds, interval)
 
 
@@ -135,18 +135,18 @@ def _exp(value: float) -> float:
 
 
 def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Interval | None:
-    """Arm minus reference over the seeds both have; None if there is none."""
+    """Return arm minus reference over the seeds that both have; None if they share no seed."""
     seeds = [seed for seed in reference if seed in arm]
     return t_interval([arm[seed] - reference[seed] for seed in seeds]) if seeds else None
 
 
 def cheapest_within_error(losses: Mapping[float, Sequence[float]]) -> float:
-    """The least budget whose mean validation loss is within one standard error of the best budget's.
+    """Return the smallest budget whose mean validation loss is within one standard error of the best budget's.
 
-    The error is the best one's over its seeds (Breiman et al. 1984); of a single seed it is 0.
+    The standard error is the best budget's over its seeds (Breiman et al. 1984); 0 for a single seed.
 
     Args:
-        losses: validation losses by budget, one a seed; budgets with a loss that is not finite are passed over.
+        losses: validation losses by budget, one per seed. Budgets with a loss that is not finite are skipped.
 
     Raises:
         ValueError: if no budget has finite losses only.

@@ -9,30 +9,30 @@ from raysubset.comparison.statistics import Interval, SpeedUp
 from raysubset.quality import Quality
 
 TENTH = 0.1  # of the conventional run's cost: the claim
-VACUOUS_BELOW = 2.0  # a speed-up that cannot reach this is cheap only against an over-long baseline
+VACUOUS_BELOW = 2.0  # an arm whose speed-up cannot reach this is cheap only against an over-long baseline
 CLAIMED = 10.0  # the speed-up that a tenth of the cost means
-FEWEST_SEEDS = 5  # for a verdict; with fewer it is called a smoke test
+FEWEST_SEEDS = 5  # for a verdict; with fewer seeds it is called a smoke test
 
 Word = Literal["confirmed", "vacuous", "refuted", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class CheapPoint:
-    """One arm at one budget of at most a tenth of the conventional cost."""
+    """One arm at one budget of no more than a tenth of the conventional cost."""
 
     arm: str
     passes: float  # mean over seeds
-    gain: Interval  # of its test quality over the conventional run's, paired by seed: more is better
+    gain: Interval  # arm's test quality minus the conventional run's, paired by seed, so that more is better
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison says of the claim on one clock."""
+    """The verdict on the claim, on one clock."""
 
     word: Word
-    text: str  # one sentence with the numbers it rests on
+    text: str  # one sentence with the numbers that it rests on
     arm: str | None  # the arm that decided
-    speed_up: Interval | None  # its S
+    speed_up: Interval | None  # the S of that arm
     is_smoke_test: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,34 +48,34 @@ def judge(
     quality: Quality,
     num_seeds: int,
 ) -> Verdict:
-    """The rule of METHODS.md §4, in its order.
+    """Apply the rule of METHODS.md §4, in its order.
 
-    1. Every arm tried at no more than a tenth of the conventional cost is inferior, the interval of its gain wholly
-       below the margin: refuted.
-    2. No arm's speed-up can reach 2: vacuous.
-    3. An arm is non-inferior at no more than a tenth, and its speed-up with its whole interval at least 10: confirmed.
-    4. Else: inconclusive.
+    1. Refuted: every arm at no more than a tenth of the conventional cost is inferior, that is, the whole interval of
+       its gain lies below minus the margin.
+    2. Vacuous: no arm's speed-up can reach 2.
+    3. Confirmed: an arm is non-inferior at no more than a tenth, and the whole interval of its speed-up is at least 10.
+    4. Otherwise inconclusive.
 
     Args:
-        cheap: arms of subset pretraining at budgets of at most a tenth of the conventional cost.
-        speed_ups: of the arms of subset pretraining that finished with any seed; a seed that failed has S = 0.
-        conventional_passes: C_conv: of the cheapest conventional run within one standard error of the best.
+        cheap: arms of subset pretraining at budgets of no more than a tenth of the conventional cost.
+        speed_ups: of the arms of subset pretraining that finished with any seed. A seed that failed has S = 0.
+        conventional_passes: C_conv, of the cheapest conventional run within one standard error of the best.
         margin: of non-inferiority, in the quality's units.
-        quality: what arms are judged by.
+        quality: the metric by which arms are judged.
         num_seeds: of the comparison.
     """
-    smoke = num_seeds < FEWEST_SEEDS
-    prefix = f"With {num_seeds} seeds, a smoke test: " if smoke else ""
+    is_smoke_test = num_seeds < FEWEST_SEEDS
+    prefix = f"With {num_seeds} seeds, a smoke test: " if is_smoke_test else ""
     if not speed_ups:
-        return Verdict("inconclusive", f"{prefix}no arm of subset pretraining finished.", None, None, smoke)
+        return Verdict("inconclusive", f"{prefix}no arm of subset pretraining finished.", None, None, is_smoke_test)
     best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, speed_ups[arm].interval.high, arm))
     interval = speed_ups[best].interval
     limit = f"{TENTH:g} of the conventional cost ({TENTH * conventional_passes:.3g} passes)"
     of_best = f"{best}'s speed-up is {describe_speed_up(interval)}"
 
     def verdict(word: Word, text: str, arm: str | None) -> Verdict:
-        found = speed_ups[arm].interval if arm is not None else None
-        return Verdict(word, prefix + text, arm, found, smoke)
+        arm_interval = speed_ups[arm].interval if arm is not None else None
+        return Verdict(word, prefix + text, arm, arm_interval, is_smoke_test)
 
     if cheap and all(point.gain.high < -margin for point in cheap):
         names = ", ".join(sorted({point.arm for point in cheap}))
@@ -84,16 +84,16 @@ def judge(
     if all(one.interval.high < VACUOUS_BELOW for one in speed_ups.values()):
         return verdict("vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}.", best)
     good = {point.arm for point in cheap if point.gain.low > -margin}
-    able = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
-    if able:
-        arm = max(able, key=lambda name: speed_ups[name].interval.estimate)
-        found = describe_speed_up(speed_ups[arm].interval)
-        return verdict("confirmed", f"{arm} is as good at {limit}, and its speed-up is {found}.", arm)
+    claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
+    if claimants:
+        arm = max(claimants, key=lambda name: speed_ups[name].interval.estimate)
+        arm_text = describe_speed_up(speed_ups[arm].interval)
+        return verdict("confirmed", f"{arm} is as good at {limit}, and its speed-up is {arm_text}.", arm)
     why = "" if cheap else f" no arm was run at {limit};"
     return verdict("inconclusive", f"neither shown nor refuted:{why} {of_best}.", best)
 
 
 def describe_speed_up(interval: Interval) -> str:
-    """'1.3 (95 % interval 0.9 to 1.8)'."""
+    """Return '1.30 (95% interval 0.90 to 1.80)'."""
     high = "any" if math.isinf(interval.high) else f"{interval.high:.2f}"
     return f"{interval.estimate:.2f} ({interval.coverage:.0%} interval {max(interval.low, 0):.2f} to {high})"
