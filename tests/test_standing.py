@@ -34,11 +34,11 @@ def test_arms_fill_in_with_means_over_seeds_and_the_best_at_the_largest_budget_t
 
 def test_trials_stand_with_the_best_by_validation_loss():
     standing = TrialsStanding(ACCURACY, {"a": 10.0, "b": 10.0, "c": 10.0})
-    standing.heard(
+    standing.update(
         "a", "at work", {"stage": "trunk", "passes": 1.0, "validation_loss": 0.5, "validation_accuracy": 0.9}
     )
-    standing.heard("b", "at work", {"stage": "trunk", "passes": 1.0, "validation_loss": float("nan")})
-    event = standing.heard("c", "done", {"stage": "done", "passes": 12.0, "validation_loss": 0.4})
+    standing.update("b", "at work", {"stage": "trunk", "passes": 1.0, "validation_loss": float("nan")})
+    event = standing.update("c", "done", {"stage": "done", "passes": 12.0, "validation_loss": 0.4})
     assert event.columns == ("stage", "passes", "validation loss", "accuracy")
     assert [row.cells for row in event.rows] == [
         ("trunk", "1.00", "0.5000", "90.00%"),

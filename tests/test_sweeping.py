@@ -20,7 +20,7 @@ from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.report.sweeps import sweep_command
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.sweeping import driver, sweep
-from raysubset.sweeping.driver import _Telling
+from raysubset.sweeping.driver import _TrialEvents
 from raysubset.sweeping.plan import (
     Trial,
     divide,
@@ -397,7 +397,7 @@ def test_a_listener_with_locks_as_a_terminals_does_not_stop_tune_from_pickling_i
         with lock:
             pass
 
-    pickle.loads(cloudpickle.dumps(_Telling(tell, TrialsStanding(ACCURACY, {}))))
+    pickle.loads(cloudpickle.dumps(_TrialEvents(tell, TrialsStanding(ACCURACY, {}))))
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""sweep(): what is planned, run by Ray Tune, and gathered."""
+"""sweep() plans the trials, runs them by Ray Tune, and gathers their results."""
 
 import contextlib
 import dataclasses
@@ -13,12 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-# Ctrl-C is ours: Tune would end quietly, as if all had been done. Reports between validations have no validation_loss.
+# We handle Ctrl-C: Tune would end quietly, as if all were done. Reports between validations lack validation_loss.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-os.environ.setdefault(
-    "RAY_AIR_NEW_OUTPUT", "0"
-)  # the newer one prints tables to stdout however quiet it is asked to be
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables to stdout at any verbosity
 
 import ray
 from ray import cloudpickle, tune
@@ -54,13 +52,13 @@ from raysubset.user_code import at
 from raysubset.user_functions import refuse_import
 from raysubset.work import Run
 
-# A trial waits for its actors and workers, it does not compute: it holds nothing that they could want. It stays on the
-# head, which is the last node to go
+# A trial only waits for its actors and workers, so it takes no resources that they need. It stays on the head, which is
+# the last node to go
 PLACE_OF_TRIAL = {"node:__internal_head__": 0.001}
 
 FIRST_JUDGED_PASSES = 1  # ASHA's grace period: at least the usual trunk
-MOST_PASSES = 1_000_000  # beyond any run: ASHA stops what gets there
-FEWER = 2  # times as few trials go on beyond each of ASHA's rungs
+MOST_PASSES = 1_000_000  # beyond any run: ASHA stops a trial that gets there
+FEWER = 2  # ASHA's reduction factor: each rung lets this fraction of trials continue, 1 / FEWER
 
 
 @taking_objects
@@ -79,31 +77,31 @@ def sweep(
     fresh: bool = False,
     accept_changed_code: bool = False,
 ) -> SweepReport:
-    """Run the whole pipeline for each point of a space and each seed, side by side where the cluster has room.
+    """Run the whole pipeline for each point of a space and each seed, side by side as the cluster has room.
 
-    Each trial is a run of its own name below the sweep's directory. A sweep of the same name is gone on with: finished
-    trials are read back, others go on where they stopped, and further values and seeds may be added. A trial that fails
-    ends no other and is named in the report. If this process dies, calling it again is all there is to do.
+    Each trial is a run with its own name below the sweep's directory. A sweep of the same name resumes: finished trials
+    are read back, others continue where they stopped, and values and seeds may be added. A trial that fails ends no
+    other, and the report names it. If this process dies, call it again.
 
     Args:
-        config: what all trials have in common; its name and storage path are the sweep's.
-        data, model, task: objects in the place of names, as run() takes them.
-        space: dotted names of fields to lists of values, all combinations of which are run, or to Tune's distributions.
-        seeds: how many, from config.seed on; or which.
+        config: what all trials have in common. Its name and storage path are the sweep's.
+        data, model, task: objects instead of names, as for run().
+        space: dotted names of fields to lists of values, all combinations of which run, or to Tune's distributions.
+        seeds: their number, from config.seed on, or the seeds themselves.
         num_samples: of the distributions.
-        scheduler: "asha" stops trials that fall behind others at as many passes (time_attr="passes"), or one of Tune's
-            without metric and mode, which may stop a trial but not pause it. None is stopped within a Ray Train job.
-        baseline: also run conventional training with each seed, of `conventional.epochs` or else of as many epochs as a
-            subset has over all rounds: a line in the figure, and what costs are shares of.
-        on_event: told of trials as they begin, report and end; None: nobody is. raysubset.sweep() shows them, as the
-            command does, unless this is given.
-        fresh: delete what a sweep of this name left behind, and start over.
-        accept_changed_code: go on with a sweep whose user's code has changed since; what it has done stays as it is.
+        scheduler: "asha" stops trials that fall behind others at equal passes (time_attr="passes"). Or one of Tune's,
+            without metric and mode, which may stop a trial but not pause it. No trial is stopped in a Ray Train job.
+        baseline: also run conventional training with each seed, for `conventional.epochs`, or else for as many epochs
+            as a subset has over all rounds: a line in the figure, and the reference for shares of costs.
+        on_event: receives the trials' begins, reports and ends; None: nobody does. Without it, raysubset.sweep() shows
+            the events, as the command does.
+        fresh: delete the earlier sweep of this name, and start over.
+        accept_changed_code: resume although the user's code has changed; finished work stays as it is.
 
     Raises:
-        ValueError: the user's mistake, with the way out.
+        ValueError: for the user's mistakes, with the way out.
     """
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     refuse_import("sweep()")
     tell: OnEvent = on_event or (lambda event: None)
     name = config.name or f"{config.run_name()}-sweep"
@@ -117,26 +115,26 @@ def sweep(
     trials = plan_trials(
         config, space, seeds=seeds, num_samples=num_samples, storage_path=storage_path, baseline=baseline
     )
-    opened = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
-    header = opened.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
-    known = None if fresh else directory.read_identity()
+    shown_config = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
+    header = shown_config.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
+    old_identity = None if fresh else directory.read_identity()
     full_sets: dict[Learned, FullSet] = {}
     if not fresh and (record := _finished(directory, header, trials)) is not None:
-        identity = identify((trial.config for trial in trials), full_sets, known)
+        identity = identify((trial.config for trial in trials), full_sets, old_identity)
         directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
         tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     tell(Waiting("reading the data, and planning each setting"))
-    for one in {trial.config.learned: trial.config for trial in trials}.values():
-        full_sets[one.learned] = load_full_set(*one.learned, known=known_fingerprint(known, one))
+    for each in {trial.config.learned: trial.config for trial in trials}.values():
+        full_sets[each.learned] = load_full_set(*each.learned, known=known_fingerprint(old_identity, each))
     for note in _notes_on_tasks(full_sets.values()):
         tell(note)
-    identity = identify((trial.config for trial in trials), full_sets, known)
+    identity = identify((trial.config for trial in trials), full_sets, old_identity)
     for note in places_notes(identity):
         tell(note)
     settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
-    # refuses what no trial of the setting can be
-    plan_of = {one: make_plan(one, full_sets[one.learned]) for one in settings}
+    # make_plan() refuses settings that no trial can run
+    plan_of = {setting: make_plan(setting, full_sets[setting.learned]) for setting in settings}
     plans = {trial.name: plan_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
     shares = {name: plan.forward_share for name, plan in plans.items()}
     directory.check_writable()
@@ -148,7 +146,7 @@ def sweep(
                 refuse_what_has_no_place(trial.config, None if fresh else run)
         lease = stack.enter_context(Lease(directory))
         resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
-        sessions = stack.enter_context(Sessions(directory, lease, began=began))
+        sessions = stack.enter_context(Sessions(directory, lease, began=start_s))
         tell = sessions.checked(tell)
         tell(Stage(f"{'resuming' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
         stack.enter_context(connected(config.cluster, tell))
@@ -174,8 +172,8 @@ def sweep(
         tell(Waiting("Ray Tune starts"))
         quality = full_sets[trials[0].config.learned].quality
         standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()})
-        telling = _Telling(tell, standing)
-        errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, telling=telling)
+        callback = _TrialEvents(tell, standing)
+        errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
         num_train = {trial.name: len(full_sets[trial.config.learned].train) for trial in trials}
         task = task_record(full_sets[trials[0].config.learned])
         record = _gather(directory, config, space, seeds, trials, errors, num_train, shares, task)
@@ -188,25 +186,27 @@ def sweep(
 
 
 def _notes_on_tasks(full_sets: Collection[FullSet]) -> list[Note]:
-    """A warning where trials minimize different losses.
+    """Return a warning if the trials minimize different losses.
 
     Raises:
-        ValueError: where they learn different things.
+        ValueError: if they learn different things.
     """
     qualities, losses = (
         sorted(set(names))
-        for names in ([one.quality.name for one in full_sets], [one.task.loss_name for one in full_sets])
+        for names in ([each.quality.name for each in full_sets], [each.task.loss_name for each in full_sets])
     )
     if len(qualities) > 1:
-        told = ", ".join(qualities)
-        raise ValueError(f"the trials learn different things ({told}), which nothing compares: sweep over one task")
-    text = f"the trials minimize different losses ({', '.join(losses)}): what goes by validation loss tells nothing"
+        names = ", ".join(qualities)
+        raise ValueError(f"the trials learn different things ({names}), which cannot be compared: sweep over one task")
+    text = f"the trials minimize different losses ({', '.join(losses)}), so their validation losses cannot be compared"
     return [Note(text, is_warning=True)] if len(losses) > 1 else []
 
 
 def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
-    """The report of a finished sweep of these trials; None if there is none, some failed and may be tried again, or
-    something of one is damaged or gone (with a warning)."""
+    """Return the report of a finished sweep of these trials; None if there is none or work is left.
+
+    Work is left if a trial failed, or if something of a trial is damaged or missing (with a warning).
+    """
     if not directory.exists(SWEEP_PATH) or directory.differs(header):
         return None
     record = directory.read_json_or_none(SWEEP_PATH)
@@ -221,16 +221,16 @@ def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) 
 
 
 def _divide_cluster(trials: Sequence[Trial], tell: OnEvent) -> tuple[int, int]:
-    """divide() by what the cluster has or its autoscaler may start, for the most that any trial asks for."""
-    actors = dict.fromkeys(trial.config.actors for trial in trials)  # each once, so that it is told of once
-    num_gpus = max(num_gpus_of(one, tell) for one in actors)
-    request = {"CPU": max(one.num_cpus for one in actors), "GPU": num_gpus}
+    """Return divide() by what the cluster has or its autoscaler may start, and the most that any trial requests."""
+    actors = dict.fromkeys(trial.config.actors for trial in trials)  # each once, so that it is reported once
+    num_gpus = max(num_gpus_of(each, tell) for each in actors)
+    request = {"CPU": max(each.num_cpus for each in actors), "GPU": num_gpus}
     widest = max(widest_stage(trial.config) for trial in trials)
     return divide(num_slots(request, startable=True), widest=widest, num_trials=len(trials))
 
 
 def _with_room(config: Config, num_slots: int) -> Config:
-    """The config with no more actors at a time than a trial's places; the field shapes no result."""
+    """Return the config with no more actors at a time than the trial has places. The field shapes no result."""
     return config.with_overrides({"actors.max_num": min(num_slots, config.actors.max_num or num_slots)})
 
 
@@ -241,7 +241,7 @@ def _run_trunks(
     directory: RunDirectory,
     tell: OnEvent,
 ) -> dict[str, RunDirectory]:
-    """Run each trunk that trials share, once; trial names to where it lies. One that fails is left out."""
+    """Run each trunk that trials share, once. Return where it lies by trial name; a trunk that fails is left out."""
     shared = shared_trunks(trials, directory.below("trunks"))
     groups: dict[tuple[Learned, ActorsConfig], list[Leg]] = defaultdict(list)
     for leg in dict.fromkeys(shared.values()):
@@ -264,18 +264,18 @@ def _tune(
     *,
     scheduler: TrialScheduler | None,
     most_at_once: int,
-    telling: "_Telling",
+    callback: "_TrialEvents",
 ) -> dict[str, str]:
-    """Run the trials to their ends; the names of those that failed, with the cause in a line.
+    """Run the trials to their ends. Return the causes of failures, each in a line, by trial name.
 
-    Tune pickles the file system it writes to, credentials included. So where the sweep's storage is remote, Tune is
-    given a folder of this machine, which goes when it has ended: nothing is read from it again.
+    Tune pickles the file system that it writes to, with credentials. So for remote storage Tune gets a temporary folder
+    of this machine, which is deleted at the end: nothing is read from it again.
     """
     points = [{"name": trial.name, "seed": trial.seed, **trial.overrides} for trial in trials]
-    session = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # Tune's files of each apart: it resumes nothing
+    session = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # a new folder for Tune each time: it resumes nothing
     with contextlib.ExitStack() as stack, _quiet_tune():
-        local = directory.local_path
-        folder = local / "tune" if local else Path(stack.enter_context(TemporaryDirectory(prefix="tune-")))
+        local_path = directory.local_path
+        folder = local_path / "tune" if local_path else Path(stack.enter_context(TemporaryDirectory(prefix="tune-")))
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
             param_space={"trial": tune.grid_search(points)},
@@ -291,7 +291,7 @@ def _tune(
                 name=session,
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[telling],
+                callbacks=[callback],
             ),
         )
         results = tuner.fit()
@@ -305,7 +305,7 @@ def _tune(
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Without Tune's log, which draws the whole traceback of each failed trial; it is in Tune's error.txt."""
+    """Silence Tune's log, which shows the whole traceback of each failed trial. Tune's error.txt has it."""
     log = logging.getLogger("ray.tune")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -315,32 +315,32 @@ def _quiet_tune() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _nobody(event: Event) -> None:
-    """Listens to nothing."""
+def _ignore(event: Event) -> None:
+    """Do nothing with the event."""
 
 
 def _trial_name(trial: Any) -> str:
     return trial.config["trial"]["name"]
 
 
-class _Telling(tune.Callback):
-    """Tells the sweep's listener what Tune tells of its trials."""
+class _TrialEvents(tune.Callback):
+    """Passes what Tune reports of its trials on to the sweep's listener."""
 
     def __init__(self, tell: OnEvent, standing: TrialsStanding) -> None:
         self._tell, self._standing = tell, standing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the listener, for a terminal's holds locks; Tune pickles its callbacks, and nobody reads that."""
-        return _Telling, (_nobody, self._standing)
+        """Pickle without the listener, as a terminal's holds locks. Tune pickles callbacks, but nobody reads them."""
+        return _TrialEvents, (_ignore, self._standing)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Stage(f"{_trial_name(trial)} starts"))
-        self._tell(self._standing.heard(_trial_name(trial), "at work"))
+        self._tell(self._standing.update(_trial_name(trial), "at work"))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tell(self._standing.heard(_trial_name(trial), "at work", result))
+        self._tell(self._standing.update(_trial_name(trial), "at work", result))
         if "validation_loss" in result:
             loss = result["validation_loss"]
             text = f"{_trial_name(trial)}: {result['stage']}, {result['passes']:.2f} passes, validation loss"
@@ -348,14 +348,14 @@ class _Telling(tune.Callback):
             self._tell(TrialReport(text, _trial_name(trial), result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(self._standing.heard(_trial_name(trial), "done"))
+        self._tell(self._standing.update(_trial_name(trial), "done"))
         self._tell(Note(f"{_trial_name(trial)} ends after {trial.last_result.get('passes', 0.0):.2f} passes"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(self._standing.heard(_trial_name(trial), "failed"))
-        file = trial.pickled_error_file  # Tune's storage, where get_pickled_error() looks, has it a moment later
+        self._tell(self._standing.update(_trial_name(trial), "failed"))
+        file = trial.pickled_error_file  # get_pickled_error() looks in Tune's storage, which has it a moment later
         why = f" ({one_line(cloudpickle.loads(Path(file).read_bytes()))})" if file and Path(file).exists() else ""
-        self._tell(Note(f"{_trial_name(trial)} failed{why}; the others go on", is_warning=True))
+        self._tell(Note(f"{_trial_name(trial)} failed{why}; the others continue", is_warning=True))
 
 
 def _gather(
@@ -369,22 +369,22 @@ def _gather(
     shares: Mapping[str, float],
     task: Record,
 ) -> Record:
-    """sweep.json: what the trials' run directories and ledgers say."""
-    gathered = []
+    """Return sweep.json, from the trials' run directories and ledgers."""
+    records = []
     for trial in trials:
         run = RunDirectory(trial.config.storage_path, trial.name)
-        own: Record = {"name": trial.name, "uri": run.uri, "overrides": dict(trial.overrides), "seed": trial.seed}
+        record: Record = {"name": trial.name, "uri": run.uri, "overrides": dict(trial.overrides), "seed": trial.seed}
         report = run.read_json_or_none(REPORT_PATH) if run.exists(REPORT_PATH) else None
         if report is not None:
-            own |= {"state": "done", **trial_measures(report)}
+            record |= {"state": "done", **trial_measures(report)}
         elif trial.name in errors:
-            own |= {"state": "failed", "error": errors[trial.name]}
+            record |= {"state": "failed", "error": errors[trial.name]}
         else:
-            own |= {"state": "pruned"}
-        gathered.append(own)
+            record |= {"state": "pruned"}
+        records.append(record)
     swept, conventional = (
-        [one for one, trial in zip(gathered, trials, strict=True) if trial.is_baseline is is_it]
-        for is_it in (False, True)
+        [record for record, trial in zip(records, trials, strict=True) if trial.is_baseline is is_wanted]
+        for is_wanted in (False, True)
     )
     settings = settings_of(swept, quality_of({"task": task}))
     return {
@@ -395,7 +395,7 @@ def _gather(
         "task": task,
         "space": {key: list(dict.fromkeys(trial["overrides"][key] for trial in swept)) for key in space},
         "seeds": list(seeds),
-        "trials": gathered,
+        "trials": records,
         "settings": settings,
         "baseline": settings_of(conventional, quality_of({"task": task}))[0] if conventional else None,
         "recommended": recommend(settings),
@@ -405,14 +405,14 @@ def _gather(
 
 
 def _total_cost(trials: Sequence[Trial], num_train: Mapping[str, int], shares: Mapping[str, float]) -> Record:
-    """Of all trials, pruned and failed ones too; a trunk's work stands in the ledger of each that has it."""
+    """Return the cost of all trials, with pruned and failed ones. A shared trunk, in several ledgers, counts once."""
     passes, device_s = 0.0, 0.0
-    trunks = set()
+    counted_trunks = set()
     for trial in trials:
         works = Ledger(RunDirectory(trial.config.storage_path, trial.name)).read()
-        counted = [work for work in works if work not in trunks]
-        trunks |= {work for work in works if work.stage == "trunk"}
-        cost = total_cost(counted)
+        uncounted_works = [work for work in works if work not in counted_trunks]
+        counted_trunks |= {work for work in works if work.stage == "trunk"}
+        cost = total_cost(uncounted_works)
         passes += cost.passes(num_train[trial.name], shares[trial.name])
         device_s += cost.device_s
     return {"passes": passes, "device_s": device_s}

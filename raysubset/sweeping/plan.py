@@ -1,4 +1,4 @@
-"""What a sweep runs, before anything is run: its trials and their names, the trunks they share, how many at once."""
+"""The plan of a sweep: its trials and their names, the trunks they share, and how many run at once."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from raysubset.decisions import workers_of_stages
 from raysubset.legs import Drawing, Leg
 
 CONVENTIONAL = "conventional"  # the method of a sweep's baseline
-_OWN = ("name", "storage_path", "seed", "method", "cluster.")  # of the sweep as a whole
+_OWN = ("name", "storage_path", "seed", "method", "cluster.")  # fields of the sweep as a whole
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Trial:
     """One run of a sweep."""
 
     name: str  # of its run directory, below the sweep's trials/
-    overrides: Mapping[str, Any]  # by dotted name; the seed apart
+    overrides: Mapping[str, Any]  # by dotted name, without the seed
     seed: int
     config: Config
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is a conventional run, which no setting of the space is."""
+        """True for a conventional run, which no setting of the space is."""
         return self.config.method == CONVENTIONAL
 
 
@@ -39,21 +39,21 @@ def plan_trials(
     storage_path: str,
     baseline: bool = False,
 ) -> list[Trial]:
-    """Every combination of the space's lists, with each sample of its distributions, for each seed.
+    """Return the trials: every combination of the space's lists, with each sample of its distributions and each seed.
 
-    The names say what is special of a trial, so that a sweep of more values or seeds finds what is done. Samples are
-    drawn from config.seed. A trial's Ray Train job has one worker unless fine_tuning.num_workers says otherwise: as
-    many as the cluster happens to hold would make trials of one sweep differ in what is not swept.
+    A trial's name says what it overrides, so that a sweep with more values or seeds finds what is done. Samples are
+    drawn from config.seed. A trial's Ray Train job has one worker unless fine_tuning.num_workers says otherwise: with
+    as many as the cluster happens to hold, trials would differ in something that is not swept.
 
     Args:
         config: what all trials have in common.
         space: dotted names to lists (or Tune's grid_search), and Tune's distributions.
         num_samples: of the distributions, for each combination of the lists.
-        storage_path: where the trials' run directories lie.
-        baseline: add a conventional run a seed, of conventional.epochs or of as many as a subset has.
+        storage_path: of the trials' run directories.
+        baseline: add a conventional run for each seed, of conventional.epochs or of as many epochs as a subset has.
 
     Raises:
-        ValueError: for an empty space or list, an unknown field, values that a check refuses, or two equal trials.
+        ValueError: for an empty space or list, an unknown field, a value that a check refuses, or two equal trials.
     """
     if config.method != "subset_pretraining":
         raise ValueError(f"a sweep is of subset pretraining: leave out --method {config.method}")
@@ -66,37 +66,37 @@ def plan_trials(
     for overrides in _settings(space, config.seed, num_samples):
         for seed in seeds:
             name = _name({**overrides, "seed": seed})
-            own = {**shared, **overrides, "seed": seed, "name": name}
-            trials.append(Trial(name, overrides, seed, config.with_overrides(own)))
+            changes = {**shared, **overrides, "seed": seed, "name": name}
+            trials.append(Trial(name, overrides, seed, config.with_overrides(changes)))
     if baseline:
         overrides = {"method": CONVENTIONAL}
         epochs = config.conventional.epochs or config.minimize.epochs * config.rounds.num
-        own = {**shared, **overrides, "conventional.epochs": epochs, "fine_tuning.distillation": 0.0}
+        changes = {**shared, **overrides, "conventional.epochs": epochs, "fine_tuning.distillation": 0.0}
         for seed in seeds:
             name = _name({**overrides, "seed": seed})
-            trials.append(Trial(name, overrides, seed, config.with_overrides({**own, "seed": seed, "name": name})))
-    twice = [name for name, num in Counter(trial.name for trial in trials).items() if num > 1]
-    if twice:
-        raise ValueError(f"the sweep has trial {twice[0]} more than once: give each value and seed once")
+            trials.append(Trial(name, overrides, seed, config.with_overrides({**changes, "seed": seed, "name": name})))
+    repeated = [name for name, num in Counter(trial.name for trial in trials).items() if num > 1]
+    if repeated:
+        raise ValueError(f"the sweep has trial {repeated[0]} more than once: give each value and seed once")
     return trials
 
 
 def _settings(space: Mapping[str, Any], seed: int, num_samples: int) -> Iterator[dict[str, Any]]:
-    """The overrides of each setting, in the order of the lists."""
+    """Yield the overrides of each setting, in the order of the lists."""
     if not space:
         raise ValueError("there is nothing to sweep: give --sizes or --space field=value,value")
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples} must be at least 1")
     lists: dict[str, list[Any]] = {}
     samples: dict[str, list[Any]] = {}
-    for key, given in space.items():
+    for key, domain in space.items():
         if key.startswith(_OWN):
             raise ValueError(f"{key} cannot be swept" + ("; give --seeds" if key == "seed" else ""))
         # tune.grid_search() is a mapping with this one key
-        values: Any = given["grid_search"] if isinstance(given, Mapping) and "grid_search" in given else given
+        values: Any = domain["grid_search"] if isinstance(domain, Mapping) and "grid_search" in domain else domain
         if hasattr(values, "sample"):  # a distribution of ray.tune
-            drawn = values.sample(size=num_samples, random_state=derive_seed(seed, "space", key) % 2**32)
-            samples[key] = [_plain(value) for value in (drawn if num_samples > 1 else [drawn])]
+            sample = values.sample(size=num_samples, random_state=derive_seed(seed, "space", key) % 2**32)
+            samples[key] = [_plain(value) for value in (sample if num_samples > 1 else [sample])]
         elif isinstance(values, list | tuple | range) and len(values):
             lists[key] = list(values)
         else:
@@ -105,17 +105,17 @@ def _settings(space: Mapping[str, Any], seed: int, num_samples: int) -> Iterator
         raise ValueError(f"num_samples = {num_samples} is for distributions, and the space has none")
     for values in itertools.product(*lists.values()):
         for number in range(num_samples):
-            chosen = dict(zip(lists, values, strict=True)) | {key: drawn[number] for key, drawn in samples.items()}
-            yield {key: chosen[key] for key in space}
+            overrides = dict(zip(lists, values, strict=True)) | {key: sample[number] for key, sample in samples.items()}
+            yield {key: overrides[key] for key in space}
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy as Python's own."""
+    """Return a number of numpy as Python's own."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _name(values: Mapping[str, Any]) -> str:
-    """'subsets.size-100_seed-0': a plain folder name."""
+    """Return a plain folder name, such as 'subsets.size-100_seed-0'."""
 
     def word(value: Any) -> str:
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -125,7 +125,7 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def trunk_leg(config: Config, legs_path: str) -> Leg:
-    """The trunk of a config as a leg: equal where all that a trunk depends on is equal."""
+    """Return the trunk of a config as a leg. Legs are equal if all that a trunk depends on is equal."""
     default = MinimizeConfig()
     recipe = dataclasses.replace(
         config.minimize,
@@ -135,7 +135,7 @@ def trunk_leg(config: Config, legs_path: str) -> Leg:
         target_loss=None,
         learning_rate=config.stage("trunk").learning_rate,
     )
-    alone = Config(
+    trunk_config = Config(
         seed=config.seed,
         data=config.data,
         task=config.task,
@@ -146,11 +146,11 @@ def trunk_leg(config: Config, legs_path: str) -> Leg:
         actors=dataclasses.replace(config.actors, quorum=None, max_num=None),
         cluster=config.cluster,
     )
-    return Drawing(alone, legs_path).trunk()
+    return Drawing(trunk_config, legs_path).trunk()
 
 
 def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:
-    """Trial names to their trunk, where a trial shares it with another."""
+    """Return the trunks that two or more trials share, by trial name."""
     with_trunk = [trial for trial in trials if trial.config.trunk.epochs and not trial.is_baseline]
     trunks = {trial.name: trunk_leg(trial.config, legs_path) for trial in with_trunk}
     num = Counter(trunks.values())
@@ -158,20 +158,20 @@ def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:
 
 
 def widest_stage(config: Config) -> int:
-    """Places that a run must have at once: those of its Ray Train jobs; a subset actor can do with one.
+    """Return how many places a run needs at once: those of its Ray Train jobs, or one for a subset actor.
 
-    The workers of a streamed set need one more, for the tasks that read for them.
+    The workers of a streamed set need one more place, for the tasks that read for them.
     """
-    reads = config.data.streamed
-    needed = workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1))
-    return max(num + (reads and (num > 1 or stage == "fine_tuning")) for stage, num in needed.items())
+    is_streamed = config.data.streamed
+    workers = workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1))
+    return max(num + (is_streamed and (num > 1 or stage == "fine_tuning")) for stage, num in workers.items())
 
 
 def divide(num_slots: int, *, widest: int, num_trials: int) -> tuple[int, int]:
-    """How many trials run at once, and how many places each may take at most.
+    """Return how many trials run at once, and the most places that each may take.
 
-    Together they never ask for more than there is, so that none waits for what another holds: a Ray Train job, which
-    needs all its workers at once and gives up after some minutes, would else starve beside patient actors.
+    Together the trials never request more than there is, so that none waits for what another holds. Otherwise a Ray
+    Train job, which needs all its workers at once and gives up after some minutes, would starve beside patient actors.
     """
     at_once = max(1, min(num_trials, num_slots // widest))
     return at_once, max(1, num_slots // at_once)

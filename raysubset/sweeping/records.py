@@ -1,4 +1,4 @@
-"""What came of a sweep: its trials, their settings over seeds, what all cost, and the recommendation."""
+"""The results of a sweep: its trials, their settings over seeds, the cost of all, and the recommendation."""
 
 import json
 import math
@@ -13,41 +13,41 @@ from raysubset.run_report import Shown
 Record = dict[str, Any]
 
 
-# What a run's loss and quality are of: the minima on their own subsets; the aggregate on the training set and on the
-# validation split, before fine-tuning; the final model on validation and test split
+# The prefixes of a run's measures: of the minima on their own subsets; of the aggregate before fine-tuning, on the
+# training set (full_set) and the validation split (before); of the final model on the validation and test splits
 WHERE = ("own", "full_set", "before", "validation", "test")
 
 
 def measures(quality: Quality) -> tuple[str, ...]:
-    """The names of what a setting has means of, and errors."""
-    measured = [f"{where}_{name}" for where in WHERE for name in ("loss", quality.name)]
-    return tuple(dict.fromkeys((*measured, "passes", "critical_path_passes")))
+    """Return the names of the measures of which a setting has means and standard errors."""
+    names = [f"{where}_{name}" for where in WHERE for name in ("loss", quality.name)]
+    return tuple(dict.fromkeys((*names, "passes", "critical_path_passes")))
 
 
 @dataclass(frozen=True, repr=False)
 class SweepReport(Shown):
-    """All numbers of a sweep; to_dict() is sweep.json."""
+    """All numbers of a sweep. to_dict() returns sweep.json."""
 
     name: str
     uri: str  # of the sweep's directory
-    trials: tuple[Record, ...]  # name, overrides, seed, state ("done", "pruned", "failed"), error, and their measures
+    trials: tuple[Record, ...]  # name, overrides, seed, state ("done", "pruned", "failed"), error, and measures
     settings: tuple[Record, ...]  # one for all seeds of the same overrides: mean and standard_error of each measure
     recommended: Record | None  # the setting
     recommendation: str  # in words
     passes: float  # of all trials, in total; a trunk that trials share is counted once
-    record: Record  # everything, JSON-able
+    record: Record  # everything, ready for JSON
 
     def __repr__(self) -> str:
         num = sum(trial["state"] == "done" for trial in self.trials)
         return f"<SweepReport {self.name}: {num} of {len(self.trials)} trials done; {self.recommendation} {self.uri}>"
 
     def to_dict(self) -> Record:
-        """sweep.json."""
+        """Return sweep.json."""
         return self.record
 
     @classmethod
     def from_dict(cls, record: Record) -> "SweepReport":
-        """The inverse of to_dict()."""
+        """Return the report of a sweep.json."""
         settings, position = tuple(record["settings"]), record["recommended"]
         return cls(
             name=record["name"],
@@ -62,24 +62,24 @@ class SweepReport(Shown):
 
 
 def trial_measures(report: Mapping[str, Any]) -> Record:
-    """What a sweep keeps of a finished run's report. The test result is shown, and read by no choice."""
+    """Return what a sweep keeps of a finished run's report. The test result is shown; no choice reads it."""
     quality, rounds = quality_of(report), report["stages"].get("rounds")
-    measured: dict[str, Any] = {"validation": report["validation"], "test": report["test"]}
+    metrics: dict[str, Any] = {"validation": report["validation"], "test": report["test"]}
     if rounds:
         minima, aggregate = rounds[-1]["minima"], rounds[-1]["aggregation"]
         size = statistics.mean(minimum["num_examples"] for minimum in minima)
         ratio = statistics.mean(minimum["overdetermination_ratio"] for minimum in minima)
-        own = {name: _mean([minimum["training"][name] for minimum in minima]) for name in ("loss", quality.name)}
-        measured |= {"own": own, "full_set": aggregate["training"], "before": aggregate["validation"]}
+        own_means = {name: _mean([minimum["training"][name] for minimum in minima]) for name in ("loss", quality.name)}
+        metrics |= {"own": own_means, "full_set": aggregate["training"], "before": aggregate["validation"]}
     else:
         minima, size, ratio = (), report["data"]["num_train"], report["overdetermination_ratio"]["full_set"]
-        measured["own"] = report["stages"]["conventional"]["training"]
+        metrics["own"] = report["stages"]["conventional"]["training"]
     return {
         "num_subsets": len(minima),
         "subset_size": size,
         "overdetermination_ratio": ratio,
         **{
-            f"{where}_{name}": (measured.get(where) or {}).get(name)
+            f"{where}_{name}": (metrics.get(where) or {}).get(name)
             for where in WHERE
             for name in ("loss", quality.name)
         },
@@ -89,12 +89,12 @@ def trial_measures(report: Mapping[str, Any]) -> Record:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    finite = [value for value in values if value is not None]  # JSON has null where a loss diverged
+    finite = [value for value in values if value is not None]  # JSON has null for a loss that diverged
     return statistics.mean(finite) if finite and len(finite) == len(values) else None
 
 
 def settings_of(trials: Sequence[Record], quality: Quality) -> list[Record]:
-    """One record a setting, in the order of the trials: means over the seeds that finished, with standard errors."""
+    """Return a record for each setting, in the order of the trials: means over finished seeds, and standard errors."""
     groups: dict[str, list[Record]] = {}
     for trial in trials:
         groups.setdefault(json.dumps(trial["overrides"], sort_keys=True), []).append(trial)
@@ -112,57 +112,64 @@ def _setting(group: Sequence[Record], quality: Quality) -> Record:
         setting[key] = statistics.mean(trial[key] for trial in done) if done else None
     for key in measures(quality):
         values = [trial[key] for trial in done]
-        setting[key] = None if not values or None in values else _spread(values)  # JSON has null where a loss diverged
+        setting[key] = None if not values or None in values else _spread(values)  # JSON has null for a diverged loss
     return setting
 
 
 def _spread(values: Sequence[float]) -> Record:
-    """Mean and its standard error over seeds; of one seed there is none."""
+    """Return the mean and its standard error over seeds; the error is None for a single seed."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.mean(values), "standard_error": error}
 
 
 def recommend(settings: Sequence[Record]) -> int | None:
-    """The position of the smallest subset within one standard error of the best validation loss (Breiman et al. 1984).
+    """Return the position of the smallest subset within one standard error of the best validation loss.
 
-    The error is the best setting's own, over its seeds; with one seed there is none and the best is recommended. Among
-    equal sizes the least loss is. A setting with a pruned seed is left out: those that remain are its better ones.
+    The rule is that of Breiman et al. 1984. The standard error is the best setting's own, over its seeds; with one seed
+    there is none, and the best is recommended. Among equal sizes the one of least loss is. A setting with a pruned seed
+    is left out, as the seeds that remain are its better ones.
     """
-    able = [n for n, one in enumerate(settings) if one["validation_loss"] is not None and not one["num_pruned"]]
-    if not able:
+    eligible = _eligible(settings)
+    if not eligible:
         return None
-    best = settings[_best(settings, able)]["validation_loss"]
+    best = settings[_best(settings, eligible)]["validation_loss"]
     limit = best["mean"] + (best["standard_error"] or 0.0)
-    within = [n for n in able if settings[n]["validation_loss"]["mean"] <= limit]
+    within = [n for n in eligible if settings[n]["validation_loss"]["mean"] <= limit]
     return min(within, key=lambda n: (settings[n]["subset_size"], settings[n]["validation_loss"]["mean"]))
 
 
-def _best(settings: Sequence[Record], able: Sequence[int]) -> int:
-    return min(able, key=lambda n: settings[n]["validation_loss"]["mean"])
+def _eligible(settings: Sequence[Record]) -> list[int]:
+    """Return the positions of settings with a finite validation loss of all seeds and none of them pruned."""
+    measured = (n for n, setting in enumerate(settings) if setting["validation_loss"] is not None)
+    return [n for n in measured if not settings[n]["num_pruned"]]
+
+
+def _best(settings: Sequence[Record], eligible: Sequence[int]) -> int:
+    return min(eligible, key=lambda n: settings[n]["validation_loss"]["mean"])
 
 
 def recommendation(settings: Sequence[Record]) -> str:
-    """recommend() in words, with what it rests on."""
+    """Return recommend() in words, with the numbers that it rests on."""
     position = recommend(settings)
     if position is None:
         return "No recommendation: no setting has finished with all its seeds and a finite validation loss."
-    able = [n for n, one in enumerate(settings) if one["validation_loss"] is not None and not one["num_pruned"]]
-    chosen, best = settings[position], settings[_best(settings, able)]
+    eligible = _eligible(settings)
+    recommended, best = settings[position], settings[_best(settings, eligible)]
     error = best["validation_loss"]["standard_error"]
-    total, critical = chosen["passes"]["mean"], chosen["critical_path_passes"]["mean"]
+    total, critical = recommended["passes"]["mean"], recommended["critical_path_passes"]["mean"]
     cost = f"It costs {total:.2f} passes in total, {critical:.2f} of them on the critical path"
     if error is None:
         return (
-            f"The least validation loss: {_described(chosen)}. {cost}. One seed tells nothing of the noise, so smaller "
+            f"The least validation loss: {_described(recommended)}. {cost}. One seed shows no noise, so smaller "
             "subsets may do as well: sweep over several seeds."
         )
-    if chosen is best:
+    if recommended is best:
         return (
-            f"The best is also the smallest subset within its standard error: {_described(chosen)}. {cost}. Smaller "
-            f"ones, if any, have more than {best['validation_loss']['mean'] + error:.4f}."
+            f"The best is also the smallest subset within its standard error: {_described(recommended)}. {cost}. "
+            f"Smaller subsets, if any, have more than {best['validation_loss']['mean'] + error:.4f}."
         )
     return (
-        f"The smallest subset within one standard error of the best: {_described(chosen)}. {cost}; the best, "
+        f"The smallest subset within one standard error of the best: {_described(recommended)}. {cost}; the best, "
         f"{_described(best)}, {best['passes']['mean']:.2f} and {best['critical_path_passes']['mean']:.2f}."
     )
 

@@ -11,27 +11,27 @@ COLUMNS = ("stage", "passes", "validation loss")
 
 
 class TrialsStanding:
-    """What each trial last reported; the best is that of least validation loss."""
+    """Keeps what each trial last reported. The best trial is that of least validation loss."""
 
     def __init__(self, quality: Quality, planned: Mapping[str, float]) -> None:
-        """Nothing has begun; `planned` are the trials' passes of training, by name."""
+        """Begin with no trial started. `planned` are the trials' passes of training, by name."""
         self._quality, self._planned = quality, planned
         self._states: dict[str, Literal["waiting", "at work", "done", "failed"]] = dict.fromkeys(planned, "waiting")
         self._last: dict[str, dict[str, Any]] = {name: {} for name in planned}
 
-    def heard(
+    def update(
         self, name: str, state: Literal["at work", "done", "failed"], report: Mapping[str, Any] | None = None
     ) -> Standing:
-        """The table with what a trial now is, and has reported."""
+        """Note a trial's state and report, and return the table."""
         self._states[name] = state
         self._last[name] |= report or {}
-        able = {own: loss for own in self._planned if (loss := self._loss(own)) is not None}
-        best = min(able, key=able.__getitem__) if len(able) > 1 else None
-        rows = tuple(self._row(own, is_best=own == best) for own in self._planned)
+        losses = {trial: loss for trial in self._planned if (loss := self._loss(trial)) is not None}
+        best = min(losses, key=losses.__getitem__) if len(losses) > 1 else None
+        rows = tuple(self._row(trial, is_best=trial == best) for trial in self._planned)
         num = sum(state in ("done", "failed") for state in self._states.values())
         text = f"{num} of {len(rows)} trials ended"
         if best is not None:
-            text += f"; best so far {best}, validation loss {able[best]:.4f}"
+            text += f"; best so far {best}, validation loss {losses[best]:.4f}"
         columns = COLUMNS if self._quality.name == "loss" else (*COLUMNS, self._quality.heading)
         return Standing(text, columns, rows)
 

@@ -1,4 +1,4 @@
-"""One trial inside Ray Tune: a whole run, with its epochs and stages reported to the scheduler."""
+"""One trial inside Ray Tune: a whole run, which reports its epochs and stages to the scheduler."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from raysubset.training import Cost
 
 @dataclass(frozen=True)
 class Task:
-    """What a trial's process is given; the full set travels by reference."""
+    """What a trial's process receives. The full set travels by reference."""
 
     config: Config
     full_set_ref: Sequence[ray.ObjectRef]
-    trunk: RunDirectory | None  # that it takes over
+    trunk: RunDirectory | None  # whose trunk the trial takes over
     forward_share: float  # of a pass, in its network
     accept_changed_code: bool
 
 
 def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
-    """The function that Tune calls. If its process dies, the trial has failed; sweeping again goes on with its run."""
+    """Run one trial. Tune calls this. If its process dies, the trial has failed; sweeping again resumes its run."""
     task = tasks[parameters["trial"]["name"]]
     directory = RunDirectory(task.config.storage_path, task.config.run_name())
     full_set = get_shared(task.full_set_ref)
@@ -56,31 +56,31 @@ def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> No
 
 
 class Reports:
-    """A listener of run() that tells Tune of each epoch and stage.
+    """A listener of run() that reports each epoch and stage to Tune.
 
-    passes are the run's in total so far, by its ledger: what ASHA should count by, as epochs of unequal subsets do not
-    compare. validation_loss is there whenever something was validated: of the trunk, of the mean minimum so far, of the
-    aggregate, and of each epoch of fine-tuning.
+    passes are the run's total so far, by its ledger. ASHA should count by them, as epochs of unequal subsets cannot be
+    compared. validation_loss is reported whenever something was validated: the trunk, the mean minimum so far, the
+    aggregate, and each epoch of fine-tuning.
 
-    What Ray Train's epochs give is told when the job has ended. A scheduler may answer a report by ending the trial's
-    process, and a job whose driver ends leaves its placement group behind, and with it the devices: what Ray 2.60 has
-    for cleaning up asks the dashboard, which a local cluster need not have. So a trial is stopped between epochs of its
-    subsets and before fine-tuning, never within a Ray Train job.
+    Reports of Ray Train's epochs are held back until the job has ended. A scheduler may answer a report by ending the
+    trial's process, and a job whose driver ends leaves its placement group behind, and with it the devices: Ray 2.60's
+    clean-up requests the dashboard, which a local cluster may lack. So a trial is stopped between epochs of its subsets
+    and before fine-tuning, never in a Ray Train job.
     """
 
     def __init__(self, directory: RunDirectory, quality: Quality, *, num_train: int, forward_share: float) -> None:
         self._directory, self._num_train, self._forward_share = directory, num_train, forward_share
         self._quality = quality
-        self._epochs: dict[Any, int] = {}  # whole epochs told of each piece of work
-        self._minima: dict[Any, list[dict[str, float]]] = {}  # of each stage and round, what they validate at
-        self._kept: list[dict[str, Any]] = []  # until no Ray Train job runs
+        self._epochs: dict[Any, int] = {}  # whole epochs reported, by piece of work
+        self._minima: dict[Any, list[dict[str, float]]] = {}  # validation of the minima, by stage and round
+        self._held_back: list[dict[str, Any]] = []  # reports, while a Ray Train job may run
 
     def __call__(self, event: Event) -> None:
-        of_train = isinstance(event, Progress) and event.worker is not None
-        if of_train or isinstance(event, Waiting | Retry) or (isinstance(event, Note) and event.is_warning):
-            return  # what may come while a Ray Train job runs
+        is_of_worker = isinstance(event, Progress) and event.worker is not None
+        if is_of_worker or isinstance(event, Waiting | Retry) or (isinstance(event, Note) and event.is_warning):
+            return  # these may come while a Ray Train job runs
         if isinstance(event, EpochDone):
-            self._kept.append(self._epoch_of_train(event.stage, event.record))
+            self._held_back.append(self._epoch_of_train(event.stage, event.record))
             return
         self.flush()
         match event:
@@ -88,32 +88,32 @@ class Reports:
                 key, epoch = (attempt.stage, attempt.round, attempt.subset), int(event.epoch)
                 if epoch > self._epochs.get(key, 0):
                     self._epochs[key] = epoch
-                    self._tell(attempt.stage, epoch=epoch, subset=attempt.subset, training_loss=event.loss)
+                    self._send(attempt.stage, epoch=epoch, subset=attempt.subset, training_loss=event.loss)
             case MinimumDone(stage=stage, record=record):
                 minima = self._minima.setdefault((stage, record["round"]), [])
                 if record["validation"]:
                     minima.append(_measured(record["validation"], self._quality))
-                mean = {name: fmean(one[name] for one in minima) for name in (minima[0] if minima else ())}
-                self._tell(stage, subset=record["subset_id"], **mean)
+                mean = {name: fmean(minimum[name] for minimum in minima) for name in (minima[0] if minima else ())}
+                self._send(stage, subset=record["subset_id"], **mean)
             case AggregateDone(record=record):
-                self._tell("aggregation", **_measured(record["validation"], self._quality))
+                self._send("aggregation", **_measured(record["validation"], self._quality))
 
     def _epoch_of_train(self, stage: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The report of an epoch, which is heard of a moment later: its passes are counted, the ledger may be ahead."""
+        """Return the report of an epoch. Its passes are computed, as the ledger may be ahead when the event arrives."""
         epoch, validation = record["epoch"], record["validation"]
-        before = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
+        earlier_cost = total_cost(work for work in Ledger(self._directory).read() if work.stage != stage)
         num_trained = round(epoch * self._num_train)
         num_forward = num_trained + math.ceil(epoch) * validation["num_examples"]
-        passes = self._passes(before + Cost(num_forward=num_forward, num_backward=num_trained))
-        measured = _measured(validation, self._quality)
-        return self._report(stage, epoch=epoch, training_loss=record["loss"], **measured) | {"passes": passes}
+        passes = self._passes(earlier_cost + Cost(num_forward=num_forward, num_backward=num_trained))
+        metrics = _measured(validation, self._quality)
+        return self._report(stage, epoch=epoch, training_loss=record["loss"], **metrics) | {"passes": passes}
 
     def flush(self) -> None:
-        """Tell what was kept back."""
-        while self._kept:
-            tune.report(self._kept.pop(0))
+        """Send the reports that were held back."""
+        while self._held_back:
+            tune.report(self._held_back.pop(0))
 
-    def _tell(self, stage: str, **values: Any) -> None:
+    def _send(self, stage: str, **values: Any) -> None:
         tune.report(self._report(stage, **values))
 
     def _passes(self, cost: Cost) -> float:
@@ -125,7 +125,7 @@ class Reports:
 
 
 def _measured(validation: Mapping[str, Any] | None, quality: Quality) -> dict[str, float]:
-    """Loss and quality by Tune's names for them; nothing where nothing was measured."""
+    """Return loss and quality by Tune's names for them; {} if nothing was measured."""
     if validation is None:
         return {}
     values = {f"validation_{key}": validation[key] for key in ("loss", quality.name)}
