@@ -1,4 +1,4 @@
-"""Minima that share no start made one: their units permuted to correspond, then the mean, then REPAIR.
+"""Averages of minima that share no start: their units are permuted to correspond, then averaged, then REPAIRed.
 
 soup = aligned_soup(minima, model, examples, config.minimize, matching="activations", repair=True)
 """

@@ -1,4 +1,4 @@
-"""Labels say to which unit each entry of a tensor belongs, sites where units are found: what tracing writes down."""
+"""The records of tracing: labels tell the unit of each entry of a tensor, and sites tell where units are found."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
-FIXED = 0  # the unit of all that never moves: images, logits, what is computed of them alone
+FIXED = 0  # the unit of all that never moves: images, logits, and what is computed from them alone
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
     """The unit of each entry of a tensor, and its role among that unit's entries.
 
-    Both have the tensor's dimensions, of size 1 where all indices are alike to every unit: the labels of a
-    convolution's outputs [N, C, H, W] are [1, C, 1, 1]. Exchanging the units u and v exchanges the entries (u, r) and
-    (v, r) at equal indices of the other dimensions; after flattening, the role says which pixel of its map an entry is.
+    Both tensors have the labelled tensor's dimensions, with size 1 where every unit treats all indices alike: the
+    labels of a convolution's outputs [N, C, H, W] are [1, C, 1, 1]. Exchanging units u and v exchanges the entries
+    (u, r) and (v, r) at equal indices of the other dimensions. After flattening, the role is the pixel of a unit's map.
     """
 
     units: Tensor  # int64
@@ -26,46 +26,46 @@ class Labels:
 
     @property
     def fixed(self) -> bool:
-        """Whether no permutation moves any entry."""
+        """True if no permutation moves any entry."""
         return self.units.numel() == 1 and self.units.item() == FIXED
 
     def dims(self) -> list[int]:
-        """The dimensions along which units differ."""
+        """Return the dimensions along which units differ."""
         return [dim for dim, size in enumerate(self.units.shape) if size > 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A node's tensor, as tracing knows it."""
+    """A node's tensor, as tracing sees it."""
 
     node: str  # its name in the graph
     shape: torch.Size
     labels: Labels
 
     def along(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Units and roles int64 [shape[dim]] of labels that differ along that dimension alone."""
+        """Return units and roles, int64 [shape[dim]] each, of labels that differ along this dimension only."""
         size = self.shape[dim]
         return self.labels.units.reshape(-1).expand(size), self.labels.roles.reshape(-1).expand(size)
 
 
 @dataclass(frozen=True)
 class Use:
-    """An axis of a parameter or buffer; of some rows of it alone where a grouped convolution's groups differ."""
+    """An axis of a parameter or buffer, or of some of its rows if a grouped convolution's groups differ."""
 
-    names: tuple[str, ...]  # in the state dict, several for a shared tensor
+    names: tuple[str, ...]  # in the state dict; several for a shared tensor
     axis: int
-    rows: tuple[int, int] | None = None  # of axis 0, from and to
+    rows: tuple[int, int] | None = None  # (from, to) of axis 0
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where units meet: two may be exchanged only if they are found in the same sites in the same roles."""
+    """A place where units meet. Two units may be exchanged only if they are in the same sites in the same roles."""
 
     units: Tensor  # int64 [C]
     roles: Tensor  # int64 [C]
     uses: tuple[Use, ...] = ()  # axes of length C
-    seen_in: tuple[str, int] | None = None  # the tensor whose entries these are: its node and dimension
-    once: bool = True  # whether two entries of one unit in one role would be a contradiction
+    seen_in: tuple[str, int] | None = None  # node and dimension of the tensor whose entries these are
+    once: bool = True  # True if two entries of one unit in one role would be a contradiction
 
 
 @dataclass(frozen=True)
@@ -83,30 +83,30 @@ def fixed_labels(num_dims: int) -> Labels:
 
 
 def labels_along(dim: int, num_dims: int, units: Tensor, roles: Tensor) -> Labels:
-    """Labels that differ along one dimension, from int64 [C] each."""
+    """Return labels that differ along one dimension, from int64 [C] each."""
     shape = [1] * num_dims
     shape[dim] = -1
     return Labels(units.reshape(shape), roles.reshape(shape))
 
 
 def find_values(arguments: Any) -> list[Value]:
-    """All values in nested arguments, in order."""
-    found: list[Value] = []
+    """Return all values in nested arguments, in order."""
+    values: list[Value] = []
 
     def visit(argument: Any) -> Any:
         if isinstance(argument, Value):
-            found.append(argument)
+            values.append(argument)
         return argument
 
     map_aggregate(arguments, visit)
-    return found
+    return values
 
 
 def moved(operation: Callable[..., Any], args: Any, kwargs: Any) -> list[Labels] | None:
-    """Labels after an operation that only moves entries about (reshape, cat, …): it is carried out on the labels.
+    """Return labels after an operation that only moves entries (reshape, cat, …). It is applied to the labels.
 
     Returns:
-        Labels of each tensor it gives, or None where the result has no such labels.
+        Labels of each resulting tensor; None if they cannot be described by labels.
     """
     numbers = {id(value): number for number, value in enumerate(find_values((args, kwargs)))}
     results = []
@@ -116,21 +116,21 @@ def moved(operation: Callable[..., Any], args: Any, kwargs: Any) -> list[Labels]
             if not isinstance(argument, Value):
                 return argument
             units, roles = _expanded(argument)
-            # Entries of one unit that come from several tensors are told apart by the tensor.
+            # The entries of one unit that come from several tensors are told apart by the tensor.
             return roles * len(numbers) + numbers[id(argument)] if part else units
 
         result = operation(*map_aggregate(args, entries), **map_aggregate(kwargs, entries))
         results.append([result] if isinstance(result, Tensor) else list(result))
-    found = [_collapsed(units, roles) for units, roles in zip(*results, strict=True)]
-    known = [labels for labels in found if labels is not None]
-    return known if len(known) == len(found) else None
+    all_labels = [_collapsed(units, roles) for units, roles in zip(*results, strict=True)]
+    labels_found = [labels for labels in all_labels if labels is not None]
+    return labels_found if len(labels_found) == len(all_labels) else None
 
 
 def joined(values: Sequence[Value], num_dims: int) -> tuple[Labels, list[tuple[Tensor, Tensor]]]:
-    """Labels of an elementwise operation's result, and the pairs of units (int64 [n] each) that it makes one.
+    """Return labels of an elementwise operation's result, and pairs of units (int64 [n] each) that become the same.
 
     Args:
-        values: its operands that are not fixed, at least one; broadcast against each other as torch does.
+        values: operands that are not fixed, at least one. They are broadcast as torch does.
     """
     padding = [(1,) * (num_dims - len(value.shape)) for value in values]
     units = torch.broadcast_tensors(
@@ -146,14 +146,16 @@ def joined(values: Sequence[Value], num_dims: int) -> tuple[Labels, list[tuple[T
 
 
 def with_labels(node: str, result: Any, labels: Labels | list[Labels] | None) -> Any:
-    """A node's tensor or tensors as values; fixed where there are no labels."""
+    """Return a node's tensor or tensors as values, which are fixed if there are no labels."""
     if isinstance(result, Tensor):
-        known = labels[0] if isinstance(labels, list) else labels
-        return Value(node, result.shape, known or fixed_labels(result.ndim))
+        tensor_labels = labels[0] if isinstance(labels, list) else labels
+        return Value(node, result.shape, tensor_labels or fixed_labels(result.ndim))
     assert labels is None or isinstance(labels, list)
     if isinstance(result, tuple | list):
-        of_each = labels or [None] * len(result)
-        return tuple(with_labels(node, part, own) for part, own in zip(result, of_each, strict=True))
+        part_labels = labels or [None] * len(result)
+        return tuple(
+            with_labels(node, part, labels_of_part) for part, labels_of_part in zip(result, part_labels, strict=True)
+        )
     return result
 
 
@@ -162,14 +164,14 @@ def holds_tensors(result: Any) -> bool:
 
 
 def find_tensors(arguments: Any) -> list[Tensor]:
-    """Parameters and buffers among nested arguments."""
-    found: list[Tensor] = []
-    map_aggregate(arguments, lambda argument: found.append(argument) if isinstance(argument, Tensor) else None)
-    return found
+    """Return the parameters and buffers in nested arguments."""
+    tensors: list[Tensor] = []
+    map_aggregate(arguments, lambda argument: tensors.append(argument) if isinstance(argument, Tensor) else None)
+    return tensors
 
 
 def _expanded(value: Value) -> tuple[Tensor, Tensor]:
-    """Units and roles of every entry, int64 of the tensor's shape; a role tells the plain dimensions' index as well."""
+    """Return units and roles of every entry, int64 of the tensor's shape. Roles include the plain dimensions' index."""
     labels = value.labels
     sizes = [full if size == 1 else 1 for full, size in zip(value.shape, labels.units.shape, strict=True)]
     index = torch.arange(math.prod(sizes)).reshape(sizes)
@@ -178,7 +180,7 @@ def _expanded(value: Value) -> tuple[Tensor, Tensor]:
 
 
 def _collapsed(units: Tensor, roles: Tensor) -> Labels | None:
-    """The inverse of _expanded(); None if a plain dimension's indices mean different things to different units."""
+    """Invert _expanded(). None if indices of a plain dimension mean different things to different units."""
     plain = [dim for dim in range(units.ndim) if bool((units == units.narrow(dim, 0, 1)).all())]
     first_units, first_roles = units, roles
     for dim in plain:

@@ -1,4 +1,4 @@
-"""Which units of two networks correspond, by their weights or by their activations (Git Re-Basin, arXiv:2209.04836)."""
+"""Finds which units of two networks correspond, by weights or by activations (Git Re-Basin, arXiv:2209.04836)."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -10,10 +10,10 @@ from raysubset.aggregation.alignment.tracing import Permutations, UnitGroup, Uni
 from raysubset.training import Weights
 
 Match = Callable[[Weights, Weights], Permutations]
-"""Orders of the second network's units that bring them to the places of the first's."""
+"""Returns the orders of the second network's units that bring them to the places of the first's."""
 
 _MAX_SWEEPS = 100  # over all groups, as in the authors' code; a few are enough
-_GAIN = 1e-9  # relative: less is rounding, and could be gained and lost for ever
+_GAIN = 1e-9  # relative: a smaller gain is rounding, and could come and go for ever
 
 
 def match_weights(
@@ -25,11 +25,11 @@ def match_weights(
     seed: int,
     device: torch.device,
 ) -> Permutations:
-    """Weight matching, the paper's Algorithm 1: permute one group after the other so that the two agree best.
+    """Match weights by the paper's Algorithm 1: permute one group after the other so that the networks agree best.
 
-    Agreement is the inner product of the parameters. Groups are taken in random order, each by a linear assignment
-    given all others, until none can be improved: a local optimum. The arithmetic is float64, on the device; both
-    networks are held there once. Running statistics, which `parameter_names` lacks, do not count.
+    Agreement is the inner product of the parameters. Groups are taken in random order. Each is solved as a linear
+    assignment given all others, until none can be improved: a local optimum. The arithmetic is float64, on the device,
+    which holds both networks once. Running statistics, which `parameter_names` lacks, do not count.
     """
     target = {name: target[name].to(device, torch.float64) for name in parameter_names}
     current = {name: weights[name].to(device, torch.float64) for name in parameter_names}
@@ -40,13 +40,15 @@ def match_weights(
     orders = list(structure.identity())
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_MAX_SWEEPS):
-        improved = False
+        has_improved = False
         for k in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[k]
             similarity = torch.zeros(group.size, group.size, dtype=torch.float64, device=device)
             for axis in group.axes:
                 positions = axis.positions.to(device)
-                ours, theirs = (axis.view(both)[positions].reshape(group.size, -1) for both in (target, current))
+                ours, theirs = (
+                    axis.view(weights_of)[positions].reshape(group.size, -1) for weights_of in (target, current)
+                )
                 similarity += ours @ theirs.T
             order = _best_order(similarity)
             if order is None:
@@ -54,9 +56,9 @@ def match_weights(
             candidate = permuted(current, [group], (order,))
             names = {axis.names[0] for axis in group.axes}
             if len(names) < len(group.axes) and not _agree_better(target, candidate, current, names):
-                continue  # both axes of one tensor are permuted, which is no linear assignment any more
-            current, orders[k], improved = candidate, orders[k][order], True
-        if not improved:
+                continue  # both axes of one tensor are permuted, so this is no longer a linear assignment
+            current, orders[k], has_improved = candidate, orders[k][order], True
+        if not has_improved:
             break
     return tuple(orders)
 
@@ -64,28 +66,32 @@ def match_weights(
 def match_activations(
     target: fx.GraphModule, network: fx.GraphModule, groups: Sequence[UnitGroup], batches: Iterable[Tensor]
 ) -> Permutations:
-    """Activation matching: units correspond whose outputs correlate best over examples.
+    """Match activations: the units correspond whose outputs correlate best over examples.
 
-    They are compared before the activation function, behind which some never fire: on MNIST that was the better by 10
-    points of the mean's accuracy. Both networks, traced and in evaluation mode, run side by side, batch [n, C, H, W] by
-    batch; sums are float64 on their device. A unit that is constant on the examples correlates with none.
+    Outputs are compared before the activation function, as some units never fire after it: on MNIST that improved the
+    mean's accuracy by 10 points. Both networks, traced and in evaluation mode, run side by side, batch [n, C, H, W] by
+    batch. Sums are float64, on their device. A unit that is constant on the examples correlates with none.
     """
     correlations = [[_Correlation() for _ in group.activations] for group in groups]
-    where: dict[str, list[tuple[int, int]]] = {}
+    places: dict[str, list[tuple[int, int]]] = {}
     for g, group in enumerate(groups):
-        for r, seen in enumerate(group.activations):
-            where.setdefault(seen.node, []).append((g, r))
+        for r, activation in enumerate(group.activations):
+            places.setdefault(activation.node, []).append((g, r))
     with torch.no_grad():
         for images in batches:
             for (node, ours), (_, theirs) in zip(walk(target, images), walk(network, images), strict=True):
-                for g, r in where.get(node.name, ()):
-                    seen = groups[g].activations[r]
-                    positions = seen.positions.to(images.device)
-                    a, b = (x.movedim(seen.dim, 0)[positions].flatten(1).double() for x in (ours, theirs))
+                for g, r in places.get(node.name, ()):
+                    activation = groups[g].activations[r]
+                    positions = activation.positions.to(images.device)
+                    a, b = (x.movedim(activation.dim, 0)[positions].flatten(1).double() for x in (ours, theirs))
                     correlations[g][r].add(a, b)
     orders = []
-    for group, own in zip(groups, correlations, strict=True):
-        order = _best_order(sum((correlation.matrix() for correlation in own), torch.zeros(()))) if own else None
+    for group, group_correlations in zip(groups, correlations, strict=True):
+        order = (
+            _best_order(sum((correlation.matrix() for correlation in group_correlations), torch.zeros(())))
+            if group_correlations
+            else None
+        )
         orders.append(torch.arange(group.size) if order is None else order)
     return tuple(orders)
 
@@ -98,13 +104,13 @@ class _Correlation:
         self._sums: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """a and b: float64 [n, S], the values of each unit."""
+        """Add float64 [n, S] of each network: the values of each unit."""
         sums = [a.sum(1), b.sum(1), a.square().sum(1), b.square().sum(1), a @ b.T]
         self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._count += a.shape[1]
 
     def matrix(self) -> Tensor:
-        """float64 [n, n] in [-1, 1]; zero where a unit is constant."""
+        """Return float64 [n, n] in [-1, 1]; 0 for a unit that is constant."""
         mean_a, mean_b, square_a, square_b, product = (total / self._count for total in self._sums)
         scale_a, scale_b = (
             torch.where(variance > 1e-12 * square, variance.clamp_min(1e-300).rsqrt(), 0.0)
@@ -116,15 +122,16 @@ class _Correlation:
 def merge_many(
     members: Sequence[Callable[[], Weights]], structure: UnitStructure, match: Match, *, most_rounds: int, seed: int
 ) -> tuple[list[Permutations], int]:
-    """MergeMany, the paper's Algorithm 3: align each member in turn to the mean of the others until nothing changes.
+    """Align each member in turn to the mean of the others until nothing changes (MergeMany, the paper's Algorithm 3).
 
-    In the first round only members aligned already enter the mean, which is our own choice: the mean of members that
-    are not aligned is no network's. So two members need that round alone. Members are loaded one at a time, once a
-    round; in memory are one of them, the mean it is aligned to, and in float64 the sum of all.
+    In the first round only members that are aligned already enter the mean. This is our own choice: the mean of members
+    that are not aligned is not a working network. So two members need only this round. Members are loaded one at a
+    time, once a round. Memory holds one of them, the mean that it is aligned to, and the sum of all in float64.
 
     Args:
-        most_rounds: with weights the agreement grows in each, and few are needed; with activations nothing ends them.
-        seed: of the members' order, drawn anew each round.
+        most_rounds: with weights the agreement grows in each round, and few are needed; with activations nothing else
+            ends the rounds.
+        seed: of the members' order, which is drawn again each round.
 
     Returns:
         The order of each member's units, and the number of rounds.
@@ -132,43 +139,43 @@ def merge_many(
     generator = torch.Generator().manual_seed(seed)
     orders: list[Permutations] = [structure.identity() for _ in members]
     total: Weights = {}
-    changed, num_rounds = True, 0
-    while changed and num_rounds < (1 if len(members) == 2 else most_rounds):
-        changed = False
+    has_changed, num_rounds = True, 0
+    while has_changed and num_rounds < (1 if len(members) == 2 else most_rounds):
+        has_changed = False
         for num_visited, k in enumerate(torch.randperm(len(members), generator=generator).tolist()):
             aligned = permuted(members[k](), structure.groups, orders[k])
-            first = num_rounds == 0
-            others = total if first else _plus(total, aligned, -1)
+            is_first_round = num_rounds == 0
+            others = total if is_first_round else _plus(total, aligned, -1)
             if others:
-                found = match(_divided(others, num_visited if first else len(members) - 1, aligned), aligned)
-                if any(not torch.equal(order, torch.arange(len(order))) for order in found):
-                    changed = True
-                    orders[k] = tuple(old[new] for old, new in zip(orders[k], found, strict=True))
-                    aligned = permuted(aligned, structure.groups, found)
+                matched = match(_divided(others, num_visited if is_first_round else len(members) - 1, aligned), aligned)
+                if any(not torch.equal(order, torch.arange(len(order))) for order in matched):
+                    has_changed = True
+                    orders[k] = tuple(old[new] for old, new in zip(orders[k], matched, strict=True))
+                    aligned = permuted(aligned, structure.groups, matched)
             total = _plus(others, aligned, 1)
         num_rounds += 1
     return orders, num_rounds
 
 
 def _plus(total: Weights, weights: Weights, sign: int) -> Weights:
-    """The sum in float64; empty weights are zero."""
+    """Return total + sign * weights in float64. An empty total is zero."""
     floating = {name: value.double() for name, value in weights.items() if value.is_floating_point()}
     return {name: total[name] + sign * value for name, value in floating.items()} if total else floating
 
 
 def _divided(total: Weights, num: int, like: Weights) -> Weights:
-    """The mean of `num` members in their own types; integer buffers are the last member's."""
-    return {name: (total[name] / num).to(own.dtype) if name in total else own for name, own in like.items()}
+    """Return the mean of `num` members, in the types of `like`. Integer buffers are those of `like`."""
+    return {name: (total[name] / num).to(value.dtype) if name in total else value for name, value in like.items()}
 
 
 def _best_order(similarity: Tensor) -> Tensor | None:
-    """The order of columns that makes the trace largest, int64 [n] on the CPU; None if it is as large already."""
+    """Return the order of columns of the largest trace, int64 [n] on the CPU; None if the trace is as large already."""
     from scipy.optimize import linear_sum_assignment
 
     matrix = similarity.cpu().numpy()
     columns = linear_sum_assignment(matrix, maximize=True)[1]
-    best, present = float(matrix[range(len(matrix)), columns].sum()), float(matrix.trace())
-    return torch.from_numpy(columns) if best - present > _GAIN * max(abs(best), abs(present)) else None
+    best, current = float(matrix[range(len(matrix)), columns].sum()), float(matrix.trace())
+    return torch.from_numpy(columns) if best - current > _GAIN * max(abs(best), abs(current)) else None
 
 
 def _agree_better(target: Weights, candidate: Weights, current: Weights, names: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Operations whose effect on units is known, by name and by type of module."""
+"""Operations with a known effect on units, by name and by type of module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx.node import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# By name, so that F.relu, torch.relu, Tensor.relu_ and nn.ReLU are one
+# By name, so that F.relu, torch.relu, Tensor.relu_ and nn.ReLU are the same
 POINTWISE = frozenset({
     "abs", "add", "alphadropout", "celu", "clamp", "clone", "contiguous", "detach", "div", "dropout", "dropout1d",
     "dropout2d", "dropout3d", "elu", "exp", "featurealphadropout", "float", "gelu", "hardshrink", "hardsigmoid",
@@ -27,7 +27,7 @@ POOLING = frozenset(
     for num in (1, 2, 3)
 ) | {"interpolate", "upsample"}  # fmt: skip
 REDUCING = frozenset({"mean", "sum", "amax", "amin", "std", "var"})
-MIXING = frozenset({"softmax", "logsoftmax", "normalize"})  # treat all entries of a dimension alike
+MIXING = frozenset({"softmax", "logsoftmax", "normalize"})  # these treat all entries of a dimension alike
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 TRANSPOSED = frozenset({"convtranspose1d", "convtranspose2d", "convtranspose3d"})
 NORMS = frozenset({
@@ -36,10 +36,10 @@ NORMS = frozenset({
 
 
 def kind(node: Node, module: nn.Module | None) -> str | None:
-    """A name as above for what a node calls; None if it is none of torch's, Python's or torchvision's own.
+    """Return a node's operation by a name as above; None unless it is torch's, Python's or torchvision's own.
 
     Args:
-        module: that it calls, if it calls one; not of a subclass, which may compute anything.
+        module: that the node calls, if any. A subclass of torch's has no name, as it may compute anything.
     """
     if module is not None:
         return type(module).__name__.lower() if type(module).__module__.startswith("torch.nn.modules.") else None
@@ -50,13 +50,13 @@ def kind(node: Node, module: nn.Module | None) -> str | None:
 
 
 def operation_name(node: Node) -> str:
-    """The name of the function or method that a node calls, without the underscore of those that work in place."""
+    """Return the name of the function or method that a node calls, without the underscore of in-place methods."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.rstrip("_")
 
 
 def operation(node: Node) -> Callable[..., Any]:
-    """What a node calls, as a function of all its arguments."""
+    """Return what a node calls, as a function of all its arguments."""
     if node.op == "call_function":
         assert callable(node.target)
         return node.target
@@ -64,7 +64,7 @@ def operation(node: Node) -> Callable[..., Any]:
 
 
 def where(node: Node) -> str:
-    """A node in words: its operation, and the module it stands in."""
+    """Return a node in words: its operation, and the module that it is in."""
     modules = list(node.meta.get("nn_module_stack", {}).values())
     path, kind = modules[-1] if modules else ("", "")
     kind = getattr(kind, "__name__", kind)
@@ -73,7 +73,7 @@ def where(node: Node) -> str:
 
 
 def read_by_batch_norm_alone(node: Node, network: nn.Module) -> bool:
-    """Whether a node's scale is normalised away wherever it is read."""
+    """Return True if only batch norms read the node, so that they normalise its scale away."""
     return all(
         user.op == "call_module" and isinstance(network.get_submodule(str(user.target)), _BatchNorm)
         for user in node.users
@@ -81,7 +81,7 @@ def read_by_batch_norm_alone(node: Node, network: nn.Module) -> bool:
 
 
 def refusal(reason: str) -> ValueError:
-    """The error for a network whose units are not known well enough."""
+    """Return the error for a network whose units cannot be aligned."""
     return ValueError(
         f"this network's units cannot be aligned: {reason}; use subsets.start=shared with another aggregation.method, "
         "or aggregation.method=select_best"

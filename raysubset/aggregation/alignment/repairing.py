@@ -17,10 +17,10 @@ _LEAST_STD = 1e-6  # of the target's: a channel that varies less is constant, an
 
 
 def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Iterable[Tensor]) -> Statistics:
-    """Statistics over examples and pixels of the layers that repair() changes, in evaluation mode.
+    """Return statistics over examples and pixels of the layers that repair() changes, in evaluation mode.
 
     Args:
-        batches: images [n, C, H, W] on the model's device; they are passed forward once.
+        batches: images [n, C, H, W] on the model's device, which are passed forward once.
     """
     network = structure.network(model)
     dims = {layer.node: layer.dim for layer in _repaired(network, structure)}
@@ -30,11 +30,11 @@ def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Iterab
             for node, value in walk(network, images):
                 if node.name in dims:
                     moments[node.name].add(value, dims[node.name])
-    return {node: own.result() for node, own in moments.items()}
+    return {node: layer_moments.result() for node, layer_moments in moments.items()}
 
 
 def mean_statistics(members: Sequence[Statistics]) -> Statistics:
-    """The mean of the members' means, and of their standard deviations: what REPAIR aims at."""
+    """Return the mean of the members' means, and of their standard deviations: the target of REPAIR."""
     return {
         node: (
             torch.stack([member[node][0] for member in members]).mean(0),
@@ -47,24 +47,24 @@ def mean_statistics(members: Sequence[Statistics]) -> Statistics:
 def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batches: Sequence[Tensor]) -> None:
     """Give each layer's outputs the target means and standard deviations, in place, in forward order.
 
-    A convolution or linear layer is changed through its weights and bias; without a bias only its standard deviation
-    can be. Where batch norm alone reads a layer, the norm is changed instead: its running statistics are set to those
-    of the examples (the paper's RESET), then its own weight and bias. Group and layer norms are changed likewise. The
-    logits' layer, frozen layers, and modules called more than once, are left as they are.
+    A convolution or linear layer is changed through its weight and bias; without a bias only its standard deviation
+    changes. If only batch norms read a layer, the norm is changed instead: its running statistics are set to those of
+    the examples (the paper's RESET), then its own weight and bias. Group and layer norms are changed likewise. The
+    logits' layer, frozen layers, and modules that are called more than once stay unchanged.
 
-    All batches go through the network side by side, once, so each layer sees inputs that are repaired. In memory are
-    the activations of all batches around one layer.
+    All batches go through the network side by side, once, so that each layer sees repaired inputs. Memory holds the
+    activations of all batches around one layer.
 
     Args:
         model: in evaluation mode.
-        targets: of the same structure, as mean_statistics() gives.
+        targets: of the same structure, from mean_statistics().
         batches: images [n, C, H, W] on the model's device.
     """
     network = structure.network(model)
-    sites = {own.node: (network.get_submodule(own.module), own.dim) for own in _repaired(network, structure)}
+    sites = {layer.node: (network.get_submodule(layer.module), layer.dim) for layer in _repaired(network, structure)}
     with torch.no_grad():
         walkers = [walk(network, images) for images in batches]
-        inputs: dict[str, list[Tensor]] = {}  # of batch norms to come
+        inputs: dict[str, list[Tensor]] = {}  # of the batch norms to come
         for node in network.graph.nodes:
             layer, dim = sites.get(node.name, (None, 0))
             if isinstance(layer, _BatchNorm):
@@ -78,7 +78,7 @@ def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batc
 
 
 def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
-    """The layers to change."""
+    """Return the layers that repair() changes."""
     nodes = {node.name: node for node in network.graph.nodes}
     modules = [node.target for node in nodes.values() if node.op == "call_module"]
     frozen = {name.rpartition(".")[0] for name, p in network.named_parameters() if not p.requires_grad}
@@ -102,7 +102,7 @@ def _reset(norm: _BatchNorm, inputs: Sequence[Tensor]) -> None:
 
 
 def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: Tensor, target_std: Tensor) -> None:
-    """Scale and shift the layer's outputs, and the layer itself so that it gives them."""
+    """Scale and shift the layer's outputs, and change the layer so that it computes them."""
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor):
         return
@@ -124,8 +124,8 @@ class _Moments:
     def __init__(self, values: Iterable[Tensor] = (), dim: int = 0) -> None:
         self.count = 0
         self._sum, self._sum_of_squares = torch.zeros(()), torch.zeros(())
-        for some in values:
-            self.add(some, dim)
+        for batch in values:
+            self.add(batch, dim)
 
     def add(self, values: Tensor, dim: int) -> None:
         rows = values.movedim(dim, 0).flatten(1).double()

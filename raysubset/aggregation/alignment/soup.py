@@ -1,4 +1,4 @@
-"""aligned_soup(): the mean of minima whose units have been permuted to correspond."""
+"""aligned_soup() averages minima whose units have been permuted to correspond."""
 
 import copy
 import dataclasses
@@ -23,10 +23,10 @@ from raysubset.training import Weights, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
 _MOST_EXAMPLES = 1024  # of the calibration sample are used,
-_MOST_PIXELS = 2**25  # and no more than hold so many numbers: 222 of 3×224×224
+_MOST_PIXELS = 2**25  # but no more than have this many numbers: 222 of 3×224×224
 _BATCH = 128  # examples whose activations are compared at once
-_MOST_ROUNDS = {"weights": 20, "activations": 1}  # of MergeMany; on MNIST more gave nothing with activations
-_SEED = 0  # of the order of groups and members; any will do
+_MOST_ROUNDS = {"weights": 20, "activations": 1}  # of MergeMany; with activations more rounds gained nothing on MNIST
+_SEED = 0  # of the order of groups and members; any value will do
 
 
 def aligned_soup(
@@ -40,13 +40,13 @@ def aligned_soup(
 ) -> Aggregate:
     """Permute the minima's units so that they correspond, and average (Git Re-Basin, arXiv:2209.04836).
 
-    The permutations are found on the traced network by weight or activation matching, for more than two members by
-    MergeMany; REPAIR (arXiv:2211.08403) then restores the activations' statistics. Members are loaded one at a time,
-    three times and once more a round of MergeMany; half-precision members accumulate in wider types. A process that
-    dies loses this work, which starts anew.
+    The permutations are found on the traced network by weight or activation matching; for more than two members by
+    MergeMany. REPAIR (arXiv:2211.08403) then restores the activations' statistics. Members are loaded one at a time,
+    three times and once more for each round of MergeMany. Half-precision members accumulate in wider types. If the
+    process dies, this work is lost and starts again.
 
     Args:
-        minima: they need share no start.
+        minima: they need not share a start.
         model: on the device of `examples`; its weights are overwritten.
         examples: a calibration sample of training data, of which at most _MOST_EXAMPLES are used.
         minimize: the recipe, for its loss.
@@ -54,14 +54,14 @@ def aligned_soup(
         repair: False only recomputes batch-norm statistics.
 
     Returns:
-        The aggregate, with batch-norm statistics of the calibration examples, and in `alignment` what was done. Losses
-        there are on these examples, after batch-norm statistics are recomputed.
+        The aggregate, with batch-norm statistics of the calibration examples, and a report in `alignment`. Losses in it
+        are on these examples, after batch-norm statistics are recomputed.
 
     Raises:
-        ValueError: if there are fewer than two minima, they differ in keys or shapes, one holds NaN, or the network is
-            refused by trace_units().
+        ValueError: if there are fewer than two minima, they differ in keys or shapes, one holds NaN, or trace_units()
+            refuses the network.
     """
-    started = time.perf_counter()
+    start_s = time.perf_counter()
     if len(minima) < 2:
         raise ValueError(
             f"aligned_soup aligns at least two minima; there are {len(minima)}: use aggregation.method=select_best"
@@ -80,8 +80,8 @@ def aligned_soup(
     loaders = [minimum.load_weights for minimum in minima]
     orders, num_rounds = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
     mean, statistics = mean_of(minima), []
-    for minimum, own in zip(minima, orders, strict=True):
-        aligned = permuted(minimum.load_weights(), structure.groups, own)
+    for minimum, order in zip(minima, orders, strict=True):
+        aligned = permuted(minimum.load_weights(), structure.groups, order)
         mean.add(aligned)
         if repair:
             statistics.append(work.statistics(aligned))
@@ -98,19 +98,19 @@ def aligned_soup(
         "num_fixed_groups": structure.num_fixed_groups,
         "num_rounds": num_rounds,  # of MergeMany
         "num_forward": scorer.cost().num_forward + work.num_forward,  # examples
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - start_s,
     }
     soup = aggregate_of("aligned_soup", minima, weights, [1.0] * len(minima), mean)
     return dataclasses.replace(soup, alignment=alignment)
 
 
 class _Work:
-    """What looks at activations of the model on the sample, and the count of it."""
+    """The work on the model's activations on the sample, and a count of it."""
 
     def __init__(self, model: nn.Module, structure: UnitStructure, sample: Examples, minimize: MinimizeConfig) -> None:
         self.num_forward = 0
         self._model, self._structure, self._sample, self._minimize = model, structure, sample, minimize
-        self._target_model: nn.Module | None = None  # beside it, where activations are compared
+        self._target_model: nn.Module | None = None  # a second model, for comparing activations
 
     def statistics(self, weights: Weights) -> repairing.Statistics:
         self._model.load_state_dict(weights)
@@ -131,7 +131,7 @@ class _Work:
         return match_weights(target, weights, self._structure, parameter_names=names, seed=_SEED, device=device)
 
     def match_activations(self, target: Weights, weights: Weights) -> Permutations:
-        """The target may be a mean, whose batch-norm statistics are recomputed first."""
+        """Match by activations. The target may be a mean, so its batch-norm statistics are recomputed first."""
         if self._target_model is None:
             self._target_model = copy.deepcopy(self._model)
         self._target_model.load_state_dict(target)
@@ -150,7 +150,7 @@ class _Work:
 
 
 def _without_frozen(structure: UnitStructure, averaged: frozenset[str]) -> UnitStructure:
-    """Keep units in place that a frozen layer makes or reads: all members have them in the same order already."""
+    """Keep the units in place that a frozen layer produces or reads: all members have them in the same order."""
     groups = tuple(
         group for group in structure.groups if all(name in averaged for axis in group.axes for name in axis.names)
     )
@@ -164,8 +164,11 @@ def _sample(examples: Examples) -> Examples:
 
 
 def _moved(structure: UnitStructure, orders: Sequence[Permutations]) -> dict[str, float]:
+    """Return the share of units that left their place, as a mean over members, by group."""
     shares = {}
     for k, group in enumerate(structure.groups):
         places = torch.arange(group.size)
-        shares[group.name] = sum(float((own[k] != places).double().mean()) for own in orders) / len(orders)
+        shares[group.name] = sum(float((permutations[k] != places).double().mean()) for permutations in orders) / len(
+            orders
+        )
     return shares

@@ -1,4 +1,4 @@
-"""The permutation structure of a network, traced: which units may change places, and what moves with them."""
+"""Traces the permutation structure of a network: which units may change places, and what moves with them."""
 
 import copy
 from collections.abc import Generator, Sequence
@@ -17,30 +17,30 @@ from raysubset.tasks import Spec
 from raysubset.training import Weights
 
 Permutations = tuple[Tensor, ...]
-"""int64 [n] on the CPU for each group of n units: which unit comes to each place."""
+"""int64 [n] on the CPU for each group of n units: the unit that comes to each place."""
 
-_NUM_EXAMPLES = 2  # of random numbers, to trace and to check with
+_NUM_EXAMPLES = 2  # with random numbers, for tracing and checking
 _TOLERANCE = 1e-6  # relative, in float64
 
 
 @dataclass(frozen=True, eq=False)
 class UnitAxis:
-    """Where a group's units lie along an axis of a parameter or buffer."""
+    """The place of a group's units along an axis of a parameter or buffer."""
 
     names: tuple[str, ...]  # in the state dict; several for a shared tensor
     axis: int
-    positions: Tensor  # int64 [n, R]: the indices of each unit; R > 1 where one covers several, as behind a flatten
-    rows: tuple[int, int] | None = None  # of axis 0, from and to: one group of a grouped convolution
+    positions: Tensor  # int64 [n, R]: the indices of each unit; R > 1 if a unit covers several, as after a flatten
+    rows: tuple[int, int] | None = None  # (from, to) of axis 0: one group of a grouped convolution
 
     def view(self, weights: Weights) -> Tensor:
-        """The part of the tensor in question, the units' axis first: [C, …], sharing its memory."""
+        """Return the unit's part of the tensor, sharing its memory, with the units' axis first: [C, …]."""
         tensor = weights[self.names[0]]
         return (tensor if self.rows is None else tensor[slice(*self.rows)]).movedim(self.axis, 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """A layer's output in which a group's units are found, before the activation function."""
+    """A layer's output that holds a group's units, before the activation function."""
 
     node: str  # of the graph
     dim: int
@@ -49,9 +49,9 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class UnitGroup:
-    """Units that may change places with each other: any permutation of them leaves the network's function as it is."""
+    """Units that may change places with each other: any permutation of them leaves the network's function unchanged."""
 
-    name: str  # of the first parameter's module; with the first unit's place, where that is not 0
+    name: str  # of the first parameter's module, with the first unit's place unless it is 0
     size: int
     axes: tuple[UnitAxis, ...]
     activations: tuple[Activation, ...]
@@ -59,16 +59,16 @@ class UnitGroup:
 
 @dataclass(frozen=True, eq=False)
 class UnitStructure:
-    """What trace_units() found."""
+    """The result of trace_units()."""
 
     groups: tuple[UnitGroup, ...]
-    num_fixed_groups: int  # sets of units kept in place by an operation that is not understood
+    num_fixed_groups: int  # sets of units that an unknown operation keeps in place
     held_by: tuple[str, ...]  # these operations
-    layers: tuple[Layer, ...]  # in forward order, without the logits'
+    layers: tuple[Layer, ...]  # in forward order, without the logits' layer
     graph: fx.Graph = field(repr=False)
 
     def network(self, model: nn.Module) -> fx.GraphModule:
-        """The traced forward pass over the model's own modules."""
+        """Return the traced forward pass over the model's own modules."""
         return fx.GraphModule(model, self.graph)
 
     def identity(self) -> Permutations:
@@ -76,7 +76,7 @@ class UnitStructure:
 
 
 def permuted(weights: Weights, groups: Sequence[UnitGroup], permutations: Permutations) -> Weights:
-    """The weights with each group's units in the given order; tensors that do not change are shared, not copied."""
+    """Return weights with each group's units in the given order. Unchanged tensors are shared rather than copied."""
     weights = dict(weights)
     copied: set[str] = set()
     for group, order in zip(groups, permutations, strict=True):
@@ -96,20 +96,20 @@ def permuted(weights: Weights, groups: Sequence[UnitGroup], permutations: Permut
 
 
 def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
-    """Find which units of a network may be permuted, by following each through torch.fx's graph of its evaluation mode.
+    """Find which units of a network may be permuted, by following them through torch.fx's graph of its evaluation mode.
 
-    A unit is a channel or neuron with all that moves with it: filters, biases, statistics, the columns of the layers
-    that read it. Units that meet an operation which is not understood stay in place. The result is checked: a
-    random permutation must leave the outputs for random inputs as they are, in float64.
+    A unit is a channel or neuron with all that moves with it: filters, biases, statistics, and the columns of layers
+    that read it. Units that meet an unknown operation stay in place. The result is checked: a random permutation must
+    leave the outputs for random inputs unchanged, in float64.
 
     Args:
-        model: any device and type; it is copied, and left as it is.
-        spec: what it takes, inputs as small as it can.
+        model: on any device and of any type. It is copied, and not changed.
+        spec: of the model, with inputs as small as it takes.
 
     Raises:
-        ValueError: if torch.fx cannot trace the network, nothing is known of one of its layers (attention, recurrent
-            ones), its inputs are tokens, no units may change places, or those that may change the outputs, which may
-            not be finite.
+        ValueError: if torch.fx cannot trace the network, a layer is unknown (attention and recurrent ones are), the
+            inputs are tokens, no units may change places, or the permutation changes the outputs or they are not
+            finite.
     """
     if spec.num_values is not None:
         raise refusal("its inputs are tokens, and nothing is known of embeddings")
@@ -131,9 +131,9 @@ def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
 
 
 def walk(network: fx.GraphModule, images: Tensor) -> Generator[tuple[fx.Node, Any], None, None]:
-    """Yield each node in order with what it gives; values are freed after their last use, as in a forward pass.
+    """Yield each node in order with its value. Values are freed after their last use, as in a forward pass.
 
-    What the caller does to a value in place, later nodes see.
+    If the caller changes a value in place, later nodes see the change.
     """
     interpreter = fx.Interpreter(network)
     interpreter.args_iter = iter([images])
@@ -150,16 +150,16 @@ def random_permutations(groups: Sequence[UnitGroup], generator: torch.Generator)
 
 
 class _Tracer(fx.Tracer):
-    """Knows the module it is in when the user's forward() fails."""
+    """A tracer that knows which module it is in when the user's forward() fails."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside: list[str] = []
+        self.modules: list[str] = []
 
     def call_module(self, m, forward, args, kwargs):
-        self.inside.append(f"{self.path_of_module(m)} ({type(m).__name__})")
+        self.modules.append(f"{self.path_of_module(m)} ({type(m).__name__})")
         output = super().call_module(m, forward, args, kwargs)
-        self.inside.pop()
+        self.modules.pop()
         return output
 
 
@@ -167,76 +167,80 @@ def _graph(model: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     try:
         return tracer.trace(model)
-    except Exception as error:  # a forward() that is given stand-ins for tensors may raise anything
-        place = tracer.inside[-1] if tracer.inside else type(model).__name__
+    except Exception as error:  # a forward() that gets stand-ins for tensors may raise anything
+        place = tracer.modules[-1] if tracer.modules else type(model).__name__
         raise refusal(f"torch.fx cannot trace {place}: {first_line(error)}") from error
 
 
 def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
     unit_class = _classes(tracer)
     num = int(unit_class.max()) + 1
-    kept = np.zeros(num, dtype=bool)  # classes that stay in place: not understood, or a contradiction
+    is_held = np.zeros(num, dtype=bool)  # classes that stay in place: by an unknown operation or a contradiction
     for units, _ in tracer.held:
-        kept[unit_class[units]] = True
-    kind = _kinds(tracer, unit_class, kept)
-    fixed = np.zeros(num, dtype=bool)
-    fixed[unit_class[FIXED]] = True
-    movable = ~fixed & ~kept
-    members = np.bincount(kind[movable], minlength=int(kind.max()) + 1)
+        is_held[unit_class[units]] = True
+    kind = _kinds(tracer, unit_class, is_held)
+    is_fixed = np.zeros(num, dtype=bool)
+    is_fixed[unit_class[FIXED]] = True
+    is_movable = ~is_fixed & ~is_held
+    members = np.bincount(kind[is_movable], minlength=int(kind.max()) + 1)
     axes: dict[int, list[UnitAxis]] = {}
     activations: dict[int, list[Activation]] = {}
     for site in tracer.sites:
         classes = unit_class[site.units]
-        kinds = np.where(movable[classes] & (members[kind[classes]] > 1), kind[classes], -1)
+        kinds = np.where(is_movable[classes] & (members[kind[classes]] > 1), kind[classes], -1)
         order = np.lexsort((site.roles.numpy(), classes, kinds))
-        for this in np.unique(kinds[kinds >= 0]):
-            of_kind = order[kinds[order] == this]
-            positions = torch.from_numpy(of_kind.reshape(members[this], -1))
-            axes.setdefault(this, []).extend(UnitAxis(use.names, use.axis, positions, use.rows) for use in site.uses)
+        for group_kind in np.unique(kinds[kinds >= 0]):
+            kind_order = order[kinds[order] == group_kind]
+            positions = torch.from_numpy(kind_order.reshape(members[group_kind], -1))
+            axes.setdefault(group_kind, []).extend(
+                UnitAxis(use.names, use.axis, positions, use.rows) for use in site.uses
+            )
             if site.seen_in is not None:
-                activations.setdefault(this, []).append(Activation(*site.seen_in, positions))
+                activations.setdefault(group_kind, []).append(Activation(*site.seen_in, positions))
     groups = [
-        UnitGroup(_name(own), int(members[this]), tuple(own), tuple(activations.get(this, ())))
-        for this, own in axes.items()
-        if own
+        UnitGroup(
+            _name(group_axes), int(members[group_kind]), tuple(group_axes), tuple(activations.get(group_kind, ()))
+        )
+        for group_kind, group_axes in axes.items()
+        if group_axes
     ]
     if not groups:
         raise refusal(f"all are kept in place by {tracer.held[0][1]}" if tracer.held else "none are hidden")
-    held_by = tuple(dict.fromkeys(where for units, where in tracer.held if not fixed[unit_class[units]].all()))
-    layers = tuple(layer for layer, units in tracer.layers if not fixed[unit_class[units]].all())
-    return UnitStructure(tuple(groups), len(np.unique(kind[kept & ~fixed])), held_by, layers, graph)
+    held_by = tuple(dict.fromkeys(where for units, where in tracer.held if not is_fixed[unit_class[units]].all()))
+    layers = tuple(layer for layer, units in tracer.layers if not is_fixed[unit_class[units]].all())
+    return UnitStructure(tuple(groups), len(np.unique(kind[is_held & ~is_fixed])), held_by, layers, graph)
 
 
 def _classes(tracer: UnitTracer) -> np.ndarray:
-    """int [num_units]: the same number for units that are one."""
+    """Return int [num_units], with the same number for units that are the same unit."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    nobody = torch.zeros(1, dtype=torch.int64)
-    first, second = (torch.cat([nobody, *(pair[k] for pair in tracer.pairs)]).numpy() for k in (0, 1))
+    fixed_unit = torch.zeros(1, dtype=torch.int64)
+    first, second = (torch.cat([fixed_unit, *(pair[k] for pair in tracer.pairs)]).numpy() for k in (0, 1))
     joined = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(tracer.num_units,) * 2)
     return connected_components(joined, directed=False)[1]
 
 
-def _kinds(tracer: UnitTracer, unit_class: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """int [num_classes]: equal for classes found in the same sites in the same roles. Adds contradictions to `kept`."""
-    kind = np.zeros(len(kept), dtype=np.int64)
+def _kinds(tracer: UnitTracer, unit_class: np.ndarray, is_held: np.ndarray) -> np.ndarray:
+    """Return int [num_classes], equal for classes in the same sites and roles. Adds contradictions to `is_held`."""
+    kind = np.zeros(len(is_held), dtype=np.int64)
     num_kinds = 1
     for site in tracer.sites:
         classes, roles = unit_class[site.units], site.roles.numpy()
         order = np.lexsort((roles, classes))
         classes, roles = classes[order], roles[order]
         if site.once:
-            twice = (classes[1:] == classes[:-1]) & (roles[1:] == roles[:-1])
-            kept[classes[1:][twice]] = True
+            is_repeated = (classes[1:] == classes[:-1]) & (roles[1:] == roles[:-1])
+            is_held[classes[1:][is_repeated]] = True
         present, counts = np.unique(classes, return_counts=True)
         starts = counts.cumsum() - counts
-        for count in np.unique(counts):  # those present so many times, told apart by their roles and their kind so far
-            chosen = counts == count
-            patterns = roles[starts[chosen][:, None] + np.arange(count)]
-            known = np.column_stack([kind[present[chosen]], patterns])
-            refined = np.unique(known, axis=0, return_inverse=True)[1].reshape(-1)
-            kind[present[chosen]] = num_kinds + refined
+        for count in np.unique(counts):  # classes present this often are told apart by their roles and kind so far
+            has_count = counts == count
+            patterns = roles[starts[has_count][:, None] + np.arange(count)]
+            features = np.column_stack([kind[present[has_count]], patterns])
+            refined = np.unique(features, axis=0, return_inverse=True)[1].reshape(-1)
+            kind[present[has_count]] = num_kinds + refined
             num_kinds += int(refined.max()) + 1
     return kind
 
@@ -248,7 +252,7 @@ def _name(axes: Sequence[UnitAxis]) -> str:
 
 
 def _randomize(model: nn.Module) -> None:
-    """Draw parameters and statistics that are all alike, as many are at first: a wrong permutation would not show."""
+    """Draw new values for parameters and statistics that are constant at first: they would hide a wrong permutation."""
     generator = torch.Generator().manual_seed(0)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
@@ -263,5 +267,5 @@ def _check(
     outputs = torch.func.functional_call(network, weights, (inputs,))
     scale = float((expected - expected.mean()).abs().max())
     error = float((outputs - expected).abs().max())
-    if not error <= _TOLERANCE * scale:  # also where outputs are not finite
+    if not error <= _TOLERANCE * scale:  # also if outputs are not finite
         raise refusal(f"permuted units change the outputs for random inputs by {error:g} of {scale:g}")

@@ -1,4 +1,4 @@
-"""Follows units through a network: which must be permuted together, and where each is found."""
+"""UnitTracer follows units through a network: which must be permuted together, and where each is found."""
 
 import dataclasses
 import operator
@@ -30,16 +30,16 @@ from raysubset.aggregation.alignment.labels import (
 
 
 class UnitTracer(fx.Interpreter):
-    """Runs a network on a batch, and beside it the labels of every tensor.
+    """Runs a network on a batch, and computes the labels of every tensor along with it.
 
-    After run(): `sites`; `pairs`, int64 [n] each, of units that are one; `held`, units that an operation which is not
-    understood keeps in place, and where; `layers`, convolutions, linear layers and norms, with their output's units.
+    After run(): `sites`; `pairs`, int64 [n] each, of units that are the same; `held`, units that an unknown operation
+    keeps in place, and which; `layers`, convolutions, linear layers and norms, with their output's units.
     """
 
     def __init__(self, network: fx.GraphModule, names: dict[int, tuple[str, ...]]) -> None:
-        """names: in the state dict, by id of the parameter or buffer."""
+        """`names` are those in the state dict, by id of the parameter or buffer."""
         super().__init__(network)
-        self.extra_traceback = False  # it would be added to a message for the user
+        self.extra_traceback = False  # it would be added to messages for the user
         self.num_units = FIXED + 1
         self.sites: list[Site] = []
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -47,13 +47,13 @@ class UnitTracer(fx.Interpreter):
         self.layers: list[tuple[Layer, Tensor]] = []
         self._names = names
         self._values: dict[Node, Any] = {}
-        self._axes: dict[Use, list[Site]] = {}  # sites of the same axis: more than one where a tensor is used again
+        self._axes: dict[Use, list[Site]] = {}  # sites of the same axis: several if a tensor is used again
         self._num_users: Counter[tuple[str, ...]] = Counter()  # nodes, by the tensor's names
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().run(*args, **kwargs)
         for use, sites in self._axes.items():
-            if len(sites) < self._num_users[use.names]:  # elsewhere it is not these units' axis
+            if len(sites) < self._num_users[use.names]:  # in its other uses, it is not these units' axis
                 self.pairs.append((sites[0].units, torch.full_like(sites[0].units, FIXED)))
         return outputs
 
@@ -80,7 +80,7 @@ class UnitTracer(fx.Interpreter):
         return result
 
     def _labels(self, n: Node, args: Any, kwargs: Any, result: Any) -> Labels | list[Labels] | None:
-        """Labels of the tensor or tensors that a node gives; None where the operation is not understood."""
+        """Return labels of the tensor or tensors of a node; None if the operation is unknown."""
         values, parameters = find_values((args, kwargs)), find_tensors((args, kwargs))
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         kind = operations.kind(n, module)
@@ -145,7 +145,7 @@ class UnitTracer(fx.Interpreter):
         *,
         out: Tensor,
     ) -> Labels | None:
-        """Depthwise outputs are of their inputs' units; a grouped convolution's units stay within their group."""
+        """Depthwise outputs belong to their inputs' units. A grouped convolution's units stay within their group."""
         if not set(x.labels.dims()) <= {1}:
             return None
         units, roles = x.along(1)
@@ -172,7 +172,7 @@ class UnitTracer(fx.Interpreter):
     def _linear(self, x: Value, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Labels | None:
         last, dims = len(x.shape) - 1, x.labels.dims()
         if dims and last not in dims:
-            return x.labels  # its units lie beside what is mixed
+            return x.labels  # its units lie along another dimension than the mixed one
         if dims not in ([], [last]):
             return None
         self._read(x, last, 0, x.shape[last], Use(self._names[id(weight)], 1))
@@ -181,7 +181,7 @@ class UnitTracer(fx.Interpreter):
     def _group_norm(
         self, x: Value, num_groups: int, weight: Any = None, bias: Any = None, *more: Any, **rest: Any
     ) -> Labels | None:
-        """Units stay within their group; that whole groups may change places is not made use of."""
+        """Units stay within their group. That whole groups could change places is not used."""
         if not set(x.labels.dims()) <= {1}:
             return None
         units, _ = x.along(1)
@@ -201,7 +201,7 @@ class UnitTracer(fx.Interpreter):
         return x.labels
 
     def _channels(self, x: Value, tensors: Sequence[Tensor | None]) -> Labels | None:
-        """An operation on each channel [N, C, …] by itself, with tensors [C]."""
+        """An operation on each channel of [N, C, …] by itself, with tensors [C]."""
         if not set(x.labels.dims()) <= {1}:
             return None
         if not x.labels.fixed:
@@ -211,7 +211,7 @@ class UnitTracer(fx.Interpreter):
     def _produced(
         self, dim: int, num_dims: int, group_of: Tensor, tensors: Sequence[tuple[Tensor | None, int]]
     ) -> Labels:
-        """Labels of new units, of which those of one group, int64 group_of [C], may change places."""
+        """Return labels of new units. Units of the same group, int64 group_of [C], may change places."""
         if len(group_of) == 1:
             return fixed_labels(num_dims)
         units = self._new_units(len(group_of))
@@ -225,12 +225,12 @@ class UnitTracer(fx.Interpreter):
         labels, pairs = joined(moving, out.ndim)
         dims = labels.dims()
         for value in values:
-            own = [dim - (out.ndim - len(value.shape)) for dim in dims]
-            if any(d >= 0 and value.shape[d] > 1 and value.labels.units.shape[d] == 1 for d in own):
-                return None  # differs along a dimension in which it has no units
+            axes_of_units = [dim - (out.ndim - len(value.shape)) for dim in dims]
+            if any(d >= 0 and value.shape[d] > 1 and value.labels.units.shape[d] == 1 for d in axes_of_units):
+                return None  # the value differs along a dimension in which it has no units
         for parameter in parameters:
-            own = [dim - (out.ndim - parameter.ndim) for dim in dims]
-            axes = [axis for axis in own if axis >= 0 and parameter.shape[axis] > 1]
+            axes_of_units = [dim - (out.ndim - parameter.ndim) for dim in dims]
+            axes = [axis for axis in axes_of_units if axis >= 0 and parameter.shape[axis] > 1]
             if axes and len(dims) > 1:
                 return None
             if axes:
@@ -241,40 +241,40 @@ class UnitTracer(fx.Interpreter):
         return labels
 
     def _reduced(self, x: Value, dims: Any, out: Tensor) -> Labels | None:
-        """A mean or the like, over all units, which leaves nothing to permute, or along other dimensions."""
+        """A mean or the like, either over all units, which leaves nothing to permute, or along other dimensions."""
         if isinstance(dims, bool):
             return None  # std(unbiased)
         listed = range(len(x.shape)) if dims is None else dims if isinstance(dims, tuple | list) else [dims]
-        over, unit_dims = {dim % len(x.shape) for dim in listed}, set(x.labels.dims())
-        if unit_dims <= over:
+        reduced, unit_dims = {dim % len(x.shape) for dim in listed}, set(x.labels.dims())
+        if unit_dims <= reduced:
             self._mixed(x)
             return fixed_labels(out.ndim)
-        if unit_dims & over:
+        if unit_dims & reduced:
             return None
-        kept = [dim for dim in range(len(x.shape)) if dim not in over or out.ndim == len(x.shape)]
-        shape = [x.labels.units.shape[dim] for dim in kept]
+        dims_left = [dim for dim in range(len(x.shape)) if dim not in reduced or out.ndim == len(x.shape)]
+        shape = [x.labels.units.shape[dim] for dim in dims_left]
         return Labels(x.labels.units.reshape(shape), x.labels.roles.reshape(shape))
 
     def _mixed(self, x: Value) -> Labels:
-        """An operation that treats all its units alike but only as a whole."""
+        """An operation that treats all units of a tensor alike, but only as a whole."""
         if not x.labels.fixed:
             self.sites.append(Site(x.labels.units.flatten(), x.labels.roles.flatten(), once=False))
         return x.labels
 
     def _pad(self, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Labels | None:
-        """New channels of a constant are units that may change places with one another, as a shortcut's zeros do."""
+        """Constant new channels are units that may change places with one another, such as a shortcut's zeros."""
         labels, dims = x.labels, x.labels.dims()
         for i in range(len(pad) // 2):
-            dim, (before, after) = len(x.shape) - 1 - i, pad[2 * i : 2 * i + 2]
-            if dim not in dims or not (before or after):
+            dim, (num_before, num_after) = len(x.shape) - 1 - i, pad[2 * i : 2 * i + 2]
+            if dim not in dims or not (num_before or num_after):
                 continue
-            if dims != [dim] or mode != "constant" or min(before, after) < 0:
+            if dims != [dim] or mode != "constant" or min(num_before, num_after) < 0:
                 return None
             units, roles = x.along(dim)
-            new = self._new_units(before + after)
-            self._site(new, torch.zeros_like(new), [])
-            units = torch.cat([new[:before], units, new[before:]])
-            roles = torch.cat([roles.new_zeros(before), roles, roles.new_zeros(after)])
+            new_units = self._new_units(num_before + num_after)
+            self._site(new_units, torch.zeros_like(new_units), [])
+            units = torch.cat([new_units[:num_before], units, new_units[num_before:]])
+            roles = torch.cat([roles.new_zeros(num_before), roles, roles.new_zeros(num_after)])
             labels = labels_along(dim, len(x.shape), units, roles)
         return labels
 
@@ -287,30 +287,30 @@ class UnitTracer(fx.Interpreter):
         self._add(Site(units, roles, uses))
 
     def _read(self, x: Value, dim: int, first: int, num: int, use: Use) -> None:
-        """A layer mixes `num` entries of a tensor, with an axis of its weights."""
+        """Note that a layer mixes `num` entries of a tensor with an axis of its weights."""
         if not x.labels.fixed:
             units, roles = (part[first : first + num] for part in x.along(dim))
             self._add(Site(units, roles, (use,)))
 
     def _add(self, site: Site) -> None:
-        """A site with parameters. Units on an axis that was met before are the units met then."""
-        new = []
+        """Add a site with parameters. Units on an axis that was met before are the same as the units met then."""
+        new_uses = []
         for use in site.uses:
-            known = self._axes.setdefault(use, [])
-            known.append(site)
-            if len(known) == 1:
-                new.append(use)
+            axis_sites = self._axes.setdefault(use, [])
+            axis_sites.append(site)
+            if len(axis_sites) == 1:
+                new_uses.append(use)
                 continue
-            self.pairs.append((known[0].units, site.units))
-            if not torch.equal(known[0].roles, site.roles):
+            self.pairs.append((axis_sites[0].units, site.units))
+            if not torch.equal(axis_sites[0].roles, site.roles):
                 self.held.append((site.units, f"{use.names[0]}, which is used in two ways"))
-        self.sites.append(dataclasses.replace(site, uses=tuple(new)))
+        self.sites.append(dataclasses.replace(site, uses=tuple(new_uses)))
 
     def _hold(self, n: Node, args: Any, kwargs: Any) -> None:
-        """Keep the units of an operation that is not understood in place.
+        """Keep the units of an unknown operation in place.
 
         Raises:
-            ValueError: if it has parameters: of such a layer nothing is known.
+            ValueError: if the operation has parameters, of whose axes nothing is known.
         """
         if self._tensors(n, args, kwargs):
             raise operations.refusal(f"nothing is known of {operations.where(n)}")
@@ -319,7 +319,7 @@ class UnitTracer(fx.Interpreter):
                 self.held.append((value.labels.units.flatten(), operations.where(n)))
 
     def _tensors(self, n: Node, args: Any, kwargs: Any) -> list[Tensor]:
-        """The parameters and buffers that a node uses."""
+        """Return the parameters and buffers that a node uses."""
         if n.op == "call_module":
             return list(self.fetch_attr(str(n.target)).state_dict(keep_vars=True).values())
         return find_tensors((args, kwargs))
@@ -336,7 +336,7 @@ _LAYERS: dict[str, Callable[..., Labels | None]] = {
 
 
 def _pooled(x: Value, name: str, out: Tensor) -> Labels | None:
-    """An operation along the dimensions behind [N, C]; a name like max_pool2d says how many there are."""
+    """An operation along the dimensions after [N, C]. A name like max_pool2d tells their number."""
     num = next((int(letter) for letter in name if letter.isdigit()), len(x.shape) - 2)
-    known = len(x.shape) == out.ndim == num + 2 and all(dim < 2 for dim in x.labels.dims())
-    return x.labels if known else None
+    is_known = len(x.shape) == out.ndim == num + 2 and all(dim < 2 for dim in x.labels.dims())
+    return x.labels if is_known else None
