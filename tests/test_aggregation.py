@@ -298,7 +298,7 @@ def test_losses_that_are_no_numbers_are_refused_where_they_decide():
         select_best(points(1.0, 2.0, losses=[math.nan, math.inf]))
     with pytest.raises(ValueError, match="no minimum to choose from"):
         select_best([])
-    with pytest.raises(ValueError, match="subset 1 has a validation loss of nan to be weighted by"):
+    with pytest.raises(ValueError, match="subset 1 has a validation loss of nan, which cannot be a weight"):
         weighted_soup(points(1.0, 2.0, losses=[0.1, math.nan]), weight_by="validation_loss")
 
 

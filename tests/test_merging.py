@@ -106,5 +106,5 @@ def test_neither_ray_nor_a_run_is_needed():
 def test_a_users_method_that_asks_for_outputs_is_told_that_there_are_none(tmp_path, monkeypatch):
     (tmp_path / "asking.py").write_text("def outputs(minima, context):\n    return minima[0].load_outputs()\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"asking:outputs.* merge\(\) has weights alone"):
+    with pytest.raises(ValueError, match=r"asking:outputs.* merge\(\) has only weights"):
         merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], "asking:outputs", start={"w": torch.zeros(2)})

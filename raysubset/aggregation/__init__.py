@@ -1,7 +1,7 @@
-"""From many minima to one set of weights: pure functions of weights and a score. No Ray, no files.
+"""From many minima to one set of weights: pure functions of weights and a score, without Ray or files.
 
-soup = merge([model.state_dict() for model in models])         # of whoever has state dicts
-aggregation = aggregate(minima, config.aggregation, scorer)    # with what is always reported beside it
+soup = merge([model.state_dict() for model in models])         # for anybody's state dicts
+aggregation = aggregate(minima, config.aggregation, scorer)    # with the measures that are always reported
 """
 
 from raysubset.aggregation.aggregator import Aggregation, Candidate, aggregate, aggregate_round

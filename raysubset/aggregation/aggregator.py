@@ -1,4 +1,4 @@
-"""aggregate(): the configured method with what is always reported beside it, on one device."""
+"""aggregate() runs the configured method, and measures what is always reported with it, on one device."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ class Candidate:
     """A method that auto tried."""
 
     method: str
-    validation: Metrics | None  # None: it was refused
-    cost: Cost  # of making and scoring it; what its actors did for it is in the minima's cost
+    validation: Metrics | None  # None: the method was refused
+    cost: Cost  # of combining and scoring; what actors computed for it is part of the minima's cost
     error: str | None = None  # why it was refused
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return {
             "method": self.method,
             "validation": self.validation and self.validation.to_dict(),
@@ -37,24 +37,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """An aggregate, and how it compares with its members: None for what was not measured.
+    """An aggregate, and how it compares with its members. What was not measured is None.
 
-    Its batch-norm statistics are refreshed if it was measured, and else averaged from the members'.
+    Its batch-norm statistics are recomputed if it was measured; otherwise they are averaged from the members'.
     """
 
     aggregate: Aggregate
     cost: Cost
-    mean_member: Mapping[str, float | None]  # the mean of the members' losses, and of their qualities by its name
-    training: Metrics | None = None  # of the aggregate on the calibration sample of the training set
-    validation: Metrics | None = None  # of the aggregate, as all below
-    uniform_mean: Metrics | None = None  # of the plain mean of all, whatever the method: NaN if one is not finite
+    mean_member: Mapping[str, float | None]  # the mean "loss" of the members, and their mean quality by its name
+    training: Metrics | None = None  # of the aggregate, on the calibration sample of the training set
+    validation: Metrics | None = None  # of the aggregate, on validation data, as for all below
+    uniform_mean: Metrics | None = None  # of the plain mean of all members, for every method: NaN if one is not finite
     ensemble: Metrics | None = None
     best_member: Metrics | None = None
     barrier: float | None = None
-    candidates: tuple[Candidate, ...] = ()  # of auto, in the order tried
+    candidates: tuple[Candidate, ...] = ()  # of auto, in the order in which they were tried
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the weights, for JSON."""
+        """Return everything but the weights, for JSON."""
         metrics = {
             "training": self.training,
             "validation": self.validation,
@@ -83,33 +83,33 @@ def aggregate(
     measure_training: bool = True,
     quality: Quality,
 ) -> Aggregation:
-    """Make one set of weights of the minima by the configured method, and measure it beside its members.
+    """Combine the minima into one set of weights by the configured method, and measure it and its members.
 
-    A single minimum is its own aggregate, by any method. With auto every method that is applicable is tried, and the
-    one of least validation loss taken; those that are refused are recorded with the reason.
+    A single minimum is its own aggregate, by any method. auto tries every applicable method and takes the one of least
+    validation loss; methods that are refused are recorded with the reason.
 
     Args:
-        start: the weights the minima started from, for methods that work on differences from them.
-        seed: of what a method draws at random.
-        measure_training: False: not on training data, even if the scorer would.
-        quality: whose mean over the members is recorded beside that of their losses.
+        start: the weights that the minima started from, for methods that work on differences from them.
+        seed: of the method's random draws.
+        measure_training: False: do not measure on training data, even if the scorer would.
+        quality: its mean over the members is recorded, as that of their losses is.
 
     Raises:
         ValueError: as the method does; see uniform_soup().
     """
     if config.method == "auto":
-        made, validation, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
+        combined, validation, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
     else:
-        made, validation = make(minima, config, scorer, start=start, seed=seed)
+        combined, validation = make(minima, config, scorer, start=start, seed=seed)
         candidates = ()
-    measured = {candidate.method: candidate.validation for candidate in candidates} | {made.method: validation}
-    mean = validation if len(minima) == 1 else measured.get("uniform_soup")
+    validations = {candidate.method: candidate.validation for candidate in candidates} | {combined.method: validation}
+    mean = validation if len(minima) == 1 else validations.get("uniform_soup")
     if mean is None:
-        mean = scorer.score(plain_mean(minima, [1.0] * len(minima)).weights())  # of NaN where a member holds some
+        mean = scorer.score(plain_mean(minima, [1.0] * len(minima)).weights())  # NaN if a member holds NaN
     records, names = [minimum.validated().to_dict() for minimum in minima], ("loss", quality.name)
     return Aggregation(
-        aggregate=made,
-        training=scorer.training(made.weights) if measure_training else None,
+        aggregate=combined,
+        training=scorer.training(combined.weights) if measure_training else None,
         validation=validation,
         uniform_mean=mean,
         ensemble=scorer.ensemble(minima),
@@ -124,24 +124,24 @@ def aggregate(
 def _best_candidate(
     minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
 ) -> tuple[Aggregate, Metrics, tuple[Candidate, ...]]:
-    """The applicable method's aggregate of least validation loss, and all that were tried. Two of them are held."""
-    best, tried = None, []
+    """Return the candidate aggregate of least validation loss, and all candidates. Memory holds two aggregates."""
+    best, candidates = None, []
     methods = candidates_of_auto(shared_start=shares_start(minima)) if len(minima) > 1 else ("select_best",)
     for method in methods:
-        before, validation, error = scorer.cost(), None, None
+        old, validation, error = scorer.cost(), None, None
         try:
-            made, validation = make(minima, replace(config, method=method), scorer, start=start, seed=seed)
+            candidate, validation = make(minima, replace(config, method=method), scorer, start=start, seed=seed)
             if math.isfinite(validation.loss) and (best is None or validation.loss < best[1].loss):
-                best = made, validation
+                best = candidate, validation
         except ValueError as refusal:
             error = str(refusal)
-        after = scorer.cost()
-        cost = Cost(after.num_forward - before.num_forward, device_s=after.device_s - before.device_s)
-        tried.append(Candidate(method, validation, cost, error))
+        new = scorer.cost()
+        cost = Cost(new.num_forward - old.num_forward, device_s=new.device_s - old.device_s)
+        candidates.append(Candidate(method, validation, cost, error))
     if best is None:
-        reasons = "; ".join(f"{one.method}: {one.error or 'its loss is not finite'}" for one in tried)
+        reasons = "; ".join(f"{each.method}: {each.error or 'its loss is not finite'}" for each in candidates)
         raise ValueError(f"none of auto's candidates can be used: {reasons}")
-    return *best, tuple(tried)
+    return *best, tuple(candidates)
 
 
 def aggregate_round(
@@ -155,28 +155,28 @@ def aggregate_round(
     measured: bool = True,
     quality: Quality,
 ) -> tuple[Aggregation, Weights]:
-    """aggregate(), then the outer step where the config has one, with its statistics refreshed and measured anew.
+    """Run aggregate(), then the outer step if the config has one. After the step, statistics and metrics are new.
 
     Args:
-        start: the weights this round's minima started from.
-        momentum: the outer step's, as the last round returned it; empty in the first.
-        measured: False: make the weights alone, without any forward work but what the method itself needs.
+        start: the weights that this round's minima started from.
+        momentum: of the outer step, as the last round returned it; empty in the first round.
+        measured: False: only combine weights, without any forward work but the method's own.
 
     Returns:
-        The aggregation, and the momentum for the next round: empty without an outer step.
+        The aggregation, and the momentum for the next round, which is empty without an outer step.
     """
-    steps = config.rounds.has_outer_step()
+    has_outer_step = config.rounds.has_outer_step()
     if measured:
-        options: dict[str, Any] = {"seed": seed, "measure_training": not steps, "quality": quality}
-        made = aggregate(minima, config.aggregation, scorer, start=start, **options)
+        options: dict[str, Any] = {"seed": seed, "measure_training": not has_outer_step, "quality": quality}
+        aggregation = aggregate(minima, config.aggregation, scorer, start=start, **options)
     else:
         combined = combine(minima, config.aggregation, scorer, start=start, seed=seed)
-        made = Aggregation(combined, scorer.cost(), dict.fromkeys(("loss", quality.name)))
-    if not steps:
-        return made, {}
+        aggregation = Aggregation(combined, scorer.cost(), dict.fromkeys(("loss", quality.name)))
+    if not has_outer_step:
+        return aggregation, {}
     weights, momentum = outer_step(
         start,
-        made.aggregate.weights,
+        aggregation.aggregate.weights,
         momentum,
         learning_rate=config.rounds.outer_learning_rate,
         momentum_factor=config.rounds.momentum,
@@ -184,5 +184,5 @@ def aggregate_round(
     )
     if measured:
         weights = scorer.refreshed(weights)
-        made = replace(made, training=scorer.training(weights), validation=scorer.score_as_is(weights))
-    return replace(made, aggregate=replace(made.aggregate, weights=weights), cost=scorer.cost()), momentum
+        aggregation = replace(aggregation, training=scorer.training(weights), validation=scorer.score_as_is(weights))
+    return replace(aggregation, aggregate=replace(aggregation.aggregate, weights=weights), cost=scorer.cost()), momentum

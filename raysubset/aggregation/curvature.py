@@ -1,4 +1,4 @@
-"""Means weighted by what each minimum's loss says of its curvature: diagonal Fisher, and Gram matrices of layers."""
+"""Means weighted by the curvature of each minimum's loss: its diagonal Fisher, or the Gram matrices of its layers."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,12 @@ from raysubset.aggregation.streaming import (
 from raysubset.config import AggregationConfig
 from raysubset.training import Weights
 
-FISHER_FLOOR = 1e-6  # Matena and Raffel's number; here of a member's mean, our choice
-RIDGE = 1e-6  # of a Gram matrix's trace, added where it is singular: above float32's rounding; our choice
+FISHER_FLOOR = 1e-6  # Matena and Raffel's number; relative to a member's mean Fisher, which is our choice
+RIDGE = 1e-6  # times a Gram matrix's trace, added if it is singular: above float32's rounding; our choice
 
 
 def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
-    """The means that are weighted by curvature, as the config has them."""
+    """Return the means that are weighted by curvature, with the config's settings."""
     independent = {"allow_independent": config.allow_independent}
     return {
         "fisher": Method(
@@ -38,16 +38,16 @@ def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
 def fisher_merge(
     minima: Sequence[Minimum], *, floor: float, normalised: bool = True, allow_independent: bool = False
 ) -> Aggregate:
-    """Σ F_i θ_i / Σ F_i elementwise, F_i a member's diagonal Fisher (Matena & Raffel 2022, arXiv:2111.09832).
+    """Return Σ F_i θ_i / Σ F_i elementwise; F_i is a member's diagonal Fisher (Matena & Raffel 2022, arXiv:2111.09832).
 
-    Of quadratic losses with diagonal curvatures F_i it is the minimum of their sum, where `normalised` is False. Our
-    choices: members count by their subsets' sizes, as in a sum over all examples; normalising divides a member's
-    Fisher by its mean over all parameters, so that one that has fitted its subset is not outvoted. What has no Fisher
-    is averaged by RunningMean's rule. Members are streamed: two copies of the weights, and one member with its Fisher,
-    are held.
+    For quadratic losses with diagonal curvatures F_i this is the minimum of their sum, if `normalised` is False. Our
+    choices: members are weighted by their subsets' sizes, as in a sum over all examples; normalising divides a member's
+    Fisher by its mean over all parameters, so that a member that has fitted its subset is not outvoted. Tensors without
+    a Fisher are averaged by RunningMean's rule. Members are streamed: memory holds two copies of the weights, and one
+    member with its Fisher.
 
     Args:
-        floor: the least F_i, positive. It decides where no member's loss depends on a parameter.
+        floor: the least F_i, positive. It decides for parameters on which no member's loss depends.
 
     Raises:
         ValueError: if a member has no fisher statistics, the floor is not positive, and as uniform_soup().
@@ -55,14 +55,14 @@ def fisher_merge(
     if not floor > 0:
         raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
     check_start("fisher", minima, allow_independent=allow_independent)
-    rest, sums, totals = mean_of(minima), Weights(), Weights()
+    plain, sums, totals = mean_of(minima), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima):
         fisher = load_statistics(minimum, "fisher")
         mean = sum(value.sum().item() for value in fisher.values()) / sum(value.numel() for value in fisher.values())
         _refuse_other_keys(minimum, "fisher", fisher, totals or fisher)
         dtypes = dtypes or {key: value.dtype for key, value in weights.items()}
-        rest.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
+        plain.add({key: value for key, value in weights.items() if key not in fisher}, minimum.num_examples)
         scale = (mean if normalised else 0.0) or 1.0
         for key, diagonal in fisher.items():
             if key not in sums:
@@ -70,22 +70,22 @@ def fisher_merge(
             weight = diagonal.to(sums[key].dtype).clamp_min(floor * scale)
             totals[key].add_(weight, alpha=minimum.num_examples / scale)
             sums[key].addcmul_(weight, weights[key].to(weight.dtype), value=minimum.num_examples / scale)
-    merged = rest.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
+    merged = plain.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
     merged = {key: merged[key] for key in dtypes}
-    return aggregate_of("fisher", minima, merged, [m.num_examples for m in minima], rest)
+    return aggregate_of("fisher", minima, merged, [m.num_examples for m in minima], plain)
 
 
 def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool = False) -> Aggregate:
-    """W = (Σ G_i)⁻¹ Σ G_i W_i for every linear and convolution layer (RegMean, Jin et al. 2023, arXiv:2212.09849).
+    """Return W = (Σ G_i)⁻¹ Σ G_i W_i for linear and convolution layers (RegMean, Jin et al. 2023, arXiv:2212.09849).
 
-    G_i is XᵀX of the layer's inputs on the member's subset, its off-diagonals times `factor`: the weights whose
+    G_i is XᵀX of the layer's inputs on the member's subset, with off-diagonals times `factor`. W are the weights whose
     outputs are, by least squares, nearest to each member's on that member's own inputs. Biases are solved for along
-    with the weights (the paper averages them), convolutions by the patches their filters see. All else is averaged,
-    members by their subsets' sizes, by RunningMean's rule.
+    with the weights (the paper averages them), convolutions by the patches that their filters see. All else is averaged
+    by RunningMean's rule, with members weighted by their subsets' sizes.
 
-    Solved in float64 for the difference from the plain mean. Where the sum of the G_i is singular, as with inputs that
-    no member ever saw, RIDGE times its trace is added: those weights stay the mean's. Members are streamed: two copies
-    of the weights, one sum of matrices, and one member with its matrices, are held.
+    The solution is for the difference from the plain mean, in float64. If the sum of the G_i is singular, as with
+    inputs that no member ever saw, RIDGE times its trace is added, so that those weights stay the mean's. Members are
+    streamed: memory holds two copies of the weights, one sum of matrices, and one member with its matrices.
 
     Raises:
         ValueError: if a member has no gram statistics, and as uniform_soup().
@@ -94,9 +94,9 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
     mean, grams, products = mean_of(minima), Weights(), Weights()
     for minimum, weights in load_members(minima):
         mean.add(weights, minimum.num_examples)
-        own = load_statistics(minimum, "gram")
-        _refuse_other_keys(minimum, "gram", own, grams or own)
-        for layer, matrices in own.items():
+        member_grams = load_statistics(minimum, "gram")
+        _refuse_other_keys(minimum, "gram", member_grams, grams or member_grams)
+        for layer, matrices in member_grams.items():
             gram = matrices.to(torch.float64, copy=True).mul_(minimum.num_examples)
             diagonal = gram.diagonal(dim1=1, dim2=2)
             squares = diagonal.clone()
@@ -109,19 +109,19 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
     for layer, gram in grams.items():
         if not mean.has_changed(f"{layer}.weight"):
             continue  # a frozen layer: rounding would move it
-        middle = _matrix(merged, layer, gram)
-        solved = middle + _solve(gram, products[layer] - gram @ middle)
-        merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solved, merged, layer).items()}
+        mean_matrix = _matrix(merged, layer, gram)
+        solution = mean_matrix + _solve(gram, products[layer] - gram @ mean_matrix)
+        merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solution, merged, layer).items()}
     return aggregate_of("regmean", minima, merged, [m.num_examples for m in minima], mean)
 
 
-def _refuse_other_keys(minimum: Minimum, kind: str, own: Weights, first: Weights) -> None:
-    for key in sorted(own.keys() ^ first.keys()):
+def _refuse_other_keys(minimum: Minimum, kind: str, statistics: Weights, first: Weights) -> None:
+    for key in sorted(statistics.keys() ^ first.keys()):
         raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} differ from the first member's in {key}")
 
 
 def _matrix(weights: Weights, layer: str, grams: Tensor) -> Tensor:
-    """A layer's weights with its bias as the last row, float64 [groups, K, outputs of a group], for Grams of that K."""
+    """Return a layer's weights, with the bias as last row if K includes it: float64 [groups, K, outputs of a group]."""
     matrix = weights[f"{layer}.weight"].double().flatten(1)
     if matrix.shape[1] < grams.shape[1]:
         matrix = torch.cat([matrix, weights[f"{layer}.bias"].double().unsqueeze(1)], dim=1)
@@ -129,7 +129,7 @@ def _matrix(weights: Weights, layer: str, grams: Tensor) -> Tensor:
 
 
 def _parts(matrix: Tensor, like: Weights, layer: str) -> Weights:
-    """The inverse of _matrix(), in the shapes of `like`."""
+    """Return a layer's weight and bias from _matrix(), in the shapes of `like`."""
     weight = like[f"{layer}.weight"]
     rows, num_inputs = matrix.mT.flatten(0, 1), weight[0].numel()
     parts = {f"{layer}.weight": rows[:, :num_inputs].reshape(weight.shape)}
@@ -137,11 +137,11 @@ def _parts(matrix: Tensor, like: Weights, layer: str) -> Weights:
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """gram⁻¹ right of each group, by Cholesky; with the ridge where a pivot is less than it."""
+    """Return gram⁻¹ right of each group, by Cholesky, with the ridge added if a pivot is less than it."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * diagonal.sum(1, keepdim=True)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=1, dim2=2).square()
-    singular = (failed > 0).unsqueeze(1) | (pivots < ridge).any(1, keepdim=True)
-    added = torch.where(ridge > 0, ridge, 1.0) * singular  # a layer that only ever saw zeros keeps its mean
+    is_singular = (info > 0).unsqueeze(1) | (pivots < ridge).any(1, keepdim=True)
+    added = torch.where(ridge > 0, ridge, 1.0) * is_singular  # a layer that only ever saw zeros keeps its mean
     return torch.cholesky_solve(right, torch.linalg.cholesky(gram + torch.diag_embed(added.expand_as(diagonal))))

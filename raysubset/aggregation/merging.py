@@ -1,4 +1,4 @@
-"""merge(): several state dicts made one, for whoever has them at hand. No run, no Ray, no files.
+"""merge() merges state dicts into one, for anybody who has some. It needs no run, no Ray and no files.
 
 soup = merge([model.state_dict() for model in models])
 best = merge(members, "greedy_soup", score=lambda weights: loss_of(weights))
@@ -36,30 +36,30 @@ def merge(
     examples: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> Weights:
-    """Merge state dicts by a method's name, or by a config of it with its settings.
+    """Merge state dicts by a method's name, or by a config with the method's settings.
 
-    Members count as made from one start, but for aligned_soup and select_best. Batch-norm statistics of a mean are
-    means of the members': recompute them on data before you use it (torch.optim.swa_utils.update_bn).
+    Members count as having one start, except for aligned_soup and select_best. Batch-norm statistics of a mean are
+    means of the members' statistics: recompute them on data before use (torch.optim.swa_utils.update_bn).
 
     Args:
-        members: state dicts of one architecture; left as they are.
-        start: what they started from: ties, dare and savgm need it.
-        sizes: examples each member was made from, for weighted_soup; by default all equal.
-        losses: held-out losses of the members, for select_best, greedy_soup and weighted_soup by validation_loss; by
-            default what `score` gives.
-        score: the held-out loss of any weights, for greedy_soup: less is better.
+        members: state dicts of one architecture. They are not changed.
+        start: the weights that the members started from, for ties and dare.
+        sizes: number of examples behind each member, for weighted_soup; by default all equal.
+        losses: held-out losses of the members, for select_best, greedy_soup, and weighted_soup by validation_loss; by
+            default those that `score` returns.
+        score: returns the held-out loss of any weights, for greedy_soup; less is better.
         statistics: of each member, by kind: {"fisher": diagonal by parameter}, {"gram": XᵀX by layer, [groups, K, K]},
             {"subsample": the weights of its minimum on a part of its data}.
-        network: of the members' architecture, for aligned_soup; it tells which tensors are trainable, too.
+        network: of the members' architecture, for aligned_soup. It also tells which tensors are trainable.
         examples: (inputs [N, …], labels [N]) for aligned_soup, as the network takes them.
-        seed: of what dare draws.
+        seed: of dare's random draws.
 
     Returns:
         A state dict on the CPU.
 
     Raises:
-        ValueError: for members that differ in keys or shapes, one that is not finite, or a method that lacks what it
-            needs.
+        ValueError: if members differ in keys or shapes, one is not finite, or an argument that the method needs is
+            missing.
     """
     config = AggregationConfig(method=config) if isinstance(config, str) else config
     if not members:
@@ -72,7 +72,7 @@ def merge(
     if losses is None and score is not None and needs.validation:
         losses = [score(member) for member in weights]
     if losses is None and needs.validation:
-        raise ValueError(f"{config.method} goes by held-out losses: give losses, or a score of any weights")
+        raise ValueError(f"{config.method} needs held-out losses: give losses, or a score of any weights")
     averaged = averaged_names(network) if network is not None else _all_but_masks(weights)
     minima = [
         Minimum(
@@ -88,16 +88,16 @@ def merge(
         for number, member in enumerate(weights)
     ]
 
-    def measured(candidate: Weights) -> Metrics:
+    def measure(candidate: Weights) -> Metrics:
         if score is None:
-            raise ValueError(f"{config.method} tries weights of its own: give score, the held-out loss of any weights")
+            raise ValueError(f"{config.method} tries new weights: give score, the held-out loss of any weights")
         return _metrics(score(candidate))
 
     def align(minima: Sequence[Minimum]) -> Aggregate:
-        from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+        from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and rarely needed
 
         if network is None or examples is None:
-            raise ValueError("aligned_soup needs network, and examples=(inputs, labels) that it is aligned on")
+            raise ValueError("aligned_soup needs network, and examples=(inputs, labels) on which it aligns")
         inputs, labels = examples
         with torch.no_grad():
             num_outputs = network(inputs[:2]).shape[1]
@@ -109,7 +109,7 @@ def merge(
     context = Context(
         start={key: value.detach().cpu() for key, value in start.items()} if start is not None else None,
         parameter_names=frozenset(names),
-        score=measured,
+        score=measure,
         align=align,
         seed=seed,
     )
@@ -121,12 +121,12 @@ def _metrics(loss: float) -> Metrics:
 
 
 def _parameters(weights: Weights) -> Collection[str]:
-    """Keys of what is trained, where no network tells them: of floating point, but running statistics."""
+    """Return the keys of the parameters, without a network to tell: all floating ones except running statistics."""
     return [key for key, value in weights.items() if value.is_floating_point() and not key.endswith(_STATISTICS)]
 
 
 def _all_but_masks(members: Sequence[Weights]) -> frozenset[str]:
-    """Keys of all but what holds negative infinities beside finite values, in every member at the same places."""
+    """Return all keys except those of masks: the same entries are -inf in every member, and others are finite."""
     first, *others = members
     masks = {
         key
@@ -139,11 +139,11 @@ def _all_but_masks(members: Sequence[Weights]) -> frozenset[str]:
     return frozenset(first.keys() - masks)
 
 
-def _statistics(given: Mapping[str, Weights], kind: str) -> Weights:
-    if kind not in given:
+def _statistics(by_kind: Mapping[str, Weights], kind: str) -> Weights:
+    if kind not in by_kind:
         raise ValueError(f'the method needs {kind} statistics of each member: give statistics=[{{"{kind}": …}}, …]')
-    return given[kind]
+    return by_kind[kind]
 
 
 def _no_outputs() -> NoReturn:
-    raise ValueError("merge() has weights alone, and no outputs of members on validation data")
+    raise ValueError("merge() has only weights, and no outputs of members on validation data")

@@ -1,4 +1,4 @@
-"""Scorer: what weights are worth, on one device, with all forward work counted."""
+"""Scorer measures weights on one device, and counts all its forward work."""
 
 import time
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from raysubset.training import (
 
 
 class Scorer:
-    """Scores weights on validation data and on a sample of training data (`calibration`), and keeps count of the work.
+    """Scores weights on validation data and on a sample of training data (`calibration`), and counts the work.
 
-    Batch-norm statistics are recomputed on that sample, without which a mean's would be wrong; those that training
-    leaves alone stay.
+    Batch-norm statistics are recomputed on that sample, as a mean's would be wrong. Those that training leaves alone
+    stay.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class Scorer:
         self._num_forward, self._started = 0, time.perf_counter()
 
     def refreshed(self, weights: Weights) -> Weights:
-        """The weights with batch-norm statistics of the calibration examples."""
+        """Return the weights with batch-norm statistics of the calibration examples."""
         self._model.load_state_dict(weights)
         self._num_forward += recompute_batch_norm(self._model, self._calibration, self._minimize)
         return {key: value.detach().to("cpu", copy=True) for key, value in self._model.state_dict().items()}
 
     def score(self, weights: Weights) -> Metrics:
-        """Validation metrics of the weights, refreshed first."""
+        """Return validation metrics of the weights, after refreshed()."""
         return self.score_as_is(self.refreshed(weights))
 
     def score_as_is(self, weights: Weights) -> Metrics:
-        """Validation metrics of the weights with the statistics they carry."""
+        """Return validation metrics of the weights with their own statistics."""
         self._model.load_state_dict(weights)
         self._num_forward += len(self._validation)
         return evaluate(self._model, self._validation, self._minimize)
 
     def training(self, weights: Weights) -> Metrics | None:
-        """Metrics of the weights on the calibration examples; None where the report is not to pay for them."""
+        """Return metrics of the weights on the calibration examples; None if measure_training is False."""
         if not self._measure_training:
             return None
         self._model.load_state_dict(weights)
@@ -67,29 +67,29 @@ class Scorer:
         return evaluate(self._model, self._calibration, self._minimize)
 
     def ensemble(self, minima: Sequence[Minimum]) -> Metrics:
-        """Validation metrics of the mean of the members' predictions, which they left behind: no forward work."""
+        """Return validation metrics of the members' combined predictions, which they left: there is no forward work."""
         task, targets = self._validation.task, ensemble_sample(self._validation).targets().cpu()
         return metrics_of_outputs(ensemble_outputs(minima, task), targets, task)
 
     def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:
-        """What a method has in hand, with this scorer's score."""
+        """Return the context that a method receives, with this scorer's score."""
 
         def align(minima: Sequence[Minimum]) -> Aggregate:
-            from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and seldom needed
+            from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and rarely needed
 
             options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
-            made = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
-            assert made.alignment is not None
-            self._num_forward += made.alignment["num_forward"]
-            return made
+            soup = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
+            assert soup.alignment is not None
+            self._num_forward += soup.alignment["num_forward"]
+            return soup
 
         return Context(start, self.parameter_names, self.score, align, seed)
 
     @property
     def parameter_names(self) -> frozenset[str]:
-        """models.trainable_names()."""
+        """The names of models.trainable_names()."""
         return trainable_names(self._model)
 
     def cost(self) -> Cost:
-        """Of all work so far."""
+        """Return the cost of all work so far."""
         return Cost(num_forward=self._num_forward, device_s=time.perf_counter() - self._started)

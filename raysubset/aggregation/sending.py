@@ -1,4 +1,4 @@
-"""What a member sends of its weights: differences from the round's start in 16 or 8 bits, and weights again of those.
+"""The form in which a member sends its weights: differences from the round's start in 16 or 8 bits, and back.
 
 packed = to_differences(weights, start, names, "int8")   # a quarter of the bytes
 weights = of_differences(packed, start)
@@ -13,18 +13,19 @@ from raysubset.training import Weights
 
 Send = Literal["float32", "bfloat16", "int8"]
 
-_LARGEST = 127  # of a difference as an integer: the scale is symmetric
-_WHOLE, _DIFFERENCE, _SCALE = "whole ", "difference ", "scale "  # before names
+_LARGEST = 127  # the largest integer of a difference: the scale is symmetric
+_WHOLE, _DIFFERENCE, _SCALE = "whole ", "difference ", "scale "  # prefixes of names
 
 
 def to_differences(weights: Weights, start: Weights, names: Collection[str], send: Send) -> Weights:
-    """Return what is sent of weights: of `names` the difference from the start, rounded to nearest; all else as it is.
+    """Pack weights for sending. Of `names` the difference from the start is rounded to nearest; all else is unchanged.
 
-    An int8 is a multiple of its tensor's scale, the largest difference / 127, and off by half of that at most; a
-    bfloat16 is off by 2⁻⁸ of the difference at most. Half-precision weights, and what is not finite, is sent as it is.
+    An int8 is a multiple of its tensor's scale, the largest difference / 127, and off by at most half of the scale. A
+    bfloat16 is off by at most 2⁻⁸ of the difference. Half-precision weights and values that are not finite are sent
+    unchanged.
 
     Args:
-        names: of the trainable parameters: running variances could become negative.
+        names: of the trainable parameters. Running variances are not among them, as they could become negative.
     """
     packed = {}
     for name, value in weights.items():
@@ -44,7 +45,7 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
 
 
 def of_differences(packed: Weights, start: Weights) -> Weights:
-    """Return the weights that to_differences() stands for, with the start that they differ from."""
+    """Return the weights that to_differences() packed, given the same start."""
     weights = {}
     for key, value in packed.items():
         kind, _, name = key.partition(" ")

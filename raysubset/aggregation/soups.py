@@ -1,4 +1,4 @@
-"""Means of minima, and the choice of one: weights are streamed, so memory does not grow with their number."""
+"""Means of minima, and the choice of one. Weights are streamed, so memory does not grow with their number."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from raysubset.training import Metrics
 
 
 def soup_methods(config: AggregationConfig) -> dict[str, Method]:
-    """The plain means and choices, as the config has them."""
+    """Return the plain means and choices, with the config's settings."""
     independent = {"allow_independent": config.allow_independent}
     by_loss = Needs(validation=config.weight_by == "validation_loss")
     greedy = Needs(validation=True, forward=lambda num, one: num * (one.refreshing + one.validation))
@@ -38,7 +38,7 @@ def soup_methods(config: AggregationConfig) -> dict[str, Method]:
 
 
 def select_best(minima: Sequence[Minimum]) -> Aggregate:
-    """The minimum with the least validation loss; no shared start is needed.
+    """Return the minimum of least validation loss. It needs no shared start.
 
     Raises:
         ValueError: if there is no minimum, none has a finite loss, or the best one holds NaN.
@@ -48,7 +48,7 @@ def select_best(minima: Sequence[Minimum]) -> Aggregate:
 
 
 def uniform_soup(minima: Sequence[Minimum], *, allow_independent: bool = False) -> Aggregate:
-    """The weights' elementwise mean (Wortsman et al. 2022, arXiv:2203.05482).
+    """Return the elementwise mean of the weights (Wortsman et al. 2022, arXiv:2203.05482).
 
     Raises:
         ValueError: if there is nothing to average, the minima differ in keys or shapes, one holds NaN, or they share
@@ -58,9 +58,9 @@ def uniform_soup(minima: Sequence[Minimum], *, allow_independent: bool = False) 
 
 
 def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independent: bool = False) -> Aggregate:
-    """The mean weighted by the subsets' sizes (federated averaging, arXiv:1602.05629) or by inverse validation loss.
+    """Return the mean weighted by subset sizes (federated averaging, arXiv:1602.05629) or inverse validation losses.
 
-    The inverse of the loss is this project's own choice of weighting.
+    Weighting by the inverse of the loss is this project's own choice.
 
     Raises:
         ValueError: as uniform_soup(), and if a loss to weight by is not finite.
@@ -68,22 +68,22 @@ def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independen
     if weight_by == "examples":
         coefficients = [float(m.num_examples) for m in minima]
     else:
-        bad = [m for m in minima if not math.isfinite(m.validated().loss)]
-        if bad:
+        not_finite = [m for m in minima if not math.isfinite(m.validated().loss)]
+        if not_finite:
             raise ValueError(
-                f"the minimum of subset {bad[0].subset_id} has a validation loss of {bad[0].validated().loss:g} to be "
-                f"weighted by: {CURE}"
+                f"the minimum of subset {not_finite[0].subset_id} has a validation loss of "
+                f"{not_finite[0].validated().loss:g}, which cannot be a weight: {CURE}"
             )
         coefficients = [1 / max(m.validated().loss, 1e-12) for m in minima]
     return _mean("weighted_soup", minima, coefficients, allow_independent=allow_independent)
 
 
 def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: bool = False) -> Aggregate:
-    """Add minima in order of validation loss while the mean's own does not get worse (arXiv:2203.05482, recipe 1).
+    """Add minima in order of validation loss as long as the mean's loss does not grow (arXiv:2203.05482, recipe 1).
 
-    The paper goes by accuracy; here it is the loss, as every choice. Raises as uniform_soup().
+    The paper compares accuracies; here it is the loss, as in every choice. Raises as uniform_soup().
     """
-    shared = check_start("greedy_soup", minima, allow_independent=allow_independent)
+    shares_a_start = check_start("greedy_soup", minima, allow_independent=allow_independent)
     first, *others = by_validation_loss(minima)
     soup, members, best_loss = mean_of(minima), [first.subset_id], first.validated().loss
     soup.add(load_member(first))
@@ -98,11 +98,11 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
             members.append(minimum.subset_id)
     share = 1 / len(members)
     shares = (share,) * len(members)
-    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shared, tuple(tried), soup.of_first)
+    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shares_a_start, tuple(tried), soup.of_first)
 
 
 def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
-    """The minima, best first; those with losses that are not finite come last. Ties go by subset id.
+    """Return the minima, the best first. Those whose loss is not finite come last. Ties are ordered by subset id.
 
     Raises:
         ValueError: if there is no minimum, or none has a finite loss.
@@ -120,17 +120,17 @@ def _rank(minimum: Minimum) -> tuple[float, int]:
 
 
 def ensemble_outputs(minima: Sequence[Minimum], task: Task) -> torch.Tensor:
-    """The members' predictions combined as the task does, float64 [num_validation, …]: a reference, no single model."""
+    """Combine the members' predictions as the task does, float64 [num_validation, …]. It is a reference, no model."""
     return task.combine(minimum.load_outputs().double() for minimum in minima)
 
 
 def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:
-    """Validation loss of the minima's mean, minus their mean loss (Frankle et al. 2020, arXiv:1912.05671)."""
+    """Return the validation loss of the minima's mean minus their mean loss (Frankle et al. 2020, arXiv:1912.05671)."""
     return mean.loss - sum(m.validated().loss for m in minima) / len(minima)
 
 
 def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> RunningMean:
-    """Return the mean of members as they are, whatever their starts: NaN and infinity stay in it.
+    """Return the mean of members as they are, whatever their starts. NaN and infinity stay in it.
 
     Raises:
         ValueError: if the minima differ in keys or shapes.

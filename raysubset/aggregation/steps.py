@@ -19,13 +19,13 @@ def outer_step(
     momentum_factor: float,
     parameter_names: Collection[str],
 ) -> tuple[Weights, Weights]:
-    """One step of Nesterov SGD on the round's displacement start - mean (DiLoCo, Douillard et al., arXiv:2311.08105).
+    """Take one step of Nesterov SGD on the round's displacement start - mean (DiLoCo, Douillard et al., 2311.08105).
 
-    With learning rate 1 and no momentum the result is the mean. All but the trainable parameters is the mean's: its
-    statistics have to be recomputed in any case.
+    With learning rate 1 and no momentum the result is the mean. All but the trainable parameters is the mean's:
+    its statistics have to be recomputed in any case.
 
     Args:
-        momentum: what the last round returned; empty in the first.
+        momentum: as the last round returned it; empty in the first round.
 
     Returns:
         The next start, and the momentum to pass in with it (parameters only).
@@ -43,29 +43,28 @@ def outer_step(
 def shrink_perturb(
     weights: Weights, fresh: Weights, *, shrink: float, perturb: float, parameter_names: Collection[str]
 ) -> Weights:
-    """Return shrink * weights + perturb * fresh (Ash & Adams 2020, arXiv:1910.08475); all but parameter_names stays.
+    """Return shrink * weights + perturb * fresh (Ash & Adams 2020, arXiv:1910.08475) for the given parameters.
 
-    These are the trainable ones: a frozen parameter could never recover.
+    All else stays. parameter_names are the trainable ones, as a frozen parameter could never recover.
     """
     mixed = {name: shrink * weights[name] + perturb * fresh[name] for name in parameter_names}
     return {**weights, **mixed}
 
 
 def mean_optimizer_state(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The elementwise mean of optimizers' state dicts, read one after the other; step counters are the first's.
+    """Return the elementwise mean of optimizers' state dicts, read one after the other, with the first's step counters.
 
-    States that hold nothing, of members that diverged and began anew, are left out; of nothing but such the first is
-    returned.
+    Empty states, of members that diverged and began again, are left out. If all are empty, the first is returned.
 
     Raises:
-        ValueError: if there is no state, or two differ in what they hold.
+        ValueError: if there is no state, or two hold different things.
     """
     first, mean = None, RunningMean()
     for state in states:
         moments = {
             f"{parameter}.{name}": value
-            for parameter, held in state["state"].items()
-            for name, value in held.items()
+            for parameter, values in state["state"].items()
+            for name, value in values.items()
             if isinstance(value, Tensor) and name != "step"
         }
         if first is None or not first["state"]:
@@ -76,7 +75,7 @@ def mean_optimizer_state(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError("there is no optimizer state to average")
     means = mean.weights()
     averaged = {
-        parameter: {name: means.get(f"{parameter}.{name}", value) for name, value in held.items()}
-        for parameter, held in first["state"].items()
+        parameter: {name: means.get(f"{parameter}.{name}", value) for name, value in values.items()}
+        for parameter, values in first["state"].items()
     }
     return {**first, "state": averaged}

@@ -1,4 +1,4 @@
-"""Members read one after the other: what is refused of them, and a mean that holds one copy however many there are."""
+"""Members read one after the other: what is refused of them, and a mean that holds one copy whatever their number."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -14,11 +14,11 @@ CURE = "lower minimize.learning_rate, or use aggregation.method=select_best"
 
 
 class RunningMean:
-    """A weighted mean of weights added one after the other: it holds one copy, however many are added.
+    """A weighted mean of weights that are added one after the other. It holds one copy, however many are added.
 
-    This is the one place that says what a mean is made of. What no member changed stays as it is, to the last bit:
-    frozen parameters, masks of infinities. Of the rest, floating values of the keys in `averaged` are averaged, and
-    everything else stays the first member's: integers, codebooks, the vectors of spectral norm.
+    This is the one place that says how a mean is computed. Values that no member changed stay, to the last bit: frozen
+    parameters, masks of infinities. Of the others, floating values of the keys in `averaged` are averaged. The rest are
+    the first member's: integers, codebooks, the vectors of spectral norm.
 
     Args:
         averaged: models.averaged_names(); None: all keys.
@@ -32,7 +32,7 @@ class RunningMean:
         self._differing: set[str] = set()  # keys in which members differ
 
     def add(self, weights: Weights, coefficient: float = 1.0) -> None:
-        """Fold in one member. Half-precision members accumulate in float32.
+        """Add one member. Half-precision members accumulate in float32.
 
         Raises:
             ValueError: if keys or shapes differ from those of the first member.
@@ -59,11 +59,11 @@ class RunningMean:
 
     @property
     def of_first(self) -> tuple[str, ...]:
-        """Keys in which members differ and of which no mean is made: the first member's."""
+        """The keys in which members differ but that are not averaged: their values are the first member's."""
         return () if self._averaged is None else tuple(sorted(self._differing - set(self._averaged)))
 
     def weights(self) -> Weights:
-        """The mean in the members' own types, valid until the next add(): its memory is the mean's own."""
+        """Return the mean in the members' types. It shares the mean's memory, so it is valid until the next add()."""
         return {key: value.to(self._dtypes[key]) for key, value in self._mean.items()}
 
     def copy(self) -> "RunningMean":
@@ -74,7 +74,7 @@ class RunningMean:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Return True if two tensors of one shape and type have the same bits, NaN included; a first difference ends it."""
+    """Return True if two tensors of one shape and type have the same bits, NaN included. Stops at a difference."""
     bits = _INTEGERS[one.element_size()]
     return torch.equal(one.view(bits), other.view(bits))
 
@@ -85,85 +85,85 @@ def mean_of(minima: Sequence[Minimum]) -> RunningMean:
 
 
 def shares_start(minima: Sequence[Minimum]) -> bool:
-    """Whether all minima were started from the same weights."""
+    """Return True if all minima started from the same weights."""
     return len({m.start_id for m in minima}) <= 1
 
 
 def check_start(method: str, minima: Sequence[Minimum], *, allow_independent: bool) -> bool:
-    """Whether the minima share a start.
+    """Return True if the minima share a start.
 
     Raises:
-        ValueError: if there is none, or they share no start and this is not allowed.
+        ValueError: if there is no minimum, or they share no start and this is not allowed.
     """
     if not minima:
         raise ValueError(f"{method} needs at least one minimum; there is none")
-    shared = shares_start(minima)
-    if not shared and not allow_independent:
+    shares_a_start = shares_start(minima)
+    if not shares_a_start and not allow_independent:
         raise ValueError(
             f"{method} averages minima that share no start, which gives a useless mean: use subsets.start=shared, "
-            "aggregation.method=select_best, or aggregation.allow_independent to do it all the same"
+            "aggregation.method=select_best, or aggregation.allow_independent to average them anyway"
         )
-    return shared
+    return shares_a_start
 
 
 def aggregate_of(
     method: str, minima: Sequence[Minimum], weights: Weights, coefficients: Sequence[float], mean: RunningMean
 ) -> Aggregate:
-    """An aggregate of all the minima; `mean` is of what was averaged plainly, coefficients are against one another."""
+    """Return an aggregate of all minima. `mean` averaged the plain part; coefficients are relative to one another."""
     ids, shares = tuple(m.subset_id for m in minima), tuple(c / sum(coefficients) for c in coefficients)
     return Aggregate(method, weights, ids, shares, shares_start(minima), of_first=mean.of_first)
 
 
 def load_member(minimum: Minimum) -> Weights:
-    """Its weights.
+    """Load a minimum's weights.
 
     Raises:
         ValueError: if they hold NaN or infinity.
     """
     weights = minimum.load_weights()
-    if bad := first_not_finite(weights, minimum.keys_averaged(weights)):
-        raise ValueError(f"the minimum of subset {minimum.subset_id} holds NaN or infinity in {bad}: {CURE}")
+    if key := first_not_finite(weights, minimum.keys_averaged(weights)):
+        raise ValueError(f"the minimum of subset {minimum.subset_id} holds NaN or infinity in {key}: {CURE}")
     return weights
 
 
 def load_members(minima: Sequence[Minimum]) -> Iterator[tuple[Minimum, Weights]]:
-    """Each with its weights, one after the other.
+    """Yield each minimum with its weights, one after the other.
 
     Raises:
         ValueError: as load_member(), and if the weights differ in keys or shapes from the first member's.
     """
-    form: Weights = {}
+    first_shapes: Weights = {}
     for minimum in minima:
         weights = load_member(minimum)
-        form = form or {key: value.to("meta") for key, value in weights.items()}
-        refuse_other_architecture(form, weights)
+        first_shapes = first_shapes or {key: value.to("meta") for key, value in weights.items()}
+        refuse_other_architecture(first_shapes, weights)
         yield minimum, weights
 
 
 def refuse_not_finite(mean: Weights, minima: Sequence[Minimum]) -> None:
-    """load_member()'s error, for members of a mean, where NaN and infinity stay: if it holds some they are read."""
+    """Raise load_member()'s error for the first bad member if a mean holds NaN or infinity. Only then read members."""
     if first_not_finite(mean, minima[0].keys_averaged(mean)):
         for minimum in minima:
             load_member(minimum)
 
 
 def load_statistics(minimum: Minimum, kind: str) -> Weights:
-    """What its actor left beside it.
+    """Load the statistics of a kind that a minimum's actor left.
 
     Raises:
-        ValueError: if there is nothing of this kind, or it holds NaN or infinity.
+        ValueError: if there are none of this kind, or they hold NaN or infinity.
     """
     statistics = minimum.load_statistics(kind)
     keys = minimum.keys_averaged(statistics) if kind == "subsample" else statistics.keys()
-    if bad := first_not_finite(statistics, keys):
-        raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} hold NaN or infinity in {bad}: {CURE}")
+    if key := first_not_finite(statistics, keys):
+        raise ValueError(f"the {kind} statistics of subset {minimum.subset_id} hold NaN or infinity in {key}: {CURE}")
     return statistics
 
 
 def first_not_finite(tensors: Weights, keys: Collection[str]) -> str | None:
-    """Return the first of the keys whose values show that a minimization diverged, or None.
+    """Return the first of the keys whose values are not finite, as after a minimization that diverged; else None.
 
-    A sum that is finite says that all of it is, at 40 times the speed of isfinite() (one CPU thread, torch 2.15).
+    A finite sum shows that all values are finite, at 40 times the speed of isfinite() (one CPU thread, torch 2.15).
     """
     for key, value in tensors.items():
         if not value.is_floating_point() or key not in keys:
@@ -175,17 +175,17 @@ def first_not_finite(tensors: Weights, keys: Collection[str]) -> str | None:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What to accumulate in: float32 for half precision."""
+    """Return the type to accumulate in: float32 for half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def widened(value: Tensor) -> Tensor:
-    """A copy to accumulate in."""
+    """Return a copy in the type to accumulate in."""
     return value.to(wide(value.dtype), copy=True)
 
 
 def refuse_other_architecture(one: Weights, other: Weights) -> None:
-    """Raises ValueError, with the first key that is missing in one of the two, or of another shape."""
+    """Raise a ValueError with the first key that one of the two lacks, or whose shape differs."""
     for key in sorted(one.keys() ^ other.keys()):
         raise ValueError(f"minima of different architectures cannot be averaged: {key} is in one and not in the other")
     for key, value in one.items():

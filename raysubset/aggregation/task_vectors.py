@@ -27,7 +27,7 @@ BLOCK = 2**18  # elements of a task vector at a time: a MiB of float32, which st
 
 
 def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
-    """The methods that work on what members moved by, or moved by twice, as the config has them."""
+    """Return the methods that work on differences of weights, with the config's settings."""
 
     def by_ties(minima: Sequence[Minimum], context: Context) -> Aggregate:
         options = {"density": config.ties_density, "scale": config.task_scale}
@@ -53,22 +53,22 @@ def _start(method: str, context: Context) -> Weights:
 def ties(
     minima: Sequence[Minimum], start: Weights, *, density: float, scale: float, parameter_names: Collection[str]
 ) -> Aggregate:
-    """Trim, elect sign, and average those that agree (TIES-Merging, Yadav et al. 2023, arXiv:2306.01708).
+    """Trim, elect signs, and average the elements that agree (TIES-Merging, Yadav et al. 2023, arXiv:2306.01708).
 
-    Of each task vector θ_i - θ_0 the share `density` of largest magnitude is kept, over all parameters together (of
-    equals at the limit all); an element's sign is that of the sum of what is left of it; the kept elements of that sign
-    are averaged, and θ_0 plus `scale` times that is the result. Where signs cancel exactly nothing is added (the
-    authors' code takes the sign of the majority of elements).
+    Of each task vector θ_i - θ_0 the share `density` of largest magnitude is kept, over all parameters together (at the
+    limit, all of equal magnitude). An element's elected sign is that of the sum of what is kept of it. The kept
+    elements of that sign are averaged, and the result is θ_0 plus `scale` times this mean. If signs cancel exactly,
+    nothing is added (the authors' code takes the sign of the majority of elements).
 
-    All else is averaged by RunningMean's rule, so batch-norm statistics are to be recomputed. Members are streamed,
-    once: four and a half copies of the parameters, the result among them, and one member are held; six from 256
-    members on.
+    All else is averaged by RunningMean's rule, so batch-norm statistics have to be recomputed. Members are streamed
+    once. Memory holds four and a half copies of the parameters, including the result, and one member; six copies from
+    256 members on.
 
     Args:
         start: θ_0, the weights that all minima started from.
         density: in (0, 1].
         scale: λ; positive.
-        parameter_names: models.trainable_names(), here as below.
+        parameter_names: models.trainable_names(), here and below.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
@@ -81,12 +81,12 @@ def ties(
         buffers.add(_without(parameter_names, weights))
         limit = _largest_dropped(weights, origin, density)
         for place, difference in _differences(weights, origin):
-            kept = F.hardshrink(difference, limit)
-            sums[place].add_(kept)
-            num_plus.numpy()[place] += (kept.numpy() > 0).view(np.uint8)  # at six times torch's speed
-            num_minus.numpy()[place] += (kept.numpy() < 0).view(np.uint8)
-            magnitudes[place].add_(kept.abs_())
-    agreeing = magnitudes.add_(sums.abs()).mul_(0.5)  # the sum of magnitudes of those whose sign is the sum's
+            largest = F.hardshrink(difference, limit)
+            sums[place].add_(largest)
+            num_plus.numpy()[place] += (largest.numpy() > 0).view(np.uint8)  # six times as fast as torch
+            num_minus.numpy()[place] += (largest.numpy() < 0).view(np.uint8)
+            magnitudes[place].add_(largest.abs_())
+    agreeing = magnitudes.add_(sums.abs()).mul_(0.5)  # the sum of magnitudes of elements that have the sum's sign
     agreeing.div_(torch.where(sums > 0, num_plus, num_minus).clamp_min_(1)).mul_(sums.sign_())
     return _moved("ties", minima, start, agreeing, scale, buffers, origin)
 
@@ -94,19 +94,19 @@ def ties(
 def dare(
     minima: Sequence[Minimum], start: Weights, *, drop: float, scale: float, seed: int, parameter_names: Collection[str]
 ) -> Aggregate:
-    """Drop elements of task vectors at random and rescale the rest (DARE, Yu et al. 2024, arXiv:2311.03099).
+    """Drop elements of task vectors at random and rescale the others (DARE, Yu et al. 2024, arXiv:2311.03099).
 
-    Each element of θ_i - θ_0 is dropped with probability `drop`, to the nearest of its multiples of 2⁻¹⁶ under one, and
-    divided by one less this where it is kept, so that its expectation stays; the result is θ_0 plus `scale` times the
-    mean over members (a sum in the paper, whose λ is ours over N). Buffers as in ties(). Members are streamed: two
-    copies of the parameters, the result among them, and one member are held.
+    Each element of θ_i - θ_0 is dropped with probability `drop`, rounded to a multiple of 2⁻¹⁶ below one. Kept elements
+    are divided by one minus this probability, so that the expectation stays. The result is θ_0 plus `scale` times the
+    mean over members (a sum in the paper, whose λ is ours over N). Buffers as in ties(). Members are streamed: memory
+    holds two copies of the parameters, including the result, and one member.
 
     Args:
         start: θ_0, the weights that all minima started from.
         drop: in [0, 1).
         scale: λ; positive.
         seed: each member's draws come from it and the subset's id, the same on every machine.
-        parameter_names: the keys that are trainable parameters.
+        parameter_names: the keys of the trainable parameters.
 
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
@@ -119,8 +119,8 @@ def dare(
         buffers.add(_without(parameter_names, weights))
         random_words = np.random.SFC64(derive_seed(seed, "dare", minimum.subset_id)).random_raw
         for place, difference in _differences(weights, origin):
-            kept = _draws(random_words, len(difference), num_dropped).astype(difference.numpy().dtype)
-            sums[place].addcmul_(difference, torch.from_numpy(kept))
+            is_kept = _draws(random_words, len(difference), num_dropped).astype(difference.numpy().dtype)
+            sums[place].addcmul_(difference, torch.from_numpy(is_kept))
     sums /= (1 - num_dropped / 2**16) * len(minima)
     return _moved("dare", minima, start, sums, scale, buffers, origin)
 
@@ -128,12 +128,12 @@ def dare(
 def savgm(
     minima: Sequence[Minimum], *, fraction: float, parameter_names: Collection[str], allow_independent: bool = False
 ) -> Aggregate:
-    """(mean θ_i - r mean θ_i') / (1 - r), θ_i' the minimum on a share r of subset i (Zhang et al., JMLR 2013).
+    """Return (mean θ_i - r mean θ_i') / (1 - r); θ_i' is a minimum on a share r of subset i (Zhang et al., JMLR 2013).
 
-    Subsampled average mixture: where a minimum's bias falls as one over the number of examples, its leading term
-    cancels. It is a weighted mean, in which each θ_i' counts -r. Buffers are the members' mean, so batch-norm
-    statistics are to be recomputed. Members are streamed: one copy of the weights, and one member with its second
-    minimum, are held.
+    This is the subsampled average mixture: if a minimum's bias falls as one over the number of examples, its leading
+    term cancels. It is a weighted mean in which each θ_i' has weight -r. Buffers are the members' mean, so batch-norm
+    statistics have to be recomputed. Members are streamed: memory holds one copy of the weights, and one member with
+    its second minimum.
 
     Args:
         fraction: r, in (0, 1), with which the subsamples were drawn.
@@ -150,8 +150,8 @@ def savgm(
         buffers.add(_without(parameter_names, weights))
         corrected.add({name: weights[name] for name in parameter_names})
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
-    made = corrected.weights() | buffers.weights()
-    return aggregate_of("savgm", minima, {key: made[key] for key in keys}, [1.0] * len(minima), buffers)
+    merged = corrected.weights() | buffers.weights()
+    return aggregate_of("savgm", minima, {key: merged[key] for key in keys}, [1.0] * len(minima), buffers)
 
 
 def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
@@ -163,9 +163,9 @@ def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
 
 
 def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
-    """load_members() of the start's keys and shapes; the start is to be finite as well."""
-    if bad := first_not_finite(start, minima[0].keys_averaged(start)):
-        raise ValueError(f"the weights that the minima started from hold NaN or infinity in {bad}")
+    """Yield load_members(), refusing other keys and shapes than the start's, and a start that is not finite."""
+    if key := first_not_finite(start, minima[0].keys_averaged(start)):
+        raise ValueError(f"the weights that the minima started from hold NaN or infinity in {key}")
     for minimum, weights in load_members(minima):
         refuse_other_architecture(start, weights)
         yield minimum, weights
@@ -180,21 +180,21 @@ def _dtype(origin: Weights) -> torch.dtype:
 
 
 def _zeros(origin: Weights, dtype: torch.dtype | None = None) -> Tensor:
-    """A flat vector of all these parameters, by default at least float32."""
+    """Return a flat vector of zeros for all these parameters, in float32 or a wider type by default."""
     return torch.zeros(sum(value.numel() for value in origin.values()), dtype=dtype or _dtype(origin))
 
 
 def _differences(weights: Weights, origin: Weights) -> Iterator[tuple[slice, Tensor]]:
-    """The task vector as a flat one, BLOCK elements at a time: each with its place, and overwritten by the next."""
+    """Yield the flat task vector in blocks of BLOCK elements, each with its place. Blocks share one memory."""
     block = torch.empty(BLOCK, dtype=_dtype(origin))
     first = filled = 0
     for name, start in origin.items():
-        own, start = weights[name].reshape(-1), start.reshape(-1)
-        while len(own):
+        member_part, start = weights[name].reshape(-1), start.reshape(-1)
+        while len(member_part):
             free = BLOCK - filled
-            part = block[filled : filled + len(own)]
-            torch.sub(own[:free].to(block.dtype), start[:free], out=part)
-            own, start, filled = own[free:], start[free:], filled + len(part)
+            part = block[filled : filled + len(member_part)]
+            torch.sub(member_part[:free].to(block.dtype), start[:free], out=part)
+            member_part, start, filled = member_part[free:], start[free:], filled + len(part)
             if filled == BLOCK:
                 yield slice(first, first + BLOCK), block
                 first, filled = first + BLOCK, 0
@@ -207,7 +207,7 @@ def _without(names: Collection[str], weights: Weights) -> Weights:
 
 
 def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
-    """A magnitude that just those elements of the task vector exceed that are kept; 0 where fewer have moved at all."""
+    """Return a magnitude that only the elements to keep exceed; 0 if fewer elements have moved at all."""
     magnitudes = _zeros(origin)
     for place, difference in _differences(weights, origin):
         magnitudes[place] = difference.abs_()
@@ -217,17 +217,17 @@ def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float
 
 
 def _draws(random_words: Callable[[int], np.ndarray], num: int, num_dropped: int) -> np.ndarray:
-    """uint8 [num], 0 with probability num_dropped / 2¹⁶ and otherwise 1; num_dropped in [0, 2¹⁶).
+    """Return uint8 [num] of 0 with probability num_dropped / 2¹⁶, otherwise 1; num_dropped in [0, 2¹⁶).
 
     An element is kept if a random number of 16 bits is at least num_dropped. 64 elements are compared at once, from the
-    last bit on; final zeros decide nothing, so that a half takes one random bit an element.
+    last bit on. Trailing zeros decide nothing, so that a half takes one random bit an element.
     """
     num_words = -(-num // 64)
-    kept = np.full(num_words, 2**64 - 1, np.uint64)
+    is_kept = np.full(num_words, 2**64 - 1, np.uint64)
     for digit in reversed(f"{num_dropped:016b}".rstrip("0")):
         random = random_words(num_words)
-        kept = kept & random if digit == "1" else kept | random
-    return np.unpackbits(kept.astype("<u8").view(np.uint8), count=num, bitorder="little")
+        is_kept = is_kept & random if digit == "1" else is_kept | random
+    return np.unpackbits(is_kept.astype("<u8").view(np.uint8), count=num, bitorder="little")
 
 
 def _moved(
@@ -239,7 +239,7 @@ def _moved(
     buffers: RunningMean,
     origin: Weights,
 ) -> Aggregate:
-    """θ_0 plus the merged task vector."""
+    """Return the aggregate of θ_0 plus the merged task vector."""
     weights = dict(buffers.weights())
     for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
         weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
