@@ -1,4 +1,4 @@
-"""What follows from config and data before anything is run: subsets, Q, advice, planned passes."""
+"""The plan of a run, from config and data, before anything runs: subsets, Q, advice, planned passes."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -32,12 +32,12 @@ from raysubset.training import (
 from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
-_MUCH, _LITTLE = 0.25, 0.1  # of a round's training, that its measuring may cost without and after advice
+_MUCH, _LITTLE = 0.25, 0.1  # share of a round's training that measuring it may cost, before and after the advice
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as far as it can be told beforehand."""
+    """What can be known of a run before it begins."""
 
     subsets: tuple[Subset, ...]  # of the first round
     num_parameters: int
@@ -46,22 +46,22 @@ class Plan:
     full_set_ratio: float  # Q of the full set
     subset_ratios: tuple[float, ...]  # Q of each subset
     advice: tuple[Note, ...]  # for the user
-    statistics: tuple[str, ...]  # kinds that actors are to leave beside their minima
-    passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs. At most, where
-    # a recipe ends early (minimize.tolerance, target_loss) or spares weights their gradients (minimize.skipping)
-    critical_path_passes: float  # likewise, if every subset had a device of its own
+    statistics: tuple[str, ...]  # kinds that actors leave with their minima
+    passes: float  # of training, in total; evaluation comes on top. For a conventional run, its epochs. At most these,
+    # if a recipe ends early (minimize.tolerance, target_loss) or skips weights' gradients (minimize.skipping)
+    critical_path_passes: float  # likewise, as if every subset had its own device
     most_workers: int  # that can share the batches of fine-tuning
 
     def drawing(self, config: Config, place: RunDirectory | str | None, **more: Any) -> Drawing:
-        """What draws the legs of a config that this is the plan of."""
+        """Return what draws the legs of a config that this plan is for."""
         return Drawing(config, place, [len(subset.indices) for subset in self.subsets], self.statistics, **more)
 
 
 def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | None = None) -> Plan:
-    """Cut the first round's subsets, equal or in proportion to the shares, and say what to expect of them.
+    """Cut the first round's subsets, of equal size or in proportion to the shares, and say what to expect of them.
 
     Raises:
-        ValueError: if the subsets cannot be cut, the model does not fit images, classes and aggregation, a step of
+        ValueError: if the subsets cannot be cut, the model does not fit the data, task or aggregation, a step of
             training fails on a copy of it, or batches are too small for it or for the workers that share them.
     """
     num_train, num_outputs = len(full_set.train), full_set.spec.num_outputs
@@ -73,12 +73,12 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     if quorum is not None and quorum > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
-    without = refuse_unfit_methods(config, full_set, model)
+    method_notes = refuse_unfit_methods(config, full_set, model)
     least = min(sizes)
     if method_of(config.aggregation).needs.parts:
         least = subsample_size(config, least)
     most = most_workers(config, full_set, model, least_subset=least)
-    found = [*start_note(config, full_set), *without, *findings(config, full_set, model)]
+    notes = [*start_note(config, full_set), *method_notes, *findings(config, full_set, model)]
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         missing = list[Note]()
@@ -89,15 +89,15 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     drawing = Drawing(config, None, sizes, statistics)
     legs = list(drawing.legs())
 
-    def measure(leg: Leg) -> float:  # with what teachers add, who pass all batches of fine-tuning forward
+    def measure(leg: Leg) -> float:  # with the teachers' work: they pass all batches of fine-tuning forward
         num_teachers = len(leg.members) if leg.stage == "fine_tuning" else 0
         return leg.passes(num_train) + leg.epochs * Cost(num_forward=num_teachers).passes(1, share)
 
     passes, critical_path_passes = math.fsum(map(measure, legs)), critical_path(legs, measure)
     if config.method == "conventional":
         evaluation = sum((_evaluation(leg, full_set, model) for leg in legs), Cost())
-        own = _evaluation(drawing.conventional(passes, num_workers=1), full_set, model)
-        equal = passes + (evaluation + Cost(num_forward=-own.num_forward)).passes(num_train, share)
+        baseline_evaluation = _evaluation(drawing.conventional(passes, num_workers=1), full_set, model)
+        equal = passes + (evaluation + Cost(num_forward=-baseline_evaluation.num_forward)).passes(num_train, share)
         passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
     return Plan(
         subsets=subsets,
@@ -106,7 +106,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         forward_share=share,
         full_set_ratio=overdetermination_ratio(num_train, num_outputs, num),
         subset_ratios=tuple(overdetermination_ratio(size, num_outputs, num) for size in sizes),
-        advice=(*found, *lines),
+        advice=(*notes, *lines),
         statistics=statistics,
         passes=passes,
         critical_path_passes=critical_path_passes,
@@ -115,10 +115,10 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
 
 
 def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int, num_workers: int) -> Iterator[Step]:
-    """What each stage of a run trains for, in order.
+    """Yield what each stage of a run trains for, in order.
 
     Args:
-        at_once: actors that the cluster has, or can have, room for.
+        at_once: actors that the cluster has room for, or can have.
         num_workers: of fine-tuning.
     """
     drawing = plan.drawing(config, None)
@@ -127,17 +127,17 @@ def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int, num_
     else:
         legs = (leg for leg in drawing.legs(num_workers=max(1, num_workers)) if leg.kind != "aggregate")
     for (stage, round), group in groupby(legs, lambda leg: (leg.told_stage, leg.round)):
-        of_stage = list(group)
-        passes, first = math.fsum(leg.passes(num_train) for leg in of_stage), of_stage[0]
-        yield Step(stage, round, passes, len(of_stage), first.num_workers if first.subset is None else at_once)
+        stage_legs = list(group)
+        passes, first = math.fsum(leg.passes(num_train) for leg in stage_legs), stage_legs[0]
+        yield Step(stage, round, passes, len(stage_legs), first.num_workers if first.subset is None else at_once)
     yield Step("test", 0, 0.0, 1, 1)
 
 
 def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[Note]]:
-    """What actors are to leave for the aggregation, and what the user should know of it.
+    """Return the kinds of statistics that actors leave for the aggregation, and what the user should know about them.
 
     Raises:
-        ValueError: if the Fisher that was asked for cannot be taken of this network; auto goes without.
+        ValueError: if the Fisher of this network cannot be computed and the method needs it. auto goes without it.
     """
     aggregation = config.aggregation
     kinds = statistics_of(config)
@@ -159,10 +159,10 @@ def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tu
 
 
 def _evaluation(leg: Leg, full_set: FullSet, model: nn.Module) -> Cost:
-    """What a leg works beside its training, if no work is lost.
+    """Return a leg's work besides its training, if no work is lost.
 
-    A greedy soup is counted as if every member were tried; Ray Train jobs as if of one worker; alignment as if each
-    member passed the calibration examples twice.
+    A greedy soup is counted as if every member were tried, a Ray Train job as if it had one worker, and alignment as if
+    each member passed the calibration examples twice.
     """
     config, num_validation = leg.config, len(full_set.validation)
     if leg.kind == "aggregate":
@@ -183,46 +183,46 @@ def _evaluation(leg: Leg, full_set: FullSet, model: nn.Module) -> Cost:
 
 
 def _aggregation_forward(config: Config, full_set: FullSet, num: int, model: nn.Module) -> int:
-    """Examples that the aggregation of so many minima passes forward if it is measured, counted as in _evaluation()."""
+    """Return the examples that aggregating `num` minima passes forward if it is measured, as _evaluation() counts."""
     num_validation, sample = len(full_set.validation), min(CALIBRATION_EXAMPLES, len(full_set.train))
-    one = Forward(sample, sample * has_batch_norm(model), num_validation)
-    tried, forward = methods_tried(config), sample + num_validation
+    forward_sizes = Forward(sample, sample * has_batch_norm(model), num_validation)
+    methods, forward = methods_tried(config), sample + num_validation
     if num > 1:
-        forward = sample + sum(method.needs.forward(num, one) for method in tried.values())
-        forward += (one.refreshing + num_validation) * ("uniform_soup" not in tried)  # which is always reported
+        forward = sample + sum(method.needs.forward(num, forward_sizes) for method in methods.values())
+        forward += (forward_sizes.refreshing + num_validation) * ("uniform_soup" not in methods)  # is always reported
     if config.rounds.has_outer_step():
-        forward += one.refreshing + num_validation
+        forward += forward_sizes.refreshing + num_validation
     return forward
 
 
 def _measuring_advice(
     config: Config, full_set: FullSet, sizes: list[int], model: nn.Module, share: float
 ) -> list[Note]:
-    """Whether measuring every round costs much beside its training, and how to do it less often."""
+    """Advise to measure less often if measuring every round costs much in comparison with its training."""
     rounds, num_train = config.rounds, len(full_set.train)
     if rounds.num == 1 or method_of(config.aggregation).needs.validation:
         return []
     forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, len(sizes), model)
-    measured, trained = (
+    measuring, training = (
         Cost(num_forward=forward).passes(num_train, share),
         max(sizes) * config.minimize.epochs / num_train,
     )
-    if measured / rounds.evaluate_every < _MUCH * trained:
+    if measuring / rounds.evaluate_every < _MUCH * training:
         return []
-    every = min(rounds.num, math.ceil(measured / (_LITTLE * trained)))
-    if every <= rounds.evaluate_every:
+    interval = min(rounds.num, math.ceil(measuring / (_LITTLE * training)))
+    if interval <= rounds.evaluate_every:
         return []
-    text = f"to measure a round takes {measured:.2g} passes on the critical path, to train it {trained:.2g}"
-    return [Note(f"{text}: --rounds.evaluate-every {every} does it less often")]
+    text = f"to measure a round takes {measuring:.2g} passes on the critical path, to train it {training:.2g}"
+    return [Note(f"{text}: --rounds.evaluate-every {interval} does it less often")]
 
 
 def _num_turns(recipe: MinimizeConfig) -> int:
-    """How often an epoch, or epoch_fraction of one, ends, the last part of one included."""
+    """Return how often an epoch, or epoch_fraction of one, ends. A last partial one counts."""
     return math.ceil(recipe.epochs / recipe.epoch_fraction)
 
 
 def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Module) -> int:
-    """Examples passed forward for the running statistics of averages of weights, as Techniques.end_epoch() does."""
+    """Return the examples passed forward for running statistics of averaged weights, as in Techniques.end_epoch()."""
     if recipe.averaging.kind == "none" or not has_batch_norm(model):
         return 0
     num_restarts = (_num_turns(recipe) - 1) * recipe.averaging.restarts()
@@ -230,20 +230,20 @@ def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Modu
 
 
 def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
-    """What the tensors of an actor that holds the most examples take on its card (see minimizing_bytes())."""
+    """Return the bytes of tensors on the card of the actor with the most examples (see minimizing_bytes())."""
     model = seeded_model(config, full_set)
-    alone = config.trunk.epochs and config.trunk.num_workers == 1
-    if config.method == "conventional" or alone:
-        held = full_set.examples_num_bytes("train")
+    has_lone_trunk = config.trunk.epochs and config.trunk.num_workers == 1
+    if config.method == "conventional" or has_lone_trunk:
+        data_bytes = full_set.examples_num_bytes("train")
     else:
-        held = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
-    return held + minimizing_bytes(model, config.minimize, full_set.spec, num_examples=len(full_set.validation))
+        data_bytes = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
+    return data_bytes + minimizing_bytes(model, config.minimize, full_set.spec, num_examples=len(full_set.validation))
 
 
 def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
-    """Which examples each subset has, a row an example: by position in the training split, and by row in the source.
+    """Return a table of the subsets' examples: a row for each, with its positions in the training split and the source.
 
-    A digest of the data stands in its metadata.
+    Its metadata hold a digest of the data.
     """
     train = full_set.train
     labels = train.arrays().get("label")

@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting, putting the full set there once, and telling what can ever be placed.
+"""The Ray cluster: connecting, putting the full set there once, and finding out what can ever be placed.
 
 with connected(config.cluster):
     full_set_ref = put_once(full_set)

@@ -1,14 +1,14 @@
-"""Ray's token authentication: a token of our own for a cluster of our own; elsewhere what the cluster asks for.
+"""Ray's token authentication: a cluster that we start has a token of ours; another gets the token that it asks for.
 
-Ray reads the mode when it is imported, and for a new cluster would leave a world-readable token in the home folder: so
-this comes before `import ray`. RAY_AUTH_MODE is left alone where the user has set it.
+Ray reads the mode when it is imported, and for a new cluster would leave a world-readable token in the home folder. So
+this module comes before `import ray`. If the user has set RAY_AUTH_MODE, it is left alone.
 """
 
 import os
 import secrets
 import sys
 
-_MODE_CHOSEN = "RAY_AUTH_MODE" in os.environ
+_MODE_IS_SET = "RAY_AUTH_MODE" in os.environ
 _OWN_TOKEN = secrets.token_hex(32)
 
 
@@ -17,7 +17,7 @@ def _set_own_token() -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", _OWN_TOKEN)
 
 
-if not _MODE_CHOSEN and "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+if not _MODE_IS_SET and "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
     _set_own_token()
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -35,22 +35,22 @@ _WAY_OUT = (
 
 
 def use_own_token() -> None:
-    """Before a new cluster on this machine: its token ends with it, as its ports listen on every interface."""
-    if not _MODE_CHOSEN:
+    """Prepare a new cluster on this machine: it gets a token of its own, as its ports listen on all interfaces."""
+    if not _MODE_IS_SET:
         _set_own_token()
         _read_environment_again()
 
 
 def use_token_of(address: str) -> None:
-    """Before connecting to host:port: with a token exactly where the cluster there asks for one.
+    """Prepare a connection to host:port: with a token if the cluster there asks for one, and otherwise without.
 
-    Ray's own client tries for 20 s, and then says only that it failed.
+    Ray's own client tries for 20 s, and then reports only that it failed.
 
     Raises:
-        ConnectionError: if what listens there is no Ray cluster.
-        ValueError: if it asks for a token and this process has none, or another.
+        ConnectionError: if no Ray cluster listens there.
+        ValueError: if it asks for a token and this process has none, or a different one.
     """
-    if not _MODE_CHOSEN:
+    if not _MODE_IS_SET:
         if os.environ.get("RAY_AUTH_TOKEN") == _OWN_TOKEN:
             del os.environ["RAY_AUTH_TOKEN"]
         os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -77,22 +77,22 @@ def _read_environment_again() -> None:
 def _has_token() -> bool:
     try:
         return AuthenticationTokenLoader.instance().has_token()
-    except exceptions.AuthenticationError:  # none anywhere, or the file that RAY_AUTH_TOKEN_PATH names is not there
+    except exceptions.AuthenticationError:  # there is no token, or no file at RAY_AUTH_TOKEN_PATH
         return False
 
 
 def _token_source() -> str:
-    """Where Ray looks for a token, the first that is set."""
+    """Return where Ray looks for a token: the first place that is set."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def _is_refused(address: str) -> bool:
-    """Whether the control store there wants another token than this process sends now, or one at all.
+    """Return True if the control store wants a token, and this process sends none or a different one.
 
     Raises:
-        ConnectionError: if what listens there is no control store.
+        ConnectionError: if no control store listens there.
     """
     from raysubset.cluster.private_ray import create_gcs_channel, gcs_service_pb2, gcs_service_pb2_grpc
 
@@ -104,7 +104,7 @@ def _is_refused(address: str) -> bool:
         code, details = error.code(), error.details()  # pyright: ignore[reportAttributeAccessIssue]
         if code is grpc.StatusCode.UNAUTHENTICATED:
             return True
-        if code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # a busy one; ray.init() waits longer
+        if code is not grpc.StatusCode.DEADLINE_EXCEEDED:  # it is busy; ray.init() waits longer
             raise ConnectionError(details) from error
     finally:
         channel.close()

@@ -1,4 +1,4 @@
-"""Connecting to Ray: to a cluster that is up, or to a new one on this machine."""
+"""Connections to Ray: to a running cluster, or to a new one on this machine."""
 
 import contextlib
 import logging
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0  # for something to listen at a cluster's address
 LOOK_S = 2.0  # between two looks at the head
-RAYLET_S = 3.0  # that the raylet of the driver's node may not answer: another one would be another node
-OWN_HEAD_S, HEAD_S = 5.0, 45.0  # a head of ours does not come back; another's may be started again, within Ray's minute
+RAYLET_S = 3.0  # for which the raylet of the driver's node may be away: a new raylet would be a new node
+OWN_HEAD_S, HEAD_S = 5.0, 45.0  # our own head does not come back; another may be restarted, within Ray's minute
 
 
 @contextlib.contextmanager
 def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
-    """Be connected to Ray: to the address, the cluster this job was submitted to, or a new one on this machine.
+    """Connect to Ray: to the address, the cluster that this job was submitted to, or a new one on this machine.
 
-    A connection that exists is used and left open. A new local cluster ends with the block, and with this process.
+    An existing connection is used and stays open. A new local cluster ends with the block, and with this process.
 
     Raises:
         ValueError: if nothing answers at the address, it asks for a token that this process does not have, or this
-            process is connected to another one.
+            process is connected to another cluster.
     """
     with reached(config):
         if ray.is_initialized():
@@ -49,9 +49,9 @@ def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iter
 
 @contextlib.contextmanager
 def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
-    """Be connected to a cluster that is up, as connected(); where a new one would be started, do nothing yet.
+    """Connect to a running cluster, as connected(). If a new one would be started, do nothing yet.
 
-    A wrong address is a mistake that is told before anything is written.
+    So a wrong address is reported before anything is written.
     """
     if ray.is_initialized():
         _refuse_other_cluster(config.address)
@@ -75,11 +75,11 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
 
 @contextlib.contextmanager
 def _connection(**options: Any) -> Iterator[None]:
-    """What ray.init() gives, as long as the block. If the head is lost meanwhile the process ends: see Head.watch()."""
-    started, done = time.perf_counter(), threading.Event()
+    """Keep a connection of ray.init() for the length of the block. A lost head ends the process: see Head.watch()."""
+    start_s, done = time.perf_counter(), threading.Event()
     try:
         _init(log_to_driver=False, logging_level="warning", **options)
-        log.info("connected to Ray in %.1f s", time.perf_counter() - started)
+        log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in options["address"]:
             context, limit_s = ray.get_runtime_context(), OWN_HEAD_S if options["address"] == "local" else HEAD_S
             head = Head(context.gcs_address, _raylet_address(context.get_node_id()), limit_s)
@@ -91,7 +91,7 @@ def _connection(**options: Any) -> Iterator[None]:
 
 
 def _init(**options: Any) -> None:
-    """ray.init() that leaves the caller's handler of SIGTERM: by Ray's own, a stopped job just ends, with a stack.
+    """Call ray.init() but keep the caller's handler of SIGTERM: with Ray's own, a stopped job just ends, with a stack.
 
     Raises:
         KeyboardInterrupt: if Ray's handler got the signal.
@@ -108,14 +108,14 @@ def _init(**options: Any) -> None:
 
 @dataclass(frozen=True)
 class Head:
-    """The cluster's head as the driver sees it. Ray would end a driver without one after a minute, with a stack."""
+    """The cluster's head as the driver sees it. Without a head, Ray ends the driver after a minute, with a stack."""
 
     address: str  # of its control store
     raylet_address: str  # of the driver's node
-    limit_s: float  # that the head may be away
+    limit_s: float  # for which the head may be away
 
     def watch(self, done: threading.Event) -> None:
-        """Look until done is set. If the head or this process's raylet is lost, say so and end the process, with 1."""
+        """Look until `done` is set. If the head or this node's raylet is lost, log it and exit the process with 1."""
         lost_at: dict[str, float] = {}
         while not done.wait(LOOK_S):
             text = ""
@@ -131,8 +131,8 @@ class Head:
                     if now - lost_at.setdefault(what, now) >= limit_s:
                         text = f"{what} at {address} does not answer ({error})"
             if text and not done.is_set():
-                log.critical("the Ray cluster is lost: %s. What was done is kept, the same command resumes", text)
-                os._exit(1)  # whatever waits for Ray would wait on
+                log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
+                os._exit(1)  # threads that wait for Ray would wait on
 
 
 def _raylet_address(node_id: str) -> str:
@@ -141,8 +141,8 @@ def _raylet_address(node_id: str) -> str:
 
 
 def _refuse_other_cluster(address: str | None) -> None:
-    """ValueError where the connection this process has is not one to host:port."""
-    if not address or "://" in address or ":" not in address:  # a client's proxy has another port; "auto", "local"
+    """Raise a ValueError if this process is connected to another cluster than the one at host:port."""
+    if not address or "://" in address or ":" not in address:  # "auto", "local", or a client's proxy on another port
         return
     try:
         _knock(address)
@@ -158,17 +158,17 @@ def _refuse_other_cluster(address: str | None) -> None:
 
 
 def _no_answer(address: str, error: ConnectionError, *, given: bool = True) -> ValueError:
-    source = "" if given else ", which RAY_ADDRESS in the environment names"
-    out = "leave cluster.address out" if given else "unset RAY_ADDRESS"
-    address = shown(address).rpartition("@")[2]  # of RAY_ADDRESS, which nothing has checked
+    origin = "" if given else ", which RAY_ADDRESS in the environment names"
+    way_out = "leave cluster.address out" if given else "unset RAY_ADDRESS"
+    address = shown(address).rpartition("@")[2]  # RAY_ADDRESS is not checked, and may hold a secret
     return ValueError(
-        f"no Ray cluster answers at {address}{source} ({first_line(error)}). Is it up, and is that the head's host and "
-        f"`ray start --port` (6379 by default), not its dashboard's? For a new one on this machine {out}"
+        f"no Ray cluster answers at {address}{origin} ({first_line(error)}). Is it up, and is that the head's host and "
+        f"`ray start --port` (6379 by default), not its dashboard's? For a new one on this machine {way_out}"
     )
 
 
 def _gcs_address(address: str) -> str | None:
-    """host:port of what "auto" or the address means; None for a client's proxy (ray://), and where nothing is found."""
+    """Return the host:port of "auto" or an address; None for a client's proxy (ray://), or if nothing is found."""
     from raysubset.cluster.private_ray import canonicalize_bootstrap_address
 
     try:
@@ -178,11 +178,11 @@ def _gcs_address(address: str) -> str | None:
 
 
 def _knock(address: str) -> None:
-    """ConnectionError where nothing listens at host:port: ray.init() would go on trying for many minutes."""
+    """Raise a ConnectionError if nothing listens at host:port, as ray.init() would try for many minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not (host and port.isdigit()):  # "auto", "local"
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError, UnicodeError) as error:  # a port above 65535; a host that can be no name
+    except (OSError, OverflowError, UnicodeError) as error:  # also a port above 65535, or an impossible host name
         raise ConnectionError(str(error)) from error

@@ -1,7 +1,7 @@
-"""Pulses of processes that answer no calls, by Ray's control store: published there each second, heard by the driver.
+"""Pulses of processes that answer no calls: published each second in Ray's control store, and read by the driver.
 
-with published(key): ...  # where the work is done
-for process in heard(key): watch.hear(process.pulse, process.pid)  # where it is watched
+with published(key): ...  # in the process that works
+for process in heard(key): watch.hear(process.pulse, process.pid)  # in the process that watches
 """
 
 import json
@@ -26,23 +26,23 @@ from raysubset.pulse import Pulse, Watch, begin, pulse
 
 _EVERY_S = 1.0
 _NAMESPACE = "raysubset.pulses"
-_KILL_S = 10.0  # for a node to end a process
+_KILL_S = 10.0  # seconds for a node to end a process
 
 
 @dataclass(frozen=True)
 class Process:
-    """What a process at work last published."""
+    """A working process and the pulse that it last published."""
 
     pulse: Pulse
-    node: str  # its address, as ledgers name nodes
+    node: str  # its address, by which ledgers name nodes
     node_id: str
     pid: int
-    group: str  # id of its placement group, "" without one
+    group: str  # id of its placement group; "" without one
 
 
 @contextmanager
 def published(key: str) -> Iterator[None]:
-    """Publish this process's pulse under the key while the block runs. If the process dies, its last pulse stays."""
+    """Publish this process's pulse under the key for the length of the block. If the process dies, its pulse stays."""
     context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
     done = threading.Event()
@@ -67,7 +67,7 @@ def published(key: str) -> Iterator[None]:
 
 
 def heard(prefix: str) -> dict[str, Process]:
-    """What is published under keys that begin so, by what follows it in them."""
+    """Return the processes that publish under keys with this prefix, by the rest of their keys."""
     processes = {}
     for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
         if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
@@ -78,14 +78,14 @@ def heard(prefix: str) -> dict[str, Process]:
 
 
 def forget(prefix: str) -> None:
-    """Delete what is published under keys that begin so."""
+    """Delete everything that is published under keys with this prefix."""
     internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
 
 class Lookout:
-    """Watches the tasks that publish under a prefix; kills those that stand still, which Ray or the caller tries again.
+    """Watches the tasks that publish under a prefix, and kills stalled ones, which Ray or the caller tries again.
 
-    The name that follows the prefix in a task's key is what is told.
+    Events name a task by the part of its key that follows the prefix.
     """
 
     def __init__(self, *, stall_s: float, tell: OnEvent) -> None:
@@ -94,7 +94,7 @@ class Lookout:
         self._watches: dict[str, Watch] = {}
 
     def look(self) -> None:
-        """Hear all that have begun."""
+        """Read the pulses of all tasks that have begun. Report the stalled ones, and kill the lost ones."""
         for name, process in heard(self.prefix).items():
             watch = self._watches.setdefault(name, Watch(self._stall_s))
             watch.hear(process.pulse, process.pid)
@@ -111,7 +111,7 @@ class Lookout:
 
 
 def kill_processes(processes: Sequence[Process]) -> None:
-    """Send SIGKILL, by a task on each process's node: Ray asks a process to end itself, which a stopped one cannot."""
+    """Send SIGKILL, by a task on each process's node: Ray asks a process to exit, which a stopped process cannot do."""
     tasks = []
     for process in processes:
         place: Any = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
@@ -122,7 +122,7 @@ def kill_processes(processes: Sequence[Process]) -> None:
 
 
 def _kill(pid: int) -> None:
-    """End a process of Ray's on this node, unless the id is another's by now."""
+    """Kill a process of Ray's on this node, unless another process has the id by now."""
     try:
         if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):
             kill(pid, SIGKILL)

@@ -1,4 +1,4 @@
-"""What the cluster has, what its autoscaler can start, and so what can ever be placed."""
+"""The resources of the cluster, those that its autoscaler can start, and so what can ever be placed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,45 +10,45 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raysubset.config import ActorsConfig, ClusterConfig
 from raysubset.events import Note, OnEvent
 
-_MEMORIES = ("memory", "object_store_memory")  # a node's own affair, in bytes
+_MEMORIES = ("memory", "object_store_memory")  # in bytes; these differ from node to node
 _TYPE_RESOURCE = "accelerator_type:"
-_UNLIMITED = 1_000_000  # nodes, or requests a node holds
+_UNLIMITED = 1_000_000  # nodes, or requests that a node holds
 
-WAIT_NOTICE_S = 5.0  # between two lines that say what a run waits for
+WAIT_NOTICE_S = 5.0  # between two messages that say what a run waits for
 ASK_FOR_LESS = "Ask for less (--actors.num-cpus, --actors.num-gpus, --fine-tuning.num-workers)"
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes that are alive or that an autoscaler can start."""
+    """Nodes of one kind that are alive, or that an autoscaler can start."""
 
     name: str
     resources: Mapping[str, float]  # of one node, in total: CPU, GPU, memory in bytes, …
     num_alive: int
     num_startable: int  # further nodes that an autoscaler may still start
-    accelerator: str = "CPU"  # as Ray names its type: A100, T4, …; "GPU" where it names none
+    accelerator: str = "CPU"  # its type as Ray names it: A100, T4, …; "GPU" for a GPU without a name
     group: str = ""  # the autoscaler's name for such nodes
-    node_ids: tuple[str, ...] = ()  # of those alive
+    node_ids: tuple[str, ...] = ()  # of the nodes that are alive
 
     def num_fitting(self, request: Mapping[str, float]) -> int:
-        """How many such requests an empty node holds at once."""
+        """Return how many such requests an empty node holds at once."""
         wanted = {key: amount for key, amount in request.items() if amount > 0}
         return int(min((self.resources.get(k, 0) / amount + 1e-9 for k, amount in wanted.items()), default=_UNLIMITED))
 
 
 def own_address() -> str:
-    """This process's node, as ledgers name nodes."""
+    """Return the address of this process's node, by which ledgers name nodes."""
     return ray.util.get_node_ip_address()
 
 
 def address_of(node_id: str) -> str:
-    """The node of that id, which may have gone meanwhile, as ledgers name nodes."""
+    """Return the address of a node by its id. The node may have gone meanwhile."""
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 def node_types() -> list[NodeType]:
-    """What the cluster has, and what its autoscaler is known to be able to start (clusters/publish_node_types.py)."""
-    found: dict[tuple, list[str]] = {}
+    """Return the cluster's nodes, and those that its autoscaler can start (clusters/publish_node_types.py)."""
+    ids_by_kind: dict[tuple, list[str]] = {}
     num_of_group: dict[str, int] = {}
     for node in ray.nodes():
         if node["Alive"]:
@@ -56,11 +56,11 @@ def node_types() -> list[NodeType]:
             group = node["Labels"].get("ray.io/node-group", "")
             accelerator = node["Labels"].get("ray.io/accelerator-type") or _accelerator(resources)
             key = (tuple(sorted(resources.items())), accelerator, group)
-            found.setdefault(key, []).append(node["NodeID"])
+            ids_by_kind.setdefault(key, []).append(node["NodeID"])
             num_of_group[group] = num_of_group.get(group, 0) + 1
     types = [
         NodeType("alive", dict(resources), len(ids), 0, accelerator, group, tuple(ids))
-        for (resources, accelerator, group), ids in found.items()
+        for (resources, accelerator, group), ids in ids_by_kind.items()
     ]
     for group in _published_groups():
         resources = {k: float(amount) for k, amount in group.resources.items() if k not in _MEMORIES}
@@ -71,7 +71,7 @@ def node_types() -> list[NodeType]:
 
 
 def offered(config: ClusterConfig) -> list[NodeType]:
-    """The nodes of the cluster this process is connected to; without one, that of the new one it would start."""
+    """Return the nodes of the connected cluster, or else the node of the new cluster that this process would start."""
     if ray.is_initialized():
         return node_types()
     from raysubset.cluster.private_ray import ResourceAndLabelSpec
@@ -82,13 +82,13 @@ def offered(config: ClusterConfig) -> list[NodeType]:
 
 
 def _accelerator(resources: Mapping[str, float]) -> str:
-    """The type of accelerator that a node's resources name (accelerator_type:T4, which Ray adds where it finds one)."""
+    """Return the accelerator that a node's resources name (accelerator_type:T4, which Ray adds if it knows it)."""
     named = (name.removeprefix(_TYPE_RESOURCE) for name in resources if name.startswith(_TYPE_RESOURCE))
     return next(named, "GPU" if resources.get("GPU", 0) > 0 else "CPU")
 
 
 def _published_groups() -> Sequence[Any]:
-    """The node groups in Ray's control store; none where nobody wrote them there, as Ray's own autoscalers do not."""
+    """Return the node groups in Ray's control store; none if nobody wrote them there, as Ray's autoscalers do not."""
     from raysubset.cluster.private_ray import state
 
     config = state.get_cluster_config()
@@ -96,19 +96,19 @@ def _published_groups() -> Sequence[Any]:
 
 
 def _autoscaling_state() -> Any:
-    """What Ray's autoscaler (of version 2) last said of itself; empty where there is none."""
+    """Return the last report of Ray's autoscaler (version 2); empty if there is none."""
     from raysubset.cluster.private_ray import GetClusterStatusReply, global_worker
 
     return GetClusterStatusReply.FromString(global_worker.gcs_client.get_cluster_status()).autoscaling_state
 
 
 def _may_start_unknown_nodes() -> bool:
-    """Whether there is an autoscaler, and nobody has said which nodes it can start."""
+    """Return True if there is an autoscaler, and nobody has published which nodes it can start."""
     return ray.is_initialized() and not _published_groups() and _autoscaling_state().autoscaler_state_version > 0
 
 
 def autoscaler_activity() -> str:
-    """', the autoscaler is starting 2 gpu.spot', or what it failed at; else ''."""
+    """Return ', the autoscaler is starting 2 gpu.spot', or what it failed to start; else ''."""
     state = _autoscaling_state()
     starting: dict[str, int] = {}
     for request in state.pending_instance_requests:
@@ -125,38 +125,44 @@ def autoscaler_activity() -> str:
 
 
 def draining_nodes() -> set[str]:
-    """Ids of nodes that will go soon: a spot notice, or an autoscaler or person taking them away."""
+    """Return the ids of nodes that will go soon, by a spot notice, an autoscaler or a person."""
     from raysubset.cluster.private_ray import state
 
     return set(state.get_draining_nodes())
 
 
 def groups_of(actor: Any) -> dict[str, str]:
-    """Ids of the placement groups that an actor has made and that are not removed, each with its state: PENDING, …"""
+    """Return the ids of the placement groups that an actor created and that exist, each with its state: PENDING, …"""
     from raysubset.cluster.private_ray import PlacementGroupTableData, state
 
     table = state._connect_and_get_accessor()
     groups = [PlacementGroupTableData.FromString(group) for group in table.get_placement_group_table()]
     states = PlacementGroupTableData.PlacementGroupState
-    own = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
-    return {g.placement_group_id.hex(): states.Name(g.state) for g in own if g.state != states.REMOVED}
+    actor_groups = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
+    return {
+        group.placement_group_id.hex(): states.Name(group.state)
+        for group in actor_groups
+        if group.state != states.REMOVED
+    }
 
 
 def remove_groups(ids: Sequence[str]) -> None:
-    """Remove placement groups, with the processes in them: those of an actor that died stay, and hold their places."""
+    """Remove placement groups and the processes in them. Those of a dead actor would stay, and hold their places."""
     for id in ids:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(id)))
 
 
 def object_store_bytes() -> float:
-    """Of the smallest object store of a node that is alive: each node that reads the full set holds a copy."""
+    """Return the size of the smallest object store of a living node. Each node that reads the full set holds a copy."""
     return min((n["Resources"].get("object_store_memory", 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
 
 
 def num_slots(request: Mapping[str, float], *, startable: bool, types: Sequence[NodeType] | None = None) -> int:
-    """How many such requests the cluster can hold at once, empty; with or without what an autoscaler may start.
+    """Return how many such requests the empty cluster can hold at once.
 
-    Where there is an autoscaler and nobody has said which nodes it can start, it is taken to be able to start any.
+    Args:
+        startable: count the nodes that an autoscaler may start too. If there is an autoscaler, and nobody has published
+            which nodes it can start, it counts as able to start any.
     """
     if startable and _may_start_unknown_nodes():
         return _UNLIMITED
@@ -165,9 +171,9 @@ def num_slots(request: Mapping[str, float], *, startable: bool, types: Sequence[
 
 
 def num_gpus_of(config: ActorsConfig, tell: OnEvent, *, types: Sequence[NodeType] | None = None) -> float:
-    """GPUs of an actor: as asked for; else 1 where any node has, or is known to be startable with, a GPU.
+    """Return the GPUs of an actor: the number set, or else 1 if any node has a GPU or can be started with one.
 
-    Where that cannot be known it is 0, and told.
+    If that cannot be known it is 0, with a warning.
     """
     if config.num_gpus is not None:
         return config.num_gpus
@@ -192,7 +198,7 @@ def refuse_unplaceable(
     """Stop before waiting for something that can never come.
 
     Args:
-        types: the cluster's nodes, where they are known already; or those of one that is not up yet.
+        types: the cluster's nodes if they are known already, or those of a cluster that is not up yet.
         way_out: what the user can do, after "can never place that: …. ".
 
     Raises:
@@ -209,17 +215,17 @@ def refuse_unplaceable(
 
 
 def offers(types: Sequence[NodeType]) -> str:
-    """'2 × alive with 4 CPU; up to 3 × gpu.spot with 8 CPU + 1 GPU'."""
+    """Return '2 × alive with 4 CPU; up to 3 × gpu.spot with 8 CPU + 1 GPU'."""
     words = (f"{t.num_alive or f'up to {t.num_startable}'} × {t.name} with {describe(t.resources)}" for t in types)
     return "; ".join(words) or "no nodes"
 
 
 def describe(resources: Mapping[str, float]) -> str:
-    """'4 CPU + 1 GPU'."""
+    """Return '4 CPU + 1 GPU'."""
     return " + ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "nothing"
 
 
 def free_resources(names: Mapping[str, float]) -> str:
-    """What is free of the named resources now, in words."""
+    """Return how much of the named resources is free now, in words."""
     free, all_ = ray.available_resources(), ray.cluster_resources()
     return " + ".join(f"{free.get(k, 0):g} of {all_.get(k, 0):g} {k}" for k, amount in names.items() if amount)

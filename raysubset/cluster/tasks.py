@@ -1,4 +1,4 @@
-"""Values in the object store, and tasks: where they run, what they say while they wait, how they are stopped."""
+"""Values in the object store, and tasks: where they run, what they report while they wait, and how they are stopped."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from raysubset.events import OnEvent, Waiting
 from raysubset.given_objects import in_hand, take
 from raysubset.user_code import Workplace
 
-LOOK_S = 1.0  # between two looks at a task that works
+LOOK_S = 1.0  # between two looks at a working task
 STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
 
 SYSTEM_ERRORS = (
@@ -29,33 +29,33 @@ SYSTEM_ERRORS = (
     exceptions.LocalRayletDiedError,
     exceptions.RaySystemError,
 )
-"""What a process or node that died looks like to its caller: worth another attempt elsewhere."""
+"""The errors that a caller gets when a process or node has died: another attempt elsewhere is worthwhile."""
 
 
 OUTSIDE_GROUPS = PlacementGroupSchedulingStrategy(placement_group=None)  # pyright: ignore[reportArgumentType]
-"""Anywhere on the cluster, also where the caller's placement group would catch its actors and tasks: a Tune trial's."""
+"""Anywhere on the cluster, even if the caller's placement group, such as a Tune trial's, would capture its tasks."""
 
 
 def preferably_on(node_id: str) -> NodeAffinitySchedulingStrategy:
-    """On the node while it has room, else anywhere."""
-    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)  # else it waits for the node
+    """Schedule on the node while it has room, otherwise anywhere."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=True, _spill_on_unavailable=True)  # without it, Ray waits
 
 
 def put_once(value: Any) -> list[ray.ObjectRef]:
-    """The value in the object store, as a reference inside a list, so that an actor gets it itself and without a copy.
+    """Put the value into the object store. Return its reference in a list, so that an actor gets it without a copy.
 
-    It lives as long as this driver: an object that was put is not reconstructed when its owner dies.
+    It lives as long as this driver: an object that was put cannot be reconstructed when its owner dies.
     """
     return [ray.put(value)]
 
 
 def get_shared(value_ref: Sequence[ray.ObjectRef]) -> Any:
-    """What put_once() put."""
+    """Return the value that put_once() put."""
     return ray.get(value_ref[0])
 
 
 def workplace() -> Workplace:
-    """Where this process's user code finds its files, modules and the objects that it was given, which are put once."""
+    """Return this process's workplace for the user's code. Given objects are put into the object store once."""
     given = in_hand()
     if given.objects and given.load is None:
         given = replace(given, load=partial(get_shared, put_once(given.for_others())))
@@ -73,15 +73,15 @@ def call_on_cluster(
     timeout_s: float | None = None,
     node_id: str | None = None,
 ) -> Any:
-    """function(value, *arguments) in a task with these resources; the value is read from the object store there.
+    """Call function(value, *arguments) in a task with these resources, which reads the value from the object store.
 
-    It runs on the node of that id, or on any; while it waits for a place `tell` is told so, every WAIT_NOTICE_S.
-    A task whose process or node dies, or that is killed as it makes no step (actors.stall_s), is run again
-    by Ray, three times at most; one that must run on a node that has gone fails. With the driver it ends.
+    The task runs on the node of that id, or on any. While it waits for a place, `tell` gets a message every
+    WAIT_NOTICE_S. If its process or node dies, or it is killed for making no step (actors.stall_s), Ray runs it again,
+    three times at most; a task for a node that has gone fails. If the driver ends, so does the task.
 
     Raises:
         ValueError: if it can never be placed.
-        TimeoutError: if it has not ended after timeout_s; it is given up.
+        TimeoutError: if it has not ended after timeout_s. It is cancelled.
     """
 
     place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
@@ -96,7 +96,7 @@ def call_on_cluster(
     )
     def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
         workplace.enter()
-        yield None  # it has a place
+        yield None  # the task has a place
         with published(key):
             result = function(ray.get(value_ref[0]), *arguments)
         yield result

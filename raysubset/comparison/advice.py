@@ -1,4 +1,4 @@
-"""What to expect before a run: time by subset pretraining, by data-parallel training and by one device, as formulas."""
+"""A forecast before a run: the times of subset pretraining, data-parallel training and one device, by formulas."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from raysubset.config import Config
 from raysubset.planning import Plan
 from raysubset.quality import quality_of
 
-Q_BELOW = 1.0  # subsets under it do not determine the network
+Q_BELOW = 1.0  # smaller subsets do not determine the network
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One way to train, as far as arithmetic goes: equal numbers of passes in total, not equal quality."""
+    """One way to train, by arithmetic: all ways have equal passes in total, which does not mean equal quality."""
 
     name: str
     communication: Communication
@@ -35,7 +35,7 @@ class Advice:
     overdetermination_ratio: float  # Q of the smallest subset
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with what follows in words."""
+        """Return everything, with what follows in words."""
         forecasts = [{"name": f.name, **asdict(f.communication), "wall_s": f.wall_s} for f in self.forecasts]
         return asdict(self) | {"forecasts": forecasts, "lines": list(advice_lines(self))}
 
@@ -50,7 +50,7 @@ def advise(
     num_workers: int,
     bandwidths: Sequence[float] = BANDWIDTHS,
 ) -> Advice:
-    """The three forecasts for a config of subset pretraining.
+    """Return the three forecasts for a config of subset pretraining.
 
     one device:         b · t
     data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth (2 P: bfloat16 gradients)
@@ -58,12 +58,12 @@ def advise(
     subset pretraining: (trunk + rounds · epochs · largest subset / n · ⌈subsets / N⌉ + fine-tuning) · t
                         + what rounds send and fetch one after the other (Exchange.critical_bytes) · 8 / bandwidth
 
-    b is what subset pretraining trains in total. Fine-tuning and trunk are taken to run on one device. Evaluation,
-    start-up and overlap of computing and sending are left out, for all three.
+    b is what subset pretraining trains in total. Fine-tuning and trunk are assumed to run on one device. Evaluation,
+    start-up, and overlap of computing and sending are left out for all three.
 
     Args:
-        plan: make_plan()'s, of method subset_pretraining.
-        sizes: sizes_of() the same.
+        plan: of make_plan(), for the method subset_pretraining.
+        sizes: of sizes_of(), for the same config.
         num_train: n, examples of the training set.
         s_per_pass: t, measured on one device.
         num_workers: N, devices.
@@ -81,13 +81,17 @@ def advise(
         ),
         f"subset pretraining on {num_workers}": Communication(
             config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
-            sum(one.critical_bytes for one in sizes.rounds),
+            sum(communication.critical_bytes for communication in sizes.rounds),
             len(sizes.rounds),
         ),
     }
     forecasts = tuple(
-        Forecast(name, one, {f"{speed:g}": one.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths})
-        for name, one in ways.items()
+        Forecast(
+            name,
+            communication,
+            {f"{speed:g}": communication.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths},
+        )
+        for name, communication in ways.items()
     )
     _, parallel, subsets = (forecast.communication for forecast in forecasts)
     return Advice(
@@ -101,7 +105,7 @@ def advise(
 
 
 def _break_even(parallel: Communication, subsets: Communication, s_per_pass: float) -> float | None:
-    """Bandwidth at which both take as long: inf where subset pretraining computes less, None where it sends more."""
+    """Return the bandwidth of equal times: inf if subset pretraining computes less, None if it sends more."""
     more_s = (subsets.passes - parallel.passes) * s_per_pass
     fewer_bits = (parallel.num_bytes - subsets.num_bytes) * 8
     if fewer_bits <= 0:
@@ -110,7 +114,7 @@ def _break_even(parallel: Communication, subsets: Communication, s_per_pass: flo
 
 
 def advice_lines(advice: Advice) -> Iterator[str]:
-    """What follows, in words."""
+    """Yield what follows from the forecasts, in words."""
     ratio = advice.overdetermination_ratio
     if ratio < Q_BELOW:
         yield (
@@ -140,10 +144,10 @@ def _gap(ratio: float) -> str:
 
 
 def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
-    """The formula held against a comparison: computed and measured seconds of each arm's critical path.
+    """Compare the formula with a comparison: yield computed and measured seconds of each arm's critical path.
 
     Args:
-        record: comparison.json of a comparison of the same data and model.
+        record: comparison.json of a comparison with the same data and model.
     """
     per_pass, quality = record["network"]["s_per_pass"], quality_of(record)
     yield f"A pass took {per_pass:.3g} s there, {advice.s_per_pass:.3g} s here and now."
@@ -152,8 +156,10 @@ def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
         if (mean := point["mean"]) is None:
             continue
         computed, measured = mean["critical_path_passes"] * per_pass, mean["critical_path_s"]
-        found = record["speed_ups"]["critical_path"].get(arm["key"])
-        speed_up = "" if found is None else f"; speed-up at equal quality {found['interval']['estimate']:.2f}"
+        arm_speed_up = record["speed_ups"]["critical_path"].get(arm["key"])
+        speed_up = (
+            "" if arm_speed_up is None else f"; speed-up at equal quality {arm_speed_up['interval']['estimate']:.2f}"
+        )
         yield (
             f"{arm['key']} at {point['budget']:g} passes: critical path computed {computed:.3g} s, measured "
             f"{measured:.3g} s; {quality.phrase(mean[f'test_{quality.name}'])} on test{speed_up}."
