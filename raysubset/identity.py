@@ -17,18 +17,18 @@ from raysubset.user_code import code_fingerprint, source_files
 from raysubset.work import weights_fingerprint
 
 
-def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known: Identity | None) -> Identity:
+def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], old_identity: Identity | None) -> Identity:
     """Return what the names in these configs stand for. Load the sets that are not read from files into full_sets.
 
     Args:
         full_sets: sets that are loaded already. Their fingerprints are of what was read, not of the files there now.
-        known: an earlier identity. Files whose stamps it has are not digested again.
+        old_identity: an earlier identity. Files whose stamps it has are not digested again.
     """
     data, code, places = {}, {}, {}
     for config in configs:
         name, learned = _data_name(config), config.learned
         if name not in data:
-            earlier = known_fingerprint(known, config)
+            earlier = known_fingerprint(old_identity, config)
             table = None if learned in full_sets else file_fingerprint(config.data, earlier)
             if table is None:
                 if learned not in full_sets:
@@ -42,9 +42,7 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], known
             if not shapes_result(field):  # a listener, say, changes no result
                 continue
             if is_given(reference):
-                if (
-                    field != "data.name"
-                ):  # data are known by what was read of them, even in processes without the object
+                if field != "data.name":  # data are known by what was read, even in processes without the object
                     code[reference] = given_fingerprint(field, reference)
             elif reference not in code:
                 code[reference] = code_fingerprint(reference)
@@ -58,9 +56,9 @@ def places_notes(identity: Identity) -> list[Note]:
     return [Note(places)] if places else []
 
 
-def known_fingerprint(known: Identity | None, config: Config) -> pa.Table | None:
+def known_fingerprint(old_identity: Identity | None, config: Config) -> pa.Table | None:
     """Return the fingerprint of a config's set in an earlier identity; None if the identity lacks it."""
-    return known.data.get(_data_name(config)) if known else None
+    return old_identity.data.get(_data_name(config)) if old_identity else None
 
 
 def _is_of_arrays(config: DataConfig) -> bool:

@@ -151,8 +151,8 @@ class Ledger:
         except BaseException as error:
             if not closed:
                 stopped = not isinstance(error, Exception)
-                held = Cost(device_s=time.time() - work.started_at)
-                close(held, "interrupted" if stopped else "failed", None if stopped else one_line(error))
+                cost = Cost(device_s=time.time() - work.started_at)
+                close(cost, "interrupted" if stopped else "failed", None if stopped else one_line(error))
             raise
 
     def latest(self, work: Work) -> Work:

@@ -150,10 +150,10 @@ def weighted_slots(
             "subsets.shares=equal"
         )
     if not speeds.keys() & {slot.kind for slot in slots}:
-        known = ", ".join(sorted({name for type in types for name in (type.accelerator, type.group) if name}))
+        known_types = ", ".join(sorted({name for type in types for name in (type.accelerator, type.group) if name}))
         raise ValueError(
             f"subsets.shares gives weights to {', '.join(speeds)}, but the nodes that hold {describe(request)} are of "
-            f"none of these types; the cluster has {known}"
+            f"none of these types; the cluster has {known_types}"
         )
     return _fastest(slots, most)
 

@@ -29,19 +29,19 @@ def shown(uri: str) -> str:
     Of the query, only options that never hold a secret stay. A secret may contain an unescaped "/", "?" or "@" (they
     should be written %2F, %3F and %40): then everything before the last "@" is removed.
     """
-    scheme, mark, rest = uri.partition("://")
+    scheme, mark, remainder = uri.partition("://")
     if not mark:
         return uri
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
     user, host = _split_at_last_at(authority)
     if _NOT_A_PORT.search(host):  # the secret continues after what looks like the authority's end, or stands alone
-        user, rest = _split_at_last_at(rest) if "@" in rest else (rest, authority.partition(":")[0])
-    elif _is_ambiguous(rest) or user:
-        path = rest.partition("?")[0]
+        user, remainder = _split_at_last_at(remainder) if "@" in remainder else (remainder, authority.partition(":")[0])
+    elif _is_ambiguous(remainder) or user:
+        path = remainder.partition("?")[0]
         user = path.rpartition("@")[0]
-        rest = rest[len(user) + 1 :]
+        remainder = remainder[len(user) + 1 :]
     container = user.partition(":")[0] if scheme in _CONTAINERS_BEFORE_AT else ""
-    path, mark, query = rest.partition("?")
+    path, mark, query = remainder.partition("?")
     options = [
         option
         for option in query.split("&")
@@ -52,20 +52,22 @@ def shown(uri: str) -> str:
 
 def _split_at_last_at(text: str) -> tuple[str, str]:
     """Return the texts before and after the last "@"; ("", text) if there is no "@"."""
-    before, _, after = text.rpartition("@")
-    return before, after
+    head, _, tail = text.rpartition("@")
+    return head, tail
 
 
-def _is_ambiguous(rest: str) -> bool:
+def _is_ambiguous(remainder: str) -> bool:
     """Return True if the first "/" may be part of a secret: an "@" follows it, and a ":" comes before that "@"."""
-    first, slash, later = rest.partition("?")[0].partition("/")
+    first, slash, later = remainder.partition("?")[0].partition("/")
     return "@" in later and ":" in (first + slash + later).rpartition("@")[0]
 
 
 def refuse_ambiguous(uri: str) -> None:
     """Raise a ValueError, which does not show the secret, if the URI's secret contains an unescaped delimiter."""
-    rest = uri.partition("://")[2]
-    if _is_ambiguous(rest) or _NOT_A_PORT.search(_split_at_last_at(re.split(r"[/?#]", rest, maxsplit=1)[0])[1]):
+    remainder = uri.partition("://")[2]
+    if _is_ambiguous(remainder) or _NOT_A_PORT.search(
+        _split_at_last_at(re.split(r"[/?#]", remainder, maxsplit=1)[0])[1]
+    ):
         raise ValueError(f"{shown(uri)}: in its user, password and path write / as %2F, ? as %3F, @ as %40, : as %3A")
 
 

@@ -22,7 +22,7 @@ def methods(config: AggregationConfig) -> dict[str, Method]:
     """Return all built-in methods, with the config's settings."""
     chooses = Needs(shared_start=False, validation=True)
     aligned = Needs(
-        shared_start=False, forward=lambda num, one: 2 * num * one.calibration + one.refreshing + one.validation
+        shared_start=False, forward=lambda num, sizes: 2 * num * sizes.calibration + sizes.refreshing + sizes.validation
     )
     return {
         **soup_methods(config),

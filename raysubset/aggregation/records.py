@@ -124,7 +124,7 @@ class Needs:
     validation: bool = False  # it uses the minima's validation metrics
     statistics: tuple[str, ...] = ()  # kinds that actors compute of their minimum: "fisher", "gram"
     parts: bool = False  # minima on parts of the subsets too (aggregation.savgm_fraction), as "subsample" statistics
-    forward: Callable[[int, Forward], int] = lambda num, one: one.refreshing + one.validation
+    forward: Callable[[int, Forward], int] = lambda num, sizes: sizes.refreshing + sizes.validation
     """Returns the examples passed forward with this number of members until the result is measured, for the plan."""
 
 

@@ -25,8 +25,8 @@ def soup_methods(config: AggregationConfig) -> dict[str, Method]:
     """Return the plain means and choices, with the config's settings."""
     independent = {"allow_independent": config.allow_independent}
     by_loss = Needs(validation=config.weight_by == "validation_loss")
-    greedy = Needs(validation=True, forward=lambda num, one: num * (one.refreshing + one.validation))
-    best = Needs(shared_start=False, validation=True, forward=lambda num, one: one.validation)
+    greedy = Needs(validation=True, forward=lambda num, sizes: num * (sizes.refreshing + sizes.validation))
+    best = Needs(shared_start=False, validation=True, forward=lambda num, sizes: sizes.validation)
     return {
         "uniform_soup": Method(lambda minima, _: uniform_soup(minima, **independent)),
         "weighted_soup": Method(

@@ -73,10 +73,10 @@ class RunningMean:
         return other
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(first: Tensor, second: Tensor) -> bool:
     """Return True if two tensors of one shape and type have the same bits, NaN included. Stops at a difference."""
-    bits = _INTEGERS[one.element_size()]
-    return torch.equal(one.view(bits), other.view(bits))
+    bits = _INTEGERS[first.element_size()]
+    return torch.equal(first.view(bits), second.view(bits))
 
 
 def mean_of(minima: Sequence[Minimum]) -> RunningMean:
@@ -184,13 +184,13 @@ def widened(value: Tensor) -> Tensor:
     return value.to(wide(value.dtype), copy=True)
 
 
-def refuse_other_architecture(one: Weights, other: Weights) -> None:
+def refuse_other_architecture(first: Weights, second: Weights) -> None:
     """Raise a ValueError with the first key that one of the two lacks, or whose shape differs."""
-    for key in sorted(one.keys() ^ other.keys()):
+    for key in sorted(first.keys() ^ second.keys()):
         raise ValueError(f"minima of different architectures cannot be averaged: {key} is in one and not in the other")
-    for key, value in one.items():
-        if value.shape != other[key].shape:
-            a, b = tuple(value.shape), tuple(other[key].shape)
+    for key, value in first.items():
+        if value.shape != second[key].shape:
+            a, b = tuple(value.shape), tuple(second[key].shape)
             raise ValueError(
                 f"minima of different architectures cannot be averaged: {key} is {a} in one and {b} in another"
             )

@@ -76,17 +76,17 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
 @contextlib.contextmanager
 def _connection(**options: Any) -> Iterator[None]:
     """Keep a connection of ray.init() for the length of the block. A lost head ends the process: see Head.watch()."""
-    start_s, done = time.perf_counter(), threading.Event()
+    start_s, stop = time.perf_counter(), threading.Event()
     try:
         _init(log_to_driver=False, logging_level="warning", **options)
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in options["address"]:
             context, limit_s = ray.get_runtime_context(), OWN_HEAD_S if options["address"] == "local" else HEAD_S
             head = Head(context.gcs_address, _raylet_address(context.get_node_id()), limit_s)
-            threading.Thread(target=head.watch, args=(done,), daemon=True, name="raysubset-head").start()
+            threading.Thread(target=head.watch, args=(stop,), daemon=True, name="raysubset-head").start()
         yield
     finally:
-        done.set()
+        stop.set()
         ray.shutdown()
 
 
@@ -114,10 +114,10 @@ class Head:
     raylet_address: str  # of the driver's node
     limit_s: float  # for which the head may be away
 
-    def watch(self, done: threading.Event) -> None:
-        """Look until `done` is set. If the head or this node's raylet is lost, log it and exit the process with 1."""
+    def watch(self, stop: threading.Event) -> None:
+        """Look until `stop` is set. If the head or this node's raylet is lost, log it and exit the process with 1."""
         lost_at: dict[str, float] = {}
-        while not done.wait(LOOK_S):
+        while not stop.wait(LOOK_S):
             text = ""
             for what, address, limit_s in (
                 ("the head", self.address, self.limit_s),
@@ -130,7 +130,7 @@ class Head:
                     now = time.monotonic()
                     if now - lost_at.setdefault(what, now) >= limit_s:
                         text = f"{what} at {address} does not answer ({error})"
-            if text and not done.is_set():
+            if text and not stop.is_set():
                 log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
                 os._exit(1)  # threads that wait for Ray would wait on
 

@@ -45,7 +45,7 @@ def published(key: str) -> Iterator[None]:
     """Publish this process's pulse under the key for the length of the block. If the process dies, its pulse stays."""
     context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
-    done = threading.Event()
+    stop = threading.Event()
     begin()
 
     def publish() -> None:
@@ -54,14 +54,14 @@ def published(key: str) -> Iterator[None]:
             record = json.dumps(asdict(Process(pulse(), *place)))
             with suppress(RpcError):  # the control store may answer the next time
                 internal_kv._internal_kv_put(key, record, overwrite=True, namespace=_NAMESPACE)
-            is_last = done.wait(_EVERY_S)
+            is_last = stop.wait(_EVERY_S)
 
     thread = threading.Thread(target=publish, daemon=True, name="raysubset-pulse")
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stop.set()
         thread.join()
         forget(key)
 

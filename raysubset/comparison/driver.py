@@ -239,15 +239,15 @@ def _refuse_unused_settings(arm: Arm, config: Config) -> None:
             raise ValueError(f"arm {arm.key}: {words}, which no other run repeats: leave out {name}")
 
 
-def _margin(given: float | None, quality: Quality, data_name: str) -> float:
+def _margin(margin: float | None, quality: Quality, data_name: str) -> float:
     """Return the margin of non-inferiority, in the quality's units.
 
     Raises:
         ValueError: if it is out of range, or neither given nor known for the quality.
     """
-    if given is not None:
-        check_number("--margin", given, "[0, 1)" if quality.is_share else "[0, ∞)")
-        return given
+    if margin is not None:
+        check_number("--margin", margin, "[0, 1)" if quality.is_share else "[0, ∞)")
+        return margin
     is_accuracy = quality.name == ACCURACY.name
     if is_accuracy and data_name in MARGINS:
         return MARGINS[data_name]

@@ -77,7 +77,10 @@ def regime_at(
     for key, (way, curves) in arms.items():
         per_seed: dict[int, float] = {}
         for seed in seeds:
-            curve = [(one.wall_s(gbit_per_s, s_per_pass=s_per_pass), gain) for one, gain in curves.get(seed, ())]
+            curve = [
+                (communication.wall_s(gbit_per_s, s_per_pass=s_per_pass), gain)
+                for communication, gain in curves.get(seed, ())
+            ]
             needed, bound = passes_needed(curve, target) if curve else (math.inf, "at_least")
             if bound != "at_least":
                 per_seed[seed] = needed

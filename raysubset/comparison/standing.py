@@ -59,11 +59,11 @@ class ArmsStanding:
         best = self._best(means)
         rows = []
         for arm, budgets in self._of_arm.items():
-            planned, done = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0), self._passes[arm]
+            planned, num_passes = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0), self._passes[arm]
             num = sum(len(self._qualities.get((arm, budget), ())) for budget in budgets)
-            state = "done" if num == self._num_seeds * len(budgets) else "at work" if done else "waiting"
+            state = "done" if num == self._num_seeds * len(budgets) else "at work" if num_passes else "waiting"
             cells = (self._settings.get(arm, ""), *(self._cell(arm, budget, means) for budget in self._budgets))
-            rows.append(Row(arm, cells, state, min(done, planned), planned, is_best=arm == best))
+            rows.append(Row(arm, cells, state, min(num_passes, planned), planned, is_best=arm == best))
         columns = ("learning rate", *(f"{budget:g} passes" for budget in self._budgets))
         num, every = sum(map(len, self._qualities.values())), self._num_seeds * sum(map(len, self._of_arm.values()))
         text = f"{num} of {every} results"

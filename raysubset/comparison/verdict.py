@@ -81,7 +81,7 @@ def judge(
         names = ", ".join(sorted({point.arm for point in cheap}))
         short = f"{names} fall short by more than {quality.show(margin)}"
         return verdict("refuted", f"no arm is as good at {limit}: {short}; {of_best}.", best)
-    if all(one.interval.high < VACUOUS_BELOW for one in speed_ups.values()):
+    if all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):
         return verdict("vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}.", best)
     good = {point.arm for point in cheap if point.gain.low > -margin}
     claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]

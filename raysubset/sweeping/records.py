@@ -102,16 +102,16 @@ def settings_of(trials: Sequence[Record], quality: Quality) -> list[Record]:
 
 
 def _setting(group: Sequence[Record], quality: Quality) -> Record:
-    done = [trial for trial in group if trial["state"] == "done"]
+    finished = [trial for trial in group if trial["state"] == "done"]
     setting: Record = {
         "overrides": group[0]["overrides"],
-        "num_seeds": len(done),
+        "num_seeds": len(finished),
         **{f"num_{state}": sum(trial["state"] == state for trial in group) for state in ("pruned", "failed")},
     }
     for key in ("num_subsets", "subset_size", "overdetermination_ratio"):
-        setting[key] = statistics.mean(trial[key] for trial in done) if done else None
+        setting[key] = statistics.mean(trial[key] for trial in finished) if finished else None
     for key in measures(quality):
-        values = [trial[key] for trial in done]
+        values = [trial[key] for trial in finished]
         setting[key] = None if not values or None in values else _spread(values)  # JSON has null for a diverged loss
     return setting
 

@@ -47,5 +47,5 @@ class TrialsStanding:
         if self._quality.name != "loss":
             value = last.get(f"validation_{self._quality.name}")
             cells.append("" if value is None else self._quality.cell(value))
-        done = planned if state in ("done", "failed") else min(passes, planned)
-        return Row(name, tuple(cells), state, done, planned, is_best=is_best)
+        num_passes = planned if state in ("done", "failed") else min(passes, planned)
+        return Row(name, tuple(cells), state, num_passes, planned, is_best=is_best)

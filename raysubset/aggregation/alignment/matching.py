@@ -179,5 +179,7 @@ def _best_order(similarity: Tensor) -> Tensor | None:
 
 
 def _agree_better(target: Weights, candidate: Weights, current: Weights, names: Collection[str]) -> bool:
-    after, before = (sum(float((target[n] * weights[n]).sum()) for n in names) for weights in (candidate, current))
-    return after - before > _GAIN * max(abs(after), abs(before))
+    new_agreement, old_agreement = (
+        sum(float((target[n] * weights[n]).sum()) for n in names) for weights in (candidate, current)
+    )
+    return new_agreement - old_agreement > _GAIN * max(abs(new_agreement), abs(old_agreement))

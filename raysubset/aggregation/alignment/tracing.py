@@ -206,7 +206,7 @@ def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
     ]
     if not groups:
         raise refusal(f"all are kept in place by {tracer.held[0][1]}" if tracer.held else "none are hidden")
-    held_by = tuple(dict.fromkeys(where for units, where in tracer.held if not is_fixed[unit_class[units]].all()))
+    held_by = tuple(dict.fromkeys(place for units, place in tracer.held if not is_fixed[unit_class[units]].all()))
     layers = tuple(layer for layer, units in tracer.layers if not is_fixed[unit_class[units]].all())
     return UnitStructure(tuple(groups), len(np.unique(kind[is_held & ~is_fixed])), held_by, layers, graph)
 

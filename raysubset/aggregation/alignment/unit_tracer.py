@@ -129,8 +129,8 @@ class UnitTracer(fx.Interpreter):
         if labels is not None and labels.dims() == [dim]:
             self.layers.append((Layer(n.name, str(n.target), dim), labels.units.flatten()))
             if not operations.read_by_batch_norm_alone(n, self.module):
-                seen = Site(labels.units.flatten(), labels.roles.flatten(), seen_in=(n.name, dim), once=False)
-                self.sites.append(seen)
+                site = Site(labels.units.flatten(), labels.roles.flatten(), seen_in=(n.name, dim), once=False)
+                self.sites.append(site)
         return labels
 
     def _convolution(
@@ -201,7 +201,7 @@ class UnitTracer(fx.Interpreter):
         return x.labels
 
     def _channels(self, x: Value, tensors: Sequence[Tensor | None]) -> Labels | None:
-        """An operation on each channel of [N, C, …] by itself, with tensors [C]."""
+        """Label an operation on each channel of [N, C, …] by itself, with tensors [C]."""
         if not set(x.labels.dims()) <= {1}:
             return None
         if not x.labels.fixed:
@@ -241,7 +241,7 @@ class UnitTracer(fx.Interpreter):
         return labels
 
     def _reduced(self, x: Value, dims: Any, out: Tensor) -> Labels | None:
-        """A mean or the like, either over all units, which leaves nothing to permute, or along other dimensions."""
+        """Label a mean or the like, over all units, which leaves nothing to permute, or along other dimensions."""
         if isinstance(dims, bool):
             return None  # std(unbiased)
         listed = range(len(x.shape)) if dims is None else dims if isinstance(dims, tuple | list) else [dims]
@@ -256,7 +256,7 @@ class UnitTracer(fx.Interpreter):
         return Labels(x.labels.units.reshape(shape), x.labels.roles.reshape(shape))
 
     def _mixed(self, x: Value) -> Labels:
-        """An operation that treats all units of a tensor alike, but only as a whole."""
+        """Label an operation that treats all units of a tensor alike, but only as a whole."""
         if not x.labels.fixed:
             self.sites.append(Site(x.labels.units.flatten(), x.labels.roles.flatten(), once=False))
         return x.labels
@@ -336,7 +336,7 @@ _LAYERS: dict[str, Callable[..., Labels | None]] = {
 
 
 def _pooled(x: Value, name: str, out: Tensor) -> Labels | None:
-    """An operation along the dimensions after [N, C]. A name like max_pool2d tells their number."""
+    """Label an operation along the dimensions after [N, C]. A name like max_pool2d tells their number."""
     num = next((int(letter) for letter in name if letter.isdigit()), len(x.shape) - 2)
     is_known = len(x.shape) == out.ndim == num + 2 and all(dim < 2 for dim in x.labels.dims())
     return x.labels if is_known else None
