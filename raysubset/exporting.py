@@ -1,4 +1,4 @@
-"""A trained model for others: torch.export and ONNX files that take raw inputs, and predictions from files.
+"""Uses a trained model elsewhere: torch.export and ONNX files that take raw inputs, and predictions from files.
 
 export_model("~/ray_results/digits-1a2b3c4d", "model.onnx", format="onnx")
 for prediction in predict_files("~/ray_results/digits-1a2b3c4d", ["photo.png"]): ...
@@ -31,26 +31,26 @@ from raysubset.training import are_probabilities
 ExportFormat = Literal["torch-export", "onnx"]
 
 SUFFIXES: dict[str, str] = {"torch-export": ".pt2", "onnx": ".onnx"}
-INPUT, OUTPUT = "images", "outputs"  # the graph's names
+INPUT, OUTPUT = "images", "outputs"  # the names in the graph
 OPSET = 18  # of ONNX: the oldest that torch's exporter writes without conversion
 _logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # between the file's outputs and the model's
-_MOST_IMAGES = 256  # predicted at once …
-_BATCH_PIXELS = 2**20  # … and of no more values: an activation is some times as large
+_TOLERANCE = 1e-4  # between the file's outputs and the model's, relative to the largest
+_MOST_IMAGES = 256  # in a batch of predictions …
+_BATCH_PIXELS = 2**20  # … of at most so many values: an activation is several times as large
 
 
 def export_model(directory: str, path: str | None = None, *, format: ExportFormat, trust_code: bool = False) -> Path:
-    """Write the final model of a run as one file with normalisation inside, and check that it computes the same.
+    """Write the final model of a run, with its normalisation, to one file, and check that the file computes the same.
 
-    Its input is float32 [N, C, H, W] in [0, 1] of images, float32 [N, F] of a table's features, or int64 [N, T] of
-    tokens, N free; its output float32, of classes [N, num_classes]. Class names and image shape (H, W, C), or names of
-    features and targets, travel along as JSON: in extra files of a .pt2, in the metadata of ONNX.
+    Its input is float32 [N, C, H, W] in [0, 1] for images, float32 [N, F] for a table's features, or int64 [N, T] for
+    tokens, with any N. Its output is float32, [N, num_classes] for classes. The file also holds, as JSON, class names
+    and image shape (H, W, C), or the names of features and targets: a .pt2 in extra files, ONNX in its metadata.
 
     Args:
         directory: the run directory, a path or a URI.
-        path: where to; by default model.pt2 or model.onnx in the working directory.
-        trust_code: as load_model()'s.
+        path: the file to write; by default model.pt2 or model.onnx in the working directory.
+        trust_code: as for load_model().
 
     Raises:
         ValueError: if there is no finished run, the format's packages are missing, or the network cannot be exported.
@@ -72,15 +72,15 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
     return target
 
 
-def _described(model: TrainedModel) -> dict[str, str]:
-    described = {"class_names": model.class_names, "image_shape": getattr(model, "image_shape", None)}
-    described |= {"inputs": getattr(model.inputs, "feature_names", None)}
-    described |= {"targets": getattr(model.record.task, "target_names", None)}
-    return {key: json.dumps(value) for key, value in described.items() if value}
+def _metadata(model: TrainedModel) -> dict[str, str]:
+    metadata = {"class_names": model.class_names, "image_shape": getattr(model, "image_shape", None)}
+    metadata |= {"inputs": getattr(model.inputs, "feature_names", None)}
+    metadata |= {"targets": getattr(model.record.task, "target_names", None)}
+    return {key: json.dumps(value) for key, value in metadata.items() if value}
 
 
 def _write_torch(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
-    torch.export.save(export(model, sample), target, extra_files=_described(model))
+    torch.export.save(export(model, sample), target, extra_files=_metadata(model))
     with torch.no_grad():
         outputs = torch.export.load(target).module()(sample)
     _check_same(target, outputs.numpy(), model, sample)
@@ -90,7 +90,7 @@ def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx needs it and says so only in the middle
+        import onnxscript  # noqa: F401  torch.onnx needs it and fails without it only halfway
     except ImportError as error:
         raise ValueError(f"ONNX export needs {error.name}: pip install 'raysubset[export]'") from error
     program = torch.onnx.export(
@@ -104,7 +104,7 @@ def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None
     )
     assert program is not None
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, _described(model))
+    onnx.helper.set_model_props(proto, _metadata(model))
     onnx.checker.check_model(proto)
     onnx.save(proto, target)
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
@@ -123,33 +123,34 @@ def _check_same(target: Path, outputs: np.ndarray, model: TrainedModel, sample: 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one image, a file or a row of a table, of one row of features, or of one text."""
+    """The model's answer for an image (a file or a table's row), a row of features, or a text."""
 
     path: str
-    classes: tuple[str, ...] = ()  # the most probable first; none where there is an error
-    # Softmax of the outputs, or these if they are such, not calibrated; of segmentation a class's share of the pixels.
+    classes: tuple[str, ...] = ()  # the most probable first; empty if there is an error
+    # The softmax of the outputs, or outputs that are probabilities; not calibrated. For masks: shares of the pixels.
     probabilities: tuple[float, ...] = ()
-    error: str | None = None  # why there is no answer, the file named
+    error: str | None = None  # the reason why there is no answer, with the file's name
     row: int | None = None  # of a table, from 0
-    values: dict[str, float] = field(default_factory=dict)  # of regression, by the target's name
-    text: str = ""  # what a text goes on with
-    mask: list[list[int]] = field(default_factory=list)  # of segmentation: [H][W], the number of each pixel's class
+    values: dict[str, float] = field(default_factory=dict)  # for regression, by the target's name
+    text: str = ""  # the continuation of a text
+    mask: list[list[int]] = field(default_factory=list)  # for segmentation: [H][W], the class number of each pixel
 
     def __str__(self) -> str:
         pairs = zip(self.classes, self.probabilities, strict=True)
-        found = [f"{name} {share:.1%}" for name, share in pairs]
-        found += [f"{name} {value:.6g}" for name, value in self.values.items()]
-        return self.error or f"{self.place}: {', '.join(found) or self.text}"
+        answers = [f"{name} {share:.1%}" for name, share in pairs]
+        answers += [f"{name} {value:.6g}" for name, value in self.values.items()]
+        return self.error or f"{self.place}: {', '.join(answers) or self.text}"
 
     @property
     def place(self) -> str:
+        """The path, with the row of a table."""
         return self.path if self.row is None else f"{self.path}, row {self.row}"
 
 
 def predict_files(
     directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
 ) -> list[Prediction]:
-    """Apply the final model of a run to files; predictions() in a list."""
+    """Return predictions() as a list."""
     return list(predictions(directory, paths, num_classes=num_classes, trust_code=trust_code))
 
 
@@ -158,19 +159,18 @@ def predictions(
 ) -> Iterator[Prediction]:
     """Apply the final model of a run to files, a batch of images or a table at a time.
 
-    Images are resized (shorter side) and centre-cropped to the training images' size, and made grey or coloured as
-    those were. They are files, or rows of Parquet and Arrow files, in the column that training read. Tables have the
-    training table's columns, by name. A text is gone on with. A file or an image that cannot be read has its error for
-    an answer.
+    Images are files, or rows of Parquet and Arrow files in the column that training read. They are resized (shorter
+    side) and centre-cropped to the training images' size, and converted to grey or colour as those were. Tables need
+    the training table's columns, by name. Texts are continued. A file or image that cannot be read yields its error.
 
     Args:
         directory: the run directory, a path or a URI.
         paths: image files and tables of images, tables, or text files, as the model takes them.
-        num_classes: the most probable classes to give for each.
-        trust_code: as load_model()'s.
+        num_classes: the number of most probable classes in each answer.
+        trust_code: as for load_model().
 
     Raises:
-        ValueError: if there are no files or no finished run, the run's model cannot be loaded, or it takes what no
+        ValueError: if there are no files or no finished run, the model cannot be loaded, or it takes inputs that no
             file holds.
     """
     if not paths:
@@ -178,18 +178,18 @@ def predictions(
     model = load_model(directory, trust_code=trust_code)
     task = model.record.task
     if isinstance(task, NextToken):
-        yield from (_go_on(model, path) for path in paths)
+        yield from (_continue_text(model, path) for path in paths)
     elif isinstance(model.inputs, TableInputs):
         for path in paths:
-            yield from _of_table(model, path, num_classes)
+            yield from _predict_table(model, path, num_classes)
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
-        yield from _of_image_files(model, model.inputs, directory, paths, num_classes)
+        yield from _predict_image_files(model, model.inputs, directory, paths, num_classes)
     else:
         shape = list(model.spec.inputs)
         raise ValueError(f"this model's task is {task.name}, and it takes tensors of {shape}: load_model(directory)(x)")
 
 
-def _go_on(model: TrainedModel, path: str) -> Prediction:
+def _continue_text(model: TrainedModel, path: str) -> Prediction:
     try:
         return Prediction(path, text=model.generate(Path(path).expanduser().read_text(encoding="utf-8")))
     except OSError as error:
@@ -198,82 +198,82 @@ def _go_on(model: TrainedModel, path: str) -> Prediction:
         return Prediction(path, error=f"{path}: {first_line(error)}")
 
 
-def _of_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Prediction]:
+def _predict_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Prediction]:
     assert isinstance(model.inputs, TableInputs)
     try:
         table = read_rows(path, model.inputs)
         with torch.inference_mode():
             outputs, notes = model.of_table(table)
     except ValueError as error:
-        yield _unread(path, error)
+        yield _unreadable(path, error)
         return
     for note in notes:
         _logger.warning("%s: %s", path, note.text)
-    yield from _answered(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))], num_classes)
+    yield from _answers(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))], num_classes)
 
 
-def _unread(path: str, error: ValueError) -> Prediction:
-    """The answer for a table that cannot be read."""
+def _unreadable(path: str, error: ValueError) -> Prediction:
+    """Return the answer for a table that cannot be read."""
     text = str(error).removeprefix("data.name = ")
     return Prediction(path, error=text if path in text else f"{path}: {text}")
 
 
-def _of_image_files(
+def _predict_image_files(
     model: TrainedModel, inputs: ImageInputs, directory: str, paths: Sequence[str], num_classes: int
 ) -> Iterator[Prediction]:
-    """The answers for image files, and for the rows of tables of images."""
+    """Yield the answers for image files, and for the rows of tables of images."""
     for is_table, members in groupby(paths, key=lambda path: path.lower().endswith(ARROW_SUFFIXES)):
         if not is_table:
             files = [*members]
             encoded = EncodedImages(
                 len(files), lambda n, files=files: Path(files[n]).expanduser().read_bytes(), files.__getitem__
             )
-            yield from _of_images(model, inputs, encoded, [*map(Prediction, files)], num_classes)
+            yield from _predict_images(model, inputs, encoded, [*map(Prediction, files)], num_classes)
             continue
         for path in members:
             try:
                 images = read_image_rows(path, _image_column(directory), image_size=_side(inputs))
             except ValueError as error:
-                yield _unread(path, error)
+                yield _unreadable(path, error)
                 continue
             places = [Prediction(path, row=row) for row in range(len(images))]
-            yield from _of_images(model, inputs, images, places, num_classes)
+            yield from _predict_images(model, inputs, images, places, num_classes)
 
 
 def _image_column(directory: str) -> str:
-    """The column that the run read its images from, where these were in a table."""
+    """Return the column from which the run read its images if they were in a table."""
     config = RunDirectory.at(directory).recorded_config() or {}
     return config.get("data", {}).get("image_column", DataConfig.image_column)
 
 
-def _of_images(
+def _predict_images(
     model: TrainedModel,
     inputs: ImageInputs,
     images: EncodedImages | np.ndarray,
     places: Sequence[Prediction],
     num_classes: int,
 ) -> Iterator[Prediction]:
-    """The answers for images, uint8 [N, H, W, C] or encoded, each of which has a place."""
+    """Yield the answers for images, uint8 [N, H, W, C] or encoded, at their places."""
     num = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // math.prod(model.image_shape)))
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(images), num):
             batch = places[start : start + num]
-            read = list(pool.map(partial(_read_image, images, inputs), range(start, start + len(batch))))
-            readable = [image for image in read if not isinstance(image, str)]
+            decoded = list(pool.map(partial(_read_image, images, inputs), range(start, start + len(batch))))
+            readable = [image for image in decoded if not isinstance(image, str)]
             answers = iter(())
             if readable:
                 with torch.inference_mode():
                     outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
-                answered = [place for place, image in zip(batch, read, strict=True) if not isinstance(image, str)]
-                answers = _answered(model, outputs, answered, num_classes)
-            for place, image in zip(batch, read, strict=True):
+                readable_places = [p for p, image in zip(batch, decoded, strict=True) if not isinstance(image, str)]
+                answers = _answers(model, outputs, readable_places, num_classes)
+            for place, image in zip(batch, decoded, strict=True):
                 yield replace(place, error=image) if isinstance(image, str) else next(answers)
 
 
-def _answered(
+def _answers(
     model: TrainedModel, outputs: torch.Tensor, places: Iterable[Prediction], num_classes: int
 ) -> Iterator[Prediction]:
-    """What each row of outputs says of its place: its classes, the most probable first, or its numbers by name."""
+    """Yield each place with its answer from a row of outputs: classes, the most probable first, or numbers by name."""
     task = model.record.task
     masks: list[list[list[int]]] = [[]] * len(outputs)
     if isinstance(task, Regression):
@@ -288,28 +288,28 @@ def _answered(
             probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
         shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
         names, numbers = [[task.class_names[i] for i in row] for row in order.tolist()], shares.tolist()
-    for place, of_row, values, mask in zip(places, names, numbers, masks, strict=True):
+    for place, row_names, values, mask in zip(places, names, numbers, masks, strict=True):
         if not all(map(math.isfinite, values)):
             yield replace(place, error=f"{place.place}: the network's outputs are NaN or infinite")
         elif isinstance(task, Regression):
-            yield replace(place, values=dict(zip(of_row, values, strict=True)))
+            yield replace(place, values=dict(zip(row_names, values, strict=True)))
         else:
-            yield replace(place, classes=tuple(of_row), probabilities=tuple(values), mask=mask)
+            yield replace(place, classes=tuple(row_names), probabilities=tuple(values), mask=mask)
 
 
 def _shares_of_pixels(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """How much of each mask [n, H, W] is of each class: float [n, num_classes]."""
+    """Return each class's share of the pixels of each mask [n, H, W]: float [n, num_classes]."""
     return torch.stack([mask.flatten().bincount(minlength=num_classes) / mask.numel() for mask in classes])
 
 
 def _side(inputs: ImageInputs) -> int | None:
-    """The side that images are resized to; None where the training images were no squares."""
+    """Return the side to which images are resized; None if the training images were not square."""
     height, width, _ = inputs.image_shape
     return height if height == width else None
 
 
 def _read_image(images: EncodedImages | np.ndarray, inputs: ImageInputs, number: int) -> np.ndarray | str:
-    """uint8 [H, W, C] of the model's shape, read as its training images were; or why not, in a line."""
+    """Read an image, uint8 [H, W, C], in the model's shape and as its training images were; or return an error line."""
     height, width, channels = inputs.image_shape
     name = f"image {number}"
     try:

@@ -1,11 +1,11 @@
-"""A network as a graph of torch's core operators, in JSON: what a run keeps of a user's own network, so that its model
-is loaded without calling the user's code. No files.
+"""Stores a user's own network as a graph of torch's core operators, in JSON, so that loading a run's model does not
+call the user's code. This module reads and writes no files.
 
 graph, constants = trace(network, spec)
 same = GraphNetwork(graph, network.state_dict() | constants, spec)
 
-torch's own file of an exported program (.pt2) would not do: loading one unpickles what it holds. A graph of unknown
-origin calls nothing but the operators that `_operator` lets through, on tensors and plain numbers.
+torch's own file of an exported program (.pt2) is not safe: loading one unpickles its contents. A graph of unknown
+origin can call only the operators that `_operator` allows, on tensors and plain numbers.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from raysubset.errors import first_line
 from raysubset.tasks import Spec
 
 _FORMAT = 1
-_TOLERANCE = 1e-4  # between the graph's outputs and the network's
-_NUM_TRIED = (2, 32)  # examples that a graph is tried on, with stand-ins for tensors
-_MOST_VALUES = 2**27  # of one tensor, an example of a batch: half a GiB of float32
+_TOLERANCE = 1e-4  # between the graph's outputs and the network's, relative to the largest
+_NUM_TRIED = (2, 32)  # numbers of examples on which a graph is tried, with meta tensors
+_MOST_VALUES = 2**27  # in one tensor, for each example of a batch: half a GiB of float32
 
-# A size is an int, or torch's stand-in for one while a graph is traced again
+# Operators on sizes. A size is an int, or torch's symbol for one while a graph is traced again
 _ON_SIZES: dict[str, Callable[..., Any]] = {
     "item": operator.getitem,
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "mod", "neg")},
@@ -46,33 +46,36 @@ _WORDS: dict[str, Any] = {
 }
 _OPERATOR_NAME = re.compile(r"aten\.([a-z][a-z0-9_]*|_[a-z][a-z0-9_]*)\.([A-Za-z][A-Za-z0-9_]*)")
 _REFUSED = ("empty", "empty_strided", "_local_scalar_dense", "_embedding_bag", "sym_storage_offset")
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # kept whole: torch would unroll them, a minute for 64 tokens
-_ALSO = ("adaptive_max_pool2d", "im2col", "pixel_shuffle", "pixel_unshuffle", "unfold", *_RECURRENT)  # no less pure
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # not decomposed: unrolling takes torch a minute for 64 tokens
+_ALLOWED = ("adaptive_max_pool2d", "im2col", "pixel_shuffle", "pixel_unshuffle", "unfold", *_RECURRENT)  # as pure
 
 
 def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
-    """torch's exported program, for any number of examples.
+    """Return torch's exported program of the network, for any number of examples.
 
     Raises:
         ValueError: if torch.export cannot trace the network.
     """
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # where it fails, the tracer shows its graph here and on stderr
+    log.setLevel(logging.CRITICAL)  # if tracing fails, the tracer prints its graph here and on stderr
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             return torch.export.export(network, (sample,), dynamic_shapes=({0: Dim("num_images", min=1)},))
-    except Exception as error:  # torch.export raises what its tracer happens to meet
+    except Exception as error:  # torch.export may raise anything
         raise ValueError(f"torch.export cannot trace this network: {first_line(error)}") from error
     finally:
         log.setLevel(level)
 
 
 def trace(network: nn.Module, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The graph of a network on the CPU in evaluation mode, a tree for JSON, and tensors its state dict lacks.
+    """Trace a network on the CPU in evaluation mode.
+
+    Returns:
+        The graph, a tree for JSON, and the constant tensors that the network's state dict does not hold.
 
     Raises:
-        ValueError: if torch.export cannot trace it, or it is no function of its inputs by core operators alone.
+        ValueError: if torch.export cannot trace it, or it is not a function of its inputs by allowed operators alone.
     """
     network, was_training = network.eval(), network.training
     sample = spec.random(3, torch.Generator().manual_seed(0))
@@ -118,8 +121,8 @@ def _record(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]
         if node.op != "call_function" or (not node.users and "assert" in str(node.target)):
             continue
         numbers[node] = len(tensors) + len(calls) + 1
-        arguments = {key: _encoded(value, numbers) for key, value in node.kwargs.items()}
-        calls.append([_name_of(node.target), [_encoded(value, numbers) for value in node.args], arguments])
+        arguments = {key: _encode(value, numbers) for key, value in node.kwargs.items()}
+        calls.append([_name_of(node.target), [_encode(value, numbers) for value in node.args], arguments])
     (outputs,) = traced.output_node().args[0]  # pyright: ignore[reportGeneralTypeIssues]
     return {"format": _FORMAT, "tensors": tensors, "calls": calls, "outputs": numbers[outputs]}, constants
 
@@ -132,12 +135,12 @@ def _name_of(target: Any) -> str:
     return str(target)
 
 
-def _encoded(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
+def _encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
     match value:
         case fx.Node():
             return {"value": numbers[value]}
         case list() | tuple():
-            return [_encoded(item, numbers) for item in value]
+            return [_encode(item, numbers) for item in value]
         case float() if not math.isfinite(value):
             return {"number": str(value)}
         case None | bool() | int() | float() | str():
@@ -151,19 +154,19 @@ def _encoded(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    """The function of torch's that a graph may call by this name.
+    """Return the torch function that a graph may call by this name.
 
-    Those of the core ATen set are computations of tensors: none opens files, runs code or changes what it is given.
-    Left out are backward passes, whose indices torch does not check, and what reads memory beside its tensors.
+    The core ATen operators compute with tensors: none opens files, runs code or changes its arguments. Backward passes,
+    whose indices torch does not check, and operators that read memory outside their tensors are not allowed.
 
     Raises:
-        ValueError: if it may not be called.
+        ValueError: if the graph may not call it.
     """
     if match := _OPERATOR_NAME.fullmatch(name):
         function = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
         if (
             isinstance(function, torch._ops.OpOverload)
-            and (torch.Tag.core in function.tags or match[1] in _ALSO)
+            and (torch.Tag.core in function.tags or match[1] in _ALLOWED)
             and not function._schema.is_mutable
             and not match[1].endswith("_backward")
             and match[1] not in _REFUSED
@@ -178,21 +181,23 @@ class _Call:
     on_sizes: bool
     arguments: list[Any]
     named: dict[str, Any]
-    unneeded: tuple[int, ...]  # values that no later call takes
+    unneeded: tuple[int, ...]  # values that no later call uses
 
 
 class GraphNetwork(nn.Module):
-    """A network in evaluation mode, computed call by call; its state dict has the names of the traced network's."""
+    """A network in evaluation mode, computed call by call. Its state dict has the traced network's names."""
 
     def __init__(self, graph: Any, tensors: Mapping[str, Tensor], spec: Spec) -> None:
-        """Check on stand-ins, which take no memory, what may be trace()'s graph or anything else.
+        """Build the network and check it on meta tensors, which take no memory: the graph may hold anything.
 
         Args:
-            tensors: the weights and constants it names.
+            graph: the first result of trace().
+            tensors: the weights and constants that the graph names.
+            spec: the shapes of inputs and outputs.
 
         Raises:
-            ValueError: if this is no graph from inputs to outputs of these shapes, or it needs more memory than a
-                network's would.
+            ValueError: if it is no graph from inputs to outputs of these shapes, or needs more memory than a network
+                would.
         """
         super().__init__()
         try:
@@ -200,17 +205,17 @@ class GraphNetwork(nn.Module):
                 raise ValueError(f"its format is {graph['format']!r}, this version reads {_FORMAT}")
             self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
             self._outputs = int(graph["outputs"])
-            self._calls = self._parsed(graph["calls"])
-            stand_ins = [getattr(owner, name).to("meta") for owner, name in self._tensors]
+            self._calls = self._parse(graph["calls"])
+            meta_tensors = [getattr(owner, name).to("meta") for owner, name in self._tensors]
             for num in _NUM_TRIED:
-                outputs = self._run([spec.zeros(num).to("meta"), *stand_ins], limit=num * _MOST_VALUES)
+                outputs = self._run([spec.zeros(num).to("meta"), *meta_tensors], limit=num * _MOST_VALUES)
                 if tuple(outputs.shape) != (num, *spec.outputs) or not outputs.is_floating_point():
                     raise ValueError(f"it gives {outputs.dtype} {list(outputs.shape)} for {num} examples")
-        except Exception as error:  # a graph of unknown origin makes any line above raise anything
+        except Exception as error:  # with a graph of unknown origin, any line above may raise anything
             raise ValueError(f"it holds no network with outputs {list(spec.outputs)}: {first_line(error)}") from error
 
     def _hold(self, name: str, tensors: Mapping[str, Tensor], is_parameter: bool) -> tuple[nn.Module, str]:
-        """Register a tensor under a dotted name; where it is then found."""
+        """Register a tensor under a dotted name; return the module that owns it and its name there."""
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:
@@ -223,7 +228,7 @@ class GraphNetwork(nn.Module):
             owner.register_buffer(leaf, tensors[name].clone())
         return owner, leaf
 
-    def _parsed(self, calls: list[Any]) -> list[_Call]:
+    def _parse(self, calls: list[Any]) -> list[_Call]:
         last_use: dict[int, int] = {}
         for number, (_, arguments, named) in enumerate(calls):
             last_use |= dict.fromkeys(_values_in([arguments, named]), number)
@@ -240,11 +245,11 @@ class GraphNetwork(nn.Module):
         return self._run([inputs, *(getattr(owner, name) for owner, name in self._tensors)])
 
     def _run(self, values: list[Any], *, limit: int | None = None) -> Any:
-        """The outputs, of inputs and tensors; ValueError where a tensor has more values than the limit."""
+        """Compute the outputs from inputs and tensors; raise a ValueError if a tensor has more values than `limit`."""
         device = values[0].device
         for call in self._calls:
-            arguments = [_decoded(argument, values, device) for argument in call.arguments]
-            named = {key: _decoded(argument, values, device) for key, argument in call.named.items()}
+            arguments = [_decode(argument, values, device) for argument in call.arguments]
+            named = {key: _decode(argument, values, device) for key, argument in call.named.items()}
             if call.on_sizes:
                 _check_sizes(call, arguments)
             value = call.function(*arguments, **named)
@@ -259,17 +264,17 @@ class GraphNetwork(nn.Module):
 
 
 def _check_sizes(call: _Call, arguments: list[Any]) -> None:
-    """ValueError where Python's own operators are given more than sizes: a list times a number, numbers without end."""
+    """Refuse other arguments than sizes for Python's own operators: a list times a number, or unbounded numbers."""
     if call.function is operator.getitem:
-        good = len(arguments) == 2 and isinstance(arguments[0], list | tuple) and type(arguments[1]) is int
+        are_sizes = len(arguments) == 2 and isinstance(arguments[0], list | tuple) and type(arguments[1]) is int
     else:
-        good = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
-    if not good or call.named:
+        are_sizes = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
+    if not are_sizes or call.named:
         raise ValueError(f"{call.function.__name__} of what is no size")
 
 
 def _values_in(tree: Any) -> list[int]:
-    """Numbers of the values that arguments refer to."""
+    """Return the numbers of the values to which arguments refer."""
     if isinstance(tree, dict):
         if "value" in tree:
             return [tree["value"]]
@@ -277,10 +282,10 @@ def _values_in(tree: Any) -> list[int]:
     return [number for item in tree for number in _values_in(item)] if isinstance(tree, list) else []
 
 
-def _decoded(argument: Any, values: list[Any], device: torch.device) -> Any:
+def _decode(argument: Any, values: list[Any], device: torch.device) -> Any:
     match argument:
         case list():
-            return [_decoded(item, values, device) for item in argument]
+            return [_decode(item, values, device) for item in argument]
         case {"value": number}:
             return values[number]
         case {"torch": name}:

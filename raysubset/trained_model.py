@@ -1,4 +1,4 @@
-"""The trained model as others use it: an nn.Module with its scaling and names inside, from safetensors and JSON.
+"""Saves and loads trained models: an nn.Module that includes its scaling and names, in safetensors and JSON.
 
 model = load_model("~/ray_results/digits-1a2b3c4d")
 labels = [model.class_names[i] for i in model(images).argmax(1)]        # images uint8 [N, C, H, W]
@@ -34,46 +34,46 @@ from raysubset.tasks import (
 )
 from raysubset.training import Weights
 
-_NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # texts that a report shows
+_NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # of the texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecord:
-    """model.json: what load_model() needs beside the weights."""
+    """model.json: everything that load_model() needs besides the weights."""
 
     model: ModelConfig
     task: Task
 
     @property
     def spec(self) -> Spec:
-        """What the network takes and gives."""
+        """The shapes that the network takes and gives for one example."""
         return self.task.spec()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; ValueError for a user's task that JSON cannot hold."""
+        """Return plain values; raise a ValueError for a user's task that JSON cannot hold."""
         return {"model": dataclasses.asdict(self.model), **task_to_dict(self.task)}
 
     @classmethod
     def from_dict(cls, record: Any, *, trust_code: bool = False) -> "ModelRecord":
-        """The record that a file holds, which may be anything.
+        """Read the record of a file, which may hold anything.
 
         Raises:
-            ValueError: if a value is missing, or of another type or range than a model's.
+            ValueError: if a value is missing or has the wrong type or range.
         """
-        of_task = ("num_classes", "class_names", "image_shape", "mean", "std", "grey_range")
-        fields = {"model", "task"} if isinstance(record, dict) and "task" in record else {"model", *of_task}
+        flat = ("num_classes", "class_names", "image_shape", "mean", "std", "grey_range")
+        fields = {"model", "task"} if isinstance(record, dict) and "task" in record else {"model", *flat}
         if not isinstance(record, dict) or not isinstance(record.get("model"), dict) or fields - record.keys():
             raise ValueError("it is no record of a model")
-        words = {field.name for field in dataclasses.fields(ModelConfig)}
-        if unknown := [*(f"model.{name}" for name in sorted(record["model"].keys() - words)), *record.keys() - fields]:
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        if unknown := [*(f"model.{name}" for name in sorted(record["model"].keys() - known)), *record.keys() - fields]:
             raise ValueError(f"it has {', '.join(unknown)}, which this version lacks: update raysubset")
         task = task_from_dict(record, trust_code=trust_code)
         return cls(ModelConfig(**record["model"]), task)
 
 
 class TrainedModel(nn.Module):
-    """A network that takes raw inputs and gives outputs in the targets' units: scaling is inside."""
+    """A network with its scaling: it takes raw inputs and returns outputs in the targets' units."""
 
     mean: Tensor
     std: Tensor
@@ -97,20 +97,20 @@ class TrainedModel(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs float32 [N, *spec.outputs]: logits for cross-entropy, numbers in the targets' units for regression.
+        """Return outputs float32 [N, *spec.outputs]: logits for classes, numbers in the targets' units for regression.
 
         Args:
-            inputs: [N, *spec.inputs]. Images of the training images' size, uint8 or float in [0, 1]; features of a
-                table as they are, in the order of its feature_names, NaN where one is missing and data.missing=mean,
-                categories as 0 and 1; integers of tokens.
+            inputs: [N, *spec.inputs]. Images have the training images' size and are uint8, or float in [0, 1]. A
+                table's features are raw, in the order of feature_names, with categories as 0 and 1, and, if
+                data.missing is mean, NaN for missing values. Tokens are integers.
 
         Raises:
-            ValueError: if the shape or the type is another.
+            ValueError: if the shape or type is wrong.
         """
         is_image = isinstance(self.inputs, ImageInputs)
-        wanted, noun = list(self.spec.inputs), "images" if is_image else "inputs"
-        if list(inputs.shape[1:]) != wanted:
-            listed = ", ".join(map(str, wanted))
+        shape, noun = list(self.spec.inputs), "images" if is_image else "inputs"
+        if list(inputs.shape[1:]) != shape:
+            listed = ", ".join(map(str, shape))
             raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {listed}]")
         if self.spec.num_values is not None:
             if inputs.is_floating_point() or inputs.is_complex():
@@ -124,7 +124,7 @@ class TrainedModel(nn.Module):
         scaled = inputs.to(self.mean.dtype) if is_image else inputs
         if inputs.dtype == torch.uint8:
             scaled = scaled / 255
-        if self.inputs is not None:  # in the inputs' own precision, then in the network's
+        if self.inputs is not None:  # scaled in the inputs' own precision, then cast to the network's
             scaled = (scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)
             scaled = scaled.to(next(self.network.parameters()).dtype)
         if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
@@ -132,10 +132,10 @@ class TrainedModel(nn.Module):
         return self._in_units(self.network(scaled))
 
     def of_table(self, table: pa.Table) -> tuple[Tensor, tuple[Note, ...]]:
-        """Outputs for the rows of a table with the training table's columns, as forward()'s, and notes on them.
+        """Return outputs, as forward() does, for the rows of a table with the training table's columns, and notes.
 
         Raises:
-            ValueError: for a model of no table, a column that is not there, or values that it cannot take.
+            ValueError: if the model was not trained on a table, a column is missing, or it cannot take the values.
         """
         if not isinstance(self.inputs, TableInputs):
             raise ValueError("this model was not trained on a table's columns: give it what it was trained on")
@@ -144,33 +144,33 @@ class TrainedModel(nn.Module):
         return self._in_units(self.network(inputs)), notes
 
     def generate(self, text: str, num_tokens: int = 200, *, seed: int = 0, temperature: float = 0.8) -> str:
-        """Go on with a text, token by token, each drawn from the model's prediction.
+        """Continue a text, drawing one token after another from the model's prediction.
 
-        Of a beginning of more tokens than the window the last count. Outputs are divided by the temperature; 0 takes
-        the likeliest token.
+        If the text has more tokens than the window, only the last ones count. Outputs are divided by the temperature;
+        temperature 0 takes the most probable token.
 
         Raises:
-            ValueError: for a model that predicts no tokens, or an empty text.
+            ValueError: if the model does not predict tokens, or the text is empty.
         """
         task = self.record.task
         if not isinstance(task, NextToken):
-            raise ValueError(f"this model's task is {task.name}, not next_token: it goes on with no text")
+            raise ValueError(f"this model's task is {task.name}, not next_token: it cannot continue a text")
         tokens, generator = task.vocabulary.encode(text).tolist(), torch.Generator().manual_seed(seed)
         if not tokens:
-            raise ValueError("an empty text has nothing to go on with: give a few characters")
-        num_given, device = len(tokens), next(self.network.parameters()).device
+            raise ValueError("an empty text cannot be continued: give a few characters")
+        prompt_length, device = len(tokens), next(self.network.parameters()).device
         with torch.inference_mode():
             for _ in range(num_tokens):
-                seen = tokens[-task.window :]
-                padded = torch.tensor([seen + [0] * (task.window - len(seen))], device=device)
-                outputs = self.network(padded)[0, len(seen) - 1].float().cpu()
+                context = tokens[-task.window :]
+                padded = torch.tensor([context + [0] * (task.window - len(context))], device=device)
+                outputs = self.network(padded)[0, len(context) - 1].float().cpu()
                 if (unknown := task.vocabulary.unknown) is not None:
                     outputs[unknown] = -torch.inf
                 if temperature:
                     tokens.append(int((outputs / temperature).softmax(0).multinomial(1, generator=generator)))
                 else:
                     tokens.append(int(outputs.argmax()))
-        return task.vocabulary.decode(tokens[num_given:])
+        return task.vocabulary.decode(tokens[prompt_length:])
 
     def _in_units(self, outputs: Tensor) -> Tensor:
         return outputs * self.target_std + self.target_mean if isinstance(self.record.task, Regression) else outputs
@@ -179,35 +179,35 @@ class TrainedModel(nn.Module):
 def save_model(
     directory: RunDirectory, weights: Weights, record: ModelRecord, *, network: nn.Module | None = None
 ) -> tuple[dict[str, Seal], str | None]:
-    """Write the weights, of a user's own network the graph that stands for its code, then the record that names them.
+    """Write the weights, for a user's own network also its graph, and then the record that names these files.
 
     Args:
-        record: this process's own, so that a user's function that it names may be called.
-        network: the user's own, on the CPU, which takes the weights here; by default the record's function is called.
+        record: a record of this process's own config: a user's function that it names may be called.
+        network: the user's own network, on the CPU, which loads the weights; by default the record's function makes it.
 
     Returns:
-        The seals of what was written, by path; and why its graph could not be kept, so that load_model() will need its
-        code, None where none is needed.
+        The seals of the written files by path; and the reason why the graph could not be kept, so that load_model()
+        will need the user's code, or None.
     """
-    files, flaw = {MODEL_PATH: directory.write_weights(MODEL_PATH, weights)}, None
+    files, problem = {MODEL_PATH: directory.write_weights(MODEL_PATH, weights)}, None
     if record.model.is_function:
         network = network or new_model(record.model, record)
         network.load_state_dict(weights)
         try:
             graph, constants = trace(network, record.spec)
         except ValueError as error:
-            flaw = str(error)
+            problem = str(error)
         else:
             files[CONSTANTS_PATH] = directory.write_weights(CONSTANTS_PATH, constants)
             files[GRAPH_PATH] = directory.write_json(GRAPH_PATH, graph)
     seal = directory.write_json(MODEL_RECORD_PATH, record.to_dict() | {"files": files})
-    return {**files, MODEL_RECORD_PATH: seal}, flaw
+    return {**files, MODEL_RECORD_PATH: seal}, problem
 
 
 def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord, rows: Rows) -> dict[str, Seal]:
-    """Write how a next-token model goes on with the first half of some windows, a list of {"prompt", "text"}.
+    """Write how a next-token model continues the first half of some windows, as a list of {"prompt", "text"}.
 
-    The rows are of the test split.
+    The rows are those of the test split.
     """
     network, task = new_model(record.model, record), record.task
     assert isinstance(task, NextToken)
@@ -222,21 +222,21 @@ def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord
 def load_model(
     path: str, *, device: str | torch.device = "cpu", trust_code: bool = False, model: Any = None, task: Any = None
 ) -> TrainedModel:
-    """The final model of a run, in evaluation mode, ready to predict.
+    """Load the final model of a run, in evaluation mode.
 
-    The directory may be a stranger's: nothing is unpickled, imported or called that it names. A user's own network is
-    computed by the graph that the run kept of it, for which its code is not needed.
+    The directory may be a stranger's: loading unpickles, imports and calls nothing that it names. A user's own network
+    is computed from the graph that the run kept of it, without its code.
 
     Args:
         path: the run directory, a path or a URI.
-        device: where the model computes.
-        trust_code: build a user's own network by its code instead, the package.module:function that model.json names.
-            For directories of people you trust, where the run could keep no graph, or to train the network further.
-        model: the network that run() was given as an object, which is used likewise, in the place of the graph.
+        device: the device of the model.
+        trust_code: build a user's own network with its code instead, the package.module:function in model.json. Use
+            this for directories of people you trust, if the run kept no graph or to train the network further.
+        model: the network that run() was given as an object. It is used instead of the graph.
         task: the task that run() was given as an object, or its class.
 
     Raises:
-        ValueError: if there is no finished run, it is damaged, a newer version made it, or its network needs code.
+        ValueError: if there is no finished run, it is damaged or of a newer version, or its network needs code.
     """
     directory = RunDirectory.at(path)
     if not directory.exists(MODEL_RECORD_PATH):
@@ -244,12 +244,12 @@ def load_model(
             f"{directory.uri} holds no {MODEL_RECORD_PATH}: it is no run directory, or one that is not finished: give "
             "another"
         )
-    stored = directory.read_json(MODEL_RECORD_PATH)
-    files = stored.pop("files", None) if isinstance(stored, dict) else None
+    tree = directory.read_json(MODEL_RECORD_PATH)
+    files = tree.pop("files", None) if isinstance(tree, dict) else None
     files = files if isinstance(files, dict) else {}
-    with again({"model": model, "task": task}, stored):
+    with again({"model": model, "task": task}, tree):
         try:
-            record = ModelRecord.from_dict(stored, trust_code=trust_code)
+            record = ModelRecord.from_dict(tree, trust_code=trust_code)
         except ValueError as error:
             raise ValueError(f"{MODEL_RECORD_PATH} in {directory.uri} cannot be used: {error}") from error
         try:
@@ -261,10 +261,10 @@ def load_model(
 
 
 def _network(directory: RunDirectory, record: ModelRecord, files: Mapping[str, Seal], *, trust_code: bool) -> nn.Module:
-    """The network that the record describes, with the weights.
+    """Build the network of the record and load the weights.
 
     Raises:
-        ValueError: if it is a user's own, of which there is no graph, and the user's code is not to be trusted.
+        ValueError: if it is a user's own network without a graph, and trust_code is False.
         RuntimeError: if the weights are another network's.
     """
     weights = directory.read_weights(MODEL_PATH, files)
@@ -294,10 +294,12 @@ def _network(directory: RunDirectory, record: ModelRecord, files: Mapping[str, S
 
 
 def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Module:
-    """One of ours or torchvision's. A record's numbers take no memory before they are seen to be the weights'.
+    """Build one of this package's or torchvision's networks with these weights.
+
+    The record's sizes are compared with the weights before any memory is allocated for them.
 
     Raises:
-        RuntimeError: if they are not.
+        RuntimeError: if the sizes are not those of the weights.
     """
     if (record.model.depth or 0) > len(weights):
         raise RuntimeError(f"depth = {record.model.depth}, and there are {len(weights)} tensors")
@@ -307,9 +309,9 @@ def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Mod
     try:
         with torch.device("meta"):
             network = new_model(record.model, record)
-    except NotImplementedError:  # torchvision's regnets; their size is their name's
+    except NotImplementedError:  # torchvision's regnets, whose size follows from their name
         network = new_model(record.model, record)
-    except (ValueError, TypeError, OverflowError) as error:  # the last two of a width beyond 64 bits
+    except (ValueError, TypeError, OverflowError) as error:  # the last two for a width beyond 64 bits
         raise RuntimeError(first_line(error)) from error
     for name, tensor in network.state_dict().items():
         if name in weights and weights[name].dtype != tensor.dtype:

@@ -1,4 +1,4 @@
-"""Tables whose columns are learned from: which columns are features, which the target, and the target's classes."""
+"""Reads tables to learn from their columns: decides which are features, which the target, and the target's classes."""
 
 import dataclasses
 import re
@@ -40,29 +40,29 @@ from raysubset.data.tables import (
 from raysubset.events import Note
 from raysubset.tasks.columns import TableInputs, is_time
 
-_TARGETS = ("target", "label")  # what a target is called where data.target names none
+_TARGETS = ("target", "label")  # the usual names of a target, if data.target names none
 
-# Row numbers that pandas writes beside a table: an index without a name, in CSV and in Parquet.
+# The names of row numbers that pandas writes beside a table, in CSV and in Parquet: an index without a name.
 _ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
-_MOST_INTEGERS = 100  # of a target that are taken as the names of classes
+_MOST_INTEGERS = 100  # different integers in a target that is read as the names of classes
 
 
 @dataclass(frozen=True)
 class Tables:
-    """A data set of tables: what is learned from which columns."""
+    """A data set of tables, and which of their columns are features and targets."""
 
-    splits: Mapping[SplitName, pa.Table]  # with the features, the targets, and further scalars
+    splits: Mapping[SplitName, pa.Table]  # features, targets, and further scalars
     features: tuple[str, ...]
-    targets: tuple[str, ...]  # several of regression only
+    targets: tuple[str, ...]  # more than one for regression only
     notes: tuple[Note, ...]
-    streamed: TableGroups | None = None  # where the training features lie, if they are not held
+    streamed: TableGroups | None = None  # the files of the training features, if those are not held in memory
 
 
 def is_of_columns(config: DataConfig) -> bool:
-    """Whether a path is learned from a table's columns: there is no image column, or data.columns says so.
+    """Return True if a path holds tables to learn columns from: without an image column, or with data.columns set.
 
     Raises:
-        ValueError: for what find_files() refuses, or a first file that is damaged.
+        ValueError: for what find_files() refuses, and for a damaged first file.
     """
     files = find_files(config)
     if files.kind != "tables" or config.columns is not None:
@@ -74,9 +74,9 @@ def is_of_columns(config: DataConfig) -> bool:
 
 
 def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
-    """Whether a table is read as images: it has the image column, or one that only an image could be in.
+    """Return True if a table is read as images: it has the image column, or a column that can only hold images.
 
-    So a slip in data.image_column is told as one, and does not turn a set of images into one of its other columns.
+    So a mistyped data.image_column is reported, instead of learning from the other columns of a set of images.
     """
     if config.columns is not None:
         return False
@@ -85,35 +85,35 @@ def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
 
 
 def read_tables(config: DataConfig) -> Tables:
-    """Read the files that a path stands for as tables of columns.
+    """Read the files of a path as tables of columns.
 
     Raises:
-        ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
+        ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
     files = find_files(config)
     if files.kind != "tables":
         raise no_table(files) if files.kind == "texts" else _no_columns(config)
     kinds, notes, streamed = column_kinds(files), [], None
-    read: dict[SplitName, dict[str, pa.Table]] = {}
+    by_split: dict[SplitName, dict[str, pa.Table]] = {}
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
         return _needed(schema, config, path)
 
     for split, members in files.layout.items():
         if split == "train" and config.streamed:
-            read[split], streamed = _stream(files, members, kinds, config)
+            by_split[split], streamed = _stream(files, members, kinds, config)
         else:
-            read[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-        num = sum(table.num_rows for table in read[split].values())
+            by_split[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+        num = sum(table.num_rows for table in by_split[split].values())
         notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
-    tables = choose_columns(read, config, streamed)
+    tables = choose_columns(by_split, config, streamed)
     return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
 
 
 def _stream(
     files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig
 ) -> tuple[dict[str, pa.Table], TableGroups]:
-    """The tables of a streamed split without their features, by file, and where the features lie."""
+    """Return a streamed split's tables by file, without their features, and the files of the features."""
     features: tuple[str, ...] = ()
     schemas: list[pa.Table] = []
 
@@ -125,8 +125,8 @@ def _stream(
 
     path, *_ = parquet_paths(files, members)
     schema = read_schema(files, members[0])
-    known, where = _needed(schema, config, path), f"the train split of {config.name}"
-    features, _ = _features(known, _targets(known, config, path)[0], config, path)
+    readable, where = _needed(schema, config, path), f"the train split of {config.name}"
+    features, _ = _features(readable, _targets(readable, config, path)[0], config, path)
     tables, num_rows = read_held(files, members, kinds, needed, streamed=features)
     groups = TableGroups.of_files(
         config,
@@ -145,12 +145,12 @@ def _no_columns(config: DataConfig) -> ValueError:
 
 
 def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) -> pa.Table:
-    """The columns that inputs encode, of a file or a folder of tables, with the targets if they are there.
+    """Read the columns that the inputs encode from a file or folder of tables, and targets if it has them.
 
-    In CSV files a column that was text in training is text, whatever it looks like.
+    A CSV column that was text in training is read as text, even if its values are numbers.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if a table cannot be read.
     """
     files = find_files(DataConfig(name=path))
     if files.kind != "tables":
@@ -171,28 +171,28 @@ def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) ->
 
 
 def choose_columns(
-    read: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig, streamed: TableGroups | None = None
+    by_split: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig, streamed: TableGroups | None = None
 ) -> Tables:
     """Join the tables of each split, and decide which columns are targets and features.
 
     Args:
-        read: tables by the name of their file, by split; that of "train" decides.
-        streamed: the features of the training tables, which lack them.
+        by_split: for each split, tables by file name; the first of "train" decides.
+        streamed: the features of the training tables, if those do not hold them.
 
     Raises:
-        ValueError: for a column that is not there, with the nearest name, and tables that do not go together.
+        ValueError: for a missing column, with the nearest name, and for tables that cannot be joined.
     """
-    path, first = next(iter(read["train"].items()))
-    left = streamed.schema.names if streamed else []
-    targets, notes = _targets([*first.column_names, *left], config, path)
-    features, more = _features([*first.column_names, *left], targets, config, path)
-    notes += more
+    path, first = next(iter(by_split["train"].items()))
+    streamed_names = streamed.schema.names if streamed else []
+    targets, notes = _targets([*first.column_names, *streamed_names], config, path)
+    features, feature_notes = _features([*first.column_names, *streamed_names], targets, config, path)
+    notes += feature_notes
     splits: dict[SplitName, pa.Table] = {}
-    for split, files in read.items():
+    for split, files in by_split.items():
         where = f"the {split} split of {config.name}"
         for path, table in files.items():
-            known = [*table.column_names, *(left if split == "train" else ())]
-            _refuse_absent((*targets, *features), known, path, is_train=split == "train")
+            names = [*table.column_names, *(streamed_names if split == "train" else ())]
+            _refuse_absent((*targets, *features), names, path, is_train=split == "train")
         joined = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
         notes += joined.notes
         splits[split] = _with_class_names(joined, targets[0], where)
@@ -200,13 +200,13 @@ def choose_columns(
 
 
 def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
-    """The target as classes: number_classes()' labels, int64 [N] from 0 to num_classes - 1, class names and notes.
+    """Number the target's classes with number_classes(): return labels, int64 [N] from 0, class names and notes.
 
-    Truth values are the classes false and true, in this order. Integers that do not run from 0 without gaps are names,
-    in their order.
+    Truth values are the classes false and true, in this order. Integers that do not run from 0 without gaps become
+    names, in ascending order.
 
     Raises:
-        ValueError: for several targets, numbers that are no classes, and what number_classes() refuses.
+        ValueError: for several targets, for numbers that are no classes, and for what number_classes() refuses.
     """
     target, *others = tables.targets
     if others:
@@ -229,14 +229,14 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
                 f"the target {target} holds {type_}, such as {_example(values)}, and classes are integers or names: "
                 "use --task regression, or set --data.target to another column"
             )
-        labels, found = as_labels(values, where)
-        nothing = np.empty((len(labels), 0, 0, 0), np.uint8)
-        source[split] = SourceSplit(nothing, labels, names if is_string(labels.type) and names else found)
+        labels, dictionary_names = as_labels(values, where)
+        no_images = np.empty((len(labels), 0, 0, 0), np.uint8)
+        source[split] = SourceSplit(no_images, labels, names if is_string(labels.type) and names else dictionary_names)
     return number_classes(source)
 
 
 def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
-    """The columns worth reading: those that are named, and all numbers, texts and times."""
+    """Return the columns to read: those that the config names, and all numbers, texts and times."""
     targets = split_names("target", config.target, schema.names) or _TARGETS
     named = {*targets, *split_names("columns", config.columns, schema.names)}
     needed = [field.name for field in schema if field.name in named or _is_plain(field.type)]
@@ -251,50 +251,50 @@ def _is_plain(type_: pa.DataType) -> bool:
     return is_string(type_) or is_time(type_) or any(kind(type_) for kind in kinds)
 
 
-def _targets(known: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
-    if named := split_names("target", config.target, known):
-        _refuse_absent(named, known, path, option="--data.target")
-        return named, []
-    name = usual_target(known, _TARGETS, path)
+def _targets(names: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
+    if targets := split_names("target", config.target, names):
+        _refuse_absent(targets, names, path, option="--data.target")
+        return targets, []
+    name = usual_target(names, _TARGETS, path)
     return (name,), [usual_note(name)]
 
 
 def _features(
-    known: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
+    names: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
 ) -> tuple[tuple[str, ...], list[Note]]:
-    if named := split_names("columns", config.columns, known):
-        _refuse_absent(named, known, path, option="--data.columns")
-        if both := [name for name in named if name in targets]:
-            raise ValueError(f"{both[0]} is in --data.columns and --data.target: it cannot be learned from itself")
-        return named, []
-    others = [name for name in known if name not in targets]
-    numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
-    features = tuple(name for name in others if name not in numbers)
+    if chosen := split_names("columns", config.columns, names):
+        _refuse_absent(chosen, names, path, option="--data.columns")
+        if overlap := [name for name in chosen if name in targets]:
+            raise ValueError(f"{overlap[0]} is in --data.columns and --data.target: it cannot be learned from itself")
+        return chosen, []
+    others = [name for name in names if name not in targets]
+    row_numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
+    features = tuple(name for name in others if name not in row_numbers)
     if not features:
-        raise ValueError(f"{path} has no columns beside {', '.join((*targets, *numbers))}: give it some to learn from")
-    if not numbers:
+        raise ValueError(
+            f"{path} has no columns beside {', '.join((*targets, *row_numbers))}: give it some to learn from"
+        )
+    if not row_numbers:
         return features, []
-    text = (
-        f"row numbers that pandas wrote are left out: {some(repr(name) for name in numbers)}; --data.columns names them"
-    )
-    return features, [Note(text)]
+    left_out = some(repr(name) for name in row_numbers)
+    return features, [Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them")]
 
 
 def _refuse_absent(
-    names: Sequence[str], known: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
+    names: Sequence[str], present: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
 ) -> None:
-    if absent := [name for name in names if name not in known]:
-        hint = nearest(absent[0], known)
+    if absent := [name for name in names if name not in present]:
+        hint = nearest(absent[0], present)
         if option:
             raise ValueError(
-                f"{path} has no column {absent[0]}: set {option} to some of {some(known, most=MOST_COLUMNS)}{hint}"
+                f"{path} has no column {absent[0]}: set {option} to some of {some(present, most=MOST_COLUMNS)}{hint}"
             )
-        out = "" if is_train else "; or leave the split out with --data.ignored"
-        raise ValueError(f"{path} has no column {absent[0]}, only {some(known, most=MOST_COLUMNS)}{hint}{out}")
+        remedy = "" if is_train else "; or leave the split out with --data.ignored"
+        raise ValueError(f"{path} has no column {absent[0]}, only {some(present, most=MOST_COLUMNS)}{hint}{remedy}")
 
 
 def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:
-    """The table with integer targets as a dictionary of the names that its files' metadata give them."""
+    """Return the table with integer targets as a dictionary of the class names in its files' metadata."""
     values = joined.table.column(target)
     if joined.class_names is None or not pa.types.is_integer(values.type):
         return joined.table
@@ -304,13 +304,13 @@ def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table
 
 
 def _dictionary(numbers: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
-    """Numbers, int64, as texts of a dictionary."""
+    """Return a dictionary array of the names at the numbers, int64."""
     indices = numbers.combine_chunks() if numbers.num_chunks != 1 else numbers.chunk(0)
     return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))])
 
 
 def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | None:
-    """Names of the classes where training targets are integers, in their order, unless they run from 0 without gaps."""
+    """Return class names for integer training targets, ascending; None if they run from 0 without gaps."""
     if not pa.types.is_integer(values.type):
         return None
     present = sorted(values.drop_null().unique().to_pylist())
@@ -325,5 +325,5 @@ def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | No
 
 
 def _example(values: pa.ChunkedArray) -> str:
-    there = values.drop_null()
-    return repr(there[0].as_py()) if len(there) else "null"
+    present = values.drop_null()
+    return repr(present[0].as_py()) if len(present) else "null"

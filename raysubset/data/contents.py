@@ -1,4 +1,4 @@
-"""A fingerprint of a data set: digests of the files it is read from, or else of the arrays that came of it."""
+"""Fingerprints of data sets: digests of the files that a set is read from, or else of its arrays."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from raysubset.fingerprints import Entry, changes, entries, fingerprint, hasher,
 from raysubset.given_objects import is_given
 from raysubset.tasks import task_to_dict
 
-_SETTLED_NS = 2 * 10**9  # a file changed within this time may be changed again and have the same times
+_SETTLED_NS = 2 * 10**9  # a file that changed more recently than this may change again and keep its times
 _NUM_READERS = 16
 
 # The kinds of data that a setting says something of.
@@ -41,15 +41,15 @@ _PART_BYTES = 2**22
 
 
 def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Table | None:
-    """Digests of the files that a set is read from, by their paths below its folder; None if it is not read from files.
+    """Return digests of a data set's files by their paths below its folder; None if it is not read from files.
 
     Args:
-        known: an earlier fingerprint of it. A file of the same size and times is not read again; one on object storage
-            that has an ETag is not read at all.
+        known: an earlier fingerprint of the set. A file whose size and times are unchanged is not read again. A file
+            on object storage that has an ETag is not read at all.
 
     Raises:
         ValueError: for what kind_of() and find_files() refuse.
-        OSError: what the storage raises.
+        OSError: if the storage fails.
     """
     if (kind := kind_of(config.name)) == "function" or config.name in EMBEDDED_NAMES:
         return None
@@ -57,19 +57,19 @@ def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Ta
         system, root = fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(config.root))
         files = [os.path.relpath(path, root) for path in torchvision_files(config.name, root)]
     else:
-        found = find_files(config)
-        system, root, files = found.system, found.root, list(found.listed)
-        if files == [""]:  # the path of a file
+        data_files = find_files(config)
+        system, root, files = data_files.system, data_files.root, list(data_files.listed)
+        if files == [""]:  # the path is a file's
             root, _, file = root.rpartition("/")
             files = [file]
     return _digests(system, root, files, known)
 
 
 def kind_of(name: str) -> Literal["named", "function", "path"]:
-    """What the name of a data set is.
+    """Return the kind of a data set's name.
 
     Raises:
-        ValueError: for one that is nothing.
+        ValueError: for a name that is none of them.
     """
     if name in DATA_NAMES:
         return "named"
@@ -97,12 +97,12 @@ def unused_settings(config: DataConfig, kind: Literal["images", "columns", "text
 
 
 def array_fingerprint(full_set: FullSet) -> pa.Table:
-    """Digests of what a full set holds: tensors and further columns of each split."""
+    """Return digests of a full set's contents: the tensors and further columns of each split."""
     names = full_set.task.class_names
-    found = [Entry("classes", len(names), hasher("\0".join(names).encode()).hexdigest())]
-    if is_given(full_set.name):  # a function's sets have no such entry, in runs that may be resumed
+    contents = [Entry("classes", len(names), hasher("\0".join(names).encode()).hexdigest())]
+    if is_given(full_set.name):  # an entry more for a function's sets would refuse to resume their earlier runs
         fitted = json.dumps(task_to_dict(full_set.task)).encode()
-        found.append(Entry("what training rows decide", len(fitted), hasher(fitted).hexdigest()))
+        contents.append(Entry("what training rows decide", len(fitted), hasher(fitted).hexdigest()))
     for name in ("train", "validation", "test"):
         split = getattr(full_set, name)
         tensors = split.arrays()
@@ -116,12 +116,12 @@ def array_fingerprint(full_set: FullSet) -> pa.Table:
             digest = hasher()
             digest.update(f"{values.dtype} {values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
-            found.append(Entry(f"{name} {column}", values.nbytes, digest.hexdigest()))
-    return fingerprint(found)
+            contents.append(Entry(f"{name} {column}", values.nbytes, digest.hexdigest()))
+    return fingerprint(contents)
 
 
 def refuse_changed_files(full_set: FullSet) -> None:
-    """Stop where the files that a streamed split is read from are no longer those whose rows were counted.
+    """Refuse a streamed split whose files changed since their rows were counted.
 
     Raises:
         ValueError: with the difference.
@@ -134,25 +134,25 @@ def refuse_changed_files(full_set: FullSet) -> None:
 
 
 def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
-    """Stop where files are others than those that were read.
+    """Refuse files that differ from those that were read.
 
     Raises:
         ValueError: with the difference.
     """
-    if found := changes(old, new):
+    if difference := changes(old, new):
         raise ValueError(
-            f"{name} changed while it was in use: {in_words(found)}: leave the data alone while they are trained on, "
+            f"{name} changed while it was in use: {in_words(difference)}: do not change data while training on them, "
             "and start over with --fresh, or under another --name"
         )
 
 
 def _digests(system: fs.FileSystem, root: str, files: list[str], known: pa.Table | None) -> pa.Table:
     infos = system.get_file_info([f"{root}/{file}" for file in files])
-    there = [(file, info) for file, info in zip(files, infos, strict=True) if info.type == fs.FileType.File]
-    before = {} if known is None else entries(known)
+    present = [(file, info) for file, info in zip(files, infos, strict=True) if info.type == fs.FileType.File]
+    earlier = {} if known is None else entries(known)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        found = fingerprint(pool.map(lambda pair: _entry(system, pair[0], pair[1], before.get(pair[0])), there))
-    return found.replace_schema_metadata({"root": root})
+        contents = fingerprint(pool.map(lambda pair: _entry(system, pair[0], pair[1], earlier.get(pair[0])), present))
+    return contents.replace_schema_metadata({"root": root})
 
 
 def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | None) -> Entry:
@@ -173,9 +173,12 @@ def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | N
 
 
 def _stamp(system: fs.FileSystem, info: fs.FileInfo) -> str:
-    """What changes with the file, whoever sets its times; "" while it is so new that it might not."""
+    """Return a text that changes whenever the file does, even if its times are set back.
+
+    Return "" for a file so new that another change might leave its times unchanged.
+    """
     times = [info.mtime_ns or 0]
     if isinstance(system, fs.LocalFileSystem):
-        found = os.stat(info.path)
-        times = [found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        status = os.stat(info.path)
+        times = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return "" if max(times[:2]) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))

@@ -1,4 +1,4 @@
-"""CSV files as Arrow tables: a header, commas (.csv) or tabs (.tsv), UTF-8; what is damaged is named by its line."""
+"""Reads CSV files as Arrow tables: a header, commas (.csv) or tabs (.tsv), UTF-8. Errors name the damaged line."""
 
 import codecs
 import csv
@@ -17,25 +17,26 @@ _MOST_SHOWN = 60  # characters of a damaged line
 
 
 def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table:
-    """Read a file; empty cells and NA, NaN, null and the like are nulls, in columns of texts too.
+    """Read a file. Empty cells and NA, NaN, null and the like become nulls, also in columns of texts.
 
     Args:
         data: the file's bytes.
-        path: decides the delimiter by its suffix, and names the file in messages.
-        texts: columns that are texts, whatever they look like.
+        path: its suffix decides the delimiter; messages show it.
+        texts: columns to read as texts even if their values are numbers.
 
     Raises:
-        ValueError: for a line with more or fewer values than the header, no header, or bytes that are no UTF-8.
+        ValueError: for a line with more or fewer values than the header, a missing header, or bytes that are not
+            UTF-8.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16: write it as UTF-8")
     delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
-    # Types are inferred from the first block alone: so the file is one.
-    read = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
-    convert = pa_csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(texts, pa.string()))
+    # Arrow infers types from the first block alone, so the whole file is one block.
+    read_options = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
+    convert_options = pa_csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(texts, pa.string()))
     try:
-        parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        table = pa_csv.read_csv(pa.BufferReader(data), read, parse, convert)
+        parse_options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        table = pa_csv.read_csv(pa.BufferReader(data), read_options, parse_options, convert_options)
         _check_header(table.column_names, delimiter, path)
     except UnicodeDecodeError as error:
         raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8") from error
@@ -66,27 +67,28 @@ def _check_header(names: list[str], delimiter: str, path: str) -> None:
 
 
 def _refuse_damaged_row(data: bytes, delimiter: str, path: str) -> None:
-    """Refuse the first row whose number of values is not the header's, if there is one."""
+    """Refuse the first row, if any, whose number of values differs from the header's."""
     damaged: list[pa_csv.InvalidRow] = []
 
-    def note(row: pa_csv.InvalidRow) -> str:
+    def record(row: pa_csv.InvalidRow) -> str:
         damaged.append(row)
         return "skip"
 
-    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
-    pa_csv.read_csv(pa.BufferReader(data), pa_csv.ReadOptions(use_threads=False), parse)  # rows have numbers so
+    parse_options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=record)
+    # Without threads, rows have numbers.
+    pa_csv.read_csv(pa.BufferReader(data), pa_csv.ReadOptions(use_threads=False), parse_options)
     if damaged:
         row = damaged[0]
         assert row.number is not None
-        line, num, due = _line_of(row.number, data, delimiter), row.actual_columns, row.expected_columns
+        line, num, num_expected = _line_of(row.number, data, delimiter), row.actual_columns, row.expected_columns
         raise ValueError(
-            f"line {line} of {path} has {num} value{'s' if num != 1 else ''} where the header has {due} "
+            f"line {line} of {path} has {num} value{'s' if num != 1 else ''} where the header has {num_expected} "
             f"({row.text[:_MOST_SHOWN]!r}): mend the line, or put values that hold the delimiter in quotes"
         )
 
 
 def _line_of(row: int, data: bytes, delimiter: str) -> int:
-    """The line that a row ends in; the header is row 1, and empty lines are no rows."""
+    """Return the line in which a row ends. The header is row 1, and empty lines are no rows."""
     reader, number = csv.reader(_lines(data), delimiter=delimiter), 0
     for values in reader:
         number += bool(values)
@@ -96,7 +98,7 @@ def _line_of(row: int, data: bytes, delimiter: str) -> int:
 
 
 def _refuse_open_quote(data: bytes, delimiter: str, path: str) -> None:
-    """Refuse a quote that is never closed: all that follows would be one value."""
+    """Refuse a quote that is never closed: the rest of the file would be one value."""
     reader, line = csv.reader(_lines(data), delimiter=delimiter, strict=True), 0
     try:
         for _ in reader:

@@ -1,4 +1,4 @@
-"""Decoding a source's images, in memory or in one pass over streamed ones, with deep greys read alike in all splits."""
+"""Decodes a source's images, in memory or in one pass over streamed ones, with one range of greys for all splits."""
 
 import dataclasses
 from collections import defaultdict
@@ -17,13 +17,13 @@ from raysubset.events import Note
 
 _SLICE_ROWS = 1024  # decoded at a time
 
-# Of a row group decoded: whoever reads one example of it may hold all of it.
+# The decoded size from which a row group is reported: reading one of its examples may hold all of it in memory.
 LARGE_ROW_GROUP_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass found."""
+    """The results of one pass over streamed images."""
 
     groups: ImageGroups  # with their image_shape
     levels: np.ndarray  # int64 [C, 256], pixels of each grey level
@@ -33,22 +33,22 @@ class Scan:
 
 
 def scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
-    """Decode every image once, a slice of a row group at a time, and hold on to the kept ones.
+    """Decode every image once, a slice of a row group at a time, and keep the `kept` ones in memory.
 
     Args:
-        counted: rows whose grey levels are counted: the training split's.
-        kept: ascending rows of splits that are held in memory.
+        counted: the rows whose grey levels are counted: the training split's.
+        kept: the ascending rows of each split that is held in memory.
 
     Raises:
-        ValueError: for what cannot be decoded, or images of differing height or width.
+        ValueError: for images that cannot be decoded or differ in height or width.
     """
     is_counted = np.zeros(groups.starts[-1], dtype=bool)
     is_counted[counted] = True
     levels: dict[int, np.ndarray] = {channels: np.zeros((channels, 256), dtype=np.int64) for channels in (1, 3)}
     parts: defaultdict[SplitName, list[np.ndarray]] = defaultdict(list)
     shape, has_colours, findings = None, False, Findings()
-    for first, images, found in _slices(groups):
-        findings += found
+    for first, images, slice_findings in _slices(groups):
+        findings += slice_findings
         if shape is not None and images.shape[1:3] != shape:
             sizes = " and ".join(f"{height}x{width}" for height, width in (shape, images.shape[1:3]))
             turned = f", {findings.num_turned} or more turned as EXIF's orientation says" if findings.num_turned else ""
@@ -75,7 +75,7 @@ def scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, n
 
 
 def size_notes(num_bytes_of_largest: int, where: str) -> tuple[Note, ...]:
-    """A warning of row groups too large to be read at a time."""
+    """Warn if a decoded row group is larger than LARGE_ROW_GROUP_BYTES."""
     if num_bytes_of_largest <= LARGE_ROW_GROUP_BYTES:
         return ()
     size, limit = num_bytes_of_largest / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
@@ -87,22 +87,24 @@ def size_notes(num_bytes_of_largest: int, where: str) -> tuple[Note, ...]:
 
 
 def _slices(groups: ImageGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
-    """(first row, uint8 [n, H, W, 1 or 3], findings) of all rows in order; none behind damaged ones, which are named.
+    """Yield (first row, uint8 [n, H, W, 1 or 3], findings) of all rows in order, up to the first damaged image.
 
     Raises:
-        DamagedImages: at the end, or when enough are named.
+        DamagedImages: with the damaged images, at the end or once it names enough of them.
     """
     damages: list[tuple[str, str]] = []
     filled = np.flatnonzero(np.diff(groups.starts)).tolist()
     for group, table in zip(filled, groups.tables(filled), strict=True):
         column = groups.encoded(table, group)
         path = groups.paths[groups.files[group]]
-        before = groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]]  # rows of earlier files
+        file_start = groups.starts[
+            np.flatnonzero(groups.files == groups.files[group])[0]
+        ]  # the row that the file begins with
         for start in range(0, len(column), _SLICE_ROWS):
             first = int(groups.starts[group]) + start
             part = column.slice(start, _SLICE_ROWS)
             try:
-                images, findings = groups.decode(part, path, first_row=first - int(before))
+                images, findings = groups.decode(part, path, first_row=first - int(file_start))
             except DamagedImages as error:
                 damages += error.args
                 if error.is_enough:
@@ -115,7 +117,7 @@ def _slices(groups: ImageGroups) -> Iterator[tuple[int, np.ndarray, Findings]]:
 
 
 def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """One array of the parts, grey ones repeated where it has colours; they are let go one by one."""
+    """Join the parts into one array, with grey repeated to its channels. The parts are freed one by one."""
     joined, filled = np.empty(shape, dtype=np.uint8), 0
     parts.reverse()
     while parts:
@@ -127,28 +129,28 @@ def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DecodedSource:
-    """A source whose images are decoded, or scanned."""
+    """A source whose images are decoded or, if they are streamed, scanned."""
 
     splits: Source  # images uint8 [N, H, W, C], or ImageGroups with their image_shape
-    scan: Scan | None  # of the training split, where it is streamed
+    scan: Scan | None  # of the training split, if it is streamed
     grey_range: GreyRange
 
 
 def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_size: int | None) -> DecodedSource:
-    """Decode the images of all splits, which have one range of greys: that of the bits that all of them use.
+    """Decode the images of all splits with one range of greys: that of the bits that all of them use.
 
-    The range is known after all were read, so that sets with deep greys that do not use 16 bits are decoded twice.
+    The range is known only after all images were read, so sets with deep greys of fewer than 16 bits are decoded twice.
 
     Args:
-        rows: of each split, in its own source or in the training split's.
+        rows: the rows of each split, in its own source or in the training split's.
 
     Raises:
-        ValueError: for images that cannot be decoded, or differ in shape.
+        ValueError: for images that cannot be decoded or differ in shape.
     """
     decoded, scanned = _decode_all(source, rows, image_size, None)
     grey_range = choose_grey_range(sum((split.findings for split in decoded.values()), start=Findings()))
     if grey_range != FULL_RANGE:
-        del decoded, scanned  # before others take their place
+        del decoded, scanned  # frees their memory before the second decoding
         decoded, scanned = _decode_all(source, rows, image_size, grey_range)
     if scanned:
         groups = dataclasses.replace(scanned.groups, grey_range=grey_range)
@@ -172,7 +174,7 @@ def _decode_all(
         images, findings = split.images, split.findings
         if isinstance(images, ImageGroups):
             groups = dataclasses.replace(images, grey_range=grey_range)
-            carved: dict[SplitName, np.ndarray] = {each: own for each, own in rows.items() if each not in source}
+            carved: dict[SplitName, np.ndarray] = {each: kept for each, kept in rows.items() if each not in source}
             scanned = scan(groups, counted=rows["train"], kept=carved)
             images, findings = scanned.groups, scanned.findings
         elif isinstance(images, EncodedImages):

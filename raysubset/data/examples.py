@@ -1,4 +1,4 @@
-"""Examples as tensors on one device: batches by index, made by their task, without a loop over examples."""
+"""Examples: tensors on one device, batched by index by their task, without a loop over examples."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from raysubset.tasks import Task
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples on one device. Their tensors may be read-only shared memory: nothing here writes to them."""
+    """The examples of a split or subset on one device. Their tensors may be read-only shared memory: never write."""
 
-    rows: dict[str, Tensor]  # [N, …] each, as they are stored
+    rows: dict[str, Tensor]  # the stored tensors, [N, …] each
     task: Task
-    augment: bool = False  # whether epochs draw the augmentation
-    augmentation: OwnAugmentation | None = None  # in the place of the task's
+    augment: bool = False  # if epochs draw the augmentation
+    augmentation: OwnAugmentation | None = None  # the user's, instead of the task's
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -44,13 +44,13 @@ class Examples:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch in random order, from batch `first` on: inputs and targets, as the task makes them.
+        """Yield the inputs and targets of an epoch's batches in random order, from batch `first` on.
 
         The order is drawn on the CPU, so that it is the same on every device.
 
         Args:
-            batch_sizes: of all batches of the epoch; they may take less than all examples.
-            rank: which part of each batch is wanted, of num_workers: every num_workers-th example from this one on.
+            batch_sizes: the sizes of all batches of the epoch; their sum may be less than the number of examples.
+            rank: the worker whose part of each batch is yielded: every num_workers-th example, from example `rank`.
         """
         order = self.order(order_seed)[: sum(batch_sizes)]
         draws = self.draw(augmentation_seed)
@@ -61,30 +61,30 @@ class Examples:
     def in_order(
         self, batch_sizes: Sequence[int], *, channels_last: bool = True, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of all examples as they lie, without augmentation."""
+        """Yield batches of all examples in stored order, without augmentation."""
         for indices in torch.arange(len(self), device=self.device).split(list(batch_sizes)):
             yield self.batch(indices, channels_last=channels_last, dtype=dtype)
 
     def to(self, device: torch.device | str) -> "Examples":
-        """The same examples on another device."""
+        """Return the same examples on another device."""
         return dataclasses.replace(self, rows={name: values.to(device) for name, values in self.rows.items()})
 
     def select(self, indices: Tensor) -> "Examples":
-        """Some of the examples, in memory of their own: indices int64 [n] on the device."""
+        """Copy the examples at `indices`, int64 [n] on the device."""
         return dataclasses.replace(self, rows=self._rows(indices))
 
     def targets(self) -> Tensor:
-        """The targets of all examples, [N, …]."""
+        """Return the targets of all examples, [N, …]."""
         return self.task.targets(self.rows)
 
     def order(self, seed: int) -> Tensor:
-        """An epoch's order of all examples: int64 [N] on the device, drawn on the CPU."""
+        """Draw an epoch's order of all examples on the CPU: int64 [N] on the device."""
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def draw(self, seed: int) -> Tensor | None:
-        """Draw an epoch's augmentation: [N, …] on the device, a row an example; None without one.
+        """Draw an epoch's augmentation: [N, …] on the device, one row an example; None without augmentation.
 
-        Drawn on the CPU, so that every device sees the same; a row belongs to an example wherever it is batched.
+        It is drawn on the CPU, so that it is the same on every device. An example keeps its row in whichever batch.
         """
         draws = drawn(self.task, self.augmentation, len(self), seed) if self.augment else None
         return None if draws is None else draws.to(self.device)
@@ -97,23 +97,23 @@ class Examples:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        """Return the inputs [n, …] and the targets [n, …] of some examples, as the task makes them.
+        """Return the task's inputs [n, …] and targets [n, …] for some of the examples.
 
         Args:
             indices: int64 [n] on the device, positions in these examples.
-            draws: draw()'s [N, …], of which the rows of `indices` are used; None leaves examples as they are.
-            channels_last: images are a view of NHWC memory; else the memory is NCHW, at the price of a copy.
-            dtype: of inputs that are no integers; the task's arithmetic is float32.
+            draws: the result of draw(), [N, …], whose rows at `indices` are used; None: no augmentation.
+            channels_last: True: images are a view of NHWC memory. False: they are copied to NCHW memory.
+            dtype: the type of float inputs; the task computes in float32.
         """
         beat()
-        rows, own = self._rows(indices), None if draws is None else draws.index_select(0, indices)
-        if own is not None and self.augmentation is not None:
-            rows, own = self.augmentation(rows, own), None
-        inputs, targets = self.task.batch(rows, own)
+        rows, row_draws = self._rows(indices), None if draws is None else draws.index_select(0, indices)
+        if row_draws is not None and self.augmentation is not None:
+            rows, row_draws = self.augmentation(rows, row_draws), None
+        inputs, targets = self.task.batch(rows, row_draws)
         if inputs.is_floating_point():
             inputs = inputs.to(dtype)
         if not channels_last and inputs.ndim == 4:
-            # contiguous() would keep the strides of one channel, which convolutions take for channels-last.
+            # contiguous() would keep the strides of a single channel, which convolutions read as channels-last.
             inputs = inputs.clone(memory_format=torch.contiguous_format)
         return inputs, targets
 
@@ -122,10 +122,10 @@ class Examples:
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
-    """The examples of all parts behind one another, in memory of their own; the parts share all but the examples.
+    """Copy the examples of all parts into one, in order. The parts must differ in nothing but their examples.
 
     Raises:
-        ValueError: if the parts are of different tasks, or some are augmented.
+        ValueError: if the parts differ in task, or only some are augmented.
     """
     first = parts[0]
     if any(part.task != first.task or part.augment != first.augment for part in parts[1:]):
@@ -135,6 +135,6 @@ def joined(parts: Sequence[Examples]) -> Examples:
 
 
 def even_sizes(num_examples: int, num_batches: int) -> list[int]:
-    """Sizes of that many batches, all but equal: none is too small for batch normalisation."""
-    size, rest = divmod(num_examples, num_batches)
-    return [size + 1] * rest + [size] * (num_batches - rest)
+    """Return the sizes of `num_batches` batches, which differ by at most 1: none is too small for batch norm."""
+    size, num_larger = divmod(num_examples, num_batches)
+    return [size + 1] * num_larger + [size] * (num_batches - num_larger)

@@ -1,4 +1,4 @@
-"""Data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with one folder of images per class."""
+"""Reads data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with a folder of images per class."""
 
 import dataclasses
 import re
@@ -32,17 +32,17 @@ from raysubset.data.tables import (
 from raysubset.errors import first_line
 from raysubset.events import Note
 
-Needed = Callable[[pa.Schema, str], Sequence[str]]  # the columns worth reading of a file, by its path
+Needed = Callable[[pa.Schema, str], Sequence[str]]  # maps a file's schema and path to the columns to read
 
 _BOM = b"\xef\xbb\xbf"
-_NULL = "__HIVE_DEFAULT_PARTITION__"  # Hive's, Spark's and Arrow's name of the folder of nulls
+_NULL = "__HIVE_DEFAULT_PARTITION__"  # the folder of nulls in Hive, Spark and Arrow
 
 
 def read_path(config: DataConfig, task: str) -> Source:
-    """Read a file, or a folder with all below it, from any filesystem pyarrow knows, as images for a task.
+    """Read the images of a file, or of a folder with all below it, for a task, from any filesystem of pyarrow.
 
     Raises:
-        ValueError: if nothing readable is there, or what is there is damaged or ambiguous; with the file.
+        ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
     files = find_files(config)
     if files.kind == "texts":
@@ -59,16 +59,16 @@ def read_path(config: DataConfig, task: str) -> Source:
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
-            names = list(dict.fromkeys(str(member.class_name) for member in members))
-            origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
-            read = _read_images(files, members, where)
+            class_names = list(dict.fromkeys(str(member.class_name) for member in members))
+            origin = f"{len(class_names)} class folders ({some(class_names)}), such as {members[0].path}"
+            split_source = _read_images(files, members, where)
         elif split == "train" and config.streamed:
-            read, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
+            split_source, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
             tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-            read, origin = from_tables(tables, config, where, task), describe_files(files, members)
-        note = Note(f"{split} split: {len(read.targets)} examples of {origin}")
-        source[split] = dataclasses.replace(read, notes=(note, *read.notes))
+            split_source, origin = from_tables(tables, config, where, task), describe_files(files, members)
+        note = Note(f"{split} split: {len(split_source.targets)} examples of {origin}")
+        source[split] = dataclasses.replace(split_source, notes=(note, *split_source.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
 
@@ -101,7 +101,7 @@ def read_image_rows(path: str, column: str, *, image_size: int | None) -> Encode
 
 
 def no_table(files: DataFiles) -> ValueError:
-    """The refusal of text files where tables or images should be."""
+    """Return the error that refuses text files instead of tables or images."""
     first = files.layout["train"][0]
     if first.path:
         listed = some(member.path for member in files.layout["train"])
@@ -112,13 +112,13 @@ def no_table(files: DataFiles) -> ValueError:
 
 
 def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
-    """'2 files (a.parquet, b.parquet)'."""
+    """Return '2 files (a.parquet, b.parquet)'."""
     names = some(member.path or files.root.rpartition("/")[2] for member in members)
     return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
 
 
 def not_streamed(what: str) -> ValueError:
-    """The refusal of a source that cannot be streamed."""
+    """Return the error that refuses to stream a source."""
     return ValueError(
         f"data.streamed reads row groups of Parquet files, but {what}: write the training split as Parquet, or leave "
         "--data.streamed out to read it into memory"
@@ -128,7 +128,7 @@ def not_streamed(what: str) -> ValueError:
 def _read_streamed(
     files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
 ) -> SourceSplit:
-    """The split's labels and scalars, and where its images lie."""
+    """Read a split's labels and scalars, and record the row groups of its images."""
     needed = partial(needed_columns, config=config, task="classification")
     tables, num_rows = read_held(files, members, kinds, needed, streamed={config.image_column})
     joined = join_tables(tables, config, where)
@@ -136,10 +136,10 @@ def _read_streamed(
 
 
 def parquet_paths(files: DataFiles, members: Sequence[Placed]) -> list[str]:
-    """Where the files lie, which are to be streamed.
+    """Return the paths of files to stream.
 
     Raises:
-        ValueError: for a file that is no Parquet.
+        ValueError: for a file that is not Parquet.
     """
     paths = [files.full_path(member) for member in members]
     if others := [path for path in paths if not path.lower().endswith(".parquet")]:
@@ -155,10 +155,13 @@ def read_held(
     *,
     streamed: Collection[str],
 ) -> tuple[dict[str, pa.Table], list[list[int]]]:
-    """What is held of Parquet files, by their paths: the needed columns but the streamed; and the row groups' lengths.
+    """Read the needed columns of Parquet files that are not streamed.
+
+    Returns:
+        Tables by path, and the number of rows of each row group of each file.
 
     Raises:
-        ValueError: for a file that is no Parquet, or is damaged.
+        ValueError: for a file that is damaged or not Parquet.
     """
     tables, num_rows = dict[str, pa.Table](), []
     for path, member in zip(parquet_paths(files, members), members, strict=True):
@@ -173,14 +176,14 @@ def read_held(
 
 
 def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
-    """Types of the columns that hive folders name, key=value: integers if all their values are, else strings."""
+    """Return the types of the columns of hive folders, key=value: integers if all their values are, else strings."""
     values: defaultdict[str, set[str]] = defaultdict(set)
     for members in files.layout.values():
         for member in members:
             for key, value in member.columns.items():
                 values[key].add(value)
     is_integer = {
-        key: all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", v) for v in found - {_NULL}) for key, found in values.items()
+        key: all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", v) for v in texts - {_NULL}) for key, texts in values.items()
     }
     return {key: pa.int64() if integer else pa.string() for key, integer in is_integer.items()}
 
@@ -188,12 +191,12 @@ def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
 def _needed(
     schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, path: str
 ) -> list[str]:
-    """The columns worth reading of a file, given those that its folders name, which it may lack."""
+    """Return the columns to read from a file. Columns that only its folders name are not among them."""
     return [name for name in needed(with_folder_fields(schema, member, kinds), path) if name in schema.names]
 
 
 def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
-    """A file's schema with the columns that its folders name."""
+    """Add the columns that a file's folders name to its schema."""
     named = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
     return pa.schema([*schema, *named], schema.metadata)
 
@@ -201,7 +204,7 @@ def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa
 def with_folder_columns(
     table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType], *, left_out: Collection[str] = ()
 ) -> pa.Table:
-    """A file's table with the columns that its folders name, but those left out."""
+    """Add the columns that a file's folders name to its table, except those left out."""
     for key, value in member.columns.items():
         if key not in {*table.column_names, *left_out}:
             scalar = pa.scalar(None if value == _NULL else value, pa.string()).cast(kinds[key])
@@ -212,10 +215,10 @@ def with_folder_columns(
 def read_table(
     files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, *, texts: tuple[str, ...] = ()
 ) -> pa.Table:
-    """Read the columns that are of use; `texts` are texts in a CSV file, whatever they look like.
+    """Read the needed columns of a file. In a CSV file, `texts` are read as texts even if their values are numbers.
 
     Raises:
-        ValueError: for what is damaged, with the file.
+        ValueError: with the file, if it is damaged.
     """
     path = files.full_path(member)
     with opened(files.system, path) as file:
@@ -228,15 +231,15 @@ def read_table(
         else:
             reader = _arrow_reader(file)
             table = reader.read_all().select(_needed(reader.schema, member, kinds, needed, path))
-        table.validate(full=True)  # IPC is taken as it is: damaged offsets would end in a segmentation fault
+        table.validate(full=True)  # IPC is not checked on reading: damaged offsets would cause a segmentation fault
         return with_folder_columns(table, member, kinds)
 
 
 def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
-    """The columns of a Parquet or Arrow file, and those that its folders name.
+    """Return the schema of a Parquet or Arrow file, with the columns that its folders name.
 
     Raises:
-        ValueError: for what is damaged, with the file.
+        ValueError: with the file, if it is damaged.
     """
     path = files.full_path(member)
     with opened(files.system, path) as file:
@@ -248,12 +251,12 @@ def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
 def _arrow_reader(file: pa.NativeFile) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
-    return ipc.open_file(file) if is_file else ipc.open_stream(file)  # `datasets` caches streams
+    return ipc.open_file(file) if is_file else ipc.open_stream(file)  # `datasets` writes streams to its cache
 
 
 @contextmanager
 def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
-    """The file; what goes wrong while it is read is told as a ValueError that names it."""
+    """Open a file. Errors while it is read become a ValueError that names it."""
     try:
         with system.open_input_file(path) as file:
             if not file.size():
@@ -275,12 +278,12 @@ def _read_images(files: DataFiles, members: Sequence[Placed], where: str) -> Sou
 
 
 def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
-    """Read the text files that a path stands for, a document each, and notes on which they are.
+    """Read the text files of a path, one document each, and return them with notes on which they are.
 
-    A path of a file is read whatever its suffix; of a folder, the .txt files.
+    If the path is a file, it is read whatever its suffix. If it is a folder, its .txt files are read.
 
     Raises:
-        ValueError: if nothing readable is there, or a file is not UTF-8, with the place.
+        ValueError: if there is nothing to read, or a file is not UTF-8, with the place.
     """
     files = find_files(config)
     if files.kind != "texts" and [*files.listed] != [""]:

@@ -1,4 +1,4 @@
-"""Finds the files that data.name stands for: which are read of each split, and what is left out. Nothing is opened."""
+"""Finds the files of data.name: which are read for each split, and which are left out. It opens no file."""
 
 import os
 import re
@@ -32,13 +32,13 @@ ARROW_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 TABLE_SUFFIXES = (*ARROW_SUFFIXES, *DELIMITERS)
 TEXT_SUFFIXES = (".txt",)
 
-# Folders that systems leave behind: a Mac's file attributes, thumbnails, byte code, what the check of a disk found.
+# Folders that systems leave behind: a Mac's file attributes, thumbnails, byte code, files recovered by disk checks.
 _LITTER = ("__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information")
 
-# What map() and filter() of the `datasets` library leave, or were writing, beside its tables.
+# Files that map() and filter() of the `datasets` library leave beside its tables, finished or not.
 _CACHE = re.compile(r"(cache-[0-9a-f]+(_\d+_of_\d+)?|tmp\w{8,})\.arrow")
 
-# Tables of which a log says which files are alive: by a folder or a file that shows them.
+# Tables whose log says which files are live, and the folder or file by which they are recognised.
 _LOGGED = {
     "a Delta table": re.compile(r"(^|/)_delta_log$"),
     "a Hudi table": re.compile(r"(^|/)\.hoodie$"),
@@ -47,15 +47,15 @@ _LOGGED = {
 _MOST_REASONS = 8  # in one line
 _DANGLING = "links to nothing"
 
-# Of links to nothing that would have been read; images' and Arrow's are refused in any folder.
+# Broken links with these suffixes are refused, as they would have been read; images' and Arrow's in any folder.
 _SUFFIXES = {"tables": tuple(DELIMITERS), "images": (), "texts": TEXT_SUFFIXES}
 
-LeftOut = defaultdict[str, list[str]]  # paths by the reason
+LeftOut = defaultdict[str, list[str]]  # the paths that are left out, by reason
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files that a path stands for, by split, with what is said of the others."""
+    """The files of a path, by split, and notes on the files that are left out."""
 
     system: fs.FileSystem
     root: str  # in that file system
@@ -65,23 +65,23 @@ class DataFiles:
     notes: tuple[Note, ...]
 
     def full_path(self, file: Placed) -> str:
-        """Where a file lies in the file system."""
+        """Return a file's path in the file system."""
         return f"{self.root}/{file.path}" if file.path else self.root
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is neither ignored nor hidden."""
+class _Visible:
+    """The files and folders that are neither ignored nor hidden."""
 
     files: Mapping[str, ListedFile]  # by path
     folders: Sequence[str]
 
 
 def find_files(config: DataConfig) -> DataFiles:
-    """Find the files that data.name stands for, and decide what each is read as.
+    """Find the files of data.name, and decide what each is read as.
 
     Raises:
-        ValueError: if nothing readable is there, or it is open what is meant, with the ways out.
+        ValueError: if there is nothing to read, or the files are ambiguous, with the ways out.
     """
     system, root = locate(config.name)
     try:
@@ -94,7 +94,7 @@ def find_files(config: DataConfig) -> DataFiles:
         )
         raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
     if info.type == fs.FileType.File:
-        Ignored(config).refuse_unmet([])
+        Ignored(config).refuse_unmatched([])
         listed = {"": ListedFile("", info.size or 0, info.mtime_ns)}
         kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"
         return DataFiles(system, root, kind, {"train": [Placed("")]}, listed, ())
@@ -102,68 +102,69 @@ def find_files(config: DataConfig) -> DataFiles:
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Suffixes of the formats whose pixels Pillow can read here, with those that installed plugins add."""
+    """Return the suffixes of the formats whose pixels Pillow can read here, including installed plugins."""
     from PIL import Image, ImageFile
 
     Image.init()
     readers = {kind: reader for kind, (reader, _) in Image.OPEN.items()}
     classes = {kind: reader for kind, reader in readers.items() if isinstance(reader, type)}
     stubs = [kind for kind, reader in classes.items() if issubclass(reader, ImageFile.StubImageFile)]
-    unread = {*stubs, "MPEG"}  # told by their first bytes, and no more
-    read = {*readers, "MPO"} - unread  # MPO is opened by JPEG's reader
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in read)
+    unreadable = {*stubs, "MPEG"}  # Pillow recognises them by their first bytes, and does not decode them
+    readable = {*readers, "MPO"} - unreadable  # MPO is opened by JPEG's reader
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
 
 
 def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> DataFiles:
     ignored, where = Ignored(config), config.name
     listing = list_folder(system, root)
     left_out: LeftOut = defaultdict(list)
-    found = _sift(listing, ignored, where, left_out)
-    images = [path for path in found.files if path.lower().endswith(image_suffixes())]
+    visible = _sift(listing, ignored, where, left_out)
+    images = [path for path in visible.files if path.lower().endswith(image_suffixes())]
     in_folders = [path for path in images if "/" in path]
-    tables = _sift_tables(found.files, left_out, ARROW_SUFFIXES)
-    if not tables and not in_folders:  # beside those, CSV and text files describe them
-        tables = _sift_tables(found.files, left_out, tuple(DELIMITERS))
-    texts = [] if tables or images else [path for path in found.files if path.lower().endswith(TEXT_SUFFIXES)]
-    _refuse_nothing_or_both(tables, in_folders, [*images, *texts], found, left_out, where, ignored)
-    read = tables or images or texts
+    tables = _sift_tables(visible.files, left_out, ARROW_SUFFIXES)
+    if not tables and not in_folders:  # beside Arrow tables and folders of images, CSV and text files describe those
+        tables = _sift_tables(visible.files, left_out, tuple(DELIMITERS))
+    texts = [] if tables or images else [path for path in visible.files if path.lower().endswith(TEXT_SUFFIXES)]
+    _refuse_nothing_or_both(tables, in_folders, [*images, *texts], visible, left_out, where, ignored)
+    paths = tables or images or texts
     kind: Literal["tables", "images", "texts"] = "tables" if tables else "images" if images else "texts"
-    refuse_copies({path: found.files[path].size for path in read}, where=where)
-    if lost := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
-        raise _links_to_nothing(where, lost)
+    refuse_copies({path: visible.files[path].size for path in paths}, where=where)
+    if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
+        raise _links_to_nothing(where, broken)
     if kind != "images":
-        _refuse_logged([*found.folders, *found.files, *left_out["hidden"]], where)
-        layout = lay_out_tables(read, where=where, label_column=config.label_column)
+        _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
+        layout = lay_out_tables(paths, where=where, label_column=config.label_column)
     else:
         innermost = {path.rpartition("/")[0] for path in images}
         holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
-        empty = [folder for folder in found.folders if folder not in holding]
+        empty = [folder for folder in visible.folders if folder not in holding]
         layout = lay_out_images(images, empty=empty, where=where, label_column=config.label_column)
-    layout = _without_doubles(layout, found.files, os.path.realpath(root), where, left_out)
+    layout = _without_doubles(layout, visible.files, os.path.realpath(root), where, left_out)
     in_order: Layout = {split: layout[split] for split in get_args(SplitName) if split in layout}
-    chosen = ignored.without(in_order)
-    left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen for file in layout[split]]
-    ignored.refuse_unmet([*layout, *found.folders, *found.files])
-    notes = folders_shared_by_classes(chosen, where=where) if kind == "images" else ()
-    told = _in_words(left_out, found.files.keys() - {*read})
-    if "train" not in chosen:
-        what, rest = "train folder" if kind == "images" else "training files", f"; left out: {told}" if told else ""
-        raise ValueError(f"data.name = {where}: no {what}, only {some(chosen if kind == 'images' else read)}{rest}")
+    chosen_layout = ignored.without(in_order)
+    left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
+    ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
+    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" else ()
+    summary = _in_words(left_out, visible.files.keys() - {*paths})
+    if "train" not in chosen_layout:
+        missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
+        suffix = f"; left out: {summary}" if summary else ""
+        raise ValueError(f"data.name = {where}: no {missing}, only {some(present)}{suffix}")
     return DataFiles(
         system=system,
         root=root,
         kind=kind,
-        layout=chosen,
-        listed={placed.path: found.files[placed.path] for members in chosen.values() for placed in members},
-        notes=(Note(f"left out: {told}"), *notes) if told else notes,
+        layout=chosen_layout,
+        listed={placed.path: visible.files[placed.path] for members in chosen_layout.values() for placed in members},
+        notes=(Note(f"left out: {summary}"), *notes) if summary else notes,
     )
 
 
-def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> _Found:
-    """What is left of a listing without what is ignored or hidden.
+def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> _Visible:
+    """Return a listing's files and folders without those that are ignored or hidden, which go to `left_out`.
 
     Raises:
-        ValueError: for links to nothing where there should be a table, an image or a folder.
+        ValueError: for broken links whose names are those of tables, images or folders.
     """
     files: dict[str, ListedFile] = {}
     for file in listing.files:
@@ -182,9 +183,9 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     left_out[_DANGLING] += dangling
     suffixes = ("", *ARROW_SUFFIXES, *image_suffixes())
     visible = [link for link in dangling if not _is_hidden(link)]
-    if lost := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
-        raise _links_to_nothing(where, lost)
-    return _Found(files, [folder for folder in folders if not _is_hidden(folder)])
+    if broken := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
+        raise _links_to_nothing(where, broken)
+    return _Visible(files, [folder for folder in folders if not _is_hidden(folder)])
 
 
 def _links_to_nothing(where: str, links: Sequence[str]) -> ValueError:
@@ -207,7 +208,7 @@ def _is_hidden(path: str) -> bool:
 
 
 def _sift_tables(files: Iterable[str], left_out: LeftOut, suffixes: tuple[str, ...]) -> list[str]:
-    """Tables of these suffixes, without those that other programs left beside them."""
+    """Return the tables of these suffixes, except those that other programs left, which go to `left_out`."""
     tables = []
     for path in files:
         parts = path.split("/")
@@ -215,7 +216,7 @@ def _sift_tables(files: Iterable[str], left_out: LeftOut, suffixes: tuple[str, .
             continue
         if _CACHE.fullmatch(parts[-1]):
             left_out["caches of the datasets library"].append(path)
-        elif any(part.startswith("_") for part in parts):  # as Spark and Arrow do: those are not finished
+        elif any(part.startswith("_") for part in parts):  # so Spark and Arrow name files that are not finished
             left_out["tables under names that begin with _"].append(path)
         else:
             tables.append(path)
@@ -226,7 +227,7 @@ def _refuse_nothing_or_both(
     tables: Sequence[str],
     in_folders: Sequence[str],
     others: Sequence[str],
-    found: _Found,
+    visible: _Visible,
     left_out: LeftOut,
     where: str,
     ignored: Ignored,
@@ -237,18 +238,18 @@ def _refuse_nothing_or_both(
             f"of them out, as with --data.ignored '*{PurePosixPath(tables[0]).suffix}'"
         )
     if not tables and not others:
-        ignored.refuse_unmet([*found.folders, *found.files])
-        held = _in_words(left_out, found.files)
+        ignored.refuse_unmatched([*visible.folders, *visible.files])
+        contents = _in_words(left_out, visible.files)
         raise ValueError(
             f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
-            f"folders of images{f', only {held}' if held else ''}: give the path of either"
+            f"folders of images{f', only {contents}' if contents else ''}: give the path of either"
         )
 
 
 def _without_doubles(
     layout: Layout, files: Mapping[str, ListedFile], real_root: str, where: str, left_out: LeftOut
 ) -> Layout:
-    """The layout with each file once, where links lead to it several times.
+    """Return the layout with each file once, even if several links lead to it.
 
     Raises:
         ValueError: for a file that links put into two splits or classes.
@@ -256,32 +257,32 @@ def _without_doubles(
     linked = {files[file.path].real_path for members in layout.values() for file in members} - {None}
     if not linked:
         return layout
-    seen: dict[str, tuple[SplitName, Placed]] = {}
-    kept: Layout = {}
+    first_by_path: dict[str, tuple[SplitName, Placed]] = {}
+    unique: Layout = {}
     placed: list[tuple[SplitName, Placed]] = [(split, file) for split, members in layout.items() for file in members]
     for split, file in sorted(placed, key=lambda pair: files[pair[1].path].real_path is not None):
         real_path = files[file.path].real_path or f"{real_root}/{file.path}"
-        first_split, first = seen.setdefault(real_path, (split, file))
+        first_split, first = first_by_path.setdefault(real_path, (split, file))
         if (first_split, first.class_name, first.columns) != (split, file.class_name, file.columns):
             raise ValueError(
                 f"data.name = {where}: {first.path} and {file.path} are one file by a link, in two splits or classes: "
                 f"remove one, or leave it out with --data.ignored {shlex.quote(file.path)}"
             )
         if first is file:
-            kept.setdefault(split, []).append(file)
+            unique.setdefault(split, []).append(file)
         else:
             left_out["links to files that are read"].append(file.path)
-    return {split: sorted(kept[split], key=lambda file: file.path) for split in layout if split in kept}
+    return {split: sorted(unique[split], key=lambda file: file.path) for split in layout if split in unique}
 
 
 def _in_words(left_out: LeftOut, others: Iterable[str]) -> str:
-    """How many files were left out for which reason, with some of their names; others are left out by their suffix."""
+    """Return the reasons for leaving files out, with counts and names. For `others` the reason is their suffix."""
     by_reason: LeftOut = defaultdict(list)
     for path in sorted({*others}.difference(*left_out.values())):
         suffix = PurePosixPath(path).suffix
         by_reason[suffix or "without a suffix"].append(path)
     reasons = [(reason, paths) for reason, paths in (left_out | by_reason).items() if paths]
     words = [f"{reason} ({len(paths)}: {some(paths, most=2)})" for reason, paths in reasons[:_MOST_REASONS]]
-    if rest := sum(len(paths) for _, paths in reasons[_MOST_REASONS:]):
-        words.append(f"others ({rest})")
+    if num_others := sum(len(paths) for _, paths in reasons[_MOST_REASONS:]):
+        words.append(f"others ({num_others})")
     return ", ".join(words)

@@ -1,4 +1,4 @@
-"""What reading images finds that their user should know: depths, transparency, frames; and the range of greys."""
+"""Records what the user should know of the images read: depths, transparency, frames. Chooses the range of greys."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,24 +9,24 @@ import numpy as np
 from raysubset.events import Note
 from raysubset.tasks import FULL_RANGE, GreyRange
 
-_OFFSET_BITS = 3  # as many levels, 1 of 8, must be won by black being another value than 0
+_OFFSET_BITS = 3  # black is another value than 0 only if this saves so many bits
 
-# Of 256: with fewer, what was rounded to 8 bits has lost most of what it was.
+# Of 256 levels: images that use fewer after rounding to 8 bits have lost most of their contents.
 _FEWEST_LEVELS = 32
 _FEWEST_UPPER_LEVELS = 64
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found in some images. Findings can be added."""
+    """The findings in some images. Findings can be added."""
 
-    greys: tuple[int, int] | None = None  # lowest and highest of all deep grey pixels
-    upper_byte: int | None = None  # highest, of colours with 16 bits a channel: all that is read of them
+    greys: tuple[int, int] | None = None  # the lowest and highest of all deep grey pixels
+    upper_byte: int | None = None  # the highest upper byte of colours with 16 bits a channel, the only byte read
     num_rounded: int = 0  # images of floats
     num_transparent: int = 0  # images with pixels that are not opaque
     num_animated: int = 0  # images with further frames or pages
     num_turned: int = 0  # images with an EXIF orientation
-    flat_shape: tuple[int, int, int] | None = None  # (H, W, 3), of coloured images in flat lists
+    flat_shape: tuple[int, int, int] | None = None  # (H, W, 3) of coloured images in flat lists
 
     def __add__(self, other: "Findings") -> "Findings":
         greys = [each.greys for each in (self, other) if each.greys]
@@ -45,11 +45,11 @@ class Findings:
 
     @property
     def has_rounded(self) -> bool:
-        """Whether pixels had more levels than the 256 that they are left."""
+        """True if pixels had more than the 256 levels that are kept."""
         return bool(self.num_rounded or self.greys or self.upper_byte is not None)
 
     def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[Note, ...]:
-        """What is said of them, a sentence each."""
+        """Return a note of one sentence for each finding."""
         return tuple(map(Note, self._sentences(where, grey_range)))
 
     def _sentences(self, where: str, grey_range: GreyRange) -> Iterator[str]:
@@ -73,13 +73,13 @@ def _images(num: int, where: str) -> str:
 
 
 def choose_grey_range(findings: Findings) -> GreyRange:
-    """What of a whole set's deep greys is black, and what white: the fewest bits that hold them all.
+    """Choose black and white for a whole set's deep greys: the range of the fewest bits that holds them all.
 
-    Black is 0, unless an offset (such as 32768 where signed values were stored, or negative values) would leave an
-    eighth of the levels or fewer: then the window of 2^b values, at a multiple of its half.
+    Black is 0, unless the values are offset (such as by 32768, of signed values, or below 0), so that they would use
+    an eighth of the levels or fewer. Then the range is a window of 2^b values that begins at a multiple of its half.
 
     Raises:
-        ValueError: for colours of 16 bits a channel that use so few of them that the upper byte says little.
+        ValueError: for colours of 16 bits a channel that use so few bits that the upper byte holds little.
     """
     if findings.upper_byte is not None and findings.upper_byte + 1 < _FEWEST_UPPER_LEVELS:
         bits = 8 + findings.upper_byte.bit_length()
@@ -103,10 +103,10 @@ def _window(lowest: int, bits: int) -> GreyRange:
 
 
 def level_notes(levels: np.ndarray, *, has_rounded: bool) -> tuple[Note, ...]:
-    """Warnings of training images without contrast, or with little left after they were rounded to 8 bits.
+    """Warn about training images without contrast, or with few levels left after rounding to 8 bits.
 
     Args:
-        levels: int64 [C, 256], how many training pixels have each level.
+        levels: int64 [C, 256], the number of training pixels of each level.
     """
     counts = levels.sum(axis=0)
     used = np.flatnonzero(counts)

@@ -1,4 +1,4 @@
-"""The full set: three splits, and the task that is learned from them."""
+"""The full set: three splits, and the task to learn from them."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,38 +18,38 @@ from raysubset.fingerprints import fingerprint
 from raysubset.quality import Quality
 from raysubset.tasks import Spec, Task
 
-# A channel that never varies would be divided by zero: one grey level of 256 is the least.
+# The least standard deviation is one grey level of 256: a channel that never varies would be divided by zero.
 _SMALLEST_STD = 1 / 255
 
-_HISTOGRAM_PIXELS = 2**20  # at a time
+_HISTOGRAM_PIXELS = 2**20  # counted at a time
 
 
 @dataclass(frozen=True)
 class FullSet:
-    """A data set with its three splits. Pickles by reference to Arrow's buffers, so Ray's workers read it in place."""
+    """A data set with three splits. It pickles by reference to Arrow's buffers, so Ray's workers read it in place."""
 
     name: str
     train: Split | StreamedSplit
     validation: Split
     test: Split
-    task: Task  # what is learned from it, fitted on the training split
-    advice: tuple[Note, ...]  # what was decided for the user, and warnings
-    fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of what it was read from
-    augmentation: OwnAugmentation | None = None  # of training batches, in the place of the task's
+    task: Task  # fitted on the training split
+    advice: tuple[Note, ...]  # decisions made for the user, and warnings
+    fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of the files or arrays it was read from
+    augmentation: OwnAugmentation | None = None  # of training batches, instead of the task's
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The advice as a person reads it, a line each."""
+        """The advice as lines of text."""
         return tuple(map(str, self.advice))
 
     @property
     def spec(self) -> Spec:
-        """What a network takes and gives of one example."""
+        """The shapes that a network takes and gives for one example."""
         return self.task.spec()
 
     @property
     def num_bytes(self) -> int:
-        """Of its splits, in the object store of each node."""
+        """The bytes of all splits, which each node's object store holds."""
         return sum(split.num_bytes for split in (self.train, self.validation, self.test))
 
     @property
@@ -59,7 +59,7 @@ class FullSet:
 
     @property
     def strata(self) -> np.ndarray:
-        """Which training examples stratified cuts keep in proportion: int64 [N] from 0 on."""
+        """The stratum of each training example, int64 [N] from 0: stratified cuts keep their proportions."""
         strata = self.task.strata(self.train.arrays())
         return np.zeros(len(self.train), dtype=np.int64) if strata is None else strata
 
@@ -91,24 +91,24 @@ class FullSet:
         device: torch.device | str = "cpu",
         augment: bool = False,
     ) -> Batches:
-        """Tensors of some examples of a split, or of all, on a device; all of a streamed split are streamed.
+        """Return a split's examples, or some of them, on a device. All examples of a streamed split are streamed.
 
         Args:
-            split: which split.
+            split: the name of the split.
             indices: int [n], positions in the split; None for all (on the CPU without a copy).
-            device: where the tensors are put.
-            augment: whether epochs draw the augmentation; for training.
+            device: the device of the tensors.
+            augment: True: epochs draw the augmentation, for training.
         """
-        chosen = self._split(split)
-        if indices is None and isinstance(chosen, StreamedSplit):
-            return StreamedExamples(chosen, self.task, torch.device(device), augment, self.augmentation)
-        return Examples(chosen.take(indices), self.task, augment, self.augmentation).to(device)
+        source = self._split(split)
+        if indices is None and isinstance(source, StreamedSplit):
+            return StreamedExamples(source, self.task, torch.device(device), augment, self.augmentation)
+        return Examples(source.take(indices), self.task, augment, self.augmentation).to(device)
 
     def examples_num_bytes(self, split: SplitName, num: int | None = None) -> int:
-        """What examples() of so many examples of a split, or of all, come to hold."""
-        chosen = self._split(split)
-        num_bytes = (len(chosen) if num is None else num) * chosen.num_bytes_per_example
-        if num is None and isinstance(chosen, StreamedSplit):
+        """Return the bytes that examples() holds for `num` examples of a split, or for all."""
+        source = self._split(split)
+        num_bytes = (len(source) if num is None else num) * source.num_bytes_per_example
+        if num is None and isinstance(source, StreamedSplit):
             return min(num_bytes, 2 * WINDOW_BYTES)
         return num_bytes
 
@@ -117,7 +117,7 @@ class FullSet:
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:
-    """How many pixels of uint8 [N, H, W, C] have each grey level, by channel: int64 [C, 256]. Counts can be added."""
+    """Count the pixels of each grey level in uint8 [N, H, W, C], by channel: int64 [C, 256]. Counts can be added."""
     channels = images.shape[3]
     counts = np.zeros((channels, 256), dtype=np.int64)
     num = max(1, _HISTOGRAM_PIXELS // math.prod(images.shape[1:3]))  # bincount widens its input to 8 bytes a pixel
@@ -129,9 +129,9 @@ def count_levels(images: np.ndarray) -> np.ndarray:
 
 
 def statistics_of_levels(counts: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, exact, in units of 255, given count_levels() of the images.
+    """Return the exact mean and standard deviation of each channel in [0, 1], from count_levels() of the images.
 
-    A deviation is one grey level at least.
+    A deviation is at least one grey level.
     """
     levels = np.arange(256) / 255
     weights = counts / counts.sum(axis=1, keepdims=True)

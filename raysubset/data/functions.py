@@ -1,4 +1,4 @@
-"""Data sets out of the user's own `package.module:function`."""
+"""Reads data sets that a user's own `package.module:function` returns."""
 
 import dataclasses
 import sys
@@ -27,9 +27,9 @@ _WANTED = "an Arrow table, a pair (inputs, targets) or a dict of arrays, a torch
 
 @dataclass(frozen=True)
 class Arrays:
-    """A data set of named arrays, [N, …] each, which are no images with their labels."""
+    """A data set of named arrays, [N, …] each, that is not of images with labels."""
 
-    splits: Mapping[SplitName, Mapping[str, np.ndarray]]  # of numbers or texts, finite, contiguous; alike in all splits
+    splits: Mapping[SplitName, Mapping[str, np.ndarray]]  # numbers or texts, finite, contiguous; alike in all splits
     notes: tuple[Note, ...]
 
 
@@ -38,31 +38,31 @@ _Split = SourceSplit | pa.Table | dict[str, np.ndarray]
 
 
 def read_returned(config: DataConfig, task: str) -> Returned:
-    """Call the function that data.name names, without arguments, and tell what it returns for a task.
+    """Call the function of data.name without arguments, and recognise what it returns for a task.
 
-    That is one of these, or a dict with "train" and perhaps "validation" and "test" of them, or a pair of pairs, train
-    and test, as Keras gives them:
+    It returns one of the following; or a dict of them with "train" and perhaps "validation" and "test"; or two pairs,
+    train and test, as Keras does:
 
     - an Arrow table, or another library's frame: of images if it has an image column, else of columns;
-    - a pair of arrays: images and their labels, else inputs and targets, named "inputs" ("image" where they are uint8
-      images) and "target" ("mask" where there is an integer for each pixel);
-    - a dict of arrays, which have its names;
+    - a pair of arrays: images and labels, or inputs and targets, which are then named "inputs" ("image" for uint8
+      images) and "target" ("mask" for an integer for each pixel);
+    - a dict of named arrays;
     - a torch Dataset with a length, whose items are such pairs or dicts.
 
     Raises:
-        ValueError: for a name that does not lead to a function, what it raises, or anything else returned.
+        ValueError: if there is no such function, for what it raises, and if it returns anything else.
     """
-    found: dict[SplitName, _Split] = {}
+    returned: dict[SplitName, _Split] = {}
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
-        found[name] = _tell(value, config, where, task)
-        if (kind := _kind(found[name])) != (first := _kind(found["train"])):
+        returned[name] = _recognise(value, config, where, task)
+        if (kind := _kind(returned[name])) != (first := _kind(returned["train"])):
             text = f"{config.name} returned {first} as its train split and {kind} as its {name} split"
             raise ValueError(f"{text}: give all splits alike")
     images: Source = {}
     tables: dict[SplitName, dict[str, pa.Table]] = {}
     arrays: dict[SplitName, dict[str, np.ndarray]] = {}
     notes: list[Note] = []
-    for name, split in found.items():
+    for name, split in returned.items():
         if isinstance(split, SourceSplit):
             images[name] = split
             continue
@@ -76,15 +76,15 @@ def read_returned(config: DataConfig, task: str) -> Returned:
     if arrays:
         _refuse_unlike(arrays, config)
         return Arrays(arrays, tuple(notes))
-    chosen = choose_columns(tables, config)
-    return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
+    of_columns = choose_columns(tables, config)
+    return dataclasses.replace(of_columns, notes=(*notes, *of_columns.notes))
 
 
 def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
-    """Call the function that data.name names for texts: one, a list of documents, or a dict of splits of these.
+    """Call the function of data.name, which returns a text, a list of documents, or a dict of splits of these.
 
     Raises:
-        ValueError: as read_returned() does, and for anything but texts.
+        ValueError: as read_returned() does, and if it returns anything but texts.
     """
     texts: dict[SplitName, list[str]] = {}
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
@@ -100,17 +100,17 @@ def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]],
 
 
 def origin(config: DataConfig) -> str:
-    """Where the data come from, in words."""
+    """Return the origin of the data in words."""
     return "the data given" if is_given(config.name) else f"what {config.name} returned"
 
 
 def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:
-    """What a function returned, by split, train first, with a name for messages; all is training data if not parted."""
+    """Return each split's value and its name in messages, train first. A result without splits is training data."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
         returned = dict(zip(("train", "test"), returned, strict=True))
     ignored, known = Ignored(config), get_args(SplitName)
     if not isinstance(returned, Mapping) or (returned and not {*returned} & {*known} and _are_arrays(returned)):
-        ignored.refuse_unmet(())
+        ignored.refuse_unmatched(())
         return {"train": (returned, config.name)}
     splits = ignored.chosen(returned)
     for name in splits:
@@ -134,13 +134,13 @@ def _is_pair(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text, or some."""
+    """Return True for a text or a list of texts."""
     texts = [value] if isinstance(value, str) else value
     return isinstance(texts, tuple | list) and bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def _is_pair_of_arrays(value: Any) -> bool:
-    """Whether it is a pair of arrays of one length, as inputs and their targets are."""
+    """Return True for two arrays of one length, such as inputs and targets."""
     return _is_pair(value) and all(getattr(part, "ndim", 0) for part in value) and len(value[0]) == len(value[1])
 
 
@@ -148,8 +148,8 @@ def _are_arrays(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(value, list) or getattr(value, "ndim", 0) for value in values.values())
 
 
-def _tell(value: Any, config: DataConfig, where: str, task: str) -> _Split:
-    """Images with labels, a table of columns, or arrays."""
+def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
+    """Read a split as images with labels, a table of columns, or arrays."""
     if _is_dataset(value):
         value = _stacked(value, where)
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
@@ -186,21 +186,21 @@ def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: 
         if pixels.dtype == np.uint8:
             raise
         raise ValueError(f"{error}; arrays that are no images go by name: dict(inputs=…, label=…)") from error
-    if numbers.ndim == 2:  # as Keras has CIFAR's
+    if numbers.ndim == 2:  # Keras has CIFAR's so
         numbers = numbers[:, 0]
     try:
-        found = pa.chunked_array([pa.array(numbers)])
+        values = pa.chunked_array([pa.array(numbers)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
         raise ValueError(f"labels of {where} must be integers or class names: {error}") from error
-    labels, class_names = as_labels(found, where)
+    labels, class_names = as_labels(values, where)
     return SourceSplit(images, labels, class_names, findings=findings, where=where)
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
-    """The arrays, contiguous and in the machine's byte order, truth values as numbers.
+    """Return the arrays, contiguous and in the machine's byte order, with truth values as numbers.
 
     Raises:
-        ValueError: for arrays of differing length, without rows, of objects, or with values that are not finite.
+        ValueError: for arrays that differ in length, have no rows, hold objects, or have values that are not finite.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, value in values.items():
@@ -235,8 +235,8 @@ def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config:
                 "give all splits alike"
             )
         for name, array in train.items():
-            (ours, theirs) = ((each.shape[1:], each.dtype.kind) for each in (array, others[name]))
-            if ours != theirs:
+            train_kind, other_kind = ((each.shape[1:], each.dtype.kind) for each in (array, others[name]))
+            if train_kind != other_kind:
                 raise ValueError(
                     f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(others[name])} in the "
                     f"{split} split: give all splits alike"
@@ -248,15 +248,15 @@ def _shown(array: np.ndarray) -> str:
 
 
 def _is_dataset(value: Any) -> bool:
-    torch = sys.modules.get("torch.utils.data")  # there is no Dataset where it was not imported
+    torch = sys.modules.get("torch.utils.data")  # if it was not imported, there is no Dataset
     return torch is not None and isinstance(value, torch.Dataset)
 
 
 def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[str, np.ndarray]:
-    """All items of a torch Dataset, read once: a pair of arrays, or a dict of them.
+    """Read all items of a torch Dataset once, into a pair of arrays or a dict of them.
 
     Raises:
-        ValueError: for a dataset without a length, what reading an item raises, and items that differ in shape.
+        ValueError: for a dataset without a length, for what reading an item raises, and for items that differ in shape.
     """
     try:
         num = len(dataset)
@@ -280,14 +280,14 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
             raise ValueError(f"item {number} of {where} has {[*named]}, those before it {[*columns]}: give all alike")
         for key, value in named.items():
             array = _array(value, f"item {number} of {where}")
-            first = columns.setdefault(key, [])
-            if first and first[0].shape != array.shape:
-                what = ("input", "target")[key] if is_pair else key
+            arrays = columns.setdefault(key, [])
+            if arrays and arrays[0].shape != array.shape:
+                part = ("input", "target")[key] if is_pair else key
                 raise ValueError(
-                    f"the {what} of item {number} of {where} has shape {array.shape}, others have {first[0].shape}: "
+                    f"the {part} of item {number} of {where} has shape {array.shape}, others have {arrays[0].shape}: "
                     "give all one shape"
                 )
-            first.append(array)
+            arrays.append(array)
     if not num:
         raise ValueError(f"{where} has no items: give at least one")
     stacked = {key: np.stack(values) for key, values in columns.items()}
@@ -295,7 +295,7 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
 
 
 def _array(values: Any, where: str) -> np.ndarray:
-    """A numpy array of numpy arrays, tensors or lists, without copying where that can be."""
+    """Convert a numpy array, tensor or list to a numpy array, without a copy if possible."""
     try:
         return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     except ValueError as error:  # numpy's, for nested sequences of differing lengths
@@ -310,7 +310,7 @@ def _array(values: Any, where: str) -> np.ndarray:
 
 
 def _first_unlike(values: Any) -> str:
-    """': row 3 has shape (5,), row 0 (4,)' of a list of arrays or lists, else ''."""
+    """Return ': row 3 has shape (5,), row 0 (4,)' for a list of arrays or lists, else ''."""
     try:
         shapes = [np.shape(value) for value in values]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the user wants left out of a data set: data.ignored."""
+"""data.ignored: the splits, files and folders that the user leaves out of a data set."""
 
 import fnmatch
 from collections.abc import Iterable, Mapping
@@ -11,12 +11,12 @@ Value = TypeVar("Value")
 
 
 class Ignored:
-    """The patterns of data.ignored. It remembers which of them met something, so that a slip is not passed over."""
+    """The patterns of data.ignored. It records which of them matched, so that a mistyped pattern is refused."""
 
     def __init__(self, config: DataConfig) -> None:
         self._where = config.name
         self._patterns = [word.strip().rstrip("/") for word in (config.ignored or "").split(",") if word.strip()]
-        self._met: set[str] = set()
+        self._matched: set[str] = set()
 
     def matches(self, path: str) -> bool:
         """Return True if a pattern names this file or folder, or one around it, by its name or path."""
@@ -24,35 +24,35 @@ class Ignored:
             return False
         parts = path.split("/")
         names = {*parts, *("/".join(parts[: depth + 1]) for depth in range(len(parts)))}
-        met = {pattern for pattern in self._patterns for name in names if fnmatch.fnmatchcase(name, pattern)}
-        self._met |= met
-        return bool(met)
+        matching = {pattern for pattern in self._patterns for name in names if fnmatch.fnmatchcase(name, pattern)}
+        self._matched |= matching
+        return bool(matching)
 
     def chosen(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
-        """The splits that no pattern names, where patterns name nothing else.
+        """Return the splits that no pattern names. Patterns may name nothing but splits.
 
         Raises:
-            ValueError: as refuse_unmet() does.
+            ValueError: as refuse_unmatched() does.
         """
         chosen = self.without(splits)
-        self.refuse_unmet(splits)
+        self.refuse_unmatched(splits)
         return chosen
 
     def without(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
-        """The splits that no pattern names."""
-        self._met |= {pattern for pattern in self._patterns if pattern in splits}
+        """Return the splits that no pattern names."""
+        self._matched |= {pattern for pattern in self._patterns if pattern in splits}
         return {split: value for split, value in splits.items() if split not in self._patterns}
 
-    def refuse_unmet(self, known: Iterable[str]) -> None:
-        """Refuse patterns that met nothing.
+    def refuse_unmatched(self, names: Iterable[str]) -> None:
+        """Refuse patterns that matched nothing.
 
         Args:
-            known: names that might have been meant.
+            names: the names that the user may have meant.
 
         Raises:
-            ValueError: naming the pattern and the nearest name.
+            ValueError: with the pattern and the nearest name.
         """
         for pattern in self._patterns:
-            if pattern not in self._met:
-                hint = nearest(pattern, known)
+            if pattern not in self._matched:
+                hint = nearest(pattern, names)
                 raise ValueError(f"data.ignored = {pattern}: {self._where} has no such split, file or folder{hint}")

@@ -1,4 +1,4 @@
-"""Labels of a source, integers or names, made 0 to num_classes - 1 alike in every split."""
+"""Numbers the labels of a source, integers or names, from 0 to num_classes - 1, alike in every split."""
 
 import dataclasses
 import unicodedata
@@ -13,18 +13,18 @@ from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 
-UNLABELLED = -1  # where there is no label, as the `datasets` library writes it
+UNLABELLED = -1  # stands for a missing label, as in the `datasets` library
 
 _MOST_LISTED = 5  # names in one line
 
 
 def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
-    """Return labels as int64 or as strings, with the class names in a dictionary's order if they have one.
+    """Return labels as int64 or strings, and, if they are a dictionary, its class names in its order.
 
-    There is one label at least. If all are null, all are UNLABELLED.
+    There must be at least one label. If all are null, all become UNLABELLED.
 
     Raises:
-        ValueError: for a null among others, or anything but integers and strings.
+        ValueError: for a null among other labels, and for anything but integers and strings.
     """
     names = None
     if values.null_count == len(values):
@@ -50,30 +50,30 @@ def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tup
 
 
 def is_string(type_: pa.DataType) -> bool:
-    """Whether values are texts, in any of Arrow's layouts."""
+    """Return True for texts in any of Arrow's layouts."""
     return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
 def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
     """Return the labels of each split, int64 [N] from 0 to num_classes - 1, the name of each class, and notes.
 
-    The training split decides what classes there are. Without names they are those up to its largest label. Where
-    another split names its classes too, its labels are taken by name, whatever their order. A split of which no
-    example has a label is left out, as a note says. Names are brought to Unicode's composed form (NFC).
+    The training split decides which classes there are. If it does not name them, they are the numbers up to its
+    largest label. If another split names its classes too, its labels are matched by name, whatever their order. A
+    split without labels is left out, with a note. Names are converted to Unicode's composed form (NFC).
 
     Raises:
-        ValueError: for labels that no class of the training split has, gaps between unnamed classes, or one class only.
+        ValueError: for labels of no training class, for gaps between unnamed classes, and if there is only one class.
     """
     splits: Source = {}
     notes: list[Note] = []
     for name, split in source.items():
         if not _is_unlabelled(split.labels):
-            splits[name], changed = _composed(split, name)
-            notes += changed
+            splits[name], composing = _composed(split, name)
+            notes += composing
         elif name == "train":
-            of = f" of {split.where}" if split.where else ""
+            origin = f" of {split.where}" if split.where else ""
             raise ValueError(
-                f"no example of the train split{of} has a label: all {len(split.labels)} are -1 or null; give some"
+                f"no example of the train split{origin} has a label: all {len(split.labels)} are -1 or null; give some"
             )
         else:
             text = (
@@ -97,13 +97,15 @@ def _is_unlabelled(labels: pa.ChunkedArray) -> bool:
 
 
 def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[Note, ...]]:
-    """The split with class names in Unicode's composed form, and a note where some were not."""
-    found = split.labels.unique().to_pylist() if is_string(split.labels.type) else []
-    changed = {each: composed for each in (*found, *(split.class_names or ())) if (composed := _nfc(each)) != each}
+    """Convert a split's class names to Unicode's composed form, with a note if some were in another."""
+    labels_present = split.labels.unique().to_pylist() if is_string(split.labels.type) else []
+    changed = {
+        each: composed for each in (*labels_present, *(split.class_names or ())) if (composed := _nfc(each)) != each
+    }
     if not changed:
         return split, ()
     class_names, labels = split.class_names and tuple(map(_nfc, split.class_names)), split.labels
-    if found:
+    if labels_present:
         labels = pa.chunked_array(list(_renamed(labels)), pa.string())
         class_names = class_names and tuple(dict.fromkeys(class_names))  # a dictionary may have both forms of a name
     listed = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
@@ -121,9 +123,9 @@ def _renamed(labels: pa.ChunkedArray) -> Iterator[pa.Array]:
 
 
 def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[Note]:
-    """What is said of splits that order or name their classes otherwise than the training split."""
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        yield Note(f"several classes have one name: {', '.join(twice[:_MOST_LISTED])}", is_warning=True)
+    """Yield notes on class names that occur twice, and on splits that order or name their classes differently."""
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        yield Note(f"several classes have one name: {', '.join(duplicates[:_MOST_LISTED])}", is_warning=True)
     for name, split in source.items():
         if is_string(split.labels.type) or name == "train":
             continue
@@ -134,7 +136,7 @@ def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[Note]:
 
 
 def _names(labels: pa.Array) -> tuple[str, ...]:
-    """Names of classes that the source leaves unnamed, from their distinct labels."""
+    """Return names for classes that the source does not name, from their distinct labels."""
     present = labels.sort().to_pylist()
     if is_string(labels.type):
         return tuple(present)
@@ -152,38 +154,38 @@ def _names(labels: pa.Array) -> tuple[str, ...]:
 
 
 def _numbers(split: SourceSplit, train: SourceSplit, names: tuple[str, ...], name: SplitName) -> np.ndarray:
-    own = split.class_names
-    if own and own != names and (extra := sorted(set(own) - set(names))):
+    split_names = split.class_names
+    if split_names and split_names != names and (extra := sorted(set(split_names) - set(names))):
         listed = ", ".join(extra[:_MOST_LISTED])
         unnamed = "" if train.class_names or is_string(train.labels.type) else ", which has numbers only"
         raise ValueError(f"the {name} split has classes that the train split has not{unnamed}: {listed}")
     if is_string(split.labels.type):
         return _numbers_of_names(split.labels, names, name)
-    if not own and is_string(train.labels.type):
+    if not split_names and is_string(train.labels.type):
         raise ValueError(f"labels of the train split are class names, those of the {name} split integers")
-    numbers, known = split.labels.to_numpy(), own or names
-    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(known)))
+    numbers, class_names = split.labels.to_numpy(), split_names or names
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(class_names)))
     if len(wrong):
-        out = f": leave such rows out{_way_out(name)}" if numbers[wrong[0]] == UNLABELLED else ""
+        remedy = f": leave such rows out{_way_out(name)}" if numbers[wrong[0]] == UNLABELLED else ""
         raise ValueError(
             f"label {numbers[wrong[0]]} in row {wrong[0]} of the {name} split is out of range: "
-            f"the train split's {len(names)} classes have labels 0 to {len(names) - 1}{out}"
+            f"the train split's {len(names)} classes have labels 0 to {len(names) - 1}{remedy}"
         )
-    return numbers if known == names else renumbered(numbers, known, names, f"the {name} split")
+    return numbers if class_names == names else renumbered(numbers, class_names, names, f"the {name} split")
 
 
-def renumbered(numbers: np.ndarray, known: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
-    """Numbers of some class names as those of others, which have them all; UNLABELLED ones stay so.
+def renumbered(numbers: np.ndarray, old_names: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
+    """Convert numbers of `old_names` to numbers of `names`, which include them. UNLABELLED stays.
 
     Raises:
-        ValueError: if a name stands for several classes.
+        ValueError: if several classes have one name.
     """
-    if twice := [name for name in known if known.count(name) > 1 or names.count(name) > 1]:
+    if duplicates := [name for name in old_names if old_names.count(name) > 1 or names.count(name) > 1]:
         raise ValueError(
-            f"{where} orders its classes otherwise than others, and {twice[0]} names several: give each its own name"
+            f"{where} orders its classes differently, and several are named {duplicates[0]}: give each its own name"
         )
     places = {name: number for number, name in enumerate(names)}
-    table = np.array([*(places[name] for name in known), UNLABELLED])  # where -1 finds itself
+    table = np.array([*(places[name] for name in old_names), UNLABELLED])  # -1 indexes the last entry
     return table[numbers]
 
 

@@ -1,4 +1,4 @@
-"""Decides by names alone which files of a folder are read as which split and class; what is ambiguous is refused."""
+"""Decides by names alone which files of a folder are read as which split and class. It refuses ambiguous names."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 
-# As the `datasets` library takes them out of file and folder names.
+# The words by which the `datasets` library recognises splits in file and folder names.
 _SPLIT_WORDS: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -27,23 +27,23 @@ _SPLIT_WORDS: dict[str, SplitName] = {
     "evaluation": "test",
 }
 _ANY_WORD = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
-_SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # of hive folders: split=train
+_SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # keys of hive folders: split=train
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A file, and what its place in the folder says of it."""
+    """A file, and its class or columns as the folders around it name them."""
 
     path: str
     class_name: str | None = None  # of an image
-    columns: Mapping[str, str] = field(default_factory=dict)  # of a table: of hive folders, key=value
+    columns: Mapping[str, str] = field(default_factory=dict)  # of a table in hive folders, key=value
 
 
 Layout = dict[SplitName, list[Placed]]
 
 
 def some(names: Iterable[str], *, most: int = 4) -> str:
-    """The first few of the names, for a line; a line break or the like in one is escaped."""
+    """List the first few names for a message. Characters that are not printable are escaped."""
     names = list(names)
     return ", ".join(name if name.isprintable() else ascii(name) for name in names[:most]) + (
         ", …" if len(names) > most else ""
@@ -51,9 +51,9 @@ def some(names: Iterable[str], *, most: int = 4) -> str:
 
 
 def words_of_splits(name: str) -> dict[SplitName, str]:
-    """The splits that a file's or folder's name speaks of, with the word that says so.
+    """Return the splits that a file's or folder's name contains, each with its word.
 
-    Words end at anything but letters and at a capital: seg_train, train2017, "Test Data", trainImages, testset.
+    Words end at anything but letters and before a capital: seg_train, train2017, "Test Data", trainImages, testset.
     """
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     words = (re.sub(r"(?<=.)(data)?(set)?$", "", word) for word in re.split(r"[\W\d_]+", spaced))
@@ -61,25 +61,25 @@ def words_of_splits(name: str) -> dict[SplitName, str]:
 
 
 def alike_but_for_split(names: Iterable[str]) -> list[str]:
-    """Names that are one name but for the word of a split in it, even inside a word: mytrain and mytest."""
-    by_rest: defaultdict[str, list[str]] = defaultdict(list)
+    """Return names that differ only in the word of a split, even within a word: mytrain and mytest."""
+    by_pattern: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
-        rest, num = re.subn(_ANY_WORD, "*", name.lower(), count=1)
+        pattern, num = re.subn(_ANY_WORD, "*", name.lower(), count=1)
         if num:
-            by_rest[rest].append(name)
-    return next((group for group in by_rest.values() if len(group) > 1), [])
+            by_pattern[pattern].append(name)
+    return next((group for group in by_pattern.values() if len(group) > 1), [])
 
 
 def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> Layout:
-    """The split of each table by the names of its folders and its own; all are training data where none names one.
+    """Assign each table to a split by its name and its folders' names. If none names a split, all are training data.
 
     Raises:
-        ValueError: for names that leave it open.
+        ValueError: for ambiguous names.
     """
     _refuse_formats_of_one_table(paths, where)
     layout: Layout = defaultdict(list)
     unnamed: list[str] = []
-    by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # a path by the word it names the split with
+    by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # for each word of the split, an example path
     for path in paths:
         splits, columns = _read_names(path, where, label_column)
         if len(splits) > 1:
@@ -110,7 +110,7 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
 
 
 def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitName, str], dict[str, str]]:
-    """The splits, with their words, and the columns that a table's folders and its own name speak of."""
+    """Return the splits, with their words, and the columns that a table's name and its folders' names contain."""
     splits: dict[SplitName, str] = {}
     columns: dict[str, str] = {}
     for folder in PurePosixPath(path).parent.parts:
@@ -139,16 +139,16 @@ def _refuse_formats_of_one_table(paths: Sequence[str], where: str) -> None:
 
 
 def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, label_column: str) -> Layout:
-    """The split and class of each image: folders of classes, or of splits with a folder of each class in them.
+    """Assign each image to a split and class. Folders are classes, or splits that hold a folder for each class.
 
-    A split's folder holds the folders of classes, a class's the images: so a class may be called "test".
+    A split's folder holds folders of classes, and a class's folder holds images, so a class may be named "test".
 
     Args:
-        empty: folders that hold no image.
+        empty: the folders that hold no image.
 
     Raises:
-        ValueError: for names that leave it open, images in no folder, and empty folders of classes, as torchvision's
-            ImageFolder does: what was meant to be there would be missed, and classes would be numbered otherwise.
+        ValueError: for ambiguous names, images in no folder, and, as torchvision's ImageFolder does, empty folders of
+            classes: their images are missing, and the classes would be numbered differently.
     """
     tops = _by_folder(paths, "", where)
     if not _has_splits(tops, depth=0):
@@ -156,8 +156,8 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
     unclear = [folder for folder in tops if len(words_of_splits(folder)) != 1]
     if unclear:
         text = f"folders {some(tops)} may be splits or classes: {some(unclear)} has no word of one split in its name"
-        cure = "let all of them name splits, as my-train does, or none, as a class tests"
-        _refuse(where, text, cure, ignore=unclear[0])
+        remedy = "let all of them name splits, as my-train does, or none, as a class tests"
+        _refuse(where, text, remedy, ignore=unclear[0])
     folders: dict[SplitName, str] = {}
     layout: Layout = {}
     for folder, members in tops.items():
@@ -180,10 +180,10 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
 
 
 def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:
-    """A warning if all classes hold the same folders: those may be the classes, and the folders around them splits.
+    """Warn if all class folders hold folders of the same names: those may be the classes, and their parents splits.
 
     Raises:
-        ValueError: if a word of a split is in their names, too.
+        ValueError: if the class folders' names also contain a word of a split.
     """
     for split, files in layout.items():
         inner: defaultdict[str, set[str]] = defaultdict(set)
@@ -201,23 +201,23 @@ def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]
 
 
 def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
-    """Refuse a folder that holds what lies beside it once more, as archives unpacked twice do.
+    """Refuse a folder that is a copy of what lies beside it, such as an archive that was unpacked twice.
 
     Args:
-        sizes: bytes of each file by path.
+        sizes: the bytes of each file by path.
     """
     tops: defaultdict[str, list[str]] = defaultdict(list)
     for path in sizes:
-        top, _, rest = path.partition("/")
-        tops[top].append(rest)
+        top, _, member = path.partition("/")
+        tops[top].append(member)
     for top, members in tops.items():
-        if all(rest and sizes.get(rest) == sizes[f"{top}/{rest}"] for rest in members):
+        if all(member and sizes.get(member) == sizes[f"{top}/{member}"] for member in members):
             text = f"{top} holds {some(members)} once more, with the same sizes"
             _refuse(where, text, "remove the copy", ignore=top)
 
 
 def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[str]]:
-    """Images by the folder just below another one, in which all of them lie."""
+    """Group images by the folder that is directly below `above` and contains them."""
     depth = above.count("/") + 1 if above else 0
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for path in paths:
@@ -231,7 +231,7 @@ def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[s
 
 
 def _has_splits(folders: Mapping[str, Sequence[str]], *, depth: int) -> bool:
-    """Return True if folders at this depth may be those of splits: by a pair of names, or by folders in one of them."""
+    """Return True if folders at this depth may be splits: by a pair of names, or because one of them has folders."""
     if alike_but_for_split(folders):
         return True
     return any(
@@ -243,12 +243,12 @@ def _has_splits(folders: Mapping[str, Sequence[str]], *, depth: int) -> bool:
 def _classes(
     folders: Mapping[str, Sequence[str]], above: str, empty: Sequence[str], where: str, label_column: str
 ) -> list[Placed]:
-    """The images of the class folders below another one, each with its class."""
+    """Return the images of the class folders below `above`, each with its class."""
     if not above and len(folders) == 1:
         (folder,) = folders
         if all(path.count("/") > 1 for path in folders[folder]):
-            out = f"set data.name to {where.rstrip('/')}/{folder}"
-            raise ValueError(f"data.name = {where}: {folder} is its only folder, and one class is too few: {out}")
+            remedy = f"set data.name to {where.rstrip('/')}/{folder}"
+            raise ValueError(f"data.name = {where}: {folder} is its only folder, and one class is too few: {remedy}")
     prefix = f"{above}/" if above else ""
     for folder in empty:
         if folder.startswith(prefix) and "/" not in folder[len(prefix) :]:
@@ -279,8 +279,8 @@ def _refuse_splits_of_a_class(paths: Sequence[str], folder: str, where: str) -> 
             _refuse(where, text, f"put the classes into the splits ({pair[0]}/{folder})", ignore=pair[0])
 
 
-def _refuse(where: str, text: str, cure: str, *, ignore: str | None) -> NoReturn:
-    """Raise the refusal of a folder, with the ways out."""
-    out = f", or leave it out with --data.ignored {shlex.quote(ignore.replace(',', '?'))}" if ignore else ""
-    message = f"data.name = {where}: {text}: {cure}{out}"
+def _refuse(where: str, text: str, remedy: str, *, ignore: str | None) -> NoReturn:
+    """Raise the error that refuses a folder, with the ways out."""
+    option = f", or leave it out with --data.ignored {shlex.quote(ignore.replace(',', '?'))}" if ignore else ""
+    message = f"data.name = {where}: {text}: {remedy}{option}"
     raise ValueError("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))

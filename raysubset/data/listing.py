@@ -1,4 +1,4 @@
-"""Paths and URIs as pyarrow's file systems see them, and what lies below: links are followed, never in a circle."""
+"""Finds paths and URIs in pyarrow's file systems, and lists folders. It follows links, but never in a circle."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from pyarrow import fs
 
 
 def locate(name: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it.
+    """Return the file system of a path or URI, and the path in it.
 
     Raises:
         ValueError: for a URI that pyarrow cannot open.
@@ -18,7 +18,7 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(name))
     try:
         system, path = fs.FileSystem.from_uri(name)
-    except (pa.ArrowInvalid, ImportError) as error:  # some schemes want a package of their own
+    except (pa.ArrowInvalid, ImportError) as error:  # some schemes need a package
         raise ValueError(
             f"data.name = {name} is no URI that pyarrow can open: {error}; give a path, s3://… or gs://…"
         ) from error
@@ -27,21 +27,21 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file below the folder that was listed."""
+    """A file below a listed folder."""
 
-    path: str  # below that folder, with "/" between its parts
+    path: str  # relative to the listed folder, with "/" between its parts
     size: int  # bytes
-    mtime_ns: int | None  # None if the storage does not tell
-    real_path: str | None = None  # where it truly lies, if a link leads to it
+    mtime_ns: int | None  # None if the storage has no times
+    real_path: str | None = None  # the file that a link leads to; None without a link
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All that lies below a folder; paths are below that folder."""
+    """All files and folders below a folder. Paths are relative to it."""
 
     files: tuple[ListedFile, ...]  # ordered by path
-    folders: tuple[str, ...]  # ordered; hidden ones are named and not entered
-    circles: tuple[str, ...] = ()  # links to a folder that they themselves lie in, not entered
+    folders: tuple[str, ...]  # ordered; hidden ones are listed but not entered
+    circles: tuple[str, ...] = ()  # links to a folder that contains them, not entered
     dangling: tuple[str, ...] = ()  # links to nothing
 
 
@@ -74,7 +74,7 @@ def _list_local(root: str) -> Listing:
     dangling: list[str] = []
 
     def walk(folder: str, real_folder: str, entered: tuple[str, ...], through_link: bool) -> None:
-        """List one folder; `entered` are the true paths of those around it, itself included."""
+        """List one folder. `entered` are its real path and those of the folders around it."""
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
                 path = os.path.join(folder, entry.name)

@@ -1,4 +1,4 @@
-"""Data sets by name: those that scikit-learn and Python bring along, and torchvision's readers."""
+"""Reads data sets by name: those that come with scikit-learn and Python, and those that torchvision reads."""
 
 import dataclasses
 import importlib.util
@@ -26,14 +26,14 @@ _TEST_SEED, _TEST_SHARE = 0, 0.1  # of python_docs' topics
 
 
 def read_named_table(config: DataConfig) -> Tables:
-    """Read one of TABLE_NAMES, with scikit-learn's names of columns and classes; none has a test split.
+    """Read one of TABLE_NAMES, with scikit-learn's names of columns and classes. None has a test split.
 
     Raises:
-        ValueError: for a column that is not there.
+        ValueError: if the config names a missing column.
     """
     from sklearn import datasets
 
-    Ignored(config).refuse_unmet(())
+    Ignored(config).refuse_unmatched(())
     options = {"scaled": False} if config.name == "diabetes" else {}
     loaded: Any = getattr(datasets, f"load_{config.name}")(**options)
     columns = {str(name): pa.array(values) for name, values in zip(loaded.feature_names, loaded.data.T, strict=True)}
@@ -48,7 +48,7 @@ def read_named_table(config: DataConfig) -> Tables:
 
 
 def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
-    """Read one of TEXT_NAMES, and notes: Python's own help, a document a topic, of which some are for testing."""
+    """Read one of TEXT_NAMES: Python's own help, one document a topic, some of them for testing; and notes."""
     from pydoc_data import topics  # type: ignore[import-untyped]
 
     texts: list[str] = [topics.topics[name] for name in sorted(topics.topics)]
@@ -61,33 +61,33 @@ def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tu
     version = ".".join(map(str, sys.version_info[:2]))
     notes = [
         Note(
-            f"{name} split: {sum(map(len, found))} characters of {len(found)} of the {len(texts)} help topics of "
-            f"Python {version}{', drawn by chance' if name == 'test' else ''}"
+            f"{name} split: {sum(map(len, topic_texts))} characters of {len(topic_texts)} of the {len(texts)} help "
+            f"topics of Python {version}{', drawn by chance' if name == 'test' else ''}"
         )
-        for name, found in chosen.items()
+        for name, topic_texts in chosen.items()
     ]
     return chosen, tuple(notes)
 
 
 def read_named(config: DataConfig) -> Source:
-    """Read one of config.DATA_NAMES that is of images.
+    """Read one of the data sets of images in config.DATA_NAMES.
 
     Raises:
         ValueError: if its files are missing, damaged, or cannot be downloaded.
     """
     if config.name == "digits":
-        Ignored(config).refuse_unmet(())
+        Ignored(config).refuse_unmatched(())
         return {"train": _digits(config)}
     splits: dict[SplitName, bool] = {"train": True, "test": False}
     return {name: _torchvision(config, train=is_train) for name, is_train in Ignored(config).chosen(splits).items()}
 
 
 def _digits(config: DataConfig) -> SourceSplit:
-    found = importlib.util.find_spec("sklearn")
-    assert found is not None
-    assert found.origin is not None
-    # what load_digits() reads; the import of sklearn, which brings scipy, takes more than a second of a CPU
-    rows = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    # the file of load_digits(); importing sklearn, which imports scipy, takes more than a second of a CPU
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
     images, _ = as_images(pixels, config.name, config.image_size)
     return SourceSplit(images, pa.chunked_array([rows[:, -1].astype(np.int64)]))
@@ -106,14 +106,14 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
         pixels, labels, class_names = _read(name, root, files, train=train, download=bool(missing))
     # URLError is an OSError; CIFAR's pickles are checked against torchvision's digests first.
     except (OSError, RuntimeError, ValueError) as error:
-        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if missing:
             raise ValueError(
-                f"{name} could not be downloaded ({last}): put {', '.join(path.name for path in missing)} "
+                f"{name} could not be downloaded ({reason}): put {', '.join(path.name for path in missing)} "
                 f"into {missing[0].parent} by hand"
             ) from error
         raise ValueError(
-            f"{name} under {root} is damaged ({last}): set --data.root to an intact copy, or remove "
+            f"{name} under {root} is damaged ({reason}): set --data.root to an intact copy, or remove "
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
     images, _ = as_images(pixels, name, config.image_size)
@@ -123,7 +123,7 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
 def _read(
     name: str, root: Path, files: list[Path], *, train: bool, download: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
-    """Pixels and labels of a split, and names of the classes; None where labels say as much, as MNIST's "0 - zero"."""
+    """Read pixels, labels and class names of a split. MNIST's are None: its "0 - zero" repeats the labels."""
     reader = _reader(name)
     if name not in _IDX_NAMES:
         dataset = reader(root, train=train, download=download)
@@ -132,7 +132,7 @@ def _read(
         reader(root, train=train, download=True)
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    # not by reader(root), which prefers what early versions left in processed/, of which `files` knows nothing
+    # not by reader(root), which prefers the files of early versions in processed/, and `files` does not list those
     images, labels = (path for path in files if path.name.startswith("train" if train else "t10k"))
     pixels, numbers = _of_idx(read_image_file, images), _of_idx(read_label_file, labels)
     if len(pixels) != len(numbers):
@@ -148,7 +148,7 @@ def _of_idx(read: Callable[[str], Any], path: Path) -> np.ndarray:
 
 
 def torchvision_files(name: str, root: str) -> list[Path]:
-    """The files that a set of torchvision's is read from, where torchvision looks for them."""
+    """Return the paths of the files from which torchvision reads a set."""
     return [Path(root, _FOLDERS[name], file) for file in _FILES[name]]
 
 
@@ -169,7 +169,7 @@ _FILES = {
 
 
 def _reader(name: str) -> Any:
-    from torchvision import datasets  # which imports torch._dynamo: two seconds of a CPU
+    from torchvision import datasets  # imports torch._dynamo, which takes two seconds of a CPU
 
     return {
         "mnist": datasets.MNIST,

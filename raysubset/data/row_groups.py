@@ -1,4 +1,4 @@
-"""Tensors of Parquet files, read by row group: the part of a training split that need not be held in memory."""
+"""Reads tensors from Parquet files by row group, so that a training split need not be held in memory."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -21,65 +21,66 @@ from raysubset.errors import first_line
 
 @dataclass(frozen=True, eq=False)
 class RowGroups(ABC):
-    """The row groups of a split's files, end to end. Pickles without an example; every process opens the files itself.
+    """The row groups of a split's files, in order. They pickle without examples; every process opens the files itself.
 
-    Subclasses say which columns become which tensors.
+    Subclasses define which columns become which tensors.
     """
 
     config: DataConfig
-    where: str  # names the split in messages
+    where: str  # the name of the split in messages
     paths: tuple[str, ...]  # in the file system of config.name
-    files: np.ndarray  # int64 [G], the path each row group is in
-    numbers: np.ndarray  # int64 [G], of each row group in its file
-    starts: np.ndarray  # int64 [G + 1], the first row of each row group; last, the number of rows
+    files: np.ndarray  # int64 [G], the position in `paths` of each row group's file
+    numbers: np.ndarray  # int64 [G], the number of each row group in its file
+    starts: np.ndarray  # int64 [G + 1], the first row of each row group, and at the end the number of rows
 
     @classmethod
     def of_files(
-        cls, config: DataConfig, where: str, paths: Sequence[str], num_rows: Sequence[Sequence[int]], **own: Any
+        cls, config: DataConfig, where: str, paths: Sequence[str], num_rows: Sequence[Sequence[int]], **fields: Any
     ) -> Self:
-        """Lay files end to end, given the number of rows of each row group of each file; `own` are the subclass's."""
+        """Join files, given the number of rows of each row group of each file. `fields` are the subclass's."""
         counts = list(itertools.chain.from_iterable(num_rows))
         files = np.repeat(np.arange(len(paths)), [len(groups) for groups in num_rows])
         numbers = np.array([number for groups in num_rows for number in range(len(groups))], dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        return cls(config, where, tuple(paths), files, numbers, starts, **own)
+        return cls(config, where, tuple(paths), files, numbers, starts, **fields)
 
     @property
     @abstractmethod
     def columns(self) -> Sequence[str]:
-        """What is read of the files."""
+        """The columns to read from the files."""
 
     @abstractmethod
     def empty(self, num: int) -> dict[str, np.ndarray]:
-        """The tensors of so many examples, [num, …] each, to be filled."""
+        """Allocate the tensors of `num` examples, [num, …] each."""
 
     @abstractmethod
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
-        """The tensors of some rows of a row group's table, as empty() has them; raises as read() does."""
+        """Return the tensors of some rows of a row group's table, as empty() allocates them. Raises as read() does."""
 
     def attribute(self, name: str) -> pa.ChunkedArray | None:
-        """A column of all rows by which subsets can be cut, if it is among those that are read."""
+        """Return a column of all rows by which subsets can be cut; None if the groups do not read it."""
         return None
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """The row group of each row: int64 [n]."""
+        """Return the row group of each row: int64 [n]."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def read(self, wanted: Iterable[tuple[int, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """Tensors of one row group after another, [n, …] each; what is not wanted of them is not decoded.
+    def read(self, requests: Iterable[tuple[int, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the tensors of one row group after another, [n, …] each. Only the requested rows are decoded.
 
         Args:
-            wanted: a row group, and which of its rows, ascending; both int64.
+            requests: pairs of a row group and its rows, ascending, int64.
 
         Raises:
-            ValueError: for a file that cannot be read, or is another than when its row groups were counted.
+            ValueError: for a file that cannot be read, or has changed since its row groups were counted.
         """
-        groups, rows = itertools.tee(wanted)
-        for (group, chosen), table in zip(rows, self.tables(group for group, _ in groups), strict=True):
-            yield self.tensors(table, chosen, group)
+        group_requests, row_requests = itertools.tee(requests)
+        tables = self.tables(group for group, _ in group_requests)
+        for (group, rows), table in zip(row_requests, tables, strict=True):
+            yield self.tensors(table, rows, group)
 
     def tables(self, groups: Iterable[int], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The columns of one row group after another, as they are stored; raises as read() does."""
+        """Yield the stored columns of one row group after another. Raises as read() does."""
         system, columns = locate(self.config.name)[0], [*(self.columns if columns is None else columns)]
         with ExitStack() as opened:
             current, parquet = -1, None
@@ -106,25 +107,25 @@ class RowGroups(ABC):
         return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != counted
 
     def describe(self, group: int) -> str:
-        """Its number and its file, for messages."""
+        """Return the group's number and file, for messages."""
         return f"{self.numbers[group]} of {self.paths[self.files[group]]}"
 
     def num_bytes_of_largest(self) -> int:
-        """The largest row group, decoded: what a reader of any of it may have to hold."""
+        """Return the decoded bytes of the largest row group, which a reader of any of its rows may have to hold."""
         return int(np.diff(self.starts).max()) * self.num_bytes_per_example
 
     @property
     def num_bytes_per_example(self) -> int:
-        """Of the tensors that are read."""
+        """The bytes of an example's tensors that are read."""
         return sum(values.nbytes for values in self.empty(1).values())
 
 
 @dataclass(frozen=True, eq=False)
 class ImageGroups(RowGroups):
-    """Row groups of which images are read: uint8 [n, H, W, C]."""
+    """Row groups of images, which are read as uint8 [n, H, W, C]."""
 
-    image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has seen all images
-    grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None while it is still to be chosen
+    image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has decoded all images
+    grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None until it is chosen
 
     @property
     def columns(self) -> Sequence[str]:
@@ -132,7 +133,7 @@ class ImageGroups(RowGroups):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(N, H, W, C) of all images, as an array has it."""
+        """(N, H, W, C), the shape of an array of all images."""
         assert self.image_shape is not None
         return (int(self.starts[-1]), *self.image_shape)
 
@@ -144,21 +145,21 @@ class ImageGroups(RowGroups):
         if len(rows) < len(column):
             column = column.take(pa.array(rows))
         images, _ = self.decode(column, f"those read of row group {self.describe(group)}")
-        return {"image": np.broadcast_to(images, (len(rows), *self.shape[1:]))}  # grey ones among coloured: repeated
+        return {"image": np.broadcast_to(images, (len(rows), *self.shape[1:]))}  # repeats grey among coloured images
 
     def encoded(self, table: pa.Table, group: int) -> pa.ChunkedArray:
-        """The images of a row group's table, as they are stored."""
+        """Return the stored images of a row group's table, without decoding them."""
         return image_column(table, self.config.image_column, self.paths[self.files[group]])
 
     def decode(self, column: pa.ChunkedArray, where: str, *, first_row: int = 0) -> tuple[np.ndarray, Findings]:
-        """Images of a part of the image column, uint8 [n, H, W, 1 or 3], and what was found in them.
+        """Decode a part of the image column to uint8 [n, H, W, 1 or 3], with findings.
 
         Args:
-            where: names the file in messages.
-            first_row: the part's first, in that file.
+            where: the name of the file in messages.
+            first_row: the number of the part's first row in that file.
 
         Raises:
-            ValueError: for what cannot be decoded.
+            ValueError: for images that cannot be decoded.
         """
         images, findings = images_of(column, where, image_size=self.config.image_size, first_row=first_row)
         if isinstance(images, EncodedImages):

@@ -1,4 +1,4 @@
-"""What every reader returns: a source's splits as it has them, before classes are numbered and splits carved."""
+"""The result of every reader: a source's own splits, before classes are numbered and further splits are carved."""
 
 from dataclasses import dataclass, field
 
@@ -14,20 +14,20 @@ from raysubset.events import Note
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """A split of the source: images decoded or still encoded, or where they lie; targets as found."""
+    """A split of the source: its images and targets as the source stores them."""
 
-    images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; the last of a streamed split
-    targets: pa.ChunkedArray | np.ndarray  # see labels; or numbers, float64 [N, K], or masks, integers [N, …]
-    class_names: tuple[str, ...] | None = None  # in the order of the labels, where the source gives them
+    images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; ImageGroups if streamed
+    targets: pa.ChunkedArray | np.ndarray  # see labels; or numbers, float64 [N, K]; or masks, integers [N, …]
+    class_names: tuple[str, ...] | None = None  # in the order of the labels; None if the source has no names
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
-    notes: tuple[Note, ...] = ()  # what was decided for the user
+    notes: tuple[Note, ...] = ()  # decisions made for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
-    where: str = ""  # names it in messages
+    where: str = ""  # the name of the split in messages
     target_names: tuple[str, ...] = ()  # columns of numbers or masks
 
     @property
     def labels(self) -> pa.ChunkedArray:
-        """Of classes: [N], integers or class names, without nulls."""
+        """The labels of classes, [N]: integers or class names, without nulls."""
         assert isinstance(self.targets, pa.ChunkedArray)
         return self.targets
 

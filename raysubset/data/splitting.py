@@ -1,4 +1,4 @@
-"""Carve stratified shares of examples off for the splits that a source lacks: by index, seeded."""
+"""Carves off stratified shares of examples for the splits that a source lacks, by index and seed."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ from raysubset.events import Note
 
 
 def carve(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions 0 … N-1 into the kept and the carved, each ascending, every class in its proportion.
+    """Split positions 0 … N-1 into kept and carved ones, each ascending, with every class in its proportion.
 
-    The carved are round(N * fraction), one at least, shared among the classes by largest remainder (ties at random).
-    A class keeps one example at least, so one that has no more is not carved, and fewer may come off.
+    round(N * fraction) positions are carved, at least one, shared among the classes by largest remainder (ties at
+    random). A class keeps at least one example, so a class of one example is not carved, and fewer may be carved.
 
     Raises:
-        ValueError: if no class has an example to spare.
+        ValueError: if every class has only one example.
     """
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
-    wanted = max(1, round(len(labels) * fraction))
+    num_carved = max(1, round(len(labels) * fraction))
     quotas = counts * fraction
     shares = np.minimum(np.floor(quotas).astype(int), counts - 1)
     by_remainder = np.lexsort((generator.random(len(classes)), shares - quotas))
     spare = [position for position in by_remainder if shares[position] < counts[position] - 1]
-    shares[spare[: max(0, wanted - shares.sum())]] += 1
+    shares[spare[: max(0, num_carved - shares.sum())]] += 1
     if not shares.any():
         raise ValueError(
             f"{len(labels)} examples of {len(classes)} classes are too few to hold any out: some class needs two"
@@ -32,25 +32,25 @@ def carve(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray
         generator.permutation(np.flatnonzero(labels == label))[:share]
         for label, share in zip(classes, shares, strict=True)
     ]
-    chosen = np.zeros(len(labels), dtype=bool)
-    chosen[np.concatenate(carved)] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    is_carved = np.zeros(len(labels), dtype=bool)
+    is_carved[np.concatenate(carved)] = True
+    return np.flatnonzero(~is_carved), np.flatnonzero(is_carved)
 
 
 def carve_splits(
     strata: dict[SplitName, np.ndarray], config: DataConfig, *, at_end: bool = False
 ) -> tuple[dict[SplitName, np.ndarray], list[Note]]:
-    """Ascending rows of each split, in its own source or in the training split's, and notes on those carved off.
+    """Return the ascending rows of each split, in its own source or in the training split's, with notes.
 
     Args:
-        strata: of each split that the source has, int64 [N]: what is kept in proportion.
-        at_end: carve the last examples off instead, where neighbours have too much in common, as windows of a text.
+        strata: for each split of the source, the stratum of each example, int64 [N]; proportions are kept.
+        at_end: carve off the last examples instead. This is for neighbours that are alike, such as windows of a text.
     """
     end = " from the end" if at_end else ""
     notes: list[Note] = []
     rows: dict[SplitName, np.ndarray] = {name: np.arange(len(numbers)) for name, numbers in strata.items()}
-    lacking: dict[SplitName, float] = {"test": config.test_fraction, "validation": config.validation_fraction}
-    for name, fraction in lacking.items():
+    fractions: dict[SplitName, float] = {"test": config.test_fraction, "validation": config.validation_fraction}
+    for name, fraction in fractions.items():
         if name in strata:
             continue
         train = rows["train"]

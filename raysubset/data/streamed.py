@@ -1,4 +1,4 @@
-"""A split whose inputs stay in Parquet files: targets in memory, inputs read by row group when they are wanted."""
+"""A split whose inputs stay in Parquet files: targets are in memory, inputs are read by row group when needed."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from raysubset.events import Note
 
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
-    """One split, of which only the targets and the source's own columns are held: it pickles without inputs."""
+    """One split that holds only its targets and the source's own columns in memory. It pickles without inputs."""
 
-    held: Split  # without what the groups read
+    held: Split  # without the tensors that the groups read
     groups: RowGroups
 
     @property
     def table(self) -> pa.Table:
-        """As Split's, without what the groups read."""
+        """The table of the held split, without the tensors that the groups read."""
         return self.held.table
 
     def __len__(self) -> int:
@@ -30,36 +30,36 @@ class StreamedSplit:
 
     @property
     def shapes(self) -> Shapes:
-        """As Split's."""
+        """The shape of each tensor of one example, held or read."""
         return {name: values.shape[1:] for name, values in self.groups.empty(0).items()} | dict(self.held.shapes)
 
     @property
     def num_bytes(self) -> int:
-        """Held in memory, and in the object store of each node that reads it."""
+        """The bytes held in memory, and in the object store of each node that reads the split."""
         return self.table.nbytes
 
     @property
     def num_bytes_per_example(self) -> int:
-        """Of an example's tensors."""
+        """The bytes of an example's tensors."""
         return self.groups.num_bytes_per_example + self.held.num_bytes_per_example
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The tensors that are held, [N, …] each: the table's own memory, read-only."""
+        """Return the held tensors, [N, …] each, as read-only views of the table's memory."""
         return self.held.arrays()
 
     def attributes(self, name: str | None) -> pa.Table:
-        """As Split's; a column that is not held is read."""
+        """Return a table of columns by which subsets can be cut, with the column `name`, which is read if not held."""
         column = self.groups.attribute(name) if name and name not in self.table.column_names else None
         return self.table if column is None else self.table.append_column(name, column.take(self.table["row"]))
 
     def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the tensors of some examples, or of all, on the CPU, as Split.take() does.
 
-        Row groups that hold none of them are not opened, the others one at a time: memory is the result and one row
-        group. Each is read whole, so examples that lie scattered cost the reading, not the decoding, of all files.
+        Only row groups that hold one of the examples are opened, one at a time, so memory holds the result and one
+        row group. A row group is read whole, so scattered examples cost reading all files, but not decoding them.
 
         Raises:
-            ValueError: for a file that cannot be read, or has changed.
+            ValueError: for a file that cannot be read or has changed.
         """
         positions = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
         tensors = self.groups.empty(len(positions))
@@ -72,19 +72,19 @@ class StreamedSplit:
         return {name: torch.from_numpy(values) for name, values in tensors.items()} | self.held.take(positions)
 
     def read(self, parts: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """What the groups read, [n, …] each, of one part after another; raises as take() does.
+        """Yield the tensors that the groups read, [n, …] each, for one part after another. Raises as take() does.
 
         Args:
-            parts: int64 ascending positions in the split, those of a part in one row group.
+            parts: int64 ascending positions in the split; each part lies in one row group.
         """
         return self.groups.read(self._in_group(part) for part in parts)
 
     def group_bounds(self) -> np.ndarray:
-        """int64 [G + 1]: examples from bounds[g] to bounds[g + 1] lie in row group g."""
+        """Return bounds, int64 [G + 1]: examples from bounds[g] to bounds[g + 1] lie in row group g."""
         return np.searchsorted(self._rows, self.groups.starts)
 
     def share_read(self, positions: np.ndarray) -> float:
-        """Share of the files' rows that take() of these positions reads: those of all row groups that hold one."""
+        """Return the share of the files' rows that take() reads for these positions: their whole row groups."""
         groups, starts = np.unique(self.groups.of_rows(self._rows[positions])), self.groups.starts
         return float((starts[groups + 1] - starts[groups]).sum() / starts[-1])
 
@@ -100,7 +100,7 @@ class StreamedSplit:
 
 
 def streaming_note(train: StreamedSplit, num_held: int) -> Note:
-    """What stays where, given the bytes of the splits in memory."""
+    """Return the note on what stays in files and what is in memory, `num_held` bytes of other splits among it."""
     groups, (target, *_) = train.groups, train.held.shapes
     size = len(train) * train.num_bytes_per_example / 1e6
     return Note(

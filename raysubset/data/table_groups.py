@@ -1,4 +1,4 @@
-"""Features of tables in Parquet files: fitted in one pass over the columns, and encoded when row groups are read."""
+"""Streams the features of tables in Parquet files: fits them in one pass over the columns, and encodes row groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import is_scalar, plain
 from raysubset.tasks import TableInputs
 
-_READ_BYTES = 2**28  # of columns that are read together, at _VALUE_BYTES a value
+_READ_BYTES = 2**28  # of columns that are read together, estimated at _VALUE_BYTES a value
 _VALUE_BYTES = 16
 
 
@@ -22,9 +22,9 @@ class TableGroups(RowGroups):
     """Row groups whose columns are read as features: "inputs", float32 [n, F]."""
 
     members: tuple[Placed, ...]  # the files, whose folders may name columns
-    kinds: Mapping[str, pa.DataType]  # of these columns
-    schema: pa.Schema  # of the features' columns, in types that hold the values of all files
-    inputs: TableInputs | None = None  # None until training rows have fitted it
+    kinds: Mapping[str, pa.DataType]  # the types of the folders' columns
+    schema: pa.Schema  # of the features' columns, with types that hold the values of all files
+    inputs: TableInputs | None = None  # None until it is fitted on training rows
 
     @property
     def columns(self) -> Sequence[str]:
@@ -39,17 +39,17 @@ class TableGroups(RowGroups):
         return {self._inputs.column: features}
 
     def attribute(self, name: str) -> pa.ChunkedArray | None:
-        is_there = name in self.schema.names and is_scalar(self.schema.field(name).type)
-        return self.whole_columns([name]).column(name) if is_there else None
+        is_present = name in self.schema.names and is_scalar(self.schema.field(name).type)
+        return self.whole_columns([name]).column(name) if is_present else None
 
     def whole_columns(self, names: Sequence[str]) -> pa.Table:
-        """Some columns of all rows, in memory; raises as read() does."""
+        """Read some columns of all rows into memory. Raises as read() does."""
         groups = range(len(self.numbers))
         parts = zip(groups, self.tables(groups, names), strict=True)
         return pa.concat_tables([self._alike(table, group, names) for group, table in parts])
 
     def _alike(self, table: pa.Table, group: int, names: Sequence[str]) -> pa.Table:
-        """The table with these columns, in the types of the schema, as if it were joined to other files' tables."""
+        """Return these columns of the table in the schema's types, as after joining it to the other files' tables."""
         file = self.files[group]
         table = with_folder_columns(table, self.members[file], self.kinds).select(names)
         empty = self.schema.empty_table().select(names)
@@ -62,13 +62,13 @@ class TableGroups(RowGroups):
 
 
 class TrainingColumns:
-    """The columns of training rows, for fit_columns(): read in their order, some at a time, and let go.
+    """The columns of training rows for fit_columns(), which are read in order, a few at a time, and then freed.
 
-    What other splits have of them is kept. So each value is read once, and memory is that of a few columns.
+    The other splits' values are kept. So each value is read once, and memory holds only a few training columns.
     """
 
     def __init__(self, groups: TableGroups, rows: Mapping[SplitName, np.ndarray], *, kept: Sequence[SplitName]) -> None:
-        """`rows` are of the splits, in the files; `kept` are those whose raw values are kept."""
+        """Prepare to read. `rows` are each split's rows in the files; the raw values of `kept` splits are kept."""
         self.column_names, self.num_rows = groups.schema.names, len(rows["train"])
         self._groups, self._rows, self._part = groups, rows, pa.table({})
         self._kept: dict[SplitName, list[pa.Table]] = {split: [] for split in kept}
@@ -83,5 +83,5 @@ class TrainingColumns:
         return self._part.column(name).take(pa.array(self._rows["train"]))
 
     def kept(self, split: SplitName) -> pa.Table:
-        """All columns of a split's rows, once all have been asked for."""
+        """Return all columns of a kept split's rows. Call it after column() has read every column."""
         return pa.table({name: part.column(name) for part in self._kept[split] for name in part.column_names})

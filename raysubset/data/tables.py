@@ -1,4 +1,4 @@
-"""Arrow tables as images, labels, and scalars that could tell subsets apart."""
+"""Reads images, targets, and scalars by which subsets can be cut, from Arrow tables."""
 
 import dataclasses
 import json
@@ -20,95 +20,96 @@ from raysubset.data.split import RESERVED_COLUMNS
 from raysubset.events import Note
 from raysubset.tasks import target_numbers
 
-MOST_COLUMNS = 50  # named in one line
+MOST_COLUMNS = 50  # listed in one message
 
-# Usual names of what tasks other than classes learn from images; the first is the full set's.
+# The usual names of targets that tasks other than classification learn from images; the full set uses the first.
 IMAGE_TARGETS = {"regression": ("target", "label"), "segmentation": ("mask", "label")}
 
 
 def needed_columns(schema: pa.Schema, where: str, config: DataConfig, task: str) -> list[str]:
-    """The columns worth reading: images, targets of a task, and scalars that could tell subsets apart.
+    """Return the columns to read: images, a task's targets, and scalars by which subsets can be cut.
 
     Raises:
-        ValueError: for a missing image or target column, with the nearest one, or two columns of one name.
+        ValueError: for a missing image or target column, with the nearest name, and for two columns of one name.
     """
     targets = image_targets(schema.names, config, task, where)
     for option, column in (("image_column", config.image_column), *(("target", name) for name in targets)):
         if column not in schema.names:
-            known = ", ".join(schema.names)
+            names = ", ".join(schema.names)
             hint = nearest(column, schema.names)
-            raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {known}{hint}")
+            raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {names}{hint}")
     if config.image_column in targets:
         raise ValueError(
             f"{config.image_column} is --data.image_column and --data.target: it cannot be learned from itself"
         )
-    wanted = (config.image_column, *targets)
-    needed = [field.name for field in schema if field.name in wanted or is_scalar(field.type)]
+    learned = (config.image_column, *targets)
+    needed = [field.name for field in schema if field.name in learned or is_scalar(field.type)]
     refuse_unreadable(schema, needed, where)
     return needed
 
 
-def image_targets(known: Sequence[str], config: DataConfig, task: str, where: str) -> tuple[str, ...]:
-    """The columns that a task learns from images: data.target's, or by default the one of its usual names.
+def image_targets(columns: Sequence[str], config: DataConfig, task: str, where: str) -> tuple[str, ...]:
+    """Return the columns that a task learns from images: those of data.target, or the one with a usual name.
 
     Raises:
-        ValueError: if data.target names no column, or none and there is not exactly one; and for several, of one mask.
+        ValueError: if data.target names no column; if it is None and not exactly one column has a usual name; and for
+            several columns of masks.
     """
     if task not in IMAGE_TARGETS:
         return (config.label_column,)
-    names = split_names("target", config.target, known) or (usual_target(known, IMAGE_TARGETS[task], where),)
+    names = split_names("target", config.target, columns) or (usual_target(columns, IMAGE_TARGETS[task], where),)
     if task == "segmentation" and len(names) > 1:
         raise ValueError(f"segmentation learns one column of masks, not {some(names)}: set --data.target to one")
     return names
 
 
-def split_names(option: str, text: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """An option's names with commas between; a column that has commas in its name is meant as a whole."""
-    if text is None or text in known:
+def split_names(option: str, text: str | None, columns: Sequence[str]) -> tuple[str, ...]:
+    """Split an option's names at commas, unless the whole text is the name of a column."""
+    if text is None or text in columns:
         return () if text is None else (text,)
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise ValueError(
-            f"data.{option} = {text!r} names no column: set it to some of {some(known, most=MOST_COLUMNS)}"
+            f"data.{option} = {text!r} names no column: set it to some of {some(columns, most=MOST_COLUMNS)}"
         )
     return names
 
 
-def usual_target(known: Sequence[str], usual: Sequence[str], where: str) -> str:
-    """The one column of some usual names that is there.
+def usual_target(columns: Sequence[str], usual: Sequence[str], where: str) -> str:
+    """Return the one column that has a usual name.
 
     Raises:
-        ValueError: if there is none, or several.
+        ValueError: if none or several have one.
     """
-    present = [name for name in usual if name in known]
+    present = [name for name in usual if name in columns]
     if len(present) != 1:
-        what = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(usual)}"
+        problem = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(usual)}"
         raise ValueError(
-            f"{where} has {what}: set --data.target to the one to learn, of {some(known, most=MOST_COLUMNS)}"
+            f"{where} has {problem}: set --data.target to the one to learn, of {some(columns, most=MOST_COLUMNS)}"
         )
     return present[0]
 
 
 def usual_note(name: str) -> Note:
-    """What is said of a target that data.target does not name."""
+    """Return the note on a target that data.target does not name."""
     return Note(f"the column {name} is learned; --data.target names another")
 
 
 def refuse_unreadable(schema: pa.Schema, names: Sequence[str], where: str) -> None:
-    """Refuse to read columns whose values may be unpickled, or two of one name.
+    """Refuse to read columns whose values may be unpickled, and two columns of one name.
 
     Raises:
-        ValueError: naming the column.
+        ValueError: with the column's name.
     """
     for field in schema:
         if field.name in names and _unpickles(field.type):
             raise ValueError(f"column {field.name} of {where} holds pickled Python objects, whose reading runs code")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{where} has several columns {duplicates[0]!r}: give each a name of its own")
 
 
 def _unpickles(kind: pa.DataType) -> bool:
-    """Whether a value of the type may be unpickled when it is looked at: ray.data's objects, within others too."""
+    """Return True if reading a value of the type may unpickle it: ray.data's objects, also within other types."""
     if isinstance(kind, pa.BaseExtensionType):
         return "pickle" in kind.extension_name or _unpickles(kind.storage_type)
     return any(_unpickles(kind.field(number).type) for number in range(kind.num_fields))
@@ -119,21 +120,21 @@ class JoinedTables:
     """The rows of a split's files, one after another."""
 
     table: pa.Table
-    class_names: tuple[str, ...] | None  # that integer labels number, where a file's metadata has them
+    class_names: tuple[str, ...] | None  # of integer labels, if a file's metadata has them
     notes: tuple[Note, ...]
 
 
 def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> JoinedTables:
-    """Put the tables of some files behind one another, with integer labels that mean the same in all.
+    """Join the tables of some files, with integer labels that mean the same in all.
 
-    Files of the `datasets` library may name their classes, each in an order of its own. The longest list is taken, and
-    the others' labels are numbered anew by name.
+    Files of the `datasets` library may name their classes, each in its own order. The longest list is used, and the
+    other files' labels are renumbered by name.
 
     Args:
-        tables: by the name of their file.
+        tables: the tables by file name.
 
     Raises:
-        ValueError: for files that do not go together, or no rows.
+        ValueError: for files that cannot be joined, and if there are no rows.
     """
     notes: list[Note] = []
     declared: dict[str, tuple[str, ...]] = {}
@@ -145,7 +146,7 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
             notes.append(Note(f"metadata of {path} is passed over: {problem}", is_warning=True))
     longest = max(declared, key=lambda path: len(declared[path]), default=None)
     class_names = declared[longest] if longest else None
-    alike = {}
+    consistent = {}
     for path, table in tables.items():
         table = plain(table, config, path)
         labels = table.column(config.label_column)
@@ -159,18 +160,18 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
                 notes.append(Note(f"{path} orders its classes unlike {longest}: its labels are taken by name"))
                 place = table.column_names.index(config.label_column)
                 table = table.set_column(place, config.label_column, labels)
-        alike[path] = table
-    joined = concatenated(list(alike.values()), where)
+        consistent[path] = table
+    joined = concatenated(list(consistent.values()), where)
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
     return JoinedTables(joined, class_names, tuple(notes))
 
 
 def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
-    """The rows of some files' tables, behind one another, in types that hold the values of all.
+    """Concatenate the tables of some files, with types that hold the values of all.
 
     Raises:
-        ValueError: for files that do not go together.
+        ValueError: for files whose columns have types that do not go together.
     """
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -181,19 +182,19 @@ def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
 def _by_name(
     labels: pa.ChunkedArray, names: tuple[str, ...], class_names: tuple[str, ...], path: str, longest: str
 ) -> pa.ChunkedArray:
-    """Labels that number some names, as numbers of the class names."""
+    """Convert labels that are numbers of `names` to numbers of the class names."""
     if extra := [name for name in names if name not in class_names]:
         listed = ", ".join(extra[:5])
         raise ValueError(f"{path} names classes that {longest} does not: {listed}: give all files one list of names")
-    found = renumbered(numbers_of(names, labels, path), names, class_names, path)
-    return pa.chunked_array([pa.array(found, mask=labels.is_null().to_numpy())])
+    numbers = renumbered(numbers_of(names, labels, path), names, class_names, path)
+    return pa.chunked_array([pa.array(numbers, mask=labels.is_null().to_numpy())])
 
 
 def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Labels that number some names: int64 [N], UNLABELLED where there is none.
+    """Return labels that are numbers of `names` as int64 [N], with UNLABELLED for nulls.
 
     Raises:
-        ValueError: for a number that no name has.
+        ValueError: for a number without a name.
     """
     numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
     wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
@@ -205,7 +206,7 @@ def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.
 
 
 def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
-    """The table with its columns in layouts that go together with those of other files."""
+    """Convert a table's columns to layouts that can be concatenated with those of other files."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string_view(field.type):
             column = table.column(place).cast(pa.string())
@@ -218,10 +219,11 @@ def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
 
 
 def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str) -> SourceSplit:
-    """Read a split from the tables of its files, by their names, for a task.
+    """Read a split of images for a task from the tables of its files, given by file name.
 
     Raises:
-        ValueError: for no rows, missing columns, nulls, or what is neither an image nor what the task learns.
+        ValueError: for missing columns, nulls, values that are no images or no targets of the task, and if there are
+            no rows.
     """
     for path, table in tables.items():
         needed_columns(table.schema, path, config, task)
@@ -245,10 +247,10 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, 
 def with_scalars(
     images: np.ndarray | EncodedImages | ImageGroups, joined: JoinedTables, config: DataConfig, where: str
 ) -> SourceSplit:
-    """A split of these images, and of the labels and further columns of tables that may lack the images.
+    """Build a split of these images with the labels and further columns of the joined tables.
 
     Raises:
-        ValueError: for labels that are none.
+        ValueError: for values that are no labels.
     """
     labels, class_names = as_labels(joined.table.column(config.label_column), where)
     columns, notes = _scalars(joined, (config.image_column, config.label_column), RESERVED_COLUMNS, where)
@@ -258,7 +260,7 @@ def with_scalars(
 def _scalars(
     joined: JoinedTables, learned: Sequence[str], reserved: Sequence[str], where: str
 ) -> tuple[dict[str, pa.ChunkedArray], tuple[Note, ...]]:
-    """Further columns, without those that are learned or have the name of one of the full set's; and notes."""
+    """Return further scalar columns and notes, without learned columns and those with a reserved name."""
     table, notes = joined.table, joined.notes
     further = [field.name for field in table.schema if is_scalar(field.type) and field.name not in learned]
     clashing = [name for name in further if name in reserved]
@@ -268,12 +270,12 @@ def _scalars(
 
 
 def is_scalar(type_: pa.DataType) -> bool:
-    """Whether a column's values can tell subsets apart: integers, truth values and texts."""
+    """Return True for types by whose values subsets can be cut: integers, truth values and texts."""
     return pa.types.is_integer(type_) or pa.types.is_boolean(type_) or is_string(type_)
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ...] | None, str | None]:
-    """Class names out of the `datasets` library's schema metadata, where it wrote a ClassLabel; or what is wrong."""
+    """Return the class names of a ClassLabel in the schema metadata of the `datasets` library, or what is wrong."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return None, None

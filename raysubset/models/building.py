@@ -1,4 +1,4 @@
-"""build_model(): a network by its config and the Spec of what it takes and gives."""
+"""build_model() builds a network from its config and the Spec of its inputs and outputs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,22 +15,24 @@ from raysubset.tasks import Spec
 
 
 def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
-    """A freshly initialised network that maps [N, *spec.inputs] to float [N, *spec.outputs].
+    """Build a newly initialised network that maps [N, *spec.inputs] to float [N, *spec.outputs].
 
-    The weights are drawn from torch's CPU generator under `seed` alone, so every node gets the same bits; the global
-    generators are left as they were. A user's "package.module:function" is called as function(spec), or with two
-    arguments as function(num_classes, (C, H, W)); its module may lie in the working directory. Its network is tried:
-    in evaluation mode, and on a copy for a step of training in the memory layout of the actors. One that works in
-    torch's default layout alone is given its images in that (see needs_default_layout()); one that changes its inputs
-    in place is given copies.
+    The weights are drawn from torch's CPU generator, seeded with `seed` alone, so every node gets the same bits. The
+    global generators are restored afterwards.
+
+    A user's "package.module:function" is called as function(spec), or, if it takes two arguments, as
+    function(num_classes, (C, H, W)). Its module may be in the working directory. Its network is tried in evaluation
+    mode, and a copy of it for one step of training in the actors' memory layout. A network that works only in torch's
+    default layout is given its images in that layout (see needs_default_layout()). A network that changes its inputs
+    in place is given copies of them.
 
     Returns:
-        A float32 module on the CPU in train mode. Under torch.device("meta") one of stand-ins, which takes no memory;
-        torchvision's regnets cannot be built so.
+        A float32 module on the CPU in train mode. Under torch.device("meta") its tensors take no memory;
+        torchvision's regnets cannot be built there.
 
     Raises:
-        ValueError: for an unknown name, inputs that the network cannot take, or a user's function that is missing
-            or whose network cannot be trained, or gives anything but [N, *spec.outputs] in either mode.
+        ValueError: for an unknown name, for inputs that the network cannot take, and for a user's function that is
+            missing or whose network cannot be trained or does not return float [N, *spec.outputs] in both modes.
     """
     config = architecture(config, spec)
     with torch.random.fork_rng(devices=[]):
@@ -40,19 +42,19 @@ def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
 
 
 class Described(Protocol):
-    """What says what a network must take and give: a FullSet, or the record of a trained model."""
+    """Anything that has the Spec of a network: a FullSet, or the record of a trained model."""
 
     @property
     def spec(self) -> Spec: ...
 
 
 def new_model(config: ModelConfig, described: Described, *, seed: int = 0) -> nn.Module:
-    """build_model() for what the set or record describes."""
+    """Call build_model() with the Spec of a full set or record."""
     return build_model(config, described.spec, seed=seed)
 
 
 def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
-    """The config with a network's name instead of "auto"."""
+    """Return the config with the name of a network that fits the Spec instead of "auto"."""
     if config.name != "auto":
         return config
     if spec.num_values is not None:
@@ -85,7 +87,7 @@ _NORMED: dict[str, Callable[[Spec, int, int, str], nn.Module]] = {
 
 
 def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
-    """One of ours or torchvision's."""
+    """Build one of this package's or torchvision's networks."""
     name = config.name
     is_own = name in (*_FIXED, *_SIZED, *_NORMED)
     if not is_own:
@@ -99,7 +101,7 @@ def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
 
 
 def _refuse_other_inputs(name: str, spec: Spec) -> None:
-    """Refuse inputs and outputs that a network by this name is not for, with the network that is."""
+    """Refuse inputs and outputs that this network cannot take, and name a network that can."""
     inputs, outputs, is_text = spec.inputs, spec.outputs, spec.num_values is not None
     if name == "mlp":
         takes, fits = "floats", not is_text

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from raysubset.tasks import Spec
 
-_SMALLEST_POOLED_SIDE = 4  # cnn: a map of 3×3 or less is averaged as it is
+_SMALLEST_POOLED_SIDE = 4  # of cnn(): a map of 3×3 or less is averaged without pooling
 
 
 def normalisation(kind: str, channels: int) -> nn.Module:
@@ -24,7 +24,7 @@ def conv3x3(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> 
 
 
 def mlp(spec: Spec, width: int, depth: int) -> nn.Module:
-    """Depth hidden layers of `width` rectified units over all inputs of an example, flattened; outputs of any shape."""
+    """Build `depth` hidden layers of `width` rectified units over an example's flattened inputs; any output shape."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     units = math.prod(spec.inputs)
     for i in range(depth):
@@ -37,10 +37,11 @@ def mlp(spec: Spec, width: int, depth: int) -> nn.Module:
 
 
 def cnn(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
-    """Blocks conv3x3 - norm - pool - ReLU of width·2^i channels, then the mean over the map and one linear layer.
+    """Build blocks conv3x3 - norm - pool - ReLU of width·2^i channels, then the mean over the map and a linear layer.
 
-    A block halves its map while the shorter side is at least 4, so 8×8 images take any depth. The maximum and ReLU
-    may be exchanged; on the smaller map ReLU is cheaper, which makes the whole loop 1.1 times as fast on a CPU thread.
+    A block halves its map while the shorter side is at least 4, so 8×8 images take any depth. Pooling before ReLU
+    gives the same numbers as after it, and ReLU on the smaller map makes the whole loop 1.1 times as fast on a CPU
+    thread.
     """
     channels, side = spec.inputs[0], min(spec.inputs[1:])
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -60,27 +61,27 @@ def cnn(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
 
 
 def two_convolutions(in_channels: int, out_channels: int, norm: str) -> nn.Sequential:
-    """Twice conv3x3 - norm - ReLU, with initial convolutions as in He et al. 2015 (arXiv:1502.01852)."""
+    """Build conv3x3 - norm - ReLU twice, with convolutions initialised as in He et al. 2015 (arXiv:1502.01852)."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, channels in enumerate((in_channels, out_channels)):
         layers |= {f"conv{i}": conv3x3(channels, out_channels, norm), f"norm{i}": normalisation(norm, out_channels)}
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
     block = nn.Sequential(layers)
-    _as_he_et_al(block)
+    _initialise_convolutions(block)
     return block
 
 
-def _as_he_et_al(model: nn.Module) -> None:
+def _initialise_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def vgg(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
-    """A VGG (Simonyan and Zisserman 2015, arXiv:1409.1556) for small images: blocks of two convolutions and max-pool.
+    """Build a VGG (Simonyan and Zisserman 2015, arXiv:1409.1556) for small images.
 
-    Block i has width·2^i channels; it is pooled while the shorter side is at least 2. A hidden layer of twice the last
-    block's channels and the head follow, dense.
+    Block i has two convolutions of width·2^i channels, and a max-pool if the shorter side is at least 2. A dense
+    hidden layer of twice the last block's channels and the head follow.
     """
     channels, *sides = spec.inputs
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -96,9 +97,10 @@ def vgg(spec: Spec, width: int, depth: int, norm: str) -> nn.Module:
 
 
 def lenet5(spec: Spec) -> nn.Module:
-    """LeNet-5 (LeCun et al. 1998) for 28×28 (padded by 2) or 32×32 images: 61,706 parameters for ten grey digits.
+    """Build LeNet-5 (LeCun et al. 1998) for 28×28 (padded by 2) or 32×32 images.
 
-    ReLU and max-pooling stand for the original's tanh, trained sub-sampling and sparse connections.
+    It has 61,706 parameters for ten grey digits. ReLU and max-pooling replace the original's tanh, trained
+    sub-sampling and sparse connections.
     """
     channels, height, width = spec.inputs
     if height != width or height not in (28, 32):
@@ -121,10 +123,11 @@ def lenet5(spec: Spec) -> nn.Module:
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers for small images (He et al. 2016, arXiv:1512.03385, section 4.2): n blocks a stage.
+    """A ResNet of 6n + 2 layers for small images (He et al. 2016, arXiv:1512.03385, section 4.2): n blocks a stage.
 
     Shortcuts are the paper's option A, without parameters: every second pixel, new channels zero. So ResNet-20 of
-    width 16 has 269,722 parameters for ten classes. Initial convolutions as in He et al. 2015 (arXiv:1502.01852).
+    width 16 has 269,722 parameters for ten classes. Convolutions are initialised as in He et al. 2015
+    (arXiv:1502.01852).
     """
 
     def __init__(self, spec: Spec, width: int, depth: int, norm: str) -> None:
@@ -137,12 +140,12 @@ class CifarResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.head = nn.Linear(4 * width, spec.num_outputs)
-        _as_he_et_al(self)
+        _initialise_convolutions(self)
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, num_blocks: int, norm: str) -> nn.Sequential:
-        rest = (_ResidualBlock(out_channels, out_channels, norm) for _ in range(num_blocks - 1))
-        return nn.Sequential(_ResidualBlock(in_channels, out_channels, norm), *rest)
+        later_blocks = (_ResidualBlock(out_channels, out_channels, norm) for _ in range(num_blocks - 1))
+        return nn.Sequential(_ResidualBlock(in_channels, out_channels, norm), *later_blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.relu(self.norm(self.conv(images)))
@@ -151,7 +154,7 @@ class CifarResNet(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two convolutions beside a shortcut; more channels come with half the side."""
+    """Two convolutions beside a shortcut. A block that adds channels halves the side."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
         super().__init__()
@@ -170,11 +173,12 @@ class _ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A small U-Net (Ronneberger et al. 2015, arXiv:1505.04597): `depth` halvings of the map, and as many doublings.
+    """A small U-Net (Ronneberger et al. 2015, arXiv:1505.04597): it halves the map `depth` times and doubles it again.
 
-    Each level has two convolutions of width·2^i channels on the way down, and on the way up two more of the level
-    below, doubled by nearest neighbours, beside those of the way down. Images are padded by zeros at the right and the
-    bottom to a multiple of 2^depth, and outputs are cropped, so any size will do.
+    On the way down, level i has two convolutions of width·2^i channels. On the way up, it has two more: their input
+    is the level's map from the way down, concatenated with the level below, which nearest neighbours double. Images
+    are padded with zeros at the right and the bottom to a multiple of 2^depth and outputs are cropped, so any size
+    works.
     """
 
     def __init__(self, spec: Spec, width: int, depth: int, norm: str) -> None:
@@ -200,4 +204,4 @@ class UNet(nn.Module):
 
 
 def _blocks(channels: Iterable[tuple[int, int]], norm: str) -> nn.ModuleList:
-    return nn.ModuleList(two_convolutions(before, after, norm) for before, after in channels)
+    return nn.ModuleList(two_convolutions(in_channels, out_channels, norm) for in_channels, out_channels in channels)

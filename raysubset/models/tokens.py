@@ -1,4 +1,4 @@
-"""Networks over tokens: an LSTM and a causal Transformer, which give numbers for each token or for the whole text."""
+"""Networks over tokens: an LSTM and a causal Transformer, with outputs for each token or for the whole text."""
 
 import math
 
@@ -12,10 +12,10 @@ _MOST_HEADS = 4
 
 
 class _Head(nn.Module):
-    """Outputs from features [N, T, width] of causal layers: [N, T, V] of all tokens, or [N, M] of the last one's.
+    """Turns features [N, T, width] of causal layers into outputs: [N, T, V] of all tokens, or [N, M] of the last one.
 
-    Where V is the vocabulary, weights are tied (Press and Wolf 2017, arXiv:1608.05859): the embedding's, which the
-    caller passes, and a bias of the head's own. Else they are a linear layer's.
+    If V is the size of the vocabulary, weights are tied (Press and Wolf 2017, arXiv:1608.05859): the head uses the
+    embedding's, which the caller passes, and its own bias. Else it is a linear layer.
     """
 
     def __init__(self, spec: Spec, width: int) -> None:
@@ -34,16 +34,16 @@ class _Head(nn.Module):
 
 
 def _embedding(num: int, width: int) -> nn.Embedding:
-    """Vectors of a length of about one, so that tied outputs start small."""
+    """Build an embedding of vectors whose length is about one, so that tied outputs start small."""
     embedding = nn.Embedding(num, width)
     nn.init.normal_(embedding.weight, std=width**-0.5)
     return embedding
 
 
 class LSTM(nn.Module):
-    """Embedding, `depth` layers of `width` LSTM units (Hochreiter and Schmidhuber 1997), tied head.
+    """An embedding, `depth` layers of `width` LSTM units (Hochreiter and Schmidhuber 1997), and a tied head.
 
-    torch cannot run it with stacked weights, so that several are not packed on a card.
+    torch cannot run it with stacked weights, so several of them are not packed on a card.
     """
 
     def __init__(self, spec: Spec, width: int, depth: int) -> None:
@@ -58,9 +58,9 @@ class LSTM(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal Transformer: learned positions, `depth` pre-norm blocks, a last norm, tied head; no dropout.
+    """A causal Transformer: learned positions, `depth` pre-norm blocks, a last norm and a tied head; no dropout.
 
-    Residual layers start smaller by the root of their number, as GPT-2's.
+    Initial weights of residual layers are divided by the root of their number, as in GPT-2.
     """
 
     def __init__(self, spec: Spec, width: int, depth: int) -> None:
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention to this token and those before it, a perceptron of four times the width, each beside a shortcut."""
+    """Causal attention, and a perceptron of four times the width, each beside a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

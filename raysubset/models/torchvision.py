@@ -21,12 +21,12 @@ class _GreyToRGB(nn.Module):
 
 
 def check_name(name: str, others: Sequence[str]) -> None:
-    """Refuse a name that torchvision does not know, nor is among the others.
+    """Refuse a name that is neither a torchvision network nor among the others.
 
     Raises:
         ValueError: with the nearest name that is known.
     """
-    from torchvision import models  # 1 s to import: only for those who ask for it
+    from torchvision import models  # takes 1 s to import
 
     names = models.list_models(module=models)
     if name not in names:
@@ -38,10 +38,10 @@ def check_name(name: str, others: Sequence[str]) -> None:
 
 
 def network(name: str, spec: Spec) -> nn.Module:
-    """A torchvision classification network without pretrained weights or auxiliary heads; grey images are repeated.
+    """Build a torchvision classification network without pretrained weights or auxiliary heads; grey becomes RGB.
 
     Raises:
-        ValueError: for images it cannot take, with the smallest size from theirs up that it can.
+        ValueError: for images that it cannot take, with the smallest larger size that it can.
     """
     from torchvision import models
 
@@ -49,7 +49,7 @@ def network(name: str, spec: Spec) -> nn.Module:
     if channels not in (1, 3):
         raise ValueError(f"{name} takes images of 1 or 3 channels, not {channels}")
 
-    def built(height: int, width: int) -> nn.Module:
+    def build(height: int, width: int) -> nn.Module:
         options: dict[str, Any] = {}
         if name in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": True}
@@ -59,13 +59,13 @@ def network(name: str, spec: Spec) -> nn.Module:
             options = {"input_size": (height, width)}
         return models.get_model(name, weights=None, num_classes=spec.num_outputs, **options)
 
-    any_size = None if name.startswith("vit_") or name == "maxvit_t" else built(height, width)
+    any_size = None if name.startswith("vit_") or name == "maxvit_t" else build(height, width)
 
     def fits(height: int, width: int) -> bool:
         try:
             with torch.device("meta"):
-                tried = any_size or built(height, width)
-            return _meta_output_shape(tried, (2, 3, height, width)) == (2, *spec.outputs)
+                candidate = any_size or build(height, width)
+            return _meta_output_shape(candidate, (2, 3, height, width)) == (2, *spec.outputs)
         except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
             return False
 
@@ -77,12 +77,12 @@ def network(name: str, spec: Spec) -> nn.Module:
             f"{name} cannot take images of {height}×{width}; the smallest it takes from there up are {side}×{side}: "
             f"set data.image_size={side}"
         )
-    model = any_size or built(height, width)
+    model = any_size or build(height, width)
     return nn.Sequential(OrderedDict(grey_to_rgb=_GreyToRGB(), network=model)) if channels == 1 else model
 
 
 def _meta_output_shape(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the outputs in eval mode, found with stand-ins for the weights: no arithmetic, nothing changes."""
+    """Return the shape of the outputs in eval mode. Weights are replaced by meta tensors, so nothing is computed."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     stand_ins = {name: tensor.detach().to("meta") for name, tensor in tensors}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The user's own network: what their function returns, tried on a few inputs before it is used."""
+"""Builds a user's own network by calling their function, and tries it on a few inputs before it is used."""
 
 import inspect
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from raysubset.user_functions import call_function, load_function
 
 
 def users_network(name: str, spec: Spec) -> nn.Module:
-    """The network of a user's function, float32, without torch's wrappers that spread it over cards or compile it.
+    """Return the network of a user's function, in float32, without the wrappers of DataParallel and torch.compile.
 
     Raises:
-        ValueError: if there is none, it cannot be trained, or it gives anything but float [N, *spec.outputs].
+        ValueError: if there is no such function, or its network cannot be trained or does not return float
+            [N, *spec.outputs].
     """
     model = unwrapped(call_function("model.name", name, *_arguments(name, load_function("model.name", name), spec)))
     if not isinstance(model, nn.Module):
@@ -33,21 +34,21 @@ def users_network(name: str, spec: Spec) -> nn.Module:
 
 
 def unwrapped(model: Any) -> Any:
-    """A network without what spreads it over cards or compiles it; anything else as it is."""
+    """Return a network without the wrappers of DataParallel and torch.compile; return anything else unchanged."""
     if isinstance(model, nn.DataParallel):
         model = model.module
     return getattr(model, "_orig_mod", model)  # torch.compile's
 
 
 def _arguments(name: str, function: Callable[..., Any], spec: Spec) -> tuple[Any, ...]:
-    """(spec,), or (num_classes, (C, H, W)) for a function of two arguments, or none for one of none.
+    """Return the arguments for a user's function: (spec,), or (num_classes, (C, H, W)) if it takes two, or none.
 
     Raises:
-        ValueError: for one of two, where inputs are no images or outputs no [N, num_classes].
+        ValueError: if it takes two and inputs are no images or outputs are not [N, num_classes].
     """
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some that are written in C have none
+    except ValueError:  # some functions that are written in C have no signature
         return (spec,)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     num_required = sum(p.default is p.empty for p in positional)
@@ -65,7 +66,7 @@ def _arguments(name: str, function: Callable[..., Any], spec: Spec) -> tuple[Any
 
 
 def _refuse_complex(name: str, model: nn.Module) -> None:
-    """Raises ValueError for complex parameters: optimizers, means and their statistics here are of real numbers."""
+    """Raise a ValueError for complex parameters: optimizers, means and statistics here are of real numbers."""
     for key, parameter in model.named_parameters():
         if parameter.is_complex():
             raise ValueError(
@@ -75,62 +76,62 @@ def _refuse_complex(name: str, model: nn.Module) -> None:
 
 
 def needs_default_layout(model: nn.Module) -> bool:
-    """Whether build_model() found that the network cannot be trained on channels-last images, so is given no such."""
+    """Return True if build_model() found that the network cannot be trained on channels-last images."""
     return any(hook is _in_default_layout for hook in model._forward_pre_hooks.values())
 
 
 def _in_default_layout(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook: copies of the images in memory [N, C, H, W]; contiguous() would keep the strides of a single channel."""
+    """Hook: copy the images into memory [N, C, H, W]; contiguous() would keep the strides of a single channel."""
     return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def _as_a_copy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook: copies of the inputs, as the network changes its own."""
+    """Hook: copy the inputs for a network that changes them in place."""
     return (inputs[0].clone(), *inputs[1:])
 
 
 def _try_evaluation(name: str, model: nn.Module, spec: Spec) -> None:
-    """Try two examples of zeros, and one, on a network in eval mode; ValueError for what users_network() says."""
+    """Try two examples of zeros, then one, on a network in eval mode; raise the ValueError of users_network()."""
     for num in (2, 1):
         inputs = spec.zeros(num)
         try:
             with generators_restored(), torch.no_grad():
                 outputs = model(inputs)
         except Exception as error:  # the user's forward() may raise anything
-            of = f"{_kind(spec)}s of shape {list(inputs.shape)}{' [N, C, H, W]' if spec.is_image else ''}"
-            text = f"{name} cannot take {of}" if num > 1 else f"{name} cannot take {of}, one alone, in evaluation mode"
-            raise ValueError(f"{text}: {one_line(error)}") from error
+            description = f"{_kind(spec)}s of shape {list(inputs.shape)}{' [N, C, H, W]' if spec.is_image else ''}"
+            suffix = "" if num > 1 else ", one alone, in evaluation mode"
+            raise ValueError(f"{name} cannot take {description}{suffix}: {one_line(error)}") from error
         _check_outputs(name, outputs, num, spec, "")
 
 
 def _try_training(name: str, model: nn.Module, spec: Spec) -> None:
-    """Try a step of two random examples on copies of a network; images in the layout of the actors, else in torch's.
+    """Try a step of two random examples on copies of a network: images in the actors' layout, then in torch's default.
 
-    One that fails in both, or whose outputs do not depend on its parameters, is refused.
+    Refuse a network that fails in both, or whose outputs do not depend on its parameters.
     """
     reasons = []
     for layout in (torch.channels_last, torch.contiguous_format) if spec.is_image else (torch.contiguous_format,):
         network = copied(model).train()
         network.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         inputs = spec.random(2, torch.default_generator)
-        if layout is torch.channels_last:  # in the memory that Examples have, of one channel too
+        if layout is torch.channels_last:  # the memory of Examples, for one channel as well
             inputs = inputs.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
-        given = inputs.clone()
+        passed = inputs.clone()
         try:
             with generators_restored(), torch.enable_grad():
-                outputs = network(given)
+                outputs = network(passed)
                 if isinstance(outputs, Tensor) and outputs.requires_grad and outputs.is_floating_point():
                     outputs.sum().backward()
-        except Exception as error:  # likewise
+        except Exception as error:  # the user's forward() may raise anything
             reasons.append(one_line(error))
             continue
         _check_outputs(name, outputs, len(inputs), spec, " in train mode")
         if not outputs.requires_grad:
-            cause = "leave no_grad(), detach() and NumPy out of its forward()"
-            raise ValueError(f"{name} gave outputs in train mode that have no gradient: {cause}")
+            remedy = "leave no_grad(), detach() and NumPy out of its forward()"
+            raise ValueError(f"{name} gave outputs in train mode that have no gradient: {remedy}")
         if reasons:
             model.register_forward_pre_hook(_in_default_layout)
-        elif not torch.equal(given, inputs):
+        elif not torch.equal(passed, inputs):
             model.register_forward_pre_hook(_as_a_copy)
         return
     raise ValueError(f"{name} cannot take a step of training on two {_kind(spec)}s: {reasons[-1]}")
@@ -141,21 +142,21 @@ def _kind(spec: Spec) -> str:
 
 
 def _check_outputs(name: str, outputs: Any, num: int, spec: Spec, when: str) -> None:
-    """Refuse anything but float [num, *spec.outputs]."""
-    wanted = ", ".join(map(str, spec.outputs))
+    """Raise a ValueError unless outputs are float [num, *spec.outputs]."""
+    shape = ", ".join(map(str, spec.outputs))
     if not isinstance(outputs, Tensor):
         raise ValueError(
-            f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {wanted}]"
+            f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {shape}]"
             + (", as it does in evaluation mode: leave its auxiliary heads out, or wrap it" if when else "")
         )
     if outputs.shape != (num, *spec.outputs) or not outputs.is_floating_point():
-        gave = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
+        actual = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
         examples = f"two {_kind(spec)}s" if num == 2 else f"one {_kind(spec)}"
-        cause = ""
+        hint = ""
         if num == 1 and outputs.ndim < 1 + len(spec.outputs):
-            cause = ": squeeze() drops the dimension of the batch too, flatten(1) does not"
+            hint = ": squeeze() drops the dimension of the batch too, flatten(1) does not"
         elif outputs.shape[1:] != spec.outputs and sorted(outputs.shape[1:]) == sorted(spec.outputs):
-            cause = ": those dimensions are in another order, put it right by permute()"
+            hint = ": those dimensions are in another order, put it right by permute()"
         raise ValueError(
-            f"{name} gave {gave} for {examples}{when}; it should give float outputs [{num}, {wanted}]{cause}"
+            f"{name} gave {actual} for {examples}{when}; it should give float outputs [{num}, {shape}]{hint}"
         )
