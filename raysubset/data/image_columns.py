@@ -1,4 +1,4 @@
-"""An Arrow column as images: encoded images, Hugging Face's structs, or tensors, also ray.data's."""
+"""Reads images and masks from Arrow columns: encoded images, Hugging Face's structs, or tensors, also ray.data's."""
 
 import json
 import math
@@ -11,18 +11,18 @@ from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages, as_images, decode_masks
 from raysubset.errors import listed
 
-# The extension types that ray.data writes; Arrow knows them only where ray.data is imported.
+# The extension types that ray.data writes. Arrow knows them only in processes that import ray.data.
 _RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
 _RAY_VARIABLE_TENSORS = "ray.data.arrow_variable_shaped_tensor"
 
 
 def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    """A column of images or masks of a file, in a layout that goes together with those of other files.
+    """Return a file's column of images or masks in a layout that can be concatenated with those of other files.
 
-    ray.data's tensors become Arrow's own, which say their shape themselves.
+    ray.data's tensors become Arrow's own, whose type has the shape.
 
     Raises:
-        ValueError: for tensors of ray.data that do not have the shape they are said to have.
+        ValueError: for tensors of ray.data whose shape differs from the one in the metadata.
     """
     column, field = table.column(name), table.schema.field(name)
     if pa.types.is_binary_view(column.type):
@@ -57,7 +57,7 @@ def _ray_shape(text: bytes, where: str) -> list[int]:
 
 
 def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) -> pa.ChunkedArray:
-    """Lists of pixels as tensors, in the same memory."""
+    """Convert lists of pixels to tensors in the same memory."""
     if column.null_count:
         raise ValueError(f"{_null_rows(column, 'image', where)} null: leave such rows out")
     size = math.prod(shape)
@@ -75,21 +75,21 @@ def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) 
 def images_of(
     column: pa.ChunkedArray, where: str, *, image_size: int | None, first_row: int = 0
 ) -> tuple[np.ndarray | EncodedImages, Findings]:
-    """Return a column's images, uint8 [n, H, W, C] or encoded, and what was found in them; there is one at least.
+    """Return a column's images, uint8 [n, H, W, C] or encoded, with findings. The column must not be empty.
 
     Args:
-        where: names the file or files in messages.
-        first_row: the column's first, in these.
+        where: the name of the file or files in messages.
+        first_row: the number of the column's first row in these files.
 
     Raises:
-        ValueError: for nulls, or what is no image.
+        ValueError: for nulls and values that are no images.
     """
-    found = _encoded_or_chunks(column, "image", where, first_row)
-    if isinstance(found, EncodedImages):
-        return found, Findings()
+    encoded = _encoded_or_chunks(column, "image", where, first_row)
+    if isinstance(encoded, EncodedImages):
+        return encoded, Findings()
     if pa.types.is_struct(column.type) and [field.name for field in column.type] == ["data", "shape"]:
-        return _of_variable_shapes(found, where, image_size)
-    tensors = _tensors(found, "image", where)
+        return _of_variable_shapes(encoded, where, image_size)
+    tensors = _tensors(encoded, "image", where)
     is_flat = tensors.ndim == 2
     if is_flat:
         tensors = tensors.reshape(-1, *_square(tensors.shape[1], where))
@@ -102,19 +102,20 @@ def images_of(
 def masks_of(
     column: pa.ChunkedArray, images: np.ndarray | EncodedImages, where: str, *, image_size: int | None
 ) -> np.ndarray:
-    """Return a column's masks, integers [n, H, W], or [n, H * W] of flat lists; there is one at least.
+    """Return a column's masks, integers [n, H, W], or [n, H * W] for flat lists. The column must not be empty.
 
     Args:
-        images: whose masks they are; where both are encoded, each mask is as large as its image, and resized as it is.
-        where: names the file or files in messages.
+        images: the images of the masks. If both are encoded, each mask must be as large as its image, and is resized
+            as the image is.
+        where: the name of the file or files in messages.
 
     Raises:
-        ValueError: for nulls, or what is no mask of such an image.
+        ValueError: for nulls and values that are no masks of these images.
     """
-    found = _encoded_or_chunks(column, "mask", where)
-    if isinstance(found, EncodedImages):
-        return decode_masks(found, images, where, image_size)
-    masks = _tensors(found, "mask", where)
+    encoded = _encoded_or_chunks(column, "mask", where)
+    if isinstance(encoded, EncodedImages):
+        return decode_masks(encoded, images, where, image_size)
+    masks = _tensors(encoded, "mask", where)
     if masks.ndim == 4 and masks.shape[3] == 1:
         masks = masks[..., 0]
     if masks.ndim > 3 or masks.dtype.kind == "f":
@@ -126,62 +127,62 @@ def masks_of(
 
 
 def _encoded_or_chunks(
-    column: pa.ChunkedArray, what: str, where: str, first_row: int = 0
+    column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0
 ) -> EncodedImages | list[pa.Array]:
-    """A column's images or masks, encoded, or in chunks that hold some each."""
+    """Return a column's encoded images or masks, or else its chunks that are not empty."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if column.null_count:
-        raise ValueError(f"{_null_rows(column, what, where, first_row)} null: leave such rows out")
+        raise ValueError(f"{_null_rows(column, noun, where, first_row)} null: leave such rows out")
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
         if column.null_count:
-            rows = _null_rows(column, what, where, first_row)
-            raise ValueError(f"{rows} a path without bytes: embed the {what}s")
+            rows = _null_rows(column, noun, where, first_row)
+            raise ValueError(f"{rows} a path without bytes: embed the {noun}s")
     if any(is_kind(column.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         return EncodedImages(
             len(column),
             read=lambda row: column[row].as_py(),
-            describe=lambda row: f"the {what} in row {first_row + row} of {where}",
+            describe=lambda row: f"the {noun} in row {first_row + row} of {where}",
         )
     return [chunk for chunk in column.chunks if len(chunk)]
 
 
 def _of_variable_shapes(chunks: list[pa.Array], where: str, image_size: int | None) -> tuple[np.ndarray, Findings]:
-    """ray.data's tensors of several shapes, resized one by one."""
+    """Read ray.data's tensors of several shapes, resizing them one by one."""
     if image_size is None:
         raise ValueError(f"images of {where} differ in shape: give --data.image-size to resize them")
     images, findings = [], Findings()
     for chunk in chunks:
         for pixels, shape in zip(chunk.field("data"), chunk.field("shape").to_pylist(), strict=True):
             values = pixels.values.to_numpy(zero_copy_only=False).reshape(1, *shape)
-            image, found = as_images(values, where, image_size)
+            image, image_findings = as_images(values, where, image_size)
             images.append(image)
-            findings += found
+            findings += image_findings
     channels = max(image.shape[3] for image in images)
     return np.concatenate([np.broadcast_to(image, (*image.shape[:3], channels)) for image in images]), findings
 
 
-def _tensors(chunks: list[pa.Array], what: str, where: str) -> np.ndarray:
-    """Chunks of equal tensors, [n, …]; of one chunk, a view of its memory."""
-    tensors = [_tensors_of_chunk(chunk, what, where) for chunk in chunks]
+def _tensors(chunks: list[pa.Array], noun: str, where: str) -> np.ndarray:
+    """Join chunks of tensors of one shape to [n, …]. A single chunk is not copied."""
+    tensors = [_tensors_of_chunk(chunk, noun, where) for chunk in chunks]
     return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
 
-def _tensors_of_chunk(chunk: pa.Array, what: str, where: str) -> np.ndarray:
-    refusal = f"{what}s of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
+def _tensors_of_chunk(chunk: pa.Array, noun: str, where: str) -> np.ndarray:
+    refusal = f"{noun}s of {where} are {chunk.type}: need encoded bytes, fixed_shape_tensor or fixed_size_list<uint8>"
     if isinstance(chunk.type, pa.FixedShapeTensorType):
         if not _is_number(chunk.type.value_type):
             raise ValueError(refusal)
         if chunk.storage.flatten().null_count:
-            raise ValueError(f"{what}s of {where} hold null pixels: give each a number")
+            raise ValueError(f"{noun}s of {where} hold null pixels: give each a number")
         return chunk.to_numpy_ndarray()
     shape, values = [len(chunk)], chunk
     while pa.types.is_fixed_size_list(values.type):
         shape.append(values.type.list_size)
         values = values.flatten()
         if values.null_count:
-            raise ValueError(f"{what}s of {where} hold null pixels: give each a number")
+            raise ValueError(f"{noun}s of {where} hold null pixels: give each a number")
     if len(shape) == 1 or not _is_number(values.type):
         raise ValueError(refusal)
     return values.to_numpy().reshape(shape)
@@ -192,7 +193,7 @@ def _is_number(type_: pa.DataType) -> bool:
 
 
 def _square(size: int, where: str) -> tuple[int, int, int]:
-    """[H, W, C] of a flat image: a grey or a coloured square, which no size can both be."""
+    """Return [H, W, C] of a flat image: a square, grey or with colours; no size can be both."""
     for channels in (1, 3):
         side = math.isqrt(size // channels)
         if side * side * channels == size:
@@ -200,13 +201,13 @@ def _square(size: int, where: str) -> tuple[int, int, int]:
     raise ValueError(f"images of {where} are flat lists of {size} pixels, no square: use arrow.fixed_shape_tensor")
 
 
-def _null_rows(column: pa.ChunkedArray, what: str, where: str, first_row: int = 0) -> str:
-    """The subject of a sentence on a column's nulls, with its verb."""
-    return rows_of(np.flatnonzero(column.is_null().to_numpy()) + first_row, what, where)
+def _null_rows(column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0) -> str:
+    """Return the subject and verb of a sentence on a column's nulls."""
+    return rows_of(np.flatnonzero(column.is_null().to_numpy()) + first_row, noun, where)
 
 
-def rows_of(rows: Any, what: str, where: str) -> str:
-    """The subject of a sentence on what some rows hold, with its verb: some are named, all are counted."""
+def rows_of(rows: Any, noun: str, where: str) -> str:
+    """Return the subject and verb of a sentence on some rows. Of many rows it names some and counts all."""
     if len(rows) == 1:
-        return f"the {what} in row {rows[0]} of {where} is"
-    return f"the {what}s in rows {listed([*map(str, rows)])} of {where} are"
+        return f"the {noun} in row {rows[0]} of {where} is"
+    return f"the {noun}s in rows {listed([*map(str, rows)])} of {where} are"

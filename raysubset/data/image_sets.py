@@ -1,4 +1,4 @@
-"""Full sets of images: their targets, splits carved, images decoded or left where they lie."""
+"""Builds full sets of images: reads targets, carves splits, and decodes the images or leaves them in their files."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -22,22 +22,22 @@ from raysubset.data.targets import Targets, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, fit_own_task
 
-# Where a shifted or mirrored image shows the same thing: not digits.
+# The sets in which a shifted or mirrored image shows the same thing; digits do not.
 _AUGMENTED_NAMES = ("cifar10", "cifar100")
 
-_MOST_LISTED = 10  # classes named in one line
+_MOST_LISTED = 10  # classes named in one message
 
 
-def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
-    """The full set of images and what is learned of them.
+def of_images(source: Source, config: DataConfig, task: TaskConfig) -> FullSet:
+    """Build the full set of images and their targets.
 
-    Where config.streamed, training images are decoded once, for their shape and statistics, and not held.
+    If config.streamed, training images are decoded once, for their shape and statistics, and not kept in memory.
 
     Raises:
         ValueError: for images or targets that cannot be used, with the way out.
     """
-    targets = _targets(read, config, task)
-    source: Source = {name: split for name, split in read.items() if name in targets.values}
+    targets = _targets(source, config, task)
+    source = {name: split for name, split in source.items() if name in targets.values}
     rows, carving = carve_splits(targets.strata, config)
     decoded = decode_source(source, rows, config.image_size)
     source, scanned = _of_one_shape(decoded.splits), decoded.scan
@@ -86,11 +86,11 @@ def of_images(read: Source, config: DataConfig, task: TaskConfig) -> FullSet:
     return dataclasses.replace(full_set, task=fit_own_task(task.name, train.arrays()))
 
 
-def _targets(read: Source, config: DataConfig, task: TaskConfig) -> Targets:
-    """What the task learns of each split of the source; of classes, of those that have a label."""
-    train = read["train"]
+def _targets(source: Source, config: DataConfig, task: TaskConfig) -> Targets:
+    """Return the targets of each split of the source. Splits without labels of classes are left out."""
+    train = source["train"]
     if task.name == "classification" or task.is_class:
-        return Targets("classes", *number_classes(read))
+        return Targets("classes", *number_classes(source))
     if isinstance(train.targets, pa.ChunkedArray):
         raise ValueError(
             f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
@@ -98,7 +98,7 @@ def _targets(read: Source, config: DataConfig, task: TaskConfig) -> Targets:
             'that returns arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
         )
     values: dict[SplitName, np.ndarray] = {}
-    for name, split in read.items():
+    for name, split in source.items():
         assert isinstance(split.targets, np.ndarray)
         values[name] = split.targets
         if split.target_names != train.target_names:
@@ -111,21 +111,21 @@ def _targets(read: Source, config: DataConfig, task: TaskConfig) -> Targets:
 
 
 def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], source: Source) -> dict[SplitName, np.ndarray]:
-    """Masks of the height and width of their images, [N, H, W]; those of flat lists have the number of pixels."""
+    """Reshape masks to [N, H, W] with the height and width of their images. Masks of flat lists are [N, H * W]."""
     shaped: dict[SplitName, np.ndarray] = {}
-    for name, own in masks.items():
+    for name, values in masks.items():
         height, width = source[name].decoded.shape[1:3]
-        if own.shape[1:] not in ((height, width), (height * width,)):
-            shape = "x".join(map(str, own.shape[1:]))
+        if values.shape[1:] not in ((height, width), (height * width,)):
+            shape = "x".join(map(str, values.shape[1:]))
             raise ValueError(
                 f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel"
             )
-        shaped[name] = own.reshape(-1, height, width)
+        shaped[name] = values.reshape(-1, height, width)
     return shaped
 
 
 def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
-    """Notes on splits that lack classes, with which."""
+    """Yield a note on each split without examples of some classes."""
     for name, numbers in labels.items():
         absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
         if len(absent):
@@ -135,7 +135,7 @@ def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) 
 
 
 def _of_one_shape(source: Source) -> Source:
-    """The source with grey splits repeated to three channels where another split has colours.
+    """Repeat grey splits to three channels if another split has colours.
 
     Raises:
         ValueError: if the splits' images differ in height or width.
@@ -158,15 +158,15 @@ def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
 
 
 def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
-    """The values of one channel for each of so many, unless there are as many already."""
+    """Repeat the values of one channel to `channels`, unless there are as many already."""
     return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
 
 
 def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """Images of some of the source's rows, in memory of their own unless it is all of them.
+    """Return the images of the source's rows, copied unless these are all of them.
 
     Args:
-        kept: the images of these rows, uint8 [n, H, W, 1 or C], where the source's are streamed.
+        kept: the images of these rows, uint8 [n, H, W, 1 or C], if the source's are streamed.
     """
     if kept is not None:
         return _repeated(kept, source.decoded.shape[3], axis=3)
@@ -175,5 +175,5 @@ def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> n
 
 
 def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
-    # take() copies: a slice's buffers would bring the whole column along when the table is pickled.
+    # take() copies: pickling a slice would include the buffers of the whole column.
     return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}

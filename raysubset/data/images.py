@@ -1,4 +1,4 @@
-"""Images made uint8 [N, H, W, C] of one shape: decoded, resized, quantised, or refused by name."""
+"""Converts images to uint8 [N, H, W, C] of one shape: decodes, resizes and quantises them, or refuses them by name."""
 
 import io
 import struct
@@ -17,68 +17,68 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits
-_WIDEST = (-(2**15), 2**16 - 1)  # of 16 bits, signed or not
+_WIDEST = (-(2**15), 2**16 - 1)  # the range of 16 bits, signed or unsigned
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _GREY = ("1", "L", "LA", "La")
-_MASK_MODES = ("1", "L", "P", *_DEEP_GREY)  # a palette's colours only show its numbers
+_MASK_MODES = ("1", "L", "P", *_DEEP_GREY)  # a palette's colours do not matter, its numbers are the classes
 _LOSSY = ("JPEG", "MPO")
-_WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO: further pictures are previews of the photo
+_WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO, whose further pictures are previews of the photo
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
-# What Pillow's decoders raise on damaged files, found by damaging thousands of each format at random.
+# The errors of Pillow's decoders on damaged files, found by damaging thousands of each format at random.
 _DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error)
-_MOST_NAMED = 10  # damaged images, after which no further ones are looked for
+_MOST_NAMED = 10  # damaged images; after so many, reading stops
 
-_BLOCK = 16  # images that a thread does at a time
-_BLOCKS_AHEAD = 64  # that may wait, decoded, to be taken
+_BLOCK = 16  # images that a thread decodes at a time
+_BLOCKS_AHEAD = 64  # decoded blocks that may wait
 
 T = TypeVar("T")
 
 
 class DamagedImages(ValueError):
-    """Images that cannot be decoded: of each its name, and why."""
+    """The error for images that cannot be decoded. Its arguments are pairs of a name and a reason."""
 
     def __init__(self, *damages: tuple[str, str]) -> None:
         super().__init__(*damages)
 
     def __str__(self) -> str:
         if len(self.args) == 1:
-            ((image, why),) = self.args
-            return f"{image} cannot be decoded: {why}"
+            ((image, reason),) = self.args
+            return f"{image} cannot be decoded: {reason}"
         least = "at least " if len(self.args) >= _MOST_NAMED else ""
-        listed = ", ".join(f"{image} ({why})" for image, why in self.args)
-        if len(causes := {why for _, why in self.args}) == 1:
-            listed = f"{', '.join(image for image, _ in self.args)}: {causes.pop()}"
+        listed = ", ".join(f"{image} ({reason})" for image, reason in self.args)
+        if len(reasons := {reason for _, reason in self.args}) == 1:
+            listed = f"{', '.join(image for image, _ in self.args)}: {reasons.pop()}"
         return f"{least}{len(self.args)} images cannot be decoded: {listed}"
 
     @property
     def is_enough(self) -> bool:
-        """Whether so many are named that no further ones are looked for."""
+        """True if so many images are named that reading stops."""
         return len(self.args) >= _MOST_NAMED
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images of a source that are still encoded: what becomes of their pixels is decided over the whole set."""
+    """The encoded images of a source. They are decoded once the whole set is known."""
 
-    num: int  # one at least
-    read: Callable[[int], bytes]  # the encoded bytes of an image by number; called from several threads
-    describe: Callable[[int], str]  # names an image in messages
+    num: int  # at least one
+    read: Callable[[int], bytes]  # returns the encoded bytes of an image by number; called from several threads
+    describe: Callable[[int], str]  # returns the name of an image in messages
 
     def __len__(self) -> int:
         return self.num
 
 
 def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[np.ndarray, Findings]:
-    """Return an array of images as uint8 [N, H, W, C] of the wanted size, and what was found in them.
+    """Convert an array of images to uint8 [N, H, W, C] of a size, and return findings.
 
     Args:
-        values: uint8, or floats in [0, 1] which are rounded to 256 levels; [N, H, W] or [N, H, W, C], C = 1 or 3.
-        where: names them in messages.
-        image_size: side in pixels; None leaves them as they are.
+        values: uint8, or floats in [0, 1], which are rounded to 256 levels; [N, H, W] or [N, H, W, C], C = 1 or 3.
+        where: the name of the images in messages.
+        image_size: the side in pixels; None keeps the size.
 
     Raises:
-        ValueError: for other shapes and types, no images, NaN, or floats beyond [0, 1].
+        ValueError: for other shapes and types, no images, NaN, or floats outside [0, 1].
     """
     array = values[..., np.newaxis] if values.ndim == 3 else values
     if array.ndim != 4 or array.shape[3] not in (1, 3):
@@ -117,23 +117,23 @@ def decode_images(
     """Decode images once, in threads, into uint8 [N, H, W, C]: C = 1 if all are grey, else 3.
 
     Args:
-        num: number of images, one at least.
-        read: the encoded bytes of an image by number; called from several threads.
-        describe: names an image in messages.
-        image_size: side in pixels; None demands that all have one shape.
-        grey_range: of pixels of more than 8 bits: the full set's.
+        num: the number of images, at least one.
+        read: returns the encoded bytes of an image by number; called from several threads.
+        describe: returns the name of an image in messages.
+        image_size: the side in pixels; None: all images must have one shape.
+        grey_range: the full set's black and white, for pixels of more than 8 bits.
 
     Raises:
-        ValueError: naming images that cannot be decoded, or two of differing shapes.
+        ValueError: with the names of images that cannot be decoded, or of two that differ in shape.
     """
     return decode(EncodedImages(num, read, describe), image_size, grey_range)[0]
 
 
 def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange | None) -> tuple[np.ndarray, Findings]:
-    """Decode images as decode_images() does; returns what was found in them too.
+    """Decode images as decode_images() does, and return findings as well.
 
     Args:
-        grey_range: None where it is still to be chosen: pixels of more than 8 bits are then as if all 16 were used.
+        grey_range: None if it is not chosen yet: pixels of more than 8 bits are then read as if they used all 16.
     """
 
     return _decode_all(encoded, lambda data, _: _decode(data, image_size, grey_range))
@@ -142,16 +142,16 @@ def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange
 def decode_masks(
     masks: EncodedImages, images: EncodedImages | np.ndarray, where: str, image_size: int | None
 ) -> np.ndarray:
-    """Decode masks once, in threads, into uint8 [N, H, W]: values as they are stored, one channel each.
+    """Decode masks once, in threads, into uint8 [N, H, W] of their stored values.
 
     Args:
-        images: whose masks they are. Of encoded ones each is as large as its mask.
-        where: names them in messages.
-        image_size: side in pixels that masks are resized and cropped to as their images are, each pixel the nearest.
+        images: the images of the masks. An encoded image must be as large as its mask.
+        where: the name of the masks in messages.
+        image_size: the side in pixels; masks are resized and cropped as their images are, to the nearest pixel.
 
     Raises:
-        ValueError: naming masks that cannot be decoded or are of another size than their image, or two of differing
-            shapes.
+        ValueError: with the names of masks that cannot be decoded or differ in size from their image, or of two that
+            differ in shape.
     """
     if image_size is not None and not isinstance(images, EncodedImages):
         raise ValueError(
@@ -167,10 +167,10 @@ def decode_masks(
 
 
 def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Image"]) -> tuple[np.ndarray, Findings]:
-    """All images, uint8 [N, H, W, C], and what was found in them.
+    """Decode all images to uint8 [N, H, W, C], with findings.
 
     Args:
-        decode_one: decodes an image's bytes, given its number.
+        decode_one: decodes an image, given its bytes and number.
     """
 
     def decode_or_name(number: int) -> "_Image | str":
@@ -178,7 +178,7 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
         try:
             return decode_one(data, number)
         except _DAMAGE as error:
-            return str(error).partition(" <_io")[0] or type(error).__name__  # Pillow names the buffer it read from
+            return str(error).partition(" <_io")[0] or type(error).__name__  # without the buffer that Pillow names
 
     images: np.ndarray | None = None
     first, findings = None, Findings()
@@ -195,7 +195,7 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
                 images, first = np.empty((encoded.num, *image.pixels.shape), dtype=np.uint8), image
             if image.pixels.shape[:2] != images.shape[1:3]:
                 raise ValueError(_differing(encoded, 0, first, number, image))
-            if image.pixels.shape[2] > images.shape[3]:  # the first that is not grey
+            if image.pixels.shape[2] > images.shape[3]:  # the first image with colours
                 images = np.repeat(images, image.pixels.shape[2], axis=3)
             images[number] = image.pixels
             findings += image.findings
@@ -217,7 +217,7 @@ def _differing(encoded: EncodedImages, first: int, image: "_Image", second: int,
 
 
 def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
-    """What the work makes of 0 … num - 1, in this order; threads are some blocks ahead of whoever takes it."""
+    """Yield work(0) … work(num - 1) in order. Threads compute some blocks ahead of the consumer."""
     pool = ThreadPoolExecutor()
     ahead: deque[Future[list[T]]] = deque()
     try:
@@ -239,7 +239,7 @@ class _Image:
 
 
 def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -> _Image:
-    """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3]; turned as its EXIF orientation says."""
+    """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3], turned by its EXIF orientation."""
     from PIL import Image, ImageOps
 
     try:
@@ -253,13 +253,13 @@ def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -
     if image.mode == "F":
         raise ValueError("32-bit pixels (mode F): save it with 8 or 16 bits")
     if image.mode in _DEEP_GREY:
-        image, found = _as_eight_bits(image, grey_range)
-        findings += found
+        image, grey_findings = _as_eight_bits(image, grey_range)
+        findings += grey_findings
     elif upper_bytes:
         highest = max(int(np.asarray(band).max()) for band in image.split()[:3])
         findings += Findings(upper_byte=highest)
-        if isinstance(clear := image.info.get("transparency"), tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in clear)
+        if isinstance(transparent := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image, is_transparent = _on_white(image)
         findings += Findings(num_transparent=int(is_transparent))
@@ -271,7 +271,7 @@ def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an image that is turned as its EXIF orientation says; None of one that cannot be opened."""
+    """Return (width, height) of an image after turning it by its EXIF orientation; None if it cannot be opened."""
     from PIL import Image
 
     try:
@@ -284,10 +284,10 @@ def _size(data: bytes) -> tuple[int, int] | None:
 
 
 def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | None) -> _Image:
-    """Decode to uint8 [H, W, 1]: greys or numbers in a palette.
+    """Decode a mask to uint8 [H, W, 1] of its greys or palette numbers.
 
     Args:
-        size: (width, height) of its image.
+        size: (width, height) of the mask's image.
     """
     from PIL import Image, ImageOps
 
@@ -306,7 +306,7 @@ def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | No
 
 
 def _has_deep_channels(image: "Image.Image") -> bool:
-    """Whether Pillow reads the upper byte only, of 16 bits a channel."""
+    """Return True if Pillow reads only the upper byte of 16 bits a channel."""
     for tile in getattr(image, "tile", ()):
         raw_mode = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
         if isinstance(raw_mode, str) and ";16" in raw_mode:
@@ -317,15 +317,15 @@ def _has_deep_channels(image: "Image.Image") -> bool:
 def _has_further_frames(image: "Image.Image") -> bool:
     try:
         return image.format in _WITH_FRAMES and bool(getattr(image, "is_animated", False))
-    except (*_DAMAGE, EOFError):  # behind the first frame, which is sound
+    except (*_DAMAGE, EOFError):  # damage after the first frame, which is intact
         return False
 
 
 def _as_eight_bits(image: "Image.Image", grey_range: GreyRange | None) -> "tuple[Image.Image, Findings]":
-    """An image of deep greys with 256 of them, and what was found in it.
+    """Convert an image of deep greys to 256 of them, with findings.
 
     Raises:
-        ValueError: for greys beyond 16 bits, or beyond the range that was chosen.
+        ValueError: for greys outside 16 bits, or outside the chosen range.
     """
     from PIL import Image
 
@@ -346,7 +346,7 @@ def _as_eight_bits(image: "Image.Image", grey_range: GreyRange | None) -> "tuple
 
 
 def _on_white(image: "Image.Image") -> "tuple[Image.Image, bool]":
-    """An image laid on white, and whether any of that shows; alpha that is opaque all over changes nothing."""
+    """Lay an image on white. Return it, and True unless its alpha is opaque everywhere."""
     from PIL import Image
 
     layer = image.convert("RGBA")
@@ -380,8 +380,8 @@ def _resize_all(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def _quantise(pixels: np.ndarray, where: str) -> np.ndarray:
-    """Floats in [0, 1] as uint8, with no more memory than that."""
-    low, high = pixels.min(), pixels.max()  # NaN where there is one
+    """Convert floats in [0, 1] to uint8, one image at a time to save memory."""
+    low, high = pixels.min(), pixels.max()  # NaN if any pixel is
     if not np.isfinite([low, high]).all():
         bad = np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))
         raise ValueError(
@@ -390,6 +390,6 @@ def _quantise(pixels: np.ndarray, where: str) -> np.ndarray:
     if low < 0 or high > 1:
         raise ValueError(f"pixels of {where} run from {low:g} to {high:g}: floats must lie in [0, 1], or give uint8")
     quantised = np.empty(pixels.shape, dtype=np.uint8)
-    for image, own in zip(pixels, quantised, strict=True):
-        own[:] = np.rint(image * 255)
+    for image, levels in zip(pixels, quantised, strict=True):
+        levels[:] = np.rint(image * 255)
     return quantised

@@ -1,4 +1,4 @@
-"""What is learned of every row of a source - classes, numbers or masks - and the task that it makes of inputs."""
+"""The targets of every row of a source: classes, numbers or masks; and the task that learns them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,15 +28,16 @@ from raysubset.tasks import (
 
 @dataclass(frozen=True)
 class Targets:
-    """What is learned of every row of the source's splits."""
+    """The targets of every row of the source's splits."""
 
     kind: Literal["classes", "numbers", "masks"]
-    values: dict[SplitName, np.ndarray]  # int64 [N] of classes, float64 [N, K] of numbers, uint8 [N, …] of masks
+    values: dict[SplitName, np.ndarray]  # classes: int64 [N]; numbers: float64 [N, K]; masks: uint8 [N, …]
     names: tuple[str, ...]  # of the classes, or of the numbers
     notes: tuple[Note, ...] = ()
 
     @property
     def strata(self) -> dict[SplitName, np.ndarray]:
+        """The stratum of each example of each split, int64 [N]."""
         if self.kind == "classes":
             return self.values
         if self.kind == "masks":
@@ -44,7 +45,7 @@ class Targets:
         return {split: strata_of_numbers(values) for split, values in self.values.items()}
 
     def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
-        """The task of these inputs, given the training rows' values."""
+        """Build the task that learns these targets from the inputs, given the training rows' values."""
         if self.kind == "classes":
             return classification(inputs, self.names, config, train)
         if self.kind == "masks":
@@ -63,7 +64,7 @@ class Targets:
         return Segmentation(inputs, self.names, config.ignored, objective)
 
     def stored(self, split: SplitName, rows: np.ndarray, task: Task) -> dict[str, np.ndarray]:
-        """The column that a split holds of some rows."""
+        """Return the column of targets that a split stores for some rows, by its name."""
         values = self.values[split][rows]
         if isinstance(task, Regression):
             return {"target": task.standardised(values)}
@@ -71,26 +72,26 @@ class Targets:
 
 
 def mask_targets(masks: Mapping[SplitName, np.ndarray], task: TaskConfig, where: str) -> Targets:
-    """Masks as targets: classes from 0 to the largest of training masks, and perhaps an ignored value.
+    """Read masks as targets: classes from 0 to the largest in training masks, and perhaps an ignored value.
 
     Args:
-        masks: integers [N, …] of each split.
-        where: names the source in messages.
+        masks: integers [N, …] for each split.
+        where: the name of the source in messages.
 
     Raises:
-        ValueError: for values that are no classes, one class only, and classes that no training mask has.
+        ValueError: for values that are no classes, classes that no training mask has, and if there is only one class.
     """
     values: dict[SplitName, np.ndarray] = {}
     classes: dict[SplitName, np.ndarray] = {}
-    for split, own in masks.items():
-        counted = own if task.ignored is None else own[own != task.ignored]
+    for split, numbers in masks.items():
+        counted = numbers if task.ignored is None else numbers[numbers != task.ignored]
         if counted.size and not 0 <= counted.min() <= counted.max() < 255:
             raise ValueError(
                 f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes; number "
                 "them so, and name one value of 0 to 255 that counts nowhere with --task.ignored"
             )
-        values[split] = own.astype(np.uint8, copy=False)
-        present = np.flatnonzero(count_levels(values[split].reshape(len(own), -1, 1, 1))[0])
+        values[split] = numbers.astype(np.uint8, copy=False)
+        present = np.flatnonzero(count_levels(values[split].reshape(len(numbers), -1, 1, 1))[0])
         classes[split] = present if task.ignored is None else present[present != task.ignored]
     largest = int(classes["train"].max(initial=0))
     if not largest:
@@ -105,5 +106,5 @@ def mask_targets(masks: Mapping[SplitName, np.ndarray], task: TaskConfig, where:
 
 
 def alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
-    """Strata of examples of which none is unlike another."""
-    return {split: np.zeros(len(own), dtype=np.int64) for split, own in values.items()}
+    """Put all examples of each split into one stratum."""
+    return {split: np.zeros(len(each), dtype=np.int64) for split, each in values.items()}
