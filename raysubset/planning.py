@@ -29,7 +29,7 @@ from raysubset.training import (
     forward_share,
     minimizing_bytes,
 )
-from raysubset.training.techniques.chosen import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
+from raysubset.training.techniques.hooks import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # share of a round's training that measuring it may cost, before and after the advice

@@ -48,11 +48,11 @@ class TrainLookout:
 
     def begin(self) -> None:
         """Forget the observations of an earlier controller and its workers."""
-        self._begun_at = self._heard_at = self._placed_at = self._noticed_at = time.monotonic()
+        self._starting_at = self._pulse_at = self._placed_at = self._notice_at = time.monotonic()
         self._watch = Watch(self._job.config.actors.stall_s)
 
     def look(self, controller: Any) -> None:
-        """Look once.
+        """Check the job once: report its progress or what it waits for, and kill workers that stall.
 
         Raises:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
@@ -65,18 +65,18 @@ class TrainLookout:
         }
         workers = list(processes.values())
         now = time.monotonic()
-        is_without_request = self._is_elastic and now - self._heard_at > _ELASTIC_S
+        is_without_request = self._is_elastic and now - self._pulse_at > _ELASTIC_S
         if "CREATED" not in groups.values() and (groups or is_without_request):
-            self._begun_at = now
+            self._starting_at = now
             self._wait_for_places(now)
             return
         self._placed_at = now
         if workers:
-            self._begun_at = self._heard_at = now
+            self._starting_at = self._pulse_at = now
             self._watch_steps(workers)
             for rank, process in processes.items():
                 self._tell_progress(int(rank.strip("/")), process)
-        elif now - self._begun_at > MOST_START_S:
+        elif now - self._starting_at > MOST_START_S:
             ray.kill(controller)  # fit() reports it
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
@@ -109,9 +109,9 @@ class TrainLookout:
         self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))
 
     def _wait_for_places(self, now: float) -> None:
-        if now - self._noticed_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
+        if now - self._notice_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
             return
-        self._noticed_at, waited_s = now, now - self._placed_at
+        self._notice_at, waited_s = now, now - self._placed_at
         waiting = f"{self._job.stage}: {self._num_workers} × {describe(self._request)} wait for a place"
         if waited_s > self._job.config.cluster.wait_timeout_s:
             raise TimeoutError(

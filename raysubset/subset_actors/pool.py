@@ -207,7 +207,7 @@ class ActorPool:
 
     def _assign(self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None) -> None:
         """Give idle actors packs that are due."""
-        for slot in sorted(self._crew.idle, key=lambda slot: slot.requested_at):  # so it has its last round's data
+        for slot in sorted(self._crew.idle, key=lambda slot: slot.requested_at):  # each gets its last subset again
             if (due := backlog.take(slot.speed)) is None:
                 return
             pack, waited_s = due

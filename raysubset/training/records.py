@@ -82,7 +82,7 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class MinimizeResult:
-    """How a minimization ended; the model itself was changed in place."""
+    """The end of a minimization. The model itself was changed in place."""
 
     # "epochs", "tolerance", "gradient" (within its tolerance), "target", "diverged" (best weights restored), "stopped",
     # "validation" (patience ran out)
@@ -94,7 +94,7 @@ class MinimizeResult:
 
 @dataclass
 class Progress:
-    """Where a minimization stands; on_step sees it after every step and must not change it."""
+    """The state of a minimization. on_step() receives it after every step and must not change it."""
 
     num_steps: int  # of the whole minimization
     num_steps_per_epoch: int

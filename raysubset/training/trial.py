@@ -25,7 +25,7 @@ _WIDE = 3.0  # standard deviation of weights for which only a bounded function i
 
 @dataclass(frozen=True)
 class Trial:
-    """What try_training() found."""
+    """The findings of try_training()."""
 
     left_out: tuple[str, ...]  # trainable parameters that had no gradient in some step, by name
     ends_in: str | None  # softmax, log_softmax or sigmoid if the outputs come from that function; None for logits

@@ -1,4 +1,4 @@
-"""The techniques that a recipe chooses, at the points where the loop meets them."""
+"""Techniques: the hooks by which the training loop calls the techniques that a recipe has."""
 
 import math
 from typing import Any
