@@ -124,7 +124,7 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     assert record["conventional"]["test_bits"] == pytest.approx(1.702)
     assert record["conventional"]["target_bits"] == pytest.approx(1.712)
     told = words(record)
-    assert "1.702 bits a token on test. As good means no worse than that by 0.01 bits a token: 1.712" in told
+    assert "1.702 bits a token on test. As good means worse than that by at most 0.01 bits a token: 1.712" in told
     assert "one subset fall short by more than 0.01 bits a token" in told
     assert "2.302 ± 0.002" in told  # scipy.stats.sem(thousandths) * t.ppf(0.975, 4)
     assert "+0.6 [+0.6, +0.6]" in told

@@ -209,7 +209,7 @@ def test_losses_that_are_not_finite_leave_a_page(tmp_path: Path):
 def test_squared_error_draws_the_law_and_cross_entropy_says_there_is_none():
     squared = gap_over_q(a_record(Config().with_overrides({"task.loss": "squared_error"})))
     assert squared is not None
-    assert "fixed inputs would give: (Q+1)/(Q−1)" in squared.caption
+    assert "with fixed inputs: (Q+1)/(Q−1)" in squared.caption
     record = a_record(Config().with_overrides({"task.loss": "squared_error"}))
     bad = {"loss_sum": None, "loss": None, "num_correct": 5, "num_examples": 50, "accuracy": 0.1}
     record["stages"]["rounds"] = [round_of([minimum(0, validation=bad), minimum(1), minimum(2)])]
@@ -231,7 +231,7 @@ def test_a_run_is_held_against_the_conventional_run_and_the_comparison_that_lie_
     run.write_json(REPORT_PATH, before)
     record = read_report(run.uri)
     assert find_beside(record) == Beside()
-    told = "No conventional run of these data and this network lies beside it."
+    told = "There is no conventional run of these data and this network beside it."
     assert told in Read(Path(write_files(run.uri)).read_text()).words
     cost = a_record()["cost"]
     for name, passes, changes in (
@@ -450,7 +450,7 @@ def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_pat
     [
         ({}, "weights are not in the run directory"),
         ({"model": {"name": "cnn", "num_parameters": 10**7}}, "up to 1,000,000 parameters"),
-        ({"config": Config().with_overrides({"data.name": "photos.parquet"})}, "data that load at once"),
+        ({"config": Config().with_overrides({"data.name": "photos.parquet"})}, "data that load quickly"),
     ],
 )
 def test_a_line_that_cannot_be_measured_says_why(tmp_path: Path, changes: dict[str, Any], why: str):
@@ -568,7 +568,7 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert any("--num-workers 2 --bandwidth" in str(line) for line in comparison_sections(few)[1].lines)
     few["verdicts"]["total"]["text"] = "G's speed-up is 1.01 (50% interval 0.95 to any)."
     assert str(comparison_sections(few)[0].lines[0]).endswith("confirmed. aggregate's speed-up is 1.01.")
-    assert "which legs an arm consists of: the same command again adds that" in read.words
+    assert "without the legs of each arm: the same command again adds them" in read.words
     assert "60.0 s in 2 sessions" in read.words
 
 
@@ -653,7 +653,7 @@ def test_a_comparison_has_its_training_curves_and_the_time_line_of_its_legs(tmp_
         Ledger(own).write(replace(work, outcome="done", ended_at=104.0) if is_closed else replace(work, error="gone"))
     read = check_self_contained(Path(write_files(run.uri)).read_text())
     assert "Time line of the ledger" in read.words
-    assert "the mean of the epochs' losses over n = 3 seeds" in read.words
+    assert "averaged over a round's members and over n = 3 seeds" in read.words
     assert "15 legs in 15 attempts, 1 of them lost or failed, on 1 node, took 22 device-seconds" in read.words
     assert "An attempt waited 2.0 s for room" in read.words
     assert [cell for cell in read.cells if cell in ("b-1", "gone")] == ["b-1", "gone"]

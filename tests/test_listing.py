@@ -55,7 +55,7 @@ def test_each_directory_is_a_row_with_its_state_result_and_cost(storage: Path):
 def test_ls_prints_the_table_and_names_what_is_damaged(storage: Path, capsys: pytest.CaptureFixture[str]):
     assert call(["ls", str(storage)]) == 2
     out = capsys.readouterr().out
-    for told in ("test accuracy 90.00%", "a-sweep", "damaged", "1 other folders", "resumes by its command"):
+    for told in ("test accuracy 90.00%", "a-sweep", "damaged", "1 other folders", "shows resumes what has stopped"):
         assert told in out
     assert call(["ls", str(storage), "--format", "json"]) == 2
     assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} >= {"done", "cut"}

@@ -81,11 +81,11 @@ def of_losses(losses: list[float]) -> RateRange:
             [2.0, 1.5, 1.0],
             "learning-rate 0.1 is midway, by factors, between 0.01, where the loss fell fastest, and 1, ",
         ),
-        ([2.0, 1.5, 1.0], "the loss was falling still at the highest rate tried"),
+        ([2.0, 1.5, 1.0], "the loss was still falling at the highest rate tried"),
         ([2.0, 1.99, 2.1], "The loss hardly fell at any rate"),
         ([2.0], "The loss hardly fell at any rate"),
         ([-2.0, -2.01, -2.0], "The loss hardly fell at any rate"),
-        ([-1.0, -2.0, -3.0], "the loss was falling still at the highest rate tried"),
+        ([-1.0, -2.0, -3.0], "the loss was still falling at the highest rate tried"),
     ],
 )
 def test_the_suggestion_says_how_it_came_about(losses, text):

@@ -276,7 +276,7 @@ def test_rounds_get_a_row_each_and_only_the_last_twelve():
     record["stages"]["rounds"] = [round_of([minimum(n) for n in range(4)], round=n) for n in range(15)]
     part = one(sections(record), "Rounds, validation loss and accuracy")
     assert [r[0] for r in part.rows] == [str(n) for n in range(4, 16)]
-    assert part.lines == ("The first 3 of the rounds that were measured are in report.json.",)
+    assert part.lines == ("The first 3 of the measured rounds are in report.json.",)
     assert "Minima of round 15" in [part.title for part in sections(record)]
 
 
@@ -309,7 +309,7 @@ def test_lost_attempts_and_resuming_are_told():
     part = one(sections(record), "Costs")
     assert row(part, "in lost attempts")[1:2] == ("0.75",)
     assert "2 of 6 attempts" in row(part, "in lost attempts")[2]
-    assert "resumed: wall seconds are those of its 2 sessions" in part.lines[0]
+    assert "resumed: wall seconds are of its 2 sessions" in part.lines[0]
 
 
 # What this tells
@@ -412,7 +412,7 @@ def test_missing_subsets_independent_starts_and_high_barriers_are_told():
     record["stages"]["rounds"] = [round_of([minimum(0), minimum(1)], shared_start=False, barrier=1.25)]
     page = text(sections(record))
     assert "warning: 2 of 4 subsets failed for good" in page
-    assert "warning: the members share no start" in page
+    assert "warning: the members do not share a start" in page
     assert "loss is 1.2500 above" in page
 
 
@@ -498,7 +498,7 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path):
     run.open(config.to_dict(), {})
     with pytest.raises(ValueError, match="not finished: no stage is done") as refused:
         read_report(run.uri)
-    assert parse_config(shlex.split(str(refused.value).partition("To go on: ")[2])[2:]) == config
+    assert parse_config(shlex.split(str(refused.value).partition("To resume: ")[2])[2:]) == config
     run.write_json("trunk/history.json", [history(1)[0] | {"epoch": 0.5}])
     with pytest.raises(ValueError, match=r"trunk is 0\.5 epochs far\."):
         read_report(run.uri)
@@ -583,6 +583,6 @@ def test_sizes_by_speed_are_told_with_the_speeds_and_what_measuring_them_cost():
     record["decisions"] |= {"slots": [slots[0], *slots], "shares": [70.0, 70.0, 20.0]}
     record["cost"]["stages"].insert(0, stage_cost("measuring", 0.5, 0.5))
     told = " ".join(one(sections(record), "Minima").lines)
-    assert "by the speed of the nodes (A100 (8 CPU + 1 GPU) 70, T4 (4 CPU + 1 GPU) 20)" in told
+    assert "follow the speed of the nodes (A100 (8 CPU + 1 GPU) 70, T4 (4 CPU + 1 GPU) 20)" in told
     (row,) = [row for row in one(sections(record), "Stages").rows if row[0] == "measuring of speeds"]
     assert row[5:7] == ("0.50", "0.50")

@@ -381,11 +381,11 @@ def test_the_page_has_the_curves_of_settings_and_the_time_line_of_trials_and_say
     page = Path(write_files(directory.uri))
     read = check_self_contained(page.read_text())
     assert "Time line of the ledger" in read.words
-    assert "the mean of the epochs' losses over the n seeds that finished" in read.words
+    assert "averaged over a round's members and over the n seeds that finished" in read.words
     assert "Left out: 400-1 (no report), 5000-0 (failed)." in read.words
     told = "4 trials and the trunks they share in 5 attempts, 1 of them lost or failed, on 2 nodes, took 14 device-s"
     assert told in read.words
-    assert "No work is noted of 400-1." in read.words
+    assert "No work is recorded for 400-1." in read.words
     lost = read.cells.index("subsets, subset 3")
     assert read.cells[lost - 1 : lost + 5] == ["5000-0", "subsets, subset 3", "1", "1", "node-b", "lost"]
 

@@ -1,11 +1,11 @@
-"""What a finished run tells: the page a user reads, and the files that other tools do. From the run directory alone.
+"""Report a finished run from its directory alone: the page that a user reads, and the files that other tools read.
 
 record = read_report("~/ray_results/digits-1a2b3c4d")     # report.json
 for section in sections(record, find_beside(record)): ...
 write_files("~/ray_results/digits-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
 
-write_files() does so for a sweep or a comparison too, whose sections are sweep_sections(record) and
-comparison_sections(record). Of several runs side by side: several_sections(records), write_several(directories, path).
+write_files() also takes the directory of a sweep or comparison, whose sections are sweep_sections(record) and
+comparison_sections(record). Several runs side by side: several_sections(records), write_several(directories, path).
 """
 
 from raysubset.report.beside import Beside, find_beside

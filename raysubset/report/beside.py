@@ -1,5 +1,5 @@
-"""What a run is held against: the run of the other method and the comparison on the same data and network that lie in
-its storage path."""
+"""Find what to compare a run with: the run of the other method and the comparison on the same data and network in the
+same storage path."""
 
 import math
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from raysubset.report.figures import Record, difference, with_error
 from raysubset.report.reading import at_once
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
 
-_MOST_LOOKED_AT = 100  # directories, the newest: each is a request to a bucket
-_OF_THE_PLACE = ("root", "download")  # of data: where files lie, not what they hold
+_MOST_DIRECTORIES = 100  # the newest ones: reading each is a request to a bucket
+_OF_THE_PLACE = ("root", "download")  # data settings that say where files are, not what they hold
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies beside a run."""
+    """The run and the comparison that a run is compared with."""
 
     run: Record | None = None  # report.json of a run of the other method
     comparison: Record | None = None  # comparison.json
 
 
 def find_beside(record: Record) -> Beside:
-    """Look through the storage path of a finished run.
+    """Search the storage path of a finished run.
 
-    Of several runs of the other method the one with this one's seed counts, and of those the one whose passes in total
-    are closest; of several comparisons the one with the most seeds. Storage that cannot be listed has none.
+    Of several runs of the other method take one with the same seed, and of those the one with the closest passes in
+    total; of several comparisons the one with the most seeds. If the storage cannot be listed, return neither.
     """
-    own, learned = RunDirectory.at(record["uri"]), _learned(of_now(record["config"]))
+    learned = _learned(of_now(record["config"]))
     try:
-        others = own.neighbours()[:_MOST_LOOKED_AT]
+        others = RunDirectory.at(record["uri"]).neighbours()[:_MOST_DIRECTORIES]
     except OSError:
         return Beside()
     runs, comparisons = [], []
@@ -40,21 +40,21 @@ def find_beside(record: Record) -> Beside:
         if config is None or _learned(config) != learned:
             continue
         kind = config.get("kind", "run")
-        if kind == "comparison" and (found := _finished(directory, COMPARISON_PATH, record)):
-            comparisons.append(found)
+        if kind == "comparison" and (comparison := _finished(directory, COMPARISON_PATH, record)):
+            comparisons.append(comparison)
         elif kind == "run" and config.get("method") != record["method"]:
-            runs += [found] if (found := _finished(directory, REPORT_PATH, record)) else []
+            runs += [run] if (run := _finished(directory, REPORT_PATH, record)) else []
     passes, seed = record["cost"]["passes"], record["config"].get("seed")
-    run = min(
+    closest = min(
         runs,
-        key=lambda one: (one["config"].get("seed") != seed, abs(math.log(one["cost"]["passes"] / passes))),
+        key=lambda run: (run["config"].get("seed") != seed, abs(math.log(run["cost"]["passes"] / passes))),
         default=None,
     )
-    return Beside(run, max(comparisons, key=lambda one: len(one["seeds"]), default=None))
+    return Beside(closest, max(comparisons, key=lambda comparison: len(comparison["seeds"]), default=None))
 
 
 def _config(directory: RunDirectory) -> Record | None:
-    """What was run there; None where nothing was, or nothing that this version reads."""
+    """Return the directory's config; None if it has none that this version can read."""
     try:
         return directory.read_config()
     except (OSError, ValueError):
@@ -62,23 +62,23 @@ def _config(directory: RunDirectory) -> Record | None:
 
 
 def _learned(config: Record) -> dict[str, Any]:
-    """What a config says of data, task and network."""
+    """Return a config's settings of data, task and network."""
     data = {key: value for key, value in (config.get("data") or {}).items() if key not in _OF_THE_PLACE}
     return {"data": data, "task": config.get("task"), "model": config.get("model")}
 
 
 def _finished(directory: RunDirectory, path: str, record: Record) -> Record | None:
-    """The report, if it is there and on as many examples: files of one name may have changed."""
+    """Return the report, if it exists and is of as many examples: the files of a data set may have changed."""
     try:
-        found = directory.read_json(path)
+        report = directory.read_json(path)
     except (OSError, ValueError):
         return None
-    same = all(found["data"].get(key) == record["data"][key] for key in ("num_train", "num_test"))
-    return found if same else None
+    is_same = all(report["data"].get(key) == record["data"][key] for key in ("num_train", "num_test"))
+    return report if is_same else None
 
 
 def held_against(record: Record, beside: Beside) -> Iterator[str]:
-    """A sentence on the run and one on the comparison that lie beside a run; none of what does not."""
+    """Yield a sentence that compares the run with each of the run and the comparison beside it, if there."""
     quality, cost = quality_of(record), record["cost"]
     if (other := beside.run) is not None:
         change = difference(record["test"], other["test"], quality)
@@ -93,11 +93,12 @@ def held_against(record: Record, beside: Beside) -> Iterator[str]:
             f"{quality.change(change.value)}{error} ({verdict}), for {total:.2f} times its passes in total and "
             f"{critical:.2f} times those on its critical path."
         )
-    if (found := beside.comparison) is not None:
-        words = [verdict["word"] for verdict in found["verdicts"].values()]
-        told = f"{words[0]} on both clocks" if len(set(words)) == 1 else " of the passes in total, ".join(words)
-        smoke = ", a smoke test" if any(verdict.get("is_smoke_test") for verdict in found["verdicts"].values()) else ""
+    if (comparison := beside.comparison) is not None:
+        verdicts = comparison["verdicts"].values()
+        words = [verdict["word"] for verdict in verdicts]
+        answer = f"{words[0]} on both clocks" if len(set(words)) == 1 else " of the passes in total, ".join(words)
+        smoke = ", a smoke test" if any(verdict.get("is_smoke_test") for verdict in verdicts) else ""
         yield (
-            f"Does a tenth of the cost do? The comparison {found['name']} ({len(found['seeds'])} seeds{smoke}) says: "
-            f"{told}{'' if len(set(words)) == 1 else ' of the critical path'}."
+            f"Does a tenth of the cost do? The comparison {comparison['name']} ({len(comparison['seeds'])} "
+            f"seeds{smoke}) says: {answer}{'' if len(set(words)) == 1 else ' of the critical path'}."
         )

@@ -1,4 +1,4 @@
-"""The command lines a report ends with: flags are what differs from the defaults."""
+"""Write the command lines that a report ends with: their flags are the settings that differ from the defaults."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from raysubset.config import Config, flatten, of_now
 from raysubset.costs import Cost
 from raysubset.report.figures import Record
 
-# What a conventional run of a given length does not depend on
+# Settings that a conventional run of a given length does not depend on
 _OF_SUBSET_PRETRAINING = (
     "subsets.",
     "trunk.",
@@ -24,15 +24,15 @@ _OF_SUBSET_PRETRAINING = (
 
 
 def command(config: Mapping[str, Any], verb: str = "run", *options: str) -> str:
-    """`raysubset run`, or another verb with its own options, and the flags that give this config, Config.to_dict()'s.
+    """Return `raysubset run`, or another verb with its options, with the flags that give this Config.to_dict().
 
-    Fields left out have their defaults.
+    Fields that the config leaves out have their defaults.
     """
     defaults = flatten(Config().to_dict())
     words = ["raysubset", verb, *options]
     for key, value in flatten(of_now(config)).items():
-        is_usual_place = key == "storage_path" and value == os.path.expanduser(defaults[key])  # as runs record it
-        if value != defaults.get(key) and not is_usual_place:
+        is_default_place = key == "storage_path" and value == os.path.expanduser(defaults[key])  # as runs record it
+        if value != defaults.get(key) and not is_default_place:
             words += _flag(key, value)
     return shlex.join(words)
 
@@ -46,7 +46,7 @@ def _flag(key: str, value: Any) -> list[str]:
 
 
 def conventional_beside(record: Record, passes: float, suffix: str) -> str:
-    """The conventional run by one worker that costs so many passes, its own evaluation counted too."""
+    """Return the command of a conventional run by one worker that costs so many passes, with its evaluation."""
     data, config = record["data"], record["config"]
     evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
     epochs = max(0.01, passes - evaluation.passes(data["num_train"], record["model"]["forward_share"]))
@@ -60,21 +60,21 @@ def conventional_beside(record: Record, passes: float, suffix: str) -> str:
 
 
 def subset_pretraining_beside(record: Record) -> str:
-    """Subset pretraining by the config of a conventional run."""
+    """Return the command of subset pretraining with the config of a conventional run."""
     config = record["config"]
     changes = {"name": _renamed(config["name"], "subsets"), "method": "subset_pretraining"}
     return command(_without(config, "conventional.") | changes)
 
 
 def comparison_beside(config: Record, *options: str) -> str:
-    """A comparison on the data and network of a run of this config, with its recipe."""
+    """Return the command of a comparison with the data, network and recipe of a run of this config."""
     name = _renamed(config["name"], "comparison")
     return command(_without(config, "conventional.", "method") | {"name": name}, "compare", *options)
 
 
-def _without(config: Record, *beginnings: str) -> dict[str, Any]:
-    """A config's values by their dotted names, without those whose names begin so."""
-    return {key: value for key, value in flatten(of_now(config)).items() if not key.startswith(beginnings)}
+def _without(config: Record, *prefixes: str) -> dict[str, Any]:
+    """Return a config's values by their dotted names, without names that have one of the prefixes."""
+    return {key: value for key, value in flatten(of_now(config)).items() if not key.startswith(prefixes)}
 
 
 def _renamed(name: str | None, suffix: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What a finished comparison tells: the verdicts first, then what each arm reached and paid, and what it rests on."""
+"""Report a finished comparison: its verdicts, their basis, and the result and cost of each arm."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot, colour_of
 from raysubset.report.figures import Record, finite, loss_name
 from raysubset.report.parts import Command, Line, Section
 
-_NAMES = {  # of arms, by the letters of --arms
+_NAMES = {  # arms by their letters in --arms
     "A": "conventional, long",
     "B": "conventional",
     "C": "RS2",
@@ -25,25 +25,25 @@ _NAMES = {  # of arms, by the letters of --arms
     "H": "trunk and aggregate",
     "I": "data-parallel",
 }
-_FEWEST_SEEDS = 3  # for an interval: of two it spans more than the axis
+_FEWEST_SEEDS = 3  # for an interval: that of two seeds is wider than the axis
 _MARKERS = "osD"
 _COST = {"total": "passes", "critical_path": "critical_path_passes"}
 CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
 
 
 def arm_name(key: str) -> str:
-    """An arm's name by its key: 'aggregate, aggregation.method=fisher' of G:aggregation.method=fisher."""
+    """Return an arm's name by its key: 'aggregate, aggregation.method=fisher' for G:aggregation.method=fisher."""
     letter, _, more = key.partition(":")
     return ", ".join(filter(None, (_NAMES.get(letter, letter), more.replace(",", ", "))))
 
 
 def comparison_sections(record: Record) -> list[Section]:
-    """What a user reads of a comparison."""
+    """Return the sections of a comparison's report."""
     return [Section(f"Comparison {record['name']}", lines=tuple(verdicts(record))), *comparison_parts(record)]
 
 
 def comparison_parts(record: Record) -> Iterator[Section]:
-    """All that follows the verdicts."""
+    """Yield the sections that follow the verdicts."""
     yield Section("What it rests on", lines=tuple(_basis(record)))
     yield _points(record)
     if record["speed_ups"]["total"]:
@@ -53,47 +53,47 @@ def comparison_parts(record: Record) -> Iterator[Section]:
         yield _tuning(record)
     if record["failed"]:
         rows = tuple((leg, reason) for leg, reason in record["failed"].items())
-        lines = ("The same command again tries these once more.",)
+        lines = ("The same command tries them again.",)
         yield Section("Failed, and left out", ("leg", ""), rows, lines)
     if "sentence" in record["regime"]:
         yield _regime(record)
 
 
 def _regime(record: Record) -> Section:
-    """Which way takes the least wall time to the quality, at each bandwidth."""
+    """Report which way takes the least wall time to the quality, at each bandwidth."""
     ways = ("one device", "data-parallel training", "subset pretraining")
 
-    def seconds(one: Record, way: str) -> str:
-        found = one["ways"].get(way)
-        return "–" if found is None else f"{found['seconds']:.3g} s ({arm_name(found['arm'])})"
+    def seconds(row: Record, way: str) -> str:
+        fastest = row["ways"].get(way)
+        return "–" if fastest is None else f"{fastest['seconds']:.3g} s ({arm_name(fastest['arm'])})"
 
     rows = tuple(
-        (f"{one['gbit_per_s']:g}", *(seconds(one, way) for way in ways), " or ".join(one["fastest"]) or "–")
-        for one in record["regime"]["by_bandwidth"]
+        (f"{row['gbit_per_s']:g}", *(seconds(row, way) for way in ways), " or ".join(row["fastest"]) or "–")
+        for row in record["regime"]["by_bandwidth"]
     )
     lines = (
-        "Seconds to the quality that counts as good, computed as the table of networks is: of each way its fastest arm "
-        "that gets there with every seed. One is the least where its interval, paired by seed, is wholly below the "
-        "others'; else all that are not told apart are named, and those that get there with some seeds alone.",
-        _in_names(record["regime"]["sentence"], record),
+        "Seconds to the quality that counts as good, computed like the table of networks: for each way its fastest arm "
+        "that reaches it with every seed. A way is the least if its interval, paired by seed, lies wholly below the "
+        "others'; else all that cannot be told apart are named, and those that reach it with some seeds only.",
+        _with_names(record["regime"]["sentence"], record),
     )
     return Section("Regime", ("Gbit/s a worker", *ways, "the least"), rows, lines)
 
 
 def verdicts(record: Record) -> Iterator[str]:
-    """A sentence a clock, with arms by their names."""
+    """Yield the verdict on each clock in a sentence, with the arms' names."""
     for clock, words in CLOCKS.items():
         verdict, text = record["verdicts"][clock], record["verdicts"][clock]["text"]
         if len(record["seeds"]) < _FEWEST_SEEDS:
             text = re.sub(r" \(\d+ ?% interval [^)]*\)", "", text)
-        yield f"A tenth of the cost, counting {words}: {verdict['word']}. {_in_names(text, record)}"
+        yield f"A tenth of the cost, counting {words}: {verdict['word']}. {_with_names(text, record)}"
 
 
-def _in_names(text: str, record: Record) -> str:
-    """A text of the record's, with arms by their names in place of their keys."""
+def _with_names(text: str, record: Record) -> str:
+    """Replace the arms' keys in a text of the record by their names."""
     keys = sorted((arm["key"] for arm in record["arms"]), key=len, reverse=True)
     pattern = "|".join(rf"(?<![\w:.=-]){re.escape(key)}(?![\w:=])" for key in keys) or "(?!)"
-    return re.sub(pattern, lambda found: arm_name(found[0]), text)
+    return re.sub(pattern, lambda match: arm_name(match[0]), text)
 
 
 def _basis(record: Record) -> Iterator[Line]:
@@ -107,8 +107,8 @@ def _basis(record: Record) -> Iterator[Line]:
         f"{', '.join(f'{budget:g}' for budget in _budgets(record))} passes, n = {len(record['seeds'])} seeds."
     )
     yield (
-        f"The conventional run it is held against trains for {conventional['budget']:g} passes, the cheapest within "
-        f"one standard error of the best validation loss: {reached} on test. As good means no worse than that by "
+        f"The conventional run for comparison trains for {conventional['budget']:g} passes, the cheapest within one "
+        f"standard error of the best validation loss: {reached} on test. As good means worse than that by at most "
         f"{quality.show(record['margin'])}: {target}."
     )
     at_edge = [arm_name(arm["key"]) for arm in record["arms"] if _edge(record, arm["key"], arm["settings"])]
@@ -116,27 +116,27 @@ def _basis(record: Record) -> Iterator[Line]:
         text = f"the learning rate of {', '.join(at_edge)} is at the edge of the grid: a rate beyond it may do better"
         yield Note(f"{text} (--learning-rates).", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
-        yield f"{len(record['seeds'])} seeds give no interval worth showing: from {_FEWEST_SEEDS} on there is one."
+        yield f"{len(record['seeds'])} seeds give no useful interval: it is shown from {_FEWEST_SEEDS} seeds on."
     yield "The command:"
     yield Command(_command(record))
 
 
 def _command(record: Record) -> str:
-    """`raysubset compare` with what the record tells of its options."""
+    """Return `raysubset compare` with the options that the record holds."""
     config, seeds, tried, regime = record["config"], record["seeds"], record["tuning"]["tried"], record["regime"]
     options = ["--seeds", str(len(seeds)), "--arms", *(arm["key"] for arm in record["arms"]), "--budgets"]
     options += [f"{b:g}" for b in sorted({p["budget"] for a in record["arms"] if a["key"] != "A" for p in a["points"]})]
-    if rates := sorted({one["learning_rate"] for one in tried}):
+    if rates := sorted({trial["learning_rate"] for trial in tried}):
         options += ["--learning-rates", *(f"{rate:.6g}" for rate in rates)]
-    if len(sizes := sorted({one["batch_size"] for one in tried})) > 1:
+    if len(sizes := sorted({trial["batch_size"] for trial in tried})) > 1:
         options += ["--batch-sizes", *map(str, sizes)]
     options += ["--margin", f"{record['margin']:g}"]
     if any(arm["key"].startswith("I") for arm in record["arms"]):
         options += ["--num-workers", str(regime["num_workers"])]
-    if speed := regime.get("gbit_per_s"):  # what earlier versions left has none
+    if speed := regime.get("gbit_per_s"):  # records of earlier versions have none
         options += ["--bandwidth", f"{speed:g}"]
-    own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
-    return command(own, "compare", *options)
+    config = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
+    return command(config, "compare", *options)
 
 
 def _budgets(record: Record) -> list[float]:
@@ -179,18 +179,18 @@ def _points(record: Record) -> Section:
     less = "" if quality.higher_is_better else f" Of {quality.name}, less is better."
     intervals = " ± and the brackets: 95 % intervals by Student's t, differences paired by seed."
     explained = (
-        "Budgets are passes of training; passes count evaluation too, each arm's own work in full also where it was "
-        f"shared.{intervals if len(record['seeds']) >= _FEWEST_SEEDS else ''}{less}",
+        "Budgets are passes of training; passes count evaluation too, and all work of each arm, even if arms shared "
+        f"it.{intervals if len(record['seeds']) >= _FEWEST_SEEDS else ''}{less}",
     )
     if is_streamed:
-        reads = "Reads: how often as many rows as the training files have come from storage; a row group is read whole."
+        reads = "Reads: rows read from storage, divided by the training files' rows; a row group is read whole."
         explained = (*explained, reads)
     plots = tuple(plot for clock in CLOCKS if (plot := _quality_plot(record, clock)))
     return Section("Arms", columns, tuple(rows), explained + lines, plots)
 
 
 def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
-    """The mean test quality, and half the width of its interval, NaN where that has no end or too few seeds."""
+    """Return the mean test quality and half the width of its interval; NaN if it has no end or too few seeds."""
     interval = mean[f"test_{quality.name}_interval"]
     if mean["num_seeds"] < _FEWEST_SEEDS:
         return finite(mean[f"test_{quality.name}"]), math.nan
@@ -210,9 +210,9 @@ def _settings(arm: Record) -> str:
 
 
 def _edge(record: Record, key: str, settings: Record) -> str:
-    """', at the edge of the grid …' where a rate that was not tried, beyond the arm's, may be better; A takes B's."""
-    tried = {one["learning_rate"] for one in record["tuning"]["tried"] if one["arm"] == ("B" if key == "A" else key)}
-    if len(tried) < 2 or settings["learning_rate"] not in (min(tried), max(tried)):
+    """Return ', at the edge of the grid …' if an untried rate beyond the arm's may be better; A uses B's rates."""
+    rates = {row["learning_rate"] for row in record["tuning"]["tried"] if row["arm"] == ("B" if key == "A" else key)}
+    if len(rates) < 2 or settings["learning_rate"] not in (min(rates), max(rates)):
         return ""
     return ", at the edge of the grid: a rate beyond it may do better (--learning-rates)"
 
@@ -222,19 +222,19 @@ def _speed_ups(record: Record) -> Section:
     for arm in record["arms"]:
         if arm["key"] not in record["speed_ups"]["total"]:
             continue
-        found = [_speed_up(record["speed_ups"][clock][arm["key"]]) for clock in CLOCKS]
-        rows.append((arm_name(arm["key"]), *found, arm["role"]))
+        speed_ups = [_speed_up(record["speed_ups"][clock][arm["key"]]) for clock in CLOCKS]
+        rows.append((arm_name(arm["key"]), *speed_ups, arm["role"]))
     lines = (
-        "S: passes that conventional training needs for the quality above, over those the arm needs; 0 where it never "
-        "gets there. Geometric mean with Student's t interval on log S; where a seed is missing or beyond the budgets, "
-        "the median with the least and largest, and what that covers.",
+        "S: passes that conventional training needs for the quality above, divided by those the arm needs; 0 if it "
+        "never reaches it. Geometric mean with Student's t interval on log S; if a seed is missing or beyond the "
+        "budgets, the median with the least and largest, and the coverage of that.",
     )
     columns = ("arm", "total", "critical path", "role")
     return Section("Speed-up at equal quality", columns, tuple(rows), lines, (_speed_ups_plot(record),))
 
 
-def _speed_up(one: Record) -> str:
-    interval = one["interval"]
+def _speed_up(record: Record) -> str:
+    interval = record["interval"]
     low, high = interval["low"] or 0.0, interval["high"]
     end = "…" if high is None or math.isinf(high) else f"{high:.2f}"
     if interval["num"] < _FEWEST_SEEDS:
@@ -243,7 +243,7 @@ def _speed_up(one: Record) -> str:
 
 
 def largest_rows(network: Record) -> list[Record]:
-    """Of each arm the row of the largest budget at which it came to an end."""
+    """Return each arm's row of the largest budget that it finished."""
     largest = {row["arm"]: row for row in sorted(network["rows"], key=lambda row: row["budget"])}
     return [row for row in network["rows"] if row is largest[row["arm"]]]
 
@@ -262,38 +262,37 @@ def _network(record: Record) -> Section:
         )
         for row in largest_rows(network)
     )
-    workers, each = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
+    workers, step = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
     lines = (
         "Seconds if every subset had a device as fast as this one: critical-path passes × "
-        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth; latency is left out: add it times the exchanges. "
-        "Computed from what was measured here, not measured on a network. Bytes: what a member fetches and leaves, and "
-        f"what the aggregating one does; data-parallel training of {workers} workers sends {each} a step and worker "
-        "(ring all-reduce of float32, half of it in bfloat16), nothing overlapped.",
+        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Latency is left out: add it for each exchange. "
+        "Computed from what was measured here, not measured on a network. Bytes: what a member and the aggregating "
+        f"actor fetch and send; data-parallel training of {workers} workers sends {step} per step and worker (ring "
+        "all-reduce of float32, half of it in bfloat16), with nothing overlapped.",
     )
     columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, _wall_plots(record))
 
 
 def _tuning(record: Record) -> Section:
-    chosen = {arm["key"]: arm["settings"] for arm in record["arms"]}
+    settings = {arm["key"]: arm["settings"] for arm in record["arms"]}
 
-    def choice(one: Record) -> str:
-        own = chosen.get(one["arm"])
-        if own != {"learning_rate": one["learning_rate"], "batch_size": one["batch_size"]}:
+    def choice(row: Record) -> str:
+        if settings.get(row["arm"]) != {"learning_rate": row["learning_rate"], "batch_size": row["batch_size"]}:
             return ""
-        return f"chosen{_edge(record, one['arm'], chosen[one['arm']])}".partition(":")[0]
+        return f"chosen{_edge(record, row['arm'], settings[row['arm']])}".partition(":")[0]
 
     rows = tuple(
         (
-            arm_name(one["arm"]),
-            f"{one['learning_rate']:g}",
-            f"{one['batch_size']}",
-            "diverged" if one["validation_loss"] is None else f"{one['validation_loss']:.4f}",
-            choice(one),
+            arm_name(row["arm"]),
+            f"{row['learning_rate']:g}",
+            f"{row['batch_size']}",
+            "diverged" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+            choice(row),
         )
-        for one in record["tuning"]["tried"]
+        for row in record["tuning"]["tried"]
     )
-    cost = f"{record['tuning']['passes']:.2f} passes, in none of the figures above; with a seed of its own."
+    cost = f"Tuning cost {record['tuning']['passes']:.2f} passes, in no figure above, and has a seed of its own."
     return Section("Tuning", ("arm", "learning rate", "batch", "validation loss", ""), rows, (cost,))
 
 
@@ -301,7 +300,7 @@ def _tuning(record: Record) -> Section:
 
 
 def _quality_plot(record: Record, clock: str) -> Plot | None:
-    """Test quality over passes, a curve an arm: in total, or on the critical path; None where there is one budget."""
+    """Draw each arm's test quality over passes, in total or on the critical path; None if there is one cost only."""
     quality = quality_of(record)
     chart = Chart(CLOCKS[clock], f"test {quality.label}", log="x", size=(440, 320))
     styles = _styles(record)
@@ -332,7 +331,7 @@ def _quality_plot(record: Record, clock: str) -> Plot | None:
 
 
 def _styles(record: Record) -> dict[str, dict[str, Any]]:
-    """Of each arm's line: a colour, and where these begin again another marker."""
+    """Return a colour and a marker for each arm's line; the marker changes when the colours repeat."""
     colours = colour_of(arm["key"] for arm in record["arms"])
     return {
         key: {"colour": colour, "marker": _MARKERS[number // len(COLOURS) % len(_MARKERS)]}
@@ -341,11 +340,11 @@ def _styles(record: Record) -> dict[str, dict[str, Any]]:
 
 
 def _speed_ups_plot(record: Record) -> Plot:
-    """Each arm's speed-up on both clocks, with its interval from three seeds on."""
+    """Draw each arm's speed-up on both clocks, with its interval if there are three seeds or more."""
     arms = [arm["key"] for arm in record["arms"] if arm["key"] in record["speed_ups"]["total"]]
     chart = Chart("speed-up S at equal quality", "", size=(440, 60 + 30 * len(arms)))
     intervals = {(c, arm): record["speed_ups"][c][arm]["interval"] for c in CLOCKS for arm in arms}
-    ends = [one[end] for one in intervals.values() for end in ("estimate", "high") if one[end] is not None]
+    ends = [i[end] for i in intervals.values() for end in ("estimate", "high") if i[end] is not None]
     has_bars = False
     for (clock, arm), interval in intervals.items():
         y, colour = arms.index(arm) + (-0.15 if clock == "total" else 0.15), COLOURS[list(CLOCKS).index(clock)]
@@ -366,7 +365,7 @@ def _speed_ups_plot(record: Record) -> Plot:
 
 
 def _wall_plots(record: Record) -> tuple[Plot, ...]:
-    """Seconds over bandwidth at each arm's largest budget; none of a single bandwidth."""
+    """Draw the seconds over bandwidth at each arm's largest budget; no plot if there is a single bandwidth."""
     network, styles = record["network"], _styles(record)
     if len(network["bandwidths"]) < 2:
         return ()
@@ -379,27 +378,27 @@ def _wall_plots(record: Record) -> tuple[Plot, ...]:
 
 
 def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
-    """A chart an arm at its largest budget; None where no arm's legs are there.
+    """Draw a chart for each arm at its largest budget; None if no arm's legs exist.
 
     Args:
-        read: what legs came to, by name, of a part of comparison.json's `legs`.
+        read: returns the records of the given part of comparison.json's `legs`, by name.
     """
     num_train, legs, largest = record["data"]["num_train"], record["legs"], list(_largest_runs(record))
-    lasts = [run["leg"] for *_, runs in largest for run in runs]
-    found = read({key: legs[key] for last in lasts for key in needed_legs(last, legs)})
+    last_legs = [run["leg"] for *_, runs in largest for run in runs]
+    records = read({key: legs[key] for last in last_legs for key in needed_legs(last, legs)})
     panels = [
         (f"{arm_name(key)}, {budget:g} passes", stages)
         for key, budget, runs in largest
-        if (stages := arm_stages(runs, legs, found, num_train=num_train))
+        if (stages := arm_stages(runs, legs, records, num_train=num_train))
     ]
     if not panels:
         return None
-    told = ("at each arm's largest budget", f"n = {len(record['seeds'])} seeds")
-    return training_plot("training_of_arms", *told, panels, loss=loss_name(record))
+    words = ("at each arm's largest budget", f"n = {len(record['seeds'])} seeds")
+    return training_plot("training_of_arms", *words, panels, loss=loss_name(record))
 
 
 def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:
-    """(key, budget, runs) of each arm at the largest budget at which any run came to its end: those that did."""
+    """Yield each arm's key, the largest budget at which any of its runs finished, and the runs that did."""
     for arm in record["arms"]:
         if points := [point for point in arm["points"] if point["mean"] is not None]:
             point = max(points, key=lambda point: point["budget"])
@@ -410,18 +409,18 @@ def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:
 
 
 def advice_sections(record: Record) -> list[Section]:
-    """What a user reads of advice before a run: Advice.to_dict()."""
+    """Return the sections of advice before a run, from Advice.to_dict()."""
     forecasts = record["forecasts"]
     speeds = list(forecasts[0]["wall_s"])
     rows = tuple(
         (
-            one["name"],
-            f"{one['passes']:.2f}",
-            f"{one['num_exchanges']:,}",
-            bytes_in_words(one["num_bytes"]),
-            *(f"{one['wall_s'][speed]:.4g}" for speed in speeds),
+            forecast["name"],
+            f"{forecast['passes']:.2f}",
+            f"{forecast['num_exchanges']:,}",
+            bytes_in_words(forecast["num_bytes"]),
+            *(f"{forecast['wall_s'][speed]:.4g}" for speed in speeds),
         )
-        for one in forecasts
+        for forecast in forecasts
     )
     lines = (
         f"Seconds for {record['passes']:.2f} passes of training in total: passes one after the other × "

@@ -1,10 +1,10 @@
-"""Plots as small SVG drawings in the page's own ink, with the values of what is drawn to point at.
+"""Draw plots as small SVGs in the page's own colours; a reader can point at a mark to see its values.
 
 chart = Chart("passes", "loss", log="y")
 chart.line([(1, 0.9), (2, 0.5), (3, 0.4)], COLOURS[0], "trunk", marker="o")
 Plot("training", "Loss while training.", (chart,))            # the page draws plot.charts and plot.legend
 
-Written by hand, as matplotlib takes seconds to import and to draw: a page is made at the end of every run.
+They are written by hand, as matplotlib takes seconds to import and to draw, and every run ends with a page.
 """
 
 import math
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-# Mid-tones that read on white and on near-black, apart for the colour-blind in this order (after Okabe and Ito)
+# Mid-tones for white and near-black grounds; the colour-blind can tell them apart in this order (after Okabe and Ito)
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c2559d", "#8a6fd1", "#a8892a", "#3fa3b5", "#8d99a6")
 GOOD, BAD, GREY = "#2f9e6e", "#d0524e", "#8d99a6"
 
 _FONT = 12  # pixels, of a chart 400 wide
-_CHARACTER = 0.56 * _FONT  # the mean width of one
+_CHARACTER = 0.56 * _FONT  # mean width of a character
 _MARKS = {  # around a point, in pixels; strokes of no length with caps make dots and squares of few characters
     "o": ('stroke-width="7" stroke-linecap="round"', "h0"),
     ".": ('stroke-width="4" stroke-linecap="round"', "h0"),
@@ -29,23 +29,23 @@ _MARKS = {  # around a point, in pixels; strokes of no length with caps make dot
     "◦": ('stroke-width="1.6"', "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0"),
 }
 _FILLED = "D>"
-Place = Callable[[float], float]  # a value's place on an axis, in pixels
+Place = Callable[[float], float]  # maps a value to its place on an axis, in pixels
 
 
 @dataclass
 class Axis:
-    """One of a chart's two: what is asked of it, and all values that were drawn along it."""
+    """One of a chart's two axes: its settings, and all values drawn along it."""
 
     label: str
-    may_be_log: bool = False  # is, where positive values span more than a factor of five
-    ticks: Sequence[tuple[float, str]] = ()  # none: chosen
-    low: float | None = None  # None: that of what is drawn, with a margin
+    may_be_log: bool = False  # it is logarithmic if positive values span more than a factor of five
+    ticks: Sequence[tuple[float, str]] = ()  # none: chosen automatically
+    low: float | None = None  # None: the least value, with a margin
     high: float | None = None
-    is_whole: bool = False  # whole numbers alone
+    is_whole: bool = False  # ticks are whole numbers only
     values: list[float] = field(default_factory=list)
 
     def settled(self) -> "Scale":
-        """The ends and ticks that suit what was drawn."""
+        """Return a scale with ends and ticks that suit the values."""
         values = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(values), max(values)
         if self.may_be_log and low > 0 and high >= 5 * low:
@@ -59,7 +59,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis with its ends."""
+    """An axis with its ends and ticks."""
 
     low: float
     high: float
@@ -67,7 +67,7 @@ class Scale:
     ticks: Sequence[tuple[float, str]]
 
     def place(self, start: float, end: float) -> Place:
-        """Where a value lies between two pixels; what is beyond an end lies at that end."""
+        """Return the function from a value to its pixel between `start` and `end`; values beyond an end lie there."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
 
         def place(value: float) -> float:
@@ -78,7 +78,7 @@ class Scale:
 
 
 def _ticks(low: float, high: float, *, is_whole: bool) -> list[tuple[float, str]]:
-    """About five round numbers between the ends."""
+    """Return about five round numbers between the ends, with their texts."""
     rough = (high - low) / 5 or 1.0
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.9 * rough)
@@ -96,7 +96,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 class Chart:
-    """A pair of axes. What is drawn on it is kept in order; where that lies follows at the end, from all of it."""
+    """A pair of axes. Marks are kept in order, and placed at the end, when all values are known."""
 
     def __init__(
         self,
@@ -109,13 +109,13 @@ class Chart:
     ) -> None:
         """
         Args:
-            log: "x", "y" or both: axes that are logarithmic where values span much.
-            size: width and height in pixels; the page scales it, letters too.
+            log: "x", "y" or "xy": axes that are logarithmic if their values span much.
+            size: width and height in pixels; the page scales all, letters too.
         """
         self.x, self.y, self.title, self.size = Axis(x_label, "x" in log), Axis(y_label, "y" in log), title, size
-        self.above: tuple[str, float] | None = None  # what stands above: its label, and its values' share of x's
-        self.left: float | None = None  # the y axis's place in pixels; None: as its ticks need
-        self.legend: dict[str, str] = {}  # an SVG by the label of what it stands for
+        self.above: tuple[str, float] | None = None  # a second x axis on top: its label, and its values' ratio to x
+        self.left: float | None = None  # place of the y axis in pixels; None: what its ticks need
+        self.legend: dict[str, str] = {}  # an SVG for each label
         self.num_values = 0
         self._marks: list[Callable[[Place, Place], str]] = []
 
@@ -133,15 +133,15 @@ class Chart:
         names: Sequence[str] = (),
         is_named: bool = True,
     ) -> None:
-        """A line through points; values that are not finite are left out.
+        """Draw a line through points; values that are not finite are left out.
 
         Args:
-            marker: one of o . s D x > ◦ at each point.
-            dash: "" or SVG's, "2 4".
-            width: of the line; 0: points alone.
-            bars: the ends of one at each point.
-            names: what is said of each point, in place of its x.
-            is_named: whether the legend has it.
+            marker: one of o . s D x > ◦, drawn at each point.
+            dash: "", or an SVG dash array such as "2 4".
+            width: of the line in pixels; 0: points only.
+            bars: the two ends of an error bar at each point.
+            names: the text shown for each point, in place of its x.
+            is_named: whether the legend has the label.
         """
         drawn = [
             (x, y, *(bars[n] if bars else (y, y)), names[n] if names else f"{x:.5g}")
@@ -155,8 +155,8 @@ class Chart:
         self.y.values += [end for _, *ends, _ in drawn for end in ends]
         stroke = f'stroke="{colour}"' + (f' opacity="{alpha}"' if alpha < 1 else "")
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        told = [f"{y:.5g}" + (f" ({low:.4g} to {high:.4g})" if bars else "") for _, y, low, high, _ in drawn]
-        values = f'data-k="{escape(label)}" data-x="{_joined(name for *_, name in drawn)}" data-y="{_joined(told)}"'
+        texts = [f"{y:.5g}" + (f" ({low:.4g} to {high:.4g})" if bars else "") for _, y, low, high, _ in drawn]
+        values = f'data-k="{escape(label)}" data-x="{_joined(name for *_, name in drawn)}" data-y="{_joined(texts)}"'
 
         def draw(px: Place, py: Place) -> str:
             places = [(_number(px(x)), _number(py(y))) for x, y, *_ in drawn]
@@ -166,8 +166,8 @@ class Chart:
                 parts.append(f'<path {stroke} d="{"".join(ends)}"/>')
             if width:
                 data = "L".join(f"{x} {y}" for x, y in places)
-                own = "" if marker else f" {values}"
-                parts.append(f'<path {stroke} stroke-width="{width}"{dashes}{own} d="M{data}"/>')
+                line_values = "" if marker else f" {values}"
+                parts.append(f'<path {stroke} stroke-width="{width}"{dashes}{line_values} d="M{data}"/>')
             if marker:
                 style, shape = _MARKS[marker]
                 fill = f' fill="{colour}"' if marker in _FILLED else ""
@@ -187,11 +187,11 @@ class Chart:
     def points(
         self, points: Iterable[tuple[float, float]], colour: str, label: str = "", *, marker: str = "o", **style: Any
     ) -> None:
-        """line() without the line."""
+        """Draw points without a line; the arguments are line()'s."""
         self.line(points, colour, label, marker=marker, width=0, **style)
 
     def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
-        """What lies between two lines, faintly."""
+        """Fill the area between two lines faintly."""
         ends = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if math.isfinite(low + high)]
         self.y.values += [end for _, *both in ends for end in both]
 
@@ -215,10 +215,10 @@ class Chart:
         text: str = "",
         tip: str = "",
     ) -> None:
-        """A box along x, `height` of y's units high; with a text where that fits in.
+        """Draw a box along x, `height` of y's units high, with the text if it fits.
 
         Args:
-            tip: what is said of it where it is pointed at.
+            tip: the text shown when a reader points at the box.
         """
         self.num_values += 1
         self.x.values += [start, end]
@@ -240,13 +240,13 @@ class Chart:
         self._name(label, f'<rect fill="{colour}" fill-opacity="{alpha}" x="4" y="1" width="14" height="10"/>')
 
     def text(self, x: float, y: float, text: str) -> None:
-        """Words to the right of a point."""
+        """Write a text to the right of a point."""
         self._marks.append(
             lambda px, py: f'<text x="{_number(px(x) + 8)}" y="{_number(py(y) + 4)}">{escape(text)}</text>'
         )
 
     def across(self, y: float, colour: str = GREY, label: str = "", *, dash: str = "2 4", width: float = 1.5) -> None:
-        """A line from edge to edge at a height."""
+        """Draw a horizontal line from edge to edge at y."""
         if not math.isfinite(y):
             return
         self.y.values.append(y)
@@ -256,7 +256,7 @@ class Chart:
         self._name(label, f'<path {style} d="M0 6H22"/>')
 
     def upright(self, x: float, colour: str = GREY, *, width: float = 1.5, alpha: float = 1, dash: str = "2 4") -> None:
-        """A line from top to bottom."""
+        """Draw a vertical line from top to bottom at x."""
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         style = f'stroke="{colour}" stroke-width="{width}" opacity="{alpha}"{dashes}'
         self._marks.append(lambda px, py: f'<path {style} d="M{_number(px(x))} {_TOP}V{_BOTTOM}"/>')
@@ -266,7 +266,7 @@ class Chart:
             self.legend.setdefault(label, f'<svg class="key" viewBox="0 0 22 12">{key}</svg>')
 
     def svg(self, caption: str) -> str:
-        """The <svg> element; the caption is read to those who cannot see it."""
+        """Return the <svg> element; screen readers read the caption."""
         x, y = self.x.settled(), self.y.settled()
         width, height = self.size
         names = max((len(text) for _, text in y.ticks), default=0)
@@ -308,11 +308,11 @@ class Chart:
         )
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = "\x01", "\x02", "\x03", "\x04"  # in marks that reach from edge to edge
+_LEFT, _RIGHT, _TOP, _BOTTOM = "\x01", "\x02", "\x03", "\x04"  # placeholders in marks that reach from edge to edge
 
 
 def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
-    """Words below the axis; aslant where they would touch one another."""
+    """Return a text below the axis, tilted if the texts would touch one another."""
     if is_tilted:
         place = f'class="end" transform="translate({_number(x + 4)} {_number(bottom + 12)})rotate(-45)"'
     else:
@@ -321,7 +321,7 @@ def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
 
 
 def _number(pixels: float) -> str:
-    """To a tenth of a pixel, in few characters."""
+    """Write pixels to one decimal, in few characters."""
     return f"{pixels:.1f}".removesuffix(".0")
 
 
@@ -331,16 +331,16 @@ def _joined(texts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """Charts that belong together, and what they show."""
+    """Charts that belong together, with a caption."""
 
     name: str
-    caption: str  # a sentence or two; also read to those who cannot see it
+    caption: str  # a sentence or two; screen readers read it too
     charts: tuple[Chart, ...]
-    is_wide: bool = False  # wants the whole width of a page
+    is_wide: bool = False  # it takes the whole width of a page
 
     @property
     def legend(self) -> dict[str, str]:
-        """An SVG by the label of what it stands for; of all charts together."""
+        """Return an SVG for each label of all charts."""
         return {label: key for chart in self.charts for label, key in chart.legend.items()}
 
     @property
@@ -349,5 +349,5 @@ class Plot:
 
 
 def colour_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour a name, in their order; the ninth is the first's again."""
+    """Return a colour for each name, in their order; the ninth name gets the first colour again."""
     return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}

@@ -1,4 +1,4 @@
-"""What a report computes of a run's record: training passes, errors of measurement, differences and their noise."""
+"""Compute figures from a run's record: training passes, standard errors, differences and their noise."""
 
 import itertools
 import math
@@ -15,15 +15,15 @@ NOISE_ERRORS = 2.0  # a difference of fewer standard errors than this is called 
 
 
 def finite(value: float | None) -> float:
-    """Return the number, or NaN where a record has null: JSON has no NaN."""
+    """Return the number, or NaN for None: records have null for it, as JSON has no NaN."""
     return math.nan if value is None else value
 
 
 def standard_error(metrics: Record, quality: Quality) -> float | None:
-    """Return the quality's error of sampling the examples, or None where the metrics tell none.
+    """Return the quality's standard error over the sampling of examples, or None if it is not known.
 
-    It is the metrics' own, accuracy_error of accuracy. An accuracy without one has the binomial error of its examples
-    that were right; where none or all were, as if one were otherwise.
+    It is the metrics' own error, such as accuracy_error. An accuracy without one has the binomial error of its correct
+    examples; if none or all are correct, one is counted as the opposite.
     """
     if (error := metrics.get(f"{quality.name}_error")) is not None:
         return error
@@ -35,14 +35,14 @@ def standard_error(metrics: Record, quality: Quality) -> float | None:
 
 
 def with_error(metrics: Record, quality: Quality, show: Callable[[float | None], str]) -> str:
-    """The quality as `show` has it, and its error where that is known: '90.00% ± 3.00', '1.834 ± 0.012'."""
+    """Return the quality as `show` writes it, and its error if known: '90.00% ± 3.00', '1.834 ± 0.012'."""
     error = standard_error(metrics, quality)
     return show(metrics[quality.name]) + ("" if error is None else quality.error(error))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a quality, measured twice on the same examples."""
+    """The difference of two measurements of a quality on the same examples."""
 
     value: float
     error: float | None  # standard error; None: not known
@@ -53,14 +53,14 @@ class Difference:
 
 
 def difference(new: Record, old: Record, quality: Quality) -> Difference:
-    """New minus old quality. Its error is that of independent samples: if anything too large on the same examples."""
+    """Return new minus old quality. Its error assumes independent samples: on the same examples it may be smaller."""
     errors = [error for metrics in (new, old) if (error := standard_error(metrics, quality)) is not None]
     value = finite(new[quality.name]) - finite(old[quality.name])
     return Difference(value, math.hypot(*errors) if len(errors) == 2 else None)
 
 
 def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
-    """The means of several models' losses, qualities and what their errors are made of, on as many examples."""
+    """Average several models' losses, qualities and errors, all measured on the same number of examples."""
     keys = [key for key in ("loss", quality.name, f"{quality.name}_error", "num_correct") if key in parts[0]]
     means = {key: fmean(finite(part[key]) for part in parts) for key in keys}
     return {"num_examples": parts[0]["num_examples"], **means}
@@ -71,7 +71,7 @@ _LOSSES |= {"absolute_error": "absolute error", "huber": "Huber's loss"}
 
 
 def loss_name(record: Record) -> str:
-    """The loss that was minimized, in words: what the task says of it, or the config; "loss" where neither tells."""
+    """Return the minimized loss in words, from the record's task or config; "loss" if neither names it."""
     task, config = record.get("task") or {}, record["config"]
     if "loss" in task:
         return task["loss"]
@@ -86,19 +86,19 @@ def is_least_squares(record: Record) -> bool:
 
 
 def trained_passes(record: Record) -> float:
-    """Passes of the training that led to the result: without evaluation, and without what was lost and done again."""
+    """Return the passes of the training that led to the result, without evaluation and without lost work."""
     num_train = record["data"]["num_train"]
     return sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in trainings(record))
 
 
 def passes_by_epoch(work: Record, num_train: int) -> list[float]:
-    """The passes over the full set that a training had done at the end of each of its epochs."""
+    """Return the passes over the full set that a training had done at the end of each of its epochs."""
     share = work.get("num_examples", num_train) / num_train
     return [epoch["epoch"] * share for epoch in work["history"]]
 
 
 def trainings(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
-    """(stage, round, subset, its record with its history) of each training in the order of the method."""
+    """Yield (stage, round, subset, record with history) of each training, in the order of the method."""
     stages = record["stages"]
     if stages.get("conventional"):
         yield "conventional", 0, None, stages["conventional"]
@@ -114,12 +114,14 @@ def trainings(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
 
 
 def in_order(record: Record) -> Iterator[tuple[str, int, list[Record], float, list[list[float]]]]:
-    """(stage, round, its trainings, where they end, passes at the ends of each one's epochs); one after the other."""
+    """Yield each stage of each round on one axis of sequential passes.
+
+    Yields:
+        The stage, the round, its trainings, the passes at its end, and each training's passes at its epochs' ends.
+    """
     num_train, end = record["data"]["num_train"], 0.0
-    for (stage, round), group in itertools.groupby(trainings(record), key=lambda one: one[:2]):
+    for (stage, round), group in itertools.groupby(trainings(record), key=lambda training: training[:2]):
         works = [work for *_, work in group]
-        passes = [
-            [end + done / work.get("num_workers", 1) for done in passes_by_epoch(work, num_train)] for work in works
-        ]
-        end = max([end, *(own[-1] for own in passes if own)])
+        passes = [[end + p / work.get("num_workers", 1) for p in passes_by_epoch(work, num_train)] for work in works]
+        end = max([end, *(ends[-1] for ends in passes if ends)])
         yield stage, round, works, end, passes

@@ -1,4 +1,4 @@
-"""The files a report leaves in the directory: progress.csv and TensorBoard events for existing tools, and the page."""
+"""Write a report's files into the directory: progress.csv and TensorBoard events for existing tools, and the page."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
 
 PROGRESS_PATH = "progress.csv"
-COLUMNS: tuple[str, ...] = (  # "validation_{}" is of the quality, by its name
+COLUMNS: tuple[str, ...] = (  # the quality's name fills in "validation_{}"
     "stage",
     "round",
     "subset",
@@ -24,22 +24,22 @@ COLUMNS: tuple[str, ...] = (  # "validation_{}" is of the quality, by its name
     "num_steps",  # optimizer steps of this stage, round and subset so far
     "loss",  # mean over the epoch while training
     "learning_rate",
-    "validation_loss",  # of an actor's work: at its end only
+    "validation_loss",  # an actor's work has it at its end only
     "validation_{}",
     "passes",  # of training so far in this stage, round and subset, over the full set
 )
 
 
 def write_files(path: str) -> str:
-    """Write the page and its plots into a finished directory, in place of older ones; of a run, other tools' files too.
+    """Write the page into a finished directory, and for a run also the files of other tools; replace older ones.
 
-    If this process dies, files are old or new, none is half, and `raysubset report DIR --format html` makes them again.
+    If this process dies, each file is whole, old or new; `raysubset report DIR --format html` writes them again.
 
     Returns:
         The page's path or URI.
 
     Raises:
-        ValueError: as read_report() does.
+        ValueError: for the reasons of read_report().
     """
     directory, record = RunDirectory.at(path), read_report(path)
     if "kind" not in record:
@@ -56,18 +56,18 @@ def _write_for_tools(directory: RunDirectory, record: Record) -> None:
     writer.writerows(rows)
     directory.write_bytes(PROGRESS_PATH, text.getvalue().encode())
     started_at = (record["environment"] or {}).get("started_at", 0.0)
-    # One name for a run however often this is called; TensorBoard takes any that begins like this
+    # The name is the same at every call; TensorBoard reads any name that begins like this
     name = f"events.out.tfevents.{int(started_at)}.raysubset"
     directory.write_bytes(name, _events(record, rows, started_at, quality))
 
 
 def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
-    """A row an epoch of each training; the quality by its name."""
+    """Yield a row for each epoch of each training."""
     num_train = record["data"]["num_train"]
     for stage, round, subset, work in trainings(record):
         trained = passes_by_epoch(work, num_train)
         for number, (epoch, passes) in enumerate(zip(work["history"], trained, strict=True), 1):
-            # The minimum was measured where the last epoch ended, unless an earlier one was restored
+            # The minimum was measured at the end of the last epoch, unless an earlier one was restored
             at_end = number == len(work["history"]) and work["outcome"] != "diverged"
             validation = epoch.get("validation") or (work["validation"] if at_end else None) or {}
             yield {
@@ -86,10 +86,10 @@ def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
 
 
 def _events(record: Record, rows: list[dict[str, Any]], started_at: float, quality: str) -> bytes:
-    """A TensorBoard event file: a run's curves over optimizer steps, aggregates over rounds, the result at step 0."""
-    from tensorboardX import SummaryWriter  # with torch, for seconds
+    """Return a TensorBoard event file: curves over optimizer steps, aggregates over rounds, the result at step 0."""
+    from tensorboardX import SummaryWriter  # loads torch, which takes seconds
 
-    measured = tuple(dict.fromkeys(("loss", quality)))
+    metrics = tuple(dict.fromkeys(("loss", quality)))
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
 
@@ -97,22 +97,22 @@ def _events(record: Record, rows: list[dict[str, Any]], started_at: float, quali
                 if value is not None:
                     writer.add_scalar(tag, value, step, walltime=started_at)
 
-            before: dict[str, int] = defaultdict(int)  # steps of earlier rounds
-            for row, following in zip(rows, [*rows[1:], None], strict=True):
+            earlier_steps: dict[str, int] = defaultdict(int)  # of earlier rounds
+            for row, next_row in zip(rows, [*rows[1:], None], strict=True):
                 kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
                 name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
-                step = before[name] + row["num_steps"]
-                for key in ("loss", "learning_rate", *(f"validation_{key}" for key in measured)):
+                step = earlier_steps[name] + row["num_steps"]
+                for key in ("loss", "learning_rate", *(f"validation_{key}" for key in metrics)):
                     add(f"{name}/{key}", row[key], step)
-                if following is None or following["training_iteration"] == 1:
-                    before[name] = step
+                if next_row is None or next_row["training_iteration"] == 1:
+                    earlier_steps[name] = step
             for round in record["stages"].get("rounds", ()):
-                made = round["aggregation"]
-                for key in measured if made["validation"] else ():
-                    add(f"aggregate/validation_{key}", made["validation"][key], round["round"] + 1)
-                add("aggregate/barrier", made["barrier"], round["round"] + 1)
+                aggregation = round["aggregation"]
+                for key in metrics if aggregation["validation"] else ():
+                    add(f"aggregate/validation_{key}", aggregation["validation"][key], round["round"] + 1)
+                add("aggregate/barrier", aggregation["barrier"], round["round"] + 1)
             for split in ("validation", "test"):
-                for key in measured:
+                for key in metrics:
                     add(f"result/{split}_{key}", record[split][key], 0)
         (path,) = Path(folder).glob("events.out.tfevents.*")
         return path.read_bytes()

@@ -1,4 +1,4 @@
-"""What the numbers of a run tell in words, each difference with its error, and what to try next."""
+"""State a run's findings in words, each difference with its error, and the commands to try next."""
 
 import math
 import shlex
@@ -21,27 +21,27 @@ from raysubset.report.parts import Command
 
 
 def findings(record: Record) -> Iterator[str | Note]:
-    """One sentence or two a line; nothing is claimed that lies within the noise."""
+    """Yield the findings, one or two sentences each; differences within the noise are called so."""
     stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
     yield from (note for note in map(Note.from_json, record["advice"]) if note.is_warning)
     if rounds:
         yield from _of_minima(record, rounds[-1]["minima"])
         yield from _of_aggregation(rounds[-1], quality)
-        if tuned := stages.get("fine_tuning"):
-            before = rounds[-1]["aggregation"]["validation"]
-            yield _compared("Fine-tuning", tuned["validation"], before, "the aggregate", quality)
+        if fine_tuning := stages.get("fine_tuning"):
+            aggregate = rounds[-1]["aggregation"]["validation"]
+            yield _compared("Fine-tuning", fine_tuning["validation"], aggregate, "the aggregate", quality)
             if record["config"]["fine_tuning"]["start"] == "reinit":
                 yield "Fine-tuning started from fresh weights: the subset stage did not go into the final model."
         yield from _of_passes(record)
     yield from _of_batch_norm(record)
     num = record["validation"]["num_examples"]
     if standard_error(record["validation"], quality) is None:
-        yield "No errors are known of this quality, and this is one run: small differences may be noise."
+        yield "This quality has no known error, and this is one run: small differences may be noise."
     else:
         yield (
-            f"Errors are those of sampling {num:,} validation examples, taken as independent and so rather too large; "
-            f"less than {NOISE_ERRORS:g} errors is called noise. They do not tell what another seed would give: this "
-            "is one run."
+            f"Errors are of sampling {num:,} validation examples, which are taken as independent, so they are rather "
+            f"too large; less than {NOISE_ERRORS:g} errors is called noise. They do not show what another seed would "
+            "give: this is one run."
         )
 
 
@@ -54,27 +54,27 @@ def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
     yield f"{text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
     cut = len(record["overdetermination_ratio"]["subsets"])
     if cut > len(minima):
-        text = f"{cut - len(minima)} of {cut} subsets failed for good; the result was made without them."
+        text = f"{cut - len(minima)} of {cut} subsets failed for good; they are not in the result."
         yield Note(text, is_warning=True)
     if diverged := sum(minimum["outcome"] == "diverged" for minimum in minima):
-        text = f"{diverged} of {len(minima)} minima diverged and stand at their best earlier epoch: lower "
+        text = f"{diverged} of {len(minima)} minima diverged and were set back to their best epoch: lower "
         yield Note(f"{text}--minimize.learning-rate.", is_warning=True)
 
 
 def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
-    made, minima = last["aggregation"], last["minima"]
+    aggregation, minima = last["aggregation"], last["minima"]
     if len(minima) == 1:
         return
     member = mean_metrics([minimum["validation"] for minimum in minima], quality)
-    yield _compared("Aggregation", made["validation"], member, "the mean member", quality)
-    text = _compared("Aggregation", made["validation"], made["best_member"], "the best member", quality)
+    yield _compared("Aggregation", aggregation["validation"], member, "the mean member", quality)
+    text = _compared("Aggregation", aggregation["validation"], aggregation["best_member"], "the best member", quality)
     yield f"{text} The best was picked on the same examples, which flatters it."
-    if made["candidates"]:
+    if candidates := aggregation["candidates"]:
         yield (
-            f"auto took {made['method']}, of {len(made['candidates'])} candidates scored on these examples: the more "
+            f"auto took {aggregation['method']} of {len(candidates)} candidates scored on these examples: the more "
             "candidates, the more its validation loss is flattered; the test split was not read for it."
         )
-    barrier = made["barrier"]
+    barrier = aggregation["barrier"]
     if barrier is None or not math.isfinite(barrier):
         text = "the plain mean has no finite loss: the minima lie too far apart to be averaged."
         yield Note(text, is_warning=True)
@@ -86,13 +86,15 @@ def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
 
 
 def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) -> str:
-    """One sentence on quality and loss of the new against the old, on the same validation examples."""
-    found, loss = difference(new, old, quality), finite(new["loss"]) - finite(old["loss"])
-    verdict = "within the noise" if found.is_noise else "it helped" if quality.gain(found.value) > 0 else "it did harm"
-    if not math.isfinite(found.value):
+    """Compare the quality and loss of new with old in a sentence, on the same validation examples."""
+    change, loss = difference(new, old, quality), finite(new["loss"]) - finite(old["loss"])
+    verdict = (
+        "within the noise" if change.is_noise else "it helped" if quality.gain(change.value) > 0 else "it did harm"
+    )
+    if not math.isfinite(change.value):
         verdict = "not finite"
-    error = "" if found.error is None else quality.error(found.error)
-    return f"{what}, against {than}: {quality.change(found.value)}{error} ({verdict}), loss {loss:+.4f}."
+    error = "" if change.error is None else quality.error(change.error)
+    return f"{what}, against {than}: {quality.change(change.value)}{error} ({verdict}), loss {loss:+.4f}."
 
 
 def _of_passes(record: Record) -> Iterator[str]:
@@ -114,19 +116,19 @@ def _of_batch_norm(record: Record) -> Iterator[str]:
 
 
 def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:
-    """What would show whether this paid, of what does not lie beside the run."""
+    """Yield the commands that would show whether this paid, if their results are not beside the run."""
     if record["method"] == "conventional" and beside.run is None:
         yield "Compare with subset pretraining on the same data:"
         yield Command(subset_pretraining_beside(record))
     elif beside.run is None:
-        yield "No conventional run of these data and this network lies beside it. Those of the same cost, all counted:"
+        yield "There is no conventional run of these data and this network beside it. Those of the same total cost:"
         for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
             passes = record["cost"][what]
             words = "in total" if what == "passes" else "on the critical path"
             yield f"{passes:.2f} passes {words}:"
             yield Command(conventional_beside(record, passes, suffix))
     if beside.comparison is None:
-        yield "Whether this pays, only a comparison over budgets and seeds tells (--quick: a smoke test):"
+        yield "Only a comparison over budgets and seeds shows whether this pays (--quick: a smoke test):"
         yield Command(comparison_beside(record["config"]))
     yield "All numbers, and the page again: raysubset report DIR --format json or html. Runs side by side:"
     other = "DIR" if beside.run is None else beside.run["uri"]

@@ -1,4 +1,4 @@
-"""The straight line between two minima of a finished run, measured when its report is made."""
+"""Measure the loss on the straight line between two minima of a finished run, for its report."""
 
 import math
 from typing import Any
@@ -12,35 +12,35 @@ from raysubset.run_directory import RunDirectory, minimum_folder, weights_path
 LINE_PATH = "report/line.json"
 
 _NUM_POINTS = 11
-_MOST_EXAMPLES = 1000  # of validation, and of training for batch-norm statistics
-_MOST_PARAMETERS = 1_000_000  # a second or two on a CPU
+_MOST_EXAMPLES = 1000  # of validation data, and of training data for batch-norm statistics
+_MOST_PARAMETERS = 1_000_000  # they take a second or two on a CPU
 
 
 def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[str, Any]]:
-    """Validation loss at points between the first two minima of the last round, weights mixed linearly.
+    """Return the validation loss at points between the first two minima of the last round, weights mixed linearly.
 
-    Measured once, on up to 1000 validation examples, and kept in the run directory. Batch-norm statistics are
+    It is measured once, on up to 1000 validation examples, and kept in the run directory. Batch-norm statistics are
     recomputed at each point on up to 1000 training examples (Jordan et al. 2023, arXiv:2211.08403).
 
     Returns:
-        A row a point: share (of the second minimum, 0 to 1), loss, num_examples.
+        A row for each point: share (of the second minimum, 0 to 1), loss, num_examples.
 
     Raises:
-        ValueError: why it was not measured: the network is too large, or weights or data are not at hand.
+        ValueError: with the reason, if it cannot be measured: the network is too large, or weights or data are missing.
     """
-    if (kept := directory.read_json_or_none(LINE_PATH)) is not None:
-        return kept
+    if (line := directory.read_json_or_none(LINE_PATH)) is not None:
+        return line
     config, minima = Config.from_dict(record["config"]), record["stages"]["rounds"][-1]["minima"][:2]
     folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
     if len(folders) < 2:
         raise ValueError("there is only one minimum")
     if record["model"]["num_parameters"] > _MOST_PARAMETERS:
-        raise ValueError(f"it is for networks of up to {_MOST_PARAMETERS:,} parameters, as it costs forward passes")
+        raise ValueError(f"it costs forward passes, so only networks of up to {_MOST_PARAMETERS:,} parameters have it")
     if config.data.name not in DATA_NAMES:
-        raise ValueError(f"it is measured on data that load at once: {', '.join(DATA_NAMES)}")
+        raise ValueError(f"it is measured only on data that load quickly: {', '.join(DATA_NAMES)}")
     if not all(directory.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
-    from raysubset.data import load_full_set  # with torch, for seconds: what is refused or kept needs none
+    from raysubset.data import load_full_set  # loads torch, which takes seconds: refusals and kept lines need none
     from raysubset.identity import identify
     from raysubset.models import averaged_names, new_model
     from raysubset.training import evaluate, recompute_batch_norm
@@ -48,8 +48,8 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     config = config.with_overrides({"data.download": False})
     full_set = load_full_set(*config.learned)
     identity = identify([config], {config.learned: full_set}, None)
-    if found := identity.changed(directory.read_identity() or identity):
-        raise ValueError("; ".join(found))
+    if changes := identity.changed(directory.read_identity() or identity):
+        raise ValueError("; ".join(changes))
     model = new_model(config.model, full_set)
     files = minima[0]["files"] | minima[1]["files"]
     first, second = (directory.read_weights(weights_path(folder), files) for folder in folders)
@@ -73,5 +73,5 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
 
 
 def _spread(num: int) -> np.ndarray:
-    """Positions of up to 1000 of so many examples, evenly apart, as a split may be sorted."""
+    """Return positions of up to 1000 of `num` examples, evenly spaced, as a split may be sorted."""
     return np.linspace(0, num - 1, min(num, _MOST_EXAMPLES)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What lies in a storage path: runs, sweeps and comparisons, each in a row, with what they came to and cost."""
+"""List the runs, sweeps and comparisons in a storage path, with their results and costs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,26 +31,26 @@ class Entry:
 
     name: str
     uri: str
-    kind: str  # "run", "sweep", "comparison"; "?" where that cannot be read
+    kind: str  # "run", "sweep", "comparison"; "?": it cannot be read
     state: State
-    result: str = ""  # of a run its quality on the test split, of a sweep the best on validation data, the verdict
+    result: str = ""  # a run's quality on the test split, a sweep's best on validation data, a comparison's verdicts
     passes: float | None = None  # in total
     wall_s: float | None = None
-    began_at: float | None = None  # unix s, of its first driver
+    began_at: float | None = None  # start of its first driver, unix s
     flaw: str = ""  # why it is damaged
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the entry as a dict, ready for JSON."""
         return asdict(self)
 
 
 def list_runs(storage_path: str) -> tuple[list[Entry], int]:
-    """What lies in a storage path, the newest last; and how many other folders do. Nothing is changed.
+    """Return the entries of a storage path, the newest last, and the number of other folders. Nothing is changed.
 
-    A file or two of each directory are read, many at a time. One that cannot be read is an entry that says so.
+    One or two files of each directory are read, many at a time. A directory that cannot be read is a damaged entry.
 
     Raises:
-        ValueError: where there is no such folder, or it cannot be read.
+        ValueError: if the folder does not exist or cannot be read.
     """
     shown = RunDirectory(storage_path, "").shown_storage_path
     try:
@@ -59,21 +59,20 @@ def list_runs(storage_path: str) -> tuple[list[Entry], int]:
         raise ValueError(f"{shown} is no folder: give a storage path that holds run directories") from error
     except OSError as error:
         raise ValueError(f"cannot read {shown}: {first_line(error)}; give a storage path that you may read") from error
-    entries = at_once(_entry, directories)
-    found = [entry for entry in entries if entry is not None]
-    found.sort(key=lambda entry: (entry.began_at is not None, entry.began_at or 0.0, entry.name))
-    return found, len(entries) - len(found)
+    entries = [entry for entry in at_once(_entry, directories) if entry is not None]
+    entries.sort(key=lambda entry: (entry.began_at is not None, entry.began_at or 0.0, entry.name))
+    return entries, len(directories) - len(entries)
 
 
 def _entry(directory: RunDirectory) -> Entry | None:
-    """The directory's row; None where it is none of ours."""
+    """Return the directory's entry; None if raysubset did not write it."""
     kind, about = "?", (directory.name, directory.uri)
     try:
         files = set(directory.list())
-        kept = next((path for path in _KINDS if path in files), None)
-        if kept is not None:
-            kind = _KINDS[kept]
-            return _done(about, kind, directory.read_json(kept))
+        path = next((path for path in _KINDS if path in files), None)
+        if path is not None:
+            kind = _KINDS[path]
+            return _done(about, kind, directory.read_json(path))
         if CONFIG_PATH not in files:
             return None
         config = directory.read_config()
@@ -103,7 +102,7 @@ def _done(about: tuple[str, str], kind: str, record: Record) -> Entry:
 
 
 def listing_section(storage_path: str, entries: Sequence[Entry], num_others: int) -> Section:
-    """The table that `raysubset ls` prints."""
+    """Return the table that `raysubset ls` prints."""
     rows = tuple(
         (
             entry.name,
@@ -118,9 +117,9 @@ def listing_section(storage_path: str, entries: Sequence[Entry], num_others: int
     )
     lines = []
     if any(entry.state == "stopped" for entry in entries):
-        lines.append("What has stopped resumes by its command, which raysubset report DIRECTORY tells.")
+        lines.append("The command that raysubset report DIRECTORY shows resumes what has stopped.")
     if num_others:
-        lines.append(f"{num_others} other folders are none of raysubset's.")
+        lines.append(f"{num_others} other folders are not raysubset's.")
     if not rows:
         return Section(f"{storage_path} holds no run", lines=tuple(lines))
     columns = ("name", "", "state", "result", "passes", "wall s", "begun")

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network: what a Page holds, and how it is written down."""
+"""Write a report as one HTML file that needs no network."""
 
 import base64
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Page:
     title: str
     verdict: tuple[Line, ...]  # the result in a sentence or two, on top
     sections: tuple[Section, ...]
-    story: Section | None = None  # what stands beside the verdict: findings, and the one plot that tells most
-    facts: tuple[tuple[str, str], ...] = ()  # what was run, on what, when, by which version
+    story: Section | None = None  # beside the verdict: the findings and the most important plot
+    facts: tuple[tuple[str, str], ...] = ()  # names and values: method, data, time, versions
 
 
 def write_file(page: Page, path: str) -> str:
-    """Write a page to a file of this machine; the file."""
+    """Write a page to a local file; return its path."""
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(to_html(page), encoding="utf-8")
@@ -30,7 +30,7 @@ def write_file(page: Page, path: str) -> str:
 
 
 def to_html(page: Page) -> str:
-    """One file: style, plots and pictures inside; every text escaped."""
+    """Return the page as HTML, with its style, plots and pictures inside and every text escaped."""
     import jinja2
 
     environment = jinja2.Environment(

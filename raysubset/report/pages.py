@@ -1,4 +1,4 @@
-"""The page of a run, comparison or sweep: its sections, with what only its directory tells."""
+"""Build the page of a run, comparison or sweep: its report's sections, and more from files in its directory."""
 
 import dataclasses
 import time
@@ -28,8 +28,8 @@ def write_page(directory: RunDirectory, record: Record) -> str:
     Returns:
         The page's path or URI.
     """
-    make = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
-    directory.write_bytes(PAGE_PATH, to_html(make(directory, record)).encode())
+    build = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
+    directory.write_bytes(PAGE_PATH, to_html(build(directory, record)).encode())
     return _below(directory, PAGE_PATH)
 
 
@@ -40,7 +40,7 @@ def _below(directory: RunDirectory, path: str) -> str:
 
 def _run_page(directory: RunDirectory, record: Record) -> Page:
     beside = find_beside(record)
-    top, (told, following) = result(record, beside), what_follows(record, beside)
+    top, (findings, next_steps) = result(record, beside), what_follows(record, beside)
     parts: list[Section] = []
     for section in measured(record):
         if section.title.startswith("Aggregation"):
@@ -51,14 +51,14 @@ def _run_page(directory: RunDirectory, record: Record) -> Page:
     works = Ledger(directory).read()
     if works:
         parts.append(_time_line(directory, works))
-        parts += [bad] if (bad := troubles({"": works})) else []
-    story = dataclasses.replace(told, plots=top.plots)
+        parts += [section] if (section := troubles({"": works})) else []
+    story = dataclasses.replace(findings, plots=top.plots)
     facts = (*_run_facts(record), *_facts(directory, record))
-    return Page(f"Run {record['name']}", top.lines, (following, *parts), story, facts)
+    return Page(f"Run {record['name']}", top.lines, (next_steps, *parts), story, facts)
 
 
 def _with_line(directory: RunDirectory, record: Record, section: Section) -> Section:
-    """The section on the aggregation with the line between two minima, or why that was not measured."""
+    """Add the line between two minima to the section on the aggregation, or the reason why it was not measured."""
     minima = record["stages"]["rounds"][-1]["minima"]
     if len(minima) < 2:
         return section
@@ -67,17 +67,17 @@ def _with_line(directory: RunDirectory, record: Record, section: Section) -> Sec
     except ValueError as error:
         text = f"The straight line between two minima was not measured: {error}."
         return dataclasses.replace(section, lines=(*section.lines, text))
-    drawn = line_plot(record, line, [minimum["subset_id"] for minimum in minima[:2]])
-    return dataclasses.replace(section, plots=(*section.plots, drawn))
+    plot = line_plot(record, line, [minimum["subset_id"] for minimum in minima[:2]])
+    return dataclasses.replace(section, plots=(*section.plots, plot))
 
 
 def _time_line(directory: RunDirectory, works: Sequence[Work], lines: Sequence[str] = ()) -> Section:
-    """What was done when and where; with the times in which Ray or its processes started and ended."""
+    """Show what was done when and where, and the times in which Ray or its processes started and ended."""
     sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions", ())
     gaps = pauses(works, sessions)
     wall, idle = (sum(values) for values in ([s["wall_s"] for s in sessions], [g.ended - g.begun for g in gaps]))
-    told = [f"Of {wall:.1f} s, nothing was at work in {idle:.1f}: Python, Ray and its processes started or ended."]
-    return Section("Time line", lines=(*(told if gaps else ()), *lines), plots=(time_line(works, gaps),))
+    text = f"Of {wall:.1f} s, nothing was at work in {idle:.1f}: Python, Ray and its processes started or ended."
+    return Section("Time line", lines=(*((text,) if gaps else ()), *lines), plots=(time_line(works, gaps),))
 
 
 def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
@@ -93,7 +93,7 @@ def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def _facts(directory: RunDirectory, record: Record) -> Iterator[tuple[str, str]]:
-    """Where it lies, when it ran, by which versions and command."""
+    """Yield the directory, the start, the duration and the versions."""
     yield "directory", record["uri"]
     environment: dict[str, Any] = record.get("environment") or directory.read_json_or_none(ENVIRONMENT_PATH) or {}
     if "started_at" in environment:
@@ -123,18 +123,18 @@ def _comparison_page(directory: RunDirectory, record: Record) -> Page:
 
 
 def _legs(directory: RunDirectory, record: Record) -> Iterator[Section]:
-    """How the arms trained, and what was done when and where; nothing of legs that were not kept."""
+    """Show how the arms trained, and what was done when and where; legs that were not kept are left out."""
     if "legs" not in record:
-        line = "Made by a version that did not note which legs an arm consists of: the same command again adds that."
+        line = "An earlier version wrote this, without the legs of each arm: the same command again adds them."
         yield Section("Training", lines=(line,))
-    elif drawn := training_of_arms(record, partial(leg_records, directory)):
-        yield Section("Training", plots=(drawn,))
+    elif plot := training_of_arms(record, partial(leg_records, directory)):
+        yield Section("Training", plots=(plot,))
     if ledgers := leg_works(directory):
-        works = [work for own in ledgers.values() for work in own]
-        more = ": tuning too, and arms that are compared no more. Reading the test split is not shown"
+        works = [work for ledger in ledgers.values() for work in ledger]
+        more = ": tuning too, and arms that are no longer compared. Reading the test split is not shown"
         yield _time_line(directory, works, list(work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more)))
-        if bad := troubles(ledgers):
-            yield bad
+        if section := troubles(ledgers):
+            yield section
 
 
 def _sweep_page(directory: RunDirectory, record: Record) -> Page:
@@ -147,22 +147,22 @@ def _sweep_page(directory: RunDirectory, record: Record) -> Page:
 
 
 def _trials(directory: RunDirectory, record: Record) -> Iterator[Section]:
-    """How the settings trained, and what was done when and where; with the trials of which that is not known."""
-    names = {trial["name"]: trial["state"] for trial in record["trials"]}
-    found, ledgers = trial_records(directory, list(names)), trial_works(directory, list(names))
-    drawn = training_of_settings(record, found)
-    states = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in names.items()}
-    without = ", ".join(told for name, told in states.items() if name not in found)
-    yield Section("Training", lines=(f"Left out: {without}.",) if without else (), plots=(drawn,) if drawn else ())
-    works = [work for own in ledgers.values() for work in own]
-    num = sum(name in ledgers for name in names)
+    """Show how the settings trained, and what was done when and where; name the trials of which that is not known."""
+    states = {trial["name"]: trial["state"] for trial in record["trials"]}
+    records, ledgers = trial_records(directory, list(states)), trial_works(directory, list(states))
+    plot = training_of_settings(record, records)
+    texts = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in states.items()}
+    left_out = ", ".join(text for name, text in texts.items() if name not in records)
+    yield Section("Training", lines=(f"Left out: {left_out}.",) if left_out else (), plots=(plot,) if plot else ())
+    works = [work for ledger in ledgers.values() for work in ledger]
+    num = sum(name in ledgers for name in states)
     of = f"{num:,} trial{'s' * (num != 1)}" + (" and the trunks they share" if len(ledgers) > num else "")
     lines = list(work_lines(ledgers, of=of)) if works else []
-    if without := ", ".join(name for name in names if name not in ledgers):
-        lines.append(f"No work is noted of {without}.")
+    if without := ", ".join(name for name in states if name not in ledgers):
+        lines.append(f"No work is recorded for {without}.")
     yield _time_line(directory, works, lines) if works else Section("Time line", lines=tuple(lines))
-    if bad := troubles(ledgers, of="trial"):
-        yield bad
+    if section := troubles(ledgers, of="trial"):
+        yield section
 
 
 def _values(values: Any) -> str:

@@ -1,5 +1,4 @@
-"""What a report consists of, for the terminal and the page alike: sections of tables and lines, with plots and
-pictures."""
+"""Define a report's parts, for the terminal and the page alike: sections of tables, lines, plots and pictures."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ _NARROW, _COLUMN_GAP = 84, 2  # characters of half of a wide page, and between c
 
 
 class Preformatted(str):
-    """A text that is shown as it stands, with its spaces and line breaks."""
+    """A text that is shown with its spaces and line breaks."""
 
 
 class Command(Preformatted):
@@ -35,7 +34,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A table, lines of text, or a table with lines below it; on the page with its plots and pictures."""
+    """A table, lines of text, or both; the page adds the plots and pictures."""
 
     title: str
     columns: tuple[str, ...] = ()
@@ -44,22 +43,22 @@ class Section:
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
-    @cached_property  # a page asks at each cell
+    @cached_property  # a page reads it for each cell
     def numeric(self) -> frozenset[int]:
-        """The columns that hold numbers alone, and so are set flush right."""
+        """Return the columns that hold only numbers, and so are aligned right."""
         columns = enumerate(zip(*self.rows, strict=True))
         return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
 
     @property
     def has_wide_table(self) -> bool:
-        """Whether the table wants more than half of a wide page."""
+        """Return True if the table needs more than half of a wide page."""
         cells = zip(self.columns, *self.rows, strict=True)
         widths = (_COLUMN_GAP + max(min(len(cell), 30) for cell in column) for column in cells)
         return sum(widths) > _NARROW
 
     @property
     def is_wide(self) -> bool:
-        """Whether it wants the whole width of a page."""
+        """Return True if the section needs the whole width of a page."""
         return self.has_wide_table or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
 
 

@@ -1,5 +1,5 @@
-"""What the final model makes of the test split, from what its run left of it: scores by class and the confusion
-matrix, some images and masks that are wrong, residuals of a regression, texts."""
+"""Report the final model's predictions on the test split, from the run's files: scores by class and the confusion
+matrix, some wrong images and masks, residuals of a regression, and texts."""
 
 import io
 import math
@@ -13,16 +13,16 @@ from raysubset.report.figures import Record
 from raysubset.report.parts import Picture, Preformatted, Section
 from raysubset.run_directory import MISTAKES_PATH, MODEL_RECORD_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
 
-MOST_CLASSES = 20  # of a matrix that can be read
+MOST_CLASSES = 20  # in a matrix that can still be read
 _MOST_PAIRS = 12
-_LEAST_SIDE = 56  # pixels of an example on the page, by whole multiples of its own
+_LEAST_SIDE = 56  # pixels of an example on the page, which enlarges it by a whole number
 _MOST_OUTPUTS = 6  # of a regression that are drawn
-_MOST_POINTS = 1000  # of each
+_MOST_POINTS = 1000  # for each of them
 _MOST_WORST = 10
 
 
 def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
-    """By what the run's task left of its test examples."""
+    """Yield the sections for which the run's task wrote predictions, mistakes or samples."""
     predictions, mistakes = (
         directory.read_table(path) if directory.exists(path) else pa.table({})
         for path in (PREDICTIONS_PATH, MISTAKES_PATH)
@@ -34,15 +34,15 @@ def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
         yield worst_predictions(predictions, outputs)
     if "mask" in mistakes.column_names and len(mistakes) and model:
         lines = ("The image, its mask and the predicted one; grey is not counted.",)
-        drawn = masks(mistakes, model["task"]["inputs"]["image_shape"])
-        yield Section("Masks it gets wrong", lines=lines, pictures=tuple(drawn))
+        images = masks(mistakes, model["task"]["inputs"]["image_shape"])
+        yield Section("Masks it gets wrong", lines=lines, pictures=tuple(images))
     if samples := directory.read_json_or_none(SAMPLES_PATH):
         texts = (Preformatted(f"{sample['prompt']}│{sample['text']}") for sample in samples)
-        yield Section("What it writes", lines=("The final model goes on from what stands before │.", *texts))
+        yield Section("What it writes", lines=("The final model continues the text before │.", *texts))
 
 
 def _class_names(model: Record) -> Sequence[str]:
-    """Those of a classifier, by what model.json says."""
+    """Return a classifier's class names from model.json; () for other models."""
     return model.get("class_names") or model.get("task", {}).get("class_names") or ()
 
 
@@ -59,17 +59,17 @@ def _mistaken_classes(
         yield confused_pairs(counts, names)
     if image_shape and "image" in mistakes.column_names and (shown := pictures(mistakes, image_shape, names)):
         lines = (
-            f"{len(shown)} of {wrong:,}: those where the predicted class's output exceeds the label's by most. Some "
+            f"{len(shown)} of {wrong:,}: those whose output for the predicted class exceeds the label's by most. Some "
             "labels may be wrong.",
         )
         yield Section("Examples it gets wrong", lines=lines, pictures=tuple(shown))
 
 
 def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
-    """Recall, precision and F1 of each class on the test split; of many classes those with the least F1.
+    """Return recall, precision and F1 of each class on the test split; of many classes those with the least F1.
 
     Args:
-        counts: confusion()'s.
+        counts: what confusion() returns.
     """
     right, of_label, of_prediction = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     recall, precision = (
@@ -99,14 +99,14 @@ def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
 
 
 def confusion(predictions: pa.Table, num_classes: int) -> np.ndarray:
-    """int64 [num_classes, num_classes]: test examples by label (rows) and predicted class (columns)."""
+    """Count test examples by label (rows) and predicted class (columns): int64 [num_classes, num_classes]."""
     labels, predicted = (predictions.column(name).to_numpy() for name in ("label", "predicted"))
     counts = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
 def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
-    """The matrix with its numbers; the right ones green, the wrong ones red, darker where there are more."""
+    """Draw the matrix with its numbers, right ones green and wrong ones red, darker for larger numbers."""
     num, names = len(counts), [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
     side = 400 if num <= 10 else 640
     chart = Chart("predicted", "label", size=(side, side * 0.92))
@@ -126,7 +126,7 @@ def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
 
 
 def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
-    """The classes most often taken for one another, where there are too many for a matrix."""
+    """Return the classes most often taken for one another, if there are too many for a matrix."""
     wrong = counts - np.diag(counts.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
     cells = [(int(cell) // len(counts), int(cell) % len(counts)) for cell in order]
@@ -140,68 +140,68 @@ def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
 
 
 def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
-    """The examples of a classifier's test_mistakes.parquet."""
-    found = []
+    """Return pictures of the examples in a classifier's test_mistakes.parquet."""
+    mistaken = []
     for row in mistakes.to_pylist():
         pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape)
-        found.append(_picture(pixels, f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"))
-    return found
+        mistaken.append(_picture(pixels, f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"))
+    return mistaken
 
 
 def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
-    """The examples of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side.
+    """Return pictures of a segmenter's test_mistakes.parquet: the image, its mask and the predicted one, side by side.
 
     Args:
         mistakes: columns image, mask and predicted, lists of the values in the order of rows and columns.
         image_shape: (H, W, C).
     """
-    found = []
+    mistaken = []
     for row in mistakes.to_pylist():
-        own = _in_colour(np.array(row["image"], dtype=np.uint8).reshape(*image_shape))
+        image = _in_colour(np.array(row["image"], dtype=np.uint8).reshape(*image_shape))
         mask, predicted = (np.array(row[name]).reshape(*image_shape[:2]) for name in ("mask", "predicted"))
         gap = np.full((len(mask), max(1, mask.shape[1] // 16), 3), 255, dtype=np.uint8)
         truth, guess = (_MASK_COLOURS[classes % 256] for classes in (mask, predicted))
-        pixels = np.concatenate([own, gap, truth, gap, guess], axis=1)
-        found.append(_picture(pixels, f"{np.mean(mask != predicted):.1%} of its pixels differ", of=3))
-    return found
+        pixels = np.concatenate([image, gap, truth, gap, guess], axis=1)
+        mistaken.append(_picture(pixels, f"{np.mean(mask != predicted):.1%} of its pixels differ", num_parts=3))
+    return mistaken
 
 
 def _mask_colours() -> np.ndarray:
-    """uint8 [256, 3]: black of class 0, a colour of each after it, grey of what is ignored: -1, -100, 255."""
+    """Return uint8 [256, 3]: black for class 0, a colour for each other, grey for ignored values (-1, -100, 255)."""
     colours = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in COLOURS], np.uint8)
-    found = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(colours, (255, 3))])
-    found[[255, 256 - 100]] = 128
-    return found
+    table = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(colours, (255, 3))])
+    table[[255, 256 - 100]] = 128
+    return table
 
 
 _MASK_COLOURS = _mask_colours()
 
 
 def _in_colour(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] of an image; of one that is not RGB, the first channel in grey."""
+    """Return an image as uint8 [H, W, 3]; if it is not RGB, its first channel in grey."""
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels[:, :, :1], 3, axis=2)
 
 
-def _picture(pixels: np.ndarray, text: str, *, of: int = 1) -> Picture:
-    """A PNG of uint8 [H, W, C], at least as wide on the page as can be seen for each of its `of` parts."""
+def _picture(pixels: np.ndarray, text: str, *, num_parts: int = 1) -> Picture:
+    """Write uint8 [H, W, C] as a PNG, wide enough on the page for each of its parts to be seen."""
     from PIL import Image
 
     channels, width = pixels.shape[2], pixels.shape[1]
     image = Image.fromarray(pixels if channels == 3 else np.ascontiguousarray(pixels[:, :, 0]))
     file = io.BytesIO()
     image.save(file, format="png")
-    return Picture(file.getvalue(), width * max(1, round(of * _LEAST_SIDE / width)), text)
+    return Picture(file.getvalue(), width * max(1, round(num_parts * _LEAST_SIDE / width)), text)
 
 
 def outputs_of(predictions: pa.Table) -> list[str]:
-    """Suffixes of the columns target… and prediction…: "" of a single output, "_0", "_1" of several; [] of others."""
+    """Return the suffixes of the columns target… and prediction…: [""] for one output, ["_0", "_1"] for two, or []."""
     names = predictions.column_names
     suffixes = [name.removeprefix("target") for name in names if name.startswith("target")]
     return [suffix for suffix in suffixes if f"prediction{suffix}" in names]
 
 
 def residuals_plot(predictions: pa.Table, outputs: Sequence[str]) -> Plot:
-    """Prediction over truth, a chart an output, with the line on which both are equal."""
+    """Draw predictions over the truth, a chart for each output, with the line on which both are equal."""
     drawn = outputs[:_MOST_OUTPUTS]
     shown = np.linspace(0, len(predictions) - 1, min(len(predictions), _MOST_POINTS)).astype(int)
     charts = []
@@ -216,13 +216,13 @@ def residuals_plot(predictions: pa.Table, outputs: Sequence[str]) -> Plot:
     left_out = len(outputs) - len(drawn)
     caption = (
         f"Predictions of the final model over the truth, {len(shown):,} of {len(predictions):,} test examples."
-        f"{f' {left_out} further outputs are left out.' if left_out else ''}"
+        f"{f' {left_out} more outputs are left out.' if left_out else ''}"
     )
     return Plot("residuals", caption, tuple(charts), is_wide=len(charts) > 1)
 
 
 def worst_predictions(predictions: pa.Table, outputs: Sequence[str]) -> Section:
-    """The test examples with the largest errors; of several outputs, in units of each target's standard deviation."""
+    """Return the test examples with the largest errors; several outputs count in their targets' standard deviations."""
     pairs = [_pair(predictions, suffix) for suffix in outputs]
     errors = np.stack([prediction - target for target, prediction in pairs], axis=1)
     spreads = np.array([np.nanstd(target) or 1.0 for target, _ in pairs]) if len(outputs) > 1 else 1.0

@@ -1,4 +1,4 @@
-"""What a user reads of a learning rate range test: a suggestion, how much it is worth, and a small curve."""
+"""Report a learning rate range test: a suggestion, how much it is worth, and a small curve."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,58 +10,60 @@ from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Command, Line, Section
 
 if TYPE_CHECKING:
-    from raysubset.training import RateRange  # which brings torch
+    from raysubset.training import RateRange  # loads torch
 
-_WIDTH = 40  # characters that the first loss is drawn as
-_HARDLY = 0.05  # of the first loss: if it falls by less, no rate was seen to work
-_AROUND = (1 / 3, 1.0, 3.0)  # of the suggestion: what a comparison is to choose from
+_WIDTH = 40  # characters of the first loss's bar
+_HARDLY = 0.05  # share of the first loss: if the loss falls by less, no rate has worked
+_AROUND = (1 / 3, 1.0, 3.0)  # times the suggestion: the rates that a comparison chooses from
 
 
 def rate_sections(
     found: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str
 ) -> list[Section]:
-    """The suggestion, and the curve.
+    """Return the sections of the suggestion and of the curve.
 
     Args:
-        config: as to_dict() gives it.
-        passes: what it cost.
-        num_examples: that it was on.
-        loss: what that is called, with its unit.
+        found: the range test's result.
+        config: what Config.to_dict() returns.
+        passes: cost of the test.
+        num_examples: examples that the test used.
+        loss: name of the loss, with its unit.
     """
     rates, losses, suggested = found.rates, found.losses, found.suggested
     least_at, ended_at = found.least_at, found.ended_at
-    end = "; the loss was falling still at the highest rate tried" if least_at == rates[-1] else ""
+    end = "; the loss was still falling at the highest rate tried" if least_at == rates[-1] else ""
     if ended_at is not None:
         end = f"; at {ended_at:.3g} it was far above that, or not finite"
-    told: Line = (
+    suggestion: Line = (
         f"--minimize.learning-rate {suggested:g} is midway, by factors, between {found.fastest_at:.3g}, where the "
         f"loss fell fastest, and {least_at:.3g}, where it was least{end}."
     )
     if _hardly_fell(found):
-        told = Note("The loss hardly fell at any rate, so that this tells nothing: see data and model", is_warning=True)
+        text = "The loss hardly fell at any rate, so there is no suggestion: check data and model"
+        suggestion = Note(text, is_warning=True)
     worth = (
         f"A rule of thumb (range test, arXiv:1506.01186): {found.steps_a_rate} step(s) at each of {len(rates)} "
-        f"rates, one after the other, on {num_examples:,} examples from the start weights. It saw no "
-        "validation data, no schedule and no later epoch, and another seed moves it. It cost "
+        f"rates, one after the other, on {num_examples:,} examples from the start weights. It used no "
+        "validation data, no schedule and no later epoch, and another seed changes it. It cost "
         f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data:"
     )
-    chosen = [f"{factor * suggested:.2g}" for factor in _AROUND]
-    beside = Command(comparison_beside(config, "--learning-rates", *chosen))
+    candidates = [f"{factor * suggested:.2g}" for factor in _AROUND]
+    beside = Command(comparison_beside(config, "--learning-rates", *candidates))
     return [
-        Section("A learning rate to begin with", lines=(told, worth, beside)),
+        Section("A learning rate to begin with", lines=(suggestion, worth, beside)),
         Section("Loss while training", ("learning rate", loss, ""), _curve(rates, losses), plots=(_plot(found, loss),)),
     ]
 
 
 def write_rates(parts: Sequence[Section], path: str, config: Mapping[str, Any]) -> str:
-    """Write rate_sections()'s page for the browser; the file."""
-    told, curve = parts
+    """Write the page of rate_sections() to a local file; return its path."""
+    suggestion, curve = parts
     facts = tuple((name, str(config[name]["name"])) for name in ("data", "model"))
-    return write_file(Page(told.title, told.lines, (curve,), facts=facts), path)
+    return write_file(Page(suggestion.title, suggestion.lines, (curve,), facts=facts), path)
 
 
 def _plot(found: "RateRange", loss: str) -> Plot:
-    """The losses over the rates, with the suggestion where the loss fell."""
+    """Draw the losses over the rates, with the suggestion if the loss fell."""
     chart = Chart("learning rate", loss, log="xy")
     chart.line(zip(found.rates, found.losses, strict=True), COLOURS[0], "while training", marker="o")
     if not _hardly_fell(found):
@@ -76,7 +78,7 @@ def _hardly_fell(found: "RateRange") -> bool:
 
 
 def _curve(rates: Sequence[float], losses: Sequence[float]) -> tuple[tuple[str, ...], ...]:
-    """A row a rate, with a bar from a little below the least loss."""
+    """Return a row for each rate, with a bar that begins a little below the least loss."""
     least = min(losses)
     lowest = least - 0.1 * (losses[0] - least)
     scale = _WIDTH / ((losses[0] - lowest) or 1.0)

@@ -1,5 +1,4 @@
-"""A finished run's record; of an unfinished one, how far it is; of a comparison's legs and a sweep's trials, what they
-left."""
+"""Read the records of finished runs, comparisons' legs and sweeps' trials, or say how far an unfinished run is."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,65 +25,66 @@ from raysubset.run_directory import (
 )
 
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
-_LEGS = "legs"  # the folder of a comparison's
-_TRIALS, _TRUNKS = "trials", "trunks"  # those of a sweep's
+_LEGS = "legs"  # a comparison's folder
+_TRIALS, _TRUNKS = "trials", "trunks"  # a sweep's folders
 _PARTS = {"sweep": (_TRIALS, (f"/{REPORT_PATH}",)), "comparison": (_LEGS, ("/minimum.json", "/aggregate.json"))}
 
 
-def at_once(read: Callable[[Any], Any], many: Iterable[Any]) -> list[Any]:
-    """read() of each, many at a time."""
+def at_once(read: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Return read(item) of each item, in their order, with many reads at a time."""
     with ThreadPoolExecutor(_NUM_READERS) as threads:
-        return list(threads.map(read, many))
+        return list(threads.map(read, items))
 
 
 def read_report(path: str) -> dict[str, Any]:
-    """report.json of a run directory, sweep.json of a sweep's, comparison.json of a comparison's; a path or a URI.
+    """Read a run's report.json, a sweep's sweep.json or a comparison's comparison.json; `path` may be a URI.
 
     Raises:
-        ValueError: if this is no run directory, one of a newer version, or the run is not finished; then with how far
-            it is and how to go on.
+        ValueError: if this is no run directory, or one of a newer version; or if the run is not finished, with how far
+            it is and how to resume it.
     """
     directory = RunDirectory.at(path)
     config = directory.read_config() if directory.exists(CONFIG_PATH) else {}
-    for kept in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
-        if directory.exists(kept):
-            return directory.read_json(kept) | {"uri": directory.uri}  # it may have been moved
+    for record_path in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
+        if directory.exists(record_path):
+            return directory.read_json(record_path) | {"uri": directory.uri}  # it may have been moved
     if not directory.exists(CONFIG_PATH):
-        what = f"it has no {CONFIG_PATH}" if directory.exists("") else "nothing is there"
-        raise ValueError(f"{directory.uri} is no run directory: {what}; give the path of one")
+        reason = f"it has no {CONFIG_PATH}" if directory.exists("") else "nothing is there"
+        raise ValueError(f"{directory.uri} is no run directory: {reason}; give the path of one")
     if (kind := config.get("kind")) in _PARTS:
         folder, files = _PARTS[kind]
         num = sum(path.endswith(files) for path in directory.list(folder, recursive=True))
-        done = f"{num} {folder} are done"
-        raise ValueError(f"the {kind} {directory.uri} is not finished: {done}. To resume, give the same command again")
+        far = f"{num} {folder} are done"
+        raise ValueError(f"the {kind} {directory.uri} is not finished: {far}. To resume, give the same command again")
     try:
         place = {"storage_path": directory.shown_storage_path}  # it may have been moved, or renamed
-        made = Config.from_dict(config | place)
+        run_config = Config.from_dict(config | place)
     except ValueError as error:
         raise ValueError(f"{CONFIG_PATH} in {directory.uri} cannot be used: {error}") from error
-    again = command(made.to_dict() | ({} if made.run_name() == directory.name else {"name": directory.name}))
-    raise ValueError(f"{directory.uri} is not finished: {_how_far(directory, made)}. To go on: {again}")
+    name = {} if run_config.run_name() == directory.name else {"name": directory.name}
+    resume = command(run_config.to_dict() | name)
+    raise ValueError(f"{directory.uri} is not finished: {_how_far(directory, run_config)}. To resume: {resume}")
 
 
 def _how_far(directory: RunDirectory, config: Config) -> str:
-    """What the directory holds of each stage, in words."""
+    """Say in words what the directory holds of each stage."""
     if config.method == "conventional":
         return _training_done(directory, "conventional") or "no stage is done"
-    done = []
+    stages = []
     if config.trunk.epochs and (trunk := _training_done(directory, "trunk")):
-        done.append(trunk)
+        stages.append(trunk)
     files = directory.list("rounds", recursive=True)
-    for round in range(len(files)):  # a round that is begun has one
-        which = f"round {round + 1} of {config.rounds.num}"
+    for round in range(len(files)):  # each round that was begun has a file
+        name = f"round {round + 1} of {config.rounds.num}"
         minima = [path for path in files if path.startswith(f"rounds/{round:04d}/") and path.endswith("/minimum.json")]
         if aggregate_path(round) in files:
             if aggregate_path(round + 1) not in files:
-                done.append(f"{which} done")
+                stages.append(f"{name} done")
         elif minima:
-            done.append(f"{which} has {len(minima)} minima and no aggregate")
-    if tuned := _training_done(directory, "fine_tuning"):
-        done.append(tuned)
-    return ", ".join(done) or "no stage is done"
+            stages.append(f"{name} has {len(minima)} minima and no aggregate")
+    if fine_tuning := _training_done(directory, "fine_tuning"):
+        stages.append(fine_tuning)
+    return ", ".join(stages) or "no stage is done"
 
 
 def _training_done(directory: RunDirectory, stage: str) -> str:
@@ -95,19 +95,19 @@ def _training_done(directory: RunDirectory, stage: str) -> str:
 
 
 def leg_works(directory: RunDirectory) -> dict[str, list[Work]]:
-    """The ledgers of a finished comparison's legs by their names, tuning's too; none where it was moved without them.
+    """Return the ledgers of a finished comparison's legs by name, with tuning's; {} if they were not kept.
 
-    What still claims to run was lost with a driver: nothing runs any more.
+    Work recorded as running was lost with a driver: nothing runs any more.
     """
     paths = [path for path in directory.list(_LEGS, recursive=True) if "/ledger/" in path]
-    found: dict[str, list[Work]] = defaultdict(list)
+    works: dict[str, list[Work]] = defaultdict(list)
     for path, record in _read({path: path for path in paths}, directory).items():
-        found[path.split("/")[1]].append(_ended(Work.from_dict(record)))
-    return dict(found)
+        works[path.split("/")[1]].append(_ended(Work.from_dict(record)))
+    return dict(works)
 
 
 def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:
-    """The JSON files that are there, by the keys of their paths."""
+    """Read the JSON files that exist, by the keys of their paths."""
     records = at_once(directory.read_json_or_none, paths.values())
     return {key: record for key, record in zip(paths, records, strict=True) if record is not None}
 
@@ -117,10 +117,10 @@ def _ended(work: Work) -> Work:
 
 
 def leg_records(directory: RunDirectory, legs: Record) -> dict[str, Record]:
-    """What some legs of a comparison came to, by their names: minimum.json, or aggregate.json; those that are there.
+    """Read the existing records of some legs of a comparison by name: minimum.json or aggregate.json.
 
     Args:
-        legs: those of comparison.json's `legs` that are wanted.
+        legs: a part of comparison.json's `legs`.
     """
     return _read({key: f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()}, directory)
 
@@ -135,14 +135,14 @@ def _leg_path(leg: Record) -> str:
 
 
 def trial_records(directory: RunDirectory, names: Sequence[str]) -> dict[str, Record]:
-    """The reports of a sweep's trials by their names; of those that have one."""
+    """Read the existing reports of a sweep's trials, by name."""
     return _read({name: f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names}, directory)
 
 
 def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:
-    """The ledgers of a finished sweep's trials and of the trunks they share, by their names; none that is not there.
+    """Return the existing ledgers of a finished sweep's trials and of the trunks they share, by name.
 
-    A shared trunk's work, which stands in each trial's ledger too, is the trunk's alone.
+    A shared trunk's work is also in each trial's ledger; it is returned for the trunk only.
     """
     trunks = dict.fromkeys(path.split("/")[1] for path in directory.list(_TRUNKS, recursive=True))
     places = [*((_TRUNKS, name) for name in trunks), *((_TRIALS, name) for name in names)]
@@ -154,9 +154,9 @@ def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list
         except CorruptFile:
             return []
 
-    found, told = {}, set()
+    ledgers, trunk_works = {}, set()
     for (_, name), works in zip(places, at_once(read, places), strict=True):
-        if own := [work for work in works if work not in told]:
-            found[name] = own
-            told.update(work for work in own if work.stage == "trunk")
-    return found
+        if own_works := [work for work in works if work not in trunk_works]:
+            ledgers[name] = own_works
+            trunk_works.update(work for work in own_works if work.stage == "trunk")
+    return ledgers

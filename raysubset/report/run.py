@@ -1,4 +1,4 @@
-"""What a user reads of a finished run: the result, its recipe, what each stage reached and cost, what this tells."""
+"""Report a finished run: the result, its recipe, the results and costs of each stage, and the findings."""
 
 import math
 from collections import Counter
@@ -41,24 +41,23 @@ MOST_ROWS = 12  # minima or rounds that get a row each
 
 
 def sections(record: Record, beside: Beside | None = None) -> list[Section]:
-    """What a user reads of a finished run.
+    """Return the sections of a finished run's report.
 
     Args:
-        beside: what lies in the same storage path to hold it against: find_beside().
+        beside: what find_beside() found in the same storage path, to compare the run with.
     """
     beside = beside or Beside()
-    told, following = what_follows(record, beside)
-    return [result(record, beside), *measured(record), told, following]
+    return [result(record, beside), *measured(record), *what_follows(record, beside)]
 
 
 def what_follows(record: Record, beside: Beside) -> tuple[Section, Section]:
-    """What this tells, and what to run next."""
-    told = Section("What this tells", lines=tuple(findings(record)))
-    return told, Section("Next", lines=tuple(next_commands(record, beside)))
+    """Return the sections of the findings and of the commands to run next."""
+    what_it_tells = Section("What this tells", lines=tuple(findings(record)))
+    return what_it_tells, Section("Next", lines=tuple(next_commands(record, beside)))
 
 
 def measured(record: Record) -> Iterator[Section]:
-    """The tables, each with its plots, in the order of the stages."""
+    """Yield the tables, each with its plots, in the order of the stages."""
     rounds = record["stages"].get("rounds") or []
     yield recipe(record)
     yield _final_model(record)
@@ -77,7 +76,7 @@ def _drawn(*plots: Plot | None) -> tuple[Plot, ...]:
     return tuple(plot for plot in plots if plot is not None)
 
 
-_OF_A_STAGE = {  # what the recipe's table says of every stage, by the fields of its MinimizeConfig
+_OF_A_STAGE = {  # rows of the recipe's table that every stage has, by the fields of its MinimizeConfig
     "optimizer": "optimizer",
     "epochs": "epochs",
     "batch_size": "batch size",
@@ -87,15 +86,15 @@ _OF_A_STAGE = {  # what the recipe's table says of every stage, by the fields of
 
 
 def recipe(record: Record) -> Section:
-    """How each stage minimized, and the command that does it again."""
+    """Show how each stage minimized, and the command that does it again."""
     if (config := _config(record)) is None:
-        text = "the config is not one of this version, so that how stages minimized is not told."
+        text = "this version cannot read the config, so the stages' recipes are not shown."
         return Section("Recipe", lines=(Note(text, is_warning=True),))
     stages = record["stages"]
     rounds = stages.get("rounds") or []
     columns: dict[TrainingStage, str] = {}
-    every: tuple[TrainingStage, ...] = ("conventional", "trunk", "subsets", "fine_tuning")
-    for stage in every:
+    all_stages: tuple[TrainingStage, ...] = ("conventional", "trunk", "subsets", "fine_tuning")
+    for stage in all_stages:
         if stages.get("rounds" if stage == "subsets" else stage):
             columns[stage] = stage.replace("_", " ")
     recipes: dict[TrainingStage, dict[str, Any]] = {}
@@ -105,15 +104,15 @@ def recipe(record: Record) -> Section:
     rows = [(name, *(_setting(recipes[stage][key]) for stage in columns)) for key, name in _OF_A_STAGE.items()]
     rates = {
         stage: config.stage(stage, epochs=1.0).peak_learning_rate()
-        if own["learning_rate"] or ":" not in own["optimizer"]
+        if recipe["learning_rate"] or ":" not in recipe["optimizer"]
         else None
-        for stage, own in recipes.items()
+        for stage, recipe in recipes.items()
     }
     rows.insert(1, ("learning rate, peak", *("its own" if rate is None else f"{rate:g}" for rate in rates.values())))
-    ordinary = flatten(asdict(MinimizeConfig()))
-    for key, usual in ordinary.items():
+    defaults = flatten(asdict(MinimizeConfig()))
+    for key, default in defaults.items():
         values = [recipes[stage][key] for stage in columns]
-        if key not in (*_OF_A_STAGE, "learning_rate") and any(value != usual for value in values):
+        if key not in (*_OF_A_STAGE, "learning_rate") and any(value != default for value in values):
             rows.append((key.replace("_", " "), *map(_setting, values)))
     num_train = record["data"]["num_train"]
     sizes = sorted({minimum["num_examples"] for minimum in rounds[-1]["minima"]}) if rounds else [0]
@@ -128,13 +127,12 @@ def recipe(record: Record) -> Section:
     rows.append(("workers", *(workers[stage] for stage in columns)))
     if len(rounds) > 1:
         rows.append(("rounds", *(str(len(rounds)) if stage == "subsets" else "1" for stage in columns)))
-    line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh makes it anew):"
-    again = Command(command(record["config"]))
-    return Section("Recipe", ("", *columns.values()), tuple(rows), (line, again))
+    line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh starts over):"
+    return Section("Recipe", ("", *columns.values()), tuple(rows), (line, Command(command(record["config"]))))
 
 
 def _config(record: Record) -> Config | None:
-    """None of what this version cannot read: the results stand all the same."""
+    """Return the run's config; None if this version cannot read it: the rest of the report does not need it."""
     try:
         return Config.from_dict(record["config"])
     except ValueError:
@@ -146,7 +144,7 @@ def _setting(value: Any) -> str:
 
 
 def result(record: Record, beside: Beside) -> Section:
-    """The result in a sentence, and against what it is held; with its story."""
+    """State the result in a sentence, compare it with what lies beside the run, and draw its story."""
     test, cost, model = record["test"], record["cost"], record["model"]
     sentence = (
         f"Test {_counted(test, quality_of(record))}, loss {_number(test['loss'])}, with {model['name']} of "
@@ -167,15 +165,15 @@ def _final_model(record: Record) -> Section:
         )
     )
     lines = list(map(Note.from_json, record["data"]["notes"]))
-    if others := list(_other_values(record["test"], quality)):
-        lines.insert(0, Note(f"On test data also: {', '.join(others)}."))
+    if values := list(_other_values(record["test"], quality)):
+        lines.insert(0, Note(f"On test data also: {', '.join(values)}."))
     error = "" if standard_error(record["test"], quality) is None else " ± standard error"
     columns = ("on", "examples", "loss", f"{quality.heading}{error}")
     return Section("Final model", columns, rows, tuple(lines))
 
 
 def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
-    """What the metrics tell beside loss, quality, sums and errors: 'rmse 53.2'."""
+    """Yield the metrics other than loss, quality, sums and errors: 'rmse 53.2'."""
     for key, value in metrics.items():
         is_known = key in ("loss", quality.name) or key.startswith("num_") or key.endswith(("_sum", "_error"))
         if isinstance(value, int | float) and not is_known:
@@ -186,35 +184,35 @@ def _stages(record: Record) -> Section:
     stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
     cost = {row["stage"]: row for row in record["cost"]["stages"]}
     rows: list[tuple[str, ...]] = []
-    measured = ("loss", quality.name)
+    keys = ("loss", quality.name)
 
-    def add(name: str, training: Any, validation: Any, costs: str | None = None) -> None:
-        paid = ("",) * 5
-        if costs in cost:
-            row = cost[costs]
-            paid = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
-            paid += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
-            paid += (
+    def add(name: str, training: Any, validation: Any, stage: str | None = None) -> None:
+        costs = ("",) * 5
+        if stage in cost:
+            row = cost[stage]
+            costs = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
+            costs += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
+            costs += (
                 f"{row['passes'] * record['data']['num_train'] / row['device_s']:,.0f}" if row["device_s"] else "",
             )
-        rows.append((name, *_pair(training, quality), *_pair(validation, quality), *paid))
+        rows.append((name, *_pair(training, quality), *_pair(validation, quality), *costs))
 
     for stage in ("conventional", "trunk"):
         if work := stages.get(stage):
             add(stage, work["training"], work["validation"], stage)
     if rounds:
-        minima, made = rounds[-1]["minima"], rounds[-1]["aggregation"]
+        minima, aggregation = rounds[-1]["minima"], rounds[-1]["aggregation"]
         count = "" if len(minima) == 1 else f", mean of {len(minima)}"
         splits = [[minimum[split] for minimum in minima] for split in ("training", "validation")]
-        training, validation = (mean_metrics(own, quality) for own in splits)
+        training, validation = (mean_metrics(metrics, quality) for metrics in splits)
         add(f"subsets{count}", training, validation, "subsets")
         if len(minima) > 1:
             for name, pick in (("least", min), ("greatest", max)):
-                training, validation = ({k: pick(finite(one[k]) for one in own) for k in measured} for own in splits)
+                training, validation = ({k: pick(finite(m[k]) for m in metrics) for k in keys} for metrics in splits)
                 add(f"  {name}", training, validation)
-        add(f"aggregate, {made['method']}", made["training"], made["validation"], "aggregation")
+        add(f"aggregate, {aggregation['method']}", aggregation["training"], aggregation["validation"], "aggregation")
         if len(minima) > 1:
-            add("  ensemble, for reference", None, made["ensemble"])
+            add("  ensemble, for reference", None, aggregation["ensemble"])
     if work := stages.get("fine_tuning"):
         add("fine_tuning", work["training"], work["validation"], "fine_tuning")
     add("test", None, None, "test")
@@ -223,7 +221,7 @@ def _stages(record: Record) -> Section:
     lines = [
         "A pass is forward and backward over as many examples as the training set has, forward alone "
         f"{record['model']['forward_share']:.2f} of one in this network. "
-        "Critical path: if every subset had a device of its own; of n workers each makes 1/n. Examples/s: of a device, "
+        "Critical path: if every subset had a device of its own; of n workers each does 1/n. Examples/s: of a device, "
         "forward and backward, evaluation counted by its share, start-up of a stage's processes included."
     ]
     if rounds:
@@ -232,7 +230,7 @@ def _stages(record: Record) -> Section:
             "without augmentation."
         )
     if len(rounds) > 1:
-        lines.insert(0, f"Costs are of all rounds, what was measured is of round {len(rounds)}.")
+        lines.insert(0, f"Costs are of all rounds, losses and qualities of round {len(rounds)}.")
     columns = ("stage", "training loss", quality.heading, "validation loss", quality.heading, "passes", "critical path")
     columns += ("device s", "wall s", "examples/s")
     return Section("Stages", columns, tuple(rows), tuple(lines), _drawn(training_curves(record)))
@@ -240,24 +238,24 @@ def _stages(record: Record) -> Section:
 
 def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
     rows, quality = [], quality_of(record)
-    measured = [round for round in rounds if round["aggregation"]["validation"]]
-    for round in measured[-MOST_ROWS:]:
-        made = round["aggregation"]
+    measured_rounds = [round for round in rounds if round["aggregation"]["validation"]]
+    for round in measured_rounds[-MOST_ROWS:]:
+        aggregation = round["aggregation"]
         rows.append(
             (
                 f"{round['round'] + 1}",
-                _number(made["mean_member_loss"]),
-                quality.cell(made[f"mean_member_{quality.name}"]),
-                *_pair(made["ensemble"], quality),
-                *_pair(made["validation"], quality),
-                _number(made["barrier"], "+.4f"),
+                _number(aggregation["mean_member_loss"]),
+                quality.cell(aggregation[f"mean_member_{quality.name}"]),
+                *_pair(aggregation["ensemble"], quality),
+                *_pair(aggregation["validation"], quality),
+                _number(aggregation["barrier"], "+.4f"),
             )
         )
     lines = []
-    if left_out := len(measured) - len(rows):
-        lines.append(f"The first {left_out} of the rounds that were measured are in report.json.")
-    if unmeasured := len(rounds) - len(measured):
-        lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured, as rounds.evaluate_every asked.")
+    if left_out := len(measured_rounds) - len(rows):
+        lines.append(f"The first {left_out} of the measured rounds are in report.json.")
+    if unmeasured := len(rounds) - len(measured_rounds):
+        lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured (rounds.evaluate_every).")
     names = [name for of in ("mean member", "ensemble", "aggregate") for name in (of, quality.heading)]
     title = f"Rounds, validation loss and {quality.name}"
     return Section(title, ("round", *names, "barrier"), tuple(rows), tuple(lines), _drawn(rounds_losses(record)))
@@ -265,20 +263,20 @@ def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
     minima, quality = rounds[-1]["minima"], quality_of(record)
-    squared = is_least_squares(record)
+    has_law = is_least_squares(record)
     columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", quality.heading, "ended by")
-    if squared:
+    if has_law:
         columns += ("validation / own loss", "(Q+1)/(Q-1)")
     if len(minima) <= MOST_ROWS:
-        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), m["outcome"], squared, quality) for m in minima]
+        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), m["outcome"], has_law, quality) for m in minima]
     else:
         figures = [_figures(minimum, quality) for minimum in minima]
         outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
         rows = []
         for name, pick in (("mean", fmean), ("least", min), ("greatest", max)):
             picked = [pick(values) for values in zip(*figures, strict=True)]
-            told = outcomes if name == "mean" else ""
-            rows.append(_minimum_row(f"{name} of {len(minima)}", picked, told, squared, quality))
+            outcome = outcomes if name == "mean" else ""
+            rows.append(_minimum_row(f"{name} of {len(minima)}", picked, outcome, has_law, quality))
     title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
     lines = [
         "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
@@ -288,79 +286,82 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
             f"{kind} {speed:.4g}" for kind, speed in {slot["kind"]: slot["speed"] for slot in slots}.items()
         )
         lines.append(
-            f"Sizes are by the speed of the nodes ({speeds}), so that all finish together; the critical path counts "
+            f"Sizes follow the speed of the nodes ({speeds}), so that all finish together; the critical path counts "
             "passes, as if all were equally fast."
         )
-    if squared:
+    if has_law:
         lines.append(
-            "(Q+1)/(Q-1) is what least squares at its exact minimum and fixed inputs would give for the ratio; "
-            "a network stopped before its minimum need not."
+            "(Q+1)/(Q-1) is the ratio that least squares has at its exact minimum and with fixed inputs; a network "
+            "that stopped before its minimum may have another."
         )
     return Section(title, columns, tuple(rows), tuple(lines), _drawn(minima_losses(record), gap_over_q(record)))
 
 
 def _figures(minimum: Record, quality: Quality) -> list[float]:
-    """Q, examples, own loss, validation loss, gap, quality, ratio of the losses, what least squares would give."""
-    own, held_out = finite(minimum["training"]["loss"]), finite(minimum["validation"]["loss"])
+    """Return Q, examples, own loss, validation loss, gap, quality, ratio of the losses, and the ratio by the law."""
+    training, validation = finite(minimum["training"]["loss"]), finite(minimum["validation"]["loss"])
     q = minimum["overdetermination_ratio"]
-    ratio = held_out / own if own else float("inf")
+    ratio = validation / training if training else float("inf")
     law = (q + 1) / (q - 1) if q > 1 else float("inf")
-    reached = finite(minimum["validation"][quality.name])
-    return [q, minimum["num_examples"], own, held_out, held_out - own, reached, ratio, law]
+    value = finite(minimum["validation"][quality.name])
+    return [q, minimum["num_examples"], training, validation, validation - training, value, ratio, law]
 
 
-def _minimum_row(name: str, figures: Sequence[float], outcome: str, squared: bool, quality: Quality) -> tuple[str, ...]:
-    q, num, own, held_out, gap, reached, ratio, law = figures
-    row = (name, f"{q:.2f}", f"{num:.0f}", f"{own:.4f}", f"{held_out:.4f}", f"{gap:+.4f}")
-    row += (quality.cell(reached), outcome)
-    return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if squared else row
+def _minimum_row(name: str, figures: Sequence[float], outcome: str, has_law: bool, quality: Quality) -> tuple[str, ...]:
+    q, num, training, validation, gap, value, ratio, law = figures
+    row = (name, f"{q:.2f}", f"{num:.0f}", f"{training:.4f}", f"{validation:.4f}", f"{gap:+.4f}")
+    row += (quality.cell(value), outcome)
+    return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if has_law else row
 
 
 def _aggregation(record: Record, last: Record) -> Section:
-    made, minima, quality = last["aggregation"], last["minima"], quality_of(record)
+    aggregation, minima, quality = last["aggregation"], last["minima"], quality_of(record)
     config = _config(record)
     has_outer_step = config is not None and config.rounds.has_outer_step()
+    mean = _number(aggregation["mean_member_loss"]), quality.cell(aggregation[f"mean_member_{quality.name}"])
     rows = [
-        ("best member", *_pair(made["best_member"], quality)),
-        ("mean member", _number(made["mean_member_loss"]), quality.cell(made[f"mean_member_{quality.name}"])),
-        ("ensemble of predictions", *_pair(made["ensemble"], quality)),
+        ("best member", *_pair(aggregation["best_member"], quality)),
+        ("mean member", *mean),
+        ("ensemble of predictions", *_pair(aggregation["ensemble"], quality)),
     ]
-    if made["method"] != "uniform_soup" or has_outer_step:
-        rows.append(("plain mean of all", *_pair(made["uniform_mean"], quality)))
+    if aggregation["method"] != "uniform_soup" or has_outer_step:
+        rows.append(("plain mean of all", *_pair(aggregation["uniform_mean"], quality)))
     step = ", then the outer step" if has_outer_step else ""
-    rows.append((f"aggregate: {made['method']}{step}", *_pair(made["validation"], quality)))
-    members = listed([f"{subset}" for subset in made["subset_ids"]], most=MOST_ROWS)
-    used = f"Members: {members} ({len(made['subset_ids'])} of {len(minima)})"
-    if len(set(made["coefficients"])) > 1:
-        used += ", weighted " + listed([f"{share:.3f}" for share in made["coefficients"]], most=MOST_ROWS)
-    if made["tried"]:
-        used += f"; {len(made['tried'])} candidates were scored on validation data"
-    barrier = f"Barrier (loss of the plain mean less mean loss): {_number(made['barrier'], '+.4f')}."
-    lines: list[Line] = [f"{used}. {barrier}"]
-    if aligned := made["alignment"]:
-        before, after = (_number(aligned[key], "+.4f") for key in ("barrier_before", "barrier_after"))
+    rows.append((f"aggregate: {aggregation['method']}{step}", *_pair(aggregation["validation"], quality)))
+    subset_ids, coefficients = aggregation["subset_ids"], aggregation["coefficients"]
+    members = listed([f"{subset}" for subset in subset_ids], most=MOST_ROWS)
+    text = f"Members: {members} ({len(subset_ids)} of {len(minima)})"
+    if len(set(coefficients)) > 1:
+        text += ", weighted " + listed([f"{share:.3f}" for share in coefficients], most=MOST_ROWS)
+    if aggregation["tried"]:
+        text += f"; {len(aggregation['tried'])} candidates were scored on validation data"
+    barrier = f"Barrier (loss of the plain mean less mean loss): {_number(aggregation['barrier'], '+.4f')}."
+    lines: list[Line] = [f"{text}. {barrier}"]
+    if alignment := aggregation["alignment"]:
+        before, after = (_number(alignment[key], "+.4f") for key in ("barrier_before", "barrier_after"))
         lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
-    if made["of_first"]:
-        lines.append(f"Not averaged, from subset {made['subset_ids'][0]}: {listed(made['of_first'])}.")
-    if not made["shared_start"]:
-        text = "the members share no start, so that a plain mean of them need not make sense."
+    if aggregation["of_first"]:
+        lines.append(f"Not averaged, from subset {subset_ids[0]}: {listed(aggregation['of_first'])}.")
+    if not aggregation["shared_start"]:
+        text = "the members do not share a start, so their plain mean may be meaningless."
         lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
     columns, plots = ("on validation data", "loss", quality.heading), _drawn(aggregation_losses(record))
     return Section(title, columns, tuple(rows), tuple(lines), plots if len(minima) > 1 else ())
 
 
-def _candidates(made: Record, quality: Quality) -> Section:
-    """What auto tried."""
-    rows = []
-    for one in made["candidates"]:
-        cost = (f"{one['cost']['num_forward']:,}", f"{one['cost']['device_s']:.1f}")
-        measured = ("refused", "") if one["validation"] is None else _pair(one["validation"], quality)
-        rows.append((f"{one['method']}, taken" if one["method"] == made["method"] else one["method"], *measured, *cost))
+def _candidates(aggregation: Record, quality: Quality) -> Section:
+    """Show the candidates that auto tried."""
+    rows, candidates = [], aggregation["candidates"]
+    for candidate in candidates:
+        method, validation = candidate["method"], candidate["validation"]
+        cost = (f"{candidate['cost']['num_forward']:,}", f"{candidate['cost']['device_s']:.1f}")
+        metrics = ("refused", "") if validation is None else _pair(validation, quality)
+        rows.append((f"{method}, taken" if method == aggregation["method"] else method, *metrics, *cost))
     lines = (
-        *(f"{one['method']} was refused: {one['error']}" for one in made["candidates"] if one["error"]),
-        "Forward examples and seconds are of making and scoring a candidate; the statistics that fisher and regmean "
-        "need were taken by the subsets' actors and are counted there.",
+        *(f"{candidate['method']} was refused: {candidate['error']}" for candidate in candidates if candidate["error"]),
+        "Forward examples and seconds are of building and scoring a candidate; the subsets' actors computed the "
+        "statistics that fisher and regmean need, which are counted there.",
     )
     columns = ("tried by auto", "validation loss", quality.heading, "forward examples", "seconds")
     return Section("Candidates", columns, tuple(rows), lines)
@@ -368,17 +369,17 @@ def _candidates(made: Record, quality: Quality) -> Section:
 
 def _costs(record: Record) -> Section:
     cost, seconds = record["cost"], record["seconds"]
-    trained, total = trained_passes(record), cost["passes"]
+    training, total = trained_passes(record), cost["passes"]
     rows = [
         ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
         ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
-        ("  training that led to the result", f"{trained:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
-        ("  the rest", f"{total - trained:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
+        ("  training that led to the result", f"{training:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
+        ("  the rest", f"{total - training:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
     ]
     attempts = sum(row["num_attempts"] for row in cost["stages"])
     lost = sum(row["num_lost"] for row in cost["stages"])
     if lost:
-        text = f"{lost} of {attempts} attempts were lost or failed; their checkpoints may have served the next"
+        text = f"{lost} of {attempts} attempts were lost or failed; the next may have resumed from their checkpoints"
         rows.append(("  in lost attempts", f"{cost['lost_passes']:.2f}", text))
     rows += [
         ("optimizer steps", f"{cost['num_steps']:,}", "of all devices together"),
@@ -395,31 +396,31 @@ def _costs(record: Record) -> Section:
     if traces := record.get("traces"):
         lines.append(f"Traces of some steps, for Perfetto, in this run's directory: {', '.join(traces)}.")
     if seconds["num_sessions"] > 1:
-        told = f"wall seconds are those of its {seconds['num_sessions']} sessions, those of stages count the pauses."
-        lines.append(f"This run was resumed: {told}")
+        num = seconds["num_sessions"]
+        lines.append(f"This run was resumed: wall seconds are of its {num} sessions; those of stages count the pauses.")
     return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), _drawn(costs_by_stage(record)))
 
 
 def _peak_memory(record: Record) -> Iterator[tuple[str, str, str]]:
-    """Rows of the most memory that any process which trained has had; none where records of before do not tell."""
+    """Yield rows with the most memory that a training process has had; records of earlier versions may have none."""
     peaks = [work["peak_bytes"] for *_, work in trainings(record) if "peak_bytes" in work]
-    for of, text in (
+    for place, text in (
         ("host", "resident, with all that it read of the object store"),
-        ("card", "as torch allots it"),
+        ("card", "allocated by torch"),
     ):
-        if most := max((peak[of] for peak in peaks if of in peak), default=0):
-            yield f"peak memory, {of}", bytes_in_words(most), f"of the process that trained with the most; {text}"
+        if most := max((peak[place] for peak in peaks if place in peak), default=0):
+            yield f"peak memory, {place}", bytes_in_words(most), f"of the training process with the most; {text}"
 
 
 def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:
-    """The quality with its error, and of an accuracy how many are right: 'accuracy 90.00% ± 3.00 (90 of 100)'."""
+    """Return the quality with its error, and for accuracy the count: 'accuracy 90.00% ± 3.00 (90 of 100)'."""
     text = with_error(metrics, quality, show or quality.phrase)
     is_count = quality.name == "accuracy" and "num_correct" in metrics
     return f"{text} ({metrics['num_correct']} of {metrics['num_examples']})" if is_count else text
 
 
 def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
-    """Loss and quality."""
+    """Return loss and quality as two cells."""
     return ("", "") if metrics is None else (_number(metrics["loss"]), quality.cell(metrics[quality.name]))
 
 

@@ -1,4 +1,4 @@
-"""Several finished runs side by side: what they reached and paid, and in which settings they differ."""
+"""Report several finished runs side by side: their results, their costs and the settings in which they differ."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Line, Section
 from raysubset.report.reading import read_report
 
-_OF_THE_PLACE = ("name", "storage_path")  # told by the runs' names
+_OF_THE_PLACE = ("name", "storage_path")  # settings that the runs' names already show
 
 _ROWS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("method", lambda r: r["method"].replace("_", " ")),
@@ -48,44 +48,44 @@ def _rounds(record: Record) -> int:
 
 
 def _reached(record: Record) -> str:
-    """The test quality with its error, in the unit of its label."""
+    """Return the test quality with its error, in the unit of its label."""
     quality = quality_of(record)
     return with_error(record["test"], quality, quality.number)
 
 
 def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of several finished runs.
+    """Read the records of several finished runs.
 
     Raises:
-        ValueError: as read_report() does, for a run given twice, for a sweep's or comparison's directory, and for runs
-            that learn different things.
+        ValueError: for the reasons of read_report(), for a run given twice, for the directory of a sweep or comparison,
+            and for runs that learn different things.
     """
     records = [read_report(directory) for directory in directories]
-    if len(different := {record["uri"] for record in records}) < len(records):
-        raise ValueError(f"of {len(records)} directories only {len(different)} are different: give each run once")
+    if len(uris := {record["uri"] for record in records}) < len(records):
+        raise ValueError(f"of {len(records)} directories only {len(uris)} are different: give each run once")
     for directory, record in zip(directories, records, strict=True):
         if kind := record.get("kind"):
             raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
     if len(names := {quality_of(record).name for record in records}) > 1:
-        told = ", ".join(sorted(names))
-        raise ValueError(f"the runs learn different things ({told}), which nothing compares: give those of one task")
+        words = ", ".join(sorted(names))
+        raise ValueError(f"the runs learn different things ({words}) and cannot be compared: give runs of one task")
     return records
 
 
 def several_sections(records: Sequence[Record]) -> list[Section]:
-    """What a user reads of several runs: a column a run."""
+    """Return the sections of several runs, with a column for each."""
     names, quality = _names(records), quality_of(records[0])
     rows = tuple((title.format(quality.label), *(cell(record) for record in records)) for title, cell in _ROWS)
     lines: list[Line] = [
-        "Each is one run, without what another seed would give: raysubset compare tells whether a difference holds."
+        "Each is one run, and other seeds give other results: raysubset compare tells whether a difference holds."
     ]
     if standard_error(records[0]["test"], quality) is not None:
         lines[0] = f"± standard error of sampling the test examples. {lines[0]}"
     if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
-        text = f"the runs are on different data, so that neither {quality.name} nor passes compare."
+        text = f"the runs are on different data, so neither {quality.name} nor passes can be compared."
         lines.insert(0, Note(text, is_warning=True))
     if len({loss_name(record) for record in records}) > 1:
-        text = f"the runs minimize different losses, so that these do not compare; {quality.name} does."
+        text = f"the runs minimize different losses, which cannot be compared; {quality.name} can."
         lines.insert(0, Note(text, is_warning=True))
     configs = [flatten(record["config"]) for record in records]
     keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_THE_PLACE)
@@ -93,10 +93,10 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
         (key, *cells) for key in keys if len(set(cells := [_value(config, key) for config in configs])) > 1
     )
     plots = (_quality(records), _curves(records))
-    found = [Section("Runs side by side", ("", *names), rows, tuple(lines), plots)]
+    runs = Section("Runs side by side", ("", *names), rows, tuple(lines), plots)
     if different:
-        return [*found, Section("Settings that differ", ("", *names), different)]
-    return [*found, Section("Settings that differ", lines=("None but name and place.",))]
+        return [runs, Section("Settings that differ", ("", *names), different)]
+    return [runs, Section("Settings that differ", lines=("None but name and place.",))]
 
 
 def _value(config: Record, key: str) -> str:
@@ -105,7 +105,7 @@ def _value(config: Record, key: str) -> str:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """Of the runs; with their place where two are called the same."""
+    """Return the runs' names; runs with the same name are called by their URI."""
     count = Counter(record["name"] for record in records)
     return [record["uri"] if count[record["name"]] > 1 else record["name"] for record in records]
 
@@ -114,10 +114,10 @@ def write_several(directories: Sequence[str], path: str) -> str:
     """Write one HTML page of several runs to a local file.
 
     Returns:
-        The file.
+        The file's path.
 
     Raises:
-        ValueError: as read_several() does.
+        ValueError: for the reasons of read_several().
     """
     records = read_several(directories)
     facts = tuple(zip(_names(records), (record["uri"] for record in records), strict=True))
@@ -126,20 +126,20 @@ def write_several(directories: Sequence[str], path: str) -> str:
 
 
 def _verdict(records: Sequence[Record]) -> str:
-    named, quality = list(zip(_names(records), records, strict=True)), quality_of(records[0])
+    runs, quality = list(zip(_names(records), records, strict=True)), quality_of(records[0])
     key, unit = quality.name, "%" if quality.is_share else quality.unit
-    gains = {name: quality.gain(record["test"][key]) for name, record in named if record["test"][key] is not None}
+    gains = {name: quality.gain(record["test"][key]) for name, record in runs if record["test"][key] is not None}
     if not gains:
         return f"No run has a finite test {key}."
-    best, most = max((one for one in named if one[0] in gains), key=lambda one: gains[one[0]])
-    cheapest, least = min(named, key=lambda one: one[1]["cost"]["passes"])
-    high, low = (f"{_reached(record)} {unit}".rstrip() for record in (most, least))
+    best_name, best = max((run for run in runs if run[0] in gains), key=lambda run: gains[run[0]])
+    cheapest_name, cheapest = min(runs, key=lambda run: run[1]["cost"]["passes"])
+    high, low = (f"{_reached(record)} {unit}".rstrip() for record in (best, cheapest))
     extreme = "highest" if quality.higher_is_better else "lowest"
-    text = f"{best} has the {extreme} test {key}, {high}, for {most['cost']['passes']:.2f} passes"
-    if most is least:
+    text = f"{best_name} has the {extreme} test {key}, {high}, for {best['cost']['passes']:.2f} passes"
+    if best is cheapest:
         return f"{text}, the fewest of all."
-    noise = ", which is within the noise" if difference(most["test"], least["test"], quality).is_noise else ""
-    return f"{text}; {cheapest} paid least, {least['cost']['passes']:.2f} passes, for {low}{noise}."
+    noise = ", which is within the noise" if difference(best["test"], cheapest["test"], quality).is_noise else ""
+    return f"{text}; {cheapest_name} paid least, {cheapest['cost']['passes']:.2f} passes, for {low}{noise}."
 
 
 def _quality(records: Sequence[Record]) -> Plot:
@@ -161,7 +161,7 @@ def _quality(records: Sequence[Record]) -> Plot:
 
 
 def _curves(records: Sequence[Record]) -> Plot:
-    """Validation loss at the end of each stage."""
+    """Draw the validation loss at the end of each stage."""
     names, chart = _names(records), Chart("passes of training so far, in total", "validation loss", log="y")
     chart.size, colours = (440, 300), colour_of(names)
     for name, record in zip(names, records, strict=True):
@@ -171,7 +171,7 @@ def _curves(records: Sequence[Record]) -> Plot:
 
 
 def _validation(record: Record) -> list[tuple[float, float]]:
-    """(passes of training so far, validation loss) at the end of each stage that leaves one model and measures it."""
+    """Return (passes of training so far, validation loss) at the end of each stage that measures one model."""
     num_train, passes = record["data"]["num_train"], 0.0
     rounds = record["stages"].get("rounds") or ()
     points = {}

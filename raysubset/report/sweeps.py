@@ -1,4 +1,4 @@
-"""What a finished sweep tells: its tables, its plot, the recommendation, and how its settings trained."""
+"""Report a finished sweep: its tables, its plot, the recommendation, and how its settings trained."""
 
 import dataclasses
 import math
@@ -12,9 +12,9 @@ from raysubset.report.drawing import COLOURS, GOOD, GREY, Chart, Plot
 from raysubset.report.figures import Record, loss_name
 from raysubset.report.parts import Command, Section
 
-_MOST_SETTINGS = 12  # a chart of its training each
+_MOST_SETTINGS = 12  # with a chart of their training each
 
-# What losses and qualities are of, in the order of training, and what it is called
+# The data of losses and qualities in the order of training, and their names
 _CURVES = (
     ("own", "own subset"),
     ("full_set", "training set, before"),
@@ -22,14 +22,13 @@ _CURVES = (
     ("validation", "validation, after"),
     ("test", "test, after"),
 )
-_SIZES = ("subsets.size", "subsets.fraction", "subsets.num")  # told by the subset size itself
+_SIZES = ("subsets.size", "subsets.fraction", "subsets.num")  # the column of subset sizes shows them
 
 
 def sweep_sections(record: Record) -> list[Section]:
-    """What a user reads of a sweep: a row a setting, what fine-tuning did, trials without a result, and the
-    recommendation."""
-    drawn = sweep_plot(record)
-    settings = dataclasses.replace(_settings(record), plots=(drawn,) if drawn else ())
+    """Return the sections of a sweep: the settings, the effect of fine-tuning, failed trials, the recommendation."""
+    plot = sweep_plot(record)
+    settings = dataclasses.replace(_settings(record), plots=(plot,) if plot else ())
     parts = [settings, *_before_and_after(record)]
     if lost := [trial for trial in record["trials"] if trial["state"] != "done"]:
         rows = tuple((trial["name"], trial["state"], trial.get("error", "fell behind others")) for trial in lost)
@@ -39,7 +38,7 @@ def sweep_sections(record: Record) -> list[Section]:
 
 
 def sweep_command(record: Record, config: Record) -> Command:
-    """`raysubset sweep` with the space and the number of seeds that the record tells; and its directory's config."""
+    """Return `raysubset sweep` with the record's space and number of seeds, and its directory's config."""
     options, space = ["--seeds", str(len(record["seeds"]))], dict(record["space"])
     if sizes := space.pop("subsets.size", None):
         options += ["--sizes", *map(str, sizes)]
@@ -47,10 +46,11 @@ def sweep_command(record: Record, config: Record) -> Command:
         options += ["--space", *(f"{key}={','.join(map(str, values))}" for key, values in space.items())]
     options += ["--baseline"] if record.get("baseline") else []
     options += ["--prune"] if any(trial["state"] == "pruned" for trial in record["trials"]) else []
-    own = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(record["seeds"])}
-    if config["tracking"]["group"] == record["name"]:  # which sweep() sets
-        own["tracking"] = config["tracking"] | {"group": None}
-    return Command(command(own, "sweep", *options))
+    tracking = config["tracking"]
+    if tracking["group"] == record["name"]:  # sweep() has set it
+        tracking = tracking | {"group": None}
+    changes = {"seed": min(record["seeds"]), "tracking": tracking}
+    return Command(command({key: value for key, value in config.items() if key != "kind"} | changes, "sweep", *options))
 
 
 def _settings(record: Record) -> Section:
@@ -82,10 +82,9 @@ def _settings(record: Record) -> Section:
 
 
 def _before_and_after(record: Record) -> list[Section]:
-    """Losses and qualities of each setting on its own subset, before and after fine-tuning; nothing where a sweep of
-    before has none."""
+    """Show each setting's losses and qualities on its own subset, before and after fine-tuning, if recorded."""
     conventional, quality = record.get("baseline"), quality_of(record)
-    settings = [one for one in (*record["settings"], conventional or {}) if one.get("own_loss")]
+    settings = [setting for setting in (*record["settings"], conventional or {}) if setting.get("own_loss")]
     if not settings:
         return []
     whole = conventional["passes"]["mean"] if conventional and conventional["passes"] else None
@@ -101,15 +100,15 @@ def _before_and_after(record: Record) -> list[Section]:
     columns = ("subset size", *(f"loss, {label}" for _, label in _CURVES))
     qualities = (f"{quality.label}, before", f"{quality.label}, test")
     lines = (
-        "Own: of the minima on their own subsets. Before: the aggregate before fine-tuning, on the "
-        "training set and on validation data. Share: of the conventional run's passes. Test data are read once a run; "
-        "the recommendation does not read them.",
+        "Own: of the minima on their own subsets. Before: of the aggregate before fine-tuning, on the training set and "
+        "on validation data. Share: of the conventional run's passes. Each run reads test data once; the "
+        "recommendation does not use them.",
     )
     return [Section("Before and after fine-tuning", (*columns, *qualities, "share of passes"), rows, lines)]
 
 
 def _state(setting: Record) -> str:
-    """'3', '2, 1 failed'."""
+    """Return the number of seeds: '3', '2, 1 failed'."""
     words = [f"{setting['num_seeds']}"]
     words += [f"{num} {state}" for state in ("pruned", "failed") if (num := setting[f"num_{state}"])]
     return ", ".join(words)
@@ -127,54 +126,55 @@ def _spread(value: Record | None, show: Callable[[float], str]) -> str:
 
 
 def sweep_plot(record: Record) -> Plot | None:
-    """Loss, quality and passes against subset size and Q, as in arXiv:2410.16523.
+    """Draw loss, quality and passes against subset size and Q, as in arXiv:2410.16523.
 
-    None if trials of fewer than two sizes have a result.
+    Returns:
+        The plot; None if trials of fewer than two sizes have a result.
     """
-    drawn = [setting for setting in record["settings"] if setting["validation_loss"]]
-    if len({setting["subset_size"] for setting in drawn}) < 2:
+    settings = [setting for setting in record["settings"] if setting["validation_loss"]]
+    if len({setting["subset_size"] for setting in settings}) < 2:
         return None
-    num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
+    num_seeds = statistics.median(setting["num_seeds"] for setting in settings)
     bars = "; bars: standard error over seeds" if num_seeds > 1 else ""
     caption = f"By subset size, n = {num_seeds:g} seeds{bars}; green: recommended; dashed passes: critical path."
     if record.get("baseline"):
         caption += " Grey: conventional training, dotted on test data."
-    return Plot("sweep", caption, _draw(record, drawn), is_wide=True)
+    return Plot("sweep", caption, _draw(record, settings), is_wide=True)
 
 
 def _draw(record: Record, drawn: Sequence[Record]) -> tuple[Chart, ...]:
-    """A line for each combination of what else was swept; of a single one, before and after fine-tuning."""
-    of, baseline = quality_of(record), record.get("baseline")
+    """Draw a line for each combination of the other swept settings; if there is one, before and after fine-tuning."""
+    metric, baseline = quality_of(record), record.get("baseline")
     loss, quality, passes = charts = (
         Chart("examples per subset", "loss", log="xy", size=(400, 290)),
-        Chart("examples per subset", of.label, log="x", size=(400, 290)),
+        Chart("examples per subset", metric.label, log="x", size=(400, 290)),
         Chart("examples per subset", "passes", log="x", size=(400, 290)),
     )
     lines: dict[str, list[Record]] = {}
-    for setting in sorted(drawn, key=lambda one: one["subset_size"]):
+    for setting in sorted(drawn, key=lambda setting: setting["subset_size"]):
         others = [f"{key}={value}" for key, value in setting["overrides"].items() if key not in _SIZES]
         lines.setdefault(", ".join(others), []).append(setting)
     curves = _CURVES if len(lines) == 1 else (("validation", "validation"),)
     for number, (label, settings) in enumerate(lines.items()):
-        for shade, (where, name) in enumerate(curves):
+        for shade, (data, name) in enumerate(curves):
             title = f"{label} {name}".strip() if len(lines) == 1 else label
             colour = COLOURS[(number + shade) % len(COLOURS)]
-            for chart, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
-                _line(chart, settings, f"{where}_{key}", title, colour, scale=scale)
+            for chart, key, scale in ((loss, "loss", 1.0), (quality, metric.name, metric.scale)):
+                _line(chart, settings, f"{data}_{key}", title, colour, scale=scale)
         colour = COLOURS[number % len(COLOURS)]
         _line(passes, settings, "passes", f"{label} passes in total".strip(), colour)
         _line(passes, settings, "critical_path_passes", f"{label} on the critical path".strip(), colour, dash="5 3")
-    for chart, key, scale in ((loss, "loss", 1.0), (quality, of.name, of.scale)):
-        for where, dash in (("validation", ""), ("test", "2 4")):
-            if baseline and (value := baseline[f"{where}_{key}"]):
-                chart.across(scale * value["mean"], GREY, f"conventional, {where}", dash=dash)
+    for chart, key, scale in ((loss, "loss", 1.0), (quality, metric.name, metric.scale)):
+        for split, dash in (("validation", ""), ("test", "2 4")):
+            if baseline and (value := baseline[f"{split}_{key}"]):
+                chart.across(scale * value["mean"], GREY, f"conventional, {split}", dash=dash)
     if baseline and baseline["passes"]:
         passes.across(baseline["passes"]["mean"], GREY, "conventional", dash="")
-    if (chosen := record["recommended"]) is not None:
+    if (recommended := record["recommended"]) is not None:
         for chart in charts:
-            chart.upright(record["settings"][chosen]["subset_size"], GOOD, alpha=0.3, width=7, dash="")
+            chart.upright(record["settings"][recommended]["subset_size"], GOOD, alpha=0.3, width=7, dash="")
     ratio = drawn[0]["overdetermination_ratio"] / drawn[0]["subset_size"]
-    if all(math.isclose(one["overdetermination_ratio"], ratio * one["subset_size"]) for one in drawn):
+    if all(math.isclose(setting["overdetermination_ratio"], ratio * setting["subset_size"]) for setting in drawn):
         for chart in charts:
             chart.above = ("Q", ratio)
     return charts
@@ -183,8 +183,8 @@ def _draw(record: Record, drawn: Sequence[Record]) -> tuple[Chart, ...]:
 def _line(
     chart: Chart, settings: Sequence[Record], key: str, label: str, colour: str, *, scale: float = 1, dash: str = ""
 ) -> None:
-    """A line with error bars over seeds, where there is anything to draw."""
-    spreads = [setting.get(key) or {"mean": math.nan, "standard_error": None} for setting in settings]  # of a quality
+    """Draw a line with error bars over seeds; settings without the value have no point."""
+    spreads = [setting.get(key) or {"mean": math.nan, "standard_error": None} for setting in settings]
     values = [scale * spread["mean"] for spread in spreads]
     errors = [scale * (spread["standard_error"] or 0.0) for spread in spreads]
     bars = [(value - error, value + error) for value, error in zip(values, errors, strict=True)] if any(errors) else []
@@ -192,24 +192,24 @@ def _line(
     chart.line(points, colour, label, marker="o", dash=dash, bars=bars)
 
 
-def training_of_settings(record: Record, found: Mapping[str, Record]) -> Plot | None:
-    """A chart a setting of a sweep, at most a dozen: those of the least validation loss; None where no run is there.
+def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot | None:
+    """Draw the training of the settings with the least validation loss, a dozen at most; None if there is no report.
 
     Args:
-        found: the finished trials' own records, by the trials' names.
+        reports: the finished trials' own records, by the trials' names.
     """
     panels = []
     for setting in record["settings"]:
         trials = [trial["name"] for trial in record["trials"] if trial["overrides"] == setting["overrides"]]
-        if own := [found[name] for name in trials if name in found]:
-            told = [*(f"{key} = {value}" for key, value in setting["overrides"].items()), f"n = {len(own)}"]
+        if seeds := [reports[name] for name in trials if name in reports]:
+            title = [*(f"{key} = {value}" for key, value in setting["overrides"].items()), f"n = {len(seeds)}"]
             loss = math.inf if setting["validation_loss"] is None else setting["validation_loss"]["mean"]
-            panels.append((loss, (", ".join(told), run_stages(own))))
+            panels.append((loss, (", ".join(title), run_stages(seeds))))
     if not panels:
         return None
     limit = sorted(loss for loss, _ in panels)[:_MOST_SETTINGS][-1]
     shown = [panel for loss, panel in panels if loss <= limit][:_MOST_SETTINGS]
     what = "of each setting" if len(shown) == len(panels) else f"of the best {len(shown)} of {len(panels)} settings"
-    names = {loss_name(one) for one in found.values()}
-    told = (what, "the n seeds that finished")
-    return training_plot("training_of_settings", *told, shown, loss="loss" if len(names) > 1 else names.pop())
+    names = {loss_name(report) for report in reports.values()}
+    words = (what, "the n seeds that finished")
+    return training_plot("training_of_settings", *words, shown, loss="loss" if len(names) > 1 else names.pop())

@@ -1,5 +1,5 @@
-"""The time line of a run, comparison or sweep, from its ledgers: what each actor and worker did on which node, what
-waited, what was lost."""
+"""Draw the time line of a run, comparison or sweep from its ledgers: what each actor and worker did on which node, what
+waited, and what was lost."""
 
 import heapq
 import statistics
@@ -19,35 +19,35 @@ _ENDED_BADLY = ("lost", "failed", "preempted", "interrupted")
 
 @dataclass(frozen=True)
 class Lane:
-    """One after another on one node: what an actor did, as far as a ledger without actors' names tells."""
+    """Work done one after another on one node: an actor's, as far as a ledger without actors' names shows."""
 
     node: str
     works: tuple[Work, ...]
 
 
 def lanes(works: Iterable[Work]) -> list[Lane]:
-    """The least number of lanes a node in which no two attempts overlap, the nodes in order of their first work."""
+    """Lay each node's attempts in as few lanes as possible without overlap; nodes are in order of their first work."""
     by_node: dict[str, list[list[Work]]] = {}
-    free: dict[str, list[tuple[float, int]]] = {}  # (until when it is taken, which) of a node's lanes
+    busy_until: dict[str, list[tuple[float, int]]] = {}  # (unix s, number) of each node's lanes
     for work in sorted(works, key=lambda work: work.started_at):
-        own, ends = by_node.setdefault(work.node, []), free.setdefault(work.node, [])
+        node_lanes, ends = by_node.setdefault(work.node, []), busy_until.setdefault(work.node, [])
         if ends and ends[0][0] <= work.started_at:
             _, number = heapq.heappop(ends)
         else:
-            number = len(own)
-            own.append([])
-        own[number].append(work)
+            number = len(node_lanes)
+            node_lanes.append([])
+        node_lanes[number].append(work)
         heapq.heappush(ends, (work.started_at + work.wall_s, number))
-    return [Lane(node, tuple(lane)) for node, own in by_node.items() for lane in own]
+    return [Lane(node, tuple(lane)) for node, node_lanes in by_node.items() for lane in node_lanes]
 
 
 def waiting(works: Iterable[Work]) -> list[tuple[float, int]]:
-    """How many pieces were queued, from each of these unix seconds on."""
+    """Return (unix s, number of queued pieces from then on) whenever the queue changed."""
     changes: dict[float, int] = {}
     for work in works:
         if work.waited_s > 0:
-            begun = work.started_at - work.waited_s
-            changes[begun] = changes.get(begun, 0) + 1
+            queued_at = work.started_at - work.waited_s
+            changes[queued_at] = changes.get(queued_at, 0) + 1
             changes[work.started_at] = changes.get(work.started_at, 0) - 1
     steps, num = [], 0
     for moment in sorted(changes):
@@ -62,34 +62,34 @@ class Pause:
 
     begun: float  # unix s
     ended: float
-    is_start: bool  # of the driver: Python, the data, Ray
+    is_start: bool  # the driver's start: Python, the data, Ray
 
 
 def pauses(works: Iterable[Work], sessions: Iterable[Record]) -> list[Pause]:
-    """The pauses of a second and more in a run's sessions: Ray starts, or starts and ends processes of its own.
+    """Return the pauses of a second and more in a run's sessions, while Ray or its processes started or ended.
 
     Args:
-        sessions: sessions.json's: started_at in unix s, startup_s until Ray was there, wall_s.
+        sessions: the records of sessions.json: started_at in unix s, startup_s until Ray was ready, wall_s.
     """
-    found, busy = [], sorted((work.started_at, work.started_at + work.wall_s) for work in works)
+    gaps, busy = [], sorted((work.started_at, work.started_at + work.wall_s) for work in works)
     for session in sessions:
         at, end = session["started_at"], session["started_at"] + session["wall_s"]
         spans = [(at + session["startup_s"],) * 2, *((a, b) for a, b in busy if b > at and a < end), (end, end)]
         for number, (begun, ended) in enumerate(spans):
             if begun - at >= _LEAST_PAUSE_S:
-                found.append(Pause(at, begun, is_start=number == 0))
+                gaps.append(Pause(at, begun, is_start=number == 0))
             at = max(at, ended)
-    return found
+    return gaps
 
 
 def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
-    """A Gantt chart: a bar an attempt, a row an actor or the driver, and one for Ray's own time; the queue below it.
+    """Draw a Gantt chart: a bar for each attempt, a row for each actor or driver and for Ray; below it the queue.
 
     Args:
-        gaps: pauses().
+        gaps: what pauses() returns.
     """
-    every, queue = lanes(works), waiting(works)
-    drawn = every[:MOST_LANES]
+    all_lanes, queue = lanes(works), waiting(works)
+    drawn = all_lanes[:MOST_LANES]
     moments = [work.started_at for work in works] + [moment for moment, _ in queue] + [gap.begun for gap in gaps]
     begun = min(moments)
     ended = max([work.started_at + work.wall_s for work in works] + [gap.ended for gap in gaps])
@@ -121,70 +121,73 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
         corners = [corner for (at, num), end in zip(steps, ends, strict=True) for corner in ((at, num), (end, num))]
         below.line(corners, GREY, "pieces of work that wait", is_named=False)
         charts.append(below)
-    for one in charts:
-        one.x.low, one.x.high, one.left = 0.0, 1.005 * max(ended - begun, 1e-3) / unit_s, 120
-    bad = any(work.outcome in _ENDED_BADLY for work in works)
-    left_out = len(every) - len(drawn)
+    for each in charts:
+        each.x.low, each.x.high, each.left = 0.0, 1.005 * max(ended - begun, 1e-3) / unit_s, 120
+    has_lost = any(work.outcome in _ENDED_BADLY for work in works)
+    left_out = len(all_lanes) - len(drawn)
     caption = (
-        "Time line of the ledger: a bar an attempt, a row an actor, worker group or the driver by its node; numbers "
-        "are subsets, a prime an attempt after the first, ×n a group of n workers"
-        f"{'; red crosses: lost or failed' if bad else ''}."
+        "Time line of the ledger. Each bar is an attempt, each row an actor, worker group or driver on its node. "
+        "Numbers are subsets, a prime is another attempt, ×n a group of n workers"
+        f"{'; red crosses: lost or failed' if has_lost else ''}."
         f"{' Grey: nothing was at work, while Ray or its processes started or ended.' if gaps else ''}"
         f"{' Below: pieces of work that waited for room.' if queue else ''}"
-        f"{f' {left_out} further rows are left out.' if left_out > 0 else ''}"
+        f"{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
     )
     return Plot("time_line", caption, tuple(charts), is_wide=True)
 
 
 def _unit(length_s: float) -> tuple[float, str]:
-    """The unit that an axis of so many seconds reads best in: its seconds and its name."""
+    """Return the seconds and the name of the unit that suits an axis of this length."""
     return (1.0, "seconds") if length_s < 900 else (60.0, "minutes") if length_s < 3 * 3600 else (3600.0, "hours")
 
 
 def _bar(chart: Chart, row: int, work: Work, begun: float, unit_s: float, colour: str) -> None:
-    """begun: of the time line, in unix s."""
+    """Draw an attempt's bar; `begun` is the time line's start in unix s."""
     start, length, name = (work.started_at - begun) / unit_s, work.wall_s / unit_s, work.stage.replace("_", " ")
     ended_badly = work.outcome in _ENDED_BADLY
     text = ("" if work.subset is None else f"{work.subset}") + "′" * work.attempt
     text += f"×{work.num_workers}" if work.num_workers > 1 else ""
-    told = [f"{name}{'' if work.subset is None else f' {work.subset}'}, round {work.round + 1}", f"{work.wall_s:.2f} s"]
-    told += [f"waited {work.waited_s:.2f} s"] if work.waited_s >= 0.01 else []
-    told += [f"{work.cost.num_forward / work.wall_s:,.0f} examples/s"] if work.cost.num_forward and work.wall_s else []
-    told += [work.outcome] if work.outcome != "done" else []
+    facts = [
+        f"{name}{'' if work.subset is None else f' {work.subset}'}, round {work.round + 1}",
+        f"{work.wall_s:.2f} s",
+    ]
+    facts += [f"waited {work.waited_s:.2f} s"] if work.waited_s >= 0.01 else []
+    facts += [f"{work.cost.num_forward / work.wall_s:,.0f} examples/s"] if work.cost.num_forward and work.wall_s else []
+    facts += [work.outcome] if work.outcome != "done" else []
     alpha = 0.35 if ended_badly else 1.0
-    tip = "\n".join([*told, work.node])
+    tip = "\n".join([*facts, work.node])
     chart.bar(row, start, start + length, colour, name, alpha=alpha, text=text, tip=tip)
     if ended_badly:
         chart.points([(start + length, row)], BAD, "lost or failed", marker="x", names=[tip.replace("\n", ", ")])
 
 
 def _names(drawn: Sequence[Lane]) -> list[str]:
-    """The node, without its domain and shortened from the left, at its first lane."""
-    names, before = [], None
+    """Return each node's name at its first lane, without its domain and shortened from the left; else '·'."""
+    names, last_node = [], None
     for lane in drawn:
         host = lane.node if lane.node.replace(".", "").isdigit() else lane.node.partition(".")[0]
         short = host if len(host) <= 16 else f"…{host[-15:]}"
-        names.append(short if lane.node != before else "·")
-        before = lane.node
+        names.append(short if lane.node != last_node else "·")
+        last_node = lane.node
     return names
 
 
 def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Section | None:
-    """The attempts that did not end well, and whether another followed; None if all did.
+    """Show the attempts that were lost or failed, and how their work ended; None if there are none.
 
     Args:
-        ledgers: of the legs of a comparison or the trials of a sweep by their names; of a run, {"": its own}.
-        of: what each ledger is of.
+        ledgers: those of a comparison's legs or a sweep's trials by name; for a run {"": its ledger}.
+        of: what each ledger is of: "leg" or "trial".
     """
     last: dict[tuple, Work] = {}
     for leg, works in ledgers.items():
         for work in works:
             key = (leg, work.stage, work.round, work.subset)
-            last[key] = max(last.get(key, work), work, key=lambda one: one.attempt)
-    bad = [(leg, work) for leg, works in ledgers.items() for work in works if work.outcome in _ENDED_BADLY]
-    if not bad:
+            last[key] = max(last.get(key, work), work, key=lambda work: work.attempt)
+    lost = [(leg, work) for leg, works in ledgers.items() for work in works if work.outcome in _ENDED_BADLY]
+    if not lost:
         return None
-    bad.sort(key=lambda one: one[1].started_at)
+    lost.sort(key=lambda item: item[1].started_at)
     rows = tuple(
         (
             *((leg,) if leg else ()),
@@ -197,28 +200,27 @@ def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Secti
             last[leg, work.stage, work.round, work.subset].outcome,
             work.error or "",
         )
-        for leg, work in bad[:_MOST_TROUBLES]
+        for leg, work in lost[:_MOST_TROUBLES]
     )
-    lines = (f"The first {_MOST_TROUBLES} of {len(bad)}.",) if len(bad) > len(rows) else ()
+    lines = (f"The first {_MOST_TROUBLES} of {len(lost)}.",) if len(lost) > len(rows) else ()
     columns = ("work", "round", "attempt", "node", "outcome", "seconds", "in the end", "error")
-    named = (of, *columns) if bad[0][0] else columns
-    return Section("Lost and failed attempts", named, rows, lines)
+    return Section("Lost and failed attempts", (of, *columns) if lost[0][0] else columns, rows, lines)
 
 
 def work_lines(ledgers: Mapping[str, Sequence[Work]], *, of: str, more: str = "") -> Iterator[str]:
-    """What the legs of a comparison or the trials of a sweep took all together, in words.
+    """Say in words what a comparison's legs or a sweep's trials took together.
 
     Args:
-        ledgers: by their names.
-        of: what they are of and how many.
-        more: what is in it and what is not.
+        ledgers: by the names of the legs or trials.
+        of: the subject of the sentence, such as "12 legs".
+        more: appended to it: what the sums include and leave out.
     """
-    works = [work for own in ledgers.values() for work in own]
-    num_bad = sum(work.outcome in _ENDED_BADLY for work in works)
+    works = [work for ledger in ledgers.values() for work in ledger]
+    num_lost = sum(work.outcome in _ENDED_BADLY for work in works)
     num_nodes, waits = len({work.node for work in works}), [work.waited_s for work in works]
     yield (
-        f"{of} in {len(works):,} attempts, {num_bad or 'none'} of them lost or failed, on {num_nodes} "
+        f"{of} in {len(works):,} attempts, {num_lost or 'none'} of them lost or failed, on {num_nodes} "
         f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds{more}."
     )
     if max(waits):
-        yield f"An attempt waited {statistics.fmean(waits):.1f} s for room in the mean, {max(waits):.1f} s at most."
+        yield f"An attempt waited {statistics.fmean(waits):.1f} s for room on average, {max(waits):.1f} s at most."
