@@ -118,7 +118,9 @@ def _check_same(target: Path, outputs: np.ndarray, model: TrainedModel, sample: 
     difference = float(np.abs(outputs - expected).max())
     if not difference <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
         target.unlink()
-        raise ValueError(f"the exported network's outputs differ from the model's by {difference:g}: nothing was kept")
+        raise ValueError(
+            f"the exported network's outputs differ from the model's by {difference:g}: the file was removed"
+        )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _operator(name: str) -> Callable[..., Any]:
             and match[1] not in _REFUSED
         ):
             return function
-    raise ValueError(f"{name} is none of torch's core operators that a graph may call")
+    raise ValueError(f"{name} is not one of torch's core operators that a graph may call")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class GraphNetwork(nn.Module):
         parsed, first = [], len(self._tensors) + 1
         for number, (name, arguments, named) in enumerate(calls):
             if any(not 0 <= value < first + number for value in _values_in([arguments, named])):
-                raise ValueError(f"call {number} takes a value that is not there yet")
+                raise ValueError(f"call {number} takes a value that is not computed before it")
             unneeded = tuple(v for v, last in last_use.items() if last == number and v != self._outputs)
             function = _ON_SIZES.get(name) or _operator(name)
             parsed.append(_Call(function, name in _ON_SIZES, arguments, named, unneeded))
@@ -270,7 +270,7 @@ def _check_sizes(call: _Call, arguments: list[Any]) -> None:
     else:
         are_sizes = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
     if not are_sizes or call.named:
-        raise ValueError(f"{call.function.__name__} of what is no size")
+        raise ValueError(f"{call.function.__name__} of something other than sizes")
 
 
 def _values_in(tree: Any) -> list[int]:
@@ -295,5 +295,5 @@ def _decode(argument: Any, values: list[Any], device: torch.device) -> Any:
         case {"device": _}:
             return device
         case dict():
-            raise ValueError(f"{argument} stands for nothing")
+            raise ValueError(f"{argument} is no argument of a graph")
     return argument

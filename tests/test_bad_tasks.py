@@ -111,7 +111,7 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
         ("def residuals(self, outputs, targets):\n        pass", r"residuals\(\) gave NoneType of 4 examples"),
         (
             "def residuals(self, outputs, targets):\n        return (outputs - targets).square()",
-            r"squares of residuals\(\) sum up to .*, and loss\(\) of the same is .*: they should be one number",
+            r"squares of residuals\(\) sum to .*, and loss\(\) of the same is .*: they should be equal",
         ),
         ("def curvature(self, outputs, change):\n        return change", "raised TypeError: .*curvature"),
         (

@@ -172,7 +172,7 @@ def test_black_on_transparent_is_black_on_white(kind: str):
     assert (images[0, 2:4] == 0).all()
     assert (images[0, [0, 1, 4, 5]] == 255).all()
     assert findings.num_transparent == 1
-    assert findings.notes("it") == (Note("1 image of it has transparent pixels, which are laid on white"),)
+    assert findings.notes("it") == (Note("1 image of it has transparent pixels, which are shown on white"),)
 
 
 def test_transparent_greys_and_palettes_are_laid_on_white_and_stay_grey_or_coloured():
@@ -204,7 +204,7 @@ def test_of_several_frames_the_first_is_read_and_said(kind: str):
     assert findings.num_animated == 1
     if kind != "GIF":
         assert np.array_equal(images[0], np.asarray(frames[0]))
-    assert findings.notes("it") == (Note("1 image of it has several frames or pages, of which the first is read"),)
+    assert findings.notes("it") == (Note("1 image of it has several frames or pages: only the first is read"),)
 
 
 # Damage and shapes

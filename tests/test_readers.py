@@ -1060,7 +1060,7 @@ def test_metadata_that_says_nothing_is_passed_over(tmp_path: Path, text: str, is
     pq.write_table(table, tmp_path / "a.parquet")
     full_set = load(tmp_path / "a.parquet")
     assert full_set.task.class_names == ("0", "1")
-    assert any("a.parquet is passed over" in note for note in full_set.notes) == is_told
+    assert any("a.parquet is ignored" in note for note in full_set.notes) == is_told
 
 
 def test_a_test_split_without_labels_is_left_out_without_being_decoded(tmp_path: Path):

@@ -61,8 +61,8 @@ def _check_header(names: list[str], delimiter: str, path: str) -> None:
     others = [other for other in _NAMES if other != delimiter and other in names[0]]
     if len(names) == 1 and others:
         raise ValueError(
-            f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, parted by {_NAMES[others[0]]}: .csv is read by "
-            "commas, .tsv by tabs; write it so, or as Parquet"
+            f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, with {_NAMES[others[0]]} in it: values are separated "
+            "by commas in .csv, by tabs in .tsv; write it so, or as Parquet"
         )
 
 
@@ -83,7 +83,7 @@ def _refuse_damaged_row(data: bytes, delimiter: str, path: str) -> None:
         line, num, num_expected = _line_of(row.number, data, delimiter), row.actual_columns, row.expected_columns
         raise ValueError(
             f"line {line} of {path} has {num} value{'s' if num != 1 else ''} where the header has {num_expected} "
-            f"({row.text[:_MOST_SHOWN]!r}): mend the line, or put values that hold the delimiter in quotes"
+            f"({row.text[:_MOST_SHOWN]!r}): correct the line, or put values that hold the delimiter in quotes"
         )
 
 

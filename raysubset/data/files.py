@@ -74,13 +74,13 @@ def read_path(config: DataConfig, task: str) -> Source:
 
 
 def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
-    """The images in the rows of a Parquet or Arrow file, to be predicted: uint8 [N, H, W, C], or encoded.
+    """Read the images in the rows of a Parquet or Arrow file, for predictions: uint8 [N, H, W, C], or encoded.
 
     Args:
-        image_size: side in pixels that tensors are resized to; None leaves them as they are.
+        image_size: the side in pixels to which tensors are resized; None keeps their size.
 
     Raises:
-        ValueError: if it cannot be read, or has no such column, no rows, nulls, or what is no image.
+        ValueError: if the file cannot be read or has no such column, no rows, nulls, or values that are no images.
     """
     files = find_files(DataConfig(name=path))
     (member,) = files.layout["train"]

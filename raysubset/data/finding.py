@@ -197,9 +197,9 @@ def _refuse_logged(paths: Iterable[str], where: str) -> None:
         for kind, shows in _LOGGED.items():
             if shows.search(path):
                 raise ValueError(
-                    f"data.name = {where}: {path} makes it {kind}, whose log says which files are alive, and is not "
-                    "read: write the live rows to Parquet, or give data.name a function that returns them as an Arrow "
-                    "table (for Delta, deltalake's DeltaTable(path).to_pyarrow_table())"
+                    f"data.name = {where}: {path} makes it {kind}, whose log says which files are live; such tables "
+                    "are not read: write the live rows to Parquet, or give data.name a function that returns them as "
+                    "an Arrow table (for Delta, deltalake's DeltaTable(path).to_pyarrow_table())"
                 )
 
 

@@ -60,9 +60,9 @@ class Findings:
             bits = (white - black).bit_length()
             yield f"greys of {where} run from {low} to {high}: read as {bits} bits, {black} as black, {white} as white"
         if self.num_transparent:
-            yield f"{_images(self.num_transparent, where)} transparent pixels, which are laid on white"
+            yield f"{_images(self.num_transparent, where)} transparent pixels, which are shown on white"
         if self.num_animated:
-            yield f"{_images(self.num_animated, where)} several frames or pages, of which the first is read"
+            yield f"{_images(self.num_animated, where)} several frames or pages: only the first is read"
         if self.flat_shape:
             sizes = "x".join(map(str, self.flat_shape))
             yield f"flat lists of pixels of {where} read as {sizes}: height, width, colours"

@@ -52,7 +52,7 @@ def _ray_shape(text: bytes, where: str) -> list[int]:
             "unpickled here: write the files with a newer Ray"
         ) from error
     if not isinstance(shape, list) or not all(isinstance(length, int) and length > 0 for length in shape):
-        raise ValueError(f"ray.data's tensors in {where} have shape {shape}: write the files anew")
+        raise ValueError(f"ray.data's tensors in {where} have shape {shape}: write the files again")
     return shape
 
 
@@ -66,7 +66,9 @@ def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) 
     for chunk in column.chunks:
         lengths = chunk.value_lengths()
         if not all(length == size for length in set(lengths.unique().to_pylist())):
-            raise ValueError(f"images of {where} do not have the shape {shape} that ray.data wrote: write it anew")
+            raise ValueError(
+                f"images of {where} do not have the shape {shape} that ray.data wrote: write the files again"
+            )
         flat = pa.FixedSizeListArray.from_arrays(chunk.flatten(), size)
         chunks.append(pa.ExtensionArray.from_storage(type_, flat))
     return pa.chunked_array(chunks, type_)

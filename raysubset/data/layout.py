@@ -101,7 +101,7 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
             _refuse(where, f"{' and '.join(examples.values())} both name the {split} split", "rename one", ignore=path)
     names = dict.fromkeys(name for path in unnamed for name in (*path.split("/")[:-1], PurePosixPath(path).stem))
     if pair := alike_but_for_split(names):
-        _refuse(where, f"{some(pair)} may name splits", "part the word by a dash (my-train)", ignore=None)
+        _refuse(where, f"{some(pair)} may name splits", "separate the word by a dash (my-train)", ignore=None)
     if unnamed and by_split:
         named = next(path for path in paths if path not in unnamed)
         text = f"{some(unnamed)} name no split, as {named} does"

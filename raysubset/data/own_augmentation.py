@@ -63,8 +63,8 @@ class OwnAugmentation:
             tensor = augmented[name]
             if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
                 kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                text = f"returned {name} as {kind}, and was given {values.dtype} {list(values.shape)}"
-                raise self._misfit(f"{text}: return it as it is given")
+                text = f"returned {name} as {kind}, and got {values.dtype} {list(values.shape)}"
+                raise self._misfit(f"{text}: keep type and shape")
 
     def _misfit(self, text: str) -> ValueError:
         return ValueError(f"{_FIELD} = {self.reference!r} {text}")

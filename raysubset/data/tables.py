@@ -143,7 +143,7 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
         if names:
             declared[path] = names
         if problem:
-            notes.append(Note(f"metadata of {path} is passed over: {problem}", is_warning=True))
+            notes.append(Note(f"metadata of {path} is ignored: {problem}", is_warning=True))
     longest = max(declared, key=lambda path: len(declared[path]), default=None)
     class_names = declared[longest] if longest else None
     consistent = {}
@@ -282,7 +282,7 @@ def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ..
     try:
         feature: Any = json.loads(text)
     except ValueError:
-        return None, "what stands under huggingface is not JSON"
+        return None, "its value of huggingface is not JSON"
     for key in ("info", "features", label_column):
         feature = feature.get(key) if isinstance(feature, dict) else None
     if not isinstance(feature, dict) or feature.get("_type") != "ClassLabel":

@@ -243,8 +243,8 @@ def fit_columns(
         notes.append(_filled_note(filled, where))
     if not columns:
         raise ValueError(
-            f"no column of {where} tells its rows apart ({listed(constant) or 'none is left'}): set "
-            "--data.columns to others"
+            f"no column of {where} differs between rows ({listed(constant) or 'none is left'}): set --data.columns to "
+            "others"
         )
     return TableInputs(tuple(columns), missing), tuple(notes)
 
@@ -369,7 +369,7 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
     if len(categories) > MOST_VALUES or len(categories) == num:
         stray = _stray_text(texts, place)
         contents = f"{len(categories)} different texts" if len(categories) < num else "another text in each row"
-        remedy = f"{'mend it, or ' if stray else ''}leave the column out with --data.columns"
+        remedy = f"{'correct it, or ' if stray else ''}leave the column out with --data.columns"
         raise ValueError(
             f"column {name} of {place.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
             f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: {remedy}"

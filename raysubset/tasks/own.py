@@ -63,8 +63,8 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
             shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise _misfit(task.name, f"residuals() gave {shape} of {num} examples: give numbers of each example")
         if not torch.isclose(squares := each.square().sum().to(loss), loss, rtol=1e-3, atol=1e-6, equal_nan=True):
-            text = f"squares of residuals() sum up to {squares.item():g}, and loss() of the same is {loss.item():g}"
-            raise _misfit(task.name, f"{text}: they should be one number")
+            text = f"squares of residuals() sum to {squares.item():g}, and loss() of the same is {loss.item():g}"
+            raise _misfit(task.name, f"{text}: they should be equal")
     with torch.no_grad():
         measured = _called(task, "measure", outputs, targets)
     if not isinstance(measured, Mapping) or not measured:

@@ -82,7 +82,7 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
         "next_token": _next_token,
     }
     if name not in readers:
-        raise ValueError(f"its task {name!r} is none that this version knows: update raysubset")
+        raise ValueError(f"this version does not know its task {name!r}: update raysubset")
     return readers[name](fields)
 
 
