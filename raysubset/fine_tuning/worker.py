@@ -329,7 +329,7 @@ class _Worker:
             ledger.write(self._entry(work, progress.cost))
 
     def _is_due(self) -> bool:
-        """Return True if actors.checkpoint_s passed since the last checkpoint; only a worker that is alone may ask."""
+        """Return True if this worker is alone and actors.checkpoint_s passed since its last checkpoint."""
         return self._alone is not None and time.perf_counter() - self._saved_at >= self._config.actors.checkpoint_s
 
     def _checkpoint(self, progress: Progress, *, stop: bool) -> None:

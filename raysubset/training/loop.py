@@ -127,7 +127,7 @@ def minimize(
     def cost() -> Cost:
         device_s = (time.perf_counter() - start_s) * shard.num
         num_teacher_forward = num_seen * distillation.num_teachers if distillation else 0
-        num_extra = objective.num_further * shard.num if objective else 0
+        num_extra = objective.num_extra * shard.num if objective else 0
         num_backward = num_seen - techniques.num_skipped // 2  # half of a backward pass is the weights' gradients
         num_forward = num_seen + num_teacher_forward + num_extra + techniques.num_forward
         return Cost(num_forward, num_backward + num_extra, progress.step - first_step, device_s)

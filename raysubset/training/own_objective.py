@@ -29,12 +29,12 @@ class OwnObjective:
     """Calls the user's function, and counts the examples that it passes forward beyond a batch's own.
 
     Attributes:
-        num_further: examples passed through the whole network beyond one pass of each, by this process.
+        num_extra: examples passed through the whole network beyond one pass of each, by this process.
     """
 
     def __init__(self, reference: str, device: torch.device) -> None:
         self._function, self._generator = load_function(_FIELD, reference), torch.Generator(device)
-        self.num_further = 0
+        self.num_extra = 0
 
     def seed(self, seed: int) -> None:
         """Seed the draws of the next calls."""
@@ -54,7 +54,7 @@ class OwnObjective:
             loss, outputs = self._function(model, inputs, targets, task, self._generator)
         finally:
             hook.remove()
-        self.num_further += max(0, num_passed - len(inputs))
+        self.num_extra += max(0, num_passed - len(inputs))
         return widened(loss), outputs
 
 
