@@ -34,7 +34,7 @@ from torch import Tensor
 # A checkout is enough: raysubset need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from raysubset.aggregation import Minimum, Scorer, barrier, make
+from raysubset.aggregation import Minimum, Scorer, barrier, combine_and_score
 from raysubset.config import Config, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model
@@ -156,7 +156,7 @@ def compare(data_root: str, start: str, seeds: Sequence[int]) -> None:
                 minimize=config.minimize,
             )
             options = dataclasses.replace(config.aggregation, method=method)  # pyright: ignore[reportArgumentType]
-            aggregate, validation = make(minima, options, scorer, start=begun, seed=seed)
+            aggregate, validation = combine_and_score(minima, options, scorer, start=begun, seed=seed)
             kind = {"fisher": "fisher", "regmean": "gram", "savgm": "subsample"}.get(method)
             cost = scorer.cost() + (extra[kind] if kind else Cost())
             accuracy = evaluate(network(config, full_set, aggregate.weights), test, config.minimize).accuracy

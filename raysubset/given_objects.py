@@ -38,31 +38,31 @@ class Given:
         return Given({name: value for name, value in self.objects.items() if name not in self.here}, self.fingerprints)
 
 
-_in_hand = Given()
+_held = Given()
 
 
-def in_hand() -> Given:
+def held_objects() -> Given:
     """Return the objects that this process holds."""
-    return _in_hand
+    return _held
 
 
-def take(given: Given) -> None:
+def hold(given: Given) -> None:
     """Hold these objects in this process from now on. For processes that work for another."""
-    global _in_hand
-    _in_hand = given
+    global _held
+    _held = given
 
 
 @contextlib.contextmanager
 def holding(given: Given) -> Iterator[None]:
     """Hold these objects too, for the length of the block."""
-    previous = _in_hand
+    previous = _held
     objects, fingerprints = {**previous.objects, **given.objects}, {**previous.fingerprints, **given.fingerprints}
     load = None if given.objects else previous.load  # new objects are not in what is already put for other processes
-    take(Given(objects, fingerprints, previous.here | given.here, load))
+    hold(Given(objects, fingerprints, previous.here | given.here, load))
     try:
         yield
     finally:
-        take(previous)
+        hold(previous)
 
 
 def is_given(reference: str) -> bool:
@@ -72,7 +72,7 @@ def is_given(reference: str) -> bool:
 
 def is_instance(reference: str) -> bool:
     """Return True if the name stands for an existing object, such as a network with its weights, and not a function."""
-    return isinstance(_in_hand.objects.get(reference), Instance)
+    return isinstance(_held.objects.get(reference), Instance)
 
 
 def given_object(field: str, reference: str) -> Callable[..., Any]:
@@ -81,16 +81,16 @@ def given_object(field: str, reference: str) -> Callable[..., Any]:
     Raises:
         ValueError: if this process does not hold it.
     """
-    if reference not in _in_hand.objects:
+    if reference not in _held.objects:
         argument = field.partition(".")[0]
         raise ValueError(
-            f"{field} = {reference!r} stands for an object that a Python program had in hand: give it again, "
+            f"{field} = {reference!r} stands for an object that a Python program gave: give it again, "
             f"{argument}=…, beside the config"
         )
-    return _in_hand.objects[reference]
+    return _held.objects[reference]
 
 
 def given_fingerprint(field: str, reference: str) -> pa.Table:
     """Return the digests of a network or a task. Data have none here: they are known by what is read of them."""
     given_object(field, reference)
-    return _in_hand.fingerprints[reference]
+    return _held.fingerprints[reference]

@@ -22,19 +22,19 @@ T = TypeVar("T")
 _UNNAMED = Config()  # has the default names
 
 
-def taking_objects(function: Callable[P, T]) -> Callable[P, T]:
+def accepts_objects(function: Callable[P, T]) -> Callable[P, T]:
     """Wrap a function of a config so that it accepts data, model and task as objects, which it holds by name."""
 
     @functools.wraps(function)
     def call(config: Config, *arguments: Any, data: Any = None, model: Any = None, task: Any = None, **more: Any) -> T:
-        with taken(config, data=data, model=model, task=task) as config:
+        with hold_objects(config, data=data, model=model, task=task) as config:
             return function(config, *arguments, **more)  # pyright: ignore[reportCallIssue]
 
     return call  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager
-def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = None) -> Iterator[Config]:
+def hold_objects(config: Config, *, data: Any = None, model: Any = None, task: Any = None) -> Iterator[Config]:
     """Hold the objects for the length of the block. Yield the config that names them.
 
     A function or class that its module has by name becomes package.module:name, as if the config named it. Other
@@ -73,7 +73,7 @@ def taken(config: Config, *, data: Any = None, model: Any = None, task: Any = No
 
 
 @contextlib.contextmanager
-def again(given: Mapping[str, Any], record: Any) -> Iterator[None]:
+def hold_objects_of(given: Mapping[str, Any], record: Any) -> Iterator[None]:
     """Hold objects by the names that a model's record has for them. The record may hold anything.
 
     Raises:

@@ -30,7 +30,7 @@ from raysubset.ledger import Ledger
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
 from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
-from raysubset.objects_in_hand import taking_objects
+from raysubset.objects_in_hand import accepts_objects
 from raysubset.planning import (
     Plan,
     actor_bytes,
@@ -61,7 +61,7 @@ from raysubset.user_functions import refuse_import
 from raysubset.work import Piece, Run, leave_test
 
 
-@taking_objects
+@accepts_objects
 def run(
     config: Config,
     *,

@@ -19,7 +19,7 @@ from raysubset.events import Note
 from raysubset.given_objects import is_given
 from raysubset.models import new_model
 from raysubset.network_graph import GraphNetwork, trace
-from raysubset.objects_in_hand import again
+from raysubset.objects_in_hand import hold_objects_of
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
     ImageInputs,
@@ -247,7 +247,7 @@ def load_model(
     tree = directory.read_json(MODEL_RECORD_PATH)
     files = tree.pop("files", None) if isinstance(tree, dict) else None
     files = files if isinstance(files, dict) else {}
-    with again({"model": model, "task": task}, tree):
+    with hold_objects_of({"model": model, "task": task}, tree):
         try:
             record = ModelRecord.from_dict(tree, trust_code=trust_code)
         except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from raysubset.fingerprints import Entry, fingerprint, hasher
-from raysubset.given_objects import Given, take
+from raysubset.given_objects import Given, hold
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class Workplace:
             os.chdir(self.directory)
         sys.path[:] = [*self.search_path, *(path for path in sys.path if path not in self.search_path)]
         if self.load_given is not None:
-            take(replace(self.load_given(), load=self.load_given))
+            hold(replace(self.load_given(), load=self.load_given))
 
 
 def at(workplace: Workplace, function: Callable[..., T]) -> Callable[..., T]:

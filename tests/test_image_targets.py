@@ -16,7 +16,7 @@ from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, Ta
 from raysubset.data import FullSet, load_full_set
 from raysubset.exporting import predict_files
 from raysubset.models import architecture, new_model
-from raysubset.objects_in_hand import taken
+from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression
 from raysubset.trained_model import ModelRecord, load_model, save_model
@@ -50,7 +50,7 @@ def of_file(path: Path, columns: dict[str, Any], task: str, *, ignored: int | No
 
 
 def of_arrays(arrays: dict[str, np.ndarray], task: str, *, ignored: int | None = None) -> FullSet:
-    with taken(Config(task=TaskConfig(name=task, ignored=ignored)), data=arrays) as config:
+    with hold_objects(Config(task=TaskConfig(name=task, ignored=ignored)), data=arrays) as config:
         return load_full_set(config.data, config.task)
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from raysubset.comparison.driver import _checked
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.given_objects import Given, in_hand, take
+from raysubset.given_objects import Given, held_objects, hold
 from raysubset.identity import identify
 from raysubset.object_digests import object_fingerprint
-from raysubset.objects_in_hand import taken
+from raysubset.objects_in_hand import hold_objects
 from raysubset.planning import make_plan, seeded_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression, Spec
@@ -70,7 +70,7 @@ def config_of(**overrides: object) -> Config:
     ids=["dict", "pair", "tensors", "splits", "table", "Dataset", "function"],
 )
 def test_data_in_hand_are_read_as_what_a_function_returns(data):
-    with taken(config_of(), data=data) as config:
+    with hold_objects(config_of(), data=data) as config:
         assert config.data.name == "given:data"
         full_set = load_full_set(*config.learned)
     assert full_set.spec == Spec((4,), (1,))
@@ -78,7 +78,7 @@ def test_data_in_hand_are_read_as_what_a_function_returns(data):
 
 
 def test_texts_in_hand_are_learned():
-    with taken(
+    with hold_objects(
         config_of(**{"task.name": "next_token", "data.window": 8}), data=["a text of some words " * 20]
     ) as config:
         assert load_full_set(*config.learned).spec.num_values == 256
@@ -86,7 +86,7 @@ def test_texts_in_hand_are_learned():
 
 def test_a_network_in_hand_is_the_shared_start_and_stays_as_it_is():
     given = net(bias=2.0)
-    with taken(config_of(), data=ARRAYS, model=given) as config:
+    with hold_objects(config_of(), data=ARRAYS, model=given) as config:
         assert config.model.name == "given:Sequential"
         full_set = load_full_set(*config.learned)
         plan = make_plan(config, full_set)
@@ -100,7 +100,7 @@ def test_a_network_in_hand_is_the_shared_start_and_stays_as_it_is():
 
 
 def test_a_class_in_hand_draws_its_weights_by_the_seed():
-    with taken(config_of(), data=ARRAYS, model=local_class()) as config:
+    with hold_objects(config_of(), data=ARRAYS, model=local_class()) as config:
         full_set = load_full_set(*config.learned)
         ours, other = seeded_model(config, full_set), seeded_model(config.with_overrides({"seed": 1}), full_set)
         assert config.model.name == "given:Net"
@@ -109,54 +109,54 @@ def test_a_class_in_hand_draws_its_weights_by_the_seed():
 
 
 def test_a_function_without_arguments_makes_a_network():
-    with taken(config_of(), data=ARRAYS, model=lambda: net()) as config:
+    with hold_objects(config_of(), data=ARRAYS, model=lambda: net()) as config:
         assert config.model.name == "given:function"
         assert seeded_model(config, load_full_set(*config.learned))(torch.zeros(2, 4)).shape == (2, 1)
 
 
 def test_two_objects_of_one_name_stay_two():
     network, task = lambda: net(), lambda: 3
-    with taken(config_of(**{"task.name": "auto"}), model=network, task=task) as config:
-        assert in_hand().objects[config.model.name] is network
-        assert in_hand().objects[config.task.name] is task
+    with hold_objects(config_of(**{"task.name": "auto"}), model=network, task=task) as config:
+        assert held_objects().objects[config.model.name] is network
+        assert held_objects().objects[config.task.name] is task
 
 
 def test_what_a_module_has_is_named_by_it():
-    with taken(Config(), model=net, task=Regression, data=config_of) as config:
+    with hold_objects(Config(), model=net, task=Regression, data=config_of) as config:
         assert (config.model.name, config.data.name) == ("tests.test_objects_in_hand:net", f"{__name__}:config_of")
         assert config.task.name == "raysubset.tasks.regression:Regression"
-        assert not in_hand().objects
+        assert not held_objects().objects
 
 
 def test_another_process_has_what_the_driver_was_given_without_the_data(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     model = local_class()(Spec((4,), (1,)))
-    with taken(config_of(), data=ARRAYS, model=model) as config:
+    with hold_objects(config_of(), data=ARRAYS, model=model) as config:
         full_set = load_full_set(*config.learned)
-        sent = cloudpickle.dumps(in_hand().for_others())
-        fingerprints = in_hand().fingerprints
-    assert not in_hand().objects
+        sent = cloudpickle.dumps(held_objects().for_others())
+        fingerprints = held_objects().fingerprints
+    assert not held_objects().objects
     place = Workplace(str(tmp_path / "missing"), (), partial(cloudpickle.loads, sent))
     try:
         place.enter()
-        assert {*in_hand().objects} == {"given:Net"}
-        assert in_hand().fingerprints == fingerprints
-        with taken(config):  # as a sweep's trial calls run()
-            assert in_hand().load is place.load_given  # for the processes that this one starts
-        with taken(config_of(), data=ARRAYS):
-            assert in_hand().load is None
+        assert {*held_objects().objects} == {"given:Net"}
+        assert held_objects().fingerprints == fingerprints
+        with hold_objects(config):  # as a sweep's trial calls run()
+            assert held_objects().load is place.load_given  # for the processes that this one starts
+        with hold_objects(config_of(), data=ARRAYS):
+            assert held_objects().load is None
         assert same_bits(weights(seeded_model(config, full_set)), weights(model))
         identity = identify([config], {config.learned: full_set}, None)  # as a sweep's trial, which has the full set
         assert [table.equals(full_set.fingerprint) for table in identity.data.values()] == [True]
     finally:
-        take(Given())
+        hold(Given())
 
 
 def changes(**objects) -> list[str]:
     """What tells a run of ARRAYS and net() that it is resumed with others."""
 
     def identity(data=ARRAYS, model=None):
-        with taken(config_of(), data=data, model=model or net()) as config:
+        with hold_objects(config_of(), data=data, model=model or net()) as config:
             return identify([config], {}, None)
 
     return identity(**objects).changed(identity())
@@ -262,27 +262,31 @@ MISTAKES = {
 def test_what_cannot_stand_for_a_name_is_refused_in_a_line_before_ray(objects, overrides, message):
     with (
         pytest.raises(ValueError, match=message) as caught,
-        taken(config_of(**overrides), **{"data": None if "data.name" in overrides else ARRAYS} | objects) as config,
+        hold_objects(
+            config_of(**overrides), **{"data": None if "data.name" in overrides else ARRAYS} | objects
+        ) as config,
     ):
         make_plan(config, load_full_set(*config.learned))
     assert "\n" not in str(caught.value)
-    assert not in_hand().objects
+    assert not held_objects().objects
 
 
 def test_a_config_that_names_an_object_asks_for_it_again():
-    with taken(config_of(), data=ARRAYS) as config:
+    with hold_objects(config_of(), data=ARRAYS) as config:
         full_set = load_full_set(*config.learned)
     for field in ("data", "model", "task"):
         config = Config().with_overrides({f"{field}.name": "given:Net"})
         with pytest.raises(ValueError, match=rf"{field}.name = 'given:Net' stands for .*: give it again, {field}=…"):
             identify([config], {} if field == "data" else {config.learned: full_set}, None)
-    with taken(config_of(**{"model.name": "given:Sequential", "data.name": "given:data"}), data=ARRAYS, model=net()):
+    with hold_objects(
+        config_of(**{"model.name": "given:Sequential", "data.name": "given:data"}), data=ARRAYS, model=net()
+    ):
         pass  # as a resume by the run's own config.json
 
 
 @pytest.mark.parametrize("arm", ["E", "F"])
 def test_a_comparison_refuses_arms_that_draw_weights_anew_for_a_network_in_hand(arm):
-    with taken(config_of(), model=net()) as config:
+    with hold_objects(config_of(), model=net()) as config:
         with pytest.raises(ValueError, match="draws new weights, and given:Sequential is a network that has its own"):
             _checked(config, [0, 1], [2.0], ["B", "G", arm], [0.1])
         _checked(config, [0, 1], [2.0], ["B", "G"], [0.1])
@@ -298,7 +302,7 @@ class _Untraceable(nn.Module):
 
 
 def saved(directory: RunDirectory, model: nn.Module) -> dict[str, torch.Tensor]:
-    with taken(config_of(), data=ARRAYS, model=model) as config:
+    with hold_objects(config_of(), data=ARRAYS, model=model) as config:
         record = ModelRecord(config.model, load_full_set(*config.learned).task)
         save_model(directory, weights(model), record)
     return weights(model)

@@ -12,7 +12,7 @@ from raysubset.aggregation import merge
 from raysubset.cli.flags import parse_config
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.objects_in_hand import taken
+from raysubset.objects_in_hand import hold_objects
 from raysubset.planning import make_plan, seeded_model
 from raysubset.training import evaluate, minimize
 
@@ -48,7 +48,7 @@ def test_objects_in_hand_pass_the_trials_of_a_plan_and_lower_the_loss():
     import own_objects  # pyright: ignore[reportMissingImports]
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-    with taken(Config(), data=own_objects.points(), model=net, task=own_objects.Angle()) as config:
+    with hold_objects(Config(), data=own_objects.points(), model=net, task=own_objects.Angle()) as config:
         assert [*config.functions().values()] == ["given:data", "given:Angle", "given:Sequential"]
         _plan_and_learn(config)
 

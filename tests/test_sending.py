@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raysubset.aggregation import of_differences, to_differences
+from raysubset.aggregation import from_differences, to_differences
 
 
 def weights_and_start() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -32,7 +32,7 @@ PARAMETERS = ("weight", "still", "tiny", "empty", "half")
 @pytest.mark.parametrize("send", ["bfloat16", "int8"])
 def test_what_is_sent_is_off_by_no_more_than_its_format_and_all_but_parameters_by_nothing(send) -> None:
     weights, start = weights_and_start()
-    received = of_differences(to_differences(weights, start, PARAMETERS, send), start)
+    received = from_differences(to_differences(weights, start, PARAMETERS, send), start)
     assert list(received) == list(weights)
     difference, error = weights["weight"] - start["weight"], (received["weight"] - weights["weight"]).abs()
     rounding = 2**-23 * weights["weight"].abs()  # of float32, in the difference and in the sum
@@ -56,5 +56,5 @@ def test_sent_parameters_take_their_share_of_the_bytes(send, share) -> None:
 def test_weights_that_are_not_finite_arrive_as_they_are(bad) -> None:
     weights, start = weights_and_start()
     weights["weight"][3, 3] = bad
-    received = of_differences(to_differences(weights, start, PARAMETERS, "int8"), start)
+    received = from_differences(to_differences(weights, start, PARAMETERS, "int8"), start)
     torch.testing.assert_close(received["weight"], weights["weight"], rtol=0, atol=0, equal_nan=True)

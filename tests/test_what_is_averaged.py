@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from raysubset.aggregation import Minimum, RunningMean, aggregate, make, merge, outer_step, select_best, uniform_soup
+from raysubset.aggregation import (
+    Minimum,
+    RunningMean,
+    aggregate,
+    combine_and_score,
+    merge,
+    outer_step,
+    select_best,
+    uniform_soup,
+)
 from raysubset.aggregation.scorer import Scorer
 from raysubset.config import AggregationConfig, MinimizeConfig, ModelConfig
 from raysubset.models import averaged_names, build_model, has_batch_norm, trainable_names
@@ -273,7 +282,7 @@ def test_aligned_soup_keeps_frozen_layers_in_place_and_as_they_are():
         member = minimum(k, weights(model), start_id=str(k), predictions=outputs)
         members.append(replace(member, averaged=averaged_names(model)))
     config = AggregationConfig(method="aligned_soup")
-    made, _ = make(members, config, scorer_of(network(1)), start=None, seed=0)
+    made, _ = combine_and_score(members, config, scorer_of(network(1)), start=None, seed=0)
     for name in ("0.weight", "0.bias"):
         assert torch.equal(made.weights[name], members[0].load_weights()[name])
     assert made.alignment is not None

@@ -9,7 +9,7 @@ from raysubset.aggregation.curvature import fisher_merge, regmean
 from raysubset.aggregation.merging import merge
 from raysubset.aggregation.methods import (
     candidates_of_auto,
-    make,
+    combine_and_score,
     method_of,
     methods,
     methods_tried,
@@ -18,7 +18,7 @@ from raysubset.aggregation.methods import (
 )
 from raysubset.aggregation.records import Aggregate, Context, Forward, Method, Minimum, Needs, Score
 from raysubset.aggregation.scorer import Scorer
-from raysubset.aggregation.sending import Send, of_differences, to_differences
+from raysubset.aggregation.sending import Send, from_differences, to_differences
 from raysubset.aggregation.soups import barrier, ensemble_outputs, greedy_soup, select_best, uniform_soup, weighted_soup
 from raysubset.aggregation.steps import mean_optimizer_state, outer_step, shrink_perturb
 from raysubset.aggregation.streaming import RunningMean, shares_start

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raysubset.aggregation.methods import candidates_of_auto, combine, make
+from raysubset.aggregation.methods import candidates_of_auto, combine, combine_and_score
 from raysubset.aggregation.records import Aggregate, Minimum
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import barrier, by_validation_loss, plain_mean
@@ -100,7 +100,7 @@ def aggregate(
     if config.method == "auto":
         combined, validation, candidates = _best_candidate(minima, config, scorer, start=start, seed=seed)
     else:
-        combined, validation = make(minima, config, scorer, start=start, seed=seed)
+        combined, validation = combine_and_score(minima, config, scorer, start=start, seed=seed)
         candidates = ()
     validations = {candidate.method: candidate.validation for candidate in candidates} | {combined.method: validation}
     mean = validation if len(minima) == 1 else validations.get("uniform_soup")
@@ -130,7 +130,9 @@ def _best_candidate(
     for method in methods:
         old, validation, error = scorer.cost(), None, None
         try:
-            candidate, validation = make(minima, replace(config, method=method), scorer, start=start, seed=seed)
+            candidate, validation = combine_and_score(
+                minima, replace(config, method=method), scorer, start=start, seed=seed
+            )
             if math.isfinite(validation.loss) and (best is None or validation.loss < best[1].loss):
                 best = candidate, validation
         except ValueError as refusal:

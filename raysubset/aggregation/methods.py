@@ -81,7 +81,7 @@ def refuse_contradictions(config: Config) -> None:
         )
 
 
-def make(
+def combine_and_score(
     minima: Sequence[Minimum], config: AggregationConfig, scorer: Scorer, *, start: Weights | None, seed: int
 ) -> tuple[Aggregate, Metrics]:
     """Return combine() with correct batch-norm statistics, and its validation metrics."""

@@ -1,7 +1,7 @@
 """The form in which a member sends its weights: differences from the round's start in 16 or 8 bits, and back.
 
 packed = to_differences(weights, start, names, "int8")   # a quarter of the bytes
-weights = of_differences(packed, start)
+weights = from_differences(packed, start)
 """
 
 from collections.abc import Collection
@@ -44,7 +44,7 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
     return packed
 
 
-def of_differences(packed: Weights, start: Weights) -> Weights:
+def from_differences(packed: Weights, start: Weights) -> Weights:
     """Return the weights that to_differences() packed, given the same start."""
     weights = {}
     for key, value in packed.items():

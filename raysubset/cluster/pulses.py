@@ -1,7 +1,7 @@
 """Pulses of processes that answer no calls: published each second in Ray's control store, and read by the driver.
 
 with published(key): ...  # in the process that works
-for process in heard(key): watch.hear(process.pulse, process.pid)  # in the process that watches
+for process in processes_at(key).values(): watch.hear(process.pulse, process.pid)  # in the process that watches
 """
 
 import json
@@ -66,7 +66,7 @@ def published(key: str) -> Iterator[None]:
         forget(key)
 
 
-def heard(prefix: str) -> dict[str, Process]:
+def processes_at(prefix: str) -> dict[str, Process]:
     """Return the processes that publish under keys with this prefix, by the rest of their keys."""
     processes = {}
     for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
@@ -95,7 +95,7 @@ class Lookout:
 
     def look(self) -> None:
         """Read the pulses of all tasks that have begun. Report the stalled ones, and kill the lost ones."""
-        for name, process in heard(self.prefix).items():
+        for name, process in processes_at(self.prefix).items():
             watch = self._watches.setdefault(name, Watch(self._stall_s))
             watch.hear(process.pulse, process.pid)
             text = f"{name} on node {process.node} stands still: {watch.in_words()}"

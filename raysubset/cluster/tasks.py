@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
 from raysubset.events import OnEvent, Waiting
-from raysubset.given_objects import in_hand, take
+from raysubset.given_objects import held_objects, hold
 from raysubset.user_code import Workplace
 
 LOOK_S = 1.0  # between two looks at a working task
@@ -56,10 +56,10 @@ def get_shared(value_ref: Sequence[ray.ObjectRef]) -> Any:
 
 def workplace() -> Workplace:
     """Return this process's workplace for the user's code. Given objects are put into the object store once."""
-    given = in_hand()
+    given = held_objects()
     if given.objects and given.load is None:
         given = replace(given, load=partial(get_shared, put_once(given.for_others())))
-        take(given)
+        hold(given)
     return replace(Workplace.here(), load_given=given.load)
 
 

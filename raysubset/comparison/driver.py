@@ -17,7 +17,7 @@ from raysubset.data import load_full_set
 from raysubset.events import Event, LegDone, Note, OnEvent, Stage, Waiting
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
-from raysubset.objects_in_hand import taking_objects
+from raysubset.objects_in_hand import accepts_objects
 from raysubset.planning import Plan, make_plan
 from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
@@ -38,7 +38,7 @@ COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cl
 OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 
-@taking_objects
+@accepts_objects
 def compare(
     config: Config,
     *,

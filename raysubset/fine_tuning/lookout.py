@@ -16,10 +16,10 @@ from raysubset.cluster import (
     forget,
     free_resources,
     groups_of,
-    heard,
     kill_processes,
     node_types,
     offers,
+    processes_at,
 )
 from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
 from raysubset.fine_tuning.epochs import Epochs
@@ -61,7 +61,7 @@ class TrainLookout:
         self.epochs.tell_new()
         groups = groups_of(controller)
         processes = {
-            rank: process for rank, process in heard(self.key).items() if groups.get(process.group) == "CREATED"
+            rank: process for rank, process in processes_at(self.key).items() if groups.get(process.group) == "CREATED"
         }
         workers = list(processes.values())
         now = time.monotonic()

@@ -12,7 +12,7 @@ WRITTEN = "written"  # stands for the version of a local file that was written a
 class Recent:
     """Contents by file and seal. Of a local file, which the system caches, only the version that matched its seal.
 
-    The seal is part of the key, so a file that another process has replaced is read again.
+    An entry holds for one seal only, so that a file that another process has replaced is read again.
     """
 
     def __init__(self) -> None:

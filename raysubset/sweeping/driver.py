@@ -31,7 +31,7 @@ from raysubset.events import Event, Note, OnEvent, Stage, TrialReport, Waiting
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.ledger import Ledger, total_cost
 from raysubset.legs import Leg, LegRunner
-from raysubset.objects_in_hand import taking_objects
+from raysubset.objects_in_hand import accepts_objects
 from raysubset.planning import make_plan
 from raysubset.quality import quality_of
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
@@ -61,7 +61,7 @@ MOST_PASSES = 1_000_000  # beyond any run: ASHA stops a trial that gets there
 FEWER = 2  # ASHA's reduction factor: each rung lets this fraction of trials continue, 1 / FEWER
 
 
-@taking_objects
+@accepts_objects
 def sweep(
     config: Config,
     space: Mapping[str, Any],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysubset.config import from_tree
-from raysubset.given_objects import in_hand, is_given
+from raysubset.given_objects import held_objects, is_given
 from raysubset.tasks.classification import Classification
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
@@ -67,7 +67,7 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
     name, fields = tree["name"], {key: value for key, value in tree.items() if key != "name"}
     if ":" in name:
         if is_given(name):
-            if name not in in_hand().objects:
+            if name not in held_objects().objects:
                 raise ValueError(f"its task, {name}, was an object in Python: give it again, load_model(…, task=…)")
         elif not trust_code:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raysubset.aggregation import Minimum, Send, of_differences, shrink_perturb
+from raysubset.aggregation import Minimum, Send, from_differences, shrink_perturb
 from raysubset.config import Config, TrainingStage
 from raysubset.data import FullSet
 from raysubset.ledger import Stage
@@ -140,7 +140,7 @@ class Piece:
             if record.get("send", "float32") == "float32":
                 return stored
             assert start is not None
-            return of_differences(stored, start)
+            return from_differences(stored, start)
 
         return Minimum.from_dict(
             record,
