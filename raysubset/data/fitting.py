@@ -36,7 +36,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
-    """The full set of tables learned by their columns.
+    """Build the full set of tables, which learns from their columns.
 
     Raises:
         ValueError: for columns that cannot be features or targets, with the way out.
@@ -55,12 +55,12 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
     for split in SPLITS:
-        origin = _origin(split, targets.values)  # without splits of which nothing has a label
+        origin = _origin(split, targets.values)  # targets have no values of splits without labels
         table, tensors = tables.splits[origin].take(pa.array(rows[split])), targets.stored(origin, rows[split], learned)
         if streamed is None or split != "train":
             columns = streamed.kept(split) if streamed and split in carved else table
-            features, found = inputs.encode(columns, where=f"the {split} split", rows=rows[split])
-            notes += found if split != "train" else ()  # fit_columns() says what it filled
+            features, encoding = inputs.encode(columns, where=f"the {split} split", rows=rows[split])
+            notes += encoding if split != "train" else ()  # fit_columns() noted what it filled in
             tensors = {"inputs": features, **tensors}
         splits[split] = Split.from_arrays(tensors, rows[split], _attributes(table, tensors))
     full_set = _full_set(config, splits, learned, notes)
@@ -75,15 +75,15 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
 def of_texts(
     texts: Mapping[SplitName, Sequence[str]], notes: Sequence[Note], config: DataConfig, task: TaskConfig
 ) -> FullSet:
-    """The full set of windows of texts, of which the next tokens are learned.
+    """Build the full set of texts, cut into windows for next-token prediction.
 
     Raises:
         ValueError: for texts shorter than a window.
     """
-    vocabulary, windows, found = fit_vocabulary(config.vocabulary, texts["train"]), dict[SplitName, np.ndarray](), []
+    vocabulary, windows, cutting = fit_vocabulary(config.vocabulary, texts["train"]), dict[SplitName, np.ndarray](), []
     for split, documents in texts.items():
-        windows[split], more = windows_of(documents, vocabulary, config.window, where=f"the {split} split")
-        found += more
+        windows[split], split_notes = windows_of(documents, vocabulary, config.window, where=f"the {split} split")
+        cutting += split_notes
     if (num := len(windows["train"])) < (needed := len(SPLITS) + 1 - len(windows)):
         raise ValueError(
             f"the train split has {num} window(s) of {config.window} tokens, too few to hold any out: give "
@@ -96,20 +96,20 @@ def of_texts(
         tokens = table[windows[_origin(split, windows)][rows[split]]]
         splits[split] = Split.from_arrays({"tokens": np.ascontiguousarray(tokens)}, rows[split], {})
     learned = NextToken(vocabulary, config.window, CrossEntropy(task.label_smoothing, class_dim=2))
-    return _full_set(config, splits, learned, [*notes, *found, *carving])
+    return _full_set(config, splits, learned, [*notes, *cutting, *carving])
 
 
 def _of_training(vocabulary: Vocabulary, windows: np.ndarray) -> tuple[Vocabulary, np.ndarray]:
-    """The vocabulary without characters that no training window has, and the new number of each old one."""
+    """Drop characters that no training window has: return the vocabulary, and the new number of each old one."""
     kind = np.uint8 if len(vocabulary) <= 2**8 else np.int32
     if vocabulary.kind == "bytes":
         return vocabulary, np.arange(len(vocabulary), dtype=kind)
     present = np.unique(windows)
     present = present[present < len(vocabulary.characters)]
     fitted = Vocabulary("characters", "".join(vocabulary.characters[number] for number in present))
-    table = np.full(len(vocabulary), len(present), dtype=kind)
-    table[present] = np.arange(len(present))
-    return fitted, table
+    new_numbers = np.full(len(vocabulary), len(present), dtype=kind)
+    new_numbers[present] = np.arange(len(present))
+    return fitted, new_numbers
 
 
 def of_arrays(
@@ -243,19 +243,19 @@ def _as_they_are(
 ) -> dict[SplitName, Split]:
     splits = {}
     for split in SPLITS:
-        own = arrays[_origin(split, arrays)]
-        tensors = {name: np.ascontiguousarray(values[rows[split]]) for name, values in own.items()}
+        named = arrays[_origin(split, arrays)]
+        tensors = {name: np.ascontiguousarray(values[rows[split]]) for name, values in named.items()}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return splits
 
 
 def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:
-    """The split of the source that a split's rows are of."""
+    """Return the split of the source that holds a split's rows."""
     return split if split in source else "train"
 
 
 def _attributes(table: pa.Table, tensors: Mapping[str, object]) -> dict[str, pa.Array]:
-    """The table's columns that subsets can be cut by."""
+    """Return the table's columns by which subsets can be cut."""
     names = [field.name for field in table.schema if is_scalar(field.type)]
     return {name: table.column(name).combine_chunks() for name in names if name not in {*tensors, "row"}}
 

@@ -1,4 +1,4 @@
-"""One door to every data set: find its reader, and make the FullSet of what it reads."""
+"""Loads every data set: finds its reader, and builds the FullSet from what it reads."""
 
 import dataclasses
 import logging
@@ -27,14 +27,14 @@ _logger = logging.getLogger(__name__)
 
 
 def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: pa.Table | None = None) -> FullSet:
-    """Read a data set into memory, once, and decide what it leaves open; the decisions stand in `advice`.
+    """Read a data set into memory once, and decide what the config leaves open. `advice` records the decisions.
 
     Args:
-        task: what is to be learned from it; by default what the data are for.
-        known: an earlier fingerprint of it, whose files need not be digested again where they are as they were.
+        task: what to learn; by default the task that the data are for.
+        known: an earlier fingerprint of the set. Files that are unchanged since are not digested again.
 
     Raises:
-        ValueError: for whatever cannot be read or trained on, in one line with the way out; and where files change
+        ValueError: in one line with the way out, for data that cannot be read or trained on, and for files that change
             while they are read.
     """
     start_s = time.perf_counter()
@@ -51,11 +51,11 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
 
 
 def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None) -> pa.Table:
-    """Of the files that the full set was read from, which must be those that were there before; or of its arrays."""
+    """Return the fingerprint of the set's files, which must not have changed since `before`, or else of its arrays."""
     after = file_fingerprint(config, before)
     if after is None:
         return array_fingerprint(full_set)
-    if before is not None and len(before):  # files that are downloaded were not there before
+    if before is not None and len(before):  # it is empty if the files were downloaded since
         refuse_changed(config.name, before, after)
     return after
 
@@ -96,7 +96,7 @@ def _kind(task: Task) -> Literal["images", "columns", "texts", "arrays"]:
 
 
 def _task_name(config: DataConfig, task: TaskConfig) -> str:
-    """The task's name, with what data are for where the config leaves it open."""
+    """Return the config's task, or for "auto" the task that the data are for."""
     if task.name != "auto":
         return task.name
     if config.name in TEXT_NAMES or config.name.lower().endswith(TEXT_SUFFIXES):
@@ -119,7 +119,7 @@ def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[N
 
 
 def _with_origin(source: Source, origin: str) -> Source:
-    """The source with a line a split that says how many examples were read of what; read_path() says it itself."""
+    """Add a note to each split: how many examples were read, and from where. read_path() adds its own."""
     return {
         name: dataclasses.replace(
             split, notes=(Note(f"{name} split: {len(split.targets)} examples of {origin}"), *split.notes)
