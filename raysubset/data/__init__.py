@@ -1,4 +1,4 @@
-"""The full set: read once from wherever it lies into Arrow tables, handed out as tensors on a device.
+"""The full set: read once into Arrow tables, wherever it is stored, and handed out as tensors on a device.
 
 full_set = load_full_set(*config.learned)
 examples = full_set.examples("train", subset.indices, device="cuda", augment=True)
