@@ -204,7 +204,12 @@ COLOURED = encode(IMAGES[0])
             "row 0 .*cannot identify .*row 1 .* is 12x8, its image 8x12",
         ),
         (masks(encode(MASKS[0] + np.uint16(300))), "segmentation", {}, "row 0 .* it has 30.: 0 to 254 are classes"),
-        (masks(encode(MASKS[0] + 252)), "segmentation", {}, "run from 0 to 255: 0 to 254 are classes; number them so"),
+        (
+            masks(encode(MASKS[0] + 252)),
+            "segmentation",
+            {},
+            "the mask in row 0 of the train split has 255: 0 to 254 are",
+        ),
         (masks(*[encode(MASKS[0] * 0)] * NUM), "segmentation", {}, "are of class 0: at least two classes are needed"),
         (
             ages(flat(MASKS[:, :4])),
@@ -254,10 +259,10 @@ def test_a_class_that_no_training_mask_has_is_refused(tmp_path: Path):
         pq.write_table(pa.table({"image": PNGS, "mask": [*map(encode, values)]}), tmp_path / f"{name}.parquet")
     config = DataConfig(name=str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"class 1 of the test split's masks is in no training mask: leave the split out"
+        ValueError, match=r"of the test split has class 1, which no training mask has: leave the split out"
     ):
         load_full_set(config, TaskConfig(name="segmentation"))
-    with pytest.raises(ValueError, match="class 4 of the test split's masks is in no training mask"):
+    with pytest.raises(ValueError, match="the mask in row 0 of the test split has class 4, which no training mask has"):
         load_full_set(config, TaskConfig(name="segmentation", ignored=1))
 
 

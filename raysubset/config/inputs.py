@@ -25,9 +25,10 @@ NUM_SUBSETS = 4  # that share the training set, if neither number nor size is gi
 class DataConfig:
     name: str = "digits"
     """Images: digits, mnist, fashion_mnist, cifar10, cifar100. Tables: breast_cancer, wine, iris, diabetes. Text:
-    python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, of a folder of such files, or of a folder
-    with a folder of images for each class; words in the names (train, val, test) tell the splits. Or
-    package.module:function, which returns Arrow tables, (inputs, targets), dicts of arrays, or a torch Dataset."""
+    python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, of a folder of such files, of a folder with
+    a folder of images for each class, or of one with images/ and masks/; words in the names (train, val, test) tell the
+    splits. Or package.module:function, which returns Arrow tables, (inputs, targets), dicts of arrays, or a torch
+    Dataset."""
     root: str = "~/.cache/raysubset/data"
     """Folder of torchvision's files of a named set, which data.download fetches to it."""
     download: bool = False
@@ -39,10 +40,11 @@ class DataConfig:
     """Resize every image's shorter side to this many pixels, and crop the centre square. Needed if shapes differ."""
     image_column: str = "image"
     """Parquet or Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
-    A table without this column is learned from its other columns."""
+    A table without this column is learned from its other columns. Or the name of the images' folders beside masks'."""
     target: str | None = None
     """Column to learn: integers, class names, numbers for regression (several columns separated by commas), or masks
-    for segmentation. By default target or label; for images label, or mask or label for segmentation."""
+    for segmentation. By default target or label; for images label, or mask or label for segmentation. Or the name of
+    folders of masks."""
     columns: str | None = None
     """Columns to learn from, separated by commas. By default all but the target."""
     missing: Literal["refuse", "mean"] = "refuse"

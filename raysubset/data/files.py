@@ -16,7 +16,7 @@ from raysubset.config import DataConfig, nearest
 from raysubset.data.csv_files import DELIMITERS, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of
-from raysubset.data.images import EncodedImages
+from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
@@ -59,9 +59,7 @@ def read_path(config: DataConfig, task: str) -> Source:
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
-            class_names = list(dict.fromkeys(str(member.class_name) for member in members))
-            origin = f"{len(class_names)} class folders ({some(class_names)}), such as {members[0].path}"
-            split_source = _read_images(files, members, where)
+            split_source, origin = _read_images(files, members, where, config, task)
         elif split == "train" and config.streamed:
             split_source, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
@@ -266,15 +264,38 @@ def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
         raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error
 
 
-def _read_images(files: DataFiles, members: Sequence[Placed], where: str) -> SourceSplit:
+def _read_images(
+    files: DataFiles, members: Sequence[Placed], where: str, config: DataConfig, task: str
+) -> tuple[SourceSplit, str]:
+    """A split of image files with their classes, or their masks, and what it was read from in words.
+
+    Raises:
+        ValueError: for masks that another task should learn, or that are none of their images.
+    """
+    images = _encoded(files, [member.path for member in members])
+    columns = {"file": pa.chunked_array([pa.array([member.path for member in members])])}
+    masks = [member.mask for member in members if member.mask]
+    if not masks:
+        names = list(dict.fromkeys(str(member.class_name) for member in members))
+        labels = pa.chunked_array([pa.array([member.class_name for member in members])])
+        origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
+        return SourceSplit(images, labels, columns=columns, where=where), origin
+    pair = f"{members[0].path} with {masks[0]}"
+    if task != "segmentation":
+        raise ValueError(
+            f"{config.name} holds images with masks, such as {pair}, which --task {task} does not learn: use --task "
+            "segmentation"
+        )
+    targets = decode_masks(_encoded(files, masks), images, where, config.image_size)
+    return SourceSplit(images, targets, columns=columns, where=where), f"images with masks, such as {pair}"
+
+
+def _encoded(files: DataFiles, paths: Sequence[str]) -> EncodedImages:
     def read(number: int) -> bytes:
-        with files.system.open_input_stream(files.full_path(members[number])) as file:
+        with files.system.open_input_stream(files.full_path(Placed(paths[number]))) as file:
             return file.read()
 
-    paths = [member.path for member in members]
-    images = EncodedImages(len(paths), read, describe=lambda number: paths[number])
-    labels = pa.chunked_array([pa.array([member.class_name for member in members])])
-    return SourceSplit(images, labels, columns={"file": pa.chunked_array([pa.array(paths)])}, where=where)
+    return EncodedImages(len(paths), read, describe=paths.__getitem__)
 
 
 def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:

@@ -19,8 +19,10 @@ from raysubset.data.layout import (
     Placed,
     folders_shared_by_classes,
     lay_out_images,
+    lay_out_masks,
     lay_out_tables,
     refuse_copies,
+    refuse_without_masks,
     some,
 )
 from raysubset.data.listing import ListedFile, Listing, list_folder, locate
@@ -61,7 +63,7 @@ class DataFiles:
     root: str  # in that file system
     kind: Literal["tables", "images", "texts"]
     layout: Layout
-    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, by its path
+    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, masks too, by its path
     notes: tuple[Note, ...]
 
     def full_path(self, file: Placed) -> str:
@@ -131,9 +133,12 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     refuse_copies({path: visible.files[path].size for path in paths}, where=where)
     if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
         raise _links_to_nothing(where, broken)
+    masked = lay_out_masks(images, word=config.image_column, of_masks=config.target, where=where) if images else None
     if kind != "images":
         _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
         layout = lay_out_tables(paths, where=where, label_column=config.label_column)
+    elif masked:
+        layout, left_out["masks without an image"] = masked
     else:
         innermost = {path.rpartition("/")[0] for path in images}
         holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
@@ -144,18 +149,21 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
     ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
-    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" else ()
+    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" and not masked else ()
     summary = _in_words(left_out, visible.files.keys() - {*paths})
     if "train" not in chosen_layout:
         missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
         suffix = f"; left out: {summary}" if summary else ""
         raise ValueError(f"data.name = {where}: no {missing}, only {some(present)}{suffix}")
+    if masked:
+        refuse_without_masks(chosen_layout, where=where)
+    placed = [file for members in chosen_layout.values() for file in members]
     return DataFiles(
         system=system,
         root=root,
         kind=kind,
         layout=chosen_layout,
-        listed={placed.path: visible.files[placed.path] for members in chosen_layout.values() for placed in members},
+        listed={path: visible.files[path] for file in placed for path in (file.path, file.mask) if path},
         notes=(Note(f"left out: {summary}"), *notes) if summary else notes,
     )
 

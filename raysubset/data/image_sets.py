@@ -18,7 +18,7 @@ from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
 from raysubset.data.streamed import StreamedSplit, streaming_note
 from raysubset.data.tables import usual_note
-from raysubset.data.targets import Targets, mask_targets
+from raysubset.data.targets import Targets, mask_in_row, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, fit_own_task
 
@@ -94,8 +94,8 @@ def _targets(source: Source, config: DataConfig, task: TaskConfig) -> Targets:
     if isinstance(train.targets, pa.ChunkedArray):
         raise ValueError(
             f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
-            "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, or a function "
-            'that returns arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
+            "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder of "
+            'images/ and masks/, or a function of arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
         )
     values: dict[SplitName, np.ndarray] = {}
     for name, split in source.items():
@@ -104,10 +104,16 @@ def _targets(source: Source, config: DataConfig, task: TaskConfig) -> Targets:
         if split.target_names != train.target_names:
             names = " and ".join(map(some, (train.target_names, split.target_names)))
             raise ValueError(f"the train and the {name} split have other targets ({names}): set --data.target to one")
-    notes = () if config.target else (usual_note(train.target_names[0]),)
+    notes = () if config.target or not train.target_names else (usual_note(train.target_names[0]),)
     if task.name == "regression":
         return Targets("numbers", values, train.target_names, notes)
-    return dataclasses.replace(mask_targets(values, task, config.name), notes=notes)
+
+    def mask_name(split: SplitName, row: int) -> str:
+        files = source[split].columns.get("file")
+        return f"the mask of {files[row]}" if files and source[split].target_names == () else mask_in_row(split, row)
+
+    targets = mask_targets(values, task, config.name, mask_name)
+    return dataclasses.replace(targets, notes=(*notes, *targets.notes))
 
 
 def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], source: Source) -> dict[SplitName, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Decides by names alone which files of a folder are read as which split and class. It refuses ambiguous names."""
+"""Decides by names alone which files of a folder are read as which split, class or mask. Refuses ambiguous names."""
 
 import re
 import shlex
@@ -27,6 +27,7 @@ _SPLIT_WORDS: dict[str, SplitName] = {
     "evaluation": "test",
 }
 _ANY_WORD = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
+_MASKS = ("mask", "masks", "label", "labels")  # words in the names of masks' folders, unless data.target names one
 _SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # keys of hive folders: split=train
 
 
@@ -36,6 +37,7 @@ class Placed:
 
     path: str
     class_name: str | None = None  # of an image
+    mask: str | None = None  # of an image: the path of its mask
     columns: Mapping[str, str] = field(default_factory=dict)  # of a table in hive folders, key=value
 
 
@@ -177,6 +179,92 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
     if unread := [folder for folder in empty if "/" not in folder and words_of_splits(folder)]:
         _refuse(where, f"folder {unread[0]} names a split and holds no image", "remove it", ignore=unread[0])
     return layout
+
+
+def lay_out_masks(
+    paths: Sequence[str], *, word: str, of_masks: str | None, where: str
+) -> tuple[Layout, list[str]] | None:
+    """The images of each split with their masks, and the masks that have no image; None if there are no masks.
+
+    There are if all images lie in folders whose names have a word for images or one for masks. A mask has its image's
+    path but for that word and the suffix, and may end in _mask: train/images/a.jpg and train/masks/a_mask.png. An image
+    whose mask is not there has none.
+
+    Args:
+        word: for images, or its plural.
+        of_masks: the word for masks, or its plural; None for the usual ones.
+
+    Raises:
+        ValueError: for two files that could be one image or mask, and names that leave the split open.
+    """
+    words = {"image": (word, f"{word}s"), "mask": (of_masks, f"{of_masks}s") if of_masks else _MASKS}
+    found: list[tuple[str, str, str]] = []  # kind, what image and mask have in common, and path
+    for path in paths:
+        parts = [(kind, common) for kind in words if (common := _without_word(path, words[kind])) is not None]
+        if len(parts) != 1:
+            return None
+        found.append((*parts[0], path))
+    if len({kind for kind, _, _ in found}) == 1:
+        return None
+    by_kind: dict[str, dict[str, str]] = {"image": {}, "mask": {}}
+    for kind, common, path in found:
+        if (other := by_kind[kind].setdefault(common, path)) != path:
+            _refuse(where, f"{other} and {path} may be one {kind}", "remove one, or rename it", ignore=path)
+    images, masks = by_kind["image"], by_kind["mask"]
+    layout: Layout = defaultdict(list)
+    examples = {common.rpartition("/")[0]: path for common, path in reversed(images.items())}
+    split_of = _splits_of_folders(examples, where)
+    for common, path in images.items():
+        names = (common, *(f"{common}_{each}" for each in words["mask"]))
+        mask = next((masks.pop(name) for name in names if name in masks), None)
+        layout[split_of[common.rpartition("/")[0]]].append(Placed(path, mask=mask))
+    return dict(layout), sorted(masks.values())
+
+
+def refuse_without_masks(layout: Layout, *, where: str) -> None:
+    """Refuse images that have no mask, where others have one.
+
+    Raises:
+        ValueError: with the first few of them.
+    """
+    if bare := [image.path for members in layout.values() for image in members if image.mask is None]:
+        example = next((image for members in layout.values() for image in members if image.mask), None)
+        as_others = f", as {example.path} has {example.mask}" if example else ""
+        text = f"{some(bare)} {'has' if len(bare) == 1 else 'have'} no mask{as_others}"
+        _refuse(where, text, "add what is missing", ignore=bare[0])
+
+
+def _without_word(path: str, words: Sequence[str]) -> str | None:
+    """A path without its suffix and without the one of some words that a folder's name has; None if none has it."""
+    *folders, name = PurePosixPath(path).with_suffix("").parts
+    word = "|".join(map(re.escape, words))
+    for place, folder in enumerate(folders):
+        rest, num = re.subn(rf"(?i)(?<![^\W_])({word})(?![^\W_])", "", folder)
+        if num:
+            return "/".join([*folders[:place], *filter(None, [rest.strip("-_ ")]), *folders[place + 1 :], name])
+    return None
+
+
+def _splits_of_folders(examples: Mapping[str, str], where: str) -> dict[str, SplitName]:
+    """The split that each folder names, or those around it; all are training data where none names one.
+
+    Args:
+        examples: a file of each folder.
+    """
+    named: dict[str, SplitName] = {}
+    for folder, path in examples.items():
+        splits: dict[SplitName, str] = {}
+        for part in folder.split("/"):
+            splits |= words_of_splits(part)
+        if len(splits) > 1:
+            text = f"{path} names several splits ({', '.join(splits)})"
+            _refuse(where, text, "rename its folders", ignore=path.rpartition("/")[0])
+        if splits:
+            named[folder] = next(iter(splits))
+    if named and (unnamed := [path for folder, path in examples.items() if folder not in named]):
+        other = examples[next(iter(named))]
+        _refuse(where, f"{unnamed[0]} names no split, as {other} does", "move it into one", ignore=unnamed[0])
+    return {folder: named.get(folder, "train") for folder in examples}
 
 
 def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:

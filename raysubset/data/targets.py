@@ -1,6 +1,6 @@
 """The targets of every row of a source: classes, numbers or masks; and the task that learns them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,24 +71,43 @@ class Targets:
         return {"mask" if self.kind == "masks" else "label": np.ascontiguousarray(values)}
 
 
-def mask_targets(masks: Mapping[SplitName, np.ndarray], task: TaskConfig, where: str) -> Targets:
+def mask_in_row(split: SplitName, row: int) -> str:
+    """A mask's name in messages."""
+    return f"the mask in row {row} of the {split} split"
+
+
+def mask_targets(
+    masks: Mapping[SplitName, np.ndarray],
+    task: TaskConfig,
+    where: str,
+    name: Callable[[SplitName, int], str] = mask_in_row,
+) -> Targets:
     """Read masks as targets: classes from 0 to the largest in training masks, and perhaps an ignored value.
+
+    Black and white masks, which hold 0 and 255 alone, are of the classes 0 and 1, as a note says.
 
     Args:
         masks: integers [N, …] for each split.
         where: the name of the source in messages.
+        name: names a mask of a split by its row in messages.
 
     Raises:
         ValueError: for values that are no classes, classes that no training mask has, and if there is only one class.
     """
     values: dict[SplitName, np.ndarray] = {}
     classes: dict[SplitName, np.ndarray] = {}
+    notes: tuple[Note, ...] = ()
+    if task.ignored is None and _are_black_and_white(masks):
+        masks = {split: numbers // 255 for split, numbers in masks.items()}
+        notes = (Note("masks hold 0 and 255 alone: 255 is read as class 1"),)
     for split, numbers in masks.items():
         counted = numbers if task.ignored is None else numbers[numbers != task.ignored]
         if counted.size and not 0 <= counted.min() <= counted.max() < 255:
+            wrong = counted[(counted < 0) | (counted > 254)][0]
+            row = _first_row(numbers == wrong)
             raise ValueError(
-                f"masks of the {split} split run from {counted.min()} to {counted.max()}: 0 to 254 are classes; number "
-                "them so, and name one value of 0 to 255 that counts nowhere with --task.ignored"
+                f"{name(split, row)} has {wrong}: 0 to 254 are classes; number them so, and name "
+                "one value of 0 to 255 that counts nowhere with --task.ignored"
             )
         values[split] = numbers.astype(np.uint8, copy=False)
         present = np.flatnonzero(count_levels(values[split].reshape(len(numbers), -1, 1, 1))[0])
@@ -98,11 +117,24 @@ def mask_targets(masks: Mapping[SplitName, np.ndarray], task: TaskConfig, where:
         raise ValueError(f"all pixels of {where}'s training masks are of class 0: at least two classes are needed")
     for split, present in classes.items():
         if len(unknown := np.setdiff1d(present, classes["train"])):
+            row = _first_row(values[split] == unknown[0])
             raise ValueError(
-                f"class {unknown[0]} of the {split} split's masks is in no training mask: leave the split out with "
+                f"{name(split, row)} has class {unknown[0]}, which no training mask has: leave the split out with "
                 f"--data.ignored {split}, or give masks whose classes training has"
             )
-    return Targets("masks", values, tuple(map(str, range(largest + 1))))
+    return Targets("masks", values, tuple(map(str, range(largest + 1))), notes)
+
+
+def _are_black_and_white(masks: Mapping[SplitName, np.ndarray]) -> bool:
+    """Return True if masks hold no values but 0 and 255, and 255 is there."""
+    if max(int(own.max(initial=0)) for own in masks.values()) != 255:
+        return False
+    return all(bool(((own == 0) | (own == 255)).all()) for own in masks.values())
+
+
+def _first_row(found: np.ndarray) -> int:
+    """The first row with a true value, of bool [N, …]."""
+    return int(np.flatnonzero(found.reshape(len(found), -1).any(axis=1))[0])
 
 
 def alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
