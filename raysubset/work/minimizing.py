@@ -438,7 +438,7 @@ class Minimizer:
         """
         model, piece, examples = job.model, job.piece, job.examples
         recipe, run, folder = self._config.minimize, self._run, piece.folder
-        own = replace(examples, augment=False)  # the same tensors, or files: no second copy of the subset
+        subset_examples = replace(examples, augment=False)  # the same tensors, or files: no second copy
         weights, send = model.state_dict(), "float32" if start is None else piece.send
         if start is not None and piece.send != "float32":
             weights = to_differences(weights, start, trainable_names(model), piece.send)
@@ -452,11 +452,11 @@ class Minimizer:
             validation = metrics.to_dict()
             measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
-            training = evaluate(model, own, recipe).to_dict()
-            measured += Cost(num_forward=len(own))
+            training = evaluate(model, subset_examples, recipe).to_dict()
+            measured += Cost(num_forward=len(subset_examples))
         record = {
             "subset_id": piece.subset_id,
-            "num_examples": len(own),
+            "num_examples": len(subset_examples),
             "start_id": piece.start_id,
             "outcome": outcome,
             "training": training,
@@ -466,10 +466,10 @@ class Minimizer:
         }
         if send != "float32":
             record["send"] = send
-        return record, measured + self._leave_statistics(model, piece, own, files)
+        return record, measured + self._leave_statistics(model, piece, subset_examples, files)
 
     def _leave_statistics(
-        self, model: torch.nn.Module, piece: Piece, own: Examples | StreamedExamples, files: dict[str, Seal]
+        self, model: torch.nn.Module, piece: Piece, subset_examples: Examples | StreamedExamples, files: dict[str, Seal]
     ) -> Cost:
         """Write the statistics of the minimum on its own subset that the aggregation needs; add their seals."""
         config, aggregation, cost = self._config, self._config.aggregation, Cost()
@@ -480,10 +480,10 @@ class Minimizer:
             }
             if kind == "fisher":
                 tensors, statistics_cost = diagonal_fisher(
-                    model, _held(own), config.minimize, labels=aggregation.fisher_labels, **options
+                    model, _held(subset_examples), config.minimize, labels=aggregation.fisher_labels, **options
                 )
             else:
-                tensors, statistics_cost = gram_matrices(model, _held(own), config.minimize, **options)
+                tensors, statistics_cost = gram_matrices(model, _held(subset_examples), config.minimize, **options)
             path = statistics_path(piece.folder, kind)
             files[path] = self._run.write_weights(path, tensors)
             cost += statistics_cost

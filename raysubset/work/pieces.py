@@ -69,16 +69,16 @@ class Piece:
     """int64, its subset in the training split; None: all, or for a subset those that config and round give it."""
     epochs: float | None = None  # instead of the recipe's
     schedule_span: tuple[float, float] = (0.0, 1.0)
-    start: Output | None = None  # what it starts from; None: weights that it is given, or seeded by start_id
+    start: Output | None = None  # the output that it starts from; None: given weights, or seeded by start_id
     is_perturbed: bool = False  # the start is shrunk and perturbed first (fine_tuning.start)
     start_id: str = "initial"
     optimizer: tuple[RunDirectory, str] | None = None  # the checkpoint of the optimizer state that it begins with
-    node_speed: float | None = None  # of the node it is sized for, where sizes are by speed
+    node_speed: float | None = None  # of the node it is sized for, if sizes follow speeds
     statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
     send: Send = "float32"  # how its minimum is stored: as it is, or as differences from its start
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
-    by_train: bool = False  # as Ray Train does it, by its local mode where one actor is the only worker
+    by_train: bool = False  # by Ray Train, in its local mode if one actor is the only worker
     teachers: tuple[Output, ...] = ()  # minima to distil from, by Ray Train
     name: str = ""  # its label, if not by its subset or stage
 
@@ -105,7 +105,7 @@ class Piece:
         return self.name or (self.stage if self.subset_id is None else f"{part}subset {self.subset_id}")
 
     def record(self) -> dict[str, Any] | None:
-        """What it has left; None if it is not done."""
+        """Return its record; None if it is not done."""
         return self.output.record()
 
     def positions(self, full_set: FullSet) -> np.ndarray | None:
@@ -127,7 +127,7 @@ class Piece:
         return perturbed(self.config, full_set, weights) if self.is_perturbed else weights
 
     def minimum(self, record: dict[str, Any], part: "Piece | None" = None, *, start: Weights | None = None) -> Minimum:
-        """The minimum that its record tells of; weights and all else that is large are read when asked for.
+        """Return the minimum of its record; weights and other large data are read when they are needed.
 
         Args:
             part: the same on a part of the subset, where that was minimized on too.
@@ -198,7 +198,7 @@ class AggregatePiece:
     def minima(self, start: Weights) -> list[Minimum]:
         """Those of its members, which started from these weights."""
         parts = self.parts or (None,) * len(self.members)
-        records = self.more.get("minima") or [one.directory.read_json(one.output.record_path) for one in self.members]
+        records = self.more.get("minima") or [m.directory.read_json(m.output.record_path) for m in self.members]
         return [
             member.minimum(record, part, start=start)
             for member, record, part in zip(self.members, records, parts, strict=True)
