@@ -139,11 +139,8 @@ def groups_of(actor: Any) -> dict[str, str]:
     groups = [PlacementGroupTableData.FromString(group) for group in table.get_placement_group_table()]
     states = PlacementGroupTableData.PlacementGroupState
     actor_groups = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
-    return {
-        group.placement_group_id.hex(): states.Name(group.state)
-        for group in actor_groups
-        if group.state != states.REMOVED
-    }
+    existing = [group for group in actor_groups if group.state != states.REMOVED]
+    return {group.placement_group_id.hex(): states.Name(group.state) for group in existing}
 
 
 def remove_groups(ids: Sequence[str]) -> None:

@@ -86,12 +86,8 @@ def advise(
         ),
     }
     forecasts = tuple(
-        Forecast(
-            name,
-            communication,
-            {f"{speed:g}": communication.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths},
-        )
-        for name, communication in ways.items()
+        Forecast(name, way, {f"{speed:g}": way.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths})
+        for name, way in ways.items()
     )
     _, parallel, subsets = (forecast.communication for forecast in forecasts)
     return Advice(
@@ -156,10 +152,8 @@ def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
         if (mean := point["mean"]) is None:
             continue
         computed, measured = mean["critical_path_passes"] * per_pass, mean["critical_path_s"]
-        arm_speed_up = record["speed_ups"]["critical_path"].get(arm["key"])
-        speed_up = (
-            "" if arm_speed_up is None else f"; speed-up at equal quality {arm_speed_up['interval']['estimate']:.2f}"
-        )
+        entry = record["speed_ups"]["critical_path"].get(arm["key"])
+        speed_up = "" if entry is None else f"; speed-up at equal quality {entry['interval']['estimate']:.2f}"
         yield (
             f"{arm['key']} at {point['budget']:g} passes: critical path computed {computed:.3g} s, measured "
             f"{measured:.3g} s; {quality.phrase(mean[f'test_{quality.name}'])} on test{speed_up}."

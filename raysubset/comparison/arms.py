@@ -68,14 +68,14 @@ def parse_arm(key: str) -> Arm:
     Raises:
         ValueError: for an unknown letter or an override without a value.
     """
-    letter, colon, rest = key.partition(":")
+    letter, colon, settings = key.partition(":")
     if letter not in TITLES:
         raise ValueError(
             f"there is no arm {key!r}: give some of {', '.join(TITLES)}, or with overrides "
             "as in G:aggregation.method=fisher"
         )
     overrides: dict[str, Any] = {}
-    for part in rest.split(",") if colon else ():
+    for part in settings.split(",") if colon else ():
         name, mark, value = part.partition("=")
         if not (name and mark and value):
             raise ValueError(f"arm {key!r}: write overrides as field=value, separated by commas")

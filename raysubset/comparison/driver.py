@@ -408,10 +408,8 @@ class _Comparison:
                 validation = None if is_lost else leg.validation()
                 loss = validation["loss"] if validation else None
                 losses[setting] = math.inf if loss is None else loss
-                setting_fields = dataclasses.asdict(setting)
-                tried.append(
-                    {"arm": arm.key, **setting_fields, "budget": budget, "validation_loss": loss, "leg": leg.key}
-                )
+                record = {"arm": arm.key, **dataclasses.asdict(setting), "budget": budget}
+                tried.append({**record, "validation_loss": loss, "leg": leg.key})
             best_setting = best[arm.key] = min(grid, key=lambda setting: losses[setting])
             if losses[best_setting] == math.inf:
                 self._tell(Note(f"{arm.key} diverged or failed at every learning rate of the grid", is_warning=True))

@@ -373,15 +373,12 @@ def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
     Checkpoints are left out for all arms: an epoch of data-parallel training leaves as large a one as a member's does.
     """
     num_bytes = num_exchanges = 0
-    for each_leg in closure(leg):
-        if each_leg.kind == "aggregate":
-            num_bytes, num_exchanges = num_bytes + legs.exchange(each_leg).critical_bytes, num_exchanges + 1
-        elif each_leg.num_workers > 1:
-            num_steps, gradient_bytes = (
-                total_cost(legs.works(each_leg)).num_steps,
-                each_leg.config.minimize.bytes_a_gradient,
-            )
-            num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, each_leg.num_workers, each=gradient_bytes)
+    for each in closure(leg):
+        if each.kind == "aggregate":
+            num_bytes, num_exchanges = num_bytes + legs.exchange(each).critical_bytes, num_exchanges + 1
+        elif each.num_workers > 1:
+            num_steps, gradient_bytes = total_cost(legs.works(each)).num_steps, each.config.minimize.bytes_a_gradient
+            num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, each.num_workers, each=gradient_bytes)
             num_exchanges += num_steps
     return num_bytes, num_exchanges
 
@@ -405,7 +402,7 @@ def _network(
     s_per_pass = sum(run["device_s"] for run in baseline) / sum(run["passes"] for run in baseline)
     rows = []
     for arm, by_budget in finals.items():
-        points = {point["budget"]: point for one in arms if one["key"] == arm.key for point in one["points"]}
+        points = {point["budget"]: point for record in arms if record["key"] == arm.key for point in record["points"]}
         for budget, by_seed in by_budget.items():
             mean = points[budget]["mean"]
             if mean is None:

@@ -88,9 +88,7 @@ class ArmsStanding:
     def _best(self, means: Mapping[tuple[str, float], float | None]) -> str | None:
         """Return the best arm at the largest budget at which several arms have results."""
         for budget in reversed(self._budgets):
-            arm_means = {
-                arm: mean for (arm, arm_budget), mean in means.items() if arm_budget == budget and mean is not None
-            }
+            arm_means = {arm: mean for (arm, at), mean in means.items() if at == budget and mean is not None}
             if len(arm_means) > 1:
                 return max(arm_means, key=lambda arm: self._quality.gain(arm_means[arm]))
         return None

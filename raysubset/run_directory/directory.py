@@ -515,11 +515,7 @@ class RunDirectory:
             logger.warning("%s: %s; finished work stays as it is", self.uri, accepted[0])
         if not (changes := [text for text in identity.changed(old) if text not in accepted]):
             return
-        moved_names = [
-            f"{name} was {old_place}"
-            for name, old_place in old.places.items()
-            if identity.places.get(name, old_place) != old_place
-        ]
+        moved_names = [f"{name} was {at}" for name, at in old.places.items() if identity.places.get(name, at) != at]
         places = f"; {', '.join(moved_names)}" if moved_names else ""
         way_out = "choose another --name, or start over with --fresh"
         if all(text.startswith("code") for text in changes):

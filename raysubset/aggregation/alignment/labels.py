@@ -153,9 +153,7 @@ def with_labels(node: str, result: Any, labels: Labels | list[Labels] | None) ->
     assert labels is None or isinstance(labels, list)
     if isinstance(result, tuple | list):
         part_labels = labels or [None] * len(result)
-        return tuple(
-            with_labels(node, part, labels_of_part) for part, labels_of_part in zip(result, part_labels, strict=True)
-        )
+        return tuple(with_labels(node, part, label) for part, label in zip(result, part_labels, strict=True))
     return result
 
 

@@ -46,9 +46,7 @@ def match_weights(
             similarity = torch.zeros(group.size, group.size, dtype=torch.float64, device=device)
             for axis in group.axes:
                 positions = axis.positions.to(device)
-                ours, theirs = (
-                    axis.view(weights_of)[positions].reshape(group.size, -1) for weights_of in (target, current)
-                )
+                ours, theirs = (axis.view(each)[positions].reshape(group.size, -1) for each in (target, current))
                 similarity += ours @ theirs.T
             order = _best_order(similarity)
             if order is None:
@@ -86,12 +84,8 @@ def match_activations(
                     a, b = (x.movedim(activation.dim, 0)[positions].flatten(1).double() for x in (ours, theirs))
                     correlations[g][r].add(a, b)
     orders = []
-    for group, group_correlations in zip(groups, correlations, strict=True):
-        order = (
-            _best_order(sum((correlation.matrix() for correlation in group_correlations), torch.zeros(())))
-            if group_correlations
-            else None
-        )
+    for group, parts in zip(groups, correlations, strict=True):
+        order = _best_order(sum((part.matrix() for part in parts), torch.zeros(()))) if parts else None
         orders.append(torch.arange(group.size) if order is None else order)
     return tuple(orders)
 
@@ -179,7 +173,5 @@ def _best_order(similarity: Tensor) -> Tensor | None:
 
 
 def _agree_better(target: Weights, candidate: Weights, current: Weights, names: Collection[str]) -> bool:
-    new_agreement, old_agreement = (
-        sum(float((target[n] * weights[n]).sum()) for n in names) for weights in (candidate, current)
-    )
-    return new_agreement - old_agreement > _GAIN * max(abs(new_agreement), abs(old_agreement))
+    new, old = (sum(float((target[n] * weights[n]).sum()) for n in names) for weights in (candidate, current))
+    return new - old > _GAIN * max(abs(new), abs(old))

@@ -168,7 +168,5 @@ def _moved(structure: UnitStructure, orders: Sequence[Permutations]) -> dict[str
     shares = {}
     for k, group in enumerate(structure.groups):
         places = torch.arange(group.size)
-        shares[group.name] = sum(float((permutations[k] != places).double().mean()) for permutations in orders) / len(
-            orders
-        )
+        shares[group.name] = sum(float((order[k] != places).double().mean()) for order in orders) / len(orders)
     return shares
