@@ -346,7 +346,7 @@ def test_a_file_that_config_writes_gives_the_settings_it_was_written_with(
     ]
     Path(path).write_text(re.sub(r"^#(?=[a-z_.]+: )", "", text, flags=re.MULTILINE))  # every setting, as its default
     assert parse_config(["--config", path]) == parse_config(flags)
-    assert "is there already" in exit_of(["config", "--to", path], capsys)[2]
+    assert "exists already" in exit_of(["config", "--to", path], capsys)[2]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Commands: flags in config.py's words, and exit codes.
+"""Run the commands and return their exit codes.
 
-Nothing here imports torch or Ray before flags are understood: --help and mistakes answer at once.
+torch and Ray are not imported before the flags are parsed, so --help and mistakes are answered at once.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ from raysubset.errors import CorruptFile, first_line, one_line
 from raysubset.events import OnEvent, Waiting
 from raysubset.uris import without_secrets
 
-QUICK: dict[str, Any] = {  # what `compare --quick` is short for
+QUICK: dict[str, Any] = {  # the options of `compare --quick`
     "seeds": 2,
     "budgets": (1.0, 2.0, 4.0),
     "arms": ("B", "D", "G", "H"),
 }
 
 _WAYS_OUT = {
-    (errno.ENOSPC, errno.EDQUOT): "make room there: what was done is kept, and the same command resumes",
+    (errno.ENOSPC, errno.EDQUOT): "make room there: finished work is kept, and the same command resumes",
     (errno.EROFS, errno.EACCES, errno.EPERM): "choose a place that you may write to",
 }
 
@@ -61,16 +61,16 @@ DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 130  # the last is the shells' code fo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The `raysubset` command; ends the process."""
+    """Run the `raysubset` command and end the process with its exit code."""
     sys.exit(call(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     if arguments[:1] == ["--version"]:
         print(f"raysubset {__version__}")
         return DONE
-    if arguments[:1] == ["--complete"]:  # bash tells of the line by its environment
+    if arguments[:1] == ["--complete"]:  # bash passes the line in its environment
         line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "100000"))]
         from raysubset.cli.help import completions
 
@@ -78,16 +78,16 @@ def call(arguments: Sequence[str]) -> int:
         print("\n".join(completions(words)))
         return DONE
     again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
-    return _guarded(lambda: _do(parse_command(arguments)), again=f"to go on: {again}")
+    return _guarded(lambda: _do(parse_command(arguments)), again=f"to resume: {again}")
 
 
 def run_job(arguments: Sequence[str], *, default: Config, description: str | None = None) -> int:
-    """What a job file does: parse, run, print the report; the exit code.
+    """Do a job file's work: parse the flags, run, print the report; return the exit code.
 
     Args:
-        arguments: flags as those of `raysubset run`, which change single fields of the default.
+        arguments: the flags of `raysubset run`, which change single fields of the default.
         default: the job's config.
-        description: heads the job's --help.
+        description: the first lines of the job's --help.
     """
     return _job(Run, arguments, default, description)
 
@@ -95,14 +95,14 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
 def run_sweep_job(
     arguments: Sequence[str], *, default: Config, sizes: Sequence[int], seeds: int, description: str | None = None
 ) -> int:
-    """What a job file of a sweep does: parse, sweep, print the report; the exit code. Flags as `raysubset sweep`'s.
+    """Do the work of a sweep's job file: parse the flags, sweep, print the report; return the exit code.
 
     Args:
-        arguments: change single fields of the default, the sizes and the seeds.
-        default: what all trials have in common.
+        arguments: the flags of `raysubset sweep`, which change single fields of the default, the sizes and the seeds.
+        default: the config that all trials share.
         sizes: examples per subset.
         seeds: runs of each size.
-        description: heads the job's --help.
+        description: the first lines of the job's --help.
     """
     return _job(Sweep, arguments, default, description, sizes=tuple(sizes), seeds=seeds)
 
@@ -110,13 +110,13 @@ def run_sweep_job(
 def run_comparison_job(
     arguments: Sequence[str], *, default: Config, description: str | None = None, **options: Any
 ) -> int:
-    """What a job file of a comparison does: parse, compare, print the report; the exit code.
+    """Do the work of a comparison's job file: parse the flags, compare, print the report; return the exit code.
 
     Args:
-        arguments: flags as those of `raysubset compare`.
+        arguments: the flags of `raysubset compare`.
         default: data, model, subsets and recipe.
-        description: heads the job's --help.
-        options: defaults of compare()'s: seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers,
+        description: the first lines of the job's --help.
+        options: defaults for compare(): seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers,
             bandwidth.
     """
     return _job(Compare, arguments, default, description, **options)
@@ -136,7 +136,7 @@ def _job(
 
 
 def _guarded(work: Callable[[], int], *, again: str) -> int:
-    """Do it; mistakes, failures and being stopped become a line and an exit code."""
+    """Do the work; turn mistakes, failures and Ctrl-C into a line and an exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     open_screen()
     previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
@@ -149,12 +149,12 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         return DONE
     except ValueError as error:
         is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
-        _error(f"{error}{'; give the command that made it again' if is_damage else ''}")
+        _error(f"{error}{'; give the command that wrote it again' if is_damage else ''}")
         return MISTAKE
     except KeyboardInterrupt:
-        _error(f"stopped; what was done is kept, {again}")
+        _error(f"stopped; finished work is kept, {again}")
         return STOPPED
-    except BrokenPipeError:  # whoever read our output has closed it, as head does
+    except BrokenPipeError:  # the reader of our output has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (OSError, RuntimeError, MemoryError) as error:
@@ -169,14 +169,14 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         if not type(error).__module__.startswith("ray."):
             raise
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        _error(f"the cluster failed: {one_line(error)}; what was done is kept, {again}")
+        _error(f"the cluster failed: {one_line(error)}; finished work is kept, {again}")
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def _way_out(error: Exception) -> str:
-    """Of a storage that takes no more, be it told by the driver or by an actor."""
+    """Return the way out of a storage error, raised by the driver or by an actor; else ''."""
     for numbers, way_out in _WAYS_OUT.items():
         if any(f"[Errno {number}]" in str(error) for number in numbers):
             return f"; {way_out}"
@@ -222,8 +222,8 @@ def _sweep(command: Sweep) -> int:
 def _compare(command: Compare) -> int:
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
-        if (given := getattr(command, name)) not in (None, ()):
-            options[name] = given
+        if (value := getattr(command, name)) not in (None, ()):
+            options[name] = value
     with telling(STARTING) as tell:
         from raysubset.comparison import compare
         from raysubset.tracking import track_page
@@ -238,7 +238,7 @@ def _compare(command: Compare) -> int:
 
 
 def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
-    """Dotted names to lists of values, of --sizes 100 200 and --space minimize.learning_rate=0.05,0.1.
+    """Return lists of values by dotted name, from --sizes 100 200 and --space minimize.learning_rate=0.05,0.1.
 
     Raises:
         ValueError: for a field given twice or without values.
@@ -260,7 +260,7 @@ def _report(command: Report) -> int:
         raise ValueError("report needs a directory: that of a run, a sweep or a comparison, or those of several runs")
     if command.to and (command.format != "html" or len(command.directories) == 1):
         raise ValueError(
-            f"--to {command.to} is for --format html of several runs; that of one lies in its directory: leave it out"
+            f"--to {command.to} is for --format html of several runs; the page of one is in its directory: leave it out"
         )
     _refuse_no_folder(command.to)
     from raysubset import report
@@ -301,7 +301,7 @@ def _ls(command: Ls) -> int:
 
 @contextmanager
 def _damaged(directory: str) -> Iterator[None]:
-    """Tell of records and tables whose values are of the right types, but do not belong together."""
+    """Report records and tables as damaged whose values have the right types but do not belong together."""
     try:
         yield
     except CorruptFile:
@@ -312,8 +312,8 @@ def _damaged(directory: str) -> Iterator[None]:
 
 
 def _write_page(uri: str, tell: OnEvent) -> str:
-    """Write a finished directory's page; its place in words, or why there is none: the result counts without it."""
-    tell(Waiting("the page and its plots are drawn"))
+    """Write a finished directory's page; say where it is, or why there is none: the result does not need it."""
+    tell(Waiting("drawing the page and its plots"))
     from raysubset.report import write_files
 
     try:
@@ -327,12 +327,12 @@ def _doctor(command: Doctor) -> int:
     from raysubset.doctor import examine
 
     console = console_of(sys.stdout, soft_wrap=True)
-    healthy = True
+    is_healthy = True
     for check in examine(command.config):
         mark = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("note", "yellow")}[check.ok]
         console.print(Text.assemble(mark, f" {check.name}: {visible(check.text)}"))
-        healthy = healthy and check.ok is not False
-    return DONE if healthy else FAILED
+        is_healthy = is_healthy and check.ok is not False
+    return DONE if is_healthy else FAILED
 
 
 def _advise(command: Advise) -> int:
@@ -346,7 +346,7 @@ def _advise(command: Advise) -> int:
 
     config = command.config
     if config.method != "subset_pretraining":
-        raise ValueError("advice is on subset pretraining: leave out --method conventional")
+        raise ValueError("advise is for subset pretraining: leave out --method conventional")
     if command.num_workers < 2:
         raise ValueError(f"--num-workers {command.num_workers}: on one device there is nothing to choose")
     held_against = command.against and read_report(command.against)
@@ -392,10 +392,10 @@ def _find_rate(command: FindRate) -> int:
     found = rate_range(model, examples, recipe, seed=config.seed)
     passes = found.cost.passes(len(full_set.train), plan.forward_share)
     about = {"passes": passes, "num_examples": len(examples), "loss": full_set.task.loss_name}
-    parts = rate_sections(found, config.to_dict(), **about)
+    sections = rate_sections(found, config.to_dict(), **about)
     if command.to:
-        print(f"Page: {write_rates(parts, command.to, config.to_dict())}")
-    print_sections(parts)
+        print(f"Page: {write_rates(sections, command.to, config.to_dict())}")
+    print_sections(sections)
     return DONE
 
 
@@ -433,7 +433,7 @@ def _settings(command: Settings) -> int:
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"--to {command.to}: the file is YAML: give it a name that ends in .yaml")
     if path.exists():
-        raise ValueError(f"--to {command.to} is there already: choose another name")
+        raise ValueError(f"--to {command.to} exists already: choose another name")
     path.write_text(text, encoding="utf-8")
     return DONE
 

@@ -1,4 +1,4 @@
-"""How far a run, comparison or sweep is, and how long it still takes: by what is planned and the speed it has shown."""
+"""Estimate how far a run, comparison or sweep is and how long it still takes, from its plan and its speed so far."""
 
 import time
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from raysubset.events import EpochDone, Event, MinimumDone, Planned, Progress, Stage, Standing, Step
 
-_MEASURED_S = 1.0  # that a stage has been at work for before its own speed is believed
-_SECONDS_BELOW = 600  # are told beside minutes
-_SMOOTH = 0.3  # what the newest speed of a process counts in their mean
+_MEASURED_S = 1.0  # seconds of work before a stage's own speed is used
+_SECONDS_BELOW = 600  # shorter times show seconds beside minutes
+_SMOOTH = 0.3  # weight of the newest speed in the moving mean
 
 
 @dataclass
 class _Pace:
-    """Passes made in the stages of one name, and the seconds they took from the first that was heard of."""
+    """Passes done in the stages of one name, and their seconds since the first event."""
 
     passes: float = 0.0
     seconds: float = 0.0
@@ -21,31 +21,31 @@ class _Pace:
 
 @dataclass
 class Course:
-    """What events say of how far the work is. A run's passes are counted as its plan has them, by stage and round.
+    """Follows the progress of the work by its events. Passes are counted as planned, by stage and round.
 
-    Stages before the one that was last begun are done, whoever did them and when: a resumed run begins where it is.
+    All stages before the one begun last count as done, whoever did them: a resumed run starts from there.
     """
 
     clock: Callable[[], float] = time.monotonic
     _steps: tuple[Step, ...] = ()
     _num_examples: int = 0
-    _at: int = -1  # which of the steps
-    _shares: dict[int | None, float] = field(default_factory=dict)  # done of each piece of the step, by subset
+    _at: int = -1  # index of the current step
+    _shares: dict[int | None, float] = field(default_factory=dict)  # of each piece of the step, by subset
     _paces: dict[str, _Pace] = field(default_factory=dict)
-    _heard: tuple[float, float] | None = None  # when the step was last heard of, and its passes then
-    _per_s: float | None = None  # examples, of one process
+    _heard: tuple[float, float] | None = None  # time of the step's last event, and its passes then
+    _per_s: float | None = None  # examples/s of one process
     _standing: tuple[float, float] | None = None  # passes done and planned, of all rows
-    _began: tuple[float, float] | None = None  # when the first standing came, and the passes done then
+    _began: tuple[float, float] | None = None  # time of the first Standing, and the passes done then
 
     def hear(self, event: Event) -> None:
-        """Take in an event."""
+        """Update the estimate with an event."""
         match event:
             case Planned():
                 self._steps, self._num_examples, self._at = event.steps, event.num_examples, -1
             case Stage(stage=str() as stage, round=round):
-                found = [n for n, step in enumerate(self._steps) if (step.stage, step.round) == (stage, round)]
-                if found:
-                    self._at, self._shares, self._heard = found[0], {}, None
+                numbers = [n for n, step in enumerate(self._steps) if (step.stage, step.round) == (stage, round)]
+                if numbers:
+                    self._at, self._shares, self._heard = numbers[0], {}, None
             case Progress(attempt=attempt):
                 old, new = self._per_s, event.examples_per_s
                 self._per_s = new if old is None else old + _SMOOTH * (new - old)
@@ -75,7 +75,7 @@ class Course:
 
     @property
     def passes(self) -> tuple[float, float] | None:
-        """Done and planned; None before that is known."""
+        """Return the passes done and planned; None before the plan is known."""
         if self._standing is not None:
             return self._standing
         if not self._steps:
@@ -87,11 +87,11 @@ class Course:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the end, if all goes on as fast as it has; None before any speed is known."""
+        """Return the seconds to the end at the speed so far; None before any speed is known."""
         if self._standing is not None and self._began is not None:
-            (done, total), (began_at, done_before) = self._standing, self._began
-            new, seconds = done - done_before, self.clock() - began_at
-            return (total - done) * seconds / new if new > 0 and seconds >= _MEASURED_S else None
+            (passes, total), (began_at, first_passes) = self._standing, self._began
+            new, seconds = passes - first_passes, self.clock() - began_at
+            return (total - passes) * seconds / new if new > 0 and seconds >= _MEASURED_S else None
         seconds = 0.0
         for number, step in enumerate(self._steps):
             if number < self._at:
@@ -111,7 +111,7 @@ class Course:
 
 
 def in_words(seconds: float) -> str:
-    """'8 s', '3 min 5 s', '20 min', '2 h 5 min', '3 days 4 h': two figures are enough."""
+    """Return '8 s', '3 min 5 s', '20 min', '2 h 5 min' or '3 days 4 h': two figures are enough."""
     if round(seconds) < 60:
         return f"{seconds:.0f} s"
     if seconds < _SECONDS_BELOW:

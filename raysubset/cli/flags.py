@@ -1,4 +1,4 @@
-"""Flags in config's words: what each command takes, and how it is read. Mistakes are told in one line."""
+"""Define the flags of each command, with the config's names, and parse them. Each mistake is a one-line error."""
 
 import dataclasses
 import functools
@@ -16,8 +16,8 @@ from raysubset.config import Config, field_docs, nearest, read_config
 class _OfConfig:
     config: Config
     config_file: str | None = field(default=None, metadata={"flag": "config", "value": "FILE"})
-    """YAML or JSON to take settings from, as `raysubset config` writes it, or a run's config.json; flags override it. A
-    function that it names is called only with --trust-code, or where a flag names it too."""
+    """YAML or JSON file of settings, as `raysubset config` writes it, or a run's config.json; flags override it. A
+    function that it names is called only with --trust-code, or if a flag names it too."""
     trust_code: bool = False
     """Import and call the functions that the file of --config names. Only for files of people you trust."""
 
@@ -25,33 +25,33 @@ class _OfConfig:
 @dataclass(frozen=True)
 class _Resumed(_OfConfig):
     fresh: bool = False
-    """Delete what was left behind under this name, and start over."""
+    """Delete what exists under this name, and start over."""
     accept_changed_code: bool = False
-    """Resume though the code of a function that the config names has changed: what is done stays as it is."""
+    """Resume although the code of a function that the config names has changed; finished work is kept."""
 
 
 @dataclass(frozen=True)
 class Run(_Resumed):
-    """Run subset pretraining, or a conventional run, and print its report; goes on with an unfinished run of that name.
+    """Run subset pretraining, or a conventional run, and print its report; resume an unfinished run of that name.
 
-    Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM, with
-    what was done kept: the same command resumes.
+    Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM:
+    finished work is kept, and the same command resumes.
     """
 
 
 @dataclass(frozen=True)
 class Report:
-    """Print the report of a finished run, sweep or comparison again; of an unfinished one, how far it is (exit code 2).
+    """Print the report of a finished run, sweep or comparison; say how far an unfinished one is (exit code 2).
 
-    Several runs are laid side by side.
+    Several runs are shown side by side.
     """
 
     directories: tuple[str, ...] = field(default=(), metadata={"positional": "DIRECTORY …"})
     """The run directory, or several: paths or URIs."""
     format: Literal["text", "json", "html"] = "text"
-    """Tables, everything as JSON, or a page for the browser, whose path is printed."""
+    """text: tables; json: everything; html: a page for the browser, whose path is printed."""
     to: str | None = None
-    """Where the page of several runs goes; by default report.html in the working directory. That of one goes to
+    """File for the page of several runs; by default report.html in the working directory. The page of one run is
     report/report.html in its directory."""
 
 
@@ -59,7 +59,7 @@ class Report:
 class Ls:
     """List the runs, sweeps and comparisons of a storage path: state, result and cost, the newest last.
 
-    Damaged directories are named; exit code 2 if there are any.
+    Damaged directories are listed too; the exit code is 2 if there are any.
     """
 
     storage: str = field(default=Config.storage_path, metadata={"positional": "[STORAGE]"})
@@ -69,63 +69,64 @@ class Ls:
 
 @dataclass(frozen=True)
 class Doctor(_OfConfig):
-    """Check data, model, storage and cluster before a run: what there is, what this config asks for, memory and time.
+    """Check data, model, storage and cluster before a run: resources, what this config requests, memory and time.
 
-    Exit code 0 when a run can start, 1 when something is wrong. Takes the flags of `run`.
+    The exit code is 0 if a run can start, 1 if something is wrong. Takes the flags of `run`.
     """
 
 
 @dataclass(frozen=True)
 class Sweep(_Resumed):
-    """Run every combination of the values given, over seeds, as trials of Ray Tune; print a table and a recommendation.
+    """Run every combination of the values, over seeds, as trials of Ray Tune; print a table and a recommendation.
 
-    Goes on with an unfinished sweep of that name. Takes the flags of `run`. Exit codes as there; 1 if a trial failed.
+    Resumes an unfinished sweep of that name. Takes the flags and has the exit codes of `run`; 1 if a trial failed.
     """
 
     sizes: tuple[int, ...] = ()
     """Examples per subset: short for --space subsets.size=…"""
     space: tuple[str, ...] = ()
-    """What else to vary: field=value,value …, by the fields' dotted names."""
+    """Other fields to vary, by their dotted names: field=value,value …"""
     seeds: int = 3
     """Runs of each combination, with seeds from --seed on."""
     baseline: bool = False
-    """Run conventional training too, of as many epochs as a subset has (or --conventional.epochs): the line to beat."""
+    """Run conventional training too, for as many epochs as a subset has (or --conventional.epochs), as the baseline."""
     prune: bool = False
-    """Stop trials whose validation loss falls behind that of others at as many passes (ASHA)."""
+    """Stop trials whose validation loss falls behind the others' after the same passes (ASHA)."""
 
 
 @dataclass(frozen=True)
 class Compare(_Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
-    Goes on with an unfinished comparison of that name. Takes the flags of `run`. Exit codes as there; 1 if work failed.
+    Resumes an unfinished comparison of that name. Takes the flags and has the exit codes of `run`; 1 if work failed.
     """
 
     seeds: int | None = None
     """Runs of each arm and budget, with seeds from --seed on; by default 5. A verdict needs 5."""
     budgets: tuple[float, ...] = ()
-    """Passes of training in total, each of which every arm gets; at least 1. By default 1 2 4 8 16."""
+    """Budgets in passes of training in total; every arm trains with each. At least 1; by default 1 2 4 8 16."""
     arms: tuple[str, ...] = ()
-    """A long conventional, B conventional, C RS2, D one subset, E D with shrink-perturb, F D from fresh weights,
-    G aggregate, H trunk and aggregate, I data-parallel; or with overrides: G:aggregation.method=fisher."""
+    """Arms to compare: A long conventional, B conventional, C RS2, D one subset, E D with shrink-perturb, F D from
+    fresh weights, G aggregate, H trunk and aggregate, I data-parallel; or with overrides: G:aggregation.method=fisher.
+    """
     learning_rates: tuple[float, ...] = ()
-    """The grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate."""
+    """Grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate."""
     batch_sizes: tuple[int, ...] = ()
-    """The grid tried for B, whose best all arms take; by default --minimize.batch-size alone."""
+    """Grid tried for B, whose best value all arms use; by default only --minimize.batch-size."""
     margin: float | None = None
-    """Of non-inferiority, in the quality's units; by default, in accuracy, 0.001 on MNIST, 0.005 on CIFAR-10, 0.01 on
-    CIFAR-100, 0.005 else; of other qualities what the task says."""
+    """Margin of non-inferiority, in the quality's units. Defaults for accuracy: 0.001 on MNIST, 0.005 on CIFAR-10, 0.01
+    on CIFAR-100, else 0.005; for other qualities the task's own."""
     num_workers: int | None = None
-    """Of arm I; by default as many as there are subsets, as far as the cluster has room."""
+    """Workers of arm I; by default one for each subset, if the cluster has room."""
     bandwidth: float | None = None
-    """Of each worker's link, in Gbit/s, at which the report says what takes the least wall time; by default 1."""
+    """Bandwidth of each worker's link in Gbit/s, for the least wall time in the report; by default 1."""
     quick: bool = False
     """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
 
 
 @dataclass(frozen=True)
 class Advise(_OfConfig):
-    """Say what to expect of subset pretraining, data-parallel training and one device, with the formulas; no training.
+    """Forecast subset pretraining, data-parallel training and one device by formulas, without training.
 
     The speed of this machine is measured for a few seconds. Takes the flags of `run`.
     """
@@ -133,23 +134,23 @@ class Advise(_OfConfig):
     num_workers: int = 4
     """Devices to train with."""
     against: str | None = None
-    """A finished comparison of the same data and model, to hold the formula against what it measured."""
+    """A finished comparison of the same data and model, to check the formula by its measurements."""
 
 
 @dataclass(frozen=True)
 class FindRate(_OfConfig):
-    """Try rising learning rates for a few steps each on the first subset, and suggest one to begin with; no run.
+    """Try rising learning rates for a few steps each on the first subset, and suggest one to begin with.
 
-    In this process, without Ray. Takes the flags of `run`.
+    Works in this process, without Ray. Takes the flags of `run`.
     """
 
     to: str | None = None
-    """A file for a page with the plot, for the browser; by default there is none."""
+    """File for a page with the plot, for the browser; by default there is none."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write the model of a finished run as one file that takes floats in [0, 1], and check what it computes."""
+    """Write the model of a finished run as one file that takes floats in [0, 1], and check its outputs."""
 
     directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
@@ -158,39 +159,39 @@ class Export:
     to: str | None = None
     """The file; by default model.pt2 or model.onnx in the working directory."""
     trust_code: bool = False
-    """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
+    """Import and call the package.module:function of the run's own network, if the run could not keep its graph.
     Only for directories of people you trust."""
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Apply the model of a finished run: to images, a line each; to the rows of a table; or to a text's end.
+    """Apply the model of a finished run to images, with a line each, to the rows of a table, or to the end of a text.
 
-    Classes come with the most probable first, numbers in the units of the training data; text is gone on with. Of masks
-    the line has each class's share of the pixels, and JSON the class of each pixel too. A file that cannot be read is
-    named on stderr, and the exit code is 2; the others have their lines.
+    Classes are sorted by probability, numbers are in the units of the training data, and texts are continued. For masks
+    a line has each class's share of the pixels, and JSON also the class of each pixel. A file that cannot be read is
+    named on stderr, and the exit code is 2; the other files have their lines.
     """
 
     directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
     files: tuple[str, ...] = field(metadata={"positional": "FILE …"})
-    """Images: files, or Parquet and Arrow files with the column that training read. Tables with the training table's
-    columns, or text files, as the model takes them."""
+    """What the model takes: image files, or Parquet and Arrow files with the images' column; tables with the training
+    table's columns; or text files."""
     format: Literal["text", "json"] = "text"
     trust_code: bool = False
-    """Import and call the package.module:function of the run's own network, where the run could keep no graph of it.
+    """Import and call the package.module:function of the run's own network, if the run could not keep its graph.
     Only for directories of people you trust."""
 
 
 @dataclass(frozen=True)
 class Settings(_OfConfig):
-    """Write a file for --config: every setting with its documentation and default, those given with flags set.
+    """Write a YAML file for --config: every setting with its documentation and its default, or its flag's value.
 
-    YAML; the settings most often changed come first. Takes the flags of `run`.
+    The settings most often changed come first. Takes the flags of `run`.
     """
 
     to: str | None = None
-    """The file; by default it is printed."""
+    """The file; by default the text is printed."""
 
 
 Command = Run | Sweep | Compare | Advise | FindRate | Report | Ls | Doctor | Export | Predict | Settings
@@ -209,7 +210,7 @@ COMMANDS: Mapping[str, type] = {
     "config": Settings,
 }
 
-COMMON = (  # fields of the config that --help shows, and a file for --config has first
+COMMON = (  # config fields that --help shows and that come first in a file for --config
     *("name", "storage_path", "seed", "method"),
     *("data.name", "data.root", "data.image_size", "data.target", "task.name", "model.name", "model.width"),
     *("subsets.num", "subsets.size", "trunk.epochs", "rounds.num"),
@@ -221,15 +222,15 @@ COMMON = (  # fields of the config that --help shows, and a file for --config ha
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag or an argument of a command: what it is called, takes, is by default, and means."""
+    """A flag or a positional argument of a command."""
 
     name: str  # without dashes: "minimize.learning-rate"
-    key: str  # the config's dotted field, or the command's own
+    key: str  # the config's dotted field, or the command's own field
     kind: type  # of a value: bool, int, float or str
-    words: tuple[str, ...]  # that a value may be; (): any
+    words: tuple[str, ...]  # the values allowed; (): any
     has_none: bool
     is_many: bool
-    default: Any  # MISSING where it must be given
+    default: Any  # MISSING: it must be given
     owner: type  # the dataclass whose field it is
     of_config: bool
     placeholder: str = ""
@@ -237,40 +238,40 @@ class Flag:
 
     @property
     def doc(self) -> str:
-        """Its documentation, read from its class's source."""
+        """Return the flag's documentation, read from its class's source."""
         return field_docs(self.owner)[self.key.rpartition(".")[2]]
 
     @property
     def negated(self) -> str:
-        """How one of the config's switches is written that is to be off."""
+        """Return the form that turns off one of the config's switches: --minimize.no-compile."""
         room, dot, name = self.name.rpartition(".")
         return f"--{room}{dot}no-{name}"
 
     @property
     def value(self) -> str:
-        """What stands for its value in help; "" where it takes none."""
+        """Return the placeholder for the value in help; "" if the flag takes none."""
         if self.placeholder or self.kind is bool:
             return self.placeholder
-        named = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
-        words = [named] * (self.kind is not str or not self.words) + list(self.words)
-        return ("{" + ",".join(words) + "}" if self.words else named) + (" …" if self.is_many else "")
+        placeholder = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
+        words = [placeholder] * (self.kind is not str or not self.words) + list(self.words)
+        return ("{" + ",".join(words) + "}" if self.words else placeholder) + (" …" if self.is_many else "")
 
 
 def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list[Flag]:
-    """What a command takes: its own flags, and then those of the config, if it takes one.
+    """Return a command's own flags, then the config's if it takes one.
 
     Args:
-        defaults: of its own fields, where they are others than its class has.
+        defaults: of the command's own fields, if they differ from the class's.
     """
     hints = typing.get_type_hints(kind)
     flags = []
-    for each in dataclasses.fields(kind):
-        if each.name == "config":
+    for entry in dataclasses.fields(kind):
+        if entry.name == "config":
             continue
-        name, position = each.metadata.get("flag", each.name), each.metadata.get("positional")
-        placeholder, value = each.metadata.get("value", position or ""), defaults.get(each.name, each.default)
-        about = (value, kind, False, placeholder, position is not None)
-        flags.append(_flag(name, each.name, hints[each.name], *about))
+        name, position = entry.metadata.get("flag", entry.name), entry.metadata.get("positional")
+        placeholder, value = entry.metadata.get("value", position or ""), defaults.get(entry.name, entry.default)
+        more = (value, kind, False, placeholder, position is not None)
+        flags.append(_flag(name, entry.name, hints[entry.name], *more))
     if issubclass(kind, _OfConfig):
         flags += _flags_of_config(Config, default or Config(), "")
     return flags
@@ -288,8 +289,8 @@ def _flags_of_config(kind: type, default: Any, prefix: str) -> Iterator[Flag]:
 
 def _flag(name: str, key: str, hint: Any, default: Any, owner: type, of_config: bool, *more: Any) -> Flag:
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
-    has_none, kind = type(None) in options, next(one for one in options if one is not type(None))
-    words = next((typing.get_args(one) for one in options if typing.get_origin(one) is Literal), ())
+    has_none, kind = type(None) in options, next(option for option in options if option is not type(None))
+    words = next((typing.get_args(option) for option in options if typing.get_origin(option) is Literal), ())
     if is_many := typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
@@ -298,24 +299,24 @@ def _flag(name: str, key: str, hint: Any, default: Any, owner: type, of_config: 
 
 
 def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
-    """The config that flags of `raysubset run` give.
+    """Return the config that the flags of `raysubset run` give.
 
     Raises:
-        ValueError: for a mistake in them, in one line.
+        ValueError: for a mistake in the flags, in one line.
     """
     return parse(Run, arguments, default or Config(), prog="raysubset run").config
 
 
 class HelpAsked(Exception):
-    """Somebody asks what a command takes, or what commands there are (kind is None)."""
+    """The user requests help on a command, or on all commands (kind is None)."""
 
     def __init__(self, kind: type | None = None, flags: Sequence[Flag] = (), prog: str = "", *, whole: bool) -> None:
         self.kind, self.flags, self.prog, self.whole = kind, flags, prog, whole
-        self.description: str | None = None  # instead of the kind's
+        self.description: str | None = None  # in place of the command's own
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
-    """The command that a line gives.
+    """Parse a command line.
 
     Raises:
         ValueError: for a mistake, in one line.
@@ -330,77 +331,83 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
 
 def parse(kind: Any, arguments: Sequence[str], default: Config, *, prog: str, **defaults: Any) -> Any:
-    """A command of its flags; defaults are of its fields beside the config.
+    """Parse a command's flags.
+
+    Args:
+        kind: the command's class.
+        default: the config that flags change.
+        defaults: of the command's own fields.
 
     Raises:
-        ValueError: for a mistake in them, in one line.
+        ValueError: for a mistake in the flags, in one line.
         HelpAsked: for --help.
     """
     flags = flags_of(kind, default, **defaults)
-    given = _read(kind, flags, arguments, prog)
-    own = {key: given.pop(key) for key in [flag.key for flag in flags if not flag.of_config] if key in given}
+    overrides = _read(kind, flags, arguments, prog)
+    own_keys = [flag.key for flag in flags if not flag.of_config and flag.key in overrides]
+    options = defaults | {key: overrides.pop(key) for key in own_keys}
     for flag in flags:
-        if flag.is_positional and flag.default is dataclasses.MISSING and flag.key not in own:
+        if flag.is_positional and flag.default is dataclasses.MISSING and flag.key not in own_keys:
             raise ValueError(f"{flag.value.split()[0]} is missing; see {prog} --help")
     if not issubclass(kind, _OfConfig):
-        return kind(**defaults | own)
+        return kind(**options)
     config = default
-    if file := own.get("config_file"):
+    if file := options.get("config_file"):
         config = read_config(file, default)
-        if not own.get("trust_code"):
-            _refuse_code(file, config, default, given)
-    return kind(config.with_overrides(given), **defaults | own)
+        if not options.get("trust_code"):
+            _refuse_code(file, config, default, overrides)
+    return kind(config.with_overrides(overrides), **options)
 
 
 _HELP = ("-h", "--help", "--help-all")
 
 
 def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str) -> dict[str, Any]:
-    """Values by the keys of flags and arguments."""
-    known = {f"--{flag.name}": flag for flag in flags if not flag.is_positional}
+    """Return the values in the arguments, by the keys of the flags."""
+    by_name = {f"--{flag.name}": flag for flag in flags if not flag.is_positional}
     negated = {flag.negated: flag for flag in flags if flag.kind is bool and flag.of_config}
-    if "--task.name" in known:
-        known["--task"] = known["--task.name"]  # the everyday words
-        known["--start-from"] = known["--model.weights"]
-        known["--profile"] = known["--actors.profile"]
-    places = [flag for flag in flags if flag.is_positional]
-    given: dict[str, Any] = {}
-    left, before = list(arguments), ""
-    while left:
-        word = left.pop(0)
+    if "--task.name" in by_name:
+        by_name["--task"] = by_name["--task.name"]  # the short names
+        by_name["--start-from"] = by_name["--model.weights"]
+        by_name["--profile"] = by_name["--actors.profile"]
+    positionals = [flag for flag in flags if flag.is_positional]
+    values_by_key: dict[str, Any] = {}
+    remaining, last_name = list(arguments), ""
+    while remaining:
+        word = remaining.pop(0)
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
         if word in _HELP:
             raise HelpAsked(kind, flags, prog, whole=word == "--help-all")
-        if flag := known.get(name):
-            values = [value] if equals else []
+        if flag := by_name.get(name):
+            words = [value] if equals else []
             if flag.kind is bool:
                 if equals:
-                    raise ValueError(f"{name} takes no value: it is given or not, not {word}")
-                given[flag.key] = True
+                    raise ValueError(f"{name} takes no value: give {name} or leave it out, not {word}")
+                values_by_key[flag.key] = True
             else:
-                while left and not left[0].startswith("--") and left[0] not in _HELP and (flag.is_many or not values):
-                    if equals:
+                while not equals and remaining and not remaining[0].startswith("--") and remaining[0] not in _HELP:
+                    if words and not flag.is_many:
                         break
-                    values.append(left.pop(0))
-                if not values:
+                    words.append(remaining.pop(0))
+                if not words:
                     raise ValueError(f"{name} needs a value; see {prog} --help")
-                read = [_value(flag, name, one, prog) for one in values]
-                given[flag.key] = tuple(read) if flag.is_many else read[0]
+                values = [_value(flag, name, text, prog) for text in words]
+                values_by_key[flag.key] = tuple(values) if flag.is_many else values[0]
         elif name in negated and not equals:
-            given[negated[name].key] = False
-        elif word.startswith("-") or not places:
-            raise ValueError(_unknown(name if word.startswith("-") else word, before, kind, prog))
-        elif places[0].is_many:
-            given[places[0].key] = (*given.get(places[0].key, ()), word)
+            values_by_key[negated[name].key] = False
+        elif word.startswith("-") or not positionals:
+            raise ValueError(_unknown(name if word.startswith("-") else word, last_name, kind, prog))
+        elif positionals[0].is_many:
+            values_by_key[positionals[0].key] = (*values_by_key.get(positionals[0].key, ()), word)
         else:
-            given[places.pop(0).key] = word
-        before = name
-    return given
+            values_by_key[positionals.pop(0).key] = word
+        last_name = name
+    return values_by_key
 
 
 def _value(flag: Flag, name: str, word: str, prog: str) -> Any:
-    """The value that a word gives a flag; the config's fields check their own ranges and choices."""
+    """Parse a word as the flag's value; the config's fields check their own ranges and choices."""
     if flag.has_none and word in ("None", "null"):
         return None
     if flag.words and word not in flag.words and not flag.of_config:
@@ -412,7 +419,7 @@ def _value(flag: Flag, name: str, word: str, prog: str) -> Any:
         raise ValueError(f"{name} takes {number}, not {word!r}; see {prog} --help") from None
 
 
-_EVERYDAY = {  # a field's name, or its last part, and what other programs call it
+_EVERYDAY = {  # a field's name, or its last part, and its names in other programs
     "learning-rate": "lr",
     "epochs": "num-epochs max-epochs",
     "batch-size": "bs",
@@ -435,8 +442,8 @@ _EVERYDAY = {  # a field's name, or its last part, and what other programs call 
     "tracking.to": "mlflow wandb",
     "fresh": "overwrite force",
 }
-_FIRST = ("minimize.", "fine-tuning.", "actors.")  # whose fields are meant before others of the same last name
-_MOST_MEANT = 3
+_FIRST = ("minimize.", "fine-tuning.", "actors.")  # their fields are suggested before others of the same last name
+_MOST_SUGGESTIONS = 3
 
 
 @functools.cache
@@ -444,34 +451,35 @@ def _names_of(kind: type) -> list[str]:
     return [flag.name for flag in flags_of(kind) if not flag.is_positional]
 
 
-def _unknown(flag: str, before: str, kind: Any, prog: str) -> str:
-    """What to say of a word that a command does not take: the flag that is meant, or the command that takes it."""
+def _unknown(flag: str, last_name: str, kind: Any, prog: str) -> str:
+    """Return the error for a word that a command does not take, with the flag meant or the command that takes it."""
     see = f"see {prog} --help"
     if not flag.startswith("-") or flag == "--":
-        after = f" after {before}" if before.startswith("--") else ""
+        after = f" after {last_name}" if last_name.startswith("--") else ""
         return f"unexpected argument {flag!r}{after}; {see}"
     if flag in ("--resume", "--continue"):
         return f"there is no flag {flag}, and no need of one: the same command under the same --name resumes; {see}"
-    name, known = flag.lstrip("-").replace("_", "-").lower(), _names_of(kind)
+    name, names = flag.lstrip("-").replace("_", "-").lower(), _names_of(kind)
     meant = next((field for field, others in _EVERYDAY.items() if name in others.split()), name)
-    found = [meant] if meant in known else [one for one in known if one.endswith(f".{meant}")]
-    if found:
-        found.sort(key=lambda one: (one.count("."), not one.startswith(_FIRST)))
-        return f"there is no flag {flag}; did you mean {' or '.join(f'--{one}' for one in found[:_MOST_MEANT])}?"
-    if near := nearest(flag, [f"--{one}" for one in known]):
+    matches = [meant] if meant in names else [known for known in names if known.endswith(f".{meant}")]
+    if matches:
+        matches.sort(key=lambda match: (match.count("."), not match.startswith(_FIRST)))
+        suggestions = " or ".join(f"--{match}" for match in matches[:_MOST_SUGGESTIONS])
+        return f"there is no flag {flag}; did you mean {suggestions}?"
+    if near := nearest(flag, [f"--{known}" for known in names]):
         return f"there is no flag {flag}{near}"
-    if takers := [verb for verb, other in COMMANDS.items() if name in _names_of(other)]:
-        return f"{flag} is a flag of {' and '.join(takers)}, not of {prog}; {see}"
+    if commands := [command for command, other in COMMANDS.items() if name in _names_of(other)]:
+        return f"{flag} is a flag of {' and '.join(commands)}, not of {prog}; {see}"
     return f"there is no flag {flag}; {see}"
 
 
-def _refuse_code(file: str, config: Config, default: Config, given: Mapping[str, Any]) -> None:
-    """ValueError where a config from a file, which may be a stranger's, names a function that no flag names as well."""
-    before = default.functions()
+def _refuse_code(file: str, config: Config, default: Config, overrides: Mapping[str, Any]) -> None:
+    """Refuse a config file, which may be a stranger's, if it names a function that no flag names too."""
+    default_functions = default.functions()
     for key, name in config.functions().items():
-        if name != before.get(key) and key not in given:
+        if name != default_functions.get(key) and key not in overrides:
             raise ValueError(
-                f"--config {file} names code: {key} = {name} would be imported from {os.getcwd()} or what is "
-                f"installed, and called. If you trust whoever made the file, add --trust-code, or give "
+                f"--config {file} names code: {key} = {name} would be imported from {os.getcwd()} or an installed "
+                "package, and called. If you trust whoever wrote the file, add --trust-code, or give "
                 f"--{key.replace('_', '-')} yourself"
             )

@@ -1,4 +1,4 @@
-"""What commands and settings there are: --help and --help-all, the file for --config, completion in a shell."""
+"""Write --help and --help-all, the file for --config, and completions for a shell."""
 
 import json
 import sys
@@ -22,29 +22,29 @@ _EXAMPLES = (
     ("raysubset compare --quick", "whether it pays: against conventional training"),
     ("raysubset report ~/ray_results/NAME", "the report of a run again"),
 )
-_CODES = "Exit codes: 0 done; 1 failed; 2 a mistake; 130 stopped, what was done is kept and the same command resumes."
-_WIDE = 70  # columns for flags and words side by side
-_SHORT = 20  # characters of what a value may be, to be shown in a line
-_WIDEST = 110  # columns that text is set in, at most
+_CODES = "Exit codes: 0 done; 1 failed; 2 a mistake; 130 stopped: finished work is kept, and the same command resumes."
+_WIDE = 70  # columns from which flags and their documentation stand side by side
+_SHORT = 20  # most characters of a value's choices in a one-line help
+_WIDEST = 110  # most columns of text
 
 
 def print_help(asked: HelpAsked) -> None:
-    """What was asked for, to stdout."""
+    """Print the requested help to stdout."""
     console = console_of(sys.stdout)
     console.width = min(console.width, _WIDEST)
     if asked.kind is None:
         _overview(console)
         return
     title, _, more = (asked.kind.__doc__ or "").partition("\n\n")
-    places = "".join(f" {flag.value}" for flag in asked.flags if flag.is_positional)
-    console.print(f"usage: {asked.prog}{places} [FLAGS]\n", style="bold")
+    positionals = "".join(f" {flag.value}" for flag in asked.flags if flag.is_positional)
+    console.print(f"usage: {asked.prog}{positionals} [FLAGS]\n", style="bold")
     for paragraph in (asked.description or title, more):
         if paragraph:
             console.print(" ".join(paragraph.split()) + "\n")
     of_config = [flag for flag in asked.flags if flag.of_config]
-    own = [flag for flag in asked.flags if not flag.of_config]
-    if own:
-        console.print(_table(console, own, whole=asked.whole or not of_config))
+    own_flags = [flag for flag in asked.flags if not flag.of_config]
+    if own_flags:
+        console.print(_table(console, own_flags, whole=asked.whole or not of_config))
     if not of_config:
         return
     if asked.whole:
@@ -55,7 +55,7 @@ def print_help(asked: HelpAsked) -> None:
     console.print("\nSettings most often changed", style="bold")
     console.print(_table(console, sorted(of_config, key=_rank)[: len(COMMON)], whole=False))
     console.print(
-        f"\nAll {len(of_config)} settings, each with all there is to know: {asked.prog} --help-all\n"
+        f"\nAll {len(of_config)} settings with their full documentation: {asked.prog} --help-all\n"
         "As a file for --config: raysubset config"
     )
 
@@ -75,12 +75,12 @@ def _overview(console: Any) -> None:
 
 
 def _rank(flag: Flag) -> int:
-    """Its place among the settings most often changed, or after them."""
+    """Return the flag's rank among the settings most often changed; other flags come after them."""
     return COMMON.index(flag.key) if flag.key in COMMON else len(COMMON)
 
 
 def _table(console: Any, flags: Sequence[Flag], *, whole: bool) -> Padding:
-    """A line a flag with the first words of its documentation, where the console has room; or all of that below it."""
+    """Show each flag in a line with the start of its documentation, if the console is wide, or all of it below."""
     is_wide = console.width >= _WIDE and not whole
     table = Table.grid(padding=(0, 2, 0, 0))
     names = [_name(flag, whole=whole) for flag in flags]
@@ -104,7 +104,7 @@ def _name(flag: Flag, *, whole: bool) -> Text:
 
 
 def _written(flag: Flag) -> str:
-    """How a flag is written; of the config's switches the one that changes its default."""
+    """Return the flag as a user writes it; for a switch of the config the form that changes its default."""
     if flag.is_positional:
         return ""
     return flag.negated if flag.kind is bool and flag.of_config and flag.default else f"--{flag.name}"
@@ -128,20 +128,19 @@ def _first_sentence(doc: str) -> str:
 
 
 def settings_text(config: Any) -> str:
-    """YAML for --config: settings that are none of the defaults, the others as comments, each with what it means."""
+    """Return YAML for --config: all settings with their documentation; those at their defaults are commented out."""
     flags = [flag for flag in flags_of(COMMANDS["run"], config) if flag.of_config]
-    usual = {flag.key: flag.default for flag in flags_of(COMMANDS["run"]) if flag.of_config}
+    defaults = {flag.key: flag.default for flag in flags_of(COMMANDS["run"]) if flag.of_config}
     ranked = sorted(flags, key=_rank)
-    first, rest = ranked[: len(COMMON)], ranked[len(COMMON) :]
-    lines = ["# Settings of raysubset, for --config: take the # from what you change."]
-    for title, group in (("Most often changed", first), ("All others", rest)):
+    lines = ["# Settings of raysubset, for --config: remove the # of each setting that you change."]
+    for title, group in (("Most often changed", ranked[: len(COMMON)]), ("All others", ranked[len(COMMON) :])):
         lines += ["", f"# ==== {title}"]
         for flag in group:
-            is_usual = flag.default == usual[flag.key]
-            of_words = f" ({', '.join(flag.words)})" if flag.words else ""
-            lines += ["", *textwrap.wrap(flag.doc + of_words, 98, initial_indent="# ", subsequent_indent="# ")]
+            is_default = flag.default == defaults[flag.key]
+            choices = f" ({', '.join(flag.words)})" if flag.words else ""
+            lines += ["", *textwrap.wrap(flag.doc + choices, 98, initial_indent="# ", subsequent_indent="# ")]
             value = json.dumps(flag.default, ensure_ascii=False)
-            lines.append(f"{'#' if is_usual else ''}{flag.key}: {value}")
+            lines.append(f"{'#' if is_default else ''}{flag.key}: {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -149,23 +148,23 @@ def settings_text(config: Any) -> str:
 
 
 def completions(words: Sequence[str]) -> Iterator[str]:
-    """What the last of a command line's words may become, as `complete -C 'raysubset --complete'` asks in bash.
+    """Yield completions of a command line's last word, for `complete -C 'raysubset --complete'` in bash.
 
     Args:
-        words: the line's, from `raysubset` on.
+        words: the words of the line, from `raysubset` on.
     """
-    *before, current = words[1:] or [""]
-    if not before:
-        found: Sequence[str] = (*COMMANDS, "--help", "--version")
-    elif before[0] not in COMMANDS:
+    *earlier, current = words[1:] or [""]
+    if not earlier:
+        candidates: Sequence[str] = (*COMMANDS, "--help", "--version")
+    elif earlier[0] not in COMMANDS:
         return
     else:
-        flags = {f"--{flag.name}": flag for flag in flags_of(COMMANDS[before[0]]) if not flag.is_positional}
-        last = flags.get(before[-1])
-        if last is not None and last.kind is not bool and not current.startswith("--"):
-            found = last.words
+        flags = {f"--{flag.name}": flag for flag in flags_of(COMMANDS[earlier[0]]) if not flag.is_positional}
+        flag = flags.get(earlier[-1])
+        if flag is not None and flag.kind is not bool and not current.startswith("--"):
+            candidates = flag.words
         elif current.startswith("-"):
-            found = (*map(_written, flags.values()), "--help", "--help-all")
+            candidates = (*map(_written, flags.values()), "--help", "--help-all")
         else:
             return
-    yield from (word for word in found if word.startswith(current))
+    yield from (word for word in candidates if word.startswith(current))

@@ -1,4 +1,4 @@
-"""What a person sees of work in hand, on stderr: a live view on a terminal, plain lines elsewhere."""
+"""Show progress on stderr: a live view on a terminal, plain lines elsewhere."""
 
 import functools
 import inspect
@@ -23,17 +23,17 @@ from raysubset import events
 from raysubset.cli.course import Course, in_words
 from raysubset.cli.screen import console_of, visible
 
-_STALE_S = 10.0  # after which an actor that is not heard of is not shown
-_PACK_S = 0.1  # within which the pieces of a pack are begun
-_PER_S = 4  # times the view is drawn
-_BELOW = 4  # lines of the screen that the tables leave: for what goes by above them, the status and the bar
+_STALE_S = 10.0  # an actor without events for so long is hidden
+_PACK_S = 0.1  # the pieces of a pack begin within this time
+_PER_S = 4  # drawings of the view per second
+_BELOW = 4  # screen lines that the tables leave free: for lines above them, the status and the bar
 _GAP = 3  # between columns
-_ROOMY = 60  # columns from which there is room for the nodes' addresses
+_ROOMY = 60  # columns from which the nodes' addresses are shown
 
 
 @contextmanager
 def telling(first: str = "") -> Iterator[events.OnEvent]:
-    """A listener that draws a live view on a terminal, and writes plain lines elsewhere, from the first word on."""
+    """Yield a listener that draws a live view on a terminal, or writes plain lines elsewhere; show `first` at once."""
     console = console_of(sys.stderr)
     if not console.is_terminal or console.is_dumb_terminal:
         tell = PlainLines()
@@ -49,24 +49,24 @@ def telling(first: str = "") -> Iterator[events.OnEvent]:
 
 
 class _AsTheCommand:
-    """Stands for the listener that a caller has not given."""
+    """The default of `on_event`: progress is shown as the command shows it."""
 
     def __repr__(self) -> str:
         return "<shown as the command does>"
 
 
 def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """run(), sweep() or compare(), with a view of what happens on stderr where the caller gives no `on_event`."""
-    unless_given, signature = _AsTheCommand(), inspect.signature(verb)
+    """Wrap run(), sweep() or compare() so that it shows progress on stderr if the caller gives no `on_event`."""
+    default, signature = _AsTheCommand(), inspect.signature(verb)
 
     @functools.wraps(verb)
-    def as_the_command(*given: Any, on_event: Any = unless_given, **options: Any) -> Any:
-        if on_event is not unless_given:
-            return verb(*given, on_event=on_event, **options)
+    def as_the_command(*args: Any, on_event: Any = default, **options: Any) -> Any:
+        if on_event is not default:
+            return verb(*args, on_event=on_event, **options)
         with telling() as tell:
-            return verb(*given, on_event=tell, **options)
+            return verb(*args, on_event=tell, **options)
 
-    parameters = signature.parameters | {"on_event": signature.parameters["on_event"].replace(default=unless_given)}
+    parameters = signature.parameters | {"on_event": signature.parameters["on_event"].replace(default=default)}
     as_the_command.__signature__ = signature.replace(parameters=list(parameters.values()))  # pyright: ignore[reportAttributeAccessIssue]
     return as_the_command
 
@@ -75,20 +75,20 @@ def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PlainLines:
-    """Lines at a pace that a job's log can bear: what comes often is summed up, each time after a longer while."""
+    """Writes lines that do not flood a job's log: frequent events are summed up at growing intervals."""
 
-    FIRST_S, MOST_S = 10.0, 120.0  # between two lines on how far it is: half as long again each time
-    BURST, EACH_S = 20, 3.0  # lines on single minima, legs and reports at once, and until there may be one more
+    FIRST_S, MOST_S = 10.0, 120.0  # between two lines of progress: each interval is 1.5 times the last
+    BURST, EACH_S = 20, 3.0  # lines for single minima, legs and reports: so many at once, then one each so many seconds
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._course = clock, Course(clock)
         self._summed_at, self._every_s = clock(), self.FIRST_S
-        self._waited: dict[str, tuple[float, float]] = {}  # when each thing was last said to be waited for; how long
+        self._waited: dict[str, tuple[float, float]] = {}  # by text: when it was last written, and seconds to the next
         self._room, self._room_at, self._num_left_out = float(self.BURST), clock(), 0
         self._rows: dict[Any, events.Progress] = {}
 
     def __call__(self, event: events.Event) -> None:
-        """Write a line, or leave it to a later one."""
+        """Write a line for the event, or count it for a later line."""
         now = self._clock()
         self._course.hear(event)
         match event:
@@ -125,28 +125,28 @@ class PlainLines:
         self._summed_at, self._every_s = now, min(1.5 * self._every_s, self.MOST_S)
         rows = list(self._rows.values())
         self._rows.clear()
-        words = [_how_far(self._course), text]
+        parts = [_how_far(self._course), text]
         if rows:
             losses = [row.running_loss for row in rows if row.running_loss is not None]
-            each = f"{rows[0].text}" if len(rows) == 1 else f"{len(rows)} at work"
+            at_work = f"{rows[0].text}" if len(rows) == 1 else f"{len(rows)} at work"
             if len(rows) > 1:
-                each += f", mean loss {sum(losses) / len(losses):.4f}" if losses else ""
-                each += f", {sum(row.examples_per_s for row in rows):,.0f} examples/s"
-            words.append(each)
-        self._line("; ".join(word for word in words if word))
+                at_work += f", mean loss {sum(losses) / len(losses):.4f}" if losses else ""
+                at_work += f", {sum(row.examples_per_s for row in rows):,.0f} examples/s"
+            parts.append(at_work)
+        self._line("; ".join(part for part in parts if part))
 
     def _line(self, event: events.Event | str, more: str = "") -> None:
         print(f"{time.strftime('%H:%M:%S')} {visible(str(event))}{more}", file=sys.stderr, flush=True)
 
 
 def _how_far(course: Course) -> str:
-    """'34% of 11 passes, about 3 min of training left'; '' before that is known."""
+    """Return '34% of 11 passes, about 3 min of training left'; '' before the plan is known."""
     if (passes := course.passes) is None or not passes[1]:
         return ""
     done, total = passes
-    left = course.left_s
-    rest = "" if left is None or left < 1 else f", about {in_words(left)} of training left"
-    return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} passes{rest}"
+    left_s = course.left_s
+    time_left = "" if left_s is None or left_s < 1 else f", about {in_words(left_s)} of training left"
+    return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} passes{time_left}"
 
 
 # The live view
@@ -154,18 +154,18 @@ def _how_far(course: Course) -> str:
 
 @dataclass
 class _Working:
-    """An actor or worker, as it was last heard of."""
+    """The last event of an actor or worker."""
 
     event: events.Start | events.Progress
     heard_at: float
 
 
 class LiveView:
-    """Lines for what is done go by above; below are the tables, what goes on now and for how long, and the bar."""
+    """Prints a line above for what is done; below it draws the tables, the current activity and its time, and a bar."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock, self._course = console, clock, Course(clock)
-        self._lock = threading.RLock()  # the view is drawn by another thread
+        self._lock = threading.RLock()  # another thread draws the view
         self._rows: dict[Any, _Working] = {}
         self._standing: events.Standing | None = None
         self._stage, self._waiting, self._since = "", "", clock()
@@ -179,7 +179,7 @@ class LiveView:
         style = {events.Retry: "yellow", events.Stage: "bold", events.Planned: "dim"}.get(type(event))
         if isinstance(event, events.Note) and event.is_warning:
             style = "yellow"
-        # what a table shows as it comes
+        # the tables show these
         silent = events.Start | events.Progress | events.Waiting | events.Standing | events.TrialReport | events.LegDone
         if not isinstance(event, silent) and event.text:
             self._console.print(visible(event.text), style=style)
@@ -187,16 +187,16 @@ class LiveView:
     def _take(self, event: events.Event) -> None:
         now = self._clock()
         match event:
-            case events.Start(attempt=attempt):  # what its process did before has ended
+            case events.Start(attempt=attempt):  # the earlier work of its process has ended
                 process = attempt.node, attempt.pid
                 self._rows = {
                     key: row for key, row in self._rows.items() if key[:2] != process or now - row.heard_at < _PACK_S
                 }
                 self._rows[_key(event)] = _Working(event, now)
-                self._now_is("")
+                self._set_waiting("")
             case events.Progress():
                 self._rows[_key(event)] = _Working(event, now)
-                self._now_is("")
+                self._set_waiting("")
             case events.MinimumDone(stage=stage, record=record):
                 place = (stage, record["subset_id"])
                 self._rows = {key: row for key, row in self._rows.items() if _place(row.event) != place}
@@ -211,16 +211,16 @@ class LiveView:
             case events.Standing():
                 self._standing = event
             case events.Waiting():
-                self._now_is(event.text)
+                self._set_waiting(event.text)
 
-    def _now_is(self, text: str) -> None:
-        """What is waited for, or nothing: the seconds are counted from when that was first said."""
+    def _set_waiting(self, text: str) -> None:
+        """Set what the run waits for, or ""; its seconds are counted from the first event that says so."""
         if text.partition(";")[0] != self._waiting.partition(";")[0]:
             self._since = self._clock()
         self._waiting = text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The view as it is now."""
+        """Draw the current view."""
         with self._lock:
             room = max(0, options.size.height - _BELOW)
             parts: list[RenderableType] = []
@@ -233,7 +233,7 @@ class LiveView:
         yield Group(*parts)
 
     def _status(self) -> Table:
-        """What goes on, and for how long, in a line."""
+        """Return the line with the current activity and its seconds."""
         line = Table.grid(padding=(0, 1, 0, 0), expand=True)
         line.add_column()
         line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -258,7 +258,7 @@ class LiveView:
         return line
 
     def _at_work(self, width: int, room: int) -> list[RenderableType]:
-        """A row for each actor or worker at work, as many as there is room for."""
+        """Return a row for each actor or worker at work, as many as there is room for."""
         now = self._clock()
         rows = {key: row for key, row in self._rows.items() if now - row.heard_at < _STALE_S}
         if not rows or room < 3:
@@ -274,7 +274,7 @@ class LiveView:
         return [table, Text(f"and {more} more at work", "dim")] if more > 0 else [table]
 
     def _arms_or_trials(self, standing: events.Standing, width: int, room: int) -> Table:
-        """The rows that tell most, as many as there is room for, with the last columns that fit."""
+        """Return the most important rows and the last columns, as many as there is room for."""
         widths = [
             max(len(text) for text in (heading, *(row.cells[n] for row in standing.rows))) + _GAP
             for n, heading in enumerate(standing.columns)
@@ -290,8 +290,8 @@ class LiveView:
         rows = standing.rows
         if len(rows) > (most := max(1, room - 3)):
             order = ("at work", "failed", "done", "waiting")
-            telling_most = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))
-            rows = [rows[n] for n in sorted(telling_most[:most])]
+            ranked = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))
+            rows = [rows[n] for n in sorted(ranked[:most])]
         styles = {"waiting": "dim", "at work": "", "done": "", "failed": "red"}
         for row in rows:
             name = f"{visible(row.name)} *" if row.is_best else visible(row.name)
@@ -302,7 +302,7 @@ class LiveView:
 
 
 def _key(event: events.Start | events.Progress) -> Any:
-    """Tells the rows apart: a process does one piece at a time, or a pack of subsets."""
+    """Return the key of the event's row: a process does one piece at a time, or a pack of subsets."""
     attempt = event.attempt
     return attempt.node, attempt.pid, attempt.stage, attempt.round, attempt.subset
 

@@ -1,4 +1,4 @@
-"""What a person sees on stdout: the sections of a report."""
+"""Print the sections of a report to stdout."""
 
 import codecs
 import dataclasses
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 _GAP = 2  # between columns
-_NARROW = 24  # what text is wrapped at, at the least
-_NARROWEST = 40  # what a terminal is taken to have at the least; COLUMNS=0 says nothing
+_NARROW = 24  # least columns at which text is wrapped
+_NARROWEST = 40  # least columns assumed for a terminal; COLUMNS=0 gives no width
 
 _IN_ASCII = {
     "±": "+-",
@@ -39,7 +39,7 @@ _IN_ASCII = {
 
 
 def open_screen() -> None:
-    """Have stdout and stderr write what their encoding lacks in ASCII, our signs in words of it, all else escaped."""
+    """Make stdout and stderr write characters that their encoding lacks as ASCII words, or escaped."""
     codecs.register_error("raysubset", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,13 +48,13 @@ def open_screen() -> None:
 
 def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
-    lacking = error.object[error.start : error.end]
-    signs = (_IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in lacking)
+    characters = error.object[error.start : error.end]
+    signs = (_IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in characters)
     return "".join(signs), error.end
 
 
 def console_of(stream: TextIO, **options: Any) -> Console:
-    """A console that shows texts as they are: brackets are no markup, colons no emoji."""
+    """Return a console that prints texts literally: brackets are not markup, and colons not emoji."""
     console = Console(file=stream, highlight=False, markup=False, emoji=False, **options)
     if console.width < _NARROWEST:
         console.width = _NARROWEST
@@ -62,12 +62,12 @@ def console_of(stream: TextIO, **options: Any) -> Console:
 
 
 def visible(text: str) -> str:
-    """The text with its line breaks and other control characters escaped: a name may hold any."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+    """Escape line breaks and other control characters in the text: a name may hold any."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 def sections_of(record: Mapping[str, Any]) -> "Sequence[Section]":
-    """Those of the report of a run, a sweep or a comparison."""
+    """Return the sections of the report of a run, a sweep or a comparison."""
     from raysubset import report
 
     kinds = {"sweep": report.sweep_sections, "comparison": report.comparison_sections}
@@ -77,19 +77,19 @@ def sections_of(record: Mapping[str, Any]) -> "Sequence[Section]":
 
 
 def print_report(record: Mapping[str, Any]) -> None:
-    """The report of a run, a sweep or a comparison, as print_sections() does."""
+    """Print the report of a run, a sweep or a comparison, as print_sections() does."""
     print_sections(sections_of(record))
 
 
 def html_of(record: Mapping[str, Any]) -> str:
-    """The same as HTML for a notebook: tables as text, nothing of a name is markup."""
+    """Return the report as HTML for a notebook: tables are text, and names are never markup."""
     console = console_of(io.StringIO(), width=110, record=True, force_jupyter=False)
     _print(sections_of(record), console, is_terminal=True)
     return console.export_html(inline_styles=True, code_format='<pre style="line-height: 1.2">{code}</pre>')
 
 
 def print_sections(parts: "Sequence[Section]") -> None:
-    """Results, to stdout: as wide as the terminal; elsewhere tables of 140 columns, and lines as long as they are."""
+    """Print sections to stdout, as wide as a terminal; elsewhere tables have 140 columns and lines are not wrapped."""
     is_terminal = sys.stdout.isatty()
     _print(parts, console_of(sys.stdout, width=None if is_terminal else 140), is_terminal=is_terminal)
 
@@ -105,7 +105,7 @@ def _print(parts: "Sequence[Section]", console: Console, *, is_terminal: bool) -
                 console.print()
             console.print(table)
         for line in part.lines:
-            is_command = isinstance(line, Command)  # to be copied: without line breaks of ours
+            is_command = isinstance(line, Command)  # a user copies it: we add no line breaks
             words = f"  {visible(line)}" if is_command else visible(str(line))
             console.print(words, soft_wrap=is_command or not is_terminal)
 
@@ -120,7 +120,7 @@ def _visible_section(part: "Section") -> "Section":
 
 
 def _tables(part: "Section", width: int) -> Iterator[Table]:
-    """The section's table; one that is too wide in pieces, each with the first column: no number is ever cut."""
+    """Yield the section's table, or if it is too wide, pieces of it with the first column each: no number is cut."""
     widths = [_widths(part, number, width) for number in range(len(part.columns))]
     others = range(1, len(widths))
 
@@ -147,7 +147,7 @@ def _tables(part: "Section", width: int) -> Iterator[Table]:
 
 
 def _widths(part: "Section", number: int, width: int) -> tuple[int, int]:
-    """Of a column, at the least and at its natural width: headings and text may be wrapped, numbers and names not."""
+    """Return a column's least and natural width: headings and text may be wrapped, numbers and names may not."""
     heading, cells = part.columns[number], [cell_len(row[number]) for row in part.rows]
     widest = max(cells, default=0)
     if number == 0:

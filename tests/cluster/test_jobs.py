@@ -296,7 +296,7 @@ def test_the_death_of_a_node_a_stop_and_the_end_of_the_cluster_cost_time_and_cha
     cluster.workers()[-1].kill()
     cluster.wait("first", lambda: "starts from its last checkpoint" in cluster.log("first"))
     log = cluster.stop("first")
-    assert log.endswith("raysubset: stopped; what was done is kept, the same command resumes\n")
+    assert log.endswith("raysubset: stopped; finished work is kept, the same command resumes\n")
     assert not run.exists("report.json")
 
     before = checkpoints(run)
