@@ -317,8 +317,8 @@ def _read_image(images: EncodedImages | np.ndarray, inputs: ImageInputs, number:
     try:
         if isinstance(images, EncodedImages):
             name = images.describe(number)
-            read, size = images.read, _side(inputs)
-            (image,) = decode_images(1, lambda _: read(number), lambda _: name, size, inputs.grey_range)
+            read_bytes, size = images.read, _side(inputs)
+            (image,) = decode_images(1, lambda _: read_bytes(number), lambda _: name, size, inputs.grey_range)
         else:
             image = images[number]
     except OSError as error:

@@ -230,15 +230,15 @@ class GraphNetwork(nn.Module):
 
     def _parse(self, calls: list[Any]) -> list[_Call]:
         last_use: dict[int, int] = {}
-        for number, (_, arguments, named) in enumerate(calls):
-            last_use |= dict.fromkeys(_values_in([arguments, named]), number)
+        for number, (_, arguments, keywords) in enumerate(calls):
+            last_use |= dict.fromkeys(_values_in([arguments, keywords]), number)
         parsed, first = [], len(self._tensors) + 1
-        for number, (name, arguments, named) in enumerate(calls):
-            if any(not 0 <= value < first + number for value in _values_in([arguments, named])):
+        for number, (name, arguments, keywords) in enumerate(calls):
+            if any(not 0 <= value < first + number for value in _values_in([arguments, keywords])):
                 raise ValueError(f"call {number} takes a value that is not computed before it")
             unneeded = tuple(v for v, last in last_use.items() if last == number and v != self._outputs)
             function = _ON_SIZES.get(name) or _operator(name)
-            parsed.append(_Call(function, name in _ON_SIZES, arguments, named, unneeded))
+            parsed.append(_Call(function, name in _ON_SIZES, arguments, keywords, unneeded))
         return parsed
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -249,10 +249,10 @@ class GraphNetwork(nn.Module):
         device = values[0].device
         for call in self._calls:
             arguments = [_decode(argument, values, device) for argument in call.arguments]
-            named = {key: _decode(argument, values, device) for key, argument in call.named.items()}
+            keywords = {key: _decode(argument, values, device) for key, argument in call.named.items()}
             if call.on_sizes:
                 _check_sizes(call, arguments)
-            value = call.function(*arguments, **named)
+            value = call.function(*arguments, **keywords)
             if limit is not None:
                 for tensor in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(tensor, Tensor) and tensor.numel() > limit:

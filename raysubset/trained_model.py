@@ -110,8 +110,8 @@ class TrainedModel(nn.Module):
         is_image = isinstance(self.inputs, ImageInputs)
         shape, noun = list(self.spec.inputs), "images" if is_image else "inputs"
         if list(inputs.shape[1:]) != shape:
-            listed = ", ".join(map(str, shape))
-            raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {listed}]")
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {sizes}]")
         if self.spec.num_values is not None:
             if inputs.is_floating_point() or inputs.is_complex():
                 raise ValueError(

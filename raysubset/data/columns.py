@@ -161,9 +161,9 @@ def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) ->
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
         _refuse_absent(names, schema.names, path)
-        wanted = [name for name in schema.names if name in {*names, *targets}]
-        refuse_unreadable(schema, wanted, path)
-        return wanted
+        columns = [name for name in schema.names if name in {*names, *targets}]
+        refuse_unreadable(schema, columns, path)
+        return columns
 
     for members in files.layout.values():
         tables += [read_table(files, member, kinds, needed, texts=texts) for member in members]
@@ -238,8 +238,8 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
 def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
     """Return the columns to read: those that the config names, and all numbers, texts and times."""
     targets = split_names("target", config.target, schema.names) or _TARGETS
-    named = {*targets, *split_names("columns", config.columns, schema.names)}
-    needed = [field.name for field in schema if field.name in named or _is_plain(field.type)]
+    chosen_names = {*targets, *split_names("columns", config.columns, schema.names)}
+    needed = [field.name for field in schema if field.name in chosen_names or _is_plain(field.type)]
     refuse_unreadable(schema, needed, path)
     return needed
 
@@ -281,16 +281,16 @@ def _features(
 
 
 def _refuse_absent(
-    names: Sequence[str], present: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
+    names: Sequence[str], columns: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
 ) -> None:
-    if absent := [name for name in names if name not in present]:
-        hint = nearest(absent[0], present)
+    if absent := [name for name in names if name not in columns]:
+        hint = nearest(absent[0], columns)
         if option:
             raise ValueError(
-                f"{path} has no column {absent[0]}: set {option} to some of {some(present, most=MOST_COLUMNS)}{hint}"
+                f"{path} has no column {absent[0]}: set {option} to some of {some(columns, most=MOST_COLUMNS)}{hint}"
             )
         remedy = "" if is_train else "; or leave the split out with --data.ignored"
-        raise ValueError(f"{path} has no column {absent[0]}, only {some(present, most=MOST_COLUMNS)}{hint}{remedy}")
+        raise ValueError(f"{path} has no column {absent[0]}, only {some(columns, most=MOST_COLUMNS)}{hint}{remedy}")
 
 
 def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:
@@ -299,8 +299,8 @@ def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table
     if joined.class_names is None or not pa.types.is_integer(values.type):
         return joined.table
     numbers = numbers_of(joined.class_names, values, where)
-    named = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), joined.class_names)
-    return joined.table.set_column(joined.table.column_names.index(target), target, named)
+    dictionary = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), joined.class_names)
+    return joined.table.set_column(joined.table.column_names.index(target), target, dictionary)
 
 
 def _dictionary(numbers: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
@@ -313,15 +313,15 @@ def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | No
     """Return class names for integer training targets, ascending; None if they run from 0 without gaps."""
     if not pa.types.is_integer(values.type):
         return None
-    present = sorted(values.drop_null().unique().to_pylist())
-    if present in ([], [UNLABELLED]) or present == list(range(len(present))):
+    integers = sorted(values.drop_null().unique().to_pylist())
+    if integers in ([], [UNLABELLED]) or integers == list(range(len(integers))):
         return None
-    if len(present) > min(_MOST_INTEGERS, len(values) // 2):
+    if len(integers) > min(_MOST_INTEGERS, len(values) // 2):
         raise ValueError(
-            f"the target {target} has {len(present)} different integers in {len(values)} training rows, from "
-            f"{present[0]} to {present[-1]}: use --task regression, or number classes from 0 without gaps"
+            f"the target {target} has {len(integers)} different integers in {len(values)} training rows, from "
+            f"{integers[0]} to {integers[-1]}: use --task regression, or number classes from 0 without gaps"
         )
-    return tuple(map(str, present))
+    return tuple(map(str, integers))
 
 
 def _example(values: pa.ChunkedArray) -> str:

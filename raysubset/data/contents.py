@@ -128,9 +128,9 @@ def refuse_changed_files(full_set: FullSet) -> None:
     """
     if isinstance(full_set.train, StreamedSplit):
         system, _ = locate(full_set.train.groups.config.name)
-        known = full_set.fingerprint
-        root = (known.schema.metadata or {})[b"root"].decode()
-        refuse_changed(full_set.name, known, _digests(system, root, list(entries(known)), known))
+        old = full_set.fingerprint
+        root = (old.schema.metadata or {})[b"root"].decode()
+        refuse_changed(full_set.name, old, _digests(system, root, list(entries(old)), old))
 
 
 def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
@@ -146,19 +146,21 @@ def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
         )
 
 
-def _digests(system: fs.FileSystem, root: str, files: list[str], known: pa.Table | None) -> pa.Table:
+def _digests(system: fs.FileSystem, root: str, files: list[str], old: pa.Table | None) -> pa.Table:
     infos = system.get_file_info([f"{root}/{file}" for file in files])
-    present = [(file, info) for file, info in zip(files, infos, strict=True) if info.type == fs.FileType.File]
-    earlier = {} if known is None else entries(known)
+    files_present = [(file, info) for file, info in zip(files, infos, strict=True) if info.type == fs.FileType.File]
+    earlier = {} if old is None else entries(old)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        contents = fingerprint(pool.map(lambda pair: _entry(system, pair[0], pair[1], earlier.get(pair[0])), present))
+        contents = fingerprint(
+            pool.map(lambda pair: _entry(system, pair[0], pair[1], earlier.get(pair[0])), files_present)
+        )
     return contents.replace_schema_metadata({"root": root})
 
 
-def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, known: Entry | None) -> Entry:
+def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, old: Entry | None) -> Entry:
     stamp = _stamp(system, info)
-    if known and stamp and (known.size, known.stamp) == (info.size, stamp):
-        return known
+    if old and stamp and (old.size, old.stamp) == (info.size, stamp):
+        return old
     if isinstance(system, fs.LocalFileSystem):
         with open(info.path, "rb") as local:
             return Entry(file, info.size, hashlib.file_digest(local, hasher).hexdigest(), stamp)

@@ -58,11 +58,11 @@ def _check_header(names: list[str], delimiter: str, path: str) -> None:
         raise ValueError(
             f"the first line of {path} should name the columns, and holds {', '.join(names[:5])}: write a header there"
         )
-    others = [other for other in _NAMES if other != delimiter and other in names[0]]
-    if len(names) == 1 and others:
+    delimiters = [other for other in _NAMES if other != delimiter and other in names[0]]
+    if len(names) == 1 and delimiters:
         raise ValueError(
-            f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, with {_NAMES[others[0]]} in it: values are separated "
-            "by commas in .csv, by tabs in .tsv; write it so, or as Parquet"
+            f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, with {_NAMES[delimiters[0]]} in it: values are "
+            "separated by commas in .csv, by tabs in .tsv; write it so, or as Parquet"
         )
 
 

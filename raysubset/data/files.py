@@ -102,8 +102,8 @@ def no_table(files: DataFiles) -> ValueError:
     """Return the error that refuses text files instead of tables or images."""
     first = files.layout["train"][0]
     if first.path:
-        listed = some(member.path for member in files.layout["train"])
-        return ValueError(f"{files.root} holds no tables or images, only {listed}: use --task next_token to learn text")
+        names = some(member.path for member in files.layout["train"])
+        return ValueError(f"{files.root} holds no tables or images, only {names}: use --task next_token to learn text")
     return ValueError(
         f"{files.root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder; use --task next_token to learn text"
     )
@@ -115,10 +115,10 @@ def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
     return f"{len(members)} file{'s' if len(members) > 1 else ''} ({names})"
 
 
-def not_streamed(what: str) -> ValueError:
+def not_streamed(reason: str) -> ValueError:
     """Return the error that refuses to stream a source."""
     return ValueError(
-        f"data.streamed reads row groups of Parquet files, but {what}: write the training split as Parquet, or leave "
+        f"data.streamed reads row groups of Parquet files, but {reason}: write the training split as Parquet, or leave "
         "--data.streamed out to read it into memory"
     )
 
@@ -140,8 +140,8 @@ def parquet_paths(files: DataFiles, members: Sequence[Placed]) -> list[str]:
         ValueError: for a file that is not Parquet.
     """
     paths = [files.full_path(member) for member in members]
-    if others := [path for path in paths if not path.lower().endswith(".parquet")]:
-        raise not_streamed(f"{others[0]} is none")
+    if other_paths := [path for path in paths if not path.lower().endswith(".parquet")]:
+        raise not_streamed(f"{other_paths[0]} is none")
     return paths
 
 
@@ -195,8 +195,8 @@ def _needed(
 
 def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
     """Add the columns that a file's folders name to its schema."""
-    named = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
-    return pa.schema([*schema, *named], schema.metadata)
+    folder_fields = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
+    return pa.schema([*schema, *folder_fields], schema.metadata)
 
 
 def with_folder_columns(

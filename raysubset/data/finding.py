@@ -97,9 +97,9 @@ def find_files(config: DataConfig) -> DataFiles:
         raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
     if info.type == fs.FileType.File:
         Ignored(config).refuse_unmatched([])
-        listed = {"": ListedFile("", info.size or 0, info.mtime_ns)}
+        files = {"": ListedFile("", info.size or 0, info.mtime_ns)}
         kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"
-        return DataFiles(system, root, kind, {"train": [Placed("")]}, listed, ())
+        return DataFiles(system, root, kind, {"train": [Placed("")]}, files, ())
     return _find_in_folder(system, root, config)
 
 

@@ -108,19 +108,19 @@ def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, 
     """Return each split's value and its name in messages, train first. A result without splits is training data."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
         returned = dict(zip(("train", "test"), returned, strict=True))
-    ignored, known = Ignored(config), get_args(SplitName)
-    if not isinstance(returned, Mapping) or (returned and not {*returned} & {*known} and _are_arrays(returned)):
+    ignored, names = Ignored(config), get_args(SplitName)
+    if not isinstance(returned, Mapping) or (returned and not {*returned} & {*names} and _are_arrays(returned)):
         ignored.refuse_unmatched(())
         return {"train": (returned, config.name)}
     splits = ignored.chosen(returned)
     for name in splits:
-        if name not in known:
+        if name not in names:
             raise ValueError(
-                f"{config.name} returned a split {name!r}, not one of {', '.join(known)}{nearest(str(name), known)}"
+                f"{config.name} returned a split {name!r}, not one of {', '.join(names)}{nearest(str(name), names)}"
             )
     if "train" not in splits:
         raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
-    return {name: (splits[name], f"{config.name}'s {name} split") for name in known if name in splits}
+    return {name: (splits[name], f"{config.name}'s {name} split") for name in names if name in splits}
 
 
 def _kind(split: _Split) -> str:
@@ -220,25 +220,25 @@ def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray
         arrays[name] = np.ascontiguousarray(array, dtype=kind)
     lengths = {name: len(array) for name, array in arrays.items()}
     if len({*lengths.values()}) != 1:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "no arrays"
-        raise ValueError(f"the arrays of {where} differ in length ({listed}): give one row an example in each")
+        summary = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "no arrays"
+        raise ValueError(f"the arrays of {where} differ in length ({summary}): give one row an example in each")
     return arrays
 
 
 def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig) -> None:
     """Refuse splits whose arrays differ in names, in the shape of an example or in the kind of their numbers."""
     train = arrays["train"]
-    for split, others in arrays.items():
-        if {*others} != {*train}:
+    for split, other in arrays.items():
+        if {*other} != {*train}:
             raise ValueError(
-                f"{config.name} returned {', '.join(train)} as train split and {', '.join(others)} as {split} split: "
+                f"{config.name} returned {', '.join(train)} as train split and {', '.join(other)} as {split} split: "
                 "give all splits alike"
             )
         for name, array in train.items():
-            train_kind, other_kind = ((each.shape[1:], each.dtype.kind) for each in (array, others[name]))
+            train_kind, other_kind = ((each.shape[1:], each.dtype.kind) for each in (array, other[name]))
             if train_kind != other_kind:
                 raise ValueError(
-                    f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(others[name])} in the "
+                    f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(other[name])} in the "
                     f"{split} split: give all splits alike"
                 )
 
@@ -275,10 +275,10 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
             raise ValueError(
                 f"item {number} of {where} is a {type(item).__name__}: it should be a pair (input, target) or a dict"
             )
-        named = dict(enumerate(item)) if is_pair else item
-        if number and [*named] != [*columns]:
-            raise ValueError(f"item {number} of {where} has {[*named]}, those before it {[*columns]}: give all alike")
-        for key, value in named.items():
+        values = dict(enumerate(item)) if is_pair else item
+        if number and [*values] != [*columns]:
+            raise ValueError(f"item {number} of {where} has {[*values]}, those before it {[*columns]}: give all alike")
+        for key, value in values.items():
             array = _array(value, f"item {number} of {where}")
             arrays = columns.setdefault(key, [])
             if arrays and arrays[0].shape != array.shape:

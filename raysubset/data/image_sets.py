@@ -135,9 +135,9 @@ def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) 
     for name, numbers in labels.items():
         absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
         if len(absent):
-            listed = ", ".join(class_names[number] for number in absent[:_MOST_LISTED])
-            more = f" and {len(absent) - _MOST_LISTED} more" if len(absent) > _MOST_LISTED else ""
-            yield Note(f"the {name} split has no example of class {listed}{more}", is_warning=True)
+            examples = ", ".join(class_names[number] for number in absent[:_MOST_LISTED])
+            suffix = f" and {len(absent) - _MOST_LISTED} more" if len(absent) > _MOST_LISTED else ""
+            yield Note(f"the {name} split has no example of class {examples}{suffix}", is_warning=True)
 
 
 def _of_one_shape(source: Source) -> Source:
@@ -148,8 +148,8 @@ def _of_one_shape(source: Source) -> Source:
     """
     shapes = {name: split.decoded.shape[1:] for name, split in source.items()}
     if len({shape[:2] for shape in shapes.values()}) > 1:
-        listed = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
-        raise ValueError(f"the splits' images differ in shape ({listed}): give --data.image-size to resize them")
+        summary = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
+        raise ValueError(f"the splits' images differ in shape ({summary}): give --data.image-size to resize them")
     channels = max(shape[2] for shape in shapes.values())
     return {name: split if shapes[name][2] == channels else _coloured(name, split) for name, split in source.items()}
 

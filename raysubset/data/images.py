@@ -45,11 +45,11 @@ class DamagedImages(ValueError):
         if len(self.args) == 1:
             ((image, reason),) = self.args
             return f"{image} cannot be decoded: {reason}"
-        least = "at least " if len(self.args) >= _MOST_NAMED else ""
-        listed = ", ".join(f"{image} ({reason})" for image, reason in self.args)
+        prefix = "at least " if len(self.args) >= _MOST_NAMED else ""
+        summary = ", ".join(f"{image} ({reason})" for image, reason in self.args)
         if len(reasons := {reason for _, reason in self.args}) == 1:
-            listed = f"{', '.join(image for image, _ in self.args)}: {reasons.pop()}"
-        return f"{least}{len(self.args)} images cannot be decoded: {listed}"
+            summary = f"{', '.join(image for image, _ in self.args)}: {reasons.pop()}"
+        return f"{prefix}{len(self.args)} images cannot be decoded: {summary}"
 
     @property
     def is_enough(self) -> bool:

@@ -31,8 +31,8 @@ def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tup
         return pa.chunked_array([np.full(len(values), UNLABELLED)]), None
     if pa.types.is_dictionary(values.type):
         if is_string(values.type.value_type):
-            listed = [name for chunk in values.chunks for name in chunk.dictionary.to_pylist()]
-            names = tuple(dict.fromkeys(name for name in listed if name is not None))
+            dictionary_names = [name for chunk in values.chunks for name in chunk.dictionary.to_pylist()]
+            names = tuple(dict.fromkeys(name for name in dictionary_names if name is not None))
         values = pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks])
     if values.null_count:
         rows = rows_of(np.flatnonzero(values.is_null().to_numpy()), "label", where)
@@ -108,8 +108,8 @@ def _composed(split: SourceSplit, name: SplitName) -> tuple[SourceSplit, tuple[N
     if labels_present:
         labels = pa.chunked_array(list(_renamed(labels)), pa.string())
         class_names = class_names and tuple(dict.fromkeys(class_names))  # a dictionary may have both forms of a name
-    listed = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
-    note = f"class names of the {name} split that Unicode writes in several ways are read as composed (NFC): {listed}"
+    examples = ", ".join(sorted(set(changed.values()))[:_MOST_LISTED])
+    note = f"class names of the {name} split that Unicode writes in several ways are read as composed (NFC): {examples}"
     return dataclasses.replace(split, targets=labels, class_names=class_names), (Note(note),)
 
 
@@ -137,28 +137,28 @@ def _naming_notes(source: Source, names: tuple[str, ...]) -> Iterator[Note]:
 
 def _names(labels: pa.Array) -> tuple[str, ...]:
     """Return names for classes that the source does not name, from their distinct labels."""
-    present = labels.sort().to_pylist()
+    distinct = labels.sort().to_pylist()
     if is_string(labels.type):
-        return tuple(present)
-    if present[0] < 0:
+        return tuple(distinct)
+    if distinct[0] < 0:
         raise ValueError(
-            f"label {present[0]} of the train split is negative: labels must run from 0 to num_classes - 1"
+            f"label {distinct[0]} of the train split is negative: labels must run from 0 to num_classes - 1"
         )
-    gap = next((number for number, label in enumerate(present) if number != label), None)
+    gap = next((number for number, label in enumerate(distinct) if number != label), None)
     if gap is not None:
         raise ValueError(
-            f"training labels run from {present[0]} to {present[-1]} but none is {gap}: "
+            f"training labels run from {distinct[0]} to {distinct[-1]} but none is {gap}: "
             "number the classes from 0 without gaps, or use class names as labels"
         )
-    return tuple(map(str, present))
+    return tuple(map(str, distinct))
 
 
 def _numbers(split: SourceSplit, train: SourceSplit, names: tuple[str, ...], name: SplitName) -> np.ndarray:
     split_names = split.class_names
     if split_names and split_names != names and (extra := sorted(set(split_names) - set(names))):
-        listed = ", ".join(extra[:_MOST_LISTED])
+        examples = ", ".join(extra[:_MOST_LISTED])
         unnamed = "" if train.class_names or is_string(train.labels.type) else ", which has numbers only"
-        raise ValueError(f"the {name} split has classes that the train split has not{unnamed}: {listed}")
+        raise ValueError(f"the {name} split has classes that the train split has not{unnamed}: {examples}")
     if is_string(split.labels.type):
         return _numbers_of_names(split.labels, names, name)
     if not split_names and is_string(train.labels.type):

@@ -105,8 +105,8 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     if pair := alike_but_for_split(names):
         _refuse(where, f"{some(pair)} may name splits", "separate the word by a dash (my-train)", ignore=None)
     if unnamed and by_split:
-        named = next(path for path in paths if path not in unnamed)
-        text = f"{some(unnamed)} name no split, as {named} does"
+        example = next(path for path in paths if path not in unnamed)
+        text = f"{some(unnamed)} name no split, as {example} does"
         _refuse(where, text, "rename them (train-…)", ignore=unnamed[0])
     return dict(layout)
 
@@ -121,11 +121,11 @@ def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitNam
             splits |= words_of_splits(folder)
             continue
         value = unquote(value)
-        named = words_of_splits(value) if key.lower() in _SPLIT_KEYS or value.lower() in _SPLIT_WORDS else {}
-        if key == label_column or not (named or key.lower() == "split" or words_of_splits(key)):
+        value_splits = words_of_splits(value) if key.lower() in _SPLIT_KEYS or value.lower() in _SPLIT_WORDS else {}
+        if key == label_column or not (value_splits or key.lower() == "split" or words_of_splits(key)):
             columns[key] = value
-        elif named and not words_of_splits(key):
-            splits |= named
+        elif value_splits and not words_of_splits(key):
+            splits |= value_splits
         else:
             text = f"{folder} may name a split, but not which"
             _refuse(where, text, "rename it (split=train, split=test)", ignore=folder)

@@ -57,16 +57,16 @@ def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tu
         "train": [text for text, test in zip(texts, is_test, strict=True) if not test],
         "test": [text for text, test in zip(texts, is_test, strict=True) if test],
     }
-    chosen = Ignored(config).chosen(splits)
+    topics_by_split = Ignored(config).chosen(splits)
     version = ".".join(map(str, sys.version_info[:2]))
     notes = [
         Note(
             f"{name} split: {sum(map(len, topic_texts))} characters of {len(topic_texts)} of the {len(texts)} help "
             f"topics of Python {version}{', drawn by chance' if name == 'test' else ''}"
         )
-        for name, topic_texts in chosen.items()
+        for name, topic_texts in topics_by_split.items()
     ]
-    return chosen, tuple(notes)
+    return topics_by_split, tuple(notes)
 
 
 def read_named(config: DataConfig) -> Source:
@@ -140,9 +140,9 @@ def _read(
     return pixels, numbers, None if name == "mnist" else tuple(reader.classes)
 
 
-def _of_idx(read: Callable[[str], Any], path: Path) -> np.ndarray:
+def _of_idx(read_file: Callable[[str], Any], path: Path) -> np.ndarray:
     try:
-        return read(str(path)).numpy()
+        return read_file(str(path)).numpy()
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise ValueError(f"{path.name} is no whole IDX file of bytes: {first_line(error)}") from error
 

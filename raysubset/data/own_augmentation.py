@@ -70,6 +70,6 @@ class OwnAugmentation:
         return ValueError(f"{_FIELD} = {self.reference!r} {text}")
 
 
-def drawn(task: Task, own: OwnAugmentation | None, num: int, seed: int) -> Tensor | None:
+def drawn(task: Task, augmentation: OwnAugmentation | None, num: int, seed: int) -> Tensor | None:
     """Draw an epoch's augmentation of `num` examples: one row each, on the CPU; None without augmentation."""
-    return task.draw(num, seed) if own is None else own.draw(num, seed)
+    return task.draw(num, seed) if augmentation is None else augmentation.draw(num, seed)

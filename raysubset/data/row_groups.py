@@ -103,8 +103,8 @@ class RowGroups(ABC):
 
     def _has_changed(self, parquet: pq.ParquetFile, group: int) -> bool:
         metadata, number = parquet.metadata, int(self.numbers[group])
-        counted = self.starts[group + 1] - self.starts[group]
-        return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != counted
+        num_counted = self.starts[group + 1] - self.starts[group]
+        return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != num_counted
 
     def describe(self, group: int) -> str:
         """Return the group's number and file, for messages."""

@@ -81,13 +81,13 @@ def usual_target(columns: Sequence[str], usual: Sequence[str], where: str) -> st
     Raises:
         ValueError: if none or several have one.
     """
-    present = [name for name in usual if name in columns]
-    if len(present) != 1:
-        problem = f"both columns {' and '.join(present)}" if present else f"neither a column {' nor '.join(usual)}"
+    targets = [name for name in usual if name in columns]
+    if len(targets) != 1:
+        problem = f"both columns {' and '.join(targets)}" if targets else f"neither a column {' nor '.join(usual)}"
         raise ValueError(
             f"{where} has {problem}: set --data.target to the one to learn, of {some(columns, most=MOST_COLUMNS)}"
         )
-    return present[0]
+    return targets[0]
 
 
 def usual_note(name: str) -> Note:
@@ -184,8 +184,8 @@ def _by_name(
 ) -> pa.ChunkedArray:
     """Convert labels that are numbers of `names` to numbers of the class names."""
     if extra := [name for name in names if name not in class_names]:
-        listed = ", ".join(extra[:5])
-        raise ValueError(f"{path} names classes that {longest} does not: {listed}: give all files one list of names")
+        examples = ", ".join(extra[:5])
+        raise ValueError(f"{path} names classes that {longest} does not: {examples}: give all files one list of names")
     numbers = renumbered(numbers_of(names, labels, path), names, class_names, path)
     return pa.chunked_array([pa.array(numbers, mask=labels.is_null().to_numpy())])
 
@@ -234,8 +234,8 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, 
     if task not in IMAGE_TARGETS:
         return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
     if joined.class_names:
-        listed = some(joined.class_names)
-        raise ValueError(f"the target {names[0]} of {where} holds classes ({listed}): use --task classification")
+        classes = some(joined.class_names)
+        raise ValueError(f"the target {names[0]} of {where} holds classes ({classes}): use --task classification")
     if task == "regression":
         targets = target_numbers(joined.table, names, where=where)
     else:

@@ -20,7 +20,7 @@ class _GreyToRGB(nn.Module):
         return images.expand(-1, 3, -1, -1)
 
 
-def check_name(name: str, others: Sequence[str]) -> None:
+def check_name(name: str, own_names: Sequence[str]) -> None:
     """Refuse a name that is neither a torchvision network nor among the others.
 
     Raises:
@@ -30,9 +30,9 @@ def check_name(name: str, others: Sequence[str]) -> None:
 
     names = models.list_models(module=models)
     if name not in names:
-        known = [*others, *names]
+        all_names = [*own_names, *names]
         raise ValueError(
-            f"there is no model {name}{nearest(name, known)}; known are {', '.join(others)}, the {len(names)} "
+            f"there is no model {name}{nearest(name, all_names)}; known are {', '.join(own_names)}, the {len(names)} "
             f"classification networks of torchvision, and package.module:function"
         )
 

@@ -303,9 +303,9 @@ class _Place:
     def missing(self, name: str, absent: np.ndarray, *, remedy: str | None = None) -> ValueError:
         """Return the error that refuses missing values, those where absent, bool [N], is True."""
         num, first = int(absent.sum()), int(np.flatnonzero(absent)[0])
-        more = f", and in {num - 1} more rows" if num > 1 else ""
+        suffix = f", and in {num - 1} more rows" if num > 1 else ""
         remedy = remedy or "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
-        return ValueError(f"column {name} has no value {self.of(first)}{more}: {remedy}")
+        return ValueError(f"column {name} has no value {self.of(first)}{suffix}: {remedy}")
 
 
 def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
@@ -408,10 +408,10 @@ def _category_numbers(
     numbers = _places(texts, column.values)
     if column.has_missing:
         numbers[absent] = len(column.values)
-    if len(others := np.flatnonzero(numbers < 0)):
-        example = texts[others[0]].as_py()
+    if len(unknown_rows := np.flatnonzero(numbers < 0)):
+        example = texts[unknown_rows[0]].as_py()
         unknown.append(
-            f"{column.name} ({len(others)}, such as {'a missing one' if example is None else repr(example)})"
+            f"{column.name} ({len(unknown_rows)}, such as {'a missing one' if example is None else repr(example)})"
         )
     return numbers
 

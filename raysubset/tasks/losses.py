@@ -45,7 +45,7 @@ class CrossEntropy:
     def by_example(self, outputs: Tensor, targets: Tensor, **options: object) -> Tensor:
         """Return each example's loss, [n]: the mean over the positions that count, 0 if none does."""
         positions = outputs.movedim(self.class_dim, -1)  # flat: torch's for [n, M, H, W] is not deterministic on CUDA
-        each = F.cross_entropy(
+        losses = F.cross_entropy(
             positions.reshape(-1, positions.shape[-1]),
             targets.reshape(-1),
             reduction="none",
@@ -53,9 +53,9 @@ class CrossEntropy:
             **options,  # pyright: ignore[reportArgumentType]
         ).view(targets.shape)
         if self.ignored is None:
-            return each.flatten(1).mean(1) if each.ndim > 1 else each
-        counted = (targets != self.ignored).reshape(len(targets), -1).sum(1)
-        return each.reshape(len(targets), -1).sum(1) / counted.clamp(min=1)
+            return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        num_counted = (targets != self.ignored).reshape(len(targets), -1).sum(1)
+        return losses.reshape(len(targets), -1).sum(1) / num_counted.clamp(min=1)
 
     def combine(self, outputs: Iterable[Tensor]) -> Tensor:
         """Return an ensemble's outputs: the logarithm of the mean of its members' probabilities."""
@@ -123,12 +123,12 @@ class CrossEntropy:
 
     def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the weight of each position in its example's loss: [n, …] with a dimension of 1 for the classes."""
-        counted = torch.ones_like(targets, dtype=outputs.dtype)
+        is_counted = torch.ones_like(targets, dtype=outputs.dtype)
         if self.ignored is not None:
-            counted = (targets != self.ignored).to(outputs.dtype)
-        share = counted
+            is_counted = (targets != self.ignored).to(outputs.dtype)
+        share = is_counted
         if targets.ndim > 1:
-            share = counted / counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
+            share = is_counted / is_counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
         if self.class_weights is not None:
             weight = torch.tensor(self.class_weights).to(outputs)
             share = share * weight[self._labels(targets)]

@@ -53,9 +53,9 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     loss = _called(task, "loss", outputs, targets)
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         raise _misfit(task.name, "loss() should return one number, a tensor that depends on the outputs")
-    twice = _called(task, "loss", torch.cat([outputs, outputs]), torch.cat([targets, targets]))
-    if torch.isfinite(loss) and not torch.isclose(twice, 2 * loss, rtol=1e-3, atol=1e-6):
-        text = f"loss() of a batch is {float(loss):g} and of the batch twice {float(twice):g}"
+    doubled = _called(task, "loss", torch.cat([outputs, outputs]), torch.cat([targets, targets]))
+    if torch.isfinite(loss) and not torch.isclose(doubled, 2 * loss, rtol=1e-3, atol=1e-6):
+        text = f"loss() of a batch is {float(loss):g} and of the batch twice {float(doubled):g}"
         raise _misfit(task.name, f"{text}: it should be summed over the examples, not their mean")
     if type(task).residuals not in (Task.residuals, LossTask.residuals):
         each = _called(task, "residuals", outputs, targets)
