@@ -156,4 +156,4 @@ def test_images_of_a_test_split_without_masks_are_left_out_by_its_name(tmp_path:
     ],
 )
 def test_other_folders_hold_classes(paths: list[str]):
-    assert lay_out_masks(paths, word="image", of_masks=None, where="here") is None
+    assert lay_out_masks(paths, image_word="image", mask_word=None, where="here") is None

@@ -267,10 +267,10 @@ def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
 def _read_images(
     files: DataFiles, members: Sequence[Placed], where: str, config: DataConfig, task: str
 ) -> tuple[SourceSplit, str]:
-    """A split of image files with their classes, or their masks, and what it was read from in words.
+    """Read a split of image files with their classes or masks. Return it with its origin in words.
 
     Raises:
-        ValueError: for masks that another task should learn, or that are none of their images.
+        ValueError: if the task does not learn masks, or a mask does not fit its image.
     """
     images = _encoded(files, [member.path for member in members])
     columns = {"file": pa.chunked_array([pa.array([member.path for member in members])])}

@@ -63,7 +63,7 @@ class DataFiles:
     root: str  # in that file system
     kind: Literal["tables", "images", "texts"]
     layout: Layout
-    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, masks too, by its path
+    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, including masks, by its path
     notes: tuple[Note, ...]
 
     def full_path(self, file: Placed) -> str:
@@ -133,12 +133,14 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     refuse_copies({path: visible.files[path].size for path in paths}, where=where)
     if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
         raise _links_to_nothing(where, broken)
-    masked = lay_out_masks(images, word=config.image_column, of_masks=config.target, where=where) if images else None
+    masks_layout = (
+        lay_out_masks(images, image_word=config.image_column, mask_word=config.target, where=where) if images else None
+    )
     if kind != "images":
         _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
         layout = lay_out_tables(paths, where=where, label_column=config.label_column)
-    elif masked:
-        layout, left_out["masks without an image"] = masked
+    elif masks_layout:
+        layout, left_out["masks without an image"] = masks_layout
     else:
         innermost = {path.rpartition("/")[0] for path in images}
         holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
@@ -149,13 +151,13 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
     ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
-    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" and not masked else ()
+    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" and not masks_layout else ()
     summary = _in_words(left_out, visible.files.keys() - {*paths})
     if "train" not in chosen_layout:
         missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
         suffix = f"; left out: {summary}" if summary else ""
         raise ValueError(f"data.name = {where}: no {missing}, only {some(present)}{suffix}")
-    if masked:
+    if masks_layout:
         refuse_without_masks(chosen_layout, where=where)
     placed = [file for members in chosen_layout.values() for file in members]
     return DataFiles(

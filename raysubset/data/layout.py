@@ -27,7 +27,7 @@ _SPLIT_WORDS: dict[str, SplitName] = {
     "evaluation": "test",
 }
 _ANY_WORD = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
-_MASKS = ("mask", "masks", "label", "labels")  # words in the names of masks' folders, unless data.target names one
+_MASKS = ("mask", "masks", "label", "labels")  # the words that mark a folder of masks, unless data.target names one
 _SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # keys of hive folders: split=train
 
 
@@ -182,32 +182,33 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
 
 
 def lay_out_masks(
-    paths: Sequence[str], *, word: str, of_masks: str | None, where: str
+    paths: Sequence[str], *, image_word: str, mask_word: str | None, where: str
 ) -> tuple[Layout, list[str]] | None:
-    """The images of each split with their masks, and the masks that have no image; None if there are no masks.
+    """Pair the images of each split with their masks. Return also masks without an image; None if there are no masks.
 
-    There are if all images lie in folders whose names have a word for images or one for masks. A mask has its image's
-    path but for that word and the suffix, and may end in _mask: train/images/a.jpg and train/masks/a_mask.png. An image
-    whose mask is not there has none.
+    There are masks if each file lies in a folder whose name contains a word for images or a word for masks. A mask's
+    path is its image's except for that word and the suffix, and may end in _mask: train/images/a.jpg and
+    train/masks/a_mask.png. The layout also has images without a mask.
 
     Args:
-        word: for images, or its plural.
-        of_masks: the word for masks, or its plural; None for the usual ones.
+        image_word: the word for images; its plural is one as well.
+        mask_word: the word for masks, likewise; None for the usual words.
 
     Raises:
-        ValueError: for two files that could be one image or mask, and names that leave the split open.
+        ValueError: for two files that could be one image or mask, and for names that do not decide the split.
     """
-    words = {"image": (word, f"{word}s"), "mask": (of_masks, f"{of_masks}s") if of_masks else _MASKS}
-    found: list[tuple[str, str, str]] = []  # kind, what image and mask have in common, and path
+    masks_words = (mask_word, f"{mask_word}s") if mask_word else _MASKS
+    words = {"image": (image_word, f"{image_word}s"), "mask": masks_words}
+    files: list[tuple[str, str, str]] = []  # kind, the common part of an image's and its mask's path, and path
     for path in paths:
         parts = [(kind, common) for kind in words if (common := _without_word(path, words[kind])) is not None]
         if len(parts) != 1:
             return None
-        found.append((*parts[0], path))
-    if len({kind for kind, _, _ in found}) == 1:
+        files.append((*parts[0], path))
+    if len({kind for kind, _, _ in files}) == 1:
         return None
     by_kind: dict[str, dict[str, str]] = {"image": {}, "mask": {}}
-    for kind, common, path in found:
+    for kind, common, path in files:
         if (other := by_kind[kind].setdefault(common, path)) != path:
             _refuse(where, f"{other} and {path} may be one {kind}", "remove one, or rename it", ignore=path)
     images, masks = by_kind["image"], by_kind["mask"]
@@ -222,36 +223,36 @@ def lay_out_masks(
 
 
 def refuse_without_masks(layout: Layout, *, where: str) -> None:
-    """Refuse images that have no mask, where others have one.
+    """Refuse images without a mask.
 
     Raises:
         ValueError: with the first few of them.
     """
-    if bare := [image.path for members in layout.values() for image in members if image.mask is None]:
+    if unmasked := [image.path for members in layout.values() for image in members if image.mask is None]:
         example = next((image for members in layout.values() for image in members if image.mask), None)
-        as_others = f", as {example.path} has {example.mask}" if example else ""
-        text = f"{some(bare)} {'has' if len(bare) == 1 else 'have'} no mask{as_others}"
-        _refuse(where, text, "add what is missing", ignore=bare[0])
+        comparison = f", as {example.path} has {example.mask}" if example else ""
+        text = f"{some(unmasked)} {'has' if len(unmasked) == 1 else 'have'} no mask{comparison}"
+        _refuse(where, text, "add what is missing", ignore=unmasked[0])
 
 
 def _without_word(path: str, words: Sequence[str]) -> str | None:
-    """A path without its suffix and without the one of some words that a folder's name has; None if none has it."""
+    """Remove the suffix from a path, and one of the words from a folder's name; return None if no folder has one."""
     *folders, name = PurePosixPath(path).with_suffix("").parts
     word = "|".join(map(re.escape, words))
     for place, folder in enumerate(folders):
-        rest, num = re.subn(rf"(?i)(?<![^\W_])({word})(?![^\W_])", "", folder)
+        remainder, num = re.subn(rf"(?i)(?<![^\W_])({word})(?![^\W_])", "", folder)
         if num:
-            return "/".join([*folders[:place], *filter(None, [rest.strip("-_ ")]), *folders[place + 1 :], name])
+            return "/".join([*folders[:place], *filter(None, [remainder.strip("-_ ")]), *folders[place + 1 :], name])
     return None
 
 
 def _splits_of_folders(examples: Mapping[str, str], where: str) -> dict[str, SplitName]:
-    """The split that each folder names, or those around it; all are training data where none names one.
+    """Return the split of each folder, which it or a folder around it names. If none names one, all are training data.
 
     Args:
-        examples: a file of each folder.
+        examples: for each folder, the path of one of its files.
     """
-    named: dict[str, SplitName] = {}
+    split_of: dict[str, SplitName] = {}
     for folder, path in examples.items():
         splits: dict[SplitName, str] = {}
         for part in folder.split("/"):
@@ -260,11 +261,11 @@ def _splits_of_folders(examples: Mapping[str, str], where: str) -> dict[str, Spl
             text = f"{path} names several splits ({', '.join(splits)})"
             _refuse(where, text, "rename its folders", ignore=path.rpartition("/")[0])
         if splits:
-            named[folder] = next(iter(splits))
-    if named and (unnamed := [path for folder, path in examples.items() if folder not in named]):
-        other = examples[next(iter(named))]
+            split_of[folder] = next(iter(splits))
+    if split_of and (unnamed := [path for folder, path in examples.items() if folder not in split_of]):
+        other = examples[next(iter(split_of))]
         _refuse(where, f"{unnamed[0]} names no split, as {other} does", "move it into one", ignore=unnamed[0])
-    return {folder: named.get(folder, "train") for folder in examples}
+    return {folder: split_of.get(folder, "train") for folder in examples}
 
 
 def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:

@@ -72,7 +72,7 @@ class Targets:
 
 
 def mask_in_row(split: SplitName, row: int) -> str:
-    """A mask's name in messages."""
+    """Return a mask's name in messages."""
     return f"the mask in row {row} of the {split} split"
 
 
@@ -84,12 +84,12 @@ def mask_targets(
 ) -> Targets:
     """Read masks as targets: classes from 0 to the largest in training masks, and perhaps an ignored value.
 
-    Black and white masks, which hold 0 and 255 alone, are of the classes 0 and 1, as a note says.
+    Black and white masks, which hold only 0 and 255, become the classes 0 and 1, with a note.
 
     Args:
         masks: integers [N, …] for each split.
         where: the name of the source in messages.
-        name: names a mask of a split by its row in messages.
+        name: returns the name in messages of a split's mask in some row.
 
     Raises:
         ValueError: for values that are no classes, classes that no training mask has, and if there is only one class.
@@ -126,15 +126,15 @@ def mask_targets(
 
 
 def _are_black_and_white(masks: Mapping[SplitName, np.ndarray]) -> bool:
-    """Return True if masks hold no values but 0 and 255, and 255 is there."""
-    if max(int(own.max(initial=0)) for own in masks.values()) != 255:
+    """Return True if masks hold no values but 0 and 255, and at least one 255."""
+    if max(int(numbers.max(initial=0)) for numbers in masks.values()) != 255:
         return False
-    return all(bool(((own == 0) | (own == 255)).all()) for own in masks.values())
+    return all(bool(((numbers == 0) | (numbers == 255)).all()) for numbers in masks.values())
 
 
-def _first_row(found: np.ndarray) -> int:
-    """The first row with a true value, of bool [N, …]."""
-    return int(np.flatnonzero(found.reshape(len(found), -1).any(axis=1))[0])
+def _first_row(matches: np.ndarray) -> int:
+    """Return the first row of bool [N, …] with a true value."""
+    return int(np.flatnonzero(matches.reshape(len(matches), -1).any(axis=1))[0])
 
 
 def alike(values: Mapping[SplitName, np.ndarray]) -> dict[SplitName, np.ndarray]:
