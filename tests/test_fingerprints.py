@@ -337,7 +337,7 @@ class TestRuns:
         with pytest.raises(ValueError, match="--accept-changed-code"):
             run(config)
         assert run(config, accept_changed_code=True).name == "r"
-        assert "code changed: layers.py 0 → 1 bytes; what" in caplog.text
+        assert "code changed: layers.py 0 → 1 bytes; finished work stays" in caplog.text
         write_table(project / "set.parquet", seed=1)
         with pytest.raises(ValueError, match=r"\(data changed: [^;]*\): choose another --name, or .*--fresh$"):
             run(config, accept_changed_code=True)
