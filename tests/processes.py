@@ -216,6 +216,7 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     monkeypatch.setattr(pool, "POLL_S", 0.05)
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     monkeypatch.setattr(crew, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(crew, "START_S", 0.0)  # as actors are forked
     return processes
 
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from raysubset import compare, run, sweep
-from raysubset.cluster import NodeType, connected, connection, num_gpus_of, reached, resources
+from raysubset.cluster import NodeType, connected, connection, num_gpus_of, own_node, reached, resources, started_ahead
+from raysubset.cluster.own_node import OwnNode
 from raysubset.config import ActorsConfig, ClusterConfig, Config
 from raysubset.decisions import refuse_what_has_no_place
 from raysubset.events import Event, Note
@@ -105,10 +107,72 @@ def test_a_stale_address_is_said_to_come_from_the_environment(monkeypatch: pytes
         pass
 
 
-def test_a_signal_while_ray_starts_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has a node of our own kept by this program, which prints an address, reads to the end of its input, and goes."""
+
+    def keep(program: str = "") -> None:
+        monkeypatch.setattr(own_node, "_KEEPER", program or "import sys; print('127.0.0.1:7'); sys.stdin.read()")
+
+    keep()
+    return keep
+
+
+@pytest.mark.usefixtures("keeper")
+def test_a_signal_while_ray_starts_stops_as_ctrl_c_does_and_ends_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # what Ray's handler of SIGTERM does
     with pytest.raises(KeyboardInterrupt), connected(ClusterConfig(num_cpus=1)):
         pass
+    assert psutil.Process().children() == []
+
+
+def test_a_node_that_does_not_come_up_is_told_of_by_ray_s_last_word(keeper: Callable[[str], None]) -> None:
+    keeper("import sys; sys.exit('one\\nno memory')")
+    with OwnNode() as node, pytest.raises(RuntimeError, match="Ray does not start on this machine: no memory"):
+        node.address()
+
+
+def test_a_keeper_that_does_not_end_is_killed_with_what_it_has_started(
+    keeper: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_node, "END_S", 0.0)
+    keeper("import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)")
+    with OwnNode() as node:
+        sleeper = psutil.Process(int(node.address()))
+    psutil.wait_procs([sleeper])
+
+
+@pytest.mark.usefixtures("keeper")
+def test_a_node_started_ahead_is_the_one_connected_to_and_goes_with_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_keepers: list[int] = []
+
+    def init(**options: Any) -> None:
+        assert options["address"] == "127.0.0.1:7"
+        num_keepers.append(len(psutil.Process().children()))
+        raise ConnectionError("far enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    config = ClusterConfig(num_cpus=1)
+    with started_ahead(config):
+        (ahead,) = psutil.Process().children()
+        with pytest.raises(ConnectionError, match="far enough"), connected(config):
+            pass
+        psutil.wait_procs([ahead])  # while what follows goes on
+    assert num_keepers == [1]
+
+
+@pytest.mark.usefixtures("keeper")
+def test_no_node_is_started_ahead_of_a_cluster_that_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with started_ahead(ClusterConfig(address="10.0.0.1:6379")):
+        assert psutil.Process().children() == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with started_ahead(ClusterConfig()):
+        assert psutil.Process().children() == []
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with started_ahead(ClusterConfig()):
+        assert len(psutil.Process().children()) == 1
 
 
 class Ended(Exception):

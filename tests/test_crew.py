@@ -2,7 +2,7 @@
 
 import pytest
 
-from raysubset.subset_actors.crew import FEW, MOST_UNPLACED, num_wanted
+from raysubset.subset_actors.crew import FEW, MOST_UNPLACED, START_S, num_wanted, pays
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,21 @@ def test_there_is_an_actor_for_each_pack_a_few_more_than_have_a_place_and_no_mor
     num_packs: int, num_up: int, num_places: int, most: int | None, wanted: int
 ) -> None:
     assert num_wanted(num_packs, num_up=num_up, num_places=num_places, most=most) == wanted
+
+
+@pytest.mark.parametrize(
+    ("num_queued", "pack_s", "num_up", "is_worth_it"),
+    [
+        (1, 0.0, 0, True),  # nobody else would do it
+        (3, 0.5, 1, False),  # done before another actor is up
+        (3, 0.0, 1, False),  # not known yet; but soon:
+        (3, START_S / 3, 1, True),
+        (3, START_S / 3, 2, False),
+        (1, START_S, 1, True),  # at the latest after the time that was saved
+        (10_000, 0.01, 4, True),
+    ],
+)
+def test_an_actor_is_asked_for_beside_others_once_their_work_lasts_longer_than_its_start(
+    num_queued: int, pack_s: float, num_up: int, is_worth_it: bool
+) -> None:
+    assert pays(num_queued, pack_s=pack_s, num_up=num_up) == is_worth_it

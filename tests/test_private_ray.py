@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import services
+from ray._private import utils as ray_utils
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, WorkerGroup
 
@@ -30,6 +32,18 @@ RELIED_ON: dict[str, Callable[[Any], bool]] = {
     "create_gcs_channel": lambda function: takes(function, "address"),
     "gcs_service_pb2": lambda module: has(module, "CheckAliveRequest"),
     "gcs_service_pb2_grpc": lambda module: has(module, "NodeInfoGcsServiceStub"),
+    "Node": lambda node: (
+        takes(node, "ray_params", "head", "shutdown_at_exit", "spawn_reaper")
+        and takes(node.start_api_server, "include_dashboard", "raise_on_failure")
+        and takes(node.kill_all_processes, "check_alive", "allow_graceful")
+        and has(node, "gcs_address", "destroy_external_storage")
+    ),
+    "RayParams": lambda params: takes(
+        params, "num_cpus", "num_gpus", "no_monitor", "include_log_monitor", "_system_config"
+    ),
+    "utils": lambda module: (
+        "utils.get_dashboard_dependency_error()" in inspect.getsource(services.start_raylet) and module is ray_utils
+    ),
     "ResourceAndLabelSpec": lambda spec: (
         spec(num_cpus=3, num_gpus=0).resolve(is_head=True, node_ip_address="127.0.0.1").to_resource_dict()["CPU"] == 3
     ),

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,20 @@ def _way_out(error: Exception) -> str:
     return ""
 
 
+@contextmanager
+def _beginning(config: Config, *, fresh: bool) -> Iterator[OnEvent]:
+    """A listener, and Ray's processes, which come up while torch is imported, unless there is a report to be shown."""
+    with telling(STARTING) as tell, ExitStack() as stack:
+        place = Path(config.storage_path).expanduser()
+        if fresh or not (place / config.run_name() / "report.json").exists():
+            from raysubset.cluster import started_ahead
+
+            stack.enter_context(started_ahead(config.cluster))
+        yield tell
+
+
 def _run(command: Run) -> int:
-    with telling(STARTING) as tell:
+    with _beginning(command.config, fresh=command.fresh) as tell:
         from raysubset.pipeline import run
         from raysubset.tracking import track_page
 

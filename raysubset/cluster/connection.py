@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from raysubset.cluster.authentication import use_own_token, use_token_of
+from raysubset.cluster.own_node import OwnNode
 from raysubset.config import ClusterConfig
 from raysubset.errors import first_line
 from raysubset.events import OnEvent, Waiting
@@ -42,9 +43,35 @@ def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iter
             yield
             return
         tell(Waiting("Ray starts on this machine"))
-        use_own_token()
-        with _connection(address="local", num_cpus=config.num_cpus, num_gpus=config.num_gpus, include_dashboard=False):
+        with started_ahead(config):
+            node = _nodes_ahead.pop(config)
+            try:
+                with _connection(node.address(), head_s=OWN_HEAD_S):
+                    yield
+            finally:
+                node.close()
+
+
+_nodes_ahead = dict[ClusterConfig, OwnNode]()
+
+
+@contextlib.contextmanager
+def started_ahead(config: ClusterConfig) -> Iterator[None]:
+    """Have Ray's processes come up in the background where connected() will start a cluster, and do nothing elsewhere.
+
+    What comes before connected(), imports and the plan, takes as long as they do. They end with the block at the
+    latest, at once if they are not up yet, and with this process.
+    """
+    if config in _nodes_ahead or ray.is_initialized() or _address(config):
+        yield
+        return
+    use_own_token()
+    with OwnNode(num_cpus=config.num_cpus, num_gpus=config.num_gpus) as node:
+        _nodes_ahead[config] = node
+        try:
             yield
+        finally:
+            _nodes_ahead.pop(config, None)
 
 
 @contextlib.contextmanager
@@ -57,8 +84,7 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
         _refuse_other_cluster(config.address)
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    if not (address := _address(config)):
         yield
         return
     tell(Waiting(f"connecting to Ray at {shown(address).rpartition('@')[2]}"))
@@ -67,22 +93,29 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
             _knock(address)
             if gcs_address := _gcs_address(address):
                 use_token_of(gcs_address)
-            stack.enter_context(_connection(address=address))
+            stack.enter_context(_connection(address, head_s=HEAD_S))
         except ConnectionError as error:
             raise _no_answer(address, error, given=config.address is not None) from error
         yield
 
 
+def _address(config: ClusterConfig) -> str | None:
+    """Of the cluster to connect to; None where a new one is to be started."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
 @contextlib.contextmanager
-def _connection(**options: Any) -> Iterator[None]:
-    """Keep a connection of ray.init() for the length of the block. A lost head ends the process: see Head.watch()."""
+def _connection(address: str, *, head_s: float) -> Iterator[None]:
+    """Keep a connection of ray.init() for the length of the block. A head that is lost for head_s ends the process: see
+    Head.watch()."""
     start_s, stop = time.perf_counter(), threading.Event()
     try:
-        _init(log_to_driver=False, logging_level="warning", **options)
+        _init(address=address, log_to_driver=False, logging_level="warning")
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
-        if "://" not in options["address"]:
-            context, limit_s = ray.get_runtime_context(), OWN_HEAD_S if options["address"] == "local" else HEAD_S
-            head = Head(context.gcs_address, _raylet_address(context.get_node_id()), limit_s)
+        if "://" not in address:
+            context = ray.get_runtime_context()
+            head = Head(context.gcs_address, _raylet_address(context.get_node_id()), head_s)
             threading.Thread(target=head.watch, args=(stop,), daemon=True, name="raysubset-head").start()
         yield
     finally:

@@ -17,6 +17,9 @@ _PLACES = {
     "create_gcs_channel": "ray._private.gcs_utils",  # to a control store, with TLS if RAY_USE_TLS says so
     "gcs_service_pb2": "ray.core.generated",  # asks a control store whether it wants a token
     "gcs_service_pb2_grpc": "ray.core.generated",
+    "Node": "ray._private.node",  # the processes of a node: ray.init() leaves none of them out
+    "RayParams": "ray._private.parameter",
+    "utils": "ray._private",  # tells a node that the dashboard cannot be there
     # resources
     "ResourceAndLabelSpec": "ray._private.resource_and_label_spec",  # counts what ray.init() would on this machine
     "state": "ray._private.state",  # startable node groups, nodes that will go, the creators of placement groups

@@ -29,6 +29,7 @@ from raysubset.work import Report, Run
 
 FEW = 4  # actors requested beyond the cluster's capacity: new nodes get one at once, and autoscalers see demand
 MOST_UNPLACED = 128  # actors requested at a time, until more than that are up: each costs the driver 3 ms of CPU time
+START_S = 5.0  # that an actor takes to come up, beside the time it waits for a place
 MOST_START_S = 900.0  # an actor that has not come up is replaced: it may be stuck, or still wait for a place
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # the pause before a new attempt, doubled with each failure
 
@@ -70,6 +71,16 @@ def num_wanted(num_packs: int, *, num_up: int, num_places: int, most: int | None
     """
     places = min(num_places + FEW, num_up + max(num_up, MOST_UNPLACED))
     return min(num_packs, places, num_packs if most is None else most)
+
+
+def pays(num_queued: int, *, pack_s: float, num_up: int) -> bool:
+    """Return whether another actor comes up before those that are up have done the packs queued, as far as is known.
+
+    Args:
+        pack_s: what a pack has taken at least: the last one done, or one in hand. As it grows with those in hand, work
+            that turns out to be long waits for START_S at most.
+    """
+    return num_up == 0 or num_queued * pack_s >= START_S * num_up
 
 
 class Crew:
@@ -115,6 +126,7 @@ class Crew:
     def begin(self) -> None:
         """Start measuring the time without any actor, and allow notices of waiting again."""
         self._idle_since = self._noticed_at = time.monotonic()
+        self._pack_s = 0.0  # that the last pack took
         self._noticed_nums_up: set[int] = set()  # numbers of actors up at which waiting was reported
 
     def ask(self, num_queued: int, *, keep: float) -> None:
@@ -127,13 +139,17 @@ class Crew:
             self._count_places()
         most = self._config.actors.max_num
         wanted = num_wanted(num_packs, num_up=self.num_up, num_places=self._num_places, most=most)
+        pack_s = max((self._pack_s, *(time.time() - slot.submitted_at for slot in self.busy.values())))
+        if not pays(num_queued, pack_s=pack_s, num_up=self.num_up):
+            wanted = min(wanted, self.size)
         if wanted > self.size and time.monotonic() >= self._start_after:
             used = {slot.preferred for slot in (*self.unplaced.values(), *self.idle, *self.busy.values())}
             free = [index for index in range(len(self._preferred_nodes)) if index not in used]
             for _ in range(wanted - self.size):
                 self._start(free.pop(0) if free else None)
         elif wanted < self.size:
-            spare = [*self.unplaced.values(), *self.idle[int(min(keep, len(self.idle))) :]]
+            last_first = list(self.unplaced.values())[::-1]  # one that starts would leave its place to the next
+            spare = [*last_first, *self.idle[int(min(keep, len(self.idle))) :]]
             for slot in spare[: self.size - wanted]:
                 self.release(slot)
 
@@ -195,6 +211,7 @@ class Crew:
     def set_idle(self, slot: Slot, result_ref: ray.ObjectRef) -> None:
         """Record that an actor has done its work, and may do more."""
         del self.busy[result_ref]
+        self._pack_s = time.time() - slot.submitted_at
         slot.pack = slot.report_ref = None
         self.idle.append(slot)
 

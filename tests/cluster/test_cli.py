@@ -72,6 +72,26 @@ def test_doctor_looks_at_a_cluster_and_times_an_actor(tmp_path: Path, capsys: py
     assert "examples/s" in out
 
 
+@pytest.mark.parametrize("until", ["gcs_server", "raylet"])  # its node comes up, and is up
+def test_a_driver_that_is_killed_takes_its_node_with_it(tmp_path: Path, until: str) -> None:
+    with started("run", "--storage-path", str(tmp_path), *FLAGS) as process:
+        ends_at, processes = time.monotonic() + 120, list[psutil.Process]()
+        while not any(until in word for child in processes for word in _command(child)[:1]):
+            assert time.monotonic() < ends_at
+            assert process.poll() is None
+            processes = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.05)
+        process.kill()
+        assert psutil.wait_procs(processes, timeout=60)[1] == []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
