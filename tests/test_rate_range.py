@@ -109,3 +109,12 @@ def test_the_command_suggests_a_rate_without_a_run_and_refuses_what_has_none(cap
     assert f"there is no folder {tmp_path}/none: choose another" in capsys.readouterr().err
     assert call(["find-rate", "--minimize.optimizer", "lbfgs"]) == 2
     assert "lbfgs takes no steps of batches at a rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["find-rate", "advise"])
+def test_a_gpu_that_is_asked_for_and_not_there_is_refused_where_the_command_itself_computes(
+    command, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call([command, "--actors.num-gpus", "1"]) == 2
+    assert "actors.num_gpus = 1, but torch sees no GPU on this machine" in capsys.readouterr().err

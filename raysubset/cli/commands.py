@@ -347,9 +347,22 @@ def _doctor(command: Doctor) -> int:
     return DONE if is_healthy else FAILED
 
 
-def _advise(command: Advise) -> int:
+def _num_gpus_here(config: Config) -> float:
+    """Return the GPUs of this process where it does the work of an actor: 1 where there is one, unless none is wanted.
+
+    Raises:
+        ValueError: if actors.num_gpus asks for what is not here.
+    """
     import torch
 
+    asked = config.actors.num_gpus
+    if asked and not torch.cuda.is_available():
+        text = f"actors.num_gpus = {asked:g}, but torch sees no GPU on this machine, where the command measures"
+        raise ValueError(f"{text}: give the command on a node that has one, or leave it out")
+    return float(torch.cuda.is_available() and asked != 0)
+
+
+def _advise(command: Advise) -> int:
     from raysubset.comparison import advise, measured_lines, sizes_of
     from raysubset.data import load_full_set
     from raysubset.node_speeds import measure_speed
@@ -364,9 +377,9 @@ def _advise(command: Advise) -> int:
     held_against = command.against and read_report(command.against)
     if held_against and held_against.get("kind") != "comparison":
         raise ValueError(f"--against {command.against}: that is no comparison: give the directory of one")
-    full_set = load_full_set(*config.learned)
+    num_gpus, full_set = _num_gpus_here(config), load_full_set(*config.learned)
     plan, num_train = make_plan(config, full_set), len(full_set.train)
-    measured = measure_speed(full_set, config, plan.subsets[0].indices, float(torch.cuda.is_available()))
+    measured = measure_speed(full_set, config, plan.subsets[0].indices, num_gpus)
     per_s = measured.examples_per_s
     speed = {"s_per_pass": num_train / per_s, "num_workers": command.num_workers}
     found = advise(config, plan, sizes_of(config, full_set, plan), num_train=num_train, **speed)
@@ -380,8 +393,6 @@ def _advise(command: Advise) -> int:
 
 def _find_rate(command: FindRate) -> int:
     _refuse_no_folder(command.to)
-    import torch
-
     from raysubset.data import load_full_set
     from raysubset.planning import make_plan
     from raysubset.report import rate_sections, write_rates
@@ -393,11 +404,9 @@ def _find_rate(command: FindRate) -> int:
     recipe.peak_learning_rate()
     if recipe.whole_loop:
         raise ValueError(f"{recipe.whole_loop} takes no steps of batches at a rate: use sgd, adam, adamw or muon")
+    device = use_device(num_gpus=_num_gpus_here(config), num_threads=config.actors.num_cpus)
     full_set = load_full_set(*config.learned)
     plan = make_plan(config, full_set)
-    gpus = config.actors.num_gpus
-    has_gpu = torch.cuda.is_available() and gpus != 0
-    device = use_device(num_gpus=float(has_gpu), num_threads=config.actors.num_cpus)
     indices = None if config.method == "conventional" else plan.subsets[0].indices
     examples = full_set.examples("train", indices, device=device, augment=True)
     model = place(seeded_model(config, full_set), device, channels_last=recipe.channels_last)

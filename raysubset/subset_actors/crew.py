@@ -55,6 +55,7 @@ class Slot:
     report_requested_at: float = 0.0
     reports: Mapping[int, Report] = field(default_factory=dict)  # the last reports, by place in the pack
     watch: Watch = field(default_factory=lambda: Watch(math.inf))  # of its work
+    failures: set[str] = field(default_factory=set)  # kinds reported, of its work's progress reports
     is_leaving: bool = False  # it was told to write a checkpoint and stop
 
     @property

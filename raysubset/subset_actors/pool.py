@@ -212,6 +212,7 @@ class ActorPool:
                 return
             pack, waited_s = due
             slot.pack, slot.reports, slot.watch = pack, {}, Watch(self._config.actors.stall_s)
+            slot.failures = set()
             slot.submitted_at, slot.report_requested_at = time.time(), time.monotonic()
             slot.attempts = self._number_attempts(pack)
             if pack.is_trial:
@@ -332,15 +333,17 @@ class ActorPool:
         """Take in a report and pass it on.
 
         A lost actor gives none, and the call for its work will say so. The same may be true of one whose card fails:
-        the error reaches whichever call comes first.
+        the error reaches whichever call comes first. Each kind of failure is reported once for a piece of work.
         """
         slot.report_ref = None
         with suppress(*SYSTEM_ERRORS):
             try:
                 pulse, slot.reports, damages = ray.get(report_ref)
             except RayTaskError as error:
-                text = f"{_pack_of(slot).label} on node {slot.ip} does not report its progress: {one_line(error)}"
-                self._tell(Note(text, is_warning=True))
+                if (kind := type(error.cause).__name__) not in slot.failures:
+                    slot.failures.add(kind)
+                    text = f"{_pack_of(slot).label} on node {slot.ip} does not report its progress: {one_line(error)}"
+                    self._tell(Note(text, is_warning=True))
                 return
             slot.watch.hear(pulse)
             self._tell_damages(slot, damages)
