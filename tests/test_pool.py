@@ -110,6 +110,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Do], Ray]:
             "free_resources": lambda *_: "nothing",
             "autoscaler_activity": lambda: "",
             "FIRST_BACKOFF_S": 0.01,
+            "START_S": 0.0,
         }.items():
             monkeypatch.setattr(crew, name, value)
         monkeypatch.setattr(pool_module, "draining_nodes", set)
@@ -275,7 +276,7 @@ def test_an_actor_that_cannot_report_ends_nothing_and_each_kind_of_failure_is_to
         ready, _ = real_wait(refs, num_returns, timeout)  # work takes until its reports have come
         num_done = sum(num == len(causes) for num in num_reports.values())
         is_over = [ref for ref in ready if ref.method == "do" and ref.arguments[0][0].subset_id < num_done]
-        return [ref for ref in ready if ref.method == "where" or ref in is_over or ref.method == "report"], []
+        return [ref for ref in ready if ref.method in ("place", "report") or ref in is_over], []
 
     ray.get, ray.wait = get, wait  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
