@@ -26,17 +26,17 @@ from raysubset.tasks import task_to_dict
 _SETTLED_NS = 2 * 10**9  # a file that changed more recently than this may change again and keep its times
 _NUM_READERS = 16
 
-# The kinds of data that a setting says something of.
-_SETTINGS = {
-    "image_size": ("images",),
-    "image_column": ("images",),
-    "target": ("images", "columns"),
-    "columns": ("columns",),
-    "missing": ("columns",),
-    "window": ("texts",),
-    "vocabulary": ("texts",),
-    "augmentation": ("images", "arrays"),  # but a function is called with any
+# What data are read as, and the settings by which that is done; what is left out says something of others.
+_KINDS = {
+    "images": ("image_size", "augmentation"),  # without names: of a set, in folders of classes, in a pair
+    "images by name": ("image_size", "augmentation", "image_column", "target"),
+    "columns": ("target", "columns", "missing"),
+    "texts": ("window", "vocabulary"),
+    "arrays by name": ("target",),
+    "arrays": (),  # as they are, for a user's own task
 }
+Kind = Literal["images", "images by name", "columns", "texts", "arrays by name", "arrays"]
+_DOWNLOADED = ("root", "download")
 _PART_BYTES = 2**22
 
 
@@ -87,12 +87,16 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
     )
 
 
-def unused_settings(config: DataConfig, kind: Literal["images", "columns", "texts", "arrays"]) -> tuple[Note, ...]:
-    """A warning of settings that say how data of other kinds are read."""
+def unused_settings(config: DataConfig, kind: Kind) -> tuple[Note, ...]:
+    """Warn of settings that do not apply to this kind of data. A user's own augmentation applies to any."""
     usual = ("none", config.own_augmentation)
-    names = [name for name in _SETTINGS if getattr(config, name) not in (getattr(DataConfig, name), *usual)]
-    if unused := [f"data.{name}" for name in names if kind not in _SETTINGS[name]]:
-        return (Note(f"{config.name} is read as {kind}, to which {', '.join(unused)} does not apply", is_warning=True),)
+    names = dict.fromkeys((*_DOWNLOADED, *(name for names in _KINDS.values() for name in names)))
+    used = (*_KINDS[kind], *(_DOWNLOADED if config.name in {*DATA_NAMES} - {*EMBEDDED_NAMES} else ()))
+    given = [name for name in names if getattr(config, name) not in (getattr(DataConfig, name), *usual)]
+    if unused := [f"data.{name}" for name in given if name not in used]:
+        read_as = kind.removesuffix(" by name")
+        text = f"{config.name} is read as {read_as}, to which {', '.join(unused)} does not apply"
+        return (Note(text, is_warning=True),)
     return ()
 
 

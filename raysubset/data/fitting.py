@@ -1,20 +1,21 @@
 """Full sets of tables, texts and arrays: a task fitted on training rows, and the splits of what it stores."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig, TaskConfig
+from raysubset.config import DataConfig, TaskConfig, nearest
 from raysubset.data.columns import Tables, class_numbers
 from raysubset.data.decoding import size_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
+from raysubset.data.images import as_images
 from raysubset.data.split import Split, SplitName
 from raysubset.data.splitting import carve_splits
 from raysubset.data.streamed import StreamedSplit, streaming_note
 from raysubset.data.table_groups import TrainingColumns
-from raysubset.data.tables import is_scalar
+from raysubset.data.tables import is_scalar, split_names
 from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import (
@@ -117,33 +118,48 @@ def of_arrays(
 ) -> FullSet:
     """The full set of named arrays, [N, …] each: for a user's own task as they are, for others by their names.
 
-    Those are "inputs" (floats, or integers of tokens) or "image" (uint8 [N, H, W, C]), and "label" of classes, "target"
-    of numbers, or "mask" of pixels.
+    Those are "inputs" (floats, or integers of tokens) or "image" (uint8 [N, H, W, C]), unless data.image_column names
+    images, and "label" of classes, "target" of numbers, or "mask" of pixels, unless data.target names them.
 
     Raises:
         ValueError: for arrays that the task cannot use.
     """
+    named = () if task.is_class else split_names("target", config.target, [*arrays["train"]])
+    texts = (*named, "label", "target")
     arrays = {
-        split: {name: _storable(each, name, config) for name, each in own.items()} for split, own in arrays.items()
+        split: {name: _storable(each, name, texts, config) for name, each in own.items()}
+        for split, own in arrays.items()
     }
     train = arrays["train"]
     if task.is_class:
         rows, carving = carve_splits(alike({split: next(iter(own.values())) for split, own in arrays.items()}), config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
-    column = "image" if "image" in train else "inputs"
-    if column not in train:
+    is_image = config.image_column in train or config.image_column != DataConfig.image_column
+    column = config.image_column if is_image else "inputs"
+    if absent := [name for name in (column, *named) if name not in train]:
+        hint = nearest(absent[0], [*train])
         raise ValueError(
             f"{config.name} gives {', '.join(train)}, and {task.name} takes inputs or image beside label, target or "
-            "mask: name one so, or give --task package.module:Class"
+            f"mask, here {absent[0]}: name them so, or by --data.image-column and --data.target, or give --task "
+            f"package.module:Class{hint}"
         )
-    if "mask" in train or task.name == "segmentation":
-        targets = mask_targets(_masks_of(arrays, config), task, config.name)
+    if column in named:
+        raise ValueError(f"{column} is what is learned from and --data.target: it cannot be learned from itself")
+    if task.name == "segmentation" or ("mask" in train and not named):
+        learned_names = named or ("mask",)
+        masks = _masks_of(arrays, column, learned_names, config)
+        targets = mask_targets(masks, task, config.name)
     else:
-        targets = _targets_of_arrays(arrays, config, task)
+        learned_names = named or ("target" if "target" in train else "label",)
+        targets = _targets_of_arrays(arrays, learned_names, config, task)
+    if unread := [name for name in train if name not in (column, *learned_names)]:
+        text = f"of the arrays {', '.join(unread)} nothing is learned, only {', '.join(learned_names)} from {column}"
+        notes = [*notes, Note(text)]
     rows, carving = carve_splits(targets.strata, config)
-    if column == "image":
-        inputs = _fit_images(train[column][rows["train"]], config)
+    if is_image:
+        arrays = _of_one_size(arrays, column, targets, config)
+        inputs = _fit_images(arrays["train"][column][rows["train"]], config)
     else:
         inputs = fit_tensors(train[column], rows["train"])
         if inputs.num_values is not None:
@@ -158,7 +174,7 @@ def of_arrays(
             own = np.ascontiguousarray(own)
         else:
             own = inputs.standardised(own, where=f"the {split} split", rows=rows[split])
-        tensors = {column: own, **targets.stored(origin, rows[split], learned)}
+        tensors = {inputs.column: own, **targets.stored(origin, rows[split], learned)}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
 
@@ -167,31 +183,59 @@ def _shown(array: np.ndarray) -> str:
     return f"{array.dtype} {list(array.shape)}"
 
 
-def _storable(values: np.ndarray, name: str, config: DataConfig) -> np.ndarray:
-    """An array in a type that torch takes examples of by index; texts are for labels alone."""
-    if values.dtype.kind == "U" and name not in ("label", "target"):
+def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataConfig) -> np.ndarray:
+    """An array in a type that torch takes examples of by index; those that may be texts are named."""
+    if values.dtype.kind == "U" and name not in texts:
         raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made")
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 
 
-def _masks_of(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig) -> dict[SplitName, np.ndarray]:
-    """The masks of arrays, of a class for each pixel of their images."""
+def _masks_of(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, names: Sequence[str], config: DataConfig
+) -> dict[SplitName, np.ndarray]:
+    """The masks of arrays, of a class for each pixel of the images in a column."""
+    name, *others = names
+    if others:
+        raise ValueError(f"segmentation learns one array of masks, not {', '.join(names)}: set --data.target to one")
     for split, own in arrays.items():
-        if missing := [name for name in ("image", "mask") if name not in own]:
+        wanted = ("image" if column == "inputs" else column, name)
+        if missing := [each for each in wanted if each not in own]:
             text = f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too"
-            if missing == ["mask"] and "target" in own:
-                text += (
-                    f", integers for each pixel of {list(own['image'].shape[:3])}; target is {_shown(own['target'])}"
-                )
+            if missing == [name] and "target" in own:
+                shape = list(own[column].shape[:3])
+                text += f", integers for each pixel of {shape}; target is {_shown(own['target'])}"
             raise ValueError(text)
-        image, mask = own["image"], own["mask"]
+        image, mask = own[column], own[name]
         if image.ndim != 4 or image.dtype != np.uint8:
-            raise ValueError(f"image of the {split} split is {_shown(image)}: give uint8 [N, H, W, C]")
+            raise ValueError(f"{column} of the {split} split is {_shown(image)}: give uint8 [N, H, W, C]")
         if mask.dtype.kind not in "iub" or mask.shape != image.shape[:3]:
-            text = f"mask of the {split} split is {_shown(mask)}"
+            text = f"{name} of the {split} split is {_shown(mask)}"
             raise ValueError(f"{text}: give a class for each pixel of images {list(image.shape[:3])}")
-    return {split: own["mask"] for split, own in arrays.items()}
+    return {split: own[name] for split, own in arrays.items()}
+
+
+def _of_one_size(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, targets: Targets, config: DataConfig
+) -> dict[SplitName, dict[str, np.ndarray]]:
+    """The arrays with their images resized to data.image_size.
+
+    Raises:
+        ValueError: for no images, and those with masks, which are not resized.
+    """
+    found: dict[SplitName, dict[str, np.ndarray]] = {}
+    for split, own in arrays.items():
+        images = own[column]
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(f"{column} of {config.name} is {_shown(images)}: give uint8 [N, H, W, C]")
+        size = config.image_size
+        if size is not None and targets.kind == "masks" and images.shape[1:3] != (size, size):
+            raise ValueError(
+                f"{column} of the {split} split is {_shown(images)}, and --data.image-size resizes no arrays with "
+                "masks: resize both before, and leave it out"
+            )
+        found[split] = {**own, column: as_images(images, f"the {split} split of {config.name}", size)[0]}
+    return found
 
 
 def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
@@ -212,26 +256,29 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
 
 
 def _targets_of_arrays(
-    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], names: Sequence[str], config: DataConfig, task: TaskConfig
 ) -> Targets:
-    """Targets by their name: as those of a table that has nothing else."""
+    """Targets by their names: as those of a table that has nothing else."""
     train = arrays["train"]
-    name = "target" if "target" in train else "label"
-    if name not in train:
-        raise ValueError(f"{config.name} gives {', '.join(train)}: name what is to be learned label or target")
-    flat: dict[SplitName, np.ndarray] = {split: own[name] for split, own in arrays.items()}
-    num = 1 if train[name].ndim == 1 else train[name].shape[1]
-    names = (name,) if num == 1 else tuple(f"{name}_{number}" for number in range(num))
+    if absent := [name for name in names if name not in train]:
+        raise ValueError(
+            f"{config.name} gives {', '.join(train)}, no {absent[0]}: name what is to be learned label or target, or "
+            "by --data.target"
+        )
     tables: dict[SplitName, pa.Table] = {
-        split: pa.table({key: values.reshape(len(values), num)[:, k] for k, key in enumerate(names)})
-        for split, values in flat.items()
+        split: pa.table(dict(pair for name in names for pair in _columns_of(own[name], name)))
+        for split, own in arrays.items()
     }
-    return _targets_of_tables(Tables(tables, (), names, ()), config, task)
+    return _targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
+
+
+def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The columns of an array [N] or [N, K], of several with their numbers behind the name."""
+    columns = values.reshape(len(values), 1 if values.ndim == 1 else values.shape[1]).T
+    return zip((name,) if len(columns) == 1 else (f"{name}_{k}" for k in range(len(columns))), columns, strict=True)
 
 
 def _fit_images(images: np.ndarray, config: DataConfig) -> ImageInputs:
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"image of {config.name} is {_shown(images)}: give uint8 [N, H, W, C]")
     mean, std = statistics_of_levels(count_levels(images))
     augmentation: Augmentation = "crop_flip" if config.augmentation == "crop_flip" else "none"
     height, width, channels = images.shape[1:]

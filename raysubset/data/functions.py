@@ -175,7 +175,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
     is_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
     is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
     if is_image:
-        inputs, _ = as_images(inputs, where, None if is_mask else config.image_size)
+        inputs, _ = as_images(inputs, where, None)  # resized with the other splits'
     return _named_arrays({"image" if is_image else "inputs": inputs, "mask" if is_mask else "target": targets}, where)
 
 

@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 import time
-from typing import Literal
 
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, is_of_columns, read_tables
-from raysubset.data.contents import array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
+from raysubset.data.contents import Kind, array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
 from raysubset.data.files import not_streamed, read_path, read_texts
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
@@ -21,7 +20,7 @@ from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.events import Note
-from raysubset.tasks import ImageInputs, NextToken, TableInputs, Task
+from raysubset.tasks import ImageInputs
 
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +38,10 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     """
     start_s = time.perf_counter()
     before = file_fingerprint(config, known)
-    full_set = _load(config, task or TaskConfig())
+    full_set, kind = _load(config, task or TaskConfig())
     if config.own_augmentation:
         full_set = dataclasses.replace(full_set, augmentation=OwnAugmentation(config.own_augmentation))
-    unused = unused_settings(config, _kind(full_set.task))
-    full_set = dataclasses.replace(full_set, advice=(*full_set.advice, *unused))
+    full_set = dataclasses.replace(full_set, advice=(*full_set.advice, *unused_settings(config, kind)))
     full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
     sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
@@ -60,39 +58,38 @@ def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None)
     return after
 
 
-def _load(config: DataConfig, task: TaskConfig) -> FullSet:
+def _load(config: DataConfig, task: TaskConfig) -> tuple[FullSet, Kind]:
     """The full set by the way its source is read: texts, tables learned by their columns, images, or arrays."""
     kind, name = kind_of(config.name), config.name
     task = dataclasses.replace(task, name=_task_name(config, task))
     if config.streamed and kind != "path":
         raise not_streamed(f"{name} is a {'function' if kind == 'function' else 'named set'}")
     if task.name == "next_token":
-        return of_texts(*(read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)), config, task)
+        texts = read_named_texts(config) if name in TEXT_NAMES else _read_texts(config)
+        return of_texts(*texts, config, task), "texts"
     if name in TABLE_NAMES:
-        return of_tables(read_named_table(config), config, task)
+        return of_tables(read_named_table(config), config, task), "columns"
     if name in TEXT_NAMES:
         raise ValueError(f"{name} is text: its --task is next_token, not {task.name}")
     if kind == "named":
-        return of_images(_with_origin(read_named(config), f"the named set {name}"), config, task)
-    if kind == "function":
+        images = _with_origin(read_named(config), f"the named set {name}")
+    elif kind == "function":
         match read_returned(config, task.name):
             case Tables() as tables:
-                return of_tables(tables, config, task)
+                return of_tables(tables, config, task), "columns"
             case Arrays(splits=splits, notes=notes):
-                return of_arrays(splits, config, task, notes)
-            case images:
-                return of_images(_with_origin(images, origin(config)), config, task)
-    if is_of_columns(config):
-        return of_tables(read_tables(config), config, task)
-    return of_images(read_path(config, task.name), config, task)
-
-
-def _kind(task: Task) -> Literal["images", "columns", "texts", "arrays"]:
-    """What the task's data are read as."""
-    if isinstance(task, NextToken):
-        return "texts"
-    inputs = getattr(task, "inputs", None)
-    return "images" if isinstance(inputs, ImageInputs) else "columns" if isinstance(inputs, TableInputs) else "arrays"
+                full_set = of_arrays(splits, config, task, notes)
+                if task.is_class:
+                    return full_set, "arrays"
+                is_image = isinstance(getattr(full_set.task, "inputs", None), ImageInputs)
+                return full_set, "images by name" if is_image else "arrays by name"
+            case returned:
+                images = _with_origin(returned, origin(config))
+    elif is_of_columns(config):
+        return of_tables(read_tables(config), config, task), "columns"
+    else:
+        images = read_path(config, task.name)
+    return of_images(images, config, task), "images by name" if images["train"].is_by_name else "images"
 
 
 def _task_name(config: DataConfig, task: TaskConfig) -> str:

@@ -65,6 +65,11 @@ def carve_splits(
         share, num = config.test_fraction, len(rows["test"])
         text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off{end} for testing"
         notes.append(Note(text))
+    is_used = {"test_fraction": "test" not in strata, "split_seed": not at_end and len(rows) > len(strata)}
+    given = [name for name in is_used if getattr(config, name) != getattr(DataConfig, name)]
+    if unused := [f"data.{name}" for name in given if not is_used[name]]:
+        text = f"the splits of {config.name} are not carved by {', '.join(unused)}, which does not apply"
+        notes.append(Note(text, is_warning=True))
     if "validation" in strata:
         num = len(rows["validation"])
         text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"

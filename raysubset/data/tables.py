@@ -241,7 +241,7 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, 
     else:
         targets = masks_of(joined.table.column(names[0]), images, where, image_size=config.image_size)
     columns, notes = _scalars(joined, (config.image_column, *names), ("image", IMAGE_TARGETS[task][0], "row"), where)
-    return SourceSplit(images, targets, None, columns, notes, findings, where, names)
+    return SourceSplit(images, targets, None, columns, notes, findings, where, names, is_by_name=True)
 
 
 def with_scalars(
@@ -254,7 +254,8 @@ def with_scalars(
     """
     labels, class_names = as_labels(joined.table.column(config.label_column), where)
     columns, notes = _scalars(joined, (config.image_column, config.label_column), RESERVED_COLUMNS, where)
-    return SourceSplit(images, labels, joined.class_names or class_names, columns, notes, where=where)
+    names = joined.class_names or class_names
+    return SourceSplit(images, labels, names, columns, notes, where=where, is_by_name=True)
 
 
 def _scalars(
