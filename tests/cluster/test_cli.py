@@ -68,7 +68,7 @@ def test_doctor_looks_at_a_cluster_and_times_an_actor(tmp_path: Path, capsys: py
     code = call(["doctor", "--storage-path", str(tmp_path), *FLAGS])
     out = capsys.readouterr().out
     assert code == 0, out
-    assert "fit on the empty nodes" in out
+    assert "fit on the current nodes" in out
     assert "examples/s" in out
 
 
