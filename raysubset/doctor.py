@@ -167,8 +167,8 @@ def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, fl
         f"{f'{t.num_alive} up' if t.num_alive else f'up to {t.num_startable} {t.name}'}, {describe(t.resources)} each"
         for t in types
     ]
-    where = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
-    yield Check("Ray", True, f"connected ({where}): {'; '.join(words) or 'no nodes'}")
+    address = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
+    yield Check("Ray", True, f"connected ({address}): {'; '.join(words) or 'no nodes'}")
     num_nodes = sum(t.num_alive + t.num_startable for t in types)
     if directory.local_path and num_nodes > 1:
         text = f"{directory.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"

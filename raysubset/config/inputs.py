@@ -169,9 +169,9 @@ class SubsetsConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "subsets.")
-        given = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
-        need(len(given) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
-        need(not {"size", "fraction"} <= set(given), "subsets.size and subsets.fraction say the same: give one of them")
+        sizes = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
+        need(len(sizes) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
+        need(not {"size", "fraction"} <= set(sizes), "subsets.size and subsets.fraction say the same: give one of them")
         for scheme in ("column", "function"):
             is_scheme, value = self.scheme == scheme, getattr(self, scheme)
             need(

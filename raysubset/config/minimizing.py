@@ -57,8 +57,8 @@ class AveragingConfig:
     """Average the weights during training: periodic sampling (arXiv:1905.05774), EMA, SWA (arXiv:1803.05407)."""
 
     kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
-    """Mean of an epoch's samples (pswa), mean (pwalks) or moving mean (pswm) of the last samples, moving mean over
-    steps (ema), mean over epochs (swa)."""
+    """Mean of an epoch's samples (pswa) or of the last num_samples (pwalks), moving mean of the samples (pswm) or of
+    each step (ema), mean of the epochs (swa)."""
     period: Annotated[float, "(0, ∞)"] = 0.1
     """Epochs between two samples of pswa, pwalks and pswm; our choice."""
     num_samples: Annotated[int, "[1, ∞)"] = 10
@@ -121,11 +121,11 @@ class SkippingConfig:
 @dataclass(frozen=True, kw_only=True)
 class MinimizeConfig:
     optimizer: str = "sgd"
-    """sgd has Nesterov momentum. muon makes the momentum of matrices and kernels orthogonal; biases and
-    normalisation parameters take sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a strong-Wolfe
-    line search), gauss_newton (conjugate gradients on damped Gauss-Newton products) and levenberg_marquardt (the exact
-    damped step, for squared error and at most 5,000 parameters) use the whole subset for every step. Or your own
-    package.module:function of (parameters, recipe), which returns a torch.optim.Optimizer."""
+    """sgd (Nesterov momentum), adam, adamw, or muon, which makes the momentum of matrices and kernels orthogonal, and
+    gives biases and normalisation parameters sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a
+    strong-Wolfe line search), gauss_newton (conjugate gradients on damped Gauss-Newton products) and
+    levenberg_marquardt (the exact damped step, for squared error and at most 5,000 parameters) use the whole subset for
+    every step. Or your own package.module:function of (parameters, recipe), which returns a torch.optim.Optimizer."""
     objective: str | None = None
     """Your own loss in place of the task's: package.module:function of (model, inputs, targets, task, generator), which
     returns (loss summed over the examples, outputs). For mixup, auxiliary heads, contrastive losses."""

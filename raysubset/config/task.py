@@ -38,14 +38,14 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "task.")
-        known = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
+        losses = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
         need(
             not self.is_class or self.loss == "auto",
             f"task.loss={self.loss} is for built-in tasks, and {self.name} has a loss of its own: leave it out",
         )
         need(
-            self.loss == "auto" or self.loss in known,
-            f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(known)}",
+            self.loss == "auto" or self.loss in losses,
+            f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(losses)}",
         )
         need(
             self.name in ("auto", *TASK_NAMES) or ":" in self.name,

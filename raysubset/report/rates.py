@@ -18,31 +18,31 @@ _AROUND = (1 / 3, 1.0, 3.0)  # times the suggestion: the rates that a comparison
 
 
 def rate_sections(
-    found: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str
+    rate_range: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str
 ) -> list[Section]:
     """Return the sections of the suggestion and of the curve.
 
     Args:
-        found: the range test's result.
+        rate_range: the range test's result.
         config: what Config.to_dict() returns.
         passes: cost of the test.
         num_examples: examples that the test used.
         loss: name of the loss, with its unit.
     """
-    rates, losses, suggested = found.rates, found.losses, found.suggested
-    least_at, ended_at = found.least_at, found.ended_at
+    rates, losses, suggested = rate_range.rates, rate_range.losses, rate_range.suggested
+    least_at, ended_at = rate_range.least_at, rate_range.ended_at
     end = "; the loss was still falling at the highest rate tried" if least_at == rates[-1] else ""
     if ended_at is not None:
         end = f"; at {ended_at:.3g} it was far above that, or not finite"
     suggestion: Line = (
-        f"--minimize.learning-rate {suggested:g} is midway, by factors, between {found.fastest_at:.3g}, where the "
+        f"--minimize.learning-rate {suggested:g} is midway, by factors, between {rate_range.fastest_at:.3g}, where the "
         f"loss fell fastest, and {least_at:.3g}, where it was least{end}."
     )
-    if _hardly_fell(found):
+    if _hardly_fell(rate_range):
         text = "The loss hardly fell at any rate, so there is no suggestion: check data and model"
         suggestion = Note(text, is_warning=True)
     worth = (
-        f"A rule of thumb (range test, arXiv:1506.01186): {found.steps_a_rate} step(s) at each of {len(rates)} "
+        f"A rule of thumb (range test, arXiv:1506.01186): {rate_range.steps_a_rate} step(s) at each of {len(rates)} "
         f"rates, one after the other, on {num_examples:,} examples from the start weights. It used no "
         "validation data, no schedule and no later epoch, and another seed changes it. It cost "
         f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data:"
@@ -51,7 +51,9 @@ def rate_sections(
     beside = Command(comparison_beside(config, "--learning-rates", *candidates))
     return [
         Section("A learning rate to begin with", lines=(suggestion, worth, beside)),
-        Section("Loss while training", ("learning rate", loss, ""), _curve(rates, losses), plots=(_plot(found, loss),)),
+        Section(
+            "Loss while training", ("learning rate", loss, ""), _curve(rates, losses), plots=(_plot(rate_range, loss),)
+        ),
     ]
 
 
@@ -62,19 +64,21 @@ def write_rates(parts: Sequence[Section], path: str, config: Mapping[str, Any]) 
     return write_file(Page(suggestion.title, suggestion.lines, (curve,), facts=facts), path)
 
 
-def _plot(found: "RateRange", loss: str) -> Plot:
+def _plot(rate_range: "RateRange", loss: str) -> Plot:
     """Draw the losses over the rates, with the suggestion if the loss fell."""
     chart = Chart("learning rate", loss, log="xy")
-    chart.line(zip(found.rates, found.losses, strict=True), COLOURS[0], "while training", marker="o")
-    if not _hardly_fell(found):
-        ends = [(found.suggested, end(found.losses)) for end in (min, max)]
-        chart.line(ends, GOOD, f"suggested: {found.suggested:g}", dash="2 4")
-    return Plot("rates", f"Mean loss over {found.steps_a_rate} step(s) at each rate, one rate after another.", (chart,))
+    chart.line(zip(rate_range.rates, rate_range.losses, strict=True), COLOURS[0], "while training", marker="o")
+    if not _hardly_fell(rate_range):
+        ends = [(rate_range.suggested, end(rate_range.losses)) for end in (min, max)]
+        chart.line(ends, GOOD, f"suggested: {rate_range.suggested:g}", dash="2 4")
+    return Plot(
+        "rates", f"Mean loss over {rate_range.steps_a_rate} step(s) at each rate, one rate after another.", (chart,)
+    )
 
 
-def _hardly_fell(found: "RateRange") -> bool:
-    first = found.losses[0]
-    return first - min(found.losses) < _HARDLY * abs(first)
+def _hardly_fell(rate_range: "RateRange") -> bool:
+    first = rate_range.losses[0]
+    return first - min(rate_range.losses) < _HARDLY * abs(first)
 
 
 def _curve(rates: Sequence[float], losses: Sequence[float]) -> tuple[tuple[str, ...], ...]:

@@ -91,8 +91,8 @@ def _before_and_after(record: Record) -> list[Section]:
     rows = tuple(
         (
             "conventional" if setting is conventional else _number(setting["subset_size"], "g"),
-            *(_spread(setting[f"{where}_loss"], "{:.4f}".format) for where, _ in _CURVES),
-            *(_spread(setting[f"{where}_{quality.name}"], quality.number) for where in ("before", "test")),
+            *(_spread(setting[f"{data}_loss"], "{:.4f}".format) for data, _ in _CURVES),
+            *(_spread(setting[f"{split}_{quality.name}"], quality.number) for split in ("before", "test")),
             _number(setting["passes"]["mean"] / whole if whole else None, ".2f"),
         )
         for setting in settings
