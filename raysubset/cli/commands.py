@@ -128,8 +128,8 @@ def _job(
     def job() -> int:
         try:
             return _do(parse(kind, arguments, default, prog=Path(sys.argv[0]).name, **options))
-        except HelpAsked as asked:
-            asked.description = description
+        except HelpAsked as request:
+            request.description = description
             raise
 
     return _guarded(job, again="the same command resumes")
@@ -142,10 +142,10 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
     try:
         return work()
-    except HelpAsked as asked:
+    except HelpAsked as request:
         from raysubset.cli.help import print_help
 
-        print_help(asked)
+        print_help(request)
         return DONE
     except ValueError as error:
         is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
@@ -185,7 +185,7 @@ def _way_out(error: Exception) -> str:
 
 @contextmanager
 def _beginning(config: Config, *, fresh: bool) -> Iterator[OnEvent]:
-    """A listener, and Ray's processes, which come up while torch is imported, unless there is a report to be shown."""
+    """Yield a listener; start Ray's processes while torch is imported, unless the run's report exists already."""
     with telling(STARTING) as tell, ExitStack() as stack:
         place = Path(config.storage_path).expanduser()
         if fresh or not (place / config.run_name() / "report.json").exists():
@@ -348,18 +348,18 @@ def _doctor(command: Doctor) -> int:
 
 
 def _num_gpus_here(config: Config) -> float:
-    """Return the GPUs of this process where it does the work of an actor: 1 where there is one, unless none is wanted.
+    """Return the GPUs that this process uses in place of an actor: 1 if there is one, unless actors.num_gpus is 0.
 
     Raises:
-        ValueError: if actors.num_gpus asks for what is not here.
+        ValueError: if actors.num_gpus requests a GPU and there is none.
     """
     import torch
 
-    asked = config.actors.num_gpus
-    if asked and not torch.cuda.is_available():
-        text = f"actors.num_gpus = {asked:g}, but torch sees no GPU on this machine, where the command measures"
+    num_gpus = config.actors.num_gpus
+    if num_gpus and not torch.cuda.is_available():
+        text = f"actors.num_gpus = {num_gpus:g}, but torch sees no GPU on this machine, where the command measures"
         raise ValueError(f"{text}: give the command on a node that has one, or leave it out")
-    return float(torch.cuda.is_available() and asked != 0)
+    return float(torch.cuda.is_available() and num_gpus != 0)
 
 
 def _advise(command: Advise) -> int:
@@ -374,20 +374,19 @@ def _advise(command: Advise) -> int:
         raise ValueError("advise is for subset pretraining: leave out --method conventional")
     if command.num_workers < 2:
         raise ValueError(f"--num-workers {command.num_workers}: on one device there is nothing to choose")
-    held_against = command.against and read_report(command.against)
-    if held_against and held_against.get("kind") != "comparison":
+    comparison = command.against and read_report(command.against)
+    if comparison and comparison.get("kind") != "comparison":
         raise ValueError(f"--against {command.against}: that is no comparison: give the directory of one")
     num_gpus, full_set = _num_gpus_here(config), load_full_set(*config.learned)
     plan, num_train = make_plan(config, full_set), len(full_set.train)
-    measured = measure_speed(full_set, config, plan.subsets[0].indices, num_gpus)
-    per_s = measured.examples_per_s
+    per_s = measure_speed(full_set, config, plan.subsets[0].indices, num_gpus).examples_per_s
     speed = {"s_per_pass": num_train / per_s, "num_workers": command.num_workers}
-    found = advise(config, plan, sizes_of(config, full_set, plan), num_train=num_train, **speed)
-    parts = advice_sections(found.to_dict())
-    if held_against:
+    advice = advise(config, plan, sizes_of(config, full_set, plan), num_train=num_train, **speed)
+    sections = advice_sections(advice.to_dict())
+    if comparison:
         with _damaged(str(command.against)):
-            parts.append(Section("What the comparison measured", lines=tuple(measured_lines(held_against, found))))
-    print_sections(parts)
+            sections.append(Section("What the comparison measured", lines=tuple(measured_lines(comparison, advice))))
+    print_sections(sections)
     return DONE
 
 
@@ -410,10 +409,10 @@ def _find_rate(command: FindRate) -> int:
     indices = None if config.method == "conventional" else plan.subsets[0].indices
     examples = full_set.examples("train", indices, device=device, augment=True)
     model = place(seeded_model(config, full_set), device, channels_last=recipe.channels_last)
-    found = rate_range(model, examples, recipe, seed=config.seed)
-    passes = found.cost.passes(len(full_set.train), plan.forward_share)
+    rates = rate_range(model, examples, recipe, seed=config.seed)
+    passes = rates.cost.passes(len(full_set.train), plan.forward_share)
     about = {"passes": passes, "num_examples": len(examples), "loss": full_set.task.loss_name}
-    sections = rate_sections(found, config.to_dict(), **about)
+    sections = rate_sections(rates, config.to_dict(), **about)
     if command.to:
         print(f"Page: {write_rates(sections, command.to, config.to_dict())}")
     print_sections(sections)

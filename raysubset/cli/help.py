@@ -28,26 +28,26 @@ _SHORT = 20  # most characters of a value's choices in a one-line help
 _WIDEST = 110  # most columns of text
 
 
-def print_help(asked: HelpAsked) -> None:
+def print_help(request: HelpAsked) -> None:
     """Print the requested help to stdout."""
     console = console_of(sys.stdout)
     console.width = min(console.width, _WIDEST)
-    if asked.kind is None:
+    if request.kind is None:
         _overview(console)
         return
-    title, _, more = (asked.kind.__doc__ or "").partition("\n\n")
-    positionals = "".join(f" {flag.value}" for flag in asked.flags if flag.is_positional)
-    console.print(f"usage: {asked.prog}{positionals} [FLAGS]\n", style="bold")
-    for paragraph in (asked.description or title, more):
+    title, _, more = (request.kind.__doc__ or "").partition("\n\n")
+    positionals = "".join(f" {flag.value}" for flag in request.flags if flag.is_positional)
+    console.print(f"usage: {request.prog}{positionals} [FLAGS]\n", style="bold")
+    for paragraph in (request.description or title, more):
         if paragraph:
             console.print(" ".join(paragraph.split()) + "\n")
-    of_config = [flag for flag in asked.flags if flag.of_config]
-    own_flags = [flag for flag in asked.flags if not flag.of_config]
+    of_config = [flag for flag in request.flags if flag.of_config]
+    own_flags = [flag for flag in request.flags if not flag.of_config]
     if own_flags:
-        console.print(_table(console, own_flags, whole=asked.whole or not of_config))
+        console.print(_table(console, own_flags, whole=request.whole or not of_config))
     if not of_config:
         return
-    if asked.whole:
+    if request.whole:
         for room, flags in groupby(of_config, lambda flag: flag.name.rpartition(".")[0]):
             console.print(f"\n{room or 'the run'}", style="bold")
             console.print(_table(console, list(flags), whole=True))
@@ -55,7 +55,7 @@ def print_help(asked: HelpAsked) -> None:
     console.print("\nSettings most often changed", style="bold")
     console.print(_table(console, sorted(of_config, key=_rank)[: len(COMMON)], whole=False))
     console.print(
-        f"\nAll {len(of_config)} settings with their full documentation: {asked.prog} --help-all\n"
+        f"\nAll {len(of_config)} settings with their full documentation: {request.prog} --help-all\n"
         "As a file for --config: raysubset config"
     )
 
