@@ -25,7 +25,7 @@ BANNED = {
     "raysubset.work": {"ray", "pandas", "sklearn", "torchvision"},
     "raysubset.run_report": {"ray"},
     "raysubset.tracking": {"ray", "mlflow", "wandb"},
-    "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "rich"},
+    "raysubset.subset_actors": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "rich", "triton"},
     "raysubset.pipeline": {"ray.tune", "ray.train", "pandas", "sklearn", "torchvision", "torch._dynamo", "matplotlib"},
     "raysubset.comparison": {"ray.tune", "ray.train", "pandas", "matplotlib"},
 }

@@ -2,8 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils import flop_counter
-from torch.utils.flop_counter import FlopCounterMode
 
 from raysubset.costs import FORWARD_SHARE
 from raysubset.models import modes_restored
@@ -12,10 +10,6 @@ from raysubset.training.uncompiled import import_no_compiler_for
 
 _NUM_EXAMPLES = 2  # batch norm in training mode takes no fewer
 _SMALL = 2**22  # parameters: a step of fewer takes less time than torch needs to get its meta device ready
-
-
-if inner := getattr(flop_counter, "_FlopCounterMode", None):  # another torch may lack it, without harm to results
-    import_no_compiler_for(inner.__torch_dispatch__)
 
 
 def forward_share(model: nn.Module, spec: Spec) -> float:
@@ -43,9 +37,13 @@ def _operations(model: nn.Module, spec: Spec, device: str) -> tuple[int, int]:
     def copied(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
 
+    from torch.utils import flop_counter  # imports triton: 0.16 CPU s that an actor does without
+
+    if inner := getattr(flop_counter, "_FlopCounterMode", None):  # another torch may lack it, without harm to results
+        import_no_compiler_for(inner.__torch_dispatch__)
     tensors = {name: copied(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    with FlopCounterMode(display=False) as forward:
+    with flop_counter.FlopCounterMode(display=False) as forward:
         outputs = torch.func.functional_call(model, tensors, (spec.zeros(_NUM_EXAMPLES).to(device),))
-    with FlopCounterMode(display=False) as backward:
+    with flop_counter.FlopCounterMode(display=False) as backward:
         outputs.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()
