@@ -132,6 +132,16 @@ def test_a_node_that_does_not_come_up_is_told_of_by_ray_s_last_word(keeper: Call
         node.address()
 
 
+def test_a_file_of_the_working_directory_does_not_stand_for_a_module_that_ray_imports(
+    keeper: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    keeper("import queue; print('127.0.0.1:7')")
+    with OwnNode() as node:
+        assert node.address() == "127.0.0.1:7"
+
+
 def test_a_keeper_that_does_not_end_is_killed_with_what_it_has_started(
     keeper: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

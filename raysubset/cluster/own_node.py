@@ -30,7 +30,7 @@ class OwnNode:
         resources = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus})
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # the keeper's, as long as it lives
         self._keeper = subprocess.Popen(
-            [sys.executable, "-c", _KEEPER, resources],
+            [sys.executable, "-P", "-c", _KEEPER, resources],  # -P: no module of the working directory's
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
