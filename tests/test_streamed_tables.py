@@ -181,6 +181,18 @@ def test_subsets_by_a_feature_that_is_not_held_are_those_in_memory(sets: tuple[F
     assert manifest(found.subsets, sets[1]) == manifest(expected.subsets, sets[0])
 
 
+@pytest.mark.parametrize("column", ["sight", "age"])
+def test_a_column_that_names_no_subsets_is_refused_as_in_memory(sets: tuple[FullSet, FullSet], column: str) -> None:
+    config = Config().with_overrides({"subsets.scheme": "column", "subsets.column": column})
+    lines = []
+    for full_set in sets:
+        with pytest.raises(ValueError, match="is no column of the training table") as caught:
+            make_plan(config, full_set)
+        lines.append(str(caught.value).partition("it has ")[2].removesuffix(": choose one").split(", "))
+    assert {"site", "is_new", "label"} <= {*lines[0]}
+    assert sorted(lines[0]) == sorted(lines[1])
+
+
 def test_a_subsets_minimum_and_the_loss_of_all_have_the_same_bits(sets: tuple[FullSet, FullSet]) -> None:
     minima, losses = [], []
     indices = np.random.default_rng(0).permutation(len(sets[0].train))[:60]

@@ -57,8 +57,13 @@ class RowGroups(ABC):
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
         """Return the tensors of some rows of a row group's table, as empty() allocates them. Raises as read() does."""
 
+    @property
+    def attribute_fields(self) -> Sequence[pa.Field]:
+        """Return the columns by which subsets can be cut."""
+        return ()
+
     def attribute(self, name: str) -> pa.ChunkedArray | None:
-        """Return a column of all rows by which subsets can be cut; None if the groups do not read it."""
+        """Return such a column of all rows; None if the groups do not read it."""
         return None
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:

@@ -48,9 +48,16 @@ class StreamedSplit:
         return self.held.arrays()
 
     def attributes(self, name: str | None) -> pa.Table:
-        """Return a table of columns by which subsets can be cut, with the column `name`, which is read if not held."""
-        column = self.groups.attribute(name) if name and name not in self.table.column_names else None
-        return self.table if column is None else self.table.append_column(name, column.take(self.table["row"]))
+        """Return a table of columns by which subsets can be cut, with the column `name`, which is read if not held.
+
+        If there is no such column, the table has all that there are, and no rows.
+        """
+        if not name or name in self.table.column_names:
+            return self.table
+        column = self.groups.attribute(name)
+        if column is None:
+            return pa.schema([*self.table.schema, *self.groups.attribute_fields]).empty_table()
+        return self.table.append_column(name, column.take(self.table["row"]))
 
     def take(self, indices: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return the tensors of some examples, or of all, on the CPU, as Split.take() does.

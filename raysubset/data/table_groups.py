@@ -38,8 +38,12 @@ class TableGroups(RowGroups):
         features, _ = self._inputs.encode(table, where=f"row group {self.describe(group)}", rows=rows)
         return {self._inputs.column: features}
 
+    @property
+    def attribute_fields(self) -> Sequence[pa.Field]:
+        return [field for field in self.schema if is_scalar(field.type)]
+
     def attribute(self, name: str) -> pa.ChunkedArray | None:
-        is_present = name in self.schema.names and is_scalar(self.schema.field(name).type)
+        is_present = name in [field.name for field in self.attribute_fields]
         return self.whole_columns([name]).column(name) if is_present else None
 
     def whole_columns(self, names: Sequence[str]) -> pa.Table:
