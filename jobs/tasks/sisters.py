@@ -44,6 +44,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,9 @@ METHODS: dict[str, dict[str, Any]] = {
 class Trials:
     """What a network comes to on one data set."""
 
-    def __init__(self, config: Config, method: str) -> None:
+    def __init__(self, config: Config, num: int | None) -> None:
         self._config, self._full_set = config, load_full_set(*config.learned)
-        self._positions = np.arange(NUM_IMAGES) if method == "skipping" else np.arange(len(self._full_set.train))
+        self._positions = np.arange(num or len(self._full_set.train))
 
     @property
     def full_set(self) -> FullSet:
@@ -118,7 +119,7 @@ class Trials:
         return {"loss": metrics.loss, "quality": quality, "passes": passes, "seconds": took}
 
 
-def best_rate(trials: Trials, recipe: MinimizeConfig, rates: tuple[float, ...]) -> float:
+def best_rate(trials: Trials, recipe: MinimizeConfig, rates: Sequence[float]) -> float:
     """The rate that ends with the least validation loss, for a seed that is none of those reported."""
 
     def loss(rate: float) -> float:
@@ -133,20 +134,27 @@ def main() -> None:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="of the networks")
+    parser.add_argument("--images", type=int, default=NUM_IMAGES, help="of CIFAR-10, for skipping")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--rates", type=float, nargs="+", help="tried for each variation")
     options = parser.parse_args()
     torch.set_num_threads(1)
     method = METHODS[options.method]
     for network, settings in method["networks"].items():
         if options.only and network not in options.only:
             continue
-        config = Config().with_overrides(settings | method["recipe"])
-        trials = Trials(config, options.method)
+        given = {"minimize.batch_size": options.batch_size, "minimize.epochs": options.epochs}
+        recipe = method["recipe"] | {name: value for name, value in given.items() if value is not None}
+        config = Config().with_overrides(settings | recipe)
+        trials = Trials(config, options.images if options.method == "skipping" else None)
         quality = trials.full_set.quality
         print(f"{network}, {config.data.name}; test {quality.label}, n = {options.seeds}", flush=True)
         for kind in method["kinds"]:
             recipe = config.with_overrides({method["field"]: kind}).minimize
-            rate = best_rate(trials, recipe, method["rates"])
-            edge = " (edge)" if len(method["rates"]) > 1 and rate in (method["rates"][0], method["rates"][-1]) else ""
+            rates = options.rates or method["rates"]
+            rate = best_rate(trials, recipe, rates)
+            edge = " (edge)" if len(rates) > 1 and rate in (rates[0], rates[-1]) else ""
             found = [trials.of(replace(recipe, learning_rate=rate), seed, "test") for seed in range(options.seeds)]
             values = [one["quality"] for one in found]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
