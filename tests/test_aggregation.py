@@ -300,6 +300,13 @@ def test_losses_that_are_no_numbers_are_refused_where_they_decide():
         select_best([])
     with pytest.raises(ValueError, match="subset 1 has a validation loss of nan, which cannot be a weight"):
         weighted_soup(points(1.0, 2.0, losses=[0.1, math.nan]), weight_by="validation_loss")
+    with pytest.raises(ValueError, match="subset 1 has a validation loss of -0.5, and weights by the inverse need"):
+        weighted_soup(points(1.0, 2.0, 3.0, losses=[-0.1, -0.5, 2.0]), weight_by="validation_loss")
+
+
+def test_a_loss_of_0_has_all_the_weight():
+    soup = weighted_soup(points(1.0, 4.0, losses=[0.5, 0.0]), weight_by="validation_loss")
+    assert soup.weights["w"].item() == pytest.approx(4.0)
 
 
 def test_the_barrier_is_the_means_loss_less_the_mean_loss():

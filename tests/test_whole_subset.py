@@ -26,6 +26,7 @@ from tests.tiny import (
     through_a_file,
     weights,
     with_labels,
+    zero,
 )
 
 RECIPE = MinimizeConfig(optimizer="lbfgs", epochs=60, patience=0)
@@ -247,6 +248,27 @@ class Cliff(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.offset.expand(len(images), 3)
         return torch.where(self.offset.abs().max() <= self.edge, outputs, math.nan)
+
+
+class Scaled(nn.Module):
+    """A linear layer of zeros whose outputs are so many times as large."""
+
+    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.scale = zero(64).to(dtype), scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images) * self.scale
+
+
+@pytest.mark.parametrize("optimizer", WHOLE_SUBSET)
+def test_gradients_whose_sums_or_squares_have_no_number_end_it_in_words(optimizer):
+    """Float32 has no number for the sum of the first's slopes, float64 none for the squares of the second's."""
+    data, recipe = examples(30, objective=SQUARED_ERROR), replace(RECIPE, optimizer=optimizer)
+    steep, flat = Scaled(2e38, torch.float32), Scaled(1e-170, torch.float64)
+    assert minimize(steep, data, recipe, seed=0).outcome in ("tolerance", "epochs")
+    assert minimize(flat, data, recipe, seed=0).outcome == "gradient"
+    assert all(model(torch.zeros(1, 64)).isfinite().all() for model in (steep, flat.float()))
 
 
 @pytest.mark.parametrize("optimizer", WHOLE_SUBSET)

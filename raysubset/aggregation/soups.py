@@ -63,7 +63,8 @@ def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independen
     Weighting by the inverse of the loss is this project's own choice.
 
     Raises:
-        ValueError: as uniform_soup(), and if a loss to weight by is not finite.
+        ValueError: as uniform_soup(), and if a loss to weight by is not finite, or below 0, as a task of the user's may
+            have it: no inverse of such a loss says how much better it is.
     """
     if weight_by == "examples":
         coefficients = [float(m.num_examples) for m in minima]
@@ -73,6 +74,12 @@ def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independen
             raise ValueError(
                 f"the minimum of subset {not_finite[0].subset_id} has a validation loss of "
                 f"{not_finite[0].validated().loss:g}, which cannot be a weight: {CURE}"
+            )
+        least = by_validation_loss(minima)[0]
+        if least.validated().loss < 0:
+            raise ValueError(
+                f"the minimum of subset {least.subset_id} has a validation loss of {least.validated().loss:g}, and "
+                "weights by the inverse need losses above 0: use aggregation.weight_by=examples, or greedy_soup"
             )
         coefficients = [1 / max(m.validated().loss, 1e-12) for m in minima]
     return _mean("weighted_soup", minima, coefficients, allow_independent=allow_independent)

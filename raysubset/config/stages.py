@@ -80,7 +80,8 @@ class AggregationConfig:
     (ties, dare); without the subset bias (savgm); after permuting units (aligned_soup, for independent starts);
     whichever of these validates best (auto); or your own package.module:function of (minima, context)."""
     weight_by: Literal["examples", "validation_loss"] = "examples"
-    """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss."""
+    """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss, which may not
+    be below 0."""
     allow_independent: bool = False
     """Average minima even if they do not share a start; the result is labelled."""
     statistics_examples: Annotated[int | None, "[1, ∞)"] = 2048

@@ -1,6 +1,7 @@
 """Nonlinear conjugate gradients on a whole subset: Polak-Ribière+ with restarts and a strong-Wolfe line search."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class ConjugateGradient:
         best = strong_wolfe(
             evaluate,
             Trial(0.0, start.loss, slope, start.gradient),
-            first_step=first_step,
+            first_step=max(first_step, sys.float_info.min),  # it is 0 where a sum of slopes is infinite
             curvature=self._curvature,
             resolution=objective.resolution,
             max_trials=min(MAX_TRIALS, max(1, budget // 3)),

@@ -20,6 +20,7 @@ from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquar
 from raysubset.training.whole_subset.objective import Evaluation, Objective
 
 LEAST_DECREASE = 1e-9  # a step that lowers the loss by relatively less has stalled, if no tolerance is given
+LEAST_SLOPE = 1e-150  # of the gradient's largest element, as a smaller one's square is 0 in float64
 
 
 class Stepper(Protocol):
@@ -157,7 +158,7 @@ def _minimize(
         }
 
     progress.capture = capture
-    smallest = recipe.gradient_tolerance or 0.0
+    smallest = max(recipe.gradient_tolerance or 0.0, LEAST_SLOPE)
     least = recipe.tolerance or (LEAST_DECREASE if recipe.gradient_tolerance is None else 0.0)
     while outcome is None and (progress.step + stepper.least_thirds <= progress.num_steps or not progress.history):
         if current.largest_slope > smallest:
