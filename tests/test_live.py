@@ -169,7 +169,7 @@ def test_a_log_sums_up_what_is_at_work_at_a_pace_that_it_can_bear(capsys: pytest
     lines = lines_of(tell, capsys)[2:]
     assert 20 < len(lines) < 60  # an hour, after the first minutes every two minutes
     assert lines[0].endswith("4 at work, mean loss 0.2500, 400 examples/s")
-    assert re.match(r"9% of 11 passes, about .+ of training left; ", lines[0]), lines[0]
+    assert re.match(r"9% of 11 planned passes, about .+ of training left; ", lines[0]), lines[0]
 
 
 def test_a_log_says_once_what_is_waited_for_and_again_after_ever_longer(capsys: pytest.CaptureFixture[str]):
@@ -218,7 +218,7 @@ def test_the_view_has_a_row_an_actor_and_a_bar_with_the_time_left():
     assert lines[2].split() == ["subset", "0", "2.0", "/", "8", "0.2500", "100", "10.0.0.7"]
     assert "subsets: 4 × 250 examples, 8 epochs each" in lines[-2]
     assert lines[-2].endswith("3 s")
-    assert re.search(r"41% of 11 passes, about \d+ s of training left", lines[-1]), lines[-1]
+    assert re.search(r"41% of 11 planned passes, about \d+ s of training left", lines[-1]), lines[-1]
 
 
 @pytest.mark.parametrize("width", [80, 40])

@@ -58,7 +58,7 @@ def test_it_resumes_at_its_bits_or_starts_over(function, step):
 def test_one_that_ends_before_its_last_step_closes_its_epoch():
     told = []
     result = minimize(cnn(), examples(), recipe("ends_early"), seed=0, on_step=lambda p: told.append(p.epoch_ended))
-    assert (result.outcome, len(result.history), told) == ("ended", 1, [False, False, False, True])
+    assert (result.outcome, len(result.history), told) == ("loop", 1, [False, False, False, True])
 
 
 def test_one_that_has_nothing_left_to_do_when_it_resumes_records_no_epoch_twice():

@@ -253,6 +253,12 @@ def test_the_recipe_says_what_each_stage_was_minimized_by_and_the_command_that_d
     assert conventional == "conventional"
 
 
+def test_the_recipe_of_a_users_loop_tells_of_no_optimizer_that_it_may_not_have():
+    part = one(sections(a_record(Config().with_overrides({"minimize.loop": "loops:momentum"}))), "Recipe")
+    assert [cells[0] for cells in part.rows][:4] == ["loop", "epochs", "batch size", "examples"]
+    assert "sgd" not in text([part])
+
+
 def test_law_is_not_stated_where_it_does_not_hold():
     config = Config().with_overrides({"task.loss": "squared_error"})
     record = a_record(config)

@@ -44,7 +44,7 @@ def print_help(request: HelpAsked) -> None:
     of_config = [flag for flag in request.flags if flag.of_config]
     own_flags = [flag for flag in request.flags if not flag.of_config]
     if own_flags:
-        console.print(_table(console, own_flags, whole=request.whole or not of_config))
+        console.print(_table(console, own_flags, whole=request.whole or not of_config, is_cut=False))
     if not of_config:
         return
     if request.whole:
@@ -79,8 +79,9 @@ def _rank(flag: Flag) -> int:
     return COMMON.index(flag.key) if flag.key in COMMON else len(COMMON)
 
 
-def _table(console: Any, flags: Sequence[Flag], *, whole: bool) -> Padding:
-    """Show each flag in a line with the start of its documentation, if the console is wide, or all of it below."""
+def _table(console: Any, flags: Sequence[Flag], *, whole: bool, is_cut: bool = True) -> Padding:
+    """Show each flag with the first sentence of its documentation, cut to a line, if the console is wide, or all of it
+    below."""
     is_wide = console.width >= _WIDE and not whole
     table = Table.grid(padding=(0, 2, 0, 0))
     names = [_name(flag, whole=whole) for flag in flags]
@@ -89,7 +90,8 @@ def _table(console: Any, flags: Sequence[Flag], *, whole: bool) -> Padding:
         default = (f"[{_default(flag)}] " if _default(flag) else "", "dim")
         if is_wide:
             words = Text.assemble(default, _first_sentence(flag.doc))
-            words.truncate(console.width - widest - 4, overflow="ellipsis")
+            if is_cut:
+                words.truncate(console.width - widest - 4, overflow="ellipsis")
             table.add_row(name, words)
             continue
         table.add_row(name)

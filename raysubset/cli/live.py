@@ -140,13 +140,13 @@ class PlainLines:
 
 
 def _how_far(course: Course) -> str:
-    """Return '34% of 11 passes, about 3 min of training left'; '' before the plan is known."""
+    """Return '34% of 11 planned passes, about 3 min of training left'; '' before the plan is known."""
     if (passes := course.passes) is None or not passes[1]:
         return ""
     done, total = passes
     left_s = course.left_s
     time_left = "" if left_s is None or left_s < 1 else f", about {in_words(left_s)} of training left"
-    return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} passes{time_left}"
+    return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} planned passes{time_left}"
 
 
 # The live view

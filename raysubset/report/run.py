@@ -83,6 +83,7 @@ _OF_A_STAGE = {  # rows of the recipe's table that every stage has, by the field
     "schedule": "schedule",
     "weight_decay": "weight decay",
 }
+_OF_A_LOOP = {"loop": "loop", "epochs": "epochs", "batch_size": "batch size"}  # of a user's own: it reads what it likes
 
 
 def recipe(record: Record) -> Section:
@@ -101,18 +102,21 @@ def recipe(record: Record) -> Section:
     for stage in columns:
         epochs = stages[stage]["history"][-1]["epoch"] if stage == "conventional" and stages[stage]["history"] else None
         recipes[stage] = flatten(asdict(config.stage(stage, epochs=epochs)))
-    rows = [(name, *(_setting(recipes[stage][key]) for stage in columns)) for key, name in _OF_A_STAGE.items()]
+    of_a_stage = _OF_A_STAGE if config.minimize.loop is None else _OF_A_LOOP
+    rows = [(name, *(_setting(recipes[stage][key]) for stage in columns)) for key, name in of_a_stage.items()]
     rates = {
         stage: config.stage(stage, epochs=1.0).peak_learning_rate()
         if recipe["learning_rate"] or ":" not in recipe["optimizer"]
         else None
         for stage, recipe in recipes.items()
     }
-    rows.insert(1, ("learning rate, peak", *("its own" if rate is None else f"{rate:g}" for rate in rates.values())))
+    if of_a_stage is _OF_A_STAGE:
+        shown = ("its own" if rate is None else f"{rate:g}" for rate in rates.values())
+        rows.insert(1, ("learning rate, peak", *shown))
     defaults = flatten(asdict(MinimizeConfig()))
     for key, default in defaults.items():
         values = [recipes[stage][key] for stage in columns]
-        if key not in (*_OF_A_STAGE, "learning_rate") and any(value != default for value in values):
+        if key not in (*_OF_A_STAGE, "learning_rate", "loop") and any(value != default for value in values):
             rows.append((key.replace("_", " "), *map(_setting, values)))
     num_train = record["data"]["num_train"]
     sizes = sorted({minimum["num_examples"] for minimum in rounds[-1]["minima"]}) if rounds else [0]

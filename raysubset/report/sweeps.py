@@ -33,7 +33,7 @@ def sweep_sections(record: Record) -> list[Section]:
     if lost := [trial for trial in record["trials"] if trial["state"] != "done"]:
         rows = tuple((trial["name"], trial["state"], trial.get("error", "fell behind others")) for trial in lost)
         parts.append(Section("Trials without a result", ("trial", "state", ""), rows))
-    parts.append(Section("What this tells", lines=(record["recommendation"],)))
+    parts.append(Section("What this tells", lines=(record["recommendation"], *_beside_conventional(record))))
     return parts
 
 
@@ -101,10 +101,25 @@ def _before_and_after(record: Record) -> list[Section]:
     qualities = (f"{quality.label}, before", f"{quality.label}, test")
     lines = (
         "Own: of the minima on their own subsets. Before: of the aggregate before fine-tuning, on the training set and "
-        "on validation data. Share: of the conventional run's passes. Each run reads test data once; the "
-        "recommendation does not use them.",
+        "on validation data. The last column: passes by those of the conventional run. Each run reads test data once; "
+        "the recommendation does not use them.",
     )
-    return [Section("Before and after fine-tuning", (*columns, *qualities, "share of passes"), rows, lines)]
+    return [Section("Before and after fine-tuning", (*columns, *qualities, "passes, times"), rows, lines)]
+
+
+def _beside_conventional(record: Record) -> list[str]:
+    """The conventional runs' loss, and how many times their passes the recommended setting took."""
+    number, baseline = record["recommended"], record.get("baseline")
+    if number is None or not baseline or not baseline["passes"] or not baseline["validation_loss"]:
+        return []
+    chosen, whole = record["settings"][number], baseline["passes"]["mean"]
+    times = chosen["passes"]["mean"] / whole, chosen["critical_path_passes"]["mean"] / whole
+    loss = _spread(baseline["validation_loss"], "{:.4f}".format)
+    return [
+        f"Conventional training has validation loss {loss} over {baseline['num_seeds']} seed(s) for {whole:.2f} passes: "
+        f"the recommended size took {times[0]:.2f} times as many, {times[1]:.2f} on the critical path. At equal cost "
+        "raysubset compare sets them side by side."
+    ]
 
 
 def _state(setting: Record) -> str:

@@ -251,7 +251,7 @@ class Crew:
         self._noticed_at = now
         num, request = len(self.unplaced), describe(self.request)
         waiting = f"{num} actors of {request} each wait" if num > 1 else f"an actor of {request} waits"
-        waiting += " for a place"
+        waiting += " to start, or for a place"
         free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
         if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")

@@ -44,7 +44,7 @@ def find_minima(
         if record["validation"]:
             results.append(f"validation {metrics_in_words(record['validation'], pool.opened.full_set.quality)}")
         if minimum.outcome != "epochs":
-            results.append(minimum.outcome)
+            results.append(f"ended by {minimum.outcome}")
         text = f"{piece.label}: {', '.join([*results, f'{minimum.cost.device_s:.1f} s'])}"
         text += f" ({len(folders)} of {len(pieces)})"
         tell(MinimumDone(text, piece.ledger_key[0], record))

@@ -153,7 +153,7 @@ def sweep(
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
-        tell(Note(f"{at_once} trials at once, of at most {slots_each} actors or workers each"))
+        tell(Note(f"{at_once} trials at once, of at most {slots_each} actor(s) or worker(s) each"))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {
             trial.name: Task(

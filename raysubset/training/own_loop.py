@@ -150,7 +150,7 @@ def minimize_by_own_loop(
     """Minimize by recipe.loop, with minimize()'s arguments; cost and history are those that the loop reports.
 
     Returns:
-        The outcome: "epochs" if the loop reached its last step, "stopped" if on_step() stopped it, else "ended".
+        The outcome: "epochs" if the loop reached its last step, "stopped" if on_step() stopped it, else "loop".
 
     Raises:
         ValueError: for what the loop raises, or if the model has other parameters afterwards.
@@ -192,7 +192,7 @@ def minimize_by_own_loop(
     model.zero_grad()
     if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
         raise DivergedError(f"{_FIELD} = {reference!r} ended at weights that are not finite: lower its learning rate")
-    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if checked_on_step.is_stopped else "ended"
+    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if checked_on_step.is_stopped else "loop"
     return MinimizeResult(outcome, tuple(progress.history), checked_on_step.plain(progress).cost, {})
 
 

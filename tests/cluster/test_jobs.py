@@ -229,7 +229,7 @@ def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken:
     assert 1 <= unbroken.num_most <= MOST_WORKERS
     # in a folder that they share, a new node would delete it under the tasks of the others
     assert len(unbroken.working_dirs) > unbroken.num_most
-    assert re.search("of 1 CPU (each wait|waits) for a place", unbroken.log)
+    assert re.search("of 1 CPU (each wait|waits) to start", unbroken.log)
     works = subset_works(unbroken.run)
     assert [work.outcome for work in works] == ["done"] * NUM_SUBSETS
     begun = sorted((work.started_at, work.ended_at or 0.0) for work in works)
