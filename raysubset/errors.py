@@ -1,10 +1,20 @@
 """One-line texts of errors for messages and records, short lists of names, and the error for a damaged file."""
 
+import os
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from raysubset.uris import without_secrets
 
 _MOST_CHARACTERS = 300
+_FOREIGN = (
+    "site-packages",
+    "dist-packages",
+    "<frozen",
+    *(os.path.join(os.path.dirname(f), "") for f in (os.__file__, __file__)),
+)
+_NOTE = "see "  # what note_place() adds begins so
 
 
 class CorruptFile(ValueError):
@@ -24,10 +34,30 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's type and first line. If Ray brought the error from a task or actor, describe its cause."""
+    """Return the error's type, first line and place_of(). If Ray brought it from a task or actor, describe its cause."""
     cause = getattr(error, "cause", None) or error
-    lines = _lines(cause)
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
+    lines, place = _lines(cause), place_of(cause)
+    line = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
+    return line if not place or _NOTE in line else f"{line}; {place}"
+
+
+def place_of(error: BaseException) -> str:
+    """'see net.py, line 3, in make': the innermost line of the user's that it passed; "" where there was none.
+
+    Files of Python, of installed packages and of this one are not the user's.
+    """
+    if noted := [note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)]:
+        return noted[0]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(part in frame.filename for part in _FOREIGN):
+            return f"{_NOTE}{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    return ""
+
+
+def note_place(error: BaseException) -> None:
+    """Keep place_of() with an error that goes to another process, as its traceback does not."""
+    if place := place_of(error):
+        error.add_note(place)
 
 
 def _lines(error: BaseException) -> list[str]:

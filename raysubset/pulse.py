@@ -28,14 +28,16 @@ class Pulse:
     examples_per_s: float | None = None
 
 
-_num_beats, _second_at, _last_at = 0, 0.0, 0.0  # of this process, which does one piece of work at a time
+# Of this process, which does one piece of work at a time: the number of beats, and when the second and the last came.
+# Other threads read it, so each beat replaces it
+_beats: tuple[int, float, float] = (0, 0.0, 0.0)
 _standing: Callable[[], tuple[float | None, ...]] = tuple
 
 
 def begin() -> None:
     """Start counting beats for a new piece of work."""
-    global _num_beats, _standing
-    _num_beats, _standing = 0, tuple
+    global _beats, _standing
+    _beats, _standing = (0, 0.0, 0.0), tuple
 
 
 def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:
@@ -46,16 +48,16 @@ def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:
 
 def beat() -> None:
     """Count one more batch or file."""
-    global _num_beats, _second_at, _last_at
-    _num_beats, _last_at = _num_beats + 1, time.monotonic()
-    if _num_beats == 2:
-        _second_at = _last_at
+    global _beats
+    num, second_at, _ = _beats
+    now = time.monotonic()
+    _beats = (num + 1, now if num < 2 else second_at, now)
 
 
 def pulse() -> Pulse:
     """Return this process's pulse."""
-    num, span_s = _num_beats, _last_at - _second_at
-    return Pulse(num, span_s / (num - 2) if num > 2 else None, *_standing())
+    num, second_at, last_at = _beats
+    return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None, *_standing())
 
 
 def limit_s(stall_s: float, usual_s: float | None) -> float:

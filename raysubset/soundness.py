@@ -191,7 +191,7 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         except Exception as error:  # the user's forward() may raise anything
-            way_out = ": set --minimize.precision float32" if recipe.precision in ("bfloat16", "float16") else ""
+            way_out = "; set --minimize.precision float32" if recipe.precision in ("bfloat16", "float16") else ""
             raise ValueError(f"{name} cannot take a step of training: {one_line(error)}{way_out}") from error
         left_out |= dict.fromkeys(trial.left_out)
         ends_in = trial.ends_in

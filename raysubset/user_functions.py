@@ -5,13 +5,12 @@ import contextlib
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from raysubset.config import nearest
-from raysubset.errors import first_line
+from raysubset.errors import first_line, place_of
 from raysubset.given_objects import given_object, is_given
 from raysubset.user_code import search_here
 
@@ -91,8 +90,8 @@ class _NoMainGuard(ValueError):
 def in_a_line(field: str, reference: str) -> Iterator[None]:
     """Turn into a one-line ValueError what the user's code raises, an exit of the process, and a use of our argv.
 
-    A device's failure (torch.AcceleratorError) passes unchanged: it is no mistake of the user's, and the next device
-    may do the work.
+    A failure of a device or of another worker (torch.AcceleratorError, torch.distributed.DistError) passes unchanged:
+    it is no mistake of the user's, and the next attempt may do the work.
     """
     parse_error = argparse.ArgumentParser.error
     argparse.ArgumentParser.error = _refuse_flags  # the original would print the user's usage for our flags
@@ -107,7 +106,9 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         text = f"ended the process (sys.exit({'' if error.code is None else repr(error.code)})): put what a script does"
         raise ValueError(f"{field} = {reference!r} {text} {_GUARD}{_place(error)}") from error
     except Exception as error:
-        if (torch := sys.modules.get("torch")) and isinstance(error, torch.AcceleratorError):
+        if (torch := sys.modules.get("torch")) and isinstance(
+            error, torch.AcceleratorError | torch.distributed.DistError
+        ):
             raise
         text = f"raised {type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
@@ -124,11 +125,7 @@ def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def _place(error: BaseException) -> str:
-    """Return '; see net.py, line 3, in make': the innermost line outside Python's and installed packages' files."""
-    foreign = ("site-packages", "dist-packages", os.path.dirname(os.__file__), "<frozen", __file__)
+    """Return '; see net.py, line 3, in make'."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"; see {Path(error.filename).name}, line {error.lineno}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not any(part in frame.filename for part in foreign):
-            return f"; see {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
-    return "; see what it is called with"
+    return f"; {place_of(error) or 'see what it is called with'}"

@@ -67,3 +67,18 @@ def other_outputs(model, inputs, targets, task, generator):
 
 def raises(model, inputs, targets, task, generator):
     return model(inputs, targets)
+
+
+def look_up(targets):
+    return {0: "a class that few examples are of"}[len(targets)]
+
+
+def raises_in_training(model, inputs, targets, task, generator):
+    """As plain() in a trial, whose batches are small."""
+    if len(inputs) > 16:
+        look_up(targets)
+    return plain(model, inputs, targets, task, generator)
+
+
+def nothing_in_training(model, inputs, targets, task, generator):
+    return plain(model, inputs, targets, task, generator) if len(inputs) <= 16 else None

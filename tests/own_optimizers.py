@@ -63,3 +63,21 @@ class Strange(torch.optim.SGD):
 
 def strange(parameters, recipe):
     return Strange(parameters, lr=0.1)
+
+
+class Impatient(torch.optim.SGD):
+    """Raises in its tenth step, which no trial makes."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.steps_left = 9
+
+    def step(self, closure=None):
+        if not self.steps_left:
+            raise KeyError("momentum")
+        self.steps_left -= 1
+        return super().step(closure)
+
+
+def impatient(parameters, recipe):
+    return Impatient(parameters)

@@ -300,7 +300,7 @@ def test_losses_that_are_no_numbers_are_refused_where_they_decide():
         select_best([])
     with pytest.raises(ValueError, match="subset 1 has a validation loss of nan, which cannot be a weight"):
         weighted_soup(points(1.0, 2.0, losses=[0.1, math.nan]), weight_by="validation_loss")
-    with pytest.raises(ValueError, match="subset 1 has a validation loss of -0.5, and weights by the inverse need"):
+    with pytest.raises(ValueError, match=r"subset 1 has a validation loss of -0\.5, and weights by the inverse need"):
         weighted_soup(points(1.0, 2.0, 3.0, losses=[-0.1, -0.5, 2.0]), weight_by="validation_loss")
 
 

@@ -85,3 +85,17 @@ def test_it_is_code_that_is_named_and_is_not_packed():
     config = Config().with_overrides({"minimize.objective": "mine:mixup"})
     assert config.functions() == {"minimize.objective": "mine:mixup"}
     assert why_not_packed(cnn(), config.minimize) == "mine:mixup is called with one network"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises_in_training", "raised KeyError: 30; see own_objectives.py, line .*, in look_up"),
+        ("nothing_in_training", "returned a NoneType: return two tensors"),
+    ],
+)
+def test_what_only_training_meets_is_told_as_a_trial_tells_it(function, message):
+    config = replace(recipe(function), batch_size=30)
+    try_own_objective(cnn(), config, examples())
+    with pytest.raises(ValueError, match=rf"minimize.objective = 'tests.own_objectives:{function}' {message}"):
+        minimize(cnn(), examples(30), config, seed=0)

@@ -103,3 +103,10 @@ def test_settings_that_need_to_know_the_optimizer_are_refused(overrides, message
 
 def test_it_is_not_packed():
     assert why_not_packed(cnn(), recipe("adam")) == "tests.own_optimizers:adam is an optimizer of one network"
+
+
+def test_what_a_later_step_raises_is_told_as_a_trial_tells_it():
+    try_own_optimizer(cnn(), recipe("impatient"))
+    told = "'tests.own_optimizers:impatient' raised KeyError: 'momentum'; see own_optimizers.py, line .*, in step"
+    with pytest.raises(ValueError, match=told):
+        minimize(cnn(), examples(80), recipe("impatient"), seed=0)

@@ -332,7 +332,9 @@ def test_waiting_without_any_actor_is_told_and_ends(tmp_path: Path, fake: Any, m
     told = r"3 actors of 1 CPU each wait to start, or for a place, .*cluster.wait_timeout_s"
     with pytest.raises(TimeoutError, match=told), ActorPool(run, num_gpus=0.0) as pool:
         list(pool.run(packs, None))
-    assert events[1].text.startswith("3 actors of 1 CPU each wait to start, or for a place; work not begun: 3, actors up: 0")
+    assert events[1].text.startswith(
+        "3 actors of 1 CPU each wait to start, or for a place; work not begun: 3, actors up: 0"
+    )
     assert ray.alive == []
 
 

@@ -1,11 +1,14 @@
 """When work stands still, by a clock that the test turns."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from raysubset import pulse as pulse_module
 from raysubset.pulse import Pulse, Watch, beat, begin, limit_s, pulse
-from tests.tiny import image_examples
+from tests.tiny import between_instructions, image_examples
 
 
 class Clock:
@@ -91,3 +94,30 @@ def test_each_batch_of_training_and_of_evaluation_is_a_beat() -> None:
     list(examples.epoch(order_seed=0, augmentation_seed=0, batch_sizes=[4, 4, 2]))
     list(examples.in_order([5, 5]))
     assert pulse().num_beats == 5
+
+
+def test_a_pulse_is_of_one_moment_whatever_the_work_does_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five beats a second apart; before one of the instructions of pulse() a sixth, or four of a slower next piece."""
+    clock = Clock()
+    monkeypatch.setattr(pulse_module, "time", SimpleNamespace(monotonic=clock))
+
+    def beats(num: int, every_s: float) -> None:
+        for _ in range(num):
+            clock.now += every_s
+            beat()
+
+    def answers(act: Callable[[], object]) -> set[tuple[int, float | None]]:
+        def question() -> tuple[int, float | None]:
+            begin()
+            beats(5, 1.0)
+            heard = pulse()
+            return heard.num_beats, heard.usual_s
+
+        return set(between_instructions(question, pulse, act))
+
+    def next_piece() -> None:
+        begin()
+        beats(4, 10.0)
+
+    assert answers(lambda: beats(1, 1.0)) == {(5, 1.0), (6, 1.0)}
+    assert answers(next_piece) == {(5, 1.0), (4, 10.0)}

@@ -598,6 +598,20 @@ class TestLease:
         with Lease(run):
             assert run.open(CONFIG, {}) is False
 
+    def test_a_folder_that_is_deleted_while_the_lease_is_renewed_is_noticed(self, run, monkeypatch):
+        with Lease(run, renew_s=3600) as lease:
+            run.open(CONFIG, {})
+            exists = RunDirectory.exists
+
+            def exists_for_the_last_time(self, path):
+                found = exists(self, path)
+                shutil.rmtree(run.local_path, ignore_errors=True)
+                return found
+
+            monkeypatch.setattr(RunDirectory, "exists", exists_for_the_last_time)
+            lease.renew()
+            assert lease.lost == f"{run.uri} is gone, deleted or no longer mounted"
+
     def test_a_folder_that_is_deleted_is_called_that_also_where_an_actor_has_made_it_again(self, run):
         with Lease(run, renew_s=3600) as lease:
             run.open(CONFIG, {})

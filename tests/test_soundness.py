@@ -126,7 +126,10 @@ def test_parameters_that_steps_leave_out_are_named():
 
 
 def test_a_step_that_fails_in_the_configured_precision_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"HalfOnly cannot take a step .*for bfloat16: set --minimize\.precision"):
+    with pytest.raises(
+        ValueError,
+        match=r"HalfOnly cannot take a step .*for bfloat16; see sound_networks.py.*; set --minimize\.precision",
+    ):
         plan("HalfOnly", minimize__precision="bfloat16")
     assert lines("HalfOnly") == []
 

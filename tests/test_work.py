@@ -29,11 +29,12 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.tasks import Spec
-from raysubset.training import Progress, Weights, evaluate
+from raysubset.training import Cost, Progress, Weights, evaluate
 from raysubset.work import (
     AggregatePiece,
     Minimizer,
     Piece,
+    Report,
     TestPiece,
     cut_subsets,
     leave_aggregate,
@@ -43,7 +44,7 @@ from raysubset.work import (
 )
 from raysubset.work.networks import Networks
 from tests.test_report import a_record
-from tests.tiny import same_bits, stored_weights
+from tests.tiny import between_instructions, same_bits, stored_weights
 
 CONFIG = Config().with_overrides({"subsets.num": 2, "subsets.size": 120, "minimize.epochs": 2.0, "model.norm": "group"})
 
@@ -108,6 +109,20 @@ def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_
     with stopped.following() as follower:
         assert follower.follow(Progress(1, 1))
         assert follower.outcome() == "preempted"
+
+
+def test_a_report_is_of_one_step_whatever_training_does_meanwhile() -> None:
+    """A step takes a second and passes as many examples as steps were made, so that no two steps have the same pace."""
+    progress = Progress(100, 10)
+
+    def step() -> None:
+        progress.step += 1
+        progress.cost += Cost(progress.step, progress.step, 1, 1.0)
+
+    step()
+    reports = between_instructions(lambda: Report.of(progress), Report.of.__func__, step)
+    assert len(reports) > 10
+    assert all(report.examples_per_s == report.cost.num_forward / report.cost.device_s for report in reports)
 
 
 def test_several_pieces_at_once_leave_minima_of_their_own(

@@ -259,3 +259,31 @@ def measured(script: str, folder: Path, part: pa.Table, nums_of_groups: Sequence
     command = [sys.executable, "-c", script, *map(str, paths)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+
+def between_instructions(question: Callable[[], Any], of: Callable[..., Any], act: Callable[[], object]) -> list[Any]:
+    """The answers to a question where something is done before the first, second … bytecode instruction of a function
+    that answers it, as another thread may do it: one answer for each instruction."""
+    answers, num = list[Any](), 0
+    acts_at = 1
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal num
+        if frame.f_code is not of.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            num += 1
+            if num == acts_at:
+                act()
+        return trace
+
+    while num >= acts_at - 1:
+        before, num = sys.gettrace(), 0
+        sys.settrace(trace)
+        try:
+            answers.append(question())
+        finally:
+            sys.settrace(before)
+        acts_at += 1
+    return answers[:-1]

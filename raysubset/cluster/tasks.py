@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
+from raysubset.errors import note_place
 from raysubset.events import OnEvent, Waiting
 from raysubset.given_objects import held_objects, hold
 from raysubset.user_code import Workplace
@@ -97,8 +98,12 @@ def call_on_cluster(
     def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
         workplace.enter()
         yield None  # the task has a place
-        with published(key):
-            result = function(ray.get(value_ref[0]), *arguments)
+        try:
+            with published(key):
+                result = function(ray.get(value_ref[0]), *arguments)
+        except Exception as error:
+            note_place(error)
+            raise
         yield result
 
     refuse_unplaceable(request, "scoring tasks")

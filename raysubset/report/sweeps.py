@@ -116,8 +116,8 @@ def _beside_conventional(record: Record) -> list[str]:
     times = chosen["passes"]["mean"] / whole, chosen["critical_path_passes"]["mean"] / whole
     loss = _spread(baseline["validation_loss"], "{:.4f}".format)
     return [
-        f"Conventional training has validation loss {loss} over {baseline['num_seeds']} seed(s) for {whole:.2f} passes: "
-        f"the recommended size took {times[0]:.2f} times as many, {times[1]:.2f} on the critical path. At equal cost "
+        f"Conventional training has validation loss {loss} over {baseline['num_seeds']} seed(s) for {whole:.2f} passes"
+        f": the recommended size took {times[0]:.2f} times as many, {times[1]:.2f} on the critical path. At equal cost "
         "raysubset compare sets them side by side."
     ]
 

@@ -110,15 +110,16 @@ class Lease:
 
     def renew(self) -> None:
         """Write that the holder lives, or set `lost` if another driver has the lease or the run's folder is gone."""
-        if self._directory.exists(LEASE_PATH):  # not the folder, which actors create again if it is deleted
+        is_there = self._directory.exists(LEASE_PATH)  # not the folder, which actors create again if it is deleted
+        if is_there:
             with _exclusive(self._directory.local_path):
                 holder = self._holder()
-                if holder is None or holder["driver"] == self._record["driver"]:  # None: the file was damaged
+                is_there = holder is not None or self._directory.exists(LEASE_PATH)  # without a holder it was damaged
+                if is_there and (holder is None or holder["driver"] == self._record["driver"]):
                     self._write()
                     return
-            self.lost = f"another driver has taken over {self._directory.uri}"
-        else:
-            self.lost = f"{self._directory.uri} is gone, deleted or no longer mounted"
+        uri, gone = self._directory.uri, "is gone, deleted or no longer mounted"
+        self.lost = f"another driver has taken over {uri}" if is_there else f"{uri} {gone}"
         logger.error("%s; this driver stops", self.lost)
 
     def _keep(self) -> None:

@@ -13,6 +13,7 @@ import ray
 from raysubset.cluster import get_shared, own_address
 from raysubset.costs import count_bytes, taken_bytes
 from raysubset.data import FullSet
+from raysubset.errors import note_place
 from raysubset.fine_tuning import Job
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
@@ -102,7 +103,11 @@ class SubsetActor:
         Returns:
             The results, and the damaged files found since the last report.
         """
-        return self._do(pieces, start_ref, attempts=attempts, waited_s=waited_s), self._damages.taken()
+        try:
+            return self._do(pieces, start_ref, attempts=attempts, waited_s=waited_s), self._damages.taken()
+        except Exception as error:
+            note_place(error)
+            raise
 
     def _do(
         self,

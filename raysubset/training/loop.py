@@ -2,7 +2,9 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from raysubset.training.records import (
 from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
 from raysubset.training.whole_subset import minimize_whole
+from raysubset.user_functions import in_a_line
 
 
 def minimize(
@@ -106,6 +109,7 @@ def minimize(
     num_summed = 0  # examples in loss_sum, over all shards
     best: dict[str, Any] = {}
     batches, num_parts = None, recipe.accumulation
+    stepping = partial(in_a_line, "minimize.optimizer", recipe.optimizer) if recipe.has_own_optimizer else nullcontext
     objective = OwnObjective(recipe.objective, device) if recipe.objective else None
     num_seen = first_step = 0
 
@@ -202,7 +206,8 @@ def minimize(
             scaler.unscale_(optimizer)
             if recipe.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-            scaler.step(optimizer)  # skips the step if gradients are not finite
+            with stepping():
+                scaler.step(optimizer)  # skips the step if gradients are not finite
             scaler.update()
 
             num_summed += batch_sizes[batch]

@@ -33,7 +33,8 @@ class OwnObjective:
     """
 
     def __init__(self, reference: str, device: torch.device) -> None:
-        self._function, self._generator = load_function(_FIELD, reference), torch.Generator(device)
+        self._reference, self._generator = reference, torch.Generator(device)
+        self._function = load_function(_FIELD, reference)
         self.num_extra = 0
 
     def seed(self, seed: int) -> None:
@@ -41,7 +42,11 @@ class OwnObjective:
         self._generator.manual_seed(seed)
 
     def __call__(self, model: object, inputs: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-        """Return (the summed loss in float32, the outputs)."""
+        """Return (the summed loss in float32, the outputs).
+
+        Raises:
+            ValueError: if it does not return a loss, summed, and outputs that fit; or for what it raises.
+        """
         assert isinstance(model, nn.Module)  # a compiled model is one, but torch.compile()'s type does not show it
         num_passed = 0
 
@@ -51,10 +56,12 @@ class OwnObjective:
 
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            loss, outputs = self._function(model, inputs, targets, task, self._generator)
+            with in_a_line(_FIELD, self._reference):
+                pair = self._function(model, inputs, targets, task, self._generator)
         finally:
             hook.remove()
         self.num_extra += max(0, num_passed - len(inputs))
+        loss, outputs = _checked(pair, len(inputs), task, self._reference)
         return widened(loss), outputs
 
 
@@ -79,7 +86,7 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
             torch.manual_seed(draw)
             with in_a_line(_FIELD, reference), precision:
                 pair = function(network, inputs, targets, task, generator)
-            total += _checked(pair, len(inputs), task, reference)
+            total += _checked(pair, len(inputs), task, reference)[0].item()
         return total
 
     with generators_restored(), torch.random.fork_rng(devices=[]):
@@ -93,8 +100,8 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
         )
 
 
-def _checked(pair: object, num: int, task: Task, reference: str) -> float:
-    """Return the loss as a number, after checking the kinds and shapes of loss and outputs."""
+def _checked(pair: object, num: int, task: Task, reference: str) -> tuple[Tensor, Tensor]:
+    """Return the loss and the outputs, after checking their kinds and shapes."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
         kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
         raise _misfit(reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")
@@ -106,7 +113,7 @@ def _checked(pair: object, num: int, task: Task, reference: str) -> float:
     if tuple(outputs.shape) != expected:
         text = f"returned outputs {list(outputs.shape)} for {num} examples, and the task's are {list(expected)}"
         raise _misfit(reference, f"{text}: return those of each example of the batch")
-    return loss.item()
+    return loss, outputs
 
 
 def _misfit(reference: str, text: str) -> ValueError:

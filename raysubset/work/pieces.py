@@ -263,8 +263,9 @@ class Report:
 
     @classmethod
     def of(cls, progress: Progress) -> "Report":
-        """Return the report of a minimization's progress."""
-        per_s = progress.cost.num_forward / max(progress.cost.device_s, 1e-9)
+        """Return the report of a minimization's progress, which may go on meanwhile."""
+        cost = progress.cost
+        per_s = cost.num_forward / max(cost.device_s, 1e-9)
         num_epochs = progress.num_steps / progress.num_steps_per_epoch
         losses = (progress.loss, progress.running_loss())
-        return cls(progress.epoch, num_epochs, *losses, per_s, progress.cost)
+        return cls(progress.epoch, num_epochs, *losses, per_s, cost)

@@ -1,0 +1,50 @@
+"""Errors in a line: their kind, their first words, and the line of the user's code that they passed."""
+
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
+
+from raysubset.data import Examples
+from raysubset.errors import note_place, one_line, place_of
+from tests.tiny import examples
+
+
+class Draws(list):
+    """Indices that raise in this file, a frame below those of the package."""
+
+    def __index__(self) -> int:
+        raise KeyError("no such example")
+
+
+def passed_through_user_code() -> Exception:
+    with pytest.raises(KeyError) as told:
+        Draws().__index__()
+    return told.value
+
+
+def test_a_line_ends_with_the_innermost_place_that_is_the_users():
+    error = passed_through_user_code()
+    place = place_of(error)
+    assert place.startswith(f"see {Path(__file__).name}, line ")
+    assert place.endswith(", in __index__")
+    assert one_line(error) == f"KeyError: 'no such example'; {place}"
+
+
+def test_what_passed_none_of_the_users_lines_has_no_place():
+    with pytest.raises(TypeError) as told:
+        Examples.select(examples(), None)  # pyright: ignore[reportArgumentType]
+    error = told.value
+    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this test's own line
+    assert "; see" not in one_line(error)
+
+
+def test_the_place_goes_with_an_error_to_another_process_and_is_told_once():
+    error = passed_through_user_code()
+    expected = one_line(error)
+    note_place(error)
+    there = cloudpickle.loads(cloudpickle.dumps(RayTaskError("do", "…", error)))
+    assert there.cause.__traceback__ is None
+    assert one_line(there) == expected
+    assert one_line(ValueError(f"data.name = 'net:load' raised {expected}")).count("see ") == 1
