@@ -215,6 +215,7 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     monkeypatch.setattr(pool, "draining_nodes", set)
     monkeypatch.setattr(pool, "POLL_S", 0.05)
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
+    monkeypatch.setattr(pool, "STOP_GRACE_S", 120.0)  # a step may take as long on a busy machine
     monkeypatch.setattr(crew, "FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr(crew, "START_S", 0.0)  # as actors are forked
     return processes

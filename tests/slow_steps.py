@@ -7,6 +7,7 @@ speed_up(folder, "subsets")                    # at once
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from raysubset.training import Step
@@ -30,10 +31,9 @@ def speed_up(folder: str | Path, stage: str) -> None:
 def listen(step: Step) -> None:
     """Wait, as long as the stage is slow."""
     path, until = _path(os.environ.get(FOLDER, ""), step.stage), time.monotonic() + STEP_S
-    while time.monotonic() < until and path.exists():
-        if step.step < int(path.read_text()):
-            return
-        time.sleep(0.01)
+    with suppress(FileNotFoundError):  # which may come between any two looks
+        while time.monotonic() < until and step.step >= int(path.read_text()):
+            time.sleep(0.01)
 
 
 def _path(folder: str | Path, stage: str) -> Path:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from raysubset import Config
 from raysubset.cluster import put_once
 from raysubset.data import load_full_set
-from raysubset.events import Event, Note, Retry
+from raysubset.events import Event, Note, Progress, Retry
 from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
@@ -138,7 +139,7 @@ def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -
     assert record["attempt"] == 1
     assert outcomes(tmp_path) == ["failed", "done"]
     (told,) = [event.text for event in events if isinstance(event, Retry)]
-    assert "OSError: the storage does not answer), 1 of 2 times; it starts from its last checkpoint" in told
+    assert re.search(r"OSError: the storage does not answer.*\), 1 of 2 times; it starts from its last", told)
 
 
 def test_storage_that_always_fails_ends_the_piece_with_the_cause(tmp_path: Path) -> None:
@@ -154,4 +155,6 @@ def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path:
     assert [kind for kind, _ in itertools.groupby(told)] == [Note, Retry, Note]  # on a busy machine one more than once
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert [work.outcome for work in works] == ["lost", "lost"]
-    assert all(work.cost.num_steps == NUM_STEPS for work in works)  # by what the actors reported
+    for work in works:  # by what the actors reported; on a busy machine one is given up before
+        reported = [event for event in events if isinstance(event, Progress) and event.attempt.number == work.attempt]
+        assert max((round(event.epoch * 4) for event in reported), default=0) <= work.cost.num_steps <= NUM_STEPS

@@ -360,6 +360,8 @@ def test_another_tasks_report_says_its_quality_in_its_direction_and_unit():
     assert "Fine-tuning, against the aggregate: r2 +0.48 (it helped), loss -0.0800" in text(sections(better))
     better["stages"]["fine_tuning"]["validation"] |= {"r2": 0.3}
     assert "r2 -0.02 (it did harm)" in text(sections(better))
+    better["stages"]["fine_tuning"]["validation"] |= {"r2": 0.32}
+    assert "r2 +0 (no difference)" in text(sections(better))
 
 
 def test_an_error_that_the_metrics_tell_is_shown_and_bounds_the_noise():

@@ -146,8 +146,8 @@ def test_an_actor_that_is_killed_and_a_driver_that_ends_as_it_fine_tunes_change_
     struck: list[int] = []
 
     def strike(event: Event) -> None:
-        if not isinstance(event, Progress) or event.attempt.stage != "fine_tuning" or event.epoch < 1 + len(struck):
-            return
+        if not isinstance(event, Progress) or event.attempt.stage != "fine_tuning" or event.epoch <= 1 + len(struck):
+            return  # before an epoch's checkpoint is written its last step may be told of
         struck.append(event.attempt.pid)
         if len(struck) == 2:
             raise Enough
@@ -162,7 +162,11 @@ def test_an_actor_that_is_killed_and_a_driver_that_ends_as_it_fine_tunes_change_
     assert same_bits(*(stored_weights(directory, weights_path("fine_tuning")) for directory in directories))
     works = [[w for w in Ledger(directory).read() if w.stage == "fine_tuning"] for directory in directories]
     assert [work.outcome for work in works[1]] == ["lost", "interrupted", "done"]
-    assert works[0][0].cost.num_steps == 4 * 21 <= sum(work.cost.num_steps for work in works[1]) <= 4 * 21 + 2
+    assert works[0][0].cost.num_steps == 4 * 21
+    assert works[1][0].cost.num_steps > 21
+    assert (
+        works[1][1].cost.num_steps + works[1][2].cost.num_steps == 3 * 21
+    )  # from the checkpoint after the first epoch
     assert broken.test == whole.test
 
 

@@ -226,7 +226,8 @@ class _Worker:
             outcome = self._watch.look(progress)
             if progress.epoch_ended and self._shard.rank == 0:
                 self._directory.write_json(history_path(self._stage), self._watch.looks)
-            stop = self._alone is not None and self._alone.follower.follow(progress)
+            counted = replace(progress, cost=self._cost(progress.cost))  # with looks at validation data
+            stop = self._alone is not None and self._alone.follower.follow(counted)
             if progress.epoch_ended or progress.step % every_steps == 0 or stop or self._is_due():
                 self._checkpoint(progress, stop=stop)
             elif self._work is not None:

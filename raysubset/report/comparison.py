@@ -265,10 +265,10 @@ def _network(record: Record) -> Section:
     workers, step = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
     lines = (
         "Seconds if every subset had a device as fast as this one: critical-path passes × "
-        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Latency is left out: add it for each exchange. "
-        "Computed from what was measured here, not measured on a network. Bytes: what a member and the aggregating "
-        f"actor fetch and send; data-parallel training of {workers} workers sends {step} per step and worker (ring "
-        "all-reduce of float32, half of it in bfloat16), with nothing overlapped.",
+        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Left out are latency (add it for each exchange) and "
+        "checkpoints. Computed from what was measured here, not measured on a network. Bytes: what a member and the "
+        f"aggregating actor fetch and send; data-parallel training of {workers} workers sends {step} per step and "
+        "worker (ring all-reduce of float32, half of it in bfloat16), with nothing overlapped.",
     )
     columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
     return Section("Wall time by network, largest budget", columns, rows, lines, _wall_plots(record))

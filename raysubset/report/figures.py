@@ -55,7 +55,8 @@ class Difference:
 def difference(new: Record, old: Record, quality: Quality) -> Difference:
     """Return new minus old quality. Its error assumes independent samples: on the same examples it may be smaller."""
     errors = [error for metrics in (new, old) if (error := standard_error(metrics, quality)) is not None]
-    value = finite(new[quality.name]) - finite(old[quality.name])
+    now, before = finite(new[quality.name]), finite(old[quality.name])
+    value = 0.0 if math.isclose(now, before) else now - before  # not what rounding leaves
     return Difference(value, math.hypot(*errors) if len(errors) == 2 else None)
 
 

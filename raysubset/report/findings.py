@@ -91,10 +91,13 @@ def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) 
     verdict = (
         "within the noise" if change.is_noise else "it helped" if quality.gain(change.value) > 0 else "it did harm"
     )
+    shown = quality.change(change.value)
     if not math.isfinite(change.value):
         verdict = "not finite"
+    elif not change.is_noise and shown in (quality.change(0.0), quality.change(-0.0)):
+        verdict = "no difference"
     error = "" if change.error is None else quality.error(change.error)
-    return f"{what}, against {than}: {quality.change(change.value)}{error} ({verdict}), loss {loss:+.4f}."
+    return f"{what}, against {than}: {shown}{error} ({verdict}), loss {loss:+.4f}."
 
 
 def _of_passes(record: Record) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     overrides = {"model.name": "tests.endless:network", "fine_tuning.epochs": 1.0, "actors.stall_s": 1.0}
     made = Config(name="endless", storage_path=str(tmp_path)).with_overrides(overrides | {"actors.max_attempts": 1})
     full_set, events, directory = load_full_set(made.data), list[Event](), RunDirectory(str(tmp_path), "endless")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), events.append),
@@ -161,3 +163,4 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     # on a busy machine more than once
     assert any("stand still: no step for" in warning for warning in warnings), warnings
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
+    assert {number: signal.getsignal(number) for number in handlers} == handlers  # Train's own would end us with 0

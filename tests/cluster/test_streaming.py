@@ -19,7 +19,7 @@ from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
 from raysubset.streaming import most_workers, read_by_ray_data, refuse_without_readers
 from raysubset.sweeping.plan import widest_stage
-from raysubset.training import Shard
+from raysubset.training import Metrics, Shard
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -132,6 +132,23 @@ def test_the_one_worker_that_auto_takes_is_an_actor_which_streams_epoch_after_ep
     assert {works[stage].num_workers for stage in ("trunk", "fine_tuning")} == {1}
     assert works["fine_tuning"].cost.num_backward == 2 * len(load_full_set(config.data).train)
     assert report.test.accuracy > 0.9
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_stream_all_examples_of_a_second_epoch_too(small_set: Path, tmp_path: Path) -> None:
+    overrides = {"trunk.epochs": 0.0, "minimize.epochs": 1.0, "subsets.num": 2, "subsets.size": 101, "model.width": 4}
+    overrides |= {"fine_tuning.epochs": 2.0, "fine_tuning.num_workers": 2, "minimize.batch_size": 47}
+    config = Config(storage_path=str(tmp_path), data=DataConfig(name=str(small_set), streamed=True))
+    directory = RunDirectory.at(run(config.with_overrides(overrides)).uri)
+    (work,) = [work for work in Ledger(directory).read() if work.stage == "fine_tuning"]
+    full_set = load_full_set(config.data)
+    assert (work.outcome, work.num_workers) == ("done", 2)
+    assert work.cost.num_backward == 2 * len(full_set.train)
+    record = directory.read_json("fine_tuning/minimum.json")
+    first, second = record["history"]
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    assert second["loss"] < first["loss"]
+    assert Metrics.from_dict(record["validation"]).accuracy > 0.9
 
 
 @pytest.mark.usefixtures("ray_cluster")
