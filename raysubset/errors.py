@@ -34,7 +34,8 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's type, first line and place_of(). If Ray brought it from a task or actor, describe its cause."""
+    """Return the error's type, first line and place_of(). If Ray brought the error from a task or actor, describe its
+    cause."""
     cause = getattr(error, "cause", None) or error
     lines, place = _lines(cause), place_of(cause)
     line = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
@@ -42,9 +43,9 @@ def one_line(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """'see net.py, line 3, in make': the innermost line of the user's that it passed; "" where there was none.
+    """Return 'see net.py, line 3, in make', the innermost line of the user's code in the error's traceback, or "".
 
-    Files of Python, of installed packages and of this one are not the user's.
+    Files of Python, of installed packages and of this package are not the user's.
     """
     if noted := [note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)]:
         return noted[0]
@@ -55,7 +56,7 @@ def place_of(error: BaseException) -> str:
 
 
 def note_place(error: BaseException) -> None:
-    """Keep place_of() with an error that goes to another process, as its traceback does not."""
+    """Attach place_of() to an error that is sent to another process: a traceback is not sent with it."""
     if place := place_of(error):
         error.add_note(place)
 

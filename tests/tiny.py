@@ -262,8 +262,8 @@ def measured(script: str, folder: Path, part: pa.Table, nums_of_groups: Sequence
 
 
 def between_instructions(question: Callable[[], Any], of: Callable[..., Any], act: Callable[[], object]) -> list[Any]:
-    """The answers to a question where something is done before the first, second … bytecode instruction of a function
-    that answers it, as another thread may do it: one answer for each instruction."""
+    """Ask a question again and again, and act before the first, second … bytecode instruction of a function that
+    answers it, as another thread may. Return an answer for each instruction."""
     answers, num = list[Any](), 0
     acts_at = 1
 

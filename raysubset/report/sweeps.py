@@ -108,7 +108,7 @@ def _before_and_after(record: Record) -> list[Section]:
 
 
 def _beside_conventional(record: Record) -> list[str]:
-    """The conventional runs' loss, and how many times their passes the recommended setting took."""
+    """Compare the recommended setting's passes with those of the conventional runs, in a sentence."""
     number, baseline = record["recommended"], record.get("baseline")
     if number is None or not baseline or not baseline["passes"] or not baseline["validation_loss"]:
         return []
