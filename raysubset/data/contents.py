@@ -26,14 +26,14 @@ from raysubset.tasks import task_to_dict
 _SETTLED_NS = 2 * 10**9  # a file that changed more recently than this may change again and keep its times
 _NUM_READERS = 16
 
-# What data are read as, and the settings by which that is done; what is left out says something of others.
+# The kinds of data, and the settings that apply to each.
 _KINDS = {
-    "images": ("image_size", "augmentation"),  # without names: of a set, in folders of classes, in a pair
+    "images": ("image_size", "augmentation"),  # without names: in a named set, folders of classes, or a pair of arrays
     "images by name": ("image_size", "augmentation", "image_column", "target"),
     "columns": ("target", "columns", "missing"),
     "texts": ("window", "vocabulary"),
     "arrays by name": ("target",),
-    "arrays": (),  # as they are, for a user's own task
+    "arrays": (),  # unchanged, for a user's own task
 }
 Kind = Literal["images", "images by name", "columns", "texts", "arrays by name", "arrays"]
 _DOWNLOADED = ("root", "download")
@@ -88,12 +88,12 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
 
 
 def unused_settings(config: DataConfig, kind: Kind) -> tuple[Note, ...]:
-    """Warn of settings that do not apply to this kind of data. A user's own augmentation applies to any."""
-    usual = ("none", config.own_augmentation)
+    """Warn about settings that do not apply to this kind of data. A user's own augmentation applies to every kind."""
+    exempt = ("none", config.own_augmentation)
     names = dict.fromkeys((*_DOWNLOADED, *(name for names in _KINDS.values() for name in names)))
-    used = (*_KINDS[kind], *(_DOWNLOADED if config.name in {*DATA_NAMES} - {*EMBEDDED_NAMES} else ()))
-    given = [name for name in names if getattr(config, name) not in (getattr(DataConfig, name), *usual)]
-    if unused := [f"data.{name}" for name in given if name not in used]:
+    applicable = (*_KINDS[kind], *(_DOWNLOADED if config.name in {*DATA_NAMES} - {*EMBEDDED_NAMES} else ()))
+    changed = [name for name in names if getattr(config, name) not in (getattr(DataConfig, name), *exempt)]
+    if unused := [f"data.{name}" for name in changed if name not in applicable]:
         read_as = kind.removesuffix(" by name")
         text = f"{config.name} is read as {read_as}, to which {', '.join(unused)} does not apply"
         return (Note(text, is_warning=True),)

@@ -1,4 +1,4 @@
-"""Full sets of tables, texts and arrays: a task fitted on training rows, and the splits of what it stores."""
+"""Builds full sets from tables, texts and arrays: fits the task on training rows, and stores the splits."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,10 +116,11 @@ def _of_training(vocabulary: Vocabulary, windows: np.ndarray) -> tuple[Vocabular
 def of_arrays(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, task: TaskConfig, notes: Sequence[Note]
 ) -> FullSet:
-    """The full set of named arrays, [N, …] each: for a user's own task as they are, for others by their names.
+    """Build the full set of named arrays, [N, …] each. A user's own task gets them unchanged.
 
-    Those are "inputs" (floats, or integers of tokens) or "image" (uint8 [N, H, W, C]), unless data.image_column names
-    images, and "label" of classes, "target" of numbers, or "mask" of pixels, unless data.target names them.
+    For other tasks, the inputs are "inputs" (floats, or integers of tokens) or "image" (uint8 [N, H, W, C]), unless
+    data.image_column names images. The targets are "label" (classes), "target" (numbers) or "mask" (a class for each
+    pixel), unless data.target names them.
 
     Raises:
         ValueError: for arrays that the task cannot use.
@@ -127,12 +128,13 @@ def of_arrays(
     named = () if task.is_class else split_names("target", config.target, [*arrays["train"]])
     texts = (*named, "label", "target")
     arrays = {
-        split: {name: _storable(each, name, texts, config) for name, each in own.items()}
-        for split, own in arrays.items()
+        split: {name: _storable(values, name, texts, config) for name, values in split_arrays.items()}
+        for split, split_arrays in arrays.items()
     }
     train = arrays["train"]
     if task.is_class:
-        rows, carving = carve_splits(alike({split: next(iter(own.values())) for split, own in arrays.items()}), config)
+        first_arrays = {split: next(iter(split_arrays.values())) for split, split_arrays in arrays.items()}
+        rows, carving = carve_splits(alike(first_arrays), config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
     is_image = config.image_column in train or config.image_column != DataConfig.image_column
@@ -169,12 +171,12 @@ def of_arrays(
     splits = {}
     for split in SPLITS:
         origin = _origin(split, targets.values)
-        own = arrays[origin][column][rows[split]]
+        values = arrays[origin][column][rows[split]]
         if isinstance(inputs, ImageInputs):
-            own = np.ascontiguousarray(own)
+            values = np.ascontiguousarray(values)
         else:
-            own = inputs.standardised(own, where=f"the {split} split", rows=rows[split])
-        tensors = {inputs.column: own, **targets.stored(origin, rows[split], learned)}
+            values = inputs.standardised(values, where=f"the {split} split", rows=rows[split])
+        tensors = {inputs.column: values, **targets.stored(origin, rows[split], learned)}
         splits[split] = Split.from_arrays(tensors, rows[split], {})
     return _full_set(config, splits, learned, [*notes, *targets.notes, *carving])
 
@@ -184,7 +186,7 @@ def _shown(array: np.ndarray) -> str:
 
 
 def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataConfig) -> np.ndarray:
-    """An array in a type that torch takes examples of by index; those that may be texts are named."""
+    """Convert an array to a type that torch can index; refuse texts except in the arrays named by `texts`."""
     if values.dtype.kind == "U" and name not in texts:
         raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made")
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
@@ -194,38 +196,38 @@ def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataC
 def _masks_of(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, names: Sequence[str], config: DataConfig
 ) -> dict[SplitName, np.ndarray]:
-    """The masks of arrays, of a class for each pixel of the images in a column."""
+    """Return each split's masks, [N, H, W], a class for each pixel of the images in `column`."""
     name, *others = names
     if others:
         raise ValueError(f"segmentation learns one array of masks, not {', '.join(names)}: set --data.target to one")
-    for split, own in arrays.items():
+    for split, split_arrays in arrays.items():
         wanted = ("image" if column == "inputs" else column, name)
-        if missing := [each for each in wanted if each not in own]:
-            text = f"{config.name} gives {', '.join(own)}: segmentation needs {missing[0]} too"
-            if missing == [name] and "target" in own:
-                shape = list(own[column].shape[:3])
-                text += f", integers for each pixel of {shape}; target is {_shown(own['target'])}"
+        if missing := [each for each in wanted if each not in split_arrays]:
+            text = f"{config.name} gives {', '.join(split_arrays)}: segmentation needs {missing[0]} too"
+            if missing == [name] and "target" in split_arrays:
+                shape = list(split_arrays[column].shape[:3])
+                text += f", integers for each pixel of {shape}; target is {_shown(split_arrays['target'])}"
             raise ValueError(text)
-        image, mask = own[column], own[name]
+        image, mask = split_arrays[column], split_arrays[name]
         if image.ndim != 4 or image.dtype != np.uint8:
             raise ValueError(f"{column} of the {split} split is {_shown(image)}: give uint8 [N, H, W, C]")
         if mask.dtype.kind not in "iub" or mask.shape != image.shape[:3]:
             text = f"{name} of the {split} split is {_shown(mask)}"
             raise ValueError(f"{text}: give a class for each pixel of images {list(image.shape[:3])}")
-    return {split: own[name] for split, own in arrays.items()}
+    return {split: split_arrays[name] for split, split_arrays in arrays.items()}
 
 
 def _of_one_size(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, targets: Targets, config: DataConfig
 ) -> dict[SplitName, dict[str, np.ndarray]]:
-    """The arrays with their images resized to data.image_size.
+    """Resize the images of the arrays to data.image_size.
 
     Raises:
-        ValueError: for no images, and those with masks, which are not resized.
+        ValueError: for arrays that are no images, and for images with masks, which are not resized.
     """
-    found: dict[SplitName, dict[str, np.ndarray]] = {}
-    for split, own in arrays.items():
-        images = own[column]
+    resized: dict[SplitName, dict[str, np.ndarray]] = {}
+    for split, split_arrays in arrays.items():
+        images = split_arrays[column]
         if images.ndim != 4 or images.dtype != np.uint8:
             raise ValueError(f"{column} of {config.name} is {_shown(images)}: give uint8 [N, H, W, C]")
         size = config.image_size
@@ -234,8 +236,8 @@ def _of_one_size(
                 f"{column} of the {split} split is {_shown(images)}, and --data.image-size resizes no arrays with "
                 "masks: resize both before, and leave it out"
             )
-        found[split] = {**own, column: as_images(images, f"the {split} split of {config.name}", size)[0]}
-    return found
+        resized[split] = {**split_arrays, column: as_images(images, f"the {split} split of {config.name}", size)[0]}
+    return resized
 
 
 def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
@@ -258,7 +260,7 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
 def _targets_of_arrays(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], names: Sequence[str], config: DataConfig, task: TaskConfig
 ) -> Targets:
-    """Targets by their names: as those of a table that has nothing else."""
+    """Read the named arrays as the targets of a table without features."""
     train = arrays["train"]
     if absent := [name for name in names if name not in train]:
         raise ValueError(
@@ -266,14 +268,14 @@ def _targets_of_arrays(
             "by --data.target"
         )
     tables: dict[SplitName, pa.Table] = {
-        split: pa.table(dict(pair for name in names for pair in _columns_of(own[name], name)))
-        for split, own in arrays.items()
+        split: pa.table(dict(pair for name in names for pair in _columns_of(split_arrays[name], name)))
+        for split, split_arrays in arrays.items()
     }
     return _targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
 
 
 def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The columns of an array [N] or [N, K], of several with their numbers behind the name."""
+    """Yield the named columns of an array [N] or [N, K]. The names of several columns end in their numbers."""
     columns = values.reshape(len(values), 1 if values.ndim == 1 else values.shape[1]).T
     return zip((name,) if len(columns) == 1 else (f"{name}_{k}" for k in range(len(columns))), columns, strict=True)
 

@@ -59,7 +59,7 @@ def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None)
 
 
 def _load(config: DataConfig, task: TaskConfig) -> tuple[FullSet, Kind]:
-    """The full set by the way its source is read: texts, tables learned by their columns, images, or arrays."""
+    """Build the full set with the reader of its source, and return it with the kind of its data."""
     kind, name = kind_of(config.name), config.name
     task = dataclasses.replace(task, name=_task_name(config, task))
     if config.streamed and kind != "path":

@@ -102,7 +102,7 @@ class RowGroups(ABC):
                     table = parquet.read_row_group(number, columns=columns)
                     table.validate(full=True)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-                    cause = f"perhaps it is damaged, or some nodes cannot see it: {first_line(error)}"
+                    cause = f"perhaps it is damaged, or not every node can see it: {first_line(error)}"
                     raise ValueError(f"row group {self.describe(group)} cannot be read, {cause}") from error
                 yield table
 

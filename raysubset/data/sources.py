@@ -24,7 +24,7 @@ class SourceSplit:
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
     where: str = ""  # the name of the split in messages
     target_names: tuple[str, ...] = ()  # columns of numbers or masks
-    is_by_name: bool = False  # whether data.image_column and data.target name what is read
+    is_by_name: bool = False  # True if data.image_column and data.target name the columns that are read
 
     @property
     def labels(self) -> pa.ChunkedArray:

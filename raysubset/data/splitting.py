@@ -66,8 +66,8 @@ def carve_splits(
         text = f"{config.name} has no test split: {share:.0%} of its examples ({num}) carved off{end} for testing"
         notes.append(Note(text))
     is_used = {"test_fraction": "test" not in strata, "split_seed": not at_end and len(rows) > len(strata)}
-    given = [name for name in is_used if getattr(config, name) != getattr(DataConfig, name)]
-    if unused := [f"data.{name}" for name in given if not is_used[name]]:
+    changed = [name for name in is_used if getattr(config, name) != getattr(DataConfig, name)]
+    if unused := [f"data.{name}" for name in changed if not is_used[name]]:
         text = f"the splits of {config.name} are not carved by {', '.join(unused)}, which does not apply"
         notes.append(Note(text, is_warning=True))
     if "validation" in strata:
