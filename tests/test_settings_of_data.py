@@ -135,7 +135,7 @@ def test_targets_name_arrays():
     rows = found.train.table.column("row").to_numpy()
     expected = found.task.standardised(np.stack([NUMBERS, OTHERS], axis=1)[rows])
     np.testing.assert_array_equal(found.train.arrays()["target"], expected)
-    assert "of the arrays target nothing is learned, only age, height from image" in found.notes
+    assert "arrays that are not used: target (age, height are learned from image)" in found.notes
 
 
 def test_a_mask_and_an_image_are_named(files: Path):
@@ -159,7 +159,7 @@ def test_a_mask_and_an_image_are_named(files: Path):
             {"image_column": "img"},
             "gives image, label, .* here img: name them so",
         ),
-        ({"image": IMAGES, "label": LABELS}, {"target": "image"}, "image is what is learned from and --data.target"),
+        ({"image": IMAGES, "label": LABELS}, {"target": "image"}, "image is the input and --data.target"),
         ({"image": IMAGES, "a": LABELS, "b": LABELS}, {"target": "a,b"}, "classification learns one column, not a, b"),
     ],
 )

@@ -133,8 +133,10 @@ def of_arrays(
     }
     train = arrays["train"]
     if task.is_class:
-        first_arrays = {split: next(iter(split_arrays.values())) for split, split_arrays in arrays.items()}
-        rows, carving = carve_splits(alike(first_arrays), config)
+        firsts: dict[SplitName, np.ndarray] = {
+            split: next(iter(split_arrays.values())) for split, split_arrays in arrays.items()
+        }
+        rows, carving = carve_splits(alike(firsts), config)
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
         return _full_set(config, _as_they_are(arrays, rows), learned, [*notes, *carving])
     is_image = config.image_column in train or config.image_column != DataConfig.image_column
@@ -147,7 +149,7 @@ def of_arrays(
             f"package.module:Class{hint}"
         )
     if column in named:
-        raise ValueError(f"{column} is what is learned from and --data.target: it cannot be learned from itself")
+        raise ValueError(f"{column} is the input and --data.target: it cannot be learned from itself")
     if task.name == "segmentation" or ("mask" in train and not named):
         learned_names = named or ("mask",)
         masks = _masks_of(arrays, column, learned_names, config)
@@ -156,8 +158,9 @@ def of_arrays(
         learned_names = named or ("target" if "target" in train else "label",)
         targets = _targets_of_arrays(arrays, learned_names, config, task)
     if unread := [name for name in train if name not in (column, *learned_names)]:
-        text = f"of the arrays {', '.join(unread)} nothing is learned, only {', '.join(learned_names)} from {column}"
-        notes = [*notes, Note(text)]
+        verb = "are" if len(learned_names) > 1 else "is"
+        text = f"{', '.join(learned_names)} {verb} learned from {column}"
+        notes = [*notes, Note(f"arrays that are not used: {', '.join(unread)} ({text})")]
     rows, carving = carve_splits(targets.strata, config)
     if is_image:
         arrays = _of_one_size(arrays, column, targets, config)

@@ -68,7 +68,7 @@ def carve_splits(
     is_used = {"test_fraction": "test" not in strata, "split_seed": not at_end and len(rows) > len(strata)}
     changed = [name for name in is_used if getattr(config, name) != getattr(DataConfig, name)]
     if unused := [f"data.{name}" for name in changed if not is_used[name]]:
-        text = f"the splits of {config.name} are not carved by {', '.join(unused)}, which does not apply"
+        text = f"the splits of {config.name} are carved without {', '.join(unused)}, which does not apply"
         notes.append(Note(text, is_warning=True))
     if "validation" in strata:
         num = len(rows["validation"])
