@@ -254,26 +254,47 @@ def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
     return dict(stages)
 
 
-def critical_path_passes(works: Iterable[Work], num_train: int, forward_share: float) -> float:
-    """Return the passes on the critical path, as if every subset had its own device; n workers share a stage's work."""
-    return _critical_path(works, lambda work: work.cost.passes(num_train, forward_share) / work.num_workers)
+def critical_path_passes(
+    works: Iterable[Work], num_train: int, forward_share: float, *, overlap: bool = False
+) -> float:
+    """Return the passes on the critical path, as if every subset had its own device; n workers share a stage's work.
+
+    Args:
+        overlap: whether members start a round before the last is aggregated (rounds.overlap).
+    """
+
+    def length(work: Work) -> float:
+        return work.cost.passes(num_train, forward_share) / work.num_workers
+
+    return _critical_path(works, length, overlap=overlap)
 
 
-def critical_path_s(works: Iterable[Work]) -> float:
+def critical_path_s(works: Iterable[Work], *, overlap: bool = False) -> float:
     """Return the seconds of work on the critical path, as if every subset had its own device. Waiting is left out."""
-    return _critical_path(works, lambda work: work.wall_s)
+    return _critical_path(works, lambda work: work.wall_s, overlap=overlap)
 
 
-def _critical_path(works: Iterable[Work], length: Callable[[Work], float]) -> float:
+def _critical_path(works: Iterable[Work], length: Callable[[Work], float], *, overlap: bool) -> float:
     """Return the sum of lengths over stages and rounds. Of a round's subsets only the longest counts.
 
-    Attempts of one subset add up, and so do its minimum and the minimum on its subsample.
+    Attempts of one subset add up, and so do its minimum and the minimum on its subsample. If rounds overlap, a member
+    waits for its own minimum of the round before and for the aggregate before the last, and an aggregate for its
+    members and for the aggregate before it, each with its own device.
     """
-    sequential = 0.0
-    parallel: dict[int, dict[int | None, float]] = defaultdict(lambda: defaultdict(float))
+    alone = 0.0
+    members: dict[int, dict[int | None, float]] = defaultdict(lambda: defaultdict(float))
+    aggregates: dict[int, float] = defaultdict(float)
     for work in works:
         if work.stage in ("subsets", "subsamples"):
-            parallel[work.round][work.subset] += length(work)
+            members[work.round][work.subset] += length(work)
+        elif overlap and work.stage == "aggregation":
+            aggregates[work.round] += length(work)
         else:
-            sequential += length(work)
-    return sequential + sum(max(subsets.values()) for subsets in parallel.values())
+            alone += length(work)
+    if not overlap:
+        return alone + sum(max(subsets.values()) for subsets in members.values())
+    ends, before, last = dict[int | None, float](), 0.0, 0.0  # of members, and of the two newest aggregates
+    for round in sorted(members.keys() | aggregates.keys()):
+        ends |= {subset: s + max(ends.get(subset, 0.0), before) for subset, s in members[round].items()}
+        before, last = last, aggregates[round] + max(last, *ends.values(), 0.0)
+    return alone + last

@@ -318,6 +318,7 @@ class _Stages:
                 self._run.ledger.read(),
                 len(full_set.train),
                 plan.forward_share,
+                overlap=config.rounds.overlaps,
                 lacking=self._run.ledger.lacking(done_work(stages)),
             ),
             **self._traces(),

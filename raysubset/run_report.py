@@ -181,28 +181,29 @@ def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | Non
 
 
 def cost_record(
-    works: Sequence[Work], num_train: int, forward_share: float, *, lacking: Sequence[str] = ()
+    works: Sequence[Work], num_train: int, forward_share: float, *, overlap: bool, lacking: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return all costs in passes over `num_train` examples, seconds and bytes, in total and for each stage.
 
     Args:
+        overlap: rounds.overlap, which shortens the critical path.
         lacking: the ledger's damaged and missing entries, whose costs are not counted.
     """
     total = total_cost(works)
     return {
         "passes": total.passes(num_train, forward_share),
-        "critical_path_passes": critical_path_passes(works, num_train, forward_share),
+        "critical_path_passes": critical_path_passes(works, num_train, forward_share, overlap=overlap),
         "lost_passes": lost_cost(works).passes(num_train, forward_share),
         "num_steps": total.num_steps,
         "device_s": total.device_s,
-        "critical_path_s": critical_path_s(works),
+        "critical_path_s": critical_path_s(works, overlap=overlap),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         **({"lacking": list(lacking)} if lacking else {}),
-        "stages": _stage_costs(works, num_train, forward_share),
+        "stages": _stage_costs(works, num_train, forward_share, overlap=overlap),
     }
 
 
-def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) -> list[dict[str, Any]]:
+def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float, *, overlap: bool) -> list[dict[str, Any]]:
     """Return a row for each stage with its cost, on both clocks."""
     rows = []
     for stage, entries in by_stage(works).items():
@@ -212,7 +213,7 @@ def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float) ->
             {
                 "stage": stage,
                 "passes": cost.passes(num_train, forward_share),
-                "critical_path_passes": critical_path_passes(entries, num_train, forward_share),
+                "critical_path_passes": critical_path_passes(entries, num_train, forward_share, overlap=overlap),
                 "num_steps": cost.num_steps,
                 "device_s": cost.device_s,
                 "wall_s": max(ends) - min(work.started_at for work in entries),

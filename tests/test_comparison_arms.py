@@ -15,7 +15,7 @@ from raysubset.aggregation import statistics_of
 from raysubset.cli import call
 from raysubset.comparison import advise, sizes_of
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.network import Communication, Exchange, all_reduce_bytes
+from raysubset.comparison.network import Communication, Exchange, all_reduce_bytes, critical_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.legs import Drawing, Leg, closure, critical_path
@@ -203,7 +203,7 @@ def test_the_ring_all_reduce_and_the_exchange_are_counted_in_bytes():
     assert all_reduce_bytes(1000, 4, each=4) == 2 * 3 / 4 * 1000 * 4 == 2 * all_reduce_bytes(1000, 4, each=2)
     first = Exchange(4, start=100, shared=10, own=3, aggregate=50, is_first=True)
     assert first.total_bytes == 4 * (100 + 10 + 3) + 3 * 10 + 50
-    assert first.critical_bytes == 100 + 10 + 3 + 3 * 10 + 50
+    assert critical_bytes([first], overlap=False) == 100 + 10 + 3 + 3 * 10 + 50
     later = replace(first, is_first=False, states=2, averaged=10)
     assert later.total_bytes == 3 * 100 + 4 * (2 + 10 + 3) + 3 * 10 + 50 + 10, "the aggregator has what it left"
 

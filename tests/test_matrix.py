@@ -19,7 +19,7 @@ from raysubset.models import new_model
 from raysubset.planning import Plan, make_plan
 from raysubset.rounds import Rounds
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
-from raysubset.subset_actors import Pack
+from raysubset.subset_actors import Backlog, Pack
 from raysubset.training import Distillation, Weights, evaluate, minimize, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, leave_test, seeded_model
 
@@ -187,6 +187,15 @@ class InProcess:
 
     def __init__(self, run: Run) -> None:
         self.opened = run
+
+    def results(
+        self, backlog: Backlog, start: Weights | None = None, **_: Any
+    ) -> Iterator[tuple[Piece | AggregatePiece, dict[str, Any]]]:
+        while (due := backlog.take()) is not None:
+            pack, _ = due
+            for piece, record in self.run([pack], None if pack.names_start else start):
+                yield piece, record
+                backlog.note_done(piece)
 
     def run(
         self, packs: Sequence[Pack], start: Weights | None, **_: Any

@@ -1,5 +1,7 @@
 """Aggregations through run(): what actors leave for them, what it costs, and that resuming changes no bit."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from raysubset import Config, run
-from raysubset.events import Event, MinimumDone, Stage
+from raysubset.events import AggregateDone, Event, MinimumDone, Retry, Stage, Start
 from raysubset.ledger import Ledger
 from raysubset.report import sections, write_files
 from raysubset.report.several import write_several
@@ -131,3 +133,61 @@ def test_whole_subset_optimizers_go_through_rounds_with_their_state_reset(tmp_pa
     report = run(config(tmp_path, "lbfgs", **rounds, minimize__epochs=4.0))
     losses = [round["aggregation"]["training"]["loss"] for round in report.record["stages"]["rounds"]]
     assert losses[1] < losses[0]
+
+
+WAITING = """
+import time
+from pathlib import Path
+
+from raysubset.aggregation import uniform_soup
+
+FOLDER, NUM_ROUNDS, WAIT_S = Path({folder!r}), {num}, 240
+
+
+def mean(minima, context):
+    next_round = len(list(FOLDER.glob("rounds/*/aggregate.json"))) + 1
+    until = time.monotonic() + WAIT_S
+    while next_round < NUM_ROUNDS and not list(FOLDER.glob(f"rounds/{{next_round:04d}}/minima/*/minimum.json")):
+        assert time.monotonic() < until, "no member of the next round has come to its end"
+        time.sleep(0.05)
+    return uniform_soup(minima).weights
+"""
+
+
+def test_members_of_the_next_round_end_while_a_round_is_aggregated_and_a_driver_that_dies_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each aggregate but the last waits for a minimum of the next round, which would not come without overlap. The
+    actor that starts the first of these is killed."""
+    rounds = {"rounds__num": 3, "rounds__overlap": True, "actors__max_num": 2}
+    (tmp_path / "waiting.py").write_text(WAITING.format(folder=str(tmp_path / "broken"), num=3))
+    monkeypatch.syspath_prepend(tmp_path)
+    waiting = config(tmp_path, "broken", **rounds, aggregation__method="waiting:mean")
+    heard: list[Event] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Start) and event.attempt.round == 1 and not any(isinstance(e, Retry) for e in heard):
+            os.kill(event.attempt.pid, signal.SIGKILL)
+        heard.append(event)
+        if isinstance(event, AggregateDone) and event.round == 1:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(waiting, on_event=hear)
+    for round in range(2):
+        (aggregated,) = [n for n, e in enumerate(heard) if isinstance(e, AggregateDone) and e.round == round]
+        begun = [e.attempt.round for e in heard[:aggregated] if isinstance(e, Start) and e.attempt.stage == "subsets"]
+        assert round + 1 in begun
+        assert round + 2 not in begun
+        (stage,) = [n for n, e in enumerate(heard) if isinstance(e, Stage) and f"round {round + 1} of 3" in e.text]
+        told = [e.record["round"] for e in heard[stage:aggregated] if isinstance(e, MinimumDone)]
+        assert told == [round, round], "what was done meanwhile is told when its round has its turn"
+    broken = RunDirectory.at(run(waiting).uri)
+    whole = run(config(tmp_path, "whole", **rounds))
+    assert same_bits(aggregate(broken, 2), aggregate(RunDirectory.at(whole.uri), 2))
+    works = [work for work in Ledger(RunDirectory.at(whole.uri)).read() if work.stage == "subsets"]
+    assert sorted((work.round, work.subset) for work in works) == [(r, k) for r in range(3) for k in range(2)]
+    cost = whole.record["cost"]
+    without = run(config(tmp_path, "without", **rounds | {"rounds__overlap": False})).record["cost"]
+    assert cost["passes"] == pytest.approx(without["passes"])
+    assert cost["critical_path_passes"] < without["critical_path_passes"]

@@ -75,6 +75,11 @@ def refuse_contradictions(config: Config) -> None:
             "subsets.start=shared, aggregation.method=aligned_soup or select_best, or aggregation.allow_independent to "
             "average them anyway"
         )
+    if config.rounds.overlaps and (needs.validation or needs.statistics or needs.parts):
+        raise ValueError(
+            f"aggregation.method={name} goes by measurements where minima ended, and rounds.overlap moves minima "
+            "before they are aggregated: use uniform_soup, ties or dare, or leave rounds.overlap out"
+        )
     if config.rounds.num > 1 and config.rounds.evaluate_every > 1 and needs.validation:
         raise ValueError(
             f"aggregation.method={name} chooses by validation in every round: set rounds.evaluate_every to 1"

@@ -11,7 +11,8 @@ import torch
 
 from raysubset.training import Weights
 
-Send = Literal["float32", "bfloat16", "int8"]
+Send = Literal["float32", "difference", "bfloat16", "int8"]
+"""Weights as they are; differences in their own type, in 16 bits or in 8."""
 
 _LARGEST = 127  # the largest integer of a difference: the scale is symmetric
 _WHOLE, _DIFFERENCE, _SCALE = "whole ", "difference ", "scale "  # prefixes of names
@@ -21,8 +22,8 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
     """Pack weights for sending. Of `names` the difference from the start is rounded to nearest; all else is unchanged.
 
     An int8 is a multiple of its tensor's scale, the largest difference / 127, and off by at most half of the scale. A
-    bfloat16 is off by at most 2⁻⁸ of the difference. Half-precision weights and values that are not finite are sent
-    unchanged.
+    bfloat16 is off by at most 2⁻⁸ of the difference. The difference of half-precision weights keeps
+    their type. Values that are not finite are sent unchanged.
 
     Args:
         names: of the trainable parameters. Running variances are not among them, as they could become negative.
@@ -30,9 +31,11 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
     packed = {}
     for name, value in weights.items():
         value = value.detach().cpu()
-        difference = value - start[name] if name in names and value.element_size() >= 4 else None
+        difference = value - start[name] if name in names else None
         if difference is None or not difference.isfinite().all():
             packed[_WHOLE + name] = value
+        elif send == "difference" or value.element_size() < 4:
+            packed[_DIFFERENCE + name] = difference
         elif send == "bfloat16":
             packed[_DIFFERENCE + name] = difference.to(torch.bfloat16)
         else:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes
+from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, critical_bytes
 from raysubset.comparison.sizes import Sizes
 from raysubset.config import Config
 from raysubset.planning import Plan
@@ -56,7 +56,7 @@ def advise(
     data-parallel:      b · t / N + ⌈b · n / batch⌉ · 2 (N-1)/N · 4 P bytes · 8 / bandwidth (2 P: bfloat16 gradients)
                         + a checkpoint an epoch · 8 / bandwidth
     subset pretraining: (trunk + rounds · epochs · largest subset / n · ⌈subsets / N⌉ + fine-tuning) · t
-                        + what rounds send and fetch one after the other (Exchange.critical_bytes) · 8 / bandwidth
+                        + what rounds send and fetch one after the other (critical_bytes()) · 8 / bandwidth
 
     b is what subset pretraining trains in total. Fine-tuning and trunk are assumed to run on one device. Evaluation,
     start-up, and overlap of computing and sending are left out for all three.
@@ -81,7 +81,7 @@ def advise(
         ),
         f"subset pretraining on {num_workers}": Communication(
             config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
-            sum(communication.critical_bytes for communication in sizes.rounds),
+            critical_bytes(sizes.rounds, overlap=config.rounds.overlaps),
             len(sizes.rounds),
         ),
     }

@@ -13,6 +13,7 @@ from raysubset.comparison.network import (
     Communication,
     Exchange,
     all_reduce_bytes,
+    critical_bytes,
     wall_times,
 )
 from raysubset.comparison.records import Record
@@ -203,7 +204,7 @@ class Legs:
 
     def exchange(self, leg: Leg) -> Exchange:
         """Return the bytes that an aggregation and its members write and fetch, as if each had its own process."""
-        start_leg, aggregate_sizes, start_bytes = leg.start.leg, _file_sizes(leg), self._plan.num_bytes
+        start_leg, aggregate_sizes, start_bytes = leg.members[0].start.leg, _file_sizes(leg), self._plan.num_bytes
         if start_leg:
             start_bytes = _file_sizes(start_leg)[start_leg.output.weights_path]
         shared_bytes, own_bytes, state_bytes, fetched_bytes = (defaultdict[int | None, int](int) for _ in range(4))
@@ -219,15 +220,16 @@ class Legs:
             if piece.optimizer and source and (member.is_subsample or source is start_leg):  # else its process has it
                 fetched_bytes[member.subset] += _file_sizes(source)[piece.optimizer[1]]
         mean_bytes = aggregate_sizes.get(mean_optimizer_path(leg.round), 0)
+        has_start = leg.round == 1 and leg.config.rounds.overlaps  # that of the first round
         return Exchange(
             num_members=len(shared_bytes),
-            start=0 if leg.members[0].start.kind == "independent" else start_bytes,
+            start=0 if leg.members[0].start.kind == "independent" or has_start else start_bytes,
             shared=max(shared_bytes.values()),
             own=max(own_bytes.values(), default=0),
             aggregate=sum(aggregate_sizes.values()) - mean_bytes,
             states=max(fetched_bytes.values(), default=0),
             averaged=sum(state_bytes.values()) + mean_bytes if mean_bytes else 0,
-            is_first=start_leg is None or start_leg.kind != "aggregate",
+            is_first=leg.round == 0,
         )
 
     def passes_of_all(self, finals: Sequence[Leg]) -> float:
@@ -372,15 +374,17 @@ def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
 
     Checkpoints are left out for all arms: an epoch of data-parallel training leaves as large a one as a member's does.
     """
-    num_bytes = num_exchanges = 0
+    num_bytes, num_exchanges, exchanges = 0, 0, list[Exchange]()
     for each in closure(leg):
         if each.kind == "aggregate":
-            num_bytes, num_exchanges = num_bytes + legs.exchange(each).critical_bytes, num_exchanges + 1
+            exchanges.append(legs.exchange(each))
         elif each.num_workers > 1:
             num_steps, gradient_bytes = total_cost(legs.works(each)).num_steps, each.config.minimize.bytes_a_gradient
             num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, each.num_workers, each=gradient_bytes)
             num_exchanges += num_steps
-    return num_bytes, num_exchanges
+    if exchanges:
+        num_bytes += critical_bytes(exchanges, overlap=leg.config.rounds.overlaps)
+    return num_bytes, num_exchanges + len(exchanges)
 
 
 def _network(

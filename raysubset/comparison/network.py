@@ -37,12 +37,29 @@ class Exchange:
         return starts * self.start + left + others * self.shared + self.aggregate + self.averaged
 
     @property
-    def critical_bytes(self) -> int:
-        """The bytes one after the other: a member's start and files, then what the aggregator fetches and leaves."""
-        others = self.num_members - 1
-        start = self.start if self.is_first or others else 0
-        member = start + self.states + self.shared + self.own
-        return member + others * self.shared + self.aggregate + self.averaged
+    def member_bytes(self) -> int:
+        """The bytes that a member fetches and leaves."""
+        start = self.start if self.is_first or self.num_members > 1 else 0
+        return start + self.states + self.shared + self.own
+
+    @property
+    def aggregator_bytes(self) -> int:
+        """The bytes that the aggregator fetches and leaves."""
+        return (self.num_members - 1) * self.shared + self.aggregate + self.averaged
+
+
+def critical_bytes(rounds: Sequence[Exchange], *, overlap: bool) -> int:
+    """Return the bytes one after the other: of each round those of a member, then those of the aggregator.
+
+    Of rounds that overlap the longer of two chains counts: all members and the last aggregate, or the first members and
+    all aggregates. No other path through such rounds is longer. The aggregator then has a process of its own, and
+    fetches the minima of all members.
+    """
+    if not overlap:
+        return sum(exchange.member_bytes + exchange.aggregator_bytes for exchange in rounds)
+    members = [exchange.member_bytes for exchange in rounds]
+    aggregators = [exchange.aggregator_bytes + exchange.shared for exchange in rounds]
+    return max(sum(members) + aggregators[-1], members[0] + sum(aggregators))
 
 
 @dataclass(frozen=True)
@@ -56,8 +73,8 @@ class Communication:
     def wall_s(self, gbit_per_s: float, *, s_per_pass: float) -> float:
         """Return the seconds of computation and then transfer: passes · s_per_pass + bytes · 8 / bandwidth.
 
-        Nothing is assumed to overlap, for any arm. Latency is left out, as it depends on the network far more than on
-        the method: it adds num_exchanges times the latency of one exchange.
+        Computation and transfer are not assumed to overlap, for any arm. Latency is left out, as it depends on the
+        network far more than on the method: it adds num_exchanges times the latency of one exchange.
         """
         return self.passes * s_per_pass + self.num_bytes * 8 / (gbit_per_s * 1e9)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from raysubset.aggregation import method_of
+from raysubset.aggregation import method_of, to_differences
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.data import FullSet
@@ -38,7 +38,9 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
     weights, names = model.state_dict(), trainable_names(model)
     shape = (len(ensemble_sample(full_set.examples("validation"))), *full_set.spec.outputs)
-    recipe = config.minimize
+    recipe, sent = config.minimize, rounds.send
+    if rounds.overlaps and sent == "float32":
+        sent = "difference"
     if recipe.optimizer in _WITH_RATES:  # a tiny rate, so that two steps on few examples cannot diverge
         recipe = replace(recipe, learning_rate=1e-9)
     few_config = replace(
@@ -59,7 +61,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             epochs=2 / num_steps_per_epoch(min(_FEW, len(subset)), config.stage("subsets")),
             statistics=plan.statistics,
             measures=(),
-            send=rounds.send,
+            send=sent,
         )
         Minimizer(lambda: full_set, num_gpus=0, node="").minimize([piece], weights, attempts=[0], waited_s=0.0)
         (work,) = Ledger(directory).read()
@@ -70,10 +72,15 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             _written_size(directory, tensors)
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
+        way = to_differences(weights, weights, names, "difference")
+        last = _written_size(directory, way) if rounds.overlaps else whole
     has_parts = bool(method_of(config.aggregation).needs.parts)  # members on parts leave outputs that nobody fetches
     statistics = sum(file_sizes.values()) + whole * has_parts
     steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"
     drawing = plan.drawing(config, None)
+
+    first = plan.num_bytes * (config.subsets.start == "shared")
+    starts = (first, 0 if rounds.overlaps else whole, whole)  # by round; members have the first one's already
 
     def exchange(number: int) -> Exchange:
         is_last, epochs = number + 1 == rounds.num, drawing.members(number, FRESH, ())[0].epochs
@@ -82,8 +89,8 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         predicted = outputs * rounds.evaluated(number)
         return Exchange(
             num_members=num,
-            start=whole if number else plan.num_bytes * (config.subsets.start == "shared"),
-            shared=(whole if is_last else minimum) + statistics + predicted,
+            start=starts[min(number, 2)],
+            shared=(last if is_last else minimum) + statistics + predicted,
             own=(0 if is_last else state)
             + num_checkpoints * checkpoint
             + outputs * rounds.evaluated(number) * has_parts,

@@ -30,6 +30,15 @@ from raysubset.config.stages import (
 )
 from raysubset.config.task import TASK_NAMES, LossName, TaskConfig
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import check_number, differences, flatten, from_tree, nearest, parse_value, shapes_result
+from raysubset.config.trees import (
+    check_number,
+    differences,
+    flatten,
+    from_tree,
+    nearest,
+    parse_value,
+    shapes_result,
+    shaping,
+)
 
 show_fields(Config)

@@ -12,7 +12,7 @@ from raysubset.config.places import ActorsConfig, ClusterConfig
 from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.task import TaskConfig
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shapes_result
+from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shaping
 
 UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # most bytes of a file name, on all usual file systems
@@ -83,6 +83,20 @@ class Config:
             f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
             "trunk.epochs and fine_tuning.epochs to 0",
         )
+        for other, is_set, why in (
+            (
+                "rounds.optimizer_state=average",
+                self.rounds.optimizer_state == "average",
+                "needs all members of the last round",
+            ),
+            ("actors.quorum", self.actors.quorum is not None, "loses members, and each starts from its own minimum"),
+            (
+                "fine_tuning.distillation",
+                self.fine_tuning.distillation,
+                "learns from minima, which are stored as differences",
+            ),
+        ):
+            need(not (self.rounds.overlaps and is_set), f"{other} {why} with rounds.overlap: leave one of them out")
         for name in ("tolerance", "patience"):
             need(
                 self.rounds.num == 1 or not getattr(self.minimize, name),
@@ -152,10 +166,10 @@ class Config:
         """Return the run directory's name: `name`, or data, model if named, and a digest of what shapes the result."""
         if self.name:
             return self.name
-        shaping = {key: value for key, value in flatten(self.to_dict()).items() if shapes_result(key)}
         import hashlib  # loads OpenSSL: parsing flags should not wait for it
 
-        digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True).encode(), digest_size=4).hexdigest()
+        shaped = json.dumps(shaping(self.to_dict()), sort_keys=True)
+        digest = hashlib.blake2b(shaped.encode(), digest_size=4).hexdigest()
         names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
         names += [self.model.name] if self.model.name != "auto" else []
         names += ["conventional"] if self.method == "conventional" else []

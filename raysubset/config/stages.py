@@ -50,6 +50,9 @@ class RoundsConfig:
     """What members send in all rounds but the last: float32: their weights; bfloat16: differences from the round's
     start in 16 bits; int8: in 8 bits with a scale for each tensor. Below 32 bits they leave optimizer states in 16. The
     start is sent to them in full."""
+    overlap: bool = False
+    """Let members start a round before the last one is aggregated: at the aggregate before the last, plus the way that
+    each went itself since (averages that are a round late: DaSGD, arXiv:2006.00441). Nobody waits for an exchange."""
     keep_minima: Annotated[int | None, "[0, ∞)"] = 1
     """Number of last rounds whose minima stay on disk. 0: none once the run is finished, which leaves about twenty
     files of a run of a thousand subsets; null: all. If an older file is damaged, all rounds since are done again."""
@@ -63,6 +66,11 @@ class RoundsConfig:
         if self.outer_momentum is None:
             return 0.6 if self.num > 1 else 0.0
         return self.outer_momentum
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether members of a round begin before the round before is aggregated."""
+        return self.overlap and self.num > 1
 
     def has_outer_step(self) -> bool:
         return (self.outer_learning_rate, self.momentum) != (1.0, 0.0)

@@ -192,6 +192,9 @@ def parse_value(word: str) -> Any:
     return word
 
 
+_CAME_LATER = (("rounds.overlap", False),)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Map dotted names to values, from nested dicts such as to_dict() returns."""
     return dict(leaves(tree, prefix))
@@ -224,6 +227,12 @@ def shapes_result(key: str) -> bool:
         "data.download",
     )
     return not key.startswith(free)
+
+
+def shaping(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that shape a config's result, for digests. A field that was added later is left out while it
+    is off, so that earlier names and keys stay."""
+    return {key: value for key, value in leaves(tree) if shapes_result(key) and (key, value) not in _CAME_LATER}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -35,19 +35,20 @@ class Drawing:
         Args:
             num_workers: of fine-tuning.
         """
-        start, members = FRESH, tuple[Leg, ...]()
+        start, members, rounds = FRESH, tuple[Leg, ...](), self.config.rounds
         if self.config.trunk.epochs:
             start = Start("warm", self.trunk())
             yield from start.legs
-        for round in range(self.config.rounds.num):
-            members = self.members(round, start, members)
+        before = start
+        for round in range(rounds.num):
+            members = self.members(round, before if rounds.overlaps else start, members)
             parts = self.parts(members)
             yield from (*members, *parts)
             last = members[0]
             if self.aggregates:
                 last = self.aggregate(round, start, members + parts)
                 yield last
-            start = Start("warm", last)
+            before, start = start, Start("warm", last)
         if self.config.fine_tuning.epochs:
             yield self.fine_tuning(start, members, num_workers=num_workers)
 
@@ -63,13 +64,13 @@ class Drawing:
         """The minimizations of a round, a subset each.
 
         Args:
-            start: what its shared start is made of.
+            start: what its shared start is made of; with rounds.overlap the aggregate before the last.
             before: the members of the round before, as far as they are aggregated.
         """
         rounds, (begin, end) = self.config.rounds, self._spans[round]
         share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
         independent = self.config.subsets.start == "independent"
-        predecessors = {leg.subset: leg for leg in before if rounds.optimizer_state == "keep"}
+        predecessors = {leg.subset: leg for leg in before if rounds.overlaps or rounds.optimizer_state == "keep"}
         return tuple(
             self._leg(
                 "minimize",

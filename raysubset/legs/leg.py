@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from raysubset.config import Config, TrainingStage, flatten, shapes_result
+from raysubset.aggregation import Send
+from raysubset.config import Config, TrainingStage, shaping
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, mean_optimizer_path, momentum_path, optimizer_path
 from raysubset.training import Measure
@@ -47,7 +48,7 @@ class Leg:
     subset: int | None = None  # None: the full set
     span: tuple[float, float] = (0.0, 1.0)  # of the schedule
     members: "tuple[Leg, ...]" = ()  # what an aggregation is of; of a subsample, its subset's minimum, made before it
-    predecessor: "Leg | None" = None  # whose optimizer state it goes on with
+    predecessor: "Leg | None" = None  # whose optimizer state, or with rounds.overlap whose way, it goes on with
     num_workers: int = 1
     statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
     is_subsample: bool = False  # on a part of the subset, as savgm needs it
@@ -60,8 +61,7 @@ class Leg:
             if self.kind == "aggregate":
                 return f"round-{self.round:04d}"
             return self.stage if self.subset is None else f"{self.told_stage}-{self.round}-{self.subset}"
-        tree = flatten(self.config.to_dict())
-        shaping = {name: value for name, value in tree.items() if shapes_result(name) and self._depends_on(name)}
+        config = {name: value for name, value in shaping(self.config.to_dict()).items() if self._depends_on(name)}
         own: dict[str, Any] = {
             "kind": self.kind,
             "stage": self.stage,
@@ -79,7 +79,7 @@ class Leg:
             own["is_subsample"] = True
         if self.measures != ("validation",):  # as keys were before
             own |= {"measures": self.measures} if self.measures else {"is_measured": False}
-        text = json.dumps(own | {"config": shaping}, sort_keys=True)
+        text = json.dumps(own | {"config": config}, sort_keys=True)
         return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
     def _depends_on(self, name: str) -> bool:
@@ -137,16 +137,25 @@ class Leg:
             optimizer=self._optimizer(),
             statistics=self.statistics,
             measures=self.measures,
-            send=self.config.rounds.send if self._has_next_round else "float32",
+            send=self._send,
+            moved=self.predecessor.output if self.predecessor and self.config.rounds.overlaps else None,
             is_subsample=self.is_subsample,
             by_train=self.kind == "train",
             teachers=tuple(member.output for member in self.members) if self.stage == "fine_tuning" else (),
             name=self._name,
         )
 
+    @property
+    def _send(self) -> Send:
+        """How its minimum is stored: other than whole where the next round has a use for less, or needs differences."""
+        rounds = self.config.rounds
+        if self._has_next_round and rounds.send != "float32":
+            return rounds.send
+        return "difference" if rounds.overlaps and self.stage == "subsets" else "float32"
+
     def _optimizer(self) -> tuple[RunDirectory, str] | None:
         """The checkpoint of the optimizer state that it begins with: its predecessor's, or the mean of all."""
-        if self.predecessor is not None:
+        if self.predecessor is not None and self.config.rounds.optimizer_state == "keep":
             return self.predecessor.directory, optimizer_path(self.predecessor.piece.folder)
         if self.round and self.config.rounds.optimizer_state == "average" and self.start.leg is not None:
             return self.start.leg.directory, mean_optimizer_path(self.round - 1)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from raysubset.events import MinimumDone, Note
-from raysubset.quality import metrics_in_words
+from raysubset.quality import Quality, metrics_in_words
 from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
@@ -38,17 +39,25 @@ def find_minima(
     for piece, record in pool.run(todo, start, keep=keep, min_done=min_done):
         assert isinstance(piece, Piece)
         folders.add(piece.folder)
-        minimum = piece.minimum(record)
-        loss = minimum.training.loss if minimum.training else None
-        results = [] if loss is None else [f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite"]
-        if record["validation"]:
-            results.append(f"validation {metrics_in_words(record['validation'], pool.opened.full_set.quality)}")
-        if minimum.outcome != "epochs":
-            results.append(f"ended by {minimum.outcome}")
-        text = f"{piece.label}: {', '.join([*results, f'{minimum.cost.device_s:.1f} s'])}"
-        text += f" ({len(folders)} of {len(pieces)})"
-        tell(MinimumDone(text, piece.ledger_key[0], record))
+        tell(minimum_done(piece, record, pool.opened.full_set.quality, f"{len(folders)} of {len(pieces)}"))
     return [piece for piece in pieces if piece.folder in folders]
+
+
+def minimum_done(piece: Piece, record: dict[str, Any], quality: Quality, count: str) -> MinimumDone:
+    """Return the event of a minimum.
+
+    Args:
+        count: how many of the round's minima there are by now, in words.
+    """
+    minimum = piece.minimum(record)
+    loss = minimum.training.loss if minimum.training else None
+    results = [] if loss is None else [f"loss {loss:.4f}" if math.isfinite(loss) else "loss not finite"]
+    if record["validation"]:
+        results.append(f"validation {metrics_in_words(record['validation'], quality)}")
+    if minimum.outcome != "epochs":
+        results.append(f"ended by {minimum.outcome}")
+    text = f"{piece.label}: {', '.join([*results, f'{minimum.cost.device_s:.1f} s'])} ({count})"
+    return MinimumDone(text, piece.ledger_key[0], record)
 
 
 def done_of(pieces: Sequence[Piece]) -> set[str]:

@@ -8,7 +8,7 @@ from itertools import islice
 
 from raysubset.data import even_sizes
 from raysubset.ledger import Stage
-from raysubset.work import AnyPiece, Piece
+from raysubset.work import AggregatePiece, AnyPiece, Piece
 
 
 def name_of(piece: AnyPiece) -> str:
@@ -37,6 +37,12 @@ class Pack:
         return first.node_speed if isinstance(first, Piece) else None
 
     @property
+    def names_start(self) -> bool:
+        """Whether its pieces know the place of the weights they start from. Otherwise the weights are given to them."""
+        first = self.pieces[0]
+        return not isinstance(first, Piece | AggregatePiece) or first.start is not None
+
+    @property
     def label(self) -> str:
         if self.is_trial:
             return f"packing trial of {len(self.pieces)} subsets"
@@ -56,20 +62,32 @@ class Backlog:
     """Packs not given out yet, with the time when each is due or the pieces it waits for. It also counts losses."""
 
     def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
-        """Take the packs, and in `needs`, by name of a piece alone in its pack, the pieces that must precede it."""
+        """Take the packs, as add() does."""
         self._due: deque[tuple[float, Pack]] = deque()
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
         self._num_missing: dict[str, int] = {}
         self._dependents: dict[str, list[str]] = defaultdict(list)
+        self.add(packs, needs or {})
+
+    def add(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]]) -> None:
+        """Add packs, each due once the pieces are done that it needs.
+
+        Args:
+            needs: by name of a pack's first piece, names of pieces that are here or given out.
+        """
         for pack in packs:
             name = name_of(pack.pieces[0])
-            if missing := (needs or {}).get(name):
+            if missing := needs.get(name):
                 self._waiting[name], self._num_missing[name] = pack, len(missing)
                 for needed_name in missing:
                     self._dependents[needed_name].append(name)
             else:
                 self.put_back(pack)
+
+    def put_first(self, pack: Pack) -> None:
+        """Add a pack that is due before all others."""
+        self._due.appendleft((time.monotonic(), pack))
 
     def __len__(self) -> int:
         """Return how many packs could be given out now, or after a pause."""

@@ -118,9 +118,8 @@ class ActorPool:
             ValueError: if a piece's own work refused its input; the message names the piece.
             TimeoutError: if no actor could be placed in cluster.wait_timeout_s.
         """
-        start_ref = None if start is None else put_once(start)
         num_left = sum(len(pack.pieces) for pack in packs)
-        for piece, result in self.results(Backlog(packs), start_ref, keep=keep):
+        for piece, result in self.results(Backlog(packs), start, keep=keep):
             if not isinstance(result, Exception):
                 yield piece, result
                 continue
@@ -148,16 +147,23 @@ class ActorPool:
         return result
 
     def results(
-        self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None = None, *, keep: float = 0
+        self, backlog: Backlog, start: Weights | None = None, *, keep: float = 0
     ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
         """Do the backlog's pieces. Yield each with its record, or the error for which it, or a piece it needs, failed.
 
         For a trial, yield the first piece with the trial's record.
 
+        More may be added to the backlog between two results.
+
+        Args:
+            start: the weights that pieces start from which name no start.
+            keep: as run().
+
         Raises:
             TimeoutError: as run().
             CorruptFile: if a file that a piece needs is damaged.
         """
+        start_ref = None if start is None else put_once(start)
         for pack, results in self._results(backlog, start_ref, keep=keep):
             outcomes = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
             for piece, result in sorted(outcomes, key=lambda item: isinstance(item[1], Exception)):  # failures last
@@ -219,7 +225,8 @@ class ActorPool:
                 result_ref = slot.actor.try_packing.remote(pack.pieces, attempt=slot.attempts[0])
             else:
                 call = slot.actor.do.remote
-                result_ref = call(pack.pieces, start_ref, attempts=slot.attempts, waited_s=waited_s)
+                given = None if pack.names_start else start_ref
+                result_ref = call(pack.pieces, given, attempts=slot.attempts, waited_s=waited_s)
                 for place, piece in enumerate(pack.pieces):
                     self._tell(Start(f"{piece.label} starts on {slot.ip}", _attempt(slot, place)))
             self._crew.set_busy(slot, result_ref)

@@ -64,6 +64,7 @@ class _Job:
     """A piece in hand, with what it needs on the device."""
 
     piece: Piece
+    start: Weights | None  # None: of a seed, and needed no more
     work: Work
     model: torch.nn.Module
     examples: Examples | StreamedExamples
@@ -160,7 +161,8 @@ class Minimizer:
         try:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
             for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
-                jobs.append(self._prepare(piece, start, work, device, place_in_pack))
+                begin = None if start is None else piece.moved_on(start)
+                jobs.append(self._prepare(piece, begin, work, device, place_in_pack))
             with self._profiled(jobs[0]) as trace:
                 results = self._minimize(jobs, trace)
             costs = [
@@ -170,8 +172,7 @@ class Minimizer:
             apart_s = time.perf_counter() - self._started - sum(cost.device_s for cost in costs)
             shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
             return [
-                self._leave(job, result, start, cost, shared)
-                for job, result, cost in zip(jobs, results, costs, strict=True)
+                self._leave(job, result, cost, shared) for job, result, cost in zip(jobs, results, costs, strict=True)
             ]
         except Exception as error:
             self.networks.forget()
@@ -257,7 +258,8 @@ class Minimizer:
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
         last_step = state["position"][1] if state else 0
         now = time.perf_counter()
-        job = _Job(piece, work, model, examples, recipe, state, optimizer_state, every_steps, last_step, now, now)
+        steps = every_steps, last_step
+        job = _Job(piece, start, work, model, examples, recipe, state, optimizer_state, *steps, now, now)
         job.watch = self._watch(job)
         return job
 
@@ -378,7 +380,6 @@ class Minimizer:
         self,
         job: _Job,
         result: MinimizeResult | DivergedError,
-        start: Weights | None,
         cost: Cost,
         shared: Cost,
     ) -> dict[str, Any] | DivergedError | None:
@@ -393,7 +394,7 @@ class Minimizer:
             job.is_closed = True
             return None
         full_set = self._load_full_set()
-        record, measured = self._leave_minimum(job, full_set, result.outcome, start)
+        record, measured = self._leave_minimum(job, full_set, result.outcome)
         files = record["files"]
         cost += shared + measured + Cost(device_s=time.perf_counter() - began)
         rounds = self._config.rounds
@@ -428,15 +429,13 @@ class Minimizer:
                 del self._optimizers[next(iter(self._optimizers))]
             self._optimizers[self._run.uri, path] = state, num_bytes
 
-    def _leave_minimum(
-        self, job: _Job, full_set: FullSet, outcome: str, start: Weights | None
-    ) -> tuple[dict[str, Any], Cost]:
+    def _leave_minimum(self, job: _Job, full_set: FullSet, outcome: str) -> tuple[dict[str, Any], Cost]:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's.
 
         Returns:
             The record, and the cost of measuring.
         """
-        model, piece, examples = job.model, job.piece, job.examples
+        model, piece, examples, start = job.model, job.piece, job.examples, job.start
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         subset_examples = replace(examples, augment=False)  # the same tensors, or files: no second copy
         weights, send = model.state_dict(), "float32" if start is None else piece.send
@@ -493,7 +492,7 @@ class Minimizer:
 def _sent_state(state: dict[str, Any], send: Send) -> dict[str, Any]:
     """Return an optimizer's state on the CPU, its moments in 16 bits where members send fewer than 32: optimizers load
     them in their parameters' type."""
-    narrow = send != "float32"
+    narrow = send in ("bfloat16", "int8")
 
     def sent(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
