@@ -59,11 +59,11 @@ class RowGroups(ABC):
 
     @property
     def attribute_fields(self) -> Sequence[pa.Field]:
-        """Return the columns by which subsets can be cut."""
+        """The fields of the columns by which subsets can be cut."""
         return ()
 
     def attribute(self, name: str) -> pa.ChunkedArray | None:
-        """Return such a column of all rows; None if the groups do not read it."""
+        """Return a column by which subsets can be cut, for all rows; None if the groups do not read it."""
         return None
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
