@@ -72,8 +72,8 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             _written_size(directory, tensors)
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
-        way = to_differences(weights, weights, names, "difference")
-        last = _written_size(directory, way) if rounds.overlaps else whole
+        displacement = to_differences(weights, weights, names, "difference")
+        last = _written_size(directory, displacement) if rounds.overlaps else whole
     has_parts = bool(method_of(config.aggregation).needs.parts)  # members on parts leave outputs that nobody fetches
     statistics = sum(file_sizes.values()) + whole * has_parts
     steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"

@@ -51,8 +51,8 @@ class RoundsConfig:
     start in 16 bits; int8: in 8 bits with a scale for each tensor. Below 32 bits they leave optimizer states in 16. The
     start is sent to them in full."""
     overlap: bool = False
-    """Let members start a round before the last one is aggregated: at the aggregate before the last, plus the way that
-    each went itself since (averages that are a round late: DaSGD, arXiv:2006.00441). Nobody waits for an exchange."""
+    """Let members start a round before the last one is aggregated: from the aggregate before that, plus the member's
+    own displacement in the last round (averages come a round late: DaSGD, arXiv:2006.00441)."""
     keep_minima: Annotated[int | None, "[0, ∞)"] = 1
     """Number of last rounds whose minima stay on disk. 0: none once the run is finished, which leaves about twenty
     files of a run of a thousand subsets; null: all. If an older file is damaged, all rounds since are done again."""
@@ -69,7 +69,7 @@ class RoundsConfig:
 
     @property
     def overlaps(self) -> bool:
-        """Whether members of a round begin before the round before is aggregated."""
+        """Return True if members start a round before the last one is aggregated."""
         return self.overlap and self.num > 1
 
     def has_outer_step(self) -> bool:

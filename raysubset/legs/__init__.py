@@ -1,11 +1,11 @@
-"""Legs: pieces of work that know what they need, each named by all that its result depends on and done once.
+"""Legs are pieces of work that know their inputs. Each is named by all that its result depends on, and done once.
 
-    legs = list(Drawing(config, "legs", sizes).legs())      # the method, drawn once; inputs come first
+    legs = list(Drawing(config, "legs", sizes).legs())      # the whole method; inputs come first
     runner = LegRunner(run, num_gpus=0)
-    runner.run(legs[-1:])           # and all that it needs
+    runner.run(legs[-1:])           # the last leg and all its inputs
     legs[-1].output.weights(), legs[-1].validation(), runner.failed
 
-Runs, a comparison's arms, a sweep's trunks and plans are drawn by the same Drawing; equal legs are one piece of work.
+The same Drawing draws runs, the arms of comparisons, the trunks of sweeps, and plans. Equal legs are done once.
 """
 
 from raysubset.legs.drawing import FRESH, Drawing

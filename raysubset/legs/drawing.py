@@ -1,4 +1,4 @@
-"""Drawing: the method, drawn once as legs. A run does them, an arm scales them, a plan sums them up."""
+"""Drawing describes the method once, as legs. A run does them, an arm scales them, a plan sums them up."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,20 @@ FRESH = Start("fresh")
 
 @dataclass(frozen=True)
 class Drawing:
-    """[trunk] → rounds × (members → [their subsamples] → aggregate) → fine-tuning, or a conventional run."""
+    """Draws [trunk] → rounds × (members → [their subsamples] → aggregate) → fine-tuning, or a conventional run."""
 
     config: Config
-    place: RunDirectory | str | None  # of its legs
+    place: RunDirectory | str | None  # Leg.place
     sizes: Sequence[int] = ()  # of the subsets, by id
     statistics: tuple[str, ...] = ()  # kinds that members leave for the aggregation
-    scale: float = 1.0  # what all stages' epochs are multiplied by
+    scale: float = 1.0  # factor of all stages' epochs
     is_lean: bool = False
-    """Measured on validation data alone, and fine-tuned without looks at it on the way unless the config needs them: as
-    a comparison does, which has evaluation on top of a budget."""
-    aggregates: bool = True  # else the only subset's minimum stands for the aggregate
+    """Legs are evaluated on validation data only, and fine-tuning evaluates only at its end unless the config needs
+    more. Comparisons do so, because evaluation comes on top of their budgets."""
+    aggregates: bool = True  # False: the minimum of the only subset replaces the aggregate
 
     def legs(self, *, num_workers: int = 1) -> Iterator[Leg]:
-        """All legs of subset pretraining, inputs first.
+        """Yield all legs of subset pretraining, inputs first.
 
         Args:
             num_workers: of fine-tuning.
@@ -39,38 +39,38 @@ class Drawing:
         if self.config.trunk.epochs:
             start = Start("warm", self.trunk())
             yield from start.legs
-        before = start
+        last_start = start
         for round in range(rounds.num):
-            members = self.members(round, before if rounds.overlaps else start, members)
+            members = self.members(round, last_start if rounds.overlaps else start, members)
             parts = self.parts(members)
             yield from (*members, *parts)
-            last = members[0]
+            result = members[0]
             if self.aggregates:
-                last = self.aggregate(round, start, members + parts)
-                yield last
-            before, start = start, Start("warm", last)
+                result = self.aggregate(round, start, members + parts)
+                yield result
+            last_start, start = start, Start("warm", result)
         if self.config.fine_tuning.epochs:
             yield self.fine_tuning(start, members, num_workers=num_workers)
 
     def conventional(self, epochs: float, *, num_workers: int) -> Leg:
-        """The one leg of a conventional run."""
+        """Return the one leg of a conventional run."""
         return self._on_full_set("conventional", epochs, FRESH, num_workers)
 
     def trunk(self) -> Leg:
-        """The short run on the full set that all members start from."""
+        """Return the short run on the full set from which all members start."""
         return self._on_full_set("trunk", self.config.trunk.epochs * self.scale, FRESH, self.config.trunk.num_workers)
 
-    def members(self, round: int, start: Start, before: Sequence[Leg]) -> tuple[Leg, ...]:
-        """The minimizations of a round, a subset each.
+    def members(self, round: int, start: Start, last_members: Sequence[Leg]) -> tuple[Leg, ...]:
+        """Return the minimizations of a round, one for each subset.
 
         Args:
-            start: what its shared start is made of; with rounds.overlap the aggregate before the last.
-            before: the members of the round before, as far as they are aggregated.
+            start: the shared start; with rounds.overlap the aggregate before the last.
+            last_members: the aggregated members of the round before.
         """
         rounds, (begin, end) = self.config.rounds, self._spans[round]
         share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
         independent = self.config.subsets.start == "independent"
-        predecessors = {leg.subset: leg for leg in before if rounds.overlaps or rounds.optimizer_state == "keep"}
+        predecessors = {leg.subset: leg for leg in last_members if rounds.overlaps or rounds.optimizer_state == "keep"}
         return tuple(
             self._leg(
                 "minimize",
@@ -88,7 +88,7 @@ class Drawing:
         )
 
     def parts(self, members: Sequence[Leg]) -> tuple[Leg, ...]:
-        """The members once more on a part of their subsets, where the aggregation needs it, on the same devices."""
+        """Return the members again, each on a part of its subset; () if the aggregation does not need them."""
         if not (self.aggregates and method_of(self.config.aggregation).needs.parts):
             return ()
         return tuple(
@@ -103,11 +103,15 @@ class Drawing:
         )
 
     def aggregate(self, round: int, start: Start, members: tuple[Leg, ...]) -> Leg:
-        """The aggregation of members, and of their parts, which began at this start."""
+        """Return the aggregation of members, and of their parts, that started from this start."""
         return self._leg("aggregate", "subsets", 0.0, start, round=round, members=members)
 
     def fine_tuning(self, start: Start, members: tuple[Leg, ...], *, num_workers: int) -> Leg:
-        """The training on the full set that follows, from what start is made of, with the last members as teachers."""
+        """Return the training on the full set after the last round, whose members teach it if it distils.
+
+        Args:
+            start: the last aggregate; fine_tuning.start says what becomes of it.
+        """
         tuning = self.config.fine_tuning
         return self._on_full_set(
             "fine_tuning",

@@ -1,4 +1,4 @@
-"""Legs: the pieces of work that runs and arms are made of, each with what it needs; equal ones have one name."""
+"""Leg is one piece of work of a run or an arm, with its inputs. Equal legs have one name."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ StartKind = Literal["fresh", "independent", "warm", "shrink_perturb", "reinit"]
 
 @dataclass(frozen=True)
 class Start:
-    """The weights a leg starts from."""
+    """The weights that a leg starts from."""
 
     kind: StartKind
-    leg: "Leg | None" = None  # whose result it is made of; None for fresh weights
+    leg: "Leg | None" = None  # the leg whose result it is; None for fresh weights
 
     @property
     def legs(self) -> "tuple[Leg, ...]":
-        """Legs whose work it needs. `reinit` needs its leg too: the stage that is thrown away is paid for."""
+        """Return the legs that it needs. `reinit` needs its leg too, as the cost of the discarded stage counts."""
         return () if self.leg is None else (self.leg,)
 
 
@@ -36,33 +36,33 @@ class Leg:
     """A minimization in one process, an aggregation, or a Ray Train job."""
 
     place: RunDirectory | str | None
-    """Its run's directory, in which it has a folder; or the path below which it has a directory of its own, named by
-    all that its result depends on; None: it is only planned."""
+    """The run's directory, in which the leg has a folder; or the path below which the leg has its own directory, named
+    by its key; None: the leg is only planned."""
     kind: LegKind
     config: Config
     stage: TrainingStage
-    epochs: float  # of what it minimizes on
+    epochs: float  # over the examples that it minimizes on
     start: Start
     size: int | None = None  # examples that it minimizes on, as planned; None: the full set
     round: int = 0
     subset: int | None = None  # None: the full set
     span: tuple[float, float] = (0.0, 1.0)  # of the schedule
-    members: "tuple[Leg, ...]" = ()  # what an aggregation is of; of a subsample, its subset's minimum, made before it
-    predecessor: "Leg | None" = None  # whose optimizer state, or with rounds.overlap whose way, it goes on with
+    members: "tuple[Leg, ...]" = ()  # the minima that are aggregated; for a subsample, the minimum of its subset
+    predecessor: "Leg | None" = None  # the last member, if its optimizer state or displacement is used
     num_workers: int = 1
-    statistics: tuple[str, ...] = ()  # kinds that an aggregation of it needs
-    is_subsample: bool = False  # on a part of the subset, as savgm needs it
+    statistics: tuple[str, ...] = ()  # kinds that its aggregation needs
+    is_subsample: bool = False  # on a part of the subset, for savgm
     measures: tuple[Measure, ...] = ("validation",)
 
     @cached_property
     def key(self) -> str:
-        """A digest of all that shapes the result; in a run, its name. Legs with equal keys are one piece of work."""
+        """Return a digest of all that shapes the result, or in a run the leg's name. Legs with equal keys are equal."""
         if not isinstance(self.place, str):
             if self.kind == "aggregate":
                 return f"round-{self.round:04d}"
             return self.stage if self.subset is None else f"{self.told_stage}-{self.round}-{self.subset}"
         config = {name: value for name, value in shaping(self.config.to_dict()).items() if self._depends_on(name)}
-        own: dict[str, Any] = {
+        shape: dict[str, Any] = {
             "kind": self.kind,
             "stage": self.stage,
             "epochs": self.epochs,
@@ -76,14 +76,14 @@ class Leg:
             "statistics": self.statistics,
         }
         if self.is_subsample:
-            own["is_subsample"] = True
-        if self.measures != ("validation",):  # as keys were before
-            own |= {"measures": self.measures} if self.measures else {"is_measured": False}
-        text = json.dumps(own | {"config": config}, sort_keys=True)
+            shape["is_subsample"] = True
+        if self.measures != ("validation",):  # keys of older runs have no measures
+            shape |= {"measures": self.measures} if self.measures else {"is_measured": False}
+        text = json.dumps(shape | {"config": config}, sort_keys=True)
         return f"{self.stage}-{self.kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
     def _depends_on(self, name: str) -> bool:
-        """Whether a field can matter to this leg, beyond what its start and members stand for already."""
+        """Return True if the field can change this leg's result other than by its inputs."""
         rooms = {"seed", "data", "task", "model", "minimize", "actors"}
         if self.subset is not None or self.kind == "aggregate":
             rooms |= {"subsets", "rounds", "aggregation"}
@@ -101,18 +101,18 @@ class Leg:
 
     @cached_property
     def directory(self) -> RunDirectory:
-        """Where it leaves what it makes."""
+        """Return the directory of its results."""
         assert self.place is not None
         return RunDirectory(self.place, self.key) if isinstance(self.place, str) else self.place
 
     @cached_property
     def piece(self) -> Piece | AggregatePiece:
-        """What a process is told to do; of a Ray Train job, what each of its workers is."""
+        """Return the work as a process gets it. Each worker of a Ray Train job gets the same."""
         return self._aggregation() if self.kind == "aggregate" else self._minimization()
 
     @property
     def _name(self) -> str:
-        """What its piece is called: in a run, by stage and subset."""
+        """Return the name of its piece; "" in a run, where stage and subset name it."""
         return self.key if isinstance(self.place, str) else ""
 
     @property
@@ -147,14 +147,14 @@ class Leg:
 
     @property
     def _send(self) -> Send:
-        """How its minimum is stored: other than whole where the next round has a use for less, or needs differences."""
+        """Return how its minimum is stored: as rounds.send says, or as differences that rounds.overlap needs."""
         rounds = self.config.rounds
         if self._has_next_round and rounds.send != "float32":
             return rounds.send
         return "difference" if rounds.overlaps and self.stage == "subsets" else "float32"
 
     def _optimizer(self) -> tuple[RunDirectory, str] | None:
-        """The checkpoint of the optimizer state that it begins with: its predecessor's, or the mean of all."""
+        """Return the checkpoint of its first optimizer state: its predecessor's, or the mean of all members'."""
         if self.predecessor is not None and self.config.rounds.optimizer_state == "keep":
             return self.predecessor.directory, optimizer_path(self.predecessor.piece.folder)
         if self.round and self.config.rounds.optimizer_state == "average" and self.start.leg is not None:
@@ -184,34 +184,34 @@ class Leg:
 
     @property
     def test(self) -> TestPiece:
-        """The reading of the test split by its weights."""
+        """Return the piece that evaluates its weights on the test split."""
         return TestPiece(self.config, self.output, f"test of {self.key}")
 
     def validation(self) -> dict[str, Any] | None:
-        """Its metrics on validation data, once it is done; None where they are not measured."""
+        """Return its metrics on validation data, once it is done; None if they are not measured."""
         return validation_of(self.directory.read_json(self.output.record_path))
 
     def tested(self) -> dict[str, Any] | None:
-        """Its metrics on the test split; None if that was not read."""
+        """Return its metrics on the test split; None if it was not evaluated there."""
         return self.directory.read_json_or_none(TEST_PATH)
 
     def works(self) -> list[Work]:
-        """Its ledger: every attempt."""
+        """Return its ledger entries, one for each attempt."""
         return Ledger(self.directory).read()
 
     @property
     def inputs(self) -> "tuple[Leg, ...]":
-        """Legs that must be done before."""
-        before = () if self.predecessor is None else (self.predecessor,)
-        return (*self.start.legs, *self.members, *before)
+        """Return the legs that must be done before it."""
+        predecessors = () if self.predecessor is None else (self.predecessor,)
+        return (*self.start.legs, *self.members, *predecessors)
 
     @property
     def told_stage(self) -> str:
-        """What events, records and the ledger call its stage."""
+        """Return the stage's name in events, records and the ledger."""
         return "subsamples" if self.is_subsample else self.stage
 
     def passes(self, num_train: int) -> float:
-        """What it trains for, in passes over a full set of so many examples."""
+        """Return its training in passes over a full set of `num_train` examples."""
         return self.epochs if self.size is None else self.epochs * self.size / num_train
 
     def __hash__(self) -> int:
@@ -222,27 +222,31 @@ class Leg:
 
 
 def validation_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a leg's record says of its metrics on validation data; None where they are not measured."""
+    """Return the metrics on validation data of a leg's record; None if they were not measured."""
     return record.get("aggregation", record)["validation"]
 
 
 def closure(leg: Leg) -> Iterator[Leg]:
-    """The leg and all it needs, inputs first, each once."""
-    seen: set[str] = set()
+    """Yield the leg and all it needs, inputs first, each once."""
+    keys: set[str] = set()
 
-    def visit(one: Leg) -> Iterator[Leg]:
-        if one.key not in seen:
-            seen.add(one.key)
-            for before in one.inputs:
-                yield from visit(before)
-            yield one
+    def visit(current: Leg) -> Iterator[Leg]:
+        if current.key not in keys:
+            keys.add(current.key)
+            for needed in current.inputs:
+                yield from visit(needed)
+            yield current
 
     yield from visit(leg)
 
 
 def critical_path(legs: Iterable[Leg], measure: Callable[[Leg], float]) -> float:
-    """The largest sum of a measure along any chain of the legs, inputs first: as if each had its own device."""
-    longest: dict[str, float] = {}
-    for one in legs:
-        longest[one.key] = measure(one) + max((longest[before.key] for before in one.inputs), default=0.0)
-    return max(longest.values())
+    """Return the largest sum of a measure along any chain of the legs, as if each had its own device.
+
+    Args:
+        legs: inputs come first.
+    """
+    lengths: dict[str, float] = {}
+    for leg in legs:
+        lengths[leg.key] = measure(leg) + max((lengths[needed.key] for needed in leg.inputs), default=0.0)
+    return max(lengths.values())

@@ -41,7 +41,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     if not all(directory.exists(weights_path(folder)) for folder in folders):
         raise ValueError("the minima's weights are not in the run directory")
     if config.rounds.overlaps:
-        raise ValueError("with rounds.overlap minima are stored as their ways from different starts")
+        raise ValueError("with rounds.overlap minima are stored as displacements from different starts")
     from raysubset.data import load_full_set  # loads torch, which takes seconds: refusals and kept lines need none
     from raysubset.identity import identify
     from raysubset.models import averaged_names, new_model

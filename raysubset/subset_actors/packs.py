@@ -38,7 +38,7 @@ class Pack:
 
     @property
     def names_start(self) -> bool:
-        """Whether its pieces know the place of the weights they start from. Otherwise the weights are given to them."""
+        """Return True if its pieces read their start from storage. Otherwise the start is passed to them."""
         first = self.pieces[0]
         return not isinstance(first, Piece | AggregatePiece) or first.start is not None
 
@@ -62,7 +62,7 @@ class Backlog:
     """Packs not given out yet, with the time when each is due or the pieces it waits for. It also counts losses."""
 
     def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
-        """Take the packs, as add() does."""
+        """Hold the packs; see add()."""
         self._due: deque[tuple[float, Pack]] = deque()
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
@@ -74,7 +74,7 @@ class Backlog:
         """Add packs, each due once the pieces are done that it needs.
 
         Args:
-            needs: by name of a pack's first piece, names of pieces that are here or given out.
+            needs: by name of a pack's first piece, the names of pieces in the backlog or at work.
         """
         for pack in packs:
             name = name_of(pack.pieces[0])

@@ -72,12 +72,12 @@ class Piece:
     start: Output | None = None  # the output that it starts from; None: given weights, or seeded by start_id
     is_perturbed: bool = False  # the start is shrunk and perturbed first (fine_tuning.start)
     start_id: str = "initial"
-    moved: Output | None = None  # its predecessor's minimum as differences, which its start is moved by
-    optimizer: tuple[RunDirectory, str] | None = None  # the checkpoint of the optimizer state that it begins with
+    moved: Output | None = None  # its predecessor's minimum as differences, which are added to its start
+    optimizer: tuple[RunDirectory, str] | None = None  # the checkpoint of its first optimizer state
     node_speed: float | None = None  # of the node it is sized for, if sizes follow speeds
     statistics: tuple[str, ...] = ()  # kinds to leave beside the minimum
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
-    send: Send = "float32"  # how its minimum is stored: as it is, or as differences from where it began
+    send: Send = "float32"  # how its minimum is stored: whole, or as differences from its first weights
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
     by_train: bool = False  # by Ray Train, in its local mode if one actor is the only worker
     teachers: tuple[Output, ...] = ()  # minima to distil from, by Ray Train
@@ -107,7 +107,7 @@ class Piece:
 
     @property
     def predecessor(self) -> str | None:
-        """The name_of() the piece whose way its start is moved by; None if it begins at its start."""
+        """Return name_of() the piece in `moved`; None if it begins at its start."""
         return self.moved and f"{self.moved.directory.name}/{self.moved.weights_path.rpartition('/')[0]}"
 
     def record(self) -> dict[str, Any] | None:
@@ -124,8 +124,11 @@ class Piece:
         return cut_subsample(self.config, indices, self.round, self.subset_id) if self.is_subsample else indices
 
     def start_weights(self, full_set: FullSet) -> Weights | None:
-        """What its start left, shrunk and perturbed where it is to be; None where it begins from a seed, unless its
-        minimum is stored as differences from that. It is not yet moved_on()."""
+        """Return the weights of its start, shrunk and perturbed if `is_perturbed`, before moved_on().
+
+        None means that its seed alone gives them. They are returned all the same if its minimum is stored as
+        differences from them.
+        """
         if self.start is None:
             seeded = self.send != "float32"
             return seeded_model(self.config, full_set, self.start_id).state_dict() if seeded else None
@@ -133,16 +136,16 @@ class Piece:
         return perturbed(self.config, full_set, weights) if self.is_perturbed else weights
 
     def moved_on(self, start: Weights) -> Weights:
-        """Return the weights it begins at: the start that it shares with others, plus its predecessor's way.
+        """Return its first weights: the start that it shares with other members, plus its predecessor's displacement.
 
-        With rounds.overlap a minimum is stored as its way d = θ - s from where it began. Member k begins round r + 1 at
-        s_k(r+1) = a(r-1) + d_k(r). The aggregate a(r) is of these same weights, with its outer step from a(r-1); a(-1)
-        is the first start. This is local SGD whose averages come a round late (DaSGD, Zhou et al. 2020,
-        arXiv:2006.00441; Streaming DiLoCo, arXiv:2501.18512, delays them likewise). Without momentum the mean of a
-        round's starts is the aggregate that nobody waited for, and members differ by their last ways alone. If ways
-        were taken from the minimum before instead, differences of members would never fade: their recursion would be
-        e(r+1) = e(r) - e(r-1). On a quadratic loss an outer step of rate 1 and momentum m converges for any curvature,
-        by at worst √m a round.
+        With rounds.overlap a minimum θ is stored as its displacement d = θ - s from its first weights s. Member k
+        begins round r + 1 at s_k(r+1) = a(r-1) + d_k(r). The aggregate a(r) is of these same weights, with its outer
+        step from a(r-1); a(-1) is the first start. This is local SGD whose averages come a round late (DaSGD, Zhou et
+        al. 2020, arXiv:2006.00441; Streaming DiLoCo, arXiv:2501.18512, delays them likewise). Without momentum the mean
+        of a round's starts is the aggregate that nobody waited for, and members differ by their last displacements
+        alone. If these were taken from the minimum before instead, differences of members would never fade: their
+        recursion would be e(r+1) = e(r) - e(r-1). On a quadratic loss an outer step of rate 1 and momentum m converges
+        for any curvature, by at worst √m a round.
         """
         return start if self.moved is None else from_differences(self.moved.weights(), start)
 
@@ -150,8 +153,8 @@ class Piece:
         """Return the minimum of its record; weights and other large data are read when they are needed.
 
         Args:
-            part: the same on a part of the subset, where that was minimized on too.
-            start: what sent differences are added to: what it started from, or an aggregate since.
+            part: the same minimization on a part of the subset, for savgm.
+            start: the weights to which stored differences are added: its first weights, or a later aggregate.
         """
         files = record["files"]
 
@@ -188,9 +191,9 @@ class AggregatePiece:
     members: tuple[Piece, ...]
     round: int = 0
     parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in the same order, if savgm needs them
-    start: Output | None = None  # what they started from, or are moved to; None: given, or seeded weights
-    momentum: Output | None = None  # of the round before, whose outer step left it
-    averages_optimizers: bool = False  # whether it leaves the mean of its members' optimizer states
+    start: Output | None = None  # the members' start, to which stored differences are added; None: given or seeded
+    momentum: Output | None = None  # of the outer step, from the round before
+    averages_optimizers: bool = False  # it writes the mean of its members' optimizer states too
     measures: Collection[Measure] = MEASURES
     more: Mapping[str, Any] = field(default_factory=dict)  # further fields of its record
     name: str = ""
@@ -216,7 +219,7 @@ class AggregatePiece:
         return self.output.record()
 
     def minima(self, start: Weights) -> list[Minimum]:
-        """Those of its members, which started from these weights, or are moved to begin there (Piece.moved_on)."""
+        """Return the minima of its members, whose stored differences are added to these weights."""
         parts = self.parts or (None,) * len(self.members)
         records = self.more.get("minima") or [m.directory.read_json(m.output.record_path) for m in self.members]
         return [
