@@ -1,4 +1,4 @@
-"""Legs done on the cluster, each when its inputs are: by subset actors, and data-parallel ones by Ray Train."""
+"""LegRunner does legs on the cluster, each after its inputs: by subset actors, data-parallel ones by Ray Train."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,37 +18,44 @@ from raysubset.work import Piece, Run
 
 
 class LegRunner:
-    """Runs legs where the cluster has room, as an ActorPool does: what it says of deaths, drains and Ctrl-C holds here.
+    """Runs legs on actors of an ActorPool, whose docstring says what happens on deaths, drains and Ctrl-C.
 
-    What fails for good, and what needs it, is left out and named. If the driver dies, the next one finds what is done.
+    A leg that fails for good is left out with all legs that need it, and `failed` names them. If the driver dies, the
+    next one finds the legs that are done.
     """
 
     def __init__(self, run: Run, *, num_gpus: float, then: str = "what needs it is left out") -> None:
-        """`run` is the comparison or sweep; num_gpus of an actor; `then` says what comes of a leg that failed."""
+        """Open a runner.
+
+        Args:
+            run: the comparison or sweep.
+            num_gpus: of an actor.
+            then: what the warning about a failed leg says of its consequence.
+        """
         self._run, self._num_gpus, self._tell = run, num_gpus, run.tell
-        self._of_legs = replace(run, tell=self._hear)
+        self._quiet_run = replace(run, tell=self._pass_on)
         self._then = then
         self.failed: dict[Leg, str] = {}
 
     def run(self, finals: Sequence[Leg]) -> None:
-        """Do all that the legs need and is not done yet; afterwards `failed` names what could not be.
+        """Do the legs and all that they need, unless they are done; afterwards `failed` names those that failed.
 
         Raises:
-            ValueError: where the files of a streamed set have changed, or no actor can ever be placed.
-            TimeoutError: if none is for cluster.wait_timeout_s.
+            ValueError: if the files of a streamed set have changed, or no actor can ever be placed.
+            TimeoutError: if no actor is placed within cluster.wait_timeout_s.
         """
-        legs, damaged = list(dict.fromkeys(leg for final in finals for leg in closure(final))), set[str]()
+        legs, damages = list(dict.fromkeys(leg for final in finals for leg in closure(final))), set[str]()
         while True:
             try:
                 self._do_missing(legs)
                 return
             except CorruptFile as error:
-                if str(error) in damaged:
+                if str(error) in damages:
                     raise
-                damaged.add(str(error))  # whose leg is not done, then
+                damages.add(str(error))  # its leg is done again
 
-    def _hear(self, event: Event) -> None:
-        """Tell what is told of one leg among hundreds: troubles, what is waited for, and how far actors are."""
+    def _pass_on(self, event: Event) -> None:
+        """Pass on those events of single legs that matter among hundreds: troubles, waiting, and actors' progress."""
         if isinstance(event, Retry | Waiting | Start | Progress) or (isinstance(event, Note) and event.is_warning):
             self._tell(event)
 
@@ -66,26 +73,28 @@ class LegRunner:
             self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
         todo = [leg for leg in legs if leg not in done]
         while todo:
-            blocked: set[Leg] = set()  # by what Ray Train has to do first; inputs come before what needs them
+            blocked: set[Leg] = set()  # legs of Ray Train, and those that need them; inputs come first in `todo`
             for leg in todo:
                 if leg.num_workers > 1 or not blocked.isdisjoint(leg.inputs):
                     blocked.add(leg)
             if by_actors := [leg for leg in todo if leg not in blocked]:
                 self._do_by_actors(by_actors, done, num_all=len(legs))
-            for leg in todo:  # Ray Train takes the whole cluster: one job after the other, when the actors are gone
+            for leg in todo:  # Ray Train takes the whole cluster: one job at a time, after the actors have ended
                 if leg.num_workers > 1 and done.issuperset(leg.inputs):
                     refuse_changed_files(self._run.full_set)
                     self._train(leg, done, num_all=len(legs))
             for leg in todo:
-                if failed := next((one for one in leg.inputs if one in self.failed), None):
-                    self.failed[leg] = self.failed[failed]
+                if failed_input := next((needed for needed in leg.inputs if needed in self.failed), None):
+                    self.failed[leg] = self.failed[failed_input]
             todo = [leg for leg in todo if leg not in done and leg not in self.failed]
 
     def _do_by_actors(self, legs: Sequence[Leg], done: set[Leg], *, num_all: int) -> None:
         by_name = {name_of(leg.piece): leg for leg in legs}
-        needs = {name: [name_of(one.piece) for one in leg.inputs if one not in done] for name, leg in by_name.items()}
+        needs = {
+            n: [name_of(needed.piece) for needed in leg.inputs if needed not in done] for n, leg in by_name.items()
+        }
         backlog = Backlog([Pack((leg.piece,)) for leg in legs], needs)
-        with ActorPool(self._of_legs, num_gpus=self._num_gpus) as pool:
+        with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
             for piece, result in pool.results(backlog):
                 leg = by_name[name_of(piece)]
                 if not isinstance(result, Exception):
@@ -96,11 +105,11 @@ class LegRunner:
                     self.failed[leg] = one_line(result)
 
     def test(self, finals: Sequence[Leg]) -> None:
-        """Read the test split, once for each leg: to be called when every choice is made; raises as run() does."""
+        """Evaluate legs on the test split, each once. Call it after all choices are made; it raises as run() does."""
         refuse_changed_files(self._run.full_set)
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed and leg.tested() is None]
         if todo:
-            with ActorPool(self._of_legs, num_gpus=self._num_gpus) as pool:
+            with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
                 for _ in pool.run([Pack((leg.test,)) for leg in todo], None):
                     pass
 
@@ -117,10 +126,10 @@ class LegRunner:
         self._tell(Note(f"{leg.key} failed: {reason}; {self._then}", is_warning=True))
 
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
-        """Data-parallel training by Ray Train."""
+        """Do a leg of data-parallel training by Ray Train."""
         assert isinstance(leg.piece, Piece)
         try:
-            fine_tune(self._of_legs, leg.piece, num_workers=leg.num_workers, num_gpus=self._num_gpus)
+            fine_tune(self._quiet_run, leg.piece, num_workers=leg.num_workers, num_gpus=self._num_gpus)
         except (ValueError, RuntimeError) as error:
             self._fail(leg, one_line(error))
             return
@@ -128,10 +137,10 @@ class LegRunner:
 
 
 def _record(leg: Leg) -> dict[str, Any] | None:
-    """Its record, if it is there with all that it names, as it was written (else None, with a warning where something
-    is damaged); what a driver that died left is closed.
+    """Return a leg's record if all files that it names are whole; else None, with a warning if one is damaged.
 
-    A record that stands for damaged files is deleted: the leg is made again.
+    The record of damaged files is deleted, so that the leg is done again, and ledger entries of a dead driver are
+    closed.
     """
     if (record := leg.output.record(whole=True)) is not None:
         return record
