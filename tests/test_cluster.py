@@ -112,7 +112,9 @@ def keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has a node of our own kept by this program, which prints an address, reads to the end of its input, and goes."""
 
     def keep(program: str = "") -> None:
-        monkeypatch.setattr(own_node, "_KEEPER", program or "import sys; print('127.0.0.1:7'); sys.stdin.read()")
+        monkeypatch.setattr(
+            own_node, "_KEEPER", program or "import sys; print('127.0.0.1:7', flush=True); sys.stdin.read()"
+        )
 
     keep()
     return keep
@@ -137,7 +139,7 @@ def test_a_file_of_the_working_directory_does_not_stand_for_a_module_that_ray_im
 ) -> None:
     (tmp_path / "queue.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
-    keeper("import queue; print('127.0.0.1:7')")
+    keeper("import queue; print('127.0.0.1:7', flush=True)")
     with OwnNode() as node:
         assert node.address() == "127.0.0.1:7"
 
