@@ -1,6 +1,7 @@
 import contextlib
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,8 @@ class TestEntries:
         assert [one.outcome for one in (done, failed, stopped, left)] == ["done", "failed", "interrupted", "done"]
         assert [one.attempt for one in (done, failed, stopped, left)] == [0, 1, 2, 3]
         assert (done.cost.num_forward, left.cost.num_forward) == (7, 8)
-        assert failed.error == "ValueError: no"
+        place = "see test_ledger.py, line [0-9]+, in test_recorded_work_is_closed_as_it_ended"
+        assert re.fullmatch(f"ValueError: no; {place}", failed.error or "")
         assert failed.cost.device_s == pytest.approx(failed.ended_at - failed.started_at, abs=5)  # two clocks
 
     def test_the_latest_of_an_attempt_is_what_its_file_says(self, ledger):

@@ -235,7 +235,7 @@ REFUSED = {  # before anything runs; all other cells train
         for task, words in {
             **dict.fromkeys(TOKENS, "not one of next_token: use cross_entropy"),
             "segmentation": "not one of segmentation: use cross_entropy",
-            "own": "of the built-in tasks",
+            "own": "for built-in tasks",
         }.items()
     },
     ("own", "skipping"): "does not say what to watch: give it watched(), or leave skipping out",

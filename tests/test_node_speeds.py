@@ -75,7 +75,8 @@ def test_a_measurement_that_fails_is_closed_in_the_ledger(monkeypatch: pytest.Mo
     with pytest.raises(TimeoutError):
         decide_slots(config, [], np.arange(4), num_gpus=0.5, num_subsets=2, ledger=ledger, tell=lambda event: None)
     (work,) = ledger.read()
-    assert (work.stage, work.outcome, work.error) == ("measuring", "failed", "TimeoutError: the cluster is busy")
+    assert (work.stage, work.outcome) == ("measuring", "failed")
+    assert (work.error or "").startswith("TimeoutError: the cluster is busy; see test_node_speeds.py, line ")
 
 
 def test_nodes_that_hold_no_actor_are_no_slots():
