@@ -6,12 +6,11 @@ Both are whole processes, measured from outside as bench_peers.py does: imports,
 report included. The run is the default one on digits: a trunk, subset actors, the mean, and fine-tuning by as many
 workers as `auto` takes. The bare process does the same steps one after the other on one thread. Repetitions alternate.
 
-Hardware: 2 cores of a shared virtual machine; Ray 2.60, torch 2.15, Python 3.11.
+Hardware: 2 cores of a shared virtual machine; Ray 2.60, torch 2.14, Python 3.11.
 Result:   --repeats 1, load 14 to 20, when Ray's wall times say nothing: run 17.6 CPU s, 11.5 of them beyond bare (6.2).
-          `raysubset run` itself, by a cgroup's account of all processes: 20.6 CPU s where the commit before Ray's
-          processes came up beside the imports took 27.0, and 0.52 of its wall time (n = 2 alternating pairs, load 16 to
-          23), and 17.4 CPU s and 23.0 s of wall once others left a third of the cores (n = 1, load 10). On idle cores
-          that commit took 23.5 CPU s and 21.2 s; since then it was not measured on idle cores.
+          `raysubset run` in a terminal, on idle cores, by a cgroup's account of all processes: 13.4 s of wall and 16.1
+          CPU s (goals 14 and 18), first output after 0.22 s, longest silence 1.1 s, at the end. The commit before Ray's
+          processes came up beside the imports (7da6776) took 18.0 s and 19.8 CPU s (n = 2 alternating pairs).
 """
 
 import argparse
