@@ -132,9 +132,8 @@ def test_what_is_found_damaged_as_another_thread_takes_what_was_is_told_once(mon
     damages, logger, told = _Damages(), logging.getLogger(RunDirectory.__module__), list[str]()
     texts = [f"file {number}" for number in range(3000)]
 
-    def take() -> float:
+    def take() -> None:
         told.extend(list(damages.taken()))  # as it is then: an actor pickles it
-        return 0.0
 
     monkeypatch.setattr(logger, "propagate", False)
     with asking(take):

@@ -182,16 +182,15 @@ def resume_at_the_bits(
 
 
 @contextmanager
-def asking(question: Callable[[], float]) -> Iterator[list[float]]:
-    """What a second thread is answered, which asks all the time and takes turns with this one as often as it can."""
-    answers: list[float] = []
+def asking(question: Callable[[], object]) -> Iterator[None]:
+    """Have a second thread ask all the time, which takes turns with this one as often as it can."""
     errors: list[BaseException] = []
     has_ended = threading.Event()
 
     def ask() -> None:
         try:
             while not has_ended.is_set():
-                answers.append(question())
+                question()
         except BaseException as error:
             errors.append(error)
 
@@ -199,7 +198,7 @@ def asking(question: Callable[[], float]) -> Iterator[list[float]]:
     sys.setswitchinterval(1e-6)
     try:
         asker.start()
-        yield answers
+        yield
     finally:
         has_ended.set()
         asker.join()
@@ -228,22 +227,13 @@ def losses_between_steps(train: Callable[[Callable[[Any], bool]], Any], *, num: 
         may_step.release()
         assert has_stepped.acquire(timeout=60)
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_name != "running_loss":
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode" and random.random() < 0.1:
-            step()
-        return trace
-
-    training, before = threading.Thread(target=train, args=(on_step,)), sys.gettrace()
+    training = threading.Thread(target=train, args=(on_step,))
     training.start()
     assert has_stepped.acquire(timeout=60)
-    sys.settrace(trace)
     try:
-        return [seen[-1].running_loss() for _ in range(num)]
+        with before_instructions(Progress.running_loss, lambda: random.random() < 0.1 and step()):
+            return [seen[-1].running_loss() for _ in range(num)]
     finally:
-        sys.settrace(before)
         has_ended = True
         may_step.release()
         training.join()
@@ -261,29 +251,40 @@ def measured(script: str, folder: Path, part: pa.Table, nums_of_groups: Sequence
     return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
 
-def between_instructions(question: Callable[[], Any], of: Callable[..., Any], act: Callable[[], object]) -> list[Any]:
-    """Ask a question again and again, and act before the first, second … bytecode instruction of a function that
-    answers it, as another thread may. Return an answer for each instruction."""
-    answers, num = list[Any](), 0
-    acts_at = 1
+@contextmanager
+def before_instructions(of: Callable[..., Any], act: Callable[[], object]) -> Iterator[None]:
+    """Act before every bytecode instruction of a function that this thread calls in the block."""
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal num
         if frame.f_code is not of.__code__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            num += 1
-            if num == acts_at:
-                act()
+            act()
         return trace
 
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def between_instructions(question: Callable[[], Any], of: Callable[..., Any], act: Callable[[], object]) -> list[Any]:
+    """Ask a question again and again, and act before the first, second … bytecode instruction of a function that
+    answers it, as another thread may. Return an answer for each instruction."""
+    answers, num, acts_at = list[Any](), 0, 1
+
+    def count() -> None:
+        nonlocal num
+        num += 1
+        if num == acts_at:
+            act()
+
     while num >= acts_at - 1:
-        before, num = sys.gettrace(), 0
-        sys.settrace(trace)
-        try:
+        num = 0
+        with before_instructions(of, count):
             answers.append(question())
-        finally:
-            sys.settrace(before)
         acts_at += 1
     return answers[:-1]
