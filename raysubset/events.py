@@ -78,6 +78,8 @@ class Attempt:
     node: str  # Ray's id
     ip: str
     pid: int
+    directory: str = ""  # its name: in a comparison the leg's key, otherwise the run's name
+    label: str = ""  # what the work is called in messages
 
 
 @dataclass(frozen=True)

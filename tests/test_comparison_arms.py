@@ -38,7 +38,8 @@ def leg(
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
     plan = SimpleNamespace(drawing=partial(Drawing, sizes=SIZES, statistics=statistics_of(config)))
-    return final_leg(arm, config, budget, cast(Plan, plan), num_train=NUM_TRAIN, num_workers=4, legs_path=legs_path)
+    shape = {"num_train": NUM_TRAIN, "num_workers": 4, "legs_path": legs_path}
+    return final_leg(arm, config, budget, cast(Plan, plan), **shape, label=f"{arm.letter}, seed {seed}")
 
 
 def trained(one: Leg) -> float:
@@ -57,6 +58,15 @@ SAVGM = "G:aggregation.method=savgm,aggregation.savgm_fraction=0.2,rounds.num=2"
 @pytest.mark.parametrize("key", ["B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I", SAVGM])
 def test_every_arm_trains_for_its_budget_in_total(key: str):
     assert sum(trained(one) for one in closure(leg(key, 6.0))) == pytest.approx(6.0)
+
+
+def test_legs_are_named_by_their_arm_and_their_part_in_it():
+    assert leg("B").name == leg("B").piece.label == "B, seed 0"
+    names = [one.name for one in closure(leg(SAVGM)) if one.subset in (0, None)]
+    rounds = [
+        [f"G, seed 0, {what} of round {n}" for what in ("subset 0", "a part of subset 0", "aggregate")] for n in (1, 2)
+    ]
+    assert names == [*rounds[0], *rounds[1], "G, seed 0, fine-tuning"]
 
 
 def test_the_critical_path_of_disjoint_minima_is_one_subset_long():

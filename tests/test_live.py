@@ -8,6 +8,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from raysubset.events import (
     Note,
     Planned,
     Progress,
+    Retry,
     Row,
     Stage,
     Standing,
@@ -42,8 +44,9 @@ class Clock:
         return self.now
 
 
-def an_attempt(subset: int | None, stage: str = "subsets", round: int = 0) -> Attempt:
-    return Attempt(stage, round, subset, 0, "node", "10.0.0.7", 1 + (subset or 0))
+def an_attempt(subset: int | None, stage: str = "subsets", round: int = 0, directory: str = "run") -> Attempt:
+    label = stage if subset is None else f"subset {subset}"
+    return Attempt(stage, round, subset, 0, "node", "10.0.0.7", 1 + (subset or 0), directory, label)
 
 
 def progress(subset: int | None, epoch: float, stage: str = "subsets", *, per_s: float = 100.0) -> Progress:
@@ -172,6 +175,22 @@ def test_a_log_sums_up_what_is_at_work_at_a_pace_that_it_can_bear(capsys: pytest
     assert re.match(r"9% of 11 planned passes, about .+ of training left; ", lines[0]), lines[0]
 
 
+def test_a_log_counts_no_work_that_has_ended_since_its_last_line(capsys: pytest.CaptureFixture[str]):
+    legs = {n: replace(an_attempt(None, "conventional", directory=f"leg-{n}"), pid=n) for n in range(6)}
+
+    def tell(plain: PlainLines, clock: Clock) -> None:
+        for n in range(3):
+            plain(Progress("", legs[n], 1.0, 8.0, None, 100.0, 0.25))
+        plain(LegDone("", "leg-0"))  # at any epoch, as one that stops early
+        plain(Retry("", legs[1]))
+        plain(Start("", replace(legs[3], pid=2)))  # the process of the third begins another
+        plain(Progress("", legs[4], 1.0, 8.0, None, 100.0, 0.25))
+        clock.now += 60
+        plain(Progress("", legs[5], 1.0, 8.0, None, 100.0, 0.25))
+
+    assert lines_of(tell, capsys)[-1] == "2 at work, mean loss 0.2500, 200 examples/s"
+
+
 def test_a_log_says_once_what_is_waited_for_and_again_after_ever_longer(capsys: pytest.CaptureFixture[str]):
     def tell(plain: PlainLines, clock: Clock) -> None:
         for second in range(600):
@@ -236,6 +255,14 @@ def test_what_is_waited_for_is_on_the_screen_in_one_place_until_work_begins():
     assert "waits" not in screen_of([*waiting, *AT_WORK], width=80)[-2]
 
 
+def test_rows_of_a_comparison_say_which_leg_is_at_work():
+    label = "B at rate 0.1, tuning"
+    attempt = replace(an_attempt(None, "conventional", directory="leg"), label=label)
+    at_work = Progress("", attempt, 1.0, 8.0, None, 100.0, 0.25)
+    assert any(line.startswith(label) for line in screen_of([at_work], width=80))
+    assert not any(label in line for line in screen_of([at_work, LegDone("", "leg")], width=80))
+
+
 def test_more_actors_than_lines_are_counted():
     told: list[Event] = [stage_event("subsets", "64"), *(progress(n, 1.0) for n in range(64))]
     lines = screen_of(told, width=80)
@@ -256,8 +283,8 @@ def test_a_process_that_begins_anew_has_no_row_of_what_it_did_before():
         clock.now = 100 + seconds
         view(Start("", Attempt("subsets", 0, int(10 * seconds) + round(100 * seconds) % 2, 0, "node", "ip", 7)))
         if seconds == 0.01:
-            assert len(view._rows) == 2
-    assert [key[-1] for key in view._rows] == [50]
+            assert len(view._at_work.since(0)) == 2
+    assert [event.attempt.subset for event in view._at_work.since(0)] == [50]
 
 
 def test_workers_of_ray_train_have_a_row_each_within_the_epoch():

@@ -32,6 +32,19 @@ def test_arms_fill_in_with_means_over_seeds_and_the_best_at_the_largest_budget_t
     assert event.text == "4 of 8 results; best so far G, accuracy 90.00% on validation data at 1 passes"
 
 
+def test_a_leg_at_work_counts_by_the_share_that_it_has_done():
+    standing = ArmsStanding(ACCURACY, {"B": [8.0]}, num_seeds=1, tried={})
+    leg = Leg("/legs", "minimize", Config(), "trunk", 8.0, Start("fresh"))
+    standing.expect("B", [leg], 100, 8.0)
+    passes = []
+    for share in (0.25, 0.5, 0.125):  # the last after a death, from the checkpoint before
+        standing.note_progress(leg.key, share)
+        passes.append(standing.event().rows[0].passes)
+    standing.note_done(leg.key, {"accuracy": 0.5})
+    standing.note_progress(leg.key, 0.875)  # a report that comes late
+    assert (*passes, standing.event().rows[0].passes) == (2.0, 4.0, 1.0, 8.0)
+
+
 def test_trials_stand_with_the_best_by_validation_loss():
     standing = TrialsStanding(ACCURACY, {"a": 10.0, "b": 10.0, "c": 10.0})
     standing.update(

@@ -71,6 +71,51 @@ def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
     return as_the_command
 
 
+@dataclass
+class _Working:
+    """The last event of an actor or worker."""
+
+    event: events.Start | events.Progress
+    heard_at: float
+
+
+class _AtWork:
+    """Keeps the last events of the actors and workers that are at work."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Any, _Working] = {}
+
+    def hear(self, event: events.Event, now: float) -> None:
+        """Note a start or progress, or leave out what has ended."""
+        match event:
+            case events.Start(attempt=attempt):  # the earlier work of its process has ended
+                process = attempt.node, attempt.pid
+                self._keep(lambda row: _process(row.event) != process or now - row.heard_at < _PACK_S)
+                self._rows[_key(event)] = _Working(event, now)
+            case events.Progress():
+                self._rows[_key(event)] = _Working(event, now)
+            case events.MinimumDone(stage=stage, record=record):
+                place = (stage, record["subset_id"])
+                self._keep(lambda row: _place(row.event) != place)
+            case events.LegDone(leg=leg):
+                self._keep(lambda row: row.event.attempt.directory != leg)
+            case events.Retry(attempt=events.Attempt() as attempt):
+                self._keep(lambda row: row.event.attempt.pid != attempt.pid)
+            case events.Stage():
+                self._rows.clear()
+
+    def _keep(self, is_at_work: Callable[[_Working], bool]) -> None:
+        self._rows = {key: row for key, row in self._rows.items() if is_at_work(row)}
+
+    def since(self, then: float) -> list[events.Start | events.Progress]:
+        """Return the last events of those heard since then, in order of subsets and ranks."""
+        return sorted((row.event for row in self._rows.values() if row.heard_at >= then), key=_order)
+
+    def __bool__(self) -> bool:
+        """Return True if there is any."""
+        return bool(self._rows)
+
+
 # Plain lines
 
 
@@ -85,21 +130,21 @@ class PlainLines:
         self._summed_at, self._every_s = clock(), self.FIRST_S
         self._waited: dict[str, tuple[float, float]] = {}  # by text: when it was last written, and seconds to the next
         self._room, self._room_at, self._num_left_out = float(self.BURST), clock(), 0
-        self._rows: dict[Any, events.Progress] = {}
+        self._at_work = _AtWork()
 
     def __call__(self, event: events.Event) -> None:
         """Write a line for the event, or count it for a later line."""
         now = self._clock()
         self._course.hear(event)
+        self._at_work.hear(event, now)
         match event:
             case events.Progress():
-                self._rows[_key(event)] = event
                 if now - self._summed_at >= self._every_s:
                     self._sum_up(now)
             case events.Standing():
                 if now - self._summed_at >= self._every_s or all(row.state in ("done", "failed") for row in event.rows):
                     self._sum_up(now, event.text)
-            case events.Start() | events.LegDone(was_there=True):
+            case events.Start() | events.LegDone(was_there=True) | events.LegDone(validation=None):
                 pass
             case events.Waiting():
                 subject = event.text.partition(";")[0]
@@ -117,14 +162,11 @@ class PlainLines:
                 else:
                     self._num_left_out += 1
             case _:
-                if isinstance(event, events.Stage):
-                    self._rows.clear()
                 self._line(event)
 
     def _sum_up(self, now: float, text: str = "") -> None:
+        rows = [row for row in self._at_work.since(self._summed_at) if isinstance(row, events.Progress)]
         self._summed_at, self._every_s = now, min(1.5 * self._every_s, self.MOST_S)
-        rows = list(self._rows.values())
-        self._rows.clear()
         parts = [_how_far(self._course), text]
         if rows:
             losses = [row.running_loss for row in rows if row.running_loss is not None]
@@ -152,21 +194,13 @@ def _how_far(course: Course) -> str:
 # The live view
 
 
-@dataclass
-class _Working:
-    """The last event of an actor or worker."""
-
-    event: events.Start | events.Progress
-    heard_at: float
-
-
 class LiveView:
     """Prints a line above for what is done; below it draws the tables, the current activity and its time, and a bar."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._clock, self._course = console, clock, Course(clock)
         self._lock = threading.RLock()  # another thread draws the view
-        self._rows: dict[Any, _Working] = {}
+        self._at_work = _AtWork()
         self._standing: events.Standing | None = None
         self._stage, self._waiting, self._since = "", "", clock()
         self._spinner = Spinner("dots")
@@ -186,27 +220,11 @@ class LiveView:
 
     def _take(self, event: events.Event) -> None:
         now = self._clock()
+        self._at_work.hear(event, now)
         match event:
-            case events.Start(attempt=attempt):  # the earlier work of its process has ended
-                process = attempt.node, attempt.pid
-                self._rows = {
-                    key: row for key, row in self._rows.items() if key[:2] != process or now - row.heard_at < _PACK_S
-                }
-                self._rows[_key(event)] = _Working(event, now)
+            case events.Start() | events.Progress():
                 self._set_waiting("")
-            case events.Progress():
-                self._rows[_key(event)] = _Working(event, now)
-                self._set_waiting("")
-            case events.MinimumDone(stage=stage, record=record):
-                place = (stage, record["subset_id"])
-                self._rows = {key: row for key, row in self._rows.items() if _place(row.event) != place}
-            case events.LegDone():
-                ended = {key for key, row in self._rows.items() if _share(row.event) >= 1}
-                self._rows = {key: row for key, row in self._rows.items() if key not in ended}
-            case events.Retry(attempt=events.Attempt() as attempt):
-                self._rows = {key: row for key, row in self._rows.items() if row.event.attempt.pid != attempt.pid}
             case events.Stage():
-                self._rows.clear()
                 self._stage, self._waiting, self._since = event.text, "", now
             case events.Standing():
                 self._standing = event
@@ -225,8 +243,10 @@ class LiveView:
             room = max(0, options.size.height - _BELOW)
             parts: list[RenderableType] = []
             if self._standing is not None:
-                parts.append(self._arms_or_trials(self._standing, options.max_width, room // 2 if self._rows else room))
-            parts += self._at_work(options.max_width, room - (room // 2 if self._standing is not None else 0))
+                parts.append(
+                    self._arms_or_trials(self._standing, options.max_width, room // 2 if self._at_work else room)
+                )
+            parts += self._actors(options.max_width, room - (room // 2 if self._standing is not None else 0))
             parts.append(self._status())
             if bar := self._bar(options.max_width):
                 parts.append(bar)
@@ -257,20 +277,18 @@ class LiveView:
             line.add_row(ProgressBar(total=passes[1], completed=passes[0], width=min(room, 40)), words)
         return line
 
-    def _at_work(self, width: int, room: int) -> list[RenderableType]:
+    def _actors(self, width: int, room: int) -> list[RenderableType]:
         """Return a row for each actor or worker at work, as many as there is room for."""
-        now = self._clock()
-        rows = {key: row for key, row in self._rows.items() if now - row.heard_at < _STALE_S}
+        rows = self._at_work.since(self._clock() - _STALE_S)
         if not rows or room < 3:
             return []
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
         for column in ("at work", "epoch", "loss", "examples/s", *(("node",) if width >= _ROOMY else ())):
             table.add_column(column, justify="left" if column in ("at work", "node") else "right", no_wrap=True)
-        shown = sorted(rows, key=lambda key: _order(rows[key].event))
-        most = room - 2 if len(shown) <= room - 2 else room - 3
-        for key in shown[:most]:
-            table.add_row(*_cells(rows[key].event)[: len(table.columns)])
-        more = len(shown) - most
+        most = room - 2 if len(rows) <= room - 2 else room - 3
+        for event in rows[:most]:
+            table.add_row(*_cells(event)[: len(table.columns)])
+        more = len(rows) - most
         return [table, Text(f"and {more} more at work", "dim")] if more > 0 else [table]
 
     def _arms_or_trials(self, standing: events.Standing, width: int, room: int) -> Table:
@@ -307,12 +325,12 @@ def _key(event: events.Start | events.Progress) -> Any:
     return attempt.node, attempt.pid, attempt.stage, attempt.round, attempt.subset
 
 
+def _process(event: events.Start | events.Progress) -> tuple[str, int]:
+    return event.attempt.node, event.attempt.pid
+
+
 def _place(event: events.Start | events.Progress) -> tuple[str, int | None]:
     return event.attempt.stage, event.attempt.subset
-
-
-def _share(event: events.Start | events.Progress) -> float:
-    return event.epoch / event.num_epochs if isinstance(event, events.Progress) else 0.0
 
 
 def _order(event: events.Start | events.Progress) -> tuple[str, int, int]:
@@ -323,11 +341,11 @@ def _order(event: events.Start | events.Progress) -> tuple[str, int, int]:
 
 def _cells(event: events.Start | events.Progress) -> tuple[str, ...]:
     attempt = event.attempt
-    name = attempt.stage if attempt.subset is None else f"subset {attempt.subset}"
+    name = attempt.label or attempt.stage
     if isinstance(event, events.Start):
         return name, "starting", "", "", attempt.ip
     if event.worker is not None:
-        name = f"{attempt.stage} {event.worker}"
+        name = f"{name} {event.worker}"
     loss = event.loss if event.running_loss is None else event.running_loss
     numbers = (f"{event.epoch:.1f} / {event.num_epochs:g}", "" if loss is None else f"{loss:.4f}")
     return name, *numbers, f"{event.examples_per_s:,.0f}", attempt.ip

@@ -121,7 +121,15 @@ def arm_config(arm: Arm, config: Config, settings: Settings, *, seed: int, num_w
 
 
 def final_leg(
-    arm: Arm, config: Config, budget: float, plan: Plan, *, num_train: int, num_workers: int, legs_path: str
+    arm: Arm,
+    config: Config,
+    budget: float,
+    plan: Plan,
+    *,
+    num_train: int,
+    num_workers: int,
+    legs_path: str,
+    label: str = "",
 ) -> Leg:
     """Return the last leg of an arm, whose inputs lead back to all others.
 
@@ -134,8 +142,9 @@ def final_leg(
         num_train: examples of the full set.
         num_workers: of I.
         legs_path: where legs have their directories.
+        label: of its legs. A leg that several arms share has the label of the first.
     """
-    drawing = plan.drawing(config, legs_path, is_lean=True)
+    drawing = plan.drawing(config, legs_path, is_lean=True, label=label)
     if arm.letter in "ABCI":
         return drawing.conventional(budget, num_workers=num_workers if arm.letter == "I" else 1)
     if arm.letter in "DEF":

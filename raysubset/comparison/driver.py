@@ -14,7 +14,7 @@ from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
-from raysubset.events import Event, LegDone, Note, OnEvent, Stage, Waiting
+from raysubset.events import Event, LegDone, Note, OnEvent, Progress, Stage, Waiting
 from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.objects_in_hand import accepts_objects
@@ -35,6 +35,7 @@ BANDWIDTH = 1.0  # Gbit/s
 MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; for other qualities the task has a margin, or none
 
 COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # same for all arms
+STANDING_S = 1.0  # between two reports of how the arms stand, while legs proceed
 OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 
@@ -291,14 +292,23 @@ class _Comparison:
         self.tuning_legs: list[Leg] = []
         self.runner = LegRunner(dataclasses.replace(run, tell=self._pass_on), num_gpus=decided["num_gpus"])
         self._standing: ArmsStanding | None = None
+        self._stood_at = 0.0
 
     def _pass_on(self, event: Event) -> None:
-        """Pass on an event of the legs' runner, and report how the arms stand whenever a leg is done."""
+        """Pass on an event of the legs' runner. Report how the arms stand when a leg is done, and as it proceeds."""
         self._tell(event)
-        if isinstance(event, LegDone) and self._standing is not None:
-            self._standing.note_done(event.leg, event.validation)
+        standing = self._standing
+        if standing is None:
+            return
+        if isinstance(event, LegDone):
+            standing.note_done(event.leg, event.validation)
             if not event.was_there:
-                self._tell(self._standing.event())
+                self._tell(standing.event())
+        elif isinstance(event, Progress):
+            standing.note_progress(event.attempt.directory, event.epoch / event.num_epochs)
+            if time.monotonic() - self._stood_at >= STANDING_S:
+                self._stood_at = time.monotonic()
+                self._tell(standing.event())
 
     def _tell_standing(self, settings: Mapping[str, Settings]) -> None:
         """Report the settings that arms were tuned to."""
@@ -314,8 +324,17 @@ class _Comparison:
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """Return an arm's last leg."""
         config = arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers)
-        shape = {"num_train": self._num_train, "num_workers": self._num_workers, "legs_path": self._legs_path}
-        return final_leg(arm, config, budget, self._plans[arm.key], **shape)
+        use = "tuning" if (budget, seed) == self._tuning_point() else f"{budget:g} passes, seed {seed}"
+        return final_leg(
+            arm,
+            config,
+            budget,
+            self._plans[arm.key],
+            num_train=self._num_train,
+            num_workers=self._num_workers,
+            legs_path=self._legs_path,
+            label=f"{arm.key} at rate {settings.learning_rate:g}, {use}",
+        )
 
     def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
         """Return an arm's last legs by budget and seed."""

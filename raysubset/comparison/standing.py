@@ -30,6 +30,7 @@ class ArmsStanding:
         self._passes: defaultdict[str, float] = defaultdict(float)
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
+        self._shares: dict[str, float] = {}  # how far legs at work are, by key
 
     def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float = 0.0) -> None:
         """Note an arm's last legs to come, at a budget; without a budget they are for its tuning."""
@@ -48,18 +49,31 @@ class ArmsStanding:
         if key in self._done:
             return
         self._done.add(key)
+        self._shares.pop(key, None)
         for arm, passes in self._arms_of[key].items():
             self._passes[arm] += passes
         for point in self._finals.get(key, ()):
             self._qualities[point].append(validation[self._quality.name] if validation else None)
 
+    def note_progress(self, key: str, share: float) -> None:
+        """Note what share of its training a leg has done so far."""
+        if key not in self._done:
+            self._shares[key] = share
+
     def event(self) -> Standing:
         """Return the current table."""
         means = {point: self._mean(values) for point, values in self._qualities.items()}
         best = self._best(means)
+        at_work: defaultdict[str, float] = defaultdict(float)
+        for key, share in self._shares.items():
+            for arm, passes in self._arms_of[key].items():
+                at_work[arm] += share * passes
         rows = []
         for arm, budgets in self._of_arm.items():
-            planned, num_passes = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0), self._passes[arm]
+            planned, num_passes = (
+                self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0),
+                self._passes[arm] + at_work[arm],
+            )
             num = sum(len(self._qualities.get((arm, budget), ())) for budget in budgets)
             state = "done" if num == self._num_seeds * len(budgets) else "at work" if num_passes else "waiting"
             cells = (self._settings.get(arm, ""), *(self._cell(arm, budget, means) for budget in self._budgets))

@@ -28,6 +28,7 @@ class Job:
     num_gpus: float  # of each worker
     teachers: tuple[Output, ...]  # the minima to distil from
     workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
+    label: str  # of the piece
 
     @classmethod
     def of(
@@ -44,7 +45,8 @@ class Job:
         if weights is None:
             weights = seeded_model(config, full_set, piece.start_id).state_dict()
         recipe, refs = config.stage(piece.stage, epochs=piece.epochs), (full_set_ref, put_once(weights))
-        return cls(config, recipe, piece.directory, piece.stage, *refs, num_gpus, piece.teachers, workplace)
+        more = num_gpus, piece.teachers, workplace, piece.label
+        return cls(config, recipe, piece.directory, piece.stage, *refs, *more)
 
 
 class FineTuningFailed(RuntimeError):

@@ -103,8 +103,9 @@ class TrainLookout:
         if pulse.epoch is None or pulse.num_epochs is None or pulse.examples_per_s is None:
             return
         loss_text = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
-        text = f"{stage}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
-        attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid)
+        text = f"{self._job.label}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
+        names = self._job.directory.name, self._job.label
+        attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid, *names)
         numbers = (pulse.epoch, pulse.num_epochs, None, pulse.examples_per_s, pulse.loss)
         self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))
 

@@ -27,6 +27,7 @@ class Drawing:
     is_lean: bool = False
     """Legs are evaluated on validation data only, and fine-tuning evaluates only at its end unless the config needs
     more. Comparisons do so, because evaluation comes on top of their budgets."""
+    label: str = ""  # Leg.label
     aggregates: bool = True  # False: the minimum of the only subset replaces the aggregate
 
     def legs(self, *, num_workers: int = 1) -> Iterator[Leg]:
@@ -141,7 +142,8 @@ class Drawing:
         measures = ("validation",) if self.is_lean else MEASURES
         if stage == "subsets" and not self.config.rounds.evaluated(round):
             measures = ()
-        return Leg(self.place, kind, self.config, stage, epochs, start, round=round, measures=measures, **more)
+        more |= {"round": round, "measures": measures, "label": self.label}
+        return Leg(self.place, kind, self.config, stage, epochs, start, **more)
 
     @cached_property
     def _spans(self) -> Sequence[tuple[float, float]]:

@@ -53,6 +53,7 @@ class Leg:
     statistics: tuple[str, ...] = ()  # kinds that its aggregation needs
     is_subsample: bool = False  # on a part of the subset, for savgm
     measures: tuple[Measure, ...] = ("validation",)
+    label: str = ""  # what it is for, in a comparison; not part of its key
 
     @cached_property
     def key(self) -> str:
@@ -111,9 +112,17 @@ class Leg:
         return self._aggregation() if self.kind == "aggregate" else self._minimization()
 
     @property
-    def _name(self) -> str:
-        """Return the name of its piece; "" in a run, where stage and subset name it."""
-        return self.key if isinstance(self.place, str) else ""
+    def name(self) -> str:
+        """Return its name in messages; "" in a run, where stage and subset name it."""
+        if not (self.label and isinstance(self.place, str)):
+            return self.key if isinstance(self.place, str) else ""
+        if self.stage == "conventional":
+            return self.label
+        of_round = f" of round {self.round + 1}" if self.stage == "subsets" and self.config.rounds.num > 1 else ""
+        what = "aggregate" if self.kind == "aggregate" else self.told_stage.replace("_", "-")
+        if self.subset is not None:
+            what = f"{'a part of ' if self.is_subsample else ''}subset {self.subset}"
+        return f"{self.label}, {what}{of_round}"
 
     @property
     def _has_next_round(self) -> bool:
@@ -142,7 +151,7 @@ class Leg:
             is_subsample=self.is_subsample,
             by_train=self.kind == "train",
             teachers=tuple(member.output for member in self.members) if self.stage == "fine_tuning" else (),
-            name=self._name,
+            name=self.name,
         )
 
     @property
@@ -175,7 +184,7 @@ class Leg:
             momentum=momentum,
             averages_optimizers=self._has_next_round and self.config.rounds.optimizer_state == "average",
             measures=self.measures,
-            name=self._name,
+            name=self.name,
         )
 
     @property
@@ -185,7 +194,7 @@ class Leg:
     @property
     def test(self) -> TestPiece:
         """Return the piece that evaluates its weights on the test split."""
-        return TestPiece(self.config, self.output, f"test of {self.key}")
+        return TestPiece(self.config, self.output, f"test of {self.name}")
 
     def validation(self) -> dict[str, Any] | None:
         """Return its metrics on validation data, once it is done; None if they are not measured."""

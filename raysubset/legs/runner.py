@@ -119,11 +119,11 @@ class LegRunner:
         text = "not measured"
         if metrics is not None:
             text = metrics_in_words(metrics, self._run.full_set.quality)
-        self._tell(LegDone(f"{leg.key}: validation {text} ({len(done)} of {num_all} legs)", leg.key, metrics))
+        self._tell(LegDone(f"{leg.name}: validation {text} ({len(done)} of {num_all} legs)", leg.key, metrics))
 
     def _fail(self, leg: Leg, reason: str) -> None:
         self.failed[leg] = reason
-        self._tell(Note(f"{leg.key} failed: {reason}; {self._then}", is_warning=True))
+        self._tell(Note(f"{leg.name} failed: {reason}; {self._then}", is_warning=True))
 
     def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
         """Do a leg of data-parallel training by Ray Train."""

@@ -378,7 +378,10 @@ def _pack_of(slot: Slot) -> Pack:
 def _attempt(slot: Slot, place: int = 0) -> Attempt:
     """Return the attempt at a piece of the slot's pack."""
     node, ip, pid = (slot.place[key] for key in ("node", "ip", "pid"))
-    return Attempt(*_pack_of(slot).keys[place], slot.attempts[place], node, ip, pid)
+    pack = _pack_of(slot)
+    piece = pack.pieces[place]
+    label = pack.label if pack.is_trial else piece.label
+    return Attempt(*pack.keys[place], slot.attempts[place], node, ip, pid, piece.directory.name, label)
 
 
 def _left(pack: Pack) -> list[Result]:
