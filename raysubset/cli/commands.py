@@ -184,11 +184,10 @@ def _way_out(error: Exception) -> str:
 
 
 @contextmanager
-def _beginning(config: Config, *, fresh: bool) -> Iterator[OnEvent]:
-    """Yield a listener; start Ray's processes while torch is imported, unless the run's report exists already."""
+def _beginning(config: Config, *, is_finished: bool = False) -> Iterator[OnEvent]:
+    """Yield a listener; start Ray's processes while torch is imported, unless the work is finished."""
     with telling(STARTING) as tell, ExitStack() as stack:
-        place = Path(config.storage_path).expanduser()
-        if fresh or not (place / config.run_name() / "report.json").exists():
+        if not is_finished:
             from raysubset.cluster import started_ahead
 
             stack.enter_context(started_ahead(config.cluster))
@@ -196,7 +195,8 @@ def _beginning(config: Config, *, fresh: bool) -> Iterator[OnEvent]:
 
 
 def _run(command: Run) -> int:
-    with _beginning(command.config, fresh=command.fresh) as tell:
+    report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
+    with _beginning(command.config, is_finished=report_path.exists() and not command.fresh) as tell:
         from raysubset.pipeline import run
         from raysubset.tracking import track_page
 
@@ -212,7 +212,7 @@ def _run(command: Run) -> int:
 def _sweep(command: Sweep) -> int:
     space = _space(command.sizes, command.space)
     scheduler = "asha" if command.prune else None
-    with telling(STARTING) as tell:
+    with _beginning(command.config) as tell:
         from raysubset.sweeping import sweep
 
         report = sweep(
@@ -236,7 +236,7 @@ def _compare(command: Compare) -> int:
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (value := getattr(command, name)) not in (None, ()):
             options[name] = value
-    with telling(STARTING) as tell:
+    with _beginning(command.config) as tell:
         from raysubset.comparison import compare
         from raysubset.tracking import track_page
 
