@@ -26,6 +26,7 @@ from raysubset.events import Event, Note, OnEvent, Planned, Progress, Stage, Wai
 from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_train
 from raysubset.given_objects import is_given
 from raysubset.identity import identify, known_fingerprint, places_notes
+from raysubset.idle_settings import idle_settings
 from raysubset.ledger import Ledger
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
@@ -117,7 +118,7 @@ def run(
     full_set, identity = full_sets[config.learned], identify([config], full_sets, known)
     tell(Waiting("planning, with one trial step of training"))
     plan = make_plan(config, full_set)
-    for note in (*places_notes(identity), *full_set.advice, *plan.advice):
+    for note in (*places_notes(identity), *full_set.advice, *idle_settings(config), *plan.advice):
         tell(note)
     directory.check_writable()
     with ExitStack() as stack:

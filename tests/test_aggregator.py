@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import ModuleType
 from typing import get_args, get_type_hints
@@ -19,12 +19,14 @@ from raysubset.aggregation import (
     aggregate,
     aggregate_round,
     candidates_of_auto,
+    methods,
     outer_step,
     select_best,
     ties,
     uniform_soup,
 )
-from raysubset.config import AggregationConfig, Config, MinimizeConfig, RoundsConfig
+from raysubset.aggregation.methods import combine
+from raysubset.config import AGGREGATIONS, AggregationConfig, Config, MinimizeConfig, RoundsConfig
 from raysubset.data import Examples
 from raysubset.quality import ACCURACY
 from raysubset.training import (
@@ -228,6 +230,34 @@ def test_the_settings_reach_the_methods(informed):
     ]
     assert same_bits(dropped[0], dropped[1])
     assert not same_bits(dropped[0], dropped[2])
+
+
+OTHER_SETTINGS = {
+    "weight_by": "validation_loss",
+    "regmean_factor": 0.1,
+    "ties_density": 0.9,
+    "dare_drop": 0.9,
+    "task_scale": 0.3,
+    "savgm_fraction": 0.6,
+    "matching": "activations",
+    "repair": False,
+}
+OF_STATISTICS = {"statistics_examples", "fisher_labels"}  # which members take with these settings
+
+
+@pytest.mark.parametrize("name", set(AGGREGATIONS) - {"auto", "aligned_soup"})
+def test_a_method_uses_the_settings_that_it_names_and_no_others(informed, name):
+    names = {field.name for field in fields(AggregationConfig)} - {"method", "allow_independent"}
+    assert OTHER_SETTINGS.keys() == names - OF_STATISTICS
+
+    def aggregated(**settings: object) -> Weights:
+        return combine(informed, AggregationConfig(method=name, **settings), scorer(), start=START, seed=4).weights
+
+    usual = aggregated()
+    used = {key for key, value in OTHER_SETTINGS.items() if not same_bits(aggregated(**{key: value}), usual)}
+    method = methods(AggregationConfig())[name]
+    assert used == set(method.settings) - OF_STATISTICS
+    assert bool(method.needs.statistics) is not OF_STATISTICS.isdisjoint(method.settings)
 
 
 def test_auto_takes_the_candidate_of_least_validation_loss_and_records_all(informed):

@@ -26,11 +26,14 @@ def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
     independent = {"allow_independent": config.allow_independent}
     return {
         "fisher": Method(
-            lambda minima, _: fisher_merge(minima, floor=FISHER_FLOOR, **independent), Needs(statistics=("fisher",))
+            lambda minima, _: fisher_merge(minima, floor=FISHER_FLOOR, **independent),
+            Needs(statistics=("fisher",)),
+            ("statistics_examples", "fisher_labels"),
         ),
         "regmean": Method(
             lambda minima, _: regmean(minima, factor=config.regmean_factor, **independent),
             Needs(statistics=("gram",)),
+            ("statistics_examples", "regmean_factor"),
         ),
     }
 

@@ -28,7 +28,7 @@ def methods(config: AggregationConfig) -> dict[str, Method]:
         **soup_methods(config),
         **curvature_methods(config),
         **task_vector_methods(config),
-        "aligned_soup": Method(lambda minima, context: context.align(minima), aligned),
+        "aligned_soup": Method(lambda minima, context: context.align(minima), aligned, ("matching", "repair")),
         "auto": Method(_refuse_unmeasured, chooses),
     }
 

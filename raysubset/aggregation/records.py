@@ -145,3 +145,4 @@ class Method:
 
     combine: Callable[[Sequence[Minimum], Context], Aggregate]
     needs: Needs = Needs()
+    settings: tuple[str, ...] = ()  # fields of AggregationConfig that it uses, besides method and allow_independent

@@ -30,7 +30,9 @@ def soup_methods(config: AggregationConfig) -> dict[str, Method]:
     return {
         "uniform_soup": Method(lambda minima, _: uniform_soup(minima, **independent)),
         "weighted_soup": Method(
-            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by, **independent), by_loss
+            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by, **independent),
+            by_loss,
+            ("weight_by",),
         ),
         "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score, **independent), greedy),
         "select_best": Method(lambda minima, _: select_best(minima), best),

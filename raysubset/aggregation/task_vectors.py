@@ -41,7 +41,11 @@ def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
         options: dict[str, Any] = {"fraction": config.savgm_fraction, "allow_independent": config.allow_independent}
         return savgm(minima, parameter_names=context.parameter_names, **options)
 
-    return {"ties": Method(by_ties), "dare": Method(by_dare), "savgm": Method(by_savgm, Needs(parts=True))}
+    return {
+        "ties": Method(by_ties, settings=("ties_density", "task_scale")),
+        "dare": Method(by_dare, settings=("dare_drop", "task_scale")),
+        "savgm": Method(by_savgm, Needs(parts=True), ("savgm_fraction",)),
+    }
 
 
 def _start(method: str, context: Context) -> Weights:
