@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from raysubset.config import DataConfig
-from raysubset.data import ARROW_SUFFIXES, EncodedImages, decode_images, read_image_rows, read_rows
+from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode_images, read_image_rows, read_rows
 from raysubset.errors import first_line
 from raysubset.network_graph import export
 from raysubset.run_directory import RunDirectory
@@ -224,7 +224,7 @@ def _predict_image_files(
     model: TrainedModel, inputs: ImageInputs, directory: str, paths: Sequence[str], num_classes: int
 ) -> Iterator[Prediction]:
     """Yield the answers for image files, and for the rows of tables of images."""
-    for is_table, members in groupby(paths, key=lambda path: path.lower().endswith(ARROW_SUFFIXES)):
+    for is_table, members in groupby(paths, key=lambda path: path.lower().endswith(TABLE_SUFFIXES)):
         if not is_table:
             files = [*members]
             encoded = EncodedImages(

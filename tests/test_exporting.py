@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pyarrow import ipc
+from pyarrow import csv, ipc
 
 from raysubset import load_model
 from raysubset.cli import call
@@ -198,7 +198,7 @@ def test_the_commands_print_what_scripts_read(directory: str, tmp_path: Path, ca
     assert capsys.readouterr().out.strip() == str(tmp_path / "m.pt2")
 
 
-@pytest.mark.parametrize("kind", ["encoded", "struct", "tensors", "arrow"])
+@pytest.mark.parametrize("kind", ["encoded", "struct", "tensors", "arrow", "paths", "csv"])
 def test_rows_of_a_table_of_images_are_predicted_as_their_files_are(kind: str, directory: str, tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
     files = [tmp_path / f"{number}.png" for number in range(5)]
@@ -209,11 +209,16 @@ def test_rows_of_a_table_of_images_are_predicted_as_their_files_are(kind: str, d
         column = [{"bytes": data, "path": "a.png"} for data in column]
     if kind == "tensors":
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(pixels)
+    if kind in ("paths", "csv"):
+        column = [file.name for file in files]
     table, path = pa.table({"image": column, "label": range(5)}), str(tmp_path / "set.parquet")
     if kind == "arrow":
         path = str(tmp_path / "set.arrow")
         with ipc.new_file(path, table.schema) as writer:
             writer.write_table(table)
+    elif kind == "csv":
+        path = str(tmp_path / "set.csv")
+        csv.write_csv(table, path)
     else:
         pq.write_table(table, path)
     found = predict_files(directory, [str(files[1]), path, str(files[2])])
@@ -250,7 +255,7 @@ def test_a_table_of_images_is_read_by_the_column_that_training_read(directory: s
     config = Config(data=DataConfig(image_column="pictures")).to_dict()
     RunDirectory.at(directory).write_json("config.json", {"format": FORMAT, "config": config})
     assert call(["predict", directory, str(path)]) == 0
-    for column, told in ((["a.png"], "need encoded bytes"), ([None], "null")):
+    for column, told in ((["b.png"], "there is no image"), ([None], "null")):
         pq.write_table(pa.table({"pictures": pa.array(column, pa.string())}), path)
         (found,) = predict_files(directory, [str(path)])
         assert told in (found.error or "")

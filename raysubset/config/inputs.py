@@ -39,8 +39,9 @@ class DataConfig:
     image_size: Annotated[int | None, "[1, ∞)"] = None
     """Resize every image's shorter side to this many pixels, and crop the centre square. Needed if shapes differ."""
     image_column: str = "image"
-    """Parquet or Arrow column with the images: encoded bytes, Hugging Face structs, or uint8 tensors of one shape.
-    A table without this column is learned from its other columns. Or the name of the images' folders beside masks'."""
+    """Column with the images of a table: encoded bytes, paths of files, Hugging Face structs, or uint8 tensors of one
+    shape. A table without this column is learned from its other columns. Or the name of the images' folders beside
+    masks'."""
     target: str | None = None
     """Column to learn: integers, class names, numbers for regression (several columns separated by commas), or masks
     for segmentation. By default target or label; for images label, or mask or label for segmentation. Or the name of

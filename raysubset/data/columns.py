@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.csv_files import DELIMITERS
 from raysubset.data.files import (
     column_kinds,
     describe_files,
@@ -20,7 +19,8 @@ from raysubset.data.files import (
     read_table,
 )
 from raysubset.data.finding import DataFiles, find_files
-from raysubset.data.labels import UNLABELLED, as_labels, is_string, number_classes
+from raysubset.data.image_columns import is_string
+from raysubset.data.labels import UNLABELLED, as_labels, number_classes
 from raysubset.data.layout import Placed, some
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
@@ -67,10 +67,7 @@ def is_of_columns(config: DataConfig) -> bool:
     files = find_files(config)
     if files.kind != "tables" or config.columns is not None:
         return files.kind == "tables"
-    first = files.layout["train"][0]
-    return files.full_path(first).lower().endswith(tuple(DELIMITERS)) or not holds_images(
-        read_schema(files, first), config
-    )
+    return not holds_images(read_schema(files, files.layout["train"][0]), config)
 
 
 def holds_images(schema: pa.Schema, config: DataConfig) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import posixpath
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
+from raysubset.data.columns import is_of_columns
+from raysubset.data.files import named_images
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
@@ -62,6 +65,8 @@ def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Ta
         if files == [""]:  # the path is a file's
             root, _, file = root.rpartition("/")
             files = [file]
+        if data_files.kind == "tables" and not is_of_columns(config):
+            files += [posixpath.relpath(path, root) for path in named_images(data_files, config)]
     return _digests(system, root, files, known)
 
 

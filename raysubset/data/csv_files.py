@@ -52,6 +52,12 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     return table
 
 
+def header(data: bytes, path: str) -> list[str]:
+    """Return the names of the columns, from the first bytes of a file."""
+    text = data.decode("utf-8-sig", errors="replace")
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[PurePosixPath(path).suffix.lower()]), [])
+
+
 def _check_header(names: list[str], delimiter: str, path: str) -> None:
     numbers = [name for name in names if is_number(name)]
     if numbers and (len(numbers) == len(names) or not all(name.isdigit() for name in numbers)):

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.csv_files import DELIMITERS, read_csv
+from raysubset.data.csv_files import DELIMITERS, header, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
-from raysubset.data.image_columns import image_column, images_of
+from raysubset.data.image_columns import image_column, images_of, is_string, with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups
@@ -34,6 +34,7 @@ from raysubset.events import Note
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # maps a file's schema and path to the columns to read
 
+_HEADER_BYTES = 2**20  # of a CSV file, in which its header ends
 _BOM = b"\xef\xbb\xbf"
 _NULL = "__HIVE_DEFAULT_PARTITION__"  # the folder of nulls in Hive, Spark and Arrow
 
@@ -63,8 +64,13 @@ def read_path(config: DataConfig, task: str) -> Source:
         elif split == "train" and config.streamed:
             split_source, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
         else:
-            tables = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
-            split_source, origin = from_tables(tables, config, where, task), describe_files(files, members)
+            column, read_file = config.image_column, partial(_read_named_file, files.system, where)
+            tables = {
+                files.full_path(member): read_table(files, member, kinds, needed, texts=(column,)) for member in members
+            }
+            split_source, origin = from_tables(tables, config, where, task, read_file), describe_files(files, members)
+            if any(is_string(table.schema.field(column).type) for table in tables.values()):
+                origin += f", whose column {column} names the images"
         note = Note(f"{split} split: {len(split_source.targets)} examples of {origin}")
         source[split] = dataclasses.replace(split_source, notes=(note, *split_source.notes))
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
@@ -72,7 +78,7 @@ def read_path(config: DataConfig, task: str) -> Source:
 
 
 def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
-    """Read the images in the rows of a Parquet or Arrow file, for predictions: uint8 [N, H, W, C], or encoded.
+    """Read the images in the rows of a Parquet, Arrow or CSV file, for predictions: uint8 [N, H, W, C], or encoded.
 
     Args:
         image_size: the side in pixels to which tensors are resized; None keeps their size.
@@ -92,10 +98,36 @@ def read_image_rows(path: str, column: str, *, image_size: int | None) -> Encode
         refuse_unreadable(schema, [column], where)
         return [column]
 
-    table = read_table(files, member, {}, needed)
+    table = read_table(files, member, {}, needed, texts=(column,))
     if not table.num_rows:
         raise ValueError(f"{path} has no rows: give a table with images")
-    return images_of(image_column(table, column, path), path, image_size=image_size)[0]
+    table, read_file = with_full_paths(table, column, files.root), partial(_read_named_file, files.system, path)
+    return images_of(image_column(table, column, path), path, image_size=image_size, read_file=read_file)[0]
+
+
+def _read_named_file(system: fs.FileSystem, where: str, path: str) -> bytes:
+    """Return the bytes of an image that a table names."""
+    try:
+        with system.open_input_stream(path) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"there is no image {path}, which {where} names: paths are relative to the table's folder; --data.columns "
+            "learns from columns instead"
+        ) from error
+
+
+def named_images(files: DataFiles, config: DataConfig) -> list[str]:
+    """Return the full paths of the images that tables of images name; none if the images are in the tables."""
+    column, paths = config.image_column, dict[str, None]()
+    for members in files.layout.values():
+        for member in members:
+            schema = read_schema(files, member)
+            if column not in schema.names or not is_string(schema.field(column).type):
+                break  # all files of a split have columns of one kind
+            table = read_table(files, member, {}, lambda _, __: [column], texts=(column,))
+            paths |= dict.fromkeys(with_full_paths(table, column, files.full_path(member)).column(column).to_pylist())
+    return [path for path in paths if path is not None]
 
 
 def no_table(files: DataFiles) -> ValueError:
@@ -127,7 +159,13 @@ def _read_streamed(
     files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
 ) -> SourceSplit:
     """Read a split's labels and scalars, and record the row groups of its images."""
-    needed = partial(needed_columns, config=config, task="classification")
+
+    def needed(schema: pa.Schema, path: str) -> list[str]:
+        names = needed_columns(schema, path, config, "classification")
+        if is_string(schema.field(config.image_column).type):
+            raise not_streamed(f"{path} holds the paths of images")
+        return names
+
     tables, num_rows = read_held(files, members, kinds, needed, streamed={config.image_column})
     joined = join_tables(tables, config, where)
     return with_scalars(ImageGroups.of_files(config, where, [*tables], num_rows), joined, config, where)
@@ -234,15 +272,19 @@ def read_table(
 
 
 def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
-    """Return the schema of a Parquet or Arrow file, with the columns that its folders name.
+    """Return the schema of a file, with the columns that its folders name. All columns of a CSV file are texts.
 
     Raises:
         ValueError: with the file, if it is damaged.
     """
     path = files.full_path(member)
     with opened(files.system, path) as file:
-        is_parquet = path.lower().endswith(".parquet")
-        schema = pq.ParquetFile(file).schema_arrow if is_parquet else _arrow_reader(file).schema
+        if path.lower().endswith(".parquet"):
+            schema = pq.ParquetFile(file).schema_arrow
+        elif path.lower().endswith(tuple(DELIMITERS)):
+            schema = pa.schema([(name, pa.string()) for name in header(file.read(_HEADER_BYTES), path)])
+        else:
+            schema = _arrow_reader(file).schema
         return with_folder_fields(schema, member, column_kinds(files))
 
 

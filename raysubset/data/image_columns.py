@@ -1,7 +1,8 @@
-"""Reads images and masks from Arrow columns: encoded images, Hugging Face's structs, or tensors, also ray.data's."""
+"""Reads images and masks from Arrow columns: encoded images, their paths, Hugging Face's structs, or tensors."""
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from raysubset.errors import listed
 # The extension types that ray.data writes. Arrow knows them only in processes that import ray.data.
 _RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
 _RAY_VARIABLE_TENSORS = "ray.data.arrow_variable_shaped_tensor"
+
+ReadFile = Callable[[str], bytes]  # of the file system that the table is in
 
 
 def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
@@ -41,6 +44,26 @@ def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             pixels = pa.chunked_array([chunk.field("data") for chunk in column.chunks])
             return _fixed_shape_tensors(pixels, list(shapes.pop()), where)
     return column
+
+
+def is_string(type_: pa.DataType) -> bool:
+    """Return True for texts in any of Arrow's layouts."""
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+
+
+def with_full_paths(table: pa.Table, name: str, where: str) -> pa.Table:
+    """Return the table, with paths in a column of texts below the folder of the table's file, unless they are absolute.
+
+    Args:
+        name: the column of images. Other columns of images than texts stay.
+        where: the path of the table's file.
+    """
+    if not is_string(table.schema.field(name).type):
+        return table
+    folder = where.rpartition("/")[0]
+    texts = table.column(name).to_pylist()
+    paths = [text if text is None or text.startswith("/") else f"{folder}/{text}" for text in texts]
+    return table.set_column(table.column_names.index(name), name, pa.array(paths, pa.large_string()))
 
 
 def _ray_shape(text: bytes, where: str) -> list[int]:
@@ -75,18 +98,24 @@ def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) 
 
 
 def images_of(
-    column: pa.ChunkedArray, where: str, *, image_size: int | None, first_row: int = 0
+    column: pa.ChunkedArray,
+    where: str,
+    *,
+    image_size: int | None,
+    first_row: int = 0,
+    read_file: ReadFile | None = None,
 ) -> tuple[np.ndarray | EncodedImages, Findings]:
     """Return a column's images, uint8 [n, H, W, C] or encoded, with findings. The column must not be empty.
 
     Args:
         where: the name of the file or files in messages.
         first_row: the number of the column's first row in these files.
+        read_file: reads the files whose full paths a column of texts holds; None: such a column is refused.
 
     Raises:
         ValueError: for nulls and values that are no images.
     """
-    encoded = _encoded_or_chunks(column, "image", where, first_row)
+    encoded = _encoded_or_chunks(column, "image", where, first_row, read_file)
     if isinstance(encoded, EncodedImages):
         return encoded, Findings()
     if pa.types.is_struct(column.type) and [field.name for field in column.type] == ["data", "shape"]:
@@ -129,7 +158,7 @@ def masks_of(
 
 
 def _encoded_or_chunks(
-    column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0
+    column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0, read_file: ReadFile | None = None
 ) -> EncodedImages | list[pa.Array]:
     """Return a column's encoded images or masks, or else its chunks that are not empty."""
     if pa.types.is_dictionary(column.type):
@@ -146,6 +175,10 @@ def _encoded_or_chunks(
             len(column),
             read=lambda row: column[row].as_py(),
             describe=lambda row: f"the {noun} in row {first_row + row} of {where}",
+        )
+    if read_file is not None and is_string(column.type):
+        return EncodedImages(
+            len(column), read=lambda row: read_file(column[row].as_py()), describe=lambda row: column[row].as_py()
         )
     return [chunk for chunk in column.chunks if len(chunk)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import nearest
-from raysubset.data.image_columns import rows_of
+from raysubset.data.image_columns import is_string, rows_of
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -47,11 +47,6 @@ def as_labels(values: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, tup
         return values.cast(pa.int64()), None
     except pa.ArrowInvalid as error:  # uint64 beyond int64
         raise ValueError(f"labels of {where} are out of range: {error}") from error
-
-
-def is_string(type_: pa.DataType) -> bool:
-    """Return True for texts in any of Arrow's layouts."""
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
 def number_classes(source: Source) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.image_columns import image_column, images_of, masks_of
+from raysubset.data.image_columns import ReadFile, image_column, images_of, is_string, masks_of, with_full_paths
 from raysubset.data.images import EncodedImages
-from raysubset.data.labels import UNLABELLED, as_labels, is_string, renumbered
+from raysubset.data.labels import UNLABELLED, as_labels, renumbered
 from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import SourceSplit
@@ -218,8 +218,13 @@ def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
     return table
 
 
-def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str) -> SourceSplit:
+def from_tables(
+    tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str, read_file: ReadFile | None = None
+) -> SourceSplit:
     """Read a split of images for a task from the tables of its files, given by file name.
+
+    Args:
+        read_file: reads the files that a column of texts names by their paths; None: such a column is refused.
 
     Raises:
         ValueError: for missing columns, nulls, values that are no images or no targets of the task, and if there are
@@ -227,10 +232,12 @@ def from_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str, 
     """
     for path, table in tables.items():
         needed_columns(table.schema, path, config, task)
+    if read_file is not None:
+        tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
     names = image_targets(next(iter(tables.values())).column_names, config, task, where)
     joined = join_tables(tables, dataclasses.replace(config, target=names[0]), where)
     column = joined.table.column(config.image_column)
-    images, findings = images_of(column, where, image_size=config.image_size)
+    images, findings = images_of(column, where, image_size=config.image_size, read_file=read_file)
     if task not in IMAGE_TARGETS:
         return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
     if joined.class_names:
