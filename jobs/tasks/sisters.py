@@ -35,15 +35,15 @@ Result:     extrapolation, n = 3, test bits a byte after 4 passes (less is bette
             wus             31.2 % ± 0.9   33.8 s      not measured yet
             wus_lr          26.3 % ± 2.8   31.9 s      not measured yet
             A quarter of the time is saved for 3.6 points of AlexNet's accuracy. (On 3,200 images it rises in each of 6
-            epochs, and wus skips nothing: the same bits.) VGG-16 and ResNet-18 are not measured yet.
+            epochs, and wus skips nothing: the same bits.)
 
-            VGG-11 in a smaller setting, n = 2, test accuracy after 100 steps on 160 images (--images 160 --batch-size
-            16 --epochs 10 --rates 0.01, one rate; 8 minutes at load 10 to 24), seconds of CPU:
-            none            28.3 % ± 1.5   39.1 s
-            wus             28.2 % ± 1.3   34.3 s
-            wus_lr          28.1 % ± 1.1   36.0 s
-            Both make 3 % fewer passes in 12 and 8 % less time, which load may explain in part; no accuracy is lost that
-            two seeds could tell.
+            A smaller setting, n = 2, test accuracy after 100 steps on 160 images (--images 160 --batch-size 16 --epochs
+            10 --rates 0.01, one rate; at loads of 5 to 24), seconds of CPU, and passes of at most 10:
+                            VGG-11                     VGG-16                           ResNet-18
+            none            28.3 % ± 1.5   39.1 s      26.6 % ± 3.4   69.9 s   10.0     27.0 % ± 0.9   99.4 s   10.0
+            wus             28.2 % ± 1.3   34.3 s      23.8 % ± 6.9   65.8 s    9.2     25.0 % ± 3.0   84.9 s    8.8
+            wus_lr          28.1 % ± 1.1   36.0 s      22.9 % ± 8.0   60.4 s    9.0     25.4 % ± 2.4   90.1 s    9.3
+            6 to 15 % of the time is saved. Mean accuracy falls by 0.1 to 3.7 points, less than two seeds of it differ.
 """
 
 import argparse
@@ -116,23 +116,23 @@ class Trials:
         model = build_model(self._config.model, full_set.spec, seed=seed)
         model = place(model, torch.device("cpu"), channels_last=True)
         examples = full_set.examples("train", self._positions, augment=True)
-        share, began = forward_share(model, full_set.spec), time.thread_time()
+        share, start_s = forward_share(model, full_set.spec), time.thread_time()
         cost = minimize(model, examples, recipe, seed=seed).cost
-        took = time.thread_time() - began
+        seconds = time.thread_time() - start_s
         held_out = full_set.test if split == "test" else full_set.validation
         some = np.arange(min(NUM_TESTED, len(held_out)))
         metrics = evaluate(model, full_set.examples(split, some), recipe)
         quality = metrics.to_dict()[full_set.quality.name]
         passes = cost.passes(len(self._positions), share)
-        return {"loss": metrics.loss, "quality": quality, "passes": passes, "seconds": took}
+        return {"loss": metrics.loss, "quality": quality, "passes": passes, "seconds": seconds}
 
 
 def best_rate(trials: Trials, recipe: MinimizeConfig, rates: Sequence[float]) -> float:
     """The rate that ends with the least validation loss, for a seed that is none of those reported."""
 
     def loss(rate: float) -> float:
-        found = trials.of(replace(recipe, learning_rate=rate), 1000, "validation")["loss"]
-        return found if math.isfinite(found) else math.inf
+        validation_loss = trials.of(replace(recipe, learning_rate=rate), 1000, "validation")["loss"]
+        return validation_loss if math.isfinite(validation_loss) else math.inf
 
     return rates[0] if len(rates) == 1 else min(rates, key=loss)
 
@@ -149,6 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     method = METHODS[options.method]
+    if unknown := set(options.only or ()) - set(method["networks"]):
+        parser.error(f"--only {' '.join(sorted(unknown))}: {options.method} has {', '.join(method['networks'])}")
     for network, settings in method["networks"].items():
         if options.only and network not in options.only:
             continue
@@ -163,12 +165,12 @@ def main() -> None:
             rates = options.rates or method["rates"]
             rate = best_rate(trials, recipe, rates)
             edge = " (edge)" if len(rates) > 1 and rate in (rates[0], rates[-1]) else ""
-            found = [trials.of(replace(recipe, learning_rate=rate), seed, "test") for seed in range(options.seeds)]
-            values = [one["quality"] for one in found]
+            results = [trials.of(replace(recipe, learning_rate=rate), seed, "test") for seed in range(options.seeds)]
+            values = [one["quality"] for one in results]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            passes, seconds = (statistics.fmean(one[name] for one in found) for name in ("passes", "seconds"))
-            told = f"{statistics.fmean(values):.4f} ± {spread:.4f}"
-            print(f"    {kind:14} {told}  {passes:5.2f} passes {seconds:7.1f} s  rate {rate:g}{edge}", flush=True)
+            passes, seconds = (statistics.fmean(one[name] for one in results) for name in ("passes", "seconds"))
+            mean = f"{statistics.fmean(values):.4f} ± {spread:.4f}"
+            print(f"    {kind:14} {mean}  {passes:5.2f} passes {seconds:7.1f} s  rate {rate:g}{edge}", flush=True)
 
 
 if __name__ == "__main__":
