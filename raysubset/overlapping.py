@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from raysubset.events import Note
-from raysubset.subset_actors import ActorPool, Backlog, Pack, done_of, in_packs, minimum_done, name_of
+from raysubset.subset_actors import (
+    ActorPool,
+    Backlog,
+    Pack,
+    done_of,
+    in_packs,
+    minimum_done,
+    name_of,
+    num_in_later_rounds,
+)
 from raysubset.training import Weights
 from raysubset.work import AggregatePiece, AnyPiece, Piece
 
@@ -42,7 +51,9 @@ class Stream:
         self._names |= {name_of(piece) for piece in pieces}
         self._names_stored |= stored
         self._names_done |= stored
-        for pack in in_packs(pieces, self._per_actor):
+        all_packs = in_packs(pieces, self._per_actor)
+        self._backlog.num_in_later_rounds = num_in_later_rounds(pieces[0], len(all_packs))
+        for pack in all_packs:
             todo = tuple(piece for piece in pack.pieces if isinstance(piece, Piece) and piece.folder not in folders)
             if todo:
                 packs.append(Pack(todo))

@@ -205,7 +205,8 @@ class Rounds:
     def _aggregate(self, pool: ActorPool, leg: Leg, start: Weights | None) -> dict[str, Any]:
         """Have an actor aggregate a round's minima, and return the record of the weights, which are in storage."""
         keep = self._num_kept(leg.round, at_last=float(self._decisions.may_go_alone))
-        ((_, record),) = pool.run([Pack((self._aggregation(leg),))], start, keep=keep)
+        pack, later = Pack((self._aggregation(leg),)), (self._config.rounds.num - 1 - leg.round) * len(leg.members)
+        ((_, record),) = pool.run([pack], start, keep=keep, num_in_later_rounds=later)
         return self._report(record)
 
     def _aggregation(self, leg: Leg) -> AggregatePiece:

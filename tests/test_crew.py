@@ -1,8 +1,12 @@
 """How many actors a pool asks for."""
 
+import math
+from typing import Any
+
 import pytest
 
-from raysubset.subset_actors.crew import FEW, MOST_UNPLACED, START_S, num_wanted, pays
+from raysubset.config import Config
+from raysubset.subset_actors.crew import FEW, MOST_UNPLACED, START_S, Crew, Slot, num_wanted, pays
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,7 @@ def test_there_is_an_actor_for_each_pack_a_few_more_than_have_a_place_and_no_mor
 
 
 @pytest.mark.parametrize(
-    ("num_queued", "pack_s", "num_up", "is_worth_it"),
+    ("num_left", "pack_s", "num_up", "is_worth_it"),
     [
         (1, 0.0, 0, True),  # nobody else would do it
         (3, 0.5, 1, False),  # done before another actor is up
@@ -38,6 +42,36 @@ def test_there_is_an_actor_for_each_pack_a_few_more_than_have_a_place_and_no_mor
     ],
 )
 def test_an_actor_is_asked_for_beside_others_once_their_work_lasts_longer_than_its_start(
-    num_queued: int, pack_s: float, num_up: int, is_worth_it: bool
+    num_left: int, pack_s: float, num_up: int, is_worth_it: bool
 ) -> None:
-    assert pays(num_queued, pack_s=pack_s, num_up=num_up) == is_worth_it
+    assert pays(num_left, pack_s=pack_s, num_up=num_up) == is_worth_it
+
+
+class _Crew(Crew):
+    """A crew whose actors are only counted: two have a place."""
+
+    def __init__(self, *, num_up: int, pack_s: float) -> None:
+        self._config, self._preferred_nodes = Config(), ()
+        self._num_places, self._counted_at, self._start_after, self._pack_s = 2, math.inf, -math.inf, pack_s
+        self.idle, self.busy = [Slot(None, Any, 0.0, None) for _ in range(num_up)], {}
+        self.unplaced = {}
+
+    def _start(self, preferred: int | None) -> None:
+        self.unplaced[len(self.unplaced)] = Slot(None, Any, 0.0, preferred)
+
+    def release(self, slot: Slot, result_ref: Any = None) -> None:
+        self.idle = [other for other in self.idle if other is not slot]
+        self.unplaced = {key: other for key, other in self.unplaced.items() if other is not slot}
+
+
+def test_an_actor_that_later_rounds_need_is_asked_for_and_stays_while_it_starts() -> None:
+    crew = _Crew(num_up=1, pack_s=1.0)  # the other was lost
+    crew.ask(2, keep=math.inf)
+    assert crew.size == 1  # two seconds of work, and nothing after them
+    crew.ask(2, keep=math.inf, num_later=10)
+    assert (len(crew.idle), len(crew.unplaced)) == (1, 1)
+    crew.ask(0, keep=math.inf, num_later=10)  # the round ends first
+    crew.ask(1, keep=math.inf, num_later=10)  # and is aggregated
+    assert (len(crew.idle), len(crew.unplaced)) == (1, 1)
+    crew.ask(1, keep=1.0)  # the last one
+    assert (len(crew.idle), len(crew.unplaced)) == (1, 0)

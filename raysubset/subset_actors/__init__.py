@@ -11,5 +11,5 @@ from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.crew import SubsetFailed
 from raysubset.subset_actors.minima import NUM_READERS, done_of, find_minima, minimum_done
 from raysubset.subset_actors.packing import packing_decision, packing_note
-from raysubset.subset_actors.packs import Backlog, Pack, in_packs, name_of
+from raysubset.subset_actors.packs import Backlog, Pack, in_packs, name_of, num_in_later_rounds
 from raysubset.subset_actors.pool import ActorPool

@@ -74,14 +74,15 @@ def num_wanted(num_packs: int, *, num_up: int, num_places: int, most: int | None
     return min(num_packs, places, num_packs if most is None else most)
 
 
-def pays(num_queued: int, *, pack_s: float, num_up: int) -> bool:
-    """Return whether another actor comes up before those that are up have done the packs queued, as far as is known.
+def pays(num_left: int, *, pack_s: float, num_up: int) -> bool:
+    """Return whether another actor comes up before those that are up have done the packs left, as far as is known.
 
     Args:
+        num_left: packs that are queued, wait for others, or come in later rounds.
         pack_s: what a pack has taken at least: the last one done, or one in hand. As it grows with those in hand, work
             that turns out to be long waits for START_S at most.
     """
-    return num_up == 0 or num_queued * pack_s >= START_S * num_up
+    return num_up == 0 or num_left * pack_s >= START_S * num_up
 
 
 class Crew:
@@ -130,10 +131,12 @@ class Crew:
         self._pack_s = 0.0  # that the last pack took
         self._noticed_nums_up: set[int] = set()  # numbers of actors up at which waiting was reported
 
-    def ask(self, num_queued: int, *, keep: float) -> None:
+    def ask(self, num_queued: int, *, keep: float, num_later: int = 0) -> None:
         """Request num_wanted() actors for the packs given out and queued; hand back others, unplaced ones first.
 
-        `keep` idle actors stay.
+        Args:
+            keep: so many idle actors stay.
+            num_later: packs that will be queued later, as far as is known: actors that are starting stay for them.
         """
         num_packs = len(self.busy) + num_queued
         if num_packs > self.num_up:
@@ -141,7 +144,7 @@ class Crew:
         most = self._config.actors.max_num
         wanted = num_wanted(num_packs, num_up=self.num_up, num_places=self._num_places, most=most)
         pack_s = max((self._pack_s, *(time.time() - slot.submitted_at for slot in self.busy.values())))
-        if not pays(num_queued, pack_s=pack_s, num_up=self.num_up):
+        if not pays(num_queued + num_later, pack_s=pack_s, num_up=self.num_up):
             wanted = min(wanted, self.size)
         if wanted > self.size and time.monotonic() >= self._start_after:
             used = {slot.preferred for slot in (*self.unplaced.values(), *self.idle, *self.busy.values())}
@@ -150,7 +153,7 @@ class Crew:
                 self._start(free.pop(0) if free else None)
         elif wanted < self.size:
             last_first = list(self.unplaced.values())[::-1]  # one that starts would leave its place to the next
-            spare = [*last_first, *self.idle[int(min(keep, len(self.idle))) :]]
+            spare = [*([] if num_later else last_first), *self.idle[int(min(keep, len(self.idle))) :]]
             for slot in spare[: self.size - wanted]:
                 self.release(slot)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from raysubset.events import MinimumDone, Note
 from raysubset.quality import Quality, metrics_in_words
-from raysubset.subset_actors.packs import Pack, in_packs
+from raysubset.subset_actors.packs import Pack, in_packs, num_in_later_rounds
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import Weights
 from raysubset.work import Piece
@@ -31,12 +31,14 @@ def find_minima(
     """
     tell = pool.opened.tell
     folders = done_of(pieces)
-    missing = [tuple(p for p in pack.pieces if p.folder not in folders) for pack in in_packs(pieces, per_actor)]
+    packs = in_packs(pieces, per_actor)
+    missing = [tuple(p for p in pack.pieces if p.folder not in folders) for pack in packs]
     todo = [Pack(pack_pieces) for pack_pieces in missing if pack_pieces]
     if folders and todo:
         tell(Note(f"{len(folders)} of {len(pieces)} minima are already there"))
     min_done = None if quorum is None else max(0, quorum - len(folders))
-    for piece, record in pool.run(todo, start, keep=keep, min_done=min_done):
+    later = num_in_later_rounds(pieces[0], len(packs)) if pieces else 0
+    for piece, record in pool.run(todo, start, keep=keep, min_done=min_done, num_in_later_rounds=later):
         assert isinstance(piece, Piece)
         folders.add(piece.folder)
         tell(minimum_done(piece, record, pool.opened.full_set.quality, f"{len(folders)} of {len(pieces)}"))

@@ -51,6 +51,11 @@ class Pack:
         return f"subsets {', '.join(str(subset_id) for _, _, subset_id in self.keys)}"
 
 
+def num_in_later_rounds(piece: Piece, num_packs: int) -> int:
+    """Return how many packs are still to come, if each round after the piece's has so many."""
+    return (piece.config.rounds.num - 1 - piece.round) * num_packs if piece.stage == "subsets" else 0
+
+
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
     """Return packs of at most that many pieces, nearly equal in size, in order, whatever is already done."""
     remaining = iter(pieces)
@@ -63,6 +68,7 @@ class Backlog:
 
     def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
         """Hold the packs; see add()."""
+        self.num_in_later_rounds = 0  # packs that will be added, as far as is known
         self._due: deque[tuple[float, Pack]] = deque()
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
@@ -97,6 +103,11 @@ class Backlog:
     def num_waiting(self) -> int:
         """The number of packs that wait for other pieces."""
         return len(self._waiting)
+
+    @property
+    def num_later(self) -> int:
+        """The number of packs that wait for other pieces, or will be added in later rounds."""
+        return len(self._waiting) + self.num_in_later_rounds
 
     def note_done(self, piece: AnyPiece) -> None:
         """Let packs become due that waited for this piece alone."""

@@ -103,6 +103,7 @@ class ActorPool:
         *,
         keep: float = 0,
         min_done: int | None = None,
+        num_in_later_rounds: int = 0,
     ) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
         """Do the pieces, in any order, and yield each with its record as it is done.
 
@@ -112,14 +113,16 @@ class ActorPool:
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
             min_done: continue without pieces that failed for good, as long as this many can still be done; default:
                 all.
+            num_in_later_rounds: packs that later calls will bring, as far as is known: another actor may pay for them.
 
         Raises:
             SubsetFailed: if too many pieces failed for good.
             ValueError: if a piece's own work refused its input; the message names the piece.
             TimeoutError: if no actor could be placed in cluster.wait_timeout_s.
         """
-        num_left = sum(len(pack.pieces) for pack in packs)
-        for piece, result in self.results(Backlog(packs), start, keep=keep):
+        num_left, backlog = sum(len(pack.pieces) for pack in packs), Backlog(packs)
+        backlog.num_in_later_rounds = num_in_later_rounds
+        for piece, result in self.results(backlog, start, keep=keep):
             if not isinstance(result, Exception):
                 yield piece, result
                 continue
@@ -184,7 +187,7 @@ class ActorPool:
         if backlog and not crew.num_up:
             self._tell(Waiting(f"actors of {describe(crew.request)} each start"))
         while backlog or crew.busy:
-            crew.ask(len(backlog), keep=backlog.num_waiting + keep)
+            crew.ask(len(backlog), keep=backlog.num_waiting + keep, num_later=backlog.num_later)
             self._assign(backlog, start_ref)
             for ref in self._wait():
                 if slot := crew.unplaced.get(ref):
@@ -200,7 +203,7 @@ class ActorPool:
                 crew.release_stuck()
                 crew.tell_of_waiting(len(backlog))
                 self._looked_at = time.monotonic()
-        crew.ask(0, keep=keep)  # later work may need the last one's GPU
+        crew.ask(0, keep=keep, num_later=backlog.num_in_later_rounds)  # later work may need the last one's GPU
 
     def _wait(self) -> list[ray.ObjectRef]:
         """Wait until an actor is up or a piece is done, or for a moment; return all references that are ready."""
