@@ -245,7 +245,7 @@ OTHER_SETTINGS = {
 OF_STATISTICS = {"statistics_examples", "fisher_labels"}  # which members take with these settings
 
 
-@pytest.mark.parametrize("name", set(AGGREGATIONS) - {"auto", "aligned_soup"})
+@pytest.mark.parametrize("name", sorted(set(AGGREGATIONS) - {"auto", "aligned_soup"}))
 def test_a_method_uses_the_settings_that_it_names_and_no_others(informed, name):
     names = {field.name for field in fields(AggregationConfig)} - {"method", "allow_independent"}
     assert OTHER_SETTINGS.keys() == names - OF_STATISTICS

@@ -60,7 +60,7 @@ def minimized(config: Config) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize(("optimizer", "kind"), recipes(), ids=str)
+@pytest.mark.parametrize(("optimizer", "kind"), list(recipes()), ids=str)
 def test_settings_of_a_recipe_are_idle_if_they_change_no_bit(optimizer: str, kind: dict[str, Any]) -> None:
     rate = {"lbfgs": 1.0, "cg": 1.0, "gauss_newton": 1.0, "levenberg_marquardt": 1.0, "adam": 0.01, "adamw": 0.01}
     base = {

@@ -56,7 +56,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     files = minima[0]["files"] | minima[1]["files"]
     first, second = (directory.read_weights(weights_path(folder), files) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))
-    training = full_set.examples("train", _spread(len(full_set.train)))
+    training = full_set.examples("train", _spread(len(full_set.train)), augment=True)
     points, averaged = [], averaged_names(model)
     for number in range(_NUM_POINTS):
         share = number / (_NUM_POINTS - 1)
