@@ -23,6 +23,8 @@ Result:     a reduced form: a budget of 4 passes in total, that is 1 on each of 
             or more, in as many seconds at 0.1 Gbit/s and fewer above; with a latency of 10 ms its exchanges take 7 s
             more. The rate of one round's mean is the lowest of the grid: a lower one may do better. With every round
             measured, 32 rounds took 9.3 passes on the critical path.
+            G and I were measured with batch-norm statistics of images without crops and flips, which cost such networks
+            2 to 4 points (muon_rounds.py has both): they are mended since, and these rows not measured again yet.
 """
 
 import sys

@@ -49,7 +49,7 @@ class Stages:
         self._examples = full_set.examples("train", device=device, augment=True)
         self._test = full_set.examples("test", np.arange(len(full_set.test) if steps is None else TRIAL), device=device)
         calibration = np.arange(len(full_set.train) if steps is None else TRIAL)
-        self._calibration = full_set.examples("train", calibration, device=device)
+        self._calibration = full_set.examples("train", calibration, device=device, augment=True)
 
     def fresh(self) -> nn.Module:
         model = build_model(ModelConfig(name="cifar_resnet"), self._full_set.spec, seed=self._seed)
