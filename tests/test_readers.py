@@ -519,7 +519,7 @@ PNG = encode(random_images(1)[0])
             [0, 1, 0, 1],
             "row 0 .* 6x6, the image in row 1 .* 9x6: give --data",
         ),
-        (["a.png", "b.png"], [0, 1], "are string: need encoded bytes"),
+        (["a.png", "b.png"] * 2, [0, 1, 0, 1], "there is no image .*/a.png, which .* names"),
         ([[1, 2], [3, 4]], [0, 1], "are list<.*>: need encoded bytes"),
         (pa.array([[1, 2], [3, 4]], pa.list_(pa.uint8(), 2)), [0, 1], "flat lists of 2 pixels, no square"),
         (pa.array([[1], [None]], pa.list_(pa.uint8(), 1)), [0, 1], "hold null pixels"),

@@ -51,6 +51,10 @@ class StreamedExamples:
     def __len__(self) -> int:
         return len(self.split)
 
+    @property
+    def is_augmented(self) -> bool:
+        return self.augment and (self.augmentation is not None or self.task.augmentation != "none")
+
     def epoch(
         self,
         *,

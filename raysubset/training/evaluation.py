@@ -101,7 +101,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def recompute_batch_norm(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> int:
+def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
     """Set running statistics to the mean over batches of these examples, as a mean of weights needs (SWA, §3.2).
 
     Weights that were trained on augmented batches need the statistics of augmented batches: those of CIFAR-10's images
