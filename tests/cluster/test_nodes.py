@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SCRIPT = """
 import json, time
+from contextlib import ExitStack
 from raysubset import Config, node_speeds, run
 from raysubset.cluster import ray
 from raysubset.events import Progress, Retry, Start
@@ -22,6 +23,7 @@ from raysubset.subset_actors import pool
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from tests.forked_workers import PATHS, warm_process
 from tests.slow_steps import slow_down, speed_up
 
 pool.POLL_S = pool.WAIT_S = 0.05
@@ -33,9 +35,11 @@ def measured_shortly(*arguments):  # in a process that has the module as it was
 node_speeds.measure_speed = measured_shortly
 
 def kind(name):
-    return dict(num_cpus=1, labels={"ray.io/accelerator-type": name})
+    return PATHS | dict(num_cpus=1, labels={"ray.io/accelerator-type": name}, include_log_monitor=False)
 
-cluster = Cluster(initialize_head=True, head_node_args=kind("SLOW") | dict(include_dashboard=False))
+stack = ExitStack()
+stack.enter_context(warm_process())
+cluster = Cluster(initialize_head=True, head_node_args=kind("SLOW") | dict(include_dashboard=False, no_monitor=True))
 cluster.add_node(**kind("FAST"))
 ray.init(address=cluster.address, log_to_driver=False)
 kind_of_node = {n["NodeID"]: n["Labels"]["ray.io/accelerator-type"] for n in ray.nodes()}
@@ -96,6 +100,7 @@ told(config, rounds=report.record["stages"]["rounds"], passes=row["passes"],
      moved=[[work.outcome, work.cost.num_steps] for work in works if work.subset in drained])
 ray.shutdown()
 cluster.shutdown()
+stack.close()
 """
 
 NUM_TRAIN = 1294  # of digits
