@@ -2,7 +2,7 @@
 
     python jobs/bench_pool.py [--pieces 64 1000 10000] [--actors 4]
 
-Pieces are those of a run, with 60 positions each as a thousandth of MNIST has; find_minima() gives them to actors that
+Pieces are those of a run, with 60 positions each as a thousandth of MNIST has; a pool gives them to actors that
 write the ledger entry a minimum has and return its record. CPU time is the driver's alone, Ray's threads in it included
 and start-up left out; the actors' own is not counted.
 
@@ -30,7 +30,7 @@ from raysubset.events import Event, MinimumDone, Progress, Start
 from raysubset.ledger import Work
 from raysubset.pulse import Pulse, pulse
 from raysubset.run_directory import RunDirectory
-from raysubset.subset_actors import ActorPool, crew, find_minima
+from raysubset.subset_actors import ActorPool, Pack, crew, minimum_done
 from raysubset.training import Cost
 from raysubset.user_code import Workplace
 from raysubset.work import Piece, Run
@@ -44,7 +44,7 @@ class IdleActor:
     def __init__(self, full_set_ref: Sequence[Any], num_gpus: float, workplace: Workplace) -> None:
         self._node = own_address()
 
-    def where(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
         return {"node": ray.get_runtime_context().get_node_id(), "ip": self._node, "pid": 0, "card_bytes": None}
 
     def report(self) -> tuple[Pulse, dict[int, Any], list[str]]:
@@ -82,15 +82,19 @@ def measured(config: Config, num_pieces: int, full_set: Any, full_set_ref: Any) 
     with tempfile.TemporaryDirectory() as folder:
         config = config.with_overrides({"storage_path": folder})
         run = Run(config, RunDirectory(config.storage_path, config.run_name()), full_set, full_set_ref, listen)
-        pieces = [
-            Piece(config, run.directory, "subsets", subset_id=i, indices=np.arange(EXAMPLES)) for i in range(num_pieces)
+        indices = np.arange(EXAMPLES)
+        packs = [
+            Pack((Piece(config, run.directory, "subsets", subset_id=i, indices=indices),)) for i in range(num_pieces)
         ]
         with ActorPool(run, num_gpus=0.0) as pool:
-            find_minima(pool, pieces[:8], None, keep=1e9)  # actors come up
+            for _ in pool.run(packs[:8], None, keep=1e9):  # actors come up
+                pass
             before_mb, before_s, began = resident_mb(), cpu_s(), time.perf_counter()
-            find_minima(pool, pieces[8:], None, keep=1e9)
+            for piece, record in pool.run(packs[8:], None, keep=1e9):
+                assert isinstance(piece, Piece)
+                listen(minimum_done(piece, record, full_set.quality, ""))
             used_s, wall_s, more_mb = cpu_s() - before_s, time.perf_counter() - began, resident_mb() - before_mb
-        assert nums[MinimumDone] == nums[Start] == num_pieces
+        assert nums[Start] == num_pieces == nums[MinimumDone] + 8
     return {"ms": 1e3 * used_s / (num_pieces - 8), "wall_s": wall_s, "mb": more_mb}
 
 

@@ -53,7 +53,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
-from raysubset.subset_actors import ActorPool, Pack, find_minima
+from raysubset.subset_actors import ActorPool, Pack, minimum_done
 from raysubset.tasks import NextToken
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
@@ -275,8 +275,9 @@ class _Stages:
         if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
             pool.hand_back()
             fine_tune(self._run, piece, num_workers=leg.num_workers, num_gpus=self._decisions.num_gpus)
-        elif not piece.by_train:
-            find_minima(pool, [piece], None, keep=math.inf)  # actors stay for the subsets
+        elif piece.record() is None and not piece.by_train:
+            ((_, record),) = pool.run([Pack((piece,))], None, keep=math.inf)  # actors stay for the subsets
+            self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
         elif piece.record() is None:
             self._epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
             list(pool.run([Pack((piece,))], None))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,8 @@ from raysubset.aggregation import method_of
 from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import AggregateDone, Note, stage_event
-from raysubset.legs import FRESH, Leg, Start
+from raysubset.legs import FRESH, Leg, Start, Stream
 from raysubset.node_speeds import slot_of
-from raysubset.overlapping import Stream
 from raysubset.planning import Plan, manifest
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (
@@ -25,12 +23,13 @@ from raysubset.run_directory import (
     subsamples_folder,
     subsets_path,
 )
-from raysubset.subset_actors import ActorPool, Pack, done_of, find_minima
-from raysubset.subsets import Subset, overdetermination_ratio
-from raysubset.training import Weights
-from raysubset.work import AggregatePiece, Piece, Run, cut_subsets, seeded_model
+from raysubset.subset_actors import ActorPool, Pack, done_of, in_packs, minimum_done
+from raysubset.subsets import Subset
+from raysubset.work import Piece, Run, cut_subsets, seeded_model
 
 logger = logging.getLogger(__name__)
+
+Legs = tuple[Leg, ...]
 
 
 class Rounds:
@@ -40,33 +39,42 @@ class Rounds:
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._plan, self._decisions = plan, decisions
         self._drawing = plan.drawing(run.config, run.directory)
-        self.members: tuple[Leg, ...] = ()  # the aggregated members of the last round
+        self.members: Legs = ()  # the aggregated members of the last round
         self._last_start: Start | None = None  # the start of the round before
         self._subsets: dict[int, tuple[Subset, ...]] = {}  # of the rounds at work
-        self._stream: Stream | None = None  # of rounds that overlap
+        self._stream: Stream | None = None  # of the rounds at work
+        self._added: set[str] = set()  # keys of first members and first parts: all of these are in the stream
+        self._queued: dict[int, tuple[Legs, Leg]] = {}  # by round, members and aggregate that are in the stream
+        self._stored: set[Leg] = set()  # legs of these rounds that were done before
 
     def run(self, pool: ActorPool, round: int, start: Start) -> tuple[Leg, dict[str, Any]]:
         """Find the round's subset minima in parallel and aggregate them, or read the aggregate back if it is done.
 
+        All that needs no choice is queued at once, the members of the next round too. They start as soon as what they
+        need is done: this round's aggregate, or with rounds.overlap their own minima of this round and the aggregate
+        before.
+
         Args:
-            start: the start of the round: after the first, the aggregate that the last call returned. With
-                rounds.overlap the members start from the aggregate before it, and those of the next round start
-                before this round's aggregate is done.
+            start: the start of the round: after the first, the aggregate that the last call returned.
 
         Returns:
             The aggregate's leg, without its members (which would keep all rounds in memory), and its record.
         """
         self._cut(round)
-        members_start = self._last_start if self._last_start and self._config.rounds.overlaps else start
-        members = self._drawing.members(round, members_start, self.members)
+        queued = self._queued.get(round)
+        members = queued[0] if queued else self._members(round, self._last_start, start, self.members)
         if (record := self._read(round)) is None:
             record = self._aggregate_round(pool, members, start)
         self._last_start = start
         self._tidy(round)
         subset_ids = {minimum["subset_id"] for minimum in record["minima"]}
-        aggregated = (member for member in members if member.subset in subset_ids)
-        self.members = tuple(dataclasses.replace(member, predecessor=None) for member in aggregated)
+        self.members = _apart([member for member in members if member.subset in subset_ids])
         return self._drawing.aggregate(round, FRESH, ()), record
+
+    def _members(self, round: int, last_start: Start | None, start: Start, last_members: Sequence[Leg]) -> Legs:
+        return self._drawing.members(
+            round, last_start if last_start and self._config.rounds.overlaps else start, last_members
+        )
 
     def _cut(self, round: int) -> tuple[Subset, ...]:
         """Return the subsets of a round, after writing their manifest."""
@@ -79,51 +87,98 @@ class Rounds:
             self._subsets = last | {round: subsets}
         return self._subsets[round]
 
-    def _aggregate_round(self, pool: ActorPool, members: tuple[Leg, ...], start: Start) -> dict[str, Any]:
+    def _aggregate_round(self, pool: ActorPool, members: Legs, start: Start) -> dict[str, Any]:
         """Have actors find the round's missing minima and aggregate all of them; return the aggregate's record."""
-        config, round, needs = self._config, members[0].round, method_of(self._config.aggregation).needs
-        subsets = self._cut(round)
-        # actors read a start that is in storage themselves
-        weights = None if members[0].start.leg else seeded_model(config, self._full_set).state_dict()
-        sizes = sorted({len(subset.indices) for subset in subsets})
+        config, round = self._config, members[0].round
+        sizes = sorted({len(subset.indices) for subset in self._cut(round)})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        text = f"{which}{len(subsets)} × {size} examples, {members[0].epochs:.4g} epochs each"
+        text = f"{which}{len(members)} × {size} examples, {members[0].epochs:.4g} epochs each"
         self._tell(stage_event("subsets", text, round))
-        if config.rounds.overlaps:
-            return self._aggregate_overlapping(pool, members, start, weights)
-        keep = self._num_kept(round, at_last=1)  # one aggregates
-        members = self._find_minima(pool, members, weights, keep=math.inf if needs.parts else keep)
+        self._check_starts(members)
+        stream = self._stream = self._stream or self._open_stream(pool, members)
+        is_last = round + 1 == config.rounds.num or self._read(round + 1) is not None
+        if config.actors.quorum is None:  # the aggregate is of all of them
+            if round not in self._queued:
+                self._queue(stream, members, self._drawing.parts(members), start)
+            if not is_last:
+                self._cut(round + 1)
+                next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
+                next_members = self._members(round + 1, start, next_start, _apart(members))
+                self._queue(stream, next_members, self._drawing.parts(next_members), next_start)
+        members = self._find(stream, members)
         if parts := self._drawing.parts(members):
             text = f"{config.aggregation.savgm_fraction:g} of each of {len(members)} subsets once more"
             self._tell(stage_event("subsamples", text, round))
-            parts = self._find_minima(pool, parts, weights, keep=keep)
+            parts = self._find(stream, parts)
             members = tuple(part.members[0] for part in parts)
-        return self._aggregate(pool, self._drawing.aggregate(round, start, members + parts), weights)
+        text = f"{config.aggregation.method} of {len(members)} minima"
+        self._tell(stage_event("aggregation", text, round))
+        _, aggregate = self._queued.pop(round, None) or self._queue(stream, members, parts, start)
+        ((_, record),) = stream.wait((aggregate,))
+        if isinstance(record, Exception):
+            raise record
+        if is_last or config.actors.quorum is not None:
+            stream.close()
+            self._stream = None
+        return self._report(record)
 
-    def _aggregate_overlapping(
-        self, pool: ActorPool, members: tuple[Leg, ...], start: Start, weights: Weights | None
-    ) -> dict[str, Any]:
-        """Do as _aggregate_round(), while members of the next round start from their own minima."""
-        pieces, next_round = self._pieces(members), members[0].round + 1
-        self._check_starts(pieces)
-        if self._stream is None:
-            self._stream = Stream(pool, weights, per_actor=self._decisions.per_actor(pool, pieces))
-        self._stream.add(pieces)
-        is_last = next_round == self._config.rounds.num
-        if not is_last and self._read(next_round) is None:
-            self._cut(next_round)
-            self._stream.add(self._pieces(self._drawing.members(next_round, start, members)))
-        self._stream.find(pieces)
-        leg = self._drawing.aggregate(next_round - 1, start, members)
-        if is_last:
-            self._stream.close()
-            return self._aggregate(pool, leg, None)
-        return self._report(self._stream.aggregate(self._aggregation(leg)))
+    def _open_stream(self, pool: ActorPool, members: Legs) -> Stream:
+        """Return a stream for these members and for later rounds, all of whose packs have the same size."""
+        config = self._config
+        self._per_actor = self._decisions.per_actor(pool, self._pieces(members))
+        # actors read a start that is in storage themselves
+        weights = None if members[0].start.leg else seeded_model(config, self._full_set).state_dict()
+        keeps_one = self._decisions.may_go_alone or config.actors.quorum is not None  # which aggregates
+        self._added.clear()
+        return Stream(pool, weights, keep=float(keeps_one))
 
-    def _num_kept(self, round: int, *, at_last: float) -> float:
-        """Return how many idle actors stay for the next work: all of them, in the last round `at_last`."""
-        return math.inf if round + 1 < self._config.rounds.num else at_last
+    def _queue(self, stream: Stream, members: Legs, parts: Legs, start: Start) -> tuple[Legs, Leg]:
+        """Queue a round: members, their parts if the aggregation needs them, and the aggregate."""
+        self._add(stream, members)
+        self._add(stream, parts)
+        aggregate = self._drawing.aggregate(members[0].round, start, members + parts)
+        stream.add((aggregate,), num_later=self._num_later)
+        self._queued[aggregate.round] = members, aggregate
+        return members, aggregate
+
+    def _add(self, stream: Stream, legs: Legs) -> None:
+        """Queue minimizations, unless they were. Those whose minima are in storage are done."""
+        if not legs or legs[0].key in self._added:
+            return
+        self._added.add(legs[0].key)
+        pieces = self._pieces(legs)
+        folders, packs = done_of(pieces), in_packs(pieces, self._per_actor)
+        self._num_later = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
+        missing = [tuple(piece for piece in pack.pieces if piece.folder not in folders) for pack in packs]
+        self._stored |= {leg for leg in legs if leg.piece.folder in folders}
+        todo = [leg for leg in legs if leg not in self._stored]
+        stream.add(todo, [Pack(some) for some in missing if some], num_later=self._num_later)
+
+    def _find(self, stream: Stream, legs: Legs) -> Legs:
+        """Return the legs that have minima: all of them, or with a quorum at least that many.
+
+        Raises:
+            SubsetFailed, ValueError: if too many failed for good.
+        """
+        self._add(stream, legs)
+        found = self._stored.intersection(legs)
+        self._stored -= found
+        if found and len(found) < len(legs):
+            self._tell(Note(f"{len(found)} of {len(legs)} minima are already there"))
+        num_left, least = len(legs), self._config.actors.quorum or len(legs)
+        for leg, record in stream.wait([leg for leg in legs if leg not in found]):
+            piece = leg.piece
+            assert isinstance(piece, Piece)
+            if isinstance(record, Exception):
+                num_left -= 1
+                if num_left < least:
+                    raise record
+                self._tell(Note(f"continuing without {piece.label}: {record}", is_warning=True))
+                continue
+            found.add(leg)
+            self._tell(minimum_done(piece, record, self._full_set.quality, f"{len(found)} of {len(legs)}"))
+        return tuple(leg for leg in legs if leg in found)
 
     def _read(self, round: int) -> dict[str, Any] | None:
         """Return the record of a round's aggregate, or None.
@@ -170,30 +225,14 @@ class Rounds:
 
         return [with_subset(leg) for leg in legs]
 
-    def _find_minima(
-        self, pool: ActorPool, legs: tuple[Leg, ...], start: Weights | None, *, keep: float
-    ) -> tuple[Leg, ...]:
-        """Return the legs that have minima: all of them, or with a quorum at least that many."""
-        pieces = self._pieces(legs)
-        self._check_starts(pieces)
-        pieces_done = find_minima(
-            pool,
-            pieces,
-            None if self._config.subsets.start == "independent" else start,
-            keep=keep,
-            quorum=self._config.actors.quorum,
-            per_actor=self._decisions.per_actor(pool, pieces),
-        )
-        folders = {piece.folder for piece in pieces_done}
-        return tuple(leg for leg in legs if leg.piece.folder in folders)
-
-    def _check_starts(self, pieces: Sequence[Piece]) -> None:
+    def _check_starts(self, members: Legs) -> None:
         """Check that the last round's optimizer states and minima exist from which unfinished members start.
 
         Raises:
             CorruptFile: if one is gone, or has another length.
         """
-        paths, round = [piece.optimizer[1] for piece in pieces if piece.optimizer], pieces[0].round
+        pieces = [leg.piece for leg in members if isinstance(leg.piece, Piece)]
+        paths, round = [piece.optimizer[1] for piece in pieces if piece.optimizer], members[0].round
         paths += [piece.moved.weights_path for piece in pieces if piece.moved]
         if not paths or len(done_of(pieces)) == len(pieces):  # if all are done, the files may be deleted
             return
@@ -201,29 +240,6 @@ class Rounds:
         records = [aggregate, *aggregate["minima"]]
         seals = {path: seal for record in records for path, seal in record["files"].items()}
         self._directory.check_lengths({path: seals.get(path, "") for path in paths})
-
-    def _aggregate(self, pool: ActorPool, leg: Leg, start: Weights | None) -> dict[str, Any]:
-        """Have an actor aggregate a round's minima, and return the record of the weights, which are in storage."""
-        keep = self._num_kept(leg.round, at_last=float(self._decisions.may_go_alone))
-        pack, later = Pack((self._aggregation(leg),)), (self._config.rounds.num - 1 - leg.round) * len(leg.members)
-        ((_, record),) = pool.run([pack], start, keep=keep, num_in_later_rounds=later)
-        return self._report(record)
-
-    def _aggregation(self, leg: Leg) -> AggregatePiece:
-        """Return the aggregation of a round that has all its minima, with their records, and report its start."""
-        piece, method = leg.piece, self._config.aggregation.method
-        assert isinstance(piece, AggregatePiece)
-        self._tell(stage_event("aggregation", f"{method} of {len(piece.members)} minima", leg.round))
-        num_outputs, num_parameters = self._full_set.spec.num_outputs, self._plan.num_parameters
-        records, part_records = (
-            [self._directory.read_json(minimization.output.record_path) for minimization in minimizations]
-            for minimizations in (piece.members, piece.parts)
-        )
-        for record in records:
-            ratio = overdetermination_ratio(record["num_examples"], num_outputs, num_parameters)
-            record["overdetermination_ratio"] = ratio
-        more = {"minima": records} | ({"subsamples": part_records} if part_records else {})
-        return dataclasses.replace(piece, more=more)
 
     def _report(self, record: dict[str, Any]) -> dict[str, Any]:
         """Report an aggregate, and return its record."""
@@ -267,3 +283,8 @@ class Rounds:
                 f"{path} in {self._directory.uri} names other examples than the data now give: the content of "
                 f"{self._config.data.name} has changed; choose another --name, or start over with --fresh"
             )
+
+
+def _apart(members: Sequence[Leg]) -> Legs:
+    """Return members without what they needed, which would keep all rounds in memory."""
+    return tuple(dataclasses.replace(member, predecessor=None) for member in members)

@@ -57,7 +57,7 @@ def test_what_needs_others_is_given_out_when_they_are_done_and_given_up_with_one
         return [due[0].pieces[0] for _ in range(9) if (due := backlog.take())]
 
     assert taken() == [a, b, e]
-    assert backlog.num_waiting == 2
+    assert backlog.num_later == 2
     backlog.note_done(e)
     backlog.note_done(a)
     assert taken() == []
@@ -65,7 +65,7 @@ def test_what_needs_others_is_given_out_when_they_are_done_and_given_up_with_one
     assert taken() == [c]
     assert backlog.drop_dependents(e) == []
     assert backlog.drop_dependents(c) == [d]
-    assert (len(backlog), backlog.num_waiting) == (0, 0)
+    assert (len(backlog), backlog.num_later) == (0, 0)
     backlog = Backlog([Pack((piece,)) for piece in (a, b, c, d)], needs)
     assert backlog.drop_dependents(a) == [c, d]
     backlog.note_done(b)  # which c would have needed too

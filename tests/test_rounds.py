@@ -31,7 +31,7 @@ from raysubset.run_directory import (
 from raysubset.run_directory import directory as stored
 from raysubset.run_directory.patience import Patience, Patient
 from raysubset.run_directory.recent import Recent
-from raysubset.subset_actors import Pack
+from raysubset.subset_actors import Backlog, Pack, SubsetFailed
 from raysubset.training import Weights, learning_rate_at, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, round_spans, seeded_model
 from tests.test_matrix import InProcess
@@ -355,3 +355,71 @@ def test_a_config_of_before_the_default_had_one_momentum_means_what_it_meant() -
     before["rounds"]["num"] = 4
     assert Config.from_dict(before).rounds.momentum == 0.0
     assert math.isclose(config_of().rounds.momentum, 0.6)
+
+
+class Losing(InProcess):
+    """A pool that gives up a subset of a round, or a part of it."""
+
+    def __init__(self, run: Run, lost: tuple[str, int, int]) -> None:
+        super().__init__(run)
+        self._lost, self.done = lost, list[Any]()
+
+    def results(self, backlog: Backlog, start: Weights | None = None, **_: Any) -> Iterator[Any]:
+        while (due := backlog.take()) is not None:
+            if due[0].pieces[0].ledger_key == self._lost:
+                yield due[0].pieces[0], SubsetFailed(f"{due[0].label} was lost")
+                for dependent in backlog.drop_dependents(due[0].pieces[0]):
+                    yield dependent, SubsetFailed("what it needs was lost")
+                continue
+            for piece, record in self.run([due[0]], None if due[0].names_start else start):
+                self.done.append(piece.ledger_key)
+                yield piece, record
+                backlog.note_done(piece)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [("uniform_soup", "subsets"), ("savgm", "subsets"), ("savgm", "subsamples")]
+)
+def test_a_quorum_leaves_out_a_lost_subset_in_its_round_and_without_one_the_run_ends(
+    tmp_path: Path, method: str, stage: str
+) -> None:
+    config = config_of(subsets__num=3, aggregation__method=method, actors__quorum=2)
+    (rounds, opened), start, subsets = rounds_of(config, tmp_path), FRESH, list[Any]()
+    pool = Losing(opened, (stage, 1, 1))
+    for round in range(3):
+        aggregate, record = rounds.run(cast(Any, pool), round, start)
+        start = Start("warm", aggregate)
+        subsets.append([minimum["subset_id"] for minimum in record["minima"]])
+        assert record["aggregation"]["subset_ids"] == subsets[-1]
+    assert subsets == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert len(set(pool.done)) == len(pool.done)
+    for name, quorum in (("strict", 3), ("all", None)):
+        (rounds, opened), start = rounds_of(config_of(**_with(config, quorum)), tmp_path, name), FRESH
+        pool = Losing(opened, (stage, 1, 1))
+        start = Start("warm", rounds.run(cast(Any, pool), 0, start)[0])
+        with pytest.raises(SubsetFailed, match="was lost"):
+            rounds.run(cast(Any, pool), 1, start)
+        assert {key[1] for key in pool.done} == {0, 1}
+
+
+def _with(config: Config, quorum: int | None) -> dict[str, Any]:
+    return {"subsets__num": 3, "aggregation__method": config.aggregation.method, "actors__quorum": quorum}
+
+
+def test_members_of_the_next_round_are_queued_behind_the_aggregate_that_they_start_from(tmp_path: Path) -> None:
+    """So that actors need not wait for the driver between rounds."""
+    (rounds, opened), queued = rounds_of(config_of(), tmp_path), list[Any]()
+
+    class Watched(InProcess):
+        def results(self, backlog: Backlog, start: Weights | None = None, **_: Any) -> Iterator[Any]:
+            for piece, record in super().results(backlog, start):
+                queued.append((piece.ledger_key, len(backlog), backlog.num_later))
+                yield piece, record
+
+    rounds.run(cast(Any, Watched(opened)), 0, FRESH)
+    # another member; the aggregate and the next round's three; the round after that
+    assert queued == [
+        (("subsets", 0, 0), 1, 4 + 2),
+        (("subsets", 0, 1), 0, 4 + 2),
+        (("aggregation", 0, None), 0, 3 + 2),
+    ]

@@ -15,7 +15,7 @@ from raysubset import Config
 from raysubset.aggregation import Aggregation, RunningMean
 from raysubset.data import FullSet, load_full_set
 from raysubset.ledger import Ledger
-from raysubset.models import new_model
+from raysubset.models import new_model, num_parameters
 from raysubset.planning import make_plan
 from raysubset.report import sections
 from raysubset.run_directory import (
@@ -28,6 +28,7 @@ from raysubset.run_directory import (
     statistics_path,
     weights_path,
 )
+from raysubset.subsets import overdetermination_ratio
 from raysubset.tasks import Spec
 from raysubset.training import Cost, Progress, Weights, evaluate
 from raysubset.work import (
@@ -270,9 +271,11 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
     for one in members:
         minimizer(full_set).minimize([one], start, attempts=[0], waited_s=0.0)
         mean.add(stored_weights(directory, weights_path(one.folder)))
-    round = AggregatePiece(CONFIG, directory, members, more={"more": "theirs"})
+    round = AggregatePiece(CONFIG, directory, members, lists_minima=True)
     made, record = leave_aggregate(full_set, 0, round, start, node="there")
-    assert record["more"] == "theirs"
+    ratio = overdetermination_ratio(120, 10, num_parameters(new_model(CONFIG.model, full_set)))
+    wanted = [directory.read_json(minimum_path(one.folder)) | {"overdetermination_ratio": ratio} for one in members]
+    assert record["minima"] == wanted
     assert round.record() == directory.read_json(round.output.record_path)
     assert same_bits(stored_weights(directory, aggregate_weights_path(0)), mean.weights())
     metrics, files = leave_test(full_set, 0, CONFIG, directory, made.aggregate.weights, node="there")

@@ -5,9 +5,12 @@
     runner.run(legs[-1:])           # the last leg and all its inputs
     legs[-1].output.weights(), legs[-1].validation(), runner.failed
 
+A Stream gives legs to a pool, each once what it needs is done: LegRunner's, and those of a run's rounds.
+
 The same Drawing draws runs, the arms of comparisons, the trunks of sweeps, and plans. Equal legs are done once.
 """
 
 from raysubset.legs.drawing import FRESH, Drawing
 from raysubset.legs.leg import Leg, Start, StartKind, closure, critical_path
 from raysubset.legs.runner import LegRunner
+from raysubset.legs.stream import Stream

@@ -184,6 +184,7 @@ class Leg:
             momentum=momentum,
             averages_optimizers=self._has_next_round and self.config.rounds.optimizer_state == "average",
             measures=self.measures,
+            lists_minima=not isinstance(self.place, str),
             name=self.name,
         )
 

@@ -11,9 +11,10 @@ from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiti
 from raysubset.fine_tuning import fine_tune
 from raysubset.ledger import Ledger
 from raysubset.legs.leg import Leg, closure, validation_of
+from raysubset.legs.stream import Stream
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
-from raysubset.subset_actors import NUM_READERS, ActorPool, Backlog, Pack, name_of
+from raysubset.subset_actors import NUM_READERS, ActorPool, Pack
 from raysubset.work import Piece, Run
 
 
@@ -89,14 +90,10 @@ class LegRunner:
             todo = [leg for leg in todo if leg not in done and leg not in self.failed]
 
     def _do_by_actors(self, legs: Sequence[Leg], done: set[Leg], *, num_all: int) -> None:
-        by_name = {name_of(leg.piece): leg for leg in legs}
-        needs = {
-            n: [name_of(needed.piece) for needed in leg.inputs if needed not in done] for n, leg in by_name.items()
-        }
-        backlog = Backlog([Pack((leg.piece,)) for leg in legs], needs)
         with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
-            for piece, result in pool.results(backlog):
-                leg = by_name[name_of(piece)]
+            stream = Stream(pool)
+            stream.add(legs)
+            for leg, result in stream.results():
                 if not isinstance(result, Exception):
                     self._note_done(leg, done, num_all=num_all)
                 elif self.failed.keys().isdisjoint(leg.inputs):

@@ -1,48 +1,15 @@
-"""find_minima(): the minima of many pieces of work, those in storage and those still to be found."""
+"""Minima: which are in storage already, and the event of each that is found."""
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from raysubset.events import MinimumDone, Note
+from raysubset.events import MinimumDone
 from raysubset.quality import Quality, metrics_in_words
-from raysubset.subset_actors.packs import Pack, in_packs, num_in_later_rounds
-from raysubset.subset_actors.pool import ActorPool
-from raysubset.training import Weights
 from raysubset.work import Piece
 
 NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
-
-
-def find_minima(
-    pool: ActorPool,
-    pieces: Sequence[Piece],
-    start: Weights | None,
-    *,
-    keep: float = 0,
-    quorum: int | None = None,
-    per_actor: int = 1,
-) -> list[Piece]:
-    """Return the pieces that have minima, in order: those in storage already, and the others as they are done.
-
-    Arguments, errors and what happens if processes die are those of ActorPool.run(). With a quorum, fewer than all may
-    be returned. An actor does up to `per_actor` pieces at once.
-    """
-    tell = pool.opened.tell
-    folders = done_of(pieces)
-    packs = in_packs(pieces, per_actor)
-    missing = [tuple(p for p in pack.pieces if p.folder not in folders) for pack in packs]
-    todo = [Pack(pack_pieces) for pack_pieces in missing if pack_pieces]
-    if folders and todo:
-        tell(Note(f"{len(folders)} of {len(pieces)} minima are already there"))
-    min_done = None if quorum is None else max(0, quorum - len(folders))
-    later = num_in_later_rounds(pieces[0], len(packs)) if pieces else 0
-    for piece, record in pool.run(todo, start, keep=keep, min_done=min_done, num_in_later_rounds=later):
-        assert isinstance(piece, Piece)
-        folders.add(piece.folder)
-        tell(minimum_done(piece, record, pool.opened.full_set.quality, f"{len(folders)} of {len(pieces)}"))
-    return [piece for piece in pieces if piece.folder in folders]
 
 
 def minimum_done(piece: Piece, record: dict[str, Any], quality: Quality, count: str) -> MinimumDone:

@@ -38,8 +38,10 @@ class Pack:
 
     @property
     def names_start(self) -> bool:
-        """Return True if its pieces read their start from storage. Otherwise the start is passed to them."""
+        """Return True if its pieces read their start from storage, or make their own. Else the start is passed."""
         first = self.pieces[0]
+        if isinstance(first, Piece) and first.start_id != "initial":
+            return True
         return not isinstance(first, Piece | AggregatePiece) or first.start is not None
 
     @property
@@ -49,11 +51,6 @@ class Pack:
         if len(self.pieces) == 1:
             return self.pieces[0].label
         return f"subsets {', '.join(str(subset_id) for _, _, subset_id in self.keys)}"
-
-
-def num_in_later_rounds(piece: Piece, num_packs: int) -> int:
-    """Return how many packs are still to come, if each round after the piece's has so many."""
-    return (piece.config.rounds.num - 1 - piece.round) * num_packs if piece.stage == "subsets" else 0
 
 
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
@@ -91,18 +88,9 @@ class Backlog:
             else:
                 self.put_back(pack)
 
-    def put_first(self, pack: Pack) -> None:
-        """Add a pack that is due before all others."""
-        self._due.appendleft((time.monotonic(), pack))
-
     def __len__(self) -> int:
         """Return how many packs could be given out now, or after a pause."""
         return len(self._due)
-
-    @property
-    def num_waiting(self) -> int:
-        """The number of packs that wait for other pieces."""
-        return len(self._waiting)
 
     @property
     def num_later(self) -> int:
@@ -110,11 +98,15 @@ class Backlog:
         return len(self._waiting) + self.num_in_later_rounds
 
     def note_done(self, piece: AnyPiece) -> None:
-        """Let packs become due that waited for this piece alone."""
+        """Let packs become due that waited for this piece alone; aggregations, for which others wait, come first."""
         for name in self._dependents.pop(name_of(piece), ()):
             self._num_missing[name] -= 1
             if not self._num_missing[name] and name in self._waiting:
-                self.put_back(self._waiting.pop(name))
+                pack = self._waiting.pop(name)
+                if isinstance(pack.pieces[0], AggregatePiece):
+                    self._due.appendleft((time.monotonic(), pack))
+                else:
+                    self.put_back(pack)
 
     def drop_dependents(self, piece: AnyPiece) -> list[AnyPiece]:
         """Give up the pieces that need this piece, directly or not, and return them in the order of need."""

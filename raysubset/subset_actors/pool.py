@@ -102,8 +102,6 @@ class ActorPool:
         start: Weights | None,
         *,
         keep: float = 0,
-        min_done: int | None = None,
-        num_in_later_rounds: int = 0,
     ) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
         """Do the pieces, in any order, and yield each with its record as it is done.
 
@@ -111,25 +109,16 @@ class ActorPool:
             packs: the pieces.
             start: the weights all of them start from; None: their seeded initialisations.
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
-            min_done: continue without pieces that failed for good, as long as this many can still be done; default:
-                all.
-            num_in_later_rounds: packs that later calls will bring, as far as is known: another actor may pay for them.
 
         Raises:
-            SubsetFailed: if too many pieces failed for good.
+            SubsetFailed: if a piece failed for good.
             ValueError: if a piece's own work refused its input; the message names the piece.
             TimeoutError: if no actor could be placed in cluster.wait_timeout_s.
         """
-        num_left, backlog = sum(len(pack.pieces) for pack in packs), Backlog(packs)
-        backlog.num_in_later_rounds = num_in_later_rounds
-        for piece, result in self.results(backlog, start, keep=keep):
-            if not isinstance(result, Exception):
-                yield piece, result
-                continue
-            num_left -= 1
-            if min_done is None or num_left < min_done:
+        for piece, result in self.results(Backlog(packs), start, keep=keep):
+            if isinstance(result, Exception):
                 raise result
-            self._tell(Note(f"continuing without {piece.label}: {result}", is_warning=True))
+            yield piece, result
 
     def hand_back(self) -> None:
         """Release all actors, which must have no work; later work requests others."""
@@ -187,7 +176,7 @@ class ActorPool:
         if backlog and not crew.num_up:
             self._tell(Waiting(f"actors of {describe(crew.request)} each start"))
         while backlog or crew.busy:
-            crew.ask(len(backlog), keep=backlog.num_waiting + keep, num_later=backlog.num_later)
+            crew.ask(len(backlog), keep=backlog.num_later + keep, num_later=backlog.num_later)
             self._assign(backlog, start_ref)
             for ref in self._wait():
                 if slot := crew.unplaced.get(ref):
@@ -203,7 +192,8 @@ class ActorPool:
                 crew.release_stuck()
                 crew.tell_of_waiting(len(backlog))
                 self._looked_at = time.monotonic()
-        crew.ask(0, keep=keep, num_later=backlog.num_in_later_rounds)  # later work may need the last one's GPU
+        later = backlog.num_in_later_rounds
+        crew.ask(0, keep=later + keep, num_later=later)  # later work may need the last one's GPU
 
     def _wait(self) -> list[ray.ObjectRef]:
         """Wait until an actor is up or a piece is done, or for a moment; return all references that are ready."""

@@ -1,5 +1,6 @@
 """leave_aggregate(): computes and measures the aggregate of a round's minima in this process."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,13 @@ from raysubset.aggregation import Aggregation, Scorer, aggregate_round, mean_opt
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.ledger import Ledger
-from raysubset.models import averaged_names, new_model
+from raysubset.models import averaged_names, new_model, num_parameters
 from raysubset.run_directory import mean_optimizer_path, momentum_path, optimizer_path
+from raysubset.subsets import overdetermination_ratio
 from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.networks import Networks
-from raysubset.work.pieces import AggregatePiece
+from raysubset.work.pieces import AggregatePiece, Piece
 
 
 def leave_aggregate(
@@ -52,8 +54,9 @@ def leave_aggregate(
             minimize=config.minimize,
             measure_training="training" in piece.measures,
         )
+        records, part_records = _records(piece.members), _records(piece.parts)
         aggregation, momentum = aggregate_round(
-            [replace(minimum, averaged=averaged) for minimum in piece.minima(start)],
+            [replace(minimum, averaged=averaged) for minimum in piece.minima(records, start)],
             config,
             scorer,
             start=start,
@@ -71,10 +74,21 @@ def leave_aggregate(
             mean = mean_optimizer_state(owner.read_checkpoint(path)["optimizer"] for owner, path in paths)
             path = mean_optimizer_path(round)
             files[path] = directory.write_checkpoint(path, {"optimizer": mean}, is_durable=False)
-        record = {"round": round, **piece.more, "aggregation": aggregation.to_dict(), "files": files}
+        listed: dict[str, Any] = {}
+        if piece.lists_minima:
+            num_outputs, num = full_set.spec.num_outputs, num_parameters(model)
+            for minimum in records:
+                ratio = overdetermination_ratio(minimum["num_examples"], num_outputs, num)
+                minimum["overdetermination_ratio"] = ratio
+            listed = {"minima": records} | ({"subsamples": part_records} if part_records else {})
+        record = {"round": round, **listed, "aggregation": aggregation.to_dict(), "files": files}
         close(aggregation.cost)
         directory.write_json(piece.output.record_path, record)
     return aggregation, record
+
+
+def _records(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    return [piece.directory.read_json(piece.output.record_path) for piece in pieces]
 
 
 def placed_model(full_set: FullSet, num_gpus: float, config: Config) -> tuple[torch.nn.Module, torch.device]:

@@ -1,6 +1,6 @@
 """Pieces of work. Each is complete: beside the full set, the process that does it needs nothing else."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -195,7 +195,7 @@ class AggregatePiece:
     momentum: Output | None = None  # of the outer step, from the round before
     averages_optimizers: bool = False  # it writes the mean of its members' optimizer states too
     measures: Collection[Measure] = MEASURES
-    more: Mapping[str, Any] = field(default_factory=dict)  # further fields of its record
+    lists_minima: bool = False  # its record has its members' records
     name: str = ""
 
     @property
@@ -218,10 +218,9 @@ class AggregatePiece:
         """Return its record; None if it is not done."""
         return self.output.record()
 
-    def minima(self, start: Weights) -> list[Minimum]:
-        """Return the minima of its members, whose stored differences are added to these weights."""
+    def minima(self, records: Sequence[dict[str, Any]], start: Weights) -> list[Minimum]:
+        """Return the minima of its members, by their records. Stored differences are added to these weights."""
         parts = self.parts or (None,) * len(self.members)
-        records = self.more.get("minima") or [m.directory.read_json(m.output.record_path) for m in self.members]
         return [
             member.minimum(record, part, start=start)
             for member, record, part in zip(self.members, records, parts, strict=True)
