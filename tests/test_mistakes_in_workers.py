@@ -1,32 +1,103 @@
 """What a Ray Train worker raises: tried again where it came from outside its work, and only there."""
 
+from typing import Any
+
 import pytest
-import ray.train
 import torch
 from ray import cloudpickle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from raysubset.fine_tuning.trainer import EndsOnMistakes
+from raysubset.config import Config
+from raysubset.events import Event, Retry
+from raysubset.fine_tuning.job import FineTuningFailed, Job
+from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
+from raysubset.quality import ACCURACY
+from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors.pool import PLACE_ERRORS
 from raysubset.user_functions import in_a_line
 
-
-def decision(*errors: Exception) -> FailureDecision:
-    """As the controller decides, which has the policy and the errors from other processes."""
-    policy = EndsOnMistakes(ray.train.FailureConfig(max_failures=3))
-    there = cloudpickle.loads(cloudpickle.dumps((policy, WorkerGroupError("failed", dict(enumerate(errors))))))
-    return there[0].make_decision(there[1])
+FOLDER = "conventional/ray_train"
 
 
-def test_mistakes_are_not_tried_again_and_losses_are():
+@pytest.fixture
+def directory(tmp_path) -> RunDirectory:
+    return RunDirectory(str(tmp_path), "run")
+
+
+def save_checkpoint(directory: RunDirectory, step: int) -> None:
+    directory.write_checkpoint(f"{FOLDER}/step-{step:09d}/state.pt", {})
+
+
+def attempts_at(directory: RunDirectory) -> Attempts:
+    """As the controller has it, which gets it from another process."""
+    return cloudpickle.loads(cloudpickle.dumps(Attempts(directory, FOLDER, most=3, most_starts=2)))
+
+
+def decision(directory: RunDirectory, *errors: Exception) -> FailureDecision:
+    error = cloudpickle.loads(cloudpickle.dumps(WorkerGroupError("failed", dict(enumerate(errors)))))
+    return attempts_at(directory).make_decision(error)
+
+
+def test_mistakes_are_not_tried_again_and_losses_are(directory):
     mistake = MistakeError("worker 1 of 2 on node 10.0.0.1: TypeError: labels are wanted", False)
-    assert decision(mistake) == FailureDecision.RAISE
-    assert decision(RuntimeError("Connection closed by peer"), mistake) == FailureDecision.RAISE
-    assert decision(OSError("503")) == FailureDecision.RETRY
-    assert decision(RayActorError(), mistake) == FailureDecision.RETRY  # it may follow from the loss
+    assert decision(directory, mistake) == FailureDecision.RAISE
+    assert decision(directory, RuntimeError("Connection closed by peer"), mistake) == FailureDecision.RAISE
+    assert decision(directory, OSError("503")) == FailureDecision.RETRY
+    assert decision(directory, RayActorError(), mistake) == FailureDecision.RETRY  # it may follow from the loss
+
+
+LOST = WorkerGroupError("failed", {0: RayActorError()})
+NOT_STARTED = ControllerError(WorkerGroupStartupFailedError("a node died"))
+
+
+@pytest.mark.parametrize(("failure", "most"), [(LOST, 3), (NOT_STARTED, 2)])
+def test_only_failures_in_a_row_without_a_new_checkpoint_count(directory, failure, most):
+    attempts = attempts_at(directory)
+    for step in range(8):
+        for _ in range(most - 1):
+            assert attempts.make_decision(failure) == FailureDecision.RETRY
+        save_checkpoint(directory, step)
+    for _ in range(most - 1):
+        assert attempts.make_decision(failure) == FailureDecision.RETRY
+    assert attempts.make_decision(failure) == FailureDecision.RAISE
+
+
+def test_a_job_is_tried_again_after_its_controller_lost_an_actor(directory, monkeypatch):
+    """The controller loses an actor with its node where Ray Train does not expect it, and ends with its error."""
+    job, events, failures = job_in(directory), list[Event](), list[Exception]()
+
+    def lose_actors(trainer: WatchedTrainer) -> None:
+        failures.append(ControllerError(ActorUnavailableError("Socket closed", None)))
+        if len(failures) < 7:  # with most = 3
+            save_checkpoint(directory, len(failures))
+        raise failures[-1]
+
+    monkeypatch.setattr(WatchedTrainer, "fit", lose_actors)
+    with pytest.raises(FineTuningFailed, match=r"conventional: Ray Train's controller was lost 3 of 3 times \(Act"):
+        fit(job, num_workers=2, quality=ACCURACY, tell=events.append)
+    assert len(failures) == 8  # the sixth left the last checkpoint
+    retries = [event.text for event in events if isinstance(event, Retry)]
+    assert ["1 of 3" in text for text in retries] == [True] * 6 + [False]
+
+
+def test_errors_of_a_controller_itself_end_a_job(directory, monkeypatch):
+    def fail(trainer: WatchedTrainer) -> None:
+        raise ControllerError(RuntimeError("no such callback"))
+
+    monkeypatch.setattr(WatchedTrainer, "fit", fail)
+    with pytest.raises(FineTuningFailed, match=r"conventional: RuntimeError: no such callback$"):
+        fit(job_in(directory), num_workers=2, quality=ACCURACY, tell=lambda event: None)
+
+
+def job_in(directory: RunDirectory) -> Job:
+    """A job whose workers never start."""
+    config = Config().with_overrides({"actors.max_attempts": 3})
+    nothing: Any = None
+    return Job(config, config.minimize, directory, "conventional", [], [], 0.0, (), nothing, "conventional")
 
 
 def test_what_may_pass_is_storage_devices_ray_and_lost_connections():

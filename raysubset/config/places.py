@@ -17,7 +17,7 @@ class ActorsConfig:
     max_num: Annotated[int | None, "[1, ∞)"] = None
     """Maximum number of actors at a time; by default one for each subset, if the cluster has room."""
     max_attempts: Annotated[int, "[1, ∞)"] = 4
-    """Attempts at work whose process or node dies; for a subset, attempts in a row that leave no new checkpoint."""
+    """Attempts in a row, without a new checkpoint, at work whose process or node dies."""
     quorum: Annotated[int | None, "[1, ∞)"] = None
     """Continue with this many minima if the other subsets have failed for good; by default every subset is needed."""
     checkpoint_epochs: Annotated[float, "(0, ∞)"] = 1.0

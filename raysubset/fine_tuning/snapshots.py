@@ -26,9 +26,8 @@ def mend_snapshot(directory: RunDirectory, folder: str) -> str | None:
     if not directory.exists(path):
         return None
     files: dict[str, list[str]] = {}
-    for file in directory.list(folder, recursive=True):
-        if file.endswith(".pt"):
-            files.setdefault(file.split("/")[-2], []).append(file)
+    for file in _state_files(directory, folder):
+        files.setdefault(file.split("/")[-2], []).append(file)
     flaw = _flaw(directory, path, files)
     if flaw is None:
         return None
@@ -40,6 +39,15 @@ def mend_snapshot(directory: RunDirectory, folder: str) -> str | None:
         return f"{flaw}; no checkpoint of {folder} is sound: it starts from the beginning"
     directory.write_bytes(path, json.dumps(_snapshot(newest)).encode())
     return f"{flaw}; it starts from {newest}"
+
+
+def newest_checkpoint(directory: RunDirectory, folder: str) -> str | None:
+    """Return the name of a Ray Train job's newest checkpoint, sound or not; None if it has none."""
+    return max((path.split("/")[-2] for path in _state_files(directory, folder)), default=None)
+
+
+def _state_files(directory: RunDirectory, folder: str) -> list[str]:
+    return [path for path in directory.list(folder, recursive=True) if path.endswith(".pt")]
 
 
 def _flaw(directory: RunDirectory, path: str, files: dict[str, list[str]]) -> str | None:

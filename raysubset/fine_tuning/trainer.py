@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 # Ray Train reads these in the driver. Polling every 2 s would double the time of a job of a few seconds.
@@ -27,26 +29,41 @@ from raysubset.events import Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
-from raysubset.fine_tuning.snapshots import mend_snapshot
+from raysubset.fine_tuning.snapshots import mend_snapshot, newest_checkpoint
 from raysubset.fine_tuning.worker import MistakeError, train_loop
 from raysubset.quality import Quality
-from raysubset.run_directory import minimum_path
+from raysubset.run_directory import RunDirectory, minimum_path
 
 LOOK_S = 1.0  # between two looks at the job
-CONTROLLER_FAILURES = 3
+MOST_STARTS = 4  # of a group of workers, in a row
 
 
-class EndsOnMistakes(DefaultFailurePolicy):
-    """Tries again after failures of workers or devices, but ends on mistakes of the work, which would recur.
+class Attempts(DefaultFailurePolicy):
+    """Ray Train's policy: tries again until failures of workers or starts come too often without a new checkpoint.
 
-    If a worker was lost as well, the others' errors may follow from that, and the job is tried again.
+    It ends on mistakes of the work, which would recur. If a worker was lost as well, the others' errors may follow from
+    that, and the job is tried again. Notices of preemption do not count.
     """
+
+    def __init__(self, directory: RunDirectory, folder: str, *, most: int, most_starts: int) -> None:
+        super().__init__(ray.train.FailureConfig(max_failures=-1))
+        self._directory, self._folder, self._newest = directory, folder, newest_checkpoint(directory, folder)
+        self._limits: dict[type, int] = {ray.train.WorkerGroupError: most, ray.train.ControllerError: most_starts}
+        self._num_failed: Counter[type] = Counter()
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         errors = getattr(training_failed_error, "worker_failures", {}).values()
         is_worker_lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
         if not is_worker_lost and any(isinstance(error, MistakeError) for error in errors):
             return FailureDecision.RAISE
+        with suppress(OSError):  # the storage may answer the next time
+            before, self._newest = self._newest, newest_checkpoint(self._directory, self._folder)
+            if self._newest != before:
+                self._num_failed.clear()
+        for kind, limit in self._limits.items():
+            self._num_failed[kind] += isinstance(training_failed_error, kind)
+            if self._num_failed[kind] >= limit:
+                return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
 
@@ -58,6 +75,7 @@ class WatchedTrainer(TorchTrainer):
     """
 
     look: Callable[[Any], None]
+    attempts: Attempts
     every_s: float  # between two looks
     start_timeout_s: float  # for a group of workers to get places; after that the controller counts a failure
 
@@ -73,8 +91,7 @@ class WatchedTrainer(TorchTrainer):
         affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class: Any = ray.remote(TrainController)
         place = {"num_cpus": 0, "scheduling_strategy": affinity, "runtime_env": {"env_vars": variables}}
-        assert self.run_config.failure_config is not None
-        options["failure_policy"] = EndsOnMistakes(self.run_config.failure_config)
+        options["failure_policy"] = self.attempts
         controller = controller_class.options(**place).remote(**options)
         try:
             result: Any = None
@@ -99,14 +116,13 @@ class WatchedTrainer(TorchTrainer):
 
 
 def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
-    """Run the job to its end, again if its controller dies."""
+    """Run the job to its end, again if its controller dies, or ends because an actor was lost."""
     directory, stage, most = job.directory, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
     lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
-    num_lost = 0
+    num_lost, newest = 0, newest_checkpoint(directory, _folder(job))
     while True:
-        num_epochs = lookout.epochs.num
-        if repair_text := mend_snapshot(directory, f"{stage}/{FOLDER}"):
+        if repair_text := mend_snapshot(directory, _folder(job)):
             tell(Note(repair_text, is_warning=True))
         trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
         trainer.look = lookout.look
@@ -114,23 +130,16 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
         try:
             diverged = trainer.fit().return_value
             break
-        except ray.train.TrainingFailedError as error:
-            causes = list(getattr(error, "worker_failures", {}).values()) or [
-                getattr(error, "controller_failure", error)
-            ]
-            if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
-                text = f"{stage}, {mistake.text}"
-                raise (ValueError(text) if mistake.is_value_error else FineTuningFailed(text)) from error
-            own_mistakes = [cause for cause in causes if isinstance(cause, ValueError)]
-            text = f"{stage}: {one_line((own_mistakes or causes)[0])}"
-            if lookout.stalled and not own_mistakes:
-                text = f"{stage}: {lookout.stalled}"
-            raise (ValueError(text) if own_mistakes else FineTuningFailed(text)) from error
-        except SYSTEM_ERRORS as error:  # of the controller itself; Ray Train handles those of its workers
+        except (ray.train.TrainingFailedError, *SYSTEM_ERRORS) as error:
+            loss = getattr(error, "controller_failure", error)  # Ray Train handles those of its workers
+            if not isinstance(loss, SYSTEM_ERRORS):
+                raise _failure(error, job, lookout.stalled) from error
             if directory.exists(minimum_path(stage)):
                 return
-            num_lost = 1 if lookout.epochs.num > num_epochs else num_lost + 1
-            text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(error)})"
+            num_lost, before, newest = num_lost + 1, newest, newest_checkpoint(directory, _folder(job))
+            if newest != before:
+                num_lost = 1
+            text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(loss)})"
             if num_lost >= most:
                 raise FineTuningFailed(text) from error
             tell(Retry(f"{text}; it starts from its last checkpoint"))
@@ -140,17 +149,35 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
         raise ValueError(f"{stage}: {diverged}")
 
 
+def _failure(error: Exception, job: Job, stalled: str) -> Exception:
+    """Return the error of a job that Ray Train has given up: a ValueError for mistakes, else a FineTuningFailed."""
+    causes = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
+        text = f"{job.stage}, {mistake.text}"
+        return ValueError(text) if mistake.is_value_error else FineTuningFailed(text)
+    if mistakes := [cause for cause in causes if isinstance(cause, ValueError)]:
+        return ValueError(f"{job.stage}: {one_line(mistakes[0])}")
+    text = f"{job.stage}: {stalled or one_line(causes[0])}"
+    if isinstance(error, ray.train.WorkerGroupError):
+        text += f"; {job.config.actors.max_attempts} attempt(s) in a row left no new checkpoint (actors.max_attempts)"
+    return FineTuningFailed(text)
+
+
+def _folder(job: Job) -> str:
+    return f"{job.stage}/{FOLDER}"
+
+
 def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
     config, directory, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
     storage_path, filesystem = directory.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:
         resources["GPU"] = num_gpus
-    wait_s, start_timeout_s, num_failures = config.cluster.wait_timeout_s, 60.0, CONTROLLER_FAILURES
+    wait_s, start_timeout_s, most_starts = config.cluster.wait_timeout_s, 60.0, MOST_STARTS
     if least is None:
         start_timeout_s += wait_s  # the lookout gives up before
     else:  # Ray Train tries with fewer workers each time so many have no place, for example after a node's death
-        num_failures += math.ceil(wait_s / start_timeout_s)
+        most_starts += math.ceil(wait_s / start_timeout_s)
     trainer = WatchedTrainer(
         train_loop,
         train_loop_config={"job": job, "pulses": pulses},
@@ -165,12 +192,10 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
             name=FOLDER,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.actors.max_attempts - 1, controller_failure_limit=num_failures
-            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.every_s, trainer.start_timeout_s = LOOK_S, start_timeout_s
+    trainer.attempts = Attempts(directory, _folder(job), most=config.actors.max_attempts, most_starts=most_starts)
     return trainer
