@@ -64,7 +64,7 @@ STAGES = {"rounds": ("subsets", "aggregation"), "data-parallel": ("conventional"
 
 
 def config_of(arm: str, storage_path: str, address: str) -> Config:
-    place = {"name": arm, "storage_path": storage_path, "cluster.address": address}
+    place = {"name": arm, "storage_path": storage_path, "cluster.address": address, "actors.max_attempts": 1000}
     return Config().with_overrides(BASE | ARMS[arm] | place)
 
 

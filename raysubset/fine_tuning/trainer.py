@@ -35,7 +35,6 @@ from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory, minimum_path
 
 LOOK_S = 1.0  # between two looks at the job
-MOST_STARTS = 4  # of a group of workers, in a row
 
 
 class Attempts(DefaultFailurePolicy):
@@ -173,7 +172,7 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:
         resources["GPU"] = num_gpus
-    wait_s, start_timeout_s, most_starts = config.cluster.wait_timeout_s, 60.0, MOST_STARTS
+    wait_s, start_timeout_s, most_starts = config.cluster.wait_timeout_s, 60.0, config.actors.max_attempts
     if least is None:
         start_timeout_s += wait_s  # the lookout gives up before
     else:  # Ray Train tries with fewer workers each time so many have no place, for example after a node's death
