@@ -35,6 +35,7 @@ from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory, minimum_path
 
 LOOK_S = 1.0  # between two looks at the job
+PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # that places for a group of workers are waited for; a few seconds if there are
 
 
 class Attempts(DefaultFailurePolicy):
@@ -172,10 +173,10 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:
         resources["GPU"] = num_gpus
-    wait_s, start_timeout_s, most_starts = config.cluster.wait_timeout_s, 60.0, config.actors.max_attempts
-    if least is None:
-        start_timeout_s += wait_s  # the lookout gives up before
-    else:  # Ray Train tries with fewer workers each time so many have no place, for example after a node's death
+    wait_s, most_starts = config.cluster.wait_timeout_s, config.actors.max_attempts
+    start_timeout_s = PLACE_S + wait_s  # the lookout gives up before
+    if least is not None:  # Ray Train still counts on a node that died; then it tries with fewer workers
+        start_timeout_s = ELASTIC_PLACE_S
         most_starts += math.ceil(wait_s / start_timeout_s)
     trainer = WatchedTrainer(
         train_loop,
