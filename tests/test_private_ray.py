@@ -49,7 +49,9 @@ RELIED_ON: dict[str, Callable[[Any], bool]] = {
     ),
     "state": lambda state: has(state, "get_cluster_config", "get_draining_nodes", "_connect_and_get_accessor"),
     "PlacementGroupTableData": lambda message: has(
-        message(), "placement_group_id", "creator_actor_id", "state", "PlacementGroupState"
+        message(),
+        *("placement_group_id", "creator_actor_id", "state", "PlacementGroupState"),
+        "placement_group_creation_timestamp_ms",
     ),
     "global_worker": lambda worker: (
         ".gcs_client = " in inspect.getsource(inspect.getmodule(type(worker)))  # set when it is connected

@@ -132,7 +132,7 @@ def draining_nodes() -> set[str]:
 
 
 def groups_of(actor: Any) -> dict[str, str]:
-    """Return the ids of the placement groups that an actor created and that exist, each with its state: PENDING, …"""
+    """Return the ids of an actor's placement groups that exist, the oldest first, each with its state: PENDING, …"""
     from raysubset.cluster.private_ray import PlacementGroupTableData, state
 
     table = state._connect_and_get_accessor()
@@ -140,6 +140,7 @@ def groups_of(actor: Any) -> dict[str, str]:
     states = PlacementGroupTableData.PlacementGroupState
     actor_groups = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
     existing = [group for group in actor_groups if group.state != states.REMOVED]
+    existing.sort(key=lambda group: group.placement_group_creation_timestamp_ms)
     return {group.placement_group_id.hex(): states.Name(group.state) for group in existing}
 
 

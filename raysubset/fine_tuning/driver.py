@@ -24,7 +24,7 @@ def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> d
     """Minimize on the full set, as the piece says, by a Ray Train job of several workers in data parallel.
 
     The global batch is config.minimize.batch_size whatever the number of workers. If a worker dies, or stalls and is
-    killed (actors.stall_s), the group restarts from the last checkpoint, and on fewer workers if fine_tuning.min_workers
+    killed (actors.stall_s), the group restarts from the last checkpoint, with fewer workers if fine_tuning.min_workers
     is set, until actors.max_attempts in a row have left no new checkpoint. The same happens if a controller dies. A
     diverging loss, and errors of a worker's own work, are not tried again. If the driver dies, the same call resumes
     from the last checkpoint; a finished stage is read back.

@@ -20,6 +20,7 @@ from raysubset.cluster import (
     node_types,
     offers,
     processes_at,
+    remove_groups,
 )
 from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
 from raysubset.fine_tuning.epochs import Epochs
@@ -32,7 +33,7 @@ _ELASTIC_S = 60.0  # an elastic controller that asks for no workers for so long 
 
 
 class TrainLookout:
-    """Reports epochs, waiting for places and missing steps; kills workers that stall.
+    """Reports epochs, waiting for places and missing steps; kills workers that stall, frees places that none uses.
 
     Ray Train then tries again from the last checkpoint, and counts a failure.
     """
@@ -60,6 +61,7 @@ class TrainLookout:
         """
         self.epochs.tell_new()
         groups = groups_of(controller)
+        remove_groups(list(groups)[:-1])  # Ray Train forgets a group if a worker is lost as its callbacks start
         processes = {
             rank: process for rank, process in processes_at(self.key).items() if groups.get(process.group) == "CREATED"
         }

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from raysubset import Config, load_model, run
-from raysubset.cluster import call_on_cluster, put_once, tasks
+from raysubset.cluster import call_on_cluster, groups_of, put_once, remove_groups, tasks, workplace
 from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
+from raysubset.fine_tuning.job import Job
+from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.ledger import Ledger
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import RunDirectory, weights_path
@@ -164,3 +166,33 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     assert any("stand still: no step for" in warning for warning in warnings), warnings
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
     assert {number: signal.getsignal(number) for number in handlers} == handlers  # Train's own would end us with 0
+
+
+def test_places_of_a_group_that_ray_train_forgot_are_freed_for_the_next(tmp_path: Path) -> None:
+    """Its controller keeps no record of a group whose worker is lost as its callbacks start, and never removes it."""
+
+    class Controller:
+        def __init__(self) -> None:
+            self._group: Any = None
+
+        def request_all_places(self) -> None:
+            self._group = ray.util.placement_group([{"CPU": 4}])
+
+        def has_places(self, timeout_s: float) -> bool:
+            return self._group.wait(timeout_s)
+
+    made = Config(name="lost", storage_path=str(tmp_path))
+    full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "lost")
+    piece = Piece(made, directory, "fine_tuning", by_train=True)
+    job = Job.of(piece, full_set, put_once(full_set), num_gpus=0.0, workplace=workplace())
+    lookout = TrainLookout(job, num_workers=4, is_elastic=False, quality=full_set.quality, tell=lambda event: None)
+    controller: Any = ray.remote(num_cpus=0)(Controller).remote()
+    ray.get(controller.request_all_places.remote())
+    assert ray.get(controller.has_places.remote(60))
+    lookout.look(controller)
+    ray.get(controller.request_all_places.remote())
+    assert not ray.get(controller.has_places.remote(0))
+    lookout.look(controller)
+    assert ray.get(controller.has_places.remote(60))
+    ray.kill(controller)
+    remove_groups(list(groups_of(controller)))
