@@ -5,13 +5,14 @@ import random
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysubset import Config, run
+from raysubset.cluster import ray
 from raysubset.data import load_full_set
 from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, history_path
@@ -20,6 +21,7 @@ from tests.chaos import punish
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
+ROOT = Path(__file__).parents[2]
 NUM_EPOCHS = 11
 EVERY_EPOCHS = 2  # between two checkpoints of a subset
 SUBSET_STEPS, STEPS = 11, 21  # an epoch, of a subset and of the full set
@@ -42,6 +44,21 @@ FLAGS = {
     "actors.on-step": "tests.slow_steps:listen",
 }
 SEED = 9
+
+
+class Workers(punish.Tagged):
+    """Ray's workers on the session's node, beside those that are there already, and what these have started."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        (self._warm,) = (p for p in psutil.Process().children() if "tests.forked_workers" in p.cmdline())
+        self._before = set(self._warm.children())
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)  # with the token of the session's node
+
+    def all(self) -> list[psutil.Process]:
+        return [process for process in self._warm.children(recursive=True) if process not in self._before]
 
 
 def num_checkpoints(num: int) -> Callable[[RunDirectory], bool]:
@@ -71,24 +88,25 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
     settings = {key.replace("-", "_"): value for key, value in FLAGS.items()}
     run(Config(storage_path=str(undisturbed)).with_overrides(settings))
 
-    draw, tagged, directory = random.Random(SEED), punish.Tagged(uuid.uuid4().hex), RunDirectory(str(disturbed), "run")
-    monkeypatch.setenv(slow_steps.FOLDER, str(tmp_path))
-    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")  # the processes of a user's run are all to be gone
+    draw, workers, directory = random.Random(SEED), Workers(), RunDirectory(str(disturbed), "run")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)  # where drivers work, and slow_steps looks
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")  # the processes of a user's run are all to be gone
     _, stage, from_step, _, _ = PLAN[0]
     slow_steps.slow_down(tmp_path, stage, from_step=from_step)
-    driver = punish.start(disturbed, None, tagged)
+    address = ray.get_runtime_context().gcs_address
+    driver = punish.start(disturbed, address, workers)
     try:
         for (reached, stage, _, kind, number), after in zip(PLAN, [*PLAN[1:], None], strict=True):
             wait(lambda reached=reached: reached(directory), driver)
-            tagged.all()  # as they are now: those of a driver that has ended are known only if they were seen
-            victims = [driver.pid] if kind == "driver" else [p.pid for p in tagged.of_kind(kind)]
+            victims = [driver.pid] if kind == "driver" else [p.pid for p in workers.of_kind(kind)]
             assert victims, f"no {kind} lives"
             os.kill(draw.choice(victims), number)
             if kind == "driver":
                 driver.wait()
                 if number == signal.SIGINT:
-                    assert tagged.end_all() == []
-                driver = punish.start(disturbed, None, tagged)
+                    assert workers.end_all() == []
+                driver = punish.start(disturbed, address, workers)
             if number == signal.SIGTERM:
                 wait(lambda: any(work.outcome == "preempted" for work in Ledger(directory).read()), driver)
             if after is None:  # what a killed driver has left behind is slow until it has died
@@ -99,14 +117,13 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
                 slow_steps.slow_down(tmp_path, after[1], from_step=after[2])
         until = time.monotonic() + 300
         while driver.poll() is None:
-            tagged.all()
             assert time.monotonic() < until, (disturbed / "driver.log").read_text()
-            time.sleep(1)
+            time.sleep(0.1)
         assert driver.returncode == 0, (disturbed / "driver.log").read_text()
     finally:
         driver.kill()
         driver.wait()
-        tagged.end_all(grace_s=0)
+        workers.end_all(grace_s=0)
 
     outcome = punish.Outcome("local")
     punish.check(undisturbed, disturbed, outcome)

@@ -105,8 +105,10 @@ def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < until, "no checkpoint was written in time"
             time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
+    assert psutil.wait_procs(children, timeout=60)[1] == []
     slow_steps.speed_up(tmp_path, "subsets")
     assert process.returncode == 130, err
     assert out == ""
