@@ -246,7 +246,7 @@ def _compare(command: Compare) -> int:
         track_page(command.config, report.uri, tell)
     print(page)
     report.show()
-    return FAILED if report.record["failed"] else DONE
+    return FAILED if report.has_failed else DONE
 
 
 def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:

@@ -23,6 +23,13 @@ class ComparisonReport(Shown):
         words = ", ".join(f"{clock} {verdict['word']}" for clock, verdict in self.verdicts.items())
         return f"<ComparisonReport {self.name}: {len(self.arms)} arms; {words}; {self.uri}>"
 
+    @property
+    def has_failed(self) -> bool:
+        """Return True if a compared run failed, or a tuning run for another reason than that its loss diverged."""
+        runs = (run for arm in self.arms for point in arm["points"] for run in point["runs"])
+        reasons = self.record["failed"].values()
+        return any(run["error"] for run in runs) or any("DivergedError" not in reason for reason in reasons)
+
     def to_dict(self) -> Record:
         """Return comparison.json."""
         return self.record

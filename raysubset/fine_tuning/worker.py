@@ -24,6 +24,7 @@ from raysubset.config import TrainingStage, derive_seed
 from raysubset.costs import count_bytes, moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
+from raysubset.fine_tuning.checkpoint_clock import CheckpointClock
 from raysubset.fine_tuning.job import FOLDER, Job
 from raysubset.ledger import Ledger, Work
 from raysubset.models import copied, new_model, num_parameters
@@ -197,7 +198,7 @@ class _Worker:
             keeps_best=job.stage == "fine_tuning" and config.fine_tuning.keep == "best",
         )
         self._measuring_cost, self._num_start_bytes = Cost(), taken_bytes()
-        self._start_s = self._beat_at = self._saved_at = time.perf_counter()
+        self._start_s = self._beat_at = time.perf_counter()
         self._work: Work | None = None
         if shard.rank == 0:
             self._open_ledger()
@@ -214,6 +215,8 @@ class _Worker:
         state, latest_cost = self._restore(), Cost()
         steps_per_epoch = num_steps_per_epoch(len(self._examples), self._recipe)
         every_steps = max(1, round(self._config.actors.checkpoint_epochs * steps_per_epoch))
+        limit_s, step = self._config.actors.checkpoint_s, state["position"][1] if state else 0
+        self._clock = CheckpointClock(self._shard, self._device, limit_s=limit_s, step=step)
 
         work_fields = {"run": self._directory.name, "stage": self._stage, "round": 0, "subset": None}
         work_fields |= {"rank": self._shard.rank, "num_workers": self._shard.num}
@@ -228,7 +231,8 @@ class _Worker:
                 self._directory.write_json(history_path(self._stage), self._watch.looks)
             counted = replace(progress, cost=self._cost(progress.cost))  # with looks at validation data
             stop = self._alone is not None and self._alone.follower.follow(counted)
-            if progress.epoch_ended or progress.step % every_steps == 0 or stop or self._is_due():
+            is_due = self._clock.is_due(progress.step)
+            if progress.epoch_ended or progress.step % every_steps == 0 or stop or is_due:
                 self._checkpoint(progress, stop=stop)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
@@ -329,10 +333,6 @@ class _Worker:
             self._beat_at = now
             ledger.write(self._entry(work, progress.cost))
 
-    def _is_due(self) -> bool:
-        """Return True if this worker is alone and actors.checkpoint_s passed since its last checkpoint."""
-        return self._alone is not None and time.perf_counter() - self._saved_at >= self._config.actors.checkpoint_s
-
     def _checkpoint(self, progress: Progress, *, stop: bool) -> None:
         """Report to Ray Train, which is a barrier of all ranks. Rank 0 writes the common state, the others their own.
 
@@ -346,7 +346,7 @@ class _Worker:
             if stop or not starts_over(self._recipe, state):  # a checkpoint does not help a loop that starts over
                 self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
             ray.train.report(metrics)
-            self._saved_at = time.perf_counter()
+            self._clock.start(progress.step)
             beat()
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -360,6 +360,7 @@ class _Worker:
                 _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own_state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
+        self._clock.start(progress.step)
 
     def _state(self, progress: Progress) -> dict[str, Any]:
         return progress.capture() | self._watch.state_dict()

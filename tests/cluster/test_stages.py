@@ -41,6 +41,8 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
             "model.norm": "group",  # batch-norm would see each worker's part of a batch by itself
             "trunk.num_workers": 2,
             "trunk.epochs": 1.0,
+            "actors.checkpoint_epochs": 1000.0,
+            "actors.checkpoint_s": 1e-9,  # after each step, by the first worker's clock
             "fine_tuning.epochs": 2.0,
             "fine_tuning.num_workers": 2,
             "fine_tuning.min_workers": 1,  # an elastic job takes the workers there are
@@ -82,6 +84,9 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
     predicted = model(rows["image"].permute(0, 3, 1, 2)).argmax(1)
     assert int((predicted == rows["label"]).sum()) == report.test.sums["num_correct"]
     assert report.test.accuracy > 0.8
+
+    files = directory.list("trunk/ray_train", recursive=True)
+    assert {path.split("/")[-2] for path in files if "/step-" in path} == {"step-000000020", "step-000000021"}
 
     # the trunk of two workers ends where that of one does
     piece = Piece(made, RunDirectory(str(tmp_path), "alone"), "trunk", by_train=True)
