@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def exit_of(arguments: str | list[str], capsys: pytest.CaptureFixture[str]) -> t
         code = exit.code
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+@pytest.fixture
+def no_node_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands start no node beside their imports, 0.8 s of a CPU each. That one goes with a mistake is seen in
+    test_what_a_users_module_does_when_it_is_imported_is_a_line and in test_cluster.py."""
+    monkeypatch.setattr("raysubset.cluster.started_ahead", lambda config: nullcontext())
 
 
 # Flags
@@ -171,6 +179,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("config --to a.json", "--to a.json: the file is YAML: give it a name that ends in .yaml"),
     ],
 )
+@pytest.mark.usefixtures("no_node_ahead")
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: str, told: str, capsys: pytest.CaptureFixture[str]):
     code, out, err = exit_of(arguments, capsys)
     assert (code, out) == (2, "")
@@ -252,6 +261,7 @@ def users_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         del sys.modules[name]
 
 
+@pytest.mark.usefixtures("no_node_ahead")
 @pytest.mark.parametrize("field", PLACES)
 @pytest.mark.parametrize(
     ("function", "told"),
