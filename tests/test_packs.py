@@ -70,3 +70,5 @@ def test_what_needs_others_is_given_out_when_they_are_done_and_given_up_with_one
     assert backlog.drop_dependents(a) == [c, d]
     backlog.note_done(b)  # which c would have needed too
     assert taken() == [a, b]
+    backlog.add([Pack((c,)), Pack((d,))], {name_of(c): [name_of(b)], name_of(d): [name_of(b), name_of(a)]})
+    assert taken() == [c], "what it needs was done before"

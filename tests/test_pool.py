@@ -187,6 +187,19 @@ def test_a_piece_that_is_always_lost_ends_the_run_or_is_yielded_with_its_error(t
     assert len(results) == 3
 
 
+def test_what_a_result_made_due_starts_before_the_caller_has_taken_the_result(tmp_path: Path, fake: Any) -> None:
+    fake(1, all_done)
+    run = opened(tmp_path, events := [])
+    first, second = pieces_of(run, 2)
+    backlog = Backlog([Pack((first,)), Pack((second,))], {name_of(second): [name_of(first)]})
+    with ActorPool(run, num_gpus=0.0) as pool:
+        started = [
+            (piece.ledger_key[2], [event.attempt.subset for event in events if isinstance(event, Start)])
+            for piece, _ in pool.results(backlog)
+        ]
+    assert started == [(0, [0, 1]), (1, [0, 1])]
+
+
 def test_a_pack_is_put_back_without_the_members_that_left_a_minimum(tmp_path: Path, fake: Any) -> None:
     given: list[list[Any]] = []
 

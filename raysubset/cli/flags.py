@@ -98,7 +98,8 @@ class Sweep(_Resumed):
 class Compare(_Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
-    Resumes an unfinished comparison of that name. Takes the flags and has the exit codes of `run`; 1 if work failed.
+    Resumes an unfinished comparison of that name. Takes the flags and has the exit codes of `run`; 1 if work failed,
+    other than by a rate that diverges in tuning.
     """
 
     seeds: int | None = None

@@ -145,7 +145,7 @@ class ActorPool:
 
         For a trial, yield the first piece with the trial's record.
 
-        More may be added to the backlog between two results.
+        More may be added to the backlog between two results. What a result made due may have started by then.
 
         Args:
             start: the weights that pieces start from which name no start.
@@ -157,14 +157,17 @@ class ActorPool:
         """
         start_ref = None if start is None else put_once(start)
         for pack, results in self._results(backlog, start_ref, keep=keep):
-            outcomes = [(p, result) for p, result in zip(pack.pieces, results, strict=False) if result is not None]
-            for piece, result in sorted(outcomes, key=lambda item: isinstance(item[1], Exception)):  # failures last
-                yield piece, result
-                if not isinstance(result, Exception):
-                    backlog.note_done(piece)
+            outcomes: list[tuple[AnyPiece, dict[str, Any] | Exception]] = []
+            for piece, result in zip(pack.pieces, results, strict=False):
+                if result is None:
                     continue
-                for dependent in backlog.drop_dependents(piece):
-                    yield dependent, result
+                outcomes.append((piece, result))
+                if isinstance(result, Exception):
+                    outcomes += [(dependent, result) for dependent in backlog.drop_dependents(piece)]
+                else:
+                    backlog.note_done(piece)
+            self._assign(backlog, start_ref)  # actors need not wait while the caller takes the results in
+            yield from sorted(outcomes, key=lambda outcome: isinstance(outcome[1], Exception))  # failures last
 
     def _results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
