@@ -218,7 +218,7 @@ def test_where_outputs_are_too_many_an_even_sample_is_kept_of_one_pass_over_all(
     model, data, recipe = cnn(), examples(1203), MinimizeConfig()
     whole, outputs = evaluate_for_ensemble(model, data, recipe)
     assert len(outputs) == 1203
-    monkeypatch.setattr("raysubset.training.evaluation.MOST_OUTPUT_BYTES", 4 * 3 * 100)
+    monkeypatch.setattr("raysubset.training.evaluation.MOST_SAMPLED_BYTES", 4 * 3 * 100)
     metrics, kept = evaluate_for_ensemble(model, data, recipe)
     sample = ensemble_sample(data)
     assert len(sample) == len(kept) == 100

@@ -221,6 +221,10 @@ def test_stages_give_mean_and_range_over_members_and_costs():
     assert row(stages, "aggregate, uniform_soup")[1:5] == ("0.1500", "90.00%", "0.1800", "66.00%")
     assert row(stages, "ensemble, for reference")[3:5] == ("0.1900", "68.00%")
     assert row(stages, "fine_tuning")[3:] == ("0.1000", "90.00%", "3.00", "2.25", "2.0", "1.0", "150")
+    sampled = a_record()
+    sampled["stages"]["rounds"][-1]["aggregation"]["ensemble"] = metrics(0.19, 9, 10)
+    stages = one(sections(sampled), "Stages")
+    assert row(stages, f"ensemble on 10 of {NUM_VALIDATION} examples, for reference")[3:5] == ("0.1900", "90.00%")
 
 
 def test_gap_is_validation_less_own_loss():

@@ -216,7 +216,7 @@ def _stages(record: Record) -> Section:
                 add(f"  {name}", training, validation)
         add(f"aggregate, {aggregation['method']}", aggregation["training"], aggregation["validation"], "aggregation")
         if len(minima) > 1:
-            add("  ensemble, for reference", None, aggregation["ensemble"])
+            add(f"  ensemble{_sample(aggregation)}, for reference", None, aggregation["ensemble"])
     if work := stages.get("fine_tuning"):
         add("fine_tuning", work["training"], work["validation"], "fine_tuning")
     add("test", None, None, "test")
@@ -263,6 +263,12 @@ def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
     names = [name for of in ("mean member", "ensemble", "aggregate") for name in (of, quality.heading)]
     title = f"Rounds, validation loss and {quality.name}"
     return Section(title, ("round", *names, "barrier"), tuple(rows), tuple(lines), _drawn(rounds_losses(record)))
+
+
+def _sample(aggregation: Record) -> str:
+    """Return on how many examples the ensemble was measured; "" if on all."""
+    num, of = (aggregation[name]["num_examples"] for name in ("ensemble", "best_member"))
+    return "" if num == of else f" on {num:,} of {of:,} examples"
 
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
@@ -326,7 +332,7 @@ def _aggregation(record: Record, last: Record) -> Section:
     rows = [
         ("best member", *_pair(aggregation["best_member"], quality)),
         ("mean member", *mean),
-        ("ensemble of predictions", *_pair(aggregation["ensemble"], quality)),
+        (f"ensemble of predictions{_sample(aggregation)}", *_pair(aggregation["ensemble"], quality)),
     ]
     if aggregation["method"] != "uniform_soup" or has_outer_step:
         rows.append(("plain mean of all", *_pair(aggregation["uniform_mean"], quality)))

@@ -19,6 +19,7 @@ from raysubset.tasks import Task, added, sums_of
 from raysubset.training.records import Metrics
 
 MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
+MOST_SAMPLED_BYTES = 2**20  # of outputs that members save: those of texts and masks would outweigh their weights
 EVALUATION_BATCH = 500  # examples of a forward pass; more does not help a CPU and less does not fill a GPU
 STATISTICS_SEED = 0  # of the order and augmentation of the batches that batch-norm statistics are of
 SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
@@ -47,14 +48,14 @@ def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tens
 
 def ensemble_sample(examples: Examples) -> Examples:
     """Return the examples whose outputs members save for their ensemble: all, or evenly spaced ones up to
-    MOST_OUTPUT_BYTES of outputs."""
+    MOST_SAMPLED_BYTES of outputs."""
     positions = _ensemble_positions(examples)
     return examples if positions is None else examples.select(positions)
 
 
 def _ensemble_positions(examples: Examples) -> Tensor | None:
     """Return the sampled positions, ascending int64 [n] on the device; None means all."""
-    most = max(1, MOST_OUTPUT_BYTES // (4 * examples.task.spec().num_outputs))
+    most = max(1, MOST_SAMPLED_BYTES // (4 * examples.task.spec().num_outputs))
     if len(examples) <= most:
         return None
     positions = torch.linspace(0, len(examples) - 1, most, dtype=torch.float64)  # Apple's GPUs have no float64
