@@ -31,7 +31,7 @@ class CheckpointClock:
         if step < self._next_step:
             return False
         num_done = step - self._saved_step
-        step_s = (self._limit_s - left_s) / num_done
+        step_s = max(self._limit_s - left_s, 1e-9) / num_done
         num_left = min(max(1, int(left_s / step_s)), 2 * num_done) if left_s > 0 else 0
         agreed = torch.tensor(float(num_left if self._shard.rank == 0 else 0), device=self._device)
         num_left = int(self._shard.sum(agreed).item())

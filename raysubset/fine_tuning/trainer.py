@@ -35,7 +35,7 @@ from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory, minimum_path
 
 LOOK_S = 1.0  # between two looks at the job
-PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # that places for a group of workers are waited for; a few seconds if there are
+PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # wait for places of a group of workers; free ones are given at once
 
 
 class Attempts(DefaultFailurePolicy):
