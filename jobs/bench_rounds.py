@@ -9,12 +9,13 @@ holds on a shared machine, wall time does not; the median is of all but the firs
 
 Hardware: 2 cores of a shared virtual machine, load 8 to 25; Ray 2.60, torch 2.14, Python 3.11. Wall time: 2 min.
 Result:   CPU ms                          before    now
-          an empty round through Ray         136     69   driver 38 and 19, actor 86 and 48, Ray 12 and 1; wall time 134
-                                                          and 71 ms (least 52), n = 53 and 33, load 2 and 1
+          an empty round through Ray         136     65   driver 38 and 17, actor 86 and 47, Ray 12 and 1; wall time 134
+                                                          and 55 ms (61, 55 and 53; least 42), n = 53 each, load 2 and
+                                                          1. 68 before the next round's work was queued (2026-11-29)
           its two pieces and aggregate        65     48   in one process, alternating with the commit before, n = 2 × 50
           a piece of 11 million             1551    640   of which the step is 290; 540 by hand
           its aggregate                      537    230
-          Before is commit 3691c8a. The goal of 50 ms a round is missed by 21, that of half a piece is met. Minima and
+          Before is commit 3691c8a. The goal of 50 ms a round is missed by 5, that of half a piece is met. Minima and
           optimizer states of 128 MiB a round stay for the last round alone (rounds.keep_minima).
 """
 
