@@ -68,8 +68,8 @@ class Scorer:
 
     def ensemble(self, minima: Sequence[Minimum]) -> Metrics:
         """Return validation metrics of the members' combined predictions, which they left: there is no forward work."""
-        task, targets = self._validation.task, ensemble_sample(self._validation).targets().cpu()
-        return metrics_of_outputs(ensemble_outputs(minima, task), targets, task)
+        validation, targets = self._validation, ensemble_sample(self._validation).targets().cpu()
+        return metrics_of_outputs(ensemble_outputs(minima, validation), targets, validation.task)
 
     def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:
         """Return the context that a method receives, with this scorer's score."""

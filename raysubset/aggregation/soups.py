@@ -17,8 +17,8 @@ from raysubset.aggregation.streaming import (
     shares_start,
 )
 from raysubset.config import AggregationConfig
-from raysubset.tasks import Task
-from raysubset.training import Metrics
+from raysubset.data import Examples
+from raysubset.training import Metrics, sampled_outputs
 
 
 def soup_methods(config: AggregationConfig) -> dict[str, Method]:
@@ -128,9 +128,10 @@ def _rank(minimum: Minimum) -> tuple[float, int]:
     return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
 
 
-def ensemble_outputs(minima: Sequence[Minimum], task: Task) -> torch.Tensor:
-    """Combine the members' predictions as the task does, float64 [num_validation, …]. It is a reference, no model."""
-    return task.combine(minimum.load_outputs().double() for minimum in minima)
+def ensemble_outputs(minima: Sequence[Minimum], validation: Examples) -> torch.Tensor:
+    """Combine the members' predictions as the task does, float64 [n, …] on ensemble_sample(). It is a reference."""
+    outputs = (sampled_outputs(minimum.load_outputs(), validation) for minimum in minima)
+    return validation.task.combine(output.double() for output in outputs)
 
 
 def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:

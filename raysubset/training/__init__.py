@@ -14,6 +14,7 @@ from raysubset.training.evaluation import (
     metrics_of_outputs,
     predict,
     recompute_batch_norm,
+    sampled_outputs,
 )
 from raysubset.training.flops import forward_share
 from raysubset.training.loop import minimize

@@ -53,13 +53,26 @@ def ensemble_sample(examples: Examples) -> Examples:
     return examples if positions is None else examples.select(positions)
 
 
+def sampled_outputs(outputs: Tensor, examples: Examples) -> Tensor:
+    """Return a member's outputs on ensemble_sample(). Before 2026-11-29 members saved up to MOST_OUTPUT_BYTES."""
+    bytes_each = 4 * examples.task.spec().num_outputs
+    return outputs[_even(len(outputs), MOST_SAMPLED_BYTES // bytes_each)]
+
+
 def _ensemble_positions(examples: Examples) -> Tensor | None:
     """Return the sampled positions, ascending int64 [n] on the device; None means all."""
-    most = max(1, MOST_SAMPLED_BYTES // (4 * examples.task.spec().num_outputs))
-    if len(examples) <= most:
+    bytes_each = 4 * examples.task.spec().num_outputs
+    if len(examples) <= max(1, MOST_SAMPLED_BYTES // bytes_each):
         return None
-    positions = torch.linspace(0, len(examples) - 1, most, dtype=torch.float64)  # Apple's GPUs have no float64
-    return positions.long().to(examples.device)
+    positions = _even(len(examples), MOST_OUTPUT_BYTES // bytes_each)
+    return positions[_even(len(positions), MOST_SAMPLED_BYTES // bytes_each)].to(examples.device)
+
+
+def _even(num: int, most: int) -> Tensor:
+    """Return ascending positions among so many, evenly spaced, int64 [n]: all of them, or the most."""
+    if num <= max(1, most):
+        return torch.arange(num)
+    return torch.linspace(0, num - 1, max(1, most), dtype=torch.float64).long()
 
 
 @torch.inference_mode()
