@@ -275,13 +275,15 @@ class _Stages:
         if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
             pool.hand_back()
             fine_tune(self._run, piece, num_workers=leg.num_workers, num_gpus=self._decisions.num_gpus)
-        elif piece.record() is None and not piece.by_train:
-            ((_, record),) = pool.run([Pack((piece,))], None, keep=math.inf)  # actors stay for the subsets
-            self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
         elif piece.record() is None:
-            self._epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
-            list(pool.run([Pack((piece,))], None))
-            self._epochs.tell_new()
+            epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
+            self._epochs = epochs if piece.by_train else None
+            # actors that minimize stay for the subsets
+            ((_, record),) = pool.run([Pack((piece,))], None, keep=0 if piece.by_train else math.inf)
+            if self._epochs:
+                self._epochs.tell_new()
+            else:
+                self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
         return Start("warm", leg), self._directory.read_json(piece.output.record_path)
 
     def _report(self, end: Start, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:

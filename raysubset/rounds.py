@@ -43,7 +43,6 @@ class Rounds:
         self._last_start: Start | None = None  # the start of the round before
         self._subsets: dict[int, tuple[Subset, ...]] = {}  # of the rounds at work
         self._stream: Stream | None = None  # of the rounds at work
-        self._added: set[str] = set()  # keys of first members and first parts: all of these are in the stream
         self._queued: dict[int, tuple[Legs, Leg]] = {}  # by round, members and aggregate that are in the stream
         self._stored: set[Leg] = set()  # legs of these rounds that were done before
 
@@ -98,27 +97,31 @@ class Rounds:
         self._check_starts(members)
         stream = self._stream = self._stream or self._open_stream(pool, members)
         is_last = round + 1 == config.rounds.num or self._read(round + 1) is not None
-        if config.actors.quorum is None:  # the aggregate is of all of them
+        chooses = config.actors.quorum is not None  # else the aggregate is of all of them
+        if chooses:
+            self._add(stream, members)
+        else:
             if round not in self._queued:
-                self._queue(stream, members, self._drawing.parts(members), start)
+                self._queue(stream, members, start)
             if not is_last:
                 self._cut(round + 1)
                 next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
-                next_members = self._members(round + 1, start, next_start, _apart(members))
-                self._queue(stream, next_members, self._drawing.parts(next_members), next_start)
+                self._queue(stream, self._members(round + 1, start, next_start, _apart(members)), next_start)
         members = self._find(stream, members)
         if parts := self._drawing.parts(members):
             text = f"{config.aggregation.savgm_fraction:g} of each of {len(members)} subsets once more"
             self._tell(stage_event("subsamples", text, round))
+            if chooses:
+                self._add(stream, parts)
             parts = self._find(stream, parts)
             members = tuple(part.members[0] for part in parts)
         text = f"{config.aggregation.method} of {len(members)} minima"
         self._tell(stage_event("aggregation", text, round))
-        _, aggregate = self._queued.pop(round, None) or self._queue(stream, members, parts, start)
+        aggregate = self._add_aggregate(stream, members + parts, start) if chooses else self._queued.pop(round)[1]
         ((_, record),) = stream.wait((aggregate,))
         if isinstance(record, Exception):
             raise record
-        if is_last or config.actors.quorum is not None:
+        if is_last or chooses:
             stream.close()
             self._stream = None
         return self._report(record)
@@ -130,30 +133,29 @@ class Rounds:
         # actors read a start that is in storage themselves
         weights = None if members[0].start.leg else seeded_model(config, self._full_set).state_dict()
         keeps_one = self._decisions.may_go_alone or config.actors.quorum is not None  # which aggregates
-        self._added.clear()
         return Stream(pool, weights, keep=float(keeps_one))
 
-    def _queue(self, stream: Stream, members: Legs, parts: Legs, start: Start) -> tuple[Legs, Leg]:
+    def _queue(self, stream: Stream, members: Legs, start: Start) -> None:
         """Queue a round: members, their parts if the aggregation needs them, and the aggregate."""
         self._add(stream, members)
-        self._add(stream, parts)
-        aggregate = self._drawing.aggregate(members[0].round, start, members + parts)
-        stream.add((aggregate,), num_later=self._num_later)
-        self._queued[aggregate.round] = members, aggregate
-        return members, aggregate
+        if parts := self._drawing.parts(members):
+            self._add(stream, parts)
+        self._queued[members[0].round] = members, self._add_aggregate(stream, members + parts, start)
+
+    def _add_aggregate(self, stream: Stream, members: Legs, start: Start) -> Leg:
+        aggregate = self._drawing.aggregate(members[0].round, start, members)
+        stream.add((aggregate,))
+        return aggregate
 
     def _add(self, stream: Stream, legs: Legs) -> None:
-        """Queue minimizations, unless they were. Those whose minima are in storage are done."""
-        if not legs or legs[0].key in self._added:
-            return
-        self._added.add(legs[0].key)
+        """Queue minimizations. Those whose minima are in storage are done."""
         pieces = self._pieces(legs)
         folders, packs = done_of(pieces), in_packs(pieces, self._per_actor)
-        self._num_later = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
         missing = [tuple(piece for piece in pack.pieces if piece.folder not in folders) for pack in packs]
         self._stored |= {leg for leg in legs if leg.piece.folder in folders}
         todo = [leg for leg in legs if leg not in self._stored]
-        stream.add(todo, [Pack(some) for some in missing if some], num_later=self._num_later)
+        later = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
+        stream.add(todo, [Pack(some) for some in missing if some], num_later=later)
 
     def _find(self, stream: Stream, legs: Legs) -> Legs:
         """Return the legs that have minima: all of them, or with a quorum at least that many.
@@ -161,7 +163,6 @@ class Rounds:
         Raises:
             SubsetFailed, ValueError: if too many failed for good.
         """
-        self._add(stream, legs)
         found = self._stored.intersection(legs)
         self._stored -= found
         if found and len(found) < len(legs):

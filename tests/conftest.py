@@ -1,12 +1,10 @@
 """One local Ray cluster for all tests that need one; tests that need none start none."""
 
 import compileall
-import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,21 +81,17 @@ def data_root() -> Path:
 def ray_cluster() -> Iterator[None]:
     """Four logical CPUs, whatever the machine has, and workers that are forked, as in tests/forked_workers.py. run()
     finds the connection and leaves it open."""
-    from raysubset.cluster import own_node, ray
+    from raysubset.cluster import ray
     from raysubset.cluster.authentication import use_own_token
+    from raysubset.cluster.own_node import OwnNode
     from tests.forked_workers import PATHS, warm_process
 
     use_own_token()
-    more = PATHS | {"object_store_memory": 80 * 2**20}  # about the least that Ray takes: sets larger than it are small
-    with warm_process(), pytest.MonkeyPatch.context() as monkeypatch:
-        dumps = lambda resources: json.dumps(resources | more)  # noqa: E731
-        monkeypatch.setattr(own_node, "json", SimpleNamespace(dumps=dumps))
-        node = own_node.OwnNode(num_cpus=4, num_gpus=0)
-        monkeypatch.undo()
-        with node:
-            ray.init(address=node.address(), log_to_driver=False, logging_level="error")
-            yield
-            ray.shutdown()
+    least = 80 * 2**20  # about what Ray takes: sets larger than it are small
+    with warm_process(), OwnNode(num_cpus=4, num_gpus=0, object_store_memory=least, **PATHS) as node:
+        ray.init(address=node.address(), log_to_driver=False, logging_level="error")
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

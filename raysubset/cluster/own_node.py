@@ -25,12 +25,13 @@ _KEEPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from raysubset.cluster.ow
 class OwnNode:
     """Ray's processes on this machine, from now to the end of the block. If this process dies they end as well."""
 
-    def __init__(self, *, num_cpus: int | None = None, num_gpus: int | None = None) -> None:
-        """None counts the machine's. The environment, with Ray's token, is this process's as it is now."""
-        resources = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus})
+    def __init__(self, *, num_cpus: int | None = None, num_gpus: int | None = None, **more: Any) -> None:
+        """None counts the machine's; `more` are other RayParams, as JSON has them. The environment, with Ray's token,
+        is this process's as it is now."""
+        params = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus} | more)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # the keeper's, as long as it lives
         self._keeper = subprocess.Popen(
-            [sys.executable, "-P", "-c", _KEEPER, resources],  # -P: no module of the working directory's
+            [sys.executable, "-P", "-c", _KEEPER, params],  # -P: no module of the working directory's
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -97,9 +98,9 @@ def keep() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     utils.get_dashboard_dependency_error = lambda: ImportError("the dashboard is not asked for")
-    resources = json.loads(sys.argv[1])
     system_config = {"prestart_worker_first_driver": False}
-    params = RayParams(**resources, no_monitor=True, include_log_monitor=False, _system_config=system_config)
+    bare = {"no_monitor": True, "include_log_monitor": False, "_system_config": system_config}
+    params = RayParams(**json.loads(sys.argv[1]), **bare)
     node = BareNode(params, head=True, shutdown_at_exit=False, spawn_reaper=True)
     is_up.set()
     sys.stdout.write(f"{node.gcs_address}\n")

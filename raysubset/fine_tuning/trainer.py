@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -38,6 +37,23 @@ LOOK_S = 1.0  # between two looks at the job
 PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # wait for places of a group of workers; free ones are given at once
 
 
+class Failures:
+    """Counts the failures of a Ray Train job in a row, that is without a new checkpoint between them."""
+
+    def __init__(self, directory: RunDirectory, folder: str) -> None:
+        self._directory, self._folder, self._num = directory, folder, 0
+        self._newest = newest_checkpoint(directory, folder)
+
+    def count(self) -> int:
+        """Count one more, and return how many there are in a row."""
+        with suppress(OSError):  # the storage may answer the next time
+            before, self._newest = self._newest, newest_checkpoint(self._directory, self._folder)
+            if self._newest != before:
+                self._num = 0
+        self._num += 1
+        return self._num
+
+
 class Attempts(DefaultFailurePolicy):
     """Ray Train's policy: tries again until failures of workers or starts come too often without a new checkpoint.
 
@@ -47,22 +63,16 @@ class Attempts(DefaultFailurePolicy):
 
     def __init__(self, directory: RunDirectory, folder: str, *, most: int, most_starts: int) -> None:
         super().__init__(ray.train.FailureConfig(max_failures=-1))
-        self._directory, self._folder, self._newest = directory, folder, newest_checkpoint(directory, folder)
-        self._limits: dict[type, int] = {ray.train.WorkerGroupError: most, ray.train.ControllerError: most_starts}
-        self._num_failed: Counter[type] = Counter()
+        limits = {ray.train.WorkerGroupError: most, ray.train.ControllerError: most_starts}
+        self._failures = [(kind, Failures(directory, folder), limit) for kind, limit in limits.items()]
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         errors = getattr(training_failed_error, "worker_failures", {}).values()
         is_worker_lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
         if not is_worker_lost and any(isinstance(error, MistakeError) for error in errors):
             return FailureDecision.RAISE
-        with suppress(OSError):  # the storage may answer the next time
-            before, self._newest = self._newest, newest_checkpoint(self._directory, self._folder)
-            if self._newest != before:
-                self._num_failed.clear()
-        for kind, limit in self._limits.items():
-            self._num_failed[kind] += isinstance(training_failed_error, kind)
-            if self._num_failed[kind] >= limit:
+        for kind, failures, limit in self._failures:
+            if isinstance(training_failed_error, kind) and failures.count() >= limit:
                 return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
@@ -120,7 +130,7 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
     directory, stage, most = job.directory, job.stage, job.config.actors.max_attempts
     least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
     lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
-    num_lost, newest = 0, newest_checkpoint(directory, _folder(job))
+    losses = Failures(directory, _folder(job))
     while True:
         if repair_text := mend_snapshot(directory, _folder(job)):
             tell(Note(repair_text, is_warning=True))
@@ -136,9 +146,7 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
                 raise _failure(error, job, lookout.stalled) from error
             if directory.exists(minimum_path(stage)):
                 return
-            num_lost, before, newest = num_lost + 1, newest, newest_checkpoint(directory, _folder(job))
-            if newest != before:
-                num_lost = 1
+            num_lost = losses.count()
             text = f"{stage}: Ray Train's controller was lost {num_lost} of {most} times ({one_line(loss)})"
             if num_lost >= most:
                 raise FineTuningFailed(text) from error

@@ -26,12 +26,12 @@ class Stream:
         self._unfinished: dict[str, Leg] = {}  # by the names of their pieces
         self._held: dict[str, tuple[Leg, Outcome]] = {}  # done, and not waited for yet
 
-    def add(self, legs: Sequence[Leg], packs: Sequence[Pack] | None = None, *, num_later: int = 0) -> None:
+    def add(self, legs: Sequence[Leg], packs: Sequence[Pack] | None = None, *, num_later: int | None = None) -> None:
         """Add legs that are not done. What they need is done, was added before, or is among them.
 
         Args:
             packs: their pieces; by default each leg's own piece, alone.
-            num_later: so many packs will be added later, as far as is known: actors stay for them.
+            num_later: so many packs will be added later, as far as is known: actors stay for them. None: as before.
         """
         by_name = {name_of(leg.piece): leg for leg in legs}
         self._unfinished |= by_name
@@ -39,8 +39,9 @@ class Stream:
         needs: dict[str, set[str]] = {}
         for pack in packs:
             inputs = (needed for piece in pack.pieces for needed in by_name[name_of(piece)].inputs)
-            needs[name_of(pack.pieces[0])] = {name_of(needed.piece) for needed in inputs} & self._unfinished.keys()
-        self._backlog.num_in_later_rounds = num_later
+            needs[name_of(pack.pieces[0])] = {name_of(needed.piece) for needed in inputs}
+        if num_later is not None:
+            self._backlog.num_in_later_rounds = num_later
         self._backlog.add(packs, needs)
 
     def results(self) -> Iterator[tuple[Leg, Outcome]]:

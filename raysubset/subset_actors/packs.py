@@ -69,7 +69,7 @@ class Backlog:
         self._due: deque[tuple[float, Pack]] = deque()
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
-        self._done: set[str] = set()  # names of pieces
+        self._unfinished: set[str] = set()  # names of pieces
         self._num_missing: dict[str, int] = {}
         self._dependents: dict[str, list[str]] = defaultdict(list)
         self.add(packs, needs or {})
@@ -78,11 +78,12 @@ class Backlog:
         """Add packs, each due once the pieces are done that it needs.
 
         Args:
-            needs: by name of a pack's first piece, the names of pieces in the backlog, at work, or done.
+            needs: by name of a pack's first piece, the names of pieces. Those that were never added are done.
         """
+        self._unfinished |= {name_of(piece) for pack in packs for piece in pack.pieces}
         for pack in packs:
             name = name_of(pack.pieces[0])
-            if missing := set(needs.get(name, ())) - self._done:
+            if missing := self._unfinished.intersection(needs.get(name, ())):
                 self._waiting[name], self._num_missing[name] = pack, len(missing)
                 for needed_name in missing:
                     self._dependents[needed_name].append(name)
@@ -100,7 +101,7 @@ class Backlog:
 
     def note_done(self, piece: AnyPiece) -> None:
         """Let packs become due that waited for this piece alone; aggregations, for which others wait, come first."""
-        self._done.add(name_of(piece))
+        self._unfinished.discard(name_of(piece))
         for name in self._dependents.pop(name_of(piece), ()):
             self._num_missing[name] -= 1
             if not self._num_missing[name] and name in self._waiting:
