@@ -27,12 +27,12 @@ from raysubset import Config
 from raysubset.cluster import connected, own_address, put_once, ray
 from raysubset.data import load_full_set
 from raysubset.events import Event, MinimumDone, Progress, Start
-from raysubset.ledger import Work
 from raysubset.pulse import Pulse, pulse
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Work
 from raysubset.subset_actors import ActorPool, Pack, crew, minimum_done
 from raysubset.training import Cost
-from raysubset.user_code import Workplace
+from raysubset.user_code.source_files import Workplace
 from raysubset.work import Piece, Run
 
 EXAMPLES = 60  # of a piece

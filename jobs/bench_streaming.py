@@ -75,7 +75,7 @@ def epoch(path: str, way: str) -> dict[str, float]:
     from raysubset.cluster import put_once, ray
     from raysubset.config import DataConfig, derive_seed
     from raysubset.data import StreamedExamples, load_full_set
-    from raysubset.streaming import read_by_ray_data
+    from raysubset.fine_tuning.streaming import read_by_ray_data
     from raysubset.training import Shard
 
     torch.set_num_threads(1)

@@ -64,8 +64,8 @@ from raysubset import Config, compare, run, sweep
 from raysubset.cluster import connected
 from raysubset.config import ClusterConfig, DataConfig
 from raysubset.data import Split, load_full_set
-from raysubset.identity import identify
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
+from raysubset.work.identity import identify
 
 SHORT = {
     "subsets.num": 2,

@@ -56,11 +56,11 @@ from raysubset.comparison import advise, sizes_of
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.events import AggregateDone, EpochDone, Event
-from raysubset.ledger import Ledger, Work
-from raysubset.node_speeds import measure_speed
 from raysubset.pipeline import run
+from raysubset.pipeline.node_speeds import measure_speed
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_FOLDER = "RAYSUBSET_DATA"  # of torchvision's layout

@@ -43,9 +43,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.slow_links import BASE, BATCH, CELLS, NUM_NODES, NUM_TRAIN
 from raysubset.config import Config
-from raysubset.ledger import Ledger, Work
 from raysubset.pipeline import run
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES, NUM_ROUNDS = 16.0, 16

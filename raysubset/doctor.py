@@ -23,17 +23,17 @@ from raysubset.cluster import (
 from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
-from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event
-from raysubset.identity import identify
+from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
 from raysubset.models import architecture
-from raysubset.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
+from raysubset.pipeline.decisions import refuse_what_has_no_place
+from raysubset.pipeline.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
+from raysubset.pipeline.run_report import environment
 from raysubset.planning import Plan, actor_bytes, make_plan
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
-from raysubset.run_report import environment
-from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import memory_warning
+from raysubset.work.identity import identify
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to become free and for the measurement
 

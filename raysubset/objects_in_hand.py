@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raysubset.config import Config
-from raysubset.given_objects import PREFIX, Given, Instance, holding, is_given
 from raysubset.models import copied, unwrapped
-from raysubset.object_digests import importable, object_fingerprint
 from raysubset.tasks import Task
+from raysubset.user_code.given import PREFIX, Given, Instance, holding, is_given
+from raysubset.user_code.object_digests import importable, object_fingerprint
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -21,9 +21,9 @@ from raysubset.cli.live import shown
 from raysubset.cli.screen import print_sections
 from raysubset.config import Config, MinimizeConfig, field_docs, flatten
 from raysubset.events import Event, Note, OnEvent
+from raysubset.pipeline.run_report import RunReport
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
-from raysubset.run_report import RunReport
 from tests.test_report import a_record
 
 # isort: split
@@ -532,7 +532,7 @@ def test_dir_has_the_interface():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     names, home = done.stdout.splitlines()
     assert all(repr(name) in names for name in raysubset.__all__)
-    assert (names.endswith("False"), home) == (True, "raysubset.pipeline")
+    assert (names.endswith("False"), home) == (True, "raysubset.pipeline.stages")
 
 
 def test_report_as_json_is_the_file(finished: str, capsys: pytest.CaptureFixture[str]):

@@ -16,8 +16,8 @@ from raysubset import compare, run, sweep
 from raysubset.cluster import NodeType, connected, connection, num_gpus_of, own_node, reached, resources, started_ahead
 from raysubset.cluster.own_node import OwnNode
 from raysubset.config import ActorsConfig, ClusterConfig, Config
-from raysubset.decisions import refuse_what_has_no_place
 from raysubset.events import Event, Note
+from raysubset.pipeline.decisions import refuse_what_has_no_place
 from raysubset.run_directory import RunDirectory, minimum_path
 
 CPUS, GPUS = NodeType("alive", {"CPU": 4.0}, 1, 0), NodeType("gpu.spot", {"CPU": 8.0, "GPU": 1.0}, 0, 3)

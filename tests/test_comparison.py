@@ -19,11 +19,11 @@ from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.data import load_full_set
 from raysubset.events import Event, LegDone, OnEvent, Retry
-from raysubset.ledger import Ledger
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
 from raysubset.run_directory import RunDirectory, checkpoint_path, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.work import Run
 from tests.processes import Processes
 from tests.slow_steps import slow_down, speed_up

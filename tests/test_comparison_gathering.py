@@ -14,11 +14,11 @@ from raysubset.comparison.arms import Settings, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
-from raysubset.ledger import Work
 from raysubset.legs.leg import Leg, Start
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
+from raysubset.run_directory.ledger import Work
 from raysubset.training import Cost
 from tests.test_comparison_arms import leg
 

@@ -16,7 +16,6 @@ import torch
 from raysubset.config import Config
 from raysubset.fine_tuning.snapshots import _SNAPSHOT, _snapshot, mend_snapshot
 from raysubset.fingerprints import Entry, Identity, fingerprint
-from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import (
     CorruptFile,
     RunDirectory,
@@ -26,6 +25,7 @@ from raysubset.run_directory import (
     subsets_path,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.subset_actors.actor import _Damages
 from tests.test_report import minimum
 from tests.tiny import asking

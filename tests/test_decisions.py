@@ -9,10 +9,10 @@ import pytest
 from raysubset import Config
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.decisions import TRAIN_START_S, Decisions
-from raysubset.ledger import Work
+from raysubset.pipeline.decisions import TRAIN_START_S, Decisions
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
+from raysubset.run_directory.ledger import Work
 from raysubset.training import Cost
 from raysubset.work import Run
 from tests.processes import install

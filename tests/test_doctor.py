@@ -6,10 +6,10 @@ import pytest
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.doctor import Check, examine, training_s
-from raysubset.identity import identify
 from raysubset.planning import make_plan
 from raysubset.report import read_report
 from raysubset.run_directory import CONFIG_PATH, FORMAT, REPORT_PATH, Lease, RunDirectory
+from raysubset.work.identity import identify
 
 
 def before_ray(config: Config) -> dict[str, list[Check]]:

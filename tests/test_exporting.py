@@ -15,12 +15,12 @@ from pyarrow import csv, ipc
 from raysubset import load_model
 from raysubset.cli import call
 from raysubset.config import Config, DataConfig, ModelConfig
-from raysubset.exporting import export_model, predict_files
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.directory import FORMAT
 from raysubset.tasks import Spec
 from raysubset.trained_model import TrainedModel, save_model
+from raysubset.trained_model.exporting import export_model, predict_files
 from tests.tiny import image_record, stored_weights
 
 NAMES = ("cat", "a\ndog", "é, el")
@@ -141,7 +141,7 @@ def test_outputs_that_are_no_numbers_are_an_error_and_not_nan(directory: str, tm
 
 
 def test_files_are_predicted_a_batch_at_a_time(directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("raysubset.exporting._MOST_IMAGES", 2)
+    monkeypatch.setattr("raysubset.trained_model.exporting._MOST_IMAGES", 2)
     paths = [str(tmp_path / f"{i}.png") for i in range(5)]
     for i, path in enumerate(paths):
         Image.fromarray(np.full((8, 8), 50 * i, dtype=np.uint8)).save(path)

@@ -18,11 +18,11 @@ from raysubset.config import Config, DataConfig
 from raysubset.data import file_fingerprint, load_full_set, refuse_changed_files
 from raysubset.doctor import examine
 from raysubset.fingerprints import Entry, Identity, changes, digest, entries, fingerprint, in_words
-from raysubset.identity import identify, places_notes
 from raysubset.pipeline import run
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
-from raysubset.user_code import Workplace, at, code_fingerprint
-from raysubset.user_functions import load_function
+from raysubset.user_code.functions import load_function
+from raysubset.user_code.source_files import Workplace, at, code_fingerprint
+from raysubset.work.identity import identify, places_notes
 from tests.test_report import a_record
 
 LONG_AGO_NS = 10**18

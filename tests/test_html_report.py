@@ -19,7 +19,6 @@ from raysubset.cli import call
 from raysubset.config import Config, MinimizeConfig
 from raysubset.data import load_full_set
 from raysubset.events import Note
-from raysubset.ledger import Ledger, Work
 from raysubset.models import build_model
 from raysubset.report import (
     Beside,
@@ -51,6 +50,7 @@ from raysubset.run_directory import (
     minimum_folder,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.training import Cost, evaluate
 from tests.test_report import BITS, R2, a_record, conventional_record, metrics, minimum, of_task, round_of
 from tests.tiny import image_examples

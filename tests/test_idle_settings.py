@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raysubset.config import Config
 from raysubset.config.minimizing import OPTIMIZERS
-from raysubset.idle_settings import idle_settings
+from raysubset.planning.idle_settings import idle_settings
 from raysubset.training import minimize
 from tests.tiny import CROSS_ENTROPY, SQUARED_ERROR, cnn, examples, same_bits, weights
 

@@ -14,12 +14,12 @@ from pyarrow import ipc
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.exporting import predict_files
 from raysubset.models import architecture, new_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression
 from raysubset.trained_model import ModelRecord, load_model, save_model
+from raysubset.trained_model.exporting import predict_files
 from raysubset.training import minimize
 
 NUM = 40

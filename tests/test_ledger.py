@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raysubset.ledger import (
+from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import (
     Ledger,
     Work,
     by_stage,
@@ -16,7 +17,6 @@ from raysubset.ledger import (
     lost_cost,
     total_cost,
 )
-from raysubset.run_directory import RunDirectory
 from raysubset.training import Cost
 
 

@@ -16,8 +16,8 @@ from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
 from raysubset.legs import FRESH, Start
 from raysubset.models import new_model
+from raysubset.pipeline.rounds import Rounds
 from raysubset.planning import Plan, make_plan
-from raysubset.rounds import Rounds
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
 from raysubset.subset_actors import Backlog, Pack
 from raysubset.training import Distillation, Weights, evaluate, minimize, why_not_packed

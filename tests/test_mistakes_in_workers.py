@@ -18,7 +18,7 @@ from raysubset.fine_tuning.worker import MistakeError, _may_pass
 from raysubset.quality import ACCURACY
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors.pool import PLACE_ERRORS
-from raysubset.user_functions import in_a_line
+from raysubset.user_code.functions import in_a_line
 
 FOLDER = "conventional/ray_train"
 

@@ -20,8 +20,8 @@ from raysubset.models import (
     needs_default_layout,
     num_parameters,
 )
-from raysubset.network_graph import GraphNetwork, trace
 from raysubset.tasks import Spec
+from raysubset.trained_model.network_graph import GraphNetwork, trace
 from raysubset.training import evaluate, minimize, place
 from tests.tiny import examples, weights
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.aggregation.alignment import trace_units
 from raysubset.config import ModelConfig
 from raysubset.models import build_model, has_batch_norm, num_parameters
-from raysubset.network_graph import GraphNetwork, export, trace
 from raysubset.tasks import Spec
+from raysubset.trained_model.network_graph import GraphNetwork, export, trace
 from raysubset.training.grouped import forward_of_all
 
 NEXT, WHOLE, TAGS = (Spec((7,), outputs, num_values=11) for outputs in ((7, 11), (3,), (7, 4)))

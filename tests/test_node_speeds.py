@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from raysubset import node_speeds
 from raysubset.cluster import NodeType
 from raysubset.config import Config, SubsetsConfig
 from raysubset.data import load_full_set
-from raysubset.ledger import Ledger
-from raysubset.node_speeds import (
+from raysubset.pipeline import node_speeds
+from raysubset.pipeline.node_speeds import (
     Slot,
     decide_slots,
     fastest_nodes,
@@ -28,6 +27,7 @@ from raysubset.node_speeds import (
 )
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import Pack
 from raysubset.subset_actors.packs import Backlog, in_packs
 from raysubset.subsets import sizes_by_share

@@ -16,15 +16,16 @@ from torch import nn
 from raysubset.comparison.driver import _checked
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.given_objects import Given, held_objects, hold
-from raysubset.identity import identify
-from raysubset.object_digests import object_fingerprint
 from raysubset.objects_in_hand import hold_objects
-from raysubset.planning import make_plan, seeded_model
+from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression, Spec
 from raysubset.trained_model import ModelRecord, load_model, save_model
-from raysubset.user_code import Workplace
+from raysubset.user_code.given import Given, held_objects, hold
+from raysubset.user_code.object_digests import object_fingerprint
+from raysubset.user_code.source_files import Workplace
+from raysubset.work import seeded_model
+from raysubset.work.identity import identify
 from tests.tiny import same_bits, weights
 
 DRAWS = np.random.default_rng(0)
@@ -203,7 +204,7 @@ def test_digests_are_the_same_in_every_process(tmp_path):
     """Without the order of sets, addresses and the random numbers that pickled classes have."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from raysubset.object_digests import object_fingerprint\n"
+        "from raysubset.user_code.object_digests import object_fingerprint\n"
         "def helper(x): return x in {'a', 'b', 'c'} and again(x)\n"
         "def again(x): return helper(x)\n"
         "class Base:\n    words = frozenset(('d', 'e', 'f'))\n"

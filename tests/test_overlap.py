@@ -12,7 +12,6 @@ from raysubset.aggregation import RunningMean, from_differences, outer_step, to_
 from raysubset.comparison.network import Exchange, critical_bytes
 from raysubset.config import Config, derive_seed
 from raysubset.data import load_full_set
-from raysubset.ledger import Work, critical_path_s
 from raysubset.legs import FRESH, Drawing, Start, closure, critical_path
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
@@ -24,6 +23,7 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
+from raysubset.run_directory.ledger import Work, critical_path_s
 from raysubset.subset_actors import Backlog
 from raysubset.training import Weights, minimize, why_not_packed
 from raysubset.work import AggregatePiece, cut_subsets, round_spans, seeded_model

@@ -13,8 +13,9 @@ from raysubset.cli.flags import parse_config
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.objects_in_hand import hold_objects
-from raysubset.planning import make_plan, seeded_model
+from raysubset.planning import make_plan
 from raysubset.training import evaluate, minimize
+from raysubset.work import seeded_model
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "own_code"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))

@@ -6,11 +6,11 @@ import pytest
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.identity import identify
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.training import Step
 from raysubset.work import Minimizer, Piece
+from raysubset.work.identity import identify
 from tests import own_listeners
 from tests.tiny import same_bits, stored_weights
 

@@ -7,9 +7,9 @@ import torch
 
 from raysubset.config import Config, MinimizeConfig
 from raysubset.data import load_full_set
-from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.training import DivergedError, Progress, minimize, starts_over, try_own_loop, why_not_packed
 from raysubset.work import Minimizer, Piece
 from tests.tiny import cnn, examples, same_bits, stop_at, stored_weights, through_a_file, weights

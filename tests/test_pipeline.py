@@ -8,12 +8,13 @@ import pytest
 
 from raysubset.cli import call
 from raysubset.config import Config, ModelConfig
-from raysubset.identity import identify
 from raysubset.models import build_model
-from raysubset.pipeline import _finished, run
+from raysubset.pipeline import run
+from raysubset.pipeline.stages import _finished
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, REPORT_PATH, RESULT_PATH, RunDirectory
 from raysubset.tasks import Spec
 from raysubset.trained_model import save_model
+from raysubset.work.identity import identify
 from tests.test_report import a_record
 from tests.tiny import image_record
 

@@ -15,9 +15,9 @@ from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from raysubset import Config
 from raysubset.events import Event, Note, Retry, Start
-from raysubset.ledger import Ledger
 from raysubset.pulse import Pulse
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Backlog, Pack, SubsetFailed, crew, name_of
 from raysubset.subset_actors import pool as pool_module
 from raysubset.work import Piece, Run

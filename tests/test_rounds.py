@@ -16,10 +16,9 @@ from raysubset.comparison import gathering, sizes_of
 from raysubset.config import Config
 from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
-from raysubset.ledger import Ledger
 from raysubset.legs import FRESH, Start
+from raysubset.pipeline.rounds import Rounds
 from raysubset.planning import make_plan
-from raysubset.rounds import Rounds
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
@@ -29,6 +28,7 @@ from raysubset.run_directory import (
     subsamples_folder,
 )
 from raysubset.run_directory import directory as stored
+from raysubset.run_directory.ledger import Ledger
 from raysubset.run_directory.patience import Patience, Patient
 from raysubset.run_directory.recent import Recent
 from raysubset.subset_actors import Backlog, Pack, SubsetFailed

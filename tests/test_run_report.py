@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from raysubset import run_report
 from raysubset.events import Note
+from raysubset.pipeline import run_report
+from raysubset.pipeline.run_report import Sessions
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
-from raysubset.run_report import Sessions
 
 
 def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(

@@ -18,7 +18,6 @@ from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Progress, Retry
 from raysubset.fine_tuning import Job, fine_tune
 from raysubset.fine_tuning.worker import train_here
-from raysubset.ledger import Ledger
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
     PREDICTIONS_PATH,
@@ -30,9 +29,10 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import SubsetFailed
 from raysubset.training import Weights
-from raysubset.user_code import Workplace
+from raysubset.user_code.source_files import Workplace
 from raysubset.work import Follower, Piece, Run
 from tests.slow_steps import slow_down, speed_up
 from tests.tiny import stored_weights

@@ -10,10 +10,10 @@ import torch
 
 from raysubset import Config, RunReport, run
 from raysubset.events import Event, Note, Progress
-from raysubset.identity import identify
-from raysubset.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, minimum_folder, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.training.packing import PAYS
+from raysubset.work.identity import identify
 from tests.slow_steps import slow_down, speed_up
 from tests.tiny import stored_weights
 

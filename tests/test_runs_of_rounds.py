@@ -10,7 +10,6 @@ import torch
 
 from raysubset import Config, run
 from raysubset.events import AggregateDone, Event, MinimumDone, Retry, Stage, Start
-from raysubset.ledger import Ledger
 from raysubset.report import sections, write_files
 from raysubset.report.several import write_several
 from raysubset.run_directory import (
@@ -20,6 +19,7 @@ from raysubset.run_directory import (
     subsample_folder,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Weights
 from tests.tiny import same_bits, stored_weights
 

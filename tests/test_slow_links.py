@@ -7,7 +7,7 @@ import pytest
 
 from jobs import slow_links
 from jobs.slow_links import CELLS, NUM_NODES, PASSES, config_of, main, num_exchanges, table
-from raysubset.ledger import Work
+from raysubset.run_directory.ledger import Work
 from raysubset.training import Cost
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
-from raysubset.identity import identify
 from raysubset.planning import make_plan
 from raysubset.run_directory import MODEL_PATH, RunDirectory
 from raysubset.work import perturbed, seeded_model
+from raysubset.work.identity import identify
 from raysubset.work.starting import random_model, start_note
 
 NETWORK = {"model.name": "mlp", "model.width": 8, "data.name": "iris"}

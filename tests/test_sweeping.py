@@ -14,11 +14,11 @@ import pytest
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.events import Event
-from raysubset.ledger import Ledger, Work
 from raysubset.quality import ACCURACY
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.report.sweeps import sweep_command
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.sweeping import driver, sweep
 from raysubset.sweeping.driver import _TrialEvents
 from raysubset.sweeping.plan import (

@@ -14,9 +14,9 @@ import pytest
 
 from raysubset.config import Config, TrackingConfig
 from raysubset.events import AggregateDone, Attempt, EpochDone, Event, MinimumDone, Note, Progress, Stage
+from raysubset.pipeline.run_report import environment
 from raysubset.quality import ACCURACY
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
-from raysubset.run_report import environment
 from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked
 from raysubset.tracking.following import PAGE_PATH
 from raysubset.tracking.records import Curves, Header, Point, Result, comparison_points, comparison_summary, run_summary

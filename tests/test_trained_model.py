@@ -9,9 +9,10 @@ from torch import nn
 from raysubset import load_model
 from raysubset.config import ModelConfig
 from raysubset.models import build_model
-from raysubset.run_directory import RunDirectory
+from raysubset.run_directory import MODEL_RECORD_PATH, RunDirectory
 from raysubset.tasks import Classification, ImageInputs, Spec
-from raysubset.trained_model import GRAPH_PATH, MODEL_RECORD_PATH, ModelRecord, TrainedModel, save_model
+from raysubset.trained_model import ModelRecord, TrainedModel, save_model
+from raysubset.trained_model.model import GRAPH_PATH
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
 SHAPE, MEAN, STD = (6, 5, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
@@ -108,7 +109,7 @@ def test_nothing_is_unpickled_nor_imported(run: RunDirectory, users_run: RunDire
     assert run.list() == ["model.json", "model.safetensors"]
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr("raysubset.user_functions.importlib.import_module", refuse)
+    monkeypatch.setattr("raysubset.user_code.functions.importlib.import_module", refuse)
     for one in (run, users_run):
         assert isinstance(load_model(one.uri), TrainedModel)
 

@@ -11,11 +11,11 @@ import torch
 
 from raysubset.config import DataConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.exporting import export_model, predict_files
 from raysubset.models import architecture, new_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import NextToken, TableInputs
 from raysubset.trained_model import ModelRecord, leave_samples, load_model, save_model
+from raysubset.trained_model.exporting import export_model, predict_files
 
 OWN = """
 from raysubset.tasks import Spec, Task

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from raysubset import Config
 from raysubset.aggregation import Aggregation, RunningMean
 from raysubset.data import FullSet, load_full_set
-from raysubset.ledger import Ledger
 from raysubset.models import new_model, num_parameters
 from raysubset.planning import make_plan
 from raysubset.report import sections
@@ -28,6 +27,7 @@ from raysubset.run_directory import (
     statistics_path,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
 from raysubset.tasks import Spec
 from raysubset.training import Cost, Progress, Weights, evaluate

@@ -13,7 +13,7 @@ from raysubset.aggregation.streaming import check_start, load_member, refuse_not
 from raysubset.aggregation.task_vectors import task_vector_methods
 from raysubset.config import AggregationConfig, Config
 from raysubset.training import Metrics, Weights
-from raysubset.user_functions import call_function, load_function
+from raysubset.user_code.functions import call_function, load_function
 
 _FIELD = "aggregation.method"
 

@@ -365,7 +365,7 @@ def _num_gpus_here(config: Config) -> float:
 def _advise(command: Advise) -> int:
     from raysubset.comparison import advise, measured_lines, sizes_of
     from raysubset.data import load_full_set
-    from raysubset.node_speeds import measure_speed
+    from raysubset.pipeline.node_speeds import measure_speed
     from raysubset.planning import make_plan
     from raysubset.report import Section, advice_sections, read_report
 
@@ -420,14 +420,14 @@ def _find_rate(command: FindRate) -> int:
 
 
 def _export(command: Export) -> int:
-    from raysubset.exporting import export_model
+    from raysubset.trained_model.exporting import export_model
 
     print(export_model(command.directory, command.to, format=command.format, trust_code=command.trust_code))
     return DONE
 
 
 def _predict(command: Predict) -> int:
-    from raysubset.exporting import predictions
+    from raysubset.trained_model.exporting import predictions
 
     code = DONE
     for prediction in predictions(command.directory, command.files, trust_code=command.trust_code):

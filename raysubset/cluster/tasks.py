@@ -15,8 +15,8 @@ from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
 from raysubset.errors import note_place
 from raysubset.events import OnEvent, Waiting
-from raysubset.given_objects import held_objects, hold
-from raysubset.user_code import Workplace
+from raysubset.user_code.given import held_objects, hold
+from raysubset.user_code.source_files import Workplace
 
 LOOK_S = 1.0  # between two looks at a working task
 STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped

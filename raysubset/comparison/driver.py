@@ -15,18 +15,18 @@ from raysubset.comparison.standing import ArmsStanding
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event, LegDone, Note, OnEvent, Progress, Stage, Waiting
-from raysubset.identity import identify, known_fingerprint, places_notes
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.objects_in_hand import accepts_objects
+from raysubset.pipeline.run_report import Sessions, environment
 from raysubset.planning import Plan, make_plan
+from raysubset.planning.soundness import refuse_fresh_weights
 from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
-from raysubset.run_report import Sessions, environment
-from raysubset.soundness import refuse_fresh_weights
 from raysubset.tracking import refuse_missing, track_comparison
 from raysubset.uris import shown as shown_uri
-from raysubset.user_functions import refuse_import
+from raysubset.user_code.functions import refuse_import
 from raysubset.work import Run
+from raysubset.work.identity import identify, known_fingerprint, places_notes
 
 LEARNING_RATES = (0.3, 1.0, 3.0)  # times the recipe's own; tried for each arm
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)

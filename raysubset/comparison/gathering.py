@@ -28,12 +28,12 @@ from raysubset.comparison.statistics import (
 )
 from raysubset.comparison.verdict import TENTH, CheapPoint, judge
 from raysubset.data import FullSet, StreamedSplit
-from raysubset.ledger import Work, total_cost
 from raysubset.legs import Leg, closure, critical_path
+from raysubset.pipeline.run_report import data_record, task_record
 from raysubset.planning import Plan
 from raysubset.quality import Quality
 from raysubset.run_directory import mean_optimizer_path, optimizer_path, outputs_path, size_of
-from raysubset.run_report import data_record, task_record
+from raysubset.run_directory.ledger import Work, total_cost
 from raysubset.work import Piece
 
 CLOCKS = ("total", "critical_path")

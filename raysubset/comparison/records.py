@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raysubset.run_report import Shown
+from raysubset.pipeline.run_report import Shown
 
 Record = dict[str, Any]
 

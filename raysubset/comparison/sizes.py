@@ -9,11 +9,11 @@ from raysubset.aggregation import method_of, to_differences
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.ledger import Ledger
 from raysubset.legs import FRESH
 from raysubset.models import trainable_names
 from raysubset.planning import Plan
 from raysubset.run_directory import RunDirectory, optimizer_path, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
 from raysubset.work import Minimizer, Piece, seeded_model
 

@@ -23,8 +23,8 @@ from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, changes, entries, fingerprint, hasher, in_words
-from raysubset.given_objects import is_given
 from raysubset.tasks import task_to_dict
+from raysubset.user_code.given import is_given
 
 _SETTLED_NS = 2 * 10**9  # a file that changed more recently than this may change again and keep its times
 _NUM_READERS = 16

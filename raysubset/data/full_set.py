@@ -22,6 +22,7 @@ from raysubset.tasks import Spec, Task
 _SMALLEST_STD = 1 / 255
 
 _HISTOGRAM_PIXELS = 2**20  # counted at a time
+_MOST_SAMPLED = 64  # validation examples that a network is tried on
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class FullSet:
         if indices is None and isinstance(source, StreamedSplit):
             return StreamedExamples(source, self.task, torch.device(device), augment, self.augmentation)
         return Examples(source.take(indices), self.task, augment, self.augmentation).to(device)
+
+    def sample(self) -> Examples:
+        """Return some validation examples, on the CPU, for trying a network."""
+        return self.examples("validation", np.arange(min(len(self.validation), _MOST_SAMPLED)))
 
     def examples_num_bytes(self, split: SplitName, num: int | None = None) -> int:
         """Return the bytes that examples() holds for `num` examples of a split, or for all."""

@@ -19,8 +19,8 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.given_objects import is_given
-from raysubset.user_functions import call_function
+from raysubset.user_code.functions import call_function
+from raysubset.user_code.given import is_given
 
 _WANTED = "an Arrow table, a pair (inputs, targets) or a dict of arrays, a torch Dataset, or a dict of splits of these"
 

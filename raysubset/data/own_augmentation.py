@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysubset.tasks import Task
-from raysubset.user_functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function
 
 _FIELD = "data.augmentation"
 

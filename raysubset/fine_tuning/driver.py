@@ -5,7 +5,7 @@ from typing import Any
 
 from raysubset.cluster import refuse_unplaceable, workplace
 from raysubset.fine_tuning.job import Job
-from raysubset.streaming import refuse_without_readers
+from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.work import Piece, Run
 
 

@@ -9,7 +9,7 @@ from raysubset.cluster import put_once
 from raysubset.config import Config, MinimizeConfig, TrainingStage
 from raysubset.data import FullSet
 from raysubset.run_directory import RunDirectory
-from raysubset.user_code import Workplace
+from raysubset.user_code.source_files import Workplace
 from raysubset.work import Output, Piece, seeded_model
 
 FOLDER = "ray_train"  # of the job's checkpoints, within the stage's folder

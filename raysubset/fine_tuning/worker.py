@@ -26,7 +26,7 @@ from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.fine_tuning.checkpoint_clock import CheckpointClock
 from raysubset.fine_tuning.job import FOLDER, Job
-from raysubset.ledger import Ledger, Work
+from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.models import copied, new_model, num_parameters
 from raysubset.pulse import beat, stand
 from raysubset.run_directory import (
@@ -40,8 +40,7 @@ from raysubset.run_directory import (
     trace_path,
     weights_path,
 )
-from raysubset.soundness import sampled
-from raysubset.streaming import read_by_ray_data
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.training import (
     Cost,
     Distillation,
@@ -277,7 +276,7 @@ class _Worker:
             return False
         leaves_out = self._directory.exists(left_out_path(self._stage))
         if not leaves_out:
-            trial = try_training(copied(model).cpu(), self._recipe, sampled(self._full_set))
+            trial = try_training(copied(model).cpu(), self._recipe, self._full_set.sample())
             leaves_out = bool(trial.left_out)
         return bool(shard.sum(torch.tensor(float(leaves_out), device=self._device)).item())
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from raysubset.aggregation import Send
 from raysubset.config import Config, TrainingStage, shaping
-from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, mean_optimizer_path, momentum_path, optimizer_path
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.training import Measure
 from raysubset.work import TEST_PATH, AggregatePiece, Output, Piece, TestPiece
 

@@ -9,11 +9,11 @@ from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiting
 from raysubset.fine_tuning import fine_tune
-from raysubset.ledger import Ledger
 from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.legs.stream import Stream
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import NUM_READERS, ActorPool, Pack
 from raysubset.work import Piece, Run
 

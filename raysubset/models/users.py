@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raysubset.errors import one_line
 from raysubset.models.properties import copied, generators_restored, num_parameters
 from raysubset.tasks import Spec
-from raysubset.user_functions import call_function, load_function
+from raysubset.user_code.functions import call_function, load_function
 
 
 def users_network(name: str, spec: Spec) -> nn.Module:

@@ -43,9 +43,9 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     if config.rounds.overlaps:
         raise ValueError("with rounds.overlap minima are stored as displacements from different starts")
     from raysubset.data import load_full_set  # loads torch, which takes seconds: refusals and kept lines need none
-    from raysubset.identity import identify
     from raysubset.models import averaged_names, new_model
     from raysubset.training import evaluate, recompute_batch_norm
+    from raysubset.work.identity import identify
 
     config = config.with_overrides({"data.download": False})
     full_set = load_full_set(*config.learned)

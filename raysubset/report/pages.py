@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from raysubset.ledger import Ledger, Work
 from raysubset.report.beside import find_beside
 from raysubset.report.comparison import comparison_parts, training_of_arms, verdicts
 from raysubset.report.figures import Record
@@ -20,6 +19,7 @@ from raysubset.report.run_plots import line_plot
 from raysubset.report.sweeps import sweep_command, sweep_sections, training_of_settings
 from raysubset.report.timeline import pauses, time_line, troubles, work_lines
 from raysubset.run_directory import ENVIRONMENT_PATH, SESSIONS_PATH, RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 
 
 def write_page(directory: RunDirectory, record: Record) -> str:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from raysubset.config import Config
-from raysubset.ledger import Ledger, Work
 from raysubset.report.commands import command
 from raysubset.report.figures import Record
 from raysubset.run_directory import (
@@ -23,6 +22,7 @@ from raysubset.run_directory import (
     minimum_path,
     subsample_folder,
 )
+from raysubset.run_directory.ledger import Ledger, Work
 
 _NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _LEGS = "legs"  # a comparison's folder

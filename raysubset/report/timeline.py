@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from raysubset.ledger import Work, total_cost
 from raysubset.report.drawing import BAD, GREY, Axis, Chart, Plot, colour_of
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section
+from raysubset.run_directory.ledger import Work, total_cost
 
 MOST_LANES = 64
 _MOST_TROUBLES = 20

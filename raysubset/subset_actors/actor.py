@@ -18,7 +18,7 @@ from raysubset.fine_tuning import Job
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
 from raysubset.training import DivergedError, card_bytes
-from raysubset.user_code import Workplace
+from raysubset.user_code.source_files import Workplace
 from raysubset.work import (
     AggregatePiece,
     AnyPiece,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raysubset.data import even_sizes
-from raysubset.ledger import Stage
+from raysubset.run_directory.ledger import Stage
 from raysubset.work import AggregatePiece, AnyPiece, Piece
 
 

@@ -15,9 +15,9 @@ from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_no
 from raysubset.costs import Cost
 from raysubset.errors import one_line
 from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
-from raysubset.ledger import Key, Ledger, Work
 from raysubset.pulse import Watch
 from raysubset.run_directory import CorruptFile, checkpoint_path
+from raysubset.run_directory.ledger import Key, Ledger, Work
 from raysubset.subset_actors.crew import Crew, Slot, SubsetFailed, backoff_s
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Weights

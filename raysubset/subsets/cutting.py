@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raysubset.config import NUM_SUBSETS, SubsetsConfig, derive_seed, nearest
 from raysubset.errors import listed
-from raysubset.user_functions import call_function
+from raysubset.user_code.functions import call_function
 
 
 @dataclass(frozen=True, eq=False)

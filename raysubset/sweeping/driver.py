@@ -25,17 +25,16 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached, workplace
 from raysubset.config import ActorsConfig, Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
-from raysubset.decisions import refuse_what_has_no_place
 from raysubset.errors import one_line
 from raysubset.events import Event, Note, OnEvent, Stage, TrialReport, Waiting
-from raysubset.identity import identify, known_fingerprint, places_notes
-from raysubset.ledger import Ledger, total_cost
 from raysubset.legs import Leg, LegRunner
 from raysubset.objects_in_hand import accepts_objects
+from raysubset.pipeline.decisions import refuse_what_has_no_place
+from raysubset.pipeline.run_report import Sessions, environment, task_record
 from raysubset.planning import make_plan
 from raysubset.quality import quality_of
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
-from raysubset.run_report import Sessions, environment, task_record
+from raysubset.run_directory.ledger import Ledger, total_cost
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -48,9 +47,10 @@ from raysubset.sweeping.records import (
 from raysubset.sweeping.standing import TrialsStanding
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.tracking import refuse_missing
-from raysubset.user_code import at
-from raysubset.user_functions import refuse_import
+from raysubset.user_code.functions import refuse_import
+from raysubset.user_code.source_files import at
 from raysubset.work import Run
+from raysubset.work.identity import identify, known_fingerprint, places_notes
 
 # A trial only waits for its actors and workers, so it takes no resources that they need. It stays on the head, which is
 # the last node to go

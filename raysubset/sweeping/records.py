@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raysubset.pipeline.run_report import Shown
 from raysubset.quality import Quality, quality_of
-from raysubset.run_report import Shown
 
 Record = dict[str, Any]
 

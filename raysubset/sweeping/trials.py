@@ -12,10 +12,10 @@ from ray import tune
 from raysubset.cluster import get_shared
 from raysubset.config import Config
 from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress, Retry, Waiting
-from raysubset.ledger import Ledger, total_cost
 from raysubset.pipeline import run
 from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger, total_cost
 from raysubset.training import Cost
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from raysubset.tasks.records import own_task
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import LossTask, Task, sums_of
-from raysubset.user_functions import in_a_line
+from raysubset.user_code.functions import in_a_line
 
 _NUM_TRIED = 4  # rows
 

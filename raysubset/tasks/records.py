@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raysubset.config import from_tree
-from raysubset.given_objects import held_objects, is_given
 from raysubset.tasks.classification import Classification
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.images import ImageInputs
@@ -16,7 +15,8 @@ from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.task import Task
 from raysubset.tasks.tensors import TensorInputs
 from raysubset.tasks.vocabulary import Vocabulary
-from raysubset.user_functions import call_function
+from raysubset.user_code.functions import call_function
+from raysubset.user_code.given import held_objects, is_given
 
 _MOST_PIXELS = 2**28  # of an image: 16,384×16,384
 _MOST_NAMES = 2**20

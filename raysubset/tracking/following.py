@@ -16,7 +16,15 @@ from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
 from raysubset.events import Event, Note, OnEvent
 from raysubset.quality import Quality, quality_of
-from raysubset.run_directory import COMPARISON_PATH, CONFIG_PATH, REPORT_PATH, TRACKING_FOLDER, RunDirectory
+from raysubset.run_directory import (
+    COMPARISON_PATH,
+    CONFIG_PATH,
+    MODEL_PATH,
+    MODEL_RECORD_PATH,
+    REPORT_PATH,
+    TRACKING_FOLDER,
+    RunDirectory,
+)
 from raysubset.tracking.mlflow_runs import MLflowRun
 from raysubset.tracking.records import (
     Curves,
@@ -29,7 +37,6 @@ from raysubset.tracking.records import (
     run_summary,
 )
 from raysubset.tracking.wandb_runs import WandbRun
-from raysubset.trained_model import MODEL_PATH, MODEL_RECORD_PATH
 
 logger = logging.getLogger(__name__)
 

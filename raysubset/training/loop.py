@@ -31,7 +31,7 @@ from raysubset.training.records import (
 from raysubset.training.shards import Shard, in_parts
 from raysubset.training.techniques import Distillation, Techniques
 from raysubset.training.whole_subset import minimize_whole
-from raysubset.user_functions import in_a_line
+from raysubset.user_code.functions import in_a_line
 
 
 def minimize(

@@ -16,7 +16,7 @@ import torch
 from raysubset.costs import Cost
 from raysubset.models import generators_restored
 from raysubset.training.records import Progress
-from raysubset.user_functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function
 
 _FIELD = "actors.on_step"
 

@@ -33,7 +33,7 @@ from raysubset.training.records import (
     Progress,
     num_steps_per_epoch,
 )
-from raysubset.user_functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function
 
 _FIELD = "minimize.loop"
 _NUM_TRIED = 4  # batches of a trial

@@ -18,7 +18,7 @@ from raysubset.models import copied, generators_restored
 from raysubset.tasks import Task
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
-from raysubset.user_functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function
 
 _FIELD = "minimize.objective"
 _NUM_TRIED = 8  # examples

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
-from raysubset.user_functions import call_function, in_a_line
+from raysubset.user_code.functions import call_function, in_a_line
 
 _FIELD = "minimize.optimizer"
 _NUM_STEPS = 2  # before a trial's state is saved, and after it is loaded

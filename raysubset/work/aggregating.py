@@ -9,9 +9,9 @@ import torch
 from raysubset.aggregation import Aggregation, Scorer, aggregate_round, mean_optimizer_state
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
-from raysubset.ledger import Ledger
 from raysubset.models import averaged_names, new_model, num_parameters
 from raysubset.run_directory import mean_optimizer_path, momentum_path, optimizer_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
 from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples

@@ -14,7 +14,6 @@ from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, derive_seed
 from raysubset.costs import moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
-from raysubset.ledger import Ledger, Outcome, Stage, Work
 from raysubset.models import trainable_names
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
@@ -28,6 +27,7 @@ from raysubset.run_directory import (
     trace_path,
     weights_path,
 )
+from raysubset.run_directory.ledger import Ledger, Outcome, Stage, Work
 from raysubset.training import (
     Cost,
     DivergedError,

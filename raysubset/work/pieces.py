@@ -10,7 +10,6 @@ import numpy as np
 from raysubset.aggregation import Minimum, Send, from_differences, shrink_perturb
 from raysubset.config import Config, TrainingStage
 from raysubset.data import FullSet
-from raysubset.ledger import Stage
 from raysubset.models import trainable_names
 from raysubset.run_directory import (
     RunDirectory,
@@ -24,6 +23,7 @@ from raysubset.run_directory import (
     subsample_folder,
     weights_path,
 )
+from raysubset.run_directory.ledger import Stage
 from raysubset.training import MEASURES, Cost, Measure, Progress, Weights
 from raysubset.work.cutting import cut_subsample, cut_subsets
 from raysubset.work.starting import random_model, seeded_model

@@ -7,8 +7,8 @@ from typing import Any
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.events import OnEvent
-from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger
 
 
 @dataclass(frozen=True)

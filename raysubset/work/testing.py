@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.ledger import Ledger
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
+from raysubset.run_directory.ledger import Ledger
 from raysubset.tasks import added
 from raysubset.training import MOST_OUTPUT_BYTES, Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
 from raysubset.work.aggregating import placed_model

@@ -7,7 +7,7 @@ from raysubset.config import ModelConfig
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.trained_model import ModelRecord, save_model
-from raysubset.exporting import predict_files
+from raysubset.trained_model.exporting import predict_files
 from raysubset.tasks import Classification, ImageInputs, Spec
 
 module("net", "def make(k, s): return nn.Sequential(nn.Flatten(), nn.Linear(s[0]*s[1]*s[2], k), nn.Softmax(1))\n")

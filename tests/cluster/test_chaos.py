@@ -14,8 +14,8 @@ import pytest
 from raysubset import Config, run
 from raysubset.cluster import ray
 from raysubset.data import load_full_set
-from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, history_path
+from raysubset.run_directory.ledger import Ledger, Work
 from tests import slow_steps
 from tests.chaos import punish
 

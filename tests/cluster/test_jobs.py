@@ -26,8 +26,8 @@ import torch
 
 import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.cli import call, run_job
-from raysubset.ledger import Ledger, Work
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
+from raysubset.run_directory.ledger import Ledger, Work
 from tests import slow_steps
 from tests.tiny import stored_weights
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from raysubset import Config, node_speeds, run
 from raysubset.cluster import ray
 from raysubset.events import Progress, Retry, Start
-from raysubset.ledger import Ledger
+from raysubset.run_directory.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
 from raysubset.subset_actors import pool
 from ray._raylet import GcsClient

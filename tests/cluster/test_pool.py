@@ -17,8 +17,8 @@ from raysubset import Config
 from raysubset.cluster import put_once
 from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Retry
-from raysubset.ledger import Ledger
 from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
 from raysubset.work import Piece, Run
 

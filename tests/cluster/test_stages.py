@@ -17,9 +17,9 @@ from raysubset.events import Event, Note, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.lookout import TrainLookout
-from raysubset.ledger import Ledger
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.work import Piece, Run
 from tests.tiny import stored_weights
 

@@ -15,9 +15,9 @@ from raysubset import Config, run
 from raysubset.cluster import object_store_bytes, put_once
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import StreamedExamples, load_full_set
-from raysubset.ledger import Ledger
+from raysubset.fine_tuning.streaming import most_workers, read_by_ray_data, refuse_without_readers
 from raysubset.run_directory import RunDirectory
-from raysubset.streaming import most_workers, read_by_ray_data, refuse_without_readers
+from raysubset.run_directory.ledger import Ledger
 from raysubset.sweeping.plan import widest_stage
 from raysubset.training import Metrics, Shard
 

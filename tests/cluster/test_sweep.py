@@ -8,9 +8,9 @@ import torch
 
 from raysubset import Config, run
 from raysubset.events import Event, Note, TrialReport
-from raysubset.ledger import Ledger
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.sweeping import SweepReport, sweep
 from tests.tiny import stored_weights
 

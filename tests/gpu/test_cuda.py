@@ -128,7 +128,7 @@ def test_actors_share_a_card_and_the_driver_needs_none(tmp_path: Path) -> None:
 
 
 def _ledger(uri: str) -> list[dict[str, Any]]:
-    from raysubset.ledger import Ledger
     from raysubset.run_directory import RunDirectory
+    from raysubset.run_directory.ledger import Ledger
 
     return [work.to_dict() for work in Ledger(RunDirectory.at(uri)).read()]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from raysubset.fingerprints import Entry, fingerprint, hasher
-from raysubset.given_objects import Given, hold
+from raysubset.user_code.given import Given, hold
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def _is_installed(path: str) -> bool:
 def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
     """Return the spec of a module; None if it is not found, is installed, or is part of Python or this package."""
     top, _, below = name.partition(".")
-    if top in sys.stdlib_module_names or top in ("__main__", __package__):
+    if top in sys.stdlib_module_names or top in ("__main__", "raysubset"):
         return None
     for finder in [PathFinder] if below else sys.meta_path:
         # searched by its last name: a search by the whole name of a namespace package would import it

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from raysubset.config import nearest
 from raysubset.errors import first_line, place_of
-from raysubset.given_objects import given_object, is_given
-from raysubset.user_code import search_here
+from raysubset.user_code.given import given_object, is_given
+from raysubset.user_code.source_files import search_here
 
 _GUARD = 'under `if __name__ == "__main__":`'
 

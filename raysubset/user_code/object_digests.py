@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from raysubset.fingerprints import Entry, entries, fingerprint, hasher
-from raysubset.user_code import code_fingerprint
+from raysubset.user_code.source_files import code_fingerprint
 
 _NOT_CODE = (
     "__dict__",

@@ -14,18 +14,18 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from raysubset.config import from_tree
 from raysubset.costs import Cost, taken_bytes
 from raysubset.errors import one_line
+from raysubset.run_directory.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +39,6 @@ _TABLE_PATH = "ledger.parquet"
 _ENTRY = re.compile(rf"{_FOLDER}/(\w+)-(\d+)-(all|\d+)-(\d+)\.json")  # Work.path
 _HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two heartbeats: a request to a bucket costs money
 _NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, but many requests at a time
-
-
-class Storage(Protocol):
-    """The methods of a run directory that a ledger needs."""
-
-    @property
-    def local_path(self) -> Path | None: ...
-
-    def exists(self, path: str) -> bool: ...
-    def list(self, path: str) -> Sequence[str]: ...
-    def delete(self, path: str) -> None: ...
-    def write_json(self, path: str, record: Any, *, is_durable: bool = ..., indent: int | None = ...) -> object: ...
-    def read_json_or_none(self, path: str) -> Any: ...
-    def write_table(self, path: str, table: pa.Table) -> object: ...
-    def read_table(self, path: str) -> pa.Table: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ def _prefix(stage: Stage, round: int, subset: int | None) -> str:
 class Ledger:
     """The entries in one run directory. Pickles if its storage does, so that actors write their own entries."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: RunDirectory) -> None:
         self._storage = storage
 
     @property

@@ -8,10 +8,9 @@ from torch import nn
 
 from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
-from raysubset.data import Examples, FullSet
+from raysubset.data import FullSet
 from raysubset.errors import listed, one_line
 from raysubset.events import Note
-from raysubset.given_objects import is_instance
 from raysubset.models import architecture, generators_restored, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import (
@@ -27,8 +26,7 @@ from raysubset.training.evaluation import evaluation_mode
 from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Objective
-
-_MOST_SAMPLED = 64  # validation examples that a network is tried on
+from raysubset.user_code.given import is_instance
 
 
 def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_subset: int) -> int:
@@ -129,19 +127,14 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
         try_own_optimizer(model, config.minimize)
     if full_set.augmentation:
         with generators_restored(), torch.random.fork_rng(devices=[]):
-            full_set.augmentation.try_on(sampled(full_set).rows)
+            full_set.augmentation.try_on(full_set.sample().rows)
     if config.actors.on_step:
         load_listener(config.actors.on_step)
-    if config.minimize.loop and (text := try_own_loop(model, config.minimize, sampled(full_set))):
+    if config.minimize.loop and (text := try_own_loop(model, config.minimize, full_set.sample())):
         notes.append(Note(text))
     if config.minimize.objective:
-        try_own_objective(model, config.minimize, sampled(full_set))
+        try_own_objective(model, config.minimize, full_set.sample())
     return notes
-
-
-def sampled(full_set: FullSet) -> Examples:
-    """Return some validation examples, on the CPU, for trying a network."""
-    return full_set.examples("validation", np.arange(min(len(full_set.validation), _MOST_SAMPLED)))
 
 
 def refuse_fresh_weights(config: Config) -> None:
@@ -184,7 +177,7 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     if ":" not in name:
         return []
     notes, left_out, ends_in = list[Note](), {}, None
-    sample = sampled(full_set)
+    sample = full_set.sample()
     for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
         try:
             trial = try_training(model, recipe, sample)

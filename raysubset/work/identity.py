@@ -12,8 +12,8 @@ from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, Config, DataConfig, Lea
 from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
-from raysubset.given_objects import given_fingerprint, is_given
-from raysubset.user_code import code_fingerprint, source_files
+from raysubset.user_code.given import given_fingerprint, is_given
+from raysubset.user_code.source_files import code_fingerprint, source_files
 from raysubset.work import weights_fingerprint
 
 

@@ -20,25 +20,31 @@ from raysubset import uris
 from raysubset.cluster import call_on_cluster, connected, get_shared, num_slots, own_address, put_once, reached
 from raysubset.config import Config, Learned
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
-from raysubset.decisions import Decisions, refuse_what_has_no_place
 from raysubset.errors import first_line
 from raysubset.events import Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
 from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_train
-from raysubset.given_objects import is_given
-from raysubset.identity import identify, known_fingerprint, places_notes
-from raysubset.idle_settings import idle_settings
-from raysubset.ledger import Ledger
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
-from raysubset.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.objects_in_hand import accepts_objects
+from raysubset.pipeline.decisions import Decisions, refuse_what_has_no_place
+from raysubset.pipeline.node_speeds import fastest_nodes, in_words, speed_of_node
+from raysubset.pipeline.rounds import Rounds
+from raysubset.pipeline.run_report import (
+    RunReport,
+    Sessions,
+    cost_record,
+    data_record,
+    done_work,
+    environment,
+    task_record,
+)
 from raysubset.planning import (
     Plan,
     actor_bytes,
     make_plan,
     planned_steps,
 )
-from raysubset.rounds import Rounds
+from raysubset.planning.idle_settings import idle_settings
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,
     REPORT_PATH,
@@ -52,14 +58,16 @@ from raysubset.run_directory import (
     minimum_path,
     weights_path,
 )
-from raysubset.run_report import RunReport, Sessions, cost_record, data_record, done_work, environment, task_record
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Pack, minimum_done
 from raysubset.tasks import NextToken
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Metrics, Weights
-from raysubset.user_functions import refuse_import
+from raysubset.user_code.functions import refuse_import
+from raysubset.user_code.given import is_given
 from raysubset.work import Piece, Run, leave_test
+from raysubset.work.identity import identify, known_fingerprint, places_notes
 
 
 @accepts_objects

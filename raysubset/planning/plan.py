@@ -18,8 +18,8 @@ from raysubset.events import Note, Step
 from raysubset.fingerprints import digest
 from raysubset.legs import Drawing, Leg, critical_path
 from raysubset.models import architecture, has_batch_norm, num_parameters
+from raysubset.planning.soundness import findings, most_workers, refuse_unfit_methods
 from raysubset.run_directory import RunDirectory
-from raysubset.soundness import findings, most_workers, refuse_unfit_methods
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
 from raysubset.training import (

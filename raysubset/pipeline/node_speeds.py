@@ -17,7 +17,7 @@ from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, n
 from raysubset.config import Config, SubsetsConfig, from_tree
 from raysubset.data import FullSet
 from raysubset.events import OnEvent
-from raysubset.ledger import Ledger
+from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
 from raysubset.work import seeded_model
 

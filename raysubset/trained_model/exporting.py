@@ -22,10 +22,10 @@ import torch
 from raysubset.config import DataConfig
 from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode_images, read_image_rows, read_rows
 from raysubset.errors import first_line
-from raysubset.network_graph import export
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
 from raysubset.trained_model import TrainedModel, load_model
+from raysubset.trained_model.network_graph import export
 from raysubset.training import are_probabilities
 
 ExportFormat = Literal["torch-export", "onnx"]

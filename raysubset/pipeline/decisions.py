@@ -6,11 +6,11 @@ from typing import Any
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
 from raysubset.events import Note
+from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
 from raysubset.legs import Drawing
-from raysubset.node_speeds import Slot, decide_slots, shares
+from raysubset.pipeline.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
-from raysubset.streaming import most_workers, refuse_without_readers
 from raysubset.subset_actors import ActorPool, packing_decision, packing_note
 from raysubset.training import Cost
 from raysubset.work import Piece, Run

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from raysubset.aggregation import method_of
-from raysubset.decisions import Decisions
 from raysubset.errors import listed
 from raysubset.events import AggregateDone, Note, stage_event
 from raysubset.legs import FRESH, Leg, Start, Stream
-from raysubset.node_speeds import slot_of
+from raysubset.pipeline.decisions import Decisions
+from raysubset.pipeline.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (

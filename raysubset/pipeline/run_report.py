@@ -15,9 +15,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from raysubset.data import FullSet
 from raysubset.events import Event, OnEvent
-from raysubset.ledger import Stage, Work, by_stage, critical_path_passes, critical_path_s, lost_cost, total_cost
 from raysubset.quality import quality_of
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
+from raysubset.run_directory.ledger import (
+    Stage,
+    Work,
+    by_stage,
+    critical_path_passes,
+    critical_path_s,
+    lost_cost,
+    total_cost,
+)
 from raysubset.training import Metrics
 
 if TYPE_CHECKING:
@@ -245,7 +253,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Return the commit of the package's source tree, with "-dirty" if it was changed; None if it was installed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,8 +1,4 @@
-"""Saves and loads trained models: an nn.Module that includes its scaling and names, in safetensors and JSON.
-
-model = load_model("~/ray_results/digits-1a2b3c4d")
-labels = [model.class_names[i] for i in model(images).argmax(1)]        # images uint8 [N, C, H, W]
-"""
+"""Saves and loads trained models: an nn.Module that includes its scaling and names, in safetensors and JSON."""
 
 import dataclasses
 import os
@@ -16,9 +12,7 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.given_objects import is_given
 from raysubset.models import new_model
-from raysubset.network_graph import GraphNetwork, trace
 from raysubset.objects_in_hand import hold_objects_of
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
@@ -32,7 +26,9 @@ from raysubset.tasks import (
     task_from_dict,
     task_to_dict,
 )
+from raysubset.trained_model.network_graph import GraphNetwork, trace
 from raysubset.training import Weights
+from raysubset.user_code.given import is_given
 
 _NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # of the texts that a report shows
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
