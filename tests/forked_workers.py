@@ -92,14 +92,21 @@ def as_ray_sets_it_up(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    # Not Ray, which reads a worker's environment as it is imported
+    # Not Ray, which as it is imported reads a worker's environment and seeds its random IDs: forks' would be the same.
+    # But what Ray imports of others
+    import fsspec
+    import google.protobuf.descriptor_pb2
+    import jsonschema
     import pandas
+    import pydantic
+    import requests
+    import rich.table
     import torch
+    import yaml
 
     import raysubset.work
 
-    del pandas, raysubset
-    torch.optim.SGD([torch.zeros(1)])  # imports much more
+    del fsspec, google, jsonschema, pandas, pydantic, raysubset, requests, rich, torch, yaml
     assert "ray" not in sys.modules
     arguments = as_ray_sets_it_up(serve(socket.socket(fileno=int(sys.argv[1]))))
     import ray._private.workers

@@ -1,5 +1,6 @@
 """Two workers that share every batch end where one worker does: real processes, gloo, DistributedDataParallel."""
 
+import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,8 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    processes = torch.multiprocessing.spawn(work, (folder,), nprocs=2, join=False)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.warm"])
+    processes = torch.multiprocessing.start_processes(work, (folder,), nprocs=2, join=False, start_method="forkserver")
     assert processes is not None
     deadline = time.monotonic() + TIMEOUT_S
     try:
