@@ -1,6 +1,7 @@
 """One local Ray cluster for all tests that need one; tests that need none start none."""
 
 import compileall
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ os.environ.pop("RAY_ADDRESS", None)
 STARTS_RAY = ("tests/cluster/", "tests/gpu/")
 LONGEST = ("jobs", "chaos", "streaming", "stages", "sweep", "cli", "nodes", "remote_storage", "pool")
 LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in LONGEST)
+gc.disable()  # a quarter of collecting 4,000 tests, until pytest_collection_finish()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children
 
 
@@ -24,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compile the package once: where PYTHONDONTWRITEBYTECODE is set, each process that is started would do it."""
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(Path(__file__).parents[1] / "raysubset", quiet=1)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but none of what is there for good."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
 
 
 def test_numbers_are_standardised_as_scikit_learn_does():
+    from sklearn.preprocessing import StandardScaler
+
     generator = np.random.default_rng(0)
     training, further = (generator.normal(5, 3, (num, 3)) for num in (40, 7))
     names = ["a", "b", "c"]
@@ -26,6 +27,8 @@ def test_numbers_are_standardised_as_scikit_learn_does():
 
 
 def test_texts_become_one_feature_a_value_as_scikit_learn_does():
+    from sklearn.preprocessing import OneHotEncoder
+
     colours, sizes = ["red", "blue", "red", "green"] * 3, ["s", "m", "m", "s"] * 3
     table = pa.table({"colour": pa.array(colours).dictionary_encode(), "size": pa.array(sizes, pa.large_string())})
     inputs, _ = fit_columns(table, ["size", "colour"], missing="refuse")

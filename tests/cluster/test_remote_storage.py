@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import ray
-from moto.server import ThreadedMotoServer
 
 from raysubset import Config, load_model, run, sweep
 from raysubset.run_directory import RunDirectory
@@ -20,6 +18,9 @@ SECRET = "a-secret-that-stands-nowhere"
 @pytest.fixture
 def bucket_uri() -> Iterator[str]:
     """With its credentials, as the actors' processes have no others."""
+    import boto3  # both take a second of a CPU, and each process of `pytest -n 2` collects all files
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
