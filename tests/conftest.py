@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def ray_cluster() -> Iterator[None]:
         ray.init(address=node.address(), log_to_driver=False, logging_level="error")
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def no_node_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands start no node beside their imports, 0.8 s of a CPU each. That one goes with a mistake is seen in
+    tests/test_cluster.py, and in tests/test_cli.py where a user's module is imported."""
+    monkeypatch.setattr("raysubset.cluster.started_ahead", lambda config: nullcontext())
 
 
 @pytest.fixture

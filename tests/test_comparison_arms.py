@@ -202,6 +202,7 @@ WHOLE = ["--minimize.optimizer", "lbfgs", "--fine-tuning.epochs", "0", "--trunk.
         (["--arms", "B", "G", *WHOLE, "--data.streamed"], "arm B trains on the full set, which data.streamed does not"),
     ],
 )
+@pytest.mark.usefixtures("no_node_ahead")
 def test_what_cannot_be_compared_is_told_in_a_line_before_ray_is_started(flags: list[str], told: str, tmp_path, capsys):
     assert call(["compare", "--storage-path", str(tmp_path), *flags]) == 2
     start, error = capsys.readouterr().err.splitlines()
