@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from raysubset.costs import taken_bytes
 from raysubset.data import load_full_set
 from raysubset.legs import FRESH, Start
 from raysubset.pipeline.rounds import Rounds
-from raysubset.planning import make_plan
+from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
@@ -53,11 +54,15 @@ def config_of(**overrides: Any) -> Config:
     return Config().with_overrides(TINY | {key.replace("__", "."): value for key, value in overrides.items()})
 
 
+@cache
+def planned(config: Config) -> Plan:
+    return make_plan(config, cached(*config.learned))
+
+
 def rounds_in(config: Config, directory: RunDirectory, *, per_actor: int = 1) -> tuple[Rounds, Run]:
-    full_set = cached(*config.learned)
-    opened = Run(config, directory, full_set, [], lambda event: None)
+    opened = Run(config, directory, cached(*config.learned), [], lambda event: None)
     decisions = SimpleNamespace(shares=None, slots=[], may_go_alone=False, per_actor=lambda *_: per_actor)
-    return Rounds(opened, make_plan(config, full_set), cast(Any, decisions)), opened
+    return Rounds(opened, planned(config), cast(Any, decisions)), opened
 
 
 def rounds_of(config: Config, folder: Path, name: str = "run", *, per_actor: int = 1) -> tuple[Rounds, Run]:
@@ -251,7 +256,7 @@ def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driv
     counted = [sum(w.num_network_bytes for w in Ledger(remote).read() if w.round == round) for round in range(4)]
     assert sum(counted) == sum(by_round)
     assert overlap or counted == by_round
-    forecast = sizes_of(config, opened.full_set, make_plan(config, opened.full_set)).rounds
+    forecast = sizes_of(config, opened.full_set, planned(config)).rounds
     assert [one.total_bytes for one in forecast] == [counted[0] + 2 * forecast[0].start, *counted[1:]]
     assert storage.moved["driver"] == 0
     assert start.leg is not None
