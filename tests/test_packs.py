@@ -6,7 +6,7 @@ from raysubset.config import Config
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors import Backlog, Pack, name_of
 from raysubset.subset_actors.packs import in_packs
-from raysubset.work import AnyPiece, Piece
+from raysubset.work import AnyPiece, Piece, TrialPiece
 
 CONFIG, DIRECTORY = Config(), RunDirectory("storage", "run")
 
@@ -32,8 +32,9 @@ def test_packs_are_even_in_order_and_no_larger_than_asked() -> None:
 def test_a_pack_names_its_subsets_and_the_entries_of_its_ledger() -> None:
     assert Pack((Piece(CONFIG, DIRECTORY, "trunk"),)).label == "trunk"
     assert Pack(tuple(pieces(2))).label == "subsets 0, 1"
-    assert Pack(tuple(pieces(2))).keys == [("subsets", 0, 0), ("subsets", 0, 1)]
-    assert Pack(tuple(pieces(2)), is_trial=True).keys == [("measuring", 0, None)]
+    assert [piece.ledger_key for piece in Pack(tuple(pieces(2))).pieces] == [("subsets", 0, 0), ("subsets", 0, 1)]
+    trial = Pack((TrialPiece(tuple(pieces(2))),))
+    assert (trial.label, trial.pieces[0].ledger_key) == ("packing trial of 2 subsets", ("measuring", 0, None))
 
 
 def test_losses_are_counted_by_piece_also_when_a_pack_has_shrunk() -> None:

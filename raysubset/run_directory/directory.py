@@ -231,7 +231,14 @@ class RunDirectory:
             logger.warning("%s; continuing without it", error)
             return None
 
-    def write_weights(self, path: str, weights: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> Seal:
+    def write_weights(
+        self,
+        path: str,
+        weights: "Mapping[str, Tensor]",
+        metadata: dict[str, str] | None = None,
+        *,
+        is_durable: bool = True,
+    ) -> Seal:
         """Write a safetensors file, a tensor at a time. Tied tensors are written twice, in the default memory layout.
 
         Returns:
@@ -239,7 +246,7 @@ class RunDirectory:
         """
         from raysubset.run_directory.weights_files import to_safetensors
 
-        with self._sealed_file(path, is_kept=True) as sink:
+        with self._sealed_file(path, is_durable=is_durable, is_kept=True) as sink:
             for part in to_safetensors(weights, metadata):
                 sink.write(part)
         return sink.seal()

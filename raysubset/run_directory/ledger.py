@@ -108,12 +108,15 @@ class Ledger:
         return _HEARTBEAT_S if self._storage.local_path else _REMOTE_HEARTBEAT_S
 
     def write(self, work: Work) -> None:
-        """Add an entry, or replace the one of the same attempt, atomically."""
-        self._storage.write_json(work.path, work.to_dict(), is_durable=work.outcome != "running", indent=None)
+        """Add an entry, or replace the one of the same attempt, atomically.
+
+        It does not wait for a local disk: the record that follows the last entry does, and ext4 then has both.
+        """
+        self._storage.write_json(work.path, work.to_dict(), is_durable=False, indent=None)
 
     @contextmanager
     def recorded(
-        self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0
+        self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0, attempt: int | None = None
     ) -> Iterator[Callable[[Cost], None]]:
         """Record the block as one piece of work on no single subset. Yield a function that closes the entry as done.
 
@@ -121,7 +124,7 @@ class Ledger:
         If an exception leaves the block first, the entry is closed as failed, or as interrupted for Ctrl-C and the
         like. If the process dies, the entry stays at "running" until close_lost().
         """
-        attempt = self.next_attempt(stage, round, None)
+        attempt = self.next_attempt(stage, round, None) if attempt is None else attempt
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
         self.write(work)
         closed = []

@@ -26,6 +26,7 @@ from raysubset.work import (
     Piece,
     Report,
     TestPiece,
+    TrialPiece,
     leave_aggregate,
     leave_metrics,
 )
@@ -127,16 +128,16 @@ class SubsetActor:
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
             return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
+        (piece,), (attempt,) = pieces, attempts
+        if isinstance(piece, TrialPiece):
+            return [self._minimizer.try_packing(piece, attempt=attempt)]
         begin()
-        records, full_set = [], self._load_full_set()
-        for piece in pieces:
-            if isinstance(piece, AggregatePiece):
-                place: dict[str, Any] = {"node": own_address(), "waited_s": waited_s}
-                place["networks"] = self._minimizer.networks
-                records.append(leave_aggregate(full_set, self._num_gpus, piece, start, **place)[1])
-            elif isinstance(piece, TestPiece):
-                records.append(leave_metrics(full_set, self._num_gpus, piece))
-        return records
+        full_set = self._load_full_set()
+        if isinstance(piece, AggregatePiece):
+            place = {"node": own_address(), "waited_s": waited_s, "networks": self._minimizer.networks}
+            return [leave_aggregate(full_set, self._num_gpus, piece, start, attempt=attempt, **place)[1]]
+        assert isinstance(piece, TestPiece)
+        return [leave_metrics(full_set, self._num_gpus, piece)]
 
     def _train(self, piece: Piece, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
         """Return the piece's record; None if it was stopped, with a checkpoint written."""
@@ -146,10 +147,6 @@ class SubsetActor:
         job = Job.of(piece, full_set, self._full_set_ref, **place)
         with self._minimizer.following() as follower:
             return train_here(job, follower, attempt=attempt, waited_s=waited_s)
-
-    def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> tuple[list[dict[str, Any]], list[str]]:
-        """Do Minimizer.try_packing(); return its records and the damaged files, like do()."""
-        return self._minimizer.try_packing(pieces, attempt=attempt), self._damages.taken()
 
 
 def _fetched_full_set(full_set_ref: Sequence[ray.ObjectRef]) -> FullSet:

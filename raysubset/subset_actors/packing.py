@@ -1,13 +1,14 @@
 """Decides whether subsets.per_actor is used: once, by a trial on the first actor's device."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from raysubset.models import new_model
-from raysubset.subset_actors.packs import in_packs
+from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import PAYS, why_not_packed
-from raysubset.work import Piece, Run
+from raysubset.work import Piece, Run, TrialPiece
 
 
 def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
         single_s and packed_s (seconds a step), num_members and device (of the trial).
 
     Raises:
-        SubsetFailed, TimeoutError: as ActorPool.try_packing().
+        SubsetFailed, ValueError, TimeoutError: as ActorPool.run().
     """
     per_actor, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
     model = new_model(run.config.model, run.full_set)
@@ -31,7 +32,8 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
         reason = f"{run.full_set.augmentation.reference} is called with one subset's batch"
     if reason is not None:
         return {"per_actor": per_actor, "taken": False, "reason": reason}
-    trial = pool.try_packing(first_pieces)
+    trial_pack = Pack((TrialPiece(tuple(first_pieces)),))
+    ((_, trial),) = pool.run([trial_pack], None, keep=math.inf)  # its actor stays for the work
     if (refusal := trial.pop("refused", None)) is not None:
         return {"per_actor": per_actor, "taken": False, "reason": refusal, **trial}
     fields = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}

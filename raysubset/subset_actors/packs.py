@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raysubset.data import even_sizes
-from raysubset.run_directory.ledger import Stage
 from raysubset.work import AggregatePiece, AnyPiece, Piece
 
 
@@ -21,14 +20,6 @@ class Pack:
     """Pieces for one actor at a time: usually one, several if packing was decided."""
 
     pieces: tuple[AnyPiece, ...]
-    is_trial: bool = False  # only time their steps, packed and singly
-
-    @property
-    def keys(self) -> list[tuple[Stage, int, int | None]]:
-        """Stage, round and subset of each of its ledger entries."""
-        if self.is_trial:
-            return [("measuring", 0, None)]
-        return [piece.ledger_key for piece in self.pieces]
 
     @property
     def node_speed(self) -> float | None:
@@ -46,11 +37,9 @@ class Pack:
 
     @property
     def label(self) -> str:
-        if self.is_trial:
-            return f"packing trial of {len(self.pieces)} subsets"
         if len(self.pieces) == 1:
             return self.pieces[0].label
-        return f"subsets {', '.join(str(subset_id) for _, _, subset_id in self.keys)}"
+        return f"subsets {', '.join(str(piece.ledger_key[2]) for piece in self.pieces)}"
 
 
 def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:

@@ -21,7 +21,7 @@ from raysubset.run_directory.ledger import Key, Ledger, Work
 from raysubset.subset_actors.crew import Crew, Slot, SubsetFailed, backoff_s
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Weights
-from raysubset.work import AnyPiece, Piece, Run
+from raysubset.work import AnyPiece, Run
 
 WAIT_S = 0.25  # at most, between two looks at results
 POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors without a place
@@ -124,26 +124,10 @@ class ActorPool:
         """Release all actors, which must have no work; later work requests others."""
         self._crew.release_all()
 
-    def try_packing(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Let the first actor that comes up time these pieces' steps, packed and singly; it stays for run().
-
-        Returns:
-            The trial's record and its device, or {"refused": why packing is impossible, "device": …}.
-
-        Raises:
-            SubsetFailed, ValueError, TimeoutError: as run(). A trial whose actor dies is tried again likewise.
-        """
-        ((_, result),) = self.results(Backlog([Pack(tuple(pieces), is_trial=True)]), keep=math.inf)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
     def results(
         self, backlog: Backlog, start: Weights | None = None, *, keep: float = 0
     ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
         """Do the backlog's pieces. Yield each with its record, or the error for which it, or a piece it needs, failed.
-
-        For a trial, yield the first piece with the trial's record.
 
         More may be added to the backlog between two results. What a result made due may have started by then.
 
@@ -158,7 +142,7 @@ class ActorPool:
         start_ref = None if start is None else put_once(start)
         for pack, results in self._results(backlog, start_ref, keep=keep):
             outcomes: list[tuple[AnyPiece, dict[str, Any] | Exception]] = []
-            for piece, result in zip(pack.pieces, results, strict=False):
+            for piece, result in zip(pack.pieces, results, strict=True):
                 if result is None:
                     continue
                 outcomes.append((piece, result))
@@ -172,7 +156,7 @@ class ActorPool:
     def _results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
     ) -> Iterator[tuple[Pack, list[Result]]]:
-        """Yield each pack with the results of its pieces, or of its trial; pieces put back have None for now."""
+        """Yield each pack with the results of its pieces; those put back have None for now."""
         crew = self._crew
         crew.begin()
         self._next_attempts.clear()
@@ -217,14 +201,10 @@ class ActorPool:
             slot.failures = set()
             slot.submitted_at, slot.report_requested_at = time.time(), time.monotonic()
             slot.attempts = self._number_attempts(pack)
-            if pack.is_trial:
-                result_ref = slot.actor.try_packing.remote(pack.pieces, attempt=slot.attempts[0])
-            else:
-                call = slot.actor.do.remote
-                given = None if pack.names_start else start_ref
-                result_ref = call(pack.pieces, given, attempts=slot.attempts, waited_s=waited_s)
-                for place, piece in enumerate(pack.pieces):
-                    self._tell(Start(f"{piece.label} starts on {slot.ip}", _attempt(slot, place)))
+            given = None if pack.names_start else start_ref
+            result_ref = slot.actor.do.remote(pack.pieces, given, attempts=slot.attempts, waited_s=waited_s)
+            for place, piece in enumerate(pack.pieces):
+                self._tell(Start(f"{piece.label} starts on {slot.ip}", _attempt(slot, place)))
             self._crew.set_busy(slot, result_ref)
 
     def _number_attempts(self, pack: Pack) -> list[int]:
@@ -232,9 +212,9 @@ class ActorPool:
         directory = pack.pieces[0].directory
         if directory.uri not in self._next_attempts:
             self._next_attempts[directory.uri] = Ledger(directory).next_attempts()
-        numbers = self._next_attempts[directory.uri]
-        attempts = [numbers.get(key, 0) for key in pack.keys]
-        numbers |= {key: attempt + 1 for key, attempt in zip(pack.keys, attempts, strict=True)}
+        numbers, keys = self._next_attempts[directory.uri], [piece.ledger_key for piece in pack.pieces]
+        attempts = [numbers.get(key, 0) for key in keys]
+        numbers |= {key: attempt + 1 for key, attempt in zip(keys, attempts, strict=True)}
         return attempts
 
     def _collect(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog) -> list[Result]:
@@ -254,15 +234,15 @@ class ActorPool:
             self._crew.release(slot, result_ref)  # its own work failed, and would fail again
             kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
             failure = _caused(kind(f"{pack.label} on node {slot.ip}: {one_line(error)}"), error)
-            return [failure if record is None else record for record in _left(pack)]
+            return [failure if record is None else record for record in _records(pack)]
         self._tell_damages(slot, damages)
         results: list[Result] = [
             ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")
             if isinstance(result, Exception)
             else result
-            for piece, result in zip(pack.pieces, results, strict=False)  # a trial has one result
+            for piece, result in zip(pack.pieces, results, strict=True)
         ]
-        unfinished = tuple(piece for piece, result in zip(pack.pieces, results, strict=False) if result is None)
+        unfinished = tuple(piece for piece, result in zip(pack.pieces, results, strict=True) if result is None)
         if unfinished:  # stopped by us or by a signal: not a failure, but this actor gets no more work
             stopped_pack = Pack(unfinished)
             self._tell(Retry(f"{stopped_pack.label} left node {slot.ip} with a checkpoint written", _attempt(slot)))
@@ -289,12 +269,10 @@ class ActorPool:
         """Return a pack's records although its actor was lost; pieces without one are put back, or failed for good."""
         pack, got_further = _pack_of(slot), _write_lost(slot, error)
         self._crew.release(slot, result_ref)
-        records = _left(pack)
+        records = _records(pack)
         if None not in records:
             return records
-        lost_pack = pack
-        if not pack.is_trial:
-            lost_pack = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
+        lost_pack = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
         num_lost, most = backlog.count_lost(lost_pack, got_further=got_further), self._config.actors.max_attempts
         if num_lost >= most:
             text = f"{lost_pack.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
@@ -374,15 +352,13 @@ def _pack_of(slot: Slot) -> Pack:
 def _attempt(slot: Slot, place: int = 0) -> Attempt:
     """Return the attempt at a piece of the slot's pack."""
     node, ip, pid = (slot.place[key] for key in ("node", "ip", "pid"))
-    pack = _pack_of(slot)
-    piece = pack.pieces[place]
-    label = pack.label if pack.is_trial else piece.label
-    return Attempt(*pack.keys[place], slot.attempts[place], node, ip, pid, piece.directory.name, label)
+    piece = _pack_of(slot).pieces[place]
+    return Attempt(*piece.ledger_key, slot.attempts[place], node, ip, pid, piece.directory.name, piece.label)
 
 
-def _left(pack: Pack) -> list[Result]:
+def _records(pack: Pack) -> list[Result]:
     """Return the records that an actor has written although its call failed; None for a piece without one."""
-    return [None] if pack.is_trial else [piece.record() for piece in pack.pieces]
+    return [piece.record() for piece in pack.pieces]
 
 
 def _write_lost(slot: Slot, error: Exception) -> bool:
@@ -391,16 +367,14 @@ def _write_lost(slot: Slot, error: Exception) -> bool:
     Returns:
         Whether it wrote a checkpoint.
     """
-    pack = _pack_of(slot)
-    got_further, ledger = False, Ledger(pack.pieces[0].directory)
-    for place, (key, attempt) in enumerate(zip(pack.keys, slot.attempts, strict=True)):
-        opening = Work(*key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
+    pieces, got_further = _pack_of(slot).pieces, False
+    ledger = Ledger(pieces[0].directory)
+    for place, (piece, attempt) in enumerate(zip(pieces, slot.attempts, strict=True)):
+        opening = Work(*piece.ledger_key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
         entry = ledger.latest(opening)  # as it began, if it died before it wrote more
         if entry.outcome != "running":  # closed by the actor itself
             continue
-        if not pack.is_trial:
-            piece = pack.pieces[place]
-            got_further |= piece.directory.exists(checkpoint_path(piece.folder, attempt))
+        got_further |= piece.directory.exists(checkpoint_path(piece.folder, attempt))
         known_cost = slot.reports[place].cost if place in slot.reports else Cost()
         cost = max(entry.cost, known_cost, key=lambda cost: cost.num_forward)
         ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))

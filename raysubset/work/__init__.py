@@ -18,6 +18,7 @@ from raysubset.work.pieces import (
     Piece,
     Report,
     TestPiece,
+    TrialPiece,
     perturbed,
 )
 from raysubset.work.run import Run

@@ -27,7 +27,7 @@ from raysubset.run_directory import (
     trace_path,
     weights_path,
 )
-from raysubset.run_directory.ledger import Ledger, Outcome, Stage, Work
+from raysubset.run_directory.ledger import Ledger, Outcome, Work
 from raysubset.training import (
     Cost,
     DivergedError,
@@ -53,7 +53,7 @@ from raysubset.training import (
     use_device,
 )
 from raysubset.work.networks import Networks
-from raysubset.work.pieces import Piece, Report
+from raysubset.work.pieces import Piece, Report, TrialPiece
 from raysubset.work.starting import seeded_model
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
@@ -77,7 +77,6 @@ class _Job:
     beat_at: float  # the time of its ledger entry's last heartbeat
     watch: ValidationWatch | None = None
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
-    is_closed: bool = False  # True if its ledger entry has an outcome
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class Minimizer:
         self.networks = Networks()
         self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, and their sizes in bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the current pack
+        self._closed: list[Work] = []  # of the current pieces, whose ledger entries have an outcome
         self.is_busy = False
         self._started = time.perf_counter()
         self._is_to_stop = self._preempted = False  # no Event: a signal within its lock would wait for ever
@@ -124,13 +124,16 @@ class Minimizer:
         begin()
         self._progress, self.is_busy = {}, True
         try:
-            yield Follower(self._follow, lambda: "preempted" if self._preempted else "interrupted")
+            yield Follower(self._follow, self._stop_outcome)
         finally:
             self._progress, self.is_busy = {}, False
 
     def _follow(self, progress: Progress) -> bool:
         self._progress = {0: progress}
         return self._is_to_stop
+
+    def _stop_outcome(self) -> Outcome:
+        return "preempted" if self._preempted else "interrupted"
 
     def minimize(
         self,
@@ -153,8 +156,11 @@ class Minimizer:
             the error, if it was one of several and its loss was never finite.
         """
         device = self._begin(pieces)
-        works = [self._work(*p.ledger_key, n, device) for p, n in zip(pieces, attempts, strict=True)]
-        works = [replace(work, waited_s=waited_s) for work in works]
+        times: dict[str, Any] = {"started_at": time.time(), "waited_s": waited_s}
+        works = [
+            Work(*piece.ledger_key, attempt, self._node, device_name(device), **times)
+            for piece, attempt in zip(pieces, attempts, strict=True)
+        ]
         for work in works:
             Ledger(self._run).write(work)
         jobs: list[_Job] = []
@@ -176,46 +182,42 @@ class Minimizer:
             ]
         except Exception as error:
             self.networks.forget()
-            closed_paths = {job.work.path for job in jobs if job.is_closed}
             device_s = (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
-                if work.path not in closed_paths:
+                if work not in self._closed:
                     cost = replace(self._cost_so_far(number), device_s=device_s)
                     self._close(work, "failed", cost, error=one_line(error))
             raise
         finally:
             self._end(device)
 
-    def try_packing(self, pieces: Sequence[Piece], *, attempt: int) -> list[dict[str, Any]]:
-        """Time some steps of these pieces, packed and singly; only the ledger's entry is written.
+    def try_packing(self, piece: TrialPiece, *, attempt: int) -> dict[str, Any]:
+        """Time some steps of the trial's pieces, packed and singly; only the ledger's entry is written.
 
         Returns:
-            One record: of the trial, or {"refused": why the network cannot be packed}, with the device's name.
+            A record of the trial, or {"refused": why the network cannot be packed}, with the device's name.
         """
-        device = self._begin(pieces)
-        work = self._work("measuring", 0, None, attempt, device)
-        Ledger(self._run).write(work)
-        cost = Cost()
+        device, cost = self._begin(piece.pieces), Cost()
+        place: dict[str, Any] = {"device": device_name(device), "node": self._node}
         try:
-            jobs = [self._prepare(piece, None, work, device, number) for number, piece in enumerate(pieces)]
-            recipe = self._config.stage(pieces[0].stage)
-            try:
-                trial = try_packing([job.model for job in jobs], [_held(job.examples) for job in jobs], recipe)
-                cost, record = trial.cost, trial.to_dict()
-            except ValueError as error:
-                record = {"refused": str(error)}
-        except Exception as error:
-            self._close(work, "failed", cost, error=one_line(error))
-            raise
+            with Ledger(self._run).recorded("measuring", 0, attempt=attempt, **place) as close:
+                members = [self._placed(member, None, device, number) for number, member in enumerate(piece.pieces)]
+                examples, recipe = [_held(member[1]) for member in members], self._config.stage(piece.pieces[0].stage)
+                try:
+                    trial = try_packing([model for model, _ in members], examples, recipe)
+                    cost, record = trial.cost, trial.to_dict()
+                except ValueError as error:
+                    record = {"refused": str(error)}
+                close(replace(cost, device_s=time.perf_counter() - self._started))
         finally:
             self._end(device)
-        self._close(work, "done", replace(cost, device_s=time.perf_counter() - self._started))
-        return [record | {"device": work.device}]
+        return record | {"device": place["device"]}
 
     def _begin(self, pieces: Sequence[Piece]) -> torch.device:
         begin()
         self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
+        self._closed.clear()
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
 
     def _end(self, device: torch.device) -> None:
@@ -226,28 +228,31 @@ class Minimizer:
     def _cost_so_far(self, number: int) -> Cost:
         return self._progress[number].cost if number in self._progress else Cost()
 
-    def _work(self, stage: Stage, round: int, subset_id: int | None, attempt: int, device: torch.device) -> Work:
-        return Work(stage, round, subset_id, attempt, self._node, device_name(device), started_at=time.time())
-
     def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
         entry = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=taken_bytes())
         Ledger(self._run).write(replace(entry, error=error))
+        self._closed.append(work)
 
-    def _prepare(
-        self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
-    ) -> _Job:
-        """Put the piece's model and examples on the device, and read its newest checkpoint."""
-        config, run, folder = self._config, self._run, piece.folder
-        full_set = self._load_full_set()
+    def _placed(
+        self, piece: Piece, start: Weights | None, device: torch.device, place_in_pack: int
+    ) -> tuple[torch.nn.Module, Examples | StreamedExamples]:
+        """Return the piece's model and examples on the device."""
+        config, full_set = self._config, self._load_full_set()
         if start is None:
             model = seeded_model(config, full_set, piece.start_id)
             model = place(model, device, channels_last=config.minimize.channels_last)
         else:
             model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
-        examples = full_set.examples("train", piece.positions(full_set), device=device, augment=True)
-        newest = run.newest_checkpoint(folder)
-        optimizer_state = None
+        return model, full_set.examples("train", piece.positions(full_set), device=device, augment=True)
+
+    def _prepare(
+        self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
+    ) -> _Job:
+        """Put the piece's model and examples on the device, and read its newest checkpoint."""
+        config = self._config
+        model, examples = self._placed(piece, start, device, place_in_pack)
+        newest, optimizer_state = self._run.newest_checkpoint(piece.folder), None
         if piece.optimizer:
             directory, path = piece.optimizer
             optimizer_state, _ = self._optimizers.pop((directory.uri, path), (None, 0))
@@ -377,21 +382,15 @@ class Minimizer:
             beat()
 
     def _leave(
-        self,
-        job: _Job,
-        result: MinimizeResult | DivergedError,
-        cost: Cost,
-        shared: Cost,
+        self, job: _Job, result: MinimizeResult | DivergedError, cost: Cost, shared: Cost
     ) -> dict[str, Any] | DivergedError | None:
         """Write a job's minimum, if it reached one, and close its ledger entry with its cost and the shared cost."""
         piece, run, folder, began = job.piece, self._run, job.piece.folder, time.perf_counter()
         if isinstance(result, DivergedError):
             self._close(job.work, "failed", cost + shared, error=one_line(result))
-            job.is_closed = True
             return result
         if result.outcome == "stopped":
-            self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
-            job.is_closed = True
+            self._close(job.work, self._stop_outcome(), cost + shared)
             return None
         full_set = self._load_full_set()
         record, measured = self._leave_minimum(job, full_set, result.outcome)
@@ -413,7 +412,6 @@ class Minimizer:
             "peak_bytes": peak_bytes(job.examples.device),
         }
         self._close(job.work, "done", cost)  # before the record: without that, all of this work is done again
-        job.is_closed = True
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):
             if "/checkpoint-" in path:
@@ -441,13 +439,14 @@ class Minimizer:
         weights, send = model.state_dict(), "float32" if start is None else piece.send
         if start is not None and piece.send != "float32":
             weights = to_differences(weights, start, trainable_names(model), piece.send)
-        files = {weights_path(folder): run.write_weights(weights_path(folder), weights)}
+        files = {weights_path(folder): run.write_weights(weights_path(folder), weights, is_durable=False)}
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:
             held_out = full_set.examples("validation", device=examples.device)
             metrics, outputs = evaluate_for_ensemble(model, held_out, recipe)
-            files[outputs_path(folder)] = run.write_weights(outputs_path(folder), {"outputs": outputs})
+            path = outputs_path(folder)
+            files[path] = run.write_weights(path, {"outputs": outputs}, is_durable=False)
             validation = metrics.to_dict()
             measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
@@ -484,7 +483,7 @@ class Minimizer:
             else:
                 tensors, statistics_cost = gram_matrices(model, _held(subset_examples), config.minimize, **options)
             path = statistics_path(piece.folder, kind)
-            files[path] = self._run.write_weights(path, tensors)
+            files[path] = self._run.write_weights(path, tensors, is_durable=False)
             cost += statistics_cost
         return cost
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -260,7 +260,28 @@ class TestPiece:
         return self.directory.read_json_or_none(TEST_PATH)
 
 
-AnyPiece = Piece | AggregatePiece | TestPiece
+@dataclass(frozen=True)
+class TrialPiece:
+    """A trial of whether it pays to pack these pieces, which belong to one run and stage. It leaves no files."""
+
+    folder = "measuring"
+    ledger_key: ClassVar[tuple[Stage, int, None]] = ("measuring", 0, None)
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def directory(self) -> RunDirectory:
+        return self.pieces[0].directory
+
+    @property
+    def label(self) -> str:
+        return f"packing trial of {len(self.pieces)} subsets"
+
+    def record(self) -> None:
+        """Return None: a trial is repeated if its actor dies."""
+
+
+AnyPiece = Piece | AggregatePiece | TestPiece | TrialPiece
 
 
 def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
