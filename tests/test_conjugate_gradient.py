@@ -114,3 +114,28 @@ def test_a_direction_uphill_is_left_for_the_gradients():
     stepper.load_state_dict({"previous": uphill})
     stepper.step(second, 10**6)
     torch.testing.assert_close(stepper.state_dict()["previous"]["direction"], -second.gradient)
+
+
+class Cliff(nn.Module):
+    """One parameter x with the loss (x - 3)² / 2 from `low` to `high`, and no number beyond; it begins at 0."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.place = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        is_known = (self.low <= self.place) & (self.place <= self.high)
+        first = torch.where(is_known, self.place - 2, torch.nan)  # the target of class 0 is 1
+        return torch.cat([first, 0 * first]).expand(len(images), 2)
+
+
+def test_a_search_comes_back_from_where_the_loss_is_no_number():
+    data = with_labels(examples(4, objective=SQUARED_ERROR), torch.zeros(4, dtype=torch.long))
+    model = Cliff(-1.0, 4.0)
+    result = minimize(model, data, replace(RECIPE, learning_rate=1e6, gradient_tolerance=1e-8), seed=0)
+    assert result.outcome == "gradient"
+    assert model.place.item() == pytest.approx(3)
+    model = Cliff(-1e-30, 1e-30)  # nothing is found, and the start is kept
+    result = minimize(model, data, replace(RECIPE, learning_rate=1e6, epochs=60), seed=0)
+    assert (result.outcome, model.place.item()) == ("diverged", 0.0)
