@@ -49,18 +49,6 @@ class Minimum:
             raise ValueError(f"the minimum of subset {self.subset_id} was not measured on validation data")
         return self.validation
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the weights, for JSON."""
-        return {
-            "subset_id": self.subset_id,
-            "num_examples": self.num_examples,
-            "start_id": self.start_id,
-            "outcome": self.outcome,
-            "training": self.training and self.training.to_dict(),
-            "validation": self.validation and self.validation.to_dict(),
-            "cost": self.cost.to_dict(),
-        }
-
     @classmethod
     def from_dict(
         cls,
@@ -69,7 +57,7 @@ class Minimum:
         load_outputs: Callable[[], Tensor],
         load_statistics: Callable[[str], Weights] = _no_statistics,
     ) -> "Minimum":
-        """Return the minimum that to_dict() wrote."""
+        """Return the minimum of a record, minimum.json."""
         plain_fields = ("subset_id", "num_examples", "start_id", "outcome")
         return cls(
             **{name: record[name] for name in plain_fields},

@@ -1,5 +1,6 @@
 """Means of minima, and the choice of one. Weights are streamed, so memory does not grow with their number."""
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -98,7 +99,7 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
     soup.add(load_member(first))
     tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validated().loss)]
     for minimum in others:
-        candidate = soup.copy()
+        candidate = copy.deepcopy(soup)
         candidate.add(load_member(minimum))
         loss = score(candidate.weights()).loss
         tried.append(((*members, minimum.subset_id), loss))

@@ -66,12 +66,6 @@ class RunningMean:
         """Return the mean in the members' types. It shares the mean's memory, so it is valid until the next add()."""
         return {key: value.to(self._dtypes[key]) for key, value in self._mean.items()}
 
-    def copy(self) -> "RunningMean":
-        other = RunningMean(self._averaged)
-        other._mean = {key: value.clone() for key, value in self._mean.items()}
-        other._dtypes, other._total, other._differing = self._dtypes, self._total, set(self._differing)
-        return other
-
 
 def _same(first: Tensor, second: Tensor) -> bool:
     """Return True if two tensors of one shape and type have the same bits, NaN included. Stops at a difference."""

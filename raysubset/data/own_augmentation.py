@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysubset.tasks import Task
-from raysubset.user_code.functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function, misfit
 
 _FIELD = "data.augmentation"
 
@@ -51,23 +51,24 @@ class OwnAugmentation:
         seeds = torch.zeros((1, 1), dtype=torch.int64)
         results = [self({name: values.clone() for name, values in rows.items()}, seeds) for _ in range(2)]
         if not all(torch.equal(results[0][name], results[1][name]) for name in rows):
-            raise self._misfit("gave other rows with the same generator: draw from the generator alone")
+            raise misfit(
+                _FIELD, self.reference, "gave other rows with the same generator: draw from the generator alone"
+            )
 
     def _check(self, augmented: object, rows: Mapping[str, Tensor]) -> None:
         if not isinstance(augmented, Mapping) or set(augmented) != set(rows):
             description = (
                 ", ".join(map(str, augmented)) if isinstance(augmented, Mapping) else f"a {type(augmented).__name__}"
             )
-            raise self._misfit(f"returned {description}: return a dict of {', '.join(rows)}, as it is given")
+            raise misfit(
+                _FIELD, self.reference, f"returned {description}: return a dict of {', '.join(rows)}, as it is given"
+            )
         for name, values in rows.items():
             tensor = augmented[name]
             if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
                 kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 text = f"returned {name} as {kind}, and got {values.dtype} {list(values.shape)}"
-                raise self._misfit(f"{text}: keep type and shape")
-
-    def _misfit(self, text: str) -> ValueError:
-        return ValueError(f"{_FIELD} = {self.reference!r} {text}")
+                raise misfit(_FIELD, self.reference, f"{text}: keep type and shape")
 
 
 def drawn(task: Task, augmentation: OwnAugmentation | None, num: int, seed: int) -> Tensor | None:

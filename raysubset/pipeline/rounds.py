@@ -94,15 +94,16 @@ class Rounds:
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         text = f"{which}{len(members)} × {size} examples, {members[0].epochs:.4g} epochs each"
         self._tell(stage_event("subsets", text, round))
-        self._check_starts(members)
         stream = self._stream = self._stream or self._open_stream(pool, members)
         is_last = round + 1 == config.rounds.num or self._read(round + 1) is not None
         chooses = config.actors.quorum is not None  # else the aggregate is of all of them
         if chooses:
             self._add(stream, members)
+            self._check_starts(members)
         else:
             if round not in self._queued:
                 self._queue(stream, members, start)
+            self._check_starts(members)
             if not is_last:
                 self._cut(round + 1)
                 next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
@@ -235,7 +236,7 @@ class Rounds:
         pieces = [leg.piece for leg in members if isinstance(leg.piece, Piece)]
         paths, round = [piece.optimizer[1] for piece in pieces if piece.optimizer], members[0].round
         paths += [piece.moved.weights_path for piece in pieces if piece.moved]
-        if not paths or len(done_of(pieces)) == len(pieces):  # if all are done, the files may be deleted
+        if not paths or self._stored.issuperset(members):  # if all are done, the files may be deleted
             return
         aggregate = self._directory.read_json(aggregate_path(round - 1))
         records = [aggregate, *aggregate["minima"]]

@@ -33,11 +33,23 @@ def widened(outputs: Tensor) -> Tensor:
 @torch.inference_mode()
 def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Metrics:
     """Return loss and qualities in evaluation mode, at the model's own precision; its mode is left as it was."""
+    return _measured(model, examples, recipe, torch.empty(0))[0]
+
+
+def _measured(
+    model: nn.Module, examples: Batches, recipe: MinimizeConfig, positions: Tensor
+) -> tuple[Metrics, list[Tensor]]:
+    """Return the metrics on all examples, and batch by batch the outputs of those at ascending positions."""
+    task, first, sampled = examples.task, 0, list[Tensor]()
     loss, sums = torch.zeros((), dtype=torch.float64), dict[str, Any]()
     for outputs, targets in _outputs(model, examples, recipe):
-        loss += examples.task.reported_loss(outputs, targets).cpu()
-        sums = added(sums, sums_of(examples.task, outputs, targets))
-    return Metrics.of_sums(examples.task, float(loss), sums, len(examples))
+        loss += task.reported_loss(outputs, targets).cpu()
+        sums = added(sums, sums_of(task, outputs, targets))
+        if len(positions):
+            in_batch = positions[(positions >= first) & (positions < first + len(outputs))]
+            sampled.append(outputs[in_batch - first].cpu())
+        first += len(outputs)
+    return Metrics.of_sums(task, float(loss), sums, len(examples)), sampled
 
 
 @torch.inference_mode()
@@ -82,14 +94,8 @@ def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: Minimize
     if positions is None:
         outputs = predict(model, examples, recipe)
         return metrics_of_outputs(outputs, examples.targets().cpu(), task), outputs
-    sampled, loss, sums, first = list[Tensor](), torch.zeros((), dtype=torch.float64), dict[str, Any](), 0
-    for outputs, targets in _outputs(model, examples, recipe):
-        loss += task.reported_loss(outputs, targets).cpu()
-        sums = added(sums, sums_of(task, outputs, targets))
-        in_batch = positions[(positions >= first) & (positions < first + len(outputs))]
-        sampled.append(outputs[in_batch - first].cpu())
-        first += len(outputs)
-    return Metrics.of_sums(task, float(loss), sums, len(examples)), torch.cat(sampled)
+    metrics, sampled = _measured(model, examples, recipe, positions)
+    return metrics, torch.cat(sampled)
 
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:

@@ -97,7 +97,7 @@ def minimize(
     progress = Progress(max(1, round(recipe.epochs * steps_per_epoch)), steps_per_epoch)
     optimizer = make_optimizer(model, recipe)
     largest_rate, shares = rates_of_groups(optimizer)
-    if recipe.learning_rate is None:
+    if recipe.learning_rate is None and recipe.has_own_optimizer:
         recipe = replace(recipe, learning_rate=largest_rate)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     techniques = Techniques(model, examples, recipe, optimizer, progress, seed=seed, shard=shard)

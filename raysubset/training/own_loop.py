@@ -33,7 +33,7 @@ from raysubset.training.records import (
     Progress,
     num_steps_per_epoch,
 )
-from raysubset.user_code.functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function, misfit
 
 _FIELD = "minimize.loop"
 _NUM_TRIED = 4  # batches of a trial
@@ -84,7 +84,7 @@ class _CheckedOnStep:
         self.was_called = True
         try:
             if flaw := self._flaw(progress):
-                raise _misfit(self._reference, flaw)
+                raise misfit(_FIELD, self._reference, flaw)
             return self.report(progress)
         except BaseException as error:
             self.failure = error
@@ -182,13 +182,13 @@ def minimize_by_own_loop(
     if checked_on_step.failure is not None:
         raise checked_on_step.failure
     if not checked_on_step.was_called and checked_on_step.last_step < progress.num_steps:
-        raise _misfit(reference, "never called on_step(): call on_step(progress) after every step")
+        raise misfit(_FIELD, reference, "never called on_step(): call on_step(progress) after every step")
     num_recorded = progress.history[-1].num_steps if progress.history else 0
     if not checked_on_step.is_stopped and progress.step > num_recorded:
         progress.end_epoch()
         checked_on_step.report(progress)
     if {key: tensor.shape for key, tensor in model.state_dict().items()} != shapes:
-        raise _misfit(reference, "left a model with other parameters: change those that it receives in place")
+        raise misfit(_FIELD, reference, "left a model with other parameters: change those that it receives in place")
     model.zero_grad()
     if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
         raise DivergedError(f"{_FIELD} = {reference!r} ended at weights that are not finite: lower its learning rate")
@@ -220,14 +220,14 @@ def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
 
     def keep_first(progress: Progress) -> bool:
         if not states:
-            states.append(through_a_file(progress.capture(), _misfit(reference, opaque)))
+            states.append(through_a_file(progress.capture(), misfit(_FIELD, reference, opaque)))
         return time.perf_counter() - start_s > _MOST_S
 
     with generators_restored():
         unbroken = copied(model)
         result = minimize_by_own_loop(unbroken, examples, recipe, seed=0, on_step=keep_first)
         if not result.cost.num_forward or not result.cost.num_backward:
-            raise _misfit(reference, "reported no costs: let progress.count() count steps, or set progress.cost")
+            raise misfit(_FIELD, reference, "reported no costs: let progress.count() count steps, or set progress.cost")
         _refuse_unmoved(model, unbroken, examples, reference)
         if starts_over(recipe, states[0]):
             return f"{reference} sets no progress.capture: if its process dies, a subset's work starts over"
@@ -239,13 +239,14 @@ def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> 
 
         minimize_by_own_loop(copied(model), examples, recipe, seed=0, on_step=stop)
         if len(calls_after_stop) > 1:
-            raise _misfit(reference, "continued after on_step() had returned True: return then")
+            raise misfit(_FIELD, reference, "continued after on_step() had returned True: return then")
         if result.outcome == "stopped":  # too slow for the trial to reach its end
             return None
         resumed = copied(model)
         minimize_by_own_loop(resumed, examples, recipe, seed=0, state=states[0])
     if not all(map(torch.equal, unbroken.state_dict().values(), resumed.state_dict().values())):
-        raise _misfit(
+        raise misfit(
+            _FIELD,
             reference,
             "ends elsewhere when it is resumed from its capture(): draw by progress.seed and the step, return all that "
             "it remembers from capture(), or set no capture, so that it starts over",
@@ -265,12 +266,9 @@ def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, refere
         slopes = {name: p.grad for name, p in network.named_parameters()}
         unmoved = [name for name in unmoved if (slope := slopes[name]) is not None and bool(slope.any())]
     if unmoved:
-        raise _misfit(
+        raise misfit(
+            _FIELD,
             reference,
             f"left {len(unmoved)} of {len(old)} parameters unchanged: {listed(unmoved, most=3)}. Change those of the "
             "model that it receives; those that should stay have requires_grad=False in the network",
         )
-
-
-def _misfit(reference: str, text: str) -> ValueError:
-    return ValueError(f"{_FIELD} = {reference!r} {text}")

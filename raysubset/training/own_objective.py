@@ -18,7 +18,7 @@ from raysubset.models import copied, generators_restored
 from raysubset.tasks import Task
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
-from raysubset.user_code.functions import in_a_line, load_function
+from raysubset.user_code.functions import in_a_line, load_function, misfit
 
 _FIELD = "minimize.objective"
 _NUM_TRIED = 8  # examples
@@ -93,7 +93,8 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
         single_loss = loss_of(inputs, targets)
         double_loss = loss_of(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
     if math.isfinite(single_loss) and single_loss and double_loss / single_loss < math.sqrt(2):
-        raise _misfit(
+        raise misfit(
+            _FIELD,
             reference,
             f"gave a loss of {single_loss / _NUM_DRAWS:g} for {_NUM_TRIED} examples and of "
             f"{double_loss / _NUM_DRAWS:g} for these twice: return the sum over the examples, not their mean",
@@ -104,17 +105,13 @@ def _checked(pair: object, num: int, task: Task, reference: str) -> tuple[Tensor
     """Return the loss and the outputs, after checking their kinds and shapes."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
         kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
-        raise _misfit(reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")
+        raise misfit(_FIELD, reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")
     loss, outputs = pair
     if loss.ndim or not loss.is_floating_point() or not loss.requires_grad:
         text = f"returned a loss of shape {list(loss.shape)}, {loss.dtype}"
-        raise _misfit(reference, f"{text}: return one number that depends on the parameters")
+        raise misfit(_FIELD, reference, f"{text}: return one number that depends on the parameters")
     expected = (num, *task.spec().outputs)
     if tuple(outputs.shape) != expected:
         text = f"returned outputs {list(outputs.shape)} for {num} examples, and the task's are {list(expected)}"
-        raise _misfit(reference, f"{text}: return those of each example of the batch")
+        raise misfit(_FIELD, reference, f"{text}: return those of each example of the batch")
     return loss, outputs
-
-
-def _misfit(reference: str, text: str) -> ValueError:
-    return ValueError(f"{_FIELD} = {reference!r} {text}")

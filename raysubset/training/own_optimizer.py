@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.errors import listed
 from raysubset.models import copied, generators_restored
-from raysubset.user_code.functions import call_function, in_a_line
+from raysubset.user_code.functions import call_function, in_a_line, misfit
 
 _FIELD = "minimize.optimizer"
 _NUM_STEPS = 2  # before a trial's state is saved, and after it is loaded
@@ -25,20 +25,27 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = call_function(_FIELD, recipe.optimizer, list(named.values()), recipe)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise _misfit(recipe, f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer")
+        raise misfit(
+            _FIELD, recipe.optimizer, f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer"
+        )
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     missing = [name for name, p in named.items() if not any(p is q for q in grouped)]
     if missing:
-        raise _misfit(
-            recipe,
+        raise misfit(
+            _FIELD,
+            recipe.optimizer,
             f"left {len(missing)} of {len(named)} parameters out of its groups: {listed(missing, most=3)}. Give "
             "it all of them; those that should stay have requires_grad=False in the network",
         )
     if len(grouped) > len(named):
-        raise _misfit(recipe, "has parameters in its groups that it did not receive")
+        raise misfit(_FIELD, recipe.optimizer, "has parameters in its groups that it did not receive")
     rates = [group.get("lr") for group in optimizer.param_groups]
     if not all(isinstance(rate, numbers.Real | Tensor) and float(rate) >= 0 for rate in rates) or not any(rates):
-        raise _misfit(recipe, f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale")
+        raise misfit(
+            _FIELD,
+            recipe.optimizer,
+            f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale",
+        )
     return optimizer
 
 
@@ -62,8 +69,9 @@ def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
             state = optimizer.state_dict()
         state = through_a_file(
             state,
-            _misfit(
-                recipe,
+            misfit(
+                _FIELD,
+                recipe.optimizer,
                 "has a state_dict() that a checkpoint cannot hold: keep tensors, numbers, words, lists and dicts in it",
             ),
         )
@@ -75,8 +83,9 @@ def try_own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> None:
         _step(resumed, another, recipe, first=_NUM_STEPS)
     pairs = zip(unbroken.parameters(), resumed.parameters(), strict=True)
     if not all(torch.equal(p, q) for p, q in pairs if p.isfinite().all()):
-        raise _misfit(
-            recipe,
+        raise misfit(
+            _FIELD,
+            recipe.optimizer,
             "moves the parameters elsewhere when it is resumed from its state_dict(): keep all that it remembers from "
             "step to step in self.state and in its groups",
         )
@@ -106,7 +115,3 @@ def through_a_file(state: dict[str, Any], misfit: ValueError) -> dict[str, Any]:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch.save() and load() raise many kinds
         raise misfit from error
-
-
-def _misfit(recipe: MinimizeConfig, text: str) -> ValueError:
-    return ValueError(f"{_FIELD} = {recipe.optimizer!r} {text}")

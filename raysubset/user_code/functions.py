@@ -101,19 +101,24 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         raise
     except _ReadsFlags as error:
         text = f"reads the command line, which is not its own ({first_line(error)}): parse flags {_GUARD}"
-        raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
+        raise misfit(field, reference, f"{text}{_place(error)}") from error
     except SystemExit as error:
         text = f"ended the process (sys.exit({'' if error.code is None else repr(error.code)})): put what a script does"
-        raise ValueError(f"{field} = {reference!r} {text} {_GUARD}{_place(error)}") from error
+        raise misfit(field, reference, f"{text} {_GUARD}{_place(error)}") from error
     except Exception as error:
         if (torch := sys.modules.get("torch")) and isinstance(
             error, torch.AcceleratorError | torch.distributed.DistError
         ):
             raise
         text = f"raised {type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{field} = {reference!r} {text}{_place(error)}") from error
+        raise misfit(field, reference, f"{text}{_place(error)}") from error
     finally:
         argparse.ArgumentParser.error = parse_error
+
+
+def misfit(field: str, reference: str, text: str) -> ValueError:
+    """Return the error for the user's code that does not fit; the text says what it did, and the way out."""
+    return ValueError(f"{field} = {reference!r} {text}")
 
 
 class _ReadsFlags(Exception):

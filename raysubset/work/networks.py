@@ -31,7 +31,8 @@ class Networks:
         self, config: Config, full_set: FullSet, weights: Weights, device: torch.device, *, place_in_pack: int = 0
     ) -> nn.Module:
         """Return a network with these weights, on the device, valid until the next call for this place in a pack."""
-        key = (config.model, full_set.spec, config.minimize.channels_last, device)
+        layout = config.minimize.channels_last, config.minimize.whole_loop is not None  # which changes the layout
+        key = (config.model, full_set.spec, layout, device)
         is_users_code = config.model.is_function or any(field.startswith("minimize.") for field in config.functions())
         if is_users_code:
             key = (*key, config.seed)
@@ -43,7 +44,7 @@ class Networks:
             model.load_state_dict(weights)
             return place(model, device, channels_last=config.minimize.channels_last)
         while len(self._networks) <= place_in_pack:
-            model = random_model(config, full_set)
+            model = place(random_model(config, full_set), device, channels_last=config.minimize.channels_last)
             self._networks.append(model)
             self._flags.append(([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]))
         model, (required, training) = self._networks[place_in_pack], self._flags[place_in_pack]
@@ -52,8 +53,7 @@ class Networks:
         for module, flag in zip(model.modules(), training, strict=True):
             module.training = flag
         model.load_state_dict(weights)
-        # lbfgs changes the layout
-        return place(model, device, channels_last=config.minimize.channels_last)
+        return place(model, device, channels_last=config.minimize.channels_last) if layout[1] else model
 
     def forget(self) -> None:
         """Drop all networks: after an exception their state is unknown."""
