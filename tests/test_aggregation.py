@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from raysubset.aggregation import (
     Aggregate,
     Minimum,
-    RunningMean,
     barrier,
     dare,
     ensemble_outputs,
@@ -321,14 +320,6 @@ def test_the_ensemble_is_the_mean_of_predictions():
     outputs = [minimum(0, {}, predictions=one), minimum(1, {}, predictions=two)]
     torch.testing.assert_close(ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR)), mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(one, torch.tensor([[0.2, 0.8]]))
-
-
-def test_a_running_mean_and_its_copy_part_ways():
-    mean = RunningMean()
-    mean.add({"w": torch.tensor([2.0])})
-    other = mean.copy()
-    other.add({"w": torch.tensor([4.0])})
-    assert (mean.weights()["w"].item(), other.weights()["w"].item()) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize(("learning_rate", "momentum_factor"), [(0.7, 0.9), (1.0, 0.5), (0.4, 0.0), (1.3, 0.6)])

@@ -48,7 +48,7 @@ class Slot:
     preferred: int | None  # the index of the preferred node that it was requested on
     place: Mapping[str, Any] = field(default_factory=dict)  # SubsetActor.place(), once it is up
     speed: float | None = None  # of its node, if it is known and matters
-    pack: Pack | None = None
+    pack: Pack = field(default_factory=lambda: Pack(()))  # the current or last one
     attempts: Sequence[int] = ()  # of its pieces
     submitted_at: float = 0.0
     report_ref: ray.ObjectRef | None = None
@@ -216,7 +216,7 @@ class Crew:
         """Record that an actor has done its work, and may do more."""
         del self.busy[result_ref]
         self._pack_s = time.time() - slot.submitted_at
-        slot.pack = slot.report_ref = None
+        slot.report_ref = None
         self.idle.append(slot)
 
     def release(self, slot: Slot, result_ref: ray.ObjectRef | None = None) -> None:

@@ -169,11 +169,11 @@ class ActorPool:
                 if slot := crew.unplaced.get(ref):
                     crew.welcome(slot)
                 elif slot := crew.busy.get(ref):
-                    yield _pack_of(slot), self._collect(slot, ref, backlog)
+                    yield slot.pack, self._collect(slot, ref, backlog)
             if time.monotonic() - self._looked_at >= POLL_S:
                 for ref, slot in list(crew.busy.items()):
                     if (stall := self._stall_error(slot)) is not None:
-                        yield _pack_of(slot), self._put_back_lost(slot, ref, backlog, stall)
+                        yield slot.pack, self._put_back_lost(slot, ref, backlog, stall)
                 self._hear_reports()
                 self._leave_draining_nodes()
                 crew.release_stuck()
@@ -219,7 +219,7 @@ class ActorPool:
 
     def _collect(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog) -> list[Result]:
         """Return the results of a finished call for each piece; pieces to do again are put back."""
-        pack = _pack_of(slot)
+        pack = slot.pack
         try:
             results, damages = ray.get(result_ref)
             if slot.report_ref is not None:
@@ -260,14 +260,14 @@ class ActorPool:
             case "lost":
                 return StalledError(f"{watch.in_words()}: it was killed (actors.stall_s)")
             case "stalled":
-                text = f"{_pack_of(slot).label} on node {slot.ip} stands still: {watch.in_words()}"
+                text = f"{slot.pack.label} on node {slot.ip} stands still: {watch.in_words()}"
                 more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
                 self._tell(Note(f"{text}; {more}", is_warning=True))
         return None
 
     def _put_back_lost(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog, error: Exception) -> list[Result]:
         """Return a pack's records although its actor was lost; pieces without one are put back, or failed for good."""
-        pack, got_further = _pack_of(slot), _write_lost(slot, error)
+        pack, got_further = slot.pack, _write_lost(slot, error)
         self._crew.release(slot, result_ref)
         records = _records(pack)
         if None not in records:
@@ -296,7 +296,7 @@ class ActorPool:
             if slot.place["node"] in draining and not slot.is_leaving:
                 slot.is_leaving = True
                 slot.actor.request_stop.remote(preempted=True)
-                text = f"node {slot.ip} will go: {_pack_of(slot).label} is to leave it"
+                text = f"node {slot.ip} will go: {slot.pack.label} is to leave it"
                 self._tell(Retry(text, _attempt(slot)))
 
     def _hear_reports(self) -> None:
@@ -323,7 +323,7 @@ class ActorPool:
             except RayTaskError as error:
                 if (kind := type(error.cause).__name__) not in slot.failures:
                     slot.failures.add(kind)
-                    text = f"{_pack_of(slot).label} on node {slot.ip} does not report its progress: {one_line(error)}"
+                    text = f"{slot.pack.label} on node {slot.ip} does not report its progress: {one_line(error)}"
                     self._tell(Note(text, is_warning=True))
                 return
             slot.watch.hear(pulse)
@@ -333,7 +333,7 @@ class ActorPool:
                 losses = (report.loss, report.running_loss)
                 loss, running_loss = (number if math.isfinite(number) else None for number in losses)
                 loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
-                label = _pack_of(slot).pieces[place].label
+                label = slot.pack.pieces[place].label
                 text = f"{label}: {epochs}{loss_text}, {report.examples_per_s:,.0f} examples/s"
                 numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
                 self._tell(Progress(text, _attempt(slot, place), *numbers))
@@ -343,16 +343,10 @@ class ActorPool:
             self._tell(Note(f"on node {slot.ip}, {text}", is_warning=True))
 
 
-def _pack_of(slot: Slot) -> Pack:
-    """Return a busy actor's pack."""
-    assert slot.pack is not None
-    return slot.pack
-
-
 def _attempt(slot: Slot, place: int = 0) -> Attempt:
     """Return the attempt at a piece of the slot's pack."""
     node, ip, pid = (slot.place[key] for key in ("node", "ip", "pid"))
-    piece = _pack_of(slot).pieces[place]
+    piece = slot.pack.pieces[place]
     return Attempt(*piece.ledger_key, slot.attempts[place], node, ip, pid, piece.directory.name, piece.label)
 
 
@@ -367,7 +361,7 @@ def _write_lost(slot: Slot, error: Exception) -> bool:
     Returns:
         Whether it wrote a checkpoint.
     """
-    pieces, got_further = _pack_of(slot).pieces, False
+    pieces, got_further = slot.pack.pieces, False
     ledger = Ledger(pieces[0].directory)
     for place, (piece, attempt) in enumerate(zip(pieces, slot.attempts, strict=True)):
         opening = Work(*piece.ledger_key, attempt, slot.ip, device="?", started_at=slot.submitted_at)

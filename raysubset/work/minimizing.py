@@ -302,6 +302,9 @@ class Minimizer:
                 on_step=on_steps,
             )
         (job,) = jobs
+        validation = None
+        if recipe.optimizer in WHOLE_SUBSET and recipe.patience_or_default():
+            validation = self._load_full_set().examples("validation", device=job.examples.device)
 
         def on_step(progress: Progress) -> bool | str:
             outcome = job.watch.look(progress) if job.watch else None
@@ -315,7 +318,7 @@ class Minimizer:
             state=job.state,
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
-            validation=self._patience_examples(recipe, job.examples.device),
+            validation=validation,
             on_step=on_step,
         )
         if job.watch is None:
@@ -340,12 +343,6 @@ class Minimizer:
         if job.state:
             watch.load_state_dict(job.state)
         return watch
-
-    def _patience_examples(self, recipe: MinimizeConfig, device: torch.device) -> Examples | None:
-        """Return the validation data on the device, if a whole-subset optimizer needs it for its patience."""
-        if recipe.optimizer not in WHOLE_SUBSET:
-            return None
-        return self._load_full_set().examples("validation", device=device) if recipe.patience_or_default() else None
 
     def _listener(self, piece: Piece) -> Callable[[Progress], None]:
         """Return the function that reports a piece's steps to the user's own listener."""

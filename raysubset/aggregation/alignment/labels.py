@@ -132,12 +132,9 @@ def joined(values: Sequence[Value], num_dims: int) -> tuple[Labels, list[tuple[T
     Args:
         values: operands that are not fixed, at least one. They are broadcast as torch does.
     """
-    padding = [(1,) * (num_dims - len(value.shape)) for value in values]
-    units = torch.broadcast_tensors(
-        *[v.labels.units.reshape(p + v.labels.units.shape) for v, p in zip(values, padding, strict=True)]
-    )
-    roles = torch.broadcast_tensors(
-        *[v.labels.roles.reshape(p + v.labels.roles.shape) for v, p in zip(values, padding, strict=True)]
+    units, roles = (
+        torch.broadcast_tensors(*[part[(None,) * (num_dims - part.ndim)] for part in parts])
+        for parts in ([v.labels.units for v in values], [v.labels.roles for v in values])
     )
     role = roles[0]
     for other in roles[1:]:

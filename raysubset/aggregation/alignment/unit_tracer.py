@@ -3,7 +3,8 @@
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ from raysubset.aggregation.alignment.labels import (
     moved,
     with_labels,
 )
+
+# The arguments of layers' functions after the input
+_ARGUMENTS = {
+    **dict.fromkeys(operations.CONVOLUTIONS, ("weight", "bias", "stride", "padding", "dilation", "groups")),
+    "linear": ("weight", "bias"),
+    "layernorm": ("normalized_shape", "weight", "bias"),
+    "groupnorm": ("num_groups", "weight", "bias"),
+}
+_DEFAULTS = {"bias": None, "groups": 1}
 
 
 class UnitTracer(fx.Interpreter):
@@ -90,8 +100,13 @@ class UnitTracer(fx.Interpreter):
             return self._pointwise(values, parameters, result)
         if not args or (values[0] is not args[0] and not isinstance(args[0], tuple | list)):
             return None
-        if module is None and kind in _LAYERS and len(values) == 1:
-            return _LAYERS[kind](self, *args, **kwargs, out=result)
+        if len(values) == 1 and (kind in _ARGUMENTS or module is not None):
+            options = dict(zip(_ARGUMENTS.get(kind, ()), args[1:], strict=False))
+            labels = self._layer(kind, values[0], module or SimpleNamespace(**_DEFAULTS | options | kwargs), result)
+            if module is not None and labels is not None:
+                self._note_layer(n, kind, labels, result)
+            if labels is not None or module is None:
+                return labels
         if parameters or (module is not None and len(values) > 1):
             return None
         if kind in operations.MOVING:
@@ -102,49 +117,37 @@ class UnitTracer(fx.Interpreter):
             return _pooled(values[0], kind, result)
         if kind in operations.REDUCING:
             return self._reduced(values[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
-        if kind in operations.MIXING:
-            return self._mixed(values[0])
-        return self._layer(n, module, kind, values[0], result) if module is not None else None
+        return self._mixed(values[0]) if kind in operations.MIXING else None
 
-    def _layer(self, n: Node, module: Any, kind: str, x: Value, out: Tensor) -> Labels | None:
-        weight: Any = getattr(module, "weight", None)
-        bias: Any = getattr(module, "bias", None)
+    def _layer(self, kind: str, x: Value, layer: Any, out: Tensor) -> Labels | None:
+        """Label the output of a module, or of a function with a layer's arguments; None if the kind is unknown."""
+        weight: Any = getattr(layer, "weight", None)
+        bias: Any = getattr(layer, "bias", None)
         if kind == "prelu":
             return x.labels if weight.numel() == 1 else self._channels(x, (weight,))
         if kind in operations.TRANSPOSED:
-            return self._transposed(x, weight, bias, module.groups)
-        labels = None
+            return self._transposed(x, weight, bias, layer.groups)
         if kind in operations.CONVOLUTIONS:
-            labels = self._convolution(x, weight, bias, groups=module.groups, out=out)
-        elif kind == "linear":
-            labels = self._linear(x, weight, bias, out=out)
-        elif kind in operations.NORMS:
-            buffers = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-            labels = self._channels(x, (weight, bias, *buffers))
-        elif kind == "groupnorm":
-            labels = self._group_norm(x, module.num_groups, weight, bias, out=out)
-        elif kind == "layernorm" and len(module.normalized_shape) == 1:
-            labels = self._layer_norm(x, module.normalized_shape, weight, bias, out=out)
+            return self._convolution(x, weight, bias, layer.groups, out)
+        if kind == "linear":
+            return self._linear(x, weight, bias, out)
+        if kind in operations.NORMS:
+            buffers = (getattr(layer, name, None) for name in ("running_mean", "running_var"))
+            return self._channels(x, (weight, bias, *buffers))
+        if kind == "groupnorm":
+            return self._group_norm(x, weight, bias, layer.num_groups)
+        return self._layer_norm(x, weight, bias, layer.normalized_shape) if kind == "layernorm" else None
+
+    def _note_layer(self, n: Node, kind: str, labels: Labels, out: Tensor) -> None:
+        """Note a module that sets the scale of its output's channels."""
         dim = out.ndim - 1 if kind in ("linear", "layernorm") else 1
-        if labels is not None and labels.dims() == [dim]:
+        if labels.dims() == [dim] and kind != "prelu" and kind not in operations.TRANSPOSED:
             self.layers.append((Layer(n.name, str(n.target), dim), labels.units.flatten()))
             if not operations.read_by_batch_norm_alone(n, self.module):
                 site = Site(labels.units.flatten(), labels.roles.flatten(), seen_in=(n.name, dim), once=False)
                 self.sites.append(site)
-        return labels
 
-    def _convolution(
-        self,
-        x: Value,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        *,
-        out: Tensor,
-    ) -> Labels | None:
+    def _convolution(self, x: Value, weight: Tensor, bias: Tensor | None, groups: int, out: Tensor) -> Labels | None:
         """Depthwise outputs belong to their inputs' units. A grouped convolution's units stay within their group."""
         if not set(x.labels.dims()) <= {1}:
             return None
@@ -169,7 +172,7 @@ class UnitTracer(fx.Interpreter):
         self._read(x, 1, 0, len(weight), Use(self._names[id(weight)], 0))
         return self._produced(1, len(x.shape), torch.zeros(num_out, dtype=torch.int64), [(weight, 1), (bias, 0)])
 
-    def _linear(self, x: Value, weight: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Labels | None:
+    def _linear(self, x: Value, weight: Tensor, bias: Tensor | None, out: Tensor) -> Labels | None:
         last, dims = len(x.shape) - 1, x.labels.dims()
         if dims and last not in dims:
             return x.labels  # its units lie along another dimension than the mixed one
@@ -178,9 +181,7 @@ class UnitTracer(fx.Interpreter):
         self._read(x, last, 0, x.shape[last], Use(self._names[id(weight)], 1))
         return self._produced(last, out.ndim, torch.zeros(len(weight), dtype=torch.int64), [(weight, 0), (bias, 0)])
 
-    def _group_norm(
-        self, x: Value, num_groups: int, weight: Any = None, bias: Any = None, *more: Any, **rest: Any
-    ) -> Labels | None:
+    def _group_norm(self, x: Value, weight: Any, bias: Any, num_groups: int) -> Labels | None:
         """Units stay within their group. That whole groups could change places is not used."""
         if not set(x.labels.dims()) <= {1}:
             return None
@@ -189,9 +190,7 @@ class UnitTracer(fx.Interpreter):
             self.sites.append(Site(units, torch.arange(len(units)) * num_groups // len(units), once=False))
         return self._channels(x, (weight, bias))
 
-    def _layer_norm(
-        self, x: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, *more: Any, **rest: Any
-    ) -> Labels | None:
+    def _layer_norm(self, x: Value, weight: Any, bias: Any, normalized_shape: Sequence[int]) -> Labels | None:
         dims, first = x.labels.dims(), len(x.shape) - len(normalized_shape)
         if all(dim < first for dim in dims):
             return x.labels
@@ -323,16 +322,6 @@ class UnitTracer(fx.Interpreter):
         if n.op == "call_module":
             return list(self.fetch_attr(str(n.target)).state_dict(keep_vars=True).values())
         return find_tensors((args, kwargs))
-
-
-_LAYERS: dict[str, Callable[..., Labels | None]] = {
-    "conv1d": UnitTracer._convolution,
-    "conv2d": UnitTracer._convolution,
-    "conv3d": UnitTracer._convolution,
-    "linear": UnitTracer._linear,
-    "layernorm": UnitTracer._layer_norm,
-    "groupnorm": UnitTracer._group_norm,
-}
 
 
 def _pooled(x: Value, name: str, out: Tensor) -> Labels | None:
