@@ -20,7 +20,6 @@ from raysubset.training.own_loop import minimize_by_own_loop
 from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
 from raysubset.training.records import (
-    EpochRecord,
     MinimizeResult,
     OnStep,
     Progress,
@@ -115,13 +114,12 @@ def minimize(
 
     def capture() -> dict[str, Any]:
         return {
-            "position": [progress.step // steps_per_epoch, progress.step],
+            **progress.state_dict(),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "loss_sum": loss_sum.item(),
             "num_summed": num_summed,
-            "history": [record.to_dict() for record in progress.history],
             "best": best,
             "techniques": techniques.state_dict(),
             "own": techniques.worker_state_dict(),
@@ -161,8 +159,8 @@ def minimize(
             model.load_state_dict(state["model"])
             load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state.get("scaler", {}))
-            first_step = progress.step = state["position"][1]
-            progress.history = [EpochRecord(**record) for record in state["history"]]
+            progress.load_state_dict(state)
+            first_step = progress.step
             loss_sum.fill_(state["loss_sum"])
             num_summed, best = state["num_summed"], state["best"]
             worker_state = state["own"] if state["num_shards"] == shard.num else {}
@@ -220,7 +218,7 @@ def minimize(
                 values = [p.detach() for p in parameters if p.requires_grad]
                 if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
                     mean = math.nan  # the last step went too far, and no loss was computed after it
-                progress.history.append(EpochRecord(progress.epoch, mean, rate, progress.step))
+                progress.record_epoch(mean, rate)
                 loss_sum, num_summed = torch.zeros_like(loss_sum), 0
                 outcome = reached(recipe, progress)
                 if outcome == "diverged":

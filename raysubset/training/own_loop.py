@@ -27,7 +27,6 @@ from raysubset.training.own_optimizer import through_a_file
 from raysubset.training.records import (
     Cost,
     DivergedError,
-    EpochRecord,
     MinimizeResult,
     OnStep,
     Progress,
@@ -66,7 +65,7 @@ class LoopProgress(Progress):
     def end_epoch(self, learning_rate: float = 0.0) -> None:
         """End the epoch at the current step."""
         mean = self.loss_sum / self.num_summed if self.num_summed else math.nan
-        self.history.append(EpochRecord(self.epoch, mean, learning_rate, self.step))
+        self.record_epoch(mean, learning_rate)
         self.epoch_ended, self.loss_sum, self.num_summed = True, 0.0, 0
 
 
@@ -125,7 +124,7 @@ class _CheckedOnStep:
         return plain
 
     def _capture(self, progress: LoopProgress) -> dict[str, Any]:
-        state: dict[str, Any] = {"position": [int(progress.epoch), progress.step]}
+        state = progress.state_dict()
         if progress.capture is dict:  # the loop has not set it, so it starts over
             return state
         with in_a_line(_FIELD, self._reference):
@@ -133,7 +132,6 @@ class _CheckedOnStep:
         return state | {
             "model": self._model.state_dict(),
             "num_steps": [progress.num_steps, progress.num_steps_per_epoch],
-            "history": [record.to_dict() for record in progress.history],
             "summed": [progress.loss_sum, progress.num_summed],
         }
 
@@ -162,9 +160,8 @@ def minimize_by_own_loop(
     progress = LoopProgress(max(1, round(recipe.epochs * steps_per_epoch)), steps_per_epoch, seed=seed)
     if state is not None and not starts_over(recipe, state):
         model.load_state_dict(state["model"])
-        progress.step, progress.state = state["position"][1], state["loop"]
-        progress.num_steps, progress.num_steps_per_epoch = state["num_steps"]
-        progress.history = [EpochRecord(**record) for record in state["history"]]
+        progress.load_state_dict(state)
+        progress.state, (progress.num_steps, progress.num_steps_per_epoch) = state["loop"], state["num_steps"]
         progress.loss_sum, progress.num_summed = state["summed"]
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # for flat views of weights
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}

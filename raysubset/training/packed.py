@@ -20,7 +20,6 @@ from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.records import (
     DivergedError,
-    EpochRecord,
     MinimizeResult,
     Progress,
     diverged_at_once,
@@ -114,10 +113,8 @@ class _Member:
         self.outcome: str | None = None
         self.result: MinimizeResult | DivergedError | None = None
         if state is not None:
-            self.progress.step = state["position"][1]
-            self.progress.history = [EpochRecord(**record) for record in state["history"]]
-            self.num_summed = state["num_summed"]
-            self.best = state["best"]
+            self.progress.load_state_dict(state)
+            self.num_summed, self.best = state["num_summed"], state["best"]
             if self.progress.step and not self.num_summed:
                 self.outcome = reached(recipe, self.progress)
 
@@ -240,7 +237,7 @@ class _Pack:
             number = self.running[row]
             member, progress = self.members[number], self.members[number].progress
             mean = sums[number] / member.num_summed if are_finite[row] else math.nan
-            progress.history.append(EpochRecord(progress.epoch, mean, rates[row], progress.step))
+            progress.record_epoch(mean, rates[row])
             member.num_summed, self._loss_sums[number] = 0, 0
             member.outcome = reached(self._recipe, progress)
             if member.outcome == "diverged":
@@ -278,12 +275,11 @@ class _Pack:
         """Return the state of a running member, in minimize()'s format."""
         member, row = self.members[number], self.running.index(number)
         return {
-            "position": [member.progress.step // member.num_per_epoch, member.progress.step],
+            **member.progress.state_dict(),
             "model": self._stack.weights(row),
             "optimizer": self._stack.optimizer_state(row),
             "loss_sum": self._loss_sums[number].item(),
             "num_summed": member.num_summed,
-            "history": [record.to_dict() for record in member.progress.history],
             "best": member.best,
             "techniques": {},  # no technique is packed
             "scaler": {},

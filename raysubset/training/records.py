@@ -113,6 +113,18 @@ class Progress:
     parts, so the history of a job resumed there may differ in that one number.
     """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the checkpoints of every loop hold. `position` orders them."""
+        return {"position": [int(self.epoch), self.step], "history": [record.to_dict() for record in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a checkpoint."""
+        self.step, self.history = state["position"][1], [EpochRecord(**record) for record in state["history"]]
+
+    def record_epoch(self, loss: float, learning_rate: float) -> None:
+        """Add an epoch that ends at this step to the history."""
+        self.history.append(EpochRecord(self.epoch, loss, learning_rate, self.step))
+
     @property
     def epoch(self) -> float:
         """Epochs done."""

@@ -133,7 +133,7 @@ def _minimize(
     else:
         stepper.load_state_dict(state["optimizer"])
         objective.worked_before = state.get("worked", state["position"][1] * len(examples))
-        progress.history = [EpochRecord(**record) for record in state["history"]]
+        progress.load_state_dict(state)
         first_gradient = progress.history[-1].num_steps
         current, best, outcome = objective.recall(state["loss"], state["gradient"]), state["best"], state["outcome"]
         best_validated = state.get("validates_best", {})
@@ -145,13 +145,12 @@ def _minimize(
 
     def capture() -> dict[str, Any]:
         return {
-            "position": [progress.step // 3, progress.step],
+            **progress.state_dict(),
             "worked": objective.worked,
             "model": model.state_dict(),
             "optimizer": stepper.state_dict(),
             "loss": current.loss,
             "gradient": current.gradient,
-            "history": [record.to_dict() for record in progress.history],
             "best": best,
             "validates_best": best_validated,
             "outcome": outcome,
