@@ -1,5 +1,7 @@
 """What is done for a run, in this process: the same files and bits as on a cluster."""
 
+import math
+import os
 import signal
 import threading
 import time
@@ -214,6 +216,30 @@ def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tup
     leave_test(full_set, 0, config, directory, made.aggregate.weights, node="there")
     works = Ledger(directory).read()
     return made, sum(work.cost.passes(len(full_set.train), plan.forward_share) for work in works)
+
+
+@pytest.mark.parametrize(("limit_s", "of_minimum", "of_aggregate"), [(math.inf, 1, 2), (-1.0, 4, 3)])
+def test_short_work_waits_for_the_disk_with_its_record_alone(
+    full_set: FullSet,
+    directory: RunDirectory,
+    start: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    limit_s: float,
+    of_minimum: int,
+    of_aggregate: int,
+) -> None:
+    config = CONFIG.with_overrides({"minimize.epochs": 1.0})  # without checkpoints
+    members = tuple(Piece(config, directory, "subsets", subset_id=subset, start_id="start") for subset in range(2))
+    for module in ("work.minimizing", "run_directory.ledger"):
+        monkeypatch.setattr(f"raysubset.{module}.WRITE_BACK_S", limit_s)
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for number, member in enumerate(members, start=1):
+        minimizer(full_set).minimize([member], start, attempts=[0], waited_s=0.0)
+        assert len(synced) == number * of_minimum
+    leave_aggregate(full_set, 0, AggregatePiece(config, directory, members), start, node="there", attempt=3)
+    assert len(synced) == 2 * of_minimum + of_aggregate
+    assert [work.attempt for work in Ledger(directory).read() if work.stage == "aggregation"] == [3]
 
 
 def of_method(method: str, **overrides: Any) -> Config:

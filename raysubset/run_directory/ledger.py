@@ -37,6 +37,7 @@ Key = tuple[Stage, int, int | None]
 _FOLDER = "ledger"
 _TABLE_PATH = "ledger.parquet"
 _ENTRY = re.compile(rf"{_FOLDER}/(\w+)-(\d+)-(all|\d+)-(\d+)\.json")  # Work.path
+WRITE_BACK_S = 30.0  # files of shorter work wait for no local disk: in so long a system writes them back by itself
 _HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two heartbeats: a request to a bucket costs money
 _NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, but many requests at a time
 
@@ -108,11 +109,9 @@ class Ledger:
         return _HEARTBEAT_S if self._storage.local_path else _REMOTE_HEARTBEAT_S
 
     def write(self, work: Work) -> None:
-        """Add an entry, or replace the one of the same attempt, atomically.
-
-        It does not wait for a local disk: the record that follows the last entry does, and ext4 then has both.
-        """
-        self._storage.write_json(work.path, work.to_dict(), is_durable=False, indent=None)
+        """Add an entry, or replace the one of the same attempt, atomically."""
+        is_durable = work.outcome != "running" and work.cost.device_s > WRITE_BACK_S
+        self._storage.write_json(work.path, work.to_dict(), is_durable=is_durable, indent=None)
 
     @contextmanager
     def recorded(

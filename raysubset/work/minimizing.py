@@ -27,7 +27,7 @@ from raysubset.run_directory import (
     trace_path,
     weights_path,
 )
-from raysubset.run_directory.ledger import Ledger, Outcome, Work
+from raysubset.run_directory.ledger import WRITE_BACK_S, Ledger, Outcome, Work
 from raysubset.training import (
     Cost,
     DivergedError,
@@ -436,14 +436,16 @@ class Minimizer:
         weights, send = model.state_dict(), "float32" if start is None else piece.send
         if start is not None and piece.send != "float32":
             weights = to_differences(weights, start, trainable_names(model), piece.send)
-        files = {weights_path(folder): run.write_weights(weights_path(folder), weights, is_durable=False)}
+        # A crash of the machine may cost short work, which the record's seals then show; long work is synced
+        is_durable = job.state is not None or time.perf_counter() - self._started > WRITE_BACK_S
+        files = {weights_path(folder): run.write_weights(weights_path(folder), weights, is_durable=is_durable)}
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:
             held_out = full_set.examples("validation", device=examples.device)
             metrics, outputs = evaluate_for_ensemble(model, held_out, recipe)
             path = outputs_path(folder)
-            files[path] = run.write_weights(path, {"outputs": outputs}, is_durable=False)
+            files[path] = run.write_weights(path, {"outputs": outputs}, is_durable=is_durable)
             validation = metrics.to_dict()
             measured += Cost(num_forward=len(held_out))
         if "training" in piece.measures:
@@ -461,10 +463,16 @@ class Minimizer:
         }
         if send != "float32":
             record["send"] = send
-        return record, measured + self._leave_statistics(model, piece, subset_examples, files)
+        return record, measured + self._leave_statistics(model, piece, subset_examples, files, is_durable=is_durable)
 
     def _leave_statistics(
-        self, model: torch.nn.Module, piece: Piece, subset_examples: Examples | StreamedExamples, files: dict[str, Seal]
+        self,
+        model: torch.nn.Module,
+        piece: Piece,
+        subset_examples: Examples | StreamedExamples,
+        files: dict[str, Seal],
+        *,
+        is_durable: bool,
     ) -> Cost:
         """Write the statistics of the minimum on its own subset that the aggregation needs; add their seals."""
         config, aggregation, cost = self._config, self._config.aggregation, Cost()
@@ -480,7 +488,7 @@ class Minimizer:
             else:
                 tensors, statistics_cost = gram_matrices(model, _held(subset_examples), config.minimize, **options)
             path = statistics_path(piece.folder, kind)
-            files[path] = self._run.write_weights(path, tensors, is_durable=False)
+            files[path] = self._run.write_weights(path, tensors, is_durable=is_durable)
             cost += statistics_cost
         return cost
 
