@@ -74,7 +74,7 @@ PLAN = [  # where steps are slow, so that the point is met, and who is hit
     (num_checkpoints(1), "subsets", EVERY_EPOCHS * SUBSET_STEPS, "actor", signal.SIGTERM),
     (num_checkpoints(2), "subsets", 2 * EVERY_EPOCHS * SUBSET_STEPS, "actor", signal.SIGKILL),
     (in_mid_fine_tuning(2), "fine_tuning", 2 * STEPS, "train_worker", signal.SIGKILL),
-    (in_mid_fine_tuning(4), "fine_tuning", 4 * STEPS, "driver", signal.SIGINT),
+    (in_mid_fine_tuning(4), "fine_tuning", 4 * STEPS, "driver", signal.SIGTERM),  # as `ray job stop` sends it
     (in_mid_fine_tuning(7), "fine_tuning", 7 * STEPS, "driver", signal.SIGKILL),
 ]
 
@@ -104,10 +104,12 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
             os.kill(draw.choice(victims), number)
             if kind == "driver":
                 driver.wait()
-                if number == signal.SIGINT:
+                if number == signal.SIGTERM:
                     assert workers.end_all() == []
+                    log = (disturbed / "driver.log").read_text()
+                    assert "raysubset: stopped; finished work is kept" in log, log
                 driver = punish.start(disturbed, address, workers)
-            if number == signal.SIGTERM:
+            elif number == signal.SIGTERM:
                 wait(lambda: any(work.outcome == "preempted" for work in Ledger(directory).read()), driver)
             if after is None:  # what a killed driver has left behind is slow until it has died
                 wait(lambda: len(of_fine_tuning(directory)) == 4, driver)

@@ -15,11 +15,13 @@ from raysubset import Config, run
 from raysubset.cluster import object_store_bytes, put_once
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import StreamedExamples, load_full_set
+from raysubset.fine_tuning import fine_tune
 from raysubset.fine_tuning.streaming import most_workers, read_by_ray_data, refuse_without_readers
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.ledger import Ledger
 from raysubset.sweeping.plan import widest_stage
 from raysubset.training import Metrics, Shard
+from raysubset.work import Piece, Run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -148,25 +150,18 @@ def test_two_workers_stream_their_parts_of_a_set_three_times_as_large_as_the_obj
             "data.test_fraction": 0.02,
             "model.name": "mlp",  # its steps take little time
             "model.width": 4,
-            "subsets.num": 2,
-            "subsets.size": 101,
-            "trunk.epochs": 0.0,
-            "minimize.epochs": 1.0,
             "minimize.batch_size": 47,  # leaves the workers unequal parts
             "minimize.learning_rate": 1e-4,  # so that there is a loss left in the second epoch
             "fine_tuning.epochs": 2.0,
-            "fine_tuning.num_workers": 2,
-            "actors.max_num": 1,
         }
     )
-    report = run(config)
-    directory = RunDirectory.at(report.uri)
-    (work,) = [work for work in Ledger(directory).read() if work.stage == "fine_tuning"]
+    full_set, directory = load_full_set(config.data), RunDirectory(str(tmp_path), "run")
+    opened = Run(config, directory, full_set, put_once(full_set), lambda event: None)
+    record = fine_tune(opened, Piece(config, directory, "fine_tuning", by_train=True), num_workers=2, num_gpus=0.0)
+    (work,) = Ledger(directory).read()
     assert (work.outcome, work.num_workers) == ("done", 2)
-    assert work.cost.num_backward == 2 * len(load_full_set(config.data).train)
-    record = directory.read_json("fine_tuning/minimum.json")
+    assert work.cost.num_backward == 2 * len(full_set.train)
     first, second = record["history"]
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert second["loss"] < first["loss"]
     assert Metrics.from_dict(record["validation"]).accuracy > 0.9
-    assert report.test.accuracy > 0.9
