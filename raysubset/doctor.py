@@ -25,9 +25,9 @@ from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import one_line
 from raysubset.events import Event
-from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
+from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
-from raysubset.pipeline.decisions import refuse_what_has_no_place
+from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place, workers_of_stages
 from raysubset.pipeline.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.pipeline.run_report import environment
 from raysubset.planning import Plan, actor_bytes, make_plan
@@ -186,30 +186,25 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
     slots = num_slots(request, startable=False)
     num_actors = len(plan.subsets) if plan and config.method == "subset_pretraining" else 1
     at_a_time = min(slots, config.actors.max_num or num_actors, num_actors)
-    if config.method == "conventional":
-        num_workers = {"conventional": config.conventional.num_workers}
-    else:
-        tuning = config.fine_tuning
-        most = min(slots, num_actors, most_workers(config.actors.num_cpus) if config.data.streamed else num_actors)
-        most = min(most, plan.most_workers) if plan else most
-        num_tuners = tuning.min_workers or tuning.workers(auto=max(1, most))  # auto: a run decides on so many at most
-        num_workers = {"trunk": config.trunk.num_workers if config.trunk.epochs else 0}
-        num_workers["fine_tuning"] = num_tuners if tuning.epochs else 0
+    tuning = config.fine_tuning
+    most = most_tuners(config, plan, request, startable=False) if plan else 1  # auto: a run decides on so many at most
+    stages = workers_of_stages(config, of_fine_tuning=tuning.min_workers or tuning.workers(auto=most))
+    num_workers = {stage: num for stage, num in stages.items() if stage in ("trunk", "fine_tuning", "conventional")}
     try:
         refuse_what_has_no_place(config, None)
         for stage, num in num_workers.items():
-            if config.data.streamed and (num > 1 or (num and stage == "fine_tuning")):  # else an actor reads by itself
+            if config.data.streamed and (num > 1 or stage == "fine_tuning"):  # else an actor reads by itself
                 refuse_without_readers(config, stage, num_workers=num)
     except ValueError as error:
         yield Check("placement", False, str(error))
         return at_a_time
-    workers = "".join(f"; {stage} requests {num} at once" for stage, num in num_workers.items() if num)
+    workers = "".join(f"; {stage} requests {num} at once" for stage, num in num_workers.items())
     text = f"an actor or Ray Train worker requests {describe(request)}; {slots} fit on the current nodes if empty"
     yield Check("placement", True, f"{text}; {num_actors} actors are needed, {at_a_time} run at a time{workers}")
     if not slots:
         text = "nothing fits yet: a run waits for the autoscaler to start a node"
         yield Check("placement", None, f"{text}, {config.cluster.wait_timeout_s:g} s at most (cluster.wait_timeout_s)")
-    elif slots < max(num_workers.values()):
+    elif slots < max(num_workers.values(), default=0):
         yield Check("placement", None, "more Ray Train workers are requested than fit now: their stage will wait")
     return at_a_time
 

@@ -68,7 +68,7 @@ def hold_objects(config: Config, *, data: Any = None, model: Any = None, task: A
                 f"{argument} is given as an object, and {argument}.name = {config_name!r} too: leave one of them out"
             )
         names[f"{argument}.name"] = name
-    with holding(Given(objects, fingerprints, frozenset({f"{PREFIX}data"} & {*objects}))):
+    with holding(Given(objects, fingerprints)):
         yield config.with_overrides(names)
 
 

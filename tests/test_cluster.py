@@ -192,15 +192,15 @@ class Ended(Exception):
 
 
 @pytest.fixture
-def lost(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[connection.Head], str]:
+def lost(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[str, str, float], str]:
     """What a driver says as it ends without its head."""
 
     def end(code: int) -> None:
         raise Ended(code)
 
-    def watch(head: connection.Head) -> str:
+    def watch(address: str, raylet_address: str, limit_s: float) -> str:
         with pytest.raises(Ended, match="1"):
-            head.watch(threading.Event())
+            connection.watch_head(address, raylet_address, limit_s, threading.Event())
         return caplog.text
 
     monkeypatch.setattr(connection, "LOOK_S", 0.02)
@@ -216,13 +216,13 @@ def silent() -> str:
 
 
 def test_a_head_or_a_raylet_that_is_lost_is_a_line_and_exit_code_1(
-    lost: Callable[[connection.Head], str], silent: str, monkeypatch: pytest.MonkeyPatch
+    lost: Callable[[str, str, float], str], silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "RAYLET_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        text = lost(connection.Head(silent, address, limit_s=0.1))
+        text = lost(silent, address, 0.1)
         assert f"the head at {silent} does not answer" in text
         assert "the same command resumes" in text
-        text = lost(connection.Head(address, silent, limit_s=60.0))
+        text = lost(address, silent, 60.0)
         assert f"the raylet of this node at {silent} does not answer" in text

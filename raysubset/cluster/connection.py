@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -108,15 +107,15 @@ def _address(config: ClusterConfig) -> str | None:
 @contextlib.contextmanager
 def _connection(address: str, *, head_s: float) -> Iterator[None]:
     """Keep a connection of ray.init() for the length of the block. A head that is lost for head_s ends the process: see
-    Head.watch()."""
+    watch_head()."""
     start_s, stop = time.perf_counter(), threading.Event()
     try:
         _init(address=address, log_to_driver=False, logging_level="warning")
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in address:
             context = ray.get_runtime_context()
-            head = Head(context.gcs_address, _raylet_address(context.get_node_id()), head_s)
-            threading.Thread(target=head.watch, args=(stop,), daemon=True, name="raysubset-head").start()
+            watched = context.gcs_address, _raylet_address(context.get_node_id()), head_s, stop
+            threading.Thread(target=watch_head, args=watched, daemon=True, name="raysubset-head").start()
         yield
     finally:
         stop.set()
@@ -139,33 +138,33 @@ def _init(**options: Any) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-@dataclass(frozen=True)
-class Head:
-    """The cluster's head as the driver sees it. Without a head, Ray ends the driver after a minute, with a stack."""
+def watch_head(address: str, raylet_address: str, limit_s: float, stop: threading.Event) -> None:
+    """Look until `stop` is set. If the head or this node's raylet is lost, log it and exit the process with 1.
 
-    address: str  # of its control store
-    raylet_address: str  # of the driver's node
-    limit_s: float  # for which the head may be away
+    Without a head, Ray ends the driver after a minute, with a stack.
 
-    def watch(self, stop: threading.Event) -> None:
-        """Look until `stop` is set. If the head or this node's raylet is lost, log it and exit the process with 1."""
-        lost_at: dict[str, float] = {}
-        while not stop.wait(LOOK_S):
-            text = ""
-            for what, address, limit_s in (
-                ("the head", self.address, self.limit_s),
-                ("the raylet of this node", self.raylet_address, RAYLET_S),
-            ):
-                try:
-                    _knock(address)
-                    lost_at.pop(what, None)
-                except ConnectionError as error:
-                    now = time.monotonic()
-                    if now - lost_at.setdefault(what, now) >= limit_s:
-                        text = f"{what} at {address} does not answer ({error})"
-            if text and not stop.is_set():
-                log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
-                os._exit(1)  # threads that wait for Ray would wait on
+    Args:
+        address: of the head's control store.
+        raylet_address: of the driver's node.
+        limit_s: for which the head may be away.
+    """
+    lost_at: dict[str, float] = {}
+    while not stop.wait(LOOK_S):
+        text = ""
+        for what, place, most_s in (
+            ("the head", address, limit_s),
+            ("the raylet of this node", raylet_address, RAYLET_S),
+        ):
+            try:
+                _knock(place)
+                lost_at.pop(what, None)
+            except ConnectionError as error:
+                now = time.monotonic()
+                if now - lost_at.setdefault(what, now) >= most_s:
+                    text = f"{what} at {place} does not answer ({error})"
+        if text and not stop.is_set():
+            log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
+            os._exit(1)  # threads that wait for Ray would wait on
 
 
 def _raylet_address(node_id: str) -> str:

@@ -1,6 +1,6 @@
 """Decisions that depend on the cluster or on measurements. Made once, written down, and kept when the run resumes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
@@ -44,6 +44,12 @@ def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[str, int]:
     if config.method == "conventional":
         return {"conventional": config.conventional.num_workers}
     return {leg.stage: leg.num_workers for leg in Drawing(config, None, [1]).legs(num_workers=of_fine_tuning)}
+
+
+def most_tuners(config: Config, plan: Plan, request: Mapping[str, float], *, startable: bool) -> int:
+    """Return the most workers that may fine-tune: of a place each, a subset each, and their share of each batch."""
+    most = min(num_slots(request, startable=startable), len(plan.subsets), plan.most_workers)
+    return max(1, min(most, most_workers(config.actors.num_cpus)) if config.data.streamed else most)
 
 
 class Decisions:
@@ -145,10 +151,7 @@ class Decisions:
         config = self._run.config
         num_gpus = num_gpus_of(config.actors, self._run.tell)
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-        most = min(num_slots(request, startable=True), len(plan.subsets), plan.most_workers)
-        if config.data.streamed:
-            most = min(most, most_workers(config.actors.num_cpus))
-        num_workers = config.fine_tuning.workers(auto=max(1, most))
+        num_workers = config.fine_tuning.workers(auto=most_tuners(config, plan, request, startable=True))
         if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
             refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, rather than after the subsets
         name = "most_workers" if config.fine_tuning.num_workers == "auto" else "num_workers"

@@ -18,6 +18,7 @@ from raysubset.events import Event, OnEvent
 from raysubset.quality import quality_of
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.run_directory.ledger import (
+    LOST,
     Stage,
     Work,
     by_stage,
@@ -197,40 +198,35 @@ def cost_record(
         overlap: rounds.overlap, which shortens the critical path.
         lacking: the ledger's damaged and missing entries, whose costs are not counted.
     """
+    stages = by_stage(works).items()
+    return _sums(works, num_train, forward_share, overlap=overlap) | {
+        "lost_passes": lost_cost(works).passes(num_train, forward_share),
+        "critical_path_s": critical_path_s(works, overlap=overlap),
+        "num_network_bytes": sum(work.num_network_bytes for work in works),
+        **({"lacking": list(lacking)} if lacking else {}),
+        "stages": [
+            _sums(entries, num_train, forward_share, overlap=overlap)
+            | {
+                "stage": stage,
+                "wall_s": max(work.started_at + work.wall_s for work in entries) - entries[0].started_at,
+                "waited_s": sum(work.waited_s for work in entries),
+                "num_attempts": len(entries),
+                "num_lost": sum(work.outcome in LOST for work in entries),
+            }
+            for stage, entries in stages
+        ],
+    }
+
+
+def _sums(works: Sequence[Work], num_train: int, forward_share: float, *, overlap: bool) -> dict[str, Any]:
+    """Return the costs that a run and each of its stages have, on both clocks."""
     total = total_cost(works)
     return {
         "passes": total.passes(num_train, forward_share),
         "critical_path_passes": critical_path_passes(works, num_train, forward_share, overlap=overlap),
-        "lost_passes": lost_cost(works).passes(num_train, forward_share),
         "num_steps": total.num_steps,
         "device_s": total.device_s,
-        "critical_path_s": critical_path_s(works, overlap=overlap),
-        "num_network_bytes": sum(work.num_network_bytes for work in works),
-        **({"lacking": list(lacking)} if lacking else {}),
-        "stages": _stage_costs(works, num_train, forward_share, overlap=overlap),
     }
-
-
-def _stage_costs(works: Sequence[Work], num_train: int, forward_share: float, *, overlap: bool) -> list[dict[str, Any]]:
-    """Return a row for each stage with its cost, on both clocks."""
-    rows = []
-    for stage, entries in by_stage(works).items():
-        cost = total_cost(entries)
-        ends = [work.started_at + work.wall_s for work in entries]
-        rows.append(
-            {
-                "stage": stage,
-                "passes": cost.passes(num_train, forward_share),
-                "critical_path_passes": critical_path_passes(entries, num_train, forward_share, overlap=overlap),
-                "num_steps": cost.num_steps,
-                "device_s": cost.device_s,
-                "wall_s": max(ends) - min(work.started_at for work in entries),
-                "waited_s": sum(work.waited_s for work in entries),
-                "num_attempts": len(entries),
-                "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in entries),
-            }
-        )
-    return rows
 
 
 def environment() -> dict[str, Any]:

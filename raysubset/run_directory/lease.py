@@ -1,7 +1,6 @@
 """The lease of a run, which refuses a second driver."""
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import logging
@@ -15,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raysubset.config import from_tree
 from raysubset.run_directory.directory import RunDirectory
 from raysubset.run_directory.paths import CONFIG_PATH, LEASE_PATH, SESSIONS_PATH
 
@@ -27,19 +25,6 @@ _SETTLE_S = 1.0  # on storage without locks: after this time, a rival's lease th
 
 # What processes write without looking at the lease, in runs, comparisons and sweeps
 _OF_WORKERS = ("ledger", "rounds", "trunk", "fine_tuning", "conventional", "legs", "trials", "trunks", SESSIONS_PATH)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Holder:
-    """The holder of a lease, as lease.json has it."""
-
-    driver: str
-    host: str
-    pid: int
-    process_started: str | None
-    process_space: str
-    since: float  # unix s
-    renewed_at: float  # unix s
 
 
 class Lease:
@@ -130,13 +115,8 @@ class Lease:
                 logger.warning("the lease of %s could not be renewed, trying again: %s", self._directory.uri, error)
 
     def _holder(self) -> dict[str, Any] | None:
-        """Return the holder that the file names; None if there is no file, or it names none."""
-        record = self._directory.read_json_or_none(LEASE_PATH)
-        try:
-            return None if record is None else dataclasses.asdict(from_tree(_Holder, record, noun="value of a lease"))
-        except ValueError as error:
-            logger.warning("%s in %s is damaged and ignored: %s", LEASE_PATH, self._directory.uri, error)
-            return None
+        """Return the holder that the file names; None if there is no file, or it is damaged."""
+        return self._directory.read_json_or_none(LEASE_PATH)
 
     def _write(self) -> None:
         self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["measuring", "trunk", "subsets", "subsamples", "aggregation", "fine_tuning", "conventional", "test"]
 Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted"]
+LOST = ("lost", "preempted", "failed")
 Key = tuple[Stage, int, int | None]
 """Stage, round and subset of a piece of work. The subset is None for work on no single subset."""
 
@@ -230,7 +231,7 @@ def total_cost(works: Iterable[Work]) -> Cost:
 
 def lost_cost(works: Iterable[Work]) -> Cost:
     """Return the cost of the attempts that were lost, preempted or failed. Their checkpoints may have served others."""
-    return total_cost(work for work in works if work.outcome in ("lost", "preempted", "failed"))
+    return total_cost(work for work in works if work.outcome in LOST)
 
 
 def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:

@@ -17,28 +17,22 @@ class Recent:
 
     def __init__(self) -> None:
         self._contents: dict[tuple[str, str], tuple[Seal, Any]] = {}
-        self._num_bytes = 0
         self._lock = threading.Lock()
 
     def keep(self, uri: str, path: str, seal: Seal, content: Any) -> None:
         """Keep a file's content, unless it is too large, or the version of a local file."""
         with self._lock:
-            self._drop((uri, path))
+            self._contents.pop((uri, path), None)
             if _num_bytes(content) > MOST_BYTES:
                 return
             self._contents[uri, path] = seal, content
-            self._num_bytes += _num_bytes(content)
-            while self._num_bytes > MOST_BYTES:
-                self._drop(next(iter(self._contents)))
+            while sum(_num_bytes(content) for _, content in self._contents.values()) > MOST_BYTES:
+                del self._contents[next(iter(self._contents))]
 
     def find(self, uri: str, path: str, seal: Any) -> Any:
         """Return the content or version kept for this file and seal; None if there is none."""
         kept_seal, content = self._contents.get((uri, path), (None, None))
         return content if kept_seal is not None and kept_seal == seal else None
-
-    def _drop(self, key: tuple[str, str]) -> None:
-        _, content = self._contents.pop(key, (None, None))
-        self._num_bytes -= _num_bytes(content)
 
 
 def _num_bytes(content: Any) -> int:

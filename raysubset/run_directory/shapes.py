@@ -106,6 +106,10 @@ _PACKING = {"taken": bool, "per_actor": int, "reason?": str, "num_members?": int
 _DECISIONS = _all(_NUMBER, "num_gpus num_workers? most_workers? alone_s?") | {"packing?": (_PACKING,)}
 _DECISIONS |= {"shares?": ([_NUMBER],), "slots?": [_SLOT]}
 
+_LEASE = (
+    _all(str, "driver host process_space") | {"pid": int, "process_started": (str,)} | _all(_NUMBER, "since renewed_at")
+)
+
 _SHAPES = {
     "*minimum.json": _STAGE,
     "*rounds/*/minimum.json": _MINIMUM,
@@ -119,6 +123,7 @@ _SHAPES = {
     "samples.json": [_all(str, "prompt text")],
     "environment.json": _ENVIRONMENT,
     "decisions.json": _DECISIONS,
+    "lease.json": _LEASE,
     "sessions.json": {"sessions": [_all(_NUMBER, "started_at startup_s wall_s")]},
     "tracking/*.json": {"run_id?": (str,), "finished?": bool},
 }

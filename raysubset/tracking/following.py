@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from raysubset.config import Config, TrackingConfig, flatten
 from raysubset.errors import one_line
@@ -113,11 +113,25 @@ class _Following:
     """All trackers of one run. Each failure becomes one warning, sent with the next event."""
 
     def __init__(
-        self, directory: RunDirectory, header: Header, tell: OnEvent, makers: Mapping[str, Callable[[], Tracker]]
+        self,
+        config: Config,
+        directory: RunDirectory,
+        tell: OnEvent,
+        names: Sequence[str],
+        tags: Mapping[str, str],
+        make: OpenTracker,
     ) -> None:
         self._tell, self._directory = tell, directory
         self._warned: set[str] = set()
-        self._followers = [_Follower(name, make) for name, make in makers.items()]
+        header = Header(
+            name=directory.name,
+            project=config.tracking.project,
+            group=config.tracking.group,
+            parameters=flatten(directory.read_config()),  # its storage path has no credentials
+            tags={"raysubset.uri": directory.uri, **tags},
+            folder=_local_folder(directory),
+        )
+        self._followers = [_Follower(name, partial(make, name, config.tracking)) for name in names]
         for follower in self._followers:
             follower.tell(partial(self._begin, follower.name, header))
 
@@ -184,8 +198,7 @@ def tracked(
     if not names:
         yield tell
         return
-    header = _header(config, directory, {"raysubset.method": config.method})
-    following = _Following(directory, header, tell, _makers(config, names, make))
+    following = _Following(config, directory, tell, names, {"raysubset.method": config.method}, make)
     curves = Curves(config, quality)
 
     def tell_all(event: Event) -> None:
@@ -215,8 +228,7 @@ def track_comparison(config: Config, directory: RunDirectory, record: Record, te
     names = config.tracking.names()
     if not names:
         return
-    header = _header(config, directory, {"raysubset.method": "comparison"})
-    following = _Following(directory, header, tell, _makers(config, names))
+    following = _Following(config, directory, tell, names, {"raysubset.method": "comparison"}, open_tracker)
     following.log(list(comparison_points(record)))
     summary, tags = comparison_summary(record)
     following.end(Result("finished", summary=summary, tags=tags))
@@ -227,24 +239,8 @@ def track_page(config: Config, uri: str, tell: OnEvent) -> None:
     directory = RunDirectory.at(uri)
     names = [name for name in config.tracking.names() if _is_finished(directory, name)]
     if names and directory.exists(PAGE_PATH):
-        following = _Following(directory, _header(config, directory, {}), tell, _makers(config, names))
+        following = _Following(config, directory, tell, names, {}, open_tracker)
         following.end(Result("finished"), files=(PAGE_PATH,))
-
-
-def _makers(config: Config, names: Sequence[str], make: OpenTracker = open_tracker) -> dict[str, Callable[[], Tracker]]:
-    return {name: partial(make, name, config.tracking) for name in names}
-
-
-def _header(config: Config, directory: RunDirectory, tags: Mapping[str, str]) -> Header:
-    parameters: dict[str, Any] = flatten(directory.read_config())  # its storage path has no credentials
-    return Header(
-        name=directory.name,
-        project=config.tracking.project,
-        group=config.tracking.group,
-        parameters=parameters,
-        tags={"raysubset.uri": directory.uri, **tags},
-        folder=_local_folder(directory),
-    )
 
 
 def _local_folder(directory: RunDirectory) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 PREFIX = "given:"
+GIVEN_DATA = f"{PREFIX}data"
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class Given:
 
     objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     fingerprints: Mapping[str, pa.Table] = field(default_factory=dict)  # of networks and tasks; data have their own
-    here: frozenset[str] = frozenset()  # names that no other process needs: data are put as the full set
     load: "Callable[[], Given] | None" = None  # loads the objects in other processes, once they are put for them
 
     def for_others(self) -> "Given":
-        """Return the objects that other processes need."""
-        return Given({name: value for name, value in self.objects.items() if name not in self.here}, self.fingerprints)
+        """Return the objects that other processes need: all but data, which are put as the full set."""
+        return Given({name: value for name, value in self.objects.items() if name != GIVEN_DATA}, self.fingerprints)
 
 
 _held = Given()
@@ -58,7 +58,7 @@ def holding(given: Given) -> Iterator[None]:
     previous = _held
     objects, fingerprints = {**previous.objects, **given.objects}, {**previous.fingerprints, **given.fingerprints}
     load = None if given.objects else previous.load  # new objects are not in what is already put for other processes
-    hold(Given(objects, fingerprints, previous.here | given.here, load))
+    hold(Given(objects, fingerprints, load))
     try:
         yield
     finally:
