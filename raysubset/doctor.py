@@ -27,10 +27,10 @@ from raysubset.errors import one_line
 from raysubset.events import Event
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
-from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place, workers_of_stages
+from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place
 from raysubset.pipeline.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.pipeline.run_report import environment
-from raysubset.planning import Plan, actor_bytes, make_plan
+from raysubset.planning import Plan, actor_bytes, make_plan, workers_of_stages
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
 from raysubset.subset_actors import memory_warning
 from raysubset.work.identity import identify
@@ -189,7 +189,7 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
     tuning = config.fine_tuning
     most = most_tuners(config, plan, request, startable=False) if plan else 1  # auto: a run decides on so many at most
     stages = workers_of_stages(config, of_fine_tuning=tuning.min_workers or tuning.workers(auto=most))
-    num_workers = {stage: num for stage, num in stages.items() if stage in ("trunk", "fine_tuning", "conventional")}
+    num_workers = {stage: num for stage, num in stages.items() if stage != "subsets"}
     try:
         refuse_what_has_no_place(config, None)
         for stage, num in num_workers.items():

@@ -7,9 +7,8 @@ from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceabl
 from raysubset.config import Config
 from raysubset.events import Note
 from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
-from raysubset.legs import Drawing
 from raysubset.pipeline.node_speeds import Slot, decide_slots, shares
-from raysubset.planning import Plan
+from raysubset.planning import Plan, workers_of_stages
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory, aggregate_path, minimum_path
 from raysubset.subset_actors import ActorPool, packing_decision, packing_note
 from raysubset.training import Cost
@@ -37,13 +36,6 @@ def refuse_what_has_no_place(config: Config, directory: RunDirectory | None) -> 
         if directory is None or not directory.exists(result_path):
             what = f"{stage} workers" if num > 1 else "subset actors"  # one actor does the work of a single worker
             refuse_unplaceable(request, what, num=num, types=types)
-
-
-def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[str, int]:
-    """Return the actors or Ray Train workers that each stage needs at once. Subsets need no more than one actor."""
-    if config.method == "conventional":
-        return {"conventional": config.conventional.num_workers}
-    return {leg.stage: leg.num_workers for leg in Drawing(config, None, [1]).legs(num_workers=of_fine_tuning)}
 
 
 def most_tuners(config: Config, plan: Plan, request: Mapping[str, float], *, startable: bool) -> int:

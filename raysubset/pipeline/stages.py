@@ -38,12 +38,7 @@ from raysubset.pipeline.run_report import (
     environment,
     task_record,
 )
-from raysubset.planning import (
-    Plan,
-    actor_bytes,
-    make_plan,
-    planned_steps,
-)
+from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps
 from raysubset.planning.idle_settings import idle_settings
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,

@@ -6,4 +6,4 @@ notes = idle_settings(config)           # warnings of settings that were changed
 
 from raysubset.planning.idle_settings import idle_settings
 from raysubset.planning.plan import Plan, actor_bytes, make_plan, manifest, planned_steps
-from raysubset.planning.soundness import refuse_fresh_weights
+from raysubset.planning.soundness import refuse_fresh_weights, workers_of_stages

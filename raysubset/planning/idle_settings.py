@@ -6,6 +6,7 @@ from dataclasses import fields
 from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, AggregationConfig, Config, flatten
 from raysubset.events import Note
+from raysubset.planning.soundness import workers_of_stages
 
 _WARMING_UP = ("one_cycle", "warmup_linear")
 _USED_BY_AVERAGING = {
@@ -65,7 +66,7 @@ def _of_minimizing(config: Config) -> Iterator[tuple[str, str]]:
         yield "minimize.momentum", f"{optimizer} has moments of its own"
     if recipe.loop is None and schedules.isdisjoint(_WARMING_UP):
         yield "minimize.warmup_fraction", f"it is for the schedules {' and '.join(_WARMING_UP)}"
-    if not _has_several_workers(config):
+    if max(workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=2)).values()) == 1:
         yield "minimize.gradients", "each stage has one worker, which exchanges no gradients"
     if recipe.extrapolation.kind == "none":
         for name in ("rate", "accelerated", "stages"):
@@ -77,14 +78,6 @@ def _of_minimizing(config: Config) -> Iterator[tuple[str, str]]:
     for name in _OF_SKIPPING:
         if recipe.skipping.kind == "none" or (name == "decay" and recipe.skipping.kind == "wus"):
             yield f"minimize.skipping.{name}", f"minimize.skipping.kind={recipe.skipping.kind} does not use it"
-
-
-def _has_several_workers(config: Config) -> bool:
-    if config.method == "conventional":
-        return config.conventional.num_workers > 1
-    of_trunk = config.trunk.num_workers if config.trunk.epochs else 1
-    of_fine_tuning = config.fine_tuning.workers(auto=2) if config.fine_tuning.epochs else 1
-    return max(of_trunk, of_fine_tuning) > 1
 
 
 def _of_stages(config: Config) -> Iterator[tuple[str, str]]:

@@ -22,13 +22,7 @@ from raysubset.planning.soundness import findings, most_workers, refuse_unfit_me
 from raysubset.run_directory import RunDirectory
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
-from raysubset.training import (
-    Cost,
-    diagonal_fisher,
-    fisher_cost,
-    forward_share,
-    minimizing_bytes,
-)
+from raysubset.training import Cost, diagonal_fisher, fisher_cost, forward_share, minimizing_bytes
 from raysubset.training.techniques.hooks import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 

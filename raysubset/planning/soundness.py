@@ -40,7 +40,9 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
             optimizer cannot minimize the network's loss.
     """
     most, needed, name = 1, least_batch(model, full_set.spec), architecture(config.model, full_set.spec).name
-    for stage, num_examples, num_workers in _stages(config, len(full_set.train), least_subset):
+    stages = workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1))
+    for stage, num_workers in stages.items():
+        num_examples = least_subset if stage == "subsets" else len(full_set.train)
         recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
         is_whole = recipe.whole_loop is not None
         if recipe.optimizer in WHOLE_SUBSET and has_dropout(model):
@@ -155,15 +157,15 @@ def refuse_fresh_weights(config: Config) -> None:
             )
 
 
-def _stages(config: Config, num_train: int, least_subset: int) -> list[tuple[TrainingStage, int, int]]:
-    """Return (stage, number of examples, workers that are set) of each stage."""
+def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[TrainingStage, int]:
+    """Return the actors or Ray Train workers that each stage needs at once. Subsets need no more than one actor."""
     if config.method == "conventional":
-        return [("conventional", num_train, config.conventional.num_workers)]
-    stages: list[tuple[TrainingStage, int, int]] = [("subsets", least_subset, 1)]
+        return {"conventional": config.conventional.num_workers}
+    stages: dict[TrainingStage, int] = {"subsets": 1}
     if config.trunk.epochs:
-        stages.append(("trunk", num_train, config.trunk.num_workers))
+        stages["trunk"] = config.trunk.num_workers
     if config.fine_tuning.epochs:
-        stages.append(("fine_tuning", num_train, config.fine_tuning.workers(auto=1)))
+        stages["fine_tuning"] = of_fine_tuning
     return stages
 
 
@@ -178,7 +180,8 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         return []
     notes, left_out, ends_in = list[Note](), {}, None
     sample = full_set.sample()
-    for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage, *_ in _stages(config, 1, 1)):
+    stages = workers_of_stages(config, of_fine_tuning=1)
+    for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage in stages):
         try:
             trial = try_training(model, recipe, sample)
         except ValueError as error:

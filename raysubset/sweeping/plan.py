@@ -9,7 +9,7 @@ from typing import Any
 
 from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
 from raysubset.legs import Drawing, Leg
-from raysubset.pipeline.decisions import workers_of_stages
+from raysubset.planning import workers_of_stages
 
 CONVENTIONAL = "conventional"  # the method of a sweep's baseline
 _OWN = ("name", "storage_path", "seed", "method", "cluster.")  # fields of the sweep as a whole

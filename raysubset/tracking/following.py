@@ -181,12 +181,7 @@ def _is_finished(directory: RunDirectory, name: str) -> bool:
 
 @contextlib.contextmanager
 def tracked(
-    config: Config,
-    directory: RunDirectory,
-    tell: OnEvent,
-    *,
-    quality: Quality,
-    make: OpenTracker = open_tracker,
+    config: Config, directory: RunDirectory, tell: OnEvent, *, quality: Quality, make: OpenTracker = open_tracker
 ) -> Iterator[OnEvent]:
     """Yield a `tell` that sends events to the requested trackers, then to `tell`; send the report when the block ends.
 
