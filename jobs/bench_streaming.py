@@ -85,7 +85,7 @@ def epoch(path: str, way: str) -> dict[str, float]:
         DataConfig(name=path, streamed=streamed, validation_fraction=HELD_OUT, test_fraction=HELD_OUT)
     )
     load_s = time.perf_counter() - started
-    examples = full_set.examples("train")
+    examples = full_set.training_batches()
     if isinstance(examples, StreamedExamples):
         examples = dataclasses.replace(examples, window_bytes=WINDOW_BYTES)
         if way == "ray data":

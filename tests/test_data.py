@@ -14,9 +14,8 @@ import torch
 from raysubset.config import DataConfig
 from raysubset.data import Examples, FullSet, Split, load_full_set
 from raysubset.data.full_set import count_levels, statistics_of_levels
-from raysubset.data.labels import as_labels, number_classes
-from raysubset.data.sources import SourceSplit
-from raysubset.data.splitting import carve
+from raysubset.data.labels import Labels, as_labels, number_classes
+from raysubset.data.split import carve
 from raysubset.events import Note
 from raysubset.tasks import crop_and_flip
 from tests.tiny import image_examples, inputs_of
@@ -318,11 +317,7 @@ def test_another_split_seed_carves_others(digits: FullSet):
 
 def source(labels: list, **more: list) -> dict:
     splits = {"train": labels, **more}
-    made = {}
-    for name, values in splits.items():
-        found, names = as_labels(pa.chunked_array([values]), f"the {name} split")
-        made[name] = SourceSplit(random_images(len(values)), found, names)
-    return made
+    return {name: as_labels(pa.chunked_array([values]), f"the {name} split") for name, values in splits.items()}
 
 
 def test_strings_become_sorted_class_names():
@@ -334,15 +329,13 @@ def test_strings_become_sorted_class_names():
 
 def test_a_dictionary_column_orders_its_classes():
     values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), ["zebra", "ant"])
-    labels, names = as_labels(pa.chunked_array([values]), "it")
-    numbers, class_names, _ = number_classes({"train": SourceSplit(random_images(3), labels, names)})
+    numbers, class_names, _ = number_classes({"train": as_labels(pa.chunked_array([values]), "it")})
     assert class_names == ("zebra", "ant")
     assert numbers["train"].tolist() == [0, 1, 0]
 
 
 def test_named_classes_may_lack_examples():
-    split = SourceSplit(random_images(3), pa.chunked_array([[0, 2, 0]]), ("a", "b", "c"))
-    assert number_classes({"train": split})[1] == ("a", "b", "c")
+    assert number_classes({"train": named(("a", "b", "c"), [0, 2, 0])})[1] == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(
@@ -372,8 +365,8 @@ def test_labels_that_name_no_class_are_refused(make: Callable[[], dict], message
         number_classes(make())
 
 
-def named(names: tuple[str, ...] | None, numbers: list[int]) -> SourceSplit:
-    return SourceSplit(random_images(len(numbers)), pa.chunked_array([numbers]), names)
+def named(names: tuple[str, ...] | None, numbers: list[int]) -> Labels:
+    return Labels(pa.chunked_array([numbers]), names)
 
 
 def test_a_split_that_orders_its_classes_otherwise_is_taken_by_name():
@@ -385,7 +378,7 @@ def test_a_split_that_orders_its_classes_otherwise_is_taken_by_name():
 
 
 def test_numbers_with_names_meet_labels_that_are_names():
-    words = SourceSplit(random_images(3), pa.chunked_array([["dog", "cat", "dog"]]))
+    words = Labels(pa.chunked_array([["dog", "cat", "dog"]]))
     numbers, names, _ = number_classes({"train": words, "test": named(("dog", "cat"), [0, 1])})
     assert names == ("cat", "dog")
     assert numbers["test"].tolist() == [1, 0]
@@ -414,6 +407,12 @@ def test_a_split_without_any_label_is_left_out_and_said(labels: list):
     assert str(notes[0]).startswith("warning: the test split is left out, since none of its 2 examples has a label")
     with pytest.raises(ValueError, match="no example of the train split has a label: all 2 are -1 or null"):
         number_classes(source(labels))
+
+
+def test_a_split_without_any_label_is_named_once():
+    labels = as_labels(pa.chunked_array([[None, None]]), "the train split of photos")
+    with pytest.raises(ValueError, match=r"^no example of the train split of photos has a label"):
+        number_classes({"train": labels})
 
 
 def test_two_unicode_forms_of_a_name_are_one_class():

@@ -73,6 +73,15 @@ def assert_same(found: FullSet, expected: FullSet, model: str) -> None:
     assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
 
 
+def test_images_by_name_are_warned_of_as_images_of_files_are() -> None:
+    labels = np.arange(NUM) % 2
+    splits = {"train": {"image": IMAGES * 0, "label": labels}, "test": {"image": IMAGES, "label": labels * 0}}
+    with hold_objects(Config(), data=splits) as config:
+        notes = load_full_set(config.data, config.task).notes
+    assert "warning: all pixels of all training images are equal (0 of 255)" in notes
+    assert "warning: the test split has no example of class 1" in notes
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "struct"])
 def test_a_column_of_numbers_is_learned_as_a_functions_targets_are(tmp_path: Path, kind: str):
     column = [{"bytes": png, "path": None} for png in PNGS] if kind == "struct" else PNGS
@@ -165,7 +174,7 @@ COLOURED = encode(IMAGES[0])
 @pytest.mark.parametrize(
     ("columns", "task", "settings", "message"),
     [
-        (ages(AGES), "regression", {"target": "agee"}, "no column agee: set --data.target to one of image, age; did"),
+        (ages(AGES), "regression", {"target": "agee"}, "no column agee: set --data.target to some of image, age; did"),
         (ages(AGES), "regression", {}, "has neither a column target nor label: set --data.target to the one to learn"),
         (ages(AGES), "regression", {"target": "image"}, "it cannot be learned from itself"),
         (

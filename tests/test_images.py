@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from raysubset.config import DataConfig
-from raysubset.data import FullSet, decode_images, load_full_set
+from raysubset.data import FullSet, load_full_set
 from raysubset.data.findings import Findings, choose_grey_range, level_notes
 from raysubset.data.images import DamagedImages, EncodedImages, as_images, decode
 from raysubset.events import Note
@@ -104,7 +104,7 @@ def test_twelve_bits_in_sixteen_keep_their_levels_alike_in_all_splits(tmp_path: 
     assert np.array_equal(full_set.train.arrays()["image"][0, ..., 0], np.rint(ramp / (4095 / 255)))
     assert np.array_equal(full_set.test.arrays()["image"][0, ..., 0], np.rint(ramp // 4 / (4095 / 255)))
     assert noted(full_set, "run from 0 to 4095: read as 12 bits, 0 as black, 4095 as white")
-    again = decode_images(1, lambda _: encode(ramp), str, None, inputs_of(full_set).grey_range)
+    again, _ = decode(EncodedImages(1, lambda _: encode(ramp), str), None, inputs_of(full_set).grey_range)
     assert np.array_equal(again[0], full_set.train.arrays()["image"][0])
 
 
@@ -121,7 +121,7 @@ def test_sixteen_bits_in_use_stay_as_they_were(tmp_path: Path):
 def test_greys_beyond_the_sets_range_are_refused_rather_than_made_white():
     deep = np.full((2, 2), 5000, np.uint16)
     with pytest.raises(ValueError, match="cannot be decoded: its greys run from 5000 to 5000, beyond 0 to 4095"):
-        decode_images(1, lambda _: encode(deep), str, None, (0, 4095))
+        decode(EncodedImages(1, lambda _: encode(deep), str), None, (0, 4095))
 
 
 def test_sixteen_bit_pgm_wide_tiff_and_signed_tiff_are_read():
@@ -220,7 +220,7 @@ def test_damaged_images_are_named_together_until_there_are_ten(tmp_path: Path):
         found(*data)
     asked = []
     with pytest.raises(DamagedImages, match=r"^at least 10 images cannot be decoded") as caught:
-        decode_images(10_000, lambda number: asked.append(number) or b"", str, None)
+        decode(EncodedImages(10_000, lambda number: asked.append(number) or b"", str), None)
     assert len(caught.value.args) == 10
     assert len(asked) < 2000
     table = pa.table({"image": data, "label": [0, 1] * 25})

@@ -7,7 +7,7 @@ import torch
 
 from raysubset.config import Config, DataConfig, MinimizeConfig
 from raysubset.data import load_full_set
-from raysubset.data.own_augmentation import OwnAugmentation
+from raysubset.data.examples import OwnAugmentation
 from raysubset.planning import make_plan
 from raysubset.training import minimize
 from tests.tiny import cnn, examples, same_bits, stop_at, weights

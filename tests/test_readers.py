@@ -24,7 +24,8 @@ from pyarrow import fs
 
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.data.images import as_images, decode_images
+from raysubset.data.images import EncodedImages, as_images
+from raysubset.data.images import decode as decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
 from raysubset.data.listing import list_folder
 from raysubset.data.tables import needed_columns
@@ -232,7 +233,7 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
         ),
         (
             "return pa.table(dict(img=[b''], label=[0]))",
-            "no column image: set --data.image_column to one of img, label",
+            "no column image: set --data.image_column to some of img, label",
         ),
     ],
 )
@@ -372,7 +373,7 @@ def test_splits_are_found_by_the_words_of_names(file: str, split: str):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["train.parquet", "extra.parquet", "test.parquet"], "extra.parquet name no split, as train.parquet does"),
+        (["train.parquet", "extra.parquet", "test.parquet"], "extra.parquet names no split, as train.parquet does"),
         (["test/train-0.parquet"], r"test/train-0.parquet names several splits \(test, train\)"),
         (["train_val.parquet"], r"train_val.parquet names several splits"),
         (["mytrain.parquet", "mytest.parquet"], "mytrain, mytest may name splits"),
@@ -494,7 +495,7 @@ def test_columns_can_be_named_otherwise(tmp_path: Path):
     full_set = load(tmp_path / "set.parquet", image_column="img", target="fine")
     assert full_set.train.table.column_names == ["image", "label", "row"]
     assert any("column row left out" in note for note in full_set.notes)
-    with pytest.raises(ValueError, match=r"has no column image: set --data.image_column to one of .*did you mean img"):
+    with pytest.raises(ValueError, match=r"has no column image: set --data.image_column to some of .*did you mean img"):
         load(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match=r"set.parquet has no column fin: set --data.target .*did you mean fine"):
         load(tmp_path / "set.parquet", image_column="img", target="fin")
@@ -932,7 +933,7 @@ def test_a_grey_split_is_repeated_where_another_has_colours(tmp_path: Path):
 
 
 def decode(*data: bytes, image_size: int | None = None) -> np.ndarray:
-    return decode_images(len(data), data.__getitem__, str, image_size)
+    return decode_images(EncodedImages(len(data), data.__getitem__, str), image_size)[0]
 
 
 def test_grey_sets_have_one_channel_and_mixed_sets_three():
@@ -961,7 +962,7 @@ def test_decoding_and_quantising_hold_the_images_once():
         return peak
 
     one = encode(np.zeros((40, 40, 3), np.uint8))  # tracemalloc sees numpy's memory
-    assert peak(lambda: decode_images(5000, lambda _: one, str, None)) < 1.6 * 5000 * 40 * 40 * 3
+    assert peak(lambda: decode_images(EncodedImages(5000, lambda _: one, str), None)) < 1.6 * 5000 * 40 * 40 * 3
     floats = np.zeros((1000, 64, 64, 1), np.float64)
     assert peak(lambda: as_images(floats, "it", None)) < floats.nbytes / 4
 

@@ -18,11 +18,13 @@ from PIL import Image
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig
 from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, read_here
 from raysubset.data.decoding import LARGE_ROW_GROUP_BYTES, size_notes
-from raysubset.data.streamed_examples import WINDOW_BYTES, part_sizes
+from raysubset.data.streamed import WINDOW_BYTES, part_sizes
 from raysubset.models import build_model
 from raysubset.planning import make_plan, manifest
+from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Spec
 from raysubset.training import evaluate, minimize
+from raysubset.work import Minimizer, Piece
 from tests import tiny
 from tests.tiny import measured
 
@@ -76,7 +78,7 @@ def sets(folder: Path) -> tuple[FullSet, FullSet]:
 
 def stream(full_set: FullSet, *, augment: bool = False, window_rows: int = 70) -> StreamedExamples:
     """The training examples, in windows of about so many."""
-    examples = full_set.examples("train", augment=augment)
+    examples = full_set.training_batches(augment=augment)
     assert isinstance(examples, StreamedExamples)
     return dataclasses.replace(examples, window_bytes=window_rows * full_set.train.num_bytes_per_example)
 
@@ -187,9 +189,9 @@ def test_what_is_held_is_counted_without_the_images_on_disk(sets: tuple[FullSet,
     in_memory, streamed = sets
     pixels_of_all = len(in_memory.train) * SIDE * SIDE * 3
     assert in_memory.train.num_bytes - streamed.train.num_bytes == pixels_of_all
-    assert streamed.examples_num_bytes("train", 10) == in_memory.examples_num_bytes("train", 10) == 10 * (108 + 8)
+    assert streamed.training_num_bytes(10) == in_memory.training_num_bytes(10) == 10 * (108 + 8)
     huge = dataclasses.replace(streamed, train=HugeSplit(streamed.train.held, streamed.train.groups))
-    assert huge.examples_num_bytes("train") == 2 * WINDOW_BYTES
+    assert huge.training_num_bytes() == 2 * WINDOW_BYTES
 
 
 class HugeSplit(StreamedSplit):
@@ -253,6 +255,22 @@ def test_lbfgs_on_a_streamed_full_set_is_refused() -> None:
         Config().with_overrides({"minimize.optimizer": "lbfgs", "data.streamed": True})
 
 
+def test_a_stage_on_the_full_set_never_holds_all_images(
+    sets: tuple[FullSet, FullSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = StreamedSplit.take
+
+    def take_some(self: StreamedSplit, indices: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        assert indices is not None
+        assert len(indices) < len(self)
+        return take(self, indices)
+
+    monkeypatch.setattr(StreamedSplit, "take", take_some)
+    config = Config().with_overrides({"model.name": "mlp", "trunk.epochs": 1.0, "minimize.epochs": 1.0})
+    trunk = Piece(config, RunDirectory(str(tmp_path), "run"), "trunk", start_id="start")
+    Minimizer(lambda: sets[1], num_gpus=0, node="there").minimize([trunk], None, attempts=[0], waited_s=0.0)
+
+
 def test_row_groups_beyond_a_gibibyte_are_warned_of() -> None:
     assert size_notes(LARGE_ROW_GROUP_BYTES, "x") == ()
     (note,) = size_notes(3 * 10**9, "photos.parquet")
@@ -265,7 +283,7 @@ def test_row_groups_beyond_a_gibibyte_are_warned_of() -> None:
 def test_an_epoch_has_every_example_once_and_the_augmentation_it_has_in_memory(sets: tuple[FullSet, FullSet]) -> None:
     sizes = [50] * 5 + [38]
     streamed = epoch(stream(sets[1], augment=True), sizes)
-    in_memory = epoch(sets[0].examples("train", augment=True), sizes)
+    in_memory = epoch(sets[0].training_batches(augment=True), sizes)
     assert [len(labels) for _, labels in streamed] == sizes
     assert len(set(as_rows(in_memory))) == 288
     assert sorted(as_rows(streamed)) == sorted(as_rows(in_memory))
@@ -312,7 +330,7 @@ def test_workers_share_an_epoch_in_equal_steps_and_leave_nothing_out(
     assert [sum(len(part[step][1]) for part in parts) for step in range(10)] == sizes
     assert max(len(part[0][1]) for part in parts) - min(len(part[0][1]) for part in parts) <= 1
     together = sorted(row for part in parts for row in as_rows(part))
-    assert together == sorted(as_rows(epoch(sets[0].examples("train"), sizes)))
+    assert together == sorted(as_rows(epoch(sets[0].training_batches(), sizes)))
 
 
 def test_parts_of_batches_are_dealt_one_by_one() -> None:
@@ -328,9 +346,9 @@ def test_windows_smaller_than_a_batch_make_whole_batches(sets: tuple[FullSet, Fu
 
 def test_batches_as_they_lie_and_their_loss_are_those_of_the_set_in_memory(sets: tuple[FullSet, FullSet]) -> None:
     sizes = [100, 100, 88]
-    assert tiny.same_bits(list(stream(sets[1]).in_order(sizes)), list(sets[0].examples("train").in_order(sizes)))
+    assert tiny.same_bits(list(stream(sets[1]).in_order(sizes)), list(sets[0].training_batches().in_order(sizes)))
     model = tiny.linear(SIDE * SIDE * 3, 4)
-    expected, found = (evaluate(model, full_set.examples("train"), MinimizeConfig()) for full_set in sets)
+    expected, found = (evaluate(model, full_set.training_batches(), MinimizeConfig()) for full_set in sets)
     assert found == expected
 
 
@@ -378,7 +396,7 @@ for path in sys.argv[1:]:
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     full_set.train.take(np.random.default_rng(0).permutation(len(full_set.train))[:100])
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    examples = dataclasses.replace(full_set.examples("train"), window_bytes=2**23)
+    examples = dataclasses.replace(full_set.training_batches(), window_bytes=2**23)
     num, sizes = 0, [25] * (len(examples) // 25)
     for images, _ in examples.epoch(order_seed=0, augmentation_seed=0, batch_sizes=sizes):
         num += len(images)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
-from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, table_groups
+from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, row_groups
 from raysubset.data.row_groups import RowGroups
 from raysubset.fingerprints import changes
 from raysubset.models import build_model
@@ -94,7 +94,7 @@ def sets(path: Path) -> tuple[FullSet, FullSet]:
 
 
 def stream(full_set: FullSet, window_rows: int = 70) -> StreamedExamples:
-    examples = full_set.examples("train")
+    examples = full_set.training_batches()
     assert isinstance(examples, StreamedExamples)
     return dataclasses.replace(examples, window_bytes=window_rows * full_set.train.num_bytes_per_example)
 
@@ -116,7 +116,7 @@ def stream(full_set: FullSet, window_rows: int = 70) -> StreamedExamples:
 def test_rows_targets_splits_and_statistics_are_those_of_the_table_in_memory(
     path: Path, monkeypatch: pytest.MonkeyPatch, task: str, settings: dict[str, Any], read_bytes: int
 ) -> None:
-    monkeypatch.setattr(table_groups, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(row_groups, "_READ_BYTES", read_bytes)
     in_memory, streamed = both(path, task, **settings)
     check_equal(in_memory, streamed)
     chosen = np.random.default_rng(2).integers(0, len(in_memory.train), 90)  # in any order, some of them twice
@@ -200,7 +200,7 @@ def test_a_subsets_minimum_and_the_loss_of_all_have_the_same_bits(sets: tuple[Fu
         model = build_model(ModelConfig(name="mlp", width=4), full_set.spec, seed=0)
         minimize(model, full_set.examples("train", indices), MinimizeConfig(epochs=2.0, batch_size=20), seed=1)
         minima.append(model.state_dict())
-        losses.append(evaluate(model, full_set.examples("train"), MinimizeConfig()))
+        losses.append(evaluate(model, full_set.training_batches(), MinimizeConfig()))
     assert tiny.same_bits(*minima)
     assert losses[0] == losses[1]
 
@@ -214,9 +214,9 @@ def test_an_epoch_has_every_row_once_in_the_order_of_its_seed(sets: tuple[FullSe
 
     first, again, other = (epoch(stream(sets[1]), seed) for seed in (1, 1, 2))
     assert first == again != other
-    assert sorted(first) == sorted(other) == sorted(epoch(sets[0].examples("train"), 1))
+    assert sorted(first) == sorted(other) == sorted(epoch(sets[0].training_batches(), 1))
     lying = list(stream(sets[1]).in_order(sizes))
-    assert tiny.same_bits(lying, list(sets[0].examples("train").in_order(sizes)))
+    assert tiny.same_bits(lying, list(sets[0].training_batches().in_order(sizes)))
 
 
 # What cannot be
@@ -290,7 +290,7 @@ def test_loading_reads_each_value_once_and_few_columns_at_a_time(path: Path, mon
             yield table
 
     monkeypatch.setattr(RowGroups, "tables", counting)
-    monkeypatch.setattr(table_groups, "_READ_BYTES", 3 * 16 * NUM)
+    monkeypatch.setattr(row_groups, "_READ_BYTES", 3 * 16 * NUM)
     full_set = load(path, "regression", streamed=True, target="price")
     assert sum(num_rows * num_columns for num_rows, num_columns in read) == NUM * 9
     assert {num_columns for _, num_columns in read} == {3}
@@ -303,15 +303,15 @@ FLAT = """
 import dataclasses, json, resource, sys
 import numpy as np, torch
 from raysubset.config import DataConfig, TaskConfig
-from raysubset.data import load_full_set, table_groups
+from raysubset.data import load_full_set, row_groups
 
 torch.set_num_threads(1)
-table_groups._READ_BYTES = 2**25  # four columns of the large table
+row_groups._READ_BYTES = 2**25  # four columns of the large table
 peaks = []
 for path in sys.argv[1:]:
     config = DataConfig(name=path, target="0", streamed=True, validation_fraction=0.01, test_fraction=0.01)
     full_set = load_full_set(config, TaskConfig(name="regression"))
-    examples = dataclasses.replace(full_set.examples("train"), window_bytes=2**23)
+    examples = dataclasses.replace(full_set.training_batches(), window_bytes=2**23)
     sizes = [1000] * (len(examples) // 1000)
     num = sum(len(targets) for _, targets in examples.epoch(order_seed=0, augmentation_seed=0, batch_sizes=sizes))
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -14,6 +14,7 @@ from sklearn.metrics import jaccard_score, mean_absolute_error, mean_squared_err
 from torch import Tensor
 
 from raysubset.config import TaskConfig
+from raysubset.data.targets import Targets
 from raysubset.tasks import (
     EXACT_OUTPUTS,
     SAMPLED_TERMS,
@@ -30,7 +31,6 @@ from raysubset.tasks import (
     TensorInputs,
     added,
     balanced_weights,
-    classification,
     fit_columns,
     fit_tensors,
     fit_vocabulary,
@@ -325,7 +325,8 @@ def test_accuracy_counts_and_balanced_weights_make_every_class_count_alike():
     assert weights == pytest.approx((7 / 12, 7 / 6, 7 / 3, 0))
     assert sum(weights[label] for label in labels) == pytest.approx(7)
     config = TaskConfig(class_weights="balanced")
-    task = classification(NUMBERS, ("a", "b", "c", "d"), config, labels)
+    task = Targets("classes", {}, ("a", "b", "c", "d")).task(NUMBERS, labels, config)
+    assert isinstance(task, Classification)
     assert task.objective == CrossEntropy(class_weights=weights)
     outputs = normal(7, 4)
     found = task.values(sums_of(task, outputs, torch.from_numpy(labels)), 7)
@@ -339,7 +340,7 @@ def test_accuracy_counts_and_balanced_weights_make_every_class_count_alike():
 def test_images_are_scaled_shifted_and_mirrored_pixel_by_pixel(augmentation: Any):
     inputs = ImageInputs((16, 9, 2), (0.1, 0.2), (0.5, 0.25), augmentation)
     images = integers(256, 5, 16, 9, 2).to(torch.uint8)
-    draws = inputs.draw(5, seed=3)
+    draws = Classification(inputs, ("a", "b")).draw(5, seed=3)
     assert (draws is None) == (augmentation == "none")
     found = inputs.batch({"image": images}, draws)
     assert found.shape == (5, *inputs.shape)

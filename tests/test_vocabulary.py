@@ -1,11 +1,11 @@
 """Texts as tokens and windows: every token is a target once, and comes back as the text it was."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from raysubset.tasks import NextToken, task_from_dict, task_to_dict
 from raysubset.tasks.vocabulary import Vocabulary, fit_vocabulary, windows, windows_of
 
 
@@ -34,7 +34,8 @@ def test_tokens_take_as_few_bytes_as_they_can():
 
 def test_a_vocabulary_read_back_from_json_is_the_same():
     for vocabulary in (Vocabulary("bytes"), fit_vocabulary("characters", ["hé 𝛑"])):
-        assert Vocabulary.from_dict(json.loads(json.dumps(dataclasses.asdict(vocabulary)))) == vocabulary
+        record = json.loads(json.dumps(task_to_dict(NextToken(vocabulary, 3))))
+        assert task_from_dict(record) == NextToken(vocabulary, 3)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_vocabulary_read_back_from_json_is_the_same():
 )
 def test_a_strangers_vocabulary_is_refused(tree: object):
     with pytest.raises(ValueError, match="vocabulary"):
-        Vocabulary.from_dict(tree)
+        task_from_dict({"task": {"name": "next_token", "vocabulary": tree, "window": 3}})
 
 
 def test_every_token_but_the_first_is_a_target_once():

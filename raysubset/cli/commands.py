@@ -407,7 +407,7 @@ def _find_rate(command: FindRate) -> int:
     full_set = load_full_set(*config.learned)
     plan = make_plan(config, full_set)
     indices = None if config.method == "conventional" else plan.subsets[0].indices
-    examples = full_set.examples("train", indices, device=device, augment=True)
+    examples = full_set.training_batches(indices, device=device, augment=True)
     model = place(seeded_model(config, full_set), device, channels_last=recipe.channels_last)
     rates = rate_range(model, examples, recipe, seed=config.seed)
     passes = rates.cost.passes(len(full_set.train), plan.forward_share)

@@ -149,6 +149,8 @@ def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
             if isinstance(value, str) and value in parts:
                 return value
         elif dataclasses.is_dataclass(option):
+            if isinstance(value, typing.cast(type, option)):
+                return value
             if isinstance(value, Mapping) or len(options) == 1:
                 return from_tree(typing.cast(type, option), value, f"{name}.", noun=noun)
         elif origin in (list, tuple) and parts:

@@ -12,8 +12,7 @@ from raysubset.data.examples import Examples, even_sizes, joined
 from raysubset.data.files import read_image_rows
 from raysubset.data.finding import TABLE_SUFFIXES
 from raysubset.data.full_set import FullSet
-from raysubset.data.images import EncodedImages, decode_images
+from raysubset.data.images import EncodedImages, decode
 from raysubset.data.loading import load_full_set
 from raysubset.data.split import Split, SplitName
-from raysubset.data.streamed import StreamedSplit
-from raysubset.data.streamed_examples import Batches, Reader, StreamedExamples, cut_ranges, read_here
+from raysubset.data.streamed import Batches, Reader, StreamedExamples, StreamedSplit, cut_ranges, read_here

@@ -4,41 +4,32 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig, nearest
-from raysubset.data.files import (
-    column_kinds,
-    describe_files,
-    no_table,
-    parquet_paths,
-    read_held,
-    read_schema,
-    read_table,
-)
+from raysubset.config import DataConfig
+from raysubset.data.files import describe_files, no_table, read_files, read_schema, refuse_other_formats
 from raysubset.data.finding import DataFiles, find_files
-from raysubset.data.image_columns import is_string
-from raysubset.data.labels import UNLABELLED, as_labels, number_classes
+from raysubset.data.labels import UNLABELLED, Labels, as_labels, number_classes
 from raysubset.data.layout import Placed, some
-from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.row_groups import TableGroups
 from raysubset.data.split import SplitName
-from raysubset.data.table_groups import TableGroups
 from raysubset.data.tables import (
-    MOST_COLUMNS,
     JoinedTables,
     concatenated,
     join_tables,
     numbers_of,
     plain,
+    refuse_absent,
     refuse_unreadable,
     split_names,
     usual_note,
     usual_target,
 )
 from raysubset.events import Note
-from raysubset.tasks.columns import TableInputs, is_time
+from raysubset.tasks.columns import TableInputs, kind_of_column, such_as
 
 _TARGETS = ("target", "label")  # the usual names of a target, if data.target names none
 
@@ -87,83 +78,68 @@ def read_tables(config: DataConfig) -> Tables:
     Raises:
         ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
-    files = find_files(config)
-    if files.kind != "tables":
-        raise no_table(files) if files.kind == "texts" else _no_columns(config)
-    kinds, notes, streamed = column_kinds(files), [], None
+    files = _find_tables(config)
+    notes, streamed = [], None
     by_split: dict[SplitName, dict[str, pa.Table]] = {}
-
-    def needed(schema: pa.Schema, path: str) -> list[str]:
-        return _needed(schema, config, path)
-
     for split, members in files.layout.items():
         if split == "train" and config.streamed:
-            by_split[split], streamed = _stream(files, members, kinds, config)
+            by_split[split], streamed = _stream(files, members, config)
         else:
-            by_split[split] = {files.full_path(member): read_table(files, member, kinds, needed) for member in members}
+            by_split[split] = read_files(files, members, partial(_needed, config=config))
         num = sum(table.num_rows for table in by_split[split].values())
         notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
     tables = choose_columns(by_split, config, streamed)
     return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
 
 
-def _stream(
-    files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig
-) -> tuple[dict[str, pa.Table], TableGroups]:
+def _stream(files: DataFiles, members: Sequence[Placed], config: DataConfig) -> tuple[dict[str, pa.Table], TableGroups]:
     """Return a streamed split's tables by file, without their features, and the files of the features."""
-    features: tuple[str, ...] = ()
+    refuse_other_formats(files, members)
+    path, where = files.full_path(members[0]), f"the train split of {config.name}"
+    readable = _needed(read_schema(files, members[0]), path, config)
+    features, _ = _features(readable, _targets(readable, config, path)[0], config, path)
     schemas: list[pa.Table] = []
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
-        names = _needed(schema, config, path)
-        _refuse_absent(features, names, path)
+        names = _needed(schema, path, config)
+        refuse_absent(features, names, path)
         schemas.append(plain(schema.empty_table().select(features), config, path))
         return names
 
-    path, *_ = parquet_paths(files, members)
-    schema = read_schema(files, members[0])
-    readable, where = _needed(schema, config, path), f"the train split of {config.name}"
-    features, _ = _features(readable, _targets(readable, config, path)[0], config, path)
-    tables, num_rows = read_held(files, members, kinds, needed, streamed=features)
-    groups = TableGroups.of_files(
-        config,
-        where,
-        [*tables],
-        num_rows,
-        members=tuple(members),
-        kinds=kinds,
-        schema=concatenated(schemas, where).schema,
-    )
-    return tables, groups
+    tables = read_files(files, members, needed, left_out=features)
+    schema = concatenated(schemas, where).schema
+    return tables, TableGroups.of_files(config, where, [*tables], members=tuple(members), schema=schema)
 
 
-def _no_columns(config: DataConfig) -> ValueError:
-    return ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
+def _find_tables(config: DataConfig) -> DataFiles:
+    files = find_files(config)
+    if files.kind == "texts":
+        raise no_table(files)
+    if files.kind == "images":
+        raise ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
+    return files
 
 
-def read_rows(path: str, inputs: TableInputs, *, targets: Sequence[str] = ()) -> pa.Table:
-    """Read the columns that the inputs encode from a file or folder of tables, and targets if it has them.
+def read_rows(path: str, inputs: TableInputs) -> pa.Table:
+    """Read the columns that the inputs encode from a file or folder of tables.
 
     A CSV column that was text in training is read as text, even if its values are numbers.
 
     Raises:
         ValueError: if a table cannot be read.
     """
-    files = find_files(DataConfig(name=path))
-    if files.kind != "tables":
-        raise no_table(files) if files.kind == "texts" else _no_columns(DataConfig(name=path))
+    files = _find_tables(DataConfig(name=path))
     names = [column.name for column in inputs.columns]
     texts = tuple(column.name for column in inputs.columns if column.kind == "category")
-    kinds, tables = column_kinds(files), []
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
-        _refuse_absent(names, schema.names, path)
-        columns = [name for name in schema.names if name in {*names, *targets}]
+        refuse_absent(names, schema.names, path)
+        columns = [name for name in schema.names if name in names]
         refuse_unreadable(schema, columns, path)
         return columns
 
-    for members in files.layout.values():
-        tables += [read_table(files, member, kinds, needed, texts=texts) for member in members]
+    members = [member for each in files.layout.values() for member in each]
+    tables = [*read_files(files, members, needed, texts=texts).values()]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
@@ -189,7 +165,7 @@ def choose_columns(
         where = f"the {split} split of {config.name}"
         for path, table in files.items():
             names = [*table.column_names, *(streamed_names if split == "train" else ())]
-            _refuse_absent((*targets, *features), names, path, is_train=split == "train")
+            refuse_absent((*targets, *features), names, path, is_train=split == "train")
         joined = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
         notes += joined.notes
         splits[split] = _with_class_names(joined, targets[0], where)
@@ -213,7 +189,7 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
         )
     columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
     names = _integer_names(columns["train"], target)
-    source: Source = {}
+    source: dict[SplitName, Labels] = {}
     for split, values in columns.items():
         where = f"the {split} split"
         type_ = values.type
@@ -223,16 +199,15 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
             values = values.cast(pa.int64()).cast(pa.string())
         elif pa.types.is_floating(type_) or pa.types.is_decimal(type_):
             raise ValueError(
-                f"the target {target} holds {type_}, such as {_example(values)}, and classes are integers or names: "
+                f"the target {target} holds {type_}{such_as(values)}, and classes are integers or names: "
                 "use --task regression, or set --data.target to another column"
             )
-        labels, dictionary_names = as_labels(values, where)
-        no_images = np.empty((len(labels), 0, 0, 0), np.uint8)
-        source[split] = SourceSplit(no_images, labels, names if is_string(labels.type) and names else dictionary_names)
+        labels = as_labels(values, where)
+        source[split] = dataclasses.replace(labels, names=names) if labels.are_texts and names else labels
     return number_classes(source)
 
 
-def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
+def _needed(schema: pa.Schema, path: str, config: DataConfig) -> list[str]:
     """Return the columns to read: those that the config names, and all numbers, texts and times."""
     targets = split_names("target", config.target, schema.names) or _TARGETS
     chosen_names = {*targets, *split_names("columns", config.columns, schema.names)}
@@ -242,15 +217,12 @@ def _needed(schema: pa.Schema, config: DataConfig, path: str) -> list[str]:
 
 
 def _is_plain(type_: pa.DataType) -> bool:
-    kinds = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    if pa.types.is_dictionary(type_):
-        return _is_plain(type_.value_type)
-    return is_string(type_) or is_time(type_) or any(kind(type_) for kind in kinds)
+    return kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_) is not None
 
 
 def _targets(names: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
     if targets := split_names("target", config.target, names):
-        _refuse_absent(targets, names, path, option="--data.target")
+        refuse_absent(targets, names, path, option="target")
         return targets, []
     name = usual_target(names, _TARGETS, path)
     return (name,), [usual_note(name)]
@@ -260,7 +232,7 @@ def _features(
     names: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
 ) -> tuple[tuple[str, ...], list[Note]]:
     if chosen := split_names("columns", config.columns, names):
-        _refuse_absent(chosen, names, path, option="--data.columns")
+        refuse_absent(chosen, names, path, option="columns")
         if overlap := [name for name in chosen if name in targets]:
             raise ValueError(f"{overlap[0]} is in --data.columns and --data.target: it cannot be learned from itself")
         return chosen, []
@@ -277,19 +249,6 @@ def _features(
     return features, [Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them")]
 
 
-def _refuse_absent(
-    names: Sequence[str], columns: Sequence[str], path: str, *, option: str | None = None, is_train: bool = True
-) -> None:
-    if absent := [name for name in names if name not in columns]:
-        hint = nearest(absent[0], columns)
-        if option:
-            raise ValueError(
-                f"{path} has no column {absent[0]}: set {option} to some of {some(columns, most=MOST_COLUMNS)}{hint}"
-            )
-        remedy = "" if is_train else "; or leave the split out with --data.ignored"
-        raise ValueError(f"{path} has no column {absent[0]}, only {some(columns, most=MOST_COLUMNS)}{hint}{remedy}")
-
-
 def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:
     """Return the table with integer targets as a dictionary of the class names in its files' metadata."""
     values = joined.table.column(target)
@@ -302,8 +261,7 @@ def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table
 
 def _dictionary(numbers: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
     """Return a dictionary array of the names at the numbers, int64."""
-    indices = numbers.combine_chunks() if numbers.num_chunks != 1 else numbers.chunk(0)
-    return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))])
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(numbers.combine_chunks(), pa.array(names, pa.string()))])
 
 
 def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | None:
@@ -319,8 +277,3 @@ def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | No
             f"{integers[0]} to {integers[-1]}: use --task regression, or number classes from 0 without gaps"
         )
     return tuple(map(str, integers))
-
-
-def _example(values: pa.ChunkedArray) -> str:
-    present = values.drop_null()
-    return repr(present[0].as_py()) if len(present) else "null"

@@ -6,7 +6,6 @@ import os
 import posixpath
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -40,7 +39,6 @@ _KINDS = {
 }
 Kind = Literal["images", "images by name", "columns", "texts", "arrays by name", "arrays"]
 _DOWNLOADED = ("root", "download")
-_PART_BYTES = 2**22
 
 
 def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Table | None:
@@ -61,7 +59,7 @@ def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Ta
         files = [os.path.relpath(path, root) for path in torchvision_files(config.name, root)]
     else:
         data_files = find_files(config)
-        system, root, files = data_files.system, data_files.root, list(data_files.listed)
+        system, root, files = data_files.system, data_files.root, list(data_files.paths)
         if files == [""]:  # the path is a file's
             root, _, file = root.rpartition("/")
             files = [file]
@@ -170,17 +168,11 @@ def _entry(system: fs.FileSystem, file: str, info: fs.FileInfo, old: Entry | Non
     stamp = _stamp(system, info)
     if old and stamp and (old.size, old.stamp) == (info.size, stamp):
         return old
-    if isinstance(system, fs.LocalFileSystem):
-        with open(info.path, "rb") as local:
-            return Entry(file, info.size, hashlib.file_digest(local, hasher).hexdigest(), stamp)
-    with system.open_input_file(info.path) as remote:
-        tags = {key.lower(): value for key, value in (remote.metadata() or {}).items()}
+    with system.open_input_file(info.path) as opened:
+        tags = {key.lower(): value for key, value in (opened.metadata() or {}).items()}
         if tag := tags.get("etag"):
             return Entry(file, info.size, f"ETag {tag.decode()}", stamp)
-        digest = hasher()
-        for part in iter(partial(remote.read, _PART_BYTES), b""):
-            digest.update(part)
-    return Entry(file, info.size, digest.hexdigest(), stamp)
+        return Entry(file, info.size, hashlib.file_digest(opened, hasher).hexdigest(), stamp)
 
 
 def _stamp(system: fs.FileSystem, info: fs.FileInfo) -> str:

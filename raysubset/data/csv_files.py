@@ -41,13 +41,14 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     except UnicodeDecodeError as error:
         raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8") from error
     except pa.ArrowInvalid:
-        _refuse_damaged_row(data, delimiter, path)
+        _refuse_damaged_line(data, delimiter, path)
         raise
     if data.count(b'"') % 2:
-        _refuse_open_quote(data, delimiter, path)
+        _refuse_damaged_line(data, delimiter, path)
     for name, column in zip(table.column_names, table.columns, strict=True):
         if pa.types.is_binary(column.type):
-            row = next(row for row, value in enumerate(column.to_pylist()) if value is not None and not _is_utf8(value))
+            values = [value or b"" for value in column.to_pylist()]
+            row = next(row for row, value in enumerate(values) if value.decode(errors="ignore").encode() != value)
             raise ValueError(f"column {name} of {path} is not UTF-8 in row {row}: write it as UTF-8")
     return table
 
@@ -72,55 +73,21 @@ def _check_header(names: list[str], delimiter: str, path: str) -> None:
         )
 
 
-def _refuse_damaged_row(data: bytes, delimiter: str, path: str) -> None:
-    """Refuse the first row, if any, whose number of values differs from the header's."""
-    damaged: list[pa_csv.InvalidRow] = []
-
-    def record(row: pa_csv.InvalidRow) -> str:
-        damaged.append(row)
-        return "skip"
-
-    parse_options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=record)
-    # Without threads, rows have numbers.
-    pa_csv.read_csv(pa.BufferReader(data), pa_csv.ReadOptions(use_threads=False), parse_options)
-    if damaged:
-        row = damaged[0]
-        assert row.number is not None
-        line, num, num_expected = _line_of(row.number, data, delimiter), row.actual_columns, row.expected_columns
-        raise ValueError(
-            f"line {line} of {path} has {num} value{'s' if num != 1 else ''} where the header has {num_expected} "
-            f"({row.text[:_MOST_SHOWN]!r}): correct the line, or put values that hold the delimiter in quotes"
-        )
-
-
-def _line_of(row: int, data: bytes, delimiter: str) -> int:
-    """Return the line in which a row ends. The header is row 1, and empty lines are no rows."""
-    reader, number = csv.reader(_lines(data), delimiter=delimiter), 0
-    for values in reader:
-        number += bool(values)
-        if number == row:
-            break
-    return reader.line_num
-
-
-def _refuse_open_quote(data: bytes, delimiter: str, path: str) -> None:
-    """Refuse a quote that is never closed: the rest of the file would be one value."""
-    reader, line = csv.reader(_lines(data), delimiter=delimiter, strict=True), 0
+def _refuse_damaged_line(data: bytes, delimiter: str, path: str) -> None:
+    """Refuse the first row whose number of values differs from the header's, and a quote that is never closed."""
+    text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=data.count(b'"') % 2 == 1)
+    line, num_expected = 0, None
     try:
-        for _ in reader:
+        for values in reader:
+            num, num_expected = len(values), num_expected or len(values)
+            if num not in (0, num_expected):  # an empty line is no row
+                raise ValueError(
+                    f"line {reader.line_num} of {path} has {num} value{'s' if num != 1 else ''} where the header has "
+                    f"{num_expected} ({delimiter.join(values)[:_MOST_SHOWN]!r}): correct the line, or put values that "
+                    "hold the delimiter in quotes"
+                )
             line = reader.line_num
     except csv.Error as error:
-        text = f"a quote that line {line + 1} of {path} opens is not closed: write quotes inside of values twice"
-        raise ValueError(text) from error
-
-
-def _lines(data: bytes) -> io.TextIOWrapper:
-    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace", newline="")
-
-
-def _is_utf8(value: bytes) -> bool:
-    try:
-        value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        problem = f"a quote that line {line + 1} of {path} opens is not closed"
+        raise ValueError(f"{problem}: write quotes inside of values twice") from error

@@ -29,7 +29,6 @@ class Scan:
     levels: np.ndarray  # int64 [C, 256], pixels of each grey level
     kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
     findings: Findings
-    notes: tuple[Note, ...]
 
 
 def scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> Scan:
@@ -64,13 +63,11 @@ def scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, n
             parts[name].append(images[rows[low:high] - first])
     assert shape is not None
     image_shape = (*shape, 3 if has_colours else 1)
-    scanned = dataclasses.replace(groups, image_shape=image_shape)
     return Scan(
-        groups=scanned,
+        groups=dataclasses.replace(groups, image_shape=image_shape),
         levels=levels[3] + np.repeat(levels[1], 3, axis=0) if has_colours else levels[1],
         kept={name: _joined(parts[name], (len(rows), *image_shape)) for name, rows in kept.items()},
         findings=findings,
-        notes=size_notes(scanned.num_bytes_of_largest(), groups.where),
     )
 
 
@@ -127,17 +124,12 @@ def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     return joined
 
 
-@dataclass(frozen=True)
-class DecodedSource:
-    """A source whose images are decoded or, if they are streamed, scanned."""
-
-    splits: Source  # images uint8 [N, H, W, C], or ImageGroups with their image_shape
-    scan: Scan | None  # of the training split, if it is streamed
-    grey_range: GreyRange
-
-
-def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_size: int | None) -> DecodedSource:
+def decode_source(
+    source: Source, rows: Mapping[SplitName, np.ndarray], image_size: int | None
+) -> tuple[Source, Scan | None, GreyRange]:
     """Decode the images of all splits with one range of greys: that of the bits that all of them use.
+
+    Images become uint8 [N, H, W, C]. Streamed ones stay ImageGroups, with their image_shape, and are scanned.
 
     The range is known only after all images were read, so sets with deep greys of fewer than 16 bits are decoded twice.
 
@@ -152,17 +144,15 @@ def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_si
     if grey_range != FULL_RANGE:
         del decoded, scanned  # frees their memory before the second decoding
         decoded, scanned = _decode_all(source, rows, image_size, grey_range)
-    if scanned:
-        groups = dataclasses.replace(scanned.groups, grey_range=grey_range)
-        decoded["train"] = dataclasses.replace(decoded["train"], images=groups)
     splits: Source = {
         name: dataclasses.replace(split, notes=(*split.notes, *split.findings.notes(split.where, grey_range)))
         for name, split in decoded.items()
     }
     if scanned:
-        train = splits["train"]
-        splits["train"] = dataclasses.replace(train, notes=(*train.notes, *scanned.notes))
-    return DecodedSource(splits, scanned, grey_range)
+        train, groups = splits["train"], dataclasses.replace(scanned.groups, grey_range=grey_range)
+        notes = (*train.notes, *size_notes(groups.num_bytes_of_largest(), groups.where))
+        splits["train"] = dataclasses.replace(train, images=groups, notes=notes)
+    return splits, scanned, grey_range
 
 
 def _decode_all(

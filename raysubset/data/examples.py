@@ -1,19 +1,100 @@
-"""Examples: tensors on one device, batched by index by their task, without a loop over examples."""
+"""Examples: tensors on one device, batched by index and augmented by their task or the user's own function.
+
+rows = function(rows, generator)
+
+The user's function, data.augmentation=package.module:function, is called with each training batch. `rows` are the
+stored tensors by name (image: uint8 [n, H, W, C]), on the device, before the task turns them into inputs. The function
+returns tensors of the same names, types and shapes. The generator is on the device as well. The epoch and the batch's
+first example seed it, so that a resumed run draws the same.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raysubset.data.own_augmentation import OwnAugmentation, drawn
 from raysubset.pulse import beat
 from raysubset.tasks import Task
+from raysubset.user_code.functions import in_a_line, load_function, misfit
+
+_FIELD = "data.augmentation"
+
+
+@dataclass(frozen=True)
+class OwnAugmentation:
+    """Calls the user's function instead of the task's own augmentation."""
+
+    reference: str
+
+    def draw(self, num: int, seed: int) -> Tensor:
+        """Draw a seed for each example of an epoch, int64 [num, 1] on the CPU. A batch uses its first example's."""
+        return torch.randint(2**62, (num, 1), generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, rows: Mapping[str, Tensor], draws: Tensor) -> Mapping[str, Tensor]:
+        """Call the function with a batch's rows, seeded by draw()'s rows of these examples.
+
+        Raises:
+            ValueError: for what the function raises, and if, in any batch, it returns rows that do not fit.
+        """
+        generator = torch.Generator(draws.device).manual_seed(int(draws[0]))
+        function = load_function(_FIELD, self.reference)
+        with in_a_line(_FIELD, self.reference):
+            augmented = function(dict(rows), generator)
+        self._check(augmented, rows)
+        return augmented
+
+    def try_on(self, rows: Mapping[str, Tensor]) -> None:
+        """Call the function twice with copies of some rows and the same draws.
+
+        Raises:
+            ValueError: as a call does, and if the results differ, since it draws from another generator.
+        """
+        seeds = torch.zeros((1, 1), dtype=torch.int64)
+        results = [self({name: values.clone() for name, values in rows.items()}, seeds) for _ in range(2)]
+        if not all(torch.equal(results[0][name], results[1][name]) for name in rows):
+            raise misfit(
+                _FIELD, self.reference, "gave other rows with the same generator: draw from the generator alone"
+            )
+
+    def _check(self, augmented: object, rows: Mapping[str, Tensor]) -> None:
+        if not isinstance(augmented, Mapping) or set(augmented) != set(rows):
+            description = (
+                ", ".join(map(str, augmented)) if isinstance(augmented, Mapping) else f"a {type(augmented).__name__}"
+            )
+            raise misfit(
+                _FIELD, self.reference, f"returned {description}: return a dict of {', '.join(rows)}, as it is given"
+            )
+        for name, values in rows.items():
+            tensor = augmented[name]
+            if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
+                kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                text = f"returned {name} as {kind}, and got {values.dtype} {list(values.shape)}"
+                raise misfit(_FIELD, self.reference, f"{text}: keep type and shape")
+
+
+class Augmented:
+    """Examples that are augmented if `augment` is set: by the user's augmentation, or else by the task's."""
+
+    task: Task
+    augment: bool
+    augmentation: OwnAugmentation | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def is_augmented(self) -> bool:
+        return self.augment and (self.augmentation is not None or self.task.augmentation != "none")
+
+    def drawn(self, seed: int) -> Tensor | None:
+        """Draw an epoch's augmentation, one row an example, on the CPU, so that it is the same on every device."""
+        return (self.augmentation or self.task).draw(len(self), seed) if self.augment else None
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class Examples(Augmented):
     """The examples of a split or subset on one device. Their tensors may be read-only shared memory: never write."""
 
     rows: dict[str, Tensor]  # the stored tensors, [N, …] each
@@ -27,10 +108,6 @@ class Examples:
     @property
     def device(self) -> torch.device:
         return next(iter(self.rows.values())).device
-
-    @property
-    def is_augmented(self) -> bool:
-        return self.augment and (self.augmentation is not None or self.task.augmentation != "none")
 
     def epoch(
         self,
@@ -84,9 +161,9 @@ class Examples:
     def draw(self, seed: int) -> Tensor | None:
         """Draw an epoch's augmentation: [N, …] on the device, one row an example; None without augmentation.
 
-        It is drawn on the CPU, so that it is the same on every device. An example keeps its row in whichever batch.
+        An example keeps its row in whichever batch.
         """
-        draws = drawn(self.task, self.augmentation, len(self), seed) if self.augment else None
+        draws = self.drawn(seed)
         return None if draws is None else draws.to(self.device)
 
     def batch(

@@ -1,9 +1,7 @@
 """Reads data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with a folder of images per class."""
 
 import dataclasses
-import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,8 +13,9 @@ from pyarrow import fs, ipc
 from raysubset.config import DataConfig, nearest
 from raysubset.data.csv_files import DELIMITERS, header, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
-from raysubset.data.image_columns import image_column, images_of, is_string, with_full_paths
+from raysubset.data.image_columns import image_column, images_of, with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
+from raysubset.data.labels import Labels
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
@@ -31,12 +30,12 @@ from raysubset.data.tables import (
 )
 from raysubset.errors import first_line
 from raysubset.events import Note
+from raysubset.tasks.columns import is_string
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # maps a file's schema and path to the columns to read
 
 _HEADER_BYTES = 2**20  # of a CSV file, in which its header ends
 _BOM = b"\xef\xbb\xbf"
-_NULL = "__HIVE_DEFAULT_PARTITION__"  # the folder of nulls in Hive, Spark and Arrow
 
 
 def read_path(config: DataConfig, task: str) -> Source:
@@ -55,19 +54,17 @@ def read_path(config: DataConfig, task: str) -> Source:
         )
     if files.kind == "images" and config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
-    kinds, needed = column_kinds(files), partial(needed_columns, config=config, task=task)
+    needed = partial(needed_columns, config=config, task=task)
     source: Source = {}
     for split, members in files.layout.items():
         where = f"the {split} split of {config.name}" if members[0].path else config.name
         if files.kind == "images":
             split_source, origin = _read_images(files, members, where, config, task)
         elif split == "train" and config.streamed:
-            split_source, origin = _read_streamed(files, members, kinds, config, where), describe_files(files, members)
+            split_source, origin = _read_streamed(files, members, config, where), describe_files(files, members)
         else:
             column, read_file = config.image_column, partial(_read_named_file, files.system, where)
-            tables = {
-                files.full_path(member): read_table(files, member, kinds, needed, texts=(column,)) for member in members
-            }
+            tables = read_files(files, members, needed, texts=(column,))
             split_source, origin = from_tables(tables, config, where, task, read_file), describe_files(files, members)
             if any(is_string(table.schema.field(column).type) for table in tables.values()):
                 origin += f", whose column {column} names the images"
@@ -98,7 +95,7 @@ def read_image_rows(path: str, column: str, *, image_size: int | None) -> Encode
         refuse_unreadable(schema, [column], where)
         return [column]
 
-    table = read_table(files, member, {}, needed, texts=(column,))
+    (table,) = read_files(files, [member], needed, texts=(column,)).values()
     if not table.num_rows:
         raise ValueError(f"{path} has no rows: give a table with images")
     table, read_file = with_full_paths(table, column, files.root), partial(_read_named_file, files.system, path)
@@ -125,8 +122,8 @@ def named_images(files: DataFiles, config: DataConfig) -> list[str]:
             schema = read_schema(files, member)
             if column not in schema.names or not is_string(schema.field(column).type):
                 break  # all files of a split have columns of one kind
-            table = read_table(files, member, {}, lambda _, __: [column], texts=(column,))
-            paths |= dict.fromkeys(with_full_paths(table, column, files.full_path(member)).column(column).to_pylist())
+            for path, table in read_files(files, [member], lambda _, __: [column], texts=(column,)).items():
+                paths |= dict.fromkeys(with_full_paths(table, column, path).column(column).to_pylist())
     return [path for path in paths if path is not None]
 
 
@@ -155,9 +152,7 @@ def not_streamed(reason: str) -> ValueError:
     )
 
 
-def _read_streamed(
-    files: DataFiles, members: Sequence[Placed], kinds: Mapping[str, pa.DataType], config: DataConfig, where: str
-) -> SourceSplit:
+def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
     """Read a split's labels and scalars, and record the row groups of its images."""
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
@@ -166,109 +161,55 @@ def _read_streamed(
             raise not_streamed(f"{path} holds the paths of images")
         return names
 
-    tables, num_rows = read_held(files, members, kinds, needed, streamed={config.image_column})
-    joined = join_tables(tables, config, where)
-    return with_scalars(ImageGroups.of_files(config, where, [*tables], num_rows), joined, config, where)
+    refuse_other_formats(files, members)
+    tables = read_files(files, members, needed, left_out={config.image_column})
+    groups = ImageGroups.of_files(config, where, [*tables])
+    return with_scalars(groups, join_tables(tables, config, where), config, where)
 
 
-def parquet_paths(files: DataFiles, members: Sequence[Placed]) -> list[str]:
-    """Return the paths of files to stream.
-
-    Raises:
-        ValueError: for a file that is not Parquet.
-    """
+def refuse_other_formats(files: DataFiles, members: Sequence[Placed]) -> None:
+    """Refuse to stream files that are not Parquet."""
     paths = [files.full_path(member) for member in members]
     if other_paths := [path for path in paths if not path.lower().endswith(".parquet")]:
         raise not_streamed(f"{other_paths[0]} is none")
-    return paths
 
 
-def read_held(
+def read_files(
     files: DataFiles,
     members: Sequence[Placed],
-    kinds: Mapping[str, pa.DataType],
     needed: Needed,
     *,
-    streamed: Collection[str],
-) -> tuple[dict[str, pa.Table], list[list[int]]]:
-    """Read the needed columns of Parquet files that are not streamed.
+    texts: tuple[str, ...] = (),
+    left_out: Collection[str] = (),
+) -> dict[str, pa.Table]:
+    """Read the needed columns of files, except those left out: tables by their full paths.
 
-    Returns:
-        Tables by path, and the number of rows of each row group of each file.
+    In a CSV file, `texts` are read as texts even if their values are numbers.
 
     Raises:
-        ValueError: for a file that is damaged or not Parquet.
+        ValueError: with the file, if one is damaged.
     """
-    tables, num_rows = dict[str, pa.Table](), []
-    for path, member in zip(parquet_paths(files, members), members, strict=True):
+    tables: dict[str, pa.Table] = {}
+    for member in members:
+        path = files.full_path(member)
+
+        def stored(schema: pa.Schema, path: str = path, member: Placed = member) -> list[str]:
+            names = dict.fromkeys(needed(member.with_fields(schema), path))
+            return [name for name in names if name in schema.names and name not in left_out]
+
         with opened(files.system, path) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            names = _needed(parquet.schema_arrow, member, kinds, needed, path)
-            table = parquet.read([name for name in names if name not in streamed])
-            tables[path] = with_folder_columns(table, member, kinds, left_out=streamed)
-            metadata = parquet.metadata
-            num_rows.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-    return tables, num_rows
-
-
-def column_kinds(files: DataFiles) -> dict[str, pa.DataType]:
-    """Return the types of the columns of hive folders, key=value: integers if all their values are, else strings."""
-    values: defaultdict[str, set[str]] = defaultdict(set)
-    for members in files.layout.values():
-        for member in members:
-            for key, value in member.columns.items():
-                values[key].add(value)
-    is_integer = {
-        key: all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", v) for v in texts - {_NULL}) for key, texts in values.items()
-    }
-    return {key: pa.int64() if integer else pa.string() for key, integer in is_integer.items()}
-
-
-def _needed(
-    schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, path: str
-) -> list[str]:
-    """Return the columns to read from a file. Columns that only its folders name are not among them."""
-    return [name for name in needed(with_folder_fields(schema, member, kinds), path) if name in schema.names]
-
-
-def with_folder_fields(schema: pa.Schema, member: Placed, kinds: Mapping[str, pa.DataType]) -> pa.Schema:
-    """Add the columns that a file's folders name to its schema."""
-    folder_fields = [pa.field(key, kinds[key]) for key in member.columns if key not in schema.names]
-    return pa.schema([*schema, *folder_fields], schema.metadata)
-
-
-def with_folder_columns(
-    table: pa.Table, member: Placed, kinds: Mapping[str, pa.DataType], *, left_out: Collection[str] = ()
-) -> pa.Table:
-    """Add the columns that a file's folders name to its table, except those left out."""
-    for key, value in member.columns.items():
-        if key not in {*table.column_names, *left_out}:
-            scalar = pa.scalar(None if value == _NULL else value, pa.string()).cast(kinds[key])
-            table = table.append_column(key, pa.repeat(scalar, table.num_rows))
-    return table
-
-
-def read_table(
-    files: DataFiles, member: Placed, kinds: Mapping[str, pa.DataType], needed: Needed, *, texts: tuple[str, ...] = ()
-) -> pa.Table:
-    """Read the needed columns of a file. In a CSV file, `texts` are read as texts even if their values are numbers.
-
-    Raises:
-        ValueError: with the file, if it is damaged.
-    """
-    path = files.full_path(member)
-    with opened(files.system, path) as file:
-        if path.lower().endswith(".parquet"):
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            table = parquet.read(_needed(parquet.schema_arrow, member, kinds, needed, path))
-        elif path.lower().endswith(tuple(DELIMITERS)):
-            table = read_csv(file.read(), path, texts=texts)
-            table = table.select([*dict.fromkeys(_needed(table.schema, member, kinds, needed, path))])
-        else:
-            reader = _arrow_reader(file)
-            table = reader.read_all().select(_needed(reader.schema, member, kinds, needed, path))
-        table.validate(full=True)  # IPC is not checked on reading: damaged offsets would cause a segmentation fault
-        return with_folder_columns(table, member, kinds)
+            if path.lower().endswith(".parquet"):
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                table = parquet.read(stored(parquet.schema_arrow))
+            elif path.lower().endswith(tuple(DELIMITERS)):
+                table = read_csv(file.read(), path, texts=texts)
+                table = table.select(stored(table.schema))
+            else:
+                reader = _arrow_reader(file)
+                table = reader.read_all().select(stored(reader.schema))
+            table.validate(full=True)  # IPC is not checked on reading: damaged offsets would cause a segmentation fault
+        tables[path] = member.with_columns(table, left_out=left_out)
+    return tables
 
 
 def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
@@ -285,7 +226,7 @@ def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
             schema = pa.schema([(name, pa.string()) for name in header(file.read(_HEADER_BYTES), path)])
         else:
             schema = _arrow_reader(file).schema
-        return with_folder_fields(schema, member, column_kinds(files))
+        return member.with_fields(schema)
 
 
 def _arrow_reader(file: pa.NativeFile) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:
@@ -319,7 +260,7 @@ def _read_images(
     masks = [member.mask for member in members if member.mask]
     if not masks:
         names = list(dict.fromkeys(str(member.class_name) for member in members))
-        labels = pa.chunked_array([pa.array([member.class_name for member in members])])
+        labels = Labels(pa.chunked_array([pa.array([member.class_name for member in members])]))
         origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
         return SourceSplit(images, labels, columns=columns, where=where), origin
     pair = f"{members[0].path} with {masks[0]}"
@@ -349,7 +290,7 @@ def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[No
         ValueError: if there is nothing to read, or a file is not UTF-8, with the place.
     """
     files = find_files(config)
-    if files.kind != "texts" and [*files.listed] != [""]:
+    if files.kind != "texts" and files.paths != ("",):
         members = [member.path for members in files.layout.values() for member in members]
         raise ValueError(
             f"{config.name} holds {files.kind} ({some(members)}), and text is read from {', '.join(TEXT_SUFFIXES)} "

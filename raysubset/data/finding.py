@@ -24,6 +24,7 @@ from raysubset.data.layout import (
     refuse_copies,
     refuse_without_masks,
     some,
+    with_values,
 )
 from raysubset.data.listing import ListedFile, Listing, list_folder, locate
 from raysubset.data.split import SplitName
@@ -52,6 +53,7 @@ _DANGLING = "links to nothing"
 # Broken links with these suffixes are refused, as they would have been read; images' and Arrow's in any folder.
 _SUFFIXES = {"tables": tuple(DELIMITERS), "images": (), "texts": TEXT_SUFFIXES}
 
+Kind = Literal["tables", "images", "texts"]
 LeftOut = defaultdict[str, list[str]]  # the paths that are left out, by reason
 
 
@@ -61,9 +63,9 @@ class DataFiles:
 
     system: fs.FileSystem
     root: str  # in that file system
-    kind: Literal["tables", "images", "texts"]
+    kind: Kind
     layout: Layout
-    listed: Mapping[str, ListedFile]  # size and time of each file of the layout, including masks, by its path
+    paths: tuple[str, ...]  # of all files of the layout, including masks
     notes: tuple[Note, ...]
 
     def full_path(self, file: Placed) -> str:
@@ -97,9 +99,8 @@ def find_files(config: DataConfig) -> DataFiles:
         raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
     if info.type == fs.FileType.File:
         Ignored(config).refuse_unmatched([])
-        files = {"": ListedFile("", info.size or 0, info.mtime_ns)}
         kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"
-        return DataFiles(system, root, kind, {"train": [Placed("")]}, files, ())
+        return DataFiles(system, root, kind, {"train": [Placed("")]}, ("",), ())
     return _find_in_folder(system, root, config)
 
 
@@ -121,37 +122,28 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     listing = list_folder(system, root)
     left_out: LeftOut = defaultdict(list)
     visible = _sift(listing, ignored, where, left_out)
-    images = [path for path in visible.files if path.lower().endswith(image_suffixes())]
-    in_folders = [path for path in images if "/" in path]
-    tables = _sift_tables(visible.files, left_out, ARROW_SUFFIXES)
-    if not tables and not in_folders:  # beside Arrow tables and folders of images, CSV and text files describe those
-        tables = _sift_tables(visible.files, left_out, tuple(DELIMITERS))
-    texts = [] if tables or images else [path for path in visible.files if path.lower().endswith(TEXT_SUFFIXES)]
-    _refuse_nothing_or_both(tables, in_folders, [*images, *texts], visible, left_out, where, ignored)
-    paths = tables or images or texts
-    kind: Literal["tables", "images", "texts"] = "tables" if tables else "images" if images else "texts"
+    kind, paths = _paths_by_kind(visible, ignored, where, left_out)
     refuse_copies({path: visible.files[path].size for path in paths}, where=where)
     if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
         raise _links_to_nothing(where, broken)
-    masks_layout = (
-        lay_out_masks(images, image_word=config.image_column, mask_word=config.target, where=where) if images else None
-    )
+    masks_layout, notes = None, ()
     if kind != "images":
         _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
         layout = lay_out_tables(paths, where=where, label_column=config.label_column)
-    elif masks_layout:
+    elif masks_layout := lay_out_masks(paths, image_word=config.image_column, mask_word=config.target, where=where):
         layout, left_out["masks without an image"] = masks_layout
     else:
-        innermost = {path.rpartition("/")[0] for path in images}
+        innermost = {path.rpartition("/")[0] for path in paths}
         holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
         empty = [folder for folder in visible.folders if folder not in holding]
-        layout = lay_out_images(images, empty=empty, where=where, label_column=config.label_column)
+        layout = lay_out_images(paths, empty=empty, where=where, label_column=config.label_column)
     layout = _without_doubles(layout, visible.files, os.path.realpath(root), where, left_out)
     in_order: Layout = {split: layout[split] for split in get_args(SplitName) if split in layout}
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
     ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
-    notes = folders_shared_by_classes(chosen_layout, where=where) if kind == "images" and not masks_layout else ()
+    if kind == "images" and not masks_layout:
+        notes = folders_shared_by_classes(chosen_layout, where=where)
     summary = _in_words(left_out, visible.files.keys() - {*paths})
     if "train" not in chosen_layout:
         missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
@@ -164,9 +156,37 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
         system=system,
         root=root,
         kind=kind,
-        layout=chosen_layout,
-        listed={path: visible.files[path] for file in placed for path in (file.path, file.mask) if path},
+        layout=with_values(chosen_layout),
+        paths=tuple(path for file in placed for path in (file.path, file.mask) if path),
         notes=(Note(f"left out: {summary}"), *notes) if summary else notes,
+    )
+
+
+def _paths_by_kind(visible: _Visible, ignored: Ignored, where: str, left_out: LeftOut) -> tuple[Kind, list[str]]:
+    """Return what a folder is read as, and the paths of those files.
+
+    Raises:
+        ValueError: if it holds nothing to read, or tables and folders of images.
+    """
+    images = [path for path in visible.files if path.lower().endswith(image_suffixes())]
+    in_folders = [path for path in images if "/" in path]
+    tables = _sift_tables(visible.files, left_out, ARROW_SUFFIXES)
+    if not tables and not in_folders:  # beside Arrow tables and folders of images, CSV and text files describe those
+        tables = _sift_tables(visible.files, left_out, tuple(DELIMITERS))
+    if tables and in_folders:
+        raise ValueError(
+            f"data.name = {where} holds tables ({some(tables)}) and folders of images ({some(in_folders)}): leave one "
+            f"of them out, as with --data.ignored '*{PurePosixPath(tables[0]).suffix}'"
+        )
+    if tables or images:
+        return ("tables", tables) if tables else ("images", images)
+    if texts := [path for path in visible.files if path.lower().endswith(TEXT_SUFFIXES)]:
+        return "texts", texts
+    ignored.refuse_unmatched([*visible.folders, *visible.files])
+    contents = _in_words(left_out, visible.files)
+    raise ValueError(
+        f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
+        f"folders of images{f', only {contents}' if contents else ''}: give the path of either"
     )
 
 
@@ -231,29 +251,6 @@ def _sift_tables(files: Iterable[str], left_out: LeftOut, suffixes: tuple[str, .
         else:
             tables.append(path)
     return tables
-
-
-def _refuse_nothing_or_both(
-    tables: Sequence[str],
-    in_folders: Sequence[str],
-    others: Sequence[str],
-    visible: _Visible,
-    left_out: LeftOut,
-    where: str,
-    ignored: Ignored,
-) -> None:
-    if tables and in_folders:
-        raise ValueError(
-            f"data.name = {where} holds tables ({some(tables)}) and folders of images ({some(in_folders)}): leave one "
-            f"of them out, as with --data.ignored '*{PurePosixPath(tables[0]).suffix}'"
-        )
-    if not tables and not others:
-        ignored.refuse_unmatched([*visible.folders, *visible.files])
-        contents = _in_words(left_out, visible.files)
-        raise ValueError(
-            f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
-            f"folders of images{f', only {contents}' if contents else ''}: give the path of either"
-        )
 
 
 def _without_doubles(

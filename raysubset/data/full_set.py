@@ -2,17 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from raysubset.data.examples import Examples
-from raysubset.data.own_augmentation import OwnAugmentation
+from raysubset.data.examples import Examples, OwnAugmentation
 from raysubset.data.split import Split, SplitName
-from raysubset.data.streamed import StreamedSplit
-from raysubset.data.streamed_examples import WINDOW_BYTES, Batches, StreamedExamples
+from raysubset.data.streamed import WINDOW_BYTES, Batches, StreamedExamples, StreamedSplit
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
 from raysubset.quality import Quality
@@ -64,26 +61,6 @@ class FullSet:
         strata = self.task.strata(self.train.arrays())
         return np.zeros(len(self.train), dtype=np.int64) if strata is None else strata
 
-    @overload
-    def examples(
-        self,
-        split: Literal["validation", "test"],
-        indices: np.ndarray | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        augment: bool = False,
-    ) -> Examples: ...
-
-    @overload
-    def examples(
-        self, split: SplitName, indices: np.ndarray, *, device: torch.device | str = "cpu", augment: bool = False
-    ) -> Examples: ...
-
-    @overload
-    def examples(
-        self, split: SplitName, indices: None = None, *, device: torch.device | str = "cpu", augment: bool = False
-    ) -> Batches: ...
-
     def examples(
         self,
         split: SplitName,
@@ -91,8 +68,8 @@ class FullSet:
         *,
         device: torch.device | str = "cpu",
         augment: bool = False,
-    ) -> Batches:
-        """Return a split's examples, or some of them, on a device. All examples of a streamed split are streamed.
+    ) -> Examples:
+        """Return a split's examples, or some of them, in a device's memory, also those of a streamed split.
 
         Args:
             split: the name of the split.
@@ -100,25 +77,27 @@ class FullSet:
             device: the device of the tensors.
             augment: True: epochs draw the augmentation, for training.
         """
-        source = self._split(split)
-        if indices is None and isinstance(source, StreamedSplit):
-            return StreamedExamples(source, self.task, torch.device(device), augment, self.augmentation)
+        source: Split | StreamedSplit = getattr(self, split)
         return Examples(source.take(indices), self.task, augment, self.augmentation).to(device)
 
     def sample(self) -> Examples:
         """Return some validation examples, on the CPU, for trying a network."""
         return self.examples("validation", np.arange(min(len(self.validation), _MOST_SAMPLED)))
 
-    def examples_num_bytes(self, split: SplitName, num: int | None = None) -> int:
-        """Return the bytes that examples() holds for `num` examples of a split, or for all."""
-        source = self._split(split)
-        num_bytes = (len(source) if num is None else num) * source.num_bytes_per_example
-        if num is None and isinstance(source, StreamedSplit):
+    def training_batches(
+        self, indices: np.ndarray | None = None, *, device: torch.device | str = "cpu", augment: bool = False
+    ) -> Batches:
+        """Return training examples as examples() does, except all of a streamed split, which are streamed."""
+        if indices is None and isinstance(self.train, StreamedSplit):
+            return StreamedExamples(self.train, self.task, torch.device(device), augment, self.augmentation)
+        return self.examples("train", indices, device=device, augment=augment)
+
+    def training_num_bytes(self, num: int | None = None) -> int:
+        """Return the bytes that examples() holds for `num` training examples, or training_batches() for all."""
+        num_bytes = (len(self.train) if num is None else num) * self.train.num_bytes_per_example
+        if num is None and isinstance(self.train, StreamedSplit):
             return min(num_bytes, 2 * WINDOW_BYTES)
         return num_bytes
-
-    def _split(self, name: SplitName) -> Split | StreamedSplit:
-        return getattr(self, name)
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:

@@ -192,8 +192,7 @@ def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: 
         values = pa.chunked_array([pa.array(numbers)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
         raise ValueError(f"labels of {where} must be integers or class names: {error}") from error
-    labels, class_names = as_labels(values, where)
-    return SourceSplit(images, labels, class_names, findings=findings, where=where)
+    return SourceSplit(images, as_labels(values, where), findings=findings, where=where)
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from raysubset.config import DataConfig, nearest
+from raysubset.data.split import SplitName
 
-Name = TypeVar("Name", bound=str)
 Value = TypeVar("Value")
 
 
@@ -28,7 +28,7 @@ class Ignored:
         self._matched |= matching
         return bool(matching)
 
-    def chosen(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
+    def chosen(self, splits: Mapping[SplitName, Value]) -> dict[SplitName, Value]:
         """Return the splits that no pattern names. Patterns may name nothing but splits.
 
         Raises:
@@ -38,7 +38,7 @@ class Ignored:
         self.refuse_unmatched(splits)
         return chosen
 
-    def without(self, splits: Mapping[Name, Value]) -> dict[Name, Value]:
+    def without(self, splits: Mapping[SplitName, Value]) -> dict[SplitName, Value]:
         """Return the splits that no pattern names."""
         self._matched |= {pattern for pattern in self._patterns if pattern in splits}
         return {split: value for split, value in splits.items() if split not in self._patterns}

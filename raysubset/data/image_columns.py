@@ -3,14 +3,15 @@
 import json
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from raysubset.config import DataConfig
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages, as_images, decode_masks
 from raysubset.errors import listed
+from raysubset.tasks.columns import is_string
 
 # The extension types that ray.data writes. Arrow knows them only in processes that import ray.data.
 _RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")
@@ -46,9 +47,17 @@ def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     return column
 
 
-def is_string(type_: pa.DataType) -> bool:
-    """Return True for texts in any of Arrow's layouts."""
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
+    """Convert a table's columns to layouts that can be concatenated with those of other files."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type):
+            column = table.column(place).cast(pa.string())
+        elif field.name in (config.image_column, config.label_column):
+            column = image_column(table, field.name, path)
+        else:
+            continue
+        table = table.set_column(place, field.name, column)
+    return table
 
 
 def with_full_paths(table: pa.Table, name: str, where: str) -> pa.Table:
@@ -81,8 +90,7 @@ def _ray_shape(text: bytes, where: str) -> list[int]:
 
 def _fixed_shape_tensors(column: pa.ChunkedArray, shape: list[int], where: str) -> pa.ChunkedArray:
     """Convert lists of pixels to tensors in the same memory."""
-    if column.null_count:
-        raise ValueError(f"{_null_rows(column, 'image', where)} null: leave such rows out")
+    refuse_nulls(column, "image", where)
     size = math.prod(shape)
     type_ = pa.fixed_shape_tensor(column.type.value_type, shape)
     chunks = []
@@ -163,13 +171,10 @@ def _encoded_or_chunks(
     """Return a column's encoded images or masks, or else its chunks that are not empty."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if column.null_count:
-        raise ValueError(f"{_null_rows(column, noun, where, first_row)} null: leave such rows out")
+    refuse_nulls(column, noun, where, first_row)
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
-        if column.null_count:
-            rows = _null_rows(column, noun, where, first_row)
-            raise ValueError(f"{rows} a path without bytes: embed the {noun}s")
+        refuse_nulls(column, noun, where, first_row, text=f"a path without bytes: embed the {noun}s")
     if any(is_kind(column.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         return EncodedImages(
             len(column),
@@ -236,13 +241,13 @@ def _square(size: int, where: str) -> tuple[int, int, int]:
     raise ValueError(f"images of {where} are flat lists of {size} pixels, no square: use arrow.fixed_shape_tensor")
 
 
-def _null_rows(column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0) -> str:
-    """Return the subject and verb of a sentence on a column's nulls."""
-    return rows_of(np.flatnonzero(column.is_null().to_numpy()) + first_row, noun, where)
-
-
-def rows_of(rows: Any, noun: str, where: str) -> str:
-    """Return the subject and verb of a sentence on some rows. Of many rows it names some and counts all."""
+def refuse_nulls(
+    column: pa.ChunkedArray, noun: str, where: str, first_row: int = 0, *, text: str = "null: leave such rows out"
+) -> None:
+    """Refuse nulls in a column. Of many rows, the message names some and counts all."""
+    if not column.null_count:
+        return
+    rows = [str(row + first_row) for row in np.flatnonzero(column.is_null().to_numpy())]
     if len(rows) == 1:
-        return f"the {noun} in row {rows[0]} of {where} is"
-    return f"the {noun}s in rows {listed([*map(str, rows)])} of {where} are"
+        raise ValueError(f"the {noun} in row {rows[0]} of {where} is {text}")
+    raise ValueError(f"the {noun}s in rows {listed(rows)} of {where} are {text}")

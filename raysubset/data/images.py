@@ -107,35 +107,20 @@ def _channels_first_hint(shape: tuple[int, ...]) -> str:
     return ": transpose(0, 2, 3, 1) puts the channels last" if is_channels_first else ""
 
 
-def decode_images(
-    num: int,
-    read: Callable[[int], bytes],
-    describe: Callable[[int], str],
-    image_size: int | None,
-    grey_range: GreyRange = FULL_RANGE,
-) -> np.ndarray:
-    """Decode images once, in threads, into uint8 [N, H, W, C]: C = 1 if all are grey, else 3.
+def decode(
+    encoded: EncodedImages, image_size: int | None, grey_range: GreyRange | None = FULL_RANGE
+) -> tuple[np.ndarray, Findings]:
+    """Decode images once, in threads, into uint8 [N, H, W, C], C = 1 if all are grey, else 3; and return findings.
 
     Args:
-        num: the number of images, at least one.
-        read: returns the encoded bytes of an image by number; called from several threads.
-        describe: returns the name of an image in messages.
+        encoded: at least one image.
         image_size: the side in pixels; None: all images must have one shape.
-        grey_range: the full set's black and white, for pixels of more than 8 bits.
+        grey_range: the full set's black and white, for pixels of more than 8 bits. None if it is not chosen yet: they
+            are then read as if they used all 16.
 
     Raises:
         ValueError: with the names of images that cannot be decoded, or of two that differ in shape.
     """
-    return decode(EncodedImages(num, read, describe), image_size, grey_range)[0]
-
-
-def decode(encoded: EncodedImages, image_size: int | None, grey_range: GreyRange | None) -> tuple[np.ndarray, Findings]:
-    """Decode images as decode_images() does, and return findings as well.
-
-    Args:
-        grey_range: None if it is not chosen yet: pixels of more than 8 bits are then read as if they used all 16.
-    """
-
     return _decode_all(encoded, lambda data, _: _decode(data, image_size, grey_range))
 
 
@@ -194,7 +179,7 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
             if images is None or first is None:
                 images, first = np.empty((encoded.num, *image.pixels.shape), dtype=np.uint8), image
             if image.pixels.shape[:2] != images.shape[1:3]:
-                raise ValueError(_differing(encoded, 0, first, number, image))
+                raise ValueError(_differing(encoded, first, number, image))
             if image.pixels.shape[2] > images.shape[3]:  # the first image with colours
                 images = np.repeat(images, image.pixels.shape[2], axis=3)
             images[number] = image.pixels
@@ -205,10 +190,10 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
     return images, findings
 
 
-def _differing(encoded: EncodedImages, first: int, image: "_Image", second: int, other: "_Image") -> str:
-    shapes = [f"{height}x{width}" for height, width, _ in (image.pixels.shape, other.pixels.shape)]
-    names = encoded.describe(first), encoded.describe(second)
-    turned = [name for name, each in zip(names, (image, other), strict=True) if each.findings.num_turned]
+def _differing(encoded: EncodedImages, first: "_Image", number: int, other: "_Image") -> str:
+    shapes = [f"{height}x{width}" for height, width, _ in (first.pixels.shape, other.pixels.shape)]
+    names = encoded.describe(0), encoded.describe(number)
+    turned = [name for name, each in zip(names, (first, other), strict=True) if each.findings.num_turned]
     cause = f" ({' and '.join(turned)} turned as EXIF's orientation says)" if turned else ""
     return (
         f"images differ in shape: {names[0]} is {shapes[0]}, {names[1]} {shapes[1]}{cause}: "

@@ -1,14 +1,17 @@
 """Decides by names alone which files of a folder are read as which split, class or mask. Refuses ambiguous names."""
 
+import dataclasses
 import re
 import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote
+
+import pyarrow as pa
 
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -28,6 +31,8 @@ _SPLIT_WORDS: dict[str, SplitName] = {
 }
 _ANY_WORD = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
 _MASKS = ("mask", "masks", "label", "labels")  # the words that mark a folder of masks, unless data.target names one
+_NULL = "__HIVE_DEFAULT_PARTITION__"  # the folder of nulls in Hive, Spark and Arrow
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _SPLIT_KEYS = ("split", "set", "subset", "partition", "fold", "phase", "part")  # keys of hive folders: split=train
 
 
@@ -38,7 +43,19 @@ class Placed:
     path: str
     class_name: str | None = None  # of an image
     mask: str | None = None  # of an image: the path of its mask
-    columns: Mapping[str, str] = field(default_factory=dict)  # of a table in hive folders, key=value
+    columns: Mapping[str, str | int | None] = field(default_factory=dict)  # of a table in hive folders, key=value
+
+    def with_fields(self, schema: pa.Schema) -> pa.Schema:
+        """Add the columns that the file's folders name to its schema."""
+        names = [name for name in self.columns if name not in schema.names]
+        return pa.schema([*schema, *((name, pa.scalar(self.columns[name]).type) for name in names)], schema.metadata)
+
+    def with_columns(self, table: pa.Table, *, left_out: Collection[str] = ()) -> pa.Table:
+        """Add the columns that the file's folders name to its table, except those left out."""
+        for key, value in self.columns.items():
+            if key not in {*table.column_names, *left_out}:
+                table = table.append_column(key, pa.repeat(pa.scalar(value), table.num_rows))
+        return table
 
 
 Layout = dict[SplitName, list[Placed]]
@@ -80,35 +97,58 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     """
     _refuse_formats_of_one_table(paths, where)
     layout: Layout = defaultdict(list)
-    unnamed: list[str] = []
+    words: dict[str, dict[SplitName, str]] = {}
     by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # for each word of the split, an example path
+    columns: dict[str, dict[str, str]] = {}
     for path in paths:
-        splits, columns = _read_names(path, where, label_column)
-        if len(splits) > 1:
-            _refuse(
-                where,
-                f"{path} names several splits ({', '.join(splits)})",
-                "rename it, or give data.name the folder",
-                ignore=path,
-            )
-        split: SplitName = "train"
-        for split, word in splits.items():
+        words[path], columns[path] = _read_names(path, where, label_column)
+        for split, word in words[path].items():
             by_split[split].setdefault(word, path)
-        if not splits:
-            unnamed.append(path)
-        layout[split].append(Placed(path, columns=columns))
+    _refuse_several(words, where, "rename it, or give data.name the folder")
     for split, examples in by_split.items():
         if len(examples) > 1:
             path = [*examples.values()][-1]
             _refuse(where, f"{' and '.join(examples.values())} both name the {split} split", "rename one", ignore=path)
+    unnamed = [path for path in paths if not words[path]]
     names = dict.fromkeys(name for path in unnamed for name in (*path.split("/")[:-1], PurePosixPath(path).stem))
     if pair := alike_but_for_split(names):
         _refuse(where, f"{some(pair)} may name splits", "separate the word by a dash (my-train)", ignore=None)
-    if unnamed and by_split:
-        example = next(path for path in paths if path not in unnamed)
-        text = f"{some(unnamed)} name no split, as {example} does"
-        _refuse(where, text, "rename them (train-…)", ignore=unnamed[0])
+    for path, split in _split_of_each(words, where, "rename them (train-…)").items():
+        layout[split].append(Placed(path, columns=columns[path]))
     return dict(layout)
+
+
+def _refuse_several(words: Mapping[str, Mapping[SplitName, str]], where: str, remedy: str) -> None:
+    for path, splits in words.items():
+        if len(splits) > 1:
+            _refuse(where, f"{path} names several splits ({', '.join(splits)})", remedy, ignore=path)
+
+
+def _split_of_each(words: Mapping[str, Mapping[SplitName, str]], where: str, remedy: str) -> dict[str, SplitName]:
+    """Return the one split that each path names. If none names one, all are training data."""
+    unnamed = [path for path, splits in words.items() if not splits]
+    if unnamed and (example := next((path for path, splits in words.items() if splits), None)):
+        text = f"{some(unnamed)} {'names' if len(unnamed) == 1 else 'name'} no split, as {example} does"
+        _refuse(where, text, remedy, ignore=unnamed[0])
+    return {path: next(iter(splits)) if splits else "train" for path, splits in words.items()}
+
+
+def with_values(layout: Layout) -> Layout:
+    """Convert the texts of hive folders to values: a key's to integers if all of them are, and nulls to None."""
+    members = [member for files in layout.values() for member in files]
+    texts = {(key, text) for member in members for key, text in member.columns.items() if text != _NULL}
+    words = {key for key, text in texts if not _INTEGER.fullmatch(str(text))}
+
+    def value(key: str, text: str) -> str | int | None:
+        return None if text == _NULL else text if key in words else int(text)
+
+    return {
+        split: [
+            dataclasses.replace(file, columns={key: value(key, str(text)) for key, text in file.columns.items()})
+            for file in files
+        ]
+        for split, files in layout.items()
+    }
 
 
 def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitName, str], dict[str, str]]:
@@ -214,11 +254,16 @@ def lay_out_masks(
     images, masks = by_kind["image"], by_kind["mask"]
     layout: Layout = defaultdict(list)
     examples = {common.rpartition("/")[0]: path for common, path in reversed(images.items())}
-    split_of = _splits_of_folders(examples, where)
+    words_of: dict[str, dict[SplitName, str]] = {
+        path: {split: word for part in folder.split("/") for split, word in words_of_splits(part).items()}
+        for folder, path in examples.items()
+    }
+    _refuse_several(words_of, where, "rename its folders")
+    split_of = _split_of_each(words_of, where, "move it into one")
     for common, path in images.items():
         names = (common, *(f"{common}_{each}" for each in words["mask"]))
         mask = next((masks.pop(name) for name in names if name in masks), None)
-        layout[split_of[common.rpartition("/")[0]]].append(Placed(path, mask=mask))
+        layout[split_of[examples[common.rpartition("/")[0]]]].append(Placed(path, mask=mask))
     return dict(layout), sorted(masks.values())
 
 
@@ -244,28 +289,6 @@ def _without_word(path: str, words: Sequence[str]) -> str | None:
         if num:
             return "/".join([*folders[:place], *filter(None, [remainder.strip("-_ ")]), *folders[place + 1 :], name])
     return None
-
-
-def _splits_of_folders(examples: Mapping[str, str], where: str) -> dict[str, SplitName]:
-    """Return the split of each folder, which it or a folder around it names. If none names one, all are training data.
-
-    Args:
-        examples: for each folder, the path of one of its files.
-    """
-    split_of: dict[str, SplitName] = {}
-    for folder, path in examples.items():
-        splits: dict[SplitName, str] = {}
-        for part in folder.split("/"):
-            splits |= words_of_splits(part)
-        if len(splits) > 1:
-            text = f"{path} names several splits ({', '.join(splits)})"
-            _refuse(where, text, "rename its folders", ignore=path.rpartition("/")[0])
-        if splits:
-            split_of[folder] = next(iter(splits))
-    if split_of and (unnamed := [path for folder, path in examples.items() if folder not in split_of]):
-        other = examples[next(iter(split_of))]
-        _refuse(where, f"{unnamed[0]} names no split, as {other} does", "move it into one", ignore=unnamed[0])
-    return {folder: split_of.get(folder, "train") for folder in examples}
 
 
 def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:

@@ -31,7 +31,6 @@ class ListedFile:
 
     path: str  # relative to the listed folder, with "/" between its parts
     size: int  # bytes
-    mtime_ns: int | None  # None if the storage has no times
     real_path: str | None = None  # the file that a link leads to; None without a link
 
 
@@ -63,7 +62,7 @@ def list_folder(system: fs.FileSystem, root: str) -> Listing:
         if info.type == fs.FileType.Directory:
             folders.append(path)
         elif info.type == fs.FileType.File:
-            files.append(ListedFile(path, info.size or 0, info.mtime_ns))
+            files.append(ListedFile(path, info.size or 0))
     return Listing(tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(folders)))
 
 
@@ -90,7 +89,7 @@ def _list_local(root: str) -> Listing:
                 real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_folder, entry.name)
                 if stat.S_ISREG(status.st_mode):
                     real = real_path if is_link or through_link else None
-                    files.append(ListedFile(path, status.st_size, status.st_mtime_ns, real))
+                    files.append(ListedFile(path, status.st_size, real))
                 elif stat.S_ISDIR(status.st_mode):
                     folders.append(path)
                     if is_link and any(f"{around}/".startswith(f"{real_path.rstrip('/')}/") for around in entered):

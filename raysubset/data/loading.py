@@ -9,14 +9,13 @@ import pyarrow as pa
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.columns import Tables, is_of_columns, read_tables
 from raysubset.data.contents import Kind, array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
+from raysubset.data.examples import OwnAugmentation
 from raysubset.data.files import not_streamed, read_path, read_texts
 from raysubset.data.finding import TEXT_SUFFIXES
-from raysubset.data.fitting import of_arrays, of_tables, of_texts
+from raysubset.data.fitting import of_arrays, of_images, of_tables, of_texts
 from raysubset.data.full_set import FullSet
 from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts
-from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
-from raysubset.data.own_augmentation import OwnAugmentation
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -39,10 +38,12 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     start_s = time.perf_counter()
     before = file_fingerprint(config, known)
     full_set, kind = _load(config, task or TaskConfig())
-    if config.own_augmentation:
-        full_set = dataclasses.replace(full_set, augmentation=OwnAugmentation(config.own_augmentation))
-    full_set = dataclasses.replace(full_set, advice=(*full_set.advice, *unused_settings(config, kind)))
-    full_set = dataclasses.replace(full_set, fingerprint=_fingerprint(full_set, config, before))
+    full_set = dataclasses.replace(
+        full_set,
+        augmentation=OwnAugmentation(config.own_augmentation) if config.own_augmentation else None,
+        advice=(*full_set.advice, *unused_settings(config, kind)),
+        fingerprint=_fingerprint(full_set, config, before),
+    )
     sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
     return full_set

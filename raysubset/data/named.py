@@ -14,6 +14,7 @@ from raysubset.config import DataConfig
 from raysubset.data.columns import Tables, choose_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
+from raysubset.data.labels import Labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
@@ -90,7 +91,7 @@ def _digits(config: DataConfig) -> SourceSplit:
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
     images, _ = as_images(pixels, config.name, config.image_size)
-    return SourceSplit(images, pa.chunked_array([rows[:, -1].astype(np.int64)]))
+    return SourceSplit(images, Labels(pa.chunked_array([rows[:, -1].astype(np.int64)])))
 
 
 def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
@@ -117,15 +118,18 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
     images, _ = as_images(pixels, name, config.image_size)
-    return SourceSplit(images, pa.chunked_array([labels.astype(np.int64)]), class_names)
+    return SourceSplit(images, Labels(pa.chunked_array([labels.astype(np.int64)]), class_names))
 
 
 def _read(
     name: str, root: Path, files: list[Path], *, train: bool, download: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     """Read pixels, labels and class names of a split. MNIST's are None: its "0 - zero" repeats the labels."""
-    reader = _reader(name)
-    if name not in _IDX_NAMES:
+    from torchvision import datasets  # imports torch._dynamo, which takes two seconds of a CPU
+
+    class_name, _, file_names = _SETS[name]
+    reader: Any = getattr(datasets, class_name)
+    if file_names != _IDX_FILES:
         dataset = reader(root, train=train, download=download)
         return np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
     if download:
@@ -149,31 +153,15 @@ def _of_idx(read_file: Callable[[str], Any], path: Path) -> np.ndarray:
 
 def torchvision_files(name: str, root: str) -> list[Path]:
     """Return the paths of the files from which torchvision reads a set."""
-    return [Path(root, _FOLDERS[name], file) for file in _FILES[name]]
+    _, folder, files = _SETS[name]
+    return [Path(root, folder, file) for file in files]
 
 
 _IDX_FILES = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
-_IDX_NAMES = ("mnist", "fashion_mnist")
-_FOLDERS = {
-    "mnist": "MNIST/raw",
-    "fashion_mnist": "FashionMNIST/raw",
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
+_CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+_SETS = {  # torchvision's class, its folder and its files
+    "mnist": ("MNIST", "MNIST/raw", _IDX_FILES),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", _IDX_FILES),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", _CIFAR10_FILES),
+    "cifar100": ("CIFAR100", "cifar-100-python", ("train", "test", "meta")),
 }
-_FILES = {
-    "mnist": _IDX_FILES,
-    "fashion_mnist": _IDX_FILES,
-    "cifar10": (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
-    "cifar100": ("train", "test", "meta"),
-}
-
-
-def _reader(name: str) -> Any:
-    from torchvision import datasets  # imports torch._dynamo, which takes two seconds of a CPU
-
-    return {
-        "mnist": datasets.MNIST,
-        "fashion_mnist": datasets.FashionMNIST,
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-    }[name]

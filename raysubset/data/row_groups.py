@@ -1,8 +1,8 @@
-"""Reads tensors from Parquet files by row group, so that a training split need not be held in memory."""
+"""Reads tensors from Parquet files by row group, images or features, so that a split need not be held in memory."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,10 +13,16 @@ import pyarrow.parquet as pq
 
 from raysubset.config import DataConfig
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange
-from raysubset.data.image_columns import image_column, images_of
+from raysubset.data.image_columns import image_column, images_of, plain
 from raysubset.data.images import EncodedImages, decode
+from raysubset.data.layout import Placed
 from raysubset.data.listing import locate
+from raysubset.data.split import SplitName, is_scalar
 from raysubset.errors import first_line
+from raysubset.tasks import TableInputs
+
+_READ_BYTES = 2**28  # of columns that are read together, estimated at _VALUE_BYTES a value
+_VALUE_BYTES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +40,13 @@ class RowGroups(ABC):
     starts: np.ndarray  # int64 [G + 1], the first row of each row group, and at the end the number of rows
 
     @classmethod
-    def of_files(
-        cls, config: DataConfig, where: str, paths: Sequence[str], num_rows: Sequence[Sequence[int]], **fields: Any
-    ) -> Self:
-        """Join files, given the number of rows of each row group of each file. `fields` are the subclass's."""
-        counts = list(itertools.chain.from_iterable(num_rows))
-        files = np.repeat(np.arange(len(paths)), [len(groups) for groups in num_rows])
-        numbers = np.array([number for groups in num_rows for number in range(len(groups))], dtype=np.int64)
+    def of_files(cls, config: DataConfig, where: str, paths: Sequence[str], **fields: Any) -> Self:
+        """Join files, whose row groups are counted. `fields` are the subclass's."""
+        system, _ = locate(config.name)
+        metadata = [pq.read_metadata(path, filesystem=system) for path in paths]
+        files = np.repeat(np.arange(len(paths)), [each.num_row_groups for each in metadata])
+        numbers = np.concatenate([np.arange(each.num_row_groups) for each in metadata])
+        counts = [each.row_group(number).num_rows for each in metadata for number in range(each.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         return cls(config, where, tuple(paths), files, numbers, starts, **fields)
 
@@ -61,10 +67,6 @@ class RowGroups(ABC):
     def attribute_fields(self) -> Sequence[pa.Field]:
         """The fields of the columns by which subsets can be cut."""
         return ()
-
-    def attribute(self, name: str) -> pa.ChunkedArray | None:
-        """Return a column by which subsets can be cut, for all rows; None if the groups do not read it."""
-        return None
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the row group of each row: int64 [n]."""
@@ -170,3 +172,72 @@ class ImageGroups(RowGroups):
         if isinstance(images, EncodedImages):
             return decode(images, self.config.image_size, self.grey_range)
         return images, findings
+
+
+@dataclass(frozen=True, eq=False)
+class TableGroups(RowGroups):
+    """Row groups whose columns are read as features: "inputs", float32 [n, F]."""
+
+    members: tuple[Placed, ...]  # the files, whose folders may name columns
+    schema: pa.Schema  # of the features' columns, with types that hold the values of all files
+    inputs: TableInputs | None = None  # None until it is fitted on training rows
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return [column.name for column in self._inputs.columns]
+
+    def empty(self, num: int) -> dict[str, np.ndarray]:
+        return {self._inputs.column: np.empty((num, self._inputs.num_features), dtype=np.float32)}
+
+    def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
+        table = self._alike(table, group, self.columns).take(pa.array(rows))
+        features, _ = self._inputs.encode(table, where=f"row group {self.describe(group)}", rows=rows)
+        return {self._inputs.column: features}
+
+    @property
+    def attribute_fields(self) -> Sequence[pa.Field]:
+        return [field for field in self.schema if is_scalar(field.type)]
+
+    def whole_columns(self, names: Sequence[str]) -> pa.Table:
+        """Read some columns of all rows into memory. Raises as read() does."""
+        groups = range(len(self.numbers))
+        parts = zip(groups, self.tables(groups, names), strict=True)
+        return pa.concat_tables([self._alike(table, group, names) for group, table in parts])
+
+    def _alike(self, table: pa.Table, group: int, names: Sequence[str]) -> pa.Table:
+        """Return these columns of the table in the schema's types, as after joining it to the other files' tables."""
+        file = self.files[group]
+        table = self.members[file].with_columns(table).select(names)
+        empty = self.schema.empty_table().select(names)
+        return pa.concat_tables([empty, plain(table, self.config, self.paths[file])], promote_options="permissive")
+
+    @property
+    def _inputs(self) -> TableInputs:
+        assert self.inputs is not None
+        return self.inputs
+
+
+class TrainingColumns:
+    """The columns of training rows for fit_columns(), which are read in order, a few at a time, and then freed.
+
+    The other splits' values are kept. So each value is read once, and memory holds only a few training columns.
+    """
+
+    def __init__(self, groups: TableGroups, rows: Mapping[SplitName, np.ndarray], *, kept: Sequence[SplitName]) -> None:
+        """Prepare to read. `rows` are each split's rows in the files; the raw values of `kept` splits are kept."""
+        self.column_names, self.num_rows = groups.schema.names, len(rows["train"])
+        self._groups, self._rows, self._part = groups, rows, pa.table({})
+        self._kept: dict[SplitName, list[pa.Table]] = {split: [] for split in kept}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._part.column_names:
+            self._part = pa.table({})
+            place, num = self.column_names.index(name), _READ_BYTES // _VALUE_BYTES // int(self._groups.starts[-1])
+            self._part = self._groups.whole_columns(self.column_names[place : place + max(1, num)])
+            for split, parts in self._kept.items():
+                parts.append(self._part.take(pa.array(self._rows[split])))
+        return self._part.column(name).take(pa.array(self._rows["train"]))
+
+    def kept(self, split: SplitName) -> pa.Table:
+        """Return all columns of a kept split's rows. Call it after column() has read every column."""
+        return pa.table({name: part.column(name) for part in self._kept[split] for name in part.column_names})

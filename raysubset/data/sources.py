@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages
+from raysubset.data.labels import Labels
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -17,20 +18,13 @@ class SourceSplit:
     """A split of the source: its images and targets as the source stores them."""
 
     images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; ImageGroups if streamed
-    targets: pa.ChunkedArray | np.ndarray  # see labels; or numbers, float64 [N, K]; or masks, integers [N, …]
-    class_names: tuple[str, ...] | None = None  # in the order of the labels; None if the source has no names
+    targets: Labels | np.ndarray  # classes; or numbers, float64 [N, K]; or masks, integers [N, …]
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
     notes: tuple[Note, ...] = ()  # decisions made for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
     where: str = ""  # the name of the split in messages
     target_names: tuple[str, ...] = ()  # columns of numbers or masks
     is_by_name: bool = False  # True if data.image_column and data.target name the columns that are read
-
-    @property
-    def labels(self) -> pa.ChunkedArray:
-        """The labels of classes, [N]: integers or class names, without nulls."""
-        assert isinstance(self.targets, pa.ChunkedArray)
-        return self.targets
 
     @property
     def decoded(self) -> np.ndarray | ImageGroups:

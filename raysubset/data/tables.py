@@ -10,17 +10,17 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.image_columns import ReadFile, image_column, images_of, is_string, masks_of, with_full_paths
+from raysubset.data.image_columns import ReadFile, images_of, masks_of, plain, with_full_paths
 from raysubset.data.images import EncodedImages
 from raysubset.data.labels import UNLABELLED, as_labels, renumbered
 from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import SourceSplit
-from raysubset.data.split import RESERVED_COLUMNS
+from raysubset.data.split import RESERVED_COLUMNS, is_scalar
 from raysubset.events import Note
 from raysubset.tasks import target_numbers
 
-MOST_COLUMNS = 50  # listed in one message
+_MOST_COLUMNS = 50  # listed in one message
 
 # The usual names of targets that tasks other than classification learn from images; the full set uses the first.
 IMAGE_TARGETS = {"regression": ("target", "label"), "segmentation": ("mask", "label")}
@@ -33,11 +33,8 @@ def needed_columns(schema: pa.Schema, where: str, config: DataConfig, task: str)
         ValueError: for a missing image or target column, with the nearest name, and for two columns of one name.
     """
     targets = image_targets(schema.names, config, task, where)
-    for option, column in (("image_column", config.image_column), *(("target", name) for name in targets)):
-        if column not in schema.names:
-            names = ", ".join(schema.names)
-            hint = nearest(column, schema.names)
-            raise ValueError(f"{where} has no column {column}: set --data.{option} to one of {names}{hint}")
+    refuse_absent([config.image_column], schema.names, where, option="image_column")
+    refuse_absent(targets, schema.names, where, option="target")
     if config.image_column in targets:
         raise ValueError(
             f"{config.image_column} is --data.image_column and --data.target: it cannot be learned from itself"
@@ -70,9 +67,25 @@ def split_names(option: str, text: str | None, columns: Sequence[str]) -> tuple[
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise ValueError(
-            f"data.{option} = {text!r} names no column: set it to some of {some(columns, most=MOST_COLUMNS)}"
+            f"data.{option} = {text!r} names no column: set it to some of {some(columns, most=_MOST_COLUMNS)}"
         )
     return names
+
+
+def refuse_absent(
+    names: Sequence[str], columns: Sequence[str], where: str, *, option: str | None = None, is_train: bool = True
+) -> None:
+    """Refuse a table of these columns if it lacks one of the names, which an option of data may set.
+
+    Raises:
+        ValueError: with the column's name and the nearest one.
+    """
+    if absent := next((name for name in names if name not in columns), None):
+        known = f"{some(columns, most=_MOST_COLUMNS)}{nearest(absent, columns)}"
+        if option:
+            raise ValueError(f"{where} has no column {absent}: set --data.{option} to some of {known}")
+        remedy = "" if is_train else "; or leave the split out with --data.ignored"
+        raise ValueError(f"{where} has no column {absent}, only {known}{remedy}")
 
 
 def usual_target(columns: Sequence[str], usual: Sequence[str], where: str) -> str:
@@ -85,7 +98,7 @@ def usual_target(columns: Sequence[str], usual: Sequence[str], where: str) -> st
     if len(targets) != 1:
         problem = f"both columns {' and '.join(targets)}" if targets else f"neither a column {' nor '.join(usual)}"
         raise ValueError(
-            f"{where} has {problem}: set --data.target to the one to learn, of {some(columns, most=MOST_COLUMNS)}"
+            f"{where} has {problem}: set --data.target to the one to learn, of {some(columns, most=_MOST_COLUMNS)}"
         )
     return targets[0]
 
@@ -205,19 +218,6 @@ def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.
     return numbers
 
 
-def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:
-    """Convert a table's columns to layouts that can be concatenated with those of other files."""
-    for place, field in enumerate(table.schema):
-        if pa.types.is_string_view(field.type):
-            column = table.column(place).cast(pa.string())
-        elif field.name in (config.image_column, config.label_column):
-            column = image_column(table, field.name, path)
-        else:
-            continue
-        table = table.set_column(place, field.name, column)
-    return table
-
-
 def from_tables(
     tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str, read_file: ReadFile | None = None
 ) -> SourceSplit:
@@ -248,7 +248,7 @@ def from_tables(
     else:
         targets = masks_of(joined.table.column(names[0]), images, where, image_size=config.image_size)
     columns, notes = _scalars(joined, (config.image_column, *names), ("image", IMAGE_TARGETS[task][0], "row"), where)
-    return SourceSplit(images, targets, None, columns, notes, findings, where, names, is_by_name=True)
+    return SourceSplit(images, targets, columns, notes, findings, where, names, is_by_name=True)
 
 
 def with_scalars(
@@ -259,10 +259,10 @@ def with_scalars(
     Raises:
         ValueError: for values that are no labels.
     """
-    labels, class_names = as_labels(joined.table.column(config.label_column), where)
+    labels = as_labels(joined.table.column(config.label_column), where)
     columns, notes = _scalars(joined, (config.image_column, config.label_column), RESERVED_COLUMNS, where)
-    names = joined.class_names or class_names
-    return SourceSplit(images, labels, names, columns, notes, where=where, is_by_name=True)
+    labels = dataclasses.replace(labels, names=joined.class_names or labels.names)
+    return SourceSplit(images, labels, columns, notes, where=where, is_by_name=True)
 
 
 def _scalars(
@@ -275,11 +275,6 @@ def _scalars(
     if clashing:
         notes += (Note(f"{where}: column {', '.join(clashing)} left out, since the full set has its own"),)
     return {name: table.column(name) for name in further if name not in clashing}, notes
-
-
-def is_scalar(type_: pa.DataType) -> bool:
-    """Return True for types by whose values subsets can be cut: integers, truth values and texts."""
-    return pa.types.is_integer(type_) or pa.types.is_boolean(type_) or is_string(type_)
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ...] | None, str | None]:

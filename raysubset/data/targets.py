@@ -11,19 +11,23 @@ from raysubset.data.full_set import count_levels
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 from raysubset.tasks import (
+    AbsoluteError,
+    Classification,
     CrossEntropy,
+    Huber,
     ImageInputs,
     Regression,
     Segmentation,
+    SquaredError,
     TableInputs,
     Task,
     TensorInputs,
     balanced_weights,
-    classification,
     refuse_constant,
-    regression,
     strata_of_numbers,
 )
+
+_LOSSES = {"absolute_error": AbsoluteError(), "huber": Huber()}  # of numbers; all others are the squared error
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,22 @@ class Targets:
 
     def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
         """Build the task that learns these targets from the inputs, given the training rows' values."""
-        if self.kind == "classes":
-            return classification(inputs, self.names, config, train)
-        if self.kind == "masks":
-            assert isinstance(inputs, ImageInputs)
-            return self._segmentation(inputs, train, config)
-        refuse_constant(train, self.names)
-        return regression(inputs, self.names, config, train)
-
-    def _segmentation(self, inputs: ImageInputs, train: np.ndarray, config: TaskConfig) -> Segmentation:
+        if self.kind == "numbers":
+            refuse_constant(train, self.names)
+            mean, std = (tuple(values.tolist()) for values in (train.mean(axis=0), train.std(axis=0)))
+            return Regression(inputs, self.names, mean, std, _LOSSES.get(config.loss, SquaredError()))
+        if self.kind == "classes" and config.loss == "squared_error":
+            return Classification(inputs, self.names, SquaredError(is_one_hot=True))
+        ignored = config.ignored if self.kind == "masks" else None
         weights = None
         if config.class_weights == "balanced":
-            pixels = train.ravel()
-            counted = pixels if config.ignored is None else pixels[pixels != config.ignored]
+            counted = train.ravel() if ignored is None else train[train != ignored]
             weights = balanced_weights(counted, len(self.names))
-        objective = CrossEntropy(config.label_smoothing, ignored=config.ignored, class_weights=weights)
-        return Segmentation(inputs, self.names, config.ignored, objective)
+        objective = CrossEntropy(config.label_smoothing, ignored=ignored, class_weights=weights)
+        if self.kind == "classes":
+            return Classification(inputs, self.names, objective)
+        assert isinstance(inputs, ImageInputs)
+        return Segmentation(inputs, self.names, ignored, objective)
 
     def stored(self, split: SplitName, rows: np.ndarray, task: Task) -> dict[str, np.ndarray]:
         """Return the column of targets that a split stores for some rows, by its name."""

@@ -1,6 +1,6 @@
 """Streaming the full set to Ray Train's workers by Ray Data: tasks on free CPUs decode the next examples.
 
-examples = full_set.examples("train", device=device, augment=True)
+examples = full_set.training_batches(device=device, augment=True)
 examples = read_by_ray_data(examples, full_set_ref, shard=shard, config=config)
 
 Each worker runs its own pipeline over its stretch of an epoch. Ray Train's own shards (get_dataset_shard) do not serve

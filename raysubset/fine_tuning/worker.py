@@ -183,7 +183,7 @@ class _Worker:
             teachers = [self._network(teacher.weights()) for teacher in job.teachers]
             share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
             self._distillation = Distillation(teachers, share=share, temperature=temperature)
-        examples = full_set.examples("train", device=device, augment=True)
+        examples = full_set.training_batches(device=device, augment=True)
         if isinstance(examples, StreamedExamples):
             examples = read_by_ray_data(examples, job.full_set_ref, shard=shard, config=config)
         self._examples = examples

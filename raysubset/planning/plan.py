@@ -228,9 +228,9 @@ def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:
     model = seeded_model(config, full_set)
     has_lone_trunk = config.trunk.epochs and config.trunk.num_workers == 1
     if config.method == "conventional" or has_lone_trunk:
-        data_bytes = full_set.examples_num_bytes("train")
+        data_bytes = full_set.training_num_bytes()
     else:
-        data_bytes = full_set.examples_num_bytes("train", max(len(subset.indices) for subset in plan.subsets))
+        data_bytes = full_set.training_num_bytes(max(len(subset.indices) for subset in plan.subsets))
     return data_bytes + minimizing_bytes(model, config.minimize, full_set.spec, num_examples=len(full_set.validation))
 
 

@@ -8,13 +8,11 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from raysubset.config import TaskConfig
 from raysubset.tasks.columns import TableInputs
-from raysubset.tasks.images import ImageInputs
+from raysubset.tasks.inputs import ImageInputs, TensorInputs
 from raysubset.tasks.losses import CrossEntropy, SquaredError
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, OutputsOf, Rows
-from raysubset.tasks.tensors import TensorInputs
 
 # The most images that the report keeps of those that the final model gets wrong, and the most bytes of them
 _MOST_MISTAKES, _MISTAKES_BYTES = 24, 4 * 2**20
@@ -51,7 +49,7 @@ class Classification(InputsTask[CrossEntropy | SquaredError]):
         return rows["label"]
 
     @property
-    def loss_name(self) -> str:
+    def loss_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.objective.name
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
@@ -88,16 +86,3 @@ def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     counts = np.bincount(labels, minlength=num_classes)
     num_present = np.count_nonzero(counts)
     return tuple(float(len(labels) / (num_present * count)) if count else 0.0 for count in counts)
-
-
-def classification(
-    inputs: ImageInputs | TableInputs | TensorInputs,
-    class_names: tuple[str, ...],
-    config: TaskConfig,
-    labels: np.ndarray,
-) -> Classification:
-    """Return the task that the config asks for, given the training labels, int64 [N]."""
-    if config.loss == "squared_error":
-        return Classification(inputs, class_names, SquaredError(is_one_hot=True))
-    weights = balanced_weights(labels, len(class_names)) if config.class_weights == "balanced" else None
-    return Classification(inputs, class_names, CrossEntropy(config.label_smoothing, class_weights=weights))

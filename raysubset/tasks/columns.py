@@ -1,7 +1,7 @@
 """Turns a table's columns into numbers: features fitted on training rows, and targets of regression. Reads no files."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,23 +16,12 @@ from raysubset.errors import listed
 from raysubset.events import Note
 
 Missing = Literal["refuse", "mean"]
+Kind = Literal["number", "time", "category"]  # a time is read as seconds
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_S = 86400
-_TEXTS: tuple[Callable[[pa.DataType], bool], ...] = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_dictionary,
-)
-_NUMBERS: tuple[Callable[[pa.DataType], bool], ...] = (
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_boolean,
-    pa.types.is_decimal,
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class InputColumn:
     """A column of a table and how it becomes features: one standardised number, or one feature a category."""
 
     name: str
-    kind: Literal["number", "time", "category"]  # a time is read as seconds
+    kind: Kind
     mean: float = 0.0  # over training rows
     deviation: float = 1.0  # the standard deviation over training rows, divided by N, not N - 1
     values: tuple[str, ...] = ()  # the categories in training rows, sorted
@@ -72,9 +61,6 @@ class TableInputs:
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
         """Return the features [n, F]: stored rows are already encoded."""
         return rows[self.column]
-
-    def draw(self, num: int, seed: int) -> Tensor | None:
-        return None
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Return (shift, scale), float64 [F]: a number is standardised as (number - shift) / scale.
@@ -110,7 +96,7 @@ class TableInputs:
             ValueError: for a column that is missing or has another kind, for infinite values, and for missing values
                 if `missing` is "refuse".
         """
-        place = _Place(where, rows)
+        place = _Place(where, rows, self.missing)
         features = np.zeros((table.num_rows, self.num_features), np.float32)
         filled: list[str] = []
         unknown: list[str] = []
@@ -118,15 +104,13 @@ class TableInputs:
         for column in self.columns:
             values = _column(table, column.name, where)
             if column.kind == "category":
-                numbers = _category_numbers(values, column, self.missing, place, unknown)
+                numbers = _category_numbers(values, column, place, unknown)
                 rows_known = np.flatnonzero(numbers >= 0)
                 features[rows_known, first + numbers[rows_known]] = 1
             else:
                 numbers = _numbers(values, column.name, column.kind, place)
                 absent = np.isnan(numbers)
                 if absent.any():
-                    if self.missing == "refuse":
-                        raise place.missing(column.name, absent)
                     filled.append(f"{column.name} ({absent.sum()})")
                     numbers[absent] = column.mean
                 with np.errstate(over="ignore"):
@@ -199,46 +183,42 @@ def fit_columns(
     Raises:
         ValueError: for a column that is missing or cannot be a feature, with the way out.
     """
-    place = _Place(where, rows)
+    place = _Place(where, rows, missing)
     if not table.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
     columns: list[InputColumn] = []
     constant: list[str] = []
-    times: list[str] = []
-    with_missing: list[str] = []
+    missing_texts: list[str] = []
     filled: list[str] = []
     notes: list[Note] = []
     for name in dict.fromkeys(names):
         values = _column(table, name, where)
-        if _is_any(values.type, _TEXTS):
-            column = _fit_category(values, name, missing, place)
-            if column and (stray := _stray_text(_texts(values), place)):
-                text = f"column {name} is read as {len(column.values)} categories, not as numbers: {stray}"
-                notes.append(Note(text, is_warning=True))
-        elif pa.types.is_null(values.type) or _is_any(values.type, _NUMBERS) or is_time(values.type):
-            kind = "time" if is_time(values.type) else "number"
-            column, num_missing = _fit_number(values, name, kind, missing, place)
-            if column and num_missing:
-                filled.append(f"{name} ({num_missing})")
-        else:
-            raise ValueError(
-                f"column {name} of {where} holds {values.type}, which is no number, time or text: leave it out of "
-                "--data.columns; a column of images is named by --data.image-column"
-            )
+        match kind_of_column(values.type):
+            case "category":
+                column, num_missing = _fit_category(values, name, place)
+                if column and (stray := _stray_text(_texts(values), place)):
+                    text = f"column {name} is read as {len(column.values)} categories, not as numbers: {stray}"
+                    notes.append(Note(text, is_warning=True))
+            case None:
+                raise ValueError(
+                    f"column {name} of {where} holds {values.type}, which is no number, time or text: leave it out of "
+                    "--data.columns; a column of images is named by --data.image-column"
+                )
+            case kind:
+                column, num_missing = _fit_number(values, name, kind, place)
         if column is None:
             constant.append(name)
             continue
         columns.append(column)
-        if column.kind == "time":
-            times.append(name)
-        if column.has_missing:
-            with_missing.append(f"{name} ({_texts(values).null_count})")
+        if num_missing:
+            (missing_texts if column.kind == "category" else filled).append(f"{name} ({num_missing})")
+    times = [column.name for column in columns if column.kind == "time"]
     if constant:
         notes.append(Note(f"columns that are the same in all training rows are left out: {listed(constant)}"))
     if times:
         notes.append(Note(f"dates and times are read as numbers of seconds: {listed(times)}"))
-    if with_missing:
-        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(with_missing)}"))
+    if missing_texts:
+        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(missing_texts)}"))
     if filled:
         notes.append(_filled_note(filled, where))
     if not columns:
@@ -257,20 +237,19 @@ def target_numbers(
     Raises:
         ValueError: for a column that is missing or of text, and for missing or infinite values.
     """
-    place = _Place(where, rows)
+    place = _Place(where, rows, "refuse", "leave such rows out, a target cannot be filled in")
     targets = np.empty((table.num_rows, len(names)))
     for number, name in enumerate(names):
         values = _column(table, name, where)
-        if _is_any(values.type, _TEXTS):
+        kind = kind_of_column(values.type)
+        if kind == "category":
             raise ValueError(
-                f"the target {name} of {where} is text{_such_as(values)}: regression needs numbers, and texts are "
+                f"the target {name} of {where} is text{such_as(values)}: regression needs numbers, and texts are "
                 "classes: use --task classification, or set --data.target to another column"
             )
-        if not (_is_any(values.type, _NUMBERS) or pa.types.is_null(values.type)):
+        if kind != "number":
             raise ValueError(f"the target {name} of {where} holds {values.type}: give numbers for regression")
         targets[:, number] = _numbers(values, name, "number", place)
-        if (absent := np.isnan(targets[:, number])).any():
-            raise place.missing(name, absent, remedy="leave such rows out, a target cannot be filled in")
     return targets
 
 
@@ -291,21 +270,23 @@ def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """The name of a table and of its rows in messages."""
+    """The name of a table and of its rows in messages, and whether values may be missing."""
 
     where: str
     rows: np.ndarray | None
+    missing: Missing
+    remedy: str = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
     def of(self, position: int) -> str:
         row = position if self.rows is None else self.rows[position]
         return f"in row {row} of {self.where}"
 
-    def missing(self, name: str, absent: np.ndarray, *, remedy: str | None = None) -> ValueError:
-        """Return the error that refuses missing values, those where absent, bool [N], is True."""
-        num, first = int(absent.sum()), int(np.flatnonzero(absent)[0])
-        suffix = f", and in {num - 1} more rows" if num > 1 else ""
-        remedy = remedy or "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
-        return ValueError(f"column {name} has no value {self.of(first)}{suffix}: {remedy}")
+    def check(self, name: str, absent: np.ndarray) -> None:
+        """Refuse a column's missing values, those where absent, bool [N], is True, if none may be missing."""
+        if self.missing == "refuse" and (num := int(absent.sum())):
+            suffix = f", and in {num - 1} more rows" if num > 1 else ""
+            first = self.of(int(np.flatnonzero(absent)[0]))
+            raise ValueError(f"column {name} has no value {first}{suffix}: {self.remedy}")
 
 
 def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
@@ -319,26 +300,33 @@ def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
             raise ValueError(f"{where} has several columns {name}: give each a name of its own")
 
 
-def is_time(type_: pa.DataType) -> bool:
-    """Return True for dates, times and durations, which convert to seconds; spans of months do not."""
-    return pa.types.is_temporal(type_) and not pa.types.is_interval(type_)
+def is_string(type_: pa.DataType) -> bool:
+    """Return True for texts in any of Arrow's layouts."""
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
-def _is_any(type_: pa.DataType, kinds: Sequence[Callable[[pa.DataType], bool]]) -> bool:
-    return any(kind(type_) for kind in kinds)
+def kind_of_column(type_: pa.DataType) -> Kind | None:
+    """Return what values of a type can be learned as; None if they cannot. Nulls alone count as numbers.
+
+    Dates, times and durations convert to seconds; spans of months do not.
+    """
+    if is_string(type_) or pa.types.is_dictionary(type_):
+        return "category"
+    if pa.types.is_temporal(type_) and not pa.types.is_interval(type_):
+        return "time"
+    is_any = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return "number" if any(is_kind(type_) for is_kind in is_any) else None
 
 
 def _fit_number(
-    values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], missing: Missing, place: _Place
+    values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], place: _Place
 ) -> tuple[InputColumn | None, int]:
     """Fit a column of numbers: return it, or None if it does not vary, and how many values are missing."""
     numbers = _numbers(values, name, kind, place)
-    absent = np.isnan(numbers)
-    if absent.any() and missing == "refuse":
-        raise place.missing(name, absent)
-    present = numbers[~absent]
+    present = numbers[~np.isnan(numbers)]
+    num_missing = len(numbers) - len(present)
     if not len(present) or present.min() == present.max():
-        return None, 0
+        return None, num_missing
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         mean, deviation = float(present.mean()), float(present.std())
     if not math.isfinite(mean) or not math.isfinite(deviation) or deviation == 0:
@@ -347,25 +335,22 @@ def _fit_number(
             "cannot standardise: give it in another unit, or leave it out with --data.columns"
         )
     if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
-        return None, 0
-    return InputColumn(name, kind, mean, deviation), len(numbers) - len(present)
+        return None, num_missing
+    return InputColumn(name, kind, mean, deviation), num_missing
 
 
 def _filled_note(filled: Sequence[str], where: str) -> Note:
     return Note(f"missing values of {where} filled with the training mean: {listed(filled)}")
 
 
-def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _Place) -> InputColumn | None:
-    """Fit a column of texts: return it, or None if it does not vary."""
+def _fit_category(values: pa.ChunkedArray, name: str, place: _Place) -> tuple[InputColumn | None, int]:
+    """Fit a column of texts: return it, or None if it does not vary, and how many values are missing."""
     texts = _texts(values)
-    absent = texts.is_null().to_numpy()
-    if absent.any() and missing == "refuse":
-        raise place.missing(name, absent)
-    categories = sorted(texts.drop_null().unique().to_pylist())
-    has_missing = bool(absent.any())
+    place.check(name, texts.is_null().to_numpy())
+    categories, has_missing = sorted(texts.drop_null().unique().to_pylist()), texts.null_count > 0
     if len(categories) + has_missing < 2:
-        return None
-    num = len(texts) - int(absent.sum())
+        return None, texts.null_count
+    num = len(texts) - texts.null_count
     if len(categories) > MOST_VALUES or len(categories) == num:
         stray = _stray_text(texts, place)
         contents = f"{len(categories)} different texts" if len(categories) < num else "another text in each row"
@@ -374,13 +359,13 @@ def _fit_category(values: pa.ChunkedArray, name: str, missing: Missing, place: _
             f"column {name} of {place.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
             f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: {remedy}"
         )
-    return InputColumn(name, "category", values=tuple(categories), has_missing=has_missing)
+    return InputColumn(name, "category", values=tuple(categories), has_missing=has_missing), texts.null_count
 
 
 def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
     """Return "'?' in row 7 of … stands among numbers" if at least half of the texts are numbers, else ""."""
     strange = [text for text in texts.unique().to_pylist() if text is not None and not is_number(text)]
-    stray = np.flatnonzero(_places(texts, strange) >= 0)
+    stray = np.flatnonzero(places(texts, strange) >= 0)
     if not len(stray) or len(stray) > len(texts) / 2:
         return ""
     return f"{texts[stray[0]].as_py()!r} {place.of(stray[0])} stands among numbers"
@@ -395,17 +380,14 @@ def is_number(text: str) -> bool:
     return True
 
 
-def _category_numbers(
-    values: pa.ChunkedArray, column: InputColumn, missing: Missing, place: _Place, unknown: list[str]
-) -> np.ndarray:
+def _category_numbers(values: pa.ChunkedArray, column: InputColumn, place: _Place, unknown: list[str]) -> np.ndarray:
     """Return the number of each row's category, int64 [N], -1 for none, and describe unknown values in `unknown`."""
-    if not (_is_any(values.type, _TEXTS) or pa.types.is_null(values.type)):
+    if kind_of_column(values.type) != "category" and not pa.types.is_null(values.type):
         raise ValueError(f"column {column.name} of {place.where} holds {values.type}; in training it was text")
     texts = _texts(values)
     absent = texts.is_null().to_numpy()
-    if absent.any() and missing == "refuse":
-        raise place.missing(column.name, absent)
-    numbers = _places(texts, column.values)
+    place.check(column.name, absent)
+    numbers = places(texts, column.values)
     if column.has_missing:
         numbers[absent] = len(column.values)
     if len(unknown_rows := np.flatnonzero(numbers < 0)):
@@ -416,7 +398,7 @@ def _category_numbers(
     return numbers
 
 
-def _places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
+def places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
     """Return the position of each text in the values, int64 [N], -1 if it is not among them."""
     options = compute.SetLookupOptions(pa.array(values, pa.string()))
     return np.array(compute.call_function("index_in", [texts], options).fill_null(-1), np.int64)
@@ -433,26 +415,24 @@ def _numbers(values: pa.ChunkedArray, name: str, kind: Literal["number", "time"]
     """Return the values as float64 [N], times as seconds, missing values as NaN.
 
     Raises:
-        ValueError: for values of another kind, or infinite ones.
+        ValueError: for values of another kind, infinite ones, and missing ones that are refused.
     """
     type_ = values.type
-    if pa.types.is_null(type_):
-        return np.full(len(values), np.nan)
-    if (kind == "time") != is_time(type_) or not (kind == "time" or _is_any(type_, _NUMBERS)):
+    if kind_of_column(type_) != kind and not pa.types.is_null(type_):
         expected = "dates or times" if kind == "time" else "numbers"
         raise ValueError(
-            f"column {name} of {place.where} holds {type_}{_such_as(values)}; in training it was {expected}"
+            f"column {name} of {place.where} holds {type_}{such_as(values)}; in training it was {expected}"
         )
-    if kind == "time":
+    if kind_of_column(type_) == "time":
         numbers = _seconds(values)
     else:
-        plain = values.cast(pa.int8()) if pa.types.is_boolean(type_) else values
-        numbers = _float64(plain)
+        numbers = _float64(values.cast(pa.int8()) if pa.types.is_boolean(type_) else values)
     if len(infinite := np.flatnonzero(np.isinf(numbers))):
         raise ValueError(
             f"column {name} is {numbers[infinite[0]]} {place.of(infinite[0])}: leave such rows out, or the column with "
             "--data.columns"
         )
+    place.check(name, np.isnan(numbers))
     return numbers
 
 
@@ -470,6 +450,7 @@ def _float64(values: pa.ChunkedArray) -> np.ndarray:
     return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
 
 
-def _such_as(values: pa.ChunkedArray) -> str:
+def such_as(values: pa.ChunkedArray) -> str:
+    """Return ", such as 7" with the first value that is not missing, or "" if there is none."""
     present = values.drop_null()
     return f", such as {present[0].as_py()!r}" if len(present) else ""

@@ -29,6 +29,7 @@ class NextToken(LossTask[CrossEntropy]):
     name = "next_token"
     quality = "bits"
     higher_is_better = False
+    loss_name = "cross-entropy, nats a token"
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -63,10 +64,6 @@ class NextToken(LossTask[CrossEntropy]):
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the share of each window's tokens that were predicted right."""
         return (outputs.argmax(2) == targets).double().mean(1)
-
-    @property
-    def loss_name(self) -> str:
-        return "cross-entropy, nats a token"
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
         """Return the bits a token of each window, float64."""

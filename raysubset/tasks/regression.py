@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysubset.config import TaskConfig
 from raysubset.tasks.columns import TableInputs
-from raysubset.tasks.images import ImageInputs
+from raysubset.tasks.inputs import ImageInputs, TensorInputs
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, Rows
-from raysubset.tasks.tensors import TensorInputs
 
 _NUM_STRATA = 10
 
@@ -77,7 +75,7 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
         return np.ascontiguousarray((values - np.array(self.mean)) / np.array(self.std), dtype=np.float32)
 
     @property
-    def loss_name(self) -> str:
+    def loss_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"{self.objective.name} of standardised targets"
 
     def scaling_of_outputs(self) -> tuple[Tensor, Tensor]:
@@ -96,15 +94,6 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
 
     def describe(self) -> dict[str, Any]:
         return {"targets": list(self.target_names), "inputs": list(self.inputs.shape)}
-
-
-def regression(
-    inputs: ImageInputs | TableInputs | TensorInputs, names: tuple[str, ...], config: TaskConfig, train: np.ndarray
-) -> Regression:
-    """Return the task that the config asks for, given the training targets, float64 [N, K], none of them constant."""
-    losses = {"absolute_error": AbsoluteError(), "huber": Huber()}
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    return Regression(inputs, names, tuple(mean.tolist()), tuple(std.tolist()), losses.get(config.loss, SquaredError()))
 
 
 def strata_of_numbers(targets: np.ndarray) -> np.ndarray:

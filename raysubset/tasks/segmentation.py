@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raysubset.tasks.images import ImageInputs, crop_and_flip
+from raysubset.tasks.inputs import ImageInputs, crop_and_flip
 from raysubset.tasks.losses import CrossEntropy
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, OutputsOf, Rows
@@ -32,6 +32,7 @@ class Segmentation(InputsTask[CrossEntropy]):
     name = "segmentation"
     quality = "iou"
     is_share = True
+    loss_name = "cross-entropy, nats a pixel"
 
     def spec(self) -> Spec:
         height, width, _ = self.inputs.image_shape
@@ -78,10 +79,6 @@ class Segmentation(InputsTask[CrossEntropy]):
         """Return the share of each image's counted pixels that are right."""
         measured = self.measure(outputs, targets)
         return measured["right"].double() / measured["pixels"].clamp(min=1)
-
-    @property
-    def loss_name(self) -> str:
-        return "cross-entropy, nats a pixel"
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
         """Return the pixel_accuracy of each image, float64."""

@@ -30,6 +30,7 @@ class Task:
     Attributes:
         name: the task's name in config.task.name.
         quality: the metric that verdicts go by, a key of values().
+        loss_name: the loss in words, with its unit.
         margin: the margin of non-inferiority, in the quality's units; None: the user gives it.
         class_names: the names of the classes, if there are classes that every subset should contain.
         augmentation: the kind of augmentation that each epoch draws; "none" for no augmentation.
@@ -40,6 +41,7 @@ class Task:
     higher_is_better: bool = True
     is_share: bool = False  # the quality is in [0, 1] and shown in per cent
     unit: str = ""
+    loss_name: str = "loss"
     margin: float | None = None
     class_names: tuple[str, ...] = ()
     augmentation: str = "none"
@@ -157,11 +159,6 @@ class Task:
         return {"inputs": list(spec.inputs), "outputs": list(spec.outputs)}
 
     @property
-    def loss_name(self) -> str:
-        """The loss in words, with its unit."""
-        return "loss"
-
-    @property
     def measured_by(self) -> Quality:
         """The quality with its direction, format, unit and margin."""
         return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
@@ -242,7 +239,7 @@ class InputsTask(LossTask[L]):
         return self.inputs.augmentation
 
     def draw(self, num: int, seed: int) -> Tensor | None:
-        return self.inputs.draw(num, seed)
+        return None if self.augmentation == "none" else self.inputs.draw(num, seed)
 
 
 def sums_of(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, Any]:

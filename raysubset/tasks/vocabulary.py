@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from raysubset.config import from_tree
 from raysubset.events import Note
 
 VocabularyKind = Literal["bytes", "characters"]
@@ -66,18 +65,14 @@ class Vocabulary:
         table = self.characters + _UNKNOWN_TEXT
         return "".join(table[number] for number in numbers)
 
-    @classmethod
-    def from_dict(cls, tree: Any) -> "Vocabulary":
-        """Rebuild a vocabulary from dataclasses.asdict().
+    def check(self) -> None:
+        """Refuse characters that fit_vocabulary() cannot have found.
 
         Raises:
-            ValueError: for a dict that asdict() cannot have returned.
+            ValueError: likewise.
         """
-        vocabulary = from_tree(cls, tree, "vocabulary.", noun="field")
-        characters = vocabulary.characters
-        if (vocabulary.kind == "bytes") == bool(characters) or list(characters) != sorted({*characters}):
-            raise ValueError(f"vocabulary.characters does not go with {vocabulary.kind}: each once, in order")
-        return vocabulary
+        if (self.kind == "bytes") == bool(self.characters) or list(self.characters) != sorted({*self.characters}):
+            raise ValueError(f"vocabulary.characters does not go with {self.kind}: each once, in order")
 
 
 def fit_vocabulary(kind: VocabularyKind, texts: Sequence[str]) -> Vocabulary:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from raysubset.config import DataConfig
-from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode_images, read_image_rows, read_rows
+from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode, read_image_rows, read_rows
 from raysubset.errors import first_line
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
@@ -317,8 +317,9 @@ def _read_image(images: EncodedImages | np.ndarray, inputs: ImageInputs, number:
     try:
         if isinstance(images, EncodedImages):
             name = images.describe(number)
-            read_bytes, size = images.read, _side(inputs)
-            (image,) = decode_images(1, lambda _: read_bytes(number), lambda _: name, size, inputs.grey_range)
+            read_bytes = images.read
+            alone = EncodedImages(1, lambda _: read_bytes(number), lambda _: name)
+            (image,), _ = decode(alone, _side(inputs), inputs.grey_range)
         else:
             image = images[number]
     except OSError as error:

@@ -244,7 +244,7 @@ class Minimizer:
             model = place(model, device, channels_last=config.minimize.channels_last)
         else:
             model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
-        return model, full_set.examples("train", piece.positions(full_set), device=device, augment=True)
+        return model, full_set.training_batches(piece.positions(full_set), device=device, augment=True)
 
     def _prepare(
         self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int

@@ -4,7 +4,7 @@ CellProfiler#2285, python-pillow/Pillow#3796."""
 
 from common import *
 import struct
-from raysubset.data import decode_images
+from raysubset.data import EncodedImages, decode
 
 deep = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))
 for i in range(20):
@@ -17,9 +17,8 @@ check(
     f"{levels} levels, notes {getattr(f, 'notes', '')}",
 )
 try:
-    decode_images(
-        1, lambda i: b"P5\n2 2\n65535\n" + struct.pack(">4H", 0, 20000, 40000, 65535), lambda i: "a.pgm", None
-    )
+    pgm = b"P5\n2 2\n65535\n" + struct.pack(">4H", 0, 20000, 40000, 65535)
+    decode(EncodedImages(1, lambda i: pgm, lambda i: "a.pgm"), None)
     check("16-bit PGM", True)
 except ValueError as error:
     check("16-bit PGM is read, or not said to have 32 bits", "32-bit" not in str(error), error)

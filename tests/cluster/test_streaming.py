@@ -70,7 +70,7 @@ def test_ray_data_gives_the_bits_that_the_process_itself_would_read(
     task = TaskConfig(name="regression" if kind == "table" else "auto")
     config = Config(data=DataConfig(name=str(small_table if kind == "table" else small_set), streamed=True), task=task)
     full_set = load_full_set(config.data, config.task)
-    here = full_set.examples("train", augment=True)
+    here = full_set.training_batches(augment=True)
     assert isinstance(here, StreamedExamples)
     here = dataclasses.replace(here, window_bytes=300 * full_set.train.num_bytes_per_example)
     there = read_by_ray_data(here, put_once(full_set), shard=Shard(), config=config)

@@ -1,10 +1,11 @@
-"""Turns stored images into a network's inputs: normalisation and augmentation, on the device and without a loop."""
+"""Turns stored images and tensors into a network's inputs: normalisation and augmentation, on the device, no loop."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -52,10 +53,8 @@ class ImageInputs:
         normalised = torch.addcmul(shift, pixels.to(torch.float32), scale)
         return normalised.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
-    def draw(self, num: int, seed: int) -> Tensor | None:
-        """Draw (dy, dx, flip) for `num` images, int64 [num, 3] on the CPU; None without augmentation."""
-        if self.augmentation == "none":
-            return None
+    def draw(self, num: int, seed: int) -> Tensor:
+        """Draw (dy, dx, flip) of crop_flip for `num` images, int64 [num, 3] on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         height, width, _ = self.image_shape
         ranges = (2 * (height // _SIDES_PER_PADDING) + 1, 2 * (width // _SIDES_PER_PADDING) + 1, 2)
@@ -105,3 +104,67 @@ def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
     rows = first_rows + torch.arange(height, device=images.device) + dy  # [n, H], in all images stacked vertically
     pixels = rows[:, :, None] * padded_width + columns[:, None, :]
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """Inputs stored as "inputs": float32 [N, …], standardised on reading, or integers in [0, num_values)."""
+
+    shape: tuple[int, ...]  # of one example
+    mean: tuple[float, ...] = (0.0,)  # over the training split: one number a feature of [N, F], else one for all
+    std: tuple[float, ...] = (1.0,)  # likewise; 1 if nothing varies
+    num_values: int | None = None  # for integers
+
+    column = "inputs"
+    augmentation = "none"
+
+    def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
+        """Return the inputs [n, …], float32 or int64."""
+        inputs = rows[self.column]
+        return inputs if self.num_values is None else inputs.long()
+
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """Return (shift, scale), float32: a number is standardised as (number - shift) / scale."""
+        return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+
+    def standardised(self, values: np.ndarray, *, where: str, rows: np.ndarray) -> np.ndarray:
+        """Turn raw values, [N, …], into the rows to store.
+
+        Args:
+            where: the name of the data in messages.
+            rows: int64 [N], the row numbers that messages show.
+
+        Raises:
+            ValueError: for tokens that training rows do not have.
+        """
+        if self.num_values is not None:
+            if len(wrong := np.argwhere((values < 0) | (values >= self.num_values))):
+                token, row = values[tuple(wrong[0])], rows[wrong[0][0]]
+                raise ValueError(
+                    f"inputs of {where} have token {token} in row {row}: the train split's are 0 to "
+                    f"{self.num_values - 1}, and there must be no others; give floats if these are numbers"
+                )
+            return np.ascontiguousarray(values, dtype=np.int64 if self.num_values > 2**31 else np.int32)
+        scaled = (values.astype(np.float64) - np.array(self.mean)) / np.array(self.std)
+        return np.ascontiguousarray(scaled, dtype=np.float32)
+
+
+def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
+    """Compute mean and deviation over the training `rows` of inputs [N, …]: of each feature of [N, F], else of all.
+
+    Integers [N, T] are tokens. Their largest is taken over all rows, since held-out rows may have it alone.
+
+    Raises:
+        ValueError: for negative integers [N, T].
+    """
+    if values.dtype.kind in "iu" and values.ndim == 2:
+        if values.min() < 0:
+            raise ValueError(
+                f"integer inputs run from {values.min()}: tokens are numbered from 0; give floats otherwise"
+            )
+        return TensorInputs(values.shape[1:], num_values=int(values.max()) + 1)
+    wide = values[rows].astype(np.float64)
+    axis = 0 if values.ndim == 2 else None
+    mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
+    std = np.where(std > 0, std, 1.0)
+    return TensorInputs(values.shape[1:], tuple(mean.tolist()), tuple(std.tolist()))
