@@ -188,7 +188,12 @@ def test_long_messages_are_not_cut(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "is no JSON"), ('{"seeed": 1}', "did you mean seed?"), ("[]", "object"), ('{"seed": "x"}', "should be int")],
+    [
+        ("{", "is no JSON"),
+        ('{"seeed": 1}', "did you mean seed?"),
+        ("[]", "should hold settings by their names, not []"),
+        ('{"seed": "x"}', "should be int"),
+    ],
 )
 def test_a_bad_config_file_is_named(tmp_path: Path, text: str, told: str, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "bad.json"
@@ -359,9 +364,9 @@ def test_a_file_that_config_writes_gives_the_settings_it_was_written_with(
     [
         ("seed: 1\nseed: 2\n", "seed is given twice"),
         ("subsets: {num: 3}\nsubsets.num: 4\n", "subsets.num is given twice"),
-        ("subsets: 3\nsubsets.num: 4\n", "subsets.num is given, but subsets is given a value that has no fields"),
+        ("subsets: 3\nsubsets.num: 4\n", "subsets is a group of settings: give single ones, such as subsets.num"),
         ("a: [", "is no YAML"),
-        ("subsets.nmu: 4", "did you mean num?"),
+        ("subsets.nmu: 4", "did you mean subsets.num?"),
         ("minimize:\n  learning_rate: fast", "learning_rate = 'fast' should be float"),
     ],
 )

@@ -81,7 +81,7 @@ def test_overrides_set_single_fields_by_dotted_name():
             "there is no config field minimize.lerning_rate; did you mean minimize.learning",
         ),
         ("zzz", 1, "there is no config field zzz; see raysubset run --help$"),
-        ("data", {}, "there is no config field data"),
+        ("data", {}, "data is a group of settings: give single ones, such as data.name"),
         (
             "minimize.optimizer",
             "adamm",
@@ -103,7 +103,10 @@ def test_an_override_that_makes_no_sense_is_refused_with_the_nearest_word(key, v
     ("tree", "message"),
     [
         ({"sed": 1}, "there is no config field sed; did you mean seed"),
-        ({"data": {"nam": "x"}}, "there is no config field data.nam; did you mean name"),
+        (
+            {"data": {"nam": "x"}},
+            "there is no config field data.nam; did you mean name",
+        ),
         ({"data": 3}, "data should be an object, not 3"),
         ([], "config should be an object, not "),
     ],
@@ -318,7 +321,7 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
         ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
         ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
         ({"minimize.accumulation": 65}, r"65 parts need as many examples, but minimize.batch_size = 64: give at most"),
-        ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "leave minimize.accumulation and minimize.clip_norm"),
+        ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "minimize.clip_norm is for steps on batches"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
     ],
 )

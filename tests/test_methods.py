@@ -29,7 +29,7 @@ def with_method(name: str, **overrides: object) -> Config:
 
 def test_every_name_that_a_config_takes_is_a_method() -> None:
     assert set(methods(AggregationConfig())) == set(AGGREGATIONS)
-    with pytest.raises(ValueError, match=r"'fishr' is none of .*; did you mean fisher\?"):
+    with pytest.raises(ValueError, match=r"'fishr' is not one of .*; did you mean fisher\?"):
         with_method("fishr")
 
 

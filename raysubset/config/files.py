@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raysubset.config.run import Config
-from raysubset.config.trees import leaves
+from raysubset.config.run import Config, updated
+from raysubset.config.trees import leaves, need
 
 _WAY_OUT = "give a file that `raysubset config` wrote, or a run's config.json"
 
@@ -31,7 +31,7 @@ def read_config(path: str, default: Config) -> Config:
     if isinstance(tree, dict) and isinstance(tree.get("config"), dict):
         tree = tree["config"]  # a run's config.json or report.json
     try:
-        return Config.from_dict(_merged(default.to_dict(), _nested({} if tree is None else tree)))
+        return default.with_overrides(_settings({} if tree is None else tree))
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
@@ -63,32 +63,15 @@ def _of_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _nested(tree: Any) -> Any:
-    """Turn dotted names into nested dicts; anything that is not a mapping is left for from_dict() to refuse.
+def _settings(tree: Any) -> dict[str, Any]:
+    """Return the file's settings by their dotted names of today.
 
     Raises:
-        ValueError: if a name is given twice.
+        ValueError: if the tree is no mapping, or a name is given twice.
     """
-    if not isinstance(tree, Mapping):
-        return tree
-    nested: dict[str, Any] = {}
-    for name, value in leaves(tree):
-        *rooms, leaf = name.split(".")
-        node = nested
-        for room in rooms:
-            node = node.setdefault(room, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{name} is given, but {room} is given a value that has no fields")
-        if leaf in node:
-            raise ValueError(f"{name} is given twice")
-        node[leaf] = value
-    return nested
-
-
-def _merged(tree: dict[str, Any], changes: Any) -> Any:
-    """Replace nested fields of the tree; anything that is not a dict is left for from_dict() to refuse."""
-    if not isinstance(changes, dict):
-        return changes
-    return tree | {
-        key: _merged(tree[key], value) if isinstance(tree.get(key), dict) else value for key, value in changes.items()
-    }
+    need(isinstance(tree, Mapping), f"it should hold settings by their names, not {tree!r:.80}")
+    settings: dict[str, Any] = {}
+    for name, value in leaves(updated(tree)):
+        need(name not in settings, f"{name} is given twice")
+        settings[name] = value
+    return settings

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, nearest, need
+from raysubset.config.trees import check_fields, need
 from raysubset.uris import holds_secret
 
 # Sets that come with scikit-learn and Python: of images, of columns, and of texts.
@@ -15,8 +15,6 @@ DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 _MODEL_SIZES = {"cnn": (8, 2), "vgg": (8, 3), "cifar_resnet": (16, 20), "unet": (8, 2), "mlp": (64, 1)}
 _MODEL_SIZES |= {"lstm": (64, 1), "transformer": (64, 2)}
 _NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
-
-_AUGMENTATIONS = ("auto", "none", "crop_flip")
 
 NUM_SUBSETS = 4  # that share the training set, if neither number nor size is given
 
@@ -63,7 +61,7 @@ class DataConfig:
     streamed: bool = False
     """For a training split larger than memory, of images or a table in Parquet that every node sees: hold only targets
     in memory; subsets read their rows by row group, full-set stages stream them. Other splits are held in memory."""
-    augmentation: str = "auto"
+    augmentation: Annotated[str, ("auto", "none", "crop_flip", "package.module:function")] = "auto"
     """none, or crop_flip: random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR.
     Or your own package.module:function of (a batch's stored rows, torch.Generator), which returns such rows."""
 
@@ -75,11 +73,6 @@ class DataConfig:
             "AZURE_CLIENT_SECRET, or by their machines' role",
         )
         check_fields(self, "data.")
-        need(
-            self.augmentation in _AUGMENTATIONS or ":" in self.augmentation,
-            f"data.augmentation = {self.augmentation!r} is not one of {', '.join(_AUGMENTATIONS)}, nor a "
-            f"package.module:function{nearest(self.augmentation, _AUGMENTATIONS)}",
-        )
 
     @property
     def own_augmentation(self) -> str | None:

@@ -5,7 +5,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, nearest, need
+from raysubset.config.trees import check_fields, need
 
 TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
@@ -22,17 +22,28 @@ _LEARNING_RATES = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3, "muon": 0.1, **dict.
 _PATIENCE = 5  # default of levenberg_marquardt
 
 
-def _check_stages(stages: str, name: str) -> None:
-    unknown = set(_stages(stages)) - set(TRAINING_STAGES)
-    need(not unknown, f"{name}.stages = {stages!r} should be all, or some of {', '.join(TRAINING_STAGES)}, by commas")
+@dataclass(frozen=True, kw_only=True)
+class _Variation:
+    """A method that varies the steps of the built-in loop, in some stages."""
 
+    stages: str = "all"
+    """Stages that use it, separated by commas: trunk, subsets, fine_tuning, conventional."""
 
-def _stages(stages: str) -> tuple[str, ...]:
-    return TRAINING_STAGES if stages == "all" else tuple(part.strip() for part in stages.split(","))
+    def __post_init__(self) -> None:
+        name = f"minimize.{type(self).__name__.removesuffix('Config').lower()}."
+        check_fields(self, name)
+        need(
+            not set(self.used_in()) - set(TRAINING_STAGES),
+            f"{name}stages = {self.stages!r} should be all, or some of {', '.join(TRAINING_STAGES)}, by commas",
+        )
+
+    def used_in(self) -> tuple[str, ...]:
+        """Return the names of the stages that use it."""
+        return TRAINING_STAGES if self.stages == "all" else tuple(part.strip() for part in self.stages.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtrapolationConfig:
+class ExtrapolationConfig(_Variation):
     """Extrap-SGD (arXiv:2006.05720), from its abstract: take the gradient at extrapolated weights, then step with
     heavy-ball momentum."""
 
@@ -44,16 +55,10 @@ class ExtrapolationConfig:
     deviation, for filter_scaled its length relative to each filter's norm."""
     accelerated: bool = False
     """Extrapolate along the momentum as well."""
-    stages: str = "all"
-    """Stages that extrapolate, separated by commas: trunk, subsets, fine_tuning, conventional."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "minimize.extrapolation.")
-        _check_stages(self.stages, "minimize.extrapolation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AveragingConfig:
+class AveragingConfig(_Variation):
     """Average the weights during training: periodic sampling (arXiv:1905.05774), EMA, SWA (arXiv:1803.05407)."""
 
     kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
@@ -69,16 +74,13 @@ class AveragingConfig:
     """Share of the epochs after which swa begins to average."""
     feedback: Literal["auto", "restart", "evaluate"] = "auto"
     """restart: continue from the average at each epoch's end (auto: pswa, pwalks, pswm); evaluate: only return it."""
-    stages: str = "all"
-    """Stages that average, separated by commas: trunk, subsets, fine_tuning, conventional."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "minimize.averaging.")
+        super().__post_init__()
         need(
             not (self.kind in ("ema", "swa") and self.feedback == "restart"),
             f"minimize.averaging.kind={self.kind} averages beside the run and never restarts it: leave feedback out",
         )
-        _check_stages(self.stages, "minimize.averaging")
 
     def restarts(self) -> bool:
         """Return True if training continues from the average at each epoch's end."""
@@ -94,7 +96,7 @@ class AveragingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkippingConfig:
+class SkippingConfig(_Variation):
     """Weight Update Skipping (arXiv:2012.02792), from its abstract; the rule and its constants are our own."""
 
     kind: Literal["none", "wus", "wus_lr"] = "none"
@@ -110,26 +112,20 @@ class SkippingConfig:
     """Fall of training accuracy that ends a freeze early."""
     decay: Annotated[float, "(0, 1]"] = 0.5
     """wus_lr: factor of the learning rate at each freeze."""
-    stages: str = "all"
-    """Stages that skip updates, separated by commas: trunk, subsets, fine_tuning, conventional."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "minimize.skipping.")
-        _check_stages(self.stages, "minimize.skipping")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinimizeConfig:
-    optimizer: str = "sgd"
+    optimizer: Annotated[str, (*OPTIMIZERS, "package.module:function")] = "sgd"
     """sgd (Nesterov momentum), adam, adamw, or muon, which makes the momentum of matrices and kernels orthogonal, and
     gives biases and normalisation parameters sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a
     strong-Wolfe line search), gauss_newton (conjugate gradients on damped Gauss-Newton products) and
     levenberg_marquardt (the exact damped step, for squared error and at most 5,000 parameters) use the whole subset for
     every step. Or your own package.module:function of (parameters, recipe), which returns a torch.optim.Optimizer."""
-    objective: str | None = None
+    objective: Annotated[str | None, ("package.module:function; the task's losses are task.loss",)] = None
     """Your own loss in place of the task's: package.module:function of (model, inputs, targets, task, generator), which
     returns (loss summed over the examples, outputs). For mixup, auxiliary heads, contrastive losses."""
-    loop: str | None = None
+    loop: Annotated[str | None, ("package.module:function",)] = None
     """Your own training loop, in place of the built-in one: package.module:function of (model, examples, recipe,
     progress, on_step), which may call another library's trainer. The costs it reports are the costs counted."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
@@ -187,11 +183,6 @@ class MinimizeConfig:
     skipping: SkippingConfig = field(default_factory=SkippingConfig)
 
     def __post_init__(self) -> None:
-        need(
-            self.optimizer in OPTIMIZERS or ":" in str(self.optimizer),
-            f"minimize.optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}, nor a "
-            f"package.module:function{nearest(str(self.optimizer), OPTIMIZERS)}",
-        )
         check_fields(self, "minimize.")
         whole = self.optimizer in WHOLE_SUBSET
         need(
@@ -199,35 +190,30 @@ class MinimizeConfig:
             f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
         )
         need(
-            self.validate_every is None or not whole,
-            f"minimize.validate_every = {self.validate_every} is for optimizers of batches; {self.optimizer} validates "
-            "after each iteration, with minimize.patience: leave it out",
-        )
-        need(
             not self.patience or self.averaging.kind == "none" or self.averaging.restarts(),
             f"minimize.patience chooses among epochs, but minimize.averaging.kind={self.averaging.kind} averages over "
             "them: leave one of them out",
         )
-        need(
-            self.objective is None or ":" in self.objective,
-            f"minimize.objective = {self.objective!r} should be package.module:function; the task's losses are "
-            "task.loss",
-        )
-        need(
-            self.objective is None or not whole,
-            f"minimize.objective is called with batches, and {self.optimizer} minimizes the task's loss over the whole "
-            "subset: use sgd, adam, adamw or muon, or leave it out",
-        )
-        need(self.loop is None or ":" in self.loop, f"minimize.loop = {self.loop!r} should be package.module:function")
-        for name, is_left_out in (
-            ("optimizer", self.optimizer in OPTIMIZERS and not whole),
-            ("objective", self.objective is None),
-            ("epoch_fraction", self.epoch_fraction == 1),
-            ("patience", not self.patience),
-            *((name, getattr(self, name).kind == "none") for name in _VARIATIONS),
-        ):
+        own_optimizer_or_whole = {"optimizer": whole or self.has_own_optimizer, "patience": bool(self.patience)}
+        of_batches = {  # what only steps on batches have
+            "validate_every": self.validate_every is not None,
+            "accumulation": self.accumulation != 1,
+            "clip_norm": self.clip_norm is not None,
+        }
+        of_our_loop = {  # and what only our loop over batches has
+            "objective": self.objective is not None,
+            "epoch_fraction": self.epoch_fraction != 1,
+            **{name: getattr(self, name).kind != "none" for name in _VARIATIONS},
+        }
+        for name, is_set in (of_batches | of_our_loop).items():
             need(
-                self.loop is None or is_left_out,
+                not (whole and is_set),
+                f"minimize.{name} is for steps on batches, and {self.optimizer} uses the whole subset for every step: "
+                "leave it out, or use sgd, adam, adamw or muon",
+            )
+        for name, is_set in (own_optimizer_or_whole | of_our_loop).items():
+            need(
+                not (self.loop and is_set),
                 f"minimize.{name} is for the built-in loop, which minimize.loop={self.loop} replaces: leave one of "
                 "them out",
             )
@@ -235,15 +221,6 @@ class MinimizeConfig:
             self.accumulation <= self.batch_size,
             f"minimize.accumulation = {self.accumulation} parts need as many examples, but minimize.batch_size = "
             f"{self.batch_size}: give at most that",
-        )
-        need(
-            not whole or (self.accumulation == 1 and self.clip_norm is None),
-            f"minimize.optimizer={self.optimizer} takes the whole subset's gradient in chunks, and searches the length "
-            "of each step: leave minimize.accumulation and minimize.clip_norm out",
-        )
-        need(
-            not whole or self.epoch_fraction == 1,
-            f"minimize.optimizer={self.optimizer} uses all examples for every step: leave minimize.epoch_fraction at 1",
         )
         need(
             self.optimizer not in ("gauss_newton", "levenberg_marquardt") or self.peak_learning_rate() <= 1,
@@ -258,13 +235,6 @@ class MinimizeConfig:
             f"minimize.extrapolation.kind={self.extrapolation.kind} uses gradients of other steps, which float16 "
             "scales differently: set --minimize.precision to float32 or bfloat16",
         )
-        for name in _VARIATIONS:
-            kind = getattr(self, name).kind
-            need(
-                not whole or kind == "none",
-                f"minimize.{name}.kind={kind} varies the steps of sgd, adam, adamw and muon, which {self.optimizer} "
-                "does not take: leave it out",
-            )
         need(
             self.extrapolation.kind == "none" or self.optimizer == "sgd",
             f"minimize.extrapolation.kind={self.extrapolation.kind} is defined for sgd's update, not for "
@@ -325,7 +295,6 @@ class MinimizeConfig:
 
     def for_stage(self, stage: TrainingStage) -> "MinimizeConfig":
         """Return the recipe without the variations that are meant for other stages only."""
-        changes = {
-            name: type(method)() for name in _VARIATIONS if stage not in _stages((method := getattr(self, name)).stages)
-        }
+        methods = {name: getattr(self, name) for name in _VARIATIONS}
+        changes = {name: type(method)() for name, method in methods.items() if stage not in method.used_in()}
         return replace(self, **changes) if changes else self

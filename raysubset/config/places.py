@@ -27,8 +27,7 @@ class ActorsConfig:
     stall_s: Annotated[float, "(0, ∞)"] = 300.0
     """Report work as stalled after so many seconds without a step, and ten times its usual step. After twice that it is
     killed and tried again, as an attempt. The first steps, which may compile or read, may take four times as long."""
-
-    on_step: str | None = None
+    on_step: Annotated[str | None, ("package.module:function",)] = None
     """Your own listener, package.module:function: it is called with a raysubset.training.Step after every step, in the
     actor or Ray Train worker. An exception that it raises ends the run with a message."""
     profile: Annotated[int, "[0, ∞)"] = 0
@@ -37,10 +36,6 @@ class ActorsConfig:
     short for it."""
 
     def __post_init__(self) -> None:
-        need(
-            self.on_step is None or ":" in self.on_step,
-            f"actors.on_step = {self.on_step!r} should be package.module:function",
-        )
         check_fields(self, "actors.")
 
 

@@ -225,6 +225,8 @@ class Config:
         fields = flatten(tree)
         for key, value in overrides.items():
             if key not in fields:
+                if field := next((field for field in fields if field.startswith(f"{key}.")), None):
+                    raise ValueError(f"{key} is a group of settings: give single ones, such as {field}")
                 raise ValueError(f"there is no config field {key}{nearest(key, fields) or UNKNOWN_FIELD}")
             node = tree
             *parents, leaf = key.split(".")
@@ -244,7 +246,7 @@ class Config:
         Raises:
             ValueError: for unknown fields or values of the wrong type.
         """
-        return from_tree(cls, _updated(tree) if isinstance(tree, Mapping) else tree, "")
+        return from_tree(cls, updated(tree) if isinstance(tree, Mapping) else tree, "")
 
 
 def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +264,7 @@ def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in names} | config
 
 
-def _updated(tree: Mapping[str, Any]) -> dict[str, Any]:
+def updated(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Translate an earlier version's config.json into today's fields."""
     new = dict(tree)
     aggregation, minimize = tree.get("aggregation"), tree.get("minimize")

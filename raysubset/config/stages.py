@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, nearest, need
+from raysubset.config.trees import check_fields, need
 
 AGGREGATIONS = (
     *("uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare", "savgm"),
@@ -82,7 +82,7 @@ class RoundsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    method: str = "uniform_soup"
+    method: Annotated[str, (*AGGREGATIONS, "package.module:function")] = "uniform_soup"
     """How the minima are aggregated: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that
     help (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors
     (ties, dare); without the subset bias (savgm); after permuting units (aligned_soup, for independent starts);
@@ -113,11 +113,6 @@ class AggregationConfig:
     """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
 
     def __post_init__(self) -> None:
-        need(
-            self.method in AGGREGATIONS or ":" in self.method,
-            f"aggregation.method = {self.method!r} is none of {', '.join(AGGREGATIONS)}, nor a package.module:function"
-            f"{nearest(self.method, AGGREGATIONS)}",
-        )
         check_fields(self, "aggregation.")
 
 

@@ -22,7 +22,7 @@ _LOSSES: dict[str, tuple[LossName, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    name: str = "auto"
+    name: Annotated[str, ("auto", *TASK_NAMES, "package.module:Class")] = "auto"
     """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of
     your own. auto: the usual task of a named set, classification for other data. --task is short for it."""
     loss: LossName = "auto"
@@ -46,10 +46,6 @@ class TaskConfig:
         need(
             self.loss == "auto" or self.loss in losses,
             f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(losses)}",
-        )
-        need(
-            self.name in ("auto", *TASK_NAMES) or ":" in self.name,
-            f"task.name = {self.name!r} is not one of {', '.join(TASK_NAMES)}, nor package.module:Class",
         )
         of_classes = self.loss in ("auto", "cross_entropy")
         need(

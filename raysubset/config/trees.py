@@ -30,11 +30,12 @@ def need(condition: bool, message: str) -> None:
 
 
 def check_fields(record: Any, prefix: str) -> None:
-    """Refuse values of the wrong type, numbers outside their field's range, and empty or multi-line strings.
+    """Refuse values of the wrong type, numbers outside their field's range, and empty, multi-line or unknown words.
 
     Ints in float fields become floats, so that equal configs have equal JSON. A number's range stands in its field's
-    type: Annotated[float, "[0, 1)"]. No range includes infinity or NaN, and ints must be below 2^63. What None means is
-    documented at each field.
+    type: Annotated[float, "[0, 1)"]. No range includes infinity or NaN, and ints must be below 2^63. So do the names of
+    a field that may also name the user's own code: Annotated[str, ("sgd", "adam", "package.module:function")]. What
+    None means is documented at each field.
 
     Raises:
         ValueError: with the field's dotted name, its value and the values it may have.
@@ -51,9 +52,9 @@ def check_fields(record: Any, prefix: str) -> None:
             value = _checked(hint, value, prefix + name)
             object.__setattr__(record, name, value)
         if isinstance(value, str):
-            _check_text(prefix + name, value)
+            _check_text(prefix + name, value, _annotations(type(record)).get(name))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(prefix + name, value, ranges_of(type(record))[name])
+            check_number(prefix + name, value, _annotations(type(record))[name])
 
 
 def check_number(name: str, value: float, range: str) -> None:
@@ -86,21 +87,31 @@ def _ends(range: str) -> tuple[float, float]:
     return low, high
 
 
-def _check_text(name: str, text: str) -> None:
+def _check_text(name: str, text: str, words: Any) -> None:
+    """Refuse a text that is empty or not one line, or, given the names it may be and the form of others, is neither."""
     need(bool(text.strip()), f"{name} is empty: give it a value, or leave it out")
     control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
     if control is not None:
         raise ValueError(f"{name} = {shown(text)!r} holds {control!r}, which names cannot have: leave it out")
+    if isinstance(words, tuple) and text not in words[:-1] and ":" not in text:
+        *names, own = words
+        wanted = f"is not one of {', '.join(names)}, nor a {own}" if names else f"should be {own}"
+        raise ValueError(f"{name} = {text!r} {wanted}{nearest(text, names)}")
 
 
-_hints = functools.cache(typing.get_type_hints)  # without the ranges that Annotated adds
+_hints = functools.cache(typing.get_type_hints)  # without what Annotated adds
 
 
 @functools.cache
-def ranges_of(cls: type) -> dict[str, str]:
-    """Return the ranges of the fields that are Annotated with one, by field."""
+def _annotations(cls: type) -> dict[str, Any]:
+    """Return what fields are Annotated with: a number's range, or the names that a text may be."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+
+
+def ranges_of(cls: type) -> dict[str, str]:
+    """Return the ranges of a class's numbers, by field."""
+    return {name: range for name, range in _annotations(cls).items() if isinstance(range, str)}
 
 
 T = TypeVar("T")
