@@ -136,7 +136,7 @@ def planted(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> tupl
     reference = {seed: dict(base[seed])[8.0] for seed in seeds}
     difference = paired_difference({seed: dict(arm[seed])[0.5] for seed in seeds}, reference)
     assert difference is not None
-    return speed_up(base, arm, target), [CheapPoint("G", 0.5, difference)]
+    return speed_up(base, arm, target), [CheapPoint("G", difference)]
 
 
 def verdict(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> Verdict:
@@ -163,7 +163,7 @@ def test_an_arm_that_is_as_good_at_a_tenth_as_a_baseline_that_needs_no_more_is_v
     difference = paired_difference(dict.fromkeys(SEEDS, 0.949), dict.fromkeys(SEEDS, 0.95))
     assert difference is not None
     found = speed_up(base, arm, 0.9495)  # needs 0.99 passes against 0.71
-    cheap = [CheapPoint("D", 0.5, difference)]
+    cheap = [CheapPoint("D", difference)]
     judged = judge(cheap, {"D": found}, conventional_passes=8, margin=0.005, num_seeds=5)
     assert judged.word == "vacuous"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
-from raysubset.comparison.gathering import gather
+from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
 from raysubset.config import Config, check_number, derive_seed
@@ -109,13 +109,10 @@ def compare(
     tell(Waiting(f"reading {shown_uri(config.data.name)}"))
     full_set = load_full_set(*config.learned, known=known_fingerprint(old_identity, config))
     margin = _margin(margin, full_set.quality, config.data.name)
-    configs = [config.with_overrides(dict(arm.overrides)) for arm in chosen_arms]
-    identity = identify([config, *configs], {config.learned: full_set}, old_identity)
+    configs = {arm: config.with_overrides(dict(arm.overrides)) for arm in chosen_arms}
+    identity = identify([config, *configs.values()], {config.learned: full_set}, old_identity)
     plan = make_plan(config, full_set)
-    plans = {arm.key: plan for arm in chosen_arms}
-    plans |= {
-        arm.key: make_plan(config.with_overrides(dict(arm.overrides)), full_set) for arm in chosen_arms if arm.overrides
-    }
+    plans = {arm: make_plan(configs[arm], full_set) if arm.overrides else plan for arm in chosen_arms}
     for note in (*places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
     directory.check_writable()
@@ -142,11 +139,11 @@ def compare(
             sessions.started_up()
             decisions = _decide(directory, config, len(plan.subsets), num_workers, tell)
             run = Run(config, directory, full_set, put_once(full_set), tell)
-            comparison = _Comparison(run, decisions, plans, seeds, budgets)
             rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
-            comparison.refuse_unplaceable(chosen_arms, rates, sizes)
-            settings, tuning = comparison.tune(chosen_arms, rates, sizes)
-            finals = comparison.run(chosen_arms, settings)
+            comparison = _Comparison(run, decisions, plans, seeds, budgets, rates, sizes)
+            comparison.refuse_unplaceable()
+            settings = comparison.tune()
+            finals = comparison.run(settings)
         record = {
             "kind": "comparison",
             "name": directory.name,
@@ -156,7 +153,7 @@ def compare(
             **gather(
                 finals,
                 settings,
-                tuning,
+                comparison.tried,
                 plan,
                 full_set,
                 comparison.runner.failed,
@@ -281,45 +278,49 @@ class _Comparison:
     """Draws the legs of all arms, and runs them."""
 
     def __init__(
-        self, run: Run, decided: Record, plans: Mapping[str, Plan], seeds: Sequence[int], budgets: Sequence[float]
+        self,
+        run: Run,
+        decided: Record,
+        plans: Mapping[Arm, Plan],
+        seeds: Sequence[int],
+        budgets: Sequence[float],
+        rates: Sequence[float],
+        sizes: Sequence[int],
     ) -> None:
-        """`plans` are by the arms' keys."""
+        """`rates` and `sizes` are the grids of learning rates and batch sizes that are tried."""
         self._config, self._num_train, self._plans, self._tell = run.config, len(run.full_set.train), plans, run.tell
-        self._quality = run.full_set.quality
         self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # floats: 2 and 2.0 would name two legs
+        self._rates, self._sizes = rates, sizes
         self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
         self._legs_path = run.directory.below("legs")
+        self.tried: list[Record] = []  # by tuning: arm, settings, validation loss
         self.tuning_legs: list[Leg] = []
         self.runner = LegRunner(dataclasses.replace(run, tell=self._pass_on), num_gpus=decided["num_gpus"])
-        self._standing: ArmsStanding | None = None
+        of_tuning = len(rates) * self._tuning_point()[0] if len(rates) > 1 else 0.0
+        tuning = {arm.key: of_tuning for arm in plans if arm.key != "A"}
+        tuning["B"] = len(rates) * len(sizes) * self._tuning_point()[0] if len(rates) * len(sizes) > 1 else 0.0
+        of_arms = {arm.key: self._budgets_of(arm) for arm in plans}
+        self._standing = ArmsStanding(run.full_set.quality, of_arms, num_seeds=len(seeds), tried=tuning)
         self._stood_at = 0.0
 
     def _pass_on(self, event: Event) -> None:
         """Pass on an event of the legs' runner. Report how the arms stand when a leg is done, and as it proceeds."""
         self._tell(event)
-        standing = self._standing
-        if standing is None:
-            return
         if isinstance(event, LegDone):
-            standing.note_done(event.leg, event.validation)
+            self._standing.note_done(event.leg, event.validation)
             if not event.was_there:
-                self._tell(standing.event())
+                self._tell(self._standing.event())
         elif isinstance(event, Progress):
-            standing.note_progress(event.attempt.directory, event.epoch / event.num_epochs)
+            self._standing.note_progress(event.attempt.directory, event.epoch / event.num_epochs)
             if time.monotonic() - self._stood_at >= STANDING_S:
                 self._stood_at = time.monotonic()
-                self._tell(standing.event())
+                self._tell(self._standing.event())
 
     def _tell_standing(self, settings: Mapping[str, Settings]) -> None:
         """Report the settings that arms were tuned to."""
-        if self._standing is not None:
-            for key, arm_settings in settings.items():
-                self._standing.note_settings(key, f"{arm_settings.learning_rate:g}")
-            self._tell(self._standing.event())
-
-    def _expect(self, arm: Arm, legs: Iterable[Leg], budget: float = 0.0) -> None:
-        if self._standing is not None:
-            self._standing.expect(arm.key, legs, self._num_train, budget)
+        for key, arm_settings in settings.items():
+            self._standing.note_settings(key, f"{arm_settings.learning_rate:g}")
+        self._tell(self._standing.event())
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """Return an arm's last leg."""
@@ -329,7 +330,7 @@ class _Comparison:
             arm,
             config,
             budget,
-            self._plans[arm.key],
+            self._plans[arm],
             num_train=self._num_train,
             num_workers=self._num_workers,
             legs_path=self._legs_path,
@@ -347,7 +348,7 @@ class _Comparison:
         """Return the middle budget, and a seed that is not among the compared ones."""
         return self._budgets[(len(self._budgets) - 1) // 2], derive_seed(min(self._seeds), "tuning") % 2**31
 
-    def refuse_unplaceable(self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]) -> None:
+    def refuse_unplaceable(self) -> None:
         """Stop before anything runs if an arm has data-parallel work left that the cluster can never place.
 
         An arm has none left if all legs of its tuning are done, and all legs with a setting that it may be tuned to.
@@ -355,10 +356,10 @@ class _Comparison:
         Raises:
             ValueError: with the way out.
         """
-        for arm in arms:
-            last = self.leg(arm, Settings(rates[0], sizes[0]), *self._tuning_point())
+        for arm in self._plans:
+            last = self.leg(arm, Settings(self._rates[0], self._sizes[0]), *self._tuning_point())
             num_workers = max(leg.num_workers for leg in closure(last))
-            if num_workers > 1 and not any(self._has_all(arm, rates, size) for size in sizes):
+            if num_workers > 1 and not any(self._has_all(arm, size) for size in self._sizes):
                 flag = "--num-workers" if arm.letter == "I" else "--fine-tuning.num-workers, --trunk.num-workers"
                 way_out = (
                     f"Give it fewer ({flag}), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
@@ -367,90 +368,72 @@ class _Comparison:
                 request = {"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus}
                 refuse_unplaceable(request, f"workers of arm {arm.key}", num=num_workers, way_out=way_out)
 
-    def _has_all(self, arm: Arm, rates: Sequence[float], size: int) -> bool:
-        grid = [Settings(rate, size) for rate in rates]
-        tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
-        finals = [
-            [leg for by_seed in self._finals(arm, setting).values() for leg in by_seed.values()] for setting in grid
-        ]
-        return any(
-            all(leg.output.record(whole=True) is not None for leg in tuning + setting_legs) for setting_legs in finals
-        )
+    def _has_all(self, arm: Arm, size: int) -> bool:
+        def is_done(legs: Iterable[Leg]) -> bool:
+            return all(leg.output.record(whole=True) is not None for leg in legs)
 
-    def tune(
-        self, arms: Sequence[Arm], rates: Sequence[float], sizes: Sequence[int]
-    ) -> tuple[dict[str, Settings], list[Record]]:
-        """Return each arm's settings of least validation loss at the middle budget, and all that was tried.
+        grid = [Settings(rate, size) for rate in self._rates]
+        tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
+        return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in grid)
+
+    def tune(self) -> dict[str, Settings]:
+        """Return each arm's settings of least validation loss at the middle budget; `tried` has all that was tried.
 
         A is B for longer, and has B's settings.
         """
-        budget, seed = self._tuning_point()
-        baseline = next(arm for arm in arms if arm.key == "B")
-        tried: list[Record] = []
-        rate_texts = ", ".join(f"{rate:g}" for rate in rates)
-        self._tell(Stage(f"tuning: learning rates {rate_texts} and batch sizes {sizes} at {budget:g} passes"))
-        num_rates = len(rates) if len(rates) > 1 else 0
-        tuning = {arm.key: budget * num_rates for arm in arms if arm.key not in ("A", "B")}
-        tuning["B"] = budget * (num_rates or len(sizes) > 1) * len(sizes)
-        budgets = {arm.key: self._budgets_of(arm) for arm in arms}
-        self._standing = ArmsStanding(self._quality, budgets, num_seeds=len(self._seeds), tried=tuning)
-        grid = [Settings(rate, size) for size in sizes for rate in rates]
-        settings = {"B": self._best({baseline: grid}, budget, seed, tried)["B"]}
+        rates = ", ".join(f"{rate:g}" for rate in self._rates)
+        at = f"{self._tuning_point()[0]:g} passes"
+        self._tell(Stage(f"tuning: learning rates {rates} and batch sizes {self._sizes} at {at}"))
+        baseline = next(arm for arm in self._plans if arm.key == "B")
+        settings = self._best({baseline: [Settings(rate, size) for size in self._sizes for rate in self._rates]})
         self._tell_standing(settings)
-        others = {
-            arm: [Settings(rate, settings["B"].batch_size) for rate in rates]
-            for arm in arms
-            if arm.key not in ("A", "B")
-        }
-        settings |= self._best(others, budget, seed, tried)
-        settings["A"] = settings["B"]
-        return settings, tried
+        grid = [Settings(rate, settings["B"].batch_size) for rate in self._rates]
+        settings |= self._best({arm: grid for arm in self._plans if arm.key not in ("A", "B")})
+        return settings | {"A": settings["B"]}
 
-    def _best(
-        self, grids: Mapping[Arm, Sequence[Settings]], budget: float, seed: int, tried: list[Record]
-    ) -> dict[str, Settings]:
+    def _best(self, grids: Mapping[Arm, Sequence[Settings]]) -> dict[str, Settings]:
         """Return the best settings of each arm's grid. A grid of one is not run."""
         best = {arm.key: grid[0] for arm, grid in grids.items()}
-        tuned = {arm: grid for arm, grid in grids.items() if len(grid) > 1}
-        legs = {
-            (arm.key, setting): self.leg(arm, setting, budget, seed) for arm, grid in tuned.items() for setting in grid
+        budget, seed = self._tuning_point()
+        tuned = {
+            arm: {setting: self.leg(arm, setting, budget, seed) for setting in grid}
+            for arm, grid in grids.items()
+            if len(grid) > 1
         }
-        for arm, grid in tuned.items():
-            self._expect(arm, (legs[arm.key, setting] for setting in grid))
-        self.runner.run(list(legs.values()))
-        self.tuning_legs.extend(legs.values())
-        for arm, grid in tuned.items():
+        for arm, legs in tuned.items():
+            self._standing.expect(arm.key, legs.values(), self._num_train)
+        all_legs = [leg for legs in tuned.values() for leg in legs.values()]
+        self.runner.run(all_legs)
+        self.tuning_legs += all_legs
+        for arm, legs in tuned.items():
             losses: dict[Settings, float] = {}
-            for setting in grid:
-                leg = legs[arm.key, setting]
-                is_lost = leg in self.runner.failed
-                validation = None if is_lost else leg.validation()
+            for setting, leg in legs.items():
+                validation = None if leg in self.runner.failed else leg.validation()
                 loss = validation["loss"] if validation else None
                 losses[setting] = math.inf if loss is None else loss
                 record = {"arm": arm.key, **dataclasses.asdict(setting), "budget": budget}
-                tried.append({**record, "validation_loss": loss, "leg": leg.key})
-            best_setting = best[arm.key] = min(grid, key=lambda setting: losses[setting])
+                self.tried.append({**record, "validation_loss": loss, "leg": leg.key})
+            best_setting = best[arm.key] = min(losses, key=lambda setting: losses[setting])
             if losses[best_setting] == math.inf:
                 self._tell(Note(f"{arm.key} diverged or failed at every learning rate of the grid", is_warning=True))
                 continue
-            rates = {setting.learning_rate for setting in grid}
+            rates = {setting.learning_rate for setting in legs}
             is_at_edge = len(rates) > 1 and best_setting.learning_rate in (min(rates), max(rates))
             note = ", at the edge of the grid" if is_at_edge else ""
             text = f"{arm.key}: learning rate {best_setting.learning_rate:g}{note}, batch {best_setting.batch_size}"
             self._tell(Note(text))
         return best
 
-    def run(self, arms: Sequence[Arm], settings: Mapping[str, Settings]) -> dict[Arm, dict[float, dict[int, Leg]]]:
+    def run(self, settings: Mapping[str, Settings]) -> Finals:
         """Run all arms at all budgets with all seeds, then test. Return the last legs by arm, budget and seed."""
-        finals = {arm: self._finals(arm, settings[arm.key]) for arm in arms}
+        finals = {arm: self._finals(arm, settings[arm.key]) for arm in self._plans}
         for arm, by_budget in finals.items():
             for budget, by_seed in by_budget.items():
-                self._expect(arm, by_seed.values(), budget)
-        flat = [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
-        shape = f"{len(arms)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
+                self._standing.expect(arm.key, by_seed.values(), self._num_train, budget)
+        shape = f"{len(finals)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
         self._tell(Stage(shape))
         self._tell_standing(settings)
-        self.runner.run(flat)
+        self.runner.run(flat(finals))
         self._tell(Stage("test: all choices are made, the test split is read"))
-        self.runner.test(flat)
+        self.runner.test(flat(finals))
         return finals

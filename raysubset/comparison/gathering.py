@@ -4,8 +4,8 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, get_args
 
 from raysubset.comparison.arms import Arm, Settings
 from raysubset.comparison.network import (
@@ -42,6 +42,13 @@ _FIELD = {"total": "passes", "critical_path": "critical_path_passes"}
 Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]
 """Last legs by arm, budget and seed."""
 
+Cost = TypeVar("Cost")
+
+
+def flat(finals: Finals) -> list[Leg]:
+    """Return the last legs of all arms, budgets and seeds."""
+    return [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
+
 
 def gather(
     finals: Finals,
@@ -74,8 +81,8 @@ def gather(
     legs = Legs(full_set, plan, failed)
     arms = [_arm(arm, by_budget, settings, legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
-    losses = {p["budget"]: [run["validation"]["loss"] for run in p["runs"]] for p in baseline if _complete(p, seeds)}
-    budget = cheapest_within_error({b: [math.nan if x is None else x for x in v] for b, v in losses.items()})
+    finished = [point for point in baseline if not any(run["error"] for run in point["runs"])]
+    budget = cheapest_within_error({point["budget"]: _validation_losses(point["runs"]) for point in finished})
     conventional = next(point for point in baseline if point["budget"] == budget)
     reference = _gains(conventional["runs"], quality)
     target = statistics.fmean(reference.values()) - margin
@@ -84,21 +91,21 @@ def gather(
     for arm in arms:
         for point in arm["points"]:
             gain = paired_difference(_gains(point["runs"], quality), reference)
-            point["difference"] = None if gain is None else _turned(gain, quality).to_dict()
+            point["difference"] = None if gain is None else dataclasses.asdict(_turned(gain, quality))
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
     speed_ups = {clock: _speed_ups(arms, baseline, target, clock, quality) for clock in CLOCKS}
-    candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
+    candidates = [arm for arm in arms if arm["role"] == "candidate"]
     verdicts = {}
     for clock in CLOCKS:
-        passes = conventional["mean"][_FIELD[clock]]
+        passes, of_clock = conventional["mean"][_FIELD[clock]], speed_ups[clock]
         verdicts[clock] = judge(
-            _cheap_points(arms, candidates, clock, TENTH * passes, quality),
-            {key: arm_speed_up for key, arm_speed_up in speed_ups[clock].items() if key in candidates},
+            _cheap_points(candidates, clock, TENTH * passes, quality),
+            {arm["key"]: of_clock[arm["key"]] for arm in candidates if arm["key"] in of_clock},
             conventional_passes=passes,
             margin=margin,
             quality=quality,
             num_seeds=len(seeds),
-        ).to_dict()
+        )
     test = f"test_{quality.name}"
     bandwidths = sorted({*BANDWIDTHS, bandwidth})
     network = _network(arms, finals, legs, plan, num_workers, test, bandwidths)
@@ -119,7 +126,7 @@ def gather(
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
             "gbit_per_s": bandwidth,
-            "by_bandwidth": [regime.to_dict() for regime in regimes.values()],
+            "by_bandwidth": [dataclasses.asdict(regime) for regime in regimes.values()],
             "sentence": regime_text(
                 regimes[bandwidth],
                 quality=quality.show(quality.gain(target)),
@@ -137,8 +144,8 @@ def gather(
             test: conventional["mean"][test],
             f"target_{quality.name}": quality.gain(target),
         },
-        "speed_ups": {c: {key: arm_speed_up.to_dict() for key, arm_speed_up in speed_ups[c].items()} for c in CLOCKS},
-        "verdicts": verdicts,
+        "speed_ups": {c: {key: dataclasses.asdict(of_arm) for key, of_arm in speed_ups[c].items()} for c in CLOCKS},
+        "verdicts": {clock: dataclasses.asdict(verdict) for clock, verdict in verdicts.items()},
         "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
@@ -159,7 +166,6 @@ def _turned(difference: Interval, quality: Quality) -> Interval:
 
 def _leg_records(finals: Finals) -> Record:
     """Return by key what each leg is and which legs it needs, inputs first: all that a run's `leg` depends on."""
-    lasts = [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
     return {
         leg.key: {
             "kind": leg.kind,
@@ -169,7 +175,7 @@ def _leg_records(finals: Finals) -> Record:
             "num_workers": leg.num_workers,
             "inputs": [input_leg.key for input_leg in leg.inputs],
         }
-        for last in lasts
+        for last in flat(finals)
         for leg in closure(last)
     }
 
@@ -294,28 +300,29 @@ def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
     names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
     names += ("storage_reads",)
     means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
-    losses = [math.nan if run["validation"]["loss"] is None else run["validation"]["loss"] for run in runs]
     test_interval = _turned(t_interval(list(_gains(runs, quality).values())), quality)
     return means | {
         "num_seeds": len(runs),
         f"test_{quality.name}": test_interval.estimate,
-        f"test_{quality.name}_interval": test_interval.to_dict(),
-        "validation_loss": statistics.fmean(losses),
+        f"test_{quality.name}_interval": dataclasses.asdict(test_interval),
+        "validation_loss": statistics.fmean(_validation_losses(runs)),
     }
 
 
-def _complete(point: Record, seeds: Sequence[int]) -> bool:
-    return len([run for run in point["runs"] if run["error"] is None]) == len(seeds)
+def _validation_losses(runs: Sequence[Record]) -> list[float]:
+    return [math.nan if (loss := run["validation"]["loss"]) is None else loss for run in runs]
 
 
-def _curves(points: Sequence[Record], clock: str, quality: Quality) -> dict[int, list[tuple[float, float]]]:
-    """Return cost curves by seed, of the runs that finished with a finite quality."""
-    curves: dict[int, list[tuple[float, float]]] = {}
+def _curves(
+    points: Sequence[Record], cost_of: Callable[[Record, Record], Cost], quality: Quality
+) -> dict[int, list[tuple[Cost, float]]]:
+    """Return (cost, gain) by seed, of the runs that finished with a finite quality; `cost_of` takes point and run."""
+    curves: dict[int, list[tuple[Cost, float]]] = {}
     for point in points:
         gains = _gains(point["runs"], quality)
         for run in point["runs"]:
             if math.isfinite(gain := gains.get(run["seed"], math.nan)):
-                curves.setdefault(run["seed"], []).append((run[_FIELD[clock]], gain))
+                curves.setdefault(run["seed"], []).append((cost_of(point, run), gain))
     return curves
 
 
@@ -323,50 +330,43 @@ def _speed_ups(
     arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str, quality: Quality
 ) -> dict[str, SpeedUp]:
     """Return S of each arm but the baseline that finished with any seed, at a target that is a gain."""
-    base = _curves(baseline, clock, quality)
-    speed_ups = {}
-    for arm in arms:
-        arm_curves = _curves(arm["points"], clock, quality)
-        if arm["role"] != "baseline" and arm_curves:
-            speed_ups[arm["key"]] = speed_up(base, arm_curves, target)
-    return speed_ups
+
+    def curves(points: Sequence[Record]) -> dict[int, list[tuple[float, float]]]:
+        return _curves(points, lambda point, run: run[_FIELD[clock]], quality)
+
+    base, others = curves(baseline), [arm for arm in arms if arm["role"] != "baseline"]
+    return {arm["key"]: speed_up(base, of_arm, target) for arm in others if (of_arm := curves(arm["points"]))}
 
 
-def _cheap_points(
-    arms: Sequence[Record], candidates: set[str], clock: str, most: float, quality: Quality
-) -> list[CheapPoint]:
+def _cheap_points(candidates: Sequence[Record], clock: str, most: float, quality: Quality) -> list[CheapPoint]:
     return [
-        CheapPoint(arm["key"], point["mean"][_FIELD[clock]], _turned(Interval(**point["difference"]), quality))
-        for arm in arms
+        CheapPoint(arm["key"], _turned(Interval(**point["difference"]), quality))
+        for arm in candidates
         for point in arm["points"]
-        if arm["key"] in candidates and point["difference"] is not None and point["mean"][_FIELD[clock]] <= most
+        if point["difference"] is not None and point["mean"][_FIELD[clock]] <= most
     ]
 
 
 def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
     """Return the network, Q, workers and budgets that the regime holds for, in words."""
     budgets = [point["budget"] for arm in arms if arm["key"][0] != "A" for point in arm["points"]]
-    network = (
-        f"{plan.num_parameters:,} parameters (Q = {plan.full_set_ratio:.3g}, subsets {min(plan.subset_ratios):.3g})"
-    )
+    q = f"Q = {plan.full_set_ratio:.3g}, subsets {min(plan.subset_ratios):.3g}"
+    network = f"{plan.num_parameters:,} parameters ({q})"
     return f"With {network}, {num_workers} workers and budgets of {min(budgets):g} to {max(budgets):g} passes"
 
 
 def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Quality) -> dict[str, tuple[Way, Curves]]:
     """Return for each arm, by seed, what its budgets took on the critical path, and the gains that they led to."""
-    row_of = {(row["arm"], row["budget"]): row for row in rows}
-    curves_of: dict[str, tuple[Way, Curves]] = {}
+    curves: dict[str, tuple[Way, Curves]] = {}
     for arm in arms:
-        curves: dict[int, list[tuple[Communication, float]]] = {}
-        for point in arm["points"]:
-            gains = _gains(point["runs"], quality)
-            for run in point["runs"]:
-                if math.isfinite(gain := gains.get(run["seed"], math.nan)):
-                    row = row_of[arm["key"], point["budget"]]
-                    communication = Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
-                    curves.setdefault(run["seed"], []).append((communication, gain))
-        curves_of[arm["key"]] = way_of(arm["key"][0], arm["role"]), curves
-    return curves_of
+        by_budget = {row["budget"]: row for row in rows if row["arm"] == arm["key"]}
+
+        def communication(point: Record, run: Record, by_budget: Record = by_budget) -> Communication:
+            row = by_budget[point["budget"]]
+            return Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
+
+        curves[arm["key"]] = way_of(arm["key"][0], arm["role"]), _curves(arm["points"], communication, quality)
+    return curves
 
 
 def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:

@@ -29,14 +29,6 @@ class Exchange:
     is_first: bool = False  # members fetch the start from the object store; in later rounds the aggregator has it
 
     @property
-    def total_bytes(self) -> int:
-        """The bytes that all links carry together, as the ledger counts them."""
-        num, others = self.num_members, self.num_members - 1
-        starts = num if self.is_first else others
-        left = num * (self.states + self.shared + self.own)
-        return starts * self.start + left + others * self.shared + self.aggregate + self.averaged
-
-    @property
     def member_bytes(self) -> int:
         """The bytes that a member fetches and leaves."""
         start = self.start if self.is_first or self.num_members > 1 else 0

@@ -15,8 +15,8 @@ The rule is fixed beforehand:
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from raysubset.comparison.network import Communication
 from raysubset.comparison.statistics import passes_needed, t_interval
@@ -44,9 +44,6 @@ class Regime:
     ways: Mapping[Way, Fastest]  # those that reach the quality
     fastest: tuple[Way, ...]  # several if they cannot be told apart; none if no way reaches the quality
     partly: tuple[Way, ...] = ()  # those that reach the quality with some seeds only
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def way_of(letter: str, role: str) -> Way:

@@ -8,8 +8,8 @@ it is read, for every arm alike, so that a lucky budget does not count as a cros
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 COVERAGE = 0.95
 
@@ -30,9 +30,6 @@ class Interval:
     def negative(self) -> "Interval":
         """Return the interval of the negated values."""
         return Interval(-self.estimate, -self.high, -self.low, self.coverage, self.num)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interval:
@@ -86,13 +83,6 @@ class SpeedUp:
     per_seed: Mapping[int, float]  # 0 if the arm misses the quality at every budget, or failed
     bounds: Mapping[int, Bound]  # whether the value is S itself, a lower or upper bound of S, or says nothing
     interval: Interval  # the geometric mean by Student's t on log S; or the median with [min, max]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "per_seed": {str(seed): value for seed, value in self.per_seed.items()},
-            "bounds": {str(seed): bound for seed, bound in self.bounds.items()},
-            "interval": self.interval.to_dict(),
-        }
 
 
 def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: float) -> SpeedUp:

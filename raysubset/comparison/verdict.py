@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from raysubset.comparison.statistics import Interval, SpeedUp
 from raysubset.quality import Quality
@@ -21,7 +21,6 @@ class CheapPoint:
     """One arm at one budget of no more than a tenth of the conventional cost."""
 
     arm: str
-    passes: float  # mean over seeds
     gain: Interval  # arm's test quality minus the conventional run's, paired by seed, so that more is better
 
 
@@ -34,9 +33,6 @@ class Verdict:
     arm: str | None  # the arm that decided
     speed_up: Interval | None  # the S of that arm
     is_smoke_test: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def judge(
