@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -183,51 +184,39 @@ def _way_out(error: Exception) -> str:
     return ""
 
 
-@contextmanager
-def _beginning(config: Config, *, is_finished: bool = False) -> Iterator[OnEvent]:
-    """Yield a listener; start Ray's processes while torch is imported, unless the work is finished."""
+def _reported(
+    command: Run | Sweep | Compare, room: str, verb: str, *arguments: Any, is_finished: bool = False, **options: Any
+) -> Any:
+    """Call run(), sweep() or compare(), write the report's page, print where it is and the report, and return it.
+
+    Ray's processes start while torch is imported with the room of the verb, unless the work is finished.
+    """
     with telling(STARTING) as tell, ExitStack() as stack:
         if not is_finished:
             from raysubset.cluster import started_ahead
 
-            stack.enter_context(started_ahead(config.cluster))
-        yield tell
-
-
-def _run(command: Run) -> int:
-    report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
-    with _beginning(command.config, is_finished=report_path.exists() and not command.fresh) as tell:
-        from raysubset.pipeline import run
+            stack.enter_context(started_ahead(command.config.cluster))
         from raysubset.tracking import track_page
 
-        changed = command.accept_changed_code
-        report = run(command.config, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
+        options |= {"on_event": tell, "fresh": command.fresh, "accept_changed_code": command.accept_changed_code}
+        report = getattr(import_module(room), verb)(command.config, *arguments, **options)
         page = _write_page(report.uri, tell)
         track_page(command.config, report.uri, tell)
     print(page)
     report.show()
+    return report
+
+
+def _run(command: Run) -> int:
+    report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
+    _reported(command, "raysubset.pipeline", "run", is_finished=report_path.exists() and not command.fresh)
     return DONE
 
 
 def _sweep(command: Sweep) -> int:
-    space = _space(command.sizes, command.space)
-    scheduler = "asha" if command.prune else None
-    with _beginning(command.config) as tell:
-        from raysubset.sweeping import sweep
-
-        report = sweep(
-            command.config,
-            space,
-            seeds=command.seeds,
-            scheduler=scheduler,
-            on_event=tell,
-            baseline=command.baseline,
-            fresh=command.fresh,
-            accept_changed_code=command.accept_changed_code,
-        )
-        page = _write_page(report.uri, tell)
-    print(page)
-    report.show()
+    space, scheduler = _space(command.sizes, command.space), "asha" if command.prune else None
+    options = {"seeds": command.seeds, "scheduler": scheduler, "baseline": command.baseline}
+    report = _reported(command, "raysubset.sweeping", "sweep", space, **options)
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
@@ -236,16 +225,7 @@ def _compare(command: Compare) -> int:
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (value := getattr(command, name)) not in (None, ()):
             options[name] = value
-    with _beginning(command.config) as tell:
-        from raysubset.comparison import compare
-        from raysubset.tracking import track_page
-
-        changed = command.accept_changed_code
-        report = compare(command.config, **options, on_event=tell, fresh=command.fresh, accept_changed_code=changed)
-        page = _write_page(report.uri, tell)
-        track_page(command.config, report.uri, tell)
-    print(page)
-    report.show()
+    report = _reported(command, "raysubset.comparison", "compare", **options)
     return FAILED if report.has_failed else DONE
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -71,45 +71,37 @@ def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
     return as_the_command
 
 
-@dataclass
-class _Working:
-    """The last event of an actor or worker."""
-
-    event: events.Start | events.Progress
-    heard_at: float
-
-
 class _AtWork:
     """Keeps the last events of the actors and workers that are at work."""
 
     def __init__(self) -> None:
-        self._rows: dict[Any, _Working] = {}
+        self._rows: dict[Any, tuple[events.Start | events.Progress, float]] = {}  # and when they were heard
 
     def hear(self, event: events.Event, now: float) -> None:
         """Note a start or progress, or leave out what has ended."""
         match event:
-            case events.Start(attempt=attempt):  # the earlier work of its process has ended
-                process = attempt.node, attempt.pid
-                self._keep(lambda row: _process(row.event) != process or now - row.heard_at < _PACK_S)
-                self._rows[_key(event)] = _Working(event, now)
-            case events.Progress():
-                self._rows[_key(event)] = _Working(event, now)
+            case events.Start(attempt=new):  # the earlier work of its process has ended, but for that of its pack
+                self._keep(lambda a, at: (a.node, a.pid) != (new.node, new.pid) or now - at < _PACK_S)
             case events.MinimumDone(stage=stage, record=record):
-                place = (stage, record["subset_id"])
-                self._keep(lambda row: _place(row.event) != place)
+                self._keep(lambda attempt, at: (attempt.stage, attempt.subset) != (stage, record["subset_id"]))
             case events.LegDone(leg=leg):
-                self._keep(lambda row: row.event.attempt.directory != leg)
-            case events.Retry(attempt=events.Attempt() as attempt):
-                self._keep(lambda row: row.event.attempt.pid != attempt.pid)
+                self._keep(lambda attempt, at: attempt.directory != leg)
+            case events.Retry(attempt=events.Attempt() as lost):
+                self._keep(lambda attempt, at: attempt.pid != lost.pid)
             case events.Stage():
                 self._rows.clear()
+        if isinstance(
+            event, events.Start | events.Progress
+        ):  # a process does one piece at a time, or a pack of subsets
+            attempt = event.attempt
+            self._rows[attempt.node, attempt.pid, attempt.stage, attempt.round, attempt.subset] = event, now
 
-    def _keep(self, is_at_work: Callable[[_Working], bool]) -> None:
-        self._rows = {key: row for key, row in self._rows.items() if is_at_work(row)}
+    def _keep(self, is_at_work: Callable[[events.Attempt, float], bool]) -> None:
+        self._rows = {key: (row, at) for key, (row, at) in self._rows.items() if is_at_work(row.attempt, at)}
 
     def since(self, then: float) -> list[events.Start | events.Progress]:
         """Return the last events of those heard since then, in order of subsets and ranks."""
-        return sorted((row.event for row in self._rows.values() if row.heard_at >= then), key=_order)
+        return sorted((event for event, at in self._rows.values() if at >= then), key=_order)
 
     def __bool__(self) -> bool:
         """Return True if there is any."""
@@ -167,15 +159,12 @@ class PlainLines:
     def _sum_up(self, now: float, text: str = "") -> None:
         rows = [row for row in self._at_work.since(self._summed_at) if isinstance(row, events.Progress)]
         self._summed_at, self._every_s = now, min(1.5 * self._every_s, self.MOST_S)
-        parts = [_how_far(self._course), text]
-        if rows:
+        at_work = rows[0].text if rows else ""
+        if len(rows) > 1:
             losses = [row.running_loss for row in rows if row.running_loss is not None]
-            at_work = f"{rows[0].text}" if len(rows) == 1 else f"{len(rows)} at work"
-            if len(rows) > 1:
-                at_work += f", mean loss {sum(losses) / len(losses):.4f}" if losses else ""
-                at_work += f", {sum(row.examples_per_s for row in rows):,.0f} examples/s"
-            parts.append(at_work)
-        self._line("; ".join(part for part in parts if part))
+            at_work = f"{len(rows)} at work" + (f", mean loss {fmean(losses):.4f}" if losses else "")
+            at_work += f", {sum(row.examples_per_s for row in rows):,.0f} examples/s"
+        self._line("; ".join(part for part in (_how_far(self._course), text, at_work) if part))
 
     def _line(self, event: events.Event | str, more: str = "") -> None:
         print(f"{time.strftime('%H:%M:%S')} {visible(str(event))}{more}", file=sys.stderr, flush=True)
@@ -185,8 +174,7 @@ def _how_far(course: Course) -> str:
     """Return '34% of 11 planned passes, about 3 min of training left'; '' before the plan is known."""
     if (passes := course.passes) is None or not passes[1]:
         return ""
-    done, total = passes
-    left_s = course.left_s
+    (done, total), left_s = passes, course.left_s
     time_left = "" if left_s is None or left_s < 1 else f", about {in_words(left_s)} of training left"
     return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} planned passes{time_left}"
 
@@ -243,10 +231,10 @@ class LiveView:
             room = max(0, options.size.height - _BELOW)
             parts: list[RenderableType] = []
             if self._standing is not None:
-                parts.append(
-                    self._arms_or_trials(self._standing, options.max_width, room // 2 if self._at_work else room)
-                )
-            parts += self._actors(options.max_width, room - (room // 2 if self._standing is not None else 0))
+                of_table = room // 2 if self._at_work else room
+                parts.append(self._arms_or_trials(self._standing, options.max_width, of_table))
+                room -= room // 2
+            parts += self._actors(options.max_width, room)
             parts.append(self._status())
             if bar := self._bar(options.max_width):
                 parts.append(bar)
@@ -293,10 +281,8 @@ class LiveView:
 
     def _arms_or_trials(self, standing: events.Standing, width: int, room: int) -> Table:
         """Return the most important rows and the last columns, as many as there is room for."""
-        widths = [
-            max(len(text) for text in (heading, *(row.cells[n] for row in standing.rows))) + _GAP
-            for n, heading in enumerate(standing.columns)
-        ]
+        columns = zip(standing.columns, *(row.cells for row in standing.rows), strict=True)
+        widths = [max(map(len, column)) + _GAP for column in columns]
         first = min(max(len(row.name) for row in standing.rows) + 2 + _GAP, width // 2)
         num = len(widths)
         while num > 1 and first + sum(widths[-num:]) > width:
@@ -310,27 +296,12 @@ class LiveView:
             order = ("at work", "failed", "done", "waiting")
             ranked = sorted(range(len(rows)), key=lambda n: (not rows[n].is_best, order.index(rows[n].state)))
             rows = [rows[n] for n in sorted(ranked[:most])]
-        styles = {"waiting": "dim", "at work": "", "done": "", "failed": "red"}
         for row in rows:
-            name = f"{visible(row.name)} *" if row.is_best else visible(row.name)
-            table.add_row(name, *row.cells[-num:], style="bold green" if row.is_best else styles[row.state])
+            style = "bold green" if row.is_best else {"waiting": "dim", "failed": "red"}.get(row.state, "")
+            table.add_row(visible(row.name) + " *" * row.is_best, *row.cells[-num:], style=style)
         if more := len(standing.rows) - len(rows):
             table.caption, table.caption_justify = f"and {more} more", "left"
         return table
-
-
-def _key(event: events.Start | events.Progress) -> Any:
-    """Return the key of the event's row: a process does one piece at a time, or a pack of subsets."""
-    attempt = event.attempt
-    return attempt.node, attempt.pid, attempt.stage, attempt.round, attempt.subset
-
-
-def _process(event: events.Start | events.Progress) -> tuple[str, int]:
-    return event.attempt.node, event.attempt.pid
-
-
-def _place(event: events.Start | events.Progress) -> tuple[str, int | None]:
-    return event.attempt.stage, event.attempt.subset
 
 
 def _order(event: events.Start | events.Progress) -> tuple[str, int, int]:

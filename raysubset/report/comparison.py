@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from raysubset.costs import bytes_in_words
@@ -11,8 +12,8 @@ from raysubset.quality import Quality, quality_of
 from raysubset.report.commands import command
 from raysubset.report.curves import arm_stages, needed_legs, training_plot
 from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot, colour_of
-from raysubset.report.figures import Record, finite, loss_name
-from raysubset.report.parts import Command, Line, Section
+from raysubset.report.figures import Record, finite, loss_name, number
+from raysubset.report.parts import Command, Line, Section, table
 
 _NAMES = {  # arms by their letters in --arms
     "A": "conventional, long",
@@ -52,24 +53,24 @@ def comparison_parts(record: Record) -> Iterator[Section]:
     if record["tuning"]["tried"]:
         yield _tuning(record)
     if record["failed"]:
-        rows = tuple((leg, reason) for leg, reason in record["failed"].items())
         lines = ("The same command tries them again.",)
-        yield Section("Failed, and left out", ("leg", ""), rows, lines)
+        yield Section("Failed, and left out", ("leg", ""), tuple(record["failed"].items()), lines)
     if "sentence" in record["regime"]:
         yield _regime(record)
 
 
 def _regime(record: Record) -> Section:
     """Report which way takes the least wall time to the quality, at each bandwidth."""
-    ways = ("one device", "data-parallel training", "subset pretraining")
 
-    def seconds(row: Record, way: str) -> str:
+    def seconds(way: str, row: Record) -> str:
         fastest = row["ways"].get(way)
         return "–" if fastest is None else f"{fastest['seconds']:.3g} s ({arm_name(fastest['arm'])})"
 
-    rows = tuple(
-        (f"{row['gbit_per_s']:g}", *(seconds(row, way) for way in ways), " or ".join(row["fastest"]) or "–")
-        for row in record["regime"]["by_bandwidth"]
+    ways = ("one device", "data-parallel training", "subset pretraining")
+    columns = (
+        ("Gbit/s a worker", lambda row: f"{row['gbit_per_s']:g}"),
+        *((way, partial(seconds, way)) for way in ways),
+        ("the least", lambda row: " or ".join(row["fastest"]) or "–"),
     )
     lines = (
         "Seconds to the quality that counts as good, computed like the table of networks: for each way its fastest arm "
@@ -77,7 +78,7 @@ def _regime(record: Record) -> Section:
         "others'; else all that cannot be told apart are named, and those that reach it with some seeds only.",
         _with_names(record["regime"]["sentence"], record),
     )
-    return Section("Regime", ("Gbit/s a worker", *ways, "the least"), rows, lines)
+    return table("Regime", record["regime"]["by_bandwidth"], columns, lines)
 
 
 def verdicts(record: Record) -> Iterator[str]:
@@ -144,49 +145,43 @@ def _budgets(record: Record) -> list[float]:
 
 
 def _points(record: Record) -> Section:
-    rows, quality = [], quality_of(record)
-    means = [point["mean"] for arm in record["arms"] for point in arm["points"] if point["mean"]]
-    is_streamed = any(mean.get("storage_reads") for mean in means)
-    for arm in record["arms"]:
-        for point in arm["points"]:
-            mean, difference = point["mean"], point["difference"]
-            if mean is None:
-                rows.append((arm_name(arm["key"]), f"{point['budget']:g}", *["–"] * (6 + is_streamed), "failed"))
-                continue
-            reached, half = mean_and_half(mean, quality)
-            rows.append(
-                (
-                    arm_name(arm["key"]),
-                    f"{point['budget']:g}",
-                    f"{mean['num_seeds']}",
-                    f"{mean['passes']:.2f}",
-                    f"{mean['critical_path_passes']:.2f}",
-                    f"{mean['device_s']:.1f}",
-                    *([f"{mean['storage_reads']:.2f}"] if is_streamed else []),
-                    quality.number(reached) + (quality.error(half) if math.isfinite(half) else ""),
-                    "not finite" if mean["validation_loss"] is None else f"{mean['validation_loss']:.4f}",
-                    _compared(difference, point["is_non_inferior"], quality),
-                )
-            )
-    lines = tuple(
-        f"{arm_name(arm['key'])} ({arm['key']} of --arms): {arm['title']}; learning rate {_settings(arm)}"
-        f"{_edge(record, arm['key'], arm['settings'])}"
-        for arm in record["arms"]
-    )
-    columns = ("arm", "budget", "seeds", "passes", "critical path", "device s")
-    columns += (*(("reads",) if is_streamed else ()), f"test {quality.label}")
-    columns += ("validation loss", f"against conventional, {quality.change_label}")
-    less = "" if quality.higher_is_better else f" Of {quality.name}, less is better."
-    intervals = " ± and the brackets: 95 % intervals by Student's t, differences paired by seed."
-    explained = (
-        "Budgets are passes of training; passes count evaluation too, and all work of each arm, even if arms shared "
-        f"it.{intervals if len(record['seeds']) >= _FEWEST_SEEDS else ''}{less}",
-    )
+    quality = quality_of(record)
+    points = [point | {"arm": arm["key"]} for arm in record["arms"] for point in arm["points"]]
+    is_streamed = any(point["mean"].get("storage_reads") for point in points if point["mean"])
+
+    def of_mean(show: Callable[[Record], str]) -> Callable[[Record], str]:
+        return lambda point: "–" if point["mean"] is None else show(point["mean"])
+
+    def reached(mean: Record) -> str:
+        value, half = mean_and_half(mean, quality)
+        return quality.number(value) + (quality.error(half) if math.isfinite(half) else "")
+
+    columns = [
+        ("arm", lambda point: arm_name(point["arm"])),
+        ("budget", lambda point: f"{point['budget']:g}"),
+        ("seeds", of_mean(lambda mean: f"{mean['num_seeds']}")),
+        ("passes", of_mean(lambda mean: f"{mean['passes']:.2f}")),
+        ("critical path", of_mean(lambda mean: f"{mean['critical_path_passes']:.2f}")),
+        ("device s", of_mean(lambda mean: f"{mean['device_s']:.1f}")),
+        *([("reads", of_mean(lambda mean: f"{mean['storage_reads']:.2f}"))] if is_streamed else []),
+        (f"test {quality.label}", of_mean(reached)),
+        ("validation loss", of_mean(lambda mean: number(mean["validation_loss"]))),
+        (f"against conventional, {quality.change_label}", lambda point: _compared(point, quality)),
+    ]
+    lines = [
+        "Budgets are passes of training; passes count evaluation too, and all work of each arm, even if arms shared it."
+    ]
+    if len(record["seeds"]) >= _FEWEST_SEEDS:
+        lines[0] += " ± and the brackets: 95 % intervals by Student's t, differences paired by seed."
+    if not quality.higher_is_better:
+        lines[0] += f" Of {quality.name}, less is better."
     if is_streamed:
-        reads = "Reads: rows read from storage, divided by the training files' rows; a row group is read whole."
-        explained = (*explained, reads)
-    plots = tuple(plot for clock in CLOCKS if (plot := _quality_plot(record, clock)))
-    return Section("Arms", columns, tuple(rows), explained + lines, plots)
+        lines.append("Reads: rows read from storage, divided by the training files' rows; a row group is read whole.")
+    for arm in record["arms"]:
+        settings = f"learning rate {arm['settings']['learning_rate']:g}, batch {arm['settings']['batch_size']}"
+        name = f"{arm_name(arm['key'])} ({arm['key']} of --arms)"
+        lines.append(f"{name}: {arm['title']}; {settings}{_edge(record, arm['key'], arm['settings'])}")
+    return table("Arms", points, columns, lines, [_quality_plot(record, clock) for clock in CLOCKS])
 
 
 def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
@@ -197,16 +192,12 @@ def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
     return finite(mean[f"test_{quality.name}"]), finite(interval["high"]) - finite(interval["estimate"])
 
 
-def _compared(difference: Record | None, is_non_inferior: bool | None, quality: Quality) -> str:
-    if difference is None:
-        return "–"
+def _compared(point: Record, quality: Quality) -> str:
+    if (difference := point["difference"]) is None:
+        return "–" if point["mean"] else "failed"
     estimate, low, high = (quality.number(difference[key], sign="+") for key in ("estimate", "low", "high"))
     span = "" if "-" in (low, high) or difference["num"] < _FEWEST_SEEDS else f" [{low}, {high}]"
-    return f"{estimate}{span}{' as good' if is_non_inferior else ''}"
-
-
-def _settings(arm: Record) -> str:
-    return f"{arm['settings']['learning_rate']:g}, batch {arm['settings']['batch_size']}"
+    return f"{estimate}{span}{' as good' if point['is_non_inferior'] else ''}"
 
 
 def _edge(record: Record, key: str, settings: Record) -> str:
@@ -218,19 +209,20 @@ def _edge(record: Record, key: str, settings: Record) -> str:
 
 
 def _speed_ups(record: Record) -> Section:
-    rows = []
-    for arm in record["arms"]:
-        if arm["key"] not in record["speed_ups"]["total"]:
-            continue
-        speed_ups = [_speed_up(record["speed_ups"][clock][arm["key"]]) for clock in CLOCKS]
-        rows.append((arm_name(arm["key"]), *speed_ups, arm["role"]))
+    of_total, of_critical_path = (record["speed_ups"][clock] for clock in CLOCKS)
+    columns = (
+        ("arm", lambda arm: arm_name(arm["key"])),
+        ("total", lambda arm: _speed_up(of_total[arm["key"]])),
+        ("critical path", lambda arm: _speed_up(of_critical_path[arm["key"]])),
+        ("role", lambda arm: arm["role"]),
+    )
     lines = (
         "S: passes that conventional training needs for the quality above, divided by those the arm needs; 0 if it "
         "never reaches it. Geometric mean with Student's t interval on log S; if a seed is missing or beyond the "
         "budgets, the median with the least and largest, and the coverage of that.",
     )
-    columns = ("arm", "total", "critical path", "role")
-    return Section("Speed-up at equal quality", columns, tuple(rows), lines, (_speed_ups_plot(record),))
+    arms = [arm for arm in record["arms"] if arm["key"] in of_total]
+    return table("Speed-up at equal quality", arms, columns, lines, [_speed_ups_plot(record)])
 
 
 def _speed_up(record: Record) -> str:
@@ -250,17 +242,11 @@ def largest_rows(network: Record) -> list[Record]:
 
 def _network(record: Record) -> Section:
     network, quality = record["network"], quality_of(record)
-    names = [f"{speed:g} Gbit/s" for speed in network["bandwidths"]]
-    rows = tuple(
-        (
-            arm_name(row["arm"]),
-            f"{row['budget']:g}",
-            quality.number(row[f"test_{quality.name}"]),
-            f"{row['num_exchanges']:,}",
-            bytes_in_words(row["num_bytes"]),
-            *(f"{row['wall_s'][f'{speed:g}']:.4g}" for speed in network["bandwidths"]),
-        )
-        for row in largest_rows(network)
+    columns = (
+        ("arm", lambda row: arm_name(row["arm"])),
+        ("budget", lambda row: f"{row['budget']:g}"),
+        (f"test {quality.label}", lambda row: quality.number(row[f"test_{quality.name}"])),
+        *_sent_and_seconds(f"{speed:g}" for speed in network["bandwidths"]),
     )
     workers, step = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
     lines = (
@@ -270,8 +256,14 @@ def _network(record: Record) -> Section:
         f"aggregating actor fetch and send; data-parallel training of {workers} workers sends {step} per step and "
         "worker (ring all-reduce of float32, half of it in bfloat16), with nothing overlapped.",
     )
-    columns = ("arm", "budget", f"test {quality.label}", "exchanges", "sent", *names)
-    return Section("Wall time by network, largest budget", columns, rows, lines, _wall_plots(record))
+    return table("Wall time by network, largest budget", largest_rows(network), columns, lines, [_wall_plot(record)])
+
+
+def _sent_and_seconds(speeds: Iterable[str]) -> list[tuple[str, Callable[[Record], str]]]:
+    """Return the columns of exchanges, bytes, and wall seconds at each bandwidth."""
+    exchanges = ("exchanges", lambda row: f"{row['num_exchanges']:,}")
+    sent = ("sent", lambda row: bytes_in_words(row["num_bytes"]))
+    return [exchanges, sent, *((f"{s} Gbit/s", lambda row, speed=s: f"{row['wall_s'][speed]:.4g}") for s in speeds)]
 
 
 def _tuning(record: Record) -> Section:
@@ -282,18 +274,15 @@ def _tuning(record: Record) -> Section:
             return ""
         return f"chosen{_edge(record, row['arm'], settings[row['arm']])}".partition(":")[0]
 
-    rows = tuple(
-        (
-            arm_name(row["arm"]),
-            f"{row['learning_rate']:g}",
-            f"{row['batch_size']}",
-            "diverged" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
-            choice(row),
-        )
-        for row in record["tuning"]["tried"]
+    columns = (
+        ("arm", lambda row: arm_name(row["arm"])),
+        ("learning rate", lambda row: f"{row['learning_rate']:g}"),
+        ("batch", lambda row: f"{row['batch_size']}"),
+        ("validation loss", lambda row: number(row["validation_loss"], none="diverged")),
+        ("", choice),
     )
     cost = f"Tuning cost {record['tuning']['passes']:.2f} passes, in no figure above, and has a seed of its own."
-    return Section("Tuning", ("arm", "learning rate", "batch", "validation loss", ""), rows, (cost,))
+    return table("Tuning", record["tuning"]["tried"], columns, (cost,))
 
 
 # Plots
@@ -364,17 +353,17 @@ def _speed_ups_plot(record: Record) -> Plot:
     return Plot("speed_ups", caption, (chart,))
 
 
-def _wall_plots(record: Record) -> tuple[Plot, ...]:
-    """Draw the seconds over bandwidth at each arm's largest budget; no plot if there is a single bandwidth."""
+def _wall_plot(record: Record) -> Plot | None:
+    """Draw the seconds over bandwidth at each arm's largest budget; None if there is a single bandwidth."""
     network, styles = record["network"], _styles(record)
     if len(network["bandwidths"]) < 2:
-        return ()
+        return None
     chart = Chart("bandwidth, Gbit/s", "computed wall time, s", log="xy", size=(440, 300))
     for row in largest_rows(network):
         seconds = [(speed, finite(row["wall_s"][f"{speed:g}"])) for speed in network["bandwidths"]]
         chart.line(seconds, label=arm_name(row["arm"]), **styles[row["arm"]])
     caption = "Computed seconds at each arm's largest budget if every subset had a device of its own, over bandwidth."
-    return (Plot("wall_by_network", caption, (chart,)),)
+    return Plot("wall_by_network", caption, (chart,))
 
 
 def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
@@ -411,21 +400,14 @@ def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:
 def advice_sections(record: Record) -> list[Section]:
     """Return the sections of advice before a run, from Advice.to_dict()."""
     forecasts = record["forecasts"]
-    speeds = list(forecasts[0]["wall_s"])
-    rows = tuple(
-        (
-            forecast["name"],
-            f"{forecast['passes']:.2f}",
-            f"{forecast['num_exchanges']:,}",
-            bytes_in_words(forecast["num_bytes"]),
-            *(f"{forecast['wall_s'][speed]:.4g}" for speed in speeds),
-        )
-        for forecast in forecasts
+    columns = (
+        ("", lambda forecast: forecast["name"]),
+        ("passes, one after the other", lambda forecast: f"{forecast['passes']:.2f}"),
+        *_sent_and_seconds(forecasts[0]["wall_s"]),
     )
     lines = (
         f"Seconds for {record['passes']:.2f} passes of training in total: passes one after the other × "
         f"{record['s_per_pass']:.3g} s (measured on this machine, one device) + bytes sent one after the other × 8 / "
         "bandwidth. Evaluation, start-up, and sending while computing are left out for all.",
     )
-    columns = ("", "passes, one after the other", "exchanges", "sent", *(f"{speed} Gbit/s" for speed in speeds))
-    return [Section("Forecast", columns, rows, lines), Section("What follows", lines=tuple(record["lines"]))]
+    return [table("Forecast", forecasts, columns, lines), Section("What follows", lines=tuple(record["lines"]))]

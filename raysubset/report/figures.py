@@ -19,6 +19,11 @@ def finite(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def number(value: float | None, form: str = ".4f", *, none: str = "not finite") -> str:
+    """Return the formatted number, or `none` for None and for what is not finite."""
+    return none if value is None or not math.isfinite(value) else format(value, form)
+
+
 def standard_error(metrics: Record, quality: Quality) -> float | None:
     """Return the quality's standard error over the sampling of examples, or None if it is not known.
 

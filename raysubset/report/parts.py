@@ -1,8 +1,10 @@
 """Define a report's parts, for the terminal and the page alike: sections of tables, lines, plots and pictures."""
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from raysubset.events import Note
 from raysubset.report.drawing import Plot
@@ -60,6 +62,23 @@ class Section:
     def is_wide(self) -> bool:
         """Return True if the section needs the whole width of a page."""
         return self.has_wide_table or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
+
+
+def table(
+    title: str,
+    items: Iterable[Any],
+    columns: Iterable[tuple[str, Callable[[Any], str]]],
+    lines: Sequence[Line] = (),
+    plots: Sequence[Plot | None] = (),
+) -> Section:
+    """Return a section with a row for each item. A column is its heading and what writes an item's cell below it.
+
+    Args:
+        plots: those that are not None are drawn.
+    """
+    headings, cells = zip(*columns, strict=True)
+    rows = tuple(tuple(cell(item) for cell in cells) for item in items)
+    return Section(title, headings, rows, tuple(lines), tuple(plot for plot in plots if plot is not None))
 
 
 def _is_number(cell: str) -> bool:

@@ -1,6 +1,5 @@
 """Report a finished run: the result, its recipe, the results and costs of each stage, and the findings."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,13 +19,14 @@ from raysubset.report.figures import (
     finite,
     is_least_squares,
     mean_metrics,
+    number,
     standard_error,
     trained_passes,
     trainings,
     with_error,
 )
 from raysubset.report.findings import findings, next_commands
-from raysubset.report.parts import Command, Line, Section
+from raysubset.report.parts import Command, Line, Section, table
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -93,46 +93,41 @@ def recipe(record: Record) -> Section:
         return Section("Recipe", lines=(Note(text, is_warning=True),))
     stages = record["stages"]
     rounds = stages.get("rounds") or []
-    columns: dict[TrainingStage, str] = {}
+    recipes: dict[TrainingStage, MinimizeConfig] = {}
     all_stages: tuple[TrainingStage, ...] = ("conventional", "trunk", "subsets", "fine_tuning")
     for stage in all_stages:
-        if stages.get("rounds" if stage == "subsets" else stage):
-            columns[stage] = stage.replace("_", " ")
-    recipes: dict[TrainingStage, dict[str, Any]] = {}
-    for stage in columns:
-        epochs = stages[stage]["history"][-1]["epoch"] if stage == "conventional" and stages[stage]["history"] else None
-        recipes[stage] = flatten(asdict(config.stage(stage, epochs=epochs)))
+        if work := stages.get("rounds" if stage == "subsets" else stage):
+            history = work["history"] if stage == "conventional" else ()
+            recipes[stage] = config.stage(stage, epochs=history[-1]["epoch"] if history else None)
+    settings = [flatten(asdict(recipe)) for recipe in recipes.values()]
     of_a_stage = _OF_A_STAGE if config.minimize.loop is None else _OF_A_LOOP
-    rows = [(name, *(_setting(recipes[stage][key]) for stage in columns)) for key, name in of_a_stage.items()]
-    rates = {
-        stage: config.stage(stage, epochs=1.0).peak_learning_rate()
-        if recipe["learning_rate"] or ":" not in recipe["optimizer"]
-        else None
-        for stage, recipe in recipes.items()
-    }
+    rows = [(name, *(_setting(values[key]) for values in settings)) for key, name in of_a_stage.items()]
     if of_a_stage is _OF_A_STAGE:
-        shown = ("its own" if rate is None else f"{rate:g}" for rate in rates.values())
+        is_known = [recipe.learning_rate or not recipe.has_own_optimizer for recipe in recipes.values()]
+        rates = zip(recipes.values(), is_known, strict=True)
+        shown = (f"{recipe.peak_learning_rate():g}" if known else "its own" for recipe, known in rates)
         rows.insert(1, ("learning rate, peak", *shown))
-    defaults = flatten(asdict(MinimizeConfig()))
-    for key, default in defaults.items():
-        values = [recipes[stage][key] for stage in columns]
+    for key, default in flatten(asdict(MinimizeConfig())).items():
+        values = [setting[key] for setting in settings]
         if key not in (*_OF_A_STAGE, "learning_rate", "loop") and any(value != default for value in values):
             rows.append((key.replace("_", " "), *map(_setting, values)))
-    num_train = record["data"]["num_train"]
-    sizes = sorted({minimum["num_examples"] for minimum in rounds[-1]["minima"]}) if rounds else [0]
+    minima = rounds[-1]["minima"] if rounds else []
+    sizes = sorted({minimum["num_examples"] for minimum in minima}) or [0]
     of_subsets = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
-    rows.append(("examples", *(of_subsets if stage == "subsets" else f"{num_train:,}" for stage in columns)))
+    of_others = f"{record['data']['num_train']:,}"
+    rows.append(("examples", *(of_subsets if stage == "subsets" else of_others for stage in recipes)))
     workers = {
-        "subsets": f"{len(rounds[-1]['minima'])} subsets" if rounds else "",
+        "subsets": f"{len(minima)} subsets",
         "fine_tuning": str((stages.get("fine_tuning") or {}).get("num_workers", 1)),
         "trunk": str(config.trunk.num_workers),
         "conventional": str(config.conventional.num_workers),
     }
-    rows.append(("workers", *(workers[stage] for stage in columns)))
+    rows.append(("workers", *(workers[stage] for stage in recipes)))
     if len(rounds) > 1:
-        rows.append(("rounds", *(str(len(rounds)) if stage == "subsets" else "1" for stage in columns)))
+        rows.append(("rounds", *(str(len(rounds)) if stage == "subsets" else "1" for stage in recipes)))
     line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh starts over):"
-    return Section("Recipe", ("", *columns.values()), tuple(rows), (line, Command(command(record["config"]))))
+    columns = ("", *(stage.replace("_", " ") for stage in recipes))
+    return Section("Recipe", columns, tuple(rows), (line, Command(command(record["config"]))))
 
 
 def _config(record: Record) -> Config | None:
@@ -151,7 +146,7 @@ def result(record: Record, beside: Beside) -> Section:
     """State the result in a sentence, compare it with what lies beside the run, and draw its story."""
     test, cost, model = record["test"], record["cost"], record["model"]
     sentence = (
-        f"Test {_counted(test, quality_of(record))}, loss {_number(test['loss'])}, with {model['name']} of "
+        f"Test {_counted(test, quality_of(record))}, loss {number(test['loss'])}, with {model['name']} of "
         f"{model['num_parameters']:,} parameters, for {cost['passes']:.2f} passes over the training set in total, "
         f"{cost['critical_path_passes']:.2f} of them on the critical path."
     )
@@ -161,19 +156,18 @@ def result(record: Record, beside: Beside) -> Section:
 
 def _final_model(record: Record) -> Section:
     quality = quality_of(record)
-    rows = tuple(
-        (name, f"{metrics['num_examples']:,}", _number(metrics["loss"]), _counted(metrics, quality, quality.cell))
-        for name, metrics in (
-            ("test, read once at the end", record["test"]),
-            ("validation, read for every choice", record["validation"]),
-        )
-    )
     lines = list(map(Note.from_json, record["data"]["notes"]))
     if values := list(_other_values(record["test"], quality)):
         lines.insert(0, Note(f"On test data also: {', '.join(values)}."))
     error = "" if standard_error(record["test"], quality) is None else " ± standard error"
-    columns = ("on", "examples", "loss", f"{quality.heading}{error}")
-    return Section("Final model", columns, rows, tuple(lines))
+    columns = (
+        ("on", lambda row: row[0]),
+        ("examples", lambda row: f"{row[1]['num_examples']:,}"),
+        ("loss", lambda row: number(row[1]["loss"])),
+        (f"{quality.heading}{error}", lambda row: _counted(row[1], quality, quality.cell)),
+    )
+    names = {"test": "test, read once at the end", "validation": "validation, read for every choice"}
+    return table("Final model", [(name, record[split]) for split, name in names.items()], columns, lines)
 
 
 def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
@@ -248,11 +242,11 @@ def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
         rows.append(
             (
                 f"{round['round'] + 1}",
-                _number(aggregation["mean_member_loss"]),
+                number(aggregation["mean_member_loss"]),
                 quality.cell(aggregation[f"mean_member_{quality.name}"]),
                 *_pair(aggregation["ensemble"], quality),
                 *_pair(aggregation["validation"], quality),
-                _number(aggregation["barrier"], "+.4f"),
+                number(aggregation["barrier"], "+.4f"),
             )
         )
     lines = []
@@ -328,7 +322,7 @@ def _aggregation(record: Record, last: Record) -> Section:
     aggregation, minima, quality = last["aggregation"], last["minima"], quality_of(record)
     config = _config(record)
     has_outer_step = config is not None and config.rounds.has_outer_step()
-    mean = _number(aggregation["mean_member_loss"]), quality.cell(aggregation[f"mean_member_{quality.name}"])
+    mean = number(aggregation["mean_member_loss"]), quality.cell(aggregation[f"mean_member_{quality.name}"])
     rows = [
         ("best member", *_pair(aggregation["best_member"], quality)),
         ("mean member", *mean),
@@ -345,10 +339,10 @@ def _aggregation(record: Record, last: Record) -> Section:
         text += ", weighted " + listed([f"{share:.3f}" for share in coefficients], most=MOST_ROWS)
     if aggregation["tried"]:
         text += f"; {len(aggregation['tried'])} candidates were scored on validation data"
-    barrier = f"Barrier (loss of the plain mean less mean loss): {_number(aggregation['barrier'], '+.4f')}."
+    barrier = f"Barrier (loss of the plain mean less mean loss): {number(aggregation['barrier'], '+.4f')}."
     lines: list[Line] = [f"{text}. {barrier}"]
     if alignment := aggregation["alignment"]:
-        before, after = (_number(alignment[key], "+.4f") for key in ("barrier_before", "barrier_after"))
+        before, after = (number(alignment[key], "+.4f") for key in ("barrier_before", "barrier_after"))
         lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
     if aggregation["of_first"]:
         lines.append(f"Not averaged, from subset {subset_ids[0]}: {listed(aggregation['of_first'])}.")
@@ -431,8 +425,4 @@ def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], s
 
 def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
     """Return loss and quality as two cells."""
-    return ("", "") if metrics is None else (_number(metrics["loss"]), quality.cell(metrics[quality.name]))
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "not finite" if value is None or not math.isfinite(value) else format(value, form)  # JSON has no NaN
+    return ("", "") if metrics is None else (number(metrics["loss"]), quality.cell(metrics[quality.name]))
