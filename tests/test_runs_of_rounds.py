@@ -11,7 +11,7 @@ import torch
 from raysubset import Config, run
 from raysubset.events import AggregateDone, Event, MinimumDone, Retry, Stage, Start
 from raysubset.report import sections, write_files
-from raysubset.report.several import write_several
+from raysubset.report.several import read_several, write_several
 from raysubset.run_directory import (
     RunDirectory,
     aggregate_weights_path,
@@ -120,7 +120,7 @@ def test_measuring_rounds_less_often_changes_no_parameter_and_spares_what_it_cos
     assert [row[0] for row in table.rows] == ["2", "3"]
     assert any("1 of 3 rounds were not measured" in line for line in table.lines)
     write_files(seldom.uri)
-    write_several([often.uri, seldom.uri], str(tmp_path / "both.html"))
+    write_several(read_several([often.uri, seldom.uri]), str(tmp_path / "both.html"))
     rows = RunDirectory.at(seldom.uri).read_bytes("progress.csv").decode().splitlines()
     assert len(rows) == 1 + 3 * 2
     assert "evaluate-every 3" in " ".join(

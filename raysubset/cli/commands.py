@@ -263,7 +263,7 @@ def _report(command: Report) -> int:
         read, write = sections_of, partial(report.write_files, directory)
     else:
         record, read = report.read_several(command.directories), report.several_sections
-        write = partial(report.write_several, command.directories, command.to or "report.html")
+        write = partial(report.write_several, record, command.to or "report.html")
     with _damaged(", ".join(command.directories)):
         match command.format:
             case "html":
@@ -285,7 +285,7 @@ def _ls(command: Ls) -> int:
 
     entries, num_others = list_runs(command.storage)
     if command.format == "json":
-        print(json.dumps([entry.to_dict() for entry in entries], indent=1))
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
     else:
         print_sections([listing_section(command.storage, entries, num_others)])
     return MISTAKE if any(entry.state == "damaged" for entry in entries) else DONE

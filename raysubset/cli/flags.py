@@ -15,7 +15,7 @@ from raysubset.config import Config, field_docs, nearest, read_config
 @dataclass(frozen=True)
 class _OfConfig:
     config: Config
-    config_file: str | None = field(default=None, metadata={"flag": "config", "value": "FILE"})
+    config_file: str | None = field(default=None, metadata={"flag": "config", "value_name": "FILE"})
     """YAML or JSON file of settings, as `raysubset config` writes it, or a run's config.json; flags override it. A
     function that it names is called only with --trust-code, or if a flag names it too."""
     trust_code: bool = False
@@ -234,8 +234,8 @@ class Flag:
     default: Any  # MISSING: it must be given
     owner: type  # the dataclass whose field it is
     of_config: bool
-    placeholder: str = ""
-    is_positional: bool = False
+    value_name: str = ""  # in help, in place of what its kind gives
+    positional: str = ""  # the name in help of an argument without dashes; "": a flag
 
     @property
     def doc(self) -> str:
@@ -251,8 +251,8 @@ class Flag:
     @property
     def value(self) -> str:
         """Return the placeholder for the value in help; "" if the flag takes none."""
-        if self.placeholder or self.kind is bool:
-            return self.placeholder
+        if (name := self.positional or self.value_name) or self.kind is bool:
+            return name
         placeholder = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
         words = [placeholder] * (self.kind is not str or not self.words) + list(self.words)
         return ("{" + ",".join(words) + "}" if self.words else placeholder) + (" …" if self.is_many else "")
@@ -267,12 +267,10 @@ def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list
     hints = typing.get_type_hints(kind)
     flags = []
     for entry in dataclasses.fields(kind):
-        if entry.name == "config":
-            continue
-        name, position = entry.metadata.get("flag", entry.name), entry.metadata.get("positional")
-        placeholder, value = entry.metadata.get("value", position or ""), defaults.get(entry.name, entry.default)
-        more = (value, kind, False, placeholder, position is not None)
-        flags.append(_flag(name, entry.name, hints[entry.name], *more))
+        if entry.name != "config":
+            metadata = {"flag": entry.name, **entry.metadata}
+            value = defaults.get(entry.name, entry.default)
+            flags.append(_flag(entry.name, hints[entry.name], value, kind, of_config=False, **metadata))
     if issubclass(kind, _OfConfig):
         flags += _flags_of_config(Config, default or Config(), "")
     return flags
@@ -285,10 +283,10 @@ def _flags_of_config(kind: type, default: Any, prefix: str) -> Iterator[Flag]:
         if dataclasses.is_dataclass(hint):
             yield from _flags_of_config(typing.cast(type, hint), value, f"{key}.")
         else:
-            yield _flag(key, key, hint, value, kind, True)
+            yield _flag(key, hint, value, kind, of_config=True, flag=key)
 
 
-def _flag(name: str, key: str, hint: Any, default: Any, owner: type, of_config: bool, *more: Any) -> Flag:
+def _flag(key: str, hint: Any, default: Any, owner: type, *, of_config: bool, flag: str, **more: str) -> Flag:
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
     has_none, kind = type(None) in options, next(option for option in options if option is not type(None))
     words = next((typing.get_args(option) for option in options if typing.get_origin(option) is Literal), ())
@@ -296,7 +294,7 @@ def _flag(name: str, key: str, hint: Any, default: Any, owner: type, of_config: 
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
         kind = str
-    return Flag(name.replace("_", "-"), key, kind, words, has_none, is_many, default, owner, of_config, *more)
+    return Flag(flag.replace("_", "-"), key, kind, words, has_none, is_many, default, owner, of_config, **more)
 
 
 def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
@@ -348,7 +346,7 @@ def parse(kind: Any, arguments: Sequence[str], default: Config, *, prog: str, **
     own_keys = [flag.key for flag in flags if not flag.of_config and flag.key in overrides]
     options = defaults | {key: overrides.pop(key) for key in own_keys}
     for flag in flags:
-        if flag.is_positional and flag.default is dataclasses.MISSING and flag.key not in own_keys:
+        if flag.positional and flag.default is dataclasses.MISSING and flag.key not in own_keys:
             raise ValueError(f"{flag.value.split()[0]} is missing; see {prog} --help")
     if not issubclass(kind, _OfConfig):
         return kind(**options)
@@ -365,13 +363,13 @@ _HELP = ("-h", "--help", "--help-all")
 
 def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str) -> dict[str, Any]:
     """Return the values in the arguments, by the keys of the flags."""
-    by_name = {f"--{flag.name}": flag for flag in flags if not flag.is_positional}
+    by_name = {f"--{flag.name}": flag for flag in flags if not flag.positional}
     negated = {flag.negated: flag for flag in flags if flag.kind is bool and flag.of_config}
     if "--task.name" in by_name:
         by_name["--task"] = by_name["--task.name"]  # the short names
         by_name["--start-from"] = by_name["--model.weights"]
         by_name["--profile"] = by_name["--actors.profile"]
-    positionals = [flag for flag in flags if flag.is_positional]
+    positionals = [flag for flag in flags if flag.positional]
     values_by_key: dict[str, Any] = {}
     remaining, last_name = list(arguments), ""
     while remaining:
@@ -449,7 +447,7 @@ _MOST_SUGGESTIONS = 3
 
 @functools.cache
 def _names_of(kind: type) -> list[str]:
-    return [flag.name for flag in flags_of(kind) if not flag.is_positional]
+    return [flag.name for flag in flags_of(kind) if not flag.positional]
 
 
 def _unknown(flag: str, last_name: str, kind: Any, prog: str) -> str:

@@ -36,7 +36,7 @@ def print_help(request: HelpAsked) -> None:
         _overview(console)
         return
     title, _, more = (request.kind.__doc__ or "").partition("\n\n")
-    positionals = "".join(f" {flag.value}" for flag in request.flags if flag.is_positional)
+    positionals = "".join(f" {flag.value}" for flag in request.flags if flag.positional)
     console.print(f"usage: {request.prog}{positionals} [FLAGS]\n", style="bold")
     for paragraph in (request.description or title, more):
         if paragraph:
@@ -107,13 +107,13 @@ def _name(flag: Flag, *, whole: bool) -> Text:
 
 def _written(flag: Flag) -> str:
     """Return the flag as a user writes it; for a switch of the config the form that changes its default."""
-    if flag.is_positional:
+    if flag.positional:
         return ""
     return flag.negated if flag.kind is bool and flag.of_config and flag.default else f"--{flag.name}"
 
 
 def _default(flag: Flag) -> str:
-    if flag.is_positional or flag.default in (MISSING, None, (), False):
+    if flag.positional or flag.default in (MISSING, None, (), False):
         return ""
     if flag.default is True:
         return "on"
@@ -161,7 +161,7 @@ def completions(words: Sequence[str]) -> Iterator[str]:
     elif earlier[0] not in COMMANDS:
         return
     else:
-        flags = {f"--{flag.name}": flag for flag in flags_of(COMMANDS[earlier[0]]) if not flag.is_positional}
+        flags = {f"--{flag.name}": flag for flag in flags_of(COMMANDS[earlier[0]]) if not flag.positional}
         flag = flags.get(earlier[-1])
         if flag is not None and flag.kind is not bool and not current.startswith("--"):
             candidates = flag.words

@@ -30,10 +30,6 @@ class ComparisonReport(Shown):
         reasons = self.record["failed"].values()
         return any(run["error"] for run in runs) or any("DivergedError" not in reason for reason in reasons)
 
-    def to_dict(self) -> Record:
-        """Return comparison.json."""
-        return self.record
-
     @classmethod
     def from_dict(cls, record: Record) -> "ComparisonReport":
         """Return the report of a comparison.json."""

@@ -32,7 +32,7 @@ class Interval:
         return Interval(-self.estimate, -self.high, -self.low, self.coverage, self.num)
 
 
-def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interval:
+def t_interval(values: Sequence[float]) -> Interval:
     """Return the mean with Student's t interval. A single value, or one that is not finite, gives (-inf, inf).
 
     Raises:
@@ -44,9 +44,9 @@ def t_interval(values: Sequence[float], *, coverage: float = COVERAGE) -> Interv
         raise ValueError("an interval needs at least one value")
     mean = statistics.fmean(values)
     if len(values) == 1 or not math.isfinite(mean):
-        return Interval(mean, -math.inf, math.inf, coverage, len(values))
-    half = stats.t.ppf((1 + coverage) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(mean, mean - float(half), mean + float(half), coverage, len(values))
+        return Interval(mean, -math.inf, math.inf, COVERAGE, len(values))
+    half = stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - float(half), mean + float(half), COVERAGE, len(values))
 
 
 def range_interval(values: Sequence[float]) -> Interval:

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 class Shown:
     """A report that can be shown: as its command prints it, and as tables in a notebook."""
 
-    record: dict[str, Any]
+    record: dict[str, Any]  # everything, ready for JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON file holds it."""
+        return self.record
 
     def show(self) -> None:
         """Print the report as its command does."""
@@ -75,10 +79,6 @@ class RunReport(Shown):
         from raysubset.trained_model import load_model
 
         return load_model(self.uri, **options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as report.json holds it."""
-        return self.record
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "RunReport":

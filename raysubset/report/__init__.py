@@ -5,7 +5,7 @@ for section in sections(record, find_beside(record)): ...
 write_files("~/ray_results/digits-1a2b3c4d")              # report/report.html, progress.csv, TensorBoard events
 
 write_files() also takes the directory of a sweep or comparison, whose sections are sweep_sections(record) and
-comparison_sections(record). Several runs side by side: several_sections(records), write_several(directories, path).
+comparison_sections(record). Several runs side by side: several_sections(records), write_several(records, path).
 """
 
 from raysubset.report.beside import Beside, find_beside

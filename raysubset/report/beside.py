@@ -82,16 +82,14 @@ def held_against(record: Record, beside: Beside) -> Iterator[str]:
     quality, cost = quality_of(record), record["cost"]
     if (other := beside.run) is not None:
         change = difference(record["test"], other["test"], quality)
-        error = "" if change.error is None else quality.error(change.error)
-        verdict = "within the noise" if change.is_noise else "better" if quality.gain(change.value) > 0 else "worse"
-        if change.error is None:
-            verdict += ", by one run of each"
+        once = ", by one run of each" if change.error is None else ""
+        change_text = change.in_words(quality, f"better{once}", f"worse{once}")
         total, critical = (cost[key] / other["cost"][key] for key in ("passes", "critical_path_passes"))
         yield (
             f"Against the {other['method'].replace('_', ' ')} run {other['name']} "
             f"({with_error(other['test'], quality, quality.show)} for {other['cost']['passes']:.2f} passes): "
-            f"{quality.change(change.value)}{error} ({verdict}), for {total:.2f} times its passes in total and "
-            f"{critical:.2f} times those on its critical path."
+            f"{change_text}, for {total:.2f} times its passes in total and {critical:.2f} times those on its critical "
+            "path."
         )
     if (comparison := beside.comparison) is not None:
         verdicts = comparison["verdicts"].values()

@@ -169,19 +169,14 @@ class Chart:
                 line_values = "" if marker else f" {values}"
                 parts.append(f'<path {stroke} stroke-width="{width}"{dashes}{line_values} d="M{data}"/>')
             if marker:
-                style, shape = _MARKS[marker]
-                fill = f' fill="{colour}"' if marker in _FILLED else ""
-                data = "".join(f"M{x} {y}{shape}" for x, y in places)
-                parts.append(f'<path {stroke}{fill} {style} {values} d="{data}"/>')
+                parts.append(f"<path {stroke} {_marks(marker, colour, places)} {values}/>")
             return "".join(parts)
 
         self._marks.append(draw)
         if is_named:
             key = f'<path {stroke} stroke-width="{width}"{dashes} d="M0 6H22"/>' if width else ""
             if marker:
-                style, shape = _MARKS[marker]
-                fill = f' fill="{colour}"' if marker in _FILLED else ""
-                key += f'<path {stroke}{fill} {style} d="M11 6{shape}"/>'
+                key += f"<path {stroke} {_marks(marker, colour, [('11', '6')])}/>"
             self._name(label, key)
 
     def points(
@@ -318,6 +313,13 @@ def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
     else:
         place = f'class="in" x="{_number(x)}" y="{_number(bottom + 15)}"'
     return f"<text {place}>{escape(text)}</text>"
+
+
+def _marks(marker: str, colour: str, places: Iterable[tuple[str, str]]) -> str:
+    """Return the attributes of a path that has a marker at each place."""
+    style, shape = _MARKS[marker]
+    fill = f'fill="{colour}" ' if marker in _FILLED else ""
+    return f'{fill}{style} d="{"".join(f"M{x} {y}{shape}" for x, y in places)}"'
 
 
 def _number(pixels: float) -> str:

@@ -56,6 +56,16 @@ class Difference:
     def is_noise(self) -> bool:
         return self.error is not None and abs(self.value) < NOISE_ERRORS * self.error
 
+    def in_words(self, quality: Quality, better: str, worse: str) -> str:
+        """Return 'accuracy +2.40 points ± 0.80 (better)', or with another verdict in the brackets."""
+        shown, error = quality.change(self.value), "" if self.error is None else quality.error(self.error)
+        verdict = "within the noise" if self.is_noise else better if quality.gain(self.value) > 0 else worse
+        if not math.isfinite(self.value):
+            verdict = "not finite"
+        elif not self.is_noise and shown in (quality.change(0.0), quality.change(-0.0)):
+            verdict = "no difference"
+        return f"{shown}{error} ({verdict})"
+
 
 def difference(new: Record, old: Record, quality: Quality) -> Difference:
     """Return new minus old quality. Its error assumes independent samples: on the same examples it may be smaller."""

@@ -87,17 +87,8 @@ def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
 
 def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) -> str:
     """Compare the quality and loss of new with old in a sentence, on the same validation examples."""
-    change, loss = difference(new, old, quality), finite(new["loss"]) - finite(old["loss"])
-    verdict = (
-        "within the noise" if change.is_noise else "it helped" if quality.gain(change.value) > 0 else "it did harm"
-    )
-    shown = quality.change(change.value)
-    if not math.isfinite(change.value):
-        verdict = "not finite"
-    elif not change.is_noise and shown in (quality.change(0.0), quality.change(-0.0)):
-        verdict = "no difference"
-    error = "" if change.error is None else quality.error(change.error)
-    return f"{what}, against {than}: {shown}{error} ({verdict}), loss {loss:+.4f}."
+    change = difference(new, old, quality).in_words(quality, "it helped", "it did harm")
+    return f"{what}, against {than}: {change}, loss {finite(new['loss']) - finite(old['loss']):+.4f}."
 
 
 def _of_passes(record: Record) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """List the runs, sweeps and comparisons in a storage path, with their results and costs."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 from raysubset.errors import first_line
 from raysubset.quality import quality_of
@@ -38,10 +38,6 @@ class Entry:
     wall_s: float | None = None
     began_at: float | None = None  # start of its first driver, unix s
     flaw: str = ""  # why it is damaged
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry as a dict, ready for JSON."""
-        return asdict(self)
 
 
 def list_runs(storage_path: str) -> tuple[list[Entry], int]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from raysubset.report.line import line_between_minima
 from raysubset.report.page import PAGE_PATH, Page, to_html
 from raysubset.report.parts import Section
 from raysubset.report.predictions import prediction_sections
-from raysubset.report.reading import leg_records, leg_works, trial_records, trial_works
+from raysubset.report.reading import leg_records, read_works, trial_records
 from raysubset.report.run import measured, result, what_follows
 from raysubset.report.run_plots import line_plot
 from raysubset.report.sweeps import sweep_command, sweep_sections, training_of_settings
@@ -48,10 +48,8 @@ def _run_page(directory: RunDirectory, record: Record) -> Page:
         parts.append(section)
         if section.title == "Final model":
             parts += prediction_sections(directory)
-    works = Ledger(directory).read()
-    if works:
-        parts.append(_time_line(directory, works))
-        parts += [section] if (section := troubles({"": works})) else []
+    if works := Ledger(directory).read():
+        parts += _work(directory, {"": works})
     story = dataclasses.replace(findings, plots=top.plots)
     facts = (*_run_facts(record), *_facts(directory, record))
     return Page(f"Run {record['name']}", top.lines, (next_steps, *parts), story, facts)
@@ -71,13 +69,23 @@ def _with_line(directory: RunDirectory, record: Record, section: Section) -> Sec
     return dataclasses.replace(section, plots=(*section.plots, plot))
 
 
-def _time_line(directory: RunDirectory, works: Sequence[Work], lines: Sequence[str] = ()) -> Section:
-    """Show what was done when and where, and the times in which Ray or its processes started and ended."""
+def _work(
+    directory: RunDirectory, ledgers: Mapping[str, Sequence[Work]], lines: Iterable[str] = (), *, of: str = "leg"
+) -> Iterator[Section]:
+    """Show what was done when and where, the times in which Ray or its processes started and ended, and what was lost.
+
+    Args:
+        ledgers: those of legs or trials by name, with some work; for a run {"": its ledger}.
+        of: what each ledger is of: "leg" or "trial".
+    """
+    works = [work for ledger in ledgers.values() for work in ledger]
     sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions", ())
     gaps = pauses(works, sessions)
     wall, idle = (sum(values) for values in ([s["wall_s"] for s in sessions], [g.ended - g.begun for g in gaps]))
     text = f"Of {wall:.1f} s, nothing was at work in {idle:.1f}: Python, Ray and its processes started or ended."
-    return Section("Time line", lines=(*((text,) if gaps else ()), *lines), plots=(time_line(works, gaps),))
+    yield Section("Time line", lines=(*((text,) if gaps else ()), *lines), plots=(time_line(works, gaps),))
+    if section := troubles(ledgers, of=of):
+        yield section
 
 
 def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
@@ -129,41 +137,34 @@ def _legs(directory: RunDirectory, record: Record) -> Iterator[Section]:
         yield Section("Training", lines=(line,))
     elif plot := training_of_arms(record, partial(leg_records, directory)):
         yield Section("Training", plots=(plot,))
-    if ledgers := leg_works(directory):
-        works = [work for ledger in ledgers.values() for work in ledger]
+    if ledgers := read_works(directory):
         more = ": tuning too, and arms that are no longer compared. Reading the test split is not shown"
-        yield _time_line(directory, works, list(work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more)))
-        if section := troubles(ledgers):
-            yield section
+        yield from _work(directory, ledgers, work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more))
 
 
 def _sweep_page(directory: RunDirectory, record: Record) -> Page:
     table, *others, verdict = sweep_sections(record)
-    facts = (("varied", "; ".join(f"{key}: {_values(values)}" for key, values in record["space"].items())),)
+    varied = (f"{key}: {', '.join(map(str, values))}" for key, values in record["space"].items())
     settings = dataclasses.replace(table, title="Settings")
     again = Section("Recipe", lines=("The command:", sweep_command(record, directory.read_config())))
     parts = (settings, *others, *_trials(directory, record), again)
-    return Page(table.title, verdict.lines, parts, facts=(*facts, *_facts(directory, record)))
+    facts = (("varied", "; ".join(varied)), *_facts(directory, record))
+    return Page(table.title, verdict.lines, parts, facts=facts)
 
 
 def _trials(directory: RunDirectory, record: Record) -> Iterator[Section]:
     """Show how the settings trained, and what was done when and where; name the trials of which that is not known."""
     states = {trial["name"]: trial["state"] for trial in record["trials"]}
-    records, ledgers = trial_records(directory, list(states)), trial_works(directory, list(states))
+    records, ledgers = trial_records(directory, list(states)), read_works(directory, list(states))
     plot = training_of_settings(record, records)
     texts = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in states.items()}
     left_out = ", ".join(text for name, text in texts.items() if name not in records)
     yield Section("Training", lines=(f"Left out: {left_out}.",) if left_out else (), plots=(plot,) if plot else ())
-    works = [work for ledger in ledgers.values() for work in ledger]
     num = sum(name in ledgers for name in states)
     of = f"{num:,} trial{'s' * (num != 1)}" + (" and the trunks they share" if len(ledgers) > num else "")
-    lines = list(work_lines(ledgers, of=of)) if works else []
-    if without := ", ".join(name for name in states if name not in ledgers):
-        lines.append(f"No work is recorded for {without}.")
-    yield _time_line(directory, works, lines) if works else Section("Time line", lines=tuple(lines))
-    if section := troubles(ledgers, of="trial"):
-        yield section
-
-
-def _values(values: Any) -> str:
-    return ", ".join(map(str, values))
+    without = ", ".join(name for name in states if name not in ledgers)
+    lines = [f"No work is recorded for {without}."] if without else []
+    if ledgers:
+        yield from _work(directory, ledgers, [*work_lines(ledgers, of=of), *lines], of="trial")
+    else:
+        yield Section("Time line", lines=tuple(lines))

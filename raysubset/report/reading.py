@@ -1,6 +1,5 @@
 """Read the records of finished runs, comparisons' legs and sweeps' trials, or say how far an unfinished run is."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,6 @@ from raysubset.run_directory import (
     CONFIG_PATH,
     REPORT_PATH,
     SWEEP_PATH,
-    CorruptFile,
     RunDirectory,
     aggregate_path,
     history_path,
@@ -94,26 +92,10 @@ def _training_done(directory: RunDirectory, stage: str) -> str:
     return f"{stage} is {history[-1]['epoch']:g} epochs far" if history else ""
 
 
-def leg_works(directory: RunDirectory) -> dict[str, list[Work]]:
-    """Return the ledgers of a finished comparison's legs by name, with tuning's; {} if they were not kept.
-
-    Work recorded as running was lost with a driver: nothing runs any more.
-    """
-    paths = [path for path in directory.list(_LEGS, recursive=True) if "/ledger/" in path]
-    works: dict[str, list[Work]] = defaultdict(list)
-    for path, record in _read({path: path for path in paths}, directory).items():
-        works[path.split("/")[1]].append(_ended(Work.from_dict(record)))
-    return dict(works)
-
-
 def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:
     """Read the JSON files that exist, by the keys of their paths."""
     records = at_once(directory.read_json_or_none, paths.values())
     return {key: record for key, record in zip(paths, records, strict=True) if record is not None}
-
-
-def _ended(work: Work) -> Work:
-    return replace(work, outcome="lost") if work.outcome == "running" else work
 
 
 def leg_records(directory: RunDirectory, legs: Record) -> dict[str, Record]:
@@ -139,24 +121,19 @@ def trial_records(directory: RunDirectory, names: Sequence[str]) -> dict[str, Re
     return _read({name: f"{_TRIALS}/{name}/{REPORT_PATH}" for name in names}, directory)
 
 
-def trial_works(directory: RunDirectory, names: Sequence[str]) -> dict[str, list[Work]]:
-    """Return the existing ledgers of a finished sweep's trials and of the trunks they share, by name.
+def read_works(directory: RunDirectory, trials: Sequence[str] = ()) -> dict[str, list[Work]]:
+    """Return by name the existing ledgers of a comparison's legs, or of a sweep's trials and the trunks they share.
 
-    A shared trunk's work is also in each trial's ledger; it is returned for the trunk only.
+    A shared trunk's work is also in each trial's ledger; it is returned for the trunk only. Work recorded as running
+    was lost with a driver: nothing runs any more.
     """
-    trunks = dict.fromkeys(path.split("/")[1] for path in directory.list(_TRUNKS, recursive=True))
-    places = [*((_TRUNKS, name) for name in trunks), *((_TRIALS, name) for name in names)]
-
-    def read(place: tuple[str, str]) -> list[Work]:
-        folder, name = place
-        try:
-            return [_ended(work) for work in Ledger(RunDirectory(directory.below(folder), name)).read()]
-        except CorruptFile:
-            return []
-
+    paths = [path for folder in (_LEGS, _TRUNKS) for path in directory.list(folder, recursive=True)]
+    folders = dict.fromkeys("/".join(path.split("/")[:2]) for path in paths)
+    places = [place.split("/") for place in (*folders, *(f"{_TRIALS}/{name}" for name in trials))]
+    all_ledgers = [Ledger(RunDirectory(directory.below(folder), name)) for folder, name in places]
     ledgers, trunk_works = {}, set()
-    for (_, name), works in zip(places, at_once(read, places), strict=True):
+    for (_, name), works in zip(places, at_once(Ledger.read, all_ledgers), strict=True):
         if own_works := [work for work in works if work not in trunk_works]:
-            ledgers[name] = own_works
+            ledgers[name] = [replace(w, outcome="lost") if w.outcome == "running" else w for w in own_works]
             trunk_works.update(work for work in own_works if work.stage == "trunk")
     return ledgers

@@ -322,16 +322,16 @@ def _aggregation(record: Record, last: Record) -> Section:
     aggregation, minima, quality = last["aggregation"], last["minima"], quality_of(record)
     config = _config(record)
     has_outer_step = config is not None and config.rounds.has_outer_step()
-    mean = number(aggregation["mean_member_loss"]), quality.cell(aggregation[f"mean_member_{quality.name}"])
-    rows = [
-        ("best member", *_pair(aggregation["best_member"], quality)),
-        ("mean member", *mean),
-        (f"ensemble of predictions{_sample(aggregation)}", *_pair(aggregation["ensemble"], quality)),
-    ]
+    mean_member = {name: aggregation[f"mean_member_{name}"] for name in ("loss", quality.name)}
+    models = {
+        "best member": aggregation["best_member"],
+        "mean member": mean_member,
+        f"ensemble of predictions{_sample(aggregation)}": aggregation["ensemble"],
+    }
     if aggregation["method"] != "uniform_soup" or has_outer_step:
-        rows.append(("plain mean of all", *_pair(aggregation["uniform_mean"], quality)))
+        models["plain mean of all"] = aggregation["uniform_mean"]
     step = ", then the outer step" if has_outer_step else ""
-    rows.append((f"aggregate: {aggregation['method']}{step}", *_pair(aggregation["validation"], quality)))
+    models[f"aggregate: {aggregation['method']}{step}"] = aggregation["validation"]
     subset_ids, coefficients = aggregation["subset_ids"], aggregation["coefficients"]
     members = listed([f"{subset}" for subset in subset_ids], most=MOST_ROWS)
     text = f"Members: {members} ({len(subset_ids)} of {len(minima)})"
@@ -351,7 +351,8 @@ def _aggregation(record: Record, last: Record) -> Section:
         lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
     columns, plots = ("on validation data", "loss", quality.heading), _drawn(aggregation_losses(record))
-    return Section(title, columns, tuple(rows), tuple(lines), plots if len(minima) > 1 else ())
+    rows = tuple((name, *_pair(metrics, quality)) for name, metrics in models.items())
+    return Section(title, columns, rows, tuple(lines), plots if len(minima) > 1 else ())
 
 
 def _candidates(aggregation: Record, quality: Quality) -> Section:

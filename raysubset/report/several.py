@@ -110,16 +110,8 @@ def _names(records: Sequence[Record]) -> list[str]:
     return [record["uri"] if count[record["name"]] > 1 else record["name"] for record in records]
 
 
-def write_several(directories: Sequence[str], path: str) -> str:
-    """Write one HTML page of several runs to a local file.
-
-    Returns:
-        The file's path.
-
-    Raises:
-        ValueError: for the reasons of read_several().
-    """
-    records = read_several(directories)
+def write_several(records: Sequence[Record], path: str) -> str:
+    """Write one HTML page of several runs, which read_several() has read, to a local file; return its path."""
     facts = tuple(zip(_names(records), (record["uri"] for record in records), strict=True))
     page = Page("Comparison of runs", (_verdict(records),), tuple(several_sections(records)), facts=facts)
     return write_file(page, path)

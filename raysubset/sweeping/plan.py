@@ -62,19 +62,17 @@ def plan_trials(
     shared: dict[str, Any] = {"storage_path": storage_path}
     if config.fine_tuning.num_workers == "auto":
         shared["fine_tuning.num_workers"] = 1
-    trials = []
-    for overrides in _settings(space, config.seed, num_samples):
-        for seed in seeds:
-            name = _name({**overrides, "seed": seed})
-            changes = {**shared, **overrides, "seed": seed, "name": name}
-            trials.append(Trial(name, overrides, seed, config.with_overrides(changes)))
+    settings = [(overrides, overrides) for overrides in _settings(space, config.seed, num_samples)]
     if baseline:
         overrides = {"method": CONVENTIONAL}
         epochs = config.conventional.epochs or config.minimize.epochs * config.rounds.num
-        changes = {**shared, **overrides, "conventional.epochs": epochs, "fine_tuning.distillation": 0.0}
+        settings.append((overrides, {**overrides, "conventional.epochs": epochs, "fine_tuning.distillation": 0.0}))
+    trials = []
+    for overrides, changes in settings:
         for seed in seeds:
             name = _name({**overrides, "seed": seed})
-            trials.append(Trial(name, overrides, seed, config.with_overrides({**changes, "seed": seed, "name": name})))
+            trial_config = config.with_overrides({**shared, **changes, "seed": seed, "name": name})
+            trials.append(Trial(name, overrides, seed, trial_config))
     repeated = [name for name, num in Counter(trial.name for trial in trials).items() if num > 1]
     if repeated:
         raise ValueError(f"the sweep has trial {repeated[0]} more than once: give each value and seed once")

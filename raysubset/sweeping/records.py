@@ -41,10 +41,6 @@ class SweepReport(Shown):
         num = sum(trial["state"] == "done" for trial in self.trials)
         return f"<SweepReport {self.name}: {num} of {len(self.trials)} trials done; {self.recommendation} {self.uri}>"
 
-    def to_dict(self) -> Record:
-        """Return sweep.json."""
-        return self.record
-
     @classmethod
     def from_dict(cls, record: Record) -> "SweepReport":
         """Return the report of a sweep.json."""
@@ -132,20 +128,19 @@ def recommend(settings: Sequence[Record]) -> int | None:
     eligible = _eligible(settings)
     if not eligible:
         return None
-    best = settings[_best(settings, eligible)]["validation_loss"]
+    best = min(eligible, key=_loss)["validation_loss"]
     limit = best["mean"] + (best["standard_error"] or 0.0)
-    within = [n for n in eligible if settings[n]["validation_loss"]["mean"] <= limit]
-    return min(within, key=lambda n: (settings[n]["subset_size"], settings[n]["validation_loss"]["mean"]))
+    within = [setting for setting in eligible if _loss(setting) <= limit]
+    return settings.index(min(within, key=lambda setting: (setting["subset_size"], _loss(setting))))
 
 
-def _eligible(settings: Sequence[Record]) -> list[int]:
-    """Return the positions of settings with a finite validation loss of all seeds and none of them pruned."""
-    measured = (n for n, setting in enumerate(settings) if setting["validation_loss"] is not None)
-    return [n for n in measured if not settings[n]["num_pruned"]]
+def _eligible(settings: Sequence[Record]) -> list[Record]:
+    """Return the settings with a finite validation loss of all seeds and none of them pruned."""
+    return [setting for setting in settings if setting["validation_loss"] is not None and not setting["num_pruned"]]
 
 
-def _best(settings: Sequence[Record], eligible: Sequence[int]) -> int:
-    return min(eligible, key=lambda n: settings[n]["validation_loss"]["mean"])
+def _loss(setting: Record) -> float:
+    return setting["validation_loss"]["mean"]
 
 
 def recommendation(settings: Sequence[Record]) -> str:
@@ -153,8 +148,7 @@ def recommendation(settings: Sequence[Record]) -> str:
     position = recommend(settings)
     if position is None:
         return "No recommendation: no setting has finished with all its seeds and a finite validation loss."
-    eligible = _eligible(settings)
-    recommended, best = settings[position], settings[_best(settings, eligible)]
+    recommended, best = settings[position], min(_eligible(settings), key=_loss)
     error = best["validation_loss"]["standard_error"]
     total, critical = recommended["passes"]["mean"], recommended["critical_path_passes"]["mean"]
     cost = f"It costs {total:.2f} passes in total, {critical:.2f} of them on the critical path"
