@@ -191,10 +191,9 @@ def _forecast(cell: str, config: Config, mbit: float) -> dict[str, float]:
     }
     of_cell = base.with_overrides(recipe) if config.method == "conventional" else base
     options = {"num_train": NUM_TRAIN, "s_per_pass": s_per_pass, "num_workers": NUM_NODES}
-    found = advise(of_cell, plan, sizes_of(of_cell, full_set, plan), bandwidths=[mbit / 1000], **options)
-    _, parallel, subsets = found.forecasts
-    (wall_s,) = (parallel if config.method == "conventional" else subsets).wall_s.values()
-    return {"s_per_pass": s_per_pass, "wall_s": wall_s}
+    _, parallel, subsets = advise(of_cell, plan, sizes_of(of_cell, full_set, plan), **options).ways.values()
+    way = parallel if config.method == "conventional" else subsets
+    return {"s_per_pass": s_per_pass, "wall_s": way.wall_s(mbit / 1000, s_per_pass=s_per_pass)}
 
 
 # The machine: namespaces, links, Ray nodes, storage

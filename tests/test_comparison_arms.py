@@ -228,29 +228,21 @@ def test_advice_is_its_formula():
     plan = make_plan(config, full_set)
     sizes = sizes_of(config, full_set, plan)
     num_train, parameters = 1294, plan.num_parameters
-    found = advise(config, plan, sizes, num_train=num_train, s_per_pass=2.0, num_workers=2, bandwidths=[1.0])
-    one, parallel, subsets = found.forecasts
+    found = advise(config, plan, sizes, num_train=num_train, s_per_pass=2.0, num_workers=2)
+    one, parallel, subsets = found.ways.values()
     total = 1 + 8 * 4 * 323 / num_train + 2
     steps = math.ceil(total * num_train / 64)
-    assert one.wall_s["1"] == pytest.approx(2 * total)
+    assert one.wall_s(1.0, s_per_pass=2.0) == pytest.approx(2 * total)
     checkpoints = math.ceil(total) * sizes.checkpoint
-    assert parallel.wall_s["1"] == pytest.approx(total + (steps * 2 / 2 * parameters * 4 + checkpoints) * 8 / 1e9)
-    assert subsets.communication.passes == pytest.approx(1 + 2 * 8 * 323 / num_train + 2)  # four subsets, two devices
-    rounded = advise(
-        config.with_overrides({"minimize.gradients": "bfloat16"}),
-        plan,
-        sizes,
-        num_train=num_train,
-        s_per_pass=2.0,
-        num_workers=2,
-        bandwidths=[1.0],
-    ).forecasts[1]
-    assert 2 * rounded.communication.num_bytes - checkpoints == parallel.communication.num_bytes
+    sent = steps * 2 / 2 * parameters * 4 + checkpoints
+    assert found.to_dict()["forecasts"][1]["wall_s"]["1"] == pytest.approx(total + sent * 8 / 1e9)
+    assert subsets.passes == pytest.approx(1 + 2 * 8 * 323 / num_train + 2)  # four subsets, two devices
+    half = config.with_overrides({"minimize.gradients": "bfloat16"})
+    _, rounded, _ = advise(half, plan, sizes, num_train=num_train, s_per_pass=2.0, num_workers=2).ways.values()
+    assert 2 * rounded.num_bytes - checkpoints == parallel.num_bytes
     even = found.break_even_gbit_per_s
     assert even is not None
-    assert parallel.communication.wall_s(even, s_per_pass=2.0) == pytest.approx(
-        subsets.communication.wall_s(even, s_per_pass=2.0)
-    )
+    assert parallel.wall_s(even, s_per_pass=2.0) == pytest.approx(subsets.wall_s(even, s_per_pass=2.0))
 
 
 def test_arms_are_told_apart_by_key():

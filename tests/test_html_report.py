@@ -409,7 +409,7 @@ def test_attempts_that_overlap_are_in_lanes_of_their_own_and_waiting_is_counted(
         return Work("subsets", 0, subset, 0, node, "cpu", start, ended_at=end, outcome="done", waited_s=waited_s)
 
     works = [work(0, "a", 0, 4), work(1, "a", 1, 3, 1.0), work(2, "a", 3, 6, 2.5), work(3, "b", 2, 3)]
-    found = [(lane.node, [one.subset for one in lane.works]) for lane in lanes(works)]
+    found = [(lane[0].node, [one.subset for one in lane]) for lane in lanes(works)]
     assert found == [("a", [0]), ("a", [1, 2]), ("b", [3])]
     assert waiting(works) == [(0.0, 1), (0.5, 2), (1.0, 1), (3.0, 0)]
     assert troubles({"": works}) is None

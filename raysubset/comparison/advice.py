@@ -1,11 +1,11 @@
 """A forecast before a run: the times of subset pretraining, data-parallel training and one device, by formulas."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysubset.comparison.network import BANDWIDTHS, Communication, all_reduce_bytes, critical_bytes
+from raysubset.comparison.network import Communication, all_reduce_bytes, critical_bytes, wall_times
 from raysubset.comparison.sizes import Sizes
 from raysubset.config import Config
 from raysubset.planning import Plan
@@ -15,28 +15,20 @@ Q_BELOW = 1.0  # smaller subsets do not determine the network
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """One way to train, by arithmetic: all ways have equal passes in total, which does not mean equal quality."""
-
-    name: str
-    communication: Communication
-    wall_s: dict[str, float]  # by bandwidth in Gbit/s
-
-
-@dataclass(frozen=True)
 class Advice:
-    """Forecasts at equal training passes in total, and what follows from them."""
+    """Forecasts at equal training passes in total, which does not mean equal quality, and what follows from them."""
 
     passes: float  # of training, in total
     s_per_pass: float  # of one device, measured
     num_workers: int
-    forecasts: tuple[Forecast, ...]  # one device, data-parallel, subset pretraining
+    ways: dict[str, Communication]  # one device, data-parallel, subset pretraining; by arithmetic
     break_even_gbit_per_s: float | None  # below it subset pretraining is faster than data-parallel; None: nowhere
     overdetermination_ratio: float  # Q of the smallest subset
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, with what follows in words."""
-        forecasts = [{"name": f.name, **asdict(f.communication), "wall_s": f.wall_s} for f in self.forecasts]
+        seconds = {name: wall_times(way, s_per_pass=self.s_per_pass) for name, way in self.ways.items()}
+        forecasts = [{"name": name, **asdict(way), "wall_s": seconds[name]} for name, way in self.ways.items()]
         return asdict(self) | {"forecasts": forecasts, "lines": list(advice_lines(self))}
 
 
@@ -48,7 +40,6 @@ def advise(
     num_train: int,
     s_per_pass: float,
     num_workers: int,
-    bandwidths: Sequence[float] = BANDWIDTHS,
 ) -> Advice:
     """Return the three forecasts for a config of subset pretraining.
 
@@ -85,16 +76,12 @@ def advise(
             len(sizes.rounds),
         ),
     }
-    forecasts = tuple(
-        Forecast(name, way, {f"{speed:g}": way.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths})
-        for name, way in ways.items()
-    )
-    _, parallel, subsets = (forecast.communication for forecast in forecasts)
+    _, parallel, subsets = ways.values()
     return Advice(
         passes=passes,
         s_per_pass=s_per_pass,
         num_workers=num_workers,
-        forecasts=forecasts,
+        ways=ways,
         break_even_gbit_per_s=_break_even(parallel, subsets, s_per_pass),
         overdetermination_ratio=min(plan.subset_ratios),
     )

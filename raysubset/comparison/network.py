@@ -71,6 +71,8 @@ class Communication:
         return self.passes * s_per_pass + self.num_bytes * 8 / (gbit_per_s * 1e9)
 
 
-def wall_times(communication: Communication, *, s_per_pass: float, bandwidths: Sequence[float]) -> dict[str, float]:
+def wall_times(
+    communication: Communication, *, s_per_pass: float, bandwidths: Sequence[float] = BANDWIDTHS
+) -> dict[str, float]:
     """Return wall seconds by bandwidth in Gbit/s."""
     return {f"{speed:g}": communication.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths}

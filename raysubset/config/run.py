@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
@@ -17,6 +18,11 @@ from raysubset.config.trees import check_fields, flatten, from_tree, nearest, ne
 UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # most bytes of a file name, on all usual file systems
 _NAME_CHARACTERS = 60  # most characters of the data's and of the model's name in a run's default name
+
+_MAY_BE_FUNCTIONS = (  # fields that can name the user's own: package.module:function
+    *("data.name", "data.augmentation", "task.name", "model.name", "subsets.function", "minimize.optimizer"),
+    *("minimize.objective", "minimize.loop", "actors.on_step", "aggregation.method"),
+)
 
 Learned = tuple[DataConfig, TaskConfig]
 
@@ -183,37 +189,21 @@ class Config:
 
     def functions(self) -> dict[str, str]:
         """Return the user's own functions that a run calls, package.module:function, by the field that names each."""
-        names = {
-            "data.name": self.data.name,
-            "data.augmentation": self.data.augmentation,
-            "task.name": self.task.name,
-            "model.name": self.model.name,
-            "subsets.function": self.subsets.function or "",
-            "minimize.optimizer": self.minimize.optimizer,
-            "minimize.objective": self.minimize.objective or "",
-            "minimize.loop": self.minimize.loop or "",
-            "actors.on_step": self.actors.on_step or "",
-            "aggregation.method": self.aggregation.method,
-        }
+        names = {field: attrgetter(field)(self) or "" for field in _MAY_BE_FUNCTIONS}
         return {field: name for field, name in names.items() if ":" in name and "/" not in name}
 
     def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
         """Return a stage's recipe: `minimize` with its learning rate, schedule and epochs (or the given ones)."""
         base = self.minimize.for_stage(stage)
+        changes: dict[str, Any] = {} if stage == "subsets" else {"tolerance": None, "target_loss": None}
+        if own := {"trunk": self.trunk, "fine_tuning": self.fine_tuning}.get(stage):
+            rate = base.learning_rate if own.learning_rate is None else own.learning_rate
+            changes |= {"epochs": own.epochs, "learning_rate": rate}
         if stage == "trunk":
-            changes: dict[str, Any] = {"epochs": self.trunk.epochs, "schedule": self.trunk.schedule}
-            changes |= _given(learning_rate=self.trunk.learning_rate)
-        elif stage == "fine_tuning":
-            changes = {"epochs": self.fine_tuning.epochs, **_given(learning_rate=self.fine_tuning.learning_rate)}
-        elif stage == "subsets" and self.rounds.learning_rate_scale != 1:
-            changes = {"learning_rate": base.peak_learning_rate() * self.rounds.learning_rate_scale}
-        else:
-            changes = {}
-        if epochs is not None:
-            changes["epochs"] = epochs
-        if stage != "subsets":
-            changes |= {"tolerance": None, "target_loss": None}
-        return dataclasses.replace(base, **changes)
+            changes["schedule"] = self.trunk.schedule
+        if stage == "subsets" and self.rounds.learning_rate_scale != 1:
+            changes["learning_rate"] = base.peak_learning_rate() * self.rounds.learning_rate_scale
+        return dataclasses.replace(base, **changes | ({} if epochs is None else {"epochs": epochs}))
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> "Config":
         """Return a copy with single fields set by dotted name.
@@ -290,8 +280,3 @@ def updated(tree: Mapping[str, Any]) -> dict[str, Any]:
         if (label := data["label_column"]) != "label":
             new["data"]["target"] = label
     return new
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    """Return the fields that are not None."""
-    return {name: value for name, value in fields.items() if value is not None}

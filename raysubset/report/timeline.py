@@ -1,10 +1,11 @@
 """Draw the time line of a run, comparison or sweep from its ledgers: what each actor and worker did on which node, what
 waited, and what was lost."""
 
-import heapq
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from raysubset.report.drawing import BAD, GREY, Axis, Chart, Plot, colour_of
 from raysubset.report.figures import Record
@@ -17,43 +18,28 @@ _LEAST_PAUSE_S = 1.0
 _ENDED_BADLY = ("lost", "failed", "preempted", "interrupted")
 
 
-@dataclass(frozen=True)
-class Lane:
-    """Work done one after another on one node: an actor's, as far as a ledger without actors' names shows."""
+def lanes(works: Iterable[Work]) -> list[list[Work]]:
+    """Lay each node's attempts in as few lanes as possible without overlap; nodes are in order of their first work.
 
-    node: str
-    works: tuple[Work, ...]
-
-
-def lanes(works: Iterable[Work]) -> list[Lane]:
-    """Lay each node's attempts in as few lanes as possible without overlap; nodes are in order of their first work."""
+    A lane is an actor's work, as far as a ledger without actors' names shows.
+    """
     by_node: dict[str, list[list[Work]]] = {}
-    busy_until: dict[str, list[tuple[float, int]]] = {}  # (unix s, number) of each node's lanes
     for work in sorted(works, key=lambda work: work.started_at):
-        node_lanes, ends = by_node.setdefault(work.node, []), busy_until.setdefault(work.node, [])
-        if ends and ends[0][0] <= work.started_at:
-            _, number = heapq.heappop(ends)
-        else:
-            number = len(node_lanes)
-            node_lanes.append([])
-        node_lanes[number].append(work)
-        heapq.heappush(ends, (work.started_at + work.wall_s, number))
-    return [Lane(node, tuple(lane)) for node, node_lanes in by_node.items() for lane in node_lanes]
+        node_lanes = by_node.setdefault(work.node, [])
+        lane = next((lane for lane in node_lanes if lane[-1].started_at + lane[-1].wall_s <= work.started_at), None)
+        if lane is None:
+            node_lanes.append(lane := [])
+        lane.append(work)
+    return [lane for node_lanes in by_node.values() for lane in node_lanes]
 
 
 def waiting(works: Iterable[Work]) -> list[tuple[float, int]]:
     """Return (unix s, number of queued pieces from then on) whenever the queue changed."""
-    changes: dict[float, int] = {}
-    for work in works:
-        if work.waited_s > 0:
-            queued_at = work.started_at - work.waited_s
-            changes[queued_at] = changes.get(queued_at, 0) + 1
-            changes[work.started_at] = changes.get(work.started_at, 0) - 1
-    steps, num = [], 0
-    for moment in sorted(changes):
-        num += changes[moment]
-        steps.append((moment, num))
-    return steps
+    waited, changes = [work for work in works if work.waited_s > 0], Counter[float]()
+    changes.update(work.started_at - work.waited_s for work in waited)
+    changes.subtract(work.started_at for work in waited)
+    moments = sorted(changes)
+    return list(zip(moments, accumulate(changes[moment] for moment in moments), strict=True))
 
 
 @dataclass(frozen=True)
@@ -107,7 +93,7 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
         span = ((gap.begun - begun) / unit_s, (gap.ended - begun) / unit_s)
         chart.bar(0, *span, GREY, label, alpha=alpha, tip=f"{label}\n{seconds:.1f} s", text=f"{seconds:.1f} s")
     for row, lane in enumerate(drawn, first):
-        for work in lane.works:
+        for work in lane:
             _bar(chart, row, work, begun, unit_s, colours[work.stage])
     rows = len(drawn) + first
     chart.y = Axis("", ticks=list(enumerate([*(["Ray"] if gaps else []), *_names(drawn)])), low=rows - 0.4, high=-0.6)
@@ -161,14 +147,14 @@ def _bar(chart: Chart, row: int, work: Work, begun: float, unit_s: float, colour
         chart.points([(start + length, row)], BAD, "lost or failed", marker="x", names=[tip.replace("\n", ", ")])
 
 
-def _names(drawn: Sequence[Lane]) -> list[str]:
+def _names(drawn: Sequence[Sequence[Work]]) -> list[str]:
     """Return each node's name at its first lane, without its domain and shortened from the left; else '·'."""
     names, last_node = [], None
-    for lane in drawn:
-        host = lane.node if lane.node.replace(".", "").isdigit() else lane.node.partition(".")[0]
+    for node in (lane[0].node for lane in drawn):
+        host = node if node.replace(".", "").isdigit() else node.partition(".")[0]
         short = host if len(host) <= 16 else f"…{host[-15:]}"
-        names.append(short if lane.node != last_node else "·")
-        last_node = lane.node
+        names.append(short if node != last_node else "·")
+        last_node = node
     return names
 
 
