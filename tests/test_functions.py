@@ -1,8 +1,10 @@
 """What a user's function returns is told apart: images, tables, and arrays, each checked before it is learned from."""
 
+import argparse
 import importlib
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from raysubset.config import DataConfig
 from raysubset.data import load_full_set
 from raysubset.data.columns import Tables
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts
+from raysubset.user_code.functions import in_a_line
 
 MODULE = """
 import numpy as np
@@ -221,3 +224,24 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(returned: Callable[...
     with pytest.raises(ValueError, match=message) as caught:
         returned(body)
     assert "\n" not in str(caught.value)
+
+
+def test_users_code_in_two_threads_leaves_argparse_as_it_was(capsys: pytest.CaptureFixture[str]):
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def of_the_user() -> None:
+        with in_a_line("data.name", "mine:load"):
+            has_begun.set()
+            assert may_end.wait(60)
+
+    thread = threading.Thread(target=of_the_user)
+    thread.start()
+    assert has_begun.wait(60)
+    with pytest.raises(SystemExit):
+        argparse.ArgumentParser(prog="another").error("no such flag")  # of a thread that runs none of the user's code
+    with in_a_line("data.name", "mine:load"):
+        may_end.set()
+        thread.join()
+    with pytest.raises(SystemExit):
+        argparse.ArgumentParser(prog="another").error("no such flag")
+    assert capsys.readouterr().err.count("another: error: no such flag") == 2

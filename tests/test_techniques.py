@@ -594,7 +594,10 @@ REFUSED = [
         {"minimize.averaging.kind": "ema", "fine_tuning.keep": "best"},
         "keep=best chooses among epochs, but minimize.averaging.kind=ema averages",
     ),
-    ({"minimize.skipping.kind": "wus", "minimize.optimizer": "lbfgs"}, "minimize.skipping is for steps on batches, and lbfgs"),
+    (
+        {"minimize.skipping.kind": "wus", "minimize.optimizer": "lbfgs"},
+        "minimize.skipping is for steps on batches, and lbfgs",
+    ),
     ({"method": "conventional", "fine_tuning.distillation": 0.5}, "method=conventional does not have: set it to 0"),
     ({"minimize.optimizer": "lbfgs", "fine_tuning.distillation": 0.5}, "distillation needs sgd, adam or adamw"),
 ]

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,8 +94,7 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
     A failure of a device or of another worker (torch.AcceleratorError, torch.distributed.DistError) passes unchanged:
     it is no mistake of the user's, and the next attempt may do the work.
     """
-    parse_error = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = _refuse_flags  # the original would print the user's usage for our flags
+    token = _is_users.set(True)
     try:
         yield
     except _NoMainGuard:
@@ -113,7 +113,7 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         text = f"raised {type(error).__name__}: {first_line(error)}"
         raise misfit(field, reference, f"{text}{_place(error)}") from error
     finally:
-        argparse.ArgumentParser.error = parse_error
+        _is_users.reset(token)
 
 
 def misfit(field: str, reference: str, text: str) -> ValueError:
@@ -125,8 +125,17 @@ class _ReadsFlags(Exception):
     """The user's argparse does not know the flags of this process."""
 
 
-def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
-    raise _ReadsFlags(message)
+_is_users = ContextVar("whether the user's code is running", default=False)  # in this thread
+_parse_error = argparse.ArgumentParser.error
+
+
+def _error(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    if _is_users.get():  # argparse would print the user's usage for our flags
+        raise _ReadsFlags(message)
+    _parse_error(self, message)
+
+
+argparse.ArgumentParser.error = _error
 
 
 def _place(error: BaseException) -> str:
