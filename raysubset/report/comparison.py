@@ -12,7 +12,7 @@ from raysubset.quality import Quality, quality_of
 from raysubset.report.commands import command
 from raysubset.report.curves import arm_stages, needed_legs, training_plot
 from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot, colour_of
-from raysubset.report.figures import Record, finite, loss_name, number
+from raysubset.report.figures import Record, finite, formatted, loss_name
 from raysubset.report.parts import Command, Line, Section, table
 
 _NAMES = {  # arms by their letters in --arms
@@ -165,7 +165,7 @@ def _points(record: Record) -> Section:
         ("device s", of_mean(lambda mean: f"{mean['device_s']:.1f}")),
         *([("reads", of_mean(lambda mean: f"{mean['storage_reads']:.2f}"))] if is_streamed else []),
         (f"test {quality.label}", of_mean(reached)),
-        ("validation loss", of_mean(lambda mean: number(mean["validation_loss"]))),
+        ("validation loss", of_mean(lambda mean: formatted(mean["validation_loss"]))),
         (f"against conventional, {quality.change_label}", lambda point: _compared(point, quality)),
     ]
     lines = [
@@ -278,7 +278,7 @@ def _tuning(record: Record) -> Section:
         ("arm", lambda row: arm_name(row["arm"])),
         ("learning rate", lambda row: f"{row['learning_rate']:g}"),
         ("batch", lambda row: f"{row['batch_size']}"),
-        ("validation loss", lambda row: number(row["validation_loss"], none="diverged")),
+        ("validation loss", lambda row: formatted(row["validation_loss"], none="diverged")),
         ("", choice),
     )
     cost = f"Tuning cost {record['tuning']['passes']:.2f} passes, in no figure above, and has a seed of its own."

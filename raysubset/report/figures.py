@@ -19,7 +19,7 @@ def finite(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def number(value: float | None, form: str = ".4f", *, none: str = "not finite") -> str:
+def formatted(value: float | None, form: str = ".4f", *, none: str = "not finite") -> str:
     """Return the formatted number, or `none` for None and for what is not finite."""
     return none if value is None or not math.isfinite(value) else format(value, form)
 

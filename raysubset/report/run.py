@@ -17,9 +17,9 @@ from raysubset.report.drawing import Plot
 from raysubset.report.figures import (
     Record,
     finite,
+    formatted,
     is_least_squares,
     mean_metrics,
-    number,
     standard_error,
     trained_passes,
     trainings,
@@ -146,7 +146,7 @@ def result(record: Record, beside: Beside) -> Section:
     """State the result in a sentence, compare it with what lies beside the run, and draw its story."""
     test, cost, model = record["test"], record["cost"], record["model"]
     sentence = (
-        f"Test {_counted(test, quality_of(record))}, loss {number(test['loss'])}, with {model['name']} of "
+        f"Test {_counted(test, quality_of(record))}, loss {formatted(test['loss'])}, with {model['name']} of "
         f"{model['num_parameters']:,} parameters, for {cost['passes']:.2f} passes over the training set in total, "
         f"{cost['critical_path_passes']:.2f} of them on the critical path."
     )
@@ -163,7 +163,7 @@ def _final_model(record: Record) -> Section:
     columns = (
         ("on", lambda row: row[0]),
         ("examples", lambda row: f"{row[1]['num_examples']:,}"),
-        ("loss", lambda row: number(row[1]["loss"])),
+        ("loss", lambda row: formatted(row[1]["loss"])),
         (f"{quality.heading}{error}", lambda row: _counted(row[1], quality, quality.cell)),
     )
     names = {"test": "test, read once at the end", "validation": "validation, read for every choice"}
@@ -242,11 +242,11 @@ def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
         rows.append(
             (
                 f"{round['round'] + 1}",
-                number(aggregation["mean_member_loss"]),
+                formatted(aggregation["mean_member_loss"]),
                 quality.cell(aggregation[f"mean_member_{quality.name}"]),
                 *_pair(aggregation["ensemble"], quality),
                 *_pair(aggregation["validation"], quality),
-                number(aggregation["barrier"], "+.4f"),
+                formatted(aggregation["barrier"], "+.4f"),
             )
         )
     lines = []
@@ -339,10 +339,10 @@ def _aggregation(record: Record, last: Record) -> Section:
         text += ", weighted " + listed([f"{share:.3f}" for share in coefficients], most=MOST_ROWS)
     if aggregation["tried"]:
         text += f"; {len(aggregation['tried'])} candidates were scored on validation data"
-    barrier = f"Barrier (loss of the plain mean less mean loss): {number(aggregation['barrier'], '+.4f')}."
+    barrier = f"Barrier (loss of the plain mean less mean loss): {formatted(aggregation['barrier'], '+.4f')}."
     lines: list[Line] = [f"{text}. {barrier}"]
     if alignment := aggregation["alignment"]:
-        before, after = (number(alignment[key], "+.4f") for key in ("barrier_before", "barrier_after"))
+        before, after = (formatted(alignment[key], "+.4f") for key in ("barrier_before", "barrier_after"))
         lines.append(f"Barrier before the members' units were aligned {before}, after it {after}.")
     if aggregation["of_first"]:
         lines.append(f"Not averaged, from subset {subset_ids[0]}: {listed(aggregation['of_first'])}.")
@@ -426,4 +426,4 @@ def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], s
 
 def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
     """Return loss and quality as two cells."""
-    return ("", "") if metrics is None else (number(metrics["loss"]), quality.cell(metrics[quality.name]))
+    return ("", "") if metrics is None else (formatted(metrics["loss"]), quality.cell(metrics[quality.name]))

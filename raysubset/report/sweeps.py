@@ -9,7 +9,7 @@ from raysubset.quality import quality_of
 from raysubset.report.commands import command
 from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.drawing import COLOURS, GOOD, GREY, Chart, Plot
-from raysubset.report.figures import Record, loss_name
+from raysubset.report.figures import Record, formatted, loss_name
 from raysubset.report.parts import Command, Section
 
 _MOST_SETTINGS = 12  # with a chart of their training each
@@ -57,10 +57,10 @@ def _settings(record: Record) -> Section:
     others, quality = [key for key in record["space"] if key not in _SIZES], quality_of(record)
     rows = tuple(
         (
-            _number(setting["subset_size"] or setting["overrides"].get("subsets.size"), "g"),
+            formatted(setting["subset_size"] or setting["overrides"].get("subsets.size"), "g", none="–"),
             *(f"{setting['overrides'][key]}" for key in others),
-            _number(setting["num_subsets"], "g"),
-            _number(setting["overdetermination_ratio"], ".2f"),
+            formatted(setting["num_subsets"], "g", none="–"),
+            formatted(setting["overdetermination_ratio"], ".2f", none="–"),
             _state(setting),
             _spread(setting["validation_loss"], "{:.4f}".format),
             _spread(setting[f"validation_{quality.name}"], quality.number),
@@ -90,10 +90,10 @@ def _before_and_after(record: Record) -> list[Section]:
     whole = conventional["passes"]["mean"] if conventional and conventional["passes"] else None
     rows = tuple(
         (
-            "conventional" if setting is conventional else _number(setting["subset_size"], "g"),
+            "conventional" if setting is conventional else formatted(setting["subset_size"], "g", none="–"),
             *(_spread(setting[f"{data}_loss"], "{:.4f}".format) for data, _ in _CURVES),
             *(_spread(setting[f"{split}_{quality.name}"], quality.number) for split in ("before", "test")),
-            _number(setting["passes"]["mean"] / whole if whole else None, ".2f"),
+            formatted(setting["passes"]["mean"] / whole if whole else None, ".2f", none="–"),
         )
         for setting in settings
     )
@@ -127,10 +127,6 @@ def _state(setting: Record) -> str:
     words = [f"{setting['num_seeds']}"]
     words += [f"{num} {state}" for state in ("pruned", "failed") if (num := setting[f"num_{state}"])]
     return ", ".join(words)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _spread(value: Record | None, show: Callable[[float], str]) -> str:
