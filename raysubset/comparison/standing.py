@@ -1,5 +1,6 @@
 """How a comparison's arms stand while it runs: a table of quality by arm and budget, which fills in leg by leg."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ class ArmsStanding:
         self._budgets = sorted({budget for of_arm in budgets.values() for budget in of_arm})
         self._arms_of: defaultdict[str, dict[str, float]] = defaultdict(dict)  # passes by leg and arm
         self._finals: dict[str, list[tuple[str, float]]] = defaultdict(list)  # the arms and budgets that a leg ends
-        self._qualities: dict[tuple[str, float], list[float | None]] = defaultdict(list)
+        self._qualities: dict[tuple[str, float], list[float]] = defaultdict(list)  # NaN if not finite or not measured
         self._passes: defaultdict[str, float] = defaultdict(float)
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
@@ -53,7 +54,8 @@ class ArmsStanding:
         for arm, passes in self._arms_of[key].items():
             self._passes[arm] += passes
         for point in self._finals.get(key, ()):
-            self._qualities[point].append(validation[self._quality.name] if validation else None)
+            value = validation[self._quality.name] if validation else None
+            self._qualities[point].append(math.nan if value is None else value)
 
     def note_progress(self, key: str, share: float) -> None:
         """Note what share of its training a leg has done so far."""
@@ -62,7 +64,7 @@ class ArmsStanding:
 
     def event(self) -> Standing:
         """Return the current table."""
-        means = {point: self._mean(values) for point, values in self._qualities.items()}
+        means = {point: statistics.fmean(values) for point, values in self._qualities.items()}
         best = self._best(means)
         at_work: defaultdict[str, float] = defaultdict(float)
         for key, share in self._shares.items():
@@ -70,10 +72,8 @@ class ArmsStanding:
                 at_work[arm] += share * passes
         rows = []
         for arm, budgets in self._of_arm.items():
-            planned, num_passes = (
-                self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0),
-                self._passes[arm] + at_work[arm],
-            )
+            planned = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0)
+            num_passes = self._passes[arm] + at_work[arm]
             num = sum(len(self._qualities.get((arm, budget), ())) for budget in budgets)
             state = "done" if num == self._num_seeds * len(budgets) else "at work" if num_passes else "waiting"
             cells = (self._settings.get(arm, ""), *(self._cell(arm, budget, means) for budget in self._budgets))
@@ -86,12 +86,7 @@ class ArmsStanding:
             text += f"; best so far {best}, {self._quality.phrase(means[best, at])} on validation data at {at:g} passes"
         return Standing(text, columns, tuple(rows))
 
-    @staticmethod
-    def _mean(values: Sequence[float | None]) -> float | None:
-        numbers = [value for value in values if value is not None]
-        return statistics.mean(numbers) if len(numbers) == len(values) and numbers else None
-
-    def _cell(self, arm: str, budget: float, means: Mapping[tuple[str, float], float | None]) -> str:
+    def _cell(self, arm: str, budget: float, means: Mapping[tuple[str, float], float]) -> str:
         """Return the mean over seeds. If some seeds are missing, add how many there are."""
         values = self._qualities.get((arm, budget), ())
         if not values:
@@ -99,10 +94,10 @@ class ArmsStanding:
         suffix = f" ({len(values)}/{self._num_seeds})" if len(values) < self._num_seeds else ""
         return f"{self._quality.cell(means[arm, budget])}{suffix}"
 
-    def _best(self, means: Mapping[tuple[str, float], float | None]) -> str | None:
+    def _best(self, means: Mapping[tuple[str, float], float]) -> str | None:
         """Return the best arm at the largest budget at which several arms have results."""
         for budget in reversed(self._budgets):
-            arm_means = {arm: mean for (arm, at), mean in means.items() if at == budget and mean is not None}
+            arm_means = {arm: mean for (arm, at), mean in means.items() if at == budget and math.isfinite(mean)}
             if len(arm_means) > 1:
                 return max(arm_means, key=lambda arm: self._quality.gain(arm_means[arm]))
         return None
