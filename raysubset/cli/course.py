@@ -12,14 +12,6 @@ _SMOOTH = 0.3  # weight of the newest speed in the moving mean
 
 
 @dataclass
-class _Pace:
-    """Passes done in the stages of one name, and their seconds since the first event."""
-
-    passes: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass
 class Course:
     """Follows the progress of the work by its events. Passes are counted as planned, by stage and round.
 
@@ -31,7 +23,7 @@ class Course:
     _num_examples: int = 0
     _at: int = -1  # index of the current step
     _shares: dict[int | None, float] = field(default_factory=dict)  # of each piece of the step, by subset
-    _paces: dict[str, _Pace] = field(default_factory=dict)
+    _paces: dict[str, tuple[float, float]] = field(default_factory=dict)  # by stage: passes heard of, and their seconds
     _heard: tuple[float, float] | None = None  # time of the step's last event, and its passes then
     _per_s: float | None = None  # examples/s of one process
     _standing: tuple[float, float] | None = None  # passes done and planned, of all rows
@@ -64,9 +56,8 @@ class Course:
         self._shares[subset] = max(share, self._shares.get(subset, 0.0))
         now, passes = self.clock(), self._passes_of_step()
         if self._heard is not None:
-            pace = self._paces.setdefault(stage, _Pace())
-            pace.passes += passes - self._heard[1]
-            pace.seconds += now - self._heard[0]
+            done, done_s = self._paces.get(stage, (0.0, 0.0))
+            self._paces[stage] = done + passes - self._heard[1], done_s + now - self._heard[0]
         self._heard = now, passes
 
     def _passes_of_step(self) -> float:
@@ -93,16 +84,14 @@ class Course:
             new, seconds = passes - first_passes, self.clock() - began_at
             return (total - passes) * seconds / new if new > 0 and seconds >= _MEASURED_S else None
         seconds = 0.0
-        for number, step in enumerate(self._steps):
-            if number < self._at:
-                continue
-            passes, pace = step.passes, self._paces.get(step.stage, _Pace())
+        for number, step in list(enumerate(self._steps))[max(0, self._at) :]:
+            passes, (done, done_s) = step.passes, self._paces.get(step.stage, (0.0, 0.0))
             if not passes:
                 continue
             if number == self._at:
                 passes -= self._passes_of_step()
-            if pace.seconds >= _MEASURED_S and pace.passes > 0:
-                seconds += passes * pace.seconds / pace.passes
+            if done_s >= _MEASURED_S and done > 0:
+                seconds += passes * done_s / done
             elif self._per_s:
                 seconds += passes * self._num_examples / (self._per_s * step.num_at_once)
             else:
