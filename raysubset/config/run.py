@@ -89,20 +89,13 @@ class Config:
             f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
             "trunk.epochs and fine_tuning.epochs to 0",
         )
-        for other, is_set, why in (
-            (
-                "rounds.optimizer_state=average",
-                self.rounds.optimizer_state == "average",
-                "needs all members of the last round",
-            ),
-            ("actors.quorum", self.actors.quorum is not None, "loses members, and each starts from its own minimum"),
-            (
-                "fine_tuning.distillation",
-                self.fine_tuning.distillation,
-                "learns from minima, which are stored as differences",
-            ),
+        averages, distils = self.rounds.optimizer_state == "average", self.fine_tuning.distillation > 0
+        for reason, is_set in (
+            ("rounds.optimizer_state=average needs all members of the last round", averages),
+            ("actors.quorum loses members, and each starts from its own minimum", self.actors.quorum is not None),
+            ("fine_tuning.distillation learns from minima, which are stored as differences", distils),
         ):
-            need(not (self.rounds.overlaps and is_set), f"{other} {why} with rounds.overlap: leave one of them out")
+            need(not (self.rounds.overlaps and is_set), f"{reason} with rounds.overlap: leave one of them out")
         for name in ("tolerance", "patience"):
             need(
                 self.rounds.num == 1 or not getattr(self.minimize, name),

@@ -48,17 +48,11 @@ class TaskConfig:
             f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(losses)}",
         )
         of_classes = self.loss in ("auto", "cross_entropy")
-        need(
-            of_classes or not self.label_smoothing,
-            f"task.label_smoothing belongs to cross_entropy: leave it at 0 with {self.loss}",
-        )
-        need(
-            of_classes or self.class_weights == "none",
-            f"task.class_weights belongs to cross_entropy: leave it out with {self.loss}",
-        )
         for field, tasks in (("label_smoothing", _SMOOTHED), ("class_weights", _WEIGHTED)):
+            is_set = getattr(self, field) not in (0.0, "none")
+            need(of_classes or not is_set, f"task.{field} belongs to cross_entropy: leave it out with {self.loss}")
             need(
-                self.name in ("auto", *tasks) or getattr(self, field) in (0.0, "none"),
+                self.name in ("auto", *tasks) or not is_set,
                 f"task.{field} is for {', '.join(tasks)}, not for {self.name}: leave it out",
             )
         need(

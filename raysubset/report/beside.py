@@ -2,8 +2,9 @@
 same storage path."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raysubset.config import of_now
@@ -36,7 +37,8 @@ def find_beside(record: Record) -> Beside:
     except OSError:
         return Beside()
     runs, comparisons = [], []
-    for directory, config in zip(others, at_once(_config, others), strict=True):
+    configs = at_once(lambda directory: _or_none(directory.read_config), others)
+    for directory, config in zip(others, configs, strict=True):
         if config is None or _learned(config) != learned:
             continue
         kind = config.get("kind", "run")
@@ -53,10 +55,10 @@ def find_beside(record: Record) -> Beside:
     return Beside(closest, max(comparisons, key=lambda comparison: len(comparison["seeds"]), default=None))
 
 
-def _config(directory: RunDirectory) -> Record | None:
-    """Return the directory's config; None if it has none that this version can read."""
+def _or_none(read: Callable[[], Record]) -> Record | None:
+    """Return what is read; None if it is not there, or this version cannot read it."""
     try:
-        return directory.read_config()
+        return read()
     except (OSError, ValueError):
         return None
 
@@ -69,12 +71,8 @@ def _learned(config: Record) -> dict[str, Any]:
 
 def _finished(directory: RunDirectory, path: str, record: Record) -> Record | None:
     """Return the report, if it exists and is of as many examples: the files of a data set may have changed."""
-    try:
-        report = directory.read_json(path)
-    except (OSError, ValueError):
-        return None
-    is_same = all(report["data"].get(key) == record["data"][key] for key in ("num_train", "num_test"))
-    return report if is_same else None
+    report, keys = _or_none(partial(directory.read_json, path)), ("num_train", "num_test")
+    return report if report and all(report["data"].get(key) == record["data"][key] for key in keys) else None
 
 
 def held_against(record: Record, beside: Beside) -> Iterator[str]:
