@@ -8,7 +8,9 @@ from typing import NamedTuple, Self
 
 import pyarrow as pa
 
-_MOST_NAMED = 3  # files named in one line
+from raysubset.errors import listed
+
+MOST_NAMED = 3  # files named in one line
 
 _SCHEMA = pa.schema({"file": pa.string(), "size": pa.int64(), "digest": pa.string(), "stamp": pa.string()})
 
@@ -65,12 +67,6 @@ def digest(table: pa.Table) -> str:
     return hasher(text.encode()).hexdigest()
 
 
-def in_words(texts: list[str]) -> str:
-    """Return the first of the changes, and how many more there are."""
-    more = f" and {len(texts) - _MOST_NAMED:,} more" if len(texts) > _MOST_NAMED else ""
-    return f"{', '.join(texts[:_MOST_NAMED])}{more}"
-
-
 @dataclass(frozen=True)
 class Identity:
     """What the names in a config stand for. Names that only one of two identities has are not compared."""
@@ -114,7 +110,7 @@ class Identity:
                 for text in changes(old_tables[name], table)
             ]
             if texts:
-                lines.append(f"{kind} changed: {in_words(list(dict.fromkeys(texts)))}")
+                lines.append(f"{kind} changed: {listed(list(dict.fromkeys(texts)), most=MOST_NAMED)}")
         return lines
 
     def is_empty(self) -> bool:

@@ -17,7 +17,8 @@ from PIL import Image
 from raysubset.config import Config, DataConfig
 from raysubset.data import file_fingerprint, load_full_set, refuse_changed_files
 from raysubset.doctor import examine
-from raysubset.fingerprints import Entry, Identity, changes, digest, entries, fingerprint, in_words
+from raysubset.errors import listed
+from raysubset.fingerprints import MOST_NAMED, Entry, Identity, changes, digest, entries, fingerprint
 from raysubset.pipeline import run
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
 from raysubset.user_code.functions import load_function
@@ -150,7 +151,7 @@ class TestData:
         shutil.copy(tmp_path / "photos/cat/0.png", tmp_path / "photos/cat/new.png")
         told = changes(first, found(tmp_path / "photos", first))
         assert told == ["cat/new.png is new", *(f"dog/{number}.png is gone" for number in (1, 3, 5, 7))]
-        assert in_words(told) == "cat/new.png is new, dog/1.png is gone, dog/3.png is gone and 2 more"
+        assert listed(told, most=MOST_NAMED) == "cat/new.png is new, dog/1.png is gone, dog/3.png is gone and 2 more"
 
     def test_what_a_function_returns_counts_and_not_what_it_is_called(self, modules):
         source = "import numpy as np\ndef data(): return np.full((40, 6, 6), {}, np.uint8), np.arange(40) % 2"

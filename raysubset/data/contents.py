@@ -20,8 +20,9 @@ from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
+from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.fingerprints import Entry, changes, entries, fingerprint, hasher, in_words
+from raysubset.fingerprints import MOST_NAMED, Entry, changes, entries, fingerprint, hasher
 from raysubset.tasks import task_to_dict
 from raysubset.user_code.given import is_given
 
@@ -148,8 +149,8 @@ def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
     """
     if difference := changes(old, new):
         raise ValueError(
-            f"{name} changed while it was in use: {in_words(difference)}: do not change data while training on them, "
-            "and start over with --fresh, or under another --name"
+            f"{name} changed while it was in use: {listed(difference, most=MOST_NAMED)}: do not change data while "
+            "training on them, and start over with --fresh, or under another --name"
         )
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from raysubset.config import differences, of_now
 from raysubset.costs import count_bytes
-from raysubset.errors import CorruptFile
+from raysubset.errors import CorruptFile, first_line
 from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
@@ -392,7 +392,7 @@ class RunDirectory:
         try:
             yield
         except errors as error:
-            raise CorruptFile(path, f"{path} in {self.uri} cannot be read: {_one_line(error)}") from error
+            raise CorruptFile(path, f"{path} in {self.uri} cannot be read: {first_line(error)}") from error
 
     def newest_checkpoint(self, folder: str) -> tuple[int, dict[str, Any]] | None:
         """Return (attempt, state) of the readable checkpoint that got furthest, among all attempts at a minimum."""
@@ -432,7 +432,7 @@ class RunDirectory:
         except StorageLost:
             raise
         except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            cause = (isinstance(error, OSError) and error.strerror) or _one_line(error)
+            cause = (isinstance(error, OSError) and error.strerror) or first_line(error)
             raise ValueError(f"cannot write to {self.uri}: {cause}; choose another --storage-path") from error
         if self.local_path:
             with contextlib.suppress(OSError):  # removes only an empty folder, which the probe may have created
@@ -630,7 +630,7 @@ def load_checkpoint(data: bytes) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError) as error:  # another program may have written the digest
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _to_json(record: Any, indent: int | None = 1) -> str:
@@ -643,7 +643,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
