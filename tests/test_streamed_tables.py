@@ -123,6 +123,23 @@ def test_rows_targets_splits_and_statistics_are_those_of_the_table_in_memory(
     assert tiny.same_bits(streamed.train.take(chosen), in_memory.train.take(chosen))
 
 
+@pytest.mark.parametrize("names", [("1", "20"), ("a", "b")])
+def test_folders_of_nulls_are_missing_values_of_their_column(tmp_path: Path, names: tuple[str, str]) -> None:
+    generator = np.random.default_rng(0)
+    for name in (*names, "__HIVE_DEFAULT_PARTITION__"):
+        (tmp_path / f"site={name}").mkdir()
+        columns = {"x": generator.normal(size=30), "target": generator.normal(size=30)}
+        pq.write_table(pa.table(columns), tmp_path / f"site={name}" / "a.parquet", row_group_size=10)
+    sets = [
+        load_full_set(DataConfig(name=str(tmp_path), missing="mean", streamed=streamed), TaskConfig(name="regression"))
+        for streamed in (False, True)
+    ]
+    found, streamed = (full_set.train.take(np.arange(len(full_set.train)))["inputs"] for full_set in sets)
+    assert torch.equal(found, streamed)
+    assert found.shape[1] == (4 if names == ("a", "b") else 2)  # a category each, and one of the missing; or a number
+    assert any("missing" in note and "site (" in note for note in sets[0].notes)
+
+
 def test_missing_values_are_filled_and_told_as_in_memory(tmp_path: Path) -> None:
     pq.write_table(with_holes(rows()), tmp_path / "rows.parquet", row_group_size=23)
     in_memory, streamed = both(tmp_path / "rows.parquet", missing="mean")
