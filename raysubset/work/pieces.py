@@ -105,11 +105,6 @@ class Piece:
         part = "a part of " if self.is_subsample else ""
         return self.name or (self.stage if self.subset_id is None else f"{part}subset {self.subset_id}")
 
-    @property
-    def predecessor(self) -> str | None:
-        """Return name_of() the piece in `moved`; None if it begins at its start."""
-        return self.moved and f"{self.moved.directory.name}/{self.moved.weights_path.rpartition('/')[0]}"
-
     def record(self) -> dict[str, Any] | None:
         """Return its record; None if it is not done."""
         return self.output.record()
