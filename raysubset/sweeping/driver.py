@@ -26,13 +26,13 @@ from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reach
 from raysubset.config import ActorsConfig, Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import one_line
-from raysubset.events import Event, Note, OnEvent, Stage, TrialReport, Waiting
+from raysubset.events import Note, OnEvent, Stage, TrialReport, Waiting
 from raysubset.legs import Leg, LegRunner
 from raysubset.objects_in_hand import accepts_objects
 from raysubset.pipeline.decisions import refuse_what_has_no_place
 from raysubset.pipeline.run_report import Sessions, environment, task_record
-from raysubset.planning import make_plan
-from raysubset.quality import quality_of
+from raysubset.planning import Plan, make_plan
+from raysubset.quality import Quality
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
 from raysubset.run_directory.ledger import Ledger, total_cost
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
@@ -132,11 +132,10 @@ def sweep(
     identity = identify((trial.config for trial in trials), full_sets, old_identity)
     for note in places_notes(identity):
         tell(note)
-    settings = dict.fromkeys(trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials)
+    settings = {trial.name: trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials}
     # make_plan() refuses settings that no trial can run
-    plan_of = {setting: make_plan(setting, full_sets[setting.learned]) for setting in settings}
-    plans = {trial.name: plan_of[trial.config.with_overrides({"seed": 0, "name": None})] for trial in trials}
-    shares = {name: plan.forward_share for name, plan in plans.items()}
+    plan_of = {setting: make_plan(setting, full_sets[setting.learned]) for setting in dict.fromkeys(settings.values())}
+    plans = {name: plan_of[setting] for name, setting in settings.items()}
     directory.check_writable()
     with contextlib.ExitStack() as stack:
         stack.enter_context(reached(config.cluster, tell))
@@ -155,16 +154,12 @@ def sweep(
         at_once, slots_each = _divide_cluster(trials, tell)
         tell(Note(f"{at_once} trials at once, of at most {slots_each} actor(s) or worker(s) each"))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
-        tasks = {
-            trial.name: Task(
-                _with_room(trial.config, slots_each),
-                full_set_refs[trial.config.learned],
-                trunks.get(trial.name),
-                shares[trial.name],
-                accept_changed_code,
-            )
-            for trial in trials
-        }
+        tasks = {}
+        for trial in trials:  # with no more actors at a time than a trial has places: the field shapes no result
+            room = {"actors.max_num": min(slots_each, trial.config.actors.max_num or slots_each)}
+            full_set_ref, trunk = full_set_refs[trial.config.learned], trunks.get(trial.name)
+            config_with_room, share = trial.config.with_overrides(room), plans[trial.name].forward_share
+            tasks[trial.name] = Task(config_with_room, full_set_ref, trunk, share, accept_changed_code)
         if scheduler == "asha":
             scheduler = ASHAScheduler(
                 time_attr="passes", max_t=MOST_PASSES, grace_period=FIRST_JUDGED_PASSES, reduction_factor=FEWER
@@ -174,13 +169,23 @@ def sweep(
         standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()})
         callback = _TrialEvents(tell, standing)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
-        num_train = {trial.name: len(full_sets[trial.config.learned].train) for trial in trials}
-        task = task_record(full_sets[trials[0].config.learned])
-        record = _gather(directory, config, space, seeds, trials, errors, num_train, shares, task)
-        record["at_once"] = {"trials": at_once, "slots_each": slots_each}
+        gathered, cost = _gather(trials, space, errors, quality), _total_cost(trials, full_sets, plans)
         sessions.write()
-        record["seconds"] = sessions.seconds()
-        directory.write_json(SWEEP_PATH, record)
+        directory.write_json(
+            SWEEP_PATH,
+            {
+                "kind": "sweep",
+                "name": directory.name,
+                "uri": directory.uri,
+                "config": shown_config.to_dict(),
+                "task": task_record(full_sets[trials[0].config.learned]),
+                "seeds": list(seeds),
+                **gathered,
+                "cost": cost,
+                "at_once": {"trials": at_once, "slots_each": slots_each},
+                "seconds": sessions.seconds(),
+            },
+        )
     tell(Note(f"report: {directory.uri}"))
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
 
@@ -227,11 +232,6 @@ def _divide_cluster(trials: Sequence[Trial], tell: OnEvent) -> tuple[int, int]:
     request = {"CPU": max(each.num_cpus for each in actors), "GPU": num_gpus}
     widest = max(widest_stage(trial.config) for trial in trials)
     return divide(num_slots(request, startable=True), widest=widest, num_trials=len(trials))
-
-
-def _with_room(config: Config, num_slots: int) -> Config:
-    """Return the config with no more actors at a time than the trial has places. The field shapes no result."""
-    return config.with_overrides({"actors.max_num": min(num_slots, config.actors.max_num or num_slots)})
 
 
 def _run_trunks(
@@ -294,13 +294,8 @@ def _tune(
                 callbacks=[callback],
             ),
         )
-        results = tuner.fit()
-        errors = {}
-        for result in results:
-            if result.error:
-                assert result.config is not None
-                errors[result.config["trial"]["name"]] = one_line(result.error)
-    return errors
+        results: Any = tuner.fit()
+        return {result.config["trial"]["name"]: one_line(result.error) for result in results if result.error}
 
 
 @contextlib.contextmanager
@@ -315,10 +310,6 @@ def _quiet_tune() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _ignore(event: Event) -> None:
-    """Do nothing with the event."""
-
-
 def _trial_name(trial: Any) -> str:
     return trial.config["trial"]["name"]
 
@@ -331,7 +322,7 @@ class _TrialEvents(tune.Callback):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the listener, as a terminal's holds locks. Tune pickles callbacks, but nobody reads them."""
-        return _TrialEvents, (_ignore, self._standing)
+        return _TrialEvents, (lambda event: None, self._standing)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Stage(f"{_trial_name(trial)} starts"))
@@ -358,18 +349,8 @@ class _TrialEvents(tune.Callback):
         self._tell(Note(f"{_trial_name(trial)} failed{why}; the others continue", is_warning=True))
 
 
-def _gather(
-    directory: RunDirectory,
-    config: Config,
-    space: Mapping[str, Any],
-    seeds: Sequence[int],
-    trials: Sequence[Trial],
-    errors: Mapping[str, str],
-    num_train: Mapping[str, int],
-    shares: Mapping[str, float],
-    task: Record,
-) -> Record:
-    """Return sweep.json, from the trials' run directories and ledgers."""
+def _gather(trials: Sequence[Trial], space: Mapping[str, Any], errors: Mapping[str, str], quality: Quality) -> Record:
+    """Return what the trials' run directories and Tune's errors amount to: trials, settings, and the recommendation."""
     records = []
     for trial in trials:
         run = RunDirectory(trial.config.storage_path, trial.name)
@@ -386,25 +367,18 @@ def _gather(
         [record for record, trial in zip(records, trials, strict=True) if trial.is_baseline is is_wanted]
         for is_wanted in (False, True)
     )
-    settings = settings_of(swept, quality_of({"task": task}))
+    settings = settings_of(swept, quality)
     return {
-        "kind": "sweep",
-        "name": directory.name,
-        "uri": directory.uri,
-        "config": config.to_dict() | {"storage_path": directory.shown_storage_path},
-        "task": task,
         "space": {key: list(dict.fromkeys(trial["overrides"][key] for trial in swept)) for key in space},
-        "seeds": list(seeds),
         "trials": records,
         "settings": settings,
-        "baseline": settings_of(conventional, quality_of({"task": task}))[0] if conventional else None,
+        "baseline": settings_of(conventional, quality)[0] if conventional else None,
         "recommended": recommend(settings),
         "recommendation": recommendation(settings),
-        "cost": _total_cost(trials, num_train, shares),
     }
 
 
-def _total_cost(trials: Sequence[Trial], num_train: Mapping[str, int], shares: Mapping[str, float]) -> Record:
+def _total_cost(trials: Sequence[Trial], full_sets: Mapping[Learned, FullSet], plans: Mapping[str, Plan]) -> Record:
     """Return the cost of all trials, with pruned and failed ones. A shared trunk, in several ledgers, counts once."""
     passes, device_s = 0.0, 0.0
     counted_trunks = set()
@@ -413,6 +387,6 @@ def _total_cost(trials: Sequence[Trial], num_train: Mapping[str, int], shares: M
         uncounted_works = [work for work in works if work not in counted_trunks]
         counted_trunks |= {work for work in works if work.stage == "trunk"}
         cost = total_cost(uncounted_works)
-        passes += cost.passes(num_train[trial.name], shares[trial.name])
+        passes += cost.passes(len(full_sets[trial.config.learned].train), plans[trial.name].forward_share)
         device_s += cost.device_s
     return {"passes": passes, "device_s": device_s}
