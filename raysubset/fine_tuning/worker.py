@@ -30,6 +30,7 @@ from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.models import copied, new_model, num_parameters
 from raysubset.pulse import beat, stand
 from raysubset.run_directory import (
+    Sink,
     checkpoint_path,
     history_path,
     left_out_path,
@@ -453,9 +454,9 @@ def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]
 
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:
     """Write a file of a checkpoint."""
-    data, _ = save_checkpoint(state)
-    Path(folder, name).write_bytes(data)
-    count_bytes(len(data))
+    with Path(folder, name).open("wb") as file:
+        save_checkpoint(state, sink := Sink(file))
+    count_bytes(sink.num_bytes)
 
 
 def _part(num_examples: int, shard: Shard) -> np.ndarray:

@@ -52,4 +52,4 @@ from raysubset.run_directory.paths import (
     weights_path,
 )
 from raysubset.run_directory.patience import StorageLost
-from raysubset.run_directory.seals import Seal, size_of
+from raysubset.run_directory.seals import Seal, Sink, size_of

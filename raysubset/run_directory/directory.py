@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -27,7 +27,7 @@ from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
 from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.recent import RECENT, WRITTEN
-from raysubset.run_directory.seals import BLANK, MARK, Seal, end_with_digest, fill, flaw_by_itself, has_length, seal_of
+from raysubset.run_directory.seals import BLANK, MARK, Seal, Sink, fill, flaw_by_itself, has_length, seal_of
 from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.uris import refuse_ambiguous, shown
 
@@ -171,7 +171,8 @@ class RunDirectory:
         """
         filesystem, full = self._at(path)
         if self.local_path:
-            _replace(full, data, is_durable=is_durable)
+            with _replacement(Path(full), is_durable=is_durable) as file:
+                file.write(data)
             return
         # One write, then the close that makes the object visible: no exception can come between two parts of it
         with filesystem.open_output_stream(full, compression=None) as stream:
@@ -238,27 +239,17 @@ class RunDirectory:
         *,
         is_durable: bool = True,
     ) -> Seal:
-        """Write a safetensors file. Tied tensors are written twice, in the default memory layout.
+        """Write a safetensors file, a tensor at a time. Tied tensors are written twice, in the default memory layout.
 
         Returns:
             The file's seal, for the `files` of the record that names it.
-
-        Raises:
-            ValueError: for a dtype that the format does not have.
         """
-        import safetensors.torch
-        import torch
+        from raysubset.run_directory.weights_files import to_safetensors
 
-        tensors = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in weights.items()}
-        try:
-            data = safetensors.torch.save(tensors, metadata)
-        except KeyError as error:
-            raise ValueError(f"a tensor is of {error}, which safetensors cannot hold") from error
-        self.write_bytes(path, data, is_durable=is_durable)
-        count_bytes(len(data))
-        seal = seal_of(data)
-        RECENT.keep(self.uri, path, seal, WRITTEN if self.local_path else data)
-        return seal
+        with self._sealed_file(path, is_durable=is_durable, is_kept=True) as sink:
+            for part in to_safetensors(weights, metadata):
+                sink.write(part)
+        return sink.seal()
 
     def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """Return the weights in a file, on the CPU. A file that this process wrote or read lately is not fetched again.
@@ -279,8 +270,7 @@ class RunDirectory:
                     status = os.fstat(file.fileno())
                     version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
                     if version != recent:
-                        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
-                        checked_seal = self._check(path, data, seal)
+                        checked_seal = self._check(path, _mapped(file, num_bytes), seal)
                         RECENT.keep(self.uri, path, checked_seal, version)
                 weights = safetensors.torch.load_file(self.local_path / path)
             else:
@@ -294,17 +284,36 @@ class RunDirectory:
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
         """Write a save_checkpoint() file. Return its seal. `position`, such as [epoch, step], orders checkpoints."""
-        data, seal = save_checkpoint(state)
-        self.write_bytes(path, data, is_durable=is_durable)
-        count_bytes(len(data))
-        return seal
+        with self._sealed_file(path, is_durable=is_durable) as sink:
+            save_checkpoint(state, sink)
+        return sink.seal()
+
+    @contextlib.contextmanager
+    def _sealed_file(self, path: str, *, is_durable: bool = True, is_kept: bool = False) -> Iterator[Sink]:
+        """Yield a sink whose parts replace the file, as write_bytes() does, and count. Keep the content if is_kept."""
+        content: Any = WRITTEN
+        if self.local_path:
+            with _replacement(Path(self._at(path)[1]), is_durable=is_durable) as file:
+                yield (sink := Sink(file))
+        else:
+            with io.BytesIO() as buffer:
+                yield (sink := Sink(buffer))
+                content = buffer.getvalue()  # makes no copy, as nothing more is written
+            self.write_bytes(path, content)
+        count_bytes(sink.num_bytes)
+        if is_kept:
+            RECENT.keep(self.uri, path, sink.seal(), content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
         """load_checkpoint() from a file. Raise FileNotFoundError if it is missing, CorruptFile if it is damaged."""
-        data = self.read_bytes(path)
-        count_bytes(len(data))
-        with self._corrupt(path, ValueError):
-            return load_checkpoint(data)
+        if not self.local_path:
+            data = self.read_bytes(path)
+            count_bytes(len(data))
+            with self._corrupt(path, ValueError):
+                return load_checkpoint(data)
+        with (self.local_path / path).open("rb") as file, self._corrupt(path, ValueError):
+            count_bytes(num_bytes := os.fstat(file.fileno()).st_size)
+            return load_checkpoint(_mapped(file, num_bytes))
 
     def write_table(self, path: str, table: pa.Table, *, is_durable: bool = True) -> Seal:
         """Write a Parquet file that holds a digest of itself. Return its seal, for a record that names it."""
@@ -587,36 +596,42 @@ def _quoted(name: str) -> str:
     return urllib.parse.quote(name, safe="")
 
 
-def _replace(path: str, data: bytes | bytearray | memoryview, *, is_durable: bool) -> None:
-    """Write a new file beside the path, sync it to the disk if is_durable, and replace the old file by it."""
-    folder, name = os.path.split(path)
-    partial = f"{folder}/.{name}.{uuid.uuid4().hex}{_PARTIAL}"
+@contextlib.contextmanager
+def _replacement(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
+    """Yield a new file beside the path. At the end, sync it to the disk if is_durable, and replace the old file."""
+    partial = str(path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"))
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(partial, "xb") as file:
-            file.write(data)
+        with _created(partial) as file:
+            yield file
             file.flush()
             if is_durable:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error  # a full disk's error names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
 
 
-def save_checkpoint(state: Mapping[str, Any]) -> tuple[bytes, Seal]:
-    """Return torch.save() of tensors and plain values, which ends with a digest of itself, and its seal."""
+def _created(path: str) -> BinaryIO:
+    """Create and open a file. Missing folders are created."""
+    try:
+        return open(path, "xb")
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return open(path, "xb")
+
+
+def save_checkpoint(state: Mapping[str, Any], sink: Sink) -> None:
+    """torch.save() tensors and plain values, and end the file with a digest of it."""
     import torch
 
-    file = io.BytesIO()
-    torch.save(dict(state), file)
-    seal = end_with_digest(file)
-    return file.getvalue(), seal
+    torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  torch needs write() and flush() only
+    sink.write_own_digest()
 
 
-def load_checkpoint(data: bytes) -> dict[str, Any]:
+def load_checkpoint(data: bytes | mmap.mmap) -> dict[str, Any]:
     """Return the state that save_checkpoint() wrote, on the CPU. Runs no code.
 
     Raises:
@@ -628,9 +643,15 @@ def load_checkpoint(data: bytes) -> dict[str, Any]:
     if flaw:
         raise ValueError(flaw)
     try:
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        return torch.load(file, weights_only=True, map_location="cpu")  # pyright: ignore[reportArgumentType]
     except (RuntimeError, pickle.UnpicklingError) as error:  # another program may have written the digest
         raise ValueError(first_line(error)) from error
+
+
+def _mapped(file: BinaryIO, num_bytes: int) -> Any:
+    """Return the bytes of an open file, mapped rather than read into memory."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
 
 
 def _to_json(record: Any, indent: int | None = 1) -> str:
