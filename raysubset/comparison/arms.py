@@ -9,7 +9,6 @@ from raysubset.config import Config, parse_value
 from raysubset.legs import Leg
 from raysubset.planning import Plan
 
-Letter = Literal["A", "B", "C", "D", "E", "F", "G", "H", "I"]
 Role = Literal["baseline", "control", "candidate"]
 
 TITLES: dict[str, str] = {
@@ -43,7 +42,7 @@ class Arm:
     """One way to train, at any budget."""
 
     key: str  # "G", or "G:aggregation.method=fisher"
-    letter: Letter
+    letter: str  # of TITLES
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,7 +79,7 @@ def parse_arm(key: str) -> Arm:
         if not (name and mark and value):
             raise ValueError(f"arm {key!r}: write overrides as field=value, separated by commas")
         overrides[name.strip().replace("-", "_")] = parse_value(value.strip())
-    return Arm(key, letter, overrides)  # pyright: ignore[reportArgumentType]
+    return Arm(key, letter, overrides)
 
 
 @dataclass(frozen=True)

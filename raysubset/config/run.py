@@ -146,20 +146,14 @@ class Config:
             f"fine_tuning.keep=best chooses among epochs, but minimize.averaging.kind={averaging.kind} averages over "
             "them: set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages",
         )
-        need(
-            not tuning.distillation or self.method == "subset_pretraining",
-            f"fine_tuning.distillation = {tuning.distillation:g} learns from the minima of subsets, which "
-            "method=conventional does not have: set it to 0",
-        )
-        need(
-            not (tuning.distillation and self.minimize.objective),
-            f"fine_tuning.distillation is a share of the task's loss, which minimize.objective="
-            f"{self.minimize.objective} replaces: leave one of them out",
-        )
-        need(
-            not (tuning.distillation and self.minimize.whole_loop),
-            f"fine_tuning.distillation needs sgd, adam or adamw: {self.minimize.whole_loop} minimizes the labels' loss",
-        )
+        objective, loop = self.minimize.objective, self.minimize.whole_loop
+        replaced = f"is a share of the task's loss, which minimize.objective={objective} replaces"
+        for is_set, why in (
+            (self.method == "conventional", "learns from minima, which method=conventional does not have: set it to 0"),
+            (objective, f"{replaced}: leave one of them out"),
+            (loop, f"needs sgd, adam or adamw: {loop} minimizes the labels' loss"),
+        ):
+            need(not (tuning.distillation and is_set), f"fine_tuning.distillation {why}")
 
     def run_name(self) -> str:
         """Return the run directory's name: `name`, or data, model if named, and a digest of what shapes the result."""

@@ -102,10 +102,11 @@ def _basis(record: Record) -> Iterator[Line]:
     quality = quality_of(record)
     reached, target = (quality.show(conventional[f"{of}_{quality.name}"]) for of in ("test", "target"))
     ratio = regime["overdetermination_ratio"]
+    budgets = sorted({point["budget"] for arm in record["arms"] for point in arm["points"]})
     yield (
         f"Found for {data['name']}, {data['num_train']} training examples, {regime['num_parameters']} parameters, Q = "
         f"{ratio['full_set']:.3g} (subsets {min(ratio['subsets']):.3g}), {regime['num_subsets']} subsets, budgets "
-        f"{', '.join(f'{budget:g}' for budget in _budgets(record))} passes, n = {len(record['seeds'])} seeds."
+        f"{', '.join(f'{budget:g}' for budget in budgets)} passes, n = {len(record['seeds'])} seeds."
     )
     yield (
         f"The conventional run for comparison trains for {conventional['budget']:g} passes, the cheapest within one "
@@ -138,10 +139,6 @@ def _command(record: Record) -> str:
         options += ["--bandwidth", f"{speed:g}"]
     config = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
     return command(config, "compare", *options)
-
-
-def _budgets(record: Record) -> list[float]:
-    return sorted({point["budget"] for arm in record["arms"] for point in arm["points"]})
 
 
 def _points(record: Record) -> Section:

@@ -19,6 +19,8 @@ _MOST_PARAMETERS = 1_000_000  # they take a second or two on a CPU
 def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[str, Any]]:
     """Return the validation loss at points between the first two minima of the last round, weights mixed linearly.
 
+    The round has two minima or more.
+
     It is measured once, on up to 1000 validation examples, and kept in the run directory. Batch-norm statistics are
     recomputed at each point on up to 1000 training examples (Jordan et al. 2023, arXiv:2211.08403).
 
@@ -32,8 +34,6 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
         return line
     config, minima = Config.from_dict(record["config"]), record["stages"]["rounds"][-1]["minima"][:2]
     folders = [minimum_folder(minimum["round"], minimum["subset_id"]) for minimum in minima]
-    if len(folders) < 2:
-        raise ValueError("there is only one minimum")
     if record["model"]["num_parameters"] > _MOST_PARAMETERS:
         raise ValueError(f"it costs forward passes, so only networks of up to {_MOST_PARAMETERS:,} parameters have it")
     if config.data.name not in DATA_NAMES:
