@@ -19,6 +19,7 @@ from raysubset.quality import ACCURACY
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors.pool import PLACE_ERRORS
 from raysubset.user_code.functions import in_a_line
+from raysubset.work import Piece
 
 FOLDER = "conventional/ray_train"
 
@@ -97,7 +98,7 @@ def job_in(directory: RunDirectory) -> Job:
     """A job whose workers never start."""
     config = Config().with_overrides({"actors.max_attempts": 3})
     nothing: Any = None
-    return Job(config, config.minimize, directory, "conventional", [], [], 0.0, (), nothing, "conventional")
+    return Job(Piece(config, directory, "conventional"), [], [], 0.0, nothing)
 
 
 def test_what_may_pass_is_storage_devices_ray_and_lost_connections():

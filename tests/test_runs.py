@@ -265,7 +265,7 @@ def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job
     job, alone = RunDirectory(str(tmp_path), "job"), RunDirectory(str(tmp_path), "alone")
     opened = Run(made, job, full_set, put_once(full_set), lambda event: None)
     at_once, piece = (Piece(made, directory, "fine_tuning", by_train=True) for directory in (job, alone))
-    record = fine_tune(opened, at_once, num_workers=0, num_gpus=0.0)  # one worker, in this process
+    fine_tune(opened, at_once, num_workers=0, num_gpus=0.0)  # one worker, in this process
 
     own = Job.of(piece, full_set, opened.full_set_ref, num_gpus=0.0, workplace=Workplace.here())
     stopping = Follower(lambda progress: progress.epoch > 1.5, lambda: "preempted")
@@ -275,7 +275,7 @@ def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job
 
     assert same_bits(piece.output.weights(), at_once.output.weights())
     apart = {"files": 0, "peak_bytes": 0}
-    assert {**(resumed or {}), **apart} == {**record, **apart}
+    assert {**(resumed or {}), **apart} == {**(at_once.record() or {}), **apart}
     assert not alone.exists(checkpoint_path("fine_tuning", 0))
     works = Ledger(alone).read()
     assert [(w.attempt, w.outcome, w.waited_s) for w in works] == [(0, "preempted", 0.5), (1, "done", 0.0)]

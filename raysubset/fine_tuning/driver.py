@@ -1,7 +1,6 @@
 """fine_tune(): the driver's side of a Ray Train job."""
 
 import os
-from typing import Any
 
 from raysubset.cluster import refuse_unplaceable, workplace
 from raysubset.fine_tuning.job import Job
@@ -20,33 +19,29 @@ def refuse_old_ray_train() -> None:
         raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} requests the old Ray Train, which cannot fine-tune: unset it")
 
 
-def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> dict[str, Any]:
+def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> None:
     """Minimize on the full set, as the piece says, by a Ray Train job of several workers in data parallel.
 
     The global batch is config.minimize.batch_size whatever the number of workers. If a worker dies, or stalls and is
     killed (actors.stall_s), the group restarts from the last checkpoint, with fewer workers if fine_tuning.min_workers
     is set, until actors.max_attempts in a row have left no new checkpoint. The same happens if a controller dies. A
     diverging loss, and errors of a worker's own work, are not tried again. If the driver dies, the same call resumes
-    from the last checkpoint; a finished stage is read back.
-
-    Returns:
-        The stage's record (minimum.json).
+    from the last checkpoint; a finished stage is left as it is.
 
     Raises:
         ValueError: if the workers can never be placed, or the loss diverges.
         FineTuningFailed: if the job failed more often than allowed.
         TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
+    if piece.record() is not None:
+        return
     config, stage = piece.config, piece.stage
-    if (record := piece.record()) is None:
-        request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-        least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
-        refuse_unplaceable(request, f"{stage} workers", num=least)
-        if config.data.streamed:
-            refuse_without_readers(config, stage, num_workers=num_workers)
-        from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs do not need it
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
+    refuse_unplaceable(request, f"{stage} workers", num=least)
+    if config.data.streamed:
+        refuse_without_readers(config, stage, num_workers=num_workers)
+    from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs do not need it
 
-        job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
-        fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)
-        record = piece.directory.read_json(piece.output.record_path)
-    return record
+    job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
+    fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)

@@ -1,4 +1,4 @@
-"""TrainLookout: watches a Ray Train job from the driver, once a second."""
+"""TrainLookout watches a Ray Train job from the driver, once a second. Epochs reports the epochs of its stage."""
 
 import time
 import uuid
@@ -22,14 +22,37 @@ from raysubset.cluster import (
     processes_at,
     remove_groups,
 )
-from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
-from raysubset.fine_tuning.epochs import Epochs
+from raysubset.events import Attempt, EpochDone, Note, OnEvent, Progress, Retry, Waiting
 from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
-from raysubset.quality import Quality
+from raysubset.quality import Quality, metrics_in_words
+from raysubset.run_directory import RunDirectory, history_path
 
 MOST_START_S = 900.0  # for workers with a place to begin: their processes start and read the full set
 _ELASTIC_S = 60.0  # an elastic controller that asks for no workers for so long finds no places
+
+
+class Epochs:
+    """Reports each epoch of a stage once; epochs that were there before are not reported."""
+
+    def __init__(self, directory: RunDirectory, stage: str, *, quality: Quality, tell: OnEvent) -> None:
+        self._directory, self._stage, self._quality, self._tell = directory, stage, quality, tell
+        self.num = len(self._history())
+
+    def tell_new(self) -> None:
+        """Report the epochs that were added since the last call."""
+        try:
+            entries = self._history()
+        except OSError:  # the storage may answer the next time
+            return
+        for entry in entries[self.num :]:
+            self.num += 1
+            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            text = f"{self._stage}: epoch {entry['epoch']:g}, loss {loss}, validation "
+            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), self._stage, entry))
+
+    def _history(self) -> list[dict[str, Any]]:
+        return self._directory.read_json_or_none(history_path(self._stage)) or []
 
 
 class TrainLookout:
@@ -40,17 +63,17 @@ class TrainLookout:
 
     def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, quality: Quality, tell: OnEvent) -> None:
         self._is_elastic = is_elastic
-        self._job, self._num_workers, self._tell = job, num_workers, tell
-        self._request = {"CPU": job.config.actors.num_cpus, "GPU": job.num_gpus}
+        self._piece, self._num_workers, self._tell = job.piece, num_workers, tell
+        self._request = {"CPU": job.piece.config.actors.num_cpus, "GPU": job.num_gpus}
         self.key = uuid.uuid4().hex  # of the workers' pulses
-        self.epochs = Epochs(job.directory, job.stage, quality=quality, tell=tell)
+        self.epochs = Epochs(job.piece.directory, job.piece.stage, quality=quality, tell=tell)
         self.stalled = ""  # why workers were last killed
         self.begin()
 
     def begin(self) -> None:
         """Forget the observations of an earlier controller and its workers."""
         self._starting_at = self._pulse_at = self._placed_at = self._notice_at = time.monotonic()
-        self._watch = Watch(self._job.config.actors.stall_s)
+        self._watch = Watch(self._piece.config.actors.stall_s)
 
     def look(self, controller: Any) -> None:
         """Check the job once: report its progress or what it waits for, and kill workers that stall.
@@ -86,7 +109,8 @@ class TrainLookout:
         usual = max((worker.pulse.usual_s for worker in workers if worker.pulse.usual_s is not None), default=None)
         num_beats, watch = sum(worker.pulse.num_beats for worker in workers), self._watch
         watch.hear(Pulse(num_beats, usual), frozenset(worker.pid for worker in workers))
-        stage, workers_text = self._job.stage, f"worker(s) on {', '.join(sorted({worker.node for worker in workers}))}"
+        stage, nodes = self._piece.stage, ", ".join(sorted({worker.node for worker in workers}))
+        workers_text = f"worker(s) on {nodes}"
         match watch.look():
             case "stalled":
                 limit_text = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
@@ -101,12 +125,12 @@ class TrainLookout:
 
     def _tell_progress(self, rank: int, process: Process) -> None:
         """Report a worker's position within the epoch, once it has made a step."""
-        pulse, stage = process.pulse, self._job.stage
+        pulse, stage = process.pulse, self._piece.stage
         if pulse.epoch is None or pulse.num_epochs is None or pulse.examples_per_s is None:
             return
         loss_text = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
-        text = f"{self._job.label}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
-        names = self._job.directory.name, self._job.label
+        text = f"{self._piece.label}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
+        names = self._piece.directory.name, self._piece.label
         attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid, *names)
         numbers = (pulse.epoch, pulse.num_epochs, None, pulse.examples_per_s, pulse.loss)
         self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))
@@ -115,8 +139,8 @@ class TrainLookout:
         if now - self._notice_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
             return
         self._notice_at, waited_s = now, now - self._placed_at
-        waiting = f"{self._job.stage}: {self._num_workers} × {describe(self._request)} wait for a place"
-        if waited_s > self._job.config.cluster.wait_timeout_s:
+        waiting = f"{self._piece.stage}: {self._num_workers} × {describe(self._request)} wait for a place"
+        if waited_s > self._piece.config.cluster.wait_timeout_s:
             raise TimeoutError(
                 f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
                 f"{offers(node_types())}. {ASK_FOR_LESS}, or run the same command when it has more"

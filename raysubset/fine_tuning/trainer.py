@@ -32,6 +32,7 @@ from raysubset.fine_tuning.snapshots import mend_snapshot, newest_checkpoint
 from raysubset.fine_tuning.worker import MistakeError, train_loop
 from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory, minimum_path
+from raysubset.work import Piece
 
 LOOK_S = 1.0  # between two looks at the job
 PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # wait for places of a group of workers; free ones are given at once
@@ -127,8 +128,9 @@ class WatchedTrainer(TorchTrainer):
 
 def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
     """Run the job to its end, again if its controller dies, or ends because an actor was lost."""
-    directory, stage, most = job.directory, job.stage, job.config.actors.max_attempts
-    least = job.config.fine_tuning.min_workers if stage == "fine_tuning" else None
+    piece, config = job.piece, job.piece.config
+    directory, stage, most = piece.directory, piece.stage, config.actors.max_attempts
+    least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
     lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
     losses = Failures(directory, _folder(job))
     while True:
@@ -143,7 +145,7 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
         except (ray.train.TrainingFailedError, *SYSTEM_ERRORS) as error:
             loss = getattr(error, "controller_failure", error)  # Ray Train handles those of its workers
             if not isinstance(loss, SYSTEM_ERRORS):
-                raise _failure(error, job, lookout.stalled) from error
+                raise _failure(error, piece, lookout.stalled) from error
             if directory.exists(minimum_path(stage)):
                 return
             num_lost = losses.count()
@@ -157,26 +159,26 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
         raise ValueError(f"{stage}: {diverged}")
 
 
-def _failure(error: Exception, job: Job, stalled: str) -> Exception:
+def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:
     """Return the error of a job that Ray Train has given up: a ValueError for mistakes, else a FineTuningFailed."""
     causes = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
-        text = f"{job.stage}, {mistake.text}"
+        text = f"{piece.stage}, {mistake.text}"
         return ValueError(text) if mistake.is_value_error else FineTuningFailed(text)
     if mistakes := [cause for cause in causes if isinstance(cause, ValueError)]:
-        return ValueError(f"{job.stage}: {one_line(mistakes[0])}")
-    text = f"{job.stage}: {stalled or one_line(causes[0])}"
+        return ValueError(f"{piece.stage}: {one_line(mistakes[0])}")
+    text = f"{piece.stage}: {stalled or one_line(causes[0])}"
     if isinstance(error, ray.train.WorkerGroupError):
-        text += f"; {job.config.actors.max_attempts} attempt(s) in a row left no new checkpoint (actors.max_attempts)"
+        text += f"; {piece.config.actors.max_attempts} attempt(s) in a row left no new checkpoint (actors.max_attempts)"
     return FineTuningFailed(text)
 
 
 def _folder(job: Job) -> str:
-    return f"{job.stage}/{FOLDER}"
+    return f"{job.piece.stage}/{FOLDER}"
 
 
 def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
-    config, directory, stage, num_gpus = job.config, job.directory, job.stage, job.num_gpus
+    config, directory, stage, num_gpus = job.piece.config, job.piece.directory, job.piece.stage, job.num_gpus
     storage_path, filesystem = directory.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
     if num_gpus:

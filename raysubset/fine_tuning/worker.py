@@ -6,7 +6,6 @@ train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this p
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -91,7 +90,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     except DivergedError as error:  # all workers raise it at the same step, because they share losses and weights
         return one_line(error)
     except LeftOutError:
-        job.directory.write_json(left_out_path(job.stage), {"leaves_out": True})
+        job.piece.directory.write_json(left_out_path(job.piece.stage), {"leaves_out": True})
         raise
     except Exception as error:
         if _may_pass(error):
@@ -165,9 +164,10 @@ class _Worker:
 
     def __init__(self, job: Job, shard: Shard, alone: _Alone | None = None) -> None:
         self._alone = alone
-        config, full_set = job.config, ray.get(job.full_set_ref[0])
-        self._config, self._directory, self._recipe, self._shard = config, job.directory, job.recipe, shard
-        self._stage: TrainingStage = job.stage
+        piece, config, full_set = job.piece, job.piece.config, ray.get(job.full_set_ref[0])
+        self._config, self._directory, self._shard = config, piece.directory, shard
+        self._stage: TrainingStage = piece.stage
+        self._recipe, self._ledger = config.stage(piece.stage, epochs=piece.epochs), Ledger(piece.directory)
         self._full_set: FullSet = full_set
         self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
         start = ray.get(job.start_ref[0])
@@ -180,8 +180,8 @@ class _Worker:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._model = model
         self._distillation = None
-        if job.teachers:
-            teachers = [self._network(teacher.weights()) for teacher in job.teachers]
+        if piece.teachers:
+            teachers = [self._network(teacher.weights()) for teacher in piece.teachers]
             share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
             self._distillation = Distillation(teachers, share=share, temperature=temperature)
         examples = full_set.training_batches(device=device, augment=True)
@@ -193,8 +193,8 @@ class _Worker:
         self._watch = ValidationWatch(
             model,
             self._validate,
-            patience=job.recipe.watched_patience(),
-            keeps_best=job.stage == "fine_tuning" and config.fine_tuning.keep == "best",
+            patience=self._recipe.watched_patience(),
+            keeps_best=piece.stage == "fine_tuning" and config.fine_tuning.keep == "best",
         )
         self._measuring_cost, self._num_start_bytes = Cost(), taken_bytes()
         self._start_s = self._beat_at = time.perf_counter()
@@ -259,13 +259,13 @@ class _Worker:
         except Exception as error:
             if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not for a lost worker
                 entry = replace(self._entry(self._work, latest_cost), outcome="failed", error=one_line(error))
-                Ledger(self._directory).write(replace(entry, ended_at=time.time()))
+                self._ledger.write(replace(entry, ended_at=time.time()))
             raise
         if self._work is None:
             return None
         if self._alone and result.outcome == "stopped":
             entry = replace(self._entry(self._work, result.cost), outcome=self._alone.follower.outcome())
-            Ledger(self._directory).write(replace(entry, ended_at=time.time()))
+            self._ledger.write(replace(entry, ended_at=time.time()))
             return None
         return self._leave_result(self._work, result.outcome, result.cost)
 
@@ -288,16 +288,14 @@ class _Worker:
 
     def _restore(self) -> dict[str, Any] | None:
         """Return the state to resume from, or None to start over."""
-        state = self._newest_checkpoint() if self._alone else self._reported_checkpoint()
-        if state is not None and starts_over(self._recipe, state):
+        if self._alone:
+            _, state = self._directory.newest_checkpoint(self._stage) or (0, None)
+        else:
+            state = self._reported_checkpoint()
+        if state is None or starts_over(self._recipe, state):
             return None
-        if state is not None:
-            self._watch.load_state_dict(state)
+        self._watch.load_state_dict(state)
         return state
-
-    def _newest_checkpoint(self) -> dict[str, Any] | None:
-        newest = self._directory.newest_checkpoint(self._stage)
-        return newest and newest[1]
 
     def _reported_checkpoint(self) -> dict[str, Any] | None:
         checkpoint = ray.train.get_checkpoint()
@@ -319,18 +317,24 @@ class _Worker:
                 torch.distributed.broadcast(buffer, src=0)
         part = evaluate(self._model, self._validation, self._recipe)
         sum_device = self._device if self._device.type == "cuda" else "cpu"
-        numbers = [part.loss_sum, part.num_examples, *_flat(part.sums)]
-        flat = torch.tensor(numbers, dtype=torch.float64, device=sum_device)
-        loss_sum, num_examples, *sums = self._shard.sum(flat).tolist()
-        self._measuring_cost += Cost(num_forward=int(num_examples))
-        return Metrics.of_sums(self._full_set.task, loss_sum, _unflat(sums, part.sums), int(num_examples))
+
+        def total(value: Any) -> Any:
+            return self._shard.sum(torch.tensor(value, dtype=torch.float64, device=sum_device))
+
+        sums = {
+            name: (total(value).long() if name.startswith("num_") else total(value)).tolist()
+            for name, value in part.sums.items()
+        }
+        num_examples = int(total(part.num_examples))
+        self._measuring_cost += Cost(num_forward=num_examples)
+        return Metrics.of_sums(self._full_set.task, float(total(part.loss_sum)), sums, num_examples)
 
     def _beat_if_due(self, work: Work, progress: Progress) -> None:
         """Write the work so far to the ledger if it is due, so that it is counted if this process dies."""
-        now, ledger = time.perf_counter(), Ledger(self._directory)
-        if now - self._beat_at >= ledger.heartbeat_s:
+        now = time.perf_counter()
+        if now - self._beat_at >= self._ledger.heartbeat_s:
             self._beat_at = now
-            ledger.write(self._entry(work, progress.cost))
+            self._ledger.write(self._entry(work, progress.cost))
 
     def _checkpoint(self, progress: Progress, *, stop: bool) -> None:
         """Report to Ray Train, which is a barrier of all ranks. Rank 0 writes the common state, the others their own.
@@ -340,7 +344,7 @@ class _Worker:
         metrics = {"epoch": progress.epoch, "loss": progress.loss}
         if self._alone:
             assert self._work is not None
-            Ledger(self._directory).write(self._entry(self._work, progress.cost))  # first, so that it is counted
+            self._ledger.write(self._entry(self._work, progress.cost))  # first, so that it is counted
             state = self._state(progress)
             if stop or not starts_over(self._recipe, state):  # a checkpoint does not help a loop that starts over
                 self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
@@ -354,7 +358,7 @@ class _Worker:
                 assert self._work is not None
                 _write(folder, STATE_FILE, self._state(progress))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                Ledger(self._directory).write(self._entry(self._work, progress.cost))
+                self._ledger.write(self._entry(self._work, progress.cost))
             elif own_state := progress.capture()["own"]:
                 _write(folder, OWN_STATE_FILE.format(rank=self._shard.rank), own_state)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -402,7 +406,7 @@ class _Worker:
         }
         self._measuring_cost += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
         work = replace(self._entry(work, minimized), outcome="done", ended_at=time.time())
-        Ledger(self._directory).write(work)  # before the record: without that, all of this work is done again
+        self._ledger.write(work)  # before the record: without that, all of this work is done again
         self._directory.write_json(minimum_path(self._stage), record)
         for path in self._directory.list(self._stage):
             if "/checkpoint-" in path:
@@ -410,24 +414,13 @@ class _Worker:
         return record
 
     def _open_ledger(self) -> None:
-        ledger, alone = Ledger(self._directory), self._alone
+        alone = self._alone
         if alone is None:
-            ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of the group that died
-        self._work = Work(
-            stage=self._stage,
-            round=0,
-            subset=None,
-            attempt=alone.attempt if alone else ledger.next_attempt(self._stage, 0, None),
-            node=own_address(),
-            device=device_name(self._device),
-            started_at=time.time(),
-            ended_at=None,
-            outcome="running",
-            cost=Cost(),
-            num_workers=self._shard.num,
-            waited_s=alone.waited_s if alone else 0.0,
-        )
-        ledger.write(self._work)
+            self._ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of a dead group
+        attempt = alone.attempt if alone else self._ledger.next_attempt(self._stage, 0, None)
+        work = Work(self._stage, 0, None, attempt, own_address(), device_name(self._device), started_at=time.time())
+        self._work = replace(work, num_workers=self._shard.num, waited_s=alone.waited_s if alone else 0.0)
+        self._ledger.write(self._work)
 
 
 def _standing(progress: Progress) -> tuple[float | None, ...]:
@@ -435,21 +428,6 @@ def _standing(progress: Progress) -> tuple[float | None, ...]:
     report = Report.of(progress)
     loss = report.running_loss if math.isfinite(report.running_loss) else None
     return report.epoch, report.num_epochs, loss, report.examples_per_s
-
-
-def _flat(sums: Mapping[str, Any]) -> list[float]:
-    """Return all numbers of tasks.sums_of() in a row."""
-    return [number for total in sums.values() for number in (total if isinstance(total, list) else [total])]
-
-
-def _unflat(numbers: Sequence[float], sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Invert _flat() for sums of the same form; counts become integers."""
-    remaining, unflattened = iter(numbers), {}
-    for name, total in sums.items():
-        kind = int if name.startswith("num_") else float
-        values = [kind(next(remaining)) for _ in (total if isinstance(total, list) else [total])]
-        unflattened[name] = values if isinstance(total, list) else values[0]
-    return unflattened
 
 
 def _write(folder: str, name: str, state: dict[str, Any]) -> None:
