@@ -231,14 +231,7 @@ class RunDirectory:
             logger.warning("%s; continuing without it", error)
             return None
 
-    def write_weights(
-        self,
-        path: str,
-        weights: "Mapping[str, Tensor]",
-        metadata: dict[str, str] | None = None,
-        *,
-        is_durable: bool = True,
-    ) -> Seal:
+    def write_weights(self, path: str, weights: "Mapping[str, Tensor]", *, is_durable: bool = True) -> Seal:
         """Write a safetensors file, a tensor at a time. Tied tensors are written twice, in the default memory layout.
 
         Returns:
@@ -247,7 +240,7 @@ class RunDirectory:
         from raysubset.run_directory.weights_files import to_safetensors
 
         with self._sealed_file(path, is_durable=is_durable, is_kept=True) as sink:
-            for part in to_safetensors(weights, metadata):
+            for part in to_safetensors(weights):
                 sink.write(part)
         return sink.seal()
 
@@ -517,10 +510,11 @@ class RunDirectory:
                 f"{self.uri} holds a run without {IDENTITY_PATH}, so that nobody can tell whether data and code are "
                 "those that it began with: choose another --name, or start over with --fresh"
             )
-        accepted = [text for text in identity.changed(old) if accept_changed_code and text.startswith("code")]
+        changes = identity.changed(old)
+        accepted = [text for text in changes if accept_changed_code and text.startswith("code")]
         if accepted:
             logger.warning("%s: %s; finished work stays as it is", self.uri, accepted[0])
-        if not (changes := [text for text in identity.changed(old) if text not in accepted]):
+        if not (changes := [text for text in changes if text not in accepted]):
             return
         moved_names = [f"{name} was {at}" for name, at in old.places.items() if identity.places.get(name, at) != at]
         places = f"; {', '.join(moved_names)}" if moved_names else ""

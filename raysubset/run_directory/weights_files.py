@@ -27,7 +27,7 @@ _DTYPES = {
 _ALIGNMENT = 8  # bytes, of the position where tensors begin
 
 
-def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
+def to_safetensors(weights: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """Yield the file's header, then each tensor's bytes in the default memory layout, those of wide types first.
 
     safetensors' own save() takes three times as long: it copies all tensors twice, and returns the file as a whole.
@@ -35,8 +35,7 @@ def to_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str] | 
     Raises:
         ValueError: for a dtype that the format does not have.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    at, names = 0, sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    header, at, names = dict[str, object](), 0, sorted(weights, key=lambda name: (-weights[name].element_size(), name))
     for name in names:
         tensor = weights[name]
         if tensor.dtype not in _DTYPES:
