@@ -385,7 +385,7 @@ def test_a_round_that_is_not_measured_has_the_same_parameters_and_no_forward_wor
     config = Config(minimize=RECIPE, rounds=RoundsConfig(num=4, evaluate_every=2, **rates))
     unmeasured = [replace(minimum, validation=None) for minimum in minima]
     judge, given = scorer(), {"start": weights(cnn(seed=0)), "momentum": {}}
-    made, momentum = aggregate_round(unmeasured, config, judge, **given, measured=False)
+    made, momentum = aggregate_round(unmeasured, config, judge, **given, measures=())
     measured, expected = aggregate_round(minima, config, scorer(), **given)
     assert same_bits(momentum, expected)
     for name in PARAMETERS:
@@ -398,7 +398,7 @@ def test_a_round_that_is_not_measured_has_the_same_parameters_and_no_forward_wor
         aggregate_round(unmeasured, config, judge, **given)
     auto = replace(config, rounds=RoundsConfig(), aggregation=AggregationConfig(method="auto"))
     with pytest.raises(ValueError, match="auto chooses by validation"):
-        aggregate_round(minima, auto, judge, **given, measured=False)
+        aggregate_round(minima, auto, judge, **given, measures=())
 
 
 def permuted(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """aggregate() runs the configured method, and measures what is always reported with it, on one device."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from raysubset.aggregation.steps import outer_step
 from raysubset.aggregation.streaming import shares_start
 from raysubset.config import AggregationConfig, Config
 from raysubset.quality import Quality
-from raysubset.training import Cost, Metrics, Weights
+from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def aggregate(
     Args:
         start: the weights that the minima started from, for methods that work on differences from them.
         seed: of the method's random draws.
-        measure_training: False: do not measure on training data, even if the scorer would.
+        measure_training: False: do not measure on training data.
         quality: its mean over the members is recorded, as that of their losses is.
 
     Raises:
@@ -154,7 +154,7 @@ def aggregate_round(
     start: Weights,
     momentum: Weights,
     seed: int = 0,
-    measured: bool = True,
+    measures: Collection[Measure] = MEASURES,
     quality: Quality,
 ) -> tuple[Aggregation, Weights]:
     """Run aggregate(), then the outer step if the config has one. After the step, statistics and metrics are new.
@@ -162,15 +162,16 @@ def aggregate_round(
     Args:
         start: the weights that this round's minima started from.
         momentum: of the outer step, as the last round returned it; empty in the first round.
-        measured: False: only combine weights, without any forward work but the method's own.
+        measures: what the aggregate is measured on. Without "validation" weights are only combined, without any forward
+            work but the method's own.
 
     Returns:
         The aggregation, and the momentum for the next round, which is empty without an outer step.
     """
-    has_outer_step = config.rounds.has_outer_step()
-    if measured:
-        options: dict[str, Any] = {"seed": seed, "measure_training": not has_outer_step, "quality": quality}
-        aggregation = aggregate(minima, config.aggregation, scorer, start=start, **options)
+    has_outer_step, on_training = config.rounds.has_outer_step(), "training" in measures
+    if "validation" in measures:
+        options: dict[str, Any] = {"seed": seed, "measure_training": on_training and not has_outer_step}
+        aggregation = aggregate(minima, config.aggregation, scorer, start=start, quality=quality, **options)
     else:
         combined = combine(minima, config.aggregation, scorer, start=start, seed=seed)
         aggregation = Aggregation(combined, scorer.cost(), dict.fromkeys(("loss", quality.name)))
@@ -184,7 +185,8 @@ def aggregate_round(
         momentum_factor=config.rounds.momentum,
         parameter_names=scorer.parameter_names,
     )
-    if measured:
+    if "validation" in measures:
         weights = scorer.refreshed(weights)
-        aggregation = replace(aggregation, training=scorer.training(weights), validation=scorer.score_as_is(weights))
+        training = scorer.training(weights) if on_training else None
+        aggregation = replace(aggregation, training=training, validation=scorer.score_as_is(weights))
     return replace(aggregation, aggregate=replace(aggregation.aggregate, weights=weights), cost=scorer.cost()), momentum

@@ -36,9 +36,7 @@ class Scorer:
         calibration: Examples,
         validation: Examples,
         minimize: MinimizeConfig,
-        measure_training: bool = True,
     ) -> None:
-        self._measure_training = measure_training
         self._model, self._calibration, self._validation, self._minimize = model, calibration, validation, minimize
         self._num_forward, self._started = 0, time.perf_counter()
 
@@ -58,10 +56,8 @@ class Scorer:
         self._num_forward += len(self._validation)
         return evaluate(self._model, self._validation, self._minimize)
 
-    def training(self, weights: Weights) -> Metrics | None:
-        """Return metrics of the weights on the calibration examples; None if measure_training is False."""
-        if not self._measure_training:
-            return None
+    def training(self, weights: Weights) -> Metrics:
+        """Return metrics of the weights on the calibration examples."""
         self._model.load_state_dict(weights)
         self._num_forward += len(self._calibration)
         return evaluate(self._model, self._calibration, self._minimize)

@@ -21,11 +21,11 @@ from raysubset.training.loop import minimize
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.own_listener import Step, listener_of, load_listener
-from raysubset.training.own_loop import LoopProgress, starts_over, try_own_loop
+from raysubset.training.own_loop import starts_over, try_own_loop
 from raysubset.training.own_objective import try_own_objective
 from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
-from raysubset.training.packing import PAYS, PackingTrial, try_packing
+from raysubset.training.packing import PAYS, try_packing
 from raysubset.training.profiling import profiled
 from raysubset.training.rate_range import RateRange, rate_range
 from raysubset.training.records import (

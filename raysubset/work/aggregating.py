@@ -54,7 +54,6 @@ def leave_aggregate(
             calibration=calibration_examples(config, full_set, device),
             validation=full_set.examples("validation", device=device),
             minimize=config.minimize,
-            measure_training="training" in piece.measures,
         )
         records, part_records = _records(piece.members), _records(piece.parts)
         aggregation, momentum = aggregate_round(
@@ -64,7 +63,7 @@ def leave_aggregate(
             start=start,
             momentum=piece.momentum.weights() if piece.momentum else {},
             seed=derive_seed(config.seed, "aggregation", round),
-            measured="validation" in piece.measures,
+            measures=piece.measures,
             quality=full_set.quality,
         )
         path = piece.output.weights_path
