@@ -206,10 +206,11 @@ class MinimizeConfig:
             **{name: getattr(self, name).kind != "none" for name in _VARIATIONS},
         }
         for name, is_set in (of_batches | of_our_loop).items():
+            more = " (with minimize.patience it validates after each iteration)" if name == "validate_every" else ""
             need(
                 not (whole and is_set),
-                f"minimize.{name} is for steps on batches, and {self.optimizer} uses the whole subset for every step: "
-                "leave it out, or use sgd, adam, adamw or muon",
+                f"minimize.{name} is for steps on batches, and {self.optimizer} uses the whole subset for every "
+                f"step{more}: leave it out, or use sgd, adam, adamw or muon",
             )
         for name, is_set in (own_optimizer_or_whole | of_our_loop).items():
             need(

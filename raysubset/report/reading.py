@@ -129,7 +129,7 @@ def read_works(directory: RunDirectory, trials: Sequence[str] = ()) -> dict[str,
     """
     paths = [path for folder in (_LEGS, _TRUNKS) for path in directory.list(folder, recursive=True)]
     folders = dict.fromkeys("/".join(path.split("/")[:2]) for path in paths)
-    places = [place.split("/") for place in (*folders, *(f"{_TRIALS}/{name}" for name in trials))]
+    places = [folder.split("/") for folder in folders] + [[_TRIALS, name] for name in trials]
     all_ledgers = [Ledger(RunDirectory(directory.below(folder), name)) for folder, name in places]
     ledgers, trunk_works = {}, set()
     for (_, name), works in zip(places, at_once(Ledger.read, all_ledgers), strict=True):

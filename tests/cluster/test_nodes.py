@@ -14,9 +14,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 SCRIPT = """
 import json, time
 from contextlib import ExitStack
-from raysubset import Config, node_speeds, run
+from raysubset import Config, run
 from raysubset.cluster import ray
 from raysubset.events import Progress, Retry, Start
+from raysubset.pipeline import node_speeds
 from raysubset.run_directory.ledger import Ledger
 from raysubset.run_directory import DECISIONS_PATH, RunDirectory
 from raysubset.subset_actors import pool
