@@ -9,6 +9,7 @@ first example seed it, so that a resumed run draws the same.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,15 +75,15 @@ class OwnAugmentation:
                 raise misfit(_FIELD, self.reference, f"{text}: keep type and shape")
 
 
-class Augmented:
+class Augmented(ABC):
     """Examples that are augmented if `augment` is set: by the user's augmentation, or else by the task's."""
 
     task: Task
     augment: bool
     augmentation: OwnAugmentation | None
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
     def is_augmented(self) -> bool:

@@ -1,4 +1,4 @@
-"""Builds full sets from images, tables, texts and arrays: carves splits, fits the task on training rows, stores all."""
+"""Builds full sets of tables, texts and arrays: carves splits, fits the task on training rows, stores all."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,23 +8,19 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig, nearest
 from raysubset.data.columns import Tables, class_numbers
-from raysubset.data.decoding import decode_source, size_notes
-from raysubset.data.findings import level_notes
-from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
+from raysubset.data.decoding import size_notes
+from raysubset.data.full_set import FullSet
+from raysubset.data.image_sets import of_images
 from raysubset.data.images import as_images
-from raysubset.data.labels import Labels, number_classes
-from raysubset.data.layout import some
-from raysubset.data.row_groups import ImageGroups, TrainingColumns
+from raysubset.data.row_groups import TrainingColumns
 from raysubset.data.sources import Source, SourceSplit
-from raysubset.data.split import Split, SplitName, carve_splits, is_scalar
+from raysubset.data.split import Split, SplitName, carve_splits, is_scalar, origin_of
 from raysubset.data.streamed import StreamedSplit, streaming_note
-from raysubset.data.tables import split_names, usual_note
-from raysubset.data.targets import Targets, alike, mask_in_row, mask_targets
-from raysubset.errors import listed
+from raysubset.data.tables import split_names
+from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import (
     CrossEntropy,
-    ImageInputs,
     NextToken,
     Task,
     Vocabulary,
@@ -35,11 +31,6 @@ from raysubset.tasks import (
     target_numbers,
     windows_of,
 )
-
-# The sets in which a shifted or mirrored image shows the same thing; digits do not.
-_AUGMENTED_NAMES = ("cifar10", "cifar100")
-
-_MOST_LISTED = 10  # classes named in one message
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -64,7 +55,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
     splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
     for split in SPLITS:
-        origin = _origin(split, targets.values)  # targets have no values of splits without labels
+        origin = origin_of(split, targets.values)  # targets have no values of splits without labels
         table, tensors = tables.splits[origin].take(pa.array(rows[split])), targets.stored(origin, rows[split], learned)
         if streamed is None or split != "train":
             columns = streamed.kept(split) if streamed and split in carved else table
@@ -102,7 +93,7 @@ def of_texts(
     learned = NextToken(vocabulary, config.window, CrossEntropy(task.label_smoothing, class_dim=2))
 
     def stored(split: SplitName) -> dict[str, np.ndarray]:
-        return {"tokens": table[windows[_origin(split, windows)][rows[split]]]}
+        return {"tokens": table[windows[origin_of(split, windows)][rows[split]]]}
 
     return _of_tensors(config, rows, stored, learned, [*notes, *cutting, *carving])
 
@@ -147,7 +138,7 @@ def of_arrays(
         learned = fit_own_task(task.name, {key: values[rows["train"]] for key, values in train.items()})
 
         def unchanged(split: SplitName) -> dict[str, np.ndarray]:
-            return {name: values[rows[split]] for name, values in arrays[_origin(split, arrays)].items()}
+            return {name: values[rows[split]] for name, values in arrays[origin_of(split, arrays)].items()}
 
         return _of_tensors(config, rows, unchanged, learned, [*notes, *carving])
     is_image = config.image_column in train or config.image_column != DataConfig.image_column
@@ -185,7 +176,7 @@ def of_arrays(
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
 
     def stored(split: SplitName) -> dict[str, np.ndarray]:
-        origin = _origin(split, targets.values)
+        origin = origin_of(split, targets.values)
         values = arrays[origin][column][rows[split]]
         values = inputs.standardised(values, where=f"the {split} split", rows=rows[split])
         return {inputs.column: values, **targets.stored(origin, rows[split], learned)}
@@ -289,175 +280,10 @@ def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray
     return zip((name,) if len(columns) == 1 else (f"{name}_{k}" for k in range(len(columns))), columns, strict=True)
 
 
-def _origin(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:
-    """Return the split of the source that holds a split's rows."""
-    return split if split in source else "train"
-
-
 def _attributes(table: pa.Table, tensors: Mapping[str, object]) -> dict[str, pa.Array]:
     """Return the table's columns by which subsets can be cut."""
     names = [field.name for field in table.schema if is_scalar(field.type)]
     return {name: table.column(name).combine_chunks() for name in names if name not in {*tensors, "row"}}
-
-
-def of_images(source: Source, config: DataConfig, task: TaskConfig, targets: Targets | None = None) -> FullSet:
-    """Build the full set of images and their targets, which the source has if they are not given.
-
-    If config.streamed, training images are decoded once, for their shape and statistics, and not kept in memory.
-
-    Raises:
-        ValueError: for images or targets that cannot be used, with the way out.
-    """
-    targets = targets or _targets_of_images(source, config, task)
-    source = {name: split for name, split in source.items() if name in targets.values}
-    rows, carving = carve_splits(targets.strata, config)
-    decoded, scanned, grey_range = decode_source(source, rows, config.image_size)
-    source = _of_one_shape(decoded)
-    if targets.kind == "masks":
-        targets = dataclasses.replace(targets, values=_masks_in_shape(targets.values, source))
-    origins: dict[SplitName, SplitName] = {name: _origin(name, source) for name in rows}
-    images = {
-        name: _images(source[origins[name]], rows[name], scanned.kept.get(name) if scanned else None)
-        for name in rows
-        if name != "train" or scanned is None
-    }
-    height, width, channels = source["train"].decoded.shape[1:]
-    levels = _repeated(scanned.levels, channels, axis=0) if scanned else count_levels(images["train"])
-    mean, std = statistics_of_levels(levels)
-    cropped = config.augmentation == "crop_flip" or (config.augmentation == "auto" and config.name in _AUGMENTED_NAMES)
-    inputs = ImageInputs(
-        image_shape=(height, width, channels),
-        mean=mean,
-        std=std,
-        augmentation="crop_flip" if cropped else "none",
-        grey_range=grey_range,
-    )
-    learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
-
-    def build(name: SplitName, **held: np.ndarray) -> Split:
-        tensors = held | targets.stored(origins[name], rows[name], learned)
-        return Split.from_arrays(tensors, rows[name], _columns(source[origins[name]], rows[name]))
-
-    validation, test = (build(name, image=images[name]) for name in ("validation", "test"))
-    notes = [*(note for split in source.values() for note in split.notes), *targets.notes, *carving]
-    if targets.kind == "classes":
-        notes += _lacking({name: targets.values[origins[name]][rows[name]] for name in rows}, targets.names)
-    if scanned is None:
-        train = build("train", image=images["train"])
-    else:
-        groups = source["train"].images
-        assert isinstance(groups, ImageGroups)
-        train = StreamedSplit(build("train"), groups)
-        notes.append(streaming_note(train, validation.num_bytes + test.num_bytes))
-    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
-    full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
-    if not task.is_class:
-        return full_set
-    if scanned is not None:
-        raise ValueError(f"{task.name} is fitted on training rows, and data.streamed holds none: leave it out")
-    return dataclasses.replace(full_set, task=fit_own_task(task.name, train.arrays()))
-
-
-def _targets_of_images(source: Source, config: DataConfig, task: TaskConfig) -> Targets:
-    """Return the targets of each split of the source. Splits without labels of classes are left out."""
-    train = source["train"]
-    if task.name == "classification" or task.is_class:
-        labels: dict[SplitName, Labels] = {}
-        for name, split in source.items():
-            assert isinstance(split.targets, Labels)
-            labels[name] = split.targets
-        return Targets("classes", *number_classes(labels))
-    if isinstance(train.targets, Labels):
-        raise ValueError(
-            f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
-            "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder of "
-            'images/ and masks/, or a function of arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
-        )
-    values: dict[SplitName, np.ndarray] = {}
-    for name, split in source.items():
-        assert isinstance(split.targets, np.ndarray)
-        values[name] = split.targets
-        if split.target_names != train.target_names:
-            names = " and ".join(map(some, (train.target_names, split.target_names)))
-            raise ValueError(f"the train and the {name} split have other targets ({names}): set --data.target to one")
-    notes = () if config.target or not train.target_names else (usual_note(train.target_names[0]),)
-    if task.name == "regression":
-        return Targets("numbers", values, train.target_names, notes)
-
-    def mask_name(split: SplitName, row: int) -> str:
-        files = source[split].columns.get("file")
-        return f"the mask of {files[row]}" if files and source[split].target_names == () else mask_in_row(split, row)
-
-    targets = mask_targets(values, task, config.name, mask_name)
-    return dataclasses.replace(targets, notes=(*notes, *targets.notes))
-
-
-def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], source: Source) -> dict[SplitName, np.ndarray]:
-    """Reshape masks to [N, H, W] with the height and width of their images. Masks of flat lists are [N, H * W]."""
-    shaped: dict[SplitName, np.ndarray] = {}
-    for name, values in masks.items():
-        height, width = source[name].decoded.shape[1:3]
-        if values.shape[1:] not in ((height, width), (height * width,)):
-            shape = "x".join(map(str, values.shape[1:]))
-            raise ValueError(
-                f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel"
-            )
-        shaped[name] = values.reshape(-1, height, width)
-    return shaped
-
-
-def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
-    """Yield a note on each split without examples of some classes."""
-    for name, numbers in labels.items():
-        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
-        if len(absent):
-            examples = listed([class_names[number] for number in absent], most=_MOST_LISTED)
-            yield Note(f"the {name} split has no example of class {examples}", is_warning=True)
-
-
-def _of_one_shape(source: Source) -> Source:
-    """Repeat grey splits to three channels if another split has colours.
-
-    Raises:
-        ValueError: if the splits' images differ in height or width.
-    """
-    shapes = {name: split.decoded.shape[1:] for name, split in source.items()}
-    if len({shape[:2] for shape in shapes.values()}) > 1:
-        summary = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
-        raise ValueError(f"the splits' images differ in shape ({summary}): give --data.image-size to resize them")
-    channels = max(shape[2] for shape in shapes.values())
-    return {name: split if shapes[name][2] == channels else _coloured(name, split) for name, split in source.items()}
-
-
-def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
-    note = f"the {name} split is grey, others have colours: repeated to three channels"
-    if isinstance(images := split.decoded, ImageGroups):
-        images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
-    else:
-        images = np.repeat(images, 3, axis=3)
-    return dataclasses.replace(split, images=images, notes=(*split.notes, Note(note)))
-
-
-def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
-    """Repeat the values of one channel to `channels`, unless there are as many already."""
-    return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
-
-
-def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """Return the images of the source's rows, copied unless these are all of them.
-
-    Args:
-        kept: the images of these rows, uint8 [n, H, W, 1 or C], if the source's are streamed.
-    """
-    if kept is not None:
-        return _repeated(kept, source.decoded.shape[3], axis=3)
-    assert isinstance(source.images, np.ndarray)
-    return source.images if len(rows) == len(source.images) else source.images[rows]
-
-
-def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
-    # take() copies: pickling a slice would include the buffers of the whole column.
-    return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}
 
 
 def _of_tensors(

@@ -12,9 +12,10 @@ from raysubset.data.contents import Kind, array_fingerprint, file_fingerprint, k
 from raysubset.data.examples import OwnAugmentation
 from raysubset.data.files import not_streamed, read_path, read_texts
 from raysubset.data.finding import TEXT_SUFFIXES
-from raysubset.data.fitting import of_arrays, of_images, of_tables, of_texts
+from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
 from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts
+from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName

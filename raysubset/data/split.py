@@ -159,3 +159,8 @@ def carve_splits(
         text = f"{config.name} has {num} validation examples of its own: data.validation_fraction does not apply"
         notes.append(Note(text))
     return rows, notes
+
+
+def origin_of(split: SplitName, source: Mapping[SplitName, object]) -> SplitName:
+    """Return the split of the source that holds a split's rows."""
+    return split if split in source else "train"
