@@ -11,7 +11,7 @@ from raysubset.report.drawing import Plot
 
 _NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
 _TEXT = re.compile(r"[A-Za-z]{4,}")
-_NARROW, _COLUMN_GAP = 84, 2  # characters of half of a wide page, and between columns
+_NARROW, _FIRST_COLUMN, _COLUMN_GAP = 78, 17, 2  # characters of half a page, of a first column, between columns
 
 
 class Preformatted(str):
@@ -52,16 +52,13 @@ class Section:
         return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
 
     @property
-    def has_wide_table(self) -> bool:
-        """Return True if the table needs more than half of a wide page."""
-        cells = zip(self.columns, *self.rows, strict=True)
-        widths = (_COLUMN_GAP + max(min(len(cell), 30) for cell in column) for column in cells)
-        return sum(widths) > _NARROW
-
-    @property
     def is_wide(self) -> bool:
-        """Return True if the section needs the whole width of a page."""
-        return self.has_wide_table or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
+        """Return True if the section needs more than half of a wide page's width."""
+        headings = (max(heading.split(), key=len, default="") for heading in self.columns)  # they wrap at spaces
+        cells = zip(headings, *self.rows, strict=True)
+        widths = [_COLUMN_GAP + max(min(len(cell), 30) for cell in column) for column in cells]
+        table_width = max(_FIRST_COLUMN, sum(widths[:1])) + sum(widths[1:])
+        return table_width > _NARROW or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
 
 
 def table(
