@@ -84,6 +84,7 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> 
         full_set,
         {},
         tuning_legs=[],
+        goes_beyond=False,
         seeds=list(SEEDS),
         margin=0.01,
         num_workers=2,

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,24 @@ def test_a_plot_has_the_values_of_its_points_beside_their_places():
     assert "a <caption>" in read.words
 
 
+def test_labels_of_axes_fit_into_the_chart():
+    short, long = "loss", "validation loss, squared error of standardised targets"
+    for x, y in ((short, short), (long, short), (short, long)):
+        chart = Chart(x, y, size=(300, 220))
+        chart.line([(0, 1.0), (1, 2.0)], COLOURS[0], "a", marker="o")
+        sizes = re.findall(r'class="in" [^>]*style="font-size:([\d.]+)px">([^<]*)<', chart.svg("a caption"))
+        assert [label for _, label in sizes] == [label for label in (x, y) if label == long]
+        assert all(float(size) * 0.56 * len(label) < (300 if label == x else 220) for size, label in sizes)
+
+
+def test_a_section_between_wide_ones_takes_the_whole_width():
+    wide = Section("wide", ("a" * 30,) * 4, (("b" * 30,) * 4,))
+    narrow = Section("narrow", ("a",), (("b",),))
+    html = to_html(Page("t", (), (narrow, wide, narrow, narrow, wide, narrow)))
+    is_wide = ['class="wide"' in tag for tag in re.findall("<section[^>]*>", html)]
+    assert is_wide == [True, True, False, False, True, True]
+
+
 def test_a_plot_of_one_point_is_left_out():
     record = conventional_record()
     assert story(record) is None
@@ -544,6 +563,20 @@ def test_a_rate_at_the_edge_of_the_grid_is_told_in_the_tables_and_on_the_page(tm
     assert "warning: the learning rate of aggregate is at the edge of the grid" in read.words
     tuning = next(part for part in comparison_sections(record) if part.title == "Tuning")
     assert [row[-1] for row in tuning.rows] == ["", "chosen", "", "", "", "chosen, at the edge of the grid"]
+    assert "--learning-rates 0.01 0.03 0.1 0.3 --margin" in read.words
+    record["tuning"]["goes_beyond"] = True  # the default grid, which grows by itself: the command leaves it out
+    run.write_json(COMPARISON_PATH, record)
+    assert "--learning-rates 0.01" not in check_self_contained(Path(write_files(run.uri)).read_text()).words
+
+
+def test_budgets_of_equal_cost_have_a_page_too(tmp_path: Path):
+    run = a_comparison(tmp_path)  # as where both stop early, at the same step
+    record = run.read_json(COMPARISON_PATH)
+    for arm in record["arms"]:
+        for point in filter(itemgetter("mean"), arm["points"]):
+            point["mean"] |= {"passes": 3.0, "critical_path_passes": 2.0}
+    run.write_json(COMPARISON_PATH, record)
+    check_self_contained(Path(write_files(run.uri)).read_text())
 
 
 def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_failed(tmp_path: Path):

@@ -357,13 +357,13 @@ def test_another_tasks_report_says_its_quality_in_its_direction_and_unit():
     assert (row(stages, "least")[4], row(stages, "greatest")[4]) == ("1.68", "1.8")
     page = text(parts)
     # 66 and then 90 % right, were it accuracy: fewer bits are better
-    assert "Fine-tuning, against the aggregate: -0.48 bits a token (it helped), loss -0.0800" in page
+    assert "Fine-tuning, against the aggregate: -0.48 bits a token (better), loss -0.0800" in page
     assert "accuracy" not in page
     assert "±" not in page  # as nobody knows its error
     better = of_task(a_record(), "regression", R2)
-    assert "Fine-tuning, against the aggregate: r2 +0.48 (it helped), loss -0.0800" in text(sections(better))
+    assert "Fine-tuning, against the aggregate: r2 +0.48 (better), loss -0.0800" in text(sections(better))
     better["stages"]["fine_tuning"]["validation"] |= {"r2": 0.3}
-    assert "r2 -0.02 (it did harm)" in text(sections(better))
+    assert "r2 -0.02 (worse)" in text(sections(better))
     better["stages"]["fine_tuning"]["validation"] |= {"r2": 0.32}
     assert "r2 +0 (no difference)" in text(sections(better))
 

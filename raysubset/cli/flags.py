@@ -111,7 +111,8 @@ class Compare(_Resumed):
     fresh weights, G aggregate, H trunk and aggregate, I data-parallel; or with overrides: G:aggregation.method=fisher.
     """
     learning_rates: tuple[float, ...] = ()
-    """Grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate."""
+    """Grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate, and up to
+    three rates further while an arm's best one is at an edge."""
     batch_sizes: tuple[int, ...] = ()
     """Grid tried for B, whose best value all arms use; by default only --minimize.batch-size."""
     margin: float | None = None

@@ -82,7 +82,7 @@ def parse_arm(key: str) -> Arm:
     return Arm(key, letter, overrides)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Settings:
     """The settings of an arm besides its budget: the batch size, chosen once, and the learning rate, tuned for it."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +13,7 @@ from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config,
 from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
+from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND, Losses, best_of, in_words, search, widest
 from raysubset.config import Config, check_number, derive_seed
 from raysubset.data import load_full_set
 from raysubset.events import Event, LegDone, Note, OnEvent, Progress, Stage, Waiting
@@ -28,7 +30,6 @@ from raysubset.user_code.functions import refuse_import
 from raysubset.work import Run
 from raysubset.work.identity import identify, known_fingerprint, places_notes
 
-LEARNING_RATES = (0.3, 1.0, 3.0)  # times the recipe's own; tried for each arm
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
 BANDWIDTH = 1.0  # Gbit/s
@@ -73,8 +74,8 @@ def compare(
         seeds: their number, from config.seed on, or the seeds themselves. At least two.
         budgets: passes of training in total, each at least one. A trains for twice the largest.
         arms: letters A to I, or letters with overrides as in "G:aggregation.method=fisher".
-        learning_rates: the grid tried for each arm (times num_workers for I); by default LEARNING_RATES times the
-            recipe's own.
+        learning_rates: the grid tried for each arm (times num_workers for I). By default LEARNING_RATES times the
+            recipe's own, and beyond that, for an arm whose best rate is at an edge, at most MOST_BEYOND further rates.
         batch_sizes: the grid tried for B; by default only the config's.
         margin: of non-inferiority, in the units of the task's quality. By default the task's; for accuracy that of
             MARGINS for the data, or else MARGIN.
@@ -94,10 +95,9 @@ def compare(
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[0, 1000]")
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    learning_rates = list(learning_rates) or [
-        factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES
-    ]
-    chosen_arms = _checked(config, seeds, budgets, arms, learning_rates)
+    own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
+    rates = sorted(set(learning_rates or (rate for rate in own_rates if _takes(config, rate))))
+    chosen_arms = _checked(config, seeds, budgets, arms, rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
     if num_workers is not None and num_workers < 1:
@@ -139,8 +139,9 @@ def compare(
             sessions.started_up()
             decisions = _decide(directory, config, len(plan.subsets), num_workers, tell)
             run = Run(config, directory, full_set, put_once(full_set), tell)
-            rates, sizes = sorted(set(learning_rates)), sorted(set(batch_sizes)) or [config.minimize.batch_size]
-            comparison = _Comparison(run, decisions, plans, seeds, budgets, rates, sizes)
+            sizes = sorted(set(batch_sizes)) or [config.minimize.batch_size]
+            most_beyond = 0 if learning_rates else MOST_BEYOND
+            comparison = _Comparison(run, decisions, plans, seeds, budgets, rates, sizes, most_beyond=most_beyond)
             comparison.refuse_unplaceable()
             settings = comparison.tune()
             finals = comparison.run(settings)
@@ -158,6 +159,7 @@ def compare(
                 full_set,
                 comparison.runner.failed,
                 tuning_legs=comparison.tuning_legs,
+                goes_beyond=not learning_rates,
                 seeds=seeds,
                 margin=margin,
                 num_workers=decisions["num_workers"],
@@ -206,6 +208,15 @@ def _checked(
     for arm in parsed:
         _refuse_unused_settings(arm, config)
     return parsed
+
+
+def _takes(config: Config, learning_rate: float) -> bool:
+    """Return True if the optimizer can use the rate."""
+    try:
+        config.with_overrides({"minimize.learning_rate": learning_rate})
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_unused_settings(arm: Arm, config: Config) -> None:
@@ -286,19 +297,25 @@ class _Comparison:
         budgets: Sequence[float],
         rates: Sequence[float],
         sizes: Sequence[int],
+        *,
+        most_beyond: int,
     ) -> None:
-        """`rates` and `sizes` are the grids of learning rates and batch sizes that are tried."""
+        """Draw and run nothing yet.
+
+        Args:
+            rates, sizes: the grids of learning rates and batch sizes that are tried, in ascending order.
+            most_beyond: the most rates that an arm tries beyond an edge of its grid.
+        """
         self._config, self._num_train, self._plans, self._tell = run.config, len(run.full_set.train), plans, run.tell
         self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # floats: 2 and 2.0 would name two legs
-        self._rates, self._sizes = rates, sizes
+        self._rates, self._sizes, self._most_beyond = rates, sizes, most_beyond
         self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
         self._legs_path = run.directory.below("legs")
         self.tried: list[Record] = []  # by tuning: arm, settings, validation loss
         self.tuning_legs: list[Leg] = []
         self.runner = LegRunner(dataclasses.replace(run, tell=self._pass_on), num_gpus=decided["num_gpus"])
-        of_tuning = len(rates) * self._tuning_point()[0] if len(rates) > 1 else 0.0
-        tuning = {arm.key: of_tuning for arm in plans if arm.key != "A"}
-        tuning["B"] = len(rates) * len(sizes) * self._tuning_point()[0] if len(rates) * len(sizes) > 1 else 0.0
+        grid_sizes = {arm.key: len(rates) * (len(sizes) if arm.key == "B" else 1) for arm in plans if arm.key != "A"}
+        tuning = {key: num * self._tuning_point()[0] for key, num in grid_sizes.items() if num > 1}
         of_arms = {arm.key: self._budgets_of(arm) for arm in plans}
         self._standing = ArmsStanding(run.full_set.quality, of_arms, num_seeds=len(seeds), tried=tuning)
         self._stood_at = 0.0
@@ -374,7 +391,8 @@ class _Comparison:
 
         grid = [Settings(rate, size) for rate in self._rates]
         tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
-        return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in grid)
+        settings = widest(grid, self._most_beyond)
+        return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in settings)
 
     def tune(self) -> dict[str, Settings]:
         """Return each arm's settings of least validation loss at the middle budget; `tried` has all that was tried.
@@ -394,35 +412,36 @@ class _Comparison:
     def _best(self, grids: Mapping[Arm, Sequence[Settings]]) -> dict[str, Settings]:
         """Return the best settings of each arm's grid. A grid of one is not run."""
         best = {arm.key: grid[0] for arm, grid in grids.items()}
+        tried_grids = {arm: grid for arm, grid in grids.items() if len(grid) > 1}
+        all_losses = search(
+            tried_grids,
+            self._losses,
+            most_beyond=self._most_beyond,
+            can_try=lambda setting: _takes(self._config, setting.learning_rate),
+        )
+        for arm, losses in all_losses.items():
+            best[arm.key] = best_of(losses)
+            self._tell(Note(in_words(arm, losses), is_warning=losses[best[arm.key]] == math.inf))
+        return best
+
+    def _losses(self, grids: Mapping[Arm, Sequence[Settings]]) -> Losses:
+        """Run arms with settings at the tuning's budget, and return their validation losses; ∞ if a leg failed."""
         budget, seed = self._tuning_point()
-        tuned = {
-            arm: {setting: self.leg(arm, setting, budget, seed) for setting in grid}
-            for arm, grid in grids.items()
-            if len(grid) > 1
-        }
-        for arm, legs in tuned.items():
-            self._standing.expect(arm.key, legs.values(), self._num_train)
-        all_legs = [leg for legs in tuned.values() for leg in legs.values()]
+        legs = {arm: {setting: self.leg(arm, setting, budget, seed) for setting in grid} for arm, grid in grids.items()}
+        for arm, leg_of in legs.items():
+            self._standing.expect(arm.key, leg_of.values(), self._num_train)
+        all_legs = [leg for leg_of in legs.values() for leg in leg_of.values()]
         self.runner.run(all_legs)
         self.tuning_legs += all_legs
-        for arm, legs in tuned.items():
-            losses: dict[Settings, float] = {}
-            for setting, leg in legs.items():
+        losses: Losses = defaultdict(dict)
+        for arm, leg_of in legs.items():
+            for setting, leg in leg_of.items():
                 validation = None if leg in self.runner.failed else leg.validation()
                 loss = validation["loss"] if validation else None
-                losses[setting] = math.inf if loss is None else loss
+                losses[arm][setting] = math.inf if loss is None else loss
                 record = {"arm": arm.key, **dataclasses.asdict(setting), "budget": budget}
                 self.tried.append({**record, "validation_loss": loss, "leg": leg.key})
-            best_setting = best[arm.key] = min(losses, key=lambda setting: losses[setting])
-            if losses[best_setting] == math.inf:
-                self._tell(Note(f"{arm.key} diverged or failed at every learning rate of the grid", is_warning=True))
-                continue
-            rates = {setting.learning_rate for setting in legs}
-            is_at_edge = len(rates) > 1 and best_setting.learning_rate in (min(rates), max(rates))
-            note = ", at the edge of the grid" if is_at_edge else ""
-            text = f"{arm.key}: learning rate {best_setting.learning_rate:g}{note}, batch {best_setting.batch_size}"
-            self._tell(Note(text))
-        return best
+        return losses
 
     def run(self, settings: Mapping[str, Settings]) -> Finals:
         """Run all arms at all budgets with all seeds, then test. Return the last legs by arm, budget and seed."""

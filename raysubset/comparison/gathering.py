@@ -59,6 +59,7 @@ def gather(
     failed: Mapping[Leg, str],
     *,
     tuning_legs: Sequence[Leg],
+    goes_beyond: bool,
     seeds: Sequence[int],
     margin: float,
     num_workers: int,
@@ -68,7 +69,8 @@ def gather(
 
     Args:
         finals: of every arm.
-        tuning: the settings that were tried; tuning_legs are the last legs of these.
+        tuning: the settings that were tried; tuning_legs are the last legs of these, and goes_beyond is true if arms
+            may try rates beyond the grid's edges.
         failed: legs that could not be done, with the reason.
         margin: of non-inferiority, in the quality's units.
         num_workers: of arm I.
@@ -146,7 +148,11 @@ def gather(
         },
         "speed_ups": {c: {key: dataclasses.asdict(of_arm) for key, of_arm in speed_ups[c].items()} for c in CLOCKS},
         "verdicts": {clock: dataclasses.asdict(verdict) for clock, verdict in verdicts.items()},
-        "tuning": {"tried": list(tuning), "passes": legs.passes_of_all(tuning_legs)},
+        "tuning": {
+            "tried": sorted(tuning, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
+            "passes": legs.passes_of_all(tuning_legs),
+            "goes_beyond": goes_beyond,
+        },
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
         "legs": _leg_records(finals),

@@ -29,6 +29,7 @@ class ArmsStanding:
         self._finals: dict[str, list[tuple[str, float]]] = defaultdict(list)  # the arms and budgets that a leg ends
         self._qualities: dict[tuple[str, float], list[float]] = defaultdict(list)  # NaN if not finite or not measured
         self._passes: defaultdict[str, float] = defaultdict(float)
+        self._of_tuning: defaultdict[str, float] = defaultdict(float)  # more than `tried` where a grid grew
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
         self._shares: dict[str, float] = {}  # how far legs at work are, by key
@@ -38,6 +39,7 @@ class ArmsStanding:
         for last in legs:
             for leg in closure(last):
                 self._arms_of[leg.key][arm] = leg.passes(num_train)
+                self._of_tuning[arm] += 0.0 if budget else leg.passes(num_train)
             if budget:
                 self._finals[last.key].append((arm, budget))
 
@@ -72,7 +74,7 @@ class ArmsStanding:
                 at_work[arm] += share * passes
         rows = []
         for arm, budgets in self._of_arm.items():
-            planned = self._num_seeds * sum(budgets) + self._tried.get(arm, 0.0)
+            planned = self._num_seeds * sum(budgets) + max(self._tried.get(arm, 0.0), self._of_tuning[arm])
             num_passes = self._passes[arm] + at_work[arm]
             num = sum(len(self._qualities.get((arm, budget), ())) for budget in budgets)
             state = "done" if num == self._num_seeds * len(budgets) else "at work" if num_passes else "waiting"

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from raysubset.costs import bytes_in_words
@@ -128,7 +129,8 @@ def _command(record: Record) -> str:
     config, seeds, tried, regime = record["config"], record["seeds"], record["tuning"]["tried"], record["regime"]
     options = ["--seeds", str(len(seeds)), "--arms", *(arm["key"] for arm in record["arms"]), "--budgets"]
     options += [f"{b:g}" for b in sorted({p["budget"] for a in record["arms"] if a["key"] != "A" for p in a["points"]})]
-    if rates := sorted({trial["learning_rate"] for trial in tried}):
+    rates = sorted({trial["learning_rate"] for trial in tried})
+    if rates and not record["tuning"].get("goes_beyond"):
         options += ["--learning-rates", *(f"{rate:.6g}" for rate in rates)]
     if len(sizes := sorted({trial["batch_size"] for trial in tried})) > 1:
         options += ["--batch-sizes", *map(str, sizes)]
@@ -292,17 +294,18 @@ def _quality_plot(record: Record, clock: str) -> Plot | None:
     styles = _styles(record)
     costs, has_bars = set(), False
     for arm in record["arms"]:
-        points = sorted((point["mean"][_COST[clock]], point["mean"]) for point in arm["points"] if point["mean"])
-        if not points:
+        means = sorted((point["mean"] for point in arm["points"] if point["mean"]), key=itemgetter(_COST[clock]))
+        if not means:
             continue
-        costs.update(cost for cost, _ in points)
-        measured = [[quality.scale * value for value in mean_and_half(mean, quality)] for _, mean in points]
+        arm_costs = [mean[_COST[clock]] for mean in means]
+        costs.update(arm_costs)
+        measured = [[quality.scale * value for value in mean_and_half(mean, quality)] for mean in means]
         has_ends = all(math.isfinite(half) for _, half in measured)
         bars = [(value - half, value + half) for value, half in measured] if has_ends else []
         has_bars = has_bars or has_ends
         dash, style = "" if arm["role"] == "candidate" else "5 3", styles[arm["key"]]
-        shown = [(cost, value) for (cost, _), (value, _) in zip(points, measured, strict=True)]
-        chart.line(shown, label=arm_name(arm["key"]), dash=dash, bars=bars, **style)
+        points = [(cost, value) for cost, (value, _) in zip(arm_costs, measured, strict=True)]
+        chart.line(points, label=arm_name(arm["key"]), dash=dash, bars=bars, **style)
         chart.y.values = [value for value in chart.y.values if not quality.is_share or -2 <= value <= 102]
     if len(costs) < 2:
         return None

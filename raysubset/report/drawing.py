@@ -277,18 +277,19 @@ class Chart:
         words = [_tick(px(at), bottom, text, is_tilted=is_tilted) for at, text in x.ticks]
         at_y = f'<text class="end" x="{_number(left - 6)}" y="'
         words += [f'{at_y}{_number(py(at) + 4)}">{escape(text)}</text>' for at, text in y.ticks]
-        middle = _number((left + right) / 2)
+        centre = (left + right) / 2
+        middle, room = _number(centre), 2 * min(centre, width - centre)
         if self.above:
             label, factor = self.above
             ends = x.low * factor, x.high * factor
             ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends, is_whole=False)
             words += [_tick(px(at / factor), top - 20, text, is_tilted=False) for at, text in ticks]
-            words.append(f'<text class="in" x="{middle}" y="12">{escape(label)}</text>')
+            words.append(f'<text class="in" x="{middle}" y="12"{_fitted(label, room)}</text>')
         if self.x.label:
-            words.append(f'<text class="in" x="{middle}" y="{_number(height - 5)}">{escape(self.x.label)}</text>')
+            words.append(f'<text class="in" x="{middle}" y="{_number(height - 5)}"{_fitted(self.x.label, room)}</text>')
         if self.y.label:
             at = f"translate(11 {_number((top + bottom) / 2)})rotate(-90)"
-            words.append(f'<text class="in" transform="{at}">{escape(self.y.label)}</text>')
+            words.append(f'<text class="in" transform="{at}"{_fitted(self.y.label, height)}</text>')
         if self.title:
             title = escape(self.title[: int(width / _CHARACTER)])
             words.append(f'<text class="in title" x="{middle}" y="13">{title}</text>')
@@ -313,6 +314,13 @@ def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
     else:
         place = f'class="in" x="{_number(x)}" y="{_number(bottom + 15)}"'
     return f"<text {place}>{escape(text)}</text>"
+
+
+def _fitted(text: str, room: float) -> str:
+    """Return the end of a <text> element in letters small enough for a text of this many pixels to fit."""
+    size = _FONT * min(1.0, room / (_CHARACTER * 1.05 * max(1, len(text))))
+    style = f' style="font-size:{_number(size)}px"' if size < _FONT else ""
+    return f"{style}>{escape(text)}"
 
 
 def _marks(marker: str, colour: str, places: Iterable[tuple[str, str]]) -> str:

@@ -57,8 +57,10 @@ class Difference:
         return self.error is not None and abs(self.value) < NOISE_ERRORS * self.error
 
     def in_words(self, quality: Quality, better: str, worse: str) -> str:
-        """Return 'accuracy +2.40 points ± 0.80 (better)', or with another verdict in the brackets."""
+        """Return 'accuracy +2.40 points ± 0.80 (it helped)', or another verdict: `better` and `worse` need an error."""
         shown, error = quality.change(self.value), "" if self.error is None else quality.error(self.error)
+        if self.error is None:
+            better, worse = "better", "worse"
         verdict = "within the noise" if self.is_noise else better if quality.gain(self.value) > 0 else worse
         if not math.isfinite(self.value):
             verdict = "not finite"
