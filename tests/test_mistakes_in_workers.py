@@ -15,7 +15,6 @@ from raysubset.events import Event, Retry
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
-from raysubset.quality import ACCURACY
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors.pool import PLACE_ERRORS
 from raysubset.user_code.functions import in_a_line
@@ -79,7 +78,7 @@ def test_a_job_is_tried_again_after_its_controller_lost_an_actor(directory, monk
 
     monkeypatch.setattr(WatchedTrainer, "fit", lose_actors)
     with pytest.raises(FineTuningFailed, match=r"conventional: Ray Train's controller was lost 3 of 3 times \(Act"):
-        fit(job, num_workers=2, quality=ACCURACY, tell=events.append)
+        fit(job, tell=events.append)
     assert len(failures) == 8  # the sixth left the last checkpoint
     retries = [event.text for event in events if isinstance(event, Retry)]
     assert ["1 of 3" in text for text in retries] == [True] * 6 + [False]
@@ -91,7 +90,7 @@ def test_errors_of_a_controller_itself_end_a_job(directory, monkeypatch):
 
     monkeypatch.setattr(WatchedTrainer, "fit", fail)
     with pytest.raises(FineTuningFailed, match=r"conventional: RuntimeError: no such callback$"):
-        fit(job_in(directory), num_workers=2, quality=ACCURACY, tell=lambda event: None)
+        fit(job_in(directory), tell=lambda event: None)
 
 
 def job_in(directory: RunDirectory) -> Job:

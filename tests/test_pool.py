@@ -15,8 +15,9 @@ from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from raysubset import Config
 from raysubset.events import Event, Note, Retry, Start
+from raysubset.fine_tuning import FineTuningFailed
 from raysubset.pulse import Pulse
-from raysubset.run_directory import RunDirectory
+from raysubset.run_directory import CorruptFile, RunDirectory
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Backlog, Pack, SubsetFailed, crew, name_of
 from raysubset.subset_actors import pool as pool_module
@@ -185,6 +186,55 @@ def test_a_piece_that_is_always_lost_ends_the_run_or_is_yielded_with_its_error(t
         results = {piece.ledger_key[2]: result for piece, result in pool.results(Backlog(packs))}
     assert [subset for subset, result in sorted(results.items()) if isinstance(result, SubsetFailed)] == [1]
     assert len(results) == 3
+
+
+def test_ray_train_jobs_follow_all_that_actors_can_do_with_the_cluster_to_themselves_and_one_that_fails_ends_no_other(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Any] = []
+
+    def do(pieces: Sequence[Piece], attempt: int) -> Any:
+        order.append(pieces[0].subset_id)
+        return all_done(pieces, attempt)
+
+    def train(run: Run, job: Piece, *, num_gpus: float) -> dict[str, Any]:
+        assert ray.alive == []
+        order.append(job.stage)
+        if job.stage == "conventional":
+            raise FineTuningFailed("no worker comes up")
+        return {"stage": job.stage}
+
+    ray, run = fake(2, do), opened(tmp_path, [])
+    monkeypatch.setattr(pool_module, "fine_tune", train)
+    first, of_trunk, of_other = pieces_of(run, 3)
+    trunk, other, last = (
+        Piece(run.config, run.directory, stage, by_train=True, num_workers=2)
+        for stage in ("trunk", "conventional", "fine_tuning")
+    )
+    needs = {trunk: [first], of_trunk: [trunk], of_other: [other], last: [of_trunk]}
+    packs = [Pack((piece,)) for piece in (last, of_other, of_trunk, other, trunk, first)]
+    names = {name_of(piece): [name_of(each) for each in needed] for piece, needed in needs.items()}
+    with ActorPool(run, num_gpus=0.0) as pool:
+        results = {name_of(piece): result for piece, result in pool.results(Backlog(packs, names))}
+    assert order == [0, "conventional", "trunk", 1, "fine_tuning"]
+    assert results.pop(name_of(trunk)) == {"stage": "trunk"}
+    failed = {name for name, result in results.items() if isinstance(result, FineTuningFailed)}
+    assert failed == {name_of(other), name_of(of_other)}
+    assert len(results) == 5
+
+
+def test_a_damaged_start_of_a_ray_train_job_is_no_failure_of_the_job(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(run: Run, job: Piece, *, num_gpus: float) -> None:
+        raise CorruptFile("trunk/weights.safetensors", "it is damaged")
+
+    fake(1, all_done)
+    run = opened(tmp_path, [])
+    monkeypatch.setattr(pool_module, "fine_tune", train)
+    job = Piece(run.config, run.directory, "fine_tuning", by_train=True, num_workers=2)
+    with ActorPool(run, num_gpus=0.0) as pool, pytest.raises(CorruptFile):
+        list(pool.results(Backlog([Pack((job,))])))
 
 
 def test_what_a_result_made_due_starts_before_the_caller_has_taken_the_result(tmp_path: Path, fake: Any) -> None:

@@ -249,9 +249,8 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     with pytest.raises(ValueError, match=r"conventional: DivergedError: .*lower the learning rate"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), lambda event: None),
-            Piece(made, directory, "conventional", epochs=1.0, by_train=True),
-            num_workers=0,  # in this process, where fit() would raise what the worker does
-            num_gpus=0.0,
+            Piece(made, directory, "conventional", epochs=1.0, by_train=True, num_workers=0),  # in this process,
+            num_gpus=0.0,  # where fit() would raise what the worker does
         )
     (work,) = Ledger(directory).read()
     assert work.outcome == "failed"
@@ -265,7 +264,7 @@ def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job
     job, alone = RunDirectory(str(tmp_path), "job"), RunDirectory(str(tmp_path), "alone")
     opened = Run(made, job, full_set, put_once(full_set), lambda event: None)
     at_once, piece = (Piece(made, directory, "fine_tuning", by_train=True) for directory in (job, alone))
-    fine_tune(opened, at_once, num_workers=0, num_gpus=0.0)  # one worker, in this process
+    fine_tune(opened, at_once, num_gpus=0.0)  # one worker, in this process
 
     own = Job.of(piece, full_set, opened.full_set_ref, num_gpus=0.0, workplace=Workplace.here())
     stopping = Follower(lambda progress: progress.epoch > 1.5, lambda: "preempted")

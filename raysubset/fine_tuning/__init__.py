@@ -1,6 +1,6 @@
 """Training on the full set across the cluster by Ray Train: the last stage, and a trunk of several workers.
 
-    fine_tune(run, piece, num_workers=2, num_gpus=1)
+    fine_tune(run, piece, num_gpus=1)
 
 The driver's side is in `driver`. Its `trainer`, whose controller the `lookout` watches, is imported when a job begins,
 because Ray Train takes seconds to load. A worker's side is in `worker`, which a subset actor also uses alone.
@@ -8,4 +8,3 @@ because Ray Train takes seconds to load. A worker's side is in `worker`, which a
 
 from raysubset.fine_tuning.driver import fine_tune, refuse_old_ray_train
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
-from raysubset.fine_tuning.lookout import Epochs

@@ -1,8 +1,10 @@
 """fine_tune(): the driver's side of a Ray Train job."""
 
 import os
+from typing import Any
 
 from raysubset.cluster import refuse_unplaceable, workplace
+from raysubset.data import refuse_changed_files
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.work import Piece, Run
@@ -19,8 +21,8 @@ def refuse_old_ray_train() -> None:
         raise ValueError(f"RAY_TRAIN_V2_ENABLED={setting} requests the old Ray Train, which cannot fine-tune: unset it")
 
 
-def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> None:
-    """Minimize on the full set, as the piece says, by a Ray Train job of several workers in data parallel.
+def fine_tune(run: Run, piece: Piece, *, num_gpus: float) -> dict[str, Any]:
+    """Minimize on the full set by a Ray Train job of piece.num_workers in data parallel, and return the record.
 
     The global batch is config.minimize.batch_size whatever the number of workers. If a worker dies, or stalls and is
     killed (actors.stall_s), the group restarts from the last checkpoint, with fewer workers if fine_tuning.min_workers
@@ -29,13 +31,14 @@ def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> N
     from the last checkpoint; a finished stage is left as it is.
 
     Raises:
-        ValueError: if the workers can never be placed, or the loss diverges.
+        ValueError: if the workers can never be placed, the loss diverges, or the files of a streamed set have changed.
         FineTuningFailed: if the job failed more often than allowed.
         TimeoutError: if the workers have no place for cluster.wait_timeout_s.
     """
-    if piece.record() is not None:
-        return
-    config, stage = piece.config, piece.stage
+    if (record := piece.record()) is not None:
+        return record
+    refuse_changed_files(run.full_set)
+    config, stage, num_workers = piece.config, piece.stage, piece.num_workers
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
     least = (config.fine_tuning.min_workers if stage == "fine_tuning" else None) or num_workers
     refuse_unplaceable(request, f"{stage} workers", num=least)
@@ -44,4 +47,5 @@ def fine_tune(run: Run, piece: Piece, *, num_workers: int, num_gpus: float) -> N
     from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs do not need it
 
     job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
-    fit(job, num_workers=num_workers, quality=run.full_set.quality, tell=run.tell)
+    fit(job, tell=run.tell)
+    return piece.directory.read_json(piece.output.record_path)

@@ -1,4 +1,4 @@
-"""TrainLookout watches a Ray Train job from the driver, once a second. Epochs reports the epochs of its stage."""
+"""TrainLookout watches a Ray Train job from the driver, once a second."""
 
 import time
 import uuid
@@ -22,51 +22,25 @@ from raysubset.cluster import (
     processes_at,
     remove_groups,
 )
-from raysubset.events import Attempt, EpochDone, Note, OnEvent, Progress, Retry, Waiting
+from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
 from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
-from raysubset.quality import Quality, metrics_in_words
-from raysubset.run_directory import RunDirectory, history_path
 
 MOST_START_S = 900.0  # for workers with a place to begin: their processes start and read the full set
 _ELASTIC_S = 60.0  # an elastic controller that asks for no workers for so long finds no places
 
 
-class Epochs:
-    """Reports each epoch of a stage once; epochs that were there before are not reported."""
-
-    def __init__(self, directory: RunDirectory, stage: str, *, quality: Quality, tell: OnEvent) -> None:
-        self._directory, self._stage, self._quality, self._tell = directory, stage, quality, tell
-        self.num = len(self._history())
-
-    def tell_new(self) -> None:
-        """Report the epochs that were added since the last call."""
-        try:
-            entries = self._history()
-        except OSError:  # the storage may answer the next time
-            return
-        for entry in entries[self.num :]:
-            self.num += 1
-            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-            text = f"{self._stage}: epoch {entry['epoch']:g}, loss {loss}, validation "
-            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), self._stage, entry))
-
-    def _history(self) -> list[dict[str, Any]]:
-        return self._directory.read_json_or_none(history_path(self._stage)) or []
-
-
 class TrainLookout:
-    """Reports epochs, waiting for places and missing steps; kills workers that stall, frees places that none uses.
+    """Reports progress, waiting for places and missing steps; kills workers that stall, frees places that none uses.
 
     Ray Train then tries again from the last checkpoint, and counts a failure.
     """
 
-    def __init__(self, job: Job, *, num_workers: int, is_elastic: bool, quality: Quality, tell: OnEvent) -> None:
+    def __init__(self, job: Job, *, is_elastic: bool, tell: OnEvent) -> None:
         self._is_elastic = is_elastic
-        self._piece, self._num_workers, self._tell = job.piece, num_workers, tell
+        self._piece, self._tell = job.piece, tell
         self._request = {"CPU": job.piece.config.actors.num_cpus, "GPU": job.num_gpus}
         self.key = uuid.uuid4().hex  # of the workers' pulses
-        self.epochs = Epochs(job.piece.directory, job.piece.stage, quality=quality, tell=tell)
         self.stalled = ""  # why workers were last killed
         self.begin()
 
@@ -82,7 +56,6 @@ class TrainLookout:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
             Exception: whatever `tell` raises, for example because another driver has taken the run over.
         """
-        self.epochs.tell_new()
         groups = groups_of(controller)
         remove_groups(list(groups)[:-1])  # Ray Train forgets a group if a worker is lost as its callbacks start
         processes = {
@@ -139,7 +112,7 @@ class TrainLookout:
         if now - self._notice_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:
             return
         self._notice_at, waited_s = now, now - self._placed_at
-        waiting = f"{self._piece.stage}: {self._num_workers} × {describe(self._request)} wait for a place"
+        waiting = f"{self._piece.stage}: {self._piece.num_workers} × {describe(self._request)} wait for a place"
         if waited_s > self._piece.config.cluster.wait_timeout_s:
             raise TimeoutError(
                 f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "

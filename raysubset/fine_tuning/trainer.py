@@ -30,7 +30,6 @@ from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.snapshots import mend_snapshot, newest_checkpoint
 from raysubset.fine_tuning.worker import MistakeError, train_loop
-from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory, minimum_path
 from raysubset.work import Piece
 
@@ -126,19 +125,19 @@ class WatchedTrainer(TorchTrainer):
             remove_groups(list(groups_of(controller)))
 
 
-def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
+def fit(job: Job, *, tell: OnEvent) -> None:
     """Run the job to its end, again if its controller dies, or ends because an actor was lost."""
     piece, config = job.piece, job.piece.config
     directory, stage, most = piece.directory, piece.stage, config.actors.max_attempts
     least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
-    lookout = TrainLookout(job, num_workers=num_workers, is_elastic=least is not None, quality=quality, tell=tell)
+    lookout = TrainLookout(job, is_elastic=least is not None, tell=tell)
     losses = Failures(directory, _folder(job))
     while True:
         if repair_text := mend_snapshot(directory, _folder(job)):
             tell(Note(repair_text, is_warning=True))
-        trainer = _trainer(job, num_workers=num_workers, least=least, pulses=lookout.key)
+        trainer = _trainer(job, least=least, pulses=lookout.key)
         trainer.look = lookout.look
-        tell(Waiting(f"{stage}: Ray Train starts {num_workers} worker(s)"))
+        tell(Waiting(f"{stage}: Ray Train starts {piece.num_workers} worker(s)"))
         try:
             diverged = trainer.fit().return_value
             break
@@ -154,7 +153,6 @@ def fit(job: Job, *, num_workers: int, quality: Quality, tell: OnEvent) -> None:
                 raise FineTuningFailed(text) from error
             tell(Retry(f"{text}; it starts from its last checkpoint"))
             lookout.begin()
-    lookout.epochs.tell_new()
     if diverged:
         raise ValueError(f"{stage}: {diverged}")
 
@@ -177,7 +175,7 @@ def _folder(job: Job) -> str:
     return f"{job.piece.stage}/{FOLDER}"
 
 
-def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> WatchedTrainer:
+def _trainer(job: Job, *, least: int | None, pulses: str) -> WatchedTrainer:
     config, directory, stage, num_gpus = job.piece.config, job.piece.directory, job.piece.stage, job.num_gpus
     storage_path, filesystem = directory.train_storage(stage)
     resources: dict[str, float] = {"CPU": config.actors.num_cpus}
@@ -194,7 +192,7 @@ def _trainer(job: Job, *, num_workers: int, least: int | None, pulses: str) -> W
         # NCCL refuses two workers on one card
         torch_config=PrivateTorchConfig(backend="gloo" if num_gpus < 1 else "nccl"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers if least is None else (least, num_workers),
+            num_workers=job.piece.num_workers if least is None else (least, job.piece.num_workers),
             use_gpu=bool(num_gpus),
             resources_per_worker=resources,
         ),

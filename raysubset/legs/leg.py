@@ -150,6 +150,7 @@ class Leg:
             moved=self.predecessor.output if self.predecessor and self.config.rounds.overlaps else None,
             is_subsample=self.is_subsample,
             by_train=self.kind == "train",
+            num_workers=self.num_workers if self.num_workers > 1 else 0,
             teachers=tuple(member.output for member in self.members) if self.stage == "fine_tuning" else (),
             name=self.name,
         )

@@ -1,4 +1,4 @@
-"""LegRunner does legs on the cluster, each after its inputs: by subset actors, data-parallel ones by Ray Train."""
+"""LegRunner does legs on the cluster, each after its inputs, and goes on without those that fail."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,14 +8,13 @@ from typing import Any
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiting
-from raysubset.fine_tuning import fine_tune
 from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.legs.stream import Stream
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import NUM_READERS, ActorPool, Pack
-from raysubset.work import Piece, Run
+from raysubset.work import Run
 
 
 class LegRunner:
@@ -72,34 +71,19 @@ class LegRunner:
                 self._tell(LegDone("", leg.key, validation_of(record), was_there=True))
         if done:
             self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
-        todo = [leg for leg in legs if leg not in done]
-        while todo:
-            blocked: set[Leg] = set()  # legs of Ray Train, and those that need them; inputs come first in `todo`
-            for leg in todo:
-                if leg.num_workers > 1 or not blocked.isdisjoint(leg.inputs):
-                    blocked.add(leg)
-            if by_actors := [leg for leg in todo if leg not in blocked]:
-                self._do_by_actors(by_actors, done, num_all=len(legs))
-            for leg in todo:  # Ray Train takes the whole cluster: one job at a time, after the actors have ended
-                if leg.num_workers > 1 and done.issuperset(leg.inputs):
-                    refuse_changed_files(self._run.full_set)
-                    self._train(leg, done, num_all=len(legs))
-            for leg in todo:
-                if failed_input := next((needed for needed in leg.inputs if needed in self.failed), None):
-                    self.failed[leg] = self.failed[failed_input]
-            todo = [leg for leg in todo if leg not in done and leg not in self.failed]
-
-    def _do_by_actors(self, legs: Sequence[Leg], done: set[Leg], *, num_all: int) -> None:
+        if not (todo := [leg for leg in legs if leg not in done]):
+            return
         with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
             stream = Stream(pool)
-            stream.add(legs)
+            stream.add(todo)
             for leg, result in stream.results():
                 if not isinstance(result, Exception):
-                    self._note_done(leg, done, num_all=num_all)
-                elif self.failed.keys().isdisjoint(leg.inputs):
-                    self._fail(leg, one_line(result))
-                else:
-                    self.failed[leg] = one_line(result)
+                    done.add(leg)
+                    self._tell_done(leg, result, f"{len(done)} of {len(legs)} legs")
+                    continue
+                if self.failed.keys().isdisjoint(leg.inputs):
+                    self._tell(Note(f"{leg.name} failed: {one_line(result)}; {self._then}", is_warning=True))
+                self.failed[leg] = one_line(result)
 
     def test(self, finals: Sequence[Leg]) -> None:
         """Evaluate legs on the test split, each once. Call it after all choices are made; it raises as run() does."""
@@ -110,27 +94,10 @@ class LegRunner:
                 for _ in pool.run([Pack((leg.test,)) for leg in todo], None):
                     pass
 
-    def _note_done(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
-        done.add(leg)
-        metrics = leg.validation()
-        text = "not measured"
-        if metrics is not None:
-            text = metrics_in_words(metrics, self._run.full_set.quality)
-        self._tell(LegDone(f"{leg.name}: validation {text} ({len(done)} of {num_all} legs)", leg.key, metrics))
-
-    def _fail(self, leg: Leg, reason: str) -> None:
-        self.failed[leg] = reason
-        self._tell(Note(f"{leg.name} failed: {reason}; {self._then}", is_warning=True))
-
-    def _train(self, leg: Leg, done: set[Leg], *, num_all: int) -> None:
-        """Do a leg of data-parallel training by Ray Train."""
-        assert isinstance(leg.piece, Piece)
-        try:
-            fine_tune(self._quiet_run, leg.piece, num_workers=leg.num_workers, num_gpus=self._num_gpus)
-        except (ValueError, RuntimeError) as error:
-            self._fail(leg, one_line(error))
-            return
-        self._note_done(leg, done, num_all=num_all)
+    def _tell_done(self, leg: Leg, record: dict[str, Any], count: str) -> None:
+        metrics = validation_of(record)
+        text = "not measured" if metrics is None else metrics_in_words(metrics, self._run.full_set.quality)
+        self._tell(LegDone(f"{leg.name}: validation {text} ({count})", leg.key, metrics))
 
 
 def _record(leg: Leg) -> dict[str, Any] | None:

@@ -1,13 +1,10 @@
-"""Stream has a pool do legs, each as soon as those that it needs are done. Legs may be added meanwhile."""
+"""Stream has a pool do legs, each once those that it needs are done. Legs may be added meanwhile."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from raysubset.legs.leg import Leg
-from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
+from raysubset.subset_actors import ActorPool, Backlog, Outcome, Pack, name_of
 from raysubset.training import Weights
-
-Outcome = dict[str, Any] | Exception  # a leg's record, or why it, or a leg that it needs, failed for good
 
 
 class Stream:

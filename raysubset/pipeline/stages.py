@@ -21,8 +21,8 @@ from raysubset.cluster import call_on_cluster, connected, get_shared, num_slots,
 from raysubset.config import Config, Learned
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.errors import first_line
-from raysubset.events import Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
-from raysubset.fine_tuning import FOLDER, Epochs, fine_tune, refuse_old_ray_train
+from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
+from raysubset.fine_tuning import FOLDER, refuse_old_ray_train
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
 from raysubset.objects_in_hand import accepts_objects
@@ -40,6 +40,7 @@ from raysubset.pipeline.run_report import (
 )
 from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps
 from raysubset.planning.idle_settings import idle_settings
+from raysubset.quality import Quality, metrics_in_words
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,
     REPORT_PATH,
@@ -50,6 +51,7 @@ from raysubset.run_directory import (
     RunDirectory,
     Seal,
     StorageLost,
+    history_path,
     minimum_path,
     weights_path,
 )
@@ -186,7 +188,7 @@ class _Stages:
         self._run, self._plan = run, plan
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._decisions = Decisions(run, plan)
-        self._epochs: Epochs | None = None  # of an actor that fine-tunes
+        self._epochs: _Epochs | None = None  # of the stage that Ray Train does
 
     def run(self) -> dict[str, Any]:
         """Do all stages and return the report's record.
@@ -263,7 +265,7 @@ class _Stages:
         return self._report(end, record["validation"], conventional=record)
 
     def _on_full_set(self, pool: ActorPool, leg: Leg) -> tuple[Start, dict[str, Any]]:
-        """Do a leg on the full set, by an actor or by Ray Train. Before Ray Train starts, idle actors are released.
+        """Do a leg on the full set.
 
         Returns:
             A start from its weights, and its record. A leg that is done is read back.
@@ -275,19 +277,17 @@ class _Stages:
             what = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
         self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {what}"))
         refuse_changed_files(full_set)
-        if leg.num_workers > 1 or self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
-            pool.hand_back()
-            fine_tune(self._run, piece, num_workers=leg.num_workers, num_gpus=self._decisions.num_gpus)
-        elif piece.record() is None:
-            epochs = Epochs(piece.directory, stage, quality=full_set.quality, tell=self._tell)
-            self._epochs = epochs if piece.by_train else None
+        if self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
+            piece = dataclasses.replace(piece, num_workers=leg.num_workers, by_train=True)
+        if (record := piece.record()) is None:
+            self._epochs = _Epochs(piece, full_set.quality, self._tell) if piece.by_train else None
             # actors that minimize stay for the subsets
             ((_, record),) = pool.run([Pack((piece,))], None, keep=0 if piece.by_train else math.inf)
             if self._epochs:
                 self._epochs.tell_new()
             else:
                 self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
-        return Start("warm", leg), self._directory.read_json(piece.output.record_path)
+        return Start("warm", leg), record
 
     def _report(self, end: Start, validation: dict[str, Any], **stages: Any) -> dict[str, Any]:
         """Evaluate the final model on the test split, save it as the run's model, and return the report's record."""
@@ -403,10 +403,34 @@ class _Stages:
         )
 
     def _hear(self, event: Event) -> None:
-        """Pass on an event of the pool, and report new epochs of an actor that fine-tunes."""
+        """Pass on an event of the pool, and report new epochs of a stage that Ray Train does."""
         self._tell(event)
-        if self._epochs and isinstance(event, Progress):
+        if self._epochs and isinstance(event, Progress) and not event.worker:
             self._epochs.tell_new()
+
+
+class _Epochs:
+    """Reports each epoch of a stage once; epochs that were there before are not reported."""
+
+    def __init__(self, piece: Piece, quality: Quality, tell: OnEvent) -> None:
+        self._piece, self._quality, self._tell = piece, quality, tell
+        self._num = len(self._history())
+
+    def tell_new(self) -> None:
+        """Report the epochs that were added since the last call."""
+        stage = self._piece.stage
+        try:
+            entries = self._history()
+        except OSError:  # the storage may answer the next time
+            return
+        for entry in entries[self._num :]:
+            self._num += 1
+            loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            text = f"{stage}: epoch {entry['epoch']:g}, loss {loss}, validation "
+            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), stage, entry))
+
+    def _history(self) -> list[dict[str, Any]]:
+        return self._piece.directory.read_json_or_none(history_path(self._piece.stage)) or []
 
 
 def _leave_test(*arguments: Any) -> tuple[Metrics, dict[str, Seal]]:

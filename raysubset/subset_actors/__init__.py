@@ -12,4 +12,4 @@ from raysubset.subset_actors.crew import SubsetFailed
 from raysubset.subset_actors.minima import NUM_READERS, done_of, minimum_done
 from raysubset.subset_actors.packing import packing_decision, packing_note
 from raysubset.subset_actors.packs import Backlog, Pack, in_packs, name_of
-from raysubset.subset_actors.pool import ActorPool
+from raysubset.subset_actors.pool import ActorPool, Outcome

@@ -50,12 +50,16 @@ def in_packs(pieces: Sequence[Piece], most: int) -> list[Pack]:
 
 
 class Backlog:
-    """Packs not given out yet, with the time when each is due or the pieces it waits for. It also counts losses."""
+    """Packs not given out yet, with the time when each is due or the pieces it waits for. It also counts losses.
+
+    Ray Train jobs are held apart: they have the cluster to themselves once no pack is left for actors.
+    """
 
     def __init__(self, packs: Sequence[Pack], needs: Mapping[str, Collection[str]] | None = None) -> None:
         """Hold the packs; see add()."""
         self.num_in_later_rounds = 0  # packs that will be added, as far as is known
         self._due: deque[tuple[float, Pack]] = deque()
+        self._jobs: list[Piece] = []  # of Ray Train, which wait for no other piece
         self._num_lost: dict[str, int] = {}
         self._waiting: dict[str, Pack] = {}
         self._unfinished: set[str] = set()  # names of pieces
@@ -77,11 +81,16 @@ class Backlog:
                 for needed_name in missing:
                     self._dependents[needed_name].append(name)
             else:
-                self.put_back(pack)
+                self._make_due(pack)
 
     def __len__(self) -> int:
         """Return how many packs could be given out now, or after a pause."""
         return len(self._due)
+
+    def take_jobs(self) -> list[Piece]:
+        """Return the Ray Train jobs that wait for no other piece; they are the caller's to do."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
 
     @property
     def num_later(self) -> int:
@@ -94,11 +103,16 @@ class Backlog:
         for name in self._dependents.pop(name_of(piece), ()):
             self._num_missing[name] -= 1
             if not self._num_missing[name] and name in self._waiting:
-                pack = self._waiting.pop(name)
-                if isinstance(pack.pieces[0], AggregatePiece):
-                    self._due.appendleft((time.monotonic(), pack))
-                else:
-                    self.put_back(pack)
+                self._make_due(self._waiting.pop(name))
+
+    def _make_due(self, pack: Pack) -> None:
+        first = pack.pieces[0]
+        if isinstance(first, Piece) and first.num_workers:
+            self._jobs.append(first)
+        elif isinstance(first, AggregatePiece):
+            self._due.appendleft((time.monotonic(), pack))
+        else:
+            self.put_back(pack)
 
     def drop_dependents(self, piece: AnyPiece) -> list[AnyPiece]:
         """Give up the pieces that need this piece, directly or not, and return them in the order of need."""

@@ -1,4 +1,7 @@
-"""ActorPool: gives pieces of work to actors, and lost work to others, however the cluster grows or shrinks."""
+"""ActorPool: gives pieces of work to actors, and lost work to others, however the cluster grows or shrinks.
+
+Ray Train jobs of several workers are pieces of work too. They take the whole cluster, so each has it to itself.
+"""
 
 import math
 import time
@@ -15,13 +18,14 @@ from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_no
 from raysubset.costs import Cost
 from raysubset.errors import one_line
 from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
+from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.pulse import Watch
 from raysubset.run_directory import CorruptFile, checkpoint_path
 from raysubset.run_directory.ledger import Key, Ledger, Work
 from raysubset.subset_actors.crew import Crew, Slot, SubsetFailed, backoff_s
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Weights
-from raysubset.work import AnyPiece, Run
+from raysubset.work import AnyPiece, Piece, Run
 
 WAIT_S = 0.25  # at most, between two looks at results
 POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors without a place
@@ -29,7 +33,8 @@ MOST_REPORTS_PER_S = 50  # of all actors together: each costs the driver 1 ms of
 PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of failed work: storage and devices may do better elsewhere
 
 
-Result = dict[str, Any] | Exception | None  # a record; why the work failed for good; None: it must be done again
+Outcome = dict[str, Any] | Exception  # a record, or why the work failed for good
+Result = Outcome | None  # None: it must be done again
 
 
 class StalledError(RuntimeError):
@@ -51,6 +56,9 @@ class ActorPool:
     Pieces may come in packs, which an actor does at once. They are lost and tried again together, while each ends on
     its own. If the pool is left with an exception, its actors write a checkpoint first. If the driver dies its actors
     end with it, and the next driver resumes from their checkpoints.
+
+    A piece of several workers is a Ray Train job (fine_tune()). It begins when no other piece can be done, after all
+    actors have been released. One job is done at a time.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class ActorPool:
             ValueError: if no node has, or could be started with, room for one actor.
         """
         self.opened, self._config, self._tell = run, run.config, run.tell
+        self._num_gpus = num_gpus
         self._crew = Crew(
             run,
             num_gpus=num_gpus,
@@ -111,22 +120,18 @@ class ActorPool:
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
 
         Raises:
-            SubsetFailed: if a piece failed for good.
+            SubsetFailed, FineTuningFailed: if a piece failed for good.
             ValueError: if a piece's own work refused its input; the message names the piece.
-            TimeoutError: if no actor could be placed in cluster.wait_timeout_s.
+            TimeoutError: if no actor, or not all workers, could be placed in cluster.wait_timeout_s.
         """
         for piece, result in self.results(Backlog(packs), start, keep=keep):
             if isinstance(result, Exception):
                 raise result
             yield piece, result
 
-    def hand_back(self) -> None:
-        """Release all actors, which must have no work; later work requests others."""
-        self._crew.release_all()
-
     def results(
         self, backlog: Backlog, start: Weights | None = None, *, keep: float = 0
-    ) -> Iterator[tuple[AnyPiece, dict[str, Any] | Exception]]:
+    ) -> Iterator[tuple[AnyPiece, Outcome]]:
         """Do the backlog's pieces. Yield each with its record, or the error for which it, or a piece it needs, failed.
 
         More may be added to the backlog between two results. What a result made due may have started by then.
@@ -140,18 +145,29 @@ class ActorPool:
             CorruptFile: if a file that a piece needs is damaged.
         """
         start_ref = None if start is None else put_once(start)
-        for pack, results in self._results(backlog, start_ref, keep=keep):
-            outcomes: list[tuple[AnyPiece, dict[str, Any] | Exception]] = []
-            for piece, result in zip(pack.pieces, results, strict=True):
-                if result is None:
-                    continue
-                outcomes.append((piece, result))
-                if isinstance(result, Exception):
-                    outcomes += [(dependent, result) for dependent in backlog.drop_dependents(piece)]
-                else:
-                    backlog.note_done(piece)
-            self._assign(backlog, start_ref)  # actors need not wait while the caller takes the results in
-            yield from sorted(outcomes, key=lambda outcome: isinstance(outcome[1], Exception))  # failures last
+        while True:
+            for pack, results in self._results(backlog, start_ref, keep=keep):
+                outcomes = [
+                    outcome
+                    for piece, result in zip(pack.pieces, results, strict=True)
+                    if result is not None
+                    for outcome in _outcomes(backlog, piece, result)
+                ]
+                self._assign(backlog, start_ref)  # actors need not wait while the caller takes the results in
+                yield from sorted(outcomes, key=lambda outcome: isinstance(outcome[1], Exception))  # failures last
+            if not (jobs := backlog.take_jobs()):
+                return
+            self._crew.release_all()
+            for job in jobs:
+                yield from _outcomes(backlog, job, self._train(job))
+
+    def _train(self, job: Piece) -> Outcome:
+        try:
+            return fine_tune(self.opened, job, num_gpus=self._num_gpus)
+        except CorruptFile:
+            raise
+        except (ValueError, FineTuningFailed) as error:
+            return error
 
     def _results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
@@ -341,6 +357,14 @@ class ActorPool:
     def _tell_damages(self, slot: Slot, damages: Sequence[str]) -> None:
         for text in damages:
             self._tell(Note(f"on node {slot.ip}, {text}", is_warning=True))
+
+
+def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[tuple[AnyPiece, Outcome]]:
+    """Tell the backlog of a piece's result. Return it, and if the piece failed, those that need it as failed too."""
+    if isinstance(result, Exception):
+        return [(failed, result) for failed in (piece, *backlog.drop_dependents(piece))]
+    backlog.note_done(piece)
+    return [(piece, result)]
 
 
 def _attempt(slot: Slot, place: int = 0) -> Attempt:

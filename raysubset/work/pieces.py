@@ -79,7 +79,8 @@ class Piece:
     measures: Collection[Measure] = MEASURES  # what its minimum is measured on
     send: Send = "float32"  # how its minimum is stored: whole, or as differences from its first weights
     is_subsample: bool = False  # of a part of the subset, with the recipe of subsets
-    by_train: bool = False  # by Ray Train, in its local mode if one actor is the only worker
+    by_train: bool = False  # by Ray Train, in its local mode if an actor does it
+    num_workers: int = 0  # of a Ray Train job; 0: an actor does it
     teachers: tuple[Output, ...] = ()  # minima to distil from, by Ray Train
     name: str = ""  # its label, if not by its subset or stage
 

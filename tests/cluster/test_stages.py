@@ -91,7 +91,7 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
     # the trunk of two workers ends where that of one does
     piece = Piece(made, RunDirectory(str(tmp_path), "alone"), "trunk", by_train=True)
     opened = Run(made, piece.directory, full_set, put_once(full_set), lambda event: None)
-    fine_tune(opened, piece, num_workers=0, num_gpus=0.0)  # in this process
+    fine_tune(opened, piece, num_gpus=0.0)  # in this process
     ends = piece.output.weights()
     assert piece.output.record()["num_workers"] == 1
     for key, value in stored_weights(directory, weights_path("trunk")).items():
@@ -163,8 +163,7 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), events.append),
-            Piece(made, directory, "fine_tuning", by_train=True),
-            num_workers=2,
+            Piece(made, directory, "fine_tuning", by_train=True, num_workers=2),
             num_gpus=0.0,
         )
     warnings = [event.text for event in events if isinstance(event, Note) and event.is_warning]
@@ -189,9 +188,9 @@ def test_places_of_a_group_that_ray_train_forgot_are_freed_for_the_next(tmp_path
 
     made = Config(name="lost", storage_path=str(tmp_path))
     full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "lost")
-    piece = Piece(made, directory, "fine_tuning", by_train=True)
+    piece = Piece(made, directory, "fine_tuning", by_train=True, num_workers=4)
     job = Job.of(piece, full_set, put_once(full_set), num_gpus=0.0, workplace=workplace())
-    lookout = TrainLookout(job, num_workers=4, is_elastic=False, quality=full_set.quality, tell=lambda event: None)
+    lookout = TrainLookout(job, is_elastic=False, tell=lambda event: None)
     controller: Any = ray.remote(num_cpus=0)(Controller).remote()
     ray.get(controller.request_all_places.remote())
     assert ray.get(controller.has_places.remote(60))

@@ -157,8 +157,8 @@ def test_two_workers_stream_their_parts_of_a_set_three_times_as_large_as_the_obj
     )
     full_set, directory = load_full_set(config.data), RunDirectory(str(tmp_path), "run")
     opened = Run(config, directory, full_set, put_once(full_set), lambda event: None)
-    piece = Piece(config, directory, "fine_tuning", by_train=True)
-    fine_tune(opened, piece, num_workers=2, num_gpus=0.0)
+    piece = Piece(config, directory, "fine_tuning", by_train=True, num_workers=2)
+    fine_tune(opened, piece, num_gpus=0.0)
     record = piece.record()
     assert record is not None
     (work,) = Ledger(directory).read()
