@@ -9,6 +9,11 @@ def noise(rows, generator):
     return {**rows, "image": images // 2 + drawn}
 
 
+def mixed(rows, generator):
+    order = torch.randperm(len(rows["image"]), generator=generator)
+    return {**rows, "image": rows["image"] // 2 + rows["image"][order] // 2}
+
+
 def in_place(rows, generator):
     rows["image"].random_(0, 256, generator=generator)
     return rows

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.config.minimizing import AveragingConfig, ExtrapolationConfig, SkippingConfig
 from raysubset.data import Examples
+from raysubset.data.examples import OwnAugmentation
 from raysubset.models import build_model
 from raysubset.tasks import CrossEntropy, Spec, SquaredError
 from raysubset.training import (
@@ -85,15 +86,15 @@ class Members:
     augmentation: Any = "crop_flip"
     network: Callable[[int], nn.Module] = field(default=lambda seed: cnn(seed=seed))
     objective: CrossEntropy | SquaredError = CROSS_ENTROPY
+    own_augmentation: OwnAugmentation | None = None
 
     def models(self) -> list[nn.Module]:
         return [self.network(seed).double() for seed in range(len(self.sizes))]
 
     def examples(self) -> list[Examples]:
-        return [
-            examples(size, augmentation=self.augmentation, objective=self.objective, seed=i)
-            for i, size in enumerate(self.sizes)
-        ]
+        options: dict[str, Any] = {"augmentation": self.augmentation, "objective": self.objective}
+        members = [examples(size, seed=i, **options) for i, size in enumerate(self.sizes)]
+        return [replace(member, augmentation=self.own_augmentation) for member in members]
 
     def one_by_one(
         self, config: MinimizeConfig, **options: Sequence[Any]
@@ -168,6 +169,12 @@ def test_packed_equals_one_by_one_for_every_recipe(changes: dict[str, Any]) -> N
     members = Members(objective=recipe.pop("objective", CROSS_ENTROPY))
     config = MinimizeConfig(**recipe)
     assert_same_results(members.packed(config), members.one_by_one(config))
+
+
+@pytest.mark.parametrize("sizes", [(30, 30, 30), (30, 31, 47)])
+def test_a_users_augmentation_gets_the_batches_of_one_member(sizes: Sequence[int]) -> None:
+    members = Members(sizes, own_augmentation=OwnAugmentation("tests.own_augmentations:mixed"))
+    assert_same_results(members.packed(RECIPE), members.one_by_one(RECIPE))
 
 
 def test_members_of_unequal_size_have_batches_rates_and_ends_of_their_own() -> None:

@@ -75,13 +75,14 @@ class CrossEntropy:
         """Return H·change for each example, [n, …], with H the second derivative of its loss by its outputs.
 
         At each position H is w (diag(p) − ppᵀ) / positions, with p the softmax and w the target's class weight or 1.
+        Label smoothing s makes it (1 - s) w plus s times the mean class weight.
         """
         p = F.softmax(outputs, dim=self.class_dim)
         weighted = p * change
         product = weighted - p * weighted.sum(self.class_dim, keepdim=True)
         if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
             return product
-        return product * self._scale(outputs, targets)
+        return product * self._scale(outputs, targets, smoothing=self.label_smoothing)
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
         """Return directions of outputs, [n, T, …], whose squared gradients sum to the Fisher's diagonal.
@@ -121,7 +122,7 @@ class CrossEntropy:
         """Return the targets with class 0 at ignored positions, whose value may be no class."""
         return targets if self.ignored is None else targets.masked_fill(targets == self.ignored, 0)
 
-    def _scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _scale(self, outputs: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
         """Return the weight of each position in its example's loss: [n, …] with a dimension of 1 for the classes."""
         is_counted = torch.ones_like(targets, dtype=outputs.dtype)
         if self.ignored is not None:
@@ -131,7 +132,7 @@ class CrossEntropy:
             share = is_counted / is_counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
         if self.class_weights is not None:
             weight = torch.tensor(self.class_weights).to(outputs)
-            share = share * weight[self._labels(targets)]
+            share = share * torch.lerp(weight, weight.mean(), smoothing)[self._labels(targets)]
         return share.unsqueeze(self.class_dim)
 
 

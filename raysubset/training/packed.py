@@ -193,9 +193,12 @@ class _Pack:
     def _forward_and_backward(self, rows: list[int], size: int) -> None:
         """Add the gradients and the losses of members whose batches have the same size."""
         batches = [self._next_batch(self.running[row]) for row in rows]
-        inputs, targets = self._joint.batch(
-            torch.stack(batches, dim=1).flatten(), draws=self._draws, channels_last=True, dtype=self._dtype
-        )
+        read = partial(self._joint.batch, draws=self._draws, channels_last=True, dtype=self._dtype)
+        if self._joint.augmentation is None:
+            inputs, targets = read(torch.stack(batches, dim=1).flatten())
+        else:  # the user's function gets one member's batch at a time: it may mix the examples of a batch
+            parts = zip(*map(read, batches), strict=True)
+            inputs, targets = (torch.stack(values, dim=1).flatten(0, 1) for values in parts)
         inputs = inputs.unflatten(0, (size, len(rows)))  # of images [N, k, C, H, W] in the memory of [N, k, H, W, C]
         if self._recipe.channels_last and inputs.ndim == 5:  # cloned: contiguous() keeps the strides of one channel
             pixels = inputs.permute(0, 3, 4, 1, 2).clone(memory_format=torch.contiguous_format)
