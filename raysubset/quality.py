@@ -21,6 +21,11 @@ class Quality:
         return value if self.higher_is_better else -value
 
     @property
+    def needs_margin(self) -> bool:
+        """True if only the user can say how much worse still counts as good. For accuracy there is a usual margin."""
+        return self.margin is None and self.name != "accuracy"
+
+    @property
     def scale(self) -> int:
         """The factor for values that are drawn on an axis titled `label`."""
         return 100 if self.is_share else 1

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from raysubset.comparison import compare, driver, gathering
-from raysubset.comparison.arms import Settings, parse_arm
+from raysubset.comparison.arms import ALL_ARMS, Settings, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
@@ -164,6 +164,29 @@ def test_a_margin_is_the_one_given_the_datas_the_qualitys_or_asked_for():
     assert driver._margin(3.0, BITS, "mnist") == 3.0
     with pytest.raises(ValueError, match=r"--margin = 3.0 must be in \[0, 1\)"):
         driver._margin(3.0, ACCURACY, "mnist")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ({}, []),
+        ({"minimize.optimizer": "lbfgs"}, ["C", "I", "H:rounds.num=4"]),
+        ({"minimize.optimizer": "levenberg_marquardt", "task.loss": "squared_error"}, ["C", "I", "H:rounds.num=4"]),
+        ({"subsets.start": "independent", "trunk.epochs": 0.0}, ["H:rounds.num=4"]),
+        ({"minimize.patience": 3}, ["H:rounds.num=4"]),
+        ({"minimize.averaging.kind": "pswa"}, ["C"]),
+    ],
+)
+def test_arms_that_nobody_named_are_those_that_the_config_allows(overrides: Any, left_out: list[str]):
+    config = Config().with_overrides(overrides)
+    rates = [config.minimize.peak_learning_rate()]
+    arms, notes = driver._usual_arms(config, rates[0])
+    assert arms == [key for key in ALL_ARMS if key not in left_out]
+    assert [note.text.split()[6].rstrip(":") for note in notes] == left_out
+    assert [arm.key for arm in driver._checked(config, [0, 1], [2.0], arms, rates)] == arms
+    for key in left_out:
+        with pytest.raises(ValueError, match=rf"^arm {key}"):
+            driver._checked(config, [0, 1], [2.0], ["B", "G", key], rates)
 
 
 def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from raysubset.cli import call
 from raysubset.config import Config, MinimizeConfig, SkippingConfig, derive_seed
+from raysubset.quality import Quality
 from raysubset.report.rates import rate_sections
 from raysubset.training import RateRange, minimize, rate_range
 from tests.tiny import SQUARED_ERROR, cnn, examples, linear, same_bits, weights
@@ -89,10 +91,13 @@ def of_losses(losses: list[float]) -> RateRange:
     ],
 )
 def test_the_suggestion_says_how_it_came_about(losses, text):
-    told, curve = rate_sections(of_losses(losses), Config().to_dict(), passes=1.5, num_examples=30, loss="loss")
+    about: dict[str, Any] = {"passes": 1.5, "num_examples": 30, "loss": "loss", "quality": Quality("r2")}
+    told, curve = rate_sections(of_losses(losses), Config().to_dict(), **about)
     assert text in str(told.lines[0])
     assert "It cost 1.50 passes over the training set, which no report counts" in str(told.lines[1])
+    assert str(told.lines[1]).endswith("by validation data, MARGIN: how much worse in r2 still counts as good:")
     assert str(told.lines[2]).startswith("raysubset compare --learning-rates ")
+    assert str(told.lines[2]).endswith(" --margin MARGIN")
     assert len(curve.rows) == len(losses)
     (plot,) = curve.plots
     assert ("suggested: " in " ".join(plot.legend)) == ("hardly" not in text)

@@ -5,6 +5,7 @@ import math
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,16 @@ def test_a_command_gives_what_an_earlier_version_recorded_in_todays_flags():
     config["minimize"]["loss"] = "cross_entropy"
     assert command(config) == "raysubset run"
     assert comparison_beside(config) == "raysubset compare"
+
+
+def test_a_comparison_command_leaves_out_what_is_refused_and_names_a_margin_that_only_the_user_knows():
+    config = Config().with_overrides({"actors.quorum": 3, "subsets.shares": "measured"}).to_dict()
+    assert comparison_beside(config) == "raysubset compare"
+    assert comparison_beside(config, quality=R2) == "raysubset compare --margin MARGIN"
+    assert comparison_beside(config, quality=replace(R2, margin=0.1)) == "raysubset compare"
+    lines = [str(line) for line in sections(of_task(a_record(), "regression", R2))[-1].lines]
+    assert "(--quick: a smoke test, MARGIN: how much worse in r2 still counts as good)" in "".join(lines)
+    assert any(line.startswith("raysubset compare --margin MARGIN") for line in lines)
 
 
 def test_conventional_command_costs_the_same_with_its_own_evaluation():

@@ -392,6 +392,7 @@ def _find_rate(command: FindRate) -> int:
     rates = rate_range(model, examples, recipe, seed=config.seed)
     passes = rates.cost.passes(len(full_set.train), plan.forward_share)
     about = {"passes": passes, "num_examples": len(examples), "loss": full_set.task.loss_name}
+    about["quality"] = full_set.quality
     sections = rate_sections(rates, config.to_dict(), **about)
     if command.to:
         print(f"Page: {write_rates(sections, command.to, config.to_dict())}")

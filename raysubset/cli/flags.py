@@ -109,7 +109,7 @@ class Compare(_Resumed):
     arms: tuple[str, ...] = ()
     """Arms to compare: A long conventional, B conventional, C RS2, D one subset, E D with shrink-perturb, F D from
     fresh weights, G aggregate, H trunk and aggregate, I data-parallel; or with overrides: G:aggregation.method=fisher.
-    """
+    By default all that the settings allow, and H:rounds.num=4."""
     learning_rates: tuple[float, ...] = ()
     """Grid tried for each arm, on validation data; by default 0.3, 1 and 3 times --minimize.learning-rate, and up to
     three rates further while an arm's best one is at an edge."""

@@ -49,7 +49,7 @@ def compare(
     task: Any = None,
     seeds: int | Sequence[int] = 5,
     budgets: Sequence[float] = BUDGETS,
-    arms: Sequence[str] = ALL_ARMS,
+    arms: Sequence[str] = (),
     learning_rates: Sequence[float] = (),
     batch_sizes: Sequence[int] = (),
     margin: float | None = None,
@@ -73,7 +73,8 @@ def compare(
         data, model, task: objects instead of names, as for run().
         seeds: their number, from config.seed on, or the seeds themselves. At least two.
         budgets: passes of training in total, each at least one. A trains for twice the largest.
-        arms: letters A to I, or letters with overrides as in "G:aggregation.method=fisher".
+        arms: letters A to I, or letters with overrides as in "G:aggregation.method=fisher"; by default those of
+            ALL_ARMS that the config allows, with a note on the others.
         learning_rates: the grid tried for each arm (times num_workers for I). By default LEARNING_RATES times the
             recipe's own, and beyond that, for an arm whose best rate is at an edge, at most MOST_BEYOND further rates.
         batch_sizes: the grid tried for B; by default only the config's.
@@ -97,6 +98,7 @@ def compare(
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     rates = sorted(set(learning_rates or (rate for rate in own_rates if _takes(config, rate))))
+    arms, arm_notes = (arms, []) if arms else _usual_arms(config, rates[0])
     chosen_arms = _checked(config, seeds, budgets, arms, rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
@@ -113,7 +115,7 @@ def compare(
     identity = identify([config, *configs.values()], {config.learned: full_set}, old_identity)
     plan = make_plan(config, full_set)
     plans = {arm: make_plan(configs[arm], full_set) if arm.overrides else plan for arm in chosen_arms}
-    for note in (*places_notes(identity), *full_set.advice, *plan.advice):
+    for note in (*arm_notes, *places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
     directory.check_writable()
     shown_config = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
@@ -206,7 +208,7 @@ def _checked(
         check_number("--learning-rates", rate, "(0, ∞)")
         config.with_overrides({"minimize.learning_rate": rate})  # refuses a rate that the optimizer cannot use
     for arm in parsed:
-        _refuse_unused_settings(arm, config)
+        _refuse_unfit(arm, config, learning_rates)
     return parsed
 
 
@@ -217,6 +219,33 @@ def _takes(config: Config, learning_rate: float) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _usual_arms(config: Config, rate: float) -> tuple[list[str], list[Note]]:
+    """Return the arms that the config allows, and a note on each control and arm in rounds that it does not."""
+    arms, notes = list(ALL_ARMS), list[Note]()
+    for key in ("C", "I", "H:rounds.num=4"):
+        try:
+            _refuse_unfit(parse_arm(key), config, [rate])
+        except ValueError as error:
+            arms.remove(key)
+            notes.append(Note(f"left out of the comparison: {error}"))
+    return arms, notes
+
+
+def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> None:
+    """Refuse an arm that would ignore settings, or whose own settings contradict the config's.
+
+    Raises:
+        ValueError: with the arm.
+    """
+    try:
+        _refuse_unused_settings(arm, config)
+        for rate in learning_rates:
+            arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("arm ") else f"arm {arm.key}: {text}") from error
 
 
 def _refuse_unused_settings(arm: Arm, config: Config) -> None:
@@ -257,10 +286,9 @@ def _margin(margin: float | None, quality: Quality, data_name: str) -> float:
     if margin is not None:
         check_number("--margin", margin, "[0, 1)" if quality.is_share else "[0, ∞)")
         return margin
-    is_accuracy = quality.name == ACCURACY.name
-    if is_accuracy and data_name in MARGINS:
+    if quality.name == ACCURACY.name and data_name in MARGINS:
         return MARGINS[data_name]
-    if quality.margin is None and not is_accuracy:
+    if quality.needs_margin:
         raise ValueError(
             f"how much worse in {quality.label} may a model be and still count as good? No margin of non-inferiority "
             "is known for it: give --margin"

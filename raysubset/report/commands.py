@@ -7,6 +7,7 @@ from typing import Any
 
 from raysubset.config import Config, flatten, of_now
 from raysubset.costs import Cost
+from raysubset.quality import ACCURACY, Quality
 from raysubset.report.figures import Record
 
 # Settings that a conventional run of a given length does not depend on
@@ -66,10 +67,20 @@ def subset_pretraining_beside(record: Record) -> str:
     return command(_without(config, "conventional.") | changes)
 
 
-def comparison_beside(config: Record, *options: str) -> str:
-    """Return the command of a comparison with the data, network and recipe of a run of this config."""
+def comparison_beside(config: Record, *options: str, quality: Quality = ACCURACY) -> str:
+    """Return the command of a comparison with the data, network and recipe of a run of this config.
+
+    It leaves out what a comparison refuses. MARGIN stands for a margin that only the user knows.
+    """
     name = _renamed(config["name"], "comparison")
-    return command(_without(config, "conventional.", "method") | {"name": name}, "compare", *options)
+    margin = ("--margin", "MARGIN") if quality.needs_margin else ()
+    shared = _without(config, "conventional.", "method", "actors.quorum", "subsets.shares")
+    return command(shared | {"name": name}, "compare", *options, *margin)
+
+
+def margin_in_words(quality: Quality) -> str:
+    """Return what MARGIN in comparison_beside() stands for, or "" if the command has none."""
+    return f", MARGIN: how much worse in {quality.label} still counts as good" if quality.needs_margin else ""
 
 
 def _without(config: Record, *prefixes: str) -> dict[str, Any]:

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside
-from raysubset.report.commands import comparison_beside, conventional_beside, subset_pretraining_beside
+from raysubset.report.commands import (
+    comparison_beside,
+    conventional_beside,
+    margin_in_words,
+    subset_pretraining_beside,
+)
 from raysubset.report.figures import (
     NOISE_ERRORS,
     Record,
@@ -122,8 +127,10 @@ def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:
             yield f"{passes:.2f} passes {words}:"
             yield Command(conventional_beside(record, passes, suffix))
     if beside.comparison is None:
-        yield "Only a comparison over budgets and seeds shows whether this pays (--quick: a smoke test):"
-        yield Command(comparison_beside(record["config"]))
+        quality = quality_of(record)
+        margin = margin_in_words(quality)
+        yield f"Only a comparison over budgets and seeds shows whether this pays (--quick: a smoke test{margin}):"
+        yield Command(comparison_beside(record["config"], quality=quality))
     yield "All numbers, and the page again: raysubset report DIR --format json or html. Runs side by side:"
     other = "DIR" if beside.run is None else beside.run["uri"]
     yield Command(f"raysubset report {shlex.quote(record['uri'])} {shlex.quote(other)}")

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raysubset.events import Note
-from raysubset.report.commands import comparison_beside
+from raysubset.quality import Quality
+from raysubset.report.commands import comparison_beside, margin_in_words
 from raysubset.report.drawing import COLOURS, GOOD, Chart, Plot
 from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Command, Line, Section
@@ -18,7 +19,7 @@ _AROUND = (1 / 3, 1.0, 3.0)  # times the suggestion: the rates that a comparison
 
 
 def rate_sections(
-    rate_range: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str
+    rate_range: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str, quality: Quality
 ) -> list[Section]:
     """Return the sections of the suggestion and of the curve.
 
@@ -28,6 +29,7 @@ def rate_sections(
         passes: cost of the test.
         num_examples: examples that the test used.
         loss: name of the loss, with its unit.
+        quality: what a comparison goes by.
     """
     rates, losses, suggested = rate_range.rates, rate_range.losses, rate_range.suggested
     least_at, ended_at = rate_range.least_at, rate_range.ended_at
@@ -45,10 +47,11 @@ def rate_sections(
         f"A rule of thumb (range test, arXiv:1506.01186): {rate_range.steps_a_rate} step(s) at each of {len(rates)} "
         f"rates, one after the other, on {num_examples:,} examples from the start weights. It used no "
         "validation data, no schedule and no later epoch, and another seed changes it. It cost "
-        f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data:"
+        f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data"
+        f"{margin_in_words(quality)}:"
     )
     candidates = [f"{factor * suggested:.2g}" for factor in _AROUND]
-    beside = Command(comparison_beside(config, "--learning-rates", *candidates))
+    beside = Command(comparison_beside(config, "--learning-rates", *candidates, quality=quality))
     return [
         Section("A learning rate to begin with", lines=(suggestion, worth, beside)),
         Section(
