@@ -233,7 +233,6 @@ def _of_worker(get: Callable[[Any], Any]) -> Any:
 
 def _serve(pipe: Any, build: bytes) -> None:
     """An actor's process."""
-    from raysubset.fine_tuning import worker
     from raysubset.subset_actors import actor as actor_module
 
     here = SimpleNamespace(
@@ -245,7 +244,6 @@ def _serve(pipe: Any, build: bytes) -> None:
     )
     for module in (actor_module, tasks, resources):
         module.ray = here  # type: ignore[attr-defined]
-    worker.ray = _of_worker(_get)  # type: ignore[attr-defined]
     actor, lock = cloudpickle.loads(build)(), Lock()
 
     def answer(number: int, method: str, arguments: Sequence[Any], options: dict[str, Any]) -> None:

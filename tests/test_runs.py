@@ -16,8 +16,7 @@ from raysubset import Config, RunReport, run
 from raysubset.cluster import put_once
 from raysubset.data import load_full_set
 from raysubset.events import Event, Note, Progress, Retry
-from raysubset.fine_tuning import Job, fine_tune
-from raysubset.fine_tuning.worker import train_here
+from raysubset.fine_tuning import fine_tune
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
     PREDICTIONS_PATH,
@@ -31,9 +30,8 @@ from raysubset.run_directory import (
 )
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import SubsetFailed
-from raysubset.training import Weights
-from raysubset.user_code.source_files import Workplace
-from raysubset.work import Follower, Piece, Run
+from raysubset.training import Step, Weights
+from raysubset.work import Minimizer, Piece, Run
 from tests.slow_steps import slow_down, speed_up
 from tests.tiny import stored_weights
 
@@ -258,23 +256,35 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     assert work.cost.num_steps > 0
 
 
+STOPPED: list[Minimizer] = []
+
+
+def stop_in_the_second_epoch(step: Step) -> None:
+    for minimizer in STOPPED:
+        if step.epoch > 1.5:
+            minimizer.request_stop(preempted=True)
+
+
 def test_a_stage_that_an_actor_does_stops_and_resumes_to_the_bits_of_a_train_job(tmp_path: Path) -> None:
-    made = config(tmp_path, "job", fine_tuning__epochs=3.0, fine_tuning__keep="best")
+    listener = f"{__name__}:stop_in_the_second_epoch"
+    made = config(tmp_path, "job", fine_tuning__epochs=3.0, fine_tuning__keep="best", actors__on_step=listener)
     full_set = load_full_set(made.data)
     job, alone = RunDirectory(str(tmp_path), "job"), RunDirectory(str(tmp_path), "alone")
     opened = Run(made, job, full_set, put_once(full_set), lambda event: None)
     at_once, piece = (Piece(made, directory, "fine_tuning", by_train=True) for directory in (job, alone))
     fine_tune(opened, at_once, num_gpus=0.0)  # one worker, in this process
 
-    own = Job.of(piece, full_set, opened.full_set_ref, num_gpus=0.0, workplace=Workplace.here())
-    stopping = Follower(lambda progress: progress.epoch > 1.5, lambda: "preempted")
-    assert train_here(own, stopping, attempt=0, waited_s=0.5) is None
+    first, second = (Minimizer(lambda: full_set, num_gpus=0, node="here") for _ in range(2))
+    STOPPED.append(first)
+    assert first.minimize([piece], None, attempts=[0], waited_s=0.5) == [None]
+    STOPPED.clear()
     assert alone.exists(checkpoint_path("fine_tuning", 0))
-    resumed = train_here(own, Follower(lambda progress: False, lambda: "preempted"), attempt=1, waited_s=0.0)
+    (resumed,) = second.minimize([piece], None, attempts=[1], waited_s=0.0)
 
     assert same_bits(piece.output.weights(), at_once.output.weights())
     apart = {"files": 0, "peak_bytes": 0}
-    assert {**(resumed or {}), **apart} == {**(at_once.record() or {}), **apart}
+    assert isinstance(resumed, dict)
+    assert {**resumed, **apart} == {**(at_once.record() or {}), **apart}
     assert not alone.exists(checkpoint_path("fine_tuning", 0))
     works = Ledger(alone).read()
     assert [(w.attempt, w.outcome, w.waited_s) for w in works] == [(0, "preempted", 0.5), (1, "done", 0.0)]

@@ -99,7 +99,9 @@ def test_a_piece_that_was_stopped_resumes_to_the_same_bits_and_all_its_work_is_c
 
 
 @pytest.mark.timeout(60)
-def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_kept(full_set: FullSet) -> None:
+def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_kept(
+    full_set: FullSet, start: Weights, directory: RunDirectory
+) -> None:
     stopped, until = minimizer(full_set), time.process_time() + 0.3
     before = signal.signal(signal.SIGVTALRM, lambda *_: stopped.request_stop(preempted=True))
     signal.setitimer(signal.ITIMER_VIRTUAL, 1e-5, 1e-5)
@@ -109,9 +111,9 @@ def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-    with stopped.following() as follower:
-        assert follower.follow(Progress(1, 1))
-        assert follower.outcome() == "preempted"
+    one = piece(directory, 0)
+    assert stopped.minimize([one], start, attempts=[0], waited_s=0.0) == [None]
+    assert [work.outcome for work in Ledger(directory).read()] == ["preempted"]
 
 
 def test_a_report_is_of_one_step_whatever_training_does_meanwhile() -> None:

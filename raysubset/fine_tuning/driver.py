@@ -3,11 +3,11 @@
 import os
 from typing import Any
 
-from raysubset.cluster import refuse_unplaceable, workplace
+from raysubset.cluster import put_once, refuse_unplaceable, workplace
 from raysubset.data import refuse_changed_files
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.streaming import refuse_without_readers
-from raysubset.work import Piece, Run
+from raysubset.work import Piece, Run, seeded_model
 
 
 def refuse_old_ray_train() -> None:
@@ -46,6 +46,8 @@ def fine_tune(run: Run, piece: Piece, *, num_gpus: float) -> dict[str, Any]:
         refuse_without_readers(config, stage, num_workers=num_workers)
     from raysubset.fine_tuning.trainer import fit  # takes two seconds of a CPU, and most runs do not need it
 
-    job = Job.of(piece, run.full_set, run.full_set_ref, num_gpus=num_gpus, workplace=workplace())
-    fit(job, tell=run.tell)
+    start = piece.start_weights(run.full_set)
+    if start is None:
+        start = seeded_model(config, run.full_set, piece.start_id).state_dict()
+    fit(Job(piece, run.full_set_ref, put_once(start), num_gpus, workplace()), tell=run.tell)
     return piece.directory.read_json(piece.output.record_path)

@@ -1,13 +1,9 @@
-"""A Ray Train worker: computes its share of each batch. Rank 0 writes ledger, history and result to the run directory.
-
-train_here(job, follower, attempt=0, waited_s=0.0)  # the only worker, in this process
-"""
+"""A Ray Train worker: computes its share of each batch. Rank 0 writes ledger, history and result to the directory."""
 
 import math
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,46 +12,40 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysubset.cluster import own_address, published
 from raysubset.config import TrainingStage, derive_seed
 from raysubset.costs import count_bytes, moved_bytes, taken_bytes
-from raysubset.data import Examples, FullSet, StreamedExamples
+from raysubset.data import FullSet, StreamedExamples
 from raysubset.errors import one_line
 from raysubset.fine_tuning.checkpoint_clock import CheckpointClock
-from raysubset.fine_tuning.job import FOLDER, Job
+from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.models import copied, new_model, num_parameters
-from raysubset.pulse import beat, stand
+from raysubset.pulse import stand
 from raysubset.run_directory import (
     Sink,
-    checkpoint_path,
     history_path,
     left_out_path,
     load_checkpoint,
     minimum_path,
     save_checkpoint,
     trace_path,
-    weights_path,
 )
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.training import (
     Cost,
-    Distillation,
     DivergedError,
     LeftOutError,
     Metrics,
     Progress,
     Shard,
     ValidationWatch,
-    Weights,
     device_name,
     evaluate,
     listener_of,
     minimize,
     num_steps_per_epoch,
-    peak_bytes,
     place,
     profiled,
     recompute_batch_norm,
@@ -63,7 +53,7 @@ from raysubset.training import (
     try_training,
     use_device,
 )
-from raysubset.work import Follower, Report, calibration_examples
+from raysubset.work import Report, calibration_examples, distillation_of, leave_trained
 
 STATE_FILE = "state.pt"
 OWN_STATE_FILE = "own-{rank}.pt"  # the other workers' own states, in the same checkpoint: Ray Train merges the reports
@@ -100,45 +90,6 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def train_here(job: Job, follower: Follower, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
-    """Run a stage in this process by Ray Train's local mode, from its newest checkpoint.
-
-    It writes what a job of one worker writes, bit for bit. If the process dies, another one resumes. Errors of its work
-    pass through.
-
-    Args:
-        attempt: names its checkpoints and ledger entry; waited_s goes into the ledger.
-
-    Returns:
-        The record (minimum.json); None if it was stopped, with a checkpoint written.
-    """
-    worker = _Worker(job, Shard(0, 1), _Alone(follower, attempt, waited_s))
-    trainer = TorchTrainer(
-        worker.train,
-        torch_config=_NoDeviceConfig(),
-        scaling_config=ray.train.ScalingConfig(num_workers=0),
-        run_config=ray.train.RunConfig(name=FOLDER),
-    )
-    return trainer.fit().return_value
-
-
-@dataclass(frozen=True)
-class _Alone:
-    """The context of a worker that is alone in a subset actor, whose pool counts attempts and keeps watch."""
-
-    follower: Follower
-    attempt: int
-    waited_s: float
-
-
-class _NoDeviceConfig(TorchConfig):
-    """A TorchConfig that leaves the device to use_device(); torch's own would start CUDA in a process without a GPU."""
-
-    @property
-    def train_func_context(self) -> Any:
-        return nullcontext
-
-
 class MistakeError(Exception):
     """An error of a worker's own work: its place and cause in a line, and whether it was a ValueError."""
 
@@ -162,28 +113,25 @@ _WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "t
 class _Worker:
     """The state of one Ray Train worker over its epochs."""
 
-    def __init__(self, job: Job, shard: Shard, alone: _Alone | None = None) -> None:
-        self._alone = alone
+    def __init__(self, job: Job, shard: Shard) -> None:
         piece, config, full_set = job.piece, job.piece.config, ray.get(job.full_set_ref[0])
+        self._piece = piece
         self._config, self._directory, self._shard = config, piece.directory, shard
         self._stage: TrainingStage = piece.stage
         self._recipe, self._ledger = config.stage(piece.stage, epochs=piece.epochs), Ledger(piece.directory)
         self._full_set: FullSet = full_set
         self._device = device = use_device(num_gpus=job.num_gpus, num_threads=config.actors.num_cpus)
         start = ray.get(job.start_ref[0])
-        if alone is None:
-            count_bytes(full_set.num_bytes + sum(tensor.nbytes for tensor in start.values()))
-        model = self._network(start)
+        count_bytes(full_set.num_bytes + sum(tensor.nbytes for tensor in start.values()))
+        model = new_model(config.model, full_set)
+        model.load_state_dict(start)
+        model = place(model, device, channels_last=self._recipe.channels_last)
         self._shard = shard = replace(shard, leaves_out=self._leaves_out(model))
         self._syncs_batch_norm = config.fine_tuning.sync_batch_norm and device.type == "cuda" and shard.num > 1
         if self._syncs_batch_norm:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._model = model
-        self._distillation = None
-        if piece.teachers:
-            teachers = [self._network(teacher.weights()) for teacher in piece.teachers]
-            share, temperature = config.fine_tuning.distillation, config.fine_tuning.temperature
-            self._distillation = Distillation(teachers, share=share, temperature=temperature)
+        self._distillation = distillation_of(piece, full_set, device)
         examples = full_set.training_batches(device=device, augment=True)
         if isinstance(examples, StreamedExamples):
             examples = read_by_ray_data(examples, job.full_set_ref, shard=shard, config=config)
@@ -202,11 +150,8 @@ class _Worker:
         if shard.rank == 0:
             self._open_ledger()
 
-    def train(self) -> dict[str, Any] | None:
+    def train(self) -> None:
         """Minimize from the last checkpoint if there is one; rank 0 writes the result.
-
-        Returns:
-            The record, from rank 0; None if it was stopped.
 
         Raises:
             DivergedError: as minimize() does, on every worker.
@@ -221,24 +166,22 @@ class _Worker:
         work_fields |= {"rank": self._shard.rank, "num_workers": self._shard.num}
         listener = listener_of(self._config.actors.on_step, **work_fields)
 
-        def on_step(progress: Progress) -> bool | str:
+        def on_step(progress: Progress) -> str | None:
             nonlocal latest_cost
             latest_cost = progress.cost
             stand(lambda: _standing(progress))
             outcome = self._watch.look(progress)
             if progress.epoch_ended and self._shard.rank == 0:
                 self._directory.write_json(history_path(self._stage), self._watch.looks)
-            counted = replace(progress, cost=self._cost(progress.cost))  # with looks at validation data
-            stop = self._alone is not None and self._alone.follower.follow(counted)
             is_due = self._clock.is_due(progress.step)
-            if progress.epoch_ended or progress.step % every_steps == 0 or stop or is_due:
-                self._checkpoint(progress, stop=stop)
+            if progress.epoch_ended or progress.step % every_steps == 0 or is_due:
+                self._checkpoint(progress)
             elif self._work is not None:
                 self._beat_if_due(self._work, progress)
             listener(progress)
             if trace:
                 trace()
-            return outcome or stop
+            return outcome
 
         seed = derive_seed(self._config.seed, "minimize", self._stage, 0, 0)  # the same as a subset actor's
         num_traced = self._config.actors.profile if self._shard.rank == 0 else 0
@@ -257,17 +200,12 @@ class _Worker:
                     on_step=on_step,
                 )
         except Exception as error:
-            if self._work is not None and (self._alone or isinstance(error, DivergedError)):  # not for a lost worker
+            if self._work is not None and isinstance(error, DivergedError):  # not for a lost worker
                 entry = replace(self._entry(self._work, latest_cost), outcome="failed", error=one_line(error))
                 self._ledger.write(replace(entry, ended_at=time.time()))
             raise
-        if self._work is None:
-            return None
-        if self._alone and result.outcome == "stopped":
-            entry = replace(self._entry(self._work, result.cost), outcome=self._alone.follower.outcome())
-            self._ledger.write(replace(entry, ended_at=time.time()))
-            return None
-        return self._leave_result(self._work, result.outcome, result.cost)
+        if self._work is not None:
+            self._leave_result(self._work, result.outcome, result.cost)
 
     def _leaves_out(self, model: torch.nn.Module) -> bool:
         """Return True if steps may leave out parameters, by a trial or an earlier attempt. All workers decide alike."""
@@ -280,24 +218,8 @@ class _Worker:
             leaves_out = bool(trial.left_out)
         return bool(shard.sum(torch.tensor(float(leaves_out), device=self._device)).item())
 
-    def _network(self, weights: Weights) -> torch.nn.Module:
-        """Return the run's network with these weights, on this worker's device."""
-        model = new_model(self._config.model, self._full_set)
-        model.load_state_dict(weights)
-        return place(model, self._device, channels_last=self._recipe.channels_last)
-
     def _restore(self) -> dict[str, Any] | None:
         """Return the state to resume from, or None to start over."""
-        if self._alone:
-            _, state = self._directory.newest_checkpoint(self._stage) or (0, None)
-        else:
-            state = self._reported_checkpoint()
-        if state is None or starts_over(self._recipe, state):
-            return None
-        self._watch.load_state_dict(state)
-        return state
-
-    def _reported_checkpoint(self) -> dict[str, Any] | None:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
@@ -308,6 +230,9 @@ class _Worker:
             own_path = Path(folder, OWN_STATE_FILE.format(rank=self._shard.rank))
             if own_path.exists():
                 state["own"] = load_checkpoint(own_path.read_bytes())
+        if starts_over(self._recipe, state):
+            return None
+        self._watch.load_state_dict(state)
         return state
 
     def _validate(self) -> Metrics:
@@ -336,27 +261,14 @@ class _Worker:
             self._beat_at = now
             self._ledger.write(self._entry(work, progress.cost))
 
-    def _checkpoint(self, progress: Progress, *, stop: bool) -> None:
-        """Report to Ray Train, which is a barrier of all ranks. Rank 0 writes the common state, the others their own.
-
-        Ray Train's local mode keeps no checkpoints, so a worker that is alone writes them to the run directory.
-        """
+    def _checkpoint(self, progress: Progress) -> None:
+        """Report to Ray Train: a barrier of all ranks. Rank 0 writes the common state, the others their own."""
         metrics = {"epoch": progress.epoch, "loss": progress.loss}
-        if self._alone:
-            assert self._work is not None
-            self._ledger.write(self._entry(self._work, progress.cost))  # first, so that it is counted
-            state = self._state(progress)
-            if stop or not starts_over(self._recipe, state):  # a checkpoint does not help a loop that starts over
-                self._directory.write_checkpoint(checkpoint_path(self._stage, self._alone.attempt), state)
-            ray.train.report(metrics)
-            self._clock.start(progress.step)
-            beat()
-            return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if self._shard.rank == 0:
                 assert self._work is not None
-                _write(folder, STATE_FILE, self._state(progress))
+                _write(folder, STATE_FILE, progress.capture() | self._watch.state_dict())
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 self._ledger.write(self._entry(self._work, progress.cost))
             elif own_state := progress.capture()["own"]:
@@ -364,9 +276,6 @@ class _Worker:
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{progress.step:09d}")
         self._clock.start(progress.step)
-
-    def _state(self, progress: Progress) -> dict[str, Any]:
-        return progress.capture() | self._watch.state_dict()
 
     def _cost(self, minimized: Cost) -> Cost:
         elapsed_s = time.perf_counter() - self._start_s
@@ -386,40 +295,32 @@ class _Worker:
         num_bytes = self._shard.num * self._num_start_bytes + num_given_bytes + moved_bytes() + num_reduced_bytes
         return replace(work, cost=self._cost(minimized), num_network_bytes=num_bytes)
 
-    def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> dict[str, Any]:
-        """Measure and write the weights, close the ledger entry, and write and return the record."""
+    def _leave_result(self, work: Work, outcome: str, minimized: Cost) -> None:
+        """Measure and write the weights, close the ledger entry, and write the record."""
         self._watch.settle()
         num_refreshed = 0
         if self._shard.num > 1 and not self._syncs_batch_norm:  # the statistics are of rank 0's parts of the batches
             num_refreshed = recompute_batch_norm(self._model, self._calibration, self._recipe)
-        validation: Examples = self._full_set.examples("validation", device=self._device)
-        weights = {k: v.cpu() for k, v in self._model.state_dict().items()}
-        record = {
-            "training": evaluate(self._model, self._calibration, self._recipe).to_dict(),
-            "validation": evaluate(self._model, validation, self._recipe).to_dict(),
-            "history": self._watch.looks,
-            "outcome": outcome,
-            "num_workers": self._shard.num,
-            "recomputed_batch_norm": num_refreshed > 0,
-            "peak_bytes": peak_bytes(self._device),
-            "files": {weights_path(self._stage): self._directory.write_weights(weights_path(self._stage), weights)},
-        }
-        self._measuring_cost += Cost(num_forward=num_refreshed + len(self._calibration) + len(validation))
+        record, cost = leave_trained(
+            self._model,
+            self._full_set,
+            self._piece,
+            self._watch,
+            outcome=outcome,
+            device=self._device,
+            num_workers=self._shard.num,
+            recomputed_batch_norm=num_refreshed > 0,
+        )
+        self._measuring_cost += cost + Cost(num_forward=num_refreshed)
         work = replace(self._entry(work, minimized), outcome="done", ended_at=time.time())
         self._ledger.write(work)  # before the record: without that, all of this work is done again
         self._directory.write_json(minimum_path(self._stage), record)
-        for path in self._directory.list(self._stage):
-            if "/checkpoint-" in path:
-                self._directory.delete(path)
-        return record
 
     def _open_ledger(self) -> None:
-        alone = self._alone
-        if alone is None:
-            self._ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of a dead group
-        attempt = alone.attempt if alone else self._ledger.next_attempt(self._stage, 0, None)
+        self._ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of a dead group
+        attempt = self._ledger.next_attempt(self._stage, 0, None)
         work = Work(self._stage, 0, None, attempt, own_address(), device_name(self._device), started_at=time.time())
-        self._work = replace(work, num_workers=self._shard.num, waited_s=alone.waited_s if alone else 0.0)
+        self._work = replace(work, num_workers=self._shard.num)
         self._ledger.write(self._work)
 
 

@@ -14,10 +14,10 @@ from raysubset.cluster import get_shared, own_address
 from raysubset.costs import count_bytes, taken_bytes
 from raysubset.data import FullSet
 from raysubset.errors import note_place
-from raysubset.fine_tuning import Job
+from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
-from raysubset.training import DivergedError, card_bytes
+from raysubset.training import DivergedError, Shard, card_bytes
 from raysubset.user_code.source_files import Workplace
 from raysubset.work import (
     AggregatePiece,
@@ -61,10 +61,11 @@ class SubsetActor:
     def __init__(self, full_set_ref: Sequence[ray.ObjectRef], num_gpus: float, workplace: Workplace) -> None:
         """Enter the driver's workplace and load nothing yet."""
         workplace.enter()
-        self._num_gpus, self._workplace, self._full_set_ref = num_gpus, workplace, full_set_ref
+        self._num_gpus = num_gpus
         self._load_full_set: Callable[[], FullSet] = cache(partial(_fetched_full_set, full_set_ref))
         self._start_id = ""  # of the start weights that this process fetched last
-        self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address())
+        stream = partial(read_by_ray_data, full_set_ref=full_set_ref, shard=Shard(0, 1))
+        self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address(), stream=stream)
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
 
@@ -123,11 +124,14 @@ class SubsetActor:
         if start_ref is not None and start is not None and start_ref[0].hex() != self._start_id:
             self._start_id = start_ref[0].hex()
             count_bytes(sum(tensor.nbytes for tensor in start.values()))
-        if isinstance(pieces[0], Piece) and pieces[0].by_train:
-            return [self._train(pieces[0], attempt=attempts[0], waited_s=waited_s)]
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
-            return self._minimizer.minimize(minimizations, start, attempts=attempts, waited_s=waited_s)
+            minimize = partial(self._minimizer.minimize, minimizations, start, attempts=attempts, waited_s=waited_s)
+            if minimizations[0].by_train:
+                from raysubset.fine_tuning.local_mode import in_local_mode  # Ray Train takes two seconds of a CPU
+
+                return in_local_mode(minimize)
+            return minimize()
         (piece,), (attempt,) = pieces, attempts
         if isinstance(piece, TrialPiece):
             return [self._minimizer.try_packing(piece, attempt=attempt)]
@@ -138,15 +142,6 @@ class SubsetActor:
             return [leave_aggregate(full_set, self._num_gpus, piece, start, attempt=attempt, **place)[1]]
         assert isinstance(piece, TestPiece)
         return [leave_metrics(full_set, self._num_gpus, piece)]
-
-    def _train(self, piece: Piece, *, attempt: int, waited_s: float) -> dict[str, Any] | None:
-        """Return the piece's record; None if it was stopped, with a checkpoint written."""
-        from raysubset.fine_tuning.worker import train_here  # Ray Train takes two seconds of a CPU
-
-        full_set, place = self._load_full_set(), {"num_gpus": self._num_gpus, "workplace": self._workplace}
-        job = Job.of(piece, full_set, self._full_set_ref, **place)
-        with self._minimizer.following() as follower:
-            return train_here(job, follower, attempt=attempt, waited_s=waited_s)
 
 
 def _fetched_full_set(full_set_ref: Sequence[ray.ObjectRef]) -> FullSet:

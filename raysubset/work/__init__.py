@@ -9,7 +9,7 @@ metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregat
 from raysubset.work.aggregating import leave_aggregate, placed_model
 from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
 from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
-from raysubset.work.minimizing import Follower, Minimizer
+from raysubset.work.minimizing import Minimizer
 from raysubset.work.pieces import (
     TEST_PATH,
     AggregatePiece,
@@ -25,3 +25,4 @@ from raysubset.work.run import Run
 from raysubset.work.spans import round_spans
 from raysubset.work.starting import seeded_model, start_note, weights_fingerprint
 from raysubset.work.testing import leave_metrics, leave_test, test_weights
+from raysubset.work.trained import distillation_of, leave_trained

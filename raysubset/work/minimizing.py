@@ -1,8 +1,8 @@
 """Minimizer: does pieces of work in this process, each from its newest checkpoint to its minimum."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from raysubset.run_directory import (
     RunDirectory,
     Seal,
     checkpoint_path,
+    history_path,
     minimum_path,
     optimizer_path,
     outputs_path,
@@ -55,6 +56,7 @@ from raysubset.training import (
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, TrialPiece
 from raysubset.work.starting import seeded_model
+from raysubset.work.trained import distillation_of, leave_trained
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
 
@@ -79,14 +81,6 @@ class _Job:
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
 
 
-@dataclass(frozen=True)
-class Follower:
-    """The reports of a minimization that another part of this process does, and the requests to stop it."""
-
-    follow: Callable[[Progress], bool]  # call it after each step; True: stop
-    outcome: Callable[[], Outcome]  # of a stopped minimization, for the ledger
-
-
 class Minimizer:
     """Minimizes on one piece of work at a time, or on a pack of them, on the device that this process was given.
 
@@ -97,9 +91,23 @@ class Minimizer:
     _config: Config  # of the current pieces
     _run: RunDirectory
 
-    def __init__(self, load_full_set: Callable[[], FullSet], *, num_gpus: float, node: str) -> None:
-        """Take a function that loads the full set, and this node's address, `node`, for the ledger."""
-        self._load_full_set, self._num_gpus, self._node = load_full_set, num_gpus, node
+    def __init__(
+        self,
+        load_full_set: Callable[[], FullSet],
+        *,
+        num_gpus: float,
+        node: str,
+        stream: Callable[..., StreamedExamples] | None = None,
+    ) -> None:
+        """Begin without work.
+
+        Args:
+            load_full_set: returns the full set.
+            node: this node's address, for the ledger.
+            stream: returns streamed examples that other processes read for stages that Ray Train does, given those
+                that this process would read, and the config.
+        """
+        self._load_full_set, self._num_gpus, self._node, self._stream = load_full_set, num_gpus, node, stream
         self.networks = Networks()
         self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, and their sizes in bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the current pack
@@ -117,20 +125,6 @@ class Minimizer:
         if preempted:  # set in one statement: a signal may come between two
             self._preempted = True
         self._is_to_stop = True
-
-    @contextmanager
-    def following(self) -> Iterator["Follower"]:
-        """Be busy with a minimization elsewhere in this process, which reports its steps to the follower."""
-        begin()
-        self._progress, self.is_busy = {}, True
-        try:
-            yield Follower(self._follow, self._stop_outcome)
-        finally:
-            self._progress, self.is_busy = {}, False
-
-    def _follow(self, progress: Progress) -> bool:
-        self._progress = {0: progress}
-        return self._is_to_stop
 
     def _stop_outcome(self) -> Outcome:
         return "preempted" if self._preempted else "interrupted"
@@ -244,7 +238,10 @@ class Minimizer:
             model = place(model, device, channels_last=config.minimize.channels_last)
         else:
             model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
-        return model, full_set.training_batches(piece.positions(full_set), device=device, augment=True)
+        examples = full_set.training_batches(piece.positions(full_set), device=device, augment=True)
+        if piece.by_train and self._stream and isinstance(examples, StreamedExamples):
+            examples = self._stream(examples, config=config)
+        return model, examples
 
     def _prepare(
         self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
@@ -308,6 +305,8 @@ class Minimizer:
 
         def on_step(progress: Progress) -> bool | str:
             outcome = job.watch.look(progress) if job.watch else None
+            if job.watch and job.piece.by_train and progress.epoch_ended:
+                self._run.write_json(history_path(job.piece.stage), job.watch.looks)
             return on_steps({0: replace(progress, cost=progress.cost + job.validation_cost)}) or outcome or False
 
         result = minimize(
@@ -318,6 +317,7 @@ class Minimizer:
             state=job.state,
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
+            distillation=distillation_of(first, self._load_full_set(), job.examples.device),
             validation=validation,
             on_step=on_step,
         )
@@ -328,9 +328,9 @@ class Minimizer:
         return [replace(result, cost=result.cost + job.validation_cost)]
 
     def _watch(self, job: _Job) -> ValidationWatch | None:
-        """Return a watch of validation data at epochs' ends, if the recipe requests one."""
-        recipe = job.recipe
-        if not (recipe.validate_every or recipe.watched_patience()):
+        """Return a watch of validation data at epochs' ends if the recipe requests one, as all of Ray Train's do."""
+        recipe, piece = job.recipe, job.piece
+        if not (piece.by_train or recipe.validate_every or recipe.watched_patience()):
             return None
         examples = self._load_full_set().examples("validation", device=job.examples.device)
 
@@ -338,8 +338,13 @@ class Minimizer:
             job.validation_cost += Cost(num_forward=len(examples))
             return evaluate(job.model, examples, recipe)
 
-        every, patience = recipe.validate_every or 1, recipe.watched_patience()
-        watch = ValidationWatch(job.model, validate, every=every, patience=patience)
+        watch = ValidationWatch(
+            job.model,
+            validate,
+            every=1 if piece.by_train else recipe.validate_every or 1,
+            patience=recipe.watched_patience(),
+            keeps_best=piece.stage == "fine_tuning" and self._config.fine_tuning.keep == "best",
+        )
         if job.state:
             watch.load_state_dict(job.state)
         return watch
@@ -389,25 +394,31 @@ class Minimizer:
         if result.outcome == "stopped":
             self._close(job.work, self._stop_outcome(), cost + shared)
             return None
-        full_set = self._load_full_set()
-        record, measured = self._leave_minimum(job, full_set, result.outcome)
-        files = record["files"]
+        full_set, device = self._load_full_set(), job.examples.device
+        if piece.by_train:
+            assert job.watch is not None
+            record, measured = leave_trained(
+                job.model, full_set, piece, job.watch, outcome=result.outcome, device=device
+            )
+        else:
+            record, measured = self._leave_minimum(job, full_set, result.outcome)
         cost += shared + measured + Cost(device_s=time.perf_counter() - began)
         rounds = self._config.rounds
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":
             path, state = optimizer_path(folder), _sent_state(result.optimizer, piece.send)
-            files[path] = run.write_checkpoint(path, {"optimizer": state}, is_durable=False)
+            record["files"][path] = run.write_checkpoint(path, {"optimizer": state}, is_durable=False)
             if rounds.optimizer_state == "keep":
                 self._keep_optimizer(path, state)
-        history = [epoch.to_dict() for epoch in result.history]
-        record |= {
-            "cost": cost.to_dict(),
-            "history": job.watch.history(history) if job.watch else history,
-            "round": piece.round,
-            "attempt": job.work.attempt,
-            "peak_bytes": peak_bytes(job.examples.device),
-        }
+        if not piece.by_train:
+            history = [epoch.to_dict() for epoch in result.history]
+            record |= {
+                "cost": cost.to_dict(),
+                "history": job.watch.history(history) if job.watch else history,
+                "round": piece.round,
+                "attempt": job.work.attempt,
+                "peak_bytes": peak_bytes(device),
+            }
         self._close(job.work, "done", cost)  # before the record: without that, all of this work is done again
         run.write_json(minimum_path(folder), record)
         for path in run.list(folder):

@@ -189,7 +189,7 @@ def test_places_of_a_group_that_ray_train_forgot_are_freed_for_the_next(tmp_path
     made = Config(name="lost", storage_path=str(tmp_path))
     full_set, directory = load_full_set(made.data), RunDirectory(str(tmp_path), "lost")
     piece = Piece(made, directory, "fine_tuning", by_train=True, num_workers=4)
-    job = Job.of(piece, full_set, put_once(full_set), num_gpus=0.0, workplace=workplace())
+    job = Job(piece, put_once(full_set), [], 0.0, workplace())
     lookout = TrainLookout(job, is_elastic=False, tell=lambda event: None)
     controller: Any = ray.remote(num_cpus=0)(Controller).remote()
     ray.get(controller.request_all_places.remote())
