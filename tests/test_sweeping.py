@@ -110,9 +110,10 @@ def test_trials_that_learn_different_things_are_refused_before_anything_runs(
         sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1)
     assert list(tmp_path.iterdir()) == []
     sets["diabetes"].quality = ACCURACY
-    (warning,) = driver._notes_on_tasks(list(sets.values()))
-    assert str(warning).startswith("warning: the trials minimize different losses (nats, squares)")
-    assert driver._notes_on_tasks([sets["digits"]]) == []
+    assert driver._different_losses([sets["digits"]]) == ""
+    with pytest.raises(ValueError, match=r"different losses \(nats, squares\).* leave --prune out"):
+        sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1, scheduler="asha")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Trunks
@@ -264,6 +265,14 @@ def test_failed_seeds_leave_a_setting_its_others_and_pruned_ones_rule_it_out() -
     assert recommend(settings_of(failed, ACCURACY)) == 0
     pruned = [*of_losses({100: [0.1, 0.2], 200: [0.5, 0.6]}), trial(100, 2, None, state="pruned")]
     assert recommend(settings_of(pruned, ACCURACY)) == 1
+
+
+def test_nothing_is_recommended_by_losses_that_differ(tmp_path: Path) -> None:
+    (finished,) = plan_trials(Config(), {"subsets.size": [100]}, seeds=[0], num_samples=1, storage_path=str(tmp_path))
+    RunDirectory(str(tmp_path), finished.name).write_json(REPORT_PATH, a_record())
+    assert driver._gather([finished], {}, {}, ACCURACY, "")["recommended"] == 0
+    record = driver._gather([finished], {}, {}, ACCURACY, "the losses differ")
+    assert (record["recommended"], record["recommendation"]) == (None, "No recommendation: the losses differ.")
 
 
 def test_nothing_is_recommended_where_nothing_has_a_finite_loss() -> None:

@@ -127,8 +127,10 @@ def sweep(
     tell(Waiting("reading the data, and planning each setting"))
     for each in {trial.config.learned: trial.config for trial in trials}.values():
         full_sets[each.learned] = load_full_set(*each.learned, known=known_fingerprint(old_identity, each))
-    for note in _notes_on_tasks(full_sets.values()):
-        tell(note)
+    if losses := _different_losses(full_sets.values()):
+        if scheduler is not None:
+            raise ValueError(f"{losses}, by which a scheduler stops trials: leave --prune out, or sweep over one loss")
+        tell(Note(losses, is_warning=True))
     identity = identify((trial.config for trial in trials), full_sets, old_identity)
     for note in places_notes(identity):
         tell(note)
@@ -169,7 +171,7 @@ def sweep(
         standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()})
         callback = _TrialEvents(tell, standing)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
-        gathered, cost = _gather(trials, space, errors, quality), _total_cost(trials, full_sets, plans)
+        gathered, cost = _gather(trials, space, errors, quality, losses), _total_cost(trials, full_sets, plans)
         sessions.write()
         directory.write_json(
             SWEEP_PATH,
@@ -190,8 +192,8 @@ def sweep(
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
 
 
-def _notes_on_tasks(full_sets: Collection[FullSet]) -> list[Note]:
-    """Return a warning if the trials minimize different losses.
+def _different_losses(full_sets: Collection[FullSet]) -> str:
+    """Return in words that the trials minimize different losses, or "" if they do not.
 
     Raises:
         ValueError: if they learn different things.
@@ -204,7 +206,7 @@ def _notes_on_tasks(full_sets: Collection[FullSet]) -> list[Note]:
         names = ", ".join(qualities)
         raise ValueError(f"the trials learn different things ({names}), which cannot be compared: sweep over one task")
     text = f"the trials minimize different losses ({', '.join(losses)}), so their validation losses cannot be compared"
-    return [Note(text, is_warning=True)] if len(losses) > 1 else []
+    return text if len(losses) > 1 else ""
 
 
 def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
@@ -349,8 +351,13 @@ class _TrialEvents(tune.Callback):
         self._tell(Note(f"{_trial_name(trial)} failed{why}; the others continue", is_warning=True))
 
 
-def _gather(trials: Sequence[Trial], space: Mapping[str, Any], errors: Mapping[str, str], quality: Quality) -> Record:
-    """Return what the trials' run directories and Tune's errors amount to: trials, settings, and the recommendation."""
+def _gather(
+    trials: Sequence[Trial], space: Mapping[str, Any], errors: Mapping[str, str], quality: Quality, losses: str
+) -> Record:
+    """Return what the trials' run directories and Tune's errors amount to: trials, settings, and the recommendation.
+
+    `losses` is what _different_losses() returns: if they differ there is no recommendation.
+    """
     records = []
     for trial in trials:
         run = RunDirectory(trial.config.storage_path, trial.name)
@@ -373,8 +380,8 @@ def _gather(trials: Sequence[Trial], space: Mapping[str, Any], errors: Mapping[s
         "trials": records,
         "settings": settings,
         "baseline": settings_of(conventional, quality)[0] if conventional else None,
-        "recommended": recommend(settings),
-        "recommendation": recommendation(settings),
+        "recommended": None if losses else recommend(settings),
+        "recommendation": f"No recommendation: {losses}." if losses else recommendation(settings),
     }
 
 
