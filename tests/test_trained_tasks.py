@@ -92,7 +92,14 @@ def test_a_category_that_training_had_not_is_told(prices, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("columns", "words"), [({"area": [1.0]}, "kind"), ({"area": [None], "kind": ["flat"]}, "area")]
+    ("columns", "words"),
+    [
+        ({"area": [1.0]}, "kind"),
+        (
+            {"area": [None], "kind": ["flat"]},
+            "area has no value in row 0 of the table: fill it in, ",
+        ),
+    ],
 )
 def test_a_table_that_does_not_fit_is_an_error_that_names_the_file(prices, tmp_path, columns, words):
     saved(prices, tmp_path / "run")
@@ -104,6 +111,25 @@ def test_a_table_that_does_not_fit_is_an_error_that_names_the_file(prices, tmp_p
     (missing,) = predict_files(str(tmp_path / "run"), [str(tmp_path / "nowhere.csv")])
     assert missing.error
     assert missing.error.startswith(f"{tmp_path / 'nowhere.csv'}: there is no file")
+
+
+@pytest.mark.parametrize(("span_s", "is_coarse"), [(60, True), (10**6, False)])
+def test_an_exported_table_takes_raw_numbers_and_warns_of_those_that_float32_rounds(
+    tmp_path, caplog, span_s, is_coarse
+):
+    generator = np.random.default_rng(0)
+    seconds, area = 1_700_000_000 + generator.integers(0, span_s, 90), generator.uniform(20, 200, 90)
+    table = pa.table({"when": pa.array(seconds, pa.timestamp("s")), "area": area, "price": 1000 * area})
+    pa_csv.write_csv(table, tmp_path / "prices.csv")
+    config = DataConfig(name=str(tmp_path / "prices.csv"), target="price")
+    saved(load_full_set(config, TaskConfig(name="regression")), tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        path = export_model(str(tmp_path / "run"), str(tmp_path / "model.pt2"), format="torch-export")
+    assert ("float32 rounds when by more than" in caplog.text) == is_coarse
+    rows = torch.tensor(np.stack([seconds, area], 1)).float()
+    with torch.no_grad():
+        outputs, expected = torch.export.load(path).module()(rows), load_model(str(tmp_path / "run"))(rows)
+    torch.testing.assert_close(outputs, expected)
 
 
 def test_a_tables_classes_have_their_names(tmp_path):

@@ -18,6 +18,8 @@ from raysubset.events import Note
 Missing = Literal["refuse", "mean"]
 Kind = Literal["number", "time", "category"]  # a time is read as seconds
 
+_REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
+
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -84,19 +86,20 @@ class TableInputs:
         return len(self.feature_names)
 
     def encode(
-        self, table: pa.Table, *, where: str = "the table", rows: np.ndarray | None = None
+        self, table: pa.Table, *, where: str = "the table", rows: np.ndarray | None = None, remedy: str = _REMEDY
     ) -> tuple[np.ndarray, tuple[Note, ...]]:
         """Return the features of a table's rows, float32 [N, F], and notes on missing and unknown values.
 
         Args:
             where: the name of the table in messages.
             rows: int64 [N], the row numbers that messages show.
+            remedy: what messages advise for missing values.
 
         Raises:
             ValueError: for a column that is missing or has another kind, for infinite values, and for missing values
                 if `missing` is "refuse".
         """
-        place = _Place(where, rows, self.missing)
+        place = _Place(where, rows, self.missing, remedy)
         features = np.zeros((table.num_rows, self.num_features), np.float32)
         filled: list[str] = []
         unknown: list[str] = []
@@ -275,7 +278,7 @@ class _Place:
     where: str
     rows: np.ndarray | None
     missing: Missing
-    remedy: str = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
+    remedy: str = _REMEDY
 
     def of(self, position: int) -> str:
         row = position if self.rows is None else self.rows[position]

@@ -21,7 +21,7 @@ import torch
 
 from raysubset.config import DataConfig
 from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode, read_image_rows, read_rows
-from raysubset.errors import first_line
+from raysubset.errors import first_line, listed
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
 from raysubset.trained_model import TrainedModel, load_model
@@ -45,7 +45,8 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
 
     Its input is float32 [N, C, H, W] in [0, 1] for images, float32 [N, F] for a table's features, or int64 [N, T] for
     tokens, with any N. Its output is float32, [N, num_classes] for classes. The file also holds, as JSON, class names
-    and image shape (H, W, C), or the names of features and targets: a .pt2 in extra files, ONNX in its metadata.
+    and image shape (H, W, C), or the names of features and targets: a .pt2 in extra files, ONNX in its metadata. A
+    warning names features for which float32 is too coarse, as it is for times in seconds within some minutes.
 
     Args:
         directory: the run directory, a path or a URI.
@@ -68,8 +69,22 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
         sample = torch.rand(3, *model.spec.inputs, generator=generator)
     else:
         sample = model.spec.random(3, generator)
+    if isinstance(model.inputs, TableInputs):
+        sample = (sample * model.std + model.mean).float()
+        if coarse := _coarse(model.inputs):
+            text = (
+                "float32 rounds %s by more than a hundredth of the standard deviation; load_model() takes float64 too"
+            )
+            _logger.warning(text, listed(coarse))
     (_write_torch if format == "torch-export" else _write_onnx)(model, sample, target)
     return target
+
+
+def _coarse(inputs: TableInputs) -> list[str]:
+    """Return the features whose training values float32 rounds by more than a hundredth of their deviation."""
+    shift, scale = inputs.scaling()
+    is_coarse = shift.abs() * torch.finfo(torch.float32).eps > scale / 100
+    return [name for name, is_so in zip(inputs.feature_names, is_coarse.tolist(), strict=True) if is_so]
 
 
 def _metadata(model: TrainedModel) -> dict[str, str]:

@@ -135,7 +135,8 @@ class TrainedModel(nn.Module):
         """
         if not isinstance(self.inputs, TableInputs):
             raise ValueError("this model was not trained on a table's columns: give it what it was trained on")
-        features, notes = self.inputs.encode(table)
+        remedy = "fill it in, leave such rows out, or train with --data.missing mean"
+        features, notes = self.inputs.encode(table, remedy=remedy)
         inputs = torch.from_numpy(features).to(next(self.network.parameters()))
         return self._in_units(self.network(inputs)), notes
 
