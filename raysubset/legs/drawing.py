@@ -42,7 +42,7 @@ class Drawing:
             yield from start.legs
         last_start = start
         for round in range(rounds.num):
-            members = self.members(round, last_start if rounds.overlaps else start, members)
+            members = self.members(round, start, members, last_start=last_start)
             parts = self.parts(members)
             yield from (*members, *parts)
             result = members[0]
@@ -61,14 +61,19 @@ class Drawing:
         """Return the short run on the full set from which all members start."""
         return self._on_full_set("trunk", self.config.trunk.epochs * self.scale, FRESH, self.config.trunk.num_workers)
 
-    def members(self, round: int, start: Start, last_members: Sequence[Leg]) -> tuple[Leg, ...]:
+    def members(
+        self, round: int, start: Start, last_members: Sequence[Leg], *, last_start: Start | None = None
+    ) -> tuple[Leg, ...]:
         """Return the minimizations of a round, one for each subset.
 
         Args:
-            start: the shared start; with rounds.overlap the aggregate before the last.
+            start: the shared start.
             last_members: the aggregated members of the round before.
+            last_start: the start of the round before, from which members start with rounds.overlap; None: of no round.
         """
         rounds, (begin, end) = self.config.rounds, self._spans[round]
+        if last_start and rounds.overlaps:
+            start = last_start
         share = rounds.num * (end - begin) if rounds.lengths == "quadratic" else 1.0
         independent = self.config.subsets.start == "independent"
         predecessors = {leg.subset: leg for leg in last_members if rounds.overlaps or rounds.optimizer_state == "keep"}

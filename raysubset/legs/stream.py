@@ -68,10 +68,6 @@ class Stream:
             else:
                 self._held[name] = leg, outcome
 
-    def close(self) -> None:
-        """End the stream, all of whose legs are done."""
-        assert next(self._results, None) is None
-
     def _next(self) -> tuple[Leg, Outcome]:
         result = next(self._results, None)
         if result is None:  # all was done before more was added

@@ -42,8 +42,9 @@ class Rounds:
         self.members: Legs = ()  # the aggregated members of the last round
         self._last_start: Start | None = None  # the start of the round before
         self._subsets: dict[int, tuple[Subset, ...]] = {}  # of the rounds at work
-        self._stream: Stream | None = None  # of the rounds at work
-        self._queued: dict[int, tuple[Legs, Leg]] = {}  # by round, members and aggregate that are in the stream
+        self._chooses = run.config.actors.quorum is not None  # else a round's aggregate is of all members
+        self._stream: Stream | None = None  # of all rounds that are not done
+        self._queued: dict[int, tuple[Legs, Leg | None]] = {}  # by round, its members and aggregate in the stream
         self._stored: set[Leg] = set()  # legs of these rounds that were done before
 
     def run(self, pool: ActorPool, round: int, start: Start) -> tuple[Leg, dict[str, Any]]:
@@ -60,8 +61,10 @@ class Rounds:
             The aggregate's leg, without its members (which would keep all rounds in memory), and its record.
         """
         self._cut(round)
-        queued = self._queued.get(round)
-        members = queued[0] if queued else self._members(round, self._last_start, start, self.members)
+        if round in self._queued:
+            members, _ = self._queued[round]
+        else:
+            members = self._drawing.members(round, start, self.members, last_start=self._last_start)
         if (record := self._read(round)) is None:
             record = self._aggregate_round(pool, members, start)
         self._last_start = start
@@ -69,11 +72,6 @@ class Rounds:
         subset_ids = {minimum["subset_id"] for minimum in record["minima"]}
         self.members = _apart([member for member in members if member.subset in subset_ids])
         return self._drawing.aggregate(round, FRESH, ()), record
-
-    def _members(self, round: int, last_start: Start | None, start: Start, last_members: Sequence[Leg]) -> Legs:
-        return self._drawing.members(
-            round, last_start if last_start and self._config.rounds.overlaps else start, last_members
-        )
 
     def _cut(self, round: int) -> tuple[Subset, ...]:
         """Return the subsets of a round, after writing their manifest."""
@@ -95,36 +93,28 @@ class Rounds:
         text = f"{which}{len(members)} × {size} examples, {members[0].epochs:.4g} epochs each"
         self._tell(stage_event("subsets", text, round))
         stream = self._stream = self._stream or self._open_stream(pool, members)
-        is_last = round + 1 == config.rounds.num or self._read(round + 1) is not None
-        chooses = config.actors.quorum is not None  # else the aggregate is of all of them
-        if chooses:
-            self._add(stream, members)
-            self._check_starts(members)
-        else:
-            if round not in self._queued:
-                self._queue(stream, members, start)
-            self._check_starts(members)
-            if not is_last:
-                self._cut(round + 1)
-                next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
-                self._queue(stream, self._members(round + 1, start, next_start, _apart(members)), next_start)
+        if round not in self._queued:
+            self._queue(stream, members, start)
+        self._check_starts(members)
+        if not self._chooses and round + 1 < config.rounds.num and self._read(round + 1) is None:
+            self._cut(round + 1)
+            next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
+            next_members = self._drawing.members(round + 1, next_start, _apart(members), last_start=start)
+            self._queue(stream, next_members, next_start)
         members = self._find(stream, members)
         if parts := self._drawing.parts(members):
             text = f"{config.aggregation.savgm_fraction:g} of each of {len(members)} subsets once more"
             self._tell(stage_event("subsamples", text, round))
-            if chooses:
+            if self._chooses:
                 self._add(stream, parts)
             parts = self._find(stream, parts)
             members = tuple(part.members[0] for part in parts)
         text = f"{config.aggregation.method} of {len(members)} minima"
         self._tell(stage_event("aggregation", text, round))
-        aggregate = self._add_aggregate(stream, members + parts, start) if chooses else self._queued.pop(round)[1]
+        aggregate = self._queued.pop(round)[1] or self._add_aggregate(stream, members + parts, start)
         ((_, record),) = stream.wait((aggregate,))
         if isinstance(record, Exception):
             raise record
-        if is_last or chooses:
-            stream.close()
-            self._stream = None
         return self._report(record)
 
     def _open_stream(self, pool: ActorPool, members: Legs) -> Stream:
@@ -133,15 +123,18 @@ class Rounds:
         self._per_actor = self._decisions.per_actor(pool, self._pieces(members))
         # actors read a start that is in storage themselves
         weights = None if members[0].start.leg else seeded_model(config, self._full_set).state_dict()
-        keeps_one = self._decisions.may_go_alone or config.actors.quorum is not None  # which aggregates
+        keeps_one = self._decisions.may_go_alone or self._chooses  # which aggregates
         return Stream(pool, weights, keep=float(keeps_one))
 
     def _queue(self, stream: Stream, members: Legs, start: Start) -> None:
-        """Queue a round: members, their parts if the aggregation needs them, and the aggregate."""
+        """Queue a round: members, and all that needs no choice, their parts if there are any and the aggregate."""
+        aggregate = None
         self._add(stream, members)
-        if parts := self._drawing.parts(members):
-            self._add(stream, parts)
-        self._queued[members[0].round] = members, self._add_aggregate(stream, members + parts, start)
+        if not self._chooses:
+            if parts := self._drawing.parts(members):
+                self._add(stream, parts)
+            aggregate = self._add_aggregate(stream, members + parts, start)
+        self._queued[members[0].round] = members, aggregate
 
     def _add_aggregate(self, stream: Stream, members: Legs, start: Start) -> Leg:
         aggregate = self._drawing.aggregate(members[0].round, start, members)
