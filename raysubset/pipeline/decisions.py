@@ -1,6 +1,7 @@
 """Decisions that depend on the cluster or on measurements. Made once, written down, and kept when the run resumes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
@@ -105,7 +106,7 @@ class Decisions:
     @property
     def slots(self) -> list[Slot]:
         """The slots that the subsets are sized for; empty if all subsets have the same size."""
-        return [Slot.from_dict(record) for record in self._record.get("slots", [])]
+        return [Slot(**record) for record in self._record.get("slots", [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record that decisions.json holds."""
@@ -125,7 +126,7 @@ class Decisions:
             ledger=run.ledger,
             tell=run.tell,
         )
-        self._record |= {"slots": [slot.to_dict() for slot in slots], "shares": shares(slots, num_subsets)}
+        self._record |= {"slots": [asdict(slot) for slot in slots], "shares": shares(slots, num_subsets)}
         self._write()
 
     def per_actor(self, pool: ActorPool, pieces: Sequence[Piece]) -> int:

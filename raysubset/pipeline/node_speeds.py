@@ -7,14 +7,14 @@ sizes in proportion to shares(slots, num_subsets=4); subset 2 is meant for slot_
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
-from raysubset.config import Config, SubsetsConfig, from_tree
+from raysubset.config import Config, SubsetsConfig
 from raysubset.data import FullSet
 from raysubset.events import OnEvent
 from raysubset.run_directory.ledger import Ledger
@@ -32,15 +32,6 @@ class Slot:
 
     kind: str  # of the node
     speed: float  # relative to other slots: a weight, or examples/s
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Slot":
-        """Return the slot that to_dict() wrote."""
-        return from_tree(cls, record, noun="value of a slot")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from raysubset.errors import note_place
 from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
-from raysubset.training import DivergedError, Shard, card_bytes
+from raysubset.training import DivergedError, Shard, Weights, card_bytes
 from raysubset.user_code.source_files import Workplace
 from raysubset.work import (
     AggregatePiece,
@@ -106,24 +106,25 @@ class SubsetActor:
             The results, and the damaged files found since the last report.
         """
         try:
-            return self._do(pieces, start_ref, attempts=attempts, waited_s=waited_s), self._damages.taken()
+            return self._do(pieces, self._start(start_ref), attempts, waited_s), self._damages.taken()
         except Exception as error:
             note_place(error)
             raise
 
-    def _do(
-        self,
-        pieces: Sequence[AnyPiece],
-        start_ref: Sequence[ray.ObjectRef] | None,
-        *,
-        attempts: Sequence[int],
-        waited_s: float,
-    ) -> list[dict[str, Any] | DivergedError | None]:
+    def _start(self, start_ref: Sequence[ray.ObjectRef] | None) -> Weights | None:
+        """Return the start weights, whose bytes are counted with this piece if they are not those of the last one."""
         taken_bytes()  # drops those of an earlier piece without a ledger entry
-        start = None if start_ref is None else get_shared(start_ref)
-        if start_ref is not None and start is not None and start_ref[0].hex() != self._start_id:
+        if start_ref is None:
+            return None
+        start: Weights = get_shared(start_ref)
+        if start_ref[0].hex() != self._start_id:
             self._start_id = start_ref[0].hex()
             count_bytes(sum(tensor.nbytes for tensor in start.values()))
+        return start
+
+    def _do(
+        self, pieces: Sequence[AnyPiece], start: Weights | None, attempts: Sequence[int], waited_s: float
+    ) -> list[dict[str, Any] | DivergedError | None]:
         minimizations = [piece for piece in pieces if isinstance(piece, Piece)]
         if minimizations:
             minimize = partial(self._minimizer.minimize, minimizations, start, attempts=attempts, waited_s=waited_s)
