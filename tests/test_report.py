@@ -496,6 +496,7 @@ def test_a_comparison_command_leaves_out_what_is_refused_and_names_a_margin_that
 
 def test_conventional_command_costs_the_same_with_its_own_evaluation():
     overrides = {"name": "x", "subsets.num": 8, "trunk.epochs": 0.0, "minimize.learning_rate": 0.3, "actors.quorum": 7}
+    overrides |= {"minimize.patience": 2, "minimize.validate_every": 1}
     record = a_record(Config().with_overrides(overrides | {"aggregation.method": "greedy_soup"}))
     config = parse_config(shlex.split(conventional_beside(record, 12.0, "beside"))[2:])
     # forward over 100 + 50 + 100 examples, at this network's share of 0.35 each: 0.875 passes
@@ -503,6 +504,7 @@ def test_conventional_command_costs_the_same_with_its_own_evaluation():
     assert (config.method, config.name, config.minimize.learning_rate) == ("conventional", "x-beside", 0.3)
     assert config.subsets == Config().subsets
     assert config.actors.quorum is None
+    assert (config.minimize.patience, config.minimize.validate_every) == (None, None)
 
 
 # Reading

@@ -335,3 +335,30 @@ def test_a_piece_finds_start_examples_and_optimizer_where_others_left_them(
     assert not same_bits(perturbed(CONFIG, full_set, start), start)
     changed = piece(RunDirectory(str(tmp_path), "changed"), 1, start=trunk, is_perturbed=True)
     assert same_bits(changed.start_weights(full_set) or {}, perturbed(CONFIG, full_set, start))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"validate_every": 1}, {"patience": 50}, {"averaging.kind": "pswa", "averaging.period": 0.2}],
+)
+def test_a_conventional_run_is_as_long_as_makes_its_cost_equal(
+    changes: dict[str, Any], full_set: FullSet, tmp_path: Path
+) -> None:
+    overrides = {f"minimize.{name}": value for name, value in changes.items()}
+    config = Config().with_overrides(
+        {"trunk.epochs": 0.0, "fine_tuning.epochs": 0.0, "minimize.epochs": 4.0} | overrides
+    )
+    plan, passes = make_plan(config, full_set), list[float]()
+    conventional = config.with_overrides({"method": "conventional"})
+    epochs = make_plan(conventional, full_set).passes
+    members, whole = RunDirectory(str(tmp_path), "members"), RunDirectory(str(tmp_path), "whole")
+    alone = plan.drawing(conventional, whole).conventional(epochs, num_workers=1)
+    for directory, legs in ((members, [*plan.drawing(config, members).legs()]), (whole, [alone])):
+        for leg in legs:
+            if isinstance(leg.piece, AggregatePiece):
+                leave_aggregate(full_set, 0.0, leg.piece, node="there")
+            else:
+                minimizer(full_set).minimize([leg.piece], None, attempts=[0], waited_s=0.0)
+        cost = sum((work.cost for work in Ledger(directory).read()), Cost())
+        passes.append(cost.passes(len(full_set.train), plan.forward_share))
+    assert passes[1] == pytest.approx(passes[0], rel=0.02)

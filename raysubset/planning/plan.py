@@ -27,6 +27,7 @@ from raysubset.training.techniques.hooks import BATCH_NORM_EXAMPLES, PASSING_EXA
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # share of a round's training that measuring it may cost, before and after the advice
+_NUM_REFINEMENTS = 8  # of a conventional run's epochs: what an epoch evaluates is at most about half of what it trains
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     passes, critical_path_passes = math.fsum(map(measure, legs)), critical_path(legs, measure)
     if config.method == "conventional":
         evaluation = sum((_evaluation(leg, full_set, model) for leg in legs), Cost())
-        baseline_evaluation = _evaluation(drawing.conventional(passes, num_workers=1), full_set, model)
-        equal = passes + (evaluation + Cost(num_forward=-baseline_evaluation.num_forward)).passes(num_train, share)
+        total = equal = passes + evaluation.passes(num_train, share)
+        for _ in range(_NUM_REFINEMENTS):  # it evaluates in each epoch if the recipe does
+            leg = drawing.conventional(max(equal, passes), num_workers=1)
+            equal = total - _evaluation(leg, full_set, model).passes(num_train, share)
         passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
     return Plan(
         subsets=subsets,
@@ -166,8 +169,8 @@ def _evaluation(leg: Leg, full_set: FullSet, model: nn.Module) -> Cost:
     cost = Cost(num_forward=_averaging_forward(recipe, size, model))
     if leg.stage == "fine_tuning":
         cost += Cost(num_forward=(_num_turns(recipe) + 1) * num_validation + min(CALIBRATION_EXAMPLES, size))
-    elif leg.measures:
-        cost += Cost(num_forward=size + num_validation)
+    else:
+        cost += Cost(num_forward=_num_looks(recipe) * num_validation + bool(leg.measures) * (size + num_validation))
     taken = min(size, config.aggregation.statistics_examples or size)
     if "gram" in leg.statistics:
         cost += Cost(num_forward=taken)
@@ -213,6 +216,12 @@ def _measuring_advice(
 def _num_turns(recipe: MinimizeConfig) -> int:
     """Return how often an epoch, or epoch_fraction of one, ends. A last partial one counts."""
     return math.ceil(recipe.epochs / recipe.epoch_fraction)
+
+
+def _num_looks(recipe: MinimizeConfig) -> int:
+    """Return how often a ValidationWatch measures validation data outside of Ray Train jobs."""
+    every = recipe.validate_every or int(recipe.watched_patience() > 0)
+    return math.ceil(_num_turns(recipe) / every) if every else 0
 
 
 def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from raysubset.costs import Cost
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report.figures import Record
 
-# Settings that a conventional run of a given length does not depend on
+# Settings that a conventional run of a given length does not depend on, or that would end it early or cost more
 _OF_SUBSET_PRETRAINING = (
     "subsets.",
     "trunk.",
@@ -20,6 +20,8 @@ _OF_SUBSET_PRETRAINING = (
     "minimize.epochs",
     "minimize.tolerance",
     "minimize.target_loss",
+    "minimize.patience",
+    "minimize.validate_every",
     "actors.quorum",
 )
 
