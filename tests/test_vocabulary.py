@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from raysubset.config import DataConfig
+from raysubset.data import load_full_set
 from raysubset.tasks import NextToken, task_from_dict, task_to_dict
 from raysubset.tasks.vocabulary import Vocabulary, fit_vocabulary, windows, windows_of
 
@@ -82,3 +84,17 @@ def test_what_is_too_short_is_refused_with_the_way_out():
         fit_vocabulary("bytes", ["", ""])
     with pytest.raises(ValueError, match="token 256 is outside the vocabulary, 0 to 255"):
         Vocabulary("bytes").decode([256])
+
+
+def test_characters_that_only_a_part_held_out_has_are_told(tmp_path):
+    (tmp_path / "text.txt").write_text("abc def " * 400 + "xyz µ " * 100)
+    full_set = load_full_set(DataConfig(name=str(tmp_path / "text.txt"), vocabulary="characters", window=16))
+    assert full_set.task.vocabulary.characters == " abcdef"
+    tokens = full_set.test.arrays()["tokens"][:, 1:]
+    num = int((tokens == full_set.task.vocabulary.unknown).sum())
+    (warning,) = [str(note) for note in full_set.advice if note.is_warning]
+    text = f"{num} of {tokens.size} characters of the test split are in no training window (such as 'x'): unknown"
+    assert warning == f"warning: {text}"
+    assert num > 300
+    told = load_full_set(DataConfig(name=str(tmp_path / "text.txt"), window=16)).advice
+    assert not any(note.is_warning for note in told)

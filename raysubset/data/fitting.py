@@ -89,7 +89,13 @@ def of_texts(
             f"--data.window {max(1, config.window * num // needed)} or less, or more text"
         )
     rows, carving = carve_splits(alike(windows), config, at_end=True)
-    vocabulary, table = _of_training(vocabulary, windows["train"][rows["train"]])
+    whole = vocabulary
+    vocabulary, table = _of_training(whole, windows["train"][rows["train"]])
+    for split in SPLITS[1:] if vocabulary.kind == "characters" else ():
+        tokens = windows[origin_of(split, windows)][rows[split]][:, 1:]
+        if len(lost := tokens[(table[tokens] == vocabulary.unknown) & (tokens != whole.unknown)]):
+            text = f"{len(lost)} of {tokens.size} characters of the {split} split are in no training window"
+            cutting.append(Note(f"{text} (such as {whole.decode(lost[:1])!r}): unknown", is_warning=True))
     learned = NextToken(vocabulary, config.window, CrossEntropy(task.label_smoothing, class_dim=2))
 
     def stored(split: SplitName) -> dict[str, np.ndarray]:
