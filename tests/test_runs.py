@@ -15,7 +15,7 @@ import torch
 from raysubset import Config, RunReport, run
 from raysubset.cluster import put_once
 from raysubset.data import load_full_set
-from raysubset.events import Event, Note, Progress, Retry
+from raysubset.events import EpochDone, Event, Note, Progress, Retry
 from raysubset.fine_tuning import fine_tune
 from raysubset.planning import make_plan
 from raysubset.run_directory import (
@@ -29,7 +29,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_directory.ledger import Ledger
-from raysubset.subset_actors import SubsetFailed
+from raysubset.subset_actors import SubsetFailed, pool
 from raysubset.training import Step, Weights
 from raysubset.work import Minimizer, Piece, Run
 from tests.slow_steps import slow_down, speed_up
@@ -254,6 +254,36 @@ def test_a_train_job_that_diverges_tells_ray_train_of_no_error_to_try_again(tmp_
     assert work.outcome == "failed"
     assert "lower the learning rate" in (work.error or "")
     assert work.cost.num_steps > 0
+
+
+def test_epochs_of_a_job_s_trunk_are_each_reported_and_looked_for_no_more_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(run: Run, job: Piece, *, num_gpus: float) -> Any:
+        minimizer, alone = Minimizer(lambda: run.full_set, num_gpus=0, node="here"), replace(job, num_workers=0)
+        return minimizer.minimize([alone], None, attempts=[0], waited_s=0.0)[0]
+
+    def read(directory: RunDirectory, path: str) -> Any:
+        reads.append(path)
+        return read_whole(directory, path)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            epochs.append((event.stage, event.record["epoch"]))
+            reads.clear()
+        elif isinstance(event, Progress):
+            stages.add(event.attempt.stage)
+            speed_up(tmp_path, "subsets")
+
+    read_whole, reads, epochs, stages = RunDirectory.read_json_or_none, list[str](), list[Any](), set[str]()
+    monkeypatch.setattr(pool, "fine_tune", train)
+    monkeypatch.setattr(RunDirectory, "read_json_or_none", read)
+    monkeypatch.chdir(tmp_path)
+    slow_down(tmp_path, "subsets", from_step=2)
+    trunk = {"trunk__epochs": 2.0, "trunk__num_workers": 2, "subsets__num": 2}
+    run(config(tmp_path, "run", **trunk, **SLOWLY), on_event=listen)
+    assert (epochs, stages) == ([("trunk", 1.0), ("trunk", 2.0)], {"subsets"})
+    assert "trunk/history.json" not in reads
 
 
 STOPPED: list[Minimizer] = []

@@ -285,6 +285,7 @@ class _Stages:
             ((_, record),) = pool.run([Pack((piece,))], None, keep=0 if piece.by_train else math.inf)
             if self._epochs:
                 self._epochs.tell_new()
+                self._epochs = None
             else:
                 self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
         return Start("warm", leg), record
