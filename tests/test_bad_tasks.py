@@ -101,6 +101,17 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
             r"measure\(\) gave \[\] for distance of 4 examples: one number an example",
         ),
         ("def measure(self, outputs, targets):\n        return {}", r"measure\(\) should return a dict of tensors"),
+        *(
+            (
+                f"def measure(self, outputs, _):\n        return dict(distance=outputs.sum(1), {name}=outputs.sum(1))",
+                f"{name} is a name that records keep for a count, a sum or a standard error",
+            )
+            for name in ("num_words", "words_sum", "distance_error")
+        ),
+        (
+            "def measure(self, outputs, _):\n        return {'distance': outputs.sum(1), 'loss': outputs.sum(1) + 99}",
+            r"the quality loss is .* where loss\(\) is .* an example: give it another name",
+        ),
         ("quality = ''", "quality is not set: name one of distance"),
         ("quality = 'iou'", r"quality is 'iou', and values\(\) gives distance"),
         ("def watched(self, outputs, targets):\n        return outputs.mean()", r"watched\(\) gave \[\] of 4 examples"),

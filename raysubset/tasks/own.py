@@ -1,5 +1,6 @@
 """Fits a user's own task and tries its methods on a few training rows, before anything runs."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,16 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
         raise _misfit(task.name, f"quality is not set: name one of {', '.join(measured)}")
     with torch.no_grad():
         values = _called(task, "values", sums_of(task, outputs, targets), num)
+        reported = float(_called(task, "reported_loss", outputs, targets)) / num
+    for key in (*measured, *values):
+        is_error = key.endswith("_error") and key.removesuffix("_error") in measured
+        if key.startswith("num_") or key.endswith("_sum") or is_error:
+            text = f"{key} is a name that records keep for a count, a sum or a standard error: give it another"
+            raise _misfit(task.name, text)
+    value = values.get("loss", reported)
+    if math.isfinite(value - reported) and not math.isclose(value, reported, rel_tol=1e-3, abs_tol=1e-6):
+        text = f"the quality loss is {value:g} where loss() is {reported:g} an example: give it another name"
+        raise _misfit(task.name, text)
     if task.quality not in values:
         raise _misfit(task.name, f"quality is {task.quality!r}, and values() gives {', '.join(values)}")
 

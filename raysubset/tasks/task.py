@@ -70,7 +70,10 @@ class Task:
         raise NotImplementedError
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return named measures: one number an example, [n], or a vector, [n, k]; truth values are counted."""
+        """Return named measures: one number an example, [n], or a vector, [n, k]; truth values are counted.
+
+        No name begins with num_ or ends in _sum, and "loss" is reported_loss().
+        """
         raise NotImplementedError
 
     # Methods with a default
