@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -362,3 +364,21 @@ def test_a_conventional_run_is_as_long_as_makes_its_cost_equal(
         cost = sum((work.cost for work in Ledger(directory).read()), Cost())
         passes.append(cost.passes(len(full_set.train), plan.forward_share))
     assert passes[1] == pytest.approx(passes[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("column", "target"), [("row", "label"), ("label", "kind"), ("inputs", "kind")])
+def test_subsets_are_not_cut_by_a_column_whose_name_the_training_table_has_for_something_else(
+    column: str, target: str, tmp_path: Path
+) -> None:
+    names = ("row", "label", "inputs", "kind", "site")
+    table = pa.table({name: [number // 5 % (place + 2) for number in range(60)] for place, name in enumerate(names)})
+    pq.write_table(table, tmp_path / "table.parquet")
+    overrides = {"data.name": str(tmp_path / "table.parquet"), "data.target": target, "subsets.scheme": "column"}
+    config = Config().with_overrides(overrides | {"subsets.column": column})
+    own = load_full_set(*config.learned)
+    with pytest.raises(ValueError, match=f"subsets.column = '{column}' is a name that raysubset's own table .* rename"):
+        cut_subsets(config, own, 0)
+    for name in {"site", target}:
+        subsets = cut_subsets(config.with_overrides({"subsets.column": name}), own, 0)
+        rows = own.train.table.column("row").to_numpy()
+        assert [len({*table[name].take(rows[subset.indices]).to_pylist()}) for subset in subsets] == [1] * len(subsets)

@@ -12,7 +12,17 @@ from raysubset.subsets import Subset, split_into_subsets
 def cut_subsets(
     config: Config, full_set: FullSet, round: int, *, shares: Sequence[float] | None = None
 ) -> tuple[Subset, ...]:
-    """Return the subsets of a round: a pure function of config, data, round and the subsets' unequal shares, if any."""
+    """Return the subsets of a round: a pure function of config, data, round and the subsets' unequal shares, if any.
+
+    Raises:
+        ValueError: as split_into_subsets() does, and for a column whose place in the training table another has.
+    """
+    column, target = config.subsets.column, config.data.target
+    if column == "row" or (column in full_set.train.shapes and target not in (None, column)):
+        raise ValueError(
+            f"subsets.column = {column!r} is a name that raysubset's own table of the training split has for something "
+            "else: rename the column"
+        )
     strata, seed = full_set.strata, derive_seed(config.seed, "subsets", round)
     return tuple(
         split_into_subsets(
