@@ -50,6 +50,7 @@ def warm_process() -> Iterator[None]:
 def serve(listener: socket.socket) -> list[str]:
     """Fork for all that ask, until stdin is closed; return in each fork, with the arguments of Ray's worker."""
     gc.freeze()
+    gc.set_threshold(50_000)  # a tenth of what a fork takes to import Ray
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     while True:
         if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
@@ -94,11 +95,19 @@ def as_ray_sets_it_up(arguments: list[str]) -> list[str]:
 if __name__ == "__main__":
     # Not Ray, which as it is imported reads a worker's environment and seeds its random IDs: forks' would be the same.
     # But what Ray imports of others
+    import click
+    import colorful
+    import filelock
     import fsspec
     import google.protobuf.descriptor_pb2
+    import grpc.aio
     import jsonschema
+    import msgpack
+    import packaging.version
     import pandas
-    import pydantic
+    import psutil
+    import pyarrow.dataset
+    import pydantic.types
     import requests
     import rich.table
     import torch
@@ -106,7 +115,8 @@ if __name__ == "__main__":
 
     import raysubset.work
 
-    del fsspec, google, jsonschema, pandas, pydantic, raysubset, requests, rich, torch, yaml
+    del click, colorful, filelock, fsspec, google, grpc, jsonschema, msgpack, packaging, pandas, psutil, pyarrow
+    del pydantic, raysubset, requests, rich, torch, yaml
     assert "ray" not in sys.modules
     arguments = as_ray_sets_it_up(serve(socket.socket(fileno=int(sys.argv[1]))))
     import ray._private.workers

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.training.records import LeftOutError
+from raysubset.training.uncompiled import data_parallel
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ class Shard:
         if self.num == 1:
             return model
         ids = [device] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.leaves_out
-        )
+        options = {"device_ids": ids, "broadcast_buffers": False, "find_unused_parameters": self.leaves_out}
+        parallel = data_parallel(model, **options)
         if as_bfloat16:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook  # 26 ms
 

@@ -6,28 +6,31 @@ torch keeps them out by importing torch._dynamo when they are first called, in e
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 Kind = TypeVar("Kind", bound=type[Optimizer])
 _DISABLED = "__dynamo_disable"  # the attribute in which torch's decorator keeps the disabled method
 
 
-def _call(plain: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _call(plain: Callable[..., Any], recursive: bool, *arguments: Any, **options: Any) -> Any:
     """Call the function, outside compiled code if there may be any."""
     if "torch._dynamo" not in sys.modules:
         return plain(*arguments, **options)
-    disabled = torch._dynamo.disable(plain, wrapping=False)
+    disabled = torch._dynamo.disable(plain, recursive, wrapping=False)
     setattr(plain, _DISABLED, disabled)  # for the next calls
     return disabled(*arguments, **options)
 
 
-def import_no_compiler_for(method: Any) -> None:
-    """Stop a method that torch's decorator wraps from importing the compiler."""
+def import_no_compiler_for(method: Any, *, recursive: bool = True) -> None:
+    """Stop a method that torch's decorator wraps from importing the compiler; recursive is the decorator's."""
     if plain := getattr(method, "__wrapped__", None):
-        setattr(plain, _DISABLED, partial(_call, plain))
+        setattr(plain, _DISABLED, partial(_call, plain, recursive))
 
 
 def lean(kind: Kind) -> Kind:
@@ -48,5 +51,30 @@ def lean(kind: Kind) -> Kind:
     return type(kind.__name__, (kind,), {"step": step})  # pyright: ignore[reportReturnType]
 
 
+class _Compiler:
+    """Stands in for torch._dynamo: it knows the default of one setting, and imports the compiler for all else."""
+
+    utils = property(lambda self: self)
+
+    def get_optimize_ddp_mode(self) -> str:
+        return "ddp_optimizer"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module("torch._dynamo"), name)
+
+
+def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Return DistributedDataParallel of the model, which asks the compiler only for what matters to compiled code."""
+    if "torch._dynamo" in sys.modules:
+        return DistributedDataParallel(model, **options)
+    names: dict[str, Any] = torch.__dict__
+    names["_dynamo"] = _Compiler()
+    try:
+        return DistributedDataParallel(model, **options)
+    finally:
+        del names["_dynamo"]  # torch looks it up again
+
+
+import_no_compiler_for(getattr(DistributedDataParallel._inside_ddp_forward, "__wrapped__", None), recursive=False)
 for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
     import_no_compiler_for(getattr(Optimizer, name))
