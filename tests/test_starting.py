@@ -1,6 +1,7 @@
 """model.weights: what a run starts from instead of random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
+from raysubset.models import architecture
 from raysubset.planning import make_plan
 from raysubset.run_directory import MODEL_PATH, RunDirectory
+from raysubset.tasks import Classification
+from raysubset.trained_model import ModelRecord, save_model
 from raysubset.work import perturbed, seeded_model
 from raysubset.work.identity import identify
 from raysubset.work.starting import random_model, start_note
@@ -75,6 +79,26 @@ def test_a_head_for_other_classes_is_fresh_and_named(full_set: FullSet, tmp_path
     hidden = next(name for name in weights if not name.startswith("head"))
     assert torch.equal(started[hidden], weights[hidden])
     assert "head.weight, head.bias differ in shape and are fresh" in start_note(config, full_set)[0].text
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("setosa", "versicolor", "virginica"), ""),
+        (("cat", "dog", "setosa"), "; its classes were others, as many as here, whose weights these start from"),
+        (("cat", "dog", "fox", "owl"), "; head.weight, head.bias differ in shape and are fresh"),
+    ],
+)
+def test_as_many_other_classes_of_a_finished_run_are_told(
+    classes: tuple[str, ...], words: str, full_set: FullSet, tmp_path: Path
+) -> None:
+    assert isinstance(full_set.task, Classification)
+    other = replace(full_set, task=replace(full_set.task, class_names=classes))
+    record = ModelRecord(architecture(config_from(tmp_path).model, other.spec), other.task)
+    save_model(RunDirectory.at(str(tmp_path)), weights_of(other), record)
+    (note,) = start_note(config_from(tmp_path), full_set)
+    assert note.text.endswith(f" tensors{words}")
+    assert note.is_warning == ("others" in words)
 
 
 def another_network(folder: Path, full_set: FullSet) -> Path:

@@ -17,7 +17,8 @@ from raysubset.errors import first_line, listed
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, fingerprint
 from raysubset.models import architecture, new_model
-from raysubset.run_directory import MODEL_PATH, RunDirectory
+from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
+from raysubset.tasks import Task, task_from_dict
 
 PRETRAINED = "pretrained"
 
@@ -44,14 +45,42 @@ def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -
 
 
 def start_note(config: Config, full_set: FullSet) -> list[Note]:
-    """Return a note on the weights that a run starts from, if model.weights names any: how many tensors were used."""
+    """Return a note on the weights that a run starts from, if model.weights names any: how many tensors were used.
+
+    It warns if a finished run's weights fit, but had as many other classes, features or tokens.
+    """
     if not config.model.weights:
         return []
     model, weights = random_model(config, full_set), _read(config.model, full_set)
     fresh = _load(config.model, model, weights)
     exception = f"; {listed(fresh)} differ in shape and are fresh" if fresh else ""
     num_loaded = len(model.state_dict()) - len(fresh)
-    return [Note(f"starts from {config.model.weights}: {num_loaded} tensors{exception}")]
+    if others := _other_meanings(config.model, full_set):
+        exception += f"; its {' and '.join(others)} were others, as many as here, whose weights these start from"
+    return [Note(f"starts from {config.model.weights}: {num_loaded} tensors{exception}", is_warning=bool(others))]
+
+
+def _other_meanings(config: ModelConfig, full_set: FullSet) -> list[str]:
+    """Return what rows of weights stand for, where it was something else in the finished run that they are of."""
+    directory, file = _weights_file(architecture(config, full_set.spec))
+    if file != MODEL_PATH or not directory.exists(MODEL_RECORD_PATH):
+        return []
+    try:
+        before, now = (
+            _meanings(task) for task in (task_from_dict(directory.read_json(MODEL_RECORD_PATH)), full_set.task)
+        )
+    except (ValueError, KeyError):  # of a user's own task, whose code is not imported for a note
+        return []
+    return [name for name, value in now.items() if value != before[name] and len(value) == len(before[name])]
+
+
+def _meanings(task: Task) -> dict[str, Any]:
+    return {
+        "classes": task.class_names,
+        "targets": getattr(task, "target_names", ()),
+        "features": getattr(getattr(task, "inputs", None), "feature_names", ()),
+        "tokens": getattr(task, "vocabulary", ()),
+    }
 
 
 def weights_fingerprint(config: ModelConfig) -> pa.Table:
