@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,25 +30,14 @@ BANNED = {
     "raysubset.comparison": {"ray.tune", "ray.train", "pandas", "matplotlib"},
 }
 
-IMPORT_ONE_AFTER_ANOTHER = """
+# One process for both tests, as torch alone takes seconds: rooms one after the other, then a step
+IMPORTS_AND_A_STEP = """
 import importlib, json, sys
-banned = json.loads(sys.argv[1])
+banned, found = json.loads(sys.argv[1]), []
 for module in banned:
     importlib.import_module(module)
-    for name in banned[module]:
-        if name in sys.modules:
-            print(module, "imports", name)
-"""
+    found += [f"{module} imports {name}" for name in banned[module] if name in sys.modules]
 
-
-def test_importing_a_room_does_not_pay_for_what_it_must_not_know() -> None:
-    banned = json.dumps({module: sorted(names) for module, names in BANNED.items()})
-    command = [sys.executable, "-c", IMPORT_ONE_AFTER_ANOTHER, banned]  # one process: torch alone takes seconds
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
-
-
-FIRST_STEP = """
-import sys
 import torch
 from torch import distributed, nn
 from raysubset import Config
@@ -63,13 +54,26 @@ minimize(model, full_set.examples("train"), recipe, seed=0, on_step=lambda progr
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 data_parallel(nn.Linear(2, 1))(torch.zeros(1, 2)).sum().backward()  # as a worker of Ray Train does
 heavy = ("torch._dynamo", "sympy", "sklearn", "scipy", "torchvision", "ray.train")
-print(*(name for name in heavy if name in sys.modules))
+print(json.dumps([found, [name for name in heavy if name in sys.modules]]))
 """
 
 
-def test_a_plan_and_a_step_import_neither_torch_s_compiler_and_sympy_nor_what_only_holds_data() -> None:
-    command = [sys.executable, "-c", FIRST_STEP]  # a fresh process, as others here have imported all: three seconds
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "\n"
+@pytest.fixture(scope="module")
+def imported() -> list[list[str]]:
+    """What rooms import that they must not know, and what a plan and a step import after all rooms."""
+    banned = json.dumps({module: sorted(names) for module, names in BANNED.items()})
+    command = [sys.executable, "-c", IMPORTS_AND_A_STEP, banned]
+    return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+def test_importing_a_room_does_not_pay_for_what_it_must_not_know(imported: list[list[str]]) -> None:
+    assert imported[0] == []
+
+
+def test_a_plan_and_a_step_import_neither_torch_s_compiler_and_sympy_nor_what_only_holds_data(
+    imported: list[list[str]],
+) -> None:
+    assert imported[1] == []
 
 
 def test_the_top_level_holds_what_it_may_and_every_room_is_named_in_the_manual() -> None:
