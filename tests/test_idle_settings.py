@@ -102,6 +102,12 @@ def test_settings_of_a_recipe_are_idle_if_they_change_no_bit(optimizer: str, kin
         ({"minimize.gradients": "bfloat16", "method": "conventional"}, ["minimize.gradients"]),
         ({"conventional.epochs": 3.0}, ["conventional.epochs"]),
         ({"conventional.epochs": 3.0, "method": "conventional"}, []),
+        (
+            {"method": "conventional", "conventional.epochs": 3.0, "subsets.num": 2, "minimize.epochs": 2.0},
+            ["subsets.num", "minimize.epochs"],
+        ),
+        ({"method": "conventional", "subsets.num": 2, "minimize.epochs": 2.0}, []),  # they give the budget
+        ({"method": "conventional", "minimize.tolerance": 0.1}, ["minimize.tolerance"]),
         ({"rounds.send": "int8"}, ["rounds.send"]),
         ({"rounds.send": "int8", "rounds.num": 2}, []),
         ({"fine_tuning.epochs": 0.0, "fine_tuning.shrink": 0.2}, ["fine_tuning.shrink"]),

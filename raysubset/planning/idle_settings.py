@@ -20,6 +20,15 @@ _USED_BY_AVERAGING = {
 _OF_AVERAGING = ("period", "num_samples", "decay", "swa_start", "feedback", "stages")
 _OF_SKIPPING = ("window", "threshold", "epochs", "drop", "decay", "stages")
 _OF_FINE_TUNING = ("learning_rate", "start", "num_workers", "min_workers", "keep", "sync_batch_norm")
+_OF_SUBSET_PRETRAINING = (
+    "subsets.",
+    "trunk.",
+    "rounds.",
+    "aggregation.",
+    "fine_tuning.",
+    "minimize.epochs",
+    "actors.quorum",
+)
 _OF_ROUNDS = ("lengths", "optimizer_state", "evaluate_every", "send", "overlap")
 
 
@@ -40,7 +49,8 @@ def idle_settings(config: Config) -> list[Note]:
 def _idle(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the names of settings that are not used, changed or not, and why."""
     yield from _of_minimizing(config)
-    if config.method == "conventional":  # the other stages give the budget
+    if config.method == "conventional":
+        yield from _of_conventional(config)
         return
     for name in ("epochs", "num_workers"):
         yield f"conventional.{name}", "it is for --method conventional"
@@ -53,6 +63,16 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         yield "aggregation.allow_independent", "all minima share their start"
     if config.subsets.scheme != "dirichlet":
         yield "subsets.alpha", "it is for subsets.scheme=dirichlet"
+
+
+def _of_conventional(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield settings of subset pretraining: its stages give the budget, unless conventional.epochs does."""
+    for name in ("tolerance", "target_loss"):
+        yield f"minimize.{name}", "it ends minimizations on subsets"
+    if config.conventional.epochs is not None:
+        for name in flatten(config.to_dict()):
+            if name.startswith(_OF_SUBSET_PRETRAINING):
+                yield name, "conventional.epochs gives the length of the run"
 
 
 def _of_minimizing(config: Config) -> Iterator[tuple[str, str]]:
