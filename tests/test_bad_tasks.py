@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysubset.config import DataConfig, TaskConfig
-from raysubset.data import FullSet, load_full_set
+from raysubset.config import Config, DataConfig, TaskConfig
+from raysubset.data import Examples, FullSet, load_full_set
+from raysubset.planning import make_plan
 from raysubset.tasks import NextToken, Segmentation
 
 TASK = """
@@ -281,3 +282,28 @@ def test_what_a_task_is_told_reaches_its_loss(module: Callable[[str], None]) -> 
     )
     assert isinstance(smoothed.task, NextToken)
     assert smoothed.task.objective.label_smoothing == 0.25
+
+
+DRAWS = """    def draw(self, num, seed):
+        return torch.randn(num, 2, generator=torch.Generator().manual_seed(seed))
+
+    def batch(self, rows, draws):
+        return rows["seen"] if draws is None else rows["seen"] + draws, rows["box"]
+"""
+
+
+def test_a_tasks_own_draws_are_noise_that_augmentation_none_turns_off(module: Callable[[str], None]) -> None:
+    """Though the task leaves `augmentation` at its default."""
+    module(TASK + DRAWS)
+    lbfgs = Config().with_overrides({"minimize.optimizer": "lbfgs", "subsets.num": 2, "model.name": "mlp"})
+    drawn, plain = loaded(), loaded(augmentation="none")
+    options: dict[str, Any] = {"order_seed": 1, "augmentation_seed": 2, "batch_sizes": [14]}
+    for full_set, is_drawn in ((drawn, True), (plain, False)):
+        examples = full_set.training_batches(augment=True)
+        assert isinstance(examples, Examples)
+        assert examples.is_augmented is is_drawn
+        ((inputs, _),) = examples.epoch(**options)
+        assert bool((inputs == inputs.round()).all()) is not is_drawn
+    with pytest.raises(ValueError, match=r"the task augments training examples: set --data\.augmentation none"):
+        make_plan(lbfgs, drawn)
+    make_plan(lbfgs, plain)

@@ -62,8 +62,9 @@ class DataConfig:
     """For a training split larger than memory, of images or a table in Parquet that every node sees: hold only targets
     in memory; subsets read their rows by row group, full-set stages stream them. Other splits are held in memory."""
     augmentation: Annotated[str, ("auto", "none", "crop_flip", "package.module:function")] = "auto"
-    """none, or crop_flip: random crop (zero padding of an eighth of the side) and horizontal flip; auto: for CIFAR.
-    Or your own package.module:function of (a batch's stored rows, torch.Generator), which returns such rows."""
+    """none, not even what a task of your own draws; or crop_flip: random crop (zero padding of an eighth of the side)
+    and horizontal flip; auto: for CIFAR. Or your own package.module:function of (a batch's stored rows,
+    torch.Generator), which returns such rows."""
 
     def __post_init__(self) -> None:
         need(

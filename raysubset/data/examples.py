@@ -87,7 +87,7 @@ class Augmented(ABC):
 
     @property
     def is_augmented(self) -> bool:
-        return self.augment and (self.augmentation is not None or self.task.augmentation != "none")
+        return self.augment and (self.augmentation is not None or self.task.draw(1, 0) is not None)
 
     def drawn(self, seed: int) -> Tensor | None:
         """Draw an epoch's augmentation, one row an example, on the CPU, so that it is the same on every device."""

@@ -34,6 +34,7 @@ class FullSet:
     advice: tuple[Note, ...]  # decisions made for the user, and warnings
     fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of the files or arrays it was read from
     augmentation: OwnAugmentation | None = None  # of training batches, instead of the task's
+    is_ever_augmented: bool = True  # False: data.augmentation=none, whatever the task draws
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,6 +79,7 @@ class FullSet:
             augment: True: epochs draw the augmentation, for training.
         """
         source: Split | StreamedSplit = getattr(self, split)
+        augment = augment and self.is_ever_augmented
         return Examples(source.take(indices), self.task, augment, self.augmentation).to(device)
 
     def sample(self) -> Examples:
@@ -89,6 +91,7 @@ class FullSet:
     ) -> Batches:
         """Return training examples as examples() does, except all of a streamed split, which are streamed."""
         if indices is None and isinstance(self.train, StreamedSplit):
+            augment = augment and self.is_ever_augmented
             return StreamedExamples(self.train, self.task, torch.device(device), augment, self.augmentation)
         return self.examples("train", indices, device=device, augment=augment)
 

@@ -42,6 +42,7 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
     full_set = dataclasses.replace(
         full_set,
         augmentation=OwnAugmentation(config.own_augmentation) if config.own_augmentation else None,
+        is_ever_augmented=config.augmentation != "none",
         advice=(*full_set.advice, *unused_settings(config, kind)),
         fingerprint=_fingerprint(full_set, config, before),
     )

@@ -50,6 +50,9 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
             raise ValueError(f"{recipe.optimizer} {noise}: use sgd, adam or adamw")
         if is_whole and num_workers > 1:
             raise ValueError(f"{recipe.whole_loop} works in one process: set {flag} 1, or use sgd")
+        if recipe.optimizer in WHOLE_SUBSET and full_set.examples("train", np.arange(1), augment=True).is_augmented:
+            noise = "needs a loss without noise, but the task augments training examples"
+            raise ValueError(f"{recipe.optimizer} {noise}: set --data.augmentation none, or use sgd, adam or adamw")
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Batch norm shares statistics between workers on CUDA only, and the device is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed

@@ -28,8 +28,6 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
     model = new_model(run.config.model, run.full_set)
     first_pieces = pieces[: len(in_packs(pieces, per_actor)[0].pieces)]
     reason = "there is one subset" if len(first_pieces) == 1 else why_not_packed(model, recipe)
-    if run.full_set.augmentation:
-        reason = f"{run.full_set.augmentation.reference} is called with one subset's batch"
     if reason is not None:
         return {"per_actor": per_actor, "taken": False, "reason": reason}
     trial_pack = Pack((TrialPiece(tuple(first_pieces)),))
