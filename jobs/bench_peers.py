@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,9 @@ def network() -> Any:
     return nn.Sequential(*layers)
 
 
+@cache
 def mnist(root: str) -> dict[str, tuple[Any, Any]]:
-    """Images, float32 [N, 1, 28, 28], and labels of the three splits."""
+    """Images, float32 [N, 1, 28, 28], and labels of the three splits; a process reads them once."""
     from torchvision.datasets import MNIST
 
     train, test = MNIST(root, train=True), MNIST(root, train=False)
