@@ -18,7 +18,7 @@ from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.data import load_full_set
-from raysubset.events import Event, LegDone, OnEvent, Retry
+from raysubset.events import Event, LegDone, OnEvent, Retry, Waiting
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
@@ -133,6 +133,11 @@ def test_what_an_arm_is_made_of_is_in_the_record(report: ComparisonReport):
     assert (legs[run["leg"]]["stage"], legs[before]["kind"]) == ("fine_tuning", "aggregate")
     members = [legs[key] for key in legs[before]["inputs"]]
     assert [(one["stage"], one["subset"]) for one in members] == [("subsets", n) for n in range(4)]
+
+
+def test_actors_that_did_the_legs_stay_for_the_test_split(report: ComparisonReport, events: list[Event]):
+    starts = [event.text for event in events if isinstance(event, Waiting) and event.text.startswith("actors of")]
+    assert starts == ["actors of 1 CPU each start"]
 
 
 def test_the_ledger_tells_how_long_legs_waited(report: ComparisonReport, storage: Path):

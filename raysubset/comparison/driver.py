@@ -145,8 +145,9 @@ def compare(
             most_beyond = 0 if learning_rates else MOST_BEYOND
             comparison = _Comparison(run, decisions, plans, seeds, budgets, rates, sizes, most_beyond=most_beyond)
             comparison.refuse_unplaceable()
-            settings = comparison.tune()
-            finals = comparison.run(settings)
+            with comparison.runner:
+                settings = comparison.tune()
+                finals = comparison.run(settings)
         record = {
             "kind": "comparison",
             "name": directory.name,
@@ -459,7 +460,7 @@ class _Comparison:
         for arm, leg_of in legs.items():
             self._standing.expect(arm.key, leg_of.values(), self._num_train)
         all_legs = [leg for leg_of in legs.values() for leg in leg_of.values()]
-        self.runner.run(all_legs)
+        self.runner.run(all_legs, stay=True)
         self.tuning_legs += all_legs
         losses: Losses = defaultdict(dict)
         for arm, leg_of in legs.items():
@@ -480,7 +481,7 @@ class _Comparison:
         shape = f"{len(finals)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
         self._tell(Stage(shape))
         self._tell_standing(settings)
-        self.runner.run(flat(finals))
+        self.runner.run(flat(finals), stay=True)
         self._tell(Stage("test: all choices are made, the test split is read"))
         self.runner.test(flat(finals))
         return finals

@@ -1,9 +1,11 @@
 """LegRunner does legs on the cluster, each after its inputs, and goes on without those that fail."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
@@ -21,7 +23,7 @@ class LegRunner:
     """Runs legs on actors of an ActorPool, whose docstring says what happens on deaths, drains and Ctrl-C.
 
     A leg that fails for good is left out with all legs that need it, and `failed` names them. If the driver dies, the
-    next one finds the legs that are done.
+    next one finds the legs that are done. Actors may stay between two calls; they end with the runner's context.
     """
 
     def __init__(self, run: Run, *, num_gpus: float, then: str = "what needs it is left out") -> None:
@@ -35,10 +37,33 @@ class LegRunner:
         self._run, self._num_gpus, self._tell = run, num_gpus, run.tell
         self._quiet_run = replace(run, tell=self._pass_on)
         self._then = then
+        self._pool: ActorPool | None = None  # whose actors stay
         self.failed: dict[Leg, str] = {}
 
-    def run(self, finals: Sequence[Leg]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            with self._actors(stay=False):
+                pass
+
+    @contextmanager
+    def _actors(self, *, stay: bool) -> Iterator[ActorPool]:
+        """Yield the pool that is open, or a new one. Leave it open if its actors are to stay and nothing was raised."""
+        pool, self._pool = self._pool or ActorPool(self._quiet_run, num_gpus=self._num_gpus), None
+        with ExitStack() as stack:
+            yield stack.enter_context(pool)
+            if stay:
+                stack.pop_all()
+                self._pool = pool
+
+    def run(self, finals: Sequence[Leg], *, stay: bool = False) -> None:
         """Do the legs and all that they need, unless they are done; afterwards `failed` names those that failed.
+
+        Args:
+            finals: the last legs.
+            stay: keep the actors for the next call.
 
         Raises:
             ValueError: if the files of a streamed set have changed, or no actor can ever be placed.
@@ -47,7 +72,7 @@ class LegRunner:
         legs, damages = list(dict.fromkeys(leg for final in finals for leg in closure(final))), set[str]()
         while True:
             try:
-                self._do_missing(legs)
+                self._do_missing(legs, stay=stay)
                 return
             except CorruptFile as error:
                 if str(error) in damages:
@@ -59,7 +84,7 @@ class LegRunner:
         if isinstance(event, Retry | Waiting | Start | Progress) or (isinstance(event, Note) and event.is_warning):
             self._tell(event)
 
-    def _do_missing(self, legs: Sequence[Leg]) -> None:
+    def _do_missing(self, legs: Sequence[Leg], *, stay: bool) -> None:
         refuse_changed_files(self._run.full_set)
         for leg in legs:  # another try may fare better
             self.failed.pop(leg, None)
@@ -73,8 +98,8 @@ class LegRunner:
             self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
         if not (todo := [leg for leg in legs if leg not in done]):
             return
-        with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
-            stream = Stream(pool)
+        with self._actors(stay=stay) as pool:
+            stream = Stream(pool, keep=math.inf if stay else 0)
             stream.add(todo)
             for leg, result in stream.results():
                 if not isinstance(result, Exception):
@@ -90,7 +115,7 @@ class LegRunner:
         refuse_changed_files(self._run.full_set)
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed and leg.tested() is None]
         if todo:
-            with ActorPool(self._quiet_run, num_gpus=self._num_gpus) as pool:
+            with self._actors(stay=False) as pool:
                 for _ in pool.run([Pack((leg.test,)) for leg in todo], None):
                     pass
 
