@@ -20,6 +20,7 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           Planned passes are sums over legs, rounded once: the last digit of planned_passes differs in rounds and lbfgs.
           Bytes are in no digest since all are counted, as they go by which actor was free: all digests are new, and
           all other numbers and 208 files of weights those of dd47904, compared one by one.
+          A comparison's record says since 76d8f7e whether arms may try rates beyond the grid, and sorts what was tried.
           default             ca2ee08c2257dbee
           conventional        e383156474ee4956
           rounds              038ff7d786c12383
@@ -38,9 +39,9 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           shrink-perturb      f8431aa4fb770af3
           packed              547695c6effb9aa2
           streamed            55e3de172b9057b7
-          comparison          b3c7d362974954c5
+          comparison          4801abd1fca5f05b
           sweep               71964f780f3c96dd
-          all                 b09ccf1e11412c19
+          all                 14d1e1aeecfe8586
 """
 
 import argparse
