@@ -1,6 +1,7 @@
 """Mistakes in what is learned - a task of one's own, targets, tokens, masks - are told in a line with a way out."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from raysubset.config import Config, DataConfig, TaskConfig
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.planning import make_plan
-from raysubset.tasks import NextToken, Segmentation
+from raysubset.tasks import NextToken, Segmentation, sums_of
 
 TASK = """
 import numpy as np
@@ -307,3 +309,16 @@ def test_a_tasks_own_draws_are_noise_that_augmentation_none_turns_off(module: Ca
     with pytest.raises(ValueError, match=r"the task augments training examples: set --data\.augmentation none"):
         make_plan(lbfgs, drawn)
     make_plan(lbfgs, plain)
+
+
+def test_a_number_that_a_split_has_but_once_is_told_as_it_has_no_r2(tmp_path: Path) -> None:
+    for split, targets in (("train", range(40)), ("test", [0.1] * 7)):
+        table = pa.table({"seen": [float(number % 9) for number in range(len(targets))], "y": [*map(float, targets)]})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    full_set = load_full_set(DataConfig(name=str(tmp_path), target="y"), TaskConfig(name="regression"))
+    (warning,) = [note.text for note in full_set.advice if note.is_warning]
+    assert warning == "y is the same in all 7 test examples, of which there is no r2"
+    examples = full_set.examples("test")
+    measured = full_set.task.values(sums_of(full_set.task, torch.zeros(7, 1), examples.targets()), 7)
+    assert math.isnan(measured["r2"])
+    assert math.isfinite(measured["mae"])

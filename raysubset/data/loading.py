@@ -19,8 +19,9 @@ from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
+from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.tasks import ImageInputs
+from raysubset.tasks import ImageInputs, Regression
 
 _logger = logging.getLogger(__name__)
 
@@ -43,12 +44,25 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
         full_set,
         augmentation=OwnAugmentation(config.own_augmentation) if config.own_augmentation else None,
         is_ever_augmented=config.augmentation != "none",
-        advice=(*full_set.advice, *unused_settings(config, kind)),
+        advice=(*full_set.advice, *_constant_targets(full_set), *unused_settings(config, kind)),
         fingerprint=_fingerprint(full_set, config, before),
     )
     sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
     _logger.info("%s: %s examples read in %.1f s", config.name, sizes, time.perf_counter() - start_s)
     return full_set
+
+
+def _constant_targets(full_set: FullSet) -> list[Note]:
+    """Warn of numbers that are the same in all examples of a split, where there is no variance to explain."""
+    if not isinstance(full_set.task, Regression):
+        return []
+    notes = list[Note]()
+    for where, split in (("validation", full_set.validation), ("test", full_set.test)):
+        values = split.arrays()["target"]
+        if names := [full_set.task.target_names[k] for k in (values == values[0]).all(axis=0).nonzero()[0]]:
+            text = f"{listed(names)} is the same in all {len(values)} {where} examples, of which there is no r2"
+            notes.append(Note(text, is_warning=True))
+    return notes
 
 
 def _fingerprint(full_set: FullSet, config: DataConfig, before: pa.Table | None) -> pa.Table:

@@ -1,5 +1,6 @@
 """Regression: predicts numbers for an example, by squared, absolute or Huber's error."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, Rows
 
 _NUM_STRATA = 10
+_LEAST_SPREAD = 1e-12  # as a share of the squares: less is rounding
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
         }
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """Return r2, the share of variance explained, averaged over targets; rmse and mae in the targets' units."""
+        """Return r2, the share of variance explained, averaged over targets; rmse and mae in the targets' units.
+
+        r2 is NaN if a target is the same for all examples.
+        """
         names = ("error_squared", "error_absolute", "target", "target_squared")
         squared, absolute, total, total_squared = (np.array(sums[f"{name}_sum"]) for name in names)
         spread, std = total_squared - total**2 / num, np.array(self.std)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            r2 = float(np.mean(1 - squared / spread))
+        spread[spread <= _LEAST_SPREAD * total_squared] = math.nan
+        r2 = float(np.mean(1 - squared / spread))
         return {
             "r2": r2,
             "rmse": float(np.sqrt(np.mean(squared / num * std**2))),
