@@ -152,7 +152,8 @@ class SubsetsConfig:
     column: str | None = None
     """For the column scheme: the column of the training table whose values name the subsets."""
     function: str | None = None
-    """For the function scheme: package.module:function(labels, num, seed) -> subset id of each example, -1 for none."""
+    """For the function scheme: package.module:function(labels, num, seed) -> subset id of each example, -1 for none.
+    The labels are classes; of numbers the tenths of the first, 0 to 9; of texts and masks 0."""
     start: Literal["shared", "independent"] = "shared"
     """Weights the actors start from: the same, or each its own random ones. Means need a shared start to be good."""
     shares: str = "equal"
