@@ -74,7 +74,7 @@ def test_a_way_that_gets_there_with_some_seeds_alone_is_not_told_apart():
     assert found.fastest == ("subset pretraining", "one device")
     told = regime_text(found, quality="90.00 %", place="With 4 workers", is_complete=True, num_seeds=4)
     assert told.startswith(
-        "With 4 seeds, a smoke test: With 4 workers, at 1 Gbit/s a worker: subset pretraining and one "
+        "With 4 seeds, a smoke test. With 4 workers, at 1 Gbit/s a worker: subset pretraining and one "
     )
     assert "are not told apart to 90.00 %" in told
     assert told.endswith("one device with some seeds alone.")

@@ -110,7 +110,7 @@ def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, 
         is_complete: True if every way had an arm in the comparison.
         num_seeds: of the comparison.
     """
-    smoke = f"With {num_seeds} seeds, a smoke test: " if num_seeds < FEWEST_SEEDS else ""
+    smoke = f"With {num_seeds} seeds, a smoke test. " if num_seeds < FEWEST_SEEDS else ""
     begin = f"{smoke}{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
     if not regime.ways:
         return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
