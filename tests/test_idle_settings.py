@@ -113,6 +113,11 @@ def test_settings_of_a_recipe_are_idle_if_they_change_no_bit(optimizer: str, kin
         ({"fine_tuning.epochs": 0.0, "fine_tuning.shrink": 0.2}, ["fine_tuning.shrink"]),
         ({"fine_tuning.shrink": 0.2, "fine_tuning.start": "shrink_perturb"}, []),
         ({"fine_tuning.temperature": 3.0}, ["fine_tuning.temperature"]),
+        ({"fine_tuning.temperature": 3.0, "fine_tuning.distillation": 0.5}, []),
+        (
+            {"fine_tuning.temperature": 3.0, "fine_tuning.distillation": 0.5, "task.loss": "squared_error"},
+            ["fine_tuning.temperature"],
+        ),
         ({"subsets.alpha": 0.1}, ["subsets.alpha"]),
         ({"subsets.alpha": 0.1, "subsets.scheme": "dirichlet"}, []),
     ],

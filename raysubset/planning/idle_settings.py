@@ -113,6 +113,8 @@ def _of_stages(config: Config) -> Iterator[tuple[str, str]]:
             yield f"fine_tuning.{name}", "it is for fine_tuning.start=shrink_perturb"
     if not tuning.distillation:
         yield "fine_tuning.temperature", "fine_tuning.distillation is 0"
+    elif config.task.name == "regression" or config.task.loss not in ("auto", "cross_entropy"):
+        yield "fine_tuning.temperature", "it softens cross-entropy's probabilities, and this loss is another"
     if config.rounds.num == 1:
         for name in _OF_ROUNDS:
             yield f"rounds.{name}", "there is one round (rounds.num)"
