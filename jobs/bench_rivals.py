@@ -17,11 +17,12 @@ norm's statistics). Repeats alternate. CPU seconds are compared, as wall times o
 ~/flower; ~/flower/bin/pip install 'flwr[simulation]' torch torchvision psutil.
 
 Hardware: 2 cores of a shared virtual machine; torch 2.14, Python 3.11, Ray 2.60 (Flower 1.42: Ray 2.55).
-Result:   --repeats 2, loads of 5 to 13, CPU seconds (of them those of actors), and rounds in ratio to it, same repeat
-          ray     44.9 and 52.5 (29.3, 34.8)   1.22 and 1.03
-          flower  57.7 and 62.2 (36.9, 41.7)   0.95 and 0.87
-          rounds  54.9 and 54.3 (36.7, 36.2)
-          The goals were 1.10 and 0.85. Validation accuracy of ray 92.2 and 91.9 %, of flower 91.5 and 92.2 %.
+Result:   n = 4 repeats, the first two at loads of 5 to 13, the others alone: CPU seconds, and rounds in ratio to them
+          ray     44.9 52.5 56.6 58.5   1.22 1.03 0.97 0.90, median 1.00 (goal 1.10)
+          flower  57.7 62.2 70.2 73.9   0.95 0.87 0.78 0.71, median 0.83 (goal 0.85)
+          rounds  54.9 54.3 55.1 52.6   of which actors have 36 to 38
+          Wall seconds, alone: 39 and 40, 47 and 47, 35 and 34 (raysubset starts Ray while it imports). Validation
+          accuracy is 91.7 to 92.3 % by ray and flower, 91.3 % by rounds, whose subsets are redrawn (n = 1).
 """
 
 import argparse

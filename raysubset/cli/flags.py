@@ -123,7 +123,7 @@ class Compare(_Resumed):
     bandwidth: float | None = None
     """Bandwidth of each worker's link in Gbit/s, for the least wall time in the report; by default 1."""
     quick: bool = False
-    """A first answer within two minutes on two cores: arms B D G H, two seeds, few budgets. A smoke test."""
+    """A first answer, for digits in 20 s on two idle cores: arms B D G H, two seeds, few budgets. A smoke test."""
 
 
 @dataclass(frozen=True)

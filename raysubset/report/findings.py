@@ -99,7 +99,7 @@ def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) 
 def _of_passes(record: Record) -> Iterator[str]:
     cost = record["cost"]
     total = cost["passes"]
-    shares = ", ".join(f"{row['stage']} {row['passes'] / total:.0%}" for row in cost["stages"])
+    shares = ", ".join(f"{row['stage'].replace('_', ' ')} {row['passes'] / total:.0%}" for row in cost["stages"])
     rest = total - trained_passes(record)
     yield f"Where the passes went: {shares}; {rest / total:.0%} of all was not training that led to the result."
 
