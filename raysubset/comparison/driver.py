@@ -420,7 +420,7 @@ class _Comparison:
 
         grid = [Settings(rate, size) for rate in self._rates]
         tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
-        settings = widest(grid, self._most_beyond)
+        settings = [at for at in widest(grid, self._most_beyond) if _takes(self._config, at.learning_rate)]
         return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in settings)
 
     def tune(self) -> dict[str, Settings]:

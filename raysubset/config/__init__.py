@@ -18,7 +18,7 @@ from raysubset.config.minimizing import (
     TrainingStage,
 )
 from raysubset.config.places import ActorsConfig, ClusterConfig
-from raysubset.config.run import Config, Learned, of_now
+from raysubset.config.run import OF_SUBSET_PRETRAINING, Config, Learned, of_now
 from raysubset.config.seeds import derive_seed
 from raysubset.config.stages import (
     AGGREGATIONS,

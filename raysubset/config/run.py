@@ -24,6 +24,12 @@ _MAY_BE_FUNCTIONS = (  # fields that can name the user's own: package.module:fun
     *("minimize.objective", "minimize.loop", "actors.on_step", "aggregation.method"),
 )
 
+# Settings that shape subset pretraining alone: a conventional run of a given length does not depend on them
+OF_SUBSET_PRETRAINING = (
+    *("subsets.", "trunk.", "rounds.", "aggregation.", "fine_tuning."),
+    *("minimize.epochs", "actors.quorum"),
+)
+
 Learned = tuple[DataConfig, TaskConfig]
 
 

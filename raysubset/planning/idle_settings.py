@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from raysubset.aggregation import methods_tried
-from raysubset.config import WHOLE_SUBSET, AggregationConfig, Config, flatten
+from raysubset.config import OF_SUBSET_PRETRAINING, WHOLE_SUBSET, AggregationConfig, Config, flatten
 from raysubset.events import Note
 from raysubset.planning.soundness import workers_of_stages
 
@@ -20,15 +20,6 @@ _USED_BY_AVERAGING = {
 _OF_AVERAGING = ("period", "num_samples", "decay", "swa_start", "feedback", "stages")
 _OF_SKIPPING = ("window", "threshold", "epochs", "drop", "decay", "stages")
 _OF_FINE_TUNING = ("learning_rate", "start", "num_workers", "min_workers", "keep", "sync_batch_norm")
-_OF_SUBSET_PRETRAINING = (
-    "subsets.",
-    "trunk.",
-    "rounds.",
-    "aggregation.",
-    "fine_tuning.",
-    "minimize.epochs",
-    "actors.quorum",
-)
 _OF_ROUNDS = ("lengths", "optimizer_state", "evaluate_every", "send", "overlap")
 
 
@@ -71,7 +62,7 @@ def _of_conventional(config: Config) -> Iterator[tuple[str, str]]:
         yield f"minimize.{name}", "it ends minimizations on subsets"
     if config.conventional.epochs is not None:
         for name in flatten(config.to_dict()):
-            if name.startswith(_OF_SUBSET_PRETRAINING):
+            if name.startswith(OF_SUBSET_PRETRAINING):
                 yield name, "conventional.epochs gives the length of the run"
 
 

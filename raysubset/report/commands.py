@@ -5,24 +5,15 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from raysubset.config import Config, flatten, of_now
+from raysubset.config import OF_SUBSET_PRETRAINING, Config, flatten, of_now
 from raysubset.costs import Cost
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report.figures import Record
 
-# Settings that a conventional run of a given length does not depend on, or that would end it early or cost more
-_OF_SUBSET_PRETRAINING = (
-    "subsets.",
-    "trunk.",
-    "rounds.",
-    "aggregation.",
-    "fine_tuning.",
-    "minimize.epochs",
-    "minimize.tolerance",
-    "minimize.target_loss",
-    "minimize.patience",
-    "minimize.validate_every",
-    "actors.quorum",
+# A conventional run of equal cost leaves out what shapes subset pretraining alone, ends it early or costs more
+_NOT_OF_BASELINE = (
+    *OF_SUBSET_PRETRAINING,
+    *("minimize.tolerance", "minimize.target_loss", "minimize.patience", "minimize.validate_every"),
 )
 
 
@@ -59,7 +50,7 @@ def conventional_beside(record: Record, passes: float, suffix: str) -> str:
         "conventional.epochs": float(f"{epochs:.4g}"),
         "conventional.num_workers": 1,
     }
-    return command(_without(config, *_OF_SUBSET_PRETRAINING) | changes)
+    return command(_without(config, *_NOT_OF_BASELINE) | changes)
 
 
 def subset_pretraining_beside(record: Record) -> str:
