@@ -123,6 +123,15 @@ class MinimumDone(Event):
 
 
 @dataclass(frozen=True)
+class MinimaFound(Event):
+    """Some minima of a round are already there when the run is resumed."""
+
+    stage: str
+    round: int
+    subsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class EpochDone(Event):
     """Ray Train workers have finished an epoch."""
 
@@ -165,6 +174,7 @@ class Standing(Event):
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    found: float = 0.0  # of all passes done, those that were already done when this command began
 
 
 @dataclass(frozen=True)

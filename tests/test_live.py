@@ -21,6 +21,7 @@ from raysubset.events import (
     EpochDone,
     Event,
     LegDone,
+    MinimaFound,
     MinimumDone,
     Note,
     Planned,
@@ -123,6 +124,22 @@ def test_of_a_comparison_it_goes_by_the_passes_of_its_arms():
     clock.now += 4
     course.hear(Standing("", (), (rows[1],)))
     assert (course.passes, course.left_s) == ((4.0, 10.0), pytest.approx(12.0))
+    clock.now += 1
+    course.hear(Standing("", (), (Row("B", (), "at work", 9.0, 10.0),), found=4.0))  # one more, and four found
+    assert (course.passes, course.left_s) == ((9.0, 10.0), pytest.approx(5.0 / 3.0))
+
+
+def test_minima_that_are_there_count_as_done_and_not_as_speed():
+    clock = Clock()
+    course = Course(clock)
+    course.hear(Planned("", (Step("subsets", 0, 8.0, 4, 1),), 1000))
+    course.hear(stage_event("subsets", ""))
+    course.hear(MinimaFound("", "subsets", 0, (0, 1)))
+    assert course.passes == (4.0, 8.0)
+    course.hear(progress(2, 0.0))
+    clock.now += 6
+    course.hear(done(2))
+    assert (course.passes, course.left_s) == ((6.0, 8.0), pytest.approx(6.0))
 
 
 @pytest.mark.parametrize(

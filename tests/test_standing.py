@@ -23,12 +23,13 @@ def test_arms_fill_in_with_means_over_seeds_and_the_best_at_the_largest_budget_t
         standing.expect(arm, [leg], 100, budget)
     standing.note_settings("B", "0.1")
     for key, value in ((("B", 1.0, 0), 0.5), (("B", 1.0, 1), 0.7), (("G", 1.0, 0), 0.9), (("B", 2.0, 0), None)):
-        standing.note_done(legs[key].key, {"accuracy": value})
+        standing.note_done(legs[key].key, {"accuracy": value}, was_there=key[0] == "G")
         standing.note_done(legs[key].key, {"accuracy": value})  # a resumed comparison hears of it twice
     event = standing.event()
     assert event.columns == ("learning rate", "1 passes", "2 passes")
     assert [row.cells for row in event.rows] == [("0.1", "60.00%", "- (1/2)"), ("", "90.00% (1/2)", "")]
     assert [(row.passes, row.planned, row.is_best) for row in event.rows] == [(4.0, 7.0, False), (1.0, 6.0, True)]
+    assert event.found == 1.0
     assert event.text == "4 of 8 results; best so far G, accuracy 90.00% on validation data at 1 passes"
 
 
@@ -46,7 +47,8 @@ def test_a_leg_at_work_counts_by_the_share_that_it_has_done():
 
 
 def test_trials_stand_with_the_best_by_validation_loss():
-    standing = TrialsStanding(ACCURACY, {"a": 10.0, "b": 10.0, "c": 10.0})
+    names = ("a", "b", "c")
+    standing = TrialsStanding(ACCURACY, dict.fromkeys(names, 10.0), {"a": 0.0, "b": 0.5, "c": 0.0})
     standing.update(
         "a", "at work", {"stage": "trunk", "passes": 1.0, "validation_loss": 0.5, "validation_accuracy": 0.9}
     )
@@ -59,7 +61,14 @@ def test_trials_stand_with_the_best_by_validation_loss():
         ("done", "12.00", "0.4000", ""),
     ]
     assert [(row.passes, row.is_best) for row in event.rows] == [(1.0, False), (1.0, False), (10.0, True)]
+    assert event.found == 0.5
     assert event.text == "1 of 3 trials ended; best so far c, validation loss 0.4000"
+
+
+def test_a_trial_that_is_stopped_early_leaves_its_passes_out_of_the_plan():
+    standing = TrialsStanding(ACCURACY, {"a": 10.0, "b": 10.0}, {"a": 0.0, "b": 0.0})
+    standing.update("a", "at work", {"passes": 2.0})
+    assert [(row.passes, row.planned) for row in standing.update("a", "done").rows] == [(2.0, 2.0), (0.0, 10.0)]
 
 
 def test_the_steps_of_a_plan_are_the_passes_that_it_plans():

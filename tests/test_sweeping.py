@@ -407,7 +407,7 @@ def test_a_listener_with_locks_as_a_terminals_does_not_stop_tune_from_pickling_i
         with lock:
             pass
 
-    pickle.loads(cloudpickle.dumps(_TrialEvents(tell, TrialsStanding(ACCURACY, {}))))
+    pickle.loads(cloudpickle.dumps(_TrialEvents(tell, TrialsStanding(ACCURACY, {}, {}))))
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

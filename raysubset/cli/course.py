@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from raysubset.events import EpochDone, Event, MinimumDone, Planned, Progress, Stage, Standing, Step
+from raysubset.events import EpochDone, Event, MinimaFound, MinimumDone, Planned, Progress, Stage, Standing, Step
 
 _MEASURED_S = 1.0  # seconds of work before a stage's own speed is used
 _SECONDS_BELOW = 600  # shorter times show seconds beside minutes
@@ -27,7 +27,8 @@ class Course:
     _heard: tuple[float, float] | None = None  # time of the step's last event, and its passes then
     _per_s: float | None = None  # examples/s of one process
     _standing: tuple[float, float] | None = None  # passes done and planned, of all rows
-    _began: tuple[float, float] | None = None  # time of the first Standing, and the passes done then
+    _new: float = 0.0  # of them, passes that were not already done when the command began
+    _began: tuple[float, float] | None = None  # time of the first Standing, and its new passes
 
     def hear(self, event: Event) -> None:
         """Update the estimate with an event."""
@@ -46,12 +47,16 @@ class Course:
                 self._note(stage, 0, None, record["epoch"] / max(self._steps[self._at].passes, record["epoch"]))
             case MinimumDone(stage=stage, record=record):
                 self._note(stage, record.get("round", 0), record["subset_id"], 1.0)
-            case Standing(rows=rows):
+            case MinimaFound(subsets=subsets) if self._is_at(event.stage, event.round):
+                self._shares |= dict.fromkeys(subsets, 1.0)
+                self._heard = None
+            case Standing(rows=rows, found=found):
                 self._standing = sum(row.passes for row in rows), sum(row.planned for row in rows)
-                self._began = self._began or (self.clock(), self._standing[0])
+                self._new = self._standing[0] - found
+                self._began = self._began or (self.clock(), self._new)
 
     def _note(self, stage: str, round: int, subset: int | None, share: float) -> None:
-        if self._at < 0 or (self._steps[self._at].stage, self._steps[self._at].round) != (stage, round):
+        if not self._is_at(stage, round):
             return
         self._shares[subset] = max(share, self._shares.get(subset, 0.0))
         now, passes = self.clock(), self._passes_of_step()
@@ -59,6 +64,9 @@ class Course:
             done, done_s = self._paces.get(stage, (0.0, 0.0))
             self._paces[stage] = done + passes - self._heard[1], done_s + now - self._heard[0]
         self._heard = now, passes
+
+    def _is_at(self, stage: str, round: int) -> bool:
+        return self._at >= 0 and (self._steps[self._at].stage, self._steps[self._at].round) == (stage, round)
 
     def _passes_of_step(self) -> float:
         step = self._steps[self._at]
@@ -80,8 +88,8 @@ class Course:
     def left_s(self) -> float | None:
         """Return the seconds to the end at the speed so far; None before any speed is known."""
         if self._standing is not None and self._began is not None:
-            (passes, total), (began_at, first_passes) = self._standing, self._began
-            new, seconds = passes - first_passes, self.clock() - began_at
+            (passes, total), (began_at, new_before) = self._standing, self._began
+            new, seconds = self._new - new_before, self.clock() - began_at
             return (total - passes) * seconds / new if new > 0 and seconds >= _MEASURED_S else None
         seconds = 0.0
         for number, step in list(enumerate(self._steps))[max(0, self._at) :]:

@@ -353,7 +353,7 @@ class _Comparison:
         """Pass on an event of the legs' runner. Report how the arms stand when a leg is done, and as it proceeds."""
         self._tell(event)
         if isinstance(event, LegDone):
-            self._standing.note_done(event.leg, event.validation)
+            self._standing.note_done(event.leg, event.validation, was_there=event.was_there)
             if not event.was_there:
                 self._tell(self._standing.event())
         elif isinstance(event, Progress):

@@ -32,6 +32,7 @@ class ArmsStanding:
         self._of_tuning: defaultdict[str, float] = defaultdict(float)  # more than `tried` where a grid grew
         self._settings: dict[str, str] = {}
         self._done: set[str] = set()
+        self._found = 0.0  # passes of the legs that were already done
         self._shares: dict[str, float] = {}  # how far legs at work are, by key
 
     def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float = 0.0) -> None:
@@ -47,14 +48,15 @@ class ArmsStanding:
         """Note the settings that an arm was tuned to."""
         self._settings[arm] = text
 
-    def note_done(self, key: str, validation: Mapping[str, Any] | None) -> None:
-        """Note that a leg is done."""
+    def note_done(self, key: str, validation: Mapping[str, Any] | None, *, was_there: bool = False) -> None:
+        """Note that a leg is done, or was already done when the comparison was resumed."""
         if key in self._done:
             return
         self._done.add(key)
         self._shares.pop(key, None)
         for arm, passes in self._arms_of[key].items():
             self._passes[arm] += passes
+            self._found += passes if was_there else 0.0
         for point in self._finals.get(key, ()):
             value = validation[self._quality.name] if validation else None
             self._qualities[point].append(math.nan if value is None else value)
@@ -86,7 +88,7 @@ class ArmsStanding:
         if best is not None:
             at = max(budget for arm, budget in means if arm == best)
             text += f"; best so far {best}, {self._quality.phrase(means[best, at])} on validation data at {at:g} passes"
-        return Standing(text, columns, tuple(rows))
+        return Standing(text, columns, tuple(rows), self._found)
 
     def _cell(self, arm: str, budget: float, means: Mapping[tuple[str, float], float]) -> str:
         """Return the mean over seeds. If some seeds are missing, add how many there are."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from raysubset.aggregation import method_of
 from raysubset.errors import listed
-from raysubset.events import AggregateDone, Note, stage_event
+from raysubset.events import AggregateDone, MinimaFound, Note, stage_event
 from raysubset.legs import FRESH, Leg, Start, Stream
 from raysubset.pipeline.decisions import Decisions
 from raysubset.pipeline.node_speeds import slot_of
@@ -160,7 +160,9 @@ class Rounds:
         found = self._stored.intersection(legs)
         self._stored -= found
         if found and len(found) < len(legs):
-            self._tell(Note(f"{len(found)} of {len(legs)} minima are already there"))
+            text = f"{len(found)} of {len(legs)} minima are already there"
+            subsets = tuple(leg.subset for leg in found if leg.subset is not None)
+            self._tell(MinimaFound(text, legs[0].told_stage, legs[0].round, subsets))
         num_left, least = len(legs), self._config.actors.quorum or len(legs)
         for leg, record in stream.wait([leg for leg in legs if leg not in found]):
             piece = leg.piece

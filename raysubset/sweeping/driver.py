@@ -34,7 +34,7 @@ from raysubset.pipeline.run_report import Sessions, environment, task_record
 from raysubset.planning import Plan, make_plan
 from raysubset.quality import Quality
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
-from raysubset.run_directory.ledger import Ledger, total_cost
+from raysubset.run_directory.ledger import Ledger, Work, total_cost
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -168,7 +168,11 @@ def sweep(
             )
         tell(Waiting("Ray Tune starts"))
         quality = full_sets[trials[0].config.learned].quality
-        standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()})
+        found = {}
+        for trial in trials:
+            num_train, share = len(full_sets[trial.config.learned].train), plans[trial.name].forward_share
+            found[trial.name] = total_cost(_works(trial)).passes(num_train, share)
+        standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()}, found)
         callback = _TrialEvents(tell, standing)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
         gathered, cost = _gather(trials, space, errors, quality, losses), _total_cost(trials, full_sets, plans)
@@ -385,12 +389,16 @@ def _gather(
     }
 
 
+def _works(trial: Trial) -> list[Work]:
+    return Ledger(RunDirectory(trial.config.storage_path, trial.name)).read()
+
+
 def _total_cost(trials: Sequence[Trial], full_sets: Mapping[Learned, FullSet], plans: Mapping[str, Plan]) -> Record:
     """Return the cost of all trials, with pruned and failed ones. A shared trunk, in several ledgers, counts once."""
     passes, device_s = 0.0, 0.0
     counted_trunks = set()
     for trial in trials:
-        works = Ledger(RunDirectory(trial.config.storage_path, trial.name)).read()
+        works = _works(trial)
         uncounted_works = [work for work in works if work not in counted_trunks]
         counted_trunks |= {work for work in works if work.stage == "trunk"}
         cost = total_cost(uncounted_works)

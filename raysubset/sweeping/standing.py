@@ -13,11 +13,17 @@ COLUMNS = ("stage", "passes", "validation loss")
 class TrialsStanding:
     """Keeps what each trial last reported. The best trial is that of least validation loss."""
 
-    def __init__(self, quality: Quality, planned: Mapping[str, float]) -> None:
-        """Begin with no trial started. `planned` are the trials' passes of training, by name."""
+    def __init__(self, quality: Quality, planned: Mapping[str, float], found: Mapping[str, float]) -> None:
+        """Begin with no trial started.
+
+        Args:
+            planned: the trials' passes, by name.
+            found: by name, the passes that earlier commands did.
+        """
         self._quality, self._planned = quality, planned
+        self._found = sum(min(found[name], passes) for name, passes in planned.items())
         self._states: dict[str, Literal["waiting", "at work", "done", "failed"]] = dict.fromkeys(planned, "waiting")
-        self._last: dict[str, dict[str, Any]] = {name: {} for name in planned}
+        self._last: dict[str, dict[str, Any]] = {name: {"passes": found[name]} for name in planned}
 
     def update(
         self, name: str, state: Literal["at work", "done", "failed"], report: Mapping[str, Any] | None = None
@@ -33,7 +39,7 @@ class TrialsStanding:
         if best is not None:
             text += f"; best so far {best}, validation loss {losses[best]:.4f}"
         columns = COLUMNS if self._quality.name == "loss" else (*COLUMNS, self._quality.heading)
-        return Standing(text, columns, rows)
+        return Standing(text, columns, rows, self._found)
 
     def _loss(self, name: str) -> float | None:
         loss = self._last[name].get("validation_loss")
@@ -41,11 +47,12 @@ class TrialsStanding:
 
     def _row(self, name: str, *, is_best: bool) -> Row:
         last, state, loss = self._last[name], self._states[name], self._loss(name)
-        planned, passes = self._planned[name], last.get("passes", 0.0)
+        planned, passes = self._planned[name], last["passes"]
         cells = ["failed" if state == "failed" else last.get("stage", ""), f"{passes:.2f}" if passes else ""]
         cells.append("" if loss is None else f"{loss:.4f}")
         if self._quality.name != "loss":
             value = last.get(f"validation_{self._quality.name}")
             cells.append("" if value is None else self._quality.cell(value))
-        num_passes = planned if state in ("done", "failed") else min(passes, planned)
-        return Row(name, tuple(cells), state, num_passes, planned, is_best=is_best)
+        done = min(passes, planned)
+        planned = done if state in ("done", "failed") else planned  # it may have been stopped early
+        return Row(name, tuple(cells), state, done, planned, is_best=is_best)
