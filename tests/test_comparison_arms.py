@@ -197,9 +197,18 @@ WHOLE = ["--minimize.optimizer", "lbfgs", "--fine-tuning.epochs", "0", "--trunk.
         (["--arms", "B", "G:task.loss=squared_error"], "task.loss is the same for all arms"),
         (["--actors.quorum", "3"], "which no other run repeats: leave out actors.quorum"),
         (["--subsets.shares", "measured"], "which no other run repeats: leave out subsets.shares"),
-        (["--arms", "B", "G", "I", *WHOLE], "arm I is shared by several workers, and lbfgs takes all examples in one"),
-        (["--arms", "B", "C", "G", *WHOLE], "arm C sees a share of the examples in each epoch, and lbfgs takes all"),
-        (["--arms", "B", "G", *WHOLE, "--data.streamed"], "arm B trains on the full set, which data.streamed does not"),
+        (
+            ["--arms", "B", "G", "I", *WHOLE],
+            "arm I: it is shared by several workers, and lbfgs takes all examples in one",
+        ),
+        (
+            ["--arms", "B", "C", "G", *WHOLE],
+            "arm C: it sees a share of the examples in each epoch, and lbfgs takes all",
+        ),
+        (
+            ["--arms", "B", "G", *WHOLE, "--data.streamed"],
+            "arm B: it trains on the full set, which data.streamed does not",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_node_ahead")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from raysubset.comparison import compare, driver, gathering
+from raysubset.comparison import checks, compare, driver, gathering
 from raysubset.comparison.arms import ALL_ARMS, Settings, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
@@ -157,13 +157,13 @@ def test_a_quality_that_is_not_finite_is_neither_as_good_nor_shown_to_be_worse(c
 
 
 def test_a_margin_is_the_one_given_the_datas_the_qualitys_or_asked_for():
-    assert driver._margin(0.2, R2, "mnist") == 0.2
-    assert driver._margin(None, ACCURACY, "mnist") == 0.001
-    assert driver._margin(None, ACCURACY, "digits") == driver.MARGIN
-    assert driver._margin(None, replace(R2, margin=0.05), "mnist") == 0.05
-    assert driver._margin(3.0, BITS, "mnist") == 3.0
+    assert checks.checked_margin(0.2, R2, "mnist") == 0.2
+    assert checks.checked_margin(None, ACCURACY, "mnist") == 0.001
+    assert checks.checked_margin(None, ACCURACY, "digits") == checks.MARGIN
+    assert checks.checked_margin(None, replace(R2, margin=0.05), "mnist") == 0.05
+    assert checks.checked_margin(3.0, BITS, "mnist") == 3.0
     with pytest.raises(ValueError, match=r"--margin = 3.0 must be in \[0, 1\)"):
-        driver._margin(3.0, ACCURACY, "mnist")
+        checks.checked_margin(3.0, ACCURACY, "mnist")
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_a_margin_is_the_one_given_the_datas_the_qualitys_or_asked_for():
 def test_arms_that_nobody_named_are_those_that_the_config_allows(overrides: Any, left_out: list[str]):
     config = Config().with_overrides(overrides)
     rates = [config.minimize.peak_learning_rate()]
-    arms, notes = driver._usual_arms(config, rates[0])
+    arms, notes = checks.usual_arms(config, rates[0])
     assert arms == [key for key in ALL_ARMS if key not in left_out]
     assert [note.text.split()[6].rstrip(":") for note in notes] == left_out
-    assert [arm.key for arm in driver._checked(config, [0, 1], [2.0], arms, rates)] == arms
+    assert [arm.key for arm in checks.checked_arms(config, [0, 1], [2.0], arms, rates)] == arms
     for key in left_out:
         with pytest.raises(ValueError, match=rf"^arm {key}"):
-            driver._checked(config, [0, 1], [2.0], ["B", "G", key], rates)
+            checks.checked_arms(config, [0, 1], [2.0], ["B", "G", key], rates)
 
 
 def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(

@@ -13,7 +13,7 @@ import torch
 from ray import cloudpickle
 from torch import nn
 
-from raysubset.comparison.driver import _checked
+from raysubset.comparison.checks import checked_arms
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.objects_in_hand import hold_objects
@@ -289,8 +289,8 @@ def test_a_config_that_names_an_object_asks_for_it_again():
 def test_a_comparison_refuses_arms_that_draw_weights_anew_for_a_network_in_hand(arm):
     with hold_objects(config_of(), model=net()) as config:
         with pytest.raises(ValueError, match="draws new weights, and given:Sequential is a network that has its own"):
-            _checked(config, [0, 1], [2.0], ["B", "G", arm], [0.1])
-        _checked(config, [0, 1], [2.0], ["B", "G"], [0.1])
+            checked_arms(config, [0, 1], [2.0], ["B", "G", arm], [0.1])
+        checked_arms(config, [0, 1], [2.0], ["B", "G"], [0.1])
 
 
 class _Untraceable(nn.Module):

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
-from raysubset.comparison.arms import ALL_ARMS, LONG, Arm, Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.arms import LONG, Arm, Settings, arm_config, final_leg
+from raysubset.comparison.checks import checked_arms, checked_margin, takes, usual_arms
 from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
@@ -21,8 +22,6 @@ from raysubset.legs import Leg, LegRunner, closure
 from raysubset.objects_in_hand import accepts_objects
 from raysubset.pipeline.run_report import Sessions, environment
 from raysubset.planning import Plan, make_plan
-from raysubset.planning.soundness import refuse_fresh_weights
-from raysubset.quality import ACCURACY, Quality
 from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
 from raysubset.tracking import refuse_missing, track_comparison
 from raysubset.uris import shown as shown_uri
@@ -31,13 +30,8 @@ from raysubset.work import Run
 from raysubset.work.identity import identify, known_fingerprint, places_notes
 
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
-MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
 BANDWIDTH = 1.0  # Gbit/s
-MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; for other qualities the task has a margin, or none
-
-COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # same for all arms
 STANDING_S = 1.0  # between two reports of how the arms stand, while legs proceed
-OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
 
 
 @accepts_objects
@@ -79,7 +73,7 @@ def compare(
             recipe's own, and beyond that, for an arm whose best rate is at an edge, at most MOST_BEYOND further rates.
         batch_sizes: the grid tried for B; by default only the config's.
         margin: of non-inferiority, in the units of the task's quality. By default the task's; for accuracy that of
-            MARGINS for the data, or else MARGIN.
+            checks.MARGINS for the data, or else checks.MARGIN.
         num_workers: of arm I; by default the number of subsets, but no more than the cluster has room for (recorded).
         bandwidth: of each worker's link, in Gbit/s, for the report's sentence on the way of least wall time.
         on_event: receives events, of finished, lost and repeated legs for example; None: nobody does. Without it,
@@ -97,9 +91,9 @@ def compare(
         check_number("--seeds", seeds, "[0, 1000]")
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
-    rates = sorted(set(learning_rates or (rate for rate in own_rates if _takes(config, rate))))
-    arms, arm_notes = (arms, []) if arms else _usual_arms(config, rates[0])
-    chosen_arms = _checked(config, seeds, budgets, arms, rates)
+    rates = sorted(set(learning_rates or (rate for rate in own_rates if takes(config, rate))))
+    arms, arm_notes = (arms, []) if arms else usual_arms(config, rates[0])
+    chosen_arms = checked_arms(config, seeds, budgets, arms, rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
     if num_workers is not None and num_workers < 1:
@@ -110,7 +104,7 @@ def compare(
     old_identity = None if fresh else directory.read_identity()
     tell(Waiting(f"reading {shown_uri(config.data.name)}"))
     full_set = load_full_set(*config.learned, known=known_fingerprint(old_identity, config))
-    margin = _margin(margin, full_set.quality, config.data.name)
+    margin = checked_margin(margin, full_set.quality, config.data.name)
     configs = {arm: config.with_overrides(dict(arm.overrides)) for arm in chosen_arms}
     identity = identify([config, *configs.values()], {config.learned: full_set}, old_identity)
     plan = make_plan(config, full_set)
@@ -175,126 +169,6 @@ def compare(
         track_comparison(config, directory, directory.read_json(COMPARISON_PATH), tell)
     tell(Note(f"report: {directory.uri}"))
     return ComparisonReport.from_dict(directory.read_json(COMPARISON_PATH))
-
-
-def _checked(
-    config: Config,
-    seeds: Sequence[int],
-    budgets: Sequence[float],
-    arms: Sequence[str],
-    learning_rates: Sequence[float],
-) -> list[Arm]:
-    """Return the arms that `arms` names.
-
-    Raises:
-        ValueError: if the arguments give no comparison.
-    """
-    if len(set(seeds)) < 2:
-        raise ValueError(f"--seeds: {len(set(seeds))} cannot tell a difference from noise: give at least 2, better 5")
-    if not arms:
-        raise ValueError("a comparison needs arms: B and at least one of D, E, G and H")
-    parsed = [parse_arm(key) for key in dict.fromkeys(arms)]
-    if "B" not in {arm.key for arm in parsed}:
-        raise ValueError("everything is measured against conventional training: add B to --arms")
-    if not any(arm.role == "candidate" for arm in parsed):
-        raise ValueError("there is no arm of subset pretraining to judge: add D, E, G or H to --arms")
-    if config.method != "subset_pretraining":
-        raise ValueError(f"a comparison has arms of both methods: leave out --method {config.method}")
-    for budget in budgets:
-        check_number("--budgets", budget, "(-∞, ∞)")
-    if not budgets or min(budgets) < 1:
-        least = f"{min(budgets):g} passes" if budgets else "no budget"
-        raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
-    for rate in learning_rates:
-        check_number("--learning-rates", rate, "(0, ∞)")
-        config.with_overrides({"minimize.learning_rate": rate})  # refuses a rate that the optimizer cannot use
-    for arm in parsed:
-        _refuse_unfit(arm, config, learning_rates)
-    return parsed
-
-
-def _takes(config: Config, learning_rate: float) -> bool:
-    """Return True if the optimizer can use the rate."""
-    try:
-        config.with_overrides({"minimize.learning_rate": learning_rate})
-    except ValueError:
-        return False
-    return True
-
-
-def _usual_arms(config: Config, rate: float) -> tuple[list[str], list[Note]]:
-    """Return the arms that the config allows, and a note on each control and arm in rounds that it does not."""
-    arms, notes = list(ALL_ARMS), list[Note]()
-    for key in ("C", "I", "H:rounds.num=4"):
-        try:
-            _refuse_unfit(parse_arm(key), config, [rate])
-        except ValueError as error:
-            arms.remove(key)
-            notes.append(Note(f"left out of the comparison: {error}"))
-    return arms, notes
-
-
-def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> None:
-    """Refuse an arm that would ignore settings, or whose own settings contradict the config's.
-
-    Raises:
-        ValueError: with the arm.
-    """
-    try:
-        _refuse_unused_settings(arm, config)
-        for rate in learning_rates:
-            arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("arm ") else f"arm {arm.key}: {text}") from error
-
-
-def _refuse_unused_settings(arm: Arm, config: Config) -> None:
-    """Refuse settings that the arm would ignore, before anything runs.
-
-    Raises:
-        ValueError: for such settings, and for overrides that name no field.
-    """
-    arm_settings = config.with_overrides(dict(arm.overrides))
-    for name in arm.overrides:
-        if name.partition(".")[0] in COMMON:
-            raise ValueError(f"arm {arm.key}: {name} is the same for all arms: set it for the whole comparison")
-    refuse_fresh_weights(arm_settings.with_overrides({"fine_tuning.start": arm.start}))
-    if loop := arm_settings.minimize.whole_loop:
-        reasons = {"C": "sees a share of the examples in each epoch", "I": "is shared by several workers"}
-        if arm.letter in reasons:
-            text = f"{reasons[arm.letter]}, and {loop} takes all examples in one process"
-            raise ValueError(f"arm {arm.key} {text}: leave it out of --arms, or use sgd, adam or adamw")
-        if arm_settings.data.streamed and arm.letter not in OF_SUBSETS:
-            text = f"trains on the full set, which data.streamed does not hold, and {loop} has all examples in memory"
-            raise ValueError(f"arm {arm.key} {text}: use sgd, adam or adamw, or leave --data.streamed out")
-    if arm.letter not in OF_SUBSETS:
-        return
-    for is_set, name, words in (
-        (arm_settings.subsets.shares != "equal", "subsets.shares", "its subset sizes would depend on the nodes there"),
-        (arm_settings.actors.quorum is not None, "actors.quorum", "its minima would be those that come first"),
-    ):
-        if is_set:
-            raise ValueError(f"arm {arm.key}: {words}, which no other run repeats: leave out {name}")
-
-
-def _margin(margin: float | None, quality: Quality, data_name: str) -> float:
-    """Return the margin of non-inferiority, in the quality's units.
-
-    Raises:
-        ValueError: if it is out of range, or neither given nor known for the quality.
-    """
-    if margin is not None:
-        check_number("--margin", margin, "[0, 1)" if quality.is_share else "[0, ∞)")
-        return margin
-    if quality.name == ACCURACY.name and data_name in MARGINS:
-        return MARGINS[data_name]
-    if quality.needs_margin:
-        raise ValueError(
-            f"how much worse in {quality.label} may a model be and still count as good? No margin of non-inferiority "
-            "is known for it: give --margin"
-        )
-    return MARGIN if quality.margin is None else quality.margin
 
 
 def _decide(
@@ -420,7 +294,7 @@ class _Comparison:
 
         grid = [Settings(rate, size) for rate in self._rates]
         tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
-        settings = [at for at in widest(grid, self._most_beyond) if _takes(self._config, at.learning_rate)]
+        settings = [at for at in widest(grid, self._most_beyond) if takes(self._config, at.learning_rate)]
         return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in settings)
 
     def tune(self) -> dict[str, Settings]:
@@ -446,7 +320,7 @@ class _Comparison:
             tried_grids,
             self._losses,
             most_beyond=self._most_beyond,
-            can_try=lambda setting: _takes(self._config, setting.learning_rate),
+            can_try=lambda setting: takes(self._config, setting.learning_rate),
         )
         for arm, losses in all_losses.items():
             best[arm.key] = best_of(losses)

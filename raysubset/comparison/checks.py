@@ -1,0 +1,136 @@
+"""What a comparison may be asked for: arms that fit the config, numbers in range, and a margin of non-inferiority."""
+
+from collections.abc import Sequence
+
+from raysubset.comparison.arms import ALL_ARMS, Arm, Settings, arm_config, parse_arm
+from raysubset.config import Config, check_number
+from raysubset.events import Note
+from raysubset.planning.soundness import refuse_fresh_weights
+from raysubset.quality import ACCURACY, Quality
+
+MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100": 0.01}
+MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; for other qualities the task has a margin, or none
+
+COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # same for all arms
+OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
+
+
+def checked_arms(
+    config: Config,
+    seeds: Sequence[int],
+    budgets: Sequence[float],
+    arms: Sequence[str],
+    learning_rates: Sequence[float],
+) -> list[Arm]:
+    """Return the arms that `arms` names.
+
+    Raises:
+        ValueError: if the arguments give no comparison.
+    """
+    if len(set(seeds)) < 2:
+        raise ValueError(f"--seeds: {len(set(seeds))} cannot tell a difference from noise: give at least 2, better 5")
+    if not arms:
+        raise ValueError("a comparison needs arms: B and at least one of D, E, G and H")
+    parsed = [parse_arm(key) for key in dict.fromkeys(arms)]
+    if "B" not in {arm.key for arm in parsed}:
+        raise ValueError("everything is measured against conventional training: add B to --arms")
+    if not any(arm.role == "candidate" for arm in parsed):
+        raise ValueError("there is no arm of subset pretraining to judge: add D, E, G or H to --arms")
+    if config.method != "subset_pretraining":
+        raise ValueError(f"a comparison has arms of both methods: leave out --method {config.method}")
+    for budget in budgets:
+        check_number("--budgets", budget, "(-∞, ∞)")
+    if not budgets or min(budgets) < 1:
+        least = f"{min(budgets):g} passes" if budgets else "no budget"
+        raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
+    for rate in learning_rates:
+        check_number("--learning-rates", rate, "(0, ∞)")
+        config.with_overrides({"minimize.learning_rate": rate})  # refuses a rate that the optimizer cannot use
+    for arm in parsed:
+        _refuse_unfit(arm, config, learning_rates)
+    return parsed
+
+
+def takes(config: Config, learning_rate: float) -> bool:
+    """Return True if the optimizer can use the rate."""
+    try:
+        config.with_overrides({"minimize.learning_rate": learning_rate})
+    except ValueError:
+        return False
+    return True
+
+
+def usual_arms(config: Config, rate: float) -> tuple[list[str], list[Note]]:
+    """Return the arms that the config allows, and a note on each control and arm in rounds that it does not."""
+    arms, notes = list(ALL_ARMS), list[Note]()
+    for key in ("C", "I", "H:rounds.num=4"):
+        try:
+            _refuse_unfit(parse_arm(key), config, [rate])
+        except ValueError as error:
+            arms.remove(key)
+            notes.append(Note(f"left out of the comparison: {error}"))
+    return arms, notes
+
+
+def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> None:
+    """Refuse an arm that would ignore settings, or whose own settings contradict the config's.
+
+    Raises:
+        ValueError: with the arm.
+    """
+    try:
+        _refuse_unused_settings(arm, config)
+        for rate in learning_rates:
+            arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
+    except ValueError as error:
+        raise ValueError(f"arm {arm.key}: {error}") from error
+
+
+def _refuse_unused_settings(arm: Arm, config: Config) -> None:
+    """Refuse settings that the arm would ignore, before anything runs.
+
+    Raises:
+        ValueError: for such settings, and for overrides that name no field.
+    """
+    arm_settings = config.with_overrides(dict(arm.overrides))
+    for name in arm.overrides:
+        if name.partition(".")[0] in COMMON:
+            raise ValueError(f"{name} is the same for all arms: set it for the whole comparison")
+    refuse_fresh_weights(arm_settings.with_overrides({"fine_tuning.start": arm.start}))
+    if loop := arm_settings.minimize.whole_loop:
+        reasons = {"C": "sees a share of the examples in each epoch", "I": "is shared by several workers"}
+        if arm.letter in reasons:
+            text = f"it {reasons[arm.letter]}, and {loop} takes all examples in one process"
+            raise ValueError(f"{text}: leave it out of --arms, or use sgd, adam or adamw")
+        if arm_settings.data.streamed and arm.letter not in OF_SUBSETS:
+            text = (
+                f"it trains on the full set, which data.streamed does not hold, and {loop} has all examples in memory"
+            )
+            raise ValueError(f"{text}: use sgd, adam or adamw, or leave --data.streamed out")
+    if arm.letter not in OF_SUBSETS:
+        return
+    for is_set, name, words in (
+        (arm_settings.subsets.shares != "equal", "subsets.shares", "its subset sizes would depend on the nodes there"),
+        (arm_settings.actors.quorum is not None, "actors.quorum", "its minima would be those that come first"),
+    ):
+        if is_set:
+            raise ValueError(f"{words}, which no other run repeats: leave out {name}")
+
+
+def checked_margin(margin: float | None, quality: Quality, data_name: str) -> float:
+    """Return the margin of non-inferiority, in the quality's units.
+
+    Raises:
+        ValueError: if it is out of range, or neither given nor known for the quality.
+    """
+    if margin is not None:
+        check_number("--margin", margin, "[0, 1)" if quality.is_share else "[0, ∞)")
+        return margin
+    if quality.name == ACCURACY.name and data_name in MARGINS:
+        return MARGINS[data_name]
+    if quality.needs_margin:
+        raise ValueError(
+            f"how much worse in {quality.label} may a model be and still count as good? No margin of non-inferiority "
+            "is known for it: give --margin"
+        )
+    return MARGIN if quality.margin is None else quality.margin
