@@ -1,6 +1,8 @@
 """Examples/s of a subset actor's loop ÷ a bare hand-written PyTorch loop: model, data, batches, threads are the same.
 
     python jobs/bench_loop.py --num-pairs 20        (MNIST from $RAYSUBSET_DATA or ../shared/data, else digits enlarged)
+    torchrun --standalone --nproc-per-node 2 jobs/bench_loop.py        (data-parallel: a worker's loop ÷ a bare loop
+        with DistributedDataParallel; CPU time of both processes, gloo)
 
 Hardware: 1 thread of a shared virtual machine of 2 AMD EPYC cores, load 23 to 41 while it ran; torch 2.15. Wall time:
 10 min there for 20 pairs (2 min of a core).
@@ -22,20 +24,25 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, derive_seed
 from raysubset.data import Examples, load_full_set
 from raysubset.models import build_model
 from raysubset.tasks import Classification, Spec
-from raysubset.training import Progress, minimize
+from raysubset.training import Progress, Shard, minimize
+from raysubset.training.shards import SYNC_BUFFERS
 
 DATA_ROOT = Path(os.environ.get("RAYSUBSET_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZE = 3_328  # examples of a subset, some 0.4 s each: whole batches of 64 and of 256
+SHARD = Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))  # torchrun says which
 
 
 def mnist_or_digits(device: str) -> tuple[Examples, str]:
@@ -70,17 +77,20 @@ def bare_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, seed
     peak = config.peak_learning_rate()
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=config.momentum, nesterov=True, fused=True)
     num_steps, step = round(config.epochs) * (num // config.batch_size), 0
-    model.train()
+    options: Any = {SYNC_BUFFERS: False}  # as in our workers
+    network = model if SHARD.num == 1 else DistributedDataParallel(model, **options)
+    network.train()
     for epoch in range(round(config.epochs)):
         generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
         for indices in torch.randperm(num, generator=generator).to(device).split(config.batch_size):
+            indices = indices[SHARD.rank :: SHARD.num]
             rate = peak * (1 + math.cos(math.pi * step / num_steps)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images = torch.addcmul(shift, pixels.index_select(0, indices).float(), scale)
             images = images.view(-1, height, width, channels).permute(0, 3, 1, 2)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-                outputs = model(images)
+                outputs = network(images)
             F.cross_entropy(outputs.float(), labels.index_select(0, indices)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -102,17 +112,20 @@ def actors_loop(model: nn.Module, examples: Examples, config: MinimizeConfig, se
         assert not due
         return stop.is_set()
 
-    minimize(model, examples, config, seed=seed, on_step=on_step)
+    minimize(model, examples, config, seed=seed, on_step=on_step, shard=SHARD)
 
 
 def seconds(loop: Callable[..., None], examples: Examples, config: MinimizeConfig, depth: int) -> tuple[float, float]:
-    """Time of one run, and the sum of the weights' magnitudes it ends at: CPU time on a CPU, which others use too."""
+    """Time of one run, and the sum of the weights' magnitudes it ends at: CPU time on a CPU, which others use too.
+
+    Of several workers it is the sum of their times.
+    """
     model = build_model(ModelConfig(width=16, depth=depth), Spec((1, 28, 28), (10,)), seed=0)
     model.to(device=examples.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     clock = time.process_time if examples.device.type == "cpu" else time.perf_counter
     started = clock()
     loop(model, examples, config, 1)
-    took = clock() - started
+    took = SHARD.sum(torch.tensor(clock() - started)).item()
     return took, sum(p.abs().sum().item() for p in model.parameters())
 
 
@@ -143,12 +156,19 @@ def main() -> None:
     parser.add_argument("--num-epochs", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+    if SHARD.num > 1:
+        dist.init_process_group("gloo")
+    for device in ["cpu"] + ["cuda"] * (torch.cuda.is_available() and SHARD.num == 1):
         examples, name = mnist_or_digits(device)
-        print(f"{name} on {device}, cnn of width 16; actor's loop ÷ bare loop, in examples/s")
+        lines = [f"{name} on {device}, cnn of width 16, {SHARD.num} workers; our loop ÷ bare loop, in examples/s"]
         for depth in (2, 3):
             for batch_size in (64, 256):
-                print(" ", compare(examples, depth=depth, batch_size=batch_size, **vars(arguments)), flush=True)
+                lines.append("  " + compare(examples, depth=depth, batch_size=batch_size, **vars(arguments)))
+                if SHARD.rank == 0:
+                    print(*lines, sep="\n", flush=True)
+                lines.clear()
+    if SHARD.num > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,7 @@ def means_of_one_step(shard: Shard) -> dict[str, list[torch.Tensor]]:
 
 
 def work(rank: int, folder: Path) -> None:
+    warnings.simplefilter("error", FutureWarning)  # of what torch takes out one day
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     shard, states = Shard(rank, 2), []

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
 from raysubset.training.records import LeftOutError
 from raysubset.training.uncompiled import data_parallel
+
+_OPTIONS = signature(nn.parallel.DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"  # in earlier torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Shard:
         if self.num == 1:
             return model
         ids = [device] if device.type == "cuda" else None
-        options = {"device_ids": ids, "broadcast_buffers": False, "find_unused_parameters": self.leaves_out}
+        options = {"device_ids": ids, SYNC_BUFFERS: False, "find_unused_parameters": self.leaves_out}
         parallel = data_parallel(model, **options)
         if as_bfloat16:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook  # 26 ms
