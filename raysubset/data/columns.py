@@ -14,11 +14,10 @@ from raysubset.data.files import describe_files, no_table, read_files, read_sche
 from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.labels import UNLABELLED, Labels, as_labels, number_classes
 from raysubset.data.layout import Placed, some
-from raysubset.data.row_groups import TableGroups
+from raysubset.data.row_groups import TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.tables import (
     JoinedTables,
-    concatenated,
     join_tables,
     numbers_of,
     plain,
@@ -140,7 +139,7 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
 
     members = [member for each in files.layout.values() for member in each]
     tables = [*read_files(files, members, needed, texts=texts).values()]
-    return pa.concat_tables(tables, promote_options="permissive")
+    return concatenated(tables, path)
 
 
 def choose_columns(

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
@@ -209,7 +209,7 @@ class TableGroups(RowGroups):
         file = self.files[group]
         table = self.members[file].with_columns(table).select(names)
         empty = self.schema.empty_table().select(names)
-        return pa.concat_tables([empty, plain(table, self.config, self.paths[file])], promote_options="permissive")
+        return concatenated([empty, plain(table, self.config, self.paths[file])], self.config.name)
 
     @property
     def _inputs(self) -> TableInputs:
@@ -241,3 +241,27 @@ class TrainingColumns:
     def kept(self, split: SplitName) -> pa.Table:
         """Return all columns of a kept split's rows. Call it after column() has read every column."""
         return pa.table({name: part.column(name) for part in self._kept[split] for name in part.column_names})
+
+
+def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
+    """Concatenate the tables of some files, with types that hold the values of all.
+
+    A dictionary, as pandas' categories are, is decoded where another file has the values themselves.
+
+    Raises:
+        ValueError: for files whose columns have types that do not go together.
+    """
+    fields = [field for table in tables for field in table.schema if not pa.types.is_null(field.type)]
+    decoded = {field.name for field in fields if not pa.types.is_dictionary(field.type)}
+    try:
+        return pa.concat_tables([_decoded(table, decoded) for table in tables], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
+
+
+def _decoded(table: pa.Table, names: Collection[str]) -> pa.Table:
+    """Return the table with the values of those of its dictionaries that are among the names."""
+    for place, field in enumerate(table.schema):
+        if field.name in names and pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    return table

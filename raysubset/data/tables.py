@@ -14,7 +14,7 @@ from raysubset.data.image_columns import ReadFile, images_of, masks_of, plain, w
 from raysubset.data.images import EncodedImages
 from raysubset.data.labels import UNLABELLED, as_labels, renumbered
 from raysubset.data.layout import some
-from raysubset.data.row_groups import ImageGroups
+from raysubset.data.row_groups import ImageGroups, concatenated
 from raysubset.data.sources import SourceSplit
 from raysubset.data.split import RESERVED_COLUMNS, is_scalar
 from raysubset.events import Note
@@ -178,18 +178,6 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
     return JoinedTables(joined, class_names, tuple(notes))
-
-
-def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
-    """Concatenate the tables of some files, with types that hold the values of all.
-
-    Raises:
-        ValueError: for files whose columns have types that do not go together.
-    """
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
 
 
 def _by_name(
