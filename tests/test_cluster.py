@@ -134,6 +134,29 @@ def test_a_node_that_does_not_come_up_is_told_of_by_ray_s_last_word(keeper: Call
         node.address()
 
 
+@pytest.mark.parametrize("num_slow", [1, 2])
+def test_a_start_that_is_too_slow_is_tried_once_more(
+    keeper: Callable[[str], None], tmp_path: Path, num_slow: int
+) -> None:
+    tries = tmp_path / "tries"
+    keeper(f"""
+import sys
+with open({str(tries)!r}, "a+") as file:
+    file.write("x")
+    file.seek(0)
+    if len(file.read()) <= {num_slow}:
+        sys.exit("Exception: The current node timed out during startup.")
+print("127.0.0.1:7", flush=True)
+""")
+    with OwnNode() as node:
+        if num_slow == 1:
+            assert node.address() == "127.0.0.1:7"
+        else:
+            with pytest.raises(RuntimeError, match=r"Ray does not start on this machine: .* timed out"):
+                node.address()
+    assert tries.read_text() == "xx"
+
+
 def test_a_file_of_the_working_directory_does_not_stand_for_a_module_that_ray_imports(
     keeper: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
+_TOO_SLOW = "timed out during startup"  # Ray's words where its agent took over 15 s: its files were not cached yet
 END_S = 20.0  # that Ray's processes have to end, as ray.shutdown() gives them
 _ROOT = str(Path(__file__).parents[2])  # where the keeper imports this package from, wherever the driver has it from
 _KEEPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from raysubset.cluster.own_node import keep; keep()"
@@ -28,31 +29,45 @@ class OwnNode:
     def __init__(self, *, num_cpus: int | None = None, num_gpus: int | None = None, **more: Any) -> None:
         """None counts the machine's; `more` are other RayParams, as JSON has them. The environment, with Ray's token,
         is this process's as it is now."""
-        params = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus} | more)
+        self._params = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus} | more)
+        self._environment = dict(os.environ)
+        self._address = ""
+        self._start()
+
+    def _start(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # the keeper's, as long as it lives
         self._keeper = subprocess.Popen(
-            [sys.executable, "-P", "-c", _KEEPER, params],  # -P: no module of the working directory's
+            [sys.executable, "-P", "-c", _KEEPER, self._params],  # -P: no module of the working directory's
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             start_new_session=True,
+            env=self._environment,
         )
-        self._address = ""
 
     def address(self) -> str:
-        """Return host:port of its control store, once the node is up.
+        """Return host:port of its control store, once the node is up. A start that was too slow is tried once more.
 
         Raises:
             RuntimeError: if it did not come up; with Ray's last word.
         """
-        assert self._keeper.stdout is not None
-        self._address = self._address or self._keeper.stdout.readline().strip()
-        if not self._address:
-            self._errors.seek(0)
-            lines = self._errors.read().strip().splitlines()
-            raise RuntimeError(f"Ray does not start on this machine: {lines[-1] if lines else 'it says nothing'}")
+        error = "" if self._address else self._wait()
+        if _TOO_SLOW in error:
+            self.__exit__()
+            self._start()
+            error = self._wait()
+        if error:
+            raise RuntimeError(f"Ray does not start on this machine: {error}")
         return self._address
+
+    def _wait(self) -> str:
+        """Wait for the keeper's address, and return the last line of its errors if it has none."""
+        assert self._keeper.stdout is not None
+        self._address = self._keeper.stdout.readline().strip()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return "" if self._address else (lines or ["it says nothing"])[-1]
 
     def close(self) -> None:
         """Have Ray's processes end, without waiting for that."""
