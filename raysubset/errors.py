@@ -14,6 +14,10 @@ _FOREIGN = (
     "<frozen",
     *(os.path.join(os.path.dirname(f), "") for f in (os.__file__, __file__)),
 )
+_FULL_CARD = (
+    "the card is full: give a smaller minimize.batch_size, a larger minimize.accumulation, or an actor more of a "
+    "card (actors.num_gpus)"
+)
 _NOTE = "see "  # what note_place() adds begins so
 
 
@@ -34,12 +38,21 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the error's type, first line and place_of(). If Ray brought the error from a task or actor, describe its
-    cause."""
+    """Return the error's type, first line and place_of(), and the way out if a card's memory did not suffice. If Ray
+    brought the error from a task or actor, describe its cause."""
     cause = getattr(error, "cause", None) or error
     lines, place = _lines(cause), place_of(cause)
-    line = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"[:_MOST_CHARACTERS]
-    return line if not place or _NOTE in line else f"{line}; {place}"
+    is_full = is_of_full_card(cause)
+    text = lines[0] if lines else "no message"
+    text = text.partition(" Including")[0] if is_full else text  # what follows is about torch's allocator
+    line = f"{type(cause).__name__}: {text}"[:_MOST_CHARACTERS]
+    line = line if not place or _NOTE in line else f"{line}; {place}"
+    return f"{line}; {_FULL_CARD}" if is_full else line
+
+
+def is_of_full_card(error: BaseException) -> bool:
+    """Return True for torch's error if a card's memory does not suffice. This module does not import torch."""
+    return (type(error).__module__, type(error).__name__) == ("torch", "OutOfMemoryError")
 
 
 def place_of(error: BaseException) -> str:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from ray import cloudpickle
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from raysubset.data import Examples
 from raysubset.errors import note_place, one_line, place_of
+from raysubset.user_code.functions import in_a_line
 from tests.tiny import examples
 
 
@@ -48,3 +50,13 @@ def test_the_place_goes_with_an_error_to_another_process_and_is_told_once():
     assert there.cause.__traceback__ is None
     assert one_line(there) == expected
     assert one_line(ValueError(f"data.name = 'net:load' raised {expected}")).count("see ") == 1
+
+
+def test_a_full_card_is_told_with_the_way_out_also_where_a_users_function_fills_it():
+    needed = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of 79 GiB of which 1 GiB is free."
+    advice = " Including non-PyTorch memory, this process has 78 GiB memory in use. Of the allocated memory 77 GiB is"
+    with pytest.raises(torch.OutOfMemoryError) as told, in_a_line("minimize.objective", "losses:mixup"):
+        raise torch.OutOfMemoryError(needed + advice)
+    line = one_line(RayTaskError("do", "…", cloudpickle.loads(cloudpickle.dumps(told.value))))
+    assert line.startswith(f"OutOfMemoryError: {needed}; the card is full: give a smaller minimize.batch_size, ")
+    assert "card" not in one_line(OutOfMemoryError("the node ran low on memory"))  # Ray's, of the host

@@ -41,7 +41,7 @@ from raysubset.cli.flags import (
 from raysubset.cli.live import telling
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
 from raysubset.config import Config, parse_value
-from raysubset.errors import CorruptFile, first_line, one_line
+from raysubset.errors import CorruptFile, first_line, is_of_full_card, one_line
 from raysubset.events import OnEvent, Waiting
 from raysubset.uris import without_secrets
 
@@ -164,7 +164,8 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
             _error(f"this machine has too little memory for that ({first_line(error)}): {smaller}")
             return MISTAKE
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        _error(f"{type(error).__name__}: {error}{_way_out(error)}")
+        text = one_line(error) if is_of_full_card(error) else f"{type(error).__name__}: {error}{_way_out(error)}"
+        _error(text)
         return FAILED
     except Exception as error:
         if not type(error).__module__.startswith("ray."):

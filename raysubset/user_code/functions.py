@@ -92,7 +92,8 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
     """Turn into a one-line ValueError what the user's code raises, an exit of the process, and a use of our argv.
 
     A failure of a device or of another worker (torch.AcceleratorError, torch.distributed.DistError) passes unchanged:
-    it is no mistake of the user's, and the next attempt may do the work.
+    it is no mistake of the user's, and the next attempt may do the work. So does torch's error for a card that is full,
+    which one_line() describes.
     """
     token = _is_users.set(True)
     try:
@@ -107,7 +108,7 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         raise misfit(field, reference, f"{text} {_GUARD}{_place(error)}") from error
     except Exception as error:
         if (torch := sys.modules.get("torch")) and isinstance(
-            error, torch.AcceleratorError | torch.distributed.DistError
+            error, torch.AcceleratorError | torch.OutOfMemoryError | torch.distributed.DistError
         ):
             raise
         text = f"raised {type(error).__name__}: {first_line(error)}"
