@@ -116,7 +116,9 @@ class CrossEntropy:
         return outputs[0] if len(outputs) == 1 and outputs[0] <= EXACT_OUTPUTS else SAMPLED_TERMS
 
     def _weight(self, outputs: Tensor) -> Tensor | None:
-        return None if self.class_weights is None else torch.tensor(self.class_weights).to(outputs)
+        if self.class_weights is None:
+            return None
+        return torch.tensor(self.class_weights).to(outputs, non_blocking=True)  # else each step waits for a card
 
     def _labels(self, targets: Tensor) -> Tensor:
         """Return the targets with class 0 at ignored positions, whose value may be no class."""
@@ -130,8 +132,7 @@ class CrossEntropy:
         share = is_counted
         if targets.ndim > 1:
             share = is_counted / is_counted.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (targets.ndim - 1))
-        if self.class_weights is not None:
-            weight = torch.tensor(self.class_weights).to(outputs)
+        if (weight := self._weight(outputs)) is not None:
             share = share * torch.lerp(weight, weight.mean(), smoothing)[self._labels(targets)]
         return share.unsqueeze(self.class_dim)
 

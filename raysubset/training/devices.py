@@ -4,12 +4,14 @@ import ctypes
 import os
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysubset.models import needs_default_layout
 
@@ -97,6 +99,26 @@ def mixed_precision(device: torch.device, dtype: torch.dtype, precision: str) ->
     supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     half = torch.bfloat16 if precision == "auto" and supported and dtype == torch.float32 else _HALVES.get(precision)
     return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
+
+
+def placed(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return a few numbers as a tensor on a device. torch.tensor(device=…) would wait for all of a card's work."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Let a card compute convolutions and recurrent layers in float32: cuDNN's TF32, the default, has 10 bits."""
+    cudnn: Any = torch.backends.cudnn
+    operations = [cudnn.conv, cudnn.rnn] if device.type == "cuda" else []
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Examples, even_sizes, joined
 from raysubset.models import has_dropout
-from raysubset.training.devices import mixed_precision, widest_dtype
+from raysubset.training.devices import mixed_precision, placed, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.records import (
@@ -210,7 +210,7 @@ class _Pack:
         targets = targets.unflatten(0, (size, len(rows)))
         losses = vmap(self._joint.task.loss, in_dims=1)(widened(outputs), targets)
         losses.backward(torch.full_like(losses, 1 / size))
-        numbers = torch.tensor([self.running[row] for row in rows], device=losses.device)
+        numbers = placed([self.running[row] for row in rows], losses.device)
         # a new tensor, because other threads read Progress.summed
         self._loss_sums = self._loss_sums.index_add(0, numbers, losses.detach().to(self._loss_sums.dtype))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
+from raysubset.training.devices import placed
 from raysubset.training.grouped import forward_of_all
 from raysubset.training.muon import REST_FACTOR, scaled_polar
 from raysubset.training.optimizers import load_optimizer_state, make_optimizer, moment_names
@@ -142,12 +143,12 @@ class Stack:
     def _column(self, values: Sequence[float]) -> Tensor:
         """Return the values as [K, 1], in the weights' dtype."""
         weights = self._now[_WEIGHTS]
-        return torch.tensor(values, dtype=weights.dtype)[:, None].to(weights.device, non_blocking=True)
+        return placed(values, weights.device, weights.dtype)[:, None]
 
     # Members
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=self._now[_WEIGHTS].device)
+        return placed(rows, self._now[_WEIGHTS].device)
 
     @torch.no_grad()
     def weights(self, row: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
+from raysubset.training.devices import full_precision
 from raysubset.training.evaluation import evaluate, evaluation_mode, recompute_batch_norm
 from raysubset.training.records import DivergedError, EpochRecord, MinimizeResult, OnStep, Progress
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
@@ -68,7 +69,8 @@ def minimize_whole(
 
     Batch-norm statistics are computed from the subset once and then held fixed. If each chunk had its own statistics,
     the function would differ from the one that is reported. The weights are left in the default memory layout, because
-    they become flat vectors. lbfgs holds some 50 vectors of their size, cg and gauss_newton some 10.
+    they become flat vectors. On a card nothing is rounded to TF32, because line searches compare losses. lbfgs holds
+    some 50 vectors of the weights' size, cg and gauss_newton some 10.
 
     Returns:
         The outcome. Among others it may be "gradient" if the gradient's largest element is within gradient_tolerance,
@@ -90,7 +92,7 @@ def minimize_whole(
     if recipe.patience_or_default() and validation is None:
         raise ValueError("minimize.patience needs validation data, and minimize() was given none: set it to 0")
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    with evaluation_mode(model):
+    with evaluation_mode(model), full_precision(examples.device):
         for module in model.modules():
             if isinstance(module, nn.RNNBase):  # cuDNN has its backward pass in training mode alone; no dropout
                 module.train()
