@@ -18,7 +18,7 @@ from raysubset.events import Note
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, comparison_beside, conventional_beside
-from raysubset.report.figures import difference, loss_name, standard_error
+from raysubset.report.figures import difference, loss_name, mean_metrics, standard_error
 from raysubset.run_directory import (
     REPORT_PATH,
     RunDirectory,
@@ -199,6 +199,18 @@ def test_standard_error_is_binomial_and_never_zero():
     one_otherwise = pytest.approx(math.sqrt(0.99 * 0.01 / 100))
     assert error(100) == one_otherwise
     assert error(0) == one_otherwise
+
+
+def test_a_share_of_counted_examples_has_the_binomial_error_and_other_shares_have_none():
+    hits = Quality("hits", is_share=True)
+    record = {"num_examples": 100, "loss": 1.0, "hits": 0.9, "num_hits": 90}
+    expected = pytest.approx(math.sqrt(0.9 * 0.1 / 100))
+    assert standard_error(record, hits) == expected
+    assert standard_error(mean_metrics([record, record], hits), hits) == expected
+    assert standard_error(record | {"hits": 0.45}, hits) is None  # of tokens, of which an example has two
+    assert standard_error(record, replace(hits, is_share=False)) is None
+    own = {"num_examples": 100, "accuracy": 0.9, "num_accuracy": 90}
+    assert standard_error(own, ACCURACY) == expected
 
 
 def test_every_row_has_a_cell_for_every_column():

@@ -27,16 +27,22 @@ def formatted(value: float | None, form: str = ".4f", *, none: str = "not finite
 def standard_error(metrics: Record, quality: Quality) -> float | None:
     """Return the quality's standard error over the sampling of examples, or None if it is not known.
 
-    It is the metrics' own error, such as accuracy_error. An accuracy without one has the binomial error of its correct
-    examples; if none or all are correct, one is counted as the opposite.
+    It is the metrics' own error, such as accuracy_error. A share of counted examples, as accuracy is of the correct
+    ones, has the binomial error; if none or all are counted, one is taken as the opposite.
     """
     if (error := metrics.get(f"{quality.name}_error")) is not None:
         return error
-    if quality.name != "accuracy" or "num_correct" not in metrics:
+    num, count = metrics["num_examples"], metrics.get(_count_of(metrics, quality))
+    value = finite(metrics[quality.name])
+    if count is None or not quality.is_share or not math.isclose(value, count / num, rel_tol=1e-9, abs_tol=1e-9):
         return None
-    num = metrics["num_examples"]
-    share = min(max(metrics["num_correct"], 1), max(num - 1, 1)) / num
+    share = min(max(count, 1), max(num - 1, 1)) / num
     return math.sqrt(share * (1 - share) / num)
+
+
+def _count_of(metrics: Record, quality: Quality) -> str:
+    """Return the key of the counted examples whose share of all is the quality, if it is such a share."""
+    return "num_correct" if quality.name == "accuracy" and "num_correct" in metrics else f"num_{quality.name}"
 
 
 def with_error(metrics: Record, quality: Quality, show: Callable[[float | None], str]) -> str:
@@ -79,8 +85,8 @@ def difference(new: Record, old: Record, quality: Quality) -> Difference:
 
 def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
     """Average several models' losses, qualities and errors, all measured on the same number of examples."""
-    keys = [key for key in ("loss", quality.name, f"{quality.name}_error", "num_correct") if key in parts[0]]
-    means = {key: fmean(finite(part[key]) for part in parts) for key in keys}
+    keys = ("loss", quality.name, f"{quality.name}_error", _count_of(parts[0], quality))
+    means = {key: fmean(finite(part[key]) for part in parts) for key in keys if key in parts[0]}
     return {"num_examples": parts[0]["num_examples"], **means}
 
 
