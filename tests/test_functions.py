@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import load_full_set
 from raysubset.data.columns import Tables
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts
+from raysubset.tasks import Regression
 from raysubset.user_code.functions import in_a_line
 
 MODULE = """
@@ -127,6 +128,27 @@ def test_images_with_other_targets_than_classes_are_arrays(returned: Callable[..
 def test_inputs_of_one_number_or_of_truth_values_are_features(returned: Callable[..., Any]):
     assert_holds(returned("return features[:, 0], labels"), inputs=FEATURES[:, :1], target=LABELS)
     assert_holds(returned("return features > 5, labels"), inputs=(FEATURES > 5).astype(np.float32), target=LABELS)
+
+
+def test_a_users_own_task_gets_a_tables_columns_as_arrays(returned: Callable[..., Any]):
+    body, user, score = "return pa.table(dict(user=[3, 1, 2], score=[0.5, 1.5, 2.5]))", [3, 1, 2], [0.5, 1.5, 2.5]
+    arrays = returned(body, lambda config: read_returned(config, "mine:Ratings"))
+    assert_holds(arrays, user=np.array(user), score=np.array(score))
+    assert isinstance(returned(body, lambda config: read_returned(config, "regression"), target="score"), Tables)
+
+
+def test_targets_of_several_dimensions_are_flattened(returned: Callable[..., Any]):
+    """As those of several series over several horizons are."""
+    returned("return dict(inputs=features, target=np.arange(36.0).reshape(6, 3, 2))")
+    full_set = load_full_set(DataConfig(name="own_rows:load"), TaskConfig(name="regression"))
+    assert full_set.spec.outputs == (6,)
+    assert isinstance(full_set.task, Regression)
+    assert full_set.task.target_names == tuple(f"target_{k}" for k in range(6))
+    stored, rows = full_set.train.arrays()["target"], full_set.train.table["row"].to_numpy()
+    restored = stored * np.array(full_set.task.std) + np.array(full_set.task.mean)
+    np.testing.assert_allclose(restored, np.arange(36.0).reshape(6, 6)[rows], atol=1e-4)
+    with pytest.raises(ValueError, match=r"learns one column, not target_0, .* or write a task of your own, which may"):
+        load_full_set(DataConfig(name="own_rows:load"), TaskConfig(name="classification"))
 
 
 def test_tokens_are_counted_in_the_whole_train_split(returned: Callable[..., Any], tmp_path: Path):

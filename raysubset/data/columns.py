@@ -183,8 +183,8 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
     target, *others = tables.targets
     if others:
         raise ValueError(
-            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, or use --task "
-            "regression"
+            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, use --task "
+            "regression, or write a task of your own, which may learn several labels"
         )
     columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
     names = _integer_names(columns["train"], target)

@@ -281,8 +281,8 @@ def _targets_of_arrays(
 
 
 def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the named columns of an array [N] or [N, K]. The names of several columns end in their numbers."""
-    columns = values.reshape(len(values), 1 if values.ndim == 1 else values.shape[1]).T
+    """Yield the named columns of an array [N] or [N, …], flattened. The names of several end in their numbers."""
+    columns = values.reshape(len(values), -1).T
     return zip((name,) if len(columns) == 1 else (f"{name}_{k}" for k in range(len(columns))), columns, strict=True)
 
 

@@ -43,7 +43,8 @@ def read_returned(config: DataConfig, task: str) -> Returned:
     It returns one of the following; or a dict of them with "train" and perhaps "validation" and "test"; or two pairs,
     train and test, as Keras does:
 
-    - an Arrow table, or another library's frame: of images if it has an image column, else of columns;
+    - an Arrow table, or another library's frame: of images if it has an image column, else of columns, which a user's
+      own task gets as arrays;
     - a pair of arrays: images and labels, or inputs and targets, which are then named "inputs" ("image" for uint8
       images) and "target" ("mask" for an integer for each pixel);
     - a dict of named arrays;
@@ -155,7 +156,11 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
         value = pa.table(value)
     if isinstance(value, pa.Table):
-        return from_tables({where: value}, config, where, task) if holds_images(value.schema, config) else value
+        if holds_images(value.schema, config):
+            return from_tables({where: value}, config, where, task)
+        if ":" not in task:
+            return value
+        value = {name: column.to_numpy() for name, column in zip(value.column_names, value.columns, strict=True)}
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
     if _is_text(value):
@@ -300,7 +305,7 @@ def _array(values: Any, where: str) -> np.ndarray:
     except ValueError as error:  # numpy's, for nested sequences of differing lengths
         unlike = _first_unlike(values)
         raise ValueError(
-            f"{where} does not make one array, as where images differ in shape{unlike or f': {first_line(error)}'}"
+            f"{where} does not make one array, as where examples differ in shape{unlike or f': {first_line(error)}'}"
         ) from error
     except TypeError as error:  # torch's, for a type that numpy lacks: bfloat16
         raise ValueError(
@@ -315,4 +320,6 @@ def _first_unlike(values: Any) -> str:
     except ValueError:
         return ""
     row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
-    return "" if row is None else f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; give all one shape"
+    if row is None:
+        return ""
+    return f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; give all one shape, padded if they differ in size"
