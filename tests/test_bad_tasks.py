@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysubset.config import Config, DataConfig, TaskConfig
+from raysubset.comparison import compare
+from raysubset.comparison.arms import parse_arm
+from raysubset.comparison.checks import unparted_arms
+from raysubset.config import Config, DataConfig, MinimizeConfig, TaskConfig
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.planning import make_plan
 from raysubset.tasks import NextToken, Segmentation, sums_of
+from raysubset.training import evaluate, evaluate_for_ensemble
 
 TASK = """
 import numpy as np
@@ -90,6 +94,27 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
         (
             "def loss(self, outputs, targets):\n        return (outputs - targets).square().mean()",
             "and of the batch twice .*: it should be summed over the examples, not their mean",
+        ),
+        (
+            "def loss(self, outputs, targets):\n        return (outputs @ outputs.T).logsumexp(1).sum()",
+            "should be summed over the examples, each alone and without draws; or set compares_examples",
+        ),
+        (
+            "compares_examples = True\n\n    def loss(self, outputs, targets):\n"
+            "        return (outputs @ outputs.T).logsumexp(1).mean()",
+            "and of the batch twice .*: it should be summed over the examples, not their mean",
+        ),
+        (
+            "def measure(self, outputs, targets):\n        return {'distance': outputs[:, 0] - outputs.mean()}",
+            r"gives another distance of an example alone than in a batch: .*; or set compares_examples = True",
+        ),
+        (
+            "def measure(self, outputs, targets):\n        return {'distance': torch.rand(len(outputs))}",
+            r"another distance of an example alone than in a batch: measure each alone, without draws",
+        ),
+        (
+            "def batch(self, rows, draws):\n        return rows['seen'], {'box': rows['box']}",
+            r"two tensors: join several by torch.cat, for forward\(\) or loss\(\) to take apart",
         ),
         (
             "def loss(self, outputs, targets):\n        return (outputs - targets).square().sum(1)",
@@ -284,6 +309,61 @@ def test_what_a_task_is_told_reaches_its_loss(module: Callable[[str], None]) -> 
     )
     assert isinstance(smoothed.task, NextToken)
     assert smoothed.task.objective.label_smoothing == 0.25
+
+
+COMPARING = """    compares_examples = True
+
+    def loss(self, outputs, targets):
+        return (outputs @ outputs.T).logsumexp(1).sum()
+
+    def measure(self, outputs, targets):
+        return {"distance": (outputs @ outputs.T).mean(1)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("minimize.accumulation", 2), ("minimize.optimizer", "lbfgs"), ("fine_tuning.num_workers", 2)],
+)
+def test_a_task_that_compares_examples_refuses_what_parts_a_batch(
+    module: Callable[[str], None], setting: str, value: Any
+) -> None:
+    module(TASK + COMPARING)
+    config = Config().with_overrides({"subsets.num": 2, "model.name": "mlp"})
+    full_set = loaded()
+    assert make_plan(config, full_set).most_workers == 1
+    name = setting.replace("fine_tuning.num_workers", "--fine-tuning.num-workers")
+    with pytest.raises(ValueError, match=f"Own compares the examples of a batch, which {name}.* parts"):
+        make_plan(config.with_overrides({setting: value}), full_set)
+
+
+def test_a_comparison_of_a_task_that_compares_examples_has_no_data_parallel_arm(module: Callable[[str], None]) -> None:
+    module(TASK + COMPARING)
+    usual = [parse_arm(key) for key in ("B", "G", "I")]
+    arms, (note,) = unparted_arms(usual, "bad_tasks:Own", are_usual=True)
+    assert [arm.key for arm in arms] == ["B", "G"]
+    assert note.text.startswith("left out of the comparison: arm I: its workers part batches")
+    names = {"data.name": "bad_tasks:rows", "task.name": "bad_tasks:Own", "model.name": "mlp", "subsets.num": 2}
+    with pytest.raises(ValueError, match=r"arm I:minimize\.accumulation=2: .*Own compares .*: leave it out of"):
+        compare(Config().with_overrides(names), arms=("B", "G", "I:minimize.accumulation=2"), on_event=None)
+
+
+def test_outputs_of_a_task_that_compares_examples_are_measured_as_its_network_is(module: Callable[[str], None]) -> None:
+    """In batches of one size, whether they are of one pass or kept: 20 examples repeated to 600."""
+    module(TASK + COMPARING)
+    examples = loaded(validation_fraction=0.2).examples("train").select(torch.arange(600) % 12)
+    model, recipe = torch.nn.Linear(2, 2), MinimizeConfig()
+    with torch.no_grad():
+        model.weight.mul_(0.1)
+    metrics, outputs = evaluate_for_ensemble(model, examples, recipe)
+    expected = evaluate(model, examples, recipe)
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert metrics.values["distance"] == pytest.approx(expected.values["distance"], rel=1e-5)
+    with torch.no_grad():
+        parts = [examples.task.loss(part, part) for part in (outputs[:500], outputs[500:])]
+        whole = examples.task.loss(outputs, outputs)
+    assert metrics.loss_sum == pytest.approx(sum(map(float, parts)), rel=1e-5)
+    assert abs(metrics.loss_sum - float(whole)) > 1
 
 
 DRAWS = """    def draw(self, num, seed):

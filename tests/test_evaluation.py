@@ -41,6 +41,32 @@ def two_pixels(objective: CrossEntropy | SquaredError = CROSS_ENTROPY) -> tuple[
     return model, data
 
 
+class Slopes(nn.Module):
+    """Its outputs are derivatives of a network by the inputs, as forces are of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            places = images.detach().requires_grad_()
+            outputs = self.energy(places)
+            (slopes,) = torch.autograd.grad(outputs.square().sum(), places, create_graph=True)
+            return outputs + slopes.sum((1, 2, 3))[:, None]
+
+
+def test_a_network_that_derives_by_its_inputs_is_measured():
+    model, data = Slopes(), examples()
+    outputs = predict(model, data, RECIPE)
+    assert not outputs.requires_grad
+    inputs, targets = data.batch(torch.arange(len(data)))
+    torch.testing.assert_close(outputs, model(inputs).detach())
+    expected = F.cross_entropy(model(inputs), targets)
+    assert evaluate(model, data, RECIPE).loss == pytest.approx(expected.item(), rel=1e-5)
+    assert evaluate_for_ensemble(model, data, RECIPE)[0].loss == pytest.approx(expected.item(), rel=1e-5)
+
+
 FAULTS = """
 import resource
 import statistics

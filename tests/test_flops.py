@@ -8,6 +8,7 @@ import torch
 import torch.utils.flop_counter
 from torch import Tensor, nn
 
+from raysubset.costs import FORWARD_SHARE
 from raysubset.tasks import Spec
 from raysubset.training import flops, forward_share
 from tests.tiny import cnn, same_bits, weights
@@ -51,6 +52,17 @@ def test_a_large_network_that_cannot_run_without_values_is_computed():
 
     with mock.patch.object(flops, "_SMALL", 0):
         assert forward_share(Net(nn.Flatten(), nn.Linear(64, 3)), SPEC) == 0.5
+
+
+def test_a_network_that_derives_itself_is_given_a_third():
+    class Net(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            with torch.enable_grad():
+                places = input.detach().requires_grad_()
+                (slopes,) = torch.autograd.grad(super().forward(places).sum(), places, create_graph=True)
+            return slopes.flatten(1)[:, :3]
+
+    assert forward_share(Net(nn.Flatten(), nn.Linear(64, 3), nn.Tanh(), nn.Linear(3, 1)), SPEC) == FORWARD_SHARE
 
 
 def test_a_network_without_products_is_given_a_third():

@@ -201,6 +201,14 @@ class Pair(nn.Module):
 def pair(num_classes, image_shape):
     return Pair()
 
+class Factors(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.users, self.items = nn.Embedding(3, 4), nn.Embedding(50, 4)
+    def forward(self, inputs):
+        user, item = inputs[:, 0].long(), inputs[:, 1].long()
+        return (self.users(user) * self.items(item)).sum(1, keepdim=True) + inputs[:, 2:].sum(1, keepdim=True)
+
 def predicted_class(num_classes, image_shape):
     return nn.Sequential(linear(num_classes, image_shape), nn.Softmax(1), ArgMax())
 
@@ -268,7 +276,7 @@ def test_lazy_modules_are_materialised_under_the_seed(users_module):
         ("predicted_class", r"gave int64 \[2\] for two images"),
         ("other_images", r"cannot take images of shape \[2, 3, 32, 32\] \[N, C, H, W\]: .*mat1 and mat2"),
         ("frozen", "has no trainable parameters"),
-        ("pair", "gave a tuple; it should give outputs"),
+        ("pair", r"gave a tuple; it should give outputs \[N, 10\]: join several by torch.cat, which the loss\(\)"),
         ("text", "returned a str; it should return an nn.Module"),
         ("liner", "has no function liner; did you mean linear"),
     ],
@@ -310,8 +318,36 @@ def test_networks_over_tables_are_tried_as_those_over_images(users_module):
         build_model(ModelConfig(name=f"{users_module}:NoBatch"), TABLE, seed=0)
     with pytest.raises(ValueError, match=r"outputs \[2, 6, 9\]: those dimensions are in another order"):
         build_model(ModelConfig(name=f"{users_module}:classes_before_tokens"), TEXT, seed=0)
-    with pytest.raises(ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: "):
+    with pytest.raises(ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: .*; these are zeros"):
         build_model(ModelConfig(name=f"{users_module}:InPlace"), dataclasses.replace(TEXT, outputs=(2,)), seed=0)
+
+
+def test_ids_of_several_kinds_are_tried_within_their_numbers(users_module):
+    """As users and items are, with a number beside them or not, which one bound on all ids would not tell."""
+    for num_values, is_integer in (((3, 50), True), ((3, 50, None), False)):
+        spec = Spec((len(num_values),), (1,), num_values)
+        assert spec.are_integers is is_integer
+        drawn = spec.random(500, torch.Generator().manual_seed(0))
+        assert drawn.shape == (500, len(num_values))
+        assert (spec.zeros(2).dtype, drawn.dtype) == ((torch.int64,) * 2 if is_integer else (torch.float32,) * 2)
+        assert [sorted(set(drawn[:, entry].tolist())) for entry in (0, 1)] == [[*range(3)], [*range(50)]]
+        model = build_model(ModelConfig(name=f"{users_module}:Factors"), spec, seed=0)
+        assert model(drawn).shape == (500, 1)
+        graph, constants = trace(model, spec)
+        same = GraphNetwork(json.loads(json.dumps(graph)), model.state_dict() | constants, spec)
+        torch.testing.assert_close(same(drawn), model.eval()(drawn))
+    inner = Spec((4, 2), (1,), (3, None)).random(100, torch.Generator().manual_seed(0))
+    assert set(inner[:, :, 0].unique().tolist()) == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"num_values has 2 entries, and inputs are \[3\]: give one for each"):
+        Spec((3,), (1,), (3, 50))
+    with pytest.raises(ValueError, match="has 16777217 ids beside numbers, and float32 holds 16777216 exactly"):
+        Spec((2,), (1,), (2**24 + 1, None))
+    one_bound = r"IndexError: .*; these are integers below 50: Spec\(…, num_values=\(60, 150, None\)\) says which"
+    for num_values, message in ((50, one_bound), (None, "IndexError: .*; these are standard normal numbers: Spec")):
+        with pytest.raises(ValueError, match=message):
+            build_model(ModelConfig(name=f"{users_module}:Factors"), Spec((2,), (1,), num_values), seed=1)
+    with pytest.raises(ValueError, match=r"mlp takes floats; inputs are tokens \[2\] .*write a network of your own"):
+        build_model(ModelConfig(name="mlp"), Spec((2,), (1,), (3, 50)), seed=0)
 
 
 def test_auto_is_the_network_that_fits_inputs_and_outputs():

@@ -60,6 +60,17 @@ MISTAKES = {
 }
 
 
+def test_one_that_compares_examples_is_refused_beside_accumulation_and_others_are_not():
+    try_own_objective(cnn(), recipe("contrastive"), examples())
+    message = (
+        "gave a loss of .* for 8 examples and of .* for their halves: .* minimize.accumulation parts: leave it out"
+    )
+    with pytest.raises(ValueError, match=message):
+        try_own_objective(cnn(), recipe("contrastive", accumulation=2), examples())
+    for function in ("plain", "mixup", "draws_globally"):
+        try_own_objective(cnn(), recipe(function, accumulation=2), examples())
+
+
 @pytest.mark.parametrize(("function", "message"), MISTAKES.items())
 def test_one_that_does_not_fit_is_refused_in_a_line(function, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -67,6 +67,17 @@ class Layers(nn.Module):
             features = features + self.dropped(features)
         return self.head(features)
 
+class Noisy(nn.Module):
+    def __init__(self, num_classes, shape, always=True):
+        super().__init__()
+        self.head, self.always = plain(num_classes, shape), always
+    def forward(self, images):
+        noise = torch.randn_like(images) if self.training or self.always else 0
+        return self.head(images + noise)
+
+def noisy_in_training(num_classes, shape):
+    return Noisy(num_classes, shape, False)
+
 class HalfOnly(nn.Module):
     def __init__(self, num_classes, shape):
         super().__init__()
@@ -118,6 +129,14 @@ def test_the_layout_is_said_where_it_is_another_one_than_asked_for():
     (line,) = lines("viewing")
     assert "cannot be trained in the channels-last layout" in line
     assert lines("viewing", minimize__channels_last=False) == []
+
+
+def test_a_network_that_draws_where_it_is_measured_is_warned_of():
+    state = torch.get_rng_state()
+    (line,) = lines("Noisy")
+    assert line.startswith("warning: sound_networks:Noisy gives other outputs for the same input in evaluation mode")
+    assert lines("noisy_in_training") == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_parameters_that_steps_leave_out_are_named():

@@ -72,6 +72,20 @@ def usual_arms(config: Config, rate: float) -> tuple[list[str], list[Note]]:
     return arms, notes
 
 
+def unparted_arms(arms: Sequence[Arm], task_name: str, *, are_usual: bool) -> tuple[list[Arm], list[Note]]:
+    """Return the arms without I, whose workers part the batches in which a task compares examples, and a note on it.
+
+    Raises:
+        ValueError: if the user named it.
+    """
+    if not (parted := [arm for arm in arms if arm.letter == "I"]):
+        return list(arms), []
+    text = f"arm {parted[0].key}: its workers part batches, and {task_name} compares the examples of a batch"
+    if not are_usual:
+        raise ValueError(f"{text}: leave it out of --arms")
+    return [arm for arm in arms if arm not in parted], [Note(f"left out of the comparison: {text}")]
+
+
 def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> None:
     """Refuse an arm that would ignore settings, or whose own settings contradict the config's.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
 from raysubset.comparison.arms import LONG, Arm, Settings, arm_config, final_leg
-from raysubset.comparison.checks import checked_arms, checked_margin, takes, usual_arms
+from raysubset.comparison.checks import checked_arms, checked_margin, takes, unparted_arms, usual_arms
 from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
@@ -92,8 +92,8 @@ def compare(
     seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     rates = sorted(set(learning_rates or (rate for rate in own_rates if takes(config, rate))))
-    arms, arm_notes = (arms, []) if arms else usual_arms(config, rates[0])
-    chosen_arms = checked_arms(config, seeds, budgets, arms, rates)
+    named_arms, arm_notes = (arms, []) if arms else usual_arms(config, rates[0])
+    chosen_arms = checked_arms(config, seeds, budgets, named_arms, rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
     if num_workers is not None and num_workers < 1:
@@ -104,6 +104,9 @@ def compare(
     old_identity = None if fresh else directory.read_identity()
     tell(Waiting(f"reading {shown_uri(config.data.name)}"))
     full_set = load_full_set(*config.learned, known=known_fingerprint(old_identity, config))
+    if full_set.task.compares_examples:
+        chosen_arms, parted_notes = unparted_arms(chosen_arms, full_set.task.name, are_usual=not arms)
+        arm_notes += parted_notes
     margin = checked_margin(margin, full_set.quality, config.data.name)
     configs = {arm: config.with_overrides(dict(arm.overrides)) for arm in chosen_arms}
     identity = identify([config, *configs.values()], {config.learned: full_set}, old_identity)

@@ -57,7 +57,7 @@ def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
     """Return the config with the name of a network that fits the Spec instead of "auto"."""
     if config.name != "auto":
         return config
-    if spec.num_values is not None:
+    if spec.are_integers:
         name = "transformer"
     elif not spec.is_image:
         name = "mlp"
@@ -102,12 +102,13 @@ def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
 
 def _refuse_other_inputs(name: str, spec: Spec) -> None:
     """Refuse inputs and outputs that this network cannot take, and name a network that can."""
-    inputs, outputs, is_text = spec.inputs, spec.outputs, spec.num_values is not None
+    inputs, outputs, is_text = spec.inputs, spec.outputs, spec.are_integers
     if name == "mlp":
         takes, fits = "floats", not is_text
     elif name in ("lstm", "transformer"):
         takes = "tokens [T] and gives [M], or [T, V]"
-        fits = is_text and len(inputs) == 1 and (len(outputs) == 1 or (len(outputs) == 2 and outputs[0] == inputs[0]))
+        of_text = isinstance(spec.num_values, int) and len(inputs) == 1
+        fits = of_text and (len(outputs) == 1 or (len(outputs) == 2 and outputs[0] == inputs[0]))
     elif name == "unet":
         takes = "images [C, H, W] and gives [M, H, W]"
         fits = spec.is_image and not is_text and len(outputs) == 3 and outputs[1:] == inputs[1:]
@@ -115,8 +116,9 @@ def _refuse_other_inputs(name: str, spec: Spec) -> None:
         takes, fits = "images [C, H, W] and gives [M]", spec.is_image and not is_text and len(outputs) == 1
     if not fits:
         fitting = architecture(ModelConfig(), spec).name
+        is_own = fitting == name or (spec.are_integers and not isinstance(spec.num_values, int))
         raise ValueError(
             f"{name} takes {takes}; inputs are {'tokens' if is_text else 'floats'} {list(inputs)} and outputs "
             f"{list(outputs)} an example: "
-            + (f"set model.name={fitting}" if fitting != name else "write a network of your own, as module:function")
+            + ("write a network of your own, as module:function" if is_own else f"set model.name={fitting}")
         )

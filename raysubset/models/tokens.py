@@ -48,7 +48,7 @@ class LSTM(nn.Module):
 
     def __init__(self, spec: Spec, width: int, depth: int) -> None:
         super().__init__()
-        assert spec.num_values is not None
+        assert isinstance(spec.num_values, int)
         self.embedding = _embedding(spec.num_values, width)
         self.lstm = nn.LSTM(width, width, depth, batch_first=True)
         self.head = _Head(spec, width)
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: Spec, width: int, depth: int) -> None:
         super().__init__()
-        assert spec.num_values is not None
+        assert isinstance(spec.num_values, int)
         self.embedding = _embedding(spec.num_values, width)
         self.positions = _embedding(spec.inputs[0], width)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))

@@ -100,7 +100,7 @@ def _try_evaluation(name: str, model: nn.Module, spec: Spec) -> None:
         except Exception as error:  # the user's forward() may raise anything
             description = f"{_kind(spec)}s of shape {list(inputs.shape)}{' [N, C, H, W]' if spec.is_image else ''}"
             suffix = "" if num > 1 else ", one alone, in evaluation mode"
-            raise ValueError(f"{name} cannot take {description}{suffix}: {one_line(error)}") from error
+            raise ValueError(f"{name} cannot take {description}{suffix}: {one_line(error)}; these are zeros") from error
         _check_outputs(name, outputs, num, spec, "")
 
 
@@ -123,7 +123,7 @@ def _try_training(name: str, model: nn.Module, spec: Spec) -> None:
                 if isinstance(outputs, Tensor) and outputs.requires_grad and outputs.is_floating_point():
                     outputs.sum().backward()
         except Exception as error:  # the user's forward() may raise anything
-            reasons.append(one_line(error))
+            reasons.append(one_line(error) + _drawn(spec, error))
             continue
         _check_outputs(name, outputs, len(inputs), spec, " in train mode")
         if not outputs.requires_grad:
@@ -137,6 +137,14 @@ def _try_training(name: str, model: nn.Module, spec: Spec) -> None:
     raise ValueError(f"{name} cannot take a step of training on two {_kind(spec)}s: {reasons[-1]}")
 
 
+def _drawn(spec: Spec, error: Exception) -> str:
+    """Say what the inputs were if the error may be due to numbers that are no ids of an embedding."""
+    if not isinstance(error, IndexError):
+        return ""
+    drawn = f"integers below {spec.num_values}" if spec.num_values else "standard normal numbers"
+    return f"; these are {drawn}: Spec(…, num_values=(60, 150, None)) says which entries are ids below 60 or 150"
+
+
 def _kind(spec: Spec) -> str:
     return "image" if spec.is_image else "input"
 
@@ -147,7 +155,11 @@ def _check_outputs(name: str, outputs: Any, num: int, spec: Spec, when: str) -> 
     if not isinstance(outputs, Tensor):
         raise ValueError(
             f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {shape}]"
-            + (", as it does in evaluation mode: leave its auxiliary heads out, or wrap it" if when else "")
+            + (
+                ", as it does in evaluation mode: leave its auxiliary heads out, or wrap it"
+                if when
+                else ": join several by torch.cat, which the loss() of a task of your own takes apart"
+            )
         )
     if outputs.shape != (num, *spec.outputs) or not outputs.is_floating_point():
         actual = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"

@@ -22,7 +22,7 @@ from raysubset.training import (
     try_own_optimizer,
     try_training,
 )
-from raysubset.training.evaluation import evaluation_mode
+from raysubset.training.evaluation import evaluation_mode, predict
 from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Objective
@@ -53,6 +53,11 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         if recipe.optimizer in WHOLE_SUBSET and full_set.examples("train", np.arange(1), augment=True).is_augmented:
             noise = "needs a loss without noise, but the task augments training examples"
             raise ValueError(f"{recipe.optimizer} {noise}: set --data.augmentation none, or use sgd, adam or adamw")
+        if full_set.task.compares_examples:
+            parting = {f"minimize.optimizer={recipe.optimizer}": recipe.optimizer in WHOLE_SUBSET}
+            parting |= {"minimize.accumulation": recipe.accumulation > 1, flag: num_workers > 1}
+            if setting := next((setting for setting, is_set in parting.items() if is_set), None):
+                raise ValueError(f"{full_set.task.name} compares the examples of a batch, which {setting} parts")
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Batch norm shares statistics between workers on CUDA only, and the device is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
@@ -71,7 +76,7 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
                 f"{stage} would: it has {num_examples} example(s) in batches of at most {recipe.batch_size}. Give a "
                 "larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
             )
-        fitting = 1 if is_whole else smallest // each
+        fitting = 1 if is_whole or full_set.task.compares_examples else smallest // each
         if num_workers > fitting:
             needs = f", as batch normalisation needs {each} examples in each" if num_workers <= smallest else ""
             raise ValueError(
@@ -194,6 +199,11 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
             raise ValueError(f"{name} cannot take a step of training: {one_line(error)}{way_out}") from error
         left_out |= dict.fromkeys(trial.left_out)
         ends_in = trial.ends_in
+    with generators_restored(), torch.random.fork_rng(devices=[]):
+        first, again = (predict(model, sample.select(torch.arange(1)), config.minimize) for _ in range(2))
+    if not torch.allclose(first, again, equal_nan=True):
+        text = f"{name} gives other outputs for the same input in evaluation mode, so what is measured is random and "
+        notes.append(Note(f"{text}differs from run to run: let it draw only if self.training", is_warning=True))
     if needs_default_layout(model) and config.minimize.channels_last:
         text = (
             f"{name} cannot be trained in the channels-last layout, as where view() follows a convolution: it gets its "

@@ -14,6 +14,7 @@ from raysubset.tasks.task import LossTask, Task, sums_of
 from raysubset.user_code.functions import in_a_line
 
 _NUM_TRIED = 4  # rows
+_COMPARES = "set compares_examples = True, if it compares the examples of a batch"
 
 
 def fit_own_task(name: str, train: Mapping[str, np.ndarray]) -> Task:
@@ -42,10 +43,11 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     draws = _called(task, "draw", num, 0)
     pair = _called(task, "batch", rows, draws)
     if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        raise _misfit(task.name, "batch() should return (inputs, targets), two tensors")
+        text = "batch() should return (inputs, targets), two tensors"
+        raise _misfit(task.name, f"{text}: join several by torch.cat, for forward() or loss() to take apart")
     inputs, targets = pair
-    if tuple(inputs.shape) != (num, *spec.inputs) or inputs.is_floating_point() != (spec.num_values is None):
-        kind = "float" if spec.num_values is None else "integer"
+    if tuple(inputs.shape) != (num, *spec.inputs) or inputs.is_floating_point() is spec.are_integers:
+        kind = "integer" if spec.are_integers else "float"
         text = f"batch() gave inputs {inputs.dtype} {list(inputs.shape)}, where spec() says {kind} {list(spec.inputs)}"
         raise _misfit(task.name, f"{text} for each of {num} examples")
     if not len(targets) == num:
@@ -55,9 +57,12 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         raise _misfit(task.name, "loss() should return one number, a tensor that depends on the outputs")
     doubled = _called(task, "loss", torch.cat([outputs, outputs]), torch.cat([targets, targets]))
-    if torch.isfinite(loss) and not torch.isclose(doubled, 2 * loss, rtol=1e-3, atol=1e-6):
-        text = f"loss() of a batch is {float(loss):g} and of the batch twice {float(doubled):g}"
-        raise _misfit(task.name, f"{text}: it should be summed over the examples, not their mean")
+    is_sum = bool(torch.isclose(doubled, 2 * loss, rtol=1e-3, atol=1e-6))
+    if torch.isfinite(loss) and not is_sum and (not task.compares_examples or doubled / loss < math.sqrt(2)):
+        losses = f"{loss.item():g} and of the batch twice {doubled.item():g}"
+        is_mean = task.compares_examples or torch.isclose(doubled, loss, rtol=1e-3)
+        how = "not their mean" if is_mean else f"each alone and without draws; or {_COMPARES}"
+        raise _misfit(task.name, f"loss() of a batch is {losses}: it should be summed over the examples, {how}")
     if type(task).residuals not in (Task.residuals, LossTask.residuals):
         each = _called(task, "residuals", outputs, targets)
         if not isinstance(each, Tensor) or not each.ndim or len(each) != num:
@@ -74,6 +79,14 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
         if not isinstance(each, Tensor) or each.ndim not in (1, 2) or len(each) != num:
             shape = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise _misfit(task.name, f"measure() gave {shape} for {key} of {num} examples: one number an example")
+    with torch.no_grad():
+        first = {} if task.compares_examples else _called(task, "measure", outputs[:1], targets[:1])
+    for key, each in first.items():
+        alike = measured[key][:1].double()
+        if each.shape != alike.shape or not torch.allclose(each.double(), alike, rtol=1e-3, atol=1e-6, equal_nan=True):
+            text = f"measure() gives another {key} of an example alone than in a batch: measure each alone, without"
+            text += f" draws, and have values() compute from sums what only many have; or {_COMPARES}"
+            raise _misfit(task.name, text)
     fisher = {"labels": "true", "generator": torch.Generator().manual_seed(0)}
     optional: list[tuple[str, tuple[Tensor, ...], dict[str, Any], int]] = [
         ("watched", (outputs, targets), {}, 1),

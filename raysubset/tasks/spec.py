@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_EXACT = 2**24  # whole numbers from 0 that float32 holds
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -13,7 +15,23 @@ class Spec:
 
     inputs: tuple[int, ...]  # (C, H, W) of an image, (F,) of a table's row, (T,) of tokens
     outputs: tuple[int, ...]  # (M,) of classes or numbers, (T, V) of the next tokens, (M, H, W) of a mask
-    num_values: int | None = None  # inputs are int64 in [0, num_values); None: inputs are float32
+    num_values: int | tuple[int | None, ...] | None = None
+    """Inputs are int64 in [0, num_values); None: inputs are float32. A tuple says it for each entry of the last
+    dimension, such as ids of users and items, (60, 150). If it has None beside ids or masks, all are float32."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_values, tuple):
+            return
+        if len(self.num_values) != self.inputs[-1]:
+            text = f"Spec.num_values has {len(self.num_values)} entries, and inputs are {list(self.inputs)}"
+            raise ValueError(f"{text}: give one for each of the last dimension")
+        if not self.are_integers and (most := max(each or 0 for each in self.num_values)) > _EXACT:
+            raise ValueError(f"Spec.num_values has {most} ids beside numbers, and float32 holds {_EXACT} exactly")
+
+    @property
+    def are_integers(self) -> bool:
+        """True if inputs are int64, False if they are float32."""
+        return None not in (self.num_values if isinstance(self.num_values, tuple) else (self.num_values,))
 
     @property
     def num_outputs(self) -> int:
@@ -27,10 +45,13 @@ class Spec:
 
     def zeros(self, num: int) -> Tensor:
         """Return inputs [num, *inputs] of zeros, in torch's default layout."""
-        return torch.zeros(num, *self.inputs, dtype=torch.float32 if self.num_values is None else torch.int64)
+        return torch.zeros(num, *self.inputs, dtype=torch.int64 if self.are_integers else torch.float32)
 
     def random(self, num: int, generator: torch.Generator) -> Tensor:
         """Draw inputs [num, *inputs]: standard normal numbers, or integers below num_values."""
         if self.num_values is None:
             return torch.randn(num, *self.inputs, generator=generator)
-        return torch.randint(self.num_values, (num, *self.inputs), generator=generator)
+        if isinstance(self.num_values, int):
+            return torch.randint(self.num_values, (num, *self.inputs), generator=generator)
+        entries = (Spec(self.inputs[:-1], (), each).random(num, generator) for each in self.num_values)
+        return torch.stack([entry if self.are_integers else entry.float() for entry in entries], -1)

@@ -34,6 +34,8 @@ class Task:
         margin: the margin of non-inferiority, in the quality's units; None: the user gives it.
         class_names: the names of the classes, if there are classes that every subset should contain.
         augmentation: the kind of augmentation that each epoch draws; "none" for no augmentation.
+        compares_examples: loss() and measure() of an example depend on the others of its batch, as contrastive, ranking
+            and Cox losses do. Evaluation has batches of 500 in stored order. What would part batches is refused.
     """
 
     name: str = "task"
@@ -45,6 +47,7 @@ class Task:
     margin: float | None = None
     class_names: tuple[str, ...] = ()
     augmentation: str = "none"
+    compares_examples: bool = False
 
     # Methods that every task defines
 

@@ -108,11 +108,10 @@ class TrainedModel(nn.Module):
         if list(inputs.shape[1:]) != shape:
             sizes = ", ".join(map(str, shape))
             raise ValueError(f"{noun} of shape {tuple(inputs.shape)}; this model takes [N, {sizes}]")
-        if self.spec.num_values is not None:
+        if self.spec.are_integers:
             if inputs.is_floating_point() or inputs.is_complex():
-                raise ValueError(
-                    f"inputs are {inputs.dtype}; this model takes integers from 0 to {self.spec.num_values - 1}"
-                )
+                text = f"inputs are {inputs.dtype}; this model takes integers from 0, less than"
+                raise ValueError(f"{text} {self.spec.num_values}")
             return self.network(inputs.long())
         if not inputs.is_floating_point() and not (is_image and inputs.dtype == torch.uint8):
             takes = "uint8, or floats in [0, 1]" if is_image else "floats"

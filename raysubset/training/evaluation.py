@@ -30,7 +30,7 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode a network could not compute derivatives of its own
 def evaluate(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Metrics:
     """Return loss and qualities in evaluation mode, at the model's own precision; its mode is left as it was."""
     return _measured(model, examples, recipe, torch.empty(0))[0]
@@ -52,7 +52,7 @@ def _measured(
     return Metrics.of_sums(task, float(loss), sums, len(examples)), sampled
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tensor:
     """Return the network's outputs on the CPU, in evaluation mode: [N, …], logits for cross-entropy."""
     return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
@@ -87,7 +87,7 @@ def _even(num: int, most: int) -> Tensor:
     return torch.linspace(0, num - 1, max(1, most), dtype=torch.float64).long()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> tuple[Metrics, Tensor]:
     """Return metrics on all examples, and the outputs [n, …] on the CPU of those of ensemble_sample(), in one pass."""
     task, positions = examples.task, _ensemble_positions(examples)
@@ -100,8 +100,12 @@ def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: Minimize
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
     """Return loss and qualities of outputs: those of predict(), or an ensemble's."""
-    loss = float(task.reported_loss(outputs.double(), targets))
-    return Metrics.of_sums(task, loss, sums_of(task, outputs, targets), len(targets))
+    size = EVALUATION_BATCH if task.compares_examples else len(targets)
+    loss, sums = 0.0, dict[str, Any]()
+    for batch in zip(outputs.split(size), targets.split(size), strict=True):
+        loss += float(task.reported_loss(batch[0].double(), batch[1]))
+        sums = added(sums, sums_of(task, *batch))
+    return Metrics.of_sums(task, loss, sums, len(targets))
 
 
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -110,7 +114,7 @@ def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Ite
         sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
         sizes += [remainder] if (remainder := len(examples) % EVALUATION_BATCH) else []
         for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
-            yield widened(model(inputs)), targets
+            yield widened(model(inputs)).detach(), targets
 
 
 @contextmanager

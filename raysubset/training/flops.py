@@ -18,8 +18,9 @@ def forward_share(model: nn.Module, spec: Spec) -> float:
     It is about a third for deep networks: a backward pass has a product for each layer's weights and one for its
     inputs. It is a half for shallow dense ones, whose first layer needs no gradient of its input, and more if layers
     are frozen. Matrix products and convolutions count (torch.utils.flop_counter); a network without any gets
-    FORWARD_SHARE. Large networks run on torch's meta device, where nothing is computed. Small ones, and those that
-    cannot run there, make a step on two examples of zeros. The model is on the CPU and left as it is.
+    FORWARD_SHARE, as does one that computes derivatives itself, which torch does not count. Large networks run on
+    torch's meta device, where nothing is computed. Small ones, and those that cannot run there, make a step on two
+    examples of zeros. The model is on the CPU and left as it is.
     """
     with modes_restored(model), torch.random.fork_rng(devices=[]):
         model.train()
@@ -27,7 +28,10 @@ def forward_share(model: nn.Module, spec: Spec) -> float:
         try:
             forward, backward = _operations(model, spec, "cpu" if is_small else "meta")
         except Exception:  # a user's constants on the CPU, or control flow that depends on values
-            forward, backward = _operations(model, spec, "cpu")
+            try:
+                forward, backward = _operations(model, spec, "cpu")
+            except RuntimeError:  # torch's counter refuses autograd.grad() within forward()
+                return FORWARD_SHARE
     return forward / (forward + backward) if forward and backward else FORWARD_SHARE
 
 

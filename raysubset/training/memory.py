@@ -80,7 +80,7 @@ def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, spec: Spec)
         return tensor
 
     dtype = next(probe.parameters()).dtype
-    inputs = spec.zeros(num).to(dtype) if spec.num_values is None else spec.zeros(num)
+    inputs = spec.zeros(num) if spec.are_integers else spec.zeros(num).to(dtype)
     with (
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),

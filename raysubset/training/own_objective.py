@@ -92,6 +92,12 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
     with generators_restored(), torch.random.fork_rng(devices=[]):
         single_loss = loss_of(inputs, targets)
         double_loss = loss_of(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
+        network.eval()  # without dropout, and without statistics of the batch
+        whole_loss = parts_loss = loss_of(inputs, targets)
+        states, undrawn = (generator.get_state(), torch.get_rng_state()), torch.Generator().manual_seed(_NUM_DRAWS - 1)
+        if recipe.accumulation > 1 and all(torch.equal(state, undrawn.get_state()) for state in states):
+            halves = zip(inputs.tensor_split(2), targets.tensor_split(2), strict=True)
+            parts_loss = sum(loss_of(*half) for half in halves)
     if math.isfinite(single_loss) and single_loss and double_loss / single_loss < math.sqrt(2):
         raise misfit(
             _FIELD,
@@ -99,6 +105,10 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
             f"gave a loss of {single_loss / _NUM_DRAWS:g} for {_NUM_TRIED} examples and of "
             f"{double_loss / _NUM_DRAWS:g} for these twice: return the sum over the examples, not their mean",
         )
+    if abs(parts_loss - whole_loss) > 1e-3 * abs(whole_loss):
+        text = f"gave a loss of {whole_loss:g} for {_NUM_TRIED} examples and of {parts_loss:g} for their halves: it "
+        text += "compares the examples of a batch, which minimize.accumulation parts: leave it out"
+        raise misfit(_FIELD, reference, text)
 
 
 def _checked(pair: object, num: int, task: Task, reference: str) -> tuple[Tensor, Tensor]:

@@ -170,5 +170,5 @@ def diverged_at_once(loss: float, recipe: MinimizeConfig) -> DivergedError:
     """Return the error to raise if there are no weights to restore."""
     return DivergedError(
         f"the loss became {loss:g} in epoch 1 with a peak learning rate of {recipe.peak_learning_rate():g}: lower "
-        "the learning rate, or use --minimize.schedule=warmup_linear"
+        "the learning rate (raysubset find-rate measures some), or use --minimize.schedule=warmup_linear"
     )
