@@ -51,7 +51,9 @@ LOSSES = {
 def test_products_are_those_of_the_dense_matrix_and_never_negative(loss, norm):
     minimized, of_outputs = LOSSES[loss]
     data, model = examples(20, objective=minimized), cnn(norm).double().eval()
-    objective = Objective(model, data, replace(RECIPE, batch_size=1))  # chunks of 16 and 4
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # as minimize() does
+    recipe = replace(RECIPE, batch_size=1, channels_last=norm != "group")  # torch 2.10 cannot do both
+    objective = Objective(model, data, recipe)  # chunks of 16 and 4
     matrix = dense(model, *data.batch(torch.arange(20), dtype=torch.float64), of_outputs)
     for seed in range(3):
         vector = torch.randn(len(matrix), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -59,6 +61,19 @@ def test_products_are_those_of_the_dense_matrix_and_never_negative(loss, norm):
         torch.testing.assert_close(product, matrix @ vector, rtol=1e-9, atol=1e-12)
         assert vector @ product >= 0
     assert (objective.num_forward, objective.num_backward, objective.thirds) == (3 * 2 * 20, 3 * 20, 3 * 4)
+
+
+def test_a_derivative_that_takes_the_default_layout_alone_is_refused_with_the_way_out(monkeypatch):
+    def jvp_of_group_norm(*_: object) -> None:  # torch 2.10's
+        raise RuntimeError("view size is not compatible with input tensor's size and stride (at least one …)")
+
+    monkeypatch.setattr("raysubset.training.whole_subset.objective.jvp", jvp_of_group_norm)
+    model, data = cnn("group").eval(), examples(20)
+    vector = torch.ones(len(flat(model)))
+    with pytest.raises(ValueError, match=r"gauss_newton cannot .*: set --minimize.channels-last=false \(view size is"):
+        Objective(model, data, RECIPE).gauss_newton_product(vector)
+    with pytest.raises(RuntimeError, match=r"^view size"):  # where that is no way out
+        Objective(model, data, replace(RECIPE, channels_last=False)).gauss_newton_product(vector)
 
 
 class Attention(nn.Module):

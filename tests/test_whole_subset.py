@@ -187,7 +187,7 @@ def test_a_small_gradient_stops_it(optimizer):
     result = minimize(model, data, recipe, seed=0)
     assert result.outcome == "gradient"
     loss = nn.functional.mse_loss(
-        model(data.batch(torch.arange(60), dtype=torch.float64)[0]), torch.eye(3)[data.targets()]
+        model(data.batch(torch.arange(60), dtype=torch.float64)[0]), torch.eye(3, dtype=torch.float64)[data.targets()]
     )
     slopes = torch.autograd.grad(loss, list(model.parameters()))
     assert max(slope.abs().max().item() for slope in slopes) <= 1e-3

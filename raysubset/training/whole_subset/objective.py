@@ -154,10 +154,14 @@ class Objective:
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # other attention has no forward-mode derivative
                     outputs, pull_back, moved = vjp(outputs_and_change, parameters, has_aux=True)  # pyright: ignore[reportAssignmentType]
-            except NotImplementedError as error:
-                reason = first_line(error)
+            except RuntimeError as error:
+                has_derivative = not isinstance(error, NotImplementedError)
+                if has_derivative and not (self.recipe.channels_last and str(error).startswith("view size")):
+                    raise
+                # torch 2.10's derivative of group norm takes images in torch's default layout alone
+                way_out = "set --minimize.channels-last=false" if has_derivative else "use lbfgs or cg"
                 raise ValueError(
-                    f"gauss_newton cannot differentiate this network: use lbfgs or cg ({reason})"
+                    f"gauss_newton cannot differentiate this network: {way_out} ({first_line(error)})"
                 ) from error
             (products,) = pull_back(self._examples.task.curvature(outputs, moved, targets) / len(self._examples))
             total += torch.cat([products[name].reshape(-1) for name in parameters])
