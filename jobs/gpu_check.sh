@@ -5,10 +5,11 @@
 #
 # Parts:    tests loop packing rounds speed late (all by default, in this order)
 # Machine:  Python 3.11 to 3.13, torch 2.10 or later with CUDA, torchvision, pyarrow. Nothing is downloaded.
-# WHEELS:   of ray and what else is lacking (pytest, rich, safetensors, …): installed into $OUT/../site-raysubset, with no
-#           index and no dependencies. Here they are fetched by
-#               pip download --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels \
-#                   ray rich safetensors pytest pytest-timeout click msgpack jsonschema filelock
+# WHEELS:   of ray and what else is lacking: installed into $OUT/../site-raysubset, with no index and no dependencies. A
+#           machine that has scikit-learn, scipy, pandas, rich, safetensors, pytest, pytest-timeout and requests lacks
+#           ray, what Ray Train and a run's TensorBoard events need, and what these need. Here they are fetched by
+#               fetch="pip download --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d wheels"
+#               $fetch ray pydantic && $fetch --no-deps tensorboardX
 #           A file too large to carry whole comes in parts, NAME.whl.aa, NAME.whl.ab (split -b 50M), joined here.
 # DATA:     MNIST and CIFAR-10 in torchvision's layout; batches of CIFAR-10 may be gzipped (data_batch_1.gz).
 # Time:     guessed are tests 60 s, loop 60, packing 60, rounds 90, speed 120, late 90. Each is stopped at a limit, of 60
@@ -65,7 +66,7 @@ else
     loop=(--num-pairs 7) packing=() speed=(--seeds 3) late=(--seeds 2)
     muon+=(--subsets.num 8 --subsets.per-actor 8 --rounds.num 16 --minimize.epochs 1 --rounds.evaluate-every 8)
 fi
-part tests 90 python3 -m pytest -q -p no:cacheprovider tests/gpu
+part tests 90 python3 -m pytest -v -p no:cacheprovider tests/gpu
 part loop 60 python3 jobs/bench_loop.py "${loop[@]}"
 part packing 60 python3 jobs/bench_packing.py "${packing[@]}"
 part rounds 120 python3 -m raysubset run --name rounds "${muon[@]}"

@@ -1,6 +1,7 @@
 """What only a CUDA device shows; skipped where there is none."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from raysubset.training import (
     try_packing,
     use_device,
 )
-from tests.tiny import image_examples
+from tests.test_on_a_card import OF_BATCHES, TASKS
+from tests.tiny import cnn, image_examples
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,6 +50,34 @@ def test_a_few_steps_in_float64_agree_with_the_cpu() -> None:
     on_cuda = minimized(recipe, use_device(num_gpus=1, num_threads=1), dtype=torch.float64)
     for key, value in on_cpu.items():
         torch.testing.assert_close(on_cuda[key], value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "dropout"])  # whose noise is the device's own
+def test_a_few_steps_of_every_task_in_float64_agree_with_the_cpu(name: str) -> None:
+    (make, build), recipe, ends = TASKS[name], MinimizeConfig(epochs=1, batch_size=8, optimizer="adam"), []
+    for device in (torch.device("cpu"), use_device(num_gpus=1, num_threads=1)):
+        model = place(build().double(), device, channels_last=True)
+        minimize(model, make().to(device), recipe, seed=1)
+        ends.append({key: value.cpu() for key, value in model.state_dict().items()})
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_BATCHES if kind not in ("averaging", "skipping", "objective")])
+def test_no_step_waits_for_the_card(kind: str) -> None:
+    device, (make, _), counts = use_device(num_gpus=1, num_threads=1), TASKS["classes"], []
+    for size in (10, 10, 5):  # kernels are chosen in the first
+        recipe = MinimizeConfig(**{"epochs": 2, "batch_size": size, **OF_BATCHES[kind]})
+        model = place(cnn(), device, channels_last=recipe.channels_last)
+        of = make().to(device)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                minimize(model, of, recipe, seed=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    assert counts[2] == counts[1]
 
 
 @pytest.mark.parametrize("precision", ["auto", "float16"])
