@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich import console
 
 import raysubset
 from raysubset.cli import call, parse_config, run_job
@@ -507,6 +509,19 @@ def test_a_report_shows_itself_in_a_line_in_a_notebook_and_as_the_command_does(
     assert html.startswith("<pre")
     assert "90.00%" in html
     assert "\x1b" not in html
+
+
+def test_a_notebook_shows_a_report_as_one_output(
+    finished: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    outputs: list[str] = []
+    notebook = SimpleNamespace(display=outputs.append, HTML=str)
+    monkeypatch.setattr(console, "_is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    report = RunReport.from_dict(a_record(uri=finished))
+    report.show()
+    assert outputs == [report._repr_html_()]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_verb_shows_what_happens_unless_it_is_given_a_listener(capsys: pytest.CaptureFixture[str]):

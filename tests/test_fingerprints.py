@@ -252,6 +252,15 @@ class TestCode:
         assert len(code_fingerprint("torch.nn:Linear")) == 0
         assert len(code_fingerprint("raysubset.models:build_model")) == 0
 
+    def test_what_another_python_has_installed_does_not_count_either(self, modules, tmp_path, monkeypatch):
+        modules(net="import library")
+        packages = tmp_path / "other" / "lib" / "site-packages"
+        (packages / "library").mkdir(parents=True)
+        (packages / "library" / "__init__.py").write_text("")
+        monkeypatch.setattr(sys, "path", [*sys.path, str(packages)])
+        assert list(entries(code_fingerprint("net:make"))) == ["net.py"]
+        assert str(packages) in Workplace.here().search_path  # other processes need not have it otherwise
+
 
 class TestImporting:
     def test_a_function_of_a_notebook_is_told_where_to_go(self):

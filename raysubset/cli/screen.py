@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
@@ -77,8 +78,12 @@ def sections_of(record: Mapping[str, Any]) -> "Sequence[Section]":
 
 
 def print_report(record: Mapping[str, Any]) -> None:
-    """Print the report of a run, a sweep or a comparison, as print_sections() does."""
-    print_sections(sections_of(record))
+    """Print the report of a run, a sweep or a comparison, as print_sections() does; a notebook shows its HTML."""
+    if not Console().is_jupyter:
+        print_sections(sections_of(record))
+        return
+    notebook = import_module("IPython.display")
+    notebook.display(notebook.HTML(html_of(record)))
 
 
 def html_of(record: Mapping[str, Any]) -> str:

@@ -358,7 +358,9 @@ def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
     budgets = [point["budget"] for arm in arms if arm["key"][0] != "A" for point in arm["points"]]
     q = f"Q = {plan.full_set_ratio:.3g}, subsets {min(plan.subset_ratios):.3g}"
     network = f"{plan.num_parameters:,} parameters ({q})"
-    return f"With {network}, {num_workers} workers and budgets of {min(budgets):g} to {max(budgets):g} passes"
+    least, most = min(budgets), max(budgets)
+    words = f"budgets of {least:g} to {most:g} passes" if least < most else f"a budget of {most:g} passes"
+    return f"With {network}, {num_workers} workers and {words}"
 
 
 def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Quality) -> dict[str, tuple[Way, Curves]]:

@@ -30,6 +30,7 @@ _INSTALLED = tuple(
         )
     }
 )
+_PACKAGES = {"site-packages", "dist-packages"}
 
 
 def code_fingerprint(reference: str) -> pa.Table:
@@ -118,7 +119,10 @@ def _is_installed(path: str) -> bool:
 
 
 def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
-    """Return the spec of a module; None if it is not found, is installed, or is part of Python or this package."""
+    """Return the spec of a module; None if it is not found, is installed, or is part of Python or this package.
+
+    What lies in another Python's folder of packages is installed as well, wherever the search path has it from.
+    """
     top, _, below = name.partition(".")
     if top in sys.stdlib_module_names or top in ("__main__", "raysubset"):
         return None
@@ -127,7 +131,7 @@ def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
         spec = finder.find_spec(name.rpartition(".")[2], folders if below else None)
         if spec is not None:
             origin = os.path.realpath(spec.origin) if spec.origin and spec.has_location else ""
-            return None if origin and _is_installed(origin) else spec
+            return None if origin and (_is_installed(origin) or _PACKAGES & {*Path(origin).parts}) else spec
     return None
 
 
