@@ -192,7 +192,8 @@ def test_arms_that_nobody_named_are_those_that_the_config_allows(overrides: Any,
 def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: SimpleNamespace(quality=R2))
+    task = SimpleNamespace(compares_examples=False)
+    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: SimpleNamespace(quality=R2, task=task))
     with pytest.raises(ValueError, match=r"how much worse in r2 may a model be .* give --margin"):
         compare(Config(storage_path=str(tmp_path)))
     assert not ray.is_initialized()
