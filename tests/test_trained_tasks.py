@@ -200,3 +200,5 @@ def test_a_task_of_ones_own_is_called_only_where_it_is_trusted(tmp_path, monkeyp
     assert model.record.task.scale == full_set.task.scale
     inputs = torch.rand(2, 3)
     assert torch.equal(model(inputs), network(inputs))
+    with pytest.raises(ValueError, match=r"takes tensors of \[3\]: load_model\(directory, trust_code=True\)\(x\)"):
+        list(predict_files(str(tmp_path / "run"), ["new.csv"], trust_code=True))

@@ -202,8 +202,9 @@ def predictions(
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
         yield from _predict_image_files(model, model.inputs, directory, paths, num_classes)
     else:
-        shape = list(model.spec.inputs)
-        raise ValueError(f"this model's task is {task.name}, and it takes tensors of {shape}: load_model(directory)(x)")
+        call = "load_model(directory, trust_code=True)(x)" if ":" in task.name else "load_model(directory)(x)"
+        text = f"this model's task is {task.name}, and it takes tensors of {list(model.spec.inputs)}"
+        raise ValueError(f"{text}: {call}")
 
 
 def _continue_text(model: TrainedModel, path: str) -> Prediction:
