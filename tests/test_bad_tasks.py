@@ -349,7 +349,7 @@ def test_a_comparison_of_a_task_that_compares_examples_has_no_data_parallel_arm(
 
 
 def test_outputs_of_a_task_that_compares_examples_are_measured_as_its_network_is(module: Callable[[str], None]) -> None:
-    """In batches of one size, whether they are of one pass or kept: 20 examples repeated to 600."""
+    """In batches of equal size, whether of one pass or kept: 12 examples repeated to 600, or to 501, none alone."""
     module(TASK + COMPARING)
     examples = loaded(validation_fraction=0.2).examples("train").select(torch.arange(600) % 12)
     model, recipe = torch.nn.Linear(2, 2), MinimizeConfig()
@@ -360,10 +360,12 @@ def test_outputs_of_a_task_that_compares_examples_are_measured_as_its_network_is
     assert metrics.loss == pytest.approx(expected.loss, rel=1e-5)
     assert metrics.values["distance"] == pytest.approx(expected.values["distance"], rel=1e-5)
     with torch.no_grad():
-        parts = [examples.task.loss(part, part) for part in (outputs[:500], outputs[500:])]
+        parts = [examples.task.loss(part, part) for part in (outputs[:300], outputs[300:])]
         whole = examples.task.loss(outputs, outputs)
     assert metrics.loss_sum == pytest.approx(sum(map(float, parts)), rel=1e-5)
     assert abs(metrics.loss_sum - float(whole)) > 1
+    of_501 = sum(float(examples.task.loss(part, part)) for part in outputs[:501].split([251, 250]))
+    assert evaluate(model, examples.select(torch.arange(501)), recipe).loss_sum == pytest.approx(of_501, rel=1e-5)
 
 
 DRAWS = """    def draw(self, num, seed):

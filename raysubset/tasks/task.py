@@ -35,7 +35,7 @@ class Task:
         class_names: the names of the classes, if there are classes that every subset should contain.
         augmentation: the kind of augmentation that each epoch draws; "none" for no augmentation.
         compares_examples: loss() and measure() of an example depend on the others of its batch, as contrastive, ranking
-            and Cox losses do. Evaluation has batches of 500 in stored order. What would part batches is refused.
+            and Cox losses do. What would part batches is refused. Evaluation has equal batches of at most 500.
     """
 
     name: str = "task"

@@ -100,9 +100,9 @@ def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: Minimize
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
     """Return loss and qualities of outputs: those of predict(), or an ensemble's."""
-    size = EVALUATION_BATCH if task.compares_examples else len(targets)
+    sizes = _sizes(len(targets), task) if task.compares_examples else [len(targets)]
     loss, sums = 0.0, dict[str, Any]()
-    for batch in zip(outputs.split(size), targets.split(size), strict=True):
+    for batch in zip(outputs.split(sizes), targets.split(sizes), strict=True):
         loss += float(task.reported_loss(batch[0].double(), batch[1]))
         sums = added(sums, sums_of(task, *batch))
     return Metrics.of_sums(task, loss, sums, len(targets))
@@ -111,10 +111,17 @@ def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
     dtype = next(model.parameters()).dtype
     with evaluation_mode(model):
-        sizes = [EVALUATION_BATCH] * (len(examples) // EVALUATION_BATCH)
-        sizes += [remainder] if (remainder := len(examples) % EVALUATION_BATCH) else []
+        sizes = _sizes(len(examples), examples.task)
         for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
             yield widened(model(inputs)).detach(), targets
+
+
+def _sizes(num: int, task: Task) -> list[int]:
+    """Return the sizes of the batches in which `num` examples are measured: equal if the task compares them."""
+    if task.compares_examples:
+        return even_sizes(num, math.ceil(num / EVALUATION_BATCH))
+    full, remainder = divmod(num, EVALUATION_BATCH)
+    return [EVALUATION_BATCH] * full + [remainder] * bool(remainder)
 
 
 @contextmanager
