@@ -12,7 +12,7 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
-from raysubset.tasks import CrossEntropy, SquaredError
+from raysubset.tasks import CrossEntropy, Spec, SquaredError
 from raysubset.training import (
     Cost,
     Metrics,
@@ -189,6 +189,24 @@ def test_batch_norm_statistics_of_augmented_examples_are_those_of_augmented_batc
             torch.testing.assert_close(weights(ours)[key], value, rtol=1e-4, atol=1e-6)
             assert not torch.allclose(weights(plain)[key], value, rtol=1e-3)
     assert evaluate(ours, data, RECIPE) == evaluate(ours, replace(data, augment=False), RECIPE)
+
+
+def test_large_examples_are_measured_fewer_at_a_time_and_small_ones_by_500():
+    images = torch.zeros(5, 3000, 3000, 1, dtype=torch.uint8)
+    data, sizes = image_examples(images, torch.arange(5) % 3), []
+    model = nn.Sequential(nn.AvgPool2d(3000), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 3))
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    evaluate(model, data, MinimizeConfig())
+    assert sizes == [3, 2]  # 27 million numbers at most
+    sizes.clear()
+    recompute_batch_norm(model, data, MinimizeConfig())
+    assert sizes == [3, 2]
+    assert evaluation.evaluation_batch(Spec((3, 256, 256), (1000,))) == 170
+    assert (
+        evaluation.evaluation_batch(Spec((3, 32, 32), (10,)))
+        == evaluation.evaluation_batch(Spec((128,), (128, 256), 256))
+        == 500
+    )
 
 
 def test_a_single_left_over_example_is_no_batch_of_its_own():

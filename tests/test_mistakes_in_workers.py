@@ -17,6 +17,7 @@ from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
 from raysubset.run_directory import RunDirectory
 from raysubset.subset_actors.pool import PLACE_ERRORS
+from raysubset.training import use_device
 from raysubset.user_code.functions import in_a_line
 from raysubset.work import Piece
 
@@ -113,3 +114,13 @@ def test_a_device_that_fails_in_a_users_function_is_no_mistake_of_the_function()
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     assert _may_pass(told.value)
     assert isinstance(told.value, PLACE_ERRORS)  # and in an actor
+
+
+def test_a_gpu_that_was_given_and_is_not_there_is_a_device_that_failed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(torch.AcceleratorError, match=r"1 GPU was given .* sees none: .*num-gpus=0") as told:
+        use_device(num_gpus=1.0, num_threads=torch.get_num_threads())
+    there = cloudpickle.loads(cloudpickle.dumps(told.value))
+    assert _may_pass(there)
+    assert isinstance(there, PLACE_ERRORS)  # so another node may do the work

@@ -24,7 +24,7 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
     calling thread, so call this in the thread that computes.
 
     Raises:
-        RuntimeError: if GPUs were given but torch sees none.
+        torch.AcceleratorError: if GPUs were given but torch sees none. Another node may do better.
     """
     torch.set_num_threads(num_threads)
     if not num_gpus:
@@ -41,7 +41,10 @@ def use_device(*, num_gpus: float, num_threads: int) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    raise RuntimeError(f"{num_gpus:g} GPUs were given to this process, but torch {torch.__version__} sees none")
+    raise torch.AcceleratorError(
+        f"{num_gpus:g} GPU was given to this process, but torch {torch.__version__} sees none: install a torch built "
+        "for this node's driver, or give --actors.num-gpus=0"
+    )
 
 
 @cache

@@ -15,12 +15,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples, even_sizes
 from raysubset.models import learning_batch_norms, modes_restored, modules_in_training
-from raysubset.tasks import Task, added, sums_of
+from raysubset.tasks import Spec, Task, added, sums_of
 from raysubset.training.records import Metrics
 
 MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
 MOST_SAMPLED_BYTES = 2**20  # of outputs that members save: those of texts and masks would outweigh their weights
 EVALUATION_BATCH = 500  # examples of a forward pass; more does not help a CPU and less does not fill a GPU
+MOST_EVALUATED = 2**25  # numbers in or out of a forward pass: fewer examples, so that a step's memory suffices for it
 STATISTICS_SEED = 0  # of the order and augmentation of the batches that batch-norm statistics are of
 SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
 
@@ -28,6 +29,12 @@ SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the
 def widened(outputs: Tensor) -> Tensor:
     """Return a network's outputs in float32, those of mixed precision too; float64 stays."""
     return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
+def evaluation_batch(spec: Spec) -> int:
+    """Return the number of examples of a forward pass: EVALUATION_BATCH, or fewer large ones: 222 of 3×224×224."""
+    most = MOST_EVALUATED // max(math.prod(spec.inputs), spec.num_outputs)
+    return max(1, min(EVALUATION_BATCH, most))
 
 
 @torch.no_grad()  # in inference mode a network could not compute derivatives of its own
@@ -118,10 +125,11 @@ def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Ite
 
 def _sizes(num: int, task: Task) -> list[int]:
     """Return the sizes of the batches in which `num` examples are measured: equal if the task compares them."""
+    size = evaluation_batch(task.spec())
     if task.compares_examples:
-        return even_sizes(num, math.ceil(num / EVALUATION_BATCH))
-    full, remainder = divmod(num, EVALUATION_BATCH)
-    return [EVALUATION_BATCH] * full + [remainder] * bool(remainder)
+        return even_sizes(num, math.ceil(num / size))
+    full, remainder = divmod(num, size)
+    return [size] * full + [remainder] * bool(remainder)
 
 
 @contextmanager
@@ -141,12 +149,12 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeCo
 
     Args:
         model: changed in place; its mode is left as it was.
-        examples: passed in batches of nearly equal size, about EVALUATION_BATCH, augmented if their epochs are.
+        examples: passed in batches of nearly equal size, about evaluation_batch(), augmented if their epochs are.
 
     Returns:
         The number of examples passed forward: 0 if the model keeps no running statistics.
     """
-    sizes = even_sizes(len(examples), math.ceil(len(examples) / EVALUATION_BATCH))
+    sizes = even_sizes(len(examples), math.ceil(len(examples) / evaluation_batch(examples.task.spec())))
     dtype = next(model.parameters()).dtype
     options: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype}
     if examples.is_augmented:

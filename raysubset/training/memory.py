@@ -9,7 +9,7 @@ from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.models import copied
 from raysubset.tasks import Spec
 from raysubset.training.devices import mixed_precision
-from raysubset.training.evaluation import EVALUATION_BATCH
+from raysubset.training.evaluation import evaluation_batch
 from raysubset.training.whole_subset.objective import CHUNK_BATCHES
 
 _PROBED = (2, 4)  # examples of the two forward passes; their difference is per example. Batch normalisation needs two
@@ -49,7 +49,7 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # per example
-    activations = max(few + (batch - _PROBED[0]) * saved, 2 * EVALUATION_BATCH * largest)
+    activations = max(few + (batch - _PROBED[0]) * saved, 2 * evaluation_batch(spec) * largest)
     return num_examples * _example_bytes(spec) + copies + activations
 
 

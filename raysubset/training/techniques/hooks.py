@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Batches, even_sizes
-from raysubset.training.evaluation import EVALUATION_BATCH, set_running_statistics
+from raysubset.training.evaluation import evaluation_batch, set_running_statistics
 from raysubset.training.records import Progress
 from raysubset.training.shards import Shard
 from raysubset.training.techniques.averaging import Averaging
@@ -101,11 +101,11 @@ class Techniques:
         """
         if self._averaging and self._averaging.end_epoch(step, last=last):
             num = min(BATCH_NORM_EXAMPLES if last else PASSING_EXAMPLES, len(self._examples))
-            seed = derive_seed(self._seed, "batch_norm")
+            seed, size = derive_seed(self._seed, "batch_norm"), evaluation_batch(self._examples.task.spec())
             batches = self._examples.epoch(
                 order_seed=seed,
                 augmentation_seed=seed,
-                batch_sizes=even_sizes(num, math.ceil(num / EVALUATION_BATCH)),
+                batch_sizes=even_sizes(num, math.ceil(num / size)),
                 channels_last=self._recipe.channels_last,
                 dtype=next(self._model.parameters()).dtype,
             )
