@@ -1,11 +1,16 @@
-"""What a process sets of its C library's memory: glibc's thresholds, where nobody else has, and nothing elsewhere."""
+"""What a process sets of its C library's memory: glibc's thresholds, where nobody else has, and nothing elsewhere. And
+when it gives a card's memory back."""
 
 import ctypes
 import sys
+import weakref
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
+from raysubset.subset_actors.actor import SubsetActor, _Damages
 from raysubset.training import devices
 
 TRIM, MMAP = -1, -3
@@ -49,3 +54,20 @@ def test_other_c_libraries_are_left_as_they_are(monkeypatch, library):
     devices._keep_freed_memory.__wrapped__()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert calls(monkeypatch) == []
+
+
+def test_a_cards_memory_is_given_back_when_nothing_refers_to_it_any_more(monkeypatch):
+    """Whatever the work was: minimizations, an aggregate, a test."""
+    seen: list[Any] = []
+
+    class Actor(SubsetActor):
+        def __init__(self) -> None:
+            self._damages = _Damages()
+
+        def _do(self, *_: Any) -> list[Any]:
+            seen.append(weakref.ref(tensor := torch.zeros(3)))
+            return [len(tensor)]
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(seen[0]()))
+    assert Actor().do([], None, attempts=[], waited_s=0.0)[0] == [3]
+    assert seen[1:] == [None]

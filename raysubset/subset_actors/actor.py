@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import ray
+import torch
 
 from raysubset.cluster import get_shared, own_address
 from raysubset.costs import count_bytes, taken_bytes
@@ -110,6 +111,8 @@ class SubsetActor:
         except Exception as error:
             note_place(error)
             raise
+        finally:  # no local of the work refers to its tensors any more
+            torch.cuda.empty_cache()  # other actors may share the card; without one it does nothing
 
     def _start(self, start_ref: Sequence[ray.ObjectRef] | None) -> Weights | None:
         """Return the start weights, whose bytes are counted with this piece if they are not those of the last one."""

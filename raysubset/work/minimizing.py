@@ -183,7 +183,7 @@ class Minimizer:
                     self._close(work, "failed", cost, error=one_line(error))
             raise
         finally:
-            self._end(device)
+            self._end()
 
     def try_packing(self, piece: TrialPiece, *, attempt: int) -> dict[str, Any]:
         """Time some steps of the trial's pieces, packed and singly; only the ledger's entry is written.
@@ -204,7 +204,7 @@ class Minimizer:
                     record = {"refused": str(error)}
                 close(replace(cost, device_s=time.perf_counter() - self._started))
         finally:
-            self._end(device)
+            self._end()
         return record | {"device": place["device"]}
 
     def _begin(self, pieces: Sequence[Piece]) -> torch.device:
@@ -214,10 +214,8 @@ class Minimizer:
         self._closed.clear()
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
 
-    def _end(self, device: torch.device) -> None:
+    def _end(self) -> None:
         self._progress, self.is_busy = {}, False
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _cost_so_far(self, number: int) -> Cost:
         return self._progress[number].cost if number in self._progress else Cost()
