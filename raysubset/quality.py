@@ -34,7 +34,7 @@ class Quality:
         """Return the value in the unit of label and change_label: '97.31', '1.834'; '-' for None or not finite."""
         if value is None or not math.isfinite(value):
             return "-"
-        return format(self.scale * value, f"{sign}.2f" if self.is_share else f"{sign}.{digits}g")
+        return format(self.scale * value, f"{sign}z.2f" if self.is_share else f"{sign}z.{digits}g")  # z: no -0
 
     def error(self, value: float) -> str:
         """Return the error that follows a value: ' ± 0.12'."""

@@ -17,6 +17,7 @@ def test_a_share_is_shown_in_per_cent_and_others_in_their_unit():
     changes = [q.change(-0.25) for q in (ACCURACY, BITS, RMSE, R2)]
     assert changes == ["accuracy -25.00 points", "-0.25 bits a token", "rmse -0.25 mg/dl", "r2 -0.25"]
     assert ACCURACY.show(None) == R2.show(math.nan) == "-"
+    assert [quality.number(-0.0, sign="+") for quality in (ACCURACY, BITS)] == ["+0.00", "+0"]  # no -0
 
 
 @pytest.mark.parametrize(

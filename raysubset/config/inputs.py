@@ -141,7 +141,7 @@ class SubsetsConfig:
     num: Annotated[int | None, "[1, ∞)"] = None
     """Number of disjoint subsets. Give at most two of num, size and fraction; by default 4 share the training set."""
     size: Annotated[int | None, "[1, ∞)"] = None
-    """Examples per subset. Q = size * num_classes / num_parameters should exceed 1."""
+    """Examples per subset. Q = size · outputs / parameters should exceed 1."""
     fraction: Annotated[float | None, "(0, 1]"] = None
     """Size of a subset as a share of the training set."""
     scheme: Literal["stratified", "iid", "dirichlet", "column", "function"] = "stratified"
