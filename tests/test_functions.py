@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import load_full_set
 from raysubset.data.columns import Tables
-from raysubset.data.functions import Arrays, read_returned, read_returned_texts
+from raysubset.data.fitting import of_arrays
+from raysubset.data.functions import Arrays, read_returned, read_returned_texts, read_table_arrays
 from raysubset.tasks import Regression
 from raysubset.user_code.functions import in_a_line
 
@@ -135,6 +137,28 @@ def test_a_users_own_task_gets_a_tables_columns_as_arrays(returned: Callable[...
     arrays = returned(body, lambda config: read_returned(config, "mine:Ratings"))
     assert_holds(arrays, user=np.array(user), score=np.array(score))
     assert isinstance(returned(body, lambda config: read_returned(config, "regression"), target="score"), Tables)
+
+
+def test_a_users_own_task_gets_the_columns_of_files_as_arrays(tmp_path: Path):
+    header, rows = "user,score,site,", ["3,0.5,x,0", "1,1.5,y,1", "2,2.5,x,2"]  # the last is pandas' row number
+    for split, lines in {"train": rows, "test": rows[::-1]}.items():
+        (tmp_path / f"{split}.csv").write_text("\n".join([header, *lines]))
+    config = DataConfig(name=str(tmp_path), columns="score,user")
+    arrays = read_table_arrays(config)
+    assert_holds(
+        replace(arrays, splits={"train": arrays.splits["train"]}),
+        user=np.array([3, 1, 2]),
+        score=np.array([0.5, 1.5, 2.5]),
+    )
+    np.testing.assert_array_equal(arrays.splits["test"]["score"], [2.5, 1.5, 0.5])
+    everything = read_table_arrays(replace(config, columns=None))
+    assert [*everything.splits["train"]] == ["user", "score", "site"]
+    with pytest.raises(ValueError, match=r"site of .* are texts: give numbers, .* to --data.columns"):
+        of_arrays(everything.splits, config, TaskConfig(name="mine:Ratings"), ())
+    with pytest.raises(ValueError, match=r"no column users: .*user"):
+        read_table_arrays(replace(config, columns="users"))
+    with pytest.raises(ValueError, match=r"leave --data\.streamed out"):
+        read_table_arrays(replace(config, streamed=True))
 
 
 def test_targets_of_several_dimensions_are_flattened(returned: Callable[..., Any]):

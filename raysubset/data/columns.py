@@ -91,6 +91,30 @@ def read_tables(config: DataConfig) -> Tables:
     return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
 
 
+def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[Note, ...]]:
+    """Read the columns of a path's files for a user's own task: those of data.columns, by default all.
+
+    Raises:
+        ValueError: as read_tables() does, and for data.streamed.
+    """
+    if config.streamed:
+        raise ValueError("a task of your own has its table in memory: leave --data.streamed out")
+    files, splits, notes = _find_tables(config), dict[SplitName, pa.Table](), list[Note]()
+
+    def needed(schema: pa.Schema, path: str) -> list[str]:
+        names = split_names("columns", config.columns, schema.names)
+        refuse_absent(names, schema.names, path, option="columns")
+        columns = [*names] or [name for name in schema.names if not _ROW_NUMBERS.fullmatch(name)]
+        refuse_unreadable(schema, columns, path)
+        return columns
+
+    for split, members in files.layout.items():
+        tables = read_files(files, members, needed)
+        splits[split] = concatenated([*tables.values()], f"the {split} split of {config.name}")
+        notes.append(Note(f"{split} split: {splits[split].num_rows} examples of {describe_files(files, members)}"))
+    return splits, (*notes, *files.notes)
+
+
 def _stream(files: DataFiles, members: Sequence[Placed], config: DataConfig) -> tuple[dict[str, pa.Table], TableGroups]:
     """Return a streamed split's tables by file, without their features, and the files of the features."""
     refuse_other_formats(files, members)

@@ -37,8 +37,9 @@ _KINDS = {
     "texts": ("window", "vocabulary"),
     "arrays by name": ("target",),
     "arrays": (),  # unchanged, for a user's own task
+    "columns as arrays": ("columns",),  # likewise
 }
-Kind = Literal["images", "images by name", "columns", "texts", "arrays by name", "arrays"]
+Kind = Literal["images", "images by name", "columns", "texts", "arrays by name", "arrays", "columns as arrays"]
 _DOWNLOADED = ("root", "download")
 
 

@@ -197,7 +197,8 @@ def _shown(array: np.ndarray) -> str:
 def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataConfig) -> np.ndarray:
     """Convert an array to a type that torch can index; refuse texts except in the arrays named by `texts`."""
     if values.dtype.kind == "U" and name not in texts:
-        raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made")
+        remedy = "" if ":" in config.name else ", and the names of the others to --data.columns"
+        raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made{remedy}")
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.columns import Tables, choose_columns, holds_images
+from raysubset.data.columns import Tables, choose_columns, holds_images, read_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import as_labels
@@ -79,6 +79,29 @@ def read_returned(config: DataConfig, task: str) -> Returned:
         return Arrays(arrays, tuple(notes))
     of_columns = choose_columns(tables, config)
     return dataclasses.replace(of_columns, notes=(*notes, *of_columns.notes))
+
+
+def read_table_arrays(config: DataConfig) -> Arrays:
+    """Read the columns of a path's files as arrays, for a user's own task, like those of a frame that is returned.
+
+    Raises:
+        ValueError: as read_columns() does, and for columns that are no arrays of numbers.
+    """
+    tables, notes = read_columns(config)
+    arrays: dict[SplitName, dict[str, np.ndarray]] = {
+        split: _named_arrays(_arrays_of(table), f"the {split} split of {config.name}")
+        for split, table in tables.items()
+    }
+    _refuse_unlike(arrays, config)
+    return Arrays(arrays, notes)
+
+
+def _arrays_of(table: pa.Table) -> dict[str, np.ndarray]:
+    arrays = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
+    texts = {
+        field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+    }
+    return {name: values.astype(str) if name in texts else values for name, values in arrays.items()}
 
 
 def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
@@ -160,7 +183,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
             return from_tables({where: value}, config, where, task)
         if ":" not in task:
             return value
-        value = {name: column.to_numpy() for name, column in zip(value.column_names, value.columns, strict=True)}
+        value = _arrays_of(value)
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
     if _is_text(value):

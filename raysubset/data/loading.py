@@ -14,7 +14,7 @@ from raysubset.data.files import not_streamed, read_path, read_texts
 from raysubset.data.finding import TEXT_SUFFIXES
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
-from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts
+from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts, read_table_arrays
 from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
@@ -103,6 +103,9 @@ def _load(config: DataConfig, task: TaskConfig) -> tuple[FullSet, Kind]:
             case returned:
                 images = _with_origin(returned, origin(config))
     elif is_of_columns(config):
+        if task.is_class:
+            arrays = read_table_arrays(config)
+            return of_arrays(arrays.splits, config, task, arrays.notes), "columns as arrays"
         return of_tables(read_tables(config), config, task), "columns"
     else:
         images = read_path(config, task.name)
