@@ -324,7 +324,7 @@ def test_help_has_two_levels_in_the_configs_own_words(capsys: pytest.CaptureFixt
     code, out, _ = exit_of("run --help-all", capsys)
     assert not code
     words = " ".join(out.split())
-    assert "Examples per subset. Q = size * num_classes / num_parameters should exceed 1." in words
+    assert "Examples per subset. Q = size · outputs / parameters should exceed 1." in words
     assert all(key.rpartition(".")[2].replace("_", "-") in words for key in flatten(Config().to_dict()))
     assert "130 stopped by Ctrl-C" in words
     assert "Least rise of training accuracy from window to window that keeps the weights training. In [0, 1)." in words

@@ -221,7 +221,7 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
         ),
         ("return np.zeros((40, 3, 6, 6), np.uint8), np.arange(40) % 4", r"have shape \(40, 3, 6, 6\)"),
         ("return np.zeros((0, 6, 6), np.uint8), np.arange(0)", "holds no images"),
-        ("return [np.zeros((6, 6)), np.zeros((6, 7))], [0, 1]", "does not make one array, as where images differ"),
+        ("return [np.zeros((6, 6)), np.zeros((6, 7))], [0, 1]", "does not make one array, as where examples differ"),
         ("return images[:2], np.arange(2)", "2 examples of 2 classes are too few"),
         (
             "return dict(train=(images, labels), test=(images[:, :5], labels))",
