@@ -10,6 +10,10 @@ Expected, MNIST, cnn of width 16, CPU time (medians and quartiles of n = 20 pair
     depth 2, batch  64: 0.975 [0.957 to 0.993]        depth 2, batch 256: 1.051 [0.853 to 1.182]
     depth 3, batch  64: 0.983 [0.952 to 1.012]        depth 3, batch 256: 0.990 [0.950 to 1.060]
 Since then zero_grad() has become cheaper: depth 2, batch 64: 0.977 [0.959 to 0.979], n = 7 pairs at load 18.
+Two workers, a share of each batch each, CPU time of both (load 2; medians and quartiles of n = 10 pairs; goal 0.98):
+    depth 2, batch  64: 0.937 [0.891 to 0.986]        depth 2, batch 256: 1.000 [0.928 to 1.062]
+    depth 3, batch  64: 1.014 [0.954 to 1.038]        depth 3, batch 256: 1.008 [0.954 to 1.022]
+    The first again, n = 30: 0.975 [0.936 to 1.025].
 The spread is the machine's. Beside a network of one linear layer minimize() took 0.03 ms more a step than the bare
 loop in CPU time at load 3, and 0.1 ms at load 23, where a step of depth 2 and batch 64 takes 7 and 11 ms.
 CUDA is measured too where there is a card: not yet.
