@@ -6,10 +6,10 @@ Pieces are those of a run, with 60 positions each as a thousandth of MNIST has; 
 write the ledger entry a minimum has and return its record. CPU time is the driver's alone, Ray's threads in it included
 and start-up left out; the actors' own is not counted.
 
-Hardware: 2 cores of a shared virtual machine, load 13 to 30; Ray 2.60, Python 3.11. Wall time: 2 min for 64 and 1,000.
-Result:   2.5 and 2.6 ms a piece at 1,000 (n = 2) and +4 MB, where it was 8.3 (each attempt listed the ledger).
-          At 64, with the start of actors and looks while they are slow, 5.3 ms, where it was 14.7. Of 10,000 the first
-          2,200 took 2.6 ms each and +15 MB; then the machine's time was up. All but 0.05 ms is Ray's calls.
+Hardware: 2 cores of a shared virtual machine, alone; Ray 2.60, Python 3.11. Wall time: a minute for 1,000 and 10,000.
+Result:   2.29 ms a piece at 1,000, 5.6 s of wall time and +5.3 MB; 1.99 ms at 10,000, 35.1 s and +6.8 MB (n = 1; goal
+          3 ms). It was 8.3 ms at 1,000 when each attempt listed the ledger. At 64, with the start of actors and looks
+          while they are slow, 5.3 ms at a load of 13 to 30, where it was 14.7. All but 0.05 ms is Ray's calls.
 """
 
 import argparse
