@@ -54,7 +54,7 @@ class OwnNode:
         """
         error = "" if self._address else self._wait()
         if _TOO_SLOW in error:
-            self.__exit__()
+            self.end()
             self._start()
             error = self._wait()
         if error:
@@ -78,7 +78,10 @@ class OwnNode:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End Ray's processes: at once if the node is not up yet."""
+        self.end()
+
+    def end(self) -> None:
+        """End Ray's processes, and wait for that: at once if the node is not up yet."""
         self.close()
         try:
             self._keeper.wait(END_S)

@@ -258,7 +258,7 @@ def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config:
     for split, other in arrays.items():
         if {*other} != {*train}:
             raise ValueError(
-                f"{config.name} returned {', '.join(train)} as train split and {', '.join(other)} as {split} split: "
+                f"{config.name} gives {', '.join(train)} as train split and {', '.join(other)} as {split} split: "
                 "give all splits alike"
             )
         for name, array in train.items():
