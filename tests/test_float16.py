@@ -80,7 +80,7 @@ def test_a_checkpoint_of_before_has_no_scale_and_float32_needs_none():
 
 def test_what_cannot_have_it_says_so():
     assert "scales the loss of one network" in str(why_not_packed(cnn(), MinimizeConfig(precision="float16")))
-    with pytest.raises(ValueError, match="lbfgs needs a more precise loss than float16 gives"):
+    with pytest.raises(ValueError, match="lbfgs needs a more precise loss than float16"):
         MinimizeConfig(precision="float16", optimizer="lbfgs")
     with pytest.raises(ValueError, match="uses gradients of other steps, which float16 scales differently"):
         MinimizeConfig(precision="float16", extrapolation=ExtrapolationConfig(kind="past_local"))

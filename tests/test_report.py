@@ -488,14 +488,6 @@ def test_a_command_leaves_out_the_usual_storage_path_as_runs_record_it(monkeypat
     assert command(config | {"storage_path": "/home/bob/ray_results"}).endswith("--storage-path /home/bob/ray_results")
 
 
-def test_a_command_gives_what_an_earlier_version_recorded_in_todays_flags():
-    config = Config().to_dict()
-    config["fine_tuning"]["num_workers"] = None
-    config["minimize"]["loss"] = "cross_entropy"
-    assert command(config) == "raysubset run"
-    assert comparison_beside(config) == "raysubset compare"
-
-
 def test_a_comparison_command_leaves_out_what_is_refused_and_names_a_margin_that_only_the_user_knows():
     config = Config().with_overrides({"actors.quorum": 3, "subsets.shares": "measured"}).to_dict()
     assert comparison_beside(config) == "raysubset compare"

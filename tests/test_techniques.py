@@ -581,13 +581,13 @@ REFUSED = [
         {"minimize.extrapolation.kind": "past_local", "minimize.optimizer": "adam"},
         "sgd's update, not for minimize.optimizer=adam",
     ),
-    ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "give minimize.momentum more than 0"),
+    ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "set minimize.momentum above 0"),
     ({"minimize.averaging.kind": "ema", "minimize.averaging.feedback": "restart"}, "never restarts it"),
-    ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "fewer than two samples .* at most 0.5"),
-    ({"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5}, "no sample .* give at most 1"),
+    ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "at least 2 sample.s.* at most 0.5"),
+    ({"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5}, "at least 1 sample.s.* give at most 1"),
     (
         {"minimize.averaging.kind": "pswa", "minimize.epoch_fraction": 0.1},
-        r"period = 0.1 epochs leaves pswa .* at most 0.05",
+        r"period = 0.1 epochs: pswa .* at most 0.05",
     ),
     ({"minimize.averaging.kind": "swa"}, "swa would average 1 epoch.s. in the stage trunk, of 1 epochs"),
     (

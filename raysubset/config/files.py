@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raysubset.config.run import Config, updated
+from raysubset.config.run import Config
 from raysubset.config.trees import leaves, need
 
 _WAY_OUT = "give a file that `raysubset config` wrote, or a run's config.json"
@@ -64,14 +64,14 @@ def _of_yaml(text: str) -> Any:
 
 
 def _settings(tree: Any) -> dict[str, Any]:
-    """Return the file's settings by their dotted names of today.
+    """Return the file's settings by their dotted names.
 
     Raises:
         ValueError: if the tree is no mapping, or a name is given twice.
     """
     need(isinstance(tree, Mapping), f"it should hold settings by their names, not {tree!r:.80}")
     settings: dict[str, Any] = {}
-    for name, value in leaves(updated(tree)):
+    for name, value in leaves(tree):
         need(name not in settings, f"{name} is given twice")
         settings[name] = value
     return settings

@@ -1,10 +1,12 @@
 """Settings of the data, the model and the subsets."""
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import Part
 from raysubset.uris import holds_secret
 
 # Sets that come with scikit-learn and Python: of images, of columns, and of texts.
@@ -20,7 +22,9 @@ NUM_SUBSETS = 4  # that share the training set, if neither number nor size is gi
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Part):
+    prefix = "data."
+
     name: str = "digits"
     """Images: digits, mnist, fashion_mnist, cifar10, cifar100. Tables: breast_cancer, wine, iris, diabetes. Text:
     python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, of a folder of such files, of a folder with
@@ -66,14 +70,13 @@ class DataConfig:
     and horizontal flip; auto: for CIFAR. Or your own package.module:function of (a batch's stored rows,
     torch.Generator), which returns such rows."""
 
-    def __post_init__(self) -> None:
-        need(
-            not holds_secret(self.name),
-            "data.name holds a password, a key or a token, and would be written to config.json: give S3's keys to all "
-            "nodes as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, Azure's as AZURE_CLIENT_ID, AZURE_TENANT_ID and "
-            "AZURE_CLIENT_SECRET, or by their machines' role",
-        )
-        check_fields(self, "data.")
+    def problems(self) -> Iterator[str]:
+        if holds_secret(self.name):
+            yield (
+                "data.name holds a password, a key or a token, and would be written to config.json: give S3's keys to "
+                "all nodes as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, Azure's as AZURE_CLIENT_ID, "
+                "AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or by their machines' role"
+            )
 
     @property
     def own_augmentation(self) -> str | None:
@@ -87,7 +90,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Part):
+    prefix = "model."
+
     name: str = "auto"
     """Network: cnn, vgg, cifar_resnet or lenet5 for images; alexnet_32, vgg11_32, vgg16_32 or resnet18_32 for images
     of 32×32; any classification network of torchvision; unet for masks; mlp for other numbers; lstm or transformer for
@@ -107,23 +112,18 @@ class ModelConfig:
     (.safetensors, .pt, .pth) that every node sees, or `pretrained` for torchvision's own, if torch.hub has them on
     disk. Tensors of other shapes, such as a head for other classes, start at random."""
 
-    def __post_init__(self) -> None:
-        need(
-            not holds_secret(self.weights or ""),
-            "model.weights holds a password, a key or a token, and would be written to config.json: see data.name",
-        )
-        check_fields(self, "model.")
-        for name in ("width", "depth"):
-            has_size = self.name in ("auto", *_MODEL_SIZES)
-            need(has_size or getattr(self, name) is None, f"model.{name} does not apply to {self.name}: leave it out")
-        has_norm = self.name in ("auto", *_NORMED)
-        need(has_norm or self.norm == "batch", f"model.norm does not apply to {self.name}: leave it out")
-        if self.name == "cifar_resnet":
-            depth = self.size()[1]
-            need(
-                depth >= 8 and depth % 6 == 2,
-                f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers: give 8, 14, 20, …",
-            )
+    def problems(self) -> Iterator[str]:
+        if holds_secret(self.weights):
+            yield "model.weights holds a password or a token, and would be written to config.json: see data.name"
+        for name, is_default, models in (
+            ("width", self.width is None, _MODEL_SIZES),
+            ("depth", self.depth is None, _MODEL_SIZES),
+            ("norm", self.norm == "batch", _NORMED),
+        ):
+            if not is_default and self.name not in ("auto", *models):
+                yield f"model.{name} does not apply to {self.name}: leave it out"
+        if self.name == "cifar_resnet" and ((depth := self.size()[1]) < 8 or depth % 6 != 2):
+            yield f"model.depth = {depth}: a CIFAR ResNet has 6n + 2 layers: give 8, 14, 20, …"
 
     @property
     def is_function(self) -> bool:
@@ -137,7 +137,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubsetsConfig:
+class SubsetsConfig(Part):
+    prefix = "subsets."
+
     num: Annotated[int | None, "[1, ∞)"] = None
     """Number of disjoint subsets. Give at most two of num, size and fraction; by default 4 share the training set."""
     size: Annotated[int | None, "[1, ∞)"] = None
@@ -163,36 +165,28 @@ class SubsetsConfig:
     """Subsets that one actor minimizes on at once, with stacked weights: for networks too small to fill a GPU. Used
     only if a trial on the first actor's device shows that it is faster; the decision is recorded."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "subsets.")
+    def problems(self) -> Iterator[str]:
         sizes = [n for n in ("num", "size", "fraction") if getattr(self, n) is not None]
-        need(len(sizes) < 3, "give at most two of subsets.num, subsets.size and subsets.fraction")
-        need(not {"size", "fraction"} <= set(sizes), "subsets.size and subsets.fraction say the same: give one of them")
+        if len(sizes) == 3:
+            yield "give at most two of subsets.num, subsets.size and subsets.fraction"
+        if {"size", "fraction"} <= set(sizes):
+            yield "subsets.size and subsets.fraction say the same: give one of them"
         for scheme in ("column", "function"):
-            is_scheme, value = self.scheme == scheme, getattr(self, scheme)
-            need(
-                is_scheme == (value is not None),
-                f"subsets.scheme={scheme} and subsets.{scheme} go together: give both, or neither",
-            )
-        need(self.scheme != "column" or self.num is None, "subsets.num follows from the column's values: leave it out")
-        need(
-            self.shares == "equal" or self.scheme in ("stratified", "iid"),
-            f"subsets.shares={self.shares} sets sizes, which subsets.scheme={self.scheme} does too: "
-            "use stratified or iid",
-        )
-        self.speeds()
+            if (self.scheme == scheme) != (getattr(self, scheme) is not None):
+                yield f"subsets.scheme={scheme} and subsets.{scheme} go together: give both, or neither"
+        if self.scheme == "column" and self.num is not None:
+            yield "subsets.num follows from the column's values: leave it out"
+        if self.shares != "equal" and self.scheme not in ("stratified", "iid"):
+            yield f"subsets.shares sets sizes, which subsets.scheme={self.scheme} does too: use stratified or iid"
+        self.speeds()  # raises
 
     def speeds(self) -> dict[str, float] | None:
         """Return the speeds by accelerator type, or None if shares gives none."""
         if self.shares in ("equal", "measured"):
             return None
-        speeds: dict[str, float] = {}
-        for part in self.shares.split(","):
-            name, _, value = part.partition("=")
-            try:
-                speeds[name.strip()] = float(value)
-            except ValueError:
-                speeds[name.strip()] = 0.0
-        is_valid = all(name and 0 < value < math.inf for name, value in speeds.items())
-        need(is_valid, f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")
-        return speeds
+        pairs = (part.partition("=") for part in self.shares.split(","))
+        with suppress(ValueError):
+            speeds = {name.strip(): float(value) for name, _, value in pairs}
+            if all(name and 0 < value < math.inf for name, value in speeds.items()):
+                return speeds
+        raise ValueError(f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")

@@ -2,10 +2,11 @@
 
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import Part
 
 TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
@@ -23,19 +24,16 @@ _PATIENCE = 5  # default of levenberg_marquardt
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Variation:
+class _Variation(Part):
     """A method that varies the steps of the built-in loop, in some stages."""
 
     stages: str = "all"
     """Stages that use it, separated by commas: trunk, subsets, fine_tuning, conventional."""
 
-    def __post_init__(self) -> None:
-        name = f"minimize.{type(self).__name__.removesuffix('Config').lower()}."
-        check_fields(self, name)
-        need(
-            not set(self.used_in()) - set(TRAINING_STAGES),
-            f"{name}stages = {self.stages!r} should be all, or some of {', '.join(TRAINING_STAGES)}, by commas",
-        )
+    def problems(self) -> Iterator[str]:
+        if set(self.used_in()) - set(TRAINING_STAGES):
+            stages = ", ".join(TRAINING_STAGES)
+            yield f"{self.prefix}stages = {self.stages!r} should be all, or some of {stages}, by commas"
 
     def used_in(self) -> tuple[str, ...]:
         """Return the names of the stages that use it."""
@@ -46,6 +44,8 @@ class _Variation:
 class ExtrapolationConfig(_Variation):
     """Extrap-SGD (arXiv:2006.05720), from its abstract: take the gradient at extrapolated weights, then step with
     heavy-ball momentum."""
+
+    prefix = "minimize.extrapolation."
 
     kind: Literal["none", "past_local", "past_global", "isotropic", "filter_scaled"] = "none"
     """Extrapolate along this worker's last gradient, the last gradient of all workers, random directions, or random
@@ -61,6 +61,8 @@ class ExtrapolationConfig(_Variation):
 class AveragingConfig(_Variation):
     """Average the weights during training: periodic sampling (arXiv:1905.05774), EMA, SWA (arXiv:1803.05407)."""
 
+    prefix = "minimize.averaging."
+
     kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
     """Mean of an epoch's samples (pswa) or of the last num_samples (pwalks), moving mean of the samples (pswm) or of
     each step (ema), mean of the epochs (swa)."""
@@ -75,12 +77,10 @@ class AveragingConfig(_Variation):
     feedback: Literal["auto", "restart", "evaluate"] = "auto"
     """restart: continue from the average at each epoch's end (auto: pswa, pwalks, pswm); evaluate: only return it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        need(
-            not (self.kind in ("ema", "swa") and self.feedback == "restart"),
-            f"minimize.averaging.kind={self.kind} averages beside the run and never restarts it: leave feedback out",
-        )
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.kind in ("ema", "swa") and self.feedback == "restart":
+            yield f"minimize.averaging.kind={self.kind} averages beside the run, never restarts it: leave feedback out"
 
     def restarts(self) -> bool:
         """Return True if training continues from the average at each epoch's end."""
@@ -99,6 +99,8 @@ class AveragingConfig(_Variation):
 class SkippingConfig(_Variation):
     """Weight Update Skipping (arXiv:2012.02792), from its abstract; the rule and its constants are our own."""
 
+    prefix = "minimize.skipping."
+
     kind: Literal["none", "wus", "wus_lr"] = "none"
     """Freeze the weights while training accuracy hardly improves, and train only biases and normalisation parameters;
     wus_lr also decays the learning rate at each freeze."""
@@ -115,7 +117,9 @@ class SkippingConfig(_Variation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinimizeConfig:
+class MinimizeConfig(Part):
+    prefix = "minimize."
+
     optimizer: Annotated[str, (*OPTIMIZERS, "package.module:function")] = "sgd"
     """sgd (Nesterov momentum), adam, adamw, or muon, which makes the momentum of matrices and kernels orthogonal, and
     gives biases and normalisation parameters sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a
@@ -182,19 +186,16 @@ class MinimizeConfig:
     averaging: AveragingConfig = field(default_factory=AveragingConfig)
     skipping: SkippingConfig = field(default_factory=SkippingConfig)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "minimize.")
-        whole = self.optimizer in WHOLE_SUBSET
-        need(
-            self.gradient_tolerance is None or whole,
-            f"minimize.gradient_tolerance = {self.gradient_tolerance} is for {', '.join(WHOLE_SUBSET)}: leave it out",
-        )
-        need(
-            not self.patience or self.averaging.kind == "none" or self.averaging.restarts(),
-            f"minimize.patience chooses among epochs, but minimize.averaging.kind={self.averaging.kind} averages over "
-            "them: leave one of them out",
-        )
-        own_optimizer_or_whole = {"optimizer": whole or self.has_own_optimizer, "patience": bool(self.patience)}
+    def problems(self) -> Iterator[str]:
+        optimizer, averaging, extrapolation = self.optimizer, self.averaging, self.extrapolation
+        whole = optimizer in WHOLE_SUBSET
+        if self.gradient_tolerance is not None and not whole:
+            yield f"minimize.gradient_tolerance is for {', '.join(WHOLE_SUBSET)}: leave it out with {optimizer}"
+        if self.patience and averaging.kind != "none" and not averaging.restarts():
+            yield (
+                f"minimize.patience chooses among epochs, but minimize.averaging.kind={averaging.kind} averages over "
+                "them: leave one of them out"
+            )
         of_batches = {  # what only steps on batches have
             "validate_every": self.validate_every is not None,
             "accumulation": self.accumulation != 1,
@@ -206,53 +207,42 @@ class MinimizeConfig:
             **{name: getattr(self, name).kind != "none" for name in _VARIATIONS},
         }
         for name, is_set in (of_batches | of_our_loop).items():
-            more = " (with minimize.patience it validates after each iteration)" if name == "validate_every" else ""
-            need(
-                not (whole and is_set),
-                f"minimize.{name} is for steps on batches, and {self.optimizer} uses the whole subset for every "
-                f"step{more}: leave it out, or use sgd, adam, adamw or muon",
-            )
+            if whole and is_set:
+                more = " (with minimize.patience it validates after each iteration)" if name == "validate_every" else ""
+                yield (
+                    f"minimize.{name} is for steps on batches, and {optimizer} uses the whole subset for every "
+                    f"step{more}: leave it out, or use sgd, adam, adamw or muon"
+                )
+        own_optimizer_or_whole = {"optimizer": whole or self.has_own_optimizer, "patience": bool(self.patience)}
         for name, is_set in (own_optimizer_or_whole | of_our_loop).items():
-            need(
-                not (self.loop and is_set),
-                f"minimize.{name} is for the built-in loop, which minimize.loop={self.loop} replaces: leave one of "
-                "them out",
+            if self.loop and is_set:
+                yield f"minimize.{name} is for the built-in loop, which {self.loop} replaces: leave one of them out"
+        if self.accumulation > self.batch_size:
+            yield (
+                f"minimize.accumulation = {self.accumulation} parts need as many examples, but minimize.batch_size = "
+                f"{self.batch_size}: give at most that"
             )
-        need(
-            self.accumulation <= self.batch_size,
-            f"minimize.accumulation = {self.accumulation} parts need as many examples, but minimize.batch_size = "
-            f"{self.batch_size}: give at most that",
-        )
-        need(
-            self.optimizer not in ("gauss_newton", "levenberg_marquardt") or self.peak_learning_rate() <= 1,
-            f"learning_rate = {self.learning_rate}: {self.optimizer} takes that share of its full step, at most 1",
-        )
-        need(
-            not whole or self.precision not in ("bfloat16", "float16"),
-            f"{self.optimizer} needs a more precise loss than {self.precision} gives: set --minimize.precision=float32",
-        )
-        need(
-            self.precision != "float16" or self.extrapolation.kind == "none",
-            f"minimize.extrapolation.kind={self.extrapolation.kind} uses gradients of other steps, which float16 "
-            "scales differently: set --minimize.precision to float32 or bfloat16",
-        )
-        need(
-            self.extrapolation.kind == "none" or self.optimizer == "sgd",
-            f"minimize.extrapolation.kind={self.extrapolation.kind} is defined for sgd's update, not for "
-            f"minimize.optimizer={self.optimizer}: leave it out",
-        )
-        need(
-            self.momentum > 0 or not self.extrapolation.accelerated,
-            "minimize.extrapolation.accelerated looks ahead along the momentum: give minimize.momentum more than 0",
-        )
-        if (kind := self.averaging.kind) in ("pswa", "pwalks", "pswm"):
-            most = self.epoch_fraction / (2 if kind == "pswa" else 1)
-            need(
-                self.averaging.period <= most,
-                f"minimize.averaging.period = {self.averaging.period:g} epochs leaves {kind} "
-                f"{'fewer than two samples' if kind == 'pswa' else 'no sample'} to average at the end of some epochs: "
-                f"give at most {most:g}",
+        if optimizer in ("gauss_newton", "levenberg_marquardt") and self.peak_learning_rate() > 1:
+            yield f"learning_rate = {self.learning_rate}: {optimizer} takes that share of its full step, at most 1"
+        if whole and self.precision in ("bfloat16", "float16"):
+            yield f"{optimizer} needs a more precise loss than {self.precision}: set --minimize.precision=float32"
+        kind = f"minimize.extrapolation.kind={extrapolation.kind}"
+        if self.precision == "float16" and extrapolation.kind != "none":
+            yield (
+                f"{kind} uses gradients of other steps, which float16 scales differently: set --minimize.precision to "
+                "float32 or bfloat16"
             )
+        if extrapolation.kind != "none" and optimizer != "sgd":
+            yield f"{kind} is defined for sgd's update, not for minimize.optimizer={optimizer}: leave it out"
+        if extrapolation.accelerated and not self.momentum:
+            yield "minimize.extrapolation.accelerated looks ahead along the momentum: set minimize.momentum above 0"
+        if averaging.kind in ("pswa", "pwalks", "pswm"):
+            least = 2 if averaging.kind == "pswa" else 1
+            if averaging.period > (most := self.epoch_fraction / least):
+                yield (
+                    f"minimize.averaging.period = {averaging.period:g} epochs: {averaging.kind} averages at least "
+                    f"{least} sample(s) at the end of each epoch: give at most {most:g}"
+                )
 
     def peak_learning_rate(self) -> float:
         """Return the learning rate, or the optimizer's default.

@@ -1,14 +1,17 @@
 """Settings of where a run takes place: its actors and its cluster."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import Part
 from raysubset.uris import holds_secret
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorsConfig:
+class ActorsConfig(Part):
+    prefix = "actors."
+
     num_cpus: Annotated[int, "[1, ∞)"] = 1
     """CPUs and torch threads of a subset actor or Ray Train worker. They shape the result: sums depend on threads."""
     num_gpus: Annotated[float | None, "[0, 1]"] = None
@@ -35,12 +38,11 @@ class ActorsConfig:
     or of Ray Train's first worker. Perfetto shows the traces, profiles/STAGE.json.gz in the run directory. --profile is
     short for it."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "actors.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Part):
+    prefix = "cluster."
+
     address: str | None = None
     """Ray cluster to connect to; by default the one this job was submitted to, else a new one on this machine."""
     num_cpus: Annotated[int | None, "[1, ∞)"] = None
@@ -50,15 +52,11 @@ class ClusterConfig:
     wait_timeout_s: Annotated[float, "[0, 31536000]"] = 1800.0
     """Seconds to wait for a first node that an autoscaler could still start."""
 
-    def __post_init__(self) -> None:
-        need(
-            "@" not in str(self.address) and not holds_secret(self.address),
-            "cluster.address holds a user or a password, and would be written to config.json: Ray's token comes from "
-            "~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
-        )
-        check_fields(self, "cluster.")
-        local = self.num_cpus is None and self.num_gpus is None
-        need(
-            self.address is None or local,
-            "cluster.num_cpus and cluster.num_gpus are for a new local cluster: leave them out with cluster.address",
-        )
+    def problems(self) -> Iterator[str]:
+        if "@" in str(self.address) or holds_secret(self.address):
+            yield (
+                "cluster.address holds a user or a password, and would be written to config.json: Ray's token comes "
+                "from ~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+            )
+        if self.address and (self.num_cpus is not None or self.num_gpus is not None):
+            yield "cluster.num_cpus and num_gpus are for a new local cluster: leave them out with cluster.address"

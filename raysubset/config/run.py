@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from raysubset.config.places import ActorsConfig, ClusterConfig
 from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.task import TaskConfig
 from raysubset.config.tracking import TrackingConfig
-from raysubset.config.trees import check_fields, flatten, from_tree, nearest, need, shaping
+from raysubset.config.trees import Part, flatten, from_tree, nearest, shaping
 
 UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # most bytes of a file name, on all usual file systems
@@ -34,7 +34,7 @@ Learned = tuple[DataConfig, TaskConfig]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Part):
     name: str | None = None
     """Name of the run: running again under the same name resumes. By default data, model (if named) and a digest."""
     storage_path: str = "~/ray_results"
@@ -57,78 +57,67 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def __post_init__(self) -> None:
-        check_fields(self, "")
-        if self.name is not None:
-            plain = "/" not in self.name and self.name not in (".", "..")
-            need(plain, f"name = {self.name!r} must be a plain folder name")
-            num_bytes = len(self.name.encode())
-            need(num_bytes <= _NAME_BYTES, f"--name has {num_bytes} bytes: give at most {_NAME_BYTES}, a file name's")
-        is_independent = self.subsets.start == "independent"
-        need(
-            not (is_independent and self.trunk.epochs),
-            "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0",
-        )
-        need(
-            not (is_independent and self.model.weights),
-            f"model.weights = {self.model.weights} would start all subsets alike: leave out subsets.start=independent",
-        )
-        has_rounds = self.rounds.num > 1
-        need(
-            not (has_rounds and is_independent),
-            "rounds.num > 1 starts every round from the last mean: subsets.start must be shared",
-        )
-        is_whole, loop = self.minimize.optimizer in WHOLE_SUBSET, self.minimize.whole_loop
-        need(
-            not (has_rounds and loop and self.rounds.optimizer_state != "reset"),
-            f"rounds.num > 1 keeps optimizer states while subsets change, and {loop} has no state that can be kept: "
-            "set rounds.optimizer_state=reset, or use sgd, adam or adamw",
-        )
-        need(
-            not (has_rounds and self.minimize.has_own_optimizer and self.rounds.optimizer_state == "average"),
-            f"rounds.optimizer_state=average averages moments, and {self.minimize.optimizer}'s state may hold more: "
-            "set keep or reset",
-        )
+    def problems(self) -> Iterator[str]:
+        name, num, quorum = self.name or "", self.subsets.num, self.actors.quorum
+        if "/" in name or name in (".", ".."):
+            yield f"name = {name!r} must be a plain folder name"
+        if (num_bytes := len(name.encode())) > _NAME_BYTES:
+            yield f"--name has {num_bytes} bytes: give at most {_NAME_BYTES}, a file name's"
+        if self.subsets.start == "independent":
+            if self.trunk.epochs:
+                yield "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0"
+            if self.model.weights:
+                yield f"model.weights = {self.model.weights} starts all alike: leave out subsets.start=independent"
+            if self.rounds.num > 1:
+                yield "rounds.num > 1 starts every round from the last mean: subsets.start must be shared"
+        loop = self.minimize.whole_loop
         on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
-        need(
-            not (loop and self.data.streamed and on_full_set),
-            f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
-            "trunk.epochs and fine_tuning.epochs to 0",
-        )
-        averages, distils = self.rounds.optimizer_state == "average", self.fine_tuning.distillation > 0
-        for reason, is_set in (
-            ("rounds.optimizer_state=average needs all members of the last round", averages),
-            ("actors.quorum loses members, and each starts from its own minimum", self.actors.quorum is not None),
-            ("fine_tuning.distillation learns from minima, which are stored as differences", distils),
-        ):
-            need(not (self.rounds.overlaps and is_set), f"{reason} with rounds.overlap: leave one of them out")
-        for name in ("tolerance", "patience"):
-            need(
-                self.rounds.num == 1 or not getattr(self.minimize, name),
-                f"minimize.{name} cuts a schedule that spans all rounds: use it with rounds.num=1",
+        if loop and self.data.streamed and on_full_set:
+            yield (
+                f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
+                "trunk.epochs and fine_tuning.epochs to 0"
             )
-        need(
-            self.subsets.per_actor == 1 or not (self.minimize.patience or self.minimize.validate_every),
-            f"subsets.per_actor = {self.subsets.per_actor} trains subsets together, without measuring them in between: "
-            "leave minimize.patience and minimize.validate_every out",
-        )
-        is_noisy = self.data.augmentation not in ("auto", "none") or (
-            self.data.augmentation == "auto" and self.data.name in ("cifar10", "cifar100")
-        )
-        need(
-            not (is_whole and is_noisy),
-            f"minimize.optimizer={self.minimize.optimizer} needs a loss without noise: set --data.augmentation=none",
-        )
-        num = self.subsets.num
-        need(
-            num is None or self.actors.quorum is None or self.actors.quorum <= num,
-            f"actors.quorum = {self.actors.quorum} exceeds subsets.num = {num}: give at most that",
-        )
+        if self.subsets.per_actor > 1 and (self.minimize.patience or self.minimize.validate_every):
+            yield (
+                f"subsets.per_actor = {self.subsets.per_actor} trains subsets together, without measuring them in "
+                "between: leave minimize.patience and minimize.validate_every out"
+            )
+        usual_noise = self.data.name in ("cifar10", "cifar100")
+        is_noisy = usual_noise if self.data.augmentation == "auto" else self.data.augmentation != "none"
+        if self.minimize.optimizer in WHOLE_SUBSET and is_noisy:
+            yield f"{self.minimize.optimizer} needs a loss without noise: set --data.augmentation=none"
+        if num and quorum and quorum > num:
+            yield f"actors.quorum = {quorum} exceeds subsets.num = {num}: give at most that"
+        yield from self._problems_of_rounds()
+        yield from self._problems_of_stages()
 
-        self._check_variations()
+    def _problems_of_rounds(self) -> Iterator[str]:
+        if self.rounds.num == 1:
+            return
+        state, loop = self.rounds.optimizer_state, self.minimize.whole_loop
+        if loop and state != "reset":
+            yield (
+                f"rounds.num > 1 keeps optimizer states while subsets change, and {loop} has no state that can be "
+                "kept: set rounds.optimizer_state=reset, or use sgd, adam or adamw"
+            )
+        if self.minimize.has_own_optimizer and state == "average":
+            yield (
+                f"rounds.optimizer_state=average averages moments, and {self.minimize.optimizer}'s state may hold "
+                "more: set keep or reset"
+            )
+        for reason, is_set in (
+            ("rounds.optimizer_state=average needs all members of the last round", state == "average"),
+            ("actors.quorum loses members, and each starts from its own minimum", self.actors.quorum is not None),
+            ("fine_tuning.distillation learns from minima, stored as differences", self.fine_tuning.distillation > 0),
+        ):
+            if self.rounds.overlaps and is_set:
+                yield f"{reason} with rounds.overlap: leave one of them out"
+        for name in ("tolerance", "patience"):
+            if getattr(self.minimize, name):
+                yield f"minimize.{name} cuts a schedule that spans all rounds: use it with rounds.num=1"
 
-    def _check_variations(self) -> None:
-        """Refuse techniques that would do nothing in a stage, or something other than meant."""
+    def _problems_of_stages(self) -> Iterator[str]:
+        """Yield techniques that would do nothing in a stage, or something other than meant."""
         stages: list[tuple[TrainingStage, float | None]] = [("conventional", self.conventional.epochs)]
         if self.method == "subset_pretraining":
             stages = [
@@ -137,29 +126,30 @@ class Config:
                 ("fine_tuning", self.fine_tuning.epochs),
             ]
         for stage, epochs in stages:
-            if epochs:
-                self.stage(stage, epochs=epochs)  # refuses settings that do not fit the stage's learning rate
-            averaging = self.minimize.for_stage(stage).averaging
-            num = averaging.num_epochs_averaged(epochs) if epochs and averaging.kind == "swa" else None
-            need(
-                num is None or num > 1,
-                f"minimize.averaging.kind=swa would average {num} epoch(s) in the stage {stage}, of {epochs or 0:g} "
-                "epochs: name other stages in minimize.averaging.stages, or lower minimize.averaging.swa_start",
-            )
+            if not epochs:
+                continue
+            averaging = self.stage(
+                stage, epochs=epochs
+            ).averaging  # refuses what does not fit the stage's learning rate
+            if averaging.kind == "swa" and (num := averaging.num_epochs_averaged(epochs)) <= 1:
+                yield (
+                    f"minimize.averaging.kind=swa would average {num} epoch(s) in the stage {stage}, of {epochs:g} "
+                    "epochs: name other stages in minimize.averaging.stages, or lower minimize.averaging.swa_start"
+                )
         averaging, tuning = self.minimize.for_stage("fine_tuning").averaging, self.fine_tuning
-        need(
-            tuning.keep == "last" or not tuning.epochs or averaging.kind == "none" or averaging.restarts(),
-            f"fine_tuning.keep=best chooses among epochs, but minimize.averaging.kind={averaging.kind} averages over "
-            "them: set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages",
-        )
+        if tuning.keep == "best" and tuning.epochs and averaging.kind != "none" and not averaging.restarts():
+            yield (
+                f"fine_tuning.keep=best chooses among epochs, but minimize.averaging.kind={averaging.kind} averages "
+                "over them: set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages"
+            )
         objective, loop = self.minimize.objective, self.minimize.whole_loop
-        replaced = f"is a share of the task's loss, which minimize.objective={objective} replaces"
         for is_set, why in (
             (self.method == "conventional", "learns from minima, which method=conventional does not have: set it to 0"),
-            (objective, f"{replaced}: leave one of them out"),
+            (objective, f"is a share of the task's loss, which {objective} replaces: leave one of them out"),
             (loop, f"needs sgd, adam or adamw: {loop} minimizes the labels' loss"),
         ):
-            need(not (tuning.distillation and is_set), f"fine_tuning.distillation {why}")
+            if tuning.distillation and is_set:
+                yield f"fine_tuning.distillation {why}"
 
     def run_name(self) -> str:
         """Return the run directory's name: `name`, or data, model if named, and a digest of what shapes the result."""
@@ -229,7 +219,7 @@ class Config:
         Raises:
             ValueError: for unknown fields or values of the wrong type.
         """
-        return from_tree(cls, updated(tree) if isinstance(tree, Mapping) else tree, "")
+        return from_tree(cls, tree)
 
 
 def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,31 +235,3 @@ def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         return dict(tree)
     return {key: value for key, value in tree.items() if key not in names} | config
-
-
-def updated(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate an earlier version's config.json into today's fields."""
-    new = dict(tree)
-    aggregation, minimize = tree.get("aggregation"), tree.get("minimize")
-    if isinstance(aggregation, Mapping):  # actors aggregate, with their own GPUs: num_gpus was removed
-        new["aggregation"] = {key: value for key, value in aggregation.items() if key != "num_gpus"}
-    rounds = tree.get("rounds")
-    if isinstance(rounds, Mapping) and "keep_minima" not in rounds and rounds.get("num", 1) == 1:
-        new["rounds"] = {key: rounds[key] for key in rounds if (key, rounds[key]) != ("outer_momentum", 0.0)}
-    moved: dict[str, Any] = {}
-    if isinstance(minimize, Mapping):
-        moved = {key: minimize[key] for key in ("loss", "label_smoothing") if key in minimize}  # now the task's
-    if moved and isinstance(minimize, Mapping):
-        new["minimize"] = {key: value for key, value in minimize.items() if key not in moved}
-        if moved.get("loss") == "cross_entropy":
-            moved["loss"] = "auto"
-        new["task"] = {**tree.get("task", {}), **moved}
-    tuning = tree.get("fine_tuning")
-    if isinstance(tuning, Mapping) and tuning.get("num_workers", 1) is None:
-        new["fine_tuning"] = {**tuning, "num_workers": "auto"}
-    data = tree.get("data")
-    if isinstance(data, Mapping) and "label_column" in data and data.get("target") is None:  # renamed
-        new["data"] = {key: value for key, value in data.items() if key != "label_column"}
-        if (label := data["label_column"]) != "label":
-            new["data"]["target"] = label
-    return new

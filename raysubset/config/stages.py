@@ -1,9 +1,10 @@
 """Settings of the stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import Part
 
 AGGREGATIONS = (
     *("uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare", "savgm"),
@@ -12,7 +13,9 @@ AGGREGATIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrunkConfig:
+class TrunkConfig(Part):
+    prefix = "trunk."
+
     epochs: Annotated[float, "[0, ∞)"] = 1.0
     """Epochs on the full set before the subsets, for a trained common start. 0: no trunk, as in the paper."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
@@ -22,12 +25,11 @@ class TrunkConfig:
     num_workers: Annotated[int, "[1, ∞)"] = 1
     """1: one actor; 2 or more: a Ray Train job."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "trunk.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsConfig:
+class RoundsConfig(Part):
+    prefix = "rounds."
+
     num: Annotated[int, "[1, ∞)"] = 1
     """Rounds of subset minima and aggregation; with 2 or more the subsets are redrawn each round (local SGD). In
     pilots 16 or more exchanges paid, with Muon or SGD."""
@@ -57,9 +59,6 @@ class RoundsConfig:
     """Number of last rounds whose minima stay on disk. 0: none once the run is finished, which leaves about twenty
     files of a run of a thousand subsets; null: all. If an older file is damaged, all rounds since are done again."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "rounds.")
-
     @property
     def momentum(self) -> float:
         """Return the momentum of the outer step, or its default."""
@@ -81,7 +80,9 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AggregationConfig:
+class AggregationConfig(Part):
+    prefix = "aggregation."
+
     method: Annotated[str, (*AGGREGATIONS, "package.module:function")] = "uniform_soup"
     """How the minima are aggregated: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that
     help (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors
@@ -112,12 +113,11 @@ class AggregationConfig:
     repair: bool = True
     """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "aggregation.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig:
+class FineTuningConfig(Part):
+    prefix = "fine_tuning."
+
     epochs: Annotated[float, "[0, ∞)"] = 2.0
     """Epochs of fine-tuning on the full set by Ray Train. 0: the aggregate is the model."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
@@ -143,18 +143,12 @@ class FineTuningConfig:
     sync_batch_norm: bool = False
     """Compute batch-norm statistics over the whole batch, across workers (CUDA only)."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "fine_tuning.")
-        need(
-            not (self.distillation and not self.epochs),
-            "fine_tuning.distillation needs fine-tuning: give fine_tuning.epochs more than 0",
-        )
-        if self.min_workers is not None:
-            most = self.num_workers
-            need(
-                most != "auto" and self.min_workers <= most,
-                f"fine_tuning.min_workers = {self.min_workers} must be between 1 and fine_tuning.num_workers = {most}",
-            )
+    def problems(self) -> Iterator[str]:
+        if self.distillation and not self.epochs:
+            yield "fine_tuning.distillation needs fine-tuning: give fine_tuning.epochs more than 0"
+        least, most = self.min_workers, self.num_workers
+        if least is not None and (most == "auto" or least > most):
+            yield f"fine_tuning.min_workers = {least} must be between 1 and fine_tuning.num_workers = {most}"
 
     def workers(self, *, auto: int) -> int:
         """Return the requested number of workers, or `auto` if num_workers is "auto"."""
@@ -162,12 +156,11 @@ class FineTuningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConventionalConfig:
+class ConventionalConfig(Part):
+    prefix = "conventional."
+
     epochs: Annotated[float | None, "(0, ∞)"] = None
     """Epochs of `--method conventional`; by default as many as give the total cost of the config's subset pretraining,
     evaluation counted in both."""
     num_workers: Annotated[int, "[1, ∞)"] = 1
     """1: one actor; 2 or more: a Ray Train job."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "conventional.")

@@ -1,9 +1,10 @@
 """Settings of what is learned: the task and its loss."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from raysubset.config.trees import check_fields, need
+from raysubset.config.trees import Part
 
 TASK_NAMES = ("classification", "regression", "segmentation", "next_token")
 
@@ -21,7 +22,9 @@ _LOSSES: dict[str, tuple[LossName, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(Part):
+    prefix = "task."
+
     name: Annotated[str, ("auto", *TASK_NAMES, "package.module:Class")] = "auto"
     """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of
     your own. auto: the usual task of a named set, classification for other data. --task is short for it."""
@@ -36,29 +39,21 @@ class TaskConfig:
     ignored: Annotated[int | None, "[0, 255]"] = None
     """For segmentation: a value of masks that is left out of loss and metrics."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "task.")
+    def problems(self) -> Iterator[str]:
         losses = _LOSSES.get(self.name, sum(_LOSSES.values(), ()))
-        need(
-            not self.is_class or self.loss == "auto",
-            f"task.loss={self.loss} is for built-in tasks, and {self.name} has a loss of its own: leave it out",
-        )
-        need(
-            self.loss == "auto" or self.loss in losses,
-            f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(losses)}",
-        )
-        of_classes = self.loss in ("auto", "cross_entropy")
+        if self.is_class and self.loss != "auto":
+            yield f"task.loss={self.loss} is for built-in tasks, and {self.name} has a loss of its own: leave it out"
+        if self.loss not in ("auto", *losses):
+            yield f"task.loss={self.loss} is not one of {self.name}: use {' or '.join(losses)}"
         for field, tasks in (("label_smoothing", _SMOOTHED), ("class_weights", _WEIGHTED)):
-            is_set = getattr(self, field) not in (0.0, "none")
-            need(of_classes or not is_set, f"task.{field} belongs to cross_entropy: leave it out with {self.loss}")
-            need(
-                self.name in ("auto", *tasks) or not is_set,
-                f"task.{field} is for {', '.join(tasks)}, not for {self.name}: leave it out",
-            )
-        need(
-            self.ignored is None or self.name in ("auto", "segmentation") or self.is_class,
-            f"task.ignored is a value of masks, and {self.name} has no masks: leave it out",
-        )
+            if getattr(self, field) in (0.0, "none"):
+                continue
+            if self.loss not in ("auto", "cross_entropy"):
+                yield f"task.{field} belongs to cross_entropy: leave it out with {self.loss}"
+            if self.name not in ("auto", *tasks):
+                yield f"task.{field} is for {', '.join(tasks)}, not for {self.name}: leave it out"
+        if self.ignored is not None and self.name not in ("auto", "segmentation") and not self.is_class:
+            yield f"task.ignored is a value of masks, and {self.name} has no masks: leave it out"
 
     @property
     def is_class(self) -> bool:

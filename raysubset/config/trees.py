@@ -29,6 +29,21 @@ def need(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class Part:
+    """A group of settings that checks itself. `prefix` is the start of its fields' dotted names."""
+
+    prefix = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.prefix)
+        for problem in self.problems():
+            raise ValueError(problem)
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with values that do not go together, each in a line with the way out."""
+        return iter(())
+
+
 def check_fields(record: Any, prefix: str) -> None:
     """Refuse values of the wrong type, numbers outside their field's range, and empty, multi-line or unknown words.
 
