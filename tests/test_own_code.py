@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raysubset.aggregation import merge
-from raysubset.cli.flags import parse_config
+from raysubset.cli import parse_config
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.objects_in_hand import hold_objects

@@ -28,17 +28,15 @@ from raysubset.cli.flags import (
     Doctor,
     Export,
     FindRate,
-    HelpAsked,
     Ls,
     Predict,
     Report,
     Run,
     Settings,
     Sweep,
-    parse,
-    parse_command,
 )
 from raysubset.cli.live import telling
+from raysubset.cli.parsing import HELP, overview, parse, parse_command
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
 from raysubset.config import Config, parse_value
 from raysubset.errors import CorruptFile, first_line, is_of_full_card, one_line
@@ -68,18 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def call(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    if arguments[:1] == ["--version"]:
-        print(f"raysubset {__version__}")
-        return DONE
-    if arguments[:1] == ["--complete"]:  # bash passes the line in its environment
-        line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "100000"))]
+    again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
+    return _guarded(lambda: _answer(arguments), again=f"to resume: {again}")
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb == "--complete":  # bash passes the line in its environment
         from raysubset.cli.help import completions
 
-        words = [*line.split(), *([""] if line.endswith(" ") else [])]
-        print("\n".join(completions(words)))
-        return DONE
-    again = shlex.join(["raysubset", *(without_secrets(a) for a in arguments if a != "--fresh")])
-    return _guarded(lambda: _do(parse_command(arguments)), again=f"to resume: {again}")
+        line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", "100000"))]
+        print("\n".join(completions([*line.split(), *([""] if line.endswith(" ") else [])])))
+    elif verb == "--version":
+        print(f"raysubset {__version__}")
+    elif verb in HELP:
+        print(overview(), end="")
+    else:
+        return _do(parse_command(arguments))
+    return DONE
 
 
 def run_job(arguments: Sequence[str], *, default: Config, description: str | None = None) -> int:
@@ -126,14 +130,9 @@ def run_comparison_job(
 def _job(
     kind: type[Command], arguments: Sequence[str], default: Config, description: str | None, **options: Any
 ) -> int:
-    def job() -> int:
-        try:
-            return _do(parse(kind, arguments, default, prog=Path(sys.argv[0]).name, **options))
-        except HelpAsked as request:
-            request.description = description
-            raise
-
-    return _guarded(job, again="the same command resumes")
+    prog = Path(sys.argv[0]).name
+    command = partial(parse, kind, arguments, default, prog=prog, description=description, **options)
+    return _guarded(lambda: _do(command()), again="the same command resumes")
 
 
 def _guarded(work: Callable[[], int], *, again: str) -> int:
@@ -143,11 +142,8 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` leaves three seconds: stop as Ctrl-C does
     try:
         return work()
-    except HelpAsked as request:
-        from raysubset.cli.help import print_help
-
-        print_help(request)
-        return DONE
+    except SystemExit as end:  # argparse has printed the help
+        return DONE if not end.code else FAILED
     except ValueError as error:
         is_damage = isinstance(error, CorruptFile) and "--fresh" not in str(error)
         _error(f"{error}{'; give the command that wrote it again' if is_damage else ''}")

@@ -1,19 +1,17 @@
-"""Define the flags of each command, with the config's names, and parse them. Each mistake is a one-line error."""
+"""Define the commands and their flags, which have the config's names."""
 
 import dataclasses
-import functools
-import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal
 
-from raysubset.config import Config, field_docs, nearest, read_config
+from raysubset.config import Config, field_docs
 
 
 @dataclass(frozen=True)
-class _OfConfig:
+class OfConfig:
     config: Config
     config_file: str | None = field(default=None, metadata={"flag": "config", "value_name": "FILE"})
     """YAML or JSON file of settings, as `raysubset config` writes it, or a run's config.json; flags override it. A
@@ -23,7 +21,7 @@ class _OfConfig:
 
 
 @dataclass(frozen=True)
-class _Resumed(_OfConfig):
+class _Resumed(OfConfig):
     fresh: bool = False
     """Delete what exists under this name, and start over."""
     accept_changed_code: bool = False
@@ -46,7 +44,7 @@ class Report:
     Several runs are shown side by side.
     """
 
-    directories: tuple[str, ...] = field(default=(), metadata={"positional": "DIRECTORY …"})
+    directories: tuple[str, ...] = field(default=(), metadata={"positional": "DIRECTORY", "nargs": "*"})
     """The run directory, or several: paths or URIs."""
     format: Literal["text", "json", "html"] = "text"
     """text: tables; json: everything; html: a page for the browser, whose path is printed."""
@@ -62,13 +60,13 @@ class Ls:
     Damaged directories are listed too; the exit code is 2 if there are any.
     """
 
-    storage: str = field(default=Config.storage_path, metadata={"positional": "[STORAGE]"})
+    storage: str = field(default=Config.storage_path, metadata={"positional": "STORAGE", "nargs": "?"})
     """The storage path: a folder or URI."""
     format: Literal["text", "json"] = "text"
 
 
 @dataclass(frozen=True)
-class Doctor(_OfConfig):
+class Doctor(OfConfig):
     """Check data, model, storage and cluster before a run: resources, what this config requests, memory and time.
 
     The exit code is 0 if a run can start, 1 if something is wrong. Takes the flags of `run`.
@@ -127,7 +125,7 @@ class Compare(_Resumed):
 
 
 @dataclass(frozen=True)
-class Advise(_OfConfig):
+class Advise(OfConfig):
     """Forecast subset pretraining, data-parallel training and one device by formulas, without training.
 
     The speed of this machine is measured for a few seconds. Takes the flags of `run`.
@@ -140,7 +138,7 @@ class Advise(_OfConfig):
 
 
 @dataclass(frozen=True)
-class FindRate(_OfConfig):
+class FindRate(OfConfig):
     """Try rising learning rates for a few steps each on the first subset, and suggest one to begin with.
 
     Works in this process, without Ray. Takes the flags of `run`.
@@ -176,7 +174,7 @@ class Predict:
 
     directory: str = field(metadata={"positional": "DIRECTORY"})
     """The run directory: a path or URI."""
-    files: tuple[str, ...] = field(metadata={"positional": "FILE …"})
+    files: tuple[str, ...] = field(metadata={"positional": "FILE"})
     """What the model takes: image files, or Parquet and Arrow files with the images' column; tables with the training
     table's columns; or text files."""
     format: Literal["text", "json"] = "text"
@@ -186,7 +184,7 @@ class Predict:
 
 
 @dataclass(frozen=True)
-class Settings(_OfConfig):
+class Settings(OfConfig):
     """Write a YAML file for --config: every setting with its documentation and its default, or its flag's value.
 
     The settings most often changed come first. Takes the flags of `run`.
@@ -231,12 +229,12 @@ class Flag:
     kind: type  # of a value: bool, int, float or str
     words: tuple[str, ...]  # the values allowed; (): any
     has_none: bool
-    is_many: bool
-    default: Any  # MISSING: it must be given
+    nargs: str | None  # argparse's; "+" or "*": a tuple of values
+    default: Any
     owner: type  # the dataclass whose field it is
     of_config: bool
     value_name: str = ""  # in help, in place of what its kind gives
-    positional: str = ""  # the name in help of an argument without dashes; "": a flag
+    positional: str | None = None  # the name in help of an argument without dashes; None: a flag
 
     @property
     def doc(self) -> str:
@@ -250,13 +248,18 @@ class Flag:
         return f"--{room}{dot}no-{name}"
 
     @property
+    def written(self) -> str:
+        """Return the flag as a user writes it; for a switch of the config the form that changes its default."""
+        return self.negated if self.kind is bool and self.of_config and self.default else f"--{self.name}"
+
+    @property
     def value(self) -> str:
-        """Return the placeholder for the value in help; "" if the flag takes none."""
-        if (name := self.positional or self.value_name) or self.kind is bool:
+        """Return the placeholder for the value in help."""
+        if name := self.positional or self.value_name:
             return name
         placeholder = {int: "N", float: "NUMBER"}.get(self.kind, "TEXT")
         words = [placeholder] * (self.kind is not str or not self.words) + list(self.words)
-        return ("{" + ",".join(words) + "}" if self.words else placeholder) + (" …" if self.is_many else "")
+        return "{" + ",".join(words) + "}" if self.words else placeholder
 
 
 def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list[Flag]:
@@ -272,7 +275,7 @@ def flags_of(kind: type, default: Config | None = None, **defaults: Any) -> list
             metadata = {"flag": entry.name, **entry.metadata}
             value = defaults.get(entry.name, entry.default)
             flags.append(_flag(entry.name, hints[entry.name], value, kind, of_config=False, **metadata))
-    if issubclass(kind, _OfConfig):
+    if issubclass(kind, OfConfig):
         flags += _flags_of_config(Config, default or Config(), "")
     return flags
 
@@ -291,195 +294,9 @@ def _flag(key: str, hint: Any, default: Any, owner: type, *, of_config: bool, fl
     options = typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
     has_none, kind = type(None) in options, next(option for option in options if option is not type(None))
     words = next((typing.get_args(option) for option in options if typing.get_origin(option) is Literal), ())
-    if is_many := typing.get_origin(kind) is tuple:
+    nargs = more.pop("nargs", "+" if typing.get_origin(kind) is tuple else None)
+    if typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
         kind = str
-    return Flag(flag.replace("_", "-"), key, kind, words, has_none, is_many, default, owner, of_config, **more)
-
-
-def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
-    """Return the config that the flags of `raysubset run` give.
-
-    Raises:
-        ValueError: for a mistake in the flags, in one line.
-    """
-    return parse(Run, arguments, default or Config(), prog="raysubset run").config
-
-
-class HelpAsked(Exception):
-    """The user requests help on a command, or on all commands (kind is None)."""
-
-    def __init__(self, kind: type | None = None, flags: Sequence[Flag] = (), prog: str = "", *, whole: bool) -> None:
-        self.kind, self.flags, self.prog, self.whole = kind, flags, prog, whole
-        self.description: str | None = None  # in place of the command's own
-
-
-def parse_command(arguments: Sequence[str]) -> Command:
-    """Parse a command line.
-
-    Raises:
-        ValueError: for a mistake, in one line.
-        HelpAsked: for --help.
-    """
-    verb = arguments[0] if arguments else "--help"
-    if verb in COMMANDS:
-        return parse(COMMANDS[verb], arguments[1:], Config(), prog=f"raysubset {verb}")
-    if verb not in _HELP:
-        raise ValueError(f"there is no command {verb}{nearest(verb, COMMANDS) or '; see raysubset --help'}")
-    raise HelpAsked(whole=verb == "--help-all")
-
-
-def parse(kind: Any, arguments: Sequence[str], default: Config, *, prog: str, **defaults: Any) -> Any:
-    """Parse a command's flags.
-
-    Args:
-        kind: the command's class.
-        default: the config that flags change.
-        defaults: of the command's own fields.
-
-    Raises:
-        ValueError: for a mistake in the flags, in one line.
-        HelpAsked: for --help.
-    """
-    flags = flags_of(kind, default, **defaults)
-    overrides = _read(kind, flags, arguments, prog)
-    own_keys = [flag.key for flag in flags if not flag.of_config and flag.key in overrides]
-    options = defaults | {key: overrides.pop(key) for key in own_keys}
-    for flag in flags:
-        if flag.positional and flag.default is dataclasses.MISSING and flag.key not in own_keys:
-            raise ValueError(f"{flag.value.split()[0]} is missing; see {prog} --help")
-    if not issubclass(kind, _OfConfig):
-        return kind(**options)
-    config = default
-    if file := options.get("config_file"):
-        config = read_config(file, default)
-        if not options.get("trust_code"):
-            _refuse_code(file, config, default, overrides)
-    return kind(config.with_overrides(overrides), **options)
-
-
-_HELP = ("-h", "--help", "--help-all")
-
-
-def _read(kind: type, flags: Sequence[Flag], arguments: Sequence[str], prog: str) -> dict[str, Any]:
-    """Return the values in the arguments, by the keys of the flags."""
-    by_name = {f"--{flag.name}": flag for flag in flags if not flag.positional}
-    negated = {flag.negated: flag for flag in flags if flag.kind is bool and flag.of_config}
-    if "--task.name" in by_name:
-        by_name["--task"] = by_name["--task.name"]  # the short names
-        by_name["--start-from"] = by_name["--model.weights"]
-        by_name["--profile"] = by_name["--actors.profile"]
-    positionals = [flag for flag in flags if flag.positional]
-    values_by_key: dict[str, Any] = {}
-    remaining, last_name = list(arguments), ""
-    while remaining:
-        word = remaining.pop(0)
-        name, equals, value = word.partition("=")
-        name = name.replace("_", "-")
-        if word in _HELP:
-            raise HelpAsked(kind, flags, prog, whole=word == "--help-all")
-        if flag := by_name.get(name):
-            words = [value] if equals else []
-            if flag.kind is bool:
-                if equals:
-                    raise ValueError(f"{name} takes no value: give {name} or leave it out, not {word}")
-                values_by_key[flag.key] = True
-            else:
-                while not equals and remaining and not remaining[0].startswith("--") and remaining[0] not in _HELP:
-                    if words and not flag.is_many:
-                        break
-                    words.append(remaining.pop(0))
-                if not words:
-                    raise ValueError(f"{name} needs a value; see {prog} --help")
-                values = [_value(flag, name, text, prog) for text in words]
-                values_by_key[flag.key] = tuple(values) if flag.is_many else values[0]
-        elif name in negated and not equals:
-            values_by_key[negated[name].key] = False
-        elif word.startswith("-") or not positionals:
-            raise ValueError(_unknown(name if word.startswith("-") else word, last_name, kind, prog))
-        elif positionals[0].is_many:
-            values_by_key[positionals[0].key] = (*values_by_key.get(positionals[0].key, ()), word)
-        else:
-            values_by_key[positionals.pop(0).key] = word
-        last_name = name
-    return values_by_key
-
-
-def _value(flag: Flag, name: str, word: str, prog: str) -> Any:
-    """Parse a word as the flag's value; the config's fields check their own ranges and choices."""
-    if flag.has_none and word in ("None", "null"):
-        return None
-    if flag.words and word not in flag.words and not flag.of_config:
-        raise ValueError(f"{name} = {word!r} is not one of {', '.join(flag.words)}{nearest(word, flag.words)}")
-    try:
-        return word if word in flag.words else flag.kind(word)
-    except ValueError:
-        number = " or ".join(("a whole number" if flag.kind is int else "a number", *flag.words))
-        raise ValueError(f"{name} takes {number}, not {word!r}; see {prog} --help") from None
-
-
-_EVERYDAY = {  # a field's name, or its last part, and its names in other programs
-    "learning-rate": "lr",
-    "epochs": "num-epochs max-epochs",
-    "batch-size": "bs",
-    "weight-decay": "wd",
-    "optimizer": "opt",
-    "precision": "amp bf16",
-    "data.name": "data dataset data-path",
-    "data.root": "data-dir",
-    "image-size": "img-size",
-    "model.name": "model arch network",
-    "subsets.num": "subsets num-subsets",
-    "rounds.num": "rounds num-rounds",
-    "seed": "seeds",
-    "num-workers": "workers n-workers",
-    "actors.num-gpus": "gpus num-gpus",
-    "actors.num-cpus": "cpus num-cpus",
-    "cluster.address": "ray-address",
-    "storage-path": "output output-dir out out-dir outdir save-dir log-dir logdir storage",
-    "name": "run-name",
-    "tracking.to": "mlflow wandb",
-    "fresh": "overwrite force",
-}
-_FIRST = ("minimize.", "fine-tuning.", "actors.")  # their fields are suggested before others of the same last name
-_MOST_SUGGESTIONS = 3
-
-
-@functools.cache
-def _names_of(kind: type) -> list[str]:
-    return [flag.name for flag in flags_of(kind) if not flag.positional]
-
-
-def _unknown(flag: str, last_name: str, kind: Any, prog: str) -> str:
-    """Return the error for a word that a command does not take, with the flag meant or the command that takes it."""
-    see = f"see {prog} --help"
-    if not flag.startswith("-") or flag == "--":
-        after = f" after {last_name}" if last_name.startswith("--") else ""
-        return f"unexpected argument {flag!r}{after}; {see}"
-    if flag in ("--resume", "--continue"):
-        return f"there is no flag {flag}, and no need of one: the same command under the same --name resumes; {see}"
-    name, names = flag.lstrip("-").replace("_", "-").lower(), _names_of(kind)
-    meant = next((field for field, others in _EVERYDAY.items() if name in others.split()), name)
-    matches = [meant] if meant in names else [known for known in names if known.endswith(f".{meant}")]
-    if matches:
-        matches.sort(key=lambda match: (match.count("."), not match.startswith(_FIRST)))
-        suggestions = " or ".join(f"--{match}" for match in matches[:_MOST_SUGGESTIONS])
-        return f"there is no flag {flag}; did you mean {suggestions}?"
-    if near := nearest(flag, [f"--{known}" for known in names]):
-        return f"there is no flag {flag}{near}"
-    if commands := [command for command, other in COMMANDS.items() if name in _names_of(other)]:
-        return f"{flag} is a flag of {' and '.join(commands)}, not of {prog}; {see}"
-    return f"there is no flag {flag}; {see}"
-
-
-def _refuse_code(file: str, config: Config, default: Config, overrides: Mapping[str, Any]) -> None:
-    """Refuse a config file, which may be a stranger's, if it names a function that no flag names too."""
-    default_functions = default.functions()
-    for key, name in config.functions().items():
-        if name != default_functions.get(key) and key not in overrides:
-            raise ValueError(
-                f"--config {file} names code: {key} = {name} would be imported from {os.getcwd()} or an installed "
-                "package, and called. If you trust whoever wrote the file, add --trust-code, or give "
-                f"--{key.replace('_', '-')} yourself"
-            )
+    return Flag(flag.replace("_", "-"), key, kind, words, has_none, nargs, default, owner, of_config, **more)
