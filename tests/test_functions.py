@@ -200,7 +200,7 @@ def test_masks_of_one_class_are_refused(returned: Callable[..., Any]):
 def test_images_with_their_classes_are_images(returned: Callable[..., Any]):
     for body in ("return images, labels", "return Items(list(zip(images, labels)))", "return images, labels[:, None]"):
         found = returned(body)
-        assert found["train"].targets.values.to_pylist() == LABELS.tolist()
+        assert found["train"].targets.to_pylist() == LABELS.tolist()
         assert found["train"].images.shape == (6, 4, 4, 1)
 
 

@@ -280,7 +280,7 @@ def test_classes_by_name_are_no_numbers(tmp_path: Path):
     table = pa.table({"image": PNGS, "label": [0, 1] * 20}).replace_schema_metadata({"huggingface": text})
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(
-        ValueError, match=r"the target label of .* holds classes \(cat, dog\): use --task classification"
+        ValueError, match=r"the target label of .* is text, such as 'cat': .*: use --task classification"
     ):
         load_full_set(DataConfig(name=str(tmp_path / "a.parquet")), TaskConfig(name="regression"))
 

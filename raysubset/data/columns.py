@@ -12,14 +12,12 @@ import pyarrow as pa
 from raysubset.config import DataConfig
 from raysubset.data.files import describe_files, no_table, read_files, read_schema, refuse_other_formats
 from raysubset.data.finding import DataFiles, find_files
-from raysubset.data.labels import UNLABELLED, Labels, as_labels, number_classes
+from raysubset.data.labels import number_classes
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.tables import (
-    JoinedTables,
     join_tables,
-    numbers_of,
     plain,
     refuse_absent,
     refuse_unreadable,
@@ -28,13 +26,12 @@ from raysubset.data.tables import (
     usual_target,
 )
 from raysubset.events import Note
-from raysubset.tasks.columns import TableInputs, kind_of_column, such_as
+from raysubset.tasks.columns import TableInputs, kind_of_column
 
 _TARGETS = ("target", "label")  # the usual names of a target, if data.target names none
 
 # The names of row numbers that pandas writes beside a table, in CSV and in Parquet: an index without a name.
 _ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
-_MOST_INTEGERS = 100  # different integers in a target that is read as the names of classes
 
 
 @dataclass(frozen=True)
@@ -189,20 +186,16 @@ def choose_columns(
         for path, table in files.items():
             names = [*table.column_names, *(streamed_names if split == "train" else ())]
             refuse_absent((*targets, *features), names, path, is_train=split == "train")
-        joined = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
-        notes += joined.notes
-        splits[split] = _with_class_names(joined, targets[0], where)
+        splits[split], joining = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
+        notes += joining
     return Tables(splits, features, targets, tuple(notes), streamed)
 
 
 def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
-    """Number the target's classes with number_classes(): return labels, int64 [N] from 0, class names and notes.
-
-    Truth values are the classes false and true, in this order. Integers that do not run from 0 without gaps become
-    names, in ascending order.
+    """Number the target's classes with number_classes().
 
     Raises:
-        ValueError: for several targets, for numbers that are no classes, and for what number_classes() refuses.
+        ValueError: for several targets, and for what number_classes() refuses.
     """
     target, *others = tables.targets
     if others:
@@ -210,24 +203,7 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
             f"classification learns one column, not {some(tables.targets)}: set --data.target to one, use --task "
             "regression, or write a task of your own, which may learn several labels"
         )
-    columns: dict[SplitName, pa.ChunkedArray] = {split: table.column(target) for split, table in tables.splits.items()}
-    names = _integer_names(columns["train"], target)
-    source: dict[SplitName, Labels] = {}
-    for split, values in columns.items():
-        where = f"the {split} split"
-        type_ = values.type
-        if pa.types.is_boolean(type_):
-            values = _dictionary(values.cast(pa.int64()), ("false", "true"))
-        elif names is not None and pa.types.is_integer(type_):
-            values = values.cast(pa.int64()).cast(pa.string())
-        elif pa.types.is_floating(type_) or pa.types.is_decimal(type_):
-            raise ValueError(
-                f"the target {target} holds {type_}{such_as(values)}, and classes are integers or names: "
-                "use --task regression, or set --data.target to another column"
-            )
-        labels = as_labels(values, where)
-        source[split] = dataclasses.replace(labels, names=names) if labels.are_texts and names else labels
-    return number_classes(source)
+    return number_classes({split: table.column(target) for split, table in tables.splits.items()})
 
 
 def _needed(schema: pa.Schema, path: str, config: DataConfig) -> list[str]:
@@ -270,33 +246,3 @@ def _features(
         return features, []
     left_out = some(repr(name) for name in row_numbers)
     return features, [Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them")]
-
-
-def _with_class_names(joined: JoinedTables, target: str, where: str) -> pa.Table:
-    """Return the table with integer targets as a dictionary of the class names in its files' metadata."""
-    values = joined.table.column(target)
-    if joined.class_names is None or not pa.types.is_integer(values.type):
-        return joined.table
-    numbers = numbers_of(joined.class_names, values, where)
-    dictionary = _dictionary(pa.chunked_array([pa.array(numbers, mask=numbers == UNLABELLED)]), joined.class_names)
-    return joined.table.set_column(joined.table.column_names.index(target), target, dictionary)
-
-
-def _dictionary(numbers: pa.ChunkedArray, names: Sequence[str]) -> pa.ChunkedArray:
-    """Return a dictionary array of the names at the numbers, int64."""
-    return pa.chunked_array([pa.DictionaryArray.from_arrays(numbers.combine_chunks(), pa.array(names, pa.string()))])
-
-
-def _integer_names(values: pa.ChunkedArray, target: str) -> tuple[str, ...] | None:
-    """Return class names for integer training targets, ascending; None if they run from 0 without gaps."""
-    if not pa.types.is_integer(values.type):
-        return None
-    integers = sorted(values.drop_null().unique().to_pylist())
-    if integers in ([], [UNLABELLED]) or integers == list(range(len(integers))):
-        return None
-    if len(integers) > min(_MOST_INTEGERS, len(values) // 2):
-        raise ValueError(
-            f"the target {target} has {len(integers)} different integers in {len(values)} training rows, from "
-            f"{integers[0]} to {integers[-1]}: use --task regression, or number classes from 0 without gaps"
-        )
-    return tuple(map(str, integers))

@@ -15,7 +15,6 @@ from raysubset.data.csv_files import DELIMITERS, header, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
-from raysubset.data.labels import Labels
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
@@ -23,10 +22,10 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import (
     IMAGE_TARGETS,
     from_tables,
+    image_split,
     join_tables,
     needed_columns,
     refuse_unreadable,
-    with_scalars,
 )
 from raysubset.errors import first_line
 from raysubset.events import Note
@@ -164,7 +163,8 @@ def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConf
     refuse_other_formats(files, members)
     tables = read_files(files, members, needed, left_out={config.image_column})
     groups = ImageGroups.of_files(config, where, [*tables])
-    return with_scalars(groups, join_tables(tables, config, where), config, where)
+    table, notes = join_tables(tables, config, where)
+    return image_split(groups, table, notes, (config.label_column,), config, where)
 
 
 def refuse_other_formats(files: DataFiles, members: Sequence[Placed]) -> None:
@@ -260,7 +260,7 @@ def _read_images(
     masks = [member.mask for member in members if member.mask]
     if not masks:
         names = list(dict.fromkeys(str(member.class_name) for member in members))
-        labels = Labels(pa.chunked_array([pa.array([member.class_name for member in members])]))
+        labels = pa.chunked_array([[member.class_name for member in members]])
         origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
         return SourceSplit(images, labels, columns=columns, where=where), origin
     pair = f"{members[0].path} with {masks[0]}"

@@ -13,7 +13,6 @@ from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import Tables, choose_columns, holds_images, read_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
-from raysubset.data.labels import as_labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables
@@ -220,7 +219,7 @@ def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: 
         values = pa.chunked_array([pa.array(numbers)])
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
         raise ValueError(f"labels of {where} must be integers or class names: {error}") from error
-    return SourceSplit(images, as_labels(values, where), findings=findings, where=where)
+    return SourceSplit(images, values, findings=findings, where=where)
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:

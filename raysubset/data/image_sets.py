@@ -10,7 +10,7 @@ from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.decoding import decode_source
 from raysubset.data.findings import level_notes
 from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
-from raysubset.data.labels import Labels, number_classes
+from raysubset.data.labels import number_classes
 from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
@@ -90,12 +90,12 @@ def _targets_of_images(source: Source, config: DataConfig, task: TaskConfig) -> 
     """Return the targets of each split of the source. Splits without labels of classes are left out."""
     train = source["train"]
     if task.name == "classification" or task.is_class:
-        labels: dict[SplitName, Labels] = {}
+        labels: dict[SplitName, pa.ChunkedArray] = {}
         for name, split in source.items():
-            assert isinstance(split.targets, Labels)
+            assert isinstance(split.targets, pa.ChunkedArray)
             labels[name] = split.targets
         return Targets("classes", *number_classes(labels))
-    if isinstance(train.targets, Labels):
+    if isinstance(train.targets, pa.ChunkedArray):
         raise ValueError(
             f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
             "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder of "

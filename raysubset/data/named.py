@@ -14,7 +14,7 @@ from raysubset.config import DataConfig
 from raysubset.data.columns import Tables, choose_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
-from raysubset.data.labels import Labels
+from raysubset.data.labels import named_labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
@@ -91,7 +91,7 @@ def _digits(config: DataConfig) -> SourceSplit:
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
     images, _ = as_images(pixels, config.name, config.image_size)
-    return SourceSplit(images, Labels(pa.chunked_array([rows[:, -1].astype(np.int64)])))
+    return SourceSplit(images, pa.chunked_array([rows[:, -1].astype(np.int64)]))
 
 
 def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
@@ -118,7 +118,7 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
     images, _ = as_images(pixels, name, config.image_size)
-    return SourceSplit(images, Labels(pa.chunked_array([labels.astype(np.int64)]), class_names))
+    return SourceSplit(images, named_labels(labels, class_names, name) if class_names else pa.chunked_array([labels]))
 
 
 def _read(

@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages
-from raysubset.data.labels import Labels
 from raysubset.data.row_groups import ImageGroups
 from raysubset.data.split import SplitName
 from raysubset.events import Note
@@ -18,7 +17,7 @@ class SourceSplit:
     """A split of the source: its images and targets as the source stores them."""
 
     images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; ImageGroups if streamed
-    targets: Labels | np.ndarray  # classes; or numbers, float64 [N, K]; or masks, integers [N, …]
+    targets: pa.ChunkedArray | np.ndarray  # classes; or numbers, float64 [N, K]; or masks, integers [N, …]
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
     notes: tuple[Note, ...] = ()  # decisions made for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded

@@ -16,8 +16,6 @@ from raysubset.tasks.columns import is_string
 
 SplitName = Literal["train", "validation", "test"]
 
-RESERVED_COLUMNS = ("image", "label", "row")
-
 Shapes = Mapping[str, tuple[int, ...]]  # the shape of each named tensor of one example
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import pyarrow as pa
 from raysubset.config import DataConfig, nearest
 from raysubset.data.image_columns import ReadFile, images_of, masks_of, plain, with_full_paths
 from raysubset.data.images import EncodedImages
-from raysubset.data.labels import UNLABELLED, as_labels, renumbered
+from raysubset.data.labels import UNLABELLED, named_labels
 from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups, concatenated
 from raysubset.data.sources import SourceSplit
-from raysubset.data.split import RESERVED_COLUMNS, is_scalar
+from raysubset.data.split import is_scalar
 from raysubset.events import Note
 from raysubset.tasks import target_numbers
 
@@ -128,20 +127,11 @@ def _unpickles(kind: pa.DataType) -> bool:
     return any(_unpickles(kind.field(number).type) for number in range(kind.num_fields))
 
 
-@dataclass(frozen=True)
-class JoinedTables:
-    """The rows of a split's files, one after another."""
+def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> tuple[pa.Table, tuple[Note, ...]]:
+    """Join the tables of some files, one after another.
 
-    table: pa.Table
-    class_names: tuple[str, ...] | None  # of integer labels, if a file's metadata has them
-    notes: tuple[Note, ...]
-
-
-def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> JoinedTables:
-    """Join the tables of some files, with integer labels that mean the same in all.
-
-    Files of the `datasets` library may name their classes, each in its own order. The longest list is used, and the
-    other files' labels are renumbered by name.
+    Files of the `datasets` library may name their classes, each in its own order. Their integer labels become a
+    dictionary of these names.
 
     Args:
         tables: the tables by file name.
@@ -150,60 +140,22 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
         ValueError: for files that cannot be joined, and if there are no rows.
     """
     notes: list[Note] = []
-    declared: dict[str, tuple[str, ...]] = {}
+    consistent = []
     for path, table in tables.items():
         names, problem = _declared_names(table.schema, config.label_column)
-        if names:
-            declared[path] = names
         if problem:
             notes.append(Note(f"metadata of {path} is ignored: {problem}", is_warning=True))
-    longest = max(declared, key=lambda path: len(declared[path]), default=None)
-    class_names = declared[longest] if longest else None
-    consistent = {}
-    for path, table in tables.items():
         table = plain(table, config, path)
         labels = table.column(config.label_column)
-        if class_names and longest and pa.types.is_integer(labels.type):
-            names = declared.get(path)
-            if names is None:
-                text = f"{path} does not name its classes: its labels are taken as numbers of {longest}'s"
-                notes.append(Note(text))
-            elif names != class_names:
-                labels = _by_name(labels, names, class_names, path, longest)
-                notes.append(Note(f"{path} orders its classes unlike {longest}: its labels are taken by name"))
-                place = table.column_names.index(config.label_column)
-                table = table.set_column(place, config.label_column, labels)
-        consistent[path] = table
-    joined = concatenated(list(consistent.values()), where)
+        if names and pa.types.is_integer(labels.type):
+            numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+            place = table.column_names.index(config.label_column)
+            table = table.set_column(place, config.label_column, named_labels(numbers, names, path))
+        consistent.append(table)
+    joined = concatenated(consistent, where)
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
-    return JoinedTables(joined, class_names, tuple(notes))
-
-
-def _by_name(
-    labels: pa.ChunkedArray, names: tuple[str, ...], class_names: tuple[str, ...], path: str, longest: str
-) -> pa.ChunkedArray:
-    """Convert labels that are numbers of `names` to numbers of the class names."""
-    if extra := [name for name in names if name not in class_names]:
-        examples = ", ".join(extra[:5])
-        raise ValueError(f"{path} names classes that {longest} does not: {examples}: give all files one list of names")
-    numbers = renumbered(numbers_of(names, labels, path), names, class_names, path)
-    return pa.chunked_array([pa.array(numbers, mask=labels.is_null().to_numpy())])
-
-
-def numbers_of(names: Sequence[str], labels: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Return labels that are numbers of `names` as int64 [N], with UNLABELLED for nulls.
-
-    Raises:
-        ValueError: for a number without a name.
-    """
-    numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
-    wrong = np.flatnonzero((numbers < UNLABELLED) | (numbers >= len(names)))
-    if len(wrong):
-        raise ValueError(
-            f"label {numbers[wrong[0]]} in row {wrong[0]} of {where} is out of range: {len(names)} are named"
-        )
-    return numbers
+    return joined, tuple(notes)
 
 
 def from_tables(
@@ -223,46 +175,41 @@ def from_tables(
     if read_file is not None:
         tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
     names = image_targets(next(iter(tables.values())).column_names, config, task, where)
-    joined = join_tables(tables, dataclasses.replace(config, target=names[0]), where)
-    column = joined.table.column(config.image_column)
+    table, notes = join_tables(tables, dataclasses.replace(config, target=names[0]), where)
+    column = table.column(config.image_column)
     images, findings = images_of(column, where, image_size=config.image_size, read_file=read_file)
-    if task not in IMAGE_TARGETS:
-        return dataclasses.replace(with_scalars(images, joined, config, where), findings=findings)
-    if joined.class_names:
-        classes = some(joined.class_names)
-        raise ValueError(f"the target {names[0]} of {where} holds classes ({classes}): use --task classification")
-    if task == "regression":
-        targets = target_numbers(joined.table, names, where=where)
-    else:
-        targets = masks_of(joined.table.column(names[0]), images, where, image_size=config.image_size)
-    columns, notes = _scalars(joined, (config.image_column, *names), ("image", IMAGE_TARGETS[task][0], "row"), where)
-    return SourceSplit(images, targets, columns, notes, findings, where, names, is_by_name=True)
+    split = image_split(images, table, notes, names, config, where, task)
+    return dataclasses.replace(split, findings=findings)
 
 
-def with_scalars(
-    images: np.ndarray | EncodedImages | ImageGroups, joined: JoinedTables, config: DataConfig, where: str
+def image_split(
+    images: np.ndarray | EncodedImages | ImageGroups,
+    table: pa.Table,
+    notes: tuple[Note, ...],
+    names: tuple[str, ...],
+    config: DataConfig,
+    where: str,
+    task: str = "classification",
 ) -> SourceSplit:
-    """Build a split of these images with the labels and further columns of the joined tables.
+    """Build a split of these images with a task's targets, the columns `names`, and further scalars of their table.
 
     Raises:
-        ValueError: for values that are no labels.
+        ValueError: for values that are no targets of the task.
     """
-    labels = as_labels(joined.table.column(config.label_column), where)
-    columns, notes = _scalars(joined, (config.image_column, config.label_column), RESERVED_COLUMNS, where)
-    labels = dataclasses.replace(labels, names=joined.class_names or labels.names)
-    return SourceSplit(images, labels, columns, notes, where=where, is_by_name=True)
-
-
-def _scalars(
-    joined: JoinedTables, learned: Sequence[str], reserved: Sequence[str], where: str
-) -> tuple[dict[str, pa.ChunkedArray], tuple[Note, ...]]:
-    """Return further scalar columns and notes, without learned columns and those with a reserved name."""
-    table, notes = joined.table, joined.notes
-    further = [field.name for field in table.schema if is_scalar(field.type) and field.name not in learned]
-    clashing = [name for name in further if name in reserved]
-    if clashing:
+    targets: pa.ChunkedArray | np.ndarray = table.column(names[0])
+    if task == "regression":
+        targets = target_numbers(table, names, where=where)
+    elif task == "segmentation":
+        assert not isinstance(images, ImageGroups)
+        targets = masks_of(table.column(names[0]), images, where, image_size=config.image_size)
+    further = [field.name for field in table.schema if is_scalar(field.type)]
+    further = [name for name in further if name not in (config.image_column, *names)]
+    reserved = ("image", IMAGE_TARGETS.get(task, ("label",))[0], "row")
+    if clashing := [name for name in further if name in reserved]:
         notes += (Note(f"{where}: column {', '.join(clashing)} left out, since the full set has its own"),)
-    return {name: table.column(name) for name in further if name not in clashing}, notes
+    columns = {name: table.column(name) for name in further if name not in clashing}
+    target_names = names if task in IMAGE_TARGETS else ()
+    return SourceSplit(images, targets, columns, notes, where=where, target_names=target_names, is_by_name=True)
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ...] | None, str | None]:
