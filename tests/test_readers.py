@@ -1025,6 +1025,7 @@ def test_files_that_order_their_classes_otherwise_are_taken_by_name(tmp_path: Pa
     pq.write_table(class_labels(shaded([0, 2] * 10, [20, 0, 10]), ["bee", "cow", "ant"]), tmp_path / "train-1.parquet")
     pq.write_table(class_labels(shaded([0, 1] * 10, [20, 10]), ["bee", "ant"]), tmp_path / "test.parquet")
     full_set = load(tmp_path, streamed=streamed)
+    assert any("order their classes differently: labels are taken by name" in note for note in full_set.notes)
     assert full_set.task.class_names == ("ant", "bee", "cow")
     for split in (full_set.train, full_set.validation, full_set.test):
         taken = split.take()

@@ -140,6 +140,7 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
         ValueError: for files that cannot be joined, and if there are no rows.
     """
     notes: list[Note] = []
+    orders: set[tuple[str, ...]] = set()
     consistent = []
     for path, table in tables.items():
         names, problem = _declared_names(table.schema, config.label_column)
@@ -151,7 +152,10 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
             numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
             place = table.column_names.index(config.label_column)
             table = table.set_column(place, config.label_column, named_labels(numbers, names, path))
+            orders.add(names)
         consistent.append(table)
+    if len(orders) > 1:
+        notes.append(Note(f"files of {where} order their classes differently: labels are taken by name"))
     joined = concatenated(consistent, where)
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
