@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig
-from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, read_here
-from raysubset.data.decoding import LARGE_ROW_GROUP_BYTES, size_notes
-from raysubset.data.streamed import WINDOW_BYTES, part_sizes
+from raysubset.data import FullSet, StreamedExamples, StreamedSplit, load_full_set, read_here, streamed
+from raysubset.data.streamed import WINDOW_BYTES, part_sizes, streaming_notes
 from raysubset.models import build_model
 from raysubset.planning import make_plan, manifest
 from raysubset.run_directory import RunDirectory
@@ -271,10 +270,11 @@ def test_a_stage_on_the_full_set_never_holds_all_images(
     Minimizer(lambda: sets[1], num_gpus=0, node="there").minimize([trunk], None, attempts=[0], waited_s=0.0)
 
 
-def test_row_groups_beyond_a_gibibyte_are_warned_of() -> None:
-    assert size_notes(LARGE_ROW_GROUP_BYTES, "x") == ()
-    (note,) = size_notes(3 * 10**9, "photos.parquet")
-    assert str(note).startswith("warning: a row group of photos.parquet takes 3.0 GB decoded")
+def test_large_row_groups_are_warned_of(sets: tuple[FullSet, FullSet], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(sets[1].train, StreamedSplit)
+    assert len(streaming_notes(sets[1].train, 0)) == 1
+    monkeypatch.setattr(streamed, "LARGE_ROW_GROUP_BYTES", sets[1].train.groups.num_bytes_of_largest() - 1)
+    assert str(streaming_notes(sets[1].train, 0)[1]).startswith("warning: a row group of the train split of ")
 
 
 # Its examples

@@ -13,7 +13,6 @@ _OFFSET_BITS = 3  # black is another value than 0 only if this saves so many bit
 
 # Of 256 levels: images that use fewer after rounding to 8 bits have lost most of their contents.
 _FEWEST_LEVELS = 32
-_FEWEST_UPPER_LEVELS = 64
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,13 @@ class Findings:
     """The findings in some images. Findings can be added."""
 
     greys: tuple[int, int] | None = None  # the lowest and highest of all deep grey pixels
-    upper_byte: int | None = None  # the highest upper byte of colours with 16 bits a channel, the only byte read
-    num_rounded: int = 0  # images of floats
+    num_rounded: int = 0  # images of floats, or of colours with 16 bits a channel, whose upper byte is read
     num_transparent: int = 0  # images with pixels that are not opaque
     num_animated: int = 0  # images with further frames or pages
-    num_turned: int = 0  # images with an EXIF orientation
     flat_shape: tuple[int, int, int] | None = None  # (H, W, 3) of coloured images in flat lists
 
     def __add__(self, other: "Findings") -> "Findings":
         greys = [each.greys for each in (self, other) if each.greys]
-        upper_bytes = [each.upper_byte for each in (self, other) if each.upper_byte is not None]
         counts = {
             field.name: getattr(self, field.name) + getattr(other, field.name)
             for field in dataclasses.fields(self)
@@ -38,7 +34,6 @@ class Findings:
         }
         return Findings(
             greys=(min(low for low, _ in greys), max(high for _, high in greys)) if greys else None,
-            upper_byte=max(upper_bytes, default=None),
             flat_shape=self.flat_shape or other.flat_shape,
             **counts,
         )
@@ -46,7 +41,7 @@ class Findings:
     @property
     def has_rounded(self) -> bool:
         """True if pixels had more than the 256 levels that are kept."""
-        return bool(self.num_rounded or self.greys or self.upper_byte is not None)
+        return bool(self.num_rounded or self.greys)
 
     def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[Note, ...]:
         """Return a note of one sentence for each finding."""
@@ -54,7 +49,7 @@ class Findings:
 
     def _sentences(self, where: str, grey_range: GreyRange) -> Iterator[str]:
         if self.num_rounded:
-            yield f"float pixels of {where} rounded to 8 bits"
+            yield f"pixels of {self.num_rounded} images of {where} rounded to 8 bits"
         if self.greys and grey_range != FULL_RANGE:
             (black, white), (low, high) = grey_range, self.greys
             bits = (white - black).bit_length()
@@ -77,16 +72,7 @@ def choose_grey_range(findings: Findings) -> GreyRange:
 
     Black is 0, unless the values are offset (such as by 32768, of signed values, or below 0), so that they would use
     an eighth of the levels or fewer. Then the range is a window of 2^b values that begins at a multiple of its half.
-
-    Raises:
-        ValueError: for colours of 16 bits a channel that use so few bits that the upper byte holds little.
     """
-    if findings.upper_byte is not None and findings.upper_byte + 1 < _FEWEST_UPPER_LEVELS:
-        bits = 8 + findings.upper_byte.bit_length()
-        raise ValueError(
-            f"images with 16 bits a colour use the lowest {bits} of them, and of such colours only the upper 8 are "
-            f"read: scale their values to 16 bits (times {2 ** (16 - bits)}), or save them with 8"
-        )
     if findings.greys is None:
         return FULL_RANGE
     lowest, highest = findings.greys

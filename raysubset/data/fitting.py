@@ -8,14 +8,13 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig, nearest
 from raysubset.data.columns import Tables, class_numbers
-from raysubset.data.decoding import size_notes
 from raysubset.data.full_set import FullSet
 from raysubset.data.image_sets import of_images
 from raysubset.data.images import as_images
 from raysubset.data.row_groups import TrainingColumns
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName, carve_splits, is_scalar, origin_of
-from raysubset.data.streamed import StreamedSplit, streaming_note
+from raysubset.data.streamed import StreamedSplit, streaming_notes
 from raysubset.data.tables import split_names
 from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
@@ -67,7 +66,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     if tables.streamed is not None:
         groups = dataclasses.replace(tables.streamed, inputs=inputs)
         train, num_held = StreamedSplit(train, groups), splits["validation"].num_bytes + splits["test"].num_bytes
-        notes += (streaming_note(train, num_held), *size_notes(groups.num_bytes_of_largest(), groups.where))
+        notes += streaming_notes(train, num_held)
     return FullSet(config.name, train, splits["validation"], splits["test"], learned, tuple(notes))
 
 

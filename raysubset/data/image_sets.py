@@ -8,14 +8,12 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.decoding import decode_source
-from raysubset.data.findings import level_notes
-from raysubset.data.full_set import FullSet, count_levels, statistics_of_levels
+from raysubset.data.full_set import FullSet, statistics_of_levels
 from raysubset.data.labels import number_classes
 from raysubset.data.layout import some
-from raysubset.data.row_groups import ImageGroups
-from raysubset.data.sources import Source, SourceSplit
+from raysubset.data.sources import Source
 from raysubset.data.split import Split, SplitName, carve_splits, origin_of
-from raysubset.data.streamed import StreamedSplit, streaming_note
+from raysubset.data.streamed import StreamedSplit, streaming_notes
 from raysubset.data.tables import usual_note
 from raysubset.data.targets import Targets, mask_in_row, mask_targets
 from raysubset.errors import listed
@@ -39,49 +37,39 @@ def of_images(source: Source, config: DataConfig, task: TaskConfig, targets: Tar
     targets = targets or _targets_of_images(source, config, task)
     source = {name: split for name, split in source.items() if name in targets.values}
     rows, carving = carve_splits(targets.strata, config)
-    decoded, scanned, grey_range = decode_source(source, rows, config.image_size)
-    source = _of_one_shape(decoded)
+    decoded = decode_source(source, rows, config.image_size)
+    height, width, _ = decoded.image_shape
     if targets.kind == "masks":
-        targets = dataclasses.replace(targets, values=_masks_in_shape(targets.values, source))
-    origins: dict[SplitName, SplitName] = {name: origin_of(name, source) for name in rows}
-    images = {
-        name: _images(source[origins[name]], rows[name], scanned.kept.get(name) if scanned else None)
-        for name in rows
-        if name != "train" or scanned is None
-    }
-    height, width, channels = source["train"].decoded.shape[1:]
-    levels = _repeated(scanned.levels, channels, axis=0) if scanned else count_levels(images["train"])
-    mean, std = statistics_of_levels(levels)
+        targets = dataclasses.replace(targets, values=_masks_in_shape(targets.values, height, width))
+    mean, std = statistics_of_levels(decoded.levels)
     cropped = config.augmentation == "crop_flip" or (config.augmentation == "auto" and config.name in _AUGMENTED_NAMES)
     inputs = ImageInputs(
-        image_shape=(height, width, channels),
+        image_shape=decoded.image_shape,
         mean=mean,
         std=std,
         augmentation="crop_flip" if cropped else "none",
-        grey_range=grey_range,
+        grey_range=decoded.grey_range,
     )
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
-
-    def build(name: SplitName, **held: np.ndarray) -> Split:
-        tensors = held | targets.stored(origins[name], rows[name], learned)
-        return Split.from_arrays(tensors, rows[name], _columns(source[origins[name]], rows[name]))
-
-    validation, test = (build(name, image=images[name]) for name in ("validation", "test"))
-    notes = [*(note for split in source.values() for note in split.notes), *targets.notes, *carving]
+    splits: dict[SplitName, Split] = {}
+    for name in rows:
+        origin = origin_of(name, source)
+        tensors = {"image": decoded.images[name]} if name in decoded.images else {}
+        # take() copies: pickling a slice would include the buffers of the whole column.
+        columns = source[origin].columns.items()
+        columns = {column: values.take(pa.array(rows[name])).combine_chunks() for column, values in columns}
+        splits[name] = Split.from_arrays(tensors | targets.stored(origin, rows[name], learned), rows[name], columns)
+    train, validation, test = splits["train"], splits["validation"], splits["test"]
+    notes = [*(note for split in source.values() for note in split.notes), *targets.notes, *carving, *decoded.notes]
     if targets.kind == "classes":
-        notes += _lacking({name: targets.values[origins[name]][rows[name]] for name in rows}, targets.names)
-    if scanned is None:
-        train = build("train", image=images["train"])
-    else:
-        groups = source["train"].images
-        assert isinstance(groups, ImageGroups)
-        train = StreamedSplit(build("train"), groups)
-        notes.append(streaming_note(train, validation.num_bytes + test.num_bytes))
-    notes += level_notes(levels, has_rounded=source["train"].findings.has_rounded)
+        notes += _lacking({name: split.arrays()["label"] for name, split in splits.items()}, targets.names)
+    if decoded.groups is not None:
+        train = StreamedSplit(train, decoded.groups)
+        notes += streaming_notes(train, validation.num_bytes + test.num_bytes)
     full_set = FullSet(config.name, train, validation, test, learned, tuple(notes))
     if not task.is_class:
         return full_set
-    if scanned is not None:
+    if decoded.groups is not None:
         raise ValueError(f"{task.name} is fitted on training rows, and data.streamed holds none: leave it out")
     return dataclasses.replace(full_set, task=fit_own_task(task.name, train.arrays()))
 
@@ -120,18 +108,15 @@ def _targets_of_images(source: Source, config: DataConfig, task: TaskConfig) -> 
     return dataclasses.replace(targets, notes=(*notes, *targets.notes))
 
 
-def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], source: Source) -> dict[SplitName, np.ndarray]:
-    """Reshape masks to [N, H, W] with the height and width of their images. Masks of flat lists are [N, H * W]."""
-    shaped: dict[SplitName, np.ndarray] = {}
+def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: int) -> dict[SplitName, np.ndarray]:
+    """Reshape masks to [N, H, W], with the height and width of the images. Masks of flat lists are [N, H * W]."""
     for name, values in masks.items():
-        height, width = source[name].decoded.shape[1:3]
         if values.shape[1:] not in ((height, width), (height * width,)):
             shape = "x".join(map(str, values.shape[1:]))
             raise ValueError(
                 f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel"
             )
-        shaped[name] = values.reshape(-1, height, width)
-    return shaped
+    return {name: values.reshape(-1, height, width) for name, values in masks.items()}
 
 
 def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
@@ -141,48 +126,3 @@ def _lacking(labels: dict[SplitName, np.ndarray], class_names: tuple[str, ...]) 
         if len(absent):
             examples = listed([class_names[number] for number in absent], most=_MOST_LISTED)
             yield Note(f"the {name} split has no example of class {examples}", is_warning=True)
-
-
-def _of_one_shape(source: Source) -> Source:
-    """Repeat grey splits to three channels if another split has colours.
-
-    Raises:
-        ValueError: if the splits' images differ in height or width.
-    """
-    shapes = {name: split.decoded.shape[1:] for name, split in source.items()}
-    if len({shape[:2] for shape in shapes.values()}) > 1:
-        summary = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
-        raise ValueError(f"the splits' images differ in shape ({summary}): give --data.image-size to resize them")
-    channels = max(shape[2] for shape in shapes.values())
-    return {name: split if shapes[name][2] == channels else _coloured(name, split) for name, split in source.items()}
-
-
-def _coloured(name: SplitName, split: SourceSplit) -> SourceSplit:
-    note = f"the {name} split is grey, others have colours: repeated to three channels"
-    if isinstance(images := split.decoded, ImageGroups):
-        images = dataclasses.replace(images, image_shape=(*images.shape[1:3], 3))
-    else:
-        images = np.repeat(images, 3, axis=3)
-    return dataclasses.replace(split, images=images, notes=(*split.notes, Note(note)))
-
-
-def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
-    """Repeat the values of one channel to `channels`, unless there are as many already."""
-    return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)
-
-
-def _images(source: SourceSplit, rows: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """Return the images of the source's rows, copied unless these are all of them.
-
-    Args:
-        kept: the images of these rows, uint8 [n, H, W, 1 or C], if the source's are streamed.
-    """
-    if kept is not None:
-        return _repeated(kept, source.decoded.shape[3], axis=3)
-    assert isinstance(source.images, np.ndarray)
-    return source.images if len(rows) == len(source.images) else source.images[rows]
-
-
-def _columns(source: SourceSplit, rows: np.ndarray) -> dict[str, pa.Array]:
-    # take() copies: pickling a slice would include the buffers of the whole column.
-    return {name: column.take(pa.array(rows)).combine_chunks() for name, column in source.columns.items()}

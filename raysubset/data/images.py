@@ -51,11 +51,6 @@ class DamagedImages(ValueError):
             summary = f"{', '.join(image for image, _ in self.args)}: {reasons.pop()}"
         return f"{prefix}{len(self.args)} images cannot be decoded: {summary}"
 
-    @property
-    def is_enough(self) -> bool:
-        """True if so many images are named that reading stops."""
-        return len(self.args) >= _MOST_NAMED
-
 
 @dataclass(frozen=True)
 class EncodedImages:
@@ -193,10 +188,8 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
 def _differing(encoded: EncodedImages, first: "_Image", number: int, other: "_Image") -> str:
     shapes = [f"{height}x{width}" for height, width, _ in (first.pixels.shape, other.pixels.shape)]
     names = encoded.describe(0), encoded.describe(number)
-    turned = [name for name, each in zip(names, (first, other), strict=True) if each.findings.num_turned]
-    cause = f" ({' and '.join(turned)} turned as EXIF's orientation says)" if turned else ""
     return (
-        f"images differ in shape: {names[0]} is {shapes[0]}, {names[1]} {shapes[1]}{cause}: "
+        f"images differ in shape: {names[0]} is {shapes[0]}, {names[1]} {shapes[1]}: "
         "give --data.image-size to resize them"
     )
 
@@ -229,20 +222,18 @@ def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -
 
     try:
         opened = Image.open(io.BytesIO(data))
-        upper_bytes = opened.mode not in _DEEP_GREY and _has_deep_channels(opened)
-        is_turned = opened.getexif().get(_ORIENTATION, 1) in range(2, 9)
+        has_deep_colours = opened.mode not in _DEEP_GREY and _has_deep_channels(opened)
         image = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-    findings = Findings(num_turned=int(is_turned))
+    findings = Findings()
     if image.mode == "F":
         raise ValueError("32-bit pixels (mode F): save it with 8 or 16 bits")
     if image.mode in _DEEP_GREY:
         image, grey_findings = _as_eight_bits(image, grey_range)
         findings += grey_findings
-    elif upper_bytes:
-        highest = max(int(np.asarray(band).max()) for band in image.split()[:3])
-        findings += Findings(upper_byte=highest)
+    elif has_deep_colours:
+        findings += Findings(num_rounded=1)
         if isinstance(transparent := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:

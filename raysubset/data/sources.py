@@ -25,11 +25,5 @@ class SourceSplit:
     target_names: tuple[str, ...] = ()  # columns of numbers or masks
     is_by_name: bool = False  # True if data.image_column and data.target name the columns that are read
 
-    @property
-    def decoded(self) -> np.ndarray | ImageGroups:
-        """The images, after decode_source()."""
-        assert not isinstance(self.images, EncodedImages)
-        return self.images
-
 
 Source = dict[SplitName, SourceSplit]

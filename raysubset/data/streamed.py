@@ -113,15 +113,29 @@ class StreamedSplit:
         return chunk.to_numpy()
 
 
-def streaming_note(train: StreamedSplit, num_held: int) -> Note:
-    """Return the note on what stays in files and what is in memory, `num_held` bytes of other splits among it."""
+# The decoded size from which a row group is reported: reading one of its examples may hold all of it in memory.
+LARGE_ROW_GROUP_BYTES = 2**30
+
+
+def streaming_notes(train: StreamedSplit, num_held: int) -> list[Note]:
+    """Return notes on what stays in files and what is in memory, and a warning of large row groups.
+
+    Args:
+        num_held: the bytes of validation and test examples.
+    """
     groups, (target, *_) = train.groups, train.held.shapes
     size = len(train) * train.num_bytes_per_example / 1e6
-    return Note(
+    text = (
         f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
         f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their {target}s and "
         f"{num_held / 1e6:,.0f} MB of validation and test examples"
     )
+    largest, limit = groups.num_bytes_of_largest() / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
+    warning = (
+        f"a row group of {groups.where} takes {largest:.1f} GB decoded, and is held whole while it is read: write the "
+        f"files with fewer rows a group (row_group_size of pyarrow's write_table), {limit:.1f} GB at most"
+    )
+    return [Note(text), Note(warning, is_warning=True)] if largest > limit else [Note(text)]
 
 
 # The tensors of a window, which are shuffled together. Two windows are held: one is trained on, the next is read.
