@@ -15,41 +15,6 @@ process dies while writing, the old content stays. Requests to remote storage th
 from raysubset.errors import CorruptFile
 from raysubset.run_directory.directory import FORMAT, RunDirectory, load_checkpoint, save_checkpoint
 from raysubset.run_directory.lease import Lease
-from raysubset.run_directory.paths import (
-    COMPARISON_PATH,
-    CONFIG_PATH,
-    DECISIONS_PATH,
-    ENVIRONMENT_PATH,
-    IDENTITY_PATH,
-    MISTAKES_PATH,
-    MODEL_PATH,
-    MODEL_RECORD_PATH,
-    PREDICTIONS_PATH,
-    REPORT_PATH,
-    RESULT_PATH,
-    SAMPLES_PATH,
-    SESSIONS_PATH,
-    SWEEP_PATH,
-    TRACES_FOLDER,
-    TRACKING_FOLDER,
-    aggregate_path,
-    aggregate_weights_path,
-    checkpoint_path,
-    history_path,
-    left_out_path,
-    mean_optimizer_path,
-    minima_folder,
-    minimum_folder,
-    minimum_path,
-    momentum_path,
-    optimizer_path,
-    outputs_path,
-    statistics_path,
-    subsample_folder,
-    subsamples_folder,
-    subsets_path,
-    trace_path,
-    weights_path,
-)
+from raysubset.run_directory.paths import *  # noqa: F403  the paths of all files
 from raysubset.run_directory.patience import StorageLost
 from raysubset.run_directory.seals import Seal, Sink, size_of

@@ -24,7 +24,15 @@ from raysubset.config import differences, of_now
 from raysubset.costs import count_bytes
 from raysubset.errors import CorruptFile, first_line
 from raysubset.fingerprints import Identity
-from raysubset.run_directory.paths import CONFIG_PATH, ENVIRONMENT_PATH, IDENTITY_PATH, LEASE_PATH, naming_records
+from raysubset.run_directory.paths import (
+    CONFIG_PATH,
+    ENVIRONMENT_PATH,
+    IDENTITY_PATH,
+    LEASE_PATH,
+    aggregate_path,
+    minimum_path,
+    subsets_path,
+)
 from raysubset.run_directory.patience import Patience, StorageLost, opened
 from raysubset.run_directory.recent import RECENT, WRITTEN
 from raysubset.run_directory.seals import BLANK, MARK, Seal, Sink, fill, flaw_by_itself, has_length, seal_of
@@ -372,9 +380,18 @@ class RunDirectory:
                 raise self._damaged(path, f"it has {info.size} bytes instead of {str(seal).partition(',')[0]}")
 
     def forget(self, path: str) -> None:
-        """Delete the records that depend on a damaged file, or else the file itself, so that its work is done again."""
-        for record in naming_records(path):
-            self.delete(record)
+        """Delete the records that depend on a damaged file, or else the file itself, so that its work is done again.
+
+        A round's aggregate comes from the round's minima, so it depends on their files.
+        """
+        folder, _, name = path.rpartition("/")
+        match = re.fullmatch(r"rounds/(\d+)(/.+)?", folder)
+        if match and path != subsets_path(int(match[1])):
+            self.delete(aggregate_path(int(match[1])))
+            if match[2]:
+                self.delete(minimum_path(folder))
+        else:
+            self.delete(minimum_path(folder) if name.endswith(".safetensors") and not match else path)
 
     def _check(self, path: str, data: Any, seal: Seal | None) -> Seal:
         """Return the seal if the file's content matches it; raise CorruptFile if not."""

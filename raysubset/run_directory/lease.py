@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raysubset.run_directory.directory import RunDirectory
-from raysubset.run_directory.paths import CONFIG_PATH, LEASE_PATH, SESSIONS_PATH
+from raysubset.run_directory.paths import LEASE_PATH
 
 logger = logging.getLogger(__name__)
 
 RENEW_S = 10.0  # a lease is renewed this often …
 DEAD_AFTER_S = 60.0  # … and dead if not renewed for this long. The clocks of nodes must agree better than this
 _SETTLE_S = 1.0  # on storage without locks: after this time, a rival's lease that was written at once is visible
-
-# What processes write without looking at the lease, in runs, comparisons and sweeps
-_OF_WORKERS = ("ledger", "rounds", "trunk", "fine_tuning", "conventional", "legs", "trials", "trunks", SESSIONS_PATH)
 
 
 class Lease:
@@ -57,6 +54,8 @@ class Lease:
         Raises:
             ValueError: if another driver holds it.
         """
+        if self._directory.local_path:
+            self._directory.local_path.mkdir(parents=True, exist_ok=True)
         with _exclusive(self._directory.local_path) as is_locked:
             holder = self._holder()
             if holder is not None and self._is_alive(holder):
@@ -65,7 +64,7 @@ class Lease:
             if not is_locked:
                 time.sleep(_SETTLE_S)
             holder = self._holder()
-            if holder is not None and holder["driver"] != self._record["driver"]:
+            if holder is not None and not self._is_own(holder):
                 self._refuse(holder)
         self._keeper.start()
         return self
@@ -73,12 +72,12 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._keeper.join()
+        if self.lost:
+            return
         try:
-            if self._directory.exists(LEASE_PATH) or self._directory.exists(CONFIG_PATH):
-                self._release()
-            else:  # the folder was deleted: files that this driver's workers write there later would be no run
-                for path in _OF_WORKERS:
-                    self._directory.delete(path)
+            with _exclusive(self._directory.local_path):
+                if self._is_own(self._holder()):
+                    self._directory.delete(LEASE_PATH)
         except OSError as error:  # must not hide the exception that left the block
             logger.warning("the lease of %s could not be released and will expire: %s", self._directory.uri, error)
 
@@ -87,24 +86,16 @@ class Lease:
         holder = self._holder()
         return holder is not None and self._is_alive(holder)
 
-    def _release(self) -> None:
-        with _exclusive(self._directory.local_path):
-            holder = self._holder()
-            if holder is not None and holder["driver"] == self._record["driver"]:
-                self._directory.delete(LEASE_PATH)
-
     def renew(self) -> None:
         """Write that the holder lives, or set `lost` if another driver has the lease or the run's folder is gone."""
-        is_there = self._directory.exists(LEASE_PATH)  # not the folder, which actors create again if it is deleted
-        if is_there:
-            with _exclusive(self._directory.local_path):
-                holder = self._holder()
-                is_there = holder is not None or self._directory.exists(LEASE_PATH)  # without a holder it was damaged
-                if is_there and (holder is None or holder["driver"] == self._record["driver"]):
-                    self._write()
-                    return
-        uri, gone = self._directory.uri, "is gone, deleted or no longer mounted"
-        self.lost = f"another driver has taken over {uri}" if is_there else f"{uri} {gone}"
+        holder, uri = None, self._directory.uri
+        with contextlib.suppress(FileNotFoundError), _exclusive(self._directory.local_path):
+            holder = self._holder()
+            is_damaged = holder is None and self._directory.exists(LEASE_PATH)
+            if is_damaged or self._is_own(holder):
+                self._write()
+                return
+        self.lost = f"another driver has taken over {uri}" if holder else f"{uri} is gone, deleted or no longer mounted"
         logger.error("%s; this driver stops", self.lost)
 
     def _keep(self) -> None:
@@ -120,6 +111,9 @@ class Lease:
 
     def _write(self) -> None:
         self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
+
+    def _is_own(self, holder: Mapping[str, Any] | None) -> bool:
+        return holder is not None and holder["driver"] == self._record["driver"]
 
     def _is_alive(self, holder: Mapping[str, Any]) -> bool:
         if holder["process_space"] == self._record["process_space"]:
@@ -164,11 +158,14 @@ def _process_start(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path | None) -> Iterator[bool]:
-    """Keep other processes out of the same block. Yield False on storage without locks, which cannot do so."""
+    """Keep other processes out of the same block. Yield False on storage without locks, which cannot do so.
+
+    Raises:
+        FileNotFoundError: if the folder is gone.
+    """
     if folder is None:
         yield False
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lease.lock").open("ab") as file:
         is_locked = True
         try:

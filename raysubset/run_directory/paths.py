@@ -3,8 +3,6 @@
 A minimum's folder is minimum_folder(round, subset), or the name of a stage with a single minimum ("trunk").
 """
 
-import re
-
 CONFIG_PATH = "config.json"
 IDENTITY_PATH = "identity.parquet"  # digests of the data and code that names in the config stand for
 ENVIRONMENT_PATH = "environment.json"
@@ -112,18 +110,3 @@ def aggregate_weights_path(round: int) -> str:
 def momentum_path(round: int) -> str:
     """Return the path of the outer step's momentum after a round (safetensors)."""
     return f"rounds/{round:04d}/momentum.safetensors"
-
-
-def naming_records(path: str) -> tuple[str, ...]:
-    """Return the records that depend on a file of a stage, or the file itself if none does.
-
-    A round's aggregate comes from the round's minima, so it depends on their files.
-    """
-    folder, _, name = path.rpartition("/")
-    match = re.fullmatch(r"rounds/(\d+)(/.+)?", folder)
-    if not match:
-        return (minimum_path(folder),) if name.endswith(".safetensors") else (path,)
-    round, aggregate = int(match[1]), aggregate_path(int(match[1]))
-    if match[2]:
-        return (minimum_path(folder), aggregate)
-    return (path,) if path == subsets_path(round) else (aggregate,)

@@ -3,27 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.complex64: "C64",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
+_DTYPES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 _ALIGNMENT = 8  # bytes, of the position where tensors begin
 
 
